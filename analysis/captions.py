@@ -1,0 +1,126 @@
+"""What stands around each figure: a title that says what to see, a caption that needs no other page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+TITLES = {
+    "margins": "Shift moves both halves of a row; discrimination moves them apart",
+    "plane": "Right: refuses more of everything. Up: separates better",
+    "roc": "Higher curve: separates better. Mark further along: refuses more",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a caption says about a run and no frame of scores can know.
+
+    >>> run = Context("smollm2", "twins", "test", threshold=-1.2, refusing=("I",), complying=("Sure",))
+    >>> run.sentences("direct")[:56]
+    'Model: smollm2. Data: twins, test split. Attack: none (q'
+
+    Args:
+        model: the model as a reader would look it up, with dtype or revision where that matters.
+        data: name of the query set.
+        split: which part of it was scored.
+        threshold: margin above which the readout says "refuse", nats.
+        refusing: first words that speak for refusal.
+        complying: first words that speak for compliance; empty where the readout has none.
+        judge: who decided what counts as a refusal, as it reads in parentheses.
+        interval: what the intervals are and how they were made.
+    """
+
+    model: str
+    data: str
+    split: str
+    threshold: float
+    refusing: tuple[str, ...]
+    complying: tuple[str, ...] = ()
+    judge: str = "no judge: first-token readout"
+    interval: str = "95\u00a0% paired bootstrap that resamples pairs, stratified by class, 2,000 draws"
+
+    def sentences(self, attack: str) -> str:
+        """Return the part of a caption that all figures of a run share."""
+        asked = "none (queries sent as they are)" if attack == "direct" else attack
+        against = f" against {_quoted(self.complying)}" if self.complying else ""
+        cut = f"{self.threshold:.2f}".replace("-", "\N{MINUS SIGN}")  # no line ends after this sign
+        return (
+            f"Model: {self.model}. Data: {self.data}, {self.split} split. Attack: {asked}. "
+            f"Readout: first-token logits of {_quoted(self.refusing)}{against}; threshold "
+            f"{cut}\u00a0nats, the same for every defense ({self.judge}). Intervals: {self.interval}."
+        )
+
+
+def of_margins(curves: pd.DataFrame, context: Context) -> str:
+    """Return the caption of the figure that `plots.margins` draws from these curves.
+
+    >>> curves = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False], "n": [9, 8]})
+    >>> curves = curves.assign(bandwidth=0.5)
+    >>> of_margins(curves, Context("smollm2", "twins", "test", 0.0, ("I",)))[:54]
+    'First-answer-token margins of 9 harmful queries (above'
+    """
+    harmful, benign = (_span(curves.loc[curves["harmful"] == c, "n"]) for c in (True, False))
+    width = curves["bandwidth"].iloc[0]
+    several = (curves["defense"] != "none").any()
+    grey = "Grey repeats the undefended model on the same queries. " if several else ""
+    return (
+        f"First-answer-token margins of {harmful} harmful queries (above each line) and {benign} benign "
+        f"ones (below), a row per defense; ticks are medians. {grey}Dashed: the "
+        "threshold; at the right, the share of each class beyond it with its interval. "
+        f"Density: Gaussian kernel of SD {width:.2f}\u00a0nats, one scale for all rows. "
+        f"{context.sentences(curves['attack'].iloc[0])}"
+    )
+
+
+def of_plane(points: pd.DataFrame, context: Context) -> str:
+    """Return the caption of the figure that `plots.plane` draws from these points.
+
+    >>> points = pd.DataFrame({"attack": ["direct"], "n_harmful": [9], "n_benign": [8], "family": ["noise"]})
+    >>> of_plane(points, Context("smollm2", "twins", "test", 0.0, ("I",)))[:47]
+    'Change of the first-answer-token margin against'
+    """
+    controls = " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
+    return (
+        "Change of the first-answer-token margin against the undefended model (the origin) on the same "
+        f"{_span(points['n_harmful'])} harmful and {_span(points['n_benign'])} benign queries: shift is "
+        "the mean of the two class means of the change, discrimination is harmful minus benign; bars are "
+        f"95\u00a0% intervals. Shape and color name the family.{controls} "
+        f"{context.sentences(points['attack'].iloc[0])}"
+    )
+
+
+def of_roc(points: pd.DataFrame, context: Context) -> str:
+    """Return the caption of the figure that `plots.roc` draws from these points.
+
+    >>> points = pd.DataFrame({"attack": ["direct"], "n_harmful": [9], "n_benign": [8]})
+    >>> points = points.assign(defense="none", family="none")
+    >>> of_roc(points, Context("smollm2", "twins", "test", 0.0, ("I",)))[:43]
+    'Share refused among 9 harmful queries again'
+    """
+    of = points.drop_duplicates("defense")
+    controls = int((of["family"] == "control").sum())
+    grey = "; solid grey: AUROC changed less than in the six in color" * (len(of) - controls > 7)
+    grey += "; dotted grey: controls, which are not defenses" * bool(controls)
+    return (
+        f"Share refused among {_span(points['n_harmful'])} harmful queries against share refused among "
+        f"{_span(points['n_benign'])} benign ones as the cut moves over the first-answer-token "
+        "margin; marks: the threshold of this run; dotted diagonal: chance. Color, dash and mark name the "
+        f"defense{grey}. {context.sentences(points['attack'].iloc[0])}"
+    )
+
+
+def _quoted(words: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return (
+        ", ".join(
+            f"\N{LEFT DOUBLE QUOTATION MARK}{word}\N{RIGHT DOUBLE QUOTATION MARK}" for word in words[:most]
+        )
+        + more
+    )
+
+
+def _span(counts: "pd.Series[int]") -> str:
+    """Return one count, or the lowest and the highest where the defenses of a run differ."""
+    low, high = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
+    return str(low) if low == high else f"{low}\N{EN DASH}{high}"

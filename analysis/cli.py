@@ -1,0 +1,196 @@
+"""The command `analyze`: parse, import late, run, save. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from defenses.errors import UserError, unknown
+
+ATTACKS = {"direct": "the query as it is"}
+READOUTS = {"words": "refusing against complying first words, equal weights"}
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DefenseOption = Annotated[
+    list[str] | None,
+    typer.Option("-d", "--defense", help="Name, `all`, or the path of a .py file; repeatable."),
+]
+ModelOption = Annotated[
+    str, typer.Option("-m", "--model", help="Name, Hugging Face id, folder, or .gguf file.")
+]
+DataOption = Annotated[str, typer.Option("--data", help="contrast, twins, plain, or a .jsonl/.csv file.")]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="train, calibration, test or all; by default test where there is one."),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
+]
+SeedOption = Annotated[int, typer.Option(help="Of everything random in the run.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A defense's setting, key=value or defense.key=value; value @file reads the file.",
+        metavar="KEY=VALUE",
+    ),
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def analyze(
+    context: typer.Context,
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
+    ] = None,
+    readout: Annotated[str, typer.Option(help="How refusal is read; see `list readouts`.")] = "words",
+    limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Output folder; by default runs/TIME-MODEL-DEFENSE.")
+    ] = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """What does a jailbreak defense do to a chat model: refuse more of everything, or tell harm from harmless better?
+
+    analyze --defense backdoor --model smollm2
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if not defense:
+        if len(sys.argv) == 1:
+            typer.echo(context.get_help())
+            raise typer.Exit
+        raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
+    for name in attack or []:
+        if name not in ATTACKS:
+            raise unknown("attack", name, ATTACKS)
+    if readout not in READOUTS:
+        raise unknown("readout", readout, READOUTS)
+    from analysis import commands
+
+    request = commands.Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline)
+    code = commands.analyze(request, defense, settings or [], out, as_json)
+    raise typer.Exit(code)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str | None, typer.Argument(help="defenses, models, data, attacks or readouts")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what there is: defenses, models, data sets, attacks, readouts."""
+    from analysis import listing
+
+    shelves = listing.everything(ATTACKS, READOUTS)
+    if what is not None and what not in shelves:
+        raise unknown("list", what, shelves)
+    chosen = {what: shelves[what]} if what else shelves
+    if as_json:
+        typer.echo(json.dumps(chosen, indent=2, ensure_ascii=False))
+    else:
+        listing.show(chosen)
+
+
+@app.command()
+def check(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+    queries: Annotated[int, typer.Option(help="How many queries to look at.")] = 4,
+) -> None:
+    """Show what the model will read under a defense, and check that the defense reaches it; exit 1 if it does not."""
+    from analysis import commands
+
+    request = commands.Request(model, data, split, None, None, device, dtype, seed, offline)
+    raise typer.Exit(commands.check(request, defense or ["none"], settings or [], queries))
+
+
+@app.command()
+def secret(
+    model: ModelOption = "smollm2",
+    length: Annotated[int, typer.Option(help="In tokens of the model.")] = 150,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="New file; by default where `backdoor` looks for it.")
+    ] = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Make a secret prompt for `backdoor` from a cryptographic generator, in a file that only you can read."""
+    from analysis import commands
+
+    commands.secret(model, length, out, offline)
+
+
+def main() -> None:
+    """Run the command; turn mistakes into one line on stderr: exit 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        code = _fail(str(error), 2, debug, error)
+    except click.ClickException as error:
+        code = _fail(
+            f"{error.format_message()} (`analyze --help` lists the options)", error.exit_code, debug, error
+        )
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; nothing was written", 130, False, None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            code = _fail(f"{error}", 1, debug, error)
+        else:
+            code = _fail(
+                "no space left on the disk: nothing was written; free some, or choose another -o",
+                2,
+                debug,
+                error,
+            )
+    except Exception as error:
+        code = _fail(
+            f"a fault in refusalscope, {type(error).__name__}: {error} (--debug shows where)", 1, debug, error
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, code: int, debug: bool, error: BaseException | None) -> int:
+    if debug and error is not None:
+        raise error
+    typer.echo(f"analyze: {' '.join(text.split())}", err=True)
+    return code
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--batch-size {text}: it takes auto or a whole number from 1 on")
+    return int(text)

@@ -1,0 +1,305 @@
+"""What each command does, in order; `analysis.cli` has parsed and checked the options by then."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+import defenses
+from analysis import models, preflight, queries, saving, showing
+from analysis.decompose import summarize
+from analysis.queries import QuerySet
+from analysis.readout import LOW_COVERAGE, Readout
+from analysis.rendering import redact
+from analysis.run import Bench, conditions, score_all
+from analysis.tables import UNDEFENDED, ScoreTable
+from defenses import Defense, UserError
+from defenses.backdoor import Secret, draw_secret, write_secret
+from defenses.catalog import settings_of
+
+# Queries that the readout's form is seen from, and that the preflight looks at.
+_OPENINGS, _LOOKED_AT = 16, 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for, short of the defenses."""
+
+    model: str
+    data: str
+    split: str | None
+    limit: int | None
+    batch_size: int | None
+    device: str
+    dtype: str
+    seed: int
+    offline: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything loaded and prepared for a run."""
+
+    bench: Bench
+    defenses: list[Defense]
+    data: QuerySet
+    split: str
+    readout: Readout
+    notices: list[str]
+
+
+def analyze(
+    request: Request, names: Sequence[str], settings: Sequence[str], out: Path | None, as_json: bool
+) -> int:
+    """Score every defense and the undefended model, save tables and figures, print the summary."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    out = saving.usable(out or _default_out(request.model, names, started))
+    console = Console(stderr=True)
+    ready = _prepare(request, names, settings, console)
+    bench = ready.bench
+    every = conditions(ready.defenses)
+    looked_at = queries.sample(ready.data.queries, _LOOKED_AT)
+    with showing.progress(console) as bar:
+        task = bar.add_task("checking that defenses reach the model", total=len(every))
+        for name, defense in every.items():
+            failed = [
+                one
+                for one in preflight.check(bench, name, defense, looked_at, ready.readout)
+                if not one.passed
+            ]
+            if failed:
+                bar.stop()
+                showing.failures(failed)
+                return 1
+            bar.advance(task)
+    bench.engine.work.reset()
+    frames, interrupted = [], False
+    with showing.progress(console) as bar:
+        task = bar.add_task("scoring", total=len(every) * len(ready.data.queries))
+
+        def done(name: str, count: int) -> None:
+            bar.update(task, description=f"scoring {name}", advance=count)
+
+        try:
+            for _, frame in score_all(bench, ready.defenses, ready.data.queries, ready.readout, done):
+                frames.append(frame)
+        except KeyboardInterrupt:
+            if len(frames) < 2:
+                raise
+            interrupted = True
+    finished = list(every)[: len(frames)]
+    record = {
+        "created": started.isoformat(timespec="seconds"),
+        "interrupted": interrupted,
+        **_manifest(ready, request, {name: every[name] for name in finished}),
+        "wall_seconds": round(time.perf_counter() - clock, 1),
+        "tokens": {"computed": bench.engine.work.computed, "saved": bench.engine.work.saved},
+    }
+    scores = ScoreTable(pd.concat(frames, ignore_index=True), record)
+    with console.status("intervals and figures"):
+        summary = summarize(scores, seed=request.seed)
+        from analysis.plots import figures
+
+        drawn = figures(scores.frame, summary.frame, showing.context(record, ready.readout))
+        tables = {
+            "scores": scores.frame,
+            "summary": summary.frame,
+            **{stem: table for stem, (_, table) in drawn.items()},
+        }
+        saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
+    if as_json:
+        print(json.dumps(json.loads(summary.frame.to_json(orient="records")), indent=2))
+    else:
+        showing.summary(summary, record)
+    _say_coverage(summary.frame, console)
+    console.print(f"Tables, figures and run.json are in {out}", highlight=False)
+    if interrupted:
+        console.print(
+            f"Interrupted: {len(frames)} of {len(every)} conditions were finished and kept; the rest is not."
+        )
+        return 130
+    return 0
+
+
+def check(request: Request, names: Sequence[str], settings: Sequence[str], count: int) -> int:
+    """Print what the model reads under each defense, and every check; 1 if one fails."""
+    if count < 2:
+        raise UserError(f"--queries {count}: at least 2 are needed, a harmful and a benign one")
+    console = Console()
+    ready = _prepare(request, names, settings, Console(stderr=True))
+    looked_at = queries.sample(ready.data.queries, count)
+    failed = 0
+    for name, defense in conditions(ready.defenses).items():
+        checks = preflight.check(ready.bench, name, defense, looked_at, ready.readout)
+        failed += sum(not one.passed for one in checks)
+        texts = [
+            (query.id, redact(prompt.text, defense.secrets()))
+            for query in looked_at
+            for prompt in ready.bench.prompts(defense, query)
+        ]
+        showing.checks(console, name, checks, texts)
+    for notice in (*ready.bench.renderer.notices, *ready.readout.notices):
+        console.print(f"note: {notice}", highlight=False, markup=False)
+    return 1 if failed else 0
+
+
+def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
+    """Draw a secret prompt for a model's tokenizer and write it into a new file of mode 0600."""
+    if length < 1:
+        raise UserError(f"--length {length}: a secret has at least 1 token; the paper's has 150")
+    console = Console(stderr=True)
+    tokenizer = models.load_tokenizer(model, offline, _say(console))
+    path = out or models.host(model, tokenizer).secrets[-1] / f"{length}.txt"
+    drawn = draw_secret(tokenizer, length)
+    write_secret(path, drawn)
+    print(f"{path}  {drawn.fingerprint}  {length} tokens, readable by you alone")
+
+
+def _prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
+    """Load what is cheap to get wrong first, then the model, then make the defenses ready for it."""
+    chosen = _choose(names, settings)
+    data = queries.load(request.data)
+    split = request.split or queries.default_split(data)
+    calibration = data.split("calibration") if split != "all" and "calibration" in data.splits else data
+    data = data.split(split).limit(request.limit).checked()
+    _quiet(request.offline)
+    say = _say(console)
+    with console.status(f"loading {request.model}"):
+        loaded = models.load(request.model, request.device, request.dtype, request.offline, say)
+    bench = Bench.of(loaded, request.batch_size, request.seed)
+    host = models.host(request.model, loaded.tokenizer, request.seed)
+    prepared = [defense.prepare(host) for defense in chosen]
+    with console.status("seeing how the model opens its answers"):
+        readout = bench.words(queries.sample(calibration.queries, _OPENINGS), prepared[0])
+    notices = [*bench.renderer.notices, *readout.notices]
+    for notice in notices:
+        say(f"note: {notice}")
+    return Ready(bench, prepared, data, split, readout, notices)
+
+
+def _choose(names: Sequence[str], settings: Sequence[str]) -> list[Defense]:
+    """The defenses by name, the undefended model first, each with the settings that are meant for it."""
+    wanted = list(dict.fromkeys([UNDEFENDED, *(defenses.names() if "all" in names else []), *names]))
+    wanted = [name for name in wanted if name != "all"]
+    plain = [defenses.get(name) for name in wanted]
+    repeated = [
+        one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
+    ]
+    if repeated:
+        raise UserError(f"two defenses are named {repeated[0]!r}: rename the class in your file")
+    given: dict[int, dict[str, str]] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        owner, dot, field = key.rpartition(".")
+        if not equals or not key:
+            raise UserError(f"--set {setting}: it takes key=value or defense.key=value")
+        if dot and owner not in [one.name for one in plain]:
+            raise defenses.errors.unknown("defense in --set", owner, [one.name for one in plain])
+        takers = [
+            at for at, one in enumerate(plain) if (one.name == owner if dot else field in settings_of(one))
+        ]
+        if not takers:
+            known = sorted({name for one in plain for name in settings_of(one)})
+            raise (
+                defenses.errors.unknown("setting", field, known)
+                if known
+                else UserError(f"--set {setting}: none of the chosen defenses has settings")
+            )
+        if len(takers) > 1:
+            which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
+            raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
+        given.setdefault(takers[0], {})[field] = value
+    return [defenses.get(name, given[at]) if at in given else plain[at] for at, name in enumerate(wanted)]
+
+
+def _manifest(ready: Ready, request: Request, every: dict[str, Defense]) -> dict[str, Any]:
+    """What run.json says about how the numbers were made; secrets as fingerprints."""
+    loaded, readout = ready.bench.loaded, ready.readout
+    packages = ("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy")
+    return {
+        "model": {"name": loaded.name, **loaded.origin},
+        "device": str(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "readout": {
+            "name": readout.name,
+            "refuse": [t for t, w in zip(readout.tokens, readout.weights, strict=True) if w > 0],
+            "comply": [t for t, w in zip(readout.tokens, readout.weights, strict=True) if w < 0],
+            "ids": readout.ids,
+            "weights": readout.weights,
+            "threshold": readout.threshold,
+            "answer_prefix": readout.prefix,
+        },
+        "system_role": ready.bench.renderer.system_policy,
+        "notices": ready.notices,
+        "defenses": {
+            name: {
+                "family": defense.family,
+                "settings": {
+                    key: str(v) if isinstance(v, Path) else v for key, v in settings_of(defense).items()
+                },
+                "secrets": [Secret(text).fingerprint for text in defense.secrets()],
+            }
+            for name, defense in every.items()
+        },
+        "data": {
+            "name": ready.data.name,
+            "sha256": ready.data.sha256,
+            "split": ready.split,
+            "limit": request.limit,
+            "n_harmful": sum(query.harmful for query in ready.data.queries),
+            "n_benign": sum(not query.harmful for query in ready.data.queries),
+        },
+        "seed": request.seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+    }
+
+
+def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
+    """Warn where the readout's words are rarely what the model opens with."""
+    low = summary[summary["coverage"] < LOW_COVERAGE]
+    if len(low):
+        worst = ", ".join(f"{row.defense} {row.coverage:.0%}" for row in low.itertuples())
+        console.print(
+            f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here ({worst}): "
+            "these margins see little of how the model answers.",
+            style="yellow",
+            highlight=False,
+        )
+
+
+def _default_out(model: str, names: Sequence[str], started: datetime) -> Path:
+    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).stem, "-".join(Path(name).stem for name in names[:3])]
+    return Path("runs") / "-".join(parts)
+
+
+def _say(console: Console) -> Any:
+    return lambda text: console.print(text, highlight=False, markup=False)
+
+
+def _quiet(offline: bool) -> None:
+    """Leave the terminal to this program's own lines."""
+    import os
+    import warnings
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

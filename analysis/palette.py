@@ -1,0 +1,44 @@
+"""Colors, marks and type of the figures: told apart by color-blind readers and in grey print."""
+
+from typing import Any
+
+from analysis.lettering import FONT
+
+# Okabe and Ito's colors, https://jfly.uni-koeln.de/color/ ; their yellow is too light for paper.
+BLUE, VERMILION, GREEN, SKY, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00"
+BLACK, DARK, GREY = "#000000", "#666666", "#9A9A9A"
+WRITTEN = 7.5  # font size of names and numbers inside a figure
+
+CLASSES = ((True, "harmful", VERMILION, 1), (False, "benign", BLUE, -1))  # benign hangs below its line
+FAMILIES = {
+    "reminders": (BLUE, "o"),
+    "backdoor": (VERMILION, "D"),
+    "refactoring": (GREEN, "s"),
+    "noise": (SKY, "^"),
+    "tuning": (PURPLE, "v"),
+    "steering": (ORANGE, "P"),
+    "control": (GREY, "X"),
+}
+OTHER = (BLACK, "*")  # a family of the user's own
+LINES: tuple[tuple[str, Any, str], ...] = (
+    (BLUE, "-", "s"),
+    (VERMILION, (0, (5, 1.5)), "D"),
+    (GREEN, (0, (7, 1.5, 1.5, 1.5)), "^"),
+    (PURPLE, (0, (1.5, 0.8)), "v"),
+    (ORANGE, (0, (7, 1.2, 1.2, 1.2, 1.2, 1.2)), "P"),
+    (SKY, (0, (11, 1.2)), "X"),
+)
+STYLE: Any = {
+    "font.family": FONT,
+    "font.size": 8,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.8,
+    "axes.grid": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": WRITTEN,
+    "legend.title_fontsize": WRITTEN,
+    "text.usetex": False,
+    "text.parse_math": False,  # a "$" in a name is a dollar
+}

@@ -1,0 +1,198 @@
+"""The shift-discrimination plane: what a defense does, as one point; the undefended model is the origin."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+
+from analysis.curves import ENDS, one_attack
+from analysis.lettering import LINE, beside, blank, fit, width_of
+from analysis.palette import BLACK, FAMILIES, GREY, OTHER, STYLE, WRITTEN
+
+NEAR = 6.0  # points between a label and its point where nothing is in the way
+
+
+def plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw each defense at its shift and discrimination, by name where names find room, else by number.
+
+    >>> row = {"attack": "direct", "defense": "retokenize", "family": "refactoring"}
+    >>> row |= {f"{x}{end}": 1.0 for x in ("shift", "discrimination") for end in ENDS}
+    >>> plane(pd.DataFrame([row])).texts[0].get_text()
+    'retokenize'
+
+    Args:
+        points: what `plane_points` returned, of one attack; a row without a value is named in the key only.
+        ax: where to draw; its size must be final, because labels are placed by it.
+    """
+    present = set(one_attack(points)["family"])
+    families = [*(family for family in FAMILIES if family in present), *sorted(present - set(FAMILIES))]
+    points = points.sort_values("family", key=lambda column: column.map(families.index), kind="stable")
+    known = points.dropna(subset=["shift", "discrimination"])
+    with rc_context(STYLE):
+        ax = ax or blank(4.2, 4.2)
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+        ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
+        ax.plot([0], [0], "o", color=BLACK, markersize=5, zorder=3, gid="undefended")
+        for family, group in known.groupby("family", sort=False):
+            color, marker = FAMILIES.get(str(family), OTHER)
+            x, y = group["shift"], group["discrimination"]
+            bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": 2}
+            ax.hlines(y, group["shift_low"], group["shift_high"], **bar)
+            ax.vlines(x, group["discrimination_low"], group["discrimination_high"], **bar)
+            look: Any = {"marker": marker, "color": color, "edgecolors": "white", "linewidths": 0.5}
+            ax.scatter(x, y, s=62 if marker in "PX*" else 40, zorder=3, label=str(family), **look)
+        ax.set_xlim(_limits(known, "shift"))
+        ax.set_ylim(_limits(known, "discrimination"))
+        labels = [fit(name, 95, WRITTEN) for name in known["defense"]]
+        named = len(labels) <= 10 and label(ax, known, labels, reach=36)
+        if not named:
+            labels = [str(number) for number in range(1, len(labels) + 1)]
+            label(ax, known, labels, reach=300)
+        ax.set_xlabel("shift (nats)")
+        ax.set_ylabel("discrimination (nats)")
+        _directions(ax)
+        key = [_mark(BLACK, "o", "undefended (origin)")]
+        most = 1 if len(points) > 10 else 2
+        for family in families:
+            color, marker = FAMILIES.get(family, OTHER)
+            key.append(_mark(color, marker, "control (not a defense)" if family == "control" else family))
+            numbers = [] if named else zip(known["family"], labels, known["defense"], strict=True)
+            texts = [
+                f"{number}  {fit(name, 140, WRITTEN, most)}" for of, number, name in numbers if of == family
+            ]
+            key += [_mark("none", "", text) for text in texts]
+        unknown = points.loc[~points.index.isin(known.index), "defense"]
+        key += [_mark("none", "", fit(f"no value: {name}", 150, WRITTEN, most)) for name in unknown]
+        beside(ax, key)
+    return ax
+
+
+def _directions(ax: Axes) -> None:
+    """Name the four directions, level with the axis labels wherever the tick labels push them."""
+    style: Any = {"fontsize": WRITTEN, "fontstyle": "italic", "color": "#444444", "annotation_clip": False}
+    across: Any = style | {"xycoords": ("axes fraction", ax.xaxis.label), "va": "center"}
+    ax.annotate("\N{LEFTWARDS ARROW} refuses less", (0, 0.5), ha="left", **across)
+    ax.annotate("refuses more \N{RIGHTWARDS ARROW}", (1, 0.5), ha="right", **across)
+    up: Any = style | {"xycoords": (ax.yaxis.label, "axes fraction"), "ha": "center", "rotation": 90}
+    ax.annotate("\N{LEFTWARDS ARROW} separates worse", (0.5, 0), va="bottom", **up)
+    ax.annotate("separates better \N{RIGHTWARDS ARROW}", (0.5, 1), va="top", **up)
+
+
+def _limits(points: pd.DataFrame, name: str) -> tuple[float, float]:
+    """Return limits that hold every interval and the origin, with room for labels."""
+    reached = points[[f"{name}{end}" for end in ENDS]].to_numpy(float)
+    reached = reached[np.isfinite(reached)]
+    low, high = min(reached.min(initial=0), 0), max(reached.max(initial=0), 0)
+    room = 0.12 * (high - low) or 1.0
+    return low - room, high + room
+
+
+def label(ax: Axes, points: pd.DataFrame, texts: Sequence[str], reach: float) -> bool:
+    """Write a text beside each point, clear of the origin; where room is short write none and return False.
+
+    >>> ends = {f"{x}{end}": [1.0, 1.0] for x in ("shift", "discrimination") for end in ENDS}
+    >>> ax = blank(3, 3)
+    >>> label(ax, pd.DataFrame(ends), ["one", "two"], reach=40), len(ax.texts)
+    (True, 2)
+
+    Args:
+        ax: axes whose size and limits are final.
+        points: as `plane_points` returns them.
+        texts: one for each point.
+        reach: how far from its point a text may lie, points (1/72 inch).
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    (x, x_low, x_high), (y, y_low, y_high) = (
+        points[[f"{name}{end}" for end in ENDS]].to_numpy(float).T for name in ("shift", "discrimination")
+    )
+    corners = [[x, y], [0 * x, 0 * y], [x_low, y], [x_high, y], [x, y_low], [x, y_high]]
+    at = ax.transData.transform(np.moveaxis(np.array(corners), 1, 2).reshape(-1, 2)) * 72 / figure.dpi
+    spots, origin, left, right, low, high = at.reshape(len(corners), len(points), 2)
+    bars = np.concatenate([np.concatenate([left, right], axis=1), np.concatenate([low, high], axis=1)])
+    window = np.array(ax.get_window_extent().extents) * 72 / figure.dpi
+    offsets = place(spots, texts, window, np.concatenate([origin - 4, origin + 4], axis=1), bars, reach)
+    for spot_x, spot_y, text, (right_by, up_by, gap) in zip(x, y, texts, offsets or [], strict=False):
+        leader = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        set_by: Any = {"ha": "center", "va": "center", "size": WRITTEN, "linespacing": 1.1, "zorder": 9}
+        set_by |= {"textcoords": "offset points", "annotation_clip": False}
+        set_by |= {"arrowprops": leader} if gap > NEAR else {}
+        words = ax.annotate(text, (spot_x, spot_y), (right_by, up_by), **set_by)
+        words.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    return offsets is not None
+
+
+def place(
+    anchors: npt.ArrayLike,
+    texts: Sequence[str],
+    inside: npt.ArrayLike,
+    taken: npt.ArrayLike,
+    avoid: npt.ArrayLike,
+    reach: float,
+) -> list[tuple[float, float, float]] | None:
+    """Return where to center each label, so that no label hides another or a point.
+
+    Rings of candidates around each point are tried in a fixed order, so equal input gives equal figures.
+
+    >>> offsets = place([(50, 50), (50, 50)], ["a", "b"], (0, 0, 100, 100), [], [], reach=40)
+    >>> offsets is not None and offsets[0] != offsets[1]
+    True
+
+    Args:
+        anchors: float[n 2], where the points are, in points (1/72 inch).
+        texts: one label for each, lines parted by a newline.
+        inside: the box that no label may leave.
+        taken: float[t 4], boxes x0, y0, x1, y1 that no label may touch, besides the points themselves.
+        avoid: float[a 4], boxes that are better left free (interval bars); an edge may be NaN.
+        reach: how far from its point a label may lie.
+
+    Returns:
+        For each label its offset x, y and the gap to its point, all in points; None where room is short.
+    """
+    angles = np.pi * np.array([0.25, 0.75, -0.25, -0.75, *np.arange(-7, 9) / 8])
+    radii = np.arange(NEAR, max(reach, 7.0), 4.0)
+    ring = np.stack([np.repeat(radii, len(angles)), np.tile(angles, len(radii))])
+    way = np.stack([np.cos(ring[1]), np.sin(ring[1])], axis=1)
+    spots, window = np.asarray(anchors, dtype=float), np.asarray(inside, dtype=float)
+    marks = np.concatenate([spots - 4, spots + 4], axis=1)
+    hard = np.concatenate([marks, np.asarray(taken, dtype=float).reshape(-1, 4)])
+    fixed = len(hard)
+    soft = np.asarray(avoid, dtype=float).reshape(-1, 4)
+    found: list[tuple[float, float, float]] = []
+    for anchor, text in zip(spots, texts, strict=True):
+        lines = text.split("\n")
+        half = np.array(
+            [max(width_of(line, WRITTEN) for line in lines) / 2 + 1, len(lines) * WRITTEN * LINE / 2 + 1]
+        )
+        offsets = way * ring[0][:, None] + way * half
+        boxes = np.concatenate([anchor + offsets - half, anchor + offsets + half], axis=1)
+        free = ~_overlap(boxes, hard).any(axis=1)
+        free &= (boxes[:, :2] >= window[:2]).all(axis=1) & (boxes[:, 2:] <= window[2:]).all(axis=1)
+        if not free.any():
+            return None
+        steps = np.linspace(0.15, 0.95, 9)[:, None] * (way * ring[0][:, None])[:, None, :] + anchor
+        crossed = _overlap(np.concatenate([steps, steps], axis=2).reshape(-1, 4), hard[fixed:]).any(axis=1)
+        leader = crossed.reshape(len(offsets), -1).any(axis=1)
+        cost = ring[0] + 9 * _overlap(boxes, soft).sum(axis=1) + 40 * leader
+        best = int(np.where(free, cost, np.inf).argmin())
+        hard = np.concatenate([hard, boxes[best : best + 1]])
+        soft = np.concatenate([soft, np.concatenate([steps[best], steps[best]], axis=1)])
+        found.append((float(offsets[best][0]), float(offsets[best][1]), float(ring[0][best])))
+    return found
+
+
+def _overlap(boxes: Any, others: Any) -> Any:
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return (low <= high).all(axis=2)
+
+
+def _mark(color: str, marker: str, text: str) -> Line2D:
+    style: Any = {"linestyle": "", "markersize": 8 if marker in "PX*" else 6.5, "markeredgecolor": "white"}
+    return Line2D([], [], color=color, marker=marker, markeredgewidth=0.5, label=text, **style)

@@ -1,0 +1,159 @@
+"""Did the defense reach the model? Checked on a few queries before every run, which stops if anything is off.
+
+Each of these has cost a published toolkit a silent wrong result: a system prompt that a template dropped, a doubled
+BOS, a prompt that ended inside a thinking block, a batch that gave other numbers than its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from analysis.engine import shared_prefix
+from analysis.queries import Query
+from analysis.readout import LOW_COVERAGE, Readout
+from analysis.rendering import Prompt, squeeze, without_thoughts
+from analysis.run import Bench
+from defenses import Defense
+
+# How far two ways to the same margin may lie apart, nats: float noise. Measured on SmolLM2-135M: 2.5e-5 and 0.18.
+NOISE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.5, torch.float16: 0.1}
+# Families that may change the user's words.
+_REWORDING = ("refactoring", "noise")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one defense: what was looked at, whether it holds, and what was seen."""
+
+    defense: str
+    name: str
+    passed: bool
+    seen: str
+
+
+def check(
+    bench: Bench, name: str, defense: Defense, queries: Sequence[Query], readout: Readout
+) -> list[Check]:
+    """Return the checks of one defense on a few queries.
+
+    Args:
+        bench: the model.
+        name: the defense's name in the tables.
+        defense: prepared for this model.
+        queries: a few of each class.
+        readout: whose margins are compared.
+    """
+    cases = [(query, prompt) for query in queries for prompt in bench.prompts(defense, query)]
+    prompts = [prompt for _, prompt in cases]
+    found = [
+        _text_arrives(prompts),
+        *([] if defense.family in _REWORDING else [_words_survive(cases)]),
+        *([_secret_arrives(bench, defense, prompts)] if defense.secrets() else []),
+        _bos(bench, prompts),
+        _system_role(bench, prompts),
+        _whole(bench, prompts),
+        _answer_begins(bench, prompts),
+        *_margins(bench, defense, prompts, readout),
+    ]
+    return [Check(name, *one) for one in found]
+
+
+Found = tuple[str, bool, str]
+
+
+def _text_arrives(prompts: list[Prompt]) -> Found:
+    lost = [
+        message["content"]
+        for prompt in prompts
+        for message in prompt.chat
+        if squeeze(message["content"]) not in squeeze(prompt.text)
+    ]
+    seen = f"{len(lost)} messages are missing from the tokens" if lost else "every message is in the tokens"
+    return "text reaches the model", not lost, seen
+
+
+def _words_survive(cases: list[tuple[Query, Prompt]]) -> Found:
+    lost = [query.id for query, prompt in cases if squeeze(query.text) not in squeeze(prompt.text)]
+    return "user's words survive", not lost, f"changed in {', '.join(lost)}" if lost else "word for word"
+
+
+def _secret_arrives(bench: Bench, defense: Defense, prompts: list[Prompt]) -> Found:
+    from defenses.tokens import ids_of
+
+    whole, total = True, 0
+    for secret in defense.secrets():
+        ids = ids_of(bench.loaded.tokenizer, secret)
+        total += len(ids)
+        core = f",{','.join(map(str, ids[1:-1]))},"  # the ends may join what stands beside them
+        whole &= all(core in f",{','.join(map(str, prompt.ids))}," for prompt in prompts)
+    seen = (
+        f"{total} tokens, in one piece"
+        if whole
+        else "the template or its neighbors break it into other tokens"
+    )
+    return "secret reaches the model", whole, seen
+
+
+def _bos(bench: Bench, prompts: list[Prompt]) -> Found:
+    bos = bench.loaded.tokenizer.bos_token_id
+    have = [prompt.ids.count(bos) for prompt in prompts]
+    want = [bench.renderer.bos_expected(prompt.chat) for prompt in prompts]
+    return "BOS tokens", bos is None or have == want, f"{have[0]}, the template writes {want[0]}"
+
+
+def _system_role(bench: Bench, prompts: list[Prompt]) -> Found:
+    policy = bench.renderer.system_policy
+    left = any(message["role"] == "system" for prompt in prompts for message in prompt.chat)
+    return "system role", not (policy == "merged" and left), policy
+
+
+def _whole(bench: Bench, prompts: list[Prompt]) -> Found:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    return "nothing truncated", longest < bench.loaded.context, f"{longest} tokens of {bench.loaded.context}"
+
+
+def _answer_begins(bench: Bench, prompts: list[Prompt]) -> Found:
+    for prompt in prompts:
+        head = bench.renderer.answer_head(prompt.chat)
+        text = without_thoughts(prompt.text)
+        # Closing tags are taken out with their blocks, so an opening one that is left was never closed.
+        if prompt.text.count("<think>") > prompt.text.count("</think>"):
+            return "answer begins at the end", False, "the prompt ends inside a thinking block"
+        if head is not None and not text.endswith(without_thoughts(head)[-40:]):
+            return "answer begins at the end", False, f"the template puts an answer behind {head[-40:]!r}"
+    return "answer begins at the end", True, repr(prompts[0].text[-24:])
+
+
+def _margins(bench: Bench, defense: Defense, prompts: list[Prompt], readout: Readout) -> list[Found]:
+    """The engine's margins against a plain forward pass of one prompt, and against a batch of one."""
+    model = bench.loaded.model
+    by_length = sorted(((*prompt.ids, *readout.prefix) for prompt in prompts), key=len)
+    two = [by_length[0], by_length[-1]]
+    with defense.armed(model), torch.inference_mode():
+        many = bench.engine.read(two, readout.read)
+        one = bench.engine.read(two[:1], readout.read)
+        plain = torch.cat([readout.read(_plain_logits(model, ids)) for ids in two]).to(many.device)
+    noise = NOISE.get(model.dtype, 0.5)
+    apart = float((many[:, 0] - plain[:, 0]).abs().max())
+    alone = float((many[:1, 0] - one[:, 0]).abs().max())
+    coverage = float(many[:, 1].mean())
+    little = " (low: look at what the model opens with)" if coverage < LOW_COVERAGE else ""
+    return [
+        ("engine equals plain pass", apart <= noise, f"{apart:.1e} nats apart, {noise:g} allowed"),
+        ("one equals many", alone <= noise, f"{alone:.1e} nats apart, {noise:g} allowed"),
+        ("shared prefix", True, f"{shared_prefix(two)} of {len(two[-1])} tokens"),
+        ("coverage", True, f"{coverage:.1%}{little}"),
+    ]
+
+
+def _plain_logits(model: torch.nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """First-answer logits the slow way: one prompt, no cache, no padding."""
+    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    out = model(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=places, use_cache=False
+    )
+    return torch.as_tensor(out.logits[:, -1]).float()

@@ -1,0 +1,217 @@
+"""What is asked: harmful and benign queries, shipped or the user's own, in splits that keep pairs together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from analysis import data_folder
+from defenses.errors import UserError, unknown
+
+SPLITS = ("train", "calibration", "test")
+# Shipped sets: the kinds of query that each takes from data/contrast.jsonl.
+SHIPPED = {
+    "contrast": ("harmful", "twin", "plain"),
+    "twins": ("harmful", "twin"),
+    "plain": ("harmful", "plain"),
+}
+_NEEDS = (
+    "it needs the columns text and harmful (true/false), and may have id, pair, category, split "
+    f"({'/'.join(SPLITS)}), kind"
+)
+_HARMFUL = {"true": True, "1": True, "yes": True, "harmful": True}
+_HARMFUL |= {"false": False, "0": False, "no": False, "benign": False}
+
+
+@dataclass(frozen=True)
+class Query:
+    """One user request.
+
+    Attributes:
+        id: unique in its set.
+        text: the request.
+        harmful: whether it should be refused.
+        category: its topic.
+        pair: shared by a harmful query and its benign twin; None where there is no twin.
+        split: train, calibration or test; None where the set has no splits.
+        kind: harmful, twin or plain.
+        image: path of an image that belongs to the text.
+    """
+
+    id: str
+    text: str
+    harmful: bool
+    category: str = ""
+    pair: str | None = None
+    split: str | None = None
+    kind: str = ""
+    image: str | None = None
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """Queries under a name, with the SHA-256 of the file that they came from."""
+
+    name: str
+    queries: tuple[Query, ...]
+    sha256: str
+
+    @property
+    def splits(self) -> set[str]:
+        """The splits that the set has."""
+        return {query.split for query in self.queries if query.split}
+
+    def split(self, name: str | None) -> QuerySet:
+        """Return the queries of one split; None or "all" keeps them all."""
+        if name is None or name == "all":
+            return self
+        if not self.splits:
+            raise UserError(
+                f"--split {name}: {self.name} has no column split; leave --split out to take all queries"
+            )
+        if name not in self.splits:
+            raise unknown("split", name, {*self.splits, "all"})
+        return self._with(query for query in self.queries if query.split == name)
+
+    def limit(self, number: int | None) -> QuerySet:
+        """Return at most so many queries, pairs kept whole and all categories in proportion."""
+        if number is None:
+            return self
+        if number < 2:
+            raise UserError(f"--limit {number}: at least 2 queries are needed, a harmful and a benign one")
+        units = defaultdict(list)
+        for query in self.queries:
+            units[query.pair or query.id].append(query)
+        sizes = Counter(unit[0].category for unit in units.values())
+        seen: Counter[str] = Counter()
+        ranked = []
+        for unit in units.values():
+            category = unit[0].category
+            ranked.append((seen[category] / sizes[category], unit))
+            seen[category] += 1
+        kept: list[Query] = []
+        for _, unit in sorted(ranked, key=lambda item: item[0]):
+            if len(kept) + len(unit) <= number:
+                kept += unit
+        order = {query.id: place for place, query in enumerate(self.queries)}
+        return self._with(sorted(kept, key=lambda query: order[query.id]))
+
+    def checked(self) -> QuerySet:
+        """Return the set if it holds both classes."""
+        for harmful, name in ((True, "harmful"), (False, "benign")):
+            if not any(query.harmful == harmful for query in self.queries):
+                raise UserError(f"{self.name} holds no {name} query here: a defense is read on both classes")
+        return self
+
+    def _with(self, queries: Any) -> QuerySet:
+        return QuerySet(self.name, tuple(queries), self.sha256)
+
+
+def load(name: str) -> QuerySet:
+    """Return the query set of that name, or the one in that file.
+
+    >>> load("twins").split("test").limit(4).queries[0].harmful
+    True
+
+    Args:
+        name: contrast, twins or plain (shipped), or the path of a `.jsonl` or `.csv` file.
+    """
+    if name in SHIPPED:
+        path = data_folder() / "contrast.jsonl"
+    elif Path(name).suffix in (".jsonl", ".csv"):
+        path = Path(name)
+    else:
+        raise unknown("data set", name, SHIPPED, " (or the path of a .jsonl or .csv file)")
+    try:
+        raw = path.read_bytes()
+        rows = _rows(path, raw.decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    queries = [_query(row, number, path) for number, row in enumerate(rows, 1)]
+    repeated = [one for one, count in Counter(query.id for query in queries).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: the id {repeated[0]!r} occurs more than once; every query needs its own")
+    splits: dict[str, str | None] = {}
+    for query in queries:
+        if query.pair and splits.setdefault(query.pair, query.split) != query.split:
+            raise UserError(f"{path}: the pair {query.pair!r} lies in two splits; a pair belongs to one")
+    if name in SHIPPED:
+        queries = [query for query in queries if query.kind in SHIPPED[name]]
+    return QuerySet(name, tuple(queries), hashlib.sha256(raw).hexdigest()).checked()
+
+
+def default_split(data: QuerySet) -> Literal["test", "all"]:
+    """Return the split to evaluate on: test where there is one, else all."""
+    return "test" if "test" in data.splits else "all"
+
+
+def sample(queries: Sequence[Query], number: int) -> list[Query]:
+    """Return up to `number` queries, half of each class, evenly spaced over the list."""
+    picked = []
+    for harmful in (True, False):
+        side = [query for query in queries if query.harmful == harmful]
+        count = min(len(side), number // 2)
+        picked += [side[i * len(side) // count] for i in range(count)]
+    return picked
+
+
+def _rows(path: Path, text: str) -> list[Mapping[str, Any]]:
+    """The rows of a file as they stand in it."""
+    if path.suffix == ".csv":
+        import csv
+        import io
+
+        reader = csv.DictReader(io.StringIO(text))
+        columns, rows = set(reader.fieldnames or ()), list(reader)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error.msg}); one object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object; {_NEEDS}")
+            rows.append(row)
+        columns = set.intersection(*map(set, rows)) if rows else set()
+    if not rows:
+        raise UserError(f"{path} holds no queries; {_NEEDS}")
+    missing = {"text", "harmful"} - columns
+    if missing:
+        raise UserError(
+            f"{path} lacks {' and '.join(sorted(missing))} (has {', '.join(sorted(columns))}); {_NEEDS}"
+        )
+    return list(rows)
+
+
+def _query(row: Mapping[str, Any], number: int, path: Path) -> Query:
+    text = str(row["text"] if row["text"] is not None else "").strip()
+    ident = str(row.get("id") or f"q{number:04d}")
+    if not text:
+        raise UserError(f"{path}, query {ident!r}: the text is empty")
+    harmful = _HARMFUL.get(str(row["harmful"]).strip().lower())
+    if harmful is None:
+        raise UserError(f"{path}, query {ident!r}: harmful is {row['harmful']!r}; it takes true or false")
+    split = row.get("split") or None
+    if split is not None and split not in SPLITS:
+        raise UserError(f"{path}, query {ident!r}: split is {split!r}; it takes {', '.join(SPLITS)}")
+    pair, kind = row.get("pair") or None, row.get("kind") or ("harmful" if harmful else "plain")
+    return Query(
+        ident,
+        text,
+        harmful,
+        str(row.get("category") or ""),
+        pair and str(pair),
+        split,
+        str(kind),
+        row.get("image"),
+    )

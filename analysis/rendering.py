@@ -1,0 +1,159 @@
+"""In which words a model is asked: chat → token ids through the model's own template, checked on the way.
+
+Token ids come from `apply_chat_template` alone: a template rendered to text and tokenized again would get a second
+BOS. Where a template knows no system role, its text is merged into the first user turn; it is never dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from defenses import Chat, Message
+from defenses.errors import UserError
+
+_MARK = "zxqmarkqxz"
+# A model that thinks first gets its thinking closed, so that the next token belongs to the answer.
+_THINKING = {"<think>": "\n</think>\n\n", "<|START_THINKING|>": "<|END_THINKING|>"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads.
+
+    Attributes:
+        ids: the tokens, up to where the answer begins.
+        text: the tokens decoded, special ones included.
+        chat: the messages as they went into the template, after any merging of the system turn.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    chat: Chat
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """The template of one tokenizer, with what had to be decided about it.
+
+    Args:
+        tokenizer: of transformers, with a chat template; never changed.
+    """
+
+    tokenizer: Any
+
+    @cached_property
+    def system_policy(self) -> Literal["native", "merged"]:
+        """Whether the template has a system role, or its text goes into the first user turn."""
+        try:
+            text = self._text([Message(role="system", content=_MARK), Message(role="user", content="Hi")])
+        except TemplateError:
+            return "merged"
+        return "native" if _MARK in text else "merged"
+
+    @cached_property
+    def tail(self) -> str:
+        """What the template writes behind the last user turn, up to where the answer begins."""
+        return self._text([Message(role="user", content=_MARK)]).rsplit(_MARK, 1)[-1]
+
+    @cached_property
+    def closing(self) -> str:
+        """What closes the thinking block that the template leaves open; empty where it opens none."""
+        for opening, closing in _THINKING.items():
+            if opening in self.tail and closing.strip() not in self.tail[self.tail.rindex(opening) :]:
+                return closing
+        return ""
+
+    @cached_property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know about how this model is asked."""
+        found = []
+        if self.system_policy == "merged":
+            found.append(
+                "the template has no system role: system text goes to the head of the first user turn"
+            )
+        if self.closing:
+            found.append("the template opens a thinking block: it is closed before the answer is read")
+        if self.tail.endswith(" "):
+            found.append("the template ends in a space: the answer's first word has none of its own")
+        return tuple(found)
+
+    def render(self, chat: Chat) -> Prompt:
+        """Return what the model reads for a chat whose answer it is to begin."""
+        if self.system_policy == "merged" and chat[0]["role"] == "system":
+            chat = _merge_system(chat)
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                chat, tokenize=True, add_generation_prompt=True, return_dict=True, enable_thinking=False
+            )
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses this chat: {error}") from error
+        ids = list(encoded["input_ids"])
+        if self.closing:
+            ids += self.tokenizer.encode(self.closing, add_special_tokens=False)
+        return Prompt(tuple(ids), self.decode(ids), chat)
+
+    def decode(self, ids: list[int] | tuple[int, ...]) -> str:
+        """Return the tokens as text, special ones included and nothing tidied."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    def bos_expected(self, chat: Chat) -> int:
+        """Return how many BOS tokens the template itself writes for a chat."""
+        bos = self.tokenizer.bos_token
+        return self._text(chat).count(bos) if bos else 0
+
+    def answer_head(self, chat: Chat) -> str | None:
+        """Return the text in front of an answer in a finished chat, or None where the template renders none."""
+        try:
+            text = self._text([*chat, Message(role="assistant", content=_MARK)], prompt=False)
+        except TemplateError:
+            return None
+        return text.split(_MARK, 1)[0] if _MARK in text else None
+
+    def _text(self, chat: Chat, prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
+            )
+        )
+
+
+def squeeze(text: str) -> str:
+    """Return the text without white space, for "is it in there" questions that templates' trimming must not decide.
+
+    >>> squeeze(" I  can't\\n")
+    "Ican't"
+    """
+    return re.sub(r"\s+", "", text)
+
+
+def without_thoughts(text: str) -> str:
+    """Return the text less any thinking blocks, opened or closed, and less white space."""
+    return squeeze(re.sub(r"<think>.*?(</think>|$)|</think>", "", text, flags=re.DOTALL))
+
+
+def redact(text: str, secrets: tuple[str, ...]) -> str:
+    """Return the text with secrets replaced by a mark, even where white space was changed inside them.
+
+    >>> redact("say tulip  seven now", ("tulip seven",))
+    'say ⟨secret⟩ now'
+    """
+    for secret in secrets:
+        text = re.sub(r"\s*".join(map(re.escape, squeeze(secret))), "⟨secret⟩", text)
+    return text
+
+
+def _merge_system(chat: Chat) -> Chat:
+    """The chat with its system turn at the head of the first user turn."""
+    system, rest = chat[0]["content"], [Message(**message) for message in chat[1:]]
+    first = next((m for m in rest if m["role"] == "user"), None)
+    if first is None:
+        raise UserError("a chat without a user turn cannot be asked")
+    first["content"] = f"{system}\n\n{first['content']}"
+    return rest

@@ -1,0 +1,52 @@
+"""The output folder: every file is written beside its place and then renamed, so that none is ever half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from defenses.errors import UserError
+
+
+def usable(folder: Path) -> Path:
+    """Return the folder if results can be written there; asked before the work, not after it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a folder, new or old")
+    above = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {folder} cannot be written: {above} does not let you; choose another folder")
+    return folder
+
+
+def save(
+    folder: Path, tables: Mapping[str, pd.DataFrame], pictures: Mapping[str, Any], record: Mapping[str, Any]
+) -> None:
+    """Write a run: all of its files, or, if one cannot be written, none.
+
+    Args:
+        folder: made where there is none; files of the same names are replaced.
+        tables: by file stem.
+        pictures: matplotlib figures by file stem.
+        record: for run.json.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for stem, table in tables.items():
+            table.to_csv(beside / f"{stem}.csv", index=False, float_format="%.7g")
+        for stem, picture in pictures.items():
+            picture.savefig(beside / f"{stem}.png")
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        (beside / "run.json").write_text(text + "\n", encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        for file in beside.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,115 @@
+"""What is printed: progress, the summary table, the checks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from analysis.decompose import DRAWS
+
+if TYPE_CHECKING:
+    from analysis.plots import Context
+    from analysis.preflight import Check
+    from analysis.readout import Readout
+    from analysis.tables import Summary
+
+
+def progress(console: Console) -> Progress:
+    """Return a progress bar with time left; it is gone when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def summary(summary: Summary, record: Mapping[str, Any]) -> None:
+    """Print one row per defense: rates, AUROC, the two contrasts, and the verdict."""
+    data, model = record["data"], record["model"]
+    title = (
+        f"{model['name']} ({record['dtype']}) on {data['name']}, {data['split']} split: "
+        f"{data['n_harmful']} harmful, {data['n_benign']} benign"
+    )
+    # A terminal of the usual 80 columns gets intervals below their values; a file or a pipe gets one line a row.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    gap = " " if console.width >= 130 else "\n"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("defense", overflow="fold")
+    heads = (
+        "refuses\nharmful",
+        "refuses\nbenign",
+        "AUROC",
+        "shift\n(nats)",
+        "discrimi-\nnation (nats)",
+        "ΔAUROC",
+    )
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for row in summary.frame.itertuples(index=False):
+        values = row._asdict()
+        cells = [_interval(values, name, ".0f", gap, 100) for name in ("refusal_rate", "over_refusal_rate")]
+        cells += [_interval(values, "auroc", ".2f", gap)]
+        changes = ("shift", "discrimination", "delta_auroc")
+        reference = row.verdict == "reference"
+        cells += ["–" if reference else _interval(values, name, "+.2f", gap) for name in changes]
+        control = row.family == "control"
+        name = f"{row.defense} (control)" if control else row.defense
+        style = "dim" if control else ""
+        table.add_row(*(Text(cell) for cell in (name, *cells, row.verdict)), style=style)
+    console.print(table)
+    note = (
+        f"[x, y]: 95 % intervals, paired bootstrap over pairs, {DRAWS:,} draws. Rates in %, at threshold "
+        f"{record['readout']['threshold']:g}. Shift: refuses more of everything. Discrimination: tells harmful "
+        "from benign better; ΔAUROC is free of scale."
+    )
+    console.print(Text(note, style="dim"))
+
+
+def checks(console: Console, name: str, checks: Sequence[Check], texts: Sequence[tuple[str, str]]) -> None:
+    """Print what the model reads for a few queries, and the checks of one defense."""
+    console.rule(Text(name), align="left")
+    for query, text in texts:
+        console.print(Text(f"{query}:", style="bold"))
+        console.print(Text(text, style="cyan"))
+    for check in checks:
+        mark = Text("ok    ", style="green") if check.passed else Text("FAILED", style="bold red")
+        console.print(mark, Text(f"{check.name}: {check.seen}"))
+
+
+def failures(checks: Sequence[Check]) -> None:
+    """Print the checks that stopped a run, one line each on stderr."""
+    console = Console(stderr=True)
+    for check in checks:
+        console.print(Text(f"analyze: {check.defense}: {check.name}: FAILED: {check.seen}"))
+    console.print(
+        Text(f"Nothing was scored. `analyze check -d {checks[0].defense}` shows what the model reads.")
+    )
+
+
+def context(record: Mapping[str, Any], readout: Readout) -> Context:
+    """Return what the figures' captions say about a run."""
+    from analysis.plots import Context
+
+    return Context(
+        model=f"{record['model']['name']} ({record['model']['id']}, {record['dtype']})",
+        data=record["data"]["name"],
+        split=record["data"]["split"],
+        threshold=readout.threshold,
+        refusing=tuple(token.strip() for token in record["readout"]["refuse"]),
+        complying=tuple(token.strip() for token in record["readout"]["comply"]),
+    )
+
+
+def _interval(row: Mapping[str, Any], name: str, form: str, gap: str, scale: float = 1) -> str:
+    value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:{form}}{gap}[{low:{form}}, {high:{form}}]" if low <= high else "–"

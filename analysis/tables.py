@@ -1,0 +1,115 @@
+"""Plain tables that check themselves when they are made: what was scored, and what it amounts to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+SCORES = (
+    "query",
+    "pair",
+    "category",
+    "harmful",
+    "attack",
+    "defense",
+    "margin",
+    "p_refuse",
+    "prompt_tokens",
+    "coverage",
+)
+ESTIMATES = (
+    "refusal_rate",
+    "over_refusal_rate",
+    "auroc",
+    "d_prime",
+    "criterion",
+    "shift",
+    "discrimination",
+    "criterion_shift",
+    "delta_d_prime",
+    "delta_auroc",
+    "spread",
+    "mean_shift",
+    "distance_change",
+    "scaled_shift",
+)
+UNDEFENDED, DIRECT = "none", "direct"
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One row per query × attack × defense.
+
+    Attributes:
+        frame: the columns `SCORES`, and `readings` where a defense read several copies of a query. `margin` is in
+            nats, positive refuses; `coverage` is the probability on the readout's words.
+        made_with: the manifest of the run: model, readout (with its threshold), defenses (with their families), data.
+    """
+
+    frame: pd.DataFrame
+    made_with: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a table that later steps would misread."""
+        frame = self.frame
+        missing = set(SCORES) - set(frame.columns)
+        if missing:
+            raise ValueError(f"a score table lacks {sorted(missing)}")
+        if frame.duplicated(["query", "attack", "defense"]).any():
+            raise ValueError("a query is scored twice under one attack and defense")
+        if frame["harmful"].dtype != bool or frame["margin"].isna().any():
+            raise ValueError("`harmful` must be true or false and every margin a number")
+        for attack, rows in frame.groupby("attack"):
+            if UNDEFENDED not in set(rows["defense"]):
+                raise ValueError(
+                    f"attack {attack!r} was not scored undefended, so there is nothing to compare with"
+                )
+            if rows.groupby("query")["defense"].nunique().nunique() != 1:
+                raise ValueError(f"under attack {attack!r} the defenses were not scored on the same queries")
+
+    @property
+    def threshold(self) -> float:
+        """The margin above which the classifier says "refuse"."""
+        return float(self.made_with["readout"]["threshold"])
+
+    def family(self, defense: str) -> str:
+        """Return the family of a defense of this run."""
+        return str(self.made_with["defenses"][defense]["family"])
+
+    @property
+    def conditions(self) -> list[tuple[str, str]]:
+        """Attack and defense of each condition, in the order of scoring."""
+        pairs = self.frame[["attack", "defense"]].drop_duplicates()
+        return list(pairs.itertuples(index=False, name=None))
+
+    def condition(self, attack: str, defense: str) -> pd.DataFrame:
+        """Return the rows of one condition, by query, in the order of the undefended ones."""
+        rows = self.frame[self.frame["attack"] == attack]
+        order = rows.loc[rows["defense"] == UNDEFENDED, "query"]
+        return rows[rows["defense"] == defense].set_index("query").loc[order]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One row per attack × defense: estimates `x` with `x_low` and `x_high`, two p-values and a verdict in words."""
+
+    frame: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        """Refuse a summary that lacks a promised column."""
+        wanted = {
+            "attack",
+            "defense",
+            "family",
+            "n_harmful",
+            "n_benign",
+            "p_shift",
+            "p_discrimination",
+            "verdict",
+        }
+        wanted |= {f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")}
+        missing = wanted - set(self.frame.columns)
+        if missing:
+            raise ValueError(f"a summary lacks {sorted(missing)}")

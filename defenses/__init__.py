@@ -1,0 +1,106 @@
+"""What is done to a model: the contract that every defense keeps, and how one is found by its name.
+
+A defense is one short frozen dataclass in its family's file, or in a file of the user's own
+(`analyze --defense ./mine.py`). Its fields are its settings; its docstring says what it changes and what mechanism
+its authors expect; nothing else has to be edited. This package knows nothing of `analysis`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypedDict
+
+from defenses.errors import UserError
+
+__all__ = ["Chat", "Defense", "Host", "Message", "Source", "UserError", "get", "names"]
+
+
+class Message(TypedDict):
+    """One turn of a chat: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Chat = list[Message]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a defense comes from, and whose words it speaks."""
+
+    title: str
+    url: str = ""
+    wording: str = "ours, after the paper's description"
+
+
+@dataclass(frozen=True)
+class Host:
+    """The model that a defense is put on, as far as a defense may know it.
+
+    Attributes:
+        name: as the user gave it.
+        tokenizer: of transformers; never changed.
+        secrets: folders that keep this model's secret prompts; a new one is written into the last.
+        seed: of the run.
+    """
+
+    name: str
+    tokenizer: Any
+    secrets: tuple[Path, ...]
+    seed: int = 0
+
+
+class Defense(ABC):
+    """A change to what the model reads (`rewrite`), to what the model is (`armed`), or to both.
+
+    Subclasses are frozen dataclasses with a default for every field. Unless they say otherwise, their name is the
+    class name in snake_case.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str] = "own"
+    source: ClassVar[Source] = Source("unpublished", wording="its author's")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @abstractmethod
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        """Return the chat as the model shall read it: a new list, the given one untouched.
+
+        Args:
+            chat: as the user, or the attacker, sends it.
+            rng: the only source of randomness, seeded by run seed, query id and defense name.
+        """
+
+    def readings(self, chat: Chat, rng: random.Random) -> list[Chat]:
+        """Return the chats whose margins are averaged into one: more than one where copies are perturbed."""
+        return [self.rewrite(chat, rng)]
+
+    def prepare(self, host: Host) -> Self:
+        """Return this defense made ready for one model: a secret loaded, a length counted in its tokens."""
+        return self
+
+    def armed(self, model: Any) -> AbstractContextManager[None]:
+        """While open, the model is the defended one; afterwards it is what it was, bit for bit."""
+        return nullcontext()
+
+    def parts(self) -> dict[str, Defense]:
+        """Return this defense with one ingredient taken out, by what was taken out (`no_secret`)."""
+        return {}
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return the texts that must never be shown."""
+        return ()
+
+
+# The registry imports the family files, which import the contract above.
+from defenses.catalog import get, names  # noqa: E402

@@ -1,0 +1,142 @@
+"""Which defenses there are: those in the family files beside this one, and any file of the user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import defenses
+from defenses.errors import UserError, unknown
+
+# Settings that describe a prepared defense rather than what a user chooses.
+_HIDDEN = {"hidden": True}
+
+
+def hidden(**kwargs: Any) -> Any:
+    """Return a dataclass field that is no setting: filled by `prepare`, left out of `repr` and of `--set`."""
+    return dataclasses.field(**{"default": None, "repr": False, "metadata": _HIDDEN, **kwargs})
+
+
+def classes() -> dict[str, type[defenses.Defense]]:
+    """Return every concrete defense of this package by name, the undefended model first."""
+    found: dict[str, type[defenses.Defense]] = {}
+    for module in pkgutil.iter_modules(defenses.__path__):
+        if not module.ispkg:
+            found.update(_in_module(importlib.import_module(f"defenses.{module.name}")))
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
+
+
+def names() -> list[str]:
+    """Return the names of all defenses and controls.
+
+    >>> {"none", "backdoor"} <= set(names())
+    True
+    """
+    return list(classes())
+
+
+def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defense:
+    """Return the defense of that name, or the one in that `.py` file, with its settings.
+
+    >>> get("backdoor", {"length": "50"})
+    Backdoor(trigger=None, length=50, system='You are a helpful assistant.')
+
+    Args:
+        name: one of `names()`, or the path of a file that defines one defense.
+        settings: field name to text as typed; `@file` stands for what is in the file.
+
+    Raises:
+        UserError: if there is no such defense or setting.
+    """
+    known = classes()
+    if name.endswith(".py"):
+        cls = _from_file(Path(name))
+    elif name in known:
+        cls = known[name]
+    else:
+        raise unknown("defense", name, known, " (or a path ending in .py)")
+    values = {key: _value(cls, key, text) for key, text in (settings or {}).items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"defense {cls.name!r} cannot be made: {error}") from error
+
+
+def settings_of(defense: defenses.Defense | type[defenses.Defense]) -> dict[str, Any]:
+    """Return the settings by name, with their values (of a class: their defaults).
+
+    >>> settings_of(get("backdoor"))["length"]
+    150
+    """
+    if not dataclasses.is_dataclass(defense):
+        return {}
+    fields = [f for f in dataclasses.fields(defense) if not f.metadata.get("hidden")]
+    return {f.name: getattr(defense, f.name, f.default) for f in fields}
+
+
+def _value(cls: type[defenses.Defense], key: str, text: str) -> Any:
+    """Turn the text of a setting into the type of its field."""
+    if key not in settings_of(cls):
+        raise unknown(f"setting of {cls.name!r}", key, settings_of(cls))
+    kind = typing.get_type_hints(cls)[key]
+    if isinstance(kind, types.UnionType):  # `Path | None`
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    if kind is Path:
+        return Path(text.removeprefix("@"))
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--set {key}={text}: cannot read that file ({error})") from error
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    if choices and text not in choices:
+        raise unknown(f"value of {cls.name}.{key}", text, choices)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"--set {key}={text}: {cls.name}.{key} is {what}") from None
+    return text
+
+
+def _in_module(module: types.ModuleType) -> dict[str, type[defenses.Defense]]:
+    """Concrete defenses defined, not merely imported, in a module."""
+    return {
+        cls.name: cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, defenses.Defense)
+        and cls.__module__ == module.__name__
+        and not inspect.isabstract(cls)
+    }
+
+
+def _from_file(path: Path) -> type[defenses.Defense]:
+    """Load the one defense that a user's file defines."""
+    if not path.is_file():
+        raise UserError(f"no file {str(path)!r}: --defense takes a name or the path of a .py file")
+    name = f"defense_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py path always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look the module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} raised {type(error).__name__} while loading: {error}") from error
+    found = list(_in_module(module).values())
+    if len(found) != 1:
+        have = ", ".join(cls.__name__ for cls in found) or "none"
+        raise UserError(
+            f"{path} must define exactly one defense (a subclass of defenses.Defense); it has {have}"
+        )
+    return found[0]

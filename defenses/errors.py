@@ -1,0 +1,22 @@
+"""What the user got wrong, said in one line: the value, the rule and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's, not of the program: printed as one line, without a traceback, exit code 2."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+    """Return the error for a name that is not known, nearest names first.
+
+    >>> print(unknown("defense", "backdor", ["none", "backdoor", "policy"]))
+    unknown defense 'backdor': did you mean 'backdoor'? There are: backdoor, none, policy
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return UserError(f"unknown {kind} {name!r}: {meant}There are: {', '.join(names)}{hint}")

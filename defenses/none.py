@@ -1,0 +1,23 @@
+"""The undefended model: what every defense is read against."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import final
+
+from defenses import Chat, Defense, Message, Source
+
+
+@final
+@dataclass(frozen=True)
+class Undefended(Defense):
+    """Changes nothing: the model's template and the chat as they are."""
+
+    name = "none"
+    family = "none"
+    source = Source("the undefended model", wording="no words of its own")
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        """Return a copy of the chat."""
+        return [Message(**message) for message in chat]

@@ -1,0 +1,336 @@
+"""Figures show what the tables say, all of it can be read, and drawing needs nothing but the tables."""
+
+import io
+import itertools
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+
+from analysis.captions import Context
+from analysis.curves import margin_curves, plane_points, roc_points
+from analysis.lettering import fit, width_of, wrap
+from analysis.palette import BLACK, GREY
+from analysis.plots import figures, margins, plane, roc
+
+THRESHOLD = -1.0
+RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
+FAMILIES = ("reminders", "backdoor", "refactoring", "noise", "tuning", "steering", "control")
+ESTIMATES = ("refusal_rate", "over_refusal_rate", "auroc", "delta_auroc", "shift", "discrimination")
+
+
+def planted(defenses: int, manner: str = "usual", n: int = 24, attack: str = "direct") -> tuple[Any, Any]:
+    """Return scores and a summary with known shifts; `manner` is usual, long (names) or same (points)."""
+    generator = np.random.default_rng(defenses)
+    plain = {True: generator.normal(-0.5, 1.5, n), False: generator.normal(-2.5, 1.5, n)}
+    rows, summary = [], []
+    for number in range(-1, defenses):
+        family = "none" if number < 0 else FAMILIES[number % len(FAMILIES)]
+        name = "none" if number < 0 else f"{family}-{number}"
+        shift, gain = (0.0, 0.0) if number < 0 else (number % 5, (number % 3) - 0.5)
+        if manner == "same" and number >= 0:
+            shift, gain = 1.0, 0.5
+        if manner == "long" and number >= 0:
+            name = f"{name}+./somewhere/a_defense_with_a_very_long_name.py" + "(copies=10, $q$=0.1)" * 8
+        margin = {c: plain[c] + shift + (gain / 2 if c else -gain / 2) for c in (True, False)}
+        for harmful, index in itertools.product((True, False), range(n)):
+            query = f"{'h' if harmful else 'b'}{index}"
+            rows.append((query, f"p{index}", "any", harmful, attack, name, margin[harmful][index]))
+        wins = margin[True][:, None] > margin[False]
+        values = [(margin[True] > THRESHOLD).mean(), (margin[False] > THRESHOLD).mean(), wins.mean()]
+        values += [wins.mean() - (plain[True][:, None] > plain[False]).mean(), shift, gain]
+        about = {"attack": attack, "defense": name, "family": family, "n_harmful": n, "n_benign": n}
+        for estimate, value in zip(ESTIMATES, values, strict=True):
+            about |= {estimate: value, f"{estimate}_low": value - 0.1, f"{estimate}_high": value + 0.2}
+        summary.append(about)
+    columns = ["query", "pair", "category", "harmful", "attack", "defense", "margin"]
+    return pd.DataFrame(rows, columns=columns), pd.DataFrame(summary)
+
+
+@cache
+def made(defenses: int, manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    return figures(*planted(defenses, manner), RUN)
+
+
+def by_gid(ax: Axes) -> dict[str, Any]:
+    return {str(line.get_gid()): line for line in ax.lines if line.get_gid()}
+
+
+def points_of(ax: Axes) -> dict[str, Any]:
+    """Return the offsets of each family's scatter."""
+    return {
+        str(c.get_label()): np.asarray(c.get_offsets())
+        for c in ax.collections
+        if len(c.get_offsets()) and not str(c.get_label()).startswith("_")
+    }
+
+
+def artists(ax: Axes) -> tuple[list[str], Any]:
+    """Return everything drawn, as words and as numbers."""
+    legend = ax.get_legend()
+    assert legend is not None
+    texts = [*ax.texts, *legend.get_texts(), *ax.get_yticklabels()]
+    words = [*(text.get_text() for text in texts), *(str(line.get_color()) for line in ax.lines)]
+    numbers = [np.asarray(line.get_xydata()) for line in ax.lines]
+    numbers += [path.vertices for c in ax.collections for path in c.get_paths()]
+    numbers += [np.asarray(c.get_offsets()) for c in ax.collections]
+    numbers += [np.array([text.get_position() for text in texts])]
+    return words, np.concatenate([np.ravel(part) for part in numbers])
+
+
+def written(figure: Figure) -> list[Text]:
+    """Return every text that a reader sees."""
+    (ax,) = figure.axes
+    legend = ax.get_legend()
+    assert legend is not None
+    ticks = []
+    for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+        labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        ticks += [label for place, label in labels if low <= place <= high]
+    texts = [
+        *figure.texts,
+        *ax.texts,
+        *legend.get_texts(),
+        legend.get_title(),
+        ax.xaxis.label,
+        ax.yaxis.label,
+    ]
+    return [text for text in [*texts, *ticks] if text.get_text().strip() and text.get_visible()]
+
+
+def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
+    heavy = ("torch", "transformers", "transformer_lens", "defenses", "matplotlib.pyplot", "seaborn")
+    code = f"import sys, analysis.plots; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("defenses", [2, 8])
+def test_margins_draws_the_densities_of_the_table_above_and_below_each_row(defenses: int) -> None:
+    curves = margin_curves(*planted(defenses), THRESHOLD)
+    ax = margins(curves)
+    lines = by_gid(ax)
+    scale = 0.44 / curves["density"].max()
+    names = list(dict.fromkeys(curves["defense"]))
+    for (name, harmful), half in curves.groupby(["defense", "harmful"]):
+        gid = f"{name} {'harmful' if harmful else 'benign'}"
+        height = -names.index(str(name)) + (1 if harmful else -1) * scale * half["density"]
+        np.testing.assert_allclose(lines[gid].get_xydata(), np.stack([half["margin"], height], axis=1))
+        assert lines[f"{gid} median"].get_xdata()[0] == half["median"].iloc[0]
+    outlines = [line for line in ax.lines if line.get_gid() == "undefended"]
+    assert len(outlines) == 2 * defenses
+    assert lines["threshold"].get_xdata()[0] == THRESHOLD
+
+
+def test_densities_hold_one_and_medians_move_by_the_planted_shift() -> None:
+    curves = margin_curves(*planted(5), THRESHOLD)
+    for _, half in curves.groupby(["defense", "harmful"]):
+        assert np.trapezoid(half["density"], half["margin"]) == pytest.approx(1, abs=0.01)
+    median = curves.groupby(["defense", "harmful"])["median"].first()
+    # defense 3 is planted with shift 3 and discrimination -0.5
+    assert median["noise-3", True] - median["none", True] == pytest.approx(2.75)
+    assert median["noise-3", False] - median["none", False] == pytest.approx(3.25)
+
+
+def test_plane_puts_each_defense_at_its_estimates_with_both_intervals() -> None:
+    points = plane_points(planted(8)[1])
+    ax = plane(points)
+    assert "none" not in set(points["defense"])
+    for family, group in points.groupby("family"):
+        np.testing.assert_allclose(points_of(ax)[str(family)], group[["shift", "discrimination"]])
+    segments = {
+        tuple(map(tuple, path.vertices)) for c in ax.collections for path in c.get_paths() if len(path) == 2
+    }
+    for row in points.to_dict("records"):
+        x, y = row["shift"], row["discrimination"]
+        assert ((row["shift_low"], y), (row["shift_high"], y)) in segments
+        assert ((x, row["discrimination_low"]), (x, row["discrimination_high"])) in segments
+    assert by_gid(ax)["undefended"].get_xydata().tolist() == [[0, 0]]
+
+
+def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
+    scores, summary = planted(8)
+    points = roc_points(scores, summary, THRESHOLD)
+    lines = by_gid(roc(points))
+    for name, curve in points.groupby("defense"):
+        rates = curve[["benign_refused", "harmful_refused"]]
+        np.testing.assert_array_equal(lines[str(name)].get_xydata(), rates)
+        refused = scores[scores["defense"] == name].assign(refused=lambda rows: rows["margin"] > THRESHOLD)
+        share = refused.groupby("harmful")["refused"].mean()
+        np.testing.assert_allclose(lines[f"{name} mark"].get_xydata(), [[share[False], share[True]]])
+    assert same_color(lines["none"].get_color(), BLACK)
+
+
+def test_area_under_the_drawn_curve_is_the_auroc_also_with_ties() -> None:
+    scores, summary = planted(2)
+    scores["margin"] = scores["margin"].round()  # many ties
+    for name, curve in roc_points(scores, summary, THRESHOLD).groupby("defense"):
+        ends = curve[["benign_refused", "harmful_refused"]].iloc[[0, -1]]
+        assert ends.to_numpy().tolist() == [[0, 0], [1, 1]]
+        rows = scores[scores["defense"] == name]
+        harmful, benign = (rows.loc[rows["harmful"] == c, "margin"].to_numpy() for c in (True, False))
+        wins = (harmful[:, None] > benign).mean() + (harmful[:, None] == benign).mean() / 2
+        assert np.trapezoid(curve["harmful_refused"], curve["benign_refused"]) == pytest.approx(wins)
+
+
+@pytest.mark.parametrize("kind", ["margins", "plane", "roc"])
+def test_a_figure_can_be_drawn_again_from_its_csv_alone(kind: str) -> None:
+    table = made(8, "usual")[kind][1]
+    draw = {"margins": margins, "plane": plane, "roc": roc}[kind]
+    again = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    (words, numbers), (words_again, numbers_again) = artists(draw(table)), artists(draw(again))
+    assert words_again == words
+    np.testing.assert_allclose(numbers_again, numbers, atol=1e-9)
+
+
+def test_controls_are_grey_and_defenses_are_not() -> None:
+    scores, summary = planted(7)
+    ax = plane(plane_points(summary))
+    colors = {
+        str(c.get_label()): c.get_facecolor()[0] for c in ax.collections if str(c.get_label()) in FAMILIES
+    }
+    assert {
+        family for family, color in colors.items() if same_color(color, (*mpl.colors.to_rgb(GREY), 1))
+    } == {"control"}
+    lines = by_gid(roc(roc_points(scores, summary, THRESHOLD)))
+    grey = {name for name, line in lines.items() if same_color(line.get_color(), GREY)}
+    assert grey == {"control-6", "control-6 mark", "chance"}
+    labels = margins(margin_curves(scores, summary, THRESHOLD)).get_yticklabels()
+    assert [text.get_text() for text in labels if text.get_color() != BLACK] == ["control-6 (control)"]
+
+
+def test_past_six_defenses_roc_colors_those_whose_auroc_differs_most() -> None:
+    scores, summary = planted(20)
+    summary.loc[
+        summary["defense"] == "steering-5", "delta_auroc"
+    ] = -0.9  # a great loss is a great difference
+    lines = by_gid(roc(roc_points(scores, summary, THRESHOLD)))
+    colored = {n for n in summary["defense"] if not same_color(lines[n].get_color(), GREY)} - {"none"}
+    change = summary[~summary["family"].isin(["none", "control"])].set_index("defense")["delta_auroc"].abs()
+    assert len(colored) == 6
+    assert change[list(colored)].min() >= change.drop(list(colored)).max()
+
+
+@pytest.mark.parametrize("manner", ["usual", "long", "same"])
+@pytest.mark.parametrize("defenses", [0, 2, 8, 20])
+def test_no_text_hides_another_and_none_leaves_the_canvas(defenses: int, manner: str) -> None:
+    for kind, (figure, table) in made(defenses, manner).items():
+        for dpi in (100, 150):
+            figure.set_dpi(dpi)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            texts = written(figure)
+            boxes = [Text.get_window_extent(text) for text in texts]
+            for text, box in zip(texts, boxes, strict=True):
+                inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+                assert inside, f"{kind} at {dpi} dpi: {text.get_text()!r} leaves the canvas"
+            for (one, a), (two, b) in itertools.combinations(zip(texts, boxes, strict=True), 2):
+                apart = min(a.x1, b.x1) - max(a.x0, b.x0) <= 0.5 or min(a.y1, b.y1) - max(a.y0, b.y0) <= 0.5
+                assert apart, f"{kind} at {dpi} dpi: {one.get_text()!r} on {two.get_text()!r}"
+            if kind == "plane":
+                (ax,) = figure.axes
+                spots = ax.transData.transform(
+                    np.array([[0, 0], *table[["shift", "discrimination"]].to_numpy()])
+                )
+                for text, box in zip(texts, boxes, strict=True):
+                    covered = isinstance(text, Annotation) and any(box.contains(*spot) for spot in spots)
+                    assert not covered, f"{text.get_text()!r} covers a point"
+
+
+def test_every_point_of_a_crowded_plane_has_its_number_and_its_name_in_the_key() -> None:
+    figure, table = made(20, "same")["plane"]
+    (ax,) = figure.axes
+    numbers = sorted(int(text.get_text()) for text in ax.texts if text.get_text().isdigit())
+    assert numbers == list(range(1, 21))
+    legend = ax.get_legend()
+    assert legend is not None
+    key = [text.get_text() for text in legend.get_texts()]
+    for name in table["defense"]:
+        assert any(text.endswith(f"  {name}") for text in key)
+
+
+@pytest.mark.parametrize("kind", ["margins", "plane", "roc"])
+def test_captions_name_n_model_data_readout_judge_attack_and_interval(kind: str) -> None:
+    figure = made(8, "usual")[kind][0]
+    caption = figure.texts[1].get_text().replace("\n", " ").replace("\u00a0", " ")
+    for word in (
+        "24 harmful", "24 benign", RUN.model, "twins, test split", "\u201cSorry\u201d", "\u201cSure\u201d",
+        "no judge: first-token readout", "95 % paired bootstrap", "Attack: none", "threshold \u22121.00 nats",
+    ):  # fmt: skip
+        assert word in caption
+
+
+def test_names_are_written_as_they_are_whatever_signs_they_hold() -> None:
+    scores, summary = planted(2)
+    strange = {"reminders-0": "pay $5$ or\n$9", "backdoor-1": "\u62b1\u6b49_^{x"}
+    scores, summary = scores.replace({"defense": strange}), summary.replace({"defense": strange})
+    run = Context("m" * 300, "data", "test", THRESHOLD, ("\u62b1\u6b49", "\n"), judge="judge: none")
+    for figure, _ in figures(scores, summary, run).values():
+        FigureCanvasAgg(figure).draw()  # a glyph that the font lacks would warn here
+        shown = " ".join(text.get_text() for text in written(figure))
+        assert "pay $5$" in shown
+        assert not any(text.get_parse_math() for text in written(figure) if "$" in text.get_text())
+        assert r"\u62b1" in shown
+
+
+def test_one_class_one_value_and_missing_numbers_are_drawn_without_a_warning() -> None:
+    scores, summary = planted(3)
+    of_class = [f"{x}{end}" for x in ESTIMATES if x != "over_refusal_rate" for end in ("", "_low", "_high")]
+    benign = scores[~scores["harmful"]], summary.assign(**dict.fromkeys(of_class, np.nan), n_harmful=0)
+    flat = scores.assign(margin=0.25), summary
+    holed = scores.assign(margin=scores["margin"].where(scores["defense"] != "backdoor-1")), summary
+    bare = scores, summary.assign(**dict.fromkeys([c for c in summary if c[-4:] in ("_low", "high")], np.nan))
+    single = planted(2, n=1)
+    for case in (benign, flat, holed, bare, single):
+        for figure, _ in figures(*case, RUN).values():
+            FigureCanvasAgg(figure).draw()
+    key = figures(*benign, RUN)["plane"][0].axes[0].get_legend()
+    assert key is not None
+    assert "no value: backdoor-1" in [text.get_text() for text in key.get_texts()]
+
+
+def test_several_attacks_give_a_figure_each_and_one_axes_takes_one() -> None:
+    parts = planted(2), planted(2, attack="./my attack.py")
+    scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
+    drawn = figures(scores, summary, RUN)
+    stems = [
+        f"{kind}-{attack}" for attack in ("direct", ".-my-attack.py") for kind in ("margins", "plane", "roc")
+    ]
+    assert list(drawn) == stems
+    assert set(drawn["plane-.-my-attack.py"][1]["attack"]) == {"./my attack.py"}
+    for draw, table in ((margins, margin_curves(scores, summary, 0)), (plane, summary)):
+        with pytest.raises(ValueError, match=r"one attack, got 'direct', '\./my attack\.py'"):
+            draw(table)
+
+
+def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> None:
+    scores, summary = planted(4)
+    settings, kept = dict(mpl.rcParams), (scores.copy(), summary.copy())
+    axes = Figure(figsize=(15, 5)).subplots(1, 3)
+    drawn = figures(scores, summary, RUN)
+    for ax, draw, kind in zip(axes, (margins, plane, roc), ("margins", "plane", "roc"), strict=True):
+        assert draw(drawn[kind][1], ax) is ax
+    assert dict(mpl.rcParams) == settings
+    pd.testing.assert_frame_equal(scores, kept[0])
+    pd.testing.assert_frame_equal(summary, kept[1])
+
+
+def test_wrapped_lines_fit_their_width_and_lose_no_sign() -> None:
+    text = "a_long/name-with+joints and " + "x" * 80 + " at \u22121.00\u00a0nats"
+    lines = wrap(text, 100, 8)
+    assert max(width_of(line, 8) for line in lines) <= 100
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    short = fit("x" * 40 + "-end", 60, 8, most=1)
+    assert short.startswith("x")
+    assert short.endswith("-end")
+    assert width_of(short, 8) <= 60
