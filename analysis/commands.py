@@ -274,7 +274,8 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
     if len(low):
         worst = ", ".join(f"{row.defense} {row.coverage:.0%}" for row in low.itertuples())
         console.print(
-            f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here ({worst}): "
+            f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here "
+            f"({worst}): "
             "these margins see little of how the model answers.",
             style="yellow",
             highlight=False,

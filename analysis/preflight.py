@@ -1,7 +1,7 @@
 """Did the defense reach the model? Checked on a few queries before every run, which stops if anything is off.
 
-Each of these has cost a published toolkit a silent wrong result: a system prompt that a template dropped, a doubled
-BOS, a prompt that ended inside a thinking block, a batch that gave other numbers than its rows.
+Each of these has cost a published toolkit a silent wrong result: a system prompt that a template dropped, a
+doubled BOS, a prompt that ended inside a thinking block, a batch that gave other numbers than its rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from analysis.rendering import Prompt, squeeze, without_thoughts
 from analysis.run import Bench
 from defenses import Defense
 
-# How far two ways to the same margin may lie apart, nats: float noise. Measured on SmolLM2-135M: 2.5e-5 and 0.18.
+# How far two ways to the same margin may lie apart, nats: float noise. Measured on SmolLM2-135M: 2.5e-5 and
+# 0.18.
 NOISE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.5, torch.float16: 0.1}
 # Families that may change the user's words.
 _REWORDING = ("refactoring", "noise")

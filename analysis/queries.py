@@ -1,4 +1,4 @@
-"""What is asked: harmful and benign queries, shipped or the user's own, in splits that keep pairs together."""
+"""What is asked: harmful and benign queries, shipped or the user's own, in splits that keep pairs whole."""
 
 from __future__ import annotations
 

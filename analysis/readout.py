@@ -1,8 +1,8 @@
-"""How refusal is read: weights on first-answer-token logits that turn a forward pass into one number, the margin.
+"""How refusal is read: weights on first-answer-token logits make a forward pass one number, the margin.
 
-The readout is made from words, per tokenizer, never from token ids written into code: models open their answers
-with different tokens ("I", " I", a lone space first). It is linear in the logits, so that a margin splits exactly
-over the parts of a model.
+The readout is made from words, per tokenizer, never from token ids written into code: models open their
+answers with different tokens ("I", " I", a lone space first). It is linear in the logits, so that a margin
+splits exactly over the parts of a model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Readout:
         ids: token ids, refusing ones first.
         weights: one per id; they sum to zero, so that a constant added to all logits changes nothing.
         threshold: margin above which the classifier says "refuse", nats.
-        prefix: token ids of the answer's opening that carry no meaning (a lone space), put behind every prompt.
+        prefix: token ids of the answer's opening that carry no meaning (a lone space), put behind every
+            prompt.
         notices: how the words were turned into tokens, where it was not obvious.
     """
 
@@ -49,7 +50,7 @@ class Readout:
     notices: tuple[str, ...] = ()
 
     def read(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 2"]:
-        """Return margin (nats; positive refuses) and coverage (probability on the readout's words) of each row."""
+        """Return each row's margin (nats; positive refuses) and coverage (probability on the words)."""
         chosen = logits[:, list(self.ids)].double()
         margin = chosen @ torch.tensor(self.weights, dtype=torch.float64, device=logits.device)
         coverage = (chosen.logsumexp(1) - logits.logsumexp(1)).exp()
@@ -72,10 +73,10 @@ def words(
     refuse: Sequence[str] = REFUSE,
     comply: Sequence[str] = COMPLY,
 ) -> Readout:
-    """Return the `words` readout: mean logit of the refusing words' first tokens, less that of the complying ones.
+    """Return the `words` readout: mean logit of refusing words' first tokens, less that of complying ones.
 
-    A word has one token with a space in front and one without. Which form this model opens with, and whether it opens
-    with an empty token first, is seen from a few undefended prompts.
+    A word has one token with a space in front and one without. Which form this model opens with, and whether
+    it opens with an empty token first, is seen from a few undefended prompts.
 
     Args:
         tokenizer: of transformers.

@@ -1,7 +1,8 @@
 """In which words a model is asked: chat → token ids through the model's own template, checked on the way.
 
-Token ids come from `apply_chat_template` alone: a template rendered to text and tokenized again would get a second
-BOS. Where a template knows no system role, its text is merged into the first user turn; it is never dropped.
+Token ids come from `apply_chat_template` alone: a template rendered to text and tokenized again would get a
+second BOS. Where a template knows no system role, its text is merged into the first user turn; it is never
+dropped.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Renderer:
         return self._text(chat).count(bos) if bos else 0
 
     def answer_head(self, chat: Chat) -> str | None:
-        """Return the text in front of an answer in a finished chat, or None where the template renders none."""
+        """Return the text in front of an answer in a finished chat; None where the template has none."""
         try:
             text = self._text([*chat, Message(role="assistant", content=_MARK)], prompt=False)
         except TemplateError:
@@ -125,9 +126,9 @@ class Renderer:
 
 
 def squeeze(text: str) -> str:
-    """Return the text without white space, for "is it in there" questions that templates' trimming must not decide.
+    """Return the text without white space, which templates trim and tokenizers bend.
 
-    >>> squeeze(" I  can't\\n")
+    >>> squeeze(" I  can't ")
     "Ican't"
     """
     return re.sub(r"\s+", "", text)

@@ -1,8 +1,8 @@
 """The main idea on one page: queries + defenses + model + readout → a table of margins.
 
-A defended model is read as a refuse/comply classifier. Each query is rewritten as the defense would have it (2),
-rendered through the model's template (3), sent through the model while the defense is armed (4), and the logits of
-the first answer token become one number, the margin (5). The numbers are the steps of the README.
+A defended model is read as a refuse/comply classifier. Each query is rewritten as the defense would have it
+(2), rendered through the model's template (3), sent through the model while the defense is armed (4), and the
+logits of the first answer token become one number, the margin (5). The numbers are the steps of the README.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Bench:
         longest = max(len(prompt.ids) for prompt in prompts)
         if longest >= self.loaded.context:
             raise UserError(
-                f"query {query.id!r} under {defense.name!r} makes a prompt of {longest} tokens, and {self.loaded.name} "
-                f"reads {self.loaded.context}: shorten the query or the defense's text"
+                f"query {query.id!r} under {defense.name!r} makes a prompt of {longest} tokens, and "
+                f"{self.loaded.name} reads {self.loaded.context}: shorten the query or the defense's text"
             )
         return prompts
 
@@ -74,7 +74,7 @@ class Bench:
             ) from error
 
     def words(self, queries: Sequence[Query], undefended: Defense) -> Readout:
-        """Return the words readout of this model, made from how it opens its answers to a few undefended queries."""
+        """Return this model's words readout, made from how it opens its answers to undefended queries."""
 
         def opening(prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, list[int]]:
             probabilities = self.engine.read(prompts, lambda logits: logits.softmax(1))

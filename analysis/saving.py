@@ -1,4 +1,4 @@
-"""The output folder: every file is written beside its place and then renamed, so that none is ever half there."""
+"""The output folder: every file is written beside its place and then renamed; none is ever half there."""
 
 from __future__ import annotations
 

@@ -39,8 +39,9 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
         f"{model['name']} ({record['dtype']}) on {data['name']}, {data['split']} split: "
         f"{data['n_harmful']} harmful, {data['n_benign']} benign"
     )
-    # A terminal of the usual 80 columns gets intervals below their values; a file or a pipe gets one line a row.
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    # A terminal of the usual 80 columns gets intervals below their values; a file or a pipe gets one line a
+    # row.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     gap = " " if console.width >= 130 else "\n"
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("defense", overflow="fold")
@@ -55,22 +56,22 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("verdict")
-    for row in summary.frame.itertuples(index=False):
-        values = row._asdict()
+    for row in summary.frame.to_dict("records"):
+        values: dict[str, Any] = {str(name): value for name, value in row.items()}
         cells = [_interval(values, name, ".0f", gap, 100) for name in ("refusal_rate", "over_refusal_rate")]
         cells += [_interval(values, "auroc", ".2f", gap)]
         changes = ("shift", "discrimination", "delta_auroc")
-        reference = row.verdict == "reference"
+        reference = values["verdict"] == "reference"
         cells += ["–" if reference else _interval(values, name, "+.2f", gap) for name in changes]
-        control = row.family == "control"
-        name = f"{row.defense} (control)" if control else row.defense
+        control = values["family"] == "control"
+        name = f"{values['defense']} (control)" if control else values["defense"]
         style = "dim" if control else ""
-        table.add_row(*(Text(cell) for cell in (name, *cells, row.verdict)), style=style)
+        table.add_row(*(Text(cell) for cell in (name, *cells, values["verdict"])), style=style)
     console.print(table)
     note = (
         f"[x, y]: 95 % intervals, paired bootstrap over pairs, {DRAWS:,} draws. Rates in %, at threshold "
-        f"{record['readout']['threshold']:g}. Shift: refuses more of everything. Discrimination: tells harmful "
-        "from benign better; ΔAUROC is free of scale."
+        f"{record['readout']['threshold']:g}. Shift: refuses more of everything. Discrimination: tells "
+        "harmful from benign better; ΔAUROC is free of scale."
     )
     console.print(Text(note, style="dim"))
 

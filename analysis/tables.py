@@ -43,9 +43,10 @@ class ScoreTable:
     """One row per query × attack × defense.
 
     Attributes:
-        frame: the columns `SCORES`, and `readings` where a defense read several copies of a query. `margin` is in
-            nats, positive refuses; `coverage` is the probability on the readout's words.
-        made_with: the manifest of the run: model, readout (with its threshold), defenses (with their families), data.
+        frame: the columns `SCORES`, and `readings` where a defense read several copies of a query. `margin`
+            is in nats, positive refuses; `coverage` is the probability on the readout's words.
+        made_with: the manifest of the run: model, readout (with its threshold), defenses (with their
+            families), data.
     """
 
     frame: pd.DataFrame
@@ -93,7 +94,7 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Summary:
-    """One row per attack × defense: estimates `x` with `x_low` and `x_high`, two p-values and a verdict in words."""
+    """One row per attack × defense: estimates `x` with `x_low`, `x_high`, two p-values and a verdict."""
 
     frame: pd.DataFrame
 

@@ -1,8 +1,8 @@
 """What is done to a model: the contract that every defense keeps, and how one is found by its name.
 
 A defense is one short frozen dataclass in its family's file, or in a file of the user's own
-(`analyze --defense ./mine.py`). Its fields are its settings; its docstring says what it changes and what mechanism
-its authors expect; nothing else has to be edited. This package knows nothing of `analysis`.
+(`analyze --defense ./mine.py`). Its fields are its settings; its docstring says what it changes and what
+mechanism its authors expect; nothing else has to be edited. This package knows nothing of `analysis`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Host:
 class Defense(ABC):
     """A change to what the model reads (`rewrite`), to what the model is (`armed`), or to both.
 
-    Subclasses are frozen dataclasses with a default for every field. Unless they say otherwise, their name is the
-    class name in snake_case.
+    Subclasses are frozen dataclasses with a default for every field. Unless they say otherwise, their name is
+    the class name in snake_case.
     """
 
     name: ClassVar[str]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from defenses import Chat, Defense, Host, Source, UserError
-from defenses.catalog import hidden
+from defenses.catalog import HIDDEN
 from defenses.chats import prepend_system
 from defenses.tokens import random_text
 
@@ -44,11 +44,12 @@ class Secret:
 @final
 @dataclass(frozen=True)
 class Backdoor(Defense):
-    """Puts a secret prompt of random tokens in front of the system prompt, on the model's weights as they are.
+    """Puts a secret prompt of random tokens in front of the system prompt, on the weights as they are.
 
-    The authors fine-tune the model so that the secret switches safe behavior on, and expect a shift that only the
-    provider can trigger. Without such weights the secret is 150 tokens of noise, and little effect is to be expected.
-    The part `no_secret` keeps the system prompt and leaves the secret out: what is left is not the secret's doing.
+    The authors fine-tune the model so that the secret switches safe behavior on, and expect a shift that only
+    the provider can trigger. Without such weights the secret is 150 tokens of noise, and little effect is to
+    be expected. The part `no_secret` keeps the system prompt and leaves the secret out: what is left is not
+    the secret's doing.
 
     Attributes:
         trigger: the file that holds the secret; by default the model's own, drawn at first use.
@@ -66,7 +67,7 @@ class Backdoor(Defense):
     trigger: Path | None = None
     length: int = SECRET_LENGTH
     system: str = SYSTEM
-    secret: Secret | None = hidden()
+    secret: Secret | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
         """Refuse a length that no secret has."""

@@ -17,13 +17,8 @@ from typing import Any
 import defenses
 from defenses.errors import UserError, unknown
 
-# Settings that describe a prepared defense rather than what a user chooses.
-_HIDDEN = {"hidden": True}
-
-
-def hidden(**kwargs: Any) -> Any:
-    """Return a dataclass field that is no setting: filled by `prepare`, left out of `repr` and of `--set`."""
-    return dataclasses.field(**{"default": None, "repr": False, "metadata": _HIDDEN, **kwargs})
+# Metadata of a dataclass field that is no setting: filled by `prepare`, left out of `--set`.
+HIDDEN = {"hidden": True}
 
 
 def classes() -> dict[str, type[defenses.Defense]]:

@@ -1,4 +1,4 @@
-"""Texts of an exact number of tokens: random ones that survive a decode–encode round trip, and plain ones cut to size."""
+"""Texts of an exact number of tokens: random ones that encode to what they are, plain ones cut to size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 def random_text(tokenizer: Any, length: int, rng: random.Random) -> str:
     """Return a text of exactly `length` random tokens that encodes to those same tokens.
 
-    Tokens are drawn one by one from the letters-and-digits part of the vocabulary; one that would merge with its
-    neighbor, so that the model never saw it, is drawn again.
+    Tokens are drawn one by one from the letters-and-digits part of the vocabulary; one that would merge with
+    its neighbor, so that the model never saw it, is drawn again.
 
     Args:
         tokenizer: of transformers.
@@ -60,5 +60,5 @@ def cut_text(tokenizer: Any, text: str, length: int) -> str:
 
 
 def _plain(text: str) -> bool:
-    """Whether a token is ASCII letters and digits, with a space in front or not, so that it survives any template."""
+    """Whether a token is ASCII letters and digits, a space in front or not: such survive templates."""
     return text.isascii() and text.removeprefix(" ").isalnum()
