@@ -1,0 +1,128 @@
+"""How fast is the engine? `make bench` prints queries per second three ways, and how close to the machine's limit.
+
+One prompt at a time and left-padded batches of 32 are what a user would otherwise write with transformers. The limit
+is arithmetic: tokens that must be computed × floating-point operations per token ÷ the rate at which this machine
+multiplies matrices, which is measured right before and right after the engine runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import defenses
+from analysis import models, queries
+from analysis.engine import Engine, shared_prefix
+from analysis.run import Bench
+
+Ids = tuple[int, ...]
+
+
+def main() -> None:
+    """Print the table for each dtype."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--defense", default="in_context_refusal")
+    parser.add_argument("--queries", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
+    given = parser.parse_args()
+    console = Console()
+    for dtype in given.dtype:
+        loaded = models.load(given.model, given.device, dtype)
+        bench = Bench.of(loaded)
+        defense = defenses.get(given.defense).prepare(models.host(given.model, loaded.tokenizer))
+        asked = queries.load("contrast").split("test").limit(given.queries).queries
+        readout = bench.words(queries.sample(asked, 16), defenses.get("none"))
+        prompts = [prompt.ids for query in asked for prompt in bench.prompts(defense, query)]
+        table(console, loaded.model, prompts, lambda logits: readout.read(logits)[:, :1], dtype)
+
+
+def table(console: Console, model: torch.nn.Module, prompts: list[Ids], read: Callable, dtype: str) -> None:
+    """Time the three ways on the same prompts and print them."""
+    shared = shared_prefix(prompts)
+    unique = shared + sum(len(prompt) - shared for prompt in prompts)
+    engine = Engine(model)
+    engine.read(prompts, read)  # warm
+    slow, margins = timed(model, lambda: one_at_a_time(model, prompts, read))
+    padded, padded_margins = timed(model, lambda: left_padded(model, prompts, read))
+    fastest, limit = 0.0, 0.0
+    for _ in range(3):
+        before = matrix_rate(model)
+        seconds, engine_margins = timed(model, lambda: engine.read(prompts, read))
+        rate = max(before, matrix_rate(model))
+        if len(prompts) / seconds > fastest:
+            fastest, limit = len(prompts) / seconds, len(prompts) * rate / operations(model, unique, len(prompts))
+    mean = sum(map(len, prompts)) / len(prompts)
+    title = f"{dtype}, {model.device}: {len(prompts)} prompts of {mean:.0f} tokens on average, {shared} of them shared"
+    shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for head in ("", "queries/s", "engine is faster by", "largest margin difference"):
+        shown.add_column(head, justify="right" if head else "left")
+    for name, rate, apart in (
+        ("one at a time", len(prompts) / slow, 0.0),
+        ("left-padded batches of 32", len(prompts) / padded, (padded_margins - margins).abs().max()),
+        ("engine", fastest, (engine_margins - margins).abs().max()),
+    ):
+        shown.add_row(name, f"{rate:.1f}", f"{fastest / rate:.1f} ×", f"{apart:.1e} nats")
+    shown.add_row("arithmetic limit", f"{limit:.1f}", f"engine reaches {fastest / limit:.0%}", "")
+    console.print(shown)
+    console.print()
+
+
+def timed(model: torch.nn.Module, work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """Return the seconds that the work took, and its result."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        result = work()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - start, result.cpu()
+
+
+def one_at_a_time(model: torch.nn.Module, prompts: list[Ids], read: Callable) -> torch.Tensor:
+    """Margins, one prompt in a pass: the reference."""
+    rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+    return torch.cat([read(model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()).cpu() for ids in rows])
+
+
+def left_padded(model: torch.nn.Module, prompts: list[Ids], read: Callable, size: int = 32) -> torch.Tensor:
+    """Margins by left-padded batches, in the order of the prompts."""
+    found = []
+    for start in range(0, len(prompts), size):
+        rows = prompts[start : start + size]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        places = (mask.cumsum(1) - 1).clip(min=0)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=places, logits_to_keep=1)
+        found.append(read(out.logits[:, -1].float()).cpu())
+    return torch.cat(found)
+
+
+def operations(model: torch.nn.Module, tokens: int, queries: int) -> float:
+    """Return the floating-point operations of the matrix products that cannot be avoided; attention is not counted."""
+    head = model.get_output_embeddings().weight.numel()
+    inside = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2) - head
+    embedding = model.get_input_embeddings().weight
+    inside -= 0 if embedding is model.get_output_embeddings().weight else embedding.numel()
+    return 2.0 * (inside * tokens + head * queries)
+
+
+def matrix_rate(model: torch.nn.Module) -> float:
+    """Return this machine's best floating-point operations per second, multiplying square matrices."""
+    size = 8192 if model.device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=model.device, dtype=model.dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        seconds, _ = timed(model, lambda: left @ right)
+        best = min(best, seconds)
+    return 2.0 * size**3 / best
+
+
+if __name__ == "__main__":
+    main()
