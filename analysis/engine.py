@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -164,26 +165,35 @@ class Engine:
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, leaving each at least one token of its own.
 
-    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2, 3]]), shared_prefix([[1],
-    [2]]) (2, 1, 0)
+    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2, 3]]), shared_prefix([[1]])
+    (2, 1, 0)
     """
-    first, last = (
-        min(map(list, prompts)),
-        max(map(list, prompts)),
-    )  # the two that differ soonest, in the order of lists
+    rows = [list(prompt) for prompt in prompts]
+    first, last = min(rows), max(rows)  # the two that differ soonest, in the order of lists
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return min(same, min(map(len, prompts)) - 1)
+    return min(same, min(map(len, rows)) - 1)
 
 
 def _spread(prefix: DynamicCache, rows: int) -> DynamicCache:
-    """A cache for `rows` rows whose first keys and values are views of the one row in `prefix`."""
+    """A cache for `rows` rows that begins with the one row in `prefix`, and that remembers nothing new.
+
+    What a layer adds is needed in that layer only. Were it kept, as transformers does, a batch would hold the
+    keys and values of all layers at once: at 7B, tens of gigabytes instead of one.
+    """
     cache = copy.copy(prefix)
     cache.layers = [copy.copy(layer) for layer in prefix.layers]
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        layer.keys = layer.keys.expand(rows, -1, -1, -1)
-        layer.values = layer.values.expand(rows, -1, -1, -1)
+        keys, values = (kept.expand(rows, -1, -1, -1) for kept in (layer.keys, layer.values))
+        layer.update = partial(_extended, keys, values)  # type: ignore[method-assign]
     return cache
+
+
+def _extended(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Keys and values with new ones behind them, along the axis of positions."""
+    return torch.cat([keys, new_keys], dim=-2), torch.cat([values, new_values], dim=-2)
 
 
 @contextmanager

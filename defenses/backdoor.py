@@ -27,7 +27,7 @@ class Secret:
     """A secret prompt that shows itself as a fingerprint only.
 
     >>> Secret("tulip seven harbor")
-    Secret(sha256:49ad4a9eb9b1)
+    Secret(sha256:a7c9cd27f228)
     """
 
     text: str = dataclasses.field(repr=False)
