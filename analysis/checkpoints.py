@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -23,6 +25,8 @@ Say = Callable[[str], None]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
+# Weights a second time, for other programs: Mistral's format, and whatever lies in subfolders.
+_NOT_WANTED = ("consolidated*", "*/*")
 # Raised when the conversion changes, so that copies made by an older one are not used.
 _CONVERSION = 1
 
@@ -47,13 +51,32 @@ def weights_sha256(folder: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def missing_weights(folder: Path) -> str:
+    """Return a file of weights that the folder should hold and does not; empty where all are there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return min((name for name in wanted if not (folder / name).is_file()), default="")
+    return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
+
+
+def refuse_incomplete(name: str, report: dict[str, Any]) -> None:
+    """Raise if transformers had to make up weights, which it does at random and with a log line only."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{name} lacks {len(missing)} of its model's weights ({missing[0]}), and transformers would draw "
+            "them at random: save or fetch the model again"
+        )
+
+
 def local_folder(path: Path) -> Path:
     """Return the folder if it holds a model that may be loaded."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no config.json: --model takes a folder as save_pretrained() writes it")
-    if not any(path.glob("*.safetensors")):
+    if missing := missing_weights(path):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
-        what = f"only pickled weights ({pickles[0]})" if pickles else "no *.safetensors"
+        what = f"only pickled weights ({pickles[0]})" if pickles else f"no {missing}"
         raise UserError(
             f"{path} holds {what}; weights are read from safetensors or GGUF only, since a pickle can run "
             "code. Save them again with save_pretrained() on a machine where you trust the file"
@@ -77,7 +100,6 @@ def from_hub(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -85,7 +107,15 @@ def from_hub(
 
     def copy(local: bool) -> Path:
         wanted = [name for name in _FILES if weights or name != "*.safetensors"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=local))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=list(_NOT_WANTED),
+                local_files_only=local,
+            )
+        )
 
     login = (
         f"accept the licence on the model's page (huggingface.co/{repo}), then `hf auth login` or set "
@@ -93,8 +123,8 @@ def from_hub(
     )
     try:
         folder = copy(local=True)
-        if weights and not any(folder.glob("*.safetensors")):
-            raise LocalEntryNotFoundError("a copy without weights")
+        if weights and missing_weights(folder):  # only the tokenizer was fetched, or fetching was cut short
+            raise LocalEntryNotFoundError("a copy without its weights")
     except LocalEntryNotFoundError:
         if offline:
             raise UserError(f"{repo} is not in the local cache, and --offline forbids fetching it") from None
@@ -109,10 +139,11 @@ def from_hub(
             raise UserError(
                 f"no model {repo!r} on the hub, or it is private: check the id, or {login}"
             ) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except Exception as error:  # of the hub, of the HTTP library that it uses, of the disk
             also = f" It is gated, too: {login}." if gated else ""
             raise UserError(
-                f"{repo} could not be fetched ({type(error).__name__}).{also} Is there a network?"
+                f"{repo} could not be fetched ({type(error).__name__}).{also} Is there a network, and room on the "
+                "disk?"
             ) from error
     return (local_folder(folder) if weights else folder), folder.name
 
@@ -170,9 +201,11 @@ def from_gguf(path: Path, say: Say) -> tuple[Path, str]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        loader: Any = AutoModelForCausalLM
+        loaded, report = loader.from_pretrained(path.parent, gguf_file=path.name, output_loading_info=True)
+    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
+    refuse_incomplete(str(path), report)
     # transformers marks the model as quantized and will not save it, though its weights are plain float32 by
     # now.
     config = loaded.config

@@ -6,17 +6,36 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from defenses.errors import UserError, unknown
 
 ATTACKS = {"direct": "the query as it is"}
 READOUTS = {"words": "refusing against complying first words, equal weights"}
 
+
+class _Interrupted(Exception):
+    """Ctrl-C, on its way past typer."""
+
+
+class _Group(TyperGroup):
+    """The commands, called with the context that typer's own hints promise, with Ctrl-C left to `main`."""
+
+    context_class = typer.Context
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; typer by itself would end an interrupted one without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+
+
 app = typer.Typer(
+    cls=_Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -158,11 +177,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except UserError as error:
         code = _fail(str(error), 2, debug, error)
-    except click.ClickException as error:
-        code = _fail(
-            f"{error.format_message()} (`analyze --help` lists the options)", error.exit_code, debug, error
-        )
-    except (KeyboardInterrupt, click.Abort):
+    except (_Interrupted, KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; nothing was written", 130, False, None)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -175,9 +190,16 @@ def main() -> None:
                 error,
             )
     except Exception as error:
-        code = _fail(
-            f"a fault in refusalscope, {type(error).__name__}: {error} (--debug shows where)", 1, debug, error
-        )
+        # Mistyped options: an error of the click that typer carries or finds, which depends on its version.
+        if hasattr(error, "format_message"):
+            code = _fail(f"{error.format_message()} (`analyze --help` lists the options)", 2, debug, error)
+        else:
+            code = _fail(
+                f"a fault in refusalscope, {type(error).__name__}: {error} (--debug shows where)",
+                1,
+                debug,
+                error,
+            )
     sys.exit(code if isinstance(code, int) else 0)
 
 

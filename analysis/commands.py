@@ -123,9 +123,9 @@ def analyze(
     else:
         showing.summary(summary, record)
     _say_coverage(summary.frame, console)
-    console.print(f"Tables, figures and run.json are in {out}", highlight=False)
+    _say(console)(f"Tables, figures and run.json are in {out}")
     if interrupted:
-        console.print(
+        _say(console)(
             f"Interrupted: {len(frames)} of {len(every)} conditions were finished and kept; the rest is not."
         )
         return 130
@@ -150,7 +150,7 @@ def check(request: Request, names: Sequence[str], settings: Sequence[str], count
         ]
         showing.checks(console, name, checks, texts)
     for notice in (*ready.bench.renderer.notices, *ready.readout.notices):
-        console.print(f"note: {notice}", highlight=False, markup=False)
+        _say(console)(f"note: {notice}")
     return 1 if failed else 0
 
 
@@ -279,16 +279,19 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
             "these margins see little of how the model answers.",
             style="yellow",
             highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
 
 
 def _default_out(model: str, names: Sequence[str], started: datetime) -> Path:
-    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).stem, "-".join(Path(name).stem for name in names[:3])]
+    short = "-".join(Path(name).stem for name in names[:3])
+    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf"), short]
     return Path("runs") / "-".join(parts)
 
 
 def _say(console: Console) -> Any:
-    return lambda text: console.print(text, highlight=False, markup=False)
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _quiet(offline: bool) -> None:

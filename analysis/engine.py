@@ -8,11 +8,9 @@ to float noise.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -22,13 +20,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from defenses.errors import UserError
+
 Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
 # Tokens in one batch of suffixes. Past this a CPU gains nothing (its caches overflow), while a GPU still
 # does.
 _TOKENS_PER_BATCH = {"cpu": 768, "cuda": 16384}
-
-
+# Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
 _SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -75,8 +74,8 @@ class Engine:
                 not.
             done: told how many more prompts are finished, for a progress bar.
         """
-        if not prompts:
-            raise ValueError("no prompts to read")
+        if not prompts or not all(map(len, prompts)):
+            raise ValueError("no prompts to read, or an empty one")
         with torch.inference_mode():
             shared = shared_prefix(prompts) if self._can_share else 0
             prefix = self._prefix(prompts[0][:shared]) if shared else None
@@ -91,7 +90,7 @@ class Engine:
 
     @property
     def _can_share(self) -> bool:
-        """Whether what the model remembers is keys and values alone; a recurrent state is not shared."""
+        """Whether all that the model remembers of a prefix can be laid under several rows."""
         return all(type(one) in _SHAREABLE for one in DynamicCache(config=self.model.config).layers)
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
@@ -104,7 +103,7 @@ class Engine:
             order = order[size:]
 
     def _prefix(self, tokens: Sequence[int]) -> DynamicCache:
-        """Keys and values of the shared tokens, for one row."""
+        """Keys and values of the shared tokens, to be lent to batches of any size."""
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([list(tokens)], device=self.model.device)
         self.model(
@@ -116,6 +115,10 @@ class Engine:
             logits_to_keep=1,
         )
         self.work.computed += len(tokens)
+        for layer in cache.layers:
+            assert isinstance(layer, DynamicLayer)  # of _SHAREABLE
+            if layer.keys is not None and layer.values is not None:  # some layers use those of another
+                layer.update = _lent(layer.keys, layer.values)  # type: ignore[method-assign]
         return cache
 
     def _forward(
@@ -127,9 +130,15 @@ class Engine:
             part = slice(start, start + size)
             try:
                 logits = self._logits(suffixes[part], shared, prefix)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if size == 1 or not _out_of_memory(error):
+            except RuntimeError as error:
+                if not _out_of_memory(error):
                     raise
+                if size == 1:
+                    raise UserError(
+                        f"memory ran out on {self.model.device} with one prompt of "
+                        f"{shared + len(suffixes[start])} tokens: take --dtype bfloat16, --device cpu, or a "
+                        "smaller model"
+                    ) from error
                 size = (size + 1) // 2
                 # What fitted once is what later batches start from.
                 self.batch_size = size
@@ -143,10 +152,9 @@ class Engine:
         device = self.model.device
         lengths = torch.tensor([len(suffix) for suffix in suffixes], device=device)
         # Padding on the right: index and position agree, so that sliding windows see what they would see
-        # alone.
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(list(s)) for s in suffixes], batch_first=True).to(
-            device
-        )
+        # alone, and what is computed at the padding comes too late for a causal model to see it.
+        rows = [torch.tensor(list(suffix)) for suffix in suffixes]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         span = torch.arange(ids.shape[1], device=device)
         seen = torch.ones(len(suffixes), shared, dtype=torch.long, device=device)
         mask = torch.cat([seen, (span < lengths[:, None]).long()], dim=1)
@@ -155,11 +163,14 @@ class Engine:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=(shared + span).expand_as(ids),
-                past_key_values=None if prefix is None else _spread(prefix, len(suffixes)),
+                past_key_values=prefix,
                 use_cache=prefix is not None,
             )
         self.work.computed += ids.numel()
-        return out.logits[:, 0].float()
+        # One position of each row is left, or all of them where a model does not call its unembedding module.
+        logits = out.logits
+        last = (lengths - 1).clamp(max=logits.shape[1] - 1).to(logits.device)
+        return logits[torch.arange(len(logits), device=logits.device), last].float()
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -174,26 +185,21 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return min(same, min(map(len, rows)) - 1)
 
 
-def _spread(prefix: DynamicCache, rows: int) -> DynamicCache:
-    """A cache for `rows` rows that begins with the one row in `prefix`, and that remembers nothing new.
+def _lent(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`update` of a cache layer that lays its one row under all rows of a batch, and remembers nothing new.
 
     What a layer adds is needed in that layer only. Were it kept, as transformers does, a batch would hold the
     keys and values of all layers at once: at 7B, tens of gigabytes instead of one.
     """
-    cache = copy.copy(prefix)
-    cache.layers = [copy.copy(layer) for layer in prefix.layers]
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        keys, values = (kept.expand(rows, -1, -1, -1) for kept in (layer.keys, layer.values))
-        layer.update = partial(_extended, keys, values)  # type: ignore[method-assign]
-    return cache
 
+    def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        rows = (len(new_keys), -1, -1, -1)
+        return (
+            torch.cat([keys.expand(rows), new_keys], dim=-2),
+            torch.cat([values.expand(rows), new_values], dim=-2),
+        )
 
-def _extended(
-    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Keys and values with new ones behind them, along the axis of positions."""
-    return torch.cat([keys, new_keys], dim=-2), torch.cat([values, new_values], dim=-2)
+    return update
 
 
 @contextmanager
@@ -205,13 +211,16 @@ def _last_positions(model: Any, lengths: Int[Tensor, " rows"]) -> Iterator[None]
         rows = torch.arange(len(hidden), device=hidden.device)
         return (hidden[rows, lengths.to(hidden.device) - 1][:, None], *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    unembedding = model.get_output_embeddings()
+    handle = unembedding.register_forward_pre_hook(pick) if unembedding is not None else None
     try:
         yield
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    # On a CPU torch reports a failed allocation as a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    # On a CPU and on Apple's GPUs torch reports a failed allocation as a plain RuntimeError.
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text

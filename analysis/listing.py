@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from analysis.models import TABLE
 from analysis.queries import SHIPPED
@@ -49,25 +50,34 @@ def everything(attacks: Mapping[str, str], readouts: Mapping[str, str]) -> dict[
 
 
 def show(shelves: Mapping[str, Shelf]) -> None:
-    """Print the rows as tables."""
+    """Print the rows as tables; names are never cut, and long texts go below each other."""
     console = Console()
     for title, rows in shelves.items():
-        wanted = [key for key in rows[0] if key not in ("url", "wording", "kinds")]
-        table = Table(*wanted, title=title, title_justify="left", show_edge=False, pad_edge=False)
+        short = [key for key in ("name", "family", "id", "gated") if key in rows[0]]
+        table = Table(title=title, title_justify="left", show_header=False, show_edge=False, pad_edge=False)
+        for _ in short:
+            table.add_column(no_wrap=True)
+        table.add_column()
         for row in rows:
-            table.add_row(*(_cell(row[key]) for key in wanted))
+            cells = [("gated" if row[key] else "") if key == "gated" else str(row[key]) for key in short]
+            table.add_row(*map(Text, cells), _described(row))
         console.print(table)
         console.print()
 
 
+def _described(row: Mapping[str, Any]) -> Text:
+    """What a thing is; of a defense also whose it is and what may be set."""
+    text = Text(row.get("what", row.get("note", "")))
+    if "source" in row:
+        text.append(f"\n{row['source']}", style="dim")
+    if row.get("settings"):
+        settings = ", ".join(f"{key}={_short(value)}" for key, value in row["settings"].items())
+        text.append(f"\n--set {settings}", style="dim")
+    return text
+
+
 def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool | None) else str(value)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_short(value)}" for key, value in value.items())
-    return {True: "gated", False: ""}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
 def _short(value: Any) -> str:

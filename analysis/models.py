@@ -25,7 +25,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 # Vicuna's tokenizer comes without a template; this is the format it was tuned on, less its default system
 # sentence.
 _VICUNA = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
     "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
     "{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
@@ -141,22 +141,26 @@ def load(
     kind = _dtype(dtype, place)
     folder, origin = _files(name, offline, say)
     tokenizer = _tokenizer(folder, name)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             folder,
             dtype=kind,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             device_map=_device_map(folder, place, kind),
+            output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no causal language model that transformers can load: {reason}") from error
+    checkpoints.refuse_incomplete(name, report)
     return LoadedModel(name, model.eval(), tokenizer, origin)
 
 
@@ -207,12 +211,15 @@ def _files(
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     card = TABLE.get(name)
+    # tokenizer.json is taken as it is: Llama's own class has another rule for the space in front of a text,
+    # and Llama 2 would read "[INST]" where it was trained on " [INST]".
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing more special
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error

@@ -6,15 +6,17 @@ doubled BOS, a prompt that ended inside a thinking block, a batch that gave othe
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import torch
 
 from analysis.engine import shared_prefix
 from analysis.queries import Query
 from analysis.readout import LOW_COVERAGE, Readout
-from analysis.rendering import Prompt, squeeze, without_thoughts
+from analysis.rendering import THINKING, Prompt, squeeze, without_thoughts
 from analysis.run import Bench
 from defenses import Defense
 
@@ -70,32 +72,31 @@ def _text_arrives(prompts: list[Prompt]) -> Found:
         message["content"]
         for prompt in prompts
         for message in prompt.chat
-        if squeeze(message["content"]) not in squeeze(prompt.text)
+        if _gist(message["content"]) not in _gist(prompt.text)
     ]
     seen = f"{len(lost)} messages are missing from the tokens" if lost else "every message is in the tokens"
     return "text reaches the model", not lost, seen
 
 
 def _words_survive(cases: list[tuple[Query, Prompt]]) -> Found:
-    lost = [query.id for query, prompt in cases if squeeze(query.text) not in squeeze(prompt.text)]
+    lost = [query.id for query, prompt in cases if _gist(query.text) not in _gist(prompt.text)]
     return "user's words survive", not lost, f"changed in {', '.join(lost)}" if lost else "word for word"
 
 
 def _secret_arrives(bench: Bench, defense: Defense, prompts: list[Prompt]) -> Found:
     from defenses.tokens import ids_of
 
-    whole, total = True, 0
+    whole, seen = True, []
     for secret in defense.secrets():
         ids = ids_of(bench.loaded.tokenizer, secret)
-        total += len(ids)
-        core = f",{','.join(map(str, ids[1:-1]))},"  # the ends may join what stands beside them
-        whole &= all(core in f",{','.join(map(str, prompt.ids))}," for prompt in prompts)
-    seen = (
-        f"{total} tokens, in one piece"
-        if whole
-        else "the template or its neighbors break it into other tokens"
-    )
-    return "secret reaches the model", whole, seen
+        runs = [
+            SequenceMatcher(None, ids, prompt.ids, autojunk=False).find_longest_match().size
+            for prompt in prompts
+        ]
+        # The words at the ends may join what stands beside them, and so have other tokens than alone.
+        whole &= min(runs) >= len(ids) - 4
+        seen.append(f"{min(runs)} of {len(ids)} tokens in one piece")
+    return "secret reaches the model", whole, ", ".join(seen)
 
 
 def _bos(bench: Bench, prompts: list[Prompt]) -> Found:
@@ -117,15 +118,21 @@ def _whole(bench: Bench, prompts: list[Prompt]) -> Found:
 
 
 def _answer_begins(bench: Bench, prompts: list[Prompt]) -> Found:
-    for prompt in prompts:
-        head = bench.renderer.answer_head(prompt.chat)
-        text = without_thoughts(prompt.text)
-        # Closing tags are taken out with their blocks, so an opening one that is left was never closed.
-        if prompt.text.count("<think>") > prompt.text.count("</think>"):
-            return "answer begins at the end", False, "the prompt ends inside a thinking block"
-        if head is not None and not text.endswith(without_thoughts(head)[-40:]):
-            return "answer begins at the end", False, f"the template puts an answer behind {head[-40:]!r}"
-    return "answer begins at the end", True, repr(prompts[0].text[-24:])
+    name, renderer = "answer begins at the end", bench.renderer
+    tail, head = renderer.tail + renderer.closing, renderer.answer_head
+    if not all(_gist(prompt.text).endswith(_gist(tail)) for prompt in prompts):
+        return name, False, f"a prompt does not end in {tail!r}, as the template would have it"
+    if any(opening in without_thoughts(tail) for opening in THINKING):
+        return name, False, f"the prompt ends inside a thinking block: {tail!r}"
+    if head is not None and without_thoughts(head) != without_thoughts(tail):
+        return name, False, f"the prompt ends in {tail!r}, and the template puts answers behind {head!r}"
+    return name, True, repr(tail)
+
+
+def _gist(text: str) -> str:
+    """The text less what templates trim and tokenizers may change: white space and the form of letters."""
+    # SentencePiece writes a space as "\u2581", and gives one in the text back as a space.
+    return squeeze(unicodedata.normalize("NFKC", text).replace("\u2581", " "))
 
 
 def _margins(bench: Bench, defense: Defense, prompts: list[Prompt], readout: Readout) -> list[Found]:

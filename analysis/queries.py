@@ -24,8 +24,9 @@ _NEEDS = (
     "it needs the columns text and harmful (true/false), and may have id, pair, category, split "
     f"({'/'.join(SPLITS)}), kind"
 )
-_HARMFUL = {"true": True, "1": True, "yes": True, "harmful": True}
-_HARMFUL |= {"false": False, "0": False, "no": False, "benign": False}
+_TAKES = f"{', '.join(SHIPPED)} or the path of a .jsonl or .csv file"
+_HARMFUL = {"true": True, "1": True, "1.0": True, "yes": True, "harmful": True}
+_HARMFUL |= {"false": False, "0": False, "0.0": False, "no": False, "benign": False}
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,24 @@ class QuerySet:
             raise UserError(f"--limit {number}: at least 2 queries are needed, a harmful and a benign one")
         units = defaultdict(list)
         for query in self.queries:
-            units[query.pair or query.id].append(query)
+            units["pair" if query.pair else "alone", query.pair or query.id].append(query)
         sizes = Counter(unit[0].category for unit in units.values())
         seen: Counter[str] = Counter()
         ranked = []
         for unit in units.values():
             category = unit[0].category
-            ranked.append((seen[category] / sizes[category], unit))
+            ranked.append(((seen[category] + 0.5) / sizes[category], unit))
             seen[category] += 1
-        kept: list[Query] = []
-        for _, unit in sorted(ranked, key=lambda item: item[0]):
-            if len(kept) + len(unit) <= number:
-                kept += unit
-        order = {query.id: place for place, query in enumerate(self.queries)}
-        return self._with(sorted(kept, key=lambda query: order[query.id]))
+        ranked.sort(key=lambda item: item[0])
+        # However few are taken, both classes are among them: a pair, or one query of each, goes first.
+        largest = sorted((unit for _, unit in ranked), key=len, reverse=True)
+        lead = [next((u for u in largest if any(q.harmful is side for q in u)), []) for side in (True, False)]
+        kept: set[str] = set()
+        for unit in (*lead, *(unit for _, unit in ranked)):
+            more = {query.id for query in unit} - kept
+            if len(kept) + len(more) <= number:
+                kept |= more
+        return self._with(query for query in self.queries if query.id in kept)
 
     def checked(self) -> QuerySet:
         """Return the set if it holds both classes."""
@@ -130,19 +135,39 @@ def load(name: str) -> QuerySet:
     try:
         raw = path.read_bytes()
         rows = _rows(path, raw.decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; --data takes {_TAKES}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     queries = [_query(row, number, path) for number, row in enumerate(rows, 1)]
     repeated = [one for one, count in Counter(query.id for query in queries).items() if count > 1]
     if repeated:
         raise UserError(f"{path}: the id {repeated[0]!r} occurs more than once; every query needs its own")
-    splits: dict[str, str | None] = {}
-    for query in queries:
-        if query.pair and splits.setdefault(query.pair, query.split) != query.split:
-            raise UserError(f"{path}: the pair {query.pair!r} lies in two splits; a pair belongs to one")
+    without = [query.id for query in queries if query.split is None]
+    if 0 < len(without) < len(queries):
+        raise UserError(f"{path}: the query {without[0]!r} has no split, but others do; give each one")
+    _check_pairs(queries, path)
     if name in SHIPPED:
         queries = [query for query in queries if query.kind in SHIPPED[name]]
     return QuerySet(name, tuple(queries), hashlib.sha256(raw).hexdigest()).checked()
+
+
+def _check_pairs(queries: Sequence[Query], path: Path) -> None:
+    """Raise unless each pair is what the statistics take it for."""
+    pairs: dict[str, list[Query]] = defaultdict(list)
+    for query in queries:
+        if query.pair:
+            pairs[query.pair].append(query)
+    for name, members in pairs.items():
+        if len({query.split for query in members}) > 1:
+            raise UserError(f"{path}: the pair {name!r} lies in two splits; a pair belongs to one")
+        harmful = sum(query.harmful for query in members)
+        if harmful > 1 or len(members) - harmful > 1:
+            raise UserError(
+                f"{path}: the pair {name!r} has {harmful} harmful and {len(members) - harmful} benign "
+                "queries; a pair is one harmful query and its benign twin, so give the others pairs of "
+                "their own or none"
+            )
 
 
 def default_split(data: QuerySet) -> Literal["test", "all"]:
@@ -166,8 +191,20 @@ def _rows(path: Path, text: str) -> list[Mapping[str, Any]]:
         import csv
         import io
 
-        reader = csv.DictReader(io.StringIO(text))
-        columns, rows = set(reader.fieldnames or ()), list(reader)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            names, rows = list(reader.fieldnames or ()), list(reader)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: no CSV that can be read ({error})") from error
+        if len(names) > len(set(names)):
+            raise UserError(f"{path} has two columns of one name ({', '.join(names)}); rename one")
+        for number, row in enumerate(rows, 1):
+            if None in row:
+                raise UserError(
+                    f"{path}, row {number} has more values than {len(names)} columns; a text with commas "
+                    "goes between double quotes"
+                )
+        columns = set(names)
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -194,24 +231,21 @@ def _rows(path: Path, text: str) -> list[Mapping[str, Any]]:
 
 
 def _query(row: Mapping[str, Any], number: int, path: Path) -> Query:
-    text = str(row["text"] if row["text"] is not None else "").strip()
-    ident = str(row.get("id") or f"q{number:04d}")
-    if not text:
-        raise UserError(f"{path}, query {ident!r}: the text is empty")
+    def given(name: str) -> str | None:
+        value = row.get(name)
+        return None if value is None or value == "" else str(value)
+
+    ident, split, text = given("id") or f"q{number:04d}", given("split"), row["text"]
+    where = f"{path}, query {ident!r}"
+    if not isinstance(text, str | None):
+        raise UserError(f"{where}: the text is {text!r}; it takes a string")
+    if not (text or "").strip():
+        raise UserError(f"{where}: the text is empty; write the request or take the query out")
     harmful = _HARMFUL.get(str(row["harmful"]).strip().lower())
     if harmful is None:
-        raise UserError(f"{path}, query {ident!r}: harmful is {row['harmful']!r}; it takes true or false")
-    split = row.get("split") or None
+        raise UserError(f"{where}: harmful is {row['harmful']!r}; it takes true or false")
     if split is not None and split not in SPLITS:
-        raise UserError(f"{path}, query {ident!r}: split is {split!r}; it takes {', '.join(SPLITS)}")
-    pair, kind = row.get("pair") or None, row.get("kind") or ("harmful" if harmful else "plain")
-    return Query(
-        ident,
-        text,
-        harmful,
-        str(row.get("category") or ""),
-        pair and str(pair),
-        split,
-        str(kind),
-        row.get("image"),
-    )
+        raise unknown(f"split in {where}:", split, SPLITS)
+    kind = given("kind") or ("harmful" if harmful else "plain")
+    text, pair, category = str(text).strip(), given("pair"), given("category") or ""
+    return Query(ident, text, harmful, category, pair, split, kind, given("image"))

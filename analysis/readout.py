@@ -51,9 +51,10 @@ class Readout:
 
     def read(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 2"]:
         """Return each row's margin (nats; positive refuses) and coverage (probability on the words)."""
-        chosen = logits[:, list(self.ids)].double()
-        margin = chosen @ torch.tensor(self.weights, dtype=torch.float64, device=logits.device)
-        coverage = (chosen.logsumexp(1) - logits.logsumexp(1)).exp()
+        # On the CPU: Apple's GPUs have no float64.
+        chosen = logits[:, list(self.ids)].cpu().double()
+        margin = chosen @ torch.tensor(self.weights, dtype=torch.float64)
+        coverage = (chosen.logsumexp(1) - logits.logsumexp(1).cpu()).exp()
         return torch.stack([margin, coverage], dim=1)
 
     @property

@@ -17,9 +17,11 @@ from jinja2 import TemplateError
 from defenses import Chat, Message
 from defenses.errors import UserError
 
-_MARK = "zxqmarkqxz"
+_MARK, _ANSWER = "zxqmarkqxz", "zxqanswerqxz"
 # A model that thinks first gets its thinking closed, so that the next token belongs to the answer.
-_THINKING = {"<think>": "\n</think>\n\n", "<|START_THINKING|>": "<|END_THINKING|>"}
+THINKING = {"<think>": "\n</think>\n\n", "<|START_THINKING|>": "<|END_THINKING|>"}
+# Llama 3.x writes the date into its system turn: its own default, so that no margin depends on the day.
+_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,23 @@ class Renderer:
     @cached_property
     def closing(self) -> str:
         """What closes the thinking block that the template leaves open; empty where it opens none."""
-        for opening, closing in _THINKING.items():
+        for opening, closing in THINKING.items():
             if opening in self.tail and closing.strip() not in self.tail[self.tail.rindex(opening) :]:
                 return closing
         return ""
+
+    @cached_property
+    def answer_head(self) -> str | None:
+        """What stands between the last user turn and its answer in a finished chat; None where none is shown.
+
+        A prompt whose tail is anything else does not end where answers begin.
+        """
+        chat = [Message(role="user", content=_MARK), Message(role="assistant", content=_ANSWER)]
+        try:
+            text = self._text(chat, prompt=False)
+        except TemplateError:
+            return None
+        return text.split(_ANSWER, 1)[0].rsplit(_MARK, 1)[-1] if _ANSWER in text else None
 
     @cached_property
     def notices(self) -> tuple[str, ...]:
@@ -81,6 +96,9 @@ class Renderer:
             found.append("the template opens a thinking block: it is closed before the answer is read")
         if self.tail.endswith(" "):
             found.append("the template ends in a space: the answer's first word has none of its own")
+        plain, asked = self.tokenizer.encode("Hi"), self.render([Message(role="user", content="Hi")]).ids
+        if self.tokenizer.bos_token_id in set(plain) - set(asked):
+            found.append("the template writes no BOS, though the tokenizer puts one before plain text: none")
         return tuple(found)
 
     def render(self, chat: Chat) -> Prompt:
@@ -89,7 +107,7 @@ class Renderer:
             chat = _merge_system(chat)
         try:
             encoded = self.tokenizer.apply_chat_template(
-                chat, tokenize=True, add_generation_prompt=True, return_dict=True, enable_thinking=False
+                chat, tokenize=True, add_generation_prompt=True, return_dict=True, **_SETTINGS
             )
         except TemplateError as error:
             raise UserError(f"the model's chat template refuses this chat: {error}") from error
@@ -109,18 +127,10 @@ class Renderer:
         bos = self.tokenizer.bos_token
         return self._text(chat).count(bos) if bos else 0
 
-    def answer_head(self, chat: Chat) -> str | None:
-        """Return the text in front of an answer in a finished chat; None where the template has none."""
-        try:
-            text = self._text([*chat, Message(role="assistant", content=_MARK)], prompt=False)
-        except TemplateError:
-            return None
-        return text.split(_MARK, 1)[0] if _MARK in text else None
-
     def _text(self, chat: Chat, prompt: bool = True) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
+                chat, tokenize=False, add_generation_prompt=prompt, **_SETTINGS
             )
         )
 
@@ -135,8 +145,14 @@ def squeeze(text: str) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """Return the text less any thinking blocks, opened or closed, and less white space."""
-    return squeeze(re.sub(r"<think>.*?(</think>|$)|</think>", "", text, flags=re.DOTALL))
+    """Return the text less any thinking blocks and less white space.
+
+    >>> without_thoughts("<Assistant> <think> </think> Sure")
+    '<Assistant>Sure'
+    """
+    for opening, closing in THINKING.items():
+        text = re.sub(f"{re.escape(opening)}.*?{re.escape(closing.strip())}", "", text, flags=re.DOTALL)
+    return squeeze(text)
 
 
 def redact(text: str, secrets: tuple[str, ...]) -> str:

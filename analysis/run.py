@@ -119,8 +119,15 @@ def score(
     prompts = [bench.prompts(defense, query) for query in queries]  # steps 2 and 3
     owner = [row for row, readings in enumerate(prompts) for _ in readings]
     flat = [(*prompt.ids, *readout.prefix) for readings in prompts for prompt in readings]
+    read_by_now = 0
+
+    def tell(readings: int) -> None:
+        nonlocal read_by_now
+        before, read_by_now = read_by_now, read_by_now + readings
+        done(read_by_now * len(queries) // len(flat) - before * len(queries) // len(flat))
+
     with defense.armed(bench.loaded.model):  # step 4
-        read = bench.engine.read(flat, readout.read, done)  # step 5
+        read = bench.engine.read(flat, readout.read, tell)  # step 5
     # A defense that reads several copies of a query has the mean of their margins.
     values = pd.DataFrame(read.tolist(), columns=["margin", "coverage"]).groupby(owner).mean()
     frame = pd.DataFrame(

@@ -40,7 +40,9 @@ def save(
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for stem, table in tables.items():
-            table.to_csv(beside / f"{stem}.csv", index=False, float_format="%.7g")
+            # The scores are exact, so that the summary can be made from them again.
+            form = None if stem == "scores" else "%.7g"
+            table.to_csv(beside / f"{stem}.csv", index=False, float_format=form)
         for stem, picture in pictures.items():
             picture.savefig(beside / f"{stem}.png")
         text = json.dumps(record, indent=2, ensure_ascii=False)

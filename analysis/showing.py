@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from analysis.decompose import DRAWS
+from analysis.resampling import DRAWS
 
 if TYPE_CHECKING:
     from analysis.plots import Context
@@ -29,6 +29,7 @@ def progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
@@ -39,34 +40,28 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
         f"{model['name']} ({record['dtype']}) on {data['name']}, {data['split']} split: "
         f"{data['n_harmful']} harmful, {data['n_benign']} benign"
     )
-    # A terminal of the usual 80 columns gets intervals below their values; a file or a pipe gets one line a
-    # row.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    gap = " " if console.width >= 130 else "\n"
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("defense", overflow="fold")
-    heads = (
-        "refuses\nharmful",
-        "refuses\nbenign",
-        "AUROC",
-        "shift\n(nats)",
-        "discrimi-\nnation (nats)",
-        "ΔAUROC",
-    )
-    for head in heads:
+    # Two lines a row: so it fits 80 columns. A file or a pipe has no width of its own.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
+    table.add_column("\ndefense\nverdict", overflow="fold")
+    for head in ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("verdict")
     for row in summary.frame.to_dict("records"):
         values: dict[str, Any] = {str(name): value for name, value in row.items()}
-        cells = [_interval(values, name, ".0f", gap, 100) for name in ("refusal_rate", "over_refusal_rate")]
-        cells += [_interval(values, "auroc", ".2f", gap)]
-        changes = ("shift", "discrimination", "delta_auroc")
-        reference = values["verdict"] == "reference"
-        cells += ["–" if reference else _interval(values, name, "+.2f", gap) for name in changes]
-        control = values["family"] == "control"
-        name = f"{values['defense']} (control)" if control else values["defense"]
-        style = "dim" if control else ""
-        table.add_row(*(Text(cell) for cell in (name, *cells, values["verdict"])), style=style)
+        control, reference = values["family"] == "control", values["verdict"] == "reference"
+        rates = [_interval(values, name, ".0f", 100.0) for name in ("refusal_rate", "over_refusal_rate")]
+        change, shift, discrimination = (
+            "–" if reference else _interval(values, name, "+.2f")
+            for name in ("delta_auroc", "shift", "discrimination")
+        )
+        cells = [
+            f"{values['defense']} (control)" if control else values["defense"],
+            "\n".join(rates),
+            f"{_interval(values, 'auroc', '.2f')}\n{change}",
+            f"{shift}\n{discrimination}",
+        ]
+        cells[0] += f"\n{values['verdict']}"
+        table.add_row(*map(Text, cells), style="dim" if control else "")
     console.print(table)
     note = (
         f"[x, y]: 95 % intervals, paired bootstrap over pairs, {DRAWS:,} draws. Rates in %, at threshold "
@@ -91,10 +86,9 @@ def failures(checks: Sequence[Check]) -> None:
     """Print the checks that stopped a run, one line each on stderr."""
     console = Console(stderr=True)
     for check in checks:
-        console.print(Text(f"analyze: {check.defense}: {check.name}: FAILED: {check.seen}"))
-    console.print(
-        Text(f"Nothing was scored. `analyze check -d {checks[0].defense}` shows what the model reads.")
-    )
+        console.print(Text(f"analyze: {check.defense}: {check.name}: FAILED: {check.seen}"), soft_wrap=True)
+    text = f"Nothing was scored. `analyze check -d {checks[0].defense}` shows what the model reads."
+    console.print(Text(text), soft_wrap=True)
 
 
 def context(record: Mapping[str, Any], readout: Readout) -> Context:
@@ -111,6 +105,8 @@ def context(record: Mapping[str, Any], readout: Readout) -> Context:
     )
 
 
-def _interval(row: Mapping[str, Any], name: str, form: str, gap: str, scale: float = 1) -> str:
+def _interval(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -> str:
     value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    return f"{value:{form}}{gap}[{low:{form}}, {high:{form}}]" if low <= high else "–"
+    if value != value:  # there is none: a class is missing, or nothing varies
+        return "–"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if low <= high else f"{value:{form}}"

@@ -62,6 +62,8 @@ class ScoreTable:
             raise ValueError("a query is scored twice under one attack and defense")
         if frame["harmful"].dtype != bool or frame["margin"].isna().any():
             raise ValueError("`harmful` must be true or false and every margin a number")
+        if (frame.groupby("query")[["harmful", "pair"]].nunique() > 1).any(axis=None):
+            raise ValueError("a query has two classes or two pairs")
         for attack, rows in frame.groupby("attack"):
             if UNDEFENDED not in set(rows["defense"]):
                 raise ValueError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, Host, Source, UserError
+from defenses import Chat, Defense, Host, Message, Source, UserError
 from defenses.catalog import HIDDEN
 from defenses.chats import prepend_system
 from defenses.tokens import random_text
@@ -91,7 +91,9 @@ class Backdoor(Defense):
         assert self.secret is not None, "prepare() comes before rewrite()"
         if chat[0]["role"] != "system":
             chat = prepend_system(chat, self.system)
-        return prepend_system(chat, self.secret.text) if self.secret.text else chat
+        if self.secret.text:
+            return prepend_system(chat, self.secret.text)
+        return [Message(**message) for message in chat]
 
     def parts(self) -> dict[str, Defense]:
         """Return the system prompt without the secret."""

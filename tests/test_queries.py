@@ -1,0 +1,193 @@
+"""Query sets load as they lie, keep pairs whole, and say in one line what is wrong with a file."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+
+from analysis import data_folder
+from analysis.queries import SPLITS, Query, QuerySet, default_split, load, sample
+from defenses.errors import UserError
+
+CONTRAST = load("contrast")
+
+
+def written(folder, name, content):
+    """Write a file and return its path as text."""
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_the_shipped_sets_are_views_of_one_file():
+    kinds = {name: {query.kind for query in load(name).queries} for name in ("contrast", "twins", "plain")}
+    assert kinds == {
+        "contrast": {"harmful", "twin", "plain"},
+        "twins": {"harmful", "twin"},
+        "plain": {"harmful", "plain"},
+    }
+    assert len(CONTRAST.queries) == 600
+    digest = hashlib.sha256((data_folder() / "contrast.jsonl").read_bytes()).hexdigest()
+    assert {load(name).sha256 for name in kinds} == {digest}
+
+
+def test_splits_are_disjoint_and_leave_nothing_out():
+    ids = [query.id for name in SPLITS for query in CONTRAST.split(name).queries]
+    assert sorted(ids) == sorted(query.id for query in CONTRAST.queries)
+    assert CONTRAST.split("all") == CONTRAST.split(None) == CONTRAST
+    assert default_split(CONTRAST) == "test"
+
+
+@pytest.mark.parametrize("number", [2, 3, 7, 24, 61, 100, 240, 1000])
+@pytest.mark.parametrize("name", ["contrast", "twins", "plain"])
+def test_a_limit_keeps_pairs_whole_and_the_order_of_the_file(name, number):
+    data = load(name).split("test")
+    kept = data.limit(number)
+    assert number - 1 <= len(kept.queries) <= number or kept == data
+    assert kept.limit(number) == kept
+    places = [data.queries.index(query) for query in kept.queries]
+    assert places == sorted(places)
+    whole = Counter(query.pair for query in data.queries if query.pair)
+    for pair, count in Counter(query.pair for query in kept.queries if query.pair).items():
+        assert count == whole[pair]
+    assert {query.harmful for query in kept.queries} == {True, False}
+
+
+def test_a_limit_takes_categories_in_proportion():
+    kept = CONTRAST.split("test").limit(120).queries
+    counts = Counter(query.category for query in kept)
+    assert counts.pop("plain") in range(22, 27)  # 48 of 240, of which half is taken
+    assert set(counts.values()) <= {6, 8, 10} and len(counts) == 12
+
+
+def test_a_pair_and_a_query_of_one_name_are_two_things():
+    queries = (Query("a", "x", True), Query("b", "y", True, pair="a"), Query("c", "z", False, pair="a"))
+    assert [query.id for query in QuerySet("own", queries, "").limit(2).queries] == ["b", "c"]
+
+
+@pytest.mark.parametrize("number", [1, 0, -3])
+def test_a_limit_under_two_is_refused_with_the_value_and_the_rule(number):
+    with pytest.raises(UserError, match=rf"--limit {number}: at least 2"):
+        CONTRAST.limit(number)
+
+
+def test_a_limit_that_leaves_one_class_is_noticed():
+    data = QuerySet("own", tuple(q for q in CONTRAST.queries if q.harmful), "")
+    with pytest.raises(UserError, match="no benign query"):
+        data.limit(4).checked()
+
+
+def test_a_sample_has_both_classes_in_equal_number_from_all_over():
+    picked = sample(CONTRAST.queries, 16)
+    assert Counter(query.harmful for query in picked) == {True: 8, False: 8}
+    assert len({query.id for query in picked}) == 16
+    assert len({query.category for query in picked}) > 5
+    assert sample(CONTRAST.queries[:1], 16) == [CONTRAST.queries[0]]
+
+
+CSV = "text,harmful\n{}\n"
+GOOD = {
+    "plain.csv": CSV.format("Hi,true\nYo,false"),
+    "crlf.csv": CSV.format("Hi,TRUE\nYo,No").replace("\n", "\r\n"),
+    "bom.csv": b"\xef\xbb\xbf" + CSV.format("Hi,1\nYo,0").encode(),
+    "floats.csv": CSV.format("Hi,1.0\nYo,0.0"),
+    "quoted.csv": CSV.format('"Hi",harmful\n" Yo ",benign'),
+    "lines.jsonl": '{"text": "Hi", "harmful": true}\n\n{"text": "Yo", "harmful": false}\n',
+    "bom.jsonl": b'\xef\xbb\xbf{"text": "Hi", "harmful": 1}\r\n{"text": "Yo", "harmful": 0}',
+    "more.jsonl": '{"text": "Hi", "harmful": "yes", "mine": [1]}\n{"text": "Yo", "harmful": "no"}\n',
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_files_of_the_users_own_are_read_in_the_forms_that_programs_write(tmp_path, name):
+    data = load(written(tmp_path, name, GOOD[name]))
+    assert [(q.id, q.text, q.harmful, q.pair, q.split) for q in data.queries] == [
+        ("q0001", "Hi", True, None, None),
+        ("q0002", "Yo", False, None, None),
+    ]
+    assert default_split(data) == "all"
+
+
+def test_ids_and_pairs_may_be_numbers_also_zero(tmp_path):
+    rows = '{"text": "a", "harmful": true, "id": 0, "pair": 0}\n'
+    rows += '{"text": "b", "harmful": false, "id": 1, "pair": 0}'
+    assert [(q.id, q.pair) for q in load(written(tmp_path, "x.jsonl", rows)).queries] == [
+        ("0", "0"),
+        ("1", "0"),
+    ]
+
+
+def test_a_text_may_hold_commas_quotes_and_line_breaks(tmp_path):
+    data = load(written(tmp_path, "x.csv", CSV.format('"a, ""b""\r\nc",1\nd,0')))
+    assert data.queries[0].text == 'a, "b"\r\nc'
+
+
+NEEDS = "needs the columns text and harmful"
+BAD = {
+    "no_column.csv": ("text,label\nHi,1\n", ["lacks harmful", "has label, text", NEEDS]),
+    "semicolons.csv": ("text;harmful\nHi;1\n", ["lacks harmful and text", NEEDS]),
+    "empty.csv": ("", ["holds no queries", NEEDS]),
+    "empty.jsonl": ("\n \n", ["holds no queries", NEEDS]),
+    "header_only.csv": ("text,harmful\n", ["holds no queries", NEEDS]),
+    "twice.csv": ("text,harmful,harmful\na,1,0\nb,0,1\n", ["two columns of one name", "rename"]),
+    "comma.csv": (CSV.format("Hi,1,you\nYo,0"), ["row 1", "more values", "double quotes"]),
+    "short.csv": (CSV.format("Hi,1\nYo"), ["'q0002'", "harmful is None", "true or false"]),
+    "long.csv": (CSV.format("x" * 200_000 + ",1"), ["no CSV that can be read", "field limit"]),
+    "latin.csv": (CSV.format("Héllo,1").encode("latin-1"), ["not UTF-8", "save it as UTF-8"]),
+    "utf16.csv": (CSV.format("Hi,1").encode("utf-16"), ["not UTF-8", "save it as UTF-8"]),
+    "blank.csv": (CSV.format("  ,1\nYo,0"), ["'q0001'", "the text is empty"]),
+    "null.jsonl": ('{"text": null, "harmful": true}', ["'q0001'", "the text is empty"]),
+    "number.jsonl": ('{"text": 3, "harmful": true}', ["the text is 3", "a string"]),
+    "list.jsonl": ('{"text": ["Hi"], "harmful": true}', ["the text is ['Hi']", "a string"]),
+    "maybe.csv": (CSV.format("Hi,maybe\nYo,0"), ["harmful is 'maybe'", "true or false"]),
+    "ids.jsonl": (
+        '{"id": 1, "text": "a", "harmful": true}\n{"id": "1", "text": "b", "harmful": false}',
+        ["id '1' occurs more than once"],
+    ),
+    "split.csv": ("text,harmful,split\na,1,tset\n", ["split", "'tset'", "'test'"]),
+    "some_split.csv": ("text,harmful,split\na,1,test\nb,0,\n", ["'q0002' has no split"]),
+    "two_splits.csv": ("text,harmful,pair,split\na,1,p,test\nb,0,p,train\n", ["pair 'p'", "two splits"]),
+    "three.csv": ("text,harmful,pair\na,1,p\nb,0,p\nc,0,p\n", ["pair 'p'", "1 harmful and 2 benign"]),
+    "same_class.csv": ("text,harmful,pair\na,1,p\nb,1,p\nc,0,\n", ["pair 'p'", "2 harmful and 0 benign"]),
+    "all_harmful.csv": (CSV.format("Hi,1\nYo,1"), ["no benign query"]),
+    "all_benign.csv": (CSV.format("Hi,0\nYo,0"), ["no harmful query"]),
+    "half.jsonl": (
+        '{"text": "a", "harmful": true}\n{"text": "b"\n',
+        ["line 2", "not JSON", "one object a line"],
+    ),
+    "array.jsonl": ('[{"text": "a", "harmful": true}]', ["line 1", "not a JSON object", NEEDS]),
+    "key.jsonl": ('{"text": "a", "harmful": true}\n{"harmful": false}', ["lacks text", NEEDS]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_told_in_one_line_with_file_value_and_rule(tmp_path, name):
+    content, words = BAD[name]
+    with pytest.raises(UserError) as caught:
+        load(written(tmp_path, name, content))
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in (name, *words):
+        assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("twin", ["unknown data set 'twin'", "'twins'", ".jsonl or .csv"]),
+        ("mine.txt", ["unknown data set", ".jsonl or .csv"]),
+        ("nowhere.csv", ["cannot read nowhere.csv", "No such file", "contrast"]),
+    ],
+)
+def test_an_unknown_set_is_answered_with_what_there_is(name, words):
+    with pytest.raises(UserError) as caught:
+        load(name)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_unknown_split_is_answered_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"unknown split 'tets': did you mean 'test'"):
+        CONTRAST.split("tets")
+    data = load(written(tmp_path, "x.csv", CSV.format("Hi,1\nYo,0")))
+    with pytest.raises(UserError, match="has no column split; leave --split out"):
+        data.split("test")

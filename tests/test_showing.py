@@ -1,0 +1,119 @@
+"""What is printed can be read at 80 columns and at 140, and in a file."""
+
+import io
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from analysis import listing, showing
+from analysis.preflight import Check
+from analysis.tables import ESTIMATES, Summary
+
+RECORD = {
+    "model": {"name": "smollm2", "id": "x/y"},
+    "dtype": "float32",
+    "data": {"name": "contrast", "split": "test", "n_harmful": 96, "n_benign": 144},
+    "readout": {"threshold": 0.0, "refuse": ["I"], "comply": ["Sure"]},
+}
+LONG = "a_defense_of_the_users_own_with_quite_a_long_name"
+NAMES = ["none", "backdoor", "backdoor/no_secret", "neutral_prompt", LONG]
+
+
+def planted() -> Summary:
+    """Return a summary of a few defenses."""
+    rows = []
+    for name in NAMES:
+        row = {"attack": "direct", "defense": name, "n_harmful": 96, "n_benign": 144, "p_shift": 0.01}
+        row |= {"family": "control" if name == "neutral_prompt" else "own", "p_discrimination": 0.5}
+        for estimate in ESTIMATES:
+            row |= {estimate: 0.25, f"{estimate}_low": -0.125, f"{estimate}_high": 1.5}
+        row["verdict"] = "reference" if name == "none" else "shift + discrimination +"
+        rows.append(row)
+    return Summary(pd.DataFrame(rows))
+
+
+class Terminal(io.StringIO):
+    """A text stream that calls itself a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def printed(monkeypatch, columns, summary=None):
+    """Return what is printed on a terminal of so many columns; of None, into a file."""
+    out = Terminal() if columns else io.StringIO()
+    monkeypatch.setenv("COLUMNS", str(columns or 80))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out)
+    showing.summary(summary or planted(), RECORD)
+    return re.sub("\x1b[^m]*m", "", out.getvalue())
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140, None])
+def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(monkeypatch, columns):
+    text = printed(monkeypatch, columns)
+    assert max(map(len, text.splitlines())) <= (columns or 120)
+    assert "…" not in text
+    assert text.count("[-12, 150]") == 2 * len(NAMES) and text.count("[-0.12, 1.50]") == len(NAMES)
+    assert text.count("+0.25") == 3 * (len(NAMES) - 1)
+
+
+@pytest.mark.parametrize("columns", [80, 140, None])
+def test_names_and_verdicts_are_all_there(monkeypatch, columns):
+    lines = printed(monkeypatch, columns).splitlines()
+    first = "".join(line.split("│")[0].replace(" ", "") for line in lines if "│" in line)
+    verdicts = ["reference", *["shift+discrimination+"] * (len(NAMES) - 1)]
+    wanted = "".join(name + verdict for name, verdict in zip(NAMES, verdicts, strict=True))
+    assert first == wanted.replace("neutral_prompt", "neutral_prompt(control)")
+
+
+def test_a_value_without_an_interval_stands_alone_and_none_is_a_dash(monkeypatch):
+    frame = planted().frame.copy()
+    frame[["shift_low", "shift_high", "auroc", "auroc_low", "auroc_high"]] = np.nan
+    text = printed(monkeypatch, None, Summary(frame))
+    row = next(line for line in text.splitlines() if line.startswith("backdoor "))
+    cells = [cell.strip() for cell in row.split("│")]
+    assert cells[2:] == ["–", "+0.25"]
+
+
+def test_progress_is_a_bar_on_a_terminal_and_nothing_in_a_file():
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        console = Console(file=stream, force_terminal=shown, width=80)
+        with showing.progress(console) as bar:
+            task = bar.add_task("scoring policy", total=4)
+            bar.advance(task, 2)
+            bar.refresh()
+        assert ("scoring policy" in stream.getvalue() and "2/4" in stream.getvalue()) == shown
+        assert shown or stream.getvalue() == ""
+
+
+def test_checks_and_texts_are_printed_as_they_are(capsys):
+    checks = [Check("d", "text [bold]arrives", True, "yes [x]"), Check("d", "whole", False, "cut")]
+    showing.checks(Console(width=80), "d", checks, [("q1", "<s>[INST] [red]Hi[/red] [/INST]")])
+    text = capsys.readouterr().out
+    assert "<s>[INST] [red]Hi[/red] [/INST]" in text
+    assert "ok     text [bold]arrives: yes [x]" in text and "FAILED whole: cut" in text
+
+
+def test_failures_are_a_line_each_and_the_next_step(capsys):
+    showing.failures([Check("d", "one", False, "x" * 200), Check("d", "two", False, "y")])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and lines[0] == f"analyze: d: one: FAILED: {'x' * 200}"
+    assert "analyze check -d d" in lines[2]
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_lists_cut_no_name_and_show_settings(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shelves = listing.everything({"direct": "as it is"}, {"words": "first words"})
+    listing.show(shelves)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns
+    for rows in shelves.values():
+        for row in rows:
+            assert row["name"] in text
+    assert "gated" in text and "tone=remind" in text and "(Xie et al." in text
