@@ -142,8 +142,8 @@ def from_hub(
         except Exception as error:  # of the hub, of the HTTP library that it uses, of the disk
             also = f" It is gated, too: {login}." if gated else ""
             raise UserError(
-                f"{repo} could not be fetched ({type(error).__name__}).{also} Is there a network, and room on the "
-                "disk?"
+                f"{repo} could not be fetched ({type(error).__name__}).{also} Is there a network, and "
+                "room on the disk?"
             ) from error
     return (local_folder(folder) if weights else folder), folder.name
 

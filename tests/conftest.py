@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import pytest
 import torch
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -31,7 +31,7 @@ def checked(hinted: Any) -> Any:
     """Check hints by beartype, save for `-> Self`, which it knows only where a whole class is decorated."""
     if getattr(hinted, "__annotations__", {}).get("return") in ("Self", Self):
         del hinted.__annotations__["return"]
-    return beartype(hinted)
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(hinted)  # an int is a float
 
 
 install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
