@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -16,17 +14,15 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-import defenses
-from analysis import models, preflight, queries, saving, showing
+from analysis import manifest, models, preflight, queries, saving, showing
 from analysis.decompose import summarize
 from analysis.queries import QuerySet
 from analysis.readout import LOW_COVERAGE, Readout
 from analysis.rendering import redact
 from analysis.run import Bench, conditions, score_all
-from analysis.tables import UNDEFENDED, ScoreTable
-from defenses import Defense, UserError
-from defenses.backdoor import Secret, draw_secret, write_secret
-from defenses.catalog import settings_of
+from analysis.tables import ScoreTable
+from defenses import Defense, UserError, catalog
+from defenses.backdoor import draw_secret, write_secret
 
 # Queries that the readout's form is seen from, and that the preflight looks at.
 _OPENINGS, _LOOKED_AT = 16, 4
@@ -102,7 +98,15 @@ def analyze(
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": interrupted,
-        **_manifest(ready, request, {name: every[name] for name in finished}),
+        **manifest.of(
+            bench,
+            ready.readout,
+            {name: every[name] for name in finished},
+            ready.data,
+            ready.split,
+            request.limit,
+        ),
+        "notices": ready.notices,
         "wall_seconds": round(time.perf_counter() - clock, 1),
         "tokens": {"computed": bench.engine.work.computed, "saved": bench.engine.work.saved},
     }
@@ -160,7 +164,7 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
         raise UserError(f"--length {length}: a secret has at least 1 token; the paper's has 150")
     console = Console(stderr=True)
     tokenizer = models.load_tokenizer(model, offline, _say(console))
-    path = out or models.host(model, tokenizer).secrets[-1] / f"{length}.txt"
+    path = out or models.host(model, tokenizer).secrets[0] / f"{length}.txt"
     drawn = draw_secret(tokenizer, length)
     write_secret(path, drawn)
     print(f"{path}  {drawn.fingerprint}  {length} tokens, readable by you alone")
@@ -168,7 +172,7 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
 
 def _prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
     """Load what is cheap to get wrong first, then the model, then make the defenses ready for it."""
-    chosen = _choose(names, settings)
+    chosen = catalog.choose(names, settings)
     data = queries.load(request.data)
     split = request.split or queries.default_split(data)
     calibration = data.split("calibration") if split != "all" and "calibration" in data.splits else data
@@ -188,86 +192,6 @@ def _prepare(request: Request, names: Sequence[str], settings: Sequence[str], co
     return Ready(bench, prepared, data, split, readout, notices)
 
 
-def _choose(names: Sequence[str], settings: Sequence[str]) -> list[Defense]:
-    """The defenses by name, the undefended model first, each with the settings that are meant for it."""
-    wanted = list(dict.fromkeys([UNDEFENDED, *(defenses.names() if "all" in names else []), *names]))
-    wanted = [name for name in wanted if name != "all"]
-    plain = [defenses.get(name) for name in wanted]
-    repeated = [
-        one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
-    ]
-    if repeated:
-        raise UserError(f"two defenses are named {repeated[0]!r}: rename the class in your file")
-    given: dict[int, dict[str, str]] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        owner, dot, field = key.rpartition(".")
-        if not equals or not key:
-            raise UserError(f"--set {setting}: it takes key=value or defense.key=value")
-        if dot and owner not in [one.name for one in plain]:
-            raise defenses.errors.unknown("defense in --set", owner, [one.name for one in plain])
-        takers = [
-            at for at, one in enumerate(plain) if (one.name == owner if dot else field in settings_of(one))
-        ]
-        if not takers:
-            known = sorted({name for one in plain for name in settings_of(one)})
-            raise (
-                defenses.errors.unknown("setting", field, known)
-                if known
-                else UserError(f"--set {setting}: none of the chosen defenses has settings")
-            )
-        if len(takers) > 1:
-            which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
-            raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
-        given.setdefault(takers[0], {})[field] = value
-    return [defenses.get(name, given[at]) if at in given else plain[at] for at, name in enumerate(wanted)]
-
-
-def _manifest(ready: Ready, request: Request, every: dict[str, Defense]) -> dict[str, Any]:
-    """What run.json says about how the numbers were made; secrets as fingerprints."""
-    loaded, readout = ready.bench.loaded, ready.readout
-    packages = ("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy")
-    return {
-        "model": {"name": loaded.name, **loaded.origin},
-        "device": str(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "readout": {
-            "name": readout.name,
-            "refuse": [t for t, w in zip(readout.tokens, readout.weights, strict=True) if w > 0],
-            "comply": [t for t, w in zip(readout.tokens, readout.weights, strict=True) if w < 0],
-            "ids": readout.ids,
-            "weights": readout.weights,
-            "threshold": readout.threshold,
-            "answer_prefix": readout.prefix,
-        },
-        "system_role": ready.bench.renderer.system_policy,
-        "notices": ready.notices,
-        "defenses": {
-            name: {
-                "family": defense.family,
-                "settings": {
-                    key: str(v) if isinstance(v, Path) else v for key, v in settings_of(defense).items()
-                },
-                "secrets": [Secret(text).fingerprint for text in defense.secrets()],
-            }
-            for name, defense in every.items()
-        },
-        "data": {
-            "name": ready.data.name,
-            "sha256": ready.data.sha256,
-            "split": ready.split,
-            "limit": request.limit,
-            "n_harmful": sum(query.harmful for query in ready.data.queries),
-            "n_benign": sum(not query.harmful for query in ready.data.queries),
-        },
-        "seed": request.seed,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-    }
-
-
 def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
     """Warn where the readout's words are rarely what the model opens with."""
     low = summary[summary["coverage"] < LOW_COVERAGE]
@@ -275,8 +199,7 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
         worst = ", ".join(f"{row.defense} {row.coverage:.0%}" for row in low.itertuples())
         console.print(
             f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here "
-            f"({worst}): "
-            "these margins see little of how the model answers.",
+            f"({worst}): these margins see little of how the model answers.",
             style="yellow",
             highlight=False,
             markup=False,

@@ -115,7 +115,7 @@ def host(name: str, tokenizer: Any, seed: int = 0) -> Host:
     digest = hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
     mine = platformdirs.user_data_path("refusalscope") / "secrets" / f"{slug}-{digest}"
     shipped = (data_folder() / "secrets" / name,) if name in TABLE else ()
-    return Host(name, tokenizer, (*shipped, mine), seed)
+    return Host(name, tokenizer, (mine, *shipped), seed)
 
 
 def load(

@@ -96,7 +96,7 @@ def context(record: Mapping[str, Any], readout: Readout) -> Context:
     from analysis.plots import Context
 
     return Context(
-        model=f"{record['model']['name']} ({record['model']['id']}, {record['dtype']})",
+        model=_model(record),
         data=record["data"]["name"],
         split=record["data"]["split"],
         threshold=readout.threshold,
@@ -110,3 +110,10 @@ def _interval(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) 
     if value != value:  # there is none: a class is missing, or nothing varies
         return "–"
     return f"{value:{form}} [{low:{form}}, {high:{form}}]" if low <= high else f"{value:{form}}"
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    """The model as a reader would look it up: a path says nothing to anyone else."""
+    name, found = record["model"]["name"], record["model"]["id"]
+    known = [found] if "/" in name or name == found else [name, found]
+    return f"{known[0]} ({', '.join([*known[1:], record['dtype']])})"

@@ -46,7 +46,7 @@ class Host:
     Attributes:
         name: as the user gave it.
         tokenizer: of transformers; never changed.
-        secrets: folders that keep this model's secret prompts; a new one is written into the last.
+        secrets: folders that keep this model's secret prompts; a new one is written into the first.
         seed: of the run.
     """
 

@@ -81,7 +81,7 @@ class Backdoor(Defense):
         if self.trigger is not None:
             return dataclasses.replace(self, secret=read_secret(self.trigger))
         kept = [folder / f"{self.length}.txt" for folder in host.secrets]
-        path = next((path for path in kept if path.is_file()), kept[-1])
+        path = next((path for path in kept if path.is_file()), kept[0])
         if not path.is_file():
             write_secret(path, draw_secret(host.tokenizer, self.length))
         return dataclasses.replace(self, secret=read_secret(path))

@@ -10,7 +10,7 @@ import pkgutil
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,49 @@ def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defens
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"defense {cls.name!r} cannot be made: {error}") from error
+
+
+def choose(names: Sequence[str], settings: Sequence[str]) -> list[defenses.Defense]:
+    """Return the defenses by name, the undefended model first, each with the settings meant for it.
+
+    >>> [defense.name for defense in choose(["policy"], [])]
+    ['none', 'policy']
+
+    Args:
+        names: as for `get`; `all` stands for every one in this package.
+        settings: `key=value`, or `defense.key=value` where several have that key.
+    """
+    everyone = list(classes()) if "all" in names else []
+    wanted = [name for name in dict.fromkeys(["none", *everyone, *names]) if name != "all"]
+    plain = [get(name) for name in wanted]
+    repeated = [
+        one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
+    ]
+    if repeated:
+        raise UserError(f"two defenses are named {repeated[0]!r}: rename the class in your file")
+    given: dict[int, dict[str, str]] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        owner, dot, field = key.rpartition(".")
+        if not equals or not key:
+            raise UserError(f"--set {setting}: it takes key=value or defense.key=value")
+        if dot and owner not in [one.name for one in plain]:
+            raise unknown("defense in --set", owner, [one.name for one in plain])
+        takers = [
+            at for at, one in enumerate(plain) if (one.name == owner if dot else field in settings_of(one))
+        ]
+        if not takers:
+            known = sorted({name for one in plain for name in settings_of(one)})
+            raise (
+                unknown("setting", field, known)
+                if known
+                else UserError(f"--set {setting}: none of the chosen defenses has settings")
+            )
+        if len(takers) > 1:
+            which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
+            raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
+        given.setdefault(takers[0], {})[field] = value
+    return [get(name, given[at]) if at in given else plain[at] for at, name in enumerate(wanted)]
 
 
 def settings_of(defense: defenses.Defense | type[defenses.Defense]) -> dict[str, Any]:

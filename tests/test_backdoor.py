@@ -83,7 +83,7 @@ def test_the_secret_goes_in_front_of_whatever_system_prompt_there_is():
 
 
 def test_a_model_keeps_its_secret_and_each_length_has_one(tmp_path):
-    host = Host("toy", toy_tokenizer(), (tmp_path / "shipped", tmp_path / "mine"))
+    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
     first = defenses.get("backdoor", {"length": "20"}).prepare(host)
     assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == first.secrets()
     assert stat.S_IMODE((tmp_path / "mine" / "20.txt").stat().st_mode) == 0o600
@@ -91,10 +91,12 @@ def test_a_model_keeps_its_secret_and_each_length_has_one(tmp_path):
     assert defenses.get("backdoor", {"length": "21"}).prepare(host).secrets() != first.secrets()
 
 
-def test_a_shipped_secret_comes_first_and_a_file_of_the_users_own_before_it(tmp_path):
+def test_a_made_secret_comes_before_a_shipped_one_and_a_named_file_before_both(tmp_path):
     write_secret(tmp_path / "shipped" / "20.txt", Secret("shipped words"))
-    host = Host("toy", toy_tokenizer(), (tmp_path / "shipped", tmp_path / "mine"))
+    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
     assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == ("shipped words",)
+    write_secret(tmp_path / "mine" / "20.txt", Secret("made words"))
+    assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == ("made words",)
     write_secret(tmp_path / "own.txt", Secret("own words"))
     own = defenses.get("backdoor", {"trigger": str(tmp_path / "own.txt")}).prepare(host)
     assert own.secrets() == ("own words",)

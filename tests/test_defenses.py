@@ -32,7 +32,7 @@ CHATS = {
 
 def host(folder, seed=0):
     """Return a host with a byte-level toy tokenizer and a folder of its own for secrets."""
-    return Host("toy", toy_tokenizer(), (folder / "shipped", folder / "secrets"), seed)
+    return Host("toy", toy_tokenizer(), (folder / "secrets", folder / "shipped"), seed)
 
 
 def prepared(folder):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
+from analysis import engine as engine_module
 from analysis.engine import Engine, shared_prefix
 from defenses import UserError
 
@@ -174,6 +175,8 @@ def test_where_memory_runs_out_smaller_batches_give_the_same(error: Exception) -
     assert (read - plain(model, prompts)).abs().max() < NATS
     assert sum(told) == len(prompts) and seen[0] == 1 and sum(seen[1:]) == len(prompts)
     assert max(seen) == 3
+    with breaking(model, AssertionError("what did not fit was tried again"), 3):
+        engine.read(prompts, whole)
 
 
 def test_one_prompt_too_many_for_the_memory_is_an_error_that_says_what_to_do() -> None:
@@ -189,6 +192,20 @@ def test_other_errors_of_the_model_come_through() -> None:
         pytest.raises(RuntimeError, match="shapes differ"),
     ):
         Engine(model).read([[11, 12], [13]], whole)
+
+
+def test_a_batch_has_rows_of_like_length_and_no_more_tokens_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shapes = tiny_model(), []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    monkeypatch.setitem(engine_module._TOKENS_PER_BATCH, "cpu", 50)
+    lengths = [3, 90, 10, 11, 12, 4, 2, 40, 9]
+    try:
+        Engine(model).read([draw(length, length) for length in lengths], whole)
+    finally:
+        handle.remove()
+    assert shapes == [(1, 90), (1, 40), (4, 12), (3, 4)]
 
 
 def test_work_counts_what_was_computed_and_what_was_saved() -> None:

@@ -1,0 +1,81 @@
+"""What run.json says: everything that another person needs to make the same numbers again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from analysis.queries import QuerySet
+from analysis.readout import Readout
+from analysis.run import Bench
+from defenses import Defense
+from defenses.backdoor import Secret
+from defenses.catalog import settings_of
+
+_PACKAGES = ("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy")
+
+
+def of(
+    bench: Bench,
+    readout: Readout,
+    defenses: Mapping[str, Defense],
+    data: QuerySet,
+    split: str,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Return how the numbers of a run are made, in plain values; secrets as fingerprints.
+
+    Args:
+        bench: the model, and the seed.
+        readout: how margins are read.
+        defenses: by their names in the tables.
+        data: the queries that are scored.
+        split: which part of the set they are.
+        limit: as the user gave it.
+    """
+    sides = {
+        name: [
+            token for token, weight in zip(readout.tokens, readout.weights, strict=True) if weight * sign > 0
+        ]
+        for name, sign in (("refuse", 1), ("comply", -1))
+    }
+    return {
+        "model": {"name": bench.loaded.name, **bench.loaded.origin},
+        "device": str(bench.loaded.model.device),
+        "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
+        "readout": {
+            "name": readout.name,
+            **sides,
+            "ids": readout.ids,
+            "weights": readout.weights,
+            "threshold": readout.threshold,
+            "answer_prefix": readout.prefix,
+        },
+        "system_role": bench.renderer.system_policy,
+        "defenses": {name: _defense(defense) for name, defense in defenses.items()},
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "split": split,
+            "limit": limit,
+            "n_harmful": sum(query.harmful for query in data.queries),
+            "n_benign": sum(not query.harmful for query in data.queries),
+        },
+        "seed": bench.seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def _defense(defense: Defense) -> dict[str, Any]:
+    settings = settings_of(defense)
+    return {
+        "family": defense.family,
+        "settings": {key: str(one) if isinstance(one, Path) else one for key, one in settings.items()},
+        "secrets": [Secret(text).fingerprint for text in defense.secrets()],
+    }
