@@ -177,8 +177,9 @@ def test_parts_are_defenses_and_have_no_parts_of_a_name_with_a_slash(defense):
 def test_secrets_show_nowhere(defense):
     shown = f"{defense!r} {defense} {settings_of(defense)} {defense.parts()!r} {[defense]}"
     for secret in defense.secrets():
-        for word in secret.split():
-            assert len(word) < 4 or word not in shown
+        # A toy vocabulary may repeat a word of the system prompt by chance, but not sixteen characters.
+        for start in range(max(1, len(secret) - 15)):
+            assert secret[start : start + 16] not in shown
         assert secret in str(defense.rewrite(CHATS["user"], random.Random(0)))
 
 
