@@ -29,7 +29,7 @@ ASKING = {
     f"analysis.{n}" for n in ("run", "engine", "models", "checkpoints", "rendering", "readout", "preflight")
 }
 ASKING |= {"analysis.validity", "analysis.queries", "analysis.attacks", "analysis.judge"}
-FRONT = {f"analysis.{name}" for name in ("cli", "commands", "showing", "saving", "listing")}
+FRONT = {f"analysis.{n}" for n in ("cli", "commands", "manifest", "showing", "saving", "listing")}
 
 
 def nodes(tree, inside_functions, for_types):
