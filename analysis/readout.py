@@ -148,8 +148,7 @@ def first_token(tokenizer: Any, word: str, gap: str) -> int | None:
     if not pieces or pieces[0] == tokenizer.unk_token_id:
         return None
     text = tokenizer.decode([pieces[0]]).strip()
-    whole = len(pieces) == 1 and text == word
-    return int(pieces[0]) if whole or (len(text) >= 3 and word.startswith(text)) else None
+    return int(pieces[0]) if text == word or len(text) >= 3 else None
 
 
 def _answer_prefix(
@@ -160,7 +159,7 @@ def _answer_prefix(
     while True:
         probabilities, likeliest = opening([(*prompt, *prefix) for prompt in prompts])
         token, count = Counter(likeliest).most_common(1)[0]
-        empty = not tokenizer.decode([token]).strip() and token not in tokenizer.all_special_ids
+        empty = not tokenizer.decode([token]).strip()
         if not empty or count <= len(prompts) / 2 or len(prefix) == 3:
             return prefix, probabilities
         prefix = (*prefix, token)

@@ -29,23 +29,26 @@ def main() -> None:
     """Print the table for each dtype."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--defense", default="in_context_refusal")
+    parser.add_argument("--defense", nargs="*", default=["backdoor", "in_context_refusal"])
     parser.add_argument("--queries", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     given = parser.parse_args()
     console = Console()
+    asked = queries.load("contrast").split("test").limit(given.queries).queries
     for dtype in given.dtype:
         loaded = models.load(given.model, given.device, dtype)
         bench = Bench.of(loaded)
-        defense = defenses.get(given.defense).prepare(models.host(given.model, loaded.tokenizer))
-        asked = queries.load("contrast").split("test").limit(given.queries).queries
         readout = bench.words(queries.sample(asked, 16), defenses.get("none"))
-        prompts = [prompt.ids for query in asked for prompt in bench.prompts(defense, query)]
-        # A processor without bfloat16 is so slow in it that fewer prompts must do.
-        seconds = operations(loaded.model, sum(map(len, prompts)), len(prompts)) / matrix_rate(loaded.model)
-        prompts = prompts[: max(32, int(len(prompts) * min(1, 60 / seconds)))]
-        table(console, loaded.model, prompts, partial(margin, readout), dtype)
+        host = models.host(given.model, loaded.tokenizer)
+        for name in given.defense:
+            defense = defenses.get(name).prepare(host)
+            prompts = [prompt.ids for query in asked for prompt in bench.prompts(defense, query)]
+            # A processor without bfloat16 is so slow in it that fewer prompts must do.
+            work = operations(loaded.model, sum(map(len, prompts)), len(prompts))
+            share = min(1, 60 * matrix_rate(loaded.model) / work)
+            prompts = prompts[: max(32, int(len(prompts) * share))]
+            table(console, loaded.model, prompts, partial(margin, readout), f"{name}, {dtype}")
 
 
 def margin(readout: Readout, logits: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,7 @@ def margin(readout: Readout, logits: torch.Tensor) -> torch.Tensor:
     return readout.read(logits)[:, :1]
 
 
-def table(console: Console, model: torch.nn.Module, prompts: list[Ids], read: Callable, dtype: str) -> None:
+def table(console: Console, model: torch.nn.Module, prompts: list[Ids], read: Callable, what: str) -> None:
     """Time the three ways on the same prompts and print them."""
     shared = shared_prefix(prompts)
     unique = shared + sum(len(prompt) - shared for prompt in prompts)
@@ -72,7 +75,7 @@ def table(console: Console, model: torch.nn.Module, prompts: list[Ids], read: Ca
                 len(prompts) * rate / operations(model, unique, len(prompts)),
             )
     mean = sum(map(len, prompts)) / len(prompts)
-    title = f"{dtype}, {model.device}: {len(prompts)} prompts, {mean:.0f} tokens on average, {shared} shared"
+    title = f"{what}, {model.device}: {len(prompts)} prompts, {mean:.0f} tokens on average, {shared} shared"
     shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for head in ("", "queries/s", "engine is faster by", "largest margin difference"):
         shown.add_column(head, justify="right" if head else "left")

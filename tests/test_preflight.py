@@ -76,7 +76,8 @@ HARD = {
 @pytest.mark.parametrize("text", HARD.values(), ids=HARD)
 def test_odd_queries_raise_no_false_alarm(template: str, text: str) -> None:
     asked = [Query("q1", text, True), Query("q2", "How are you?", False)]
-    assert not failed(toy_bench("llama", template), REMINDER, asked)
+    for kind in KINDS:
+        assert not failed(toy_bench("llama", template, kind), REMINDER, asked)
 
 
 def test_a_tokenizer_that_composes_letters_raises_no_false_alarm() -> None:
