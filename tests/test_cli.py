@@ -382,7 +382,11 @@ def test_ctrl_c_in_the_middle_keeps_what_is_finished(home, monkeypatch):
 
 
 def test_ctrl_c_early_keeps_nothing_and_says_so(home):
-    code = "from analysis import cli; cli.main()"
+    # The checks are held up, so that the signal comes before any scoring however busy the machine is.
+    code = (
+        "import time; from analysis import cli, preflight; preflight.check = lambda *given: time.sleep(50);"
+    )
+    code += "cli.main()"
     args = ["-d", "all", "-m", "tiny", "-o", "killed"]
     running = subprocess.Popen(
         [sys.executable, "-c", code, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE
