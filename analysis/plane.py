@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -14,6 +13,9 @@ from matplotlib.patheffects import withStroke
 from analysis.curves import ENDS, one_attack
 from analysis.lettering import LINE, beside, blank, fit, width_of
 from analysis.palette import BLACK, FAMILIES, GREY, OTHER, STYLE, WRITTEN
+
+# Rows of coordinates. (numpy's ArrayLike is a recursive protocol that run-time checks stumble over.)
+_Numbers = np.ndarray | Sequence[Any]
 
 NEAR = 6.0  # points between a label and its point where nothing is in the way
 
@@ -129,11 +131,11 @@ def label(ax: Axes, points: pd.DataFrame, texts: Sequence[str], reach: float) ->
 
 
 def place(
-    anchors: npt.ArrayLike,
+    anchors: _Numbers,
     texts: Sequence[str],
-    inside: npt.ArrayLike,
-    taken: npt.ArrayLike,
-    avoid: npt.ArrayLike,
+    inside: _Numbers,
+    taken: _Numbers,
+    avoid: _Numbers,
     reach: float,
 ) -> list[tuple[float, float, float]] | None:
     """Return where to center each label, so that no label hides another or a point.
