@@ -1,7 +1,7 @@
 """How fast a model is asked: first-answer logits, with what the prompts share computed only once.
 
 Most of a defended prompt (system turn, demonstrations, the head of the user turn) is the same for every
-query. The engine runs that shared prefix once, lays its keys and values under batches of suffixes of like
+query. The engine runs that shared prefix once, lends its keys and values to batches of suffixes of like
 length, and applies the unembedding to the last position only. The result is that of one prompt at a time, up
 to float noise.
 """
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from analysis import attention
 from defenses.errors import UserError
 
 Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
-# Tokens in one batch of suffixes. On a CPU more only overflow its caches (measured: 384 beats 768 and 1536).
-_TOKENS_PER_BATCH = {"cpu": 384, "cuda": 16384}
+# Tokens in one batch of suffixes. On a CPU more only overflow its caches (512 beats 384, 768 and 1536).
+_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
 # Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
 _SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -114,10 +115,11 @@ class Engine:
             logits_to_keep=1,
         )
         self.work.computed += len(tokens)
+        lend = attention.lent_apart if attention.can_split(self.model, cache.layers) else _lent
         for layer in cache.layers:
             assert isinstance(layer, DynamicLayer)  # of _SHAREABLE
             if layer.keys is not None and layer.values is not None:  # some layers use those of another
-                layer.update = _lent(layer.keys, layer.values)  # type: ignore[method-assign]
+                layer.update = lend(layer.keys, layer.values)  # type: ignore[method-assign]
         return cache
 
     def _forward(
@@ -157,7 +159,7 @@ class Engine:
         span = torch.arange(ids.shape[1], device=device)
         seen = torch.ones(len(suffixes), shared, dtype=torch.long, device=device)
         mask = torch.cat([seen, (span < lengths[:, None]).long()], dim=1)
-        with _last_positions(self.model, lengths):
+        with _last_positions(self.model, lengths), attention.in_two_parts():
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask,

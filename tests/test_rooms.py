@@ -26,7 +26,8 @@ PLOTS = {
     f"analysis.{name}" for name in ("plots", "plane", "curves", "captions", "lettering", "palette", "report")
 }
 ASKING = {
-    f"analysis.{n}" for n in ("run", "engine", "models", "checkpoints", "rendering", "readout", "preflight")
+    f"analysis.{n}"
+    for n in ("run", "engine", "attention", "models", "checkpoints", "rendering", "readout", "preflight")
 }
 ASKING |= {"analysis.validity", "analysis.queries", "analysis.attacks", "analysis.judge"}
 FRONT = {f"analysis.{n}" for n in ("cli", "commands", "manifest", "showing", "saving", "listing")}
