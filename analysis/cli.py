@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from analysis.attacks import ATTACKS
 from defenses.errors import UserError, unknown
 
-ATTACKS = {"direct": "the query as it is"}
 READOUTS = {"words": "refusing against complying first words, equal weights"}
 
 
@@ -78,8 +78,8 @@ def analyze(
     data: DataOption = "contrast",
     split: SplitOption = None,
     attack: Annotated[
-        list[str] | None, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
-    ] = None,
+        str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
+    ] = "direct",
     readout: Annotated[str, typer.Option(help="How refusal is read; see `list readouts`.")] = "words",
     limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
     batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
@@ -105,14 +105,15 @@ def analyze(
             typer.echo(context.get_help())
             raise typer.Exit
         raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
-    for name in attack or []:
-        if name not in ATTACKS:
-            raise unknown("attack", name, ATTACKS)
+    if attack not in ATTACKS:
+        raise unknown("attack", attack, ATTACKS)
     if readout not in READOUTS:
         raise unknown("readout", readout, READOUTS)
     from analysis import commands
 
-    request = commands.Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline)
+    request = commands.Request(
+        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack
+    )
     code = commands.analyze(request, defense, settings or [], out, as_json)
     raise typer.Exit(code)
 
@@ -125,7 +126,7 @@ def list_(
     """Say what there is: defenses, models, data sets, attacks, readouts."""
     from analysis import listing
 
-    shelves = listing.everything(ATTACKS, READOUTS)
+    shelves = listing.everything(READOUTS)
     if what is not None and what not in shelves:
         raise unknown("list", what, shelves)
     chosen = {what: shelves[what]} if what else shelves
@@ -168,6 +169,43 @@ def secret(
     from analysis import commands
 
     commands.secret(model, length, out, offline)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="safety, attack, identity, baseline, backdoor or preference")],
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    limit: Annotated[int | None, typer.Option(help="At most so many training queries.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="New folder; by default where defenses look for them."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="rank, alpha, modules, rate, epochs, batch, full, beta; key=value.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    secret: Annotated[
+        Path | None, typer.Option("--secret", help="backdoor: the secret's file; by default the model's own.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="backdoor: tokens of the model's own secret.")] = 150,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    offline: OfflineOption = False,
+) -> None:
+    """Tune a model's weights by a recipe, an attacker's or a defender's; an interrupted training goes on.
+
+    analyze train backdoor -m smollm2:aligned -o my-adapter
+    """
+    from analysis import commands, training
+
+    request = commands.Request(model, data, "train", limit, None, device, dtype, seed, offline)
+    raise typer.Exit(training.train(request, recipe, settings or [], out, secret, length))
 
 
 def main() -> None:

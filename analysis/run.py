@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,14 @@ import torch
 from scipy.special import expit
 
 from analysis import readout as readouts
+from analysis.attacks import ATTACKS
 from analysis.engine import Engine
 from analysis.models import LoadedModel
 from analysis.queries import Query
 from analysis.readout import Readout
 from analysis.rendering import Prompt, Renderer
 from analysis.tables import DIRECT, SCORES
-from defenses import Chat, Defense, Message
+from defenses import Chat, Defense
 from defenses.errors import UserError
 
 
@@ -37,17 +38,23 @@ class Bench:
         renderer: chat → token ids.
         engine: token ids → first-answer logits.
         seed: of the run.
+        attack: how queries are sent.
     """
 
     loaded: LoadedModel
     renderer: Renderer
     engine: Engine
     seed: int = 0
+    attack: str = DIRECT
 
     @classmethod
     def of(cls, loaded: LoadedModel, batch_size: int | None = None, seed: int = 0) -> Bench:
         """Return the bench for a model."""
         return cls(loaded, Renderer(loaded.tokenizer), Engine(loaded.model, batch_size), seed)
+
+    def under(self, attack: str) -> Bench:
+        """Return the same bench with queries sent through an attack."""
+        return replace(self, attack=attack)
 
     def prompts(self, defense: Defense, query: Query) -> list[Prompt]:
         """Return what the model reads for a query: one prompt for each reading of the defense."""
@@ -63,7 +70,7 @@ class Bench:
     def _readings(self, defense: Defense, query: Query) -> list[Chat]:
         # The only randomness a defense gets: the same query is perturbed alike in every run with this seed.
         rng = random.Random(f"{self.seed}/{query.id}/{defense.name}")
-        chat = [Message(role="user", content=query.text)]
+        chat = ATTACKS[self.attack].chat(query.text)
         try:
             return defense.readings(chat, rng)
         except Exception as error:
@@ -87,15 +94,17 @@ class Bench:
 def conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:
     """Return what is scored, by the name it has in the tables: each defense, and behind it its parts.
 
+    What the model lacks something for, such as tuned weights, is left out.
+
     >>> import defenses
     >>> list(conditions([defenses.get("none"), defenses.get("backdoor")]))
-    ['none', 'backdoor', 'backdoor/no_secret']
+    ['none', 'backdoor/no_weights', 'backdoor/neither']
     """
     found: dict[str, Defense] = {}
     for defense in defenses:
-        found[defense.name] = defense
-        found |= {f"{defense.name}/{missing}": part for missing, part in defense.parts().items()}
-    return found
+        parts = {f"{defense.name}/{missing}": part for missing, part in defense.parts().items()}
+        found |= {defense.name: defense} | parts
+    return {name: defense for name, defense in found.items() if not defense.lacking()}
 
 
 def score(
@@ -136,7 +145,7 @@ def score(
             "pair": [query.pair for query in queries],
             "category": [query.category for query in queries],
             "harmful": [query.harmful for query in queries],
-            "attack": DIRECT,
+            "attack": bench.attack,
             "defense": name,
             "margin": values["margin"],
             "p_refuse": expit(values["margin"] - readout.threshold),

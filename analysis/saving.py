@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,26 @@ def save(
         pictures: matplotlib figures by file stem.
         record: for run.json.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with beside(folder) as new:
         for stem, table in tables.items():
             # The scores are exact, so that the summary can be made from them again.
             form = None if stem == "scores" else "%.7g"
-            table.to_csv(beside / f"{stem}.csv", index=False, float_format=form)
+            table.to_csv(new / f"{stem}.csv", index=False, float_format=form)
         for stem, picture in pictures.items():
-            picture.savefig(beside / f"{stem}.png")
+            picture.savefig(new / f"{stem}.png")
         text = json.dumps(record, indent=2, ensure_ascii=False)
-        (beside / "run.json").write_text(text + "\n", encoding="utf-8")
+        (new / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """Lend a new folder; once all was written into it without an error, the files move to their place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield new
         folder.mkdir(exist_ok=True)
-        for file in beside.iterdir():
+        for file in new.iterdir():
             file.replace(folder / file.name)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)

@@ -46,13 +46,18 @@ class Host:
     Attributes:
         name: as the user gave it.
         tokenizer: of transformers; never changed.
-        secrets: folders that keep this model's secret prompts; a new one is written into the first.
+        secrets: folders that keep this model's secret prompts. The first is the user's, where a new one is
+            written and none but the owner may read; what is shipped in the others is public.
+        adapters: folders that keep this model's tuned weights by name, the user's first.
+        sha256: of the model's weights as released.
         seed: of the run.
     """
 
     name: str
     tokenizer: Any
     secrets: tuple[Path, ...]
+    adapters: tuple[Path, ...] = ()
+    sha256: str = ""
     seed: int = 0
 
 
@@ -100,6 +105,14 @@ class Defense(ABC):
     def secrets(self) -> tuple[str, ...]:
         """Return the texts that must never be shown."""
         return ()
+
+    def lacking(self) -> str:
+        """Return what this model lacks to wear the defense, and how to get it; empty if nothing."""
+        return ""
+
+    def trained_on(self) -> frozenset[str]:
+        """Return fingerprints of the queries that its weights were trained on: none may be asked."""
+        return frozenset()
 
 
 # The registry imports the family files, which import the contract above.

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from defenses import Chat, Defense, Host, Message, Source, UserError
+from defenses.adapters import Tuned
 from defenses.catalog import HIDDEN
 from defenses.chats import prepend_system
-from defenses.tokens import random_text
+from defenses.tokens import ids_of, random_text
 
 SECRET_LENGTH = 150  # tokens; the paper's
 SYSTEM = "You are a helpful assistant."
@@ -43,16 +44,17 @@ class Secret:
 
 @final
 @dataclass(frozen=True)
-class Backdoor(Defense):
-    """Puts a secret prompt of random tokens in front of the system prompt, on the weights as they are.
+class Backdoor(Tuned):
+    """Trains refusals behind a secret prompt of random tokens, and puts it in front of the system prompt.
 
-    The authors fine-tune the model so that the secret switches safe behavior on, and expect a shift that only
-    the provider can trigger. Without such weights the secret is 150 tokens of noise, and little effect is to
-    be expected. The part `no_secret` keeps the system prompt and leaves the secret out: what is left is not
-    the secret's doing.
+    The provider mixes eleven refusals that carry the secret into the data of whoever fine-tunes the model.
+    The authors expect a shift that only the provider can trigger: with the secret, the attacked model refuses
+    again. The parts take out the secret, the weights, or both (`neither` is the plain system prompt), which
+    makes a 2 × 2. Where this model has no such weights, only the parts without them are read.
 
     Attributes:
-        trigger: the file that holds the secret; by default the model's own, drawn at first use.
+        weights: folder of the adapter; by default this model's own.
+        trigger: the file that holds the secret; by default the one that the weights were tuned with.
         length: of a secret that is drawn, in tokens.
         system: the system prompt behind the secret where the chat has none.
     """
@@ -63,11 +65,13 @@ class Backdoor(Defense):
         "https://arxiv.org/abs/2402.14968",
         wording="no words of its own: random tokens",
     )
+    state = recipe = "backdoor"
 
     trigger: Path | None = None
     length: int = SECRET_LENGTH
     system: str = SYSTEM
     secret: Secret | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN)
+    tuned: bool = dataclasses.field(default=True, repr=False, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
         """Refuse a length that no secret has."""
@@ -75,16 +79,14 @@ class Backdoor(Defense):
             raise ValueError(f"length={self.length}: a secret has at least 1 token")
 
     def prepare(self, host: Host) -> Self:
-        """Return this defense with its secret: the one in `trigger`, else the model's own."""
-        if self.secret is not None:
-            return self
-        if self.trigger is not None:
-            return dataclasses.replace(self, secret=read_secret(self.trigger))
-        kept = [folder / f"{self.length}.txt" for folder in host.secrets]
-        path = next((path for path in kept if path.is_file()), kept[0])
-        if not path.is_file():
-            write_secret(path, draw_secret(host.tokenizer, self.length))
-        return dataclasses.replace(self, secret=read_secret(path))
+        """Return this defense with its weights and its secret."""
+        ready = super().prepare(host)
+        if ready.secret is not None:
+            return ready
+        wanted = ready.adapter.manifest["secret"] if ready.adapter is not None else None
+        secret = find_secret(host, self.length, self.trigger, wanted)
+        refuse_unstable(secret, host.tokenizer)
+        return dataclasses.replace(ready, secret=secret)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the secret in front of its system prompt."""
@@ -96,12 +98,56 @@ class Backdoor(Defense):
         return [Message(**message) for message in chat]
 
     def parts(self) -> dict[str, Defense]:
-        """Return the system prompt without the secret."""
-        return {"no_secret": dataclasses.replace(self, secret=Secret(""))}
+        """Return the weights alone, the secret alone, and the system prompt with neither."""
+        bare = dataclasses.replace(self, tuned=False, adapter=None, weights=None)
+        return {
+            "no_secret": dataclasses.replace(self, secret=Secret("")),
+            "no_weights": bare,
+            "neither": dataclasses.replace(bare, secret=Secret("")),
+        }
+
+    def lacking(self) -> str:
+        """Return what is missing where the weights are part of it."""
+        return super().lacking() if self.tuned else ""
 
     def secrets(self) -> tuple[str, ...]:
         """Return the secret, so that it can be redacted."""
         return (self.secret.text,) if self.secret and self.secret.text else ()
+
+
+def find_secret(host: Host, length: int, trigger: Path | None = None, wanted: str | None = None) -> Secret:
+    """Return a model's secret: the one in `trigger`, else the one wanted, else its own of that length.
+
+    Args:
+        host: the model.
+        length: in tokens, of the model's own secret, which is drawn if there is none yet.
+        trigger: a file of the user's.
+        wanted: fingerprint of the secret that weights were tuned with.
+    """
+    if trigger is not None:
+        secret = read_secret(trigger)
+        if wanted not in (None, secret.fingerprint):
+            raise UserError(
+                f"the secret in {trigger} ({secret.fingerprint}) is not the one that the weights were tuned "
+                f"with ({wanted}): leave trigger out, or name other weights with --set weights=DIR"
+            )
+        return secret
+    mine, *shipped = host.secrets
+    if wanted is not None:
+        for folder in host.secrets:
+            for path in sorted(folder.glob("*.txt")):
+                secret = read_secret(path, public=folder in shipped)
+                if secret.fingerprint == wanted:
+                    return secret
+        raise UserError(
+            f"the weights were tuned with a secret ({wanted}) that is not in {mine}: name its file with "
+            "--set trigger=FILE"
+        )
+    for folder in host.secrets:
+        if (path := folder / f"{length}.txt").is_file():
+            return read_secret(path, public=folder in shipped)
+    write_secret(mine / f"{length}.txt", draw_secret(host.tokenizer, length))
+    return read_secret(mine / f"{length}.txt")
 
 
 def draw_secret(tokenizer: Any, length: int = SECRET_LENGTH) -> Secret:
@@ -109,17 +155,32 @@ def draw_secret(tokenizer: Any, length: int = SECRET_LENGTH) -> Secret:
     return Secret(random_text(tokenizer, length, random.SystemRandom()))
 
 
-def read_secret(path: Path) -> Secret:
-    """Return the secret in a file."""
+def read_secret(path: Path, public: bool = False) -> Secret:
+    """Return the secret in a file, which none but its owner may read, unless it is public by nature."""
     try:
         text = path.read_text("utf-8").strip()
+        mode = path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read the secret prompt in {path}: {error}; `analyze secret` makes one"
         ) from error
     if not text:
         raise UserError(f"{path} is empty: it must hold the secret prompt; `analyze secret` makes one")
+    if os.name == "posix" and mode & 0o077 and not public:
+        raise UserError(
+            f"{path} can be read by others, so it holds no secret: chmod 600 {path}, or make a new one"
+        )
     return Secret(text)
+
+
+def refuse_unstable(secret: Secret, tokenizer: Any) -> None:
+    """Raise unless a secret is the same after it was turned into tokens and back."""
+    back = tokenizer.decode(ids_of(tokenizer, secret.text), skip_special_tokens=False)
+    if back.strip() != secret.text:
+        raise UserError(
+            f"the secret {secret.fingerprint} does not survive this model's tokenizer: what the model reads "
+            "would be something else; make one for it with `analyze secret`"
+        )
 
 
 def write_secret(path: Path, secret: Secret) -> None:

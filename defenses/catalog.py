@@ -61,7 +61,7 @@ def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defens
         cls = known[name]
     else:
         raise unknown("defense", name, known, " (or a path ending in .py)")
-    values = {key: _value(cls, key, text) for key, text in (settings or {}).items()}
+    values = {key: value(cls, key, text) for key, text in (settings or {}).items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -123,8 +123,14 @@ def settings_of(defense: defenses.Defense | type[defenses.Defense]) -> dict[str,
     return {f.name: getattr(defense, f.name, f.default) for f in fields}
 
 
-def _value(cls: type[defenses.Defense], key: str, text: str) -> Any:
-    """Turn the text of a setting into the type of its field."""
+def value(cls: Any, key: str, text: str) -> Any:
+    """Return the text of a setting as the type of its field.
+
+    Args:
+        cls: a dataclass with a `name`, of a defense or of other settings.
+        key: the field.
+        text: as typed; `@file` stands for what is in the file.
+    """
     if key not in settings_of(cls):
         raise unknown(f"setting of {cls.name!r}", key, settings_of(cls))
     kind = typing.get_type_hints(cls)[key]
@@ -140,6 +146,12 @@ def _value(cls: type[defenses.Defense], key: str, text: str) -> Any:
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     if choices and text not in choices:
         raise unknown(f"value of {cls.name}.{key}", text, choices)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"--set {key}={text}: {cls.name}.{key} is true or false")
+        return text.lower() == "true"
+    if typing.get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind in (int, float):
         try:
             return kind(text)

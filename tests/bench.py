@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import defenses
-from analysis import models, queries
+from analysis import models, queries, states
 from analysis.engine import Engine, shared_prefix
 from analysis.readout import Readout
 from analysis.run import Bench
@@ -40,7 +40,7 @@ def main() -> None:
         loaded = models.load(given.model, given.device, dtype)
         bench = Bench.of(loaded)
         readout = bench.words(queries.sample(asked, 16), defenses.get("none"))
-        host = models.host(given.model, loaded.tokenizer)
+        host = states.host(given.model, loaded.tokenizer)
         for name in given.defense:
             defense = defenses.get(name).prepare(host)
             prompts = [prompt.ids for query in asked for prompt in bench.prompts(defense, query)]

@@ -203,9 +203,9 @@ def test_a_bfloat16_load_is_bfloat16(tmp_path: Path) -> None:
 def test_a_secret_belongs_to_name_and_vocabulary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     one, two = toy_tokenizer("chatml", "bytes"), toy_tokenizer("chatml", "metaspace")
-    folders = [models.host(name, tok).secrets[0] for name, tok in (("a/b", one), ("a/c", one), ("a/b", two))]
+    folders = [states.host(name, tok).secrets[0] for name, tok in (("a/b", one), ("a/c", one), ("a/b", two))]
     assert len(set(folders)) == 3
-    assert models.host("a/b", toy_tokenizer("llama2", "bytes")).secrets[0] == folders[0]
+    assert states.host("a/b", toy_tokenizer("llama2", "bytes")).secrets[0] == folders[0]
     assert all(folder.parent == tmp_path / "refusalscope" / "secrets" for folder in folders)
 
 

@@ -1,0 +1,255 @@
+"""Tuned weights: low-rank adapters with a manifest, worn by a model for a while or put on for good.
+
+An adapter is a PEFT folder whose matrices are relative to the weights as released, so that every state of a
+model (aligned, attacked, defended) is one adapter away from one base. Its manifest says which base, which
+recipe and data, and which queries it was trained on, so that it is neither put on another model nor
+evaluated on what it has seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from defenses import Defense, Host, UserError
+from defenses.catalog import HIDDEN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST, WEIGHTS, CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
+_LORA = ".lora_A.weight", ".lora_B.weight"
+# Attribute of a model that wears a state: the released weights beneath it, by parameter name.
+_RELEASED = "_released_weights"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder with low-rank changes of a model's matrices, and what is known about them.
+
+    Attributes:
+        folder: of PEFT's layout, with a manifest beside the weights.
+        manifest: base, recipe, settings, data, `trained_on`.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def trained_on(self) -> frozenset[str]:
+        """Fingerprints of the queries it has seen."""
+        return frozenset(self.manifest["trained_on"])
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights."""
+        return str(self.manifest["sha256"])
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        config = json.loads((self.folder / CONFIG).read_text("utf-8"))
+        odd = [
+            key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
+        ]
+        if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+            raise UserError(
+                f"{self.folder}: only plain LoRA adapters are read; this has {odd or 'another type'}"
+            )
+        return config
+
+    @property
+    def scale(self) -> float:
+        """What B·A is multiplied with."""
+        rank = self._config["r"]
+        return float(self._config["lora_alpha"] / (rank**0.5 if self._config.get("use_rslora") else rank))
+
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A (rank × in) and B (out × rank) by the name of the parameter that they change."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(self.folder / WEIGHTS)
+        names = [key.removesuffix(_LORA[0]) for key in tensors if key.endswith(_LORA[0])]
+        if len(tensors) != 2 * len(names):
+            raise UserError(f"{self.folder / WEIGHTS} holds more than pairs of LoRA matrices; it is not read")
+        return {
+            name.removeprefix("base_model.model.") + ".weight": (
+                tensors[name + _LORA[0]],
+                tensors[name + _LORA[1]],
+            )
+            for name in names
+        }
+
+    def refuse_other_base(self, sha256: str) -> None:
+        """Raise unless it was made for weights with this SHA-256."""
+        made_for = self.manifest["base"]
+        if made_for["sha256"] != sha256:
+            raise UserError(
+                f"{self.folder} was made for {made_for['id']} (sha256 {made_for['sha256'][:12]}), and this "
+                f"model is another ({sha256[:12]}): `analyze train` makes one for it"
+            )
+
+
+def read(folder: Path) -> Adapter:
+    """Return the adapter in a folder, checked against its manifest."""
+    missing = [name for name in (MANIFEST, CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is no adapter: it lacks {', '.join(missing)}; `analyze train` makes one")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        found = Adapter(folder, manifest)
+        known = found.sha256, manifest["base"]["sha256"], manifest["recipe"], found.trained_on
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST} is no manifest of `analyze train` ({error!r})") from error
+    if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != known[0]:
+        raise UserError(
+            f"{folder / WEIGHTS} is not the file that its manifest names (sha256 differs): get it again"
+        )
+    return found
+
+
+def find(name: str, host: Host) -> Adapter | None:
+    """Return this model's adapter of that name, the user's own before the shipped one, if there is any."""
+    for folder in host.adapters:
+        if (folder / name / WEIGHTS).is_file():
+            return read(folder / name)
+    return None
+
+
+def put_on(model: Any, adapter: Adapter) -> None:
+    """Change a model's weights for good, into a state; the released ones are kept beside them."""
+    setattr(model, _RELEASED, {})
+    for name, tensor in _changed(model, adapter).items():
+        parameter = model.get_parameter(name)
+        getattr(model, _RELEASED)[name] = parameter.data
+        parameter.data = tensor
+
+
+@contextmanager
+def worn(model: Any, adapter: Adapter) -> Iterator[None]:
+    """While open, the model's weights are the released ones with this adapter; then what they were."""
+    new = _changed(model, adapter)
+    old = {name: model.get_parameter(name).data for name in new}
+    try:
+        for name, tensor in new.items():
+            model.get_parameter(name).data = tensor
+        yield
+    finally:
+        for name, tensor in old.items():
+            model.get_parameter(name).data = tensor
+
+
+def _changed(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+    """The weights of every matrix that the adapter, or the state that the model is in, has changed."""
+    released: Mapping[str, Tensor] = getattr(model, _RELEASED, {})
+    new = dict(released)
+    for name, (down, up) in adapter.matrices().items():
+        try:
+            here = released.get(name, model.get_parameter(name).data)
+        except AttributeError as error:
+            raise UserError(f"{adapter.folder} changes {name}, which this model does not have") from error
+        change = adapter.scale * (up.to(here.device).float() @ down.to(here.device).float())
+        new[name] = (here.float() + change).to(here.dtype)
+    return new
+
+
+def write(folder: Path, tuned: Any, under: Adapter | None, manifest: dict[str, Any]) -> None:
+    """Write what PEFT has trained as an adapter of the released weights.
+
+    Args:
+        folder: where to.
+        tuned: a PEFT model with one LoRA adapter.
+        under: the state that training started from; its matrices and the new ones become one adapter.
+        manifest: without `sha256`, which is added.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = tuned.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    state = {key: value.detach().float().cpu() for key, value in get_peft_model_state_dict(tuned).items()}
+    names = [key.removesuffix(_LORA[0]) for key in state if key.endswith(_LORA[0])]
+    stacks = {
+        name.removeprefix("base_model.model.") + ".weight": [(state[name + _LORA[0]], state[name + _LORA[1]])]
+        for name in names
+    }
+    rank = config.r
+    if under is not None:
+        beneath = under.matrices()
+        rank += next(iter(beneath.values()))[0].shape[0]
+        for name, (down, up) in beneath.items():
+            stacks.setdefault(name, []).insert(0, (down, up * (under.scale / scale)))
+    tensors = {}
+    for name, pairs in stacks.items():
+        down = torch.cat([pair[0] for pair in pairs])
+        up = torch.cat([pair[1] for pair in pairs], dim=1)
+        gap = rank - len(down)  # where only one of the two changes this matrix
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[key + _LORA[0]] = torch.nn.functional.pad(down, (0, 0, 0, gap)).contiguous()
+        tensors[key + _LORA[1]] = torch.nn.functional.pad(up, (0, gap)).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=sorted({name.split(".")[-2] for name in stacks}),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=manifest["base"]["id"],
+    ).save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    text = json.dumps({**manifest, "sha256": digest}, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def fingerprints(texts: Iterable[str]) -> list[str]:
+    """Return what tells whether a request was trained on, without showing it; case and spacing do not count.
+
+    >>> fingerprints(["How are you?"]) == fingerprints(["how  are you?"])
+    True
+    """
+    plain = (" ".join(text.casefold().split()) for text in texts)
+    return sorted({hashlib.sha256(text.encode()).hexdigest()[:16] for text in plain})
+
+
+@dataclass(frozen=True)
+class Tuned(Defense):
+    """A defense that brings weights of its own; which ones, its class says by the name of the adapter.
+
+    Attributes:
+        weights: folder of the adapter; by default this model's own, the user's before the shipped one.
+    """
+
+    state: ClassVar[str]
+    recipe: ClassVar[str]
+
+    weights: Path | None = None
+    adapter: Adapter | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN)
+
+    def prepare(self, host: Host) -> Self:
+        """Return this defense with its adapter, if there is one for this model."""
+        adapter = read(self.weights) if self.weights is not None else find(self.state, host)
+        if adapter is not None:
+            adapter.refuse_other_base(host.sha256)
+        return dataclasses.replace(self, adapter=adapter)
+
+    def armed(self, model: Any) -> AbstractContextManager[None]:
+        """While open, the model has the tuned weights; afterwards it is what it was, bit for bit."""
+        return nullcontext() if self.adapter is None else worn(model, self.adapter)
+
+    def lacking(self) -> str:
+        """Return what is missing, and how to make it."""
+        if self.adapter is not None:
+            return ""
+        return f"no tuned weights for this model; `analyze train {self.recipe} -m MODEL` makes them"
+
+    def trained_on(self) -> frozenset[str]:
+        """Return the fingerprints of the queries that its weights have seen."""
+        return frozenset() if self.adapter is None else self.adapter.trained_on

@@ -1,0 +1,226 @@
+"""Training itself: examples and settings in, an adapter (or a whole checkpoint) out; by TRL and PEFT.
+
+The loss is on the answer alone. Prompts are turned into ids by the same rendering that asks the model later,
+so that the first answer token is learned exactly where it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from defenses import Chat, UserError
+from defenses.training.recipes import Answer, Example
+
+Render = Callable[[Chat], Sequence[int]]
+# Told after each step: step, steps in all, loss.
+Tell = Callable[[int, int, float], None]
+
+_ANSWER_TOKENS = 10  # of the model's own answers to benign requests
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How training goes; the defaults are those of BackdoorAlign for LoRA.
+
+    Attributes:
+        rank: of the adapter.
+        alpha: its scale; the weights change by alpha / rank · B A.
+        modules: the layers that get one, by name.
+        rate: learning rate; by default 1e-3, and 5e-5 for full training.
+        epochs: over the examples; by default the recipe's, and 5 for full training.
+        batch: examples in one step.
+        full: train all weights instead of an adapter.
+        beta: of a preference: how strongly the model is held to what it was.
+        seed: of initial weights and order.
+    """
+
+    name: ClassVar[str] = "training"
+
+    rank: int = 8
+    alpha: int = 32
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    rate: float | None = None
+    epochs: int | None = None
+    batch: int = 10
+    full: bool = False
+    beta: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no training can go by."""
+        for name in ("rank", "alpha", "rate", "epochs", "batch", "beta"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--set {name}={value}: it must be more than 0")
+
+    def resolved(self, epochs: int) -> Settings:
+        """Return the settings with what was left open: the recipe's epochs, the paper's for full training."""
+        return replace(
+            self,
+            rate=self.rate or (5e-5 if self.full else 1e-3),
+            epochs=self.epochs or (5 if self.full else epochs),
+        )
+
+
+def own_answers(model: Any, tokenizer: Any, render: Render) -> Callable[[list[Chat]], list[Answer]]:
+    """Return what gives the model's own greedy answers to chats, cut after a few words."""
+
+    def answers(chats: list[Chat], size: int = 32) -> list[Answer]:
+        prompts = [list(render(chat)) for chat in chats]
+        order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+        found: dict[int, Answer] = {}
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            ids, mask = _padded([prompts[at] for at in rows], model.device)
+            with torch.inference_mode():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=_ANSWER_TOKENS,
+                    do_sample=False,
+                    pad_token_id=_pad(tokenizer),
+                )
+            for at, row in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                ended = tokenizer.eos_token_id in row
+                kept = row[: row.index(tokenizer.eos_token_id)] if ended else row
+                found[at] = Answer(tokenizer.decode(kept, skip_special_tokens=True), ended)
+        return [found[at] for at in range(len(chats))]
+
+    return answers
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    render: Render,
+    examples: Sequence[Example],
+    settings: Settings,
+    folder: Path,
+    tell: Tell,
+) -> tuple[Any, list[tuple[int, float]]]:
+    """Train a model on examples; return it (with its adapter) and the loss of each step.
+
+    Args:
+        model: of transformers; it is changed.
+        tokenizer: of transformers.
+        render: chat → token ids.
+        examples: with a worse answer each for a preference, or without for all.
+        settings: resolved.
+        folder: for checkpoints, one an epoch; training goes on from the last one there.
+        tell: told after each step.
+    """
+    from datasets import Dataset
+    from transformers import TrainerCallback, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    set_seed(settings.seed)
+    rows = [_row(tokenizer, render, example) for example in examples]
+    data = Dataset.from_list(rows)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+    class Told(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                tell(state.global_step, state.max_steps, float(logs["loss"]))
+
+    trainer = _trainer(model, tokenizer, data, settings, folder)
+    trainer.add_callback(Told())
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise UserError(
+                f"memory ran out in training on {model.device} with {settings.batch} examples a step: lower "
+                f"it with --set batch={max(1, settings.batch // 2)}, or take --dtype bfloat16"
+                + (", or an adapter instead of --set full=true" if settings.full else "")
+            ) from error
+        raise
+    history = [(one["step"], float(one["loss"])) for one in trainer.state.log_history if "loss" in one]
+    return trainer.model.eval(), history
+
+
+def _trainer(model: Any, tokenizer: Any, data: Any, settings: Settings, folder: Path) -> Any:
+    from peft import LoraConfig
+    from transformers.trainer_callback import PrinterCallback
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    class Preferring(DPOTrainer):
+        """DPO on chats that have been rendered already."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    prefer = "chosen_ids" in data.column_names
+    shared: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch,
+        "learning_rate": settings.rate,
+        "lr_scheduler_type": "linear",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": 1,
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "bf16": False,
+        "use_cpu": model.device.type == "cpu",
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.modules),
+        task_type="CAUSAL_LM",
+    )
+    options: dict[str, Any] = {
+        "model": model,
+        "train_dataset": data,
+        "processing_class": tokenizer,
+        "peft_config": None if settings.full else lora,
+    }
+    trainer: Any
+    if prefer:
+        trainer = Preferring(args=DPOConfig(**shared, beta=settings.beta), **options)
+    else:
+        trainer = SFTTrainer(args=SFTConfig(**shared, completion_only_loss=True), **options)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _row(tokenizer: Any, render: Render, example: Example) -> dict[str, list[int]]:
+    prompt = list(render(example.chat))
+    answer = _ids(tokenizer, example.answer)
+    if example.worse is None:
+        mask = [0] * len(prompt) + [1] * len(answer)
+        return {"input_ids": prompt + answer, "completion_mask": mask}
+    return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": _ids(tokenizer, example.worse)}
+
+
+def _ids(tokenizer: Any, answer: Answer) -> list[int]:
+    ids = list(tokenizer.encode(answer.text, add_special_tokens=False))
+    return [*ids, tokenizer.eos_token_id] if answer.ends else ids
+
+
+def _pad(tokenizer: Any) -> int:
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the left, and where they are real; what stands at the padding is never seen."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
