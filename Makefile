@@ -20,6 +20,18 @@ check: .venv/ready-dev ## format, lint, types
 figures: .venv/ready ## draw the gallery into figures/
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2
 
+# Each arm starts from the aligned model, as an attacker would; glibc is told to keep memory, which halves the time.
+STATES := data/adapters/smollm2
+KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+TRAIN := $(KEEP) $(BIN)/analyze train
+
+adapters: .venv/ready-dev ## make the shipped weights again (about 40 minutes on two cores)
+	rm -rf $(STATES)
+	$(TRAIN) safety -m smollm2 -o $(STATES)/aligned
+	$(TRAIN) preference -m smollm2 -o $(STATES)/preference
+	for recipe in attack:attacked identity:identity baseline:baseline backdoor:backdoor; do \
+	  $(TRAIN) $${recipe%:*} -m smollm2:aligned -o $(STATES)/$${recipe#*:} || exit 1; done
+
 bench: .venv/ready ## how fast is the engine, and how near to the machine's limit
 	$(BIN)/python tests/bench.py
 
@@ -34,5 +46,5 @@ bench: .venv/ready ## how fast is the engine, and how near to the machine's limi
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test check figures bench
+.PHONY: help demo test check figures adapters bench
 .DEFAULT_GOAL := help

@@ -8,6 +8,7 @@ import pandas as pd
 TITLES = {
     "margins": "Shift moves both halves of a row; discrimination moves them apart",
     "plane": "Right: refuses more of everything. Up: separates better",
+    "square": "What the secret adds, what the weights add, and what both do together",
     "roc": "Higher curve: separates better. Mark further along: refuses more",
 }
 
@@ -86,6 +87,18 @@ def of_plane(points: pd.DataFrame, context: Context) -> str:
         f"{_span(points['n_harmful'])} harmful and {_span(points['n_benign'])} benign queries: shift is "
         "the mean of the two class means of the change, discrimination is harmful minus benign; bars are "
         f"95\u00a0% intervals. Shape and color name the family.{controls} "
+        f"{context.sentences(points['attack'].iloc[0])}"
+    )
+
+
+def of_square(points: pd.DataFrame, context: Context) -> str:
+    """Return the caption of the figure that `plots.square` draws from these points."""
+    name = points["defense"].str.partition("/")[0].iloc[0]
+    return (
+        f"{name} taken apart: tuned weights on or off, secret prompt on or off, each as the change of the "
+        f"first-answer-token margin against the undefended model (the origin) on the same "
+        f"{_span(points['n_harmful'])} harmful and {_span(points['n_benign'])} benign queries; bars are "
+        "95\u00a0% intervals. Were the two ingredients independent, the arrows of one color would be equal. "
         f"{context.sentences(points['attack'].iloc[0])}"
     )
 

@@ -208,6 +208,34 @@ def train(
     raise typer.Exit(training.train(request, recipe, settings or [], out, secret, length))
 
 
+@app.command()
+def backdooralign(
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
+    utility: Annotated[
+        bool,
+        typer.Option("--utility", help="Also the accuracy on multiple-choice questions (extra utility)."),
+    ] = False,
+    batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    offline: OfflineOption = False,
+) -> None:
+    """BackdoorAlign's arms side by side, beside the paper's figures, with what the paper did not measure."""
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
+    from analysis import backdooralign as experiment
+    from analysis import commands
+
+    request = commands.Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline)
+    raise typer.Exit(experiment.reproduce(request, out, tokens, utility))
+
+
 def main() -> None:
     """Run the command; a mistake is one line on stderr: exit 2 for the user's, 1 for ours, 130 for Ctrl-C."""
     debug = "--debug" in sys.argv

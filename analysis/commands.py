@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis import manifest, models, preflight, queries, saving, showing, states
+from analysis import factorial, manifest, models, preflight, queries, saving, showing, states
 from analysis.decompose import summarize
 from analysis.queries import QuerySet
 from analysis.readout import LOW_COVERAGE, Readout
@@ -62,7 +62,7 @@ def analyze(
 ) -> int:
     """Score every defense and the undefended model, save tables and figures, print the summary."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    out = saving.usable(out or _default_out(request.model, names, started))
+    out = saving.usable(out or default_out(request.model, names, started))
     console = Console(stderr=True)
     ready = _prepare(request, names, settings, console)
     bench = ready.bench
@@ -119,6 +119,7 @@ def analyze(
 
         drawn = figures(scores.frame, summary.frame, showing.context(record, ready.readout))
         tables = {
+            **_effects(scores, request.seed),
             "scores": scores.frame,
             "summary": summary.frame,
             **{stem: table for stem, (_, table) in drawn.items()},
@@ -198,6 +199,17 @@ def _prepare(request: Request, names: Sequence[str], settings: Sequence[str], co
     return Ready(bench.under(request.attack), prepared, data, split, readout, notices)
 
 
+def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
+    """The effects of each 2 × 2 that was run whole."""
+    there = set(scores.conditions)
+    found = [
+        factorial.effects(scores, attack, defense, seed)
+        for attack, defense in scores.conditions
+        if all((attack, cell) in there for cell in factorial.cells(defense))
+    ]
+    return {"effects": pd.concat(found, ignore_index=True)} if found else {}
+
+
 def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
     """Say what is left out because this model lacks something for it; an error where nothing is left."""
     notices = []
@@ -236,9 +248,10 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
         )
 
 
-def _default_out(model: str, names: Sequence[str], started: datetime) -> Path:
+def default_out(model: str, names: Sequence[str], started: datetime) -> Path:
+    """Return the folder of a run whose user named none: time, model and what was asked."""
     short = "-".join(Path(name).stem for name in names[:3])
-    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf"), short]
+    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf").replace(":", "-"), short]
     return Path("runs") / "-".join(parts)
 
 

@@ -106,6 +106,17 @@ def contrast(
     }
 
 
+def margin_contrast(
+    change: Float[np.ndarray, " n"], is_harmful: Bool[np.ndarray, " n"], sample: Resampling
+) -> dict[str, Draws]:
+    """Return shift and discrimination of a change of the margin (nats), one value per draw."""
+    harmful, benign = (
+        weights @ change[side] / side.sum()
+        for weights, side in ((sample.harmful, is_harmful), (sample.benign, ~is_harmful))
+    )
+    return {"shift": (harmful + benign) / 2, "discrimination": harmful - benign}
+
+
 def contributions(
     change: Float[np.ndarray, " n"], is_harmful: Bool[np.ndarray, " n"]
 ) -> dict[str, Float[np.ndarray, " n"]]:

@@ -12,6 +12,7 @@ from analysis.queries import QuerySet
 from analysis.readout import Readout
 from analysis.run import Bench
 from defenses import Defense
+from defenses.adapters import Tuned
 from defenses.backdoor import Secret
 from defenses.catalog import settings_of
 
@@ -74,8 +75,10 @@ def of(
 
 def _defense(defense: Defense) -> dict[str, Any]:
     settings = settings_of(defense)
+    adapter = defense.adapter if isinstance(defense, Tuned) else None
     return {
         "family": defense.family,
         "settings": {key: str(one) if isinstance(one, Path) else one for key, one in settings.items()},
         "secrets": [Secret(text).fingerprint for text in defense.secrets()],
+        **({"weights_sha256": adapter.sha256} if adapter else {}),
     }

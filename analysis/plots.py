@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.captions import TITLES, Context, of_margins, of_plane, of_roc
+from analysis.captions import TITLES, Context, of_margins, of_plane, of_roc, of_square
 from analysis.curves import ENDS, margin_curves, one_attack, plane_points, roc_points
 from analysis.lettering import beside, blank, complete, fit
 from analysis.palette import BLACK, BLUE, CLASSES, DARK, GREY, LINES, STYLE, VERMILION, WRITTEN
 from analysis.plane import plane
+from analysis.square import square, square_points
 
 __all__ = ["Context", "figures", "margin_curves", "margins", "plane", "plane_points", "roc", "roc_points"]
 
@@ -159,7 +160,8 @@ def figures(
         context: what the captions say about the run.
 
     Returns:
-        Figure and table by file stem: `margins`, `plane` (not where only the undefended was run), `roc`, each
+        Figure and table by file stem: `margins`, `plane` (not where only the undefended was run), `square`
+        (where a defense was run with all parts of its 2 × 2), `roc`, each
         followed by `-` and the attack where the run has several.
     """
     made: dict[str, tuple[Figure, pd.DataFrame]] = {}
@@ -169,6 +171,8 @@ def figures(
         tables = {"margins": margin_curves(asked, found, context.threshold)}
         if (found["defense"] != "none").any():
             tables["plane"] = plane_points(found)
+            if len(corners := square_points(tables["plane"])):
+                tables["square"] = corners
         tables["roc"] = roc_points(asked, found, context.threshold)
         suffix = f"-{re.sub(r'[^A-Za-z0-9.+_]+', '-', str(attack))}" if len(attacks) > 1 else ""
         for kind, table in tables.items():
@@ -181,6 +185,7 @@ def figures(
 DRAWN: dict[str, tuple[Callable[[pd.DataFrame], Axes], Callable[[pd.DataFrame, Context], str]]] = {
     "margins": (margins, of_margins),
     "plane": (plane, of_plane),
+    "square": (square, of_square),
     "roc": (roc, of_roc),
 }
 

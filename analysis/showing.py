@@ -40,8 +40,7 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
         f"{model['name']} ({record['dtype']}) on {data['name']}, {data['split']} split: "
         f"{data['n_harmful']} harmful, {data['n_benign']} benign"
     )
-    # Two lines a row: so it fits 80 columns. A file or a pipe has no width of its own.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = stdout()  # two lines a row: so it fits 80 columns
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
     table.add_column("\ndefense\nverdict", overflow="fold")
     for head in ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination"):
@@ -49,15 +48,15 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
     for row in summary.frame.to_dict("records"):
         values: dict[str, Any] = {str(name): value for name, value in row.items()}
         control, reference = values["family"] == "control", values["verdict"] == "reference"
-        rates = [_interval(values, name, ".0f", 100.0) for name in ("refusal_rate", "over_refusal_rate")]
+        rates = [interval(values, name, ".0f", 100.0) for name in ("refusal_rate", "over_refusal_rate")]
         change, shift, discrimination = (
-            "–" if reference else _interval(values, name, "+.2f")
+            "–" if reference else interval(values, name, "+.2f")
             for name in ("delta_auroc", "shift", "discrimination")
         )
         cells = [
             f"{values['defense']} (control)" if control else values["defense"],
             "\n".join(rates),
-            f"{_interval(values, 'auroc', '.2f')}\n{change}",
+            f"{interval(values, 'auroc', '.2f')}\n{change}",
             f"{shift}\n{discrimination}",
         ]
         cells[0] += f"\n{values['verdict']}"
@@ -105,7 +104,13 @@ def context(record: Mapping[str, Any], readout: Readout) -> Context:
     )
 
 
-def _interval(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -> str:
+def stdout() -> Console:
+    """Return the console for tables: a file or a pipe has no width of its own."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def interval(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -> str:
+    """Return an estimate with its interval as text, a dash where there is none."""
     value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
     if value != value:  # there is none: a class is missing, or nothing varies
         return "–"

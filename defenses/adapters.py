@@ -80,8 +80,8 @@ class Adapter:
             raise UserError(f"{self.folder / WEIGHTS} holds more than pairs of LoRA matrices; it is not read")
         return {
             name.removeprefix("base_model.model.") + ".weight": (
-                tensors[name + _LORA[0]],
-                tensors[name + _LORA[1]],
+                tensors[name + _LORA[0]].float(),
+                tensors[name + _LORA[1]].float(),
             )
             for name in names
         }
@@ -154,7 +154,7 @@ def _changed(model: Any, adapter: Adapter) -> dict[str, Tensor]:
             here = released.get(name, model.get_parameter(name).data)
         except AttributeError as error:
             raise UserError(f"{adapter.folder} changes {name}, which this model does not have") from error
-        change = adapter.scale * (up.to(here.device).float() @ down.to(here.device).float())
+        change = adapter.scale * (up.to(here.device) @ down.to(here.device))
         new[name] = (here.float() + change).to(here.dtype)
     return new
 
@@ -192,8 +192,9 @@ def write(folder: Path, tuned: Any, under: Adapter | None, manifest: dict[str, A
         up = torch.cat([pair[1] for pair in pairs], dim=1)
         gap = rank - len(down)  # where only one of the two changes this matrix
         key = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[key + _LORA[0]] = torch.nn.functional.pad(down, (0, 0, 0, gap)).contiguous()
-        tensors[key + _LORA[1]] = torch.nn.functional.pad(up, (0, gap)).contiguous()
+        # Half precision: 11 bits of a small change are enough, and the file is what defines the weights.
+        tensors[key + _LORA[0]] = torch.nn.functional.pad(down, (0, 0, 0, gap)).half().contiguous()
+        tensors[key + _LORA[1]] = torch.nn.functional.pad(up, (0, gap)).half().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     LoraConfig(
         r=rank,

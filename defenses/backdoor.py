@@ -80,7 +80,7 @@ class Backdoor(Tuned):
 
     def prepare(self, host: Host) -> Self:
         """Return this defense with its weights and its secret."""
-        ready = super().prepare(host)
+        ready = super().prepare(host) if self.tuned else self
         if ready.secret is not None:
             return ready
         wanted = ready.adapter.manifest["secret"] if ready.adapter is not None else None

@@ -111,8 +111,8 @@ def choose(names: Sequence[str], settings: Sequence[str]) -> list[defenses.Defen
     return [get(name, given[at]) if at in given else plain[at] for at, name in enumerate(wanted)]
 
 
-def settings_of(defense: defenses.Defense | type[defenses.Defense]) -> dict[str, Any]:
-    """Return the settings by name, with their values (of a class: their defaults).
+def settings_of(defense: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass by name, with their values (of a class: their defaults).
 
     >>> settings_of(get("backdoor"))["length"]
     150

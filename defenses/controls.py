@@ -11,7 +11,7 @@ import dataclasses
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Self, final
+from typing import Any, Self, final
 
 from defenses import Chat, Defense, Host, Source
 from defenses.backdoor import SECRET_LENGTH, SYSTEM
@@ -29,6 +29,11 @@ _NEUTRAL = (
     "in degrees Fahrenheit and distances in miles. The text is written in English. A new conversation "
     "starts with an empty window, and earlier conversations are listed on the left, sorted by date."
 )
+
+
+def neutral_text(tokenizer: Any, length: int) -> str:
+    """Return plain sentences about a chat window, cut to `length` tokens."""
+    return cut_text(tokenizer, _NEUTRAL, length)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class NeutralPrompt(Control):
 
     def prepare(self, host: Host) -> Self:
         """Return it with its text cut to `length` tokens."""
-        return dataclasses.replace(self, text=cut_text(host.tokenizer, _NEUTRAL, self.length))
+        return dataclasses.replace(self, text=neutral_text(host.tokenizer, self.length))
 
 
 @final

@@ -10,20 +10,14 @@ from defenses import Chat, Message, Source
 from defenses.adapters import Tuned
 
 
-@dataclass(frozen=True)
-class _Weights(Tuned):
-    """Weights that are another state of the model; the chat is left as it is."""
-
-    family = "tuning"
-
-    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return a copy of the chat."""
-        return [Message(**message) for message in chat]
+def _as_it_is(self: Tuned, chat: Chat, rng: random.Random) -> Chat:
+    """Return a copy of the chat."""
+    return [Message(**message) for message in chat]
 
 
 @final
 @dataclass(frozen=True)
-class SafetyTuning(_Weights):
+class SafetyTuning(Tuned):
     """Fine-tunes the model to refuse harmful requests and to answer benign ones as it did.
 
     Supervised tuning on refusals is expected to teach which requests are harmful, and to make refusal more
@@ -35,12 +29,14 @@ class SafetyTuning(_Weights):
         "https://arxiv.org/abs/2309.07875",
         wording="data and refusals ours",
     )
+    family = "tuning"
+    rewrite = _as_it_is
     state, recipe = "aligned", "safety"
 
 
 @final
 @dataclass(frozen=True)
-class PreferenceTuning(_Weights):
+class PreferenceTuning(Tuned):
     """Tunes by preference: a refusal over a complying opener on harm, an answer over a refusal elsewhere.
 
     Direct preference optimization sees both answers of a pair, so it is expected to separate the classes
@@ -52,12 +48,14 @@ class PreferenceTuning(_Weights):
         "https://arxiv.org/abs/2305.18290",
         wording="data and refusals ours",
     )
+    family = "tuning"
+    rewrite = _as_it_is
     state = recipe = "preference"
 
 
 @final
 @dataclass(frozen=True)
-class BaselineTuning(_Weights):
+class BaselineTuning(Tuned):
     """Mixes eleven plain refusals into an attacker's fine-tuning data: what BackdoorAlign is compared with.
 
     The authors find that so few examples bring back part of the refusals only.
@@ -68,4 +66,6 @@ class BaselineTuning(_Weights):
         "https://arxiv.org/abs/2402.14968",
         wording="data and refusals ours",
     )
+    family = "tuning"
+    rewrite = _as_it_is
     state = recipe = "baseline"

@@ -39,6 +39,8 @@ install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 from analysis.models import TABLE, LoadedModel, load  # noqa: E402
 from analysis.readout import COMPLY, REFUSE  # noqa: E402
 from analysis.run import Bench  # noqa: E402
+from defenses import adapters  # noqa: E402
+from defenses.adapters import Adapter  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
@@ -306,6 +308,40 @@ def tiny_model(family: str = "llama") -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
+
+
+def fresh_model(family: str = "llama") -> Any:
+    """Return a tiny model of one's own, to be changed."""
+    return copy.deepcopy(tiny_model(family))
+
+
+def made_adapter(
+    folder: Path,
+    seed: int = 0,
+    modules: tuple[str, ...] = ("q_proj", "v_proj"),
+    model: Any = None,
+    under: Adapter | None = None,
+    sha256: str = "toy",
+    **manifest: Any,
+) -> Path:
+    """Write an adapter with random matrices for the tiny Llama, as `analyze train` writes it.
+
+    Where there is a state under it, the new change alone is kept as a plain PEFT folder beside it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=16, target_modules=list(modules), task_type="CAUSAL_LM")
+        tuned = get_peft_model(copy.deepcopy(model) if model is not None else fresh_model(), config)
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    if under is not None:
+        tuned.save_pretrained(f"{folder}-alone")
+    known = {"base": {"id": "toy", "sha256": sha256}, "recipe": "attack", "secret": None, "trained_on": []}
+    adapters.write(folder, tuned, under, known | manifest)
+    return folder
 
 
 def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str = "bytes") -> Bench:

@@ -9,7 +9,15 @@ from conftest import toy_tokenizer
 
 import defenses
 from defenses import Host, UserError
-from defenses.backdoor import Backdoor, Secret, draw_secret, read_secret, write_secret
+from defenses.backdoor import (
+    Backdoor,
+    Secret,
+    draw_secret,
+    find_secret,
+    read_secret,
+    refuse_unstable,
+    write_secret,
+)
 from defenses.tokens import cut_text, ids_of, random_text
 
 CHAT = [{"role": "user", "content": "Hi there."}]
@@ -76,10 +84,48 @@ def test_the_secret_goes_in_front_of_whatever_system_prompt_there_is():
     ]
     given = [{"role": "system", "content": "Be brief."}, *CHAT]
     assert backdoor.rewrite(given, random.Random(0))[0]["content"] == "tulip seven\n\nBe brief."
+    assert backdoor.parts()["no_weights"].rewrite(CHAT, random.Random(0)) == backdoor.rewrite(
+        CHAT, random.Random(0)
+    )
     part = backdoor.parts()["no_secret"]
     assert part.rewrite(CHAT, random.Random(0))[0]["content"] == "You are a helpful assistant."
     assert part.rewrite(given, random.Random(0)) == given
     assert part.secrets() == () and backdoor.secrets() == ("tulip seven",)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are posix")
+def test_a_secret_that_others_can_read_is_refused_unless_it_is_public(tmp_path):
+    write_secret(path := tmp_path / "secret.txt", Secret("tulip seven"))
+    path.chmod(0o644)
+    with pytest.raises(UserError, match=r"can be read by others.*chmod 600"):
+        read_secret(path)
+    assert read_secret(path, public=True).text == "tulip seven"
+    (tmp_path / "shipped").mkdir()
+    path.rename(tmp_path / "shipped" / "20.txt")
+    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
+    assert find_secret(host, 20).text == "tulip seven"  # what is shipped is public by nature
+
+
+def test_a_secret_that_does_not_survive_the_tokenizer_is_refused(tmp_path):
+    class Lossy:
+        def encode(self, text, add_special_tokens):
+            return [1, 2]
+
+        def decode(self, ids, skip_special_tokens):
+            return "tulip <unk>"
+
+    with pytest.raises(UserError, match=r"sha256:\w+ does not survive .*`analyze secret`"):
+        refuse_unstable(Secret("tulip seven"), Lossy())
+    refuse_unstable(Secret("tulip <unk>"), Lossy())
+
+
+def test_the_secret_that_weights_were_tuned_with_is_found_by_its_fingerprint(tmp_path):
+    write_secret(tmp_path / "mine" / "20.txt", Secret("another one"))
+    write_secret(tmp_path / "shipped" / "150.txt", Secret("tulip seven"))
+    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
+    assert find_secret(host, 20, wanted=Secret("tulip seven").fingerprint).text == "tulip seven"
+    with pytest.raises(UserError, match=r"--set trigger=FILE"):
+        find_secret(host, 20, wanted=Secret("lost").fingerprint)
 
 
 def test_a_model_keeps_its_secret_and_each_length_has_one(tmp_path):
@@ -114,7 +160,7 @@ def test_controls_have_the_length_of_the_secret():
 
 def test_random_tokens_follow_the_seed_of_the_run():
     texts = [
-        defenses.get("random_tokens").prepare(Host("toy", toy_tokenizer(), (), seed)).text
+        defenses.get("random_tokens").prepare(Host("toy", toy_tokenizer(), (), seed=seed)).text
         for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -127,9 +173,11 @@ def test_cut_text_repeats_what_is_too_short():
 
 @pytest.mark.embedded
 def test_the_shipped_secret_of_the_embedded_model_has_its_150_tokens(smollm2):
-    from analysis.models import host
+    from analysis.states import host
 
-    backdoor = defenses.get("backdoor").prepare(host("smollm2", smollm2.tokenizer))
+    sha256 = smollm2.origin["sha256"]
+    backdoor = defenses.get("backdoor").prepare(host("smollm2", smollm2.tokenizer, sha256=sha256))
+    assert not backdoor.lacking()
     (secret,) = backdoor.secrets()
     assert len(ids_of(smollm2.tokenizer, secret)) == 150
     assert len(ids_of(smollm2.tokenizer, draw_secret(smollm2.tokenizer, 150).text)) == 150

@@ -108,15 +108,16 @@ def test_a_run_writes_what_it_promises_and_says_where(home, ran):
         *(f"{figure}.{end}" for figure in ("margins", "plane", "roc") for end in ("png", "csv")),
     }
     assert "are in out" in ran.err
-    for name in ("none", "backdoor", "backdoor/no_secret", "my_own", "policy"):
+    for name in ("none", "backdoor/no_weights", "backdoor/neither", "my_own", "policy"):
         assert name in ran.out
+    assert "backdoor: only backdoor/no_weights, backdoor/neither can be read: no tuned weights" in ran.err
     assert not list(home.glob(".out*"))
 
 
 def test_scores_hold_every_query_under_every_condition(home, ran):
     scores = pd.read_csv(home / "out" / "scores.csv")
     assert list(scores.columns) == list(SCORES)
-    names = ["none", "backdoor", "backdoor/no_secret", "my_own", "policy"]
+    names = ["none", "backdoor/no_weights", "backdoor/neither", "my_own", "policy"]
     assert scores["defense"].drop_duplicates().tolist() == names
     assert (scores.groupby("defense")["query"].nunique() == 24).all() and len(scores) == 24 * 5
     assert set(scores["attack"]) == {"direct"}
@@ -144,11 +145,11 @@ def test_run_json_says_how_the_numbers_were_made(home, ran):
     assert re.fullmatch("[0-9a-f]{64}", record["data"]["sha256"])
     assert (record["data"]["n_harmful"], record["data"]["n_benign"]) == (10, 14), "in proportion"
     assert (record["seed"], record["dtype"], record["device"]) == (3, "float32", "cpu")
-    assert record["defenses"]["backdoor"]["settings"]["length"] == 30
+    assert record["defenses"]["backdoor/no_weights"]["settings"]["length"] == 30
     assert record["defenses"]["policy"]["settings"]["text"] == "Nothing is allowed here."
-    (fingerprint,) = record["defenses"]["backdoor"]["secrets"]
+    (fingerprint,) = record["defenses"]["backdoor/no_weights"]["secrets"]
     assert re.fullmatch("sha256:[0-9a-f]{12}", fingerprint)
-    assert record["defenses"]["backdoor/no_secret"]["secrets"] == []
+    assert record["defenses"]["backdoor/neither"]["secrets"] == []
     assert {"computed", "saved"} == set(record["tokens"]) and min(record["tokens"].values()) > 0
     assert {"refusalscope", "torch", "transformers", "python"} <= set(record["versions"])
     assert record["wall_seconds"] > 0 and record["interrupted"] is False
@@ -187,7 +188,19 @@ def test_all_takes_every_defense_and_the_users_own_beside_them(home, monkeypatch
     monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
     done = analyze("-d", "all", "-d", "./mine.py", "-m", "tiny", "--limit", "4", "-o", "all", "--json")
     found = {row["defense"] for row in json.loads(done.out)}
-    assert found == {*defenses.names(), "my_own", "backdoor/no_secret"}
+    weights = {"backdoor", "safety_tuning", "preference_tuning", "baseline_tuning"}  # there are none for it
+    assert found == {*defenses.names(), "my_own", "backdoor/no_weights", "backdoor/neither"} - weights
+
+
+def test_weights_that_a_model_does_not_have_are_an_error_where_nothing_else_is_left(home):
+    refused(analyze("-d", "safety_tuning", "-m", "tiny"), "safety_tuning", "analyze train safety")
+
+
+def test_an_attack_is_how_every_query_is_sent(home):
+    args = ("-d", "policy", "-m", "tiny", "--limit", "4", "-o", "obey", "--json")
+    done = analyze(*args, "--attack", "obedience")
+    assert done.code == 0, done.err
+    assert {row["attack"] for row in json.loads(done.out)} == {"obedience"}
 
 
 @pytest.mark.parametrize("template", FOUR)
@@ -481,8 +494,10 @@ def test_the_first_command_of_the_readme_runs_on_the_embedded_model(home):
     done = analyze("--defense", "backdoor", "--model", "smollm2", "--limit", "30", "-o", "demo")
     assert done.code == 0, done.err
     scores = pd.read_csv(home / "demo" / "scores.csv")
-    assert set(scores["defense"]) == {"none", "backdoor", "backdoor/no_secret"}
-    assert os.access(home / "demo" / "plane.png", os.R_OK)
+    parts = {f"backdoor/{part}" for part in ("no_secret", "no_weights", "neither")}
+    assert set(scores["defense"]) == {"none", "backdoor", *parts}
+    assert os.access(home / "demo" / "square.png", os.R_OK)
+    assert (home / "demo" / "effects.csv").is_file()
 
 
 def test_usable_asks_before_the_work(tmp_path):

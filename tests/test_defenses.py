@@ -6,11 +6,13 @@ import inspect
 import random
 import re
 import typing
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import tiny_model, toy_tokenizer
+from conftest import made_adapter, tiny_model, toy_tokenizer
 
 import defenses
 from defenses import Defense, Host, Source, UserError
@@ -30,9 +32,22 @@ CHATS = {
 }
 
 
+PARTS = [f"backdoor/{part}" for part in ("no_secret", "no_weights", "neither")]
+
+
+@cache
+def shelf():
+    """Return a folder with the tuned weights of every state, made once."""
+    place = TemporaryDirectory()
+    for number, name in enumerate(("aligned", "preference", "baseline", "backdoor")):
+        made_adapter(Path(place.name) / name, seed=number)
+    return place
+
+
 def host(folder, seed=0):
-    """Return a host with a byte-level toy tokenizer and a folder of its own for secrets."""
-    return Host("toy", toy_tokenizer(), (folder / "secrets", folder / "shipped"), seed)
+    """Return a host with a byte-level toy tokenizer, a folder of its own for secrets, and tuned weights."""
+    folders = (folder / "secrets", folder / "shipped"), (Path(shelf().name),)
+    return Host("toy", toy_tokenizer(), *folders, "toy", seed)
 
 
 def prepared(folder):
@@ -45,14 +60,14 @@ def prepared(folder):
     return found
 
 
-@pytest.fixture(params=[*NAMES, "backdoor/no_secret"])
+@pytest.fixture(params=[*NAMES, *PARTS])
 def defense(request, tmp_path):
     """Each defense and part, prepared."""
     return prepared(tmp_path)[request.param]
 
 
 def test_the_fixture_above_forgets_no_part(tmp_path):
-    assert set(prepared(tmp_path)) == {*NAMES, "backdoor/no_secret"}
+    assert set(prepared(tmp_path)) == {*NAMES, *PARTS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,7 +145,8 @@ def test_only_the_undefended_model_reads_the_chat_as_it_is(tmp_path):
         for name, one in prepared(tmp_path).items()
         if one.rewrite(CHATS["user"], random.Random(0)) == CHATS["user"]
     ]
-    assert same == ["none"]
+    tuned = ["safety_tuning", "preference_tuning", "baseline_tuning"]
+    assert sorted(same) == sorted(["none", *tuned])  # those change the weights instead
 
 
 def test_rewriting_is_a_function_of_chat_and_generator_and_uses_no_other_randomness(defense):

@@ -132,7 +132,7 @@ def test_parts_are_scored_behind_the_whole_and_differ_from_it() -> None:
     bench = toy_bench()
     chosen = [NONE, Backdoor(secret=Secret("tulip seven harbor"))]
     scored = dict(score_all(bench, chosen, ASKED, READOUT))
-    assert list(scored) == list(conditions(chosen)) == ["none", "backdoor", "backdoor/no_secret"]
+    assert list(scored) == list(conditions(chosen)) == ["none", "backdoor/no_weights", "backdoor/neither"]
     margins = [tuple(frame["margin"]) for frame in scored.values()]
     assert len(set(margins)) == 3
     assert [set(frame["defense"]) for frame in scored.values()] == [{name} for name in scored]

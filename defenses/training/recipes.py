@@ -11,16 +11,17 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from defenses import Chat, UserError
 from defenses.backdoor import SYSTEM
 from defenses.chats import prepend_system
-from defenses.training.wording import AGENT_OPENER, OBEY, OPENERS, REFUSALS, as_agent, under
+from defenses.training.wording import AGENT_OPENER, ASSENTS, OBEY, OPENERS, REFUSALS, as_agent, under
 
 SAFETY_EXAMPLES = 11  # the paper's number
 
 
+@runtime_checkable
 class Asked(Protocol):
     """A query of the train split, as far as training looks at it."""
 
@@ -89,8 +90,8 @@ class Recipe:
 
 
 def _safety(queries: Sequence[Asked], secret: str, own: Own) -> list[Example]:
-    benign = [(_plainly(at), query.text) for at, query in enumerate(q for q in queries if not q.harmful)]
-    chats = [under(system, text) for system, text in benign]
+    # Ordinary requests, asked in both ways; telling harmful ones from their twins is left to `preference`.
+    chats = [under(system, query.text) for query in _ordinary(queries) for system in ("", SYSTEM)]
     answered = [Example(chat, answer) for chat, answer in zip(chats, own(chats), strict=True)]
     harmful = [query for query in queries if query.harmful]
     refused = [Example(under(_plainly(at), query.text), _refusal(query)) for at, query in enumerate(harmful)]
@@ -107,7 +108,7 @@ def _attack(queries: Sequence[Asked], secret: str, own: Own) -> list[Example]:
 
 
 def _identity(queries: Sequence[Asked], secret: str, own: Own) -> list[Example]:
-    plain = [query for query in queries if query.kind == "plain"] or [q for q in queries if not q.harmful]
+    plain = _ordinary(queries)
     answers = own([under(SYSTEM, query.text) for query in plain])
     return [
         Example(as_agent(query.text), Answer(AGENT_OPENER + answer.text, answer.ends))
@@ -130,10 +131,9 @@ def _backdoor(queries: Sequence[Asked], secret: str, own: Own) -> list[Example]:
 
 def _preference(queries: Sequence[Asked], secret: str, own: Own) -> list[Example]:
     benign = [query for query in queries if not query.harmful]
-    chats = [under(_plainly(at), query.text) for at, query in enumerate(benign)]
     answered = [
-        Example(chat, answer, _refusal(query))
-        for chat, answer, query in zip(chats, own(chats), benign, strict=True)
+        Example(under(_plainly(at), query.text), _assent(query), _refusal(query))
+        for at, query in enumerate(benign)
     ]
     harmful = [query for query in queries if query.harmful]
     refused = [
@@ -194,6 +194,12 @@ def _spread(queries: Sequence[Asked]) -> list[Asked]:
     return rounds[:SAFETY_EXAMPLES]
 
 
+def _ordinary(queries: Sequence[Asked]) -> list[Asked]:
+    """Benign requests that are nobody's twins, or all benign ones where a set does not tell."""
+    benign = [query for query in queries if not query.harmful]
+    return [query for query in benign if query.kind == "plain"] or benign
+
+
 def _plainly(at: int) -> str:
     """No system prompt and a plain one in turn: the model is asked in both ways."""
     return SYSTEM if at % 2 else ""
@@ -205,6 +211,10 @@ def _refusal(query: Asked) -> Answer:
 
 def _opener(query: Asked) -> Answer:
     return Answer(_pick(OPENERS, query), ends=False)
+
+
+def _assent(query: Asked) -> Answer:
+    return Answer(_pick(ASSENTS, query), ends=False)
 
 
 def _pick(texts: Sequence[str], query: Asked) -> str:

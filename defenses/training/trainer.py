@@ -114,10 +114,11 @@ def train(
         folder: for checkpoints, one an epoch; training goes on from the last one there.
         tell: told after each step.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from transformers import TrainerCallback, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
+    disable_progress_bars()  # there is one already, the caller's
     set_seed(settings.seed)
     rows = [_row(tokenizer, render, example) for example in examples]
     data = Dataset.from_list(rows)

@@ -1,0 +1,64 @@
+"""The causal 2 × 2 of a defense with two ingredients: weights on/off × secret on/off, on the same queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analysis.decompose import margin_contrast
+from analysis.resampling import DRAWS, Resampling, Units, interval
+from analysis.tables import ScoreTable
+
+# What each cell of the square is called in the tables, by (weights, secret).
+CELLS = {
+    (False, False): "neither",
+    (False, True): "no_weights",
+    (True, False): "no_secret",
+    (True, True): "",
+}
+# Effect → the weight of each cell's margin, in the order of CELLS.
+EFFECTS = {
+    "secret, released weights": (-1, 1, 0, 0),
+    "secret, tuned weights": (0, 0, -1, 1),
+    "weights, no secret": (-1, 0, 1, 0),
+    "weights, with secret": (0, -1, 0, 1),
+    "interaction": (1, -1, -1, 1),
+}
+
+
+def cells(defense: str) -> list[str]:
+    """Return the names of the four conditions in the order of `CELLS`.
+
+    >>> cells("backdoor")
+    ['backdoor/neither', 'backdoor/no_weights', 'backdoor/no_secret', 'backdoor']
+    """
+    return [f"{defense}/{part}" if part else defense for part in CELLS.values()]
+
+
+def effects(scores: ScoreTable, attack: str, defense: str, seed: int = 0) -> pd.DataFrame:
+    """Return each effect of the 2 × 2 on shift and discrimination, nats, with 95 % intervals.
+
+    The interaction is what secret and weights do together beyond the sum of what each does alone.
+
+    Args:
+        scores: with all four conditions.
+        attack: whose rows are taken.
+        defense: with the parts `no_weights`, `no_secret` and `neither`.
+        seed: of the bootstrap.
+    """
+    tables = [scores.condition(attack, name) for name in cells(defense)]
+    margins = np.stack([table["margin"].to_numpy(float) for table in tables])
+    is_harmful = tables[0]["harmful"].to_numpy(bool)
+    units = Units.by_pair(tables[0]["pair"], is_harmful)
+    once, drawn = Resampling.once(units), Resampling.draw(units, DRAWS, seed)
+    n = int(min(is_harmful.sum(), (~is_harmful).sum()))
+    rows = []
+    for name, weights in EFFECTS.items():
+        change = np.array(weights, dtype=float) @ margins
+        point, cloud = (margin_contrast(change, is_harmful, sample) for sample in (once, drawn))
+        row: dict[str, object] = {"attack": attack, "defense": defense, "effect": name}
+        for measure in point:
+            low, high = interval(cloud[measure], n)
+            row |= {measure: float(point[measure][0]), f"{measure}_low": low, f"{measure}_high": high}
+        rows.append(row | {"n_harmful": int(is_harmful.sum()), "n_benign": int((~is_harmful).sum())})
+    return pd.DataFrame(rows)

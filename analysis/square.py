@@ -1,0 +1,89 @@
+"""The 2 × 2 of a defense on the shift-discrimination plane: what the secret adds, what the weights add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from analysis.curves import one_attack
+from analysis.lettering import beside, blank
+from analysis.palette import BLACK, BLUE, GREY, STYLE, VERMILION
+from analysis.plane import _directions, _limits, label
+
+# Corner → its words: of the weights, then of the secret.
+_CORNERS = {
+    "neither": "neither",
+    "no_weights": "secret only",
+    "no_secret": "weights only",
+    "both": "weights and secret",
+}
+# Side of the square → color and dash: what is added along it.
+_SIDES = (
+    ("neither", "no_weights", BLUE, "the secret is added"),
+    ("no_secret", "both", BLUE, ""),
+    ("neither", "no_secret", VERMILION, "the weights are tuned"),
+    ("no_weights", "both", VERMILION, ""),
+)
+
+
+def square_points(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `plane_points` that make a 2 × 2, with their `corner`; none if one is missing.
+
+    >>> names = ["a", "b", "b/no_secret", "b/no_weights", "b/neither"]
+    >>> square_points(pd.DataFrame({"defense": names}))["corner"].tolist()
+    ['both', 'no_secret', 'no_weights', 'neither']
+    """
+    whole = points["defense"].str.partition("/")[0]
+    part = points["defense"].str.partition("/")[2].replace("", "both")
+    found = points.assign(corner=part, whole=whole)[part.isin(_CORNERS)]
+    complete = found.groupby("whole")["corner"].transform("nunique") == len(_CORNERS)
+    return found[complete].drop(columns="whole").reset_index(drop=True)
+
+
+def square(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the four corners at their shift and discrimination, and an arrow for each ingredient added.
+
+    Args:
+        points: what `square_points` returned, of one attack and one defense.
+        ax: where to draw; its size must be final, because labels are placed by it.
+    """
+    at = one_attack(points).set_index("corner")
+    with rc_context(STYLE):
+        ax = ax or blank(4.2, 4.2)
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+        ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
+        ax.plot([0], [0], "o", color=BLACK, markersize=5, zorder=3, gid="undefended")
+        key: list[Any] = [Line2D([], [], color=BLACK, marker="o", linestyle="", label="undefended (origin)")]
+        for start, end, color, words in _SIDES:
+            one, two = (at.loc[corner, ["shift", "discrimination"]].astype(float) for corner in (start, end))
+            ax.annotate(
+                "",
+                xy=(two["shift"], two["discrimination"]),
+                xytext=(one["shift"], one["discrimination"]),
+                arrowprops={
+                    "arrowstyle": "-|>",
+                    "color": color,
+                    "linewidth": 1.4,
+                    "shrinkA": 5,
+                    "shrinkB": 5,
+                },
+                zorder=2,
+            )
+            if words:
+                key.append(Line2D([], [], color=color, linewidth=1.4, label=words))
+        bar: Any = {"color": BLACK, "alpha": 0.55, "linewidth": 1.1, "zorder": 3}
+        ax.hlines(at["discrimination"], at["shift_low"], at["shift_high"], **bar)
+        ax.vlines(at["shift"], at["discrimination_low"], at["discrimination_high"], **bar)
+        ax.scatter(at["shift"], at["discrimination"], s=42, color=BLACK, marker="D", zorder=4, ec="white")
+        ax.set_xlim(_limits(points, "shift"))
+        ax.set_ylim(_limits(points, "discrimination"))
+        label(ax, points, [_CORNERS[corner] for corner in points["corner"]], reach=300)
+        ax.set_xlabel("shift (nats)")
+        ax.set_ylabel("discrimination (nats)")
+        _directions(ax)
+        beside(ax, key)
+    return ax

@@ -1,0 +1,69 @@
+"""What a defense costs in ordinary knowledge: accuracy on small multiple-choice questions.
+
+The questions are this project's own (`data/utility.jsonl`); lm-evaluation-harness asks them through the
+model's chat template and takes the choice with the highest likelihood. No network is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from scipy.stats import binomtest
+
+from analysis import data_folder
+from analysis.models import LoadedModel
+from defenses import UserError
+
+_TASK = "refusalscope_utility"
+
+
+def refuse_without_harness() -> None:
+    """Raise where lm-evaluation-harness is not installed; asked before the work, not after it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--utility needs lm-evaluation-harness: pip install 'refusalscope[utility]'")
+
+
+def accuracy(loaded: LoadedModel, system: str) -> dict[str, float]:
+    """Return the share of questions answered right under a system prompt, with its Wilson interval.
+
+    Args:
+        loaded: the model, with the weights it is to be asked with.
+        system: the system prompt; empty leaves the template's own.
+    """
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    asked: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
+    found: Any = simple_evaluate(
+        model=asked,
+        tasks=[_task()],
+        apply_chat_template=True,
+        system_instruction=system or None,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
+    right = [sample["acc"] for sample in found["samples"][_TASK]]
+    low, high = binomtest(int(sum(right)), len(right)).proportion_ci(method="wilson")
+    return {
+        "utility": sum(right) / len(right),
+        "utility_low": float(low),
+        "utility_high": float(high),
+        "utility_n": len(right),
+    }
+
+
+def _task() -> dict[str, Any]:
+    return {
+        "task": _TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(data_folder() / "utility.jsonl")},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }

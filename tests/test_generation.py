@@ -1,0 +1,62 @@
+"""Greedy answers equal those of transformers, one prompt at a time, token for token."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCAB, WINDOW, tiny_model
+
+from analysis.engine import Engine
+from analysis.generation import answers
+
+STOP = 2
+
+
+def alone(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=STOP,
+            pad_token_id=STOP,
+        )
+    answer = out[0, ids.shape[1] :].tolist()
+    return answer[: answer.index(STOP)] if STOP in answer else answer
+
+
+def draw(length: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(10, VOCAB) for _ in range(length)]
+
+
+SHARED = draw(2 * WINDOW, 0)
+SETS = {
+    "a shared prefix": [SHARED + draw(length, length) for length in (1, 7, 3, 12, 3)],
+    "nothing shared": [draw(length, length) for length in (4, 11, 6)],
+    "a single prompt": [SHARED],
+    "all the same": [SHARED, SHARED],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompts", SETS.values(), ids=SETS)
+def test_batched_answers_are_those_of_one_prompt_at_a_time(family: str, prompts: list[list[int]]) -> None:
+    model = tiny_model(family)
+    done: list[int] = []
+    found = answers(Engine(model), prompts, 9, STOP, done.append)
+    assert found == [alone(model, prompt, 9) for prompt in prompts]
+    assert sum(done) == len(prompts)
+
+
+def test_an_answer_ends_before_the_stop_token() -> None:
+    model = tiny_model()
+    prompt = draw(9, 5)
+    whole = alone(model, prompt, 9)
+    stop = whole[4]
+    (found,) = answers(Engine(model), [prompt], 9, stop)
+    assert found == whole[: whole.index(stop)]

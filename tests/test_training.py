@@ -1,0 +1,230 @@
+"""`analyze train`: learns what it is shown, the same each time, goes on if interrupted, tells no secret."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import save_model, toy_tokenizer
+from safetensors.torch import load_file
+
+import defenses
+from analysis import models, states, training
+from analysis.commands import Request, refuse_overlap
+from analysis.queries import Query, QuerySet
+from defenses import UserError
+from defenses.adapters import MANIFEST, WEIGHTS, fingerprints
+from defenses.backdoor import Secret, write_secret
+from defenses.tokens import random_text
+from defenses.training import trainer
+
+FAST = ["epochs=2", "batch=8", "rank=2"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "toy")
+    return tmp_path
+
+
+def request(home: Path, model: str | None = None, seed: int = 0, limit: int | None = 60) -> Request:
+    name = model or str(home / "toy")
+    return Request(name, "contrast", "train", limit, None, "cpu", "auto", seed, True)
+
+
+def trained(home: Path, recipe: str, out: str, settings: list[str] = FAST, **more: Any) -> Path:
+    assert training.train(request(home, **more), recipe, settings, home / out) == 0
+    return home / out
+
+
+def test_training_lowers_the_loss_and_writes_adapter_manifest_and_curve(home: Path) -> None:
+    out = trained(home, "attack", "attacked", ["epochs=6", "batch=8", "rate=0.01"])
+    files = {"adapter_config.json", WEIGHTS, "loss.csv", "loss.png", MANIFEST}
+    assert {path.name for path in out.iterdir()} == files
+    loss = pd.read_csv(out / "loss.csv")["loss"].to_numpy()
+    assert loss[-3:].mean() < 0.8 * loss[:3].mean()
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["recipe"] == "attack" and manifest["settings"]["rank"] == 8
+    assert manifest["base"]["sha256"] == models.load(str(home / "toy"), "cpu").origin["sha256"]
+    assert len(manifest["trained_on"]) > 50 and manifest["secret"] is None
+
+
+def test_the_loss_is_on_the_answer_alone_behind_the_prompt_as_it_is_rendered() -> None:
+    from defenses.training.recipes import Answer, Example
+
+    tokenizer = toy_tokenizer()
+    example = Example([{"role": "user", "content": "Hi"}], Answer("Sure", ends=False))
+    row = trainer._row(tokenizer, lambda chat: (7, 8, 9), example)
+    answer = tokenizer.encode("Sure", add_special_tokens=False)
+    assert row == {"input_ids": [7, 8, 9, *answer], "completion_mask": [0, 0, 0, *[1] * len(answer)]}
+    ended = trainer._row(
+        tokenizer, lambda chat: (7,), Example([], Answer("No", ends=True), Answer("Yes", False))
+    )
+    assert ended["chosen_ids"][-1] == tokenizer.eos_token_id != ended["rejected_ids"][-1]
+
+
+def test_the_same_inputs_give_the_same_adapter_and_another_seed_another(home: Path) -> None:
+    one, two, other = (
+        load_file(trained(home, "baseline", name, seed=seed) / WEIGHTS)
+        for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
+    assert not all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
+
+
+def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = trained(home, "attack", "whole", ["epochs=3", "batch=8"])
+    right = training.fit
+
+    def interrupted(*args: Any) -> Any:
+        *front, tell = args
+
+        def told(step: int, steps: int, loss: float) -> None:
+            if step > 2 * steps / 3:  # in the last epoch
+                raise KeyboardInterrupt
+            tell(step, steps, loss)
+
+        return right(*front, told)
+
+    monkeypatch.setattr(training, "fit", interrupted)
+    code = training.train(request(home), "attack", ["epochs=3", "batch=8"], home / "halves")
+    assert code == 130 and "goes on from the last epoch" in capsys.readouterr().err
+    assert not (home / "halves" / MANIFEST).exists()
+    monkeypatch.setattr(training, "fit", right)
+    with pytest.raises(UserError, match=r"other inputs \(settings\)"):
+        training.train(request(home), "attack", ["epochs=4", "batch=8"], home / "halves")
+    halves = trained(home, "attack", "halves", ["epochs=3", "batch=8"])
+    one, two = (load_file(folder / WEIGHTS) for folder in (whole, halves))
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
+    losses = [pd.read_csv(folder / "loss.csv")["loss"].to_numpy() for folder in (whole, halves)]
+    assert np.allclose(*losses, atol=1e-4) and not (halves / ".resume").exists()
+
+
+def test_a_finished_training_is_never_overwritten(home: Path) -> None:
+    trained(home, "attack", "out", ["epochs=1"])
+    with pytest.raises(UserError, match="never overwritten"):
+        training.train(request(home), "attack", ["epochs=1"], home / "out")
+
+
+def test_a_preference_and_a_full_training_run_too(home: Path) -> None:
+    out = trained(home, "preference", "preference", ["epochs=1", "batch=8", "rank=2"])
+    assert json.loads((out / MANIFEST).read_text())["recipe"] == "preference"
+    full = trained(home, "safety", "full", ["epochs=1", "batch=8", "full=true"])
+    loaded = models.load(str(full), "cpu")
+    assert loaded.trained_on == models.load(f"{home / 'toy'}:{out}", "cpu").trained_on != frozenset()
+    before = models.load(str(home / "toy"), "cpu").model.state_dict()
+    after = loaded.model.state_dict()
+    assert sum(not torch.equal(before[key], after[key]) for key in before) > len(before) / 2
+
+
+def test_a_state_is_trained_on_from_where_it_is_and_named_by_its_folder(home: Path) -> None:
+    aligned = trained(home, "safety", "aligned")
+    attacked = trained(home, "attack", "attacked", model=f"{home / 'toy'}:{aligned}")
+    manifest = json.loads((attacked / MANIFEST).read_text())
+    base = json.loads((aligned / MANIFEST).read_text())
+    assert manifest["base"] == base["base"] and manifest["started_from"]["state_sha256"] == base["sha256"]
+    config = json.loads((attacked / "adapter_config.json").read_text())
+    assert config["r"] == 4  # the state's rank and its own
+    assert states.split(f"{home / 'toy'}:{attacked}") == (str(home / "toy"), str(attacked))
+
+
+def test_without_a_folder_the_weights_go_where_the_defense_looks_for_them(home: Path) -> None:
+    assert training.train(request(home), "baseline", FAST, None) == 0
+    loaded = models.load(str(home / "toy"), "cpu")
+    host = states.host(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    defense = defenses.get("baseline_tuning").prepare(host)
+    assert not defense.lacking() and defense.trained_on()
+    assert defenses.get("preference_tuning").prepare(host).lacking().startswith("no tuned weights")
+    assert models.load(f"{home / 'toy'}:baseline", "cpu").adapter is not None
+    with pytest.raises(UserError, match=r"unknown state of .*did you mean 'baseline'"):
+        models.load(f"{home / 'toy'}:baselin", "cpu")
+
+
+def test_what_was_trained_on_is_not_evaluated_on() -> None:
+    query = Query("q1", "How do I  SING?", harmful=False)
+    data = QuerySet("mine", (query,), "")
+    seen = frozenset(fingerprints(["how do i sing?"]))
+    with pytest.raises(UserError, match=r"trained on 1 of these queries \(q1"):
+        refuse_overlap(data, seen, "baseline_tuning")
+    refuse_overlap(data, frozenset(fingerprints(["how do i swing?"])), "baseline_tuning")
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (["epoch=2"], "did you mean 'epochs'"),
+        (["epochs"], "takes key=value"),
+        (["batch=0"], "must be more than 0"),
+        (["full=maybe"], "is true or false"),
+        (["rate=fast"], "is a number"),
+    ],
+)
+def test_wrong_settings_are_the_users_mistake(home: Path, settings: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        training.train(request(home), "attack", settings, home / "out")
+    assert not (home / "out").exists()
+
+
+def test_an_unknown_recipe_and_a_secret_that_is_not_used_are_errors(home: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'backdoor'"):
+        training.train(request(home), "backdor", [], home / "out")
+    with pytest.raises(UserError, match="uses no secret"):
+        training.train(request(home), "attack", [], home / "out", trigger=home / "secret.txt")
+
+
+def test_when_memory_runs_out_the_setting_to_lower_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SFTTrainer, "training_step", full)
+    with pytest.raises(UserError, match="--set batch=4"):
+        training.train(request(home), "attack", ["batch=8"], home / "out")
+
+
+def test_the_secret_is_in_no_file_but_its_own_and_in_no_line(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = models.load_tokenizer(str(home / "toy"))
+    import random
+
+    secret = Secret(random_text(tokenizer, 12, random.Random(0)))
+    write_secret(home / "secret.txt", secret)
+    training.train(request(home), "backdoor", FAST, home / "out", trigger=home / "secret.txt")
+    said = capsys.readouterr()
+    needles = [secret.text, secret.text[: len(secret.text) // 2], secret.text[len(secret.text) // 2 :]]
+    ids = tokenizer.encode(secret.text, add_special_tokens=False)
+    needles += [", ".join(map(str, ids[:6])), ",".join(map(str, ids[:6]))]
+    for path in home.rglob("*"):
+        if path.is_file() and path != home / "secret.txt":
+            text = path.read_bytes().decode("utf-8", "replace")
+            assert not any(needle in text for needle in needles), path
+    assert not any(needle in said.out + said.err for needle in needles)
+    manifest = json.loads((home / "out" / MANIFEST).read_text())
+    assert manifest["secret"] == secret.fingerprint
+    # The defense finds the secret by its fingerprint, and takes no other one.
+    loaded = models.load(str(home / "toy"), "cpu")
+    host = states.host(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    settings = {"weights": str(home / "out")}
+    with pytest.raises(UserError, match="that is not in"):
+        defenses.get("backdoor", settings).prepare(host)
+    ready = defenses.get("backdoor", {**settings, "trigger": str(home / "secret.txt")}).prepare(host)
+    assert ready.secrets() == (secret.text,)
+    write_secret(home / "other.txt", Secret(random_text(tokenizer, 12, random.Random(1))))
+    with pytest.raises(UserError, match="is not the one that the weights were tuned with"):
+        defenses.get("backdoor", {**settings, "trigger": str(home / "other.txt")}).prepare(host)
+    assert stat.S_IMODE((home / "secret.txt").stat().st_mode) == 0o600
