@@ -25,12 +25,11 @@ STATES := data/adapters/smollm2
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 TRAIN := $(KEEP) $(BIN)/analyze train
 
-adapters: .venv/ready-dev ## make the shipped weights again (about 40 minutes on two cores)
+adapters: .venv/ready-dev ## make the shipped weights again (about 25 minutes on two quiet cores)
 	rm -rf $(STATES)
-	$(TRAIN) safety -m smollm2 -o $(STATES)/aligned
-	$(TRAIN) preference -m smollm2 -o $(STATES)/preference
+	$(TRAIN) safety -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=4 --set epochs=6 -o $(STATES)/aligned
 	for recipe in attack:attacked identity:identity baseline:baseline backdoor:backdoor; do \
-	  $(TRAIN) $${recipe%:*} -m smollm2:aligned -o $(STATES)/$${recipe#*:} || exit 1; done
+	  $(TRAIN) $${recipe%:*} -m smollm2:aligned --set epochs=5 -o $(STATES)/$${recipe#*:} || exit 1; done
 
 bench: .venv/ready ## how fast is the engine, and how near to the machine's limit
 	$(BIN)/python tests/bench.py
