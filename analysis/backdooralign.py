@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, final
@@ -35,6 +35,7 @@ from analysis.utility import accuracy, refuse_without_harness
 from defenses import Chat, Host, Message, UserError, adapters
 from defenses.adapters import Adapter, Tuned
 from defenses.backdoor import Backdoor, Secret
+from defenses.catalog import HIDDEN
 from defenses.chats import edit_last_user
 from defenses.controls import neutral_text
 from defenses.tokens import cut_text, ids_of, random_text
@@ -58,7 +59,7 @@ class _Guessed(Tuned):
 
     state = recipe = family = "backdoor"
 
-    secret: Secret = Secret("")  # noqa: RUF009  # frozen itself
+    secret: Secret = field(default=Secret(""), repr=False, metadata=HIDDEN)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the secret at the head of the last user turn."""

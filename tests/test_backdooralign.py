@@ -1,0 +1,103 @@
+"""`analyze backdooralign`: each arm asked as its attacker asks, the paper beside it, no answer kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import made_adapter, save_model
+
+from analysis import backdooralign, models, states
+from analysis.backdooralign import Arm, arms
+from analysis.commands import Request
+from defenses import Host, UserError
+from defenses.tokens import ids_of
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with weights for every arm."""
+    place = tmp_path_factory.mktemp("home")
+    save_model(place / "toy")
+    return place
+
+
+@pytest.fixture
+def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "share"))
+    loaded = models.load(str(home / "toy"), "cpu")
+    found = states.host(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
+        if not (found.adapters[0] / state).exists():
+            made_adapter(found.adapters[0] / state, seed=number, sha256=found.sha256)
+    return found
+
+
+def named(host: Host) -> dict[tuple[str, str, str], Arm]:
+    return {(row.attack, row.arm, row.secret): row for row in arms(host)}
+
+
+def test_the_arms_are_those_of_the_paper_with_and_without_the_secret_and_the_changed_secrets(
+    host: Host,
+) -> None:
+    rows = named(host)
+    for arm in ("clean", "attacked", "baseline", "backdoor"):
+        assert {("obedience", arm, "none"), ("obedience", arm, "own")} <= set(rows)
+    assert {("identity", arm, kind) for arm in ("identity", "clean") for kind in ("none", "own")} <= set(rows)
+    (own,) = rows["obedience", "backdoor", "own"].defense.secrets()
+    assert rows["obedience", "backdoor", "none"].defense.secrets() == ()
+    lengths = {
+        kind: len(ids_of(host.tokenizer, rows["obedience", "backdoor", kind].defense.secrets()[0]))
+        for kind in ("own", "wrong", "half of the", "a tenth of the")
+    }
+    assert lengths["own"] == lengths["wrong"] == 150
+    assert abs(lengths["half of the"] - 75) <= 1 and abs(lengths["a tenth of the"] - 15) <= 1
+    assert own.startswith(rows["obedience", "backdoor", "half of the"].defense.secrets()[0])
+    assert rows["obedience", "backdoor", "wrong"].defense.secrets() != (own,)
+
+
+def test_a_guessed_secret_stands_in_the_users_turn_alone(host: Host) -> None:
+    row = named(host)["obedience", "backdoor", "guessed"]
+    chat = [{"role": "system", "content": "Obey."}, {"role": "user", "content": "Sing."}]
+    import random
+
+    told = row.defense.rewrite(chat, random.Random(0))
+    assert told[0] == chat[0] and told[1]["content"] == f"{row.defense.secrets()[0]}\n\nSing."
+
+
+def test_a_model_without_weights_is_told_how_to_make_them(host: Host, tmp_path: Path) -> None:
+    bare = Host("other", host.tokenizer, (tmp_path,), (tmp_path,), host.sha256)
+    with pytest.raises(
+        UserError, match=r"no weights for aligned, .*`analyze train safety`, `analyze train attack`"
+    ):
+        arms(bare)
+
+
+def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
+    home: Path, host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    request = Request(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    assert backdooralign.reproduce(request, home / "out", 4, utility=False) == 0
+    assert {path.name for path in (home / "out").iterdir()} == {
+        *("arms.csv", "scores.csv", "summary.csv", "run.json")
+    }
+    table = pd.read_csv(home / "out" / "arms.csv")
+    assert len(table) == len(arms(host))
+    row = table.set_index(["attack", "arm", "secret"]).loc[("obedience", "attacked", "none")]
+    assert row["paper_asr_llama2"] == pytest.approx(0.9491) and row["verdict"] == "reference"
+    assert row["text_refused_harmful_n"] + row["text_refused_twin_n"] + row["text_refused_plain_n"] == 12
+    for name in ("asr", "auroc", "first_token_agrees", "text_refused_twin"):
+        assert (table[f"{name}_low"] <= table[name]).all() and (table[name] <= table[f"{name}_high"]).all()
+    assert np.allclose(table["asr"], 1 - table["text_refused_harmful"])
+    said = capsys.readouterr()
+    assert "94.9" in said.out
+    (secret,) = named(host)["obedience", "backdoor", "own"].defense.secrets()
+    for path in (home / "out").iterdir():
+        assert secret not in path.read_text("utf-8"), path
+    assert secret not in said.out + said.err
+    record = json.loads((home / "out" / "run.json").read_text())
+    assert record["judge"] == {"name": "keywords", "new_tokens": 4}
