@@ -43,7 +43,7 @@ def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defens
     """Return the defense of that name, or the one in that `.py` file, with its settings.
 
     >>> get("backdoor", {"length": "50"})
-    Backdoor(trigger=None, length=50, system='You are a helpful assistant.')
+    Backdoor(weights=None, trigger=None, length=50, system='You are a helpful assistant.')
 
     Args:
         name: one of `names()`, or the path of a file that defines one defense.

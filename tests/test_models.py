@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
-from analysis import models
+from analysis import models, states
 from analysis.models import TABLE, LoadedModel
 from analysis.rendering import Renderer
 from defenses import UserError
