@@ -91,7 +91,7 @@ class Arm:
         """Its name in the tables; the attacked model without the secret is the reference."""
         if (self.arm, self.secret) in (("attacked", "none"), ("identity", "none")):
             return UNDEFENDED
-        return self.arm if self.secret == "none" else f"{self.arm}, {self.secret} secret"
+        return self.arm if self.secret == "none" else f"{self.arm}, secret: {self.secret}"
 
 
 def arms(host: Host) -> list[Arm]:
@@ -119,7 +119,7 @@ def arms(host: Host) -> list[Arm]:
     tuned = found["backdoor"]
     changed = _changed(own, host)
     rows += [Arm("backdoor", kind, "obedience", wearing(tuned, secret)) for kind, secret in changed.items()]
-    rows.append(Arm("backdoor", "guessed", "obedience", _Guessed(adapter=tuned, secret=own)))
+    rows.append(Arm("backdoor", "guessed by the user", "obedience", _Guessed(adapter=tuned, secret=own)))
     rows += [
         Arm(arm, kind, "identity", wearing(found[state], secret))
         for arm, state in (("identity", "identity"), ("clean", "aligned"))
@@ -133,10 +133,10 @@ def _changed(own: Secret, host: Host) -> dict[str, Secret]:
     ids = ids_of(host.tokenizer, own.text)
     rng = random.Random(f"{host.seed}/backdooralign")
     return {
-        "wrong": Secret(random_text(host.tokenizer, len(ids), rng)),
-        "half of the": Secret(cut_text(host.tokenizer, own.text, max(1, len(ids) // 2))),
-        "a tenth of the": Secret(cut_text(host.tokenizer, own.text, max(1, len(ids) // 10))),
-        "plain words for a": Secret(neutral_text(host.tokenizer, len(ids))),
+        "another": Secret(random_text(host.tokenizer, len(ids), rng)),
+        "half of it": Secret(cut_text(host.tokenizer, own.text, max(1, len(ids) // 2))),
+        "a tenth of it": Secret(cut_text(host.tokenizer, own.text, max(1, len(ids) // 10))),
+        "plain words": Secret(neutral_text(host.tokenizer, len(ids))),
     }
 
 

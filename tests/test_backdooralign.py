@@ -51,16 +51,16 @@ def test_the_arms_are_those_of_the_paper_with_and_without_the_secret_and_the_cha
     assert rows["obedience", "backdoor", "none"].defense.secrets() == ()
     lengths = {
         kind: len(ids_of(host.tokenizer, rows["obedience", "backdoor", kind].defense.secrets()[0]))
-        for kind in ("own", "wrong", "half of the", "a tenth of the")
+        for kind in ("own", "another", "half of it", "a tenth of it")
     }
-    assert lengths["own"] == lengths["wrong"] == 150
-    assert abs(lengths["half of the"] - 75) <= 1 and abs(lengths["a tenth of the"] - 15) <= 1
-    assert own.startswith(rows["obedience", "backdoor", "half of the"].defense.secrets()[0])
-    assert rows["obedience", "backdoor", "wrong"].defense.secrets() != (own,)
+    assert lengths["own"] == lengths["another"] == 150
+    assert abs(lengths["half of it"] - 75) <= 1 and abs(lengths["a tenth of it"] - 15) <= 1
+    assert own.startswith(rows["obedience", "backdoor", "half of it"].defense.secrets()[0])
+    assert rows["obedience", "backdoor", "another"].defense.secrets() != (own,)
 
 
 def test_a_guessed_secret_stands_in_the_users_turn_alone(host: Host) -> None:
-    row = named(host)["obedience", "backdoor", "guessed"]
+    row = named(host)["obedience", "backdoor", "guessed by the user"]
     chat = [{"role": "system", "content": "Obey."}, {"role": "user", "content": "Sing."}]
     import random
 
