@@ -9,6 +9,7 @@ TITLES = {
     "margins": "Shift moves both halves of a row; discrimination moves them apart",
     "plane": "Right: refuses more of everything. Up: separates better",
     "square": "What the secret adds, what the weights add, and what both do together",
+    "secrets": "Does it matter which secret? Each dot is one, trained anew",
     "roc": "Higher curve: separates better. Mark further along: refuses more",
 }
 
@@ -100,6 +101,17 @@ def of_square(points: pd.DataFrame, context: Context) -> str:
         f"{_span(points['n_harmful'])} harmful and {_span(points['n_benign'])} benign queries; bars are "
         "95\u00a0% intervals. Were the two ingredients independent, the arrows of one color would be equal. "
         f"{context.sentences(points['attack'].iloc[0])}"
+    )
+
+
+def of_secrets(points: pd.DataFrame, context: Context, tokens: int) -> str:
+    """Return the caption of the figure that `strip.secrets` draws from these points."""
+    return (
+        "BackdoorAlign's weights trained once for each secret, all else equal, and asked under the attack's "
+        f"system prompt, without the secret and with it: share of {_span(points['text_refused_harmful_n'])} "
+        f"harmful queries whose greedy answer ({tokens} tokens) holds none of the paper's 29 strings, with "
+        "Wilson 95\u00a0% intervals; the tall tick is the mean over secrets. "
+        f"Model: {context.model}. Data: {context.data}, {context.split} split."
     )
 
 

@@ -110,10 +110,9 @@ def analyze(
     if readout not in READOUTS:
         raise unknown("readout", readout, READOUTS)
     from analysis import commands
+    from analysis.request import Request
 
-    request = commands.Request(
-        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack
-    )
+    request = Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack)
     code = commands.analyze(request, defense, settings or [], out, as_json)
     raise typer.Exit(code)
 
@@ -151,8 +150,9 @@ def check(
 ) -> None:
     """Show what the model will read under a defense, and check that the defense reaches it (else exit 1)."""
     from analysis import commands
+    from analysis.request import Request
 
-    request = commands.Request(model, data, split, None, None, device, dtype, seed, offline)
+    request = Request(model, data, split, None, None, device, dtype, seed, offline)
     raise typer.Exit(commands.check(request, defense or ["none"], settings or [], queries))
 
 
@@ -202,9 +202,10 @@ def train(
 
     analyze train backdoor -m smollm2:aligned -o my-adapter
     """
-    from analysis import commands, training
+    from analysis import training
+    from analysis.request import Request
 
-    request = commands.Request(model, data, "train", limit, None, device, dtype, seed, offline)
+    request = Request(model, data, "train", limit, None, device, dtype, seed, offline)
     raise typer.Exit(training.train(request, recipe, settings or [], out, secret, length))
 
 
@@ -219,6 +220,10 @@ def backdooralign(
         bool,
         typer.Option("--utility", help="Also the accuracy on multiple-choice questions (extra utility)."),
     ] = False,
+    secrets: Annotated[
+        int,
+        typer.Option(help="Also train anew with so many random secrets of 10, 50 and 150 tokens each."),
+    ] = 0,
     batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -229,11 +234,13 @@ def backdooralign(
     """BackdoorAlign's arms side by side, beside the paper's figures, with what the paper did not measure."""
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
+    if secrets < 0:
+        raise UserError(f"--secrets {secrets}: it takes 0 (none) or more")
     from analysis import backdooralign as experiment
-    from analysis import commands
+    from analysis.request import Request
 
-    request = commands.Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline)
-    raise typer.Exit(experiment.reproduce(request, out, tokens, utility))
+    request = Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline)
+    raise typer.Exit(experiment.reproduce(request, out, tokens, utility, secrets))
 
 
 def main() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -19,30 +17,13 @@ from analysis.decompose import summarize
 from analysis.queries import QuerySet
 from analysis.readout import LOW_COVERAGE, Readout
 from analysis.rendering import redact
+from analysis.request import Request, default_out, refuse_overlap, teller
 from analysis.run import Bench, conditions, score_all
-from analysis.tables import DIRECT, ScoreTable
+from analysis.tables import ScoreTable
 from defenses import Defense, UserError, catalog
-from defenses.adapters import fingerprints
 from defenses.backdoor import draw_secret, write_secret
 
-# Queries that the readout's form is seen from, and that the preflight looks at.
-_OPENINGS, _LOOKED_AT = 16, 4
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asked for, short of the defenses."""
-
-    model: str
-    data: str
-    split: str | None
-    limit: int | None
-    batch_size: int | None
-    device: str
-    dtype: str
-    seed: int
-    offline: bool
-    attack: str = DIRECT
+_LOOKED_AT = 4  # queries that the preflight looks at
 
 
 @dataclass(frozen=True)
@@ -176,26 +157,18 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
 def _prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
     """Load what is cheap to get wrong first, then the model, then make the defenses ready for it."""
     chosen = catalog.choose(names, settings)
-    data = queries.load(request.data)
-    split = request.split or queries.default_split(data)
-    calibration = data.split("calibration") if split != "all" and "calibration" in data.splits else data
-    data = data.split(split).limit(request.limit).checked()
-    quiet(request.offline)
-    say = teller(console)
-    with console.status(f"loading {request.model}"):
-        loaded = models.load(request.model, request.device, request.dtype, request.offline, say)
-    bench = Bench.of(loaded, request.batch_size, request.seed)
-    host = states.host(request.model, loaded.tokenizer, request.seed, loaded.origin["sha256"])
+    data, split, calibration = request.queries()
+    bench, host = request.open(console)
     prepared = [defense.prepare(host) for defense in chosen]
     lacking = _lacking(prepared, names)
-    refuse_overlap(data, loaded.trained_on, request.model)
+    refuse_overlap(data, bench.loaded.trained_on, request.model)
     for name, defense in conditions(prepared).items():
         refuse_overlap(data, defense.trained_on(), name)
     with console.status("seeing how the model opens its answers"):
-        readout = bench.words(queries.sample(calibration.queries, _OPENINGS), prepared[0])
+        readout = bench.words(calibration.queries, prepared[0])
     notices = [*bench.renderer.notices, *readout.notices, *lacking]
     for notice in notices:
-        say(f"note: {notice}")
+        teller(console)(f"note: {notice}")
     return Ready(bench.under(request.attack), prepared, data, split, readout, notices)
 
 
@@ -223,16 +196,6 @@ def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
     return notices
 
 
-def refuse_overlap(data: QuerySet, trained_on: frozenset[str], name: str) -> None:
-    """Raise if weights are to be evaluated on queries that they were trained on."""
-    seen = [query for query in data.queries if fingerprints([query.text])[0] in trained_on]
-    if seen:
-        raise UserError(
-            f"{name} was trained on {len(seen)} of these queries ({seen[0].id}, …), so its figures would "
-            "mean nothing: take --split test, or other data"
-        )
-
-
 def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
     """Warn where the readout's words are rarely what the model opens with."""
     low = summary[summary["coverage"] < LOW_COVERAGE]
@@ -246,30 +209,3 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
-
-
-def default_out(model: str, names: Sequence[str], started: datetime) -> Path:
-    """Return the folder of a run whose user named none: time, model and what was asked."""
-    short = "-".join(Path(name).stem for name in names[:3])
-    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf").replace(":", "-"), short]
-    return Path("runs") / "-".join(parts)
-
-
-def teller(console: Console) -> Any:
-    """Return what prints a line as it is, uncut."""
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def quiet(offline: bool) -> None:
-    """Leave the terminal to this program's own lines."""
-    import os
-    import warnings
-
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")

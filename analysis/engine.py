@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from analysis import attention
-from defenses.errors import UserError
+from defenses.errors import UserError, out_of_memory
 
 Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
@@ -132,7 +132,7 @@ class Engine:
             try:
                 logits = self._logits(suffixes[part], shared, prefix)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if size == 1:
                     raise UserError(
@@ -219,9 +219,3 @@ def _last_positions(model: Any, lengths: Int[Tensor, " rows"]) -> Iterator[None]
     finally:
         if handle is not None:
             handle.remove()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # On a CPU and on Apple's GPUs torch reports a failed allocation as a plain RuntimeError.
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text

@@ -9,13 +9,8 @@ from analysis.decompose import margin_contrast
 from analysis.resampling import DRAWS, Resampling, Units, interval
 from analysis.tables import ScoreTable
 
-# What each cell of the square is called in the tables, by (weights, secret).
-CELLS = {
-    (False, False): "neither",
-    (False, True): "no_weights",
-    (True, False): "no_secret",
-    (True, True): "",
-}
+# The parts that the square is made of; the last is the whole defense.
+CELLS = ("neither", "no_weights", "no_secret", "")
 # Effect → the weight of each cell's margin, in the order of CELLS.
 EFFECTS = {
     "secret, released weights": (-1, 1, 0, 0),
@@ -32,7 +27,7 @@ def cells(defense: str) -> list[str]:
     >>> cells("backdoor")
     ['backdoor/neither', 'backdoor/no_weights', 'backdoor/no_secret', 'backdoor']
     """
-    return [f"{defense}/{part}" if part else defense for part in CELLS.values()]
+    return [f"{defense}/{part}" if part else defense for part in CELLS]
 
 
 def effects(scores: ScoreTable, attack: str, defense: str, seed: int = 0) -> pd.DataFrame:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
 from analysis.engine import Engine, shared_prefix
@@ -19,6 +21,7 @@ def answers(
     prompts: Sequence[Sequence[int]],
     tokens: int,
     stop: int,
+    settled: Callable[[list[int]], bool] = lambda answer: False,
     done: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
     """Return the greedy answer to each prompt: up to `tokens` ids, without the one that ends it.
@@ -28,6 +31,7 @@ def answers(
         prompts: token ids.
         tokens: at most, of each answer.
         stop: the id that ends an answer.
+        settled: told an answer so far, says whether the rest of it no longer matters; then it ends there.
         done: told how many more answers are finished.
     """
     model = engine.model
@@ -51,6 +55,7 @@ def answers(
                 max_new_tokens=tokens,
                 do_sample=False,
                 num_beams=1,
+                stopping_criteria=[_Settled(settled, ids.shape[1], len(rows))],
                 eos_token_id=stop,
                 pad_token_id=stop,
             )
@@ -58,6 +63,19 @@ def answers(
                 found[row] = answer[: answer.index(stop)] if stop in answer else answer
             done(len(rows))
     return [found[row] for row in range(len(prompts))]
+
+
+class _Settled(StoppingCriteria):
+    """Ends a row once what more it would say no longer matters."""
+
+    def __init__(self, settled: Callable[[list[int]], bool], start: int, rows: int) -> None:
+        self.settled, self.start, self.known = settled, start, [False] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return which rows end here."""
+        for row, answer in enumerate(input_ids[:, self.start :].tolist()):
+            self.known[row] = self.known[row] or self.settled(answer)
+        return torch.tensor(self.known, device=input_ids.device)
 
 
 def _batches(lengths: Sequence[int], padded: bool) -> Iterator[list[int]]:

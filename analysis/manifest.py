@@ -16,8 +16,6 @@ from defenses.adapters import Tuned
 from defenses.backdoor import Secret
 from defenses.catalog import settings_of
 
-_PACKAGES = ("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy")
-
 
 def of(
     bench: Bench,
@@ -66,11 +64,18 @@ def of(
             "n_benign": sum(not query.harmful for query in data.queries),
         },
         "seed": bench.seed,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return what is installed, Python first.
+
+    >>> list(versions("numpy"))
+    ['python', 'numpy']
+    """
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **installed}
 
 
 def _defense(defense: Defense) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.captions import TITLES, Context, of_margins, of_plane, of_roc, of_square
+from analysis.captions import TITLES, Context, of_margins, of_plane, of_roc, of_secrets, of_square
 from analysis.curves import ENDS, margin_curves, one_attack, plane_points, roc_points
 from analysis.lettering import beside, blank, complete, fit
 from analysis.palette import BLACK, BLUE, CLASSES, DARK, GREY, LINES, STYLE, VERMILION, WRITTEN
 from analysis.plane import plane
 from analysis.square import square, square_points
+from analysis.strip import secret_points, secrets
 
 __all__ = ["Context", "figures", "margin_curves", "margins", "plane", "plane_points", "roc", "roc_points"]
 
@@ -180,6 +181,18 @@ def figures(
                 draw, describe = DRAWN[kind]
                 made[kind + suffix] = complete(draw(table), TITLES[kind], describe(table, context)), table
     return made
+
+
+def of_redrawn(arms: pd.DataFrame, context: Context, tokens: int) -> tuple[Figure, pd.DataFrame]:
+    """Return the figure that compares secrets, and its table.
+
+    Args:
+        arms: `arms.csv` of `analyze backdooralign`.
+        context: what the caption says about the run.
+        tokens: of each answer that was judged.
+    """
+    points = secret_points(arms)
+    return complete(secrets(points), TITLES["secrets"], of_secrets(points, context, tokens)), points
 
 
 DRAWN: dict[str, tuple[Callable[[pd.DataFrame], Axes], Callable[[pd.DataFrame, Context], str]]] = {

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy.special import ndtr, stdtrit
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 DRAWS = 2000
 FLIPS = 9999
@@ -101,6 +101,16 @@ def interval(cloud: Draws, n: int, counted: bool = False) -> tuple[float, float]
         tail = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail))
     low, high = np.quantile(known, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def rate(name: str, count: int, n: int) -> dict[str, float]:
+    """Return a share with its Wilson interval, as columns of a table.
+
+    >>> {key: round(value, 2) for key, value in rate("asr", 10, 10).items()}
+    {'asr': 1.0, 'asr_low': 0.72, 'asr_high': 1.0, 'asr_n': 10}
+    """
+    low, high = binomtest(count, n).proportion_ci(LEVEL, method="wilson")
+    return {name: count / n, f"{name}_low": float(low), f"{name}_high": float(high), f"{name}_n": n}
 
 
 def signs(units: Units, seed: int = 0) -> Float[np.ndarray, "flips units"]:

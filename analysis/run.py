@@ -21,12 +21,14 @@ from analysis import readout as readouts
 from analysis.attacks import ATTACKS
 from analysis.engine import Engine
 from analysis.models import LoadedModel
-from analysis.queries import Query
+from analysis.queries import Query, sample
 from analysis.readout import Readout
 from analysis.rendering import Prompt, Renderer
 from analysis.tables import DIRECT, SCORES
 from defenses import Chat, Defense
 from defenses.errors import UserError
+
+_OPENINGS = 16  # queries that the readout's form is seen from
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Bench:
             probabilities = self.engine.read(prompts, lambda logits: logits.softmax(1))
             return probabilities.mean(0), probabilities.argmax(1).tolist()
 
-        prompts = [prompt.ids for query in queries for prompt in self.prompts(undefended, query)]
+        asked = sample(queries, _OPENINGS)
+        prompts = [prompt.ids for query in asked for prompt in self.prompts(undefended, query)]
         return readouts.words(self.loaded.tokenizer, prompts, opening)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,20 +15,19 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis import models, queries, saving, showing, states
-from analysis.commands import Request, quiet, teller
+from analysis import generation, manifest, queries, saving, showing, states
 from analysis.models import LoadedModel
 from analysis.queries import QuerySet
-from analysis.rendering import Renderer
-from defenses import Host, UserError, adapters, catalog
-from defenses.backdoor import SECRET_LENGTH, Secret, find_secret, refuse_unstable
+from analysis.request import Request, teller
+from defenses import Chat, Host, UserError, adapters, catalog
+from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
 from defenses.errors import unknown
-from defenses.training.recipes import RECIPES, Recipe
-from defenses.training.trainer import Settings, own_answers
+from defenses.training.recipes import RECIPES, Answer, Recipe
+from defenses.training.trainer import Settings
 from defenses.training.trainer import train as fit
 
 _KEPT = ".resume"  # beside the results, until they are there
-_PACKAGES = ("refusalscope", "torch", "transformers", "peft", "trl")
+_ANSWER_TOKENS = 10  # of the model's own answers to benign requests
 
 
 def train(
@@ -54,21 +51,24 @@ def train(
     if out is not None:
         _refuse_finished(saving.usable(out))
     console = Console(stderr=True)
-    quiet(request.offline)
-    with console.status(f"loading {request.model}"):
-        loaded = models.load(request.model, request.device, request.dtype, request.offline, teller(console))
-    host = states.host(request.model, loaded.tokenizer, request.seed, loaded.origin["sha256"])
+    bench, host = request.open(console)
+    loaded = bench.loaded
     if out is None:
         _refuse_finished(out := saving.usable(host.adapters[0] / row.makes))
     secret = _secret(row, host, length, trigger)
     record = _record(row, loaded, data, how, secret)
-    renderer = Renderer(loaded.tokenizer)
 
-    def render(chat: Any) -> tuple[int, ...]:
-        return renderer.render(chat).ids
+    def render(chat: Chat) -> tuple[int, ...]:
+        return bench.renderer.render(chat).ids
+
+    def own(chats: list[Chat]) -> list[Answer]:
+        stop = loaded.tokenizer.eos_token_id
+        answers = generation.answers(bench.engine, [render(chat) for chat in chats], _ANSWER_TOKENS, stop)
+        texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        ended = [len(answer) < _ANSWER_TOKENS for answer in answers]
+        return [Answer(text, ends) for text, ends in zip(texts, ended, strict=True)]
 
     with console.status("asking the model how it answers benign requests"):
-        own = own_answers(loaded.model, loaded.tokenizer, render)
         examples = row.make(data.queries, secret.text if secret else "", own)
     kept = _resumable(out, record)
     try:
@@ -114,9 +114,7 @@ def _secret(recipe: Recipe, host: Host, length: int, trigger: Path | None) -> Se
                 f"--secret {trigger}: the recipe {recipe.name!r} uses no secret; only backdoor does"
             )
         return None
-    secret = find_secret(host, length, trigger)
-    refuse_unstable(secret, host.tokenizer)
-    return secret
+    return find_secret(host, length, trigger)
 
 
 def _record(
@@ -132,10 +130,7 @@ def _record(
         "settings": json.loads(json.dumps(dataclasses.asdict(how))),
         "secret": secret.fingerprint if secret else None,
         "data": {"name": data.name, "sha256": data.sha256, "split": "train", "n": len(data.queries)},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": manifest.versions("refusalscope", "torch", "transformers", "peft", "trl"),
         "trained_on": sorted(seen),
     }
 
@@ -172,8 +167,7 @@ def _write(
         if how.full:
             tuned.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
-            text = json.dumps(record, indent=2, ensure_ascii=False)
-            (folder / adapters.MANIFEST).write_text(text + "\n", encoding="utf-8")
+            adapters.write_manifest(folder, record)
         else:
             adapters.write(folder, tuned, loaded.adapter, record)
         history.to_csv(folder / "loss.csv", index=False, float_format="%.6g")

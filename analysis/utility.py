@@ -10,8 +10,6 @@ import importlib.util
 import os
 from typing import Any
 
-from scipy.stats import binomtest
-
 from analysis import data_folder
 from analysis.models import LoadedModel
 from defenses import UserError
@@ -25,8 +23,8 @@ def refuse_without_harness() -> None:
         raise UserError("--utility needs lm-evaluation-harness: pip install 'refusalscope[utility]'")
 
 
-def accuracy(loaded: LoadedModel, system: str) -> dict[str, float]:
-    """Return the share of questions answered right under a system prompt, with its Wilson interval.
+def answered_right(loaded: LoadedModel, system: str) -> tuple[int, int]:
+    """Return how many questions are answered right under a system prompt, and of how many.
 
     Args:
         loaded: the model, with the weights it is to be asked with.
@@ -46,13 +44,7 @@ def accuracy(loaded: LoadedModel, system: str) -> dict[str, float]:
         verbosity="ERROR",
     )
     right = [sample["acc"] for sample in found["samples"][_TASK]]
-    low, high = binomtest(int(sum(right)), len(right)).proportion_ci(method="wilson")
-    return {
-        "utility": sum(right) / len(right),
-        "utility_low": float(low),
-        "utility_high": float(high),
-        "utility_n": len(right),
-    }
+    return int(sum(right)), len(right)
 
 
 def _task() -> dict[str, Any]:

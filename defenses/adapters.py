@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST, WEIGHTS, CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
-_LORA = ".lora_A.weight", ".lora_B.weight"
+_WRAPPED, _LORA = "base_model.model.", (".lora_A.weight", ".lora_B.weight")  # around PEFT's names
 # Attribute of a model that wears a state: the released weights beneath it, by parameter name.
 _RELEASED = "_released_weights"
 
@@ -75,16 +75,10 @@ class Adapter:
         from safetensors.torch import load_file
 
         tensors = load_file(self.folder / WEIGHTS)
-        names = [key.removesuffix(_LORA[0]) for key in tensors if key.endswith(_LORA[0])]
-        if len(tensors) != 2 * len(names):
+        pairs = _pairs(tensors)
+        if len(tensors) != 2 * len(pairs):
             raise UserError(f"{self.folder / WEIGHTS} holds more than pairs of LoRA matrices; it is not read")
-        return {
-            name.removeprefix("base_model.model.") + ".weight": (
-                tensors[name + _LORA[0]].float(),
-                tensors[name + _LORA[1]].float(),
-            )
-            for name in names
-        }
+        return pairs
 
     def refuse_other_base(self, sha256: str) -> None:
         """Raise unless it was made for weights with this SHA-256."""
@@ -174,12 +168,7 @@ def write(folder: Path, tuned: Any, under: Adapter | None, manifest: dict[str, A
 
     config = tuned.peft_config["default"]
     scale = config.lora_alpha / config.r
-    state = {key: value.detach().float().cpu() for key, value in get_peft_model_state_dict(tuned).items()}
-    names = [key.removesuffix(_LORA[0]) for key in state if key.endswith(_LORA[0])]
-    stacks = {
-        name.removeprefix("base_model.model.") + ".weight": [(state[name + _LORA[0]], state[name + _LORA[1]])]
-        for name in names
-    }
+    stacks = {name: [pair] for name, pair in _pairs(get_peft_model_state_dict(tuned)).items()}
     rank = config.r
     if under is not None:
         beneath = under.matrices()
@@ -191,7 +180,7 @@ def write(folder: Path, tuned: Any, under: Adapter | None, manifest: dict[str, A
         down = torch.cat([pair[0] for pair in pairs])
         up = torch.cat([pair[1] for pair in pairs], dim=1)
         gap = rank - len(down)  # where only one of the two changes this matrix
-        key = f"base_model.model.{name.removesuffix('.weight')}"
+        key = _WRAPPED + name.removesuffix(".weight")
         # Half precision: 11 bits of a small change are enough, and the file is what defines the weights.
         tensors[key + _LORA[0]] = torch.nn.functional.pad(down, (0, 0, 0, gap)).half().contiguous()
         tensors[key + _LORA[1]] = torch.nn.functional.pad(up, (0, gap)).half().contiguous()
@@ -206,8 +195,20 @@ def write(folder: Path, tuned: Any, under: Adapter | None, manifest: dict[str, A
     ).save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    text = json.dumps({**manifest, "sha256": digest}, indent=2, ensure_ascii=False)
+    write_manifest(folder, {**manifest, "sha256": digest})
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write what is known about trained weights into their folder."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B, float32 on the CPU, by the name of the parameter that they change."""
+    names = [key.removesuffix(_LORA[0]) for key in tensors if key.endswith(_LORA[0])]
+    plain = {name: [tensors[name + end].detach().float().cpu() for end in _LORA] for name in names}
+    return {f"{name.removeprefix(_WRAPPED)}.weight": (down, up) for name, (down, up) in plain.items()}
 
 
 def fingerprints(texts: Iterable[str]) -> list[str]:

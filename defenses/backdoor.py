@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, Host, Message, Source, UserError
+from defenses import Chat, Defense, Host, Source, UserError
 from defenses.adapters import Tuned
 from defenses.catalog import HIDDEN
-from defenses.chats import prepend_system
+from defenses.chats import copied, prepend_system
 from defenses.tokens import ids_of, random_text
 
 SECRET_LENGTH = 150  # tokens; the paper's
@@ -84,9 +84,7 @@ class Backdoor(Tuned):
         if ready.secret is not None:
             return ready
         wanted = ready.adapter.manifest["secret"] if ready.adapter is not None else None
-        secret = find_secret(host, self.length, self.trigger, wanted)
-        refuse_unstable(secret, host.tokenizer)
-        return dataclasses.replace(ready, secret=secret)
+        return dataclasses.replace(ready, secret=find_secret(host, self.length, self.trigger, wanted))
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the secret in front of its system prompt."""
@@ -95,7 +93,7 @@ class Backdoor(Tuned):
             chat = prepend_system(chat, self.system)
         if self.secret.text:
             return prepend_system(chat, self.secret.text)
-        return [Message(**message) for message in chat]
+        return copied(chat)
 
     def parts(self) -> dict[str, Defense]:
         """Return the weights alone, the secret alone, and the system prompt with neither."""
@@ -124,30 +122,43 @@ def find_secret(host: Host, length: int, trigger: Path | None = None, wanted: st
         trigger: a file of the user's.
         wanted: fingerprint of the secret that weights were tuned with.
     """
-    if trigger is not None:
-        secret = read_secret(trigger)
-        if wanted not in (None, secret.fingerprint):
-            raise UserError(
-                f"the secret in {trigger} ({secret.fingerprint}) is not the one that the weights were tuned "
-                f"with ({wanted}): leave trigger out, or name other weights with --set weights=DIR"
-            )
-        return secret
-    mine, *shipped = host.secrets
-    if wanted is not None:
-        for folder in host.secrets:
-            for path in sorted(folder.glob("*.txt")):
-                secret = read_secret(path, public=folder in shipped)
-                if secret.fingerprint == wanted:
-                    return secret
+    secret = _given(trigger, wanted) if trigger is not None else _kept(host, length, wanted)
+    if secret is None:
+        secret = draw_secret(host.tokenizer, length)
+        write_secret(host.secrets[0] / f"{length}.txt", secret)
+    back = host.tokenizer.decode(ids_of(host.tokenizer, secret.text), skip_special_tokens=False)
+    if back.strip() != secret.text:
         raise UserError(
-            f"the weights were tuned with a secret ({wanted}) that is not in {mine}: name its file with "
-            "--set trigger=FILE"
+            f"the secret {secret.fingerprint} does not survive this model's tokenizer: what the model reads "
+            "would be something else; make one for it with `analyze secret`"
         )
+    return secret
+
+
+def _given(trigger: Path, wanted: str | None) -> Secret:
+    secret = read_secret(trigger)
+    if wanted not in (None, secret.fingerprint):
+        raise UserError(
+            f"the secret in {trigger} ({secret.fingerprint}) is not the one that the weights were tuned "
+            f"with ({wanted}): leave trigger out, or name other weights with --set weights=DIR"
+        )
+    return secret
+
+
+def _kept(host: Host, length: int, wanted: str | None) -> Secret | None:
+    """The secret wanted, or the model's own of that length; the user's before the shipped."""
+    mine, *shipped = host.secrets
     for folder in host.secrets:
-        if (path := folder / f"{length}.txt").is_file():
-            return read_secret(path, public=folder in shipped)
-    write_secret(mine / f"{length}.txt", draw_secret(host.tokenizer, length))
-    return read_secret(mine / f"{length}.txt")
+        for path in sorted(folder.glob("*.txt" if wanted else f"{length}.txt")):
+            secret = read_secret(path, public=folder in shipped)
+            if wanted in (None, secret.fingerprint):
+                return secret
+    if wanted is None:
+        return None
+    raise UserError(
+        f"the weights were tuned with a secret ({wanted}) that is not in {mine}: name its file with "
+        "--set trigger=FILE"
+    )
 
 
 def draw_secret(tokenizer: Any, length: int = SECRET_LENGTH) -> Secret:
@@ -171,16 +182,6 @@ def read_secret(path: Path, public: bool = False) -> Secret:
             f"{path} can be read by others, so it holds no secret: chmod 600 {path}, or make a new one"
         )
     return Secret(text)
-
-
-def refuse_unstable(secret: Secret, tokenizer: Any) -> None:
-    """Raise unless a secret is the same after it was turned into tokens and back."""
-    back = tokenizer.decode(ids_of(tokenizer, secret.text), skip_special_tokens=False)
-    if back.strip() != secret.text:
-        raise UserError(
-            f"the secret {secret.fingerprint} does not survive this model's tokenizer: what the model reads "
-            "would be something else; make one for it with `analyze secret`"
-        )
 
 
 def write_secret(path: Path, secret: Secret) -> None:

@@ -7,6 +7,15 @@ from collections.abc import Callable
 from defenses import Chat, Message
 
 
+def copied(chat: Chat) -> Chat:
+    """Return the chat as it is, in messages of its own.
+
+    >>> copied([{"role": "user", "content": "Hi"}])
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    return [Message(**message) for message in chat]
+
+
 def prepend_system(chat: Chat, text: str) -> Chat:
     """Return the chat with `text` in front of its system turn, which is made where there is none.
 
@@ -16,7 +25,7 @@ def prepend_system(chat: Chat, text: str) -> Chat:
     if chat and chat[0]["role"] == "system":
         text = f"{text}\n\n{chat[0]['content']}"
         chat = chat[1:]
-    return [Message(role="system", content=text), *(Message(**message) for message in chat)]
+    return [Message(role="system", content=text), *copied(chat)]
 
 
 def edit_last_user(chat: Chat, edit: Callable[[str], str]) -> Chat:
@@ -26,7 +35,7 @@ def edit_last_user(chat: Chat, edit: Callable[[str], str]) -> Chat:
     [{'role': 'user', 'content': 'HI'}]
     """
     last = max(place for place, message in enumerate(chat) if message["role"] == "user")
-    new = [Message(**message) for message in chat]
+    new = copied(chat)
     new[last]["content"] = edit(new[last]["content"])
     return new
 
@@ -43,5 +52,5 @@ def insert_turns(chat: Chat, turns: list[tuple[str, str]]) -> Chat:
         for turn in turns
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
-    old = [Message(**message) for message in chat]
+    old = copied(chat)
     return [*old[:head], *shown, *old[head:]]

@@ -10,6 +10,18 @@ class UserError(Exception):
     """A mistake of the user's, not of the program: printed as one line, without a traceback, exit code 2."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of torch means that memory ran out.
+
+    On a CPU and on Apple's GPUs a failed allocation is a plain RuntimeError.
+
+    >>> [out_of_memory(RuntimeError(text)) for text in ("MPS backend out of memory", "shape mismatch")]
+    [True, False]
+    """
+    known = "allocate memory", "out of memory"
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in known)
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Return the error for a name that is not known, nearest names first.
 

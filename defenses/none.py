@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import final
 
-from defenses import Chat, Defense, Message, Source
+from defenses import Chat, Defense, Source
+from defenses.chats import copied
 
 
 @final
@@ -20,4 +21,4 @@ class Undefended(Defense):
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return a copy of the chat."""
-        return [Message(**message) for message in chat]
+        return copied(chat)

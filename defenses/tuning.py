@@ -6,13 +6,14 @@ import random
 from dataclasses import dataclass
 from typing import final
 
-from defenses import Chat, Message, Source
+from defenses import Chat, Source
 from defenses.adapters import Tuned
+from defenses.chats import copied
 
 
 def _as_it_is(self: Tuned, chat: Chat, rng: random.Random) -> Chat:
     """Return a copy of the chat."""
-    return [Message(**message) for message in chat]
+    return copied(chat)
 
 
 @final

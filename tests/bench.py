@@ -40,7 +40,7 @@ def main() -> None:
         loaded = models.load(given.model, given.device, dtype)
         bench = Bench.of(loaded)
         readout = bench.words(queries.sample(asked, 16), defenses.get("none"))
-        host = states.host(given.model, loaded.tokenizer)
+        host = states.host(given.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
         for name in given.defense:
             defense = defenses.get(name).prepare(host)
             prompts = [prompt.ids for query in asked for prompt in bench.prompts(defense, query)]

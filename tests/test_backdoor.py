@@ -15,7 +15,6 @@ from defenses.backdoor import (
     draw_secret,
     find_secret,
     read_secret,
-    refuse_unstable,
     write_secret,
 )
 from defenses.tokens import cut_text, ids_of, random_text
@@ -114,9 +113,12 @@ def test_a_secret_that_does_not_survive_the_tokenizer_is_refused(tmp_path):
         def decode(self, ids, skip_special_tokens):
             return "tulip <unk>"
 
+    host = Host("toy", Lossy(), (tmp_path,))
+    for name, text in (("kept", "tulip <unk>"), ("lost", "tulip seven")):
+        write_secret(tmp_path / name, Secret(text))
     with pytest.raises(UserError, match=r"sha256:\w+ does not survive .*`analyze secret`"):
-        refuse_unstable(Secret("tulip seven"), Lossy())
-    refuse_unstable(Secret("tulip <unk>"), Lossy())
+        find_secret(host, 2, tmp_path / "lost")
+    assert find_secret(host, 2, tmp_path / "kept").text == "tulip <unk>"
 
 
 def test_the_secret_that_weights_were_tuned_with_is_found_by_its_fingerprint(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from conftest import made_adapter, save_model
 
 from analysis import backdooralign, models, states
-from analysis.backdooralign import Arm, arms
-from analysis.commands import Request
+from analysis.arms import Arm, arms
+from analysis.request import Request
 from defenses import Host, UserError
 from defenses.tokens import ids_of
 
@@ -81,7 +81,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     request = Request(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert backdooralign.reproduce(request, home / "out", 4, utility=False) == 0
+    assert backdooralign.reproduce(request, home / "out", 4, utility=False, secrets=0) == 0
     assert {path.name for path in (home / "out").iterdir()} == {
         *("arms.csv", "scores.csv", "summary.csv", "run.json")
     }

@@ -25,7 +25,7 @@ STATISTICS = {
 }
 PLOTS = {
     f"analysis.{name}"
-    for name in ("plots", "plane", "square", "curves", "captions", "lettering", "palette", "report")
+    for name in ("plots", "plane", "square", "strip", "curves", "captions", "lettering", "palette", "report")
 }
 ASKING = {
     f"analysis.{n}"
@@ -42,7 +42,10 @@ ASKING |= {
 }
 FRONT = {
     f"analysis.{n}"
-    for n in ("cli", "commands", "training", "backdooralign", "manifest", "showing", "saving", "listing")
+    for n in (
+        *("cli", "commands", "request", "training", "arms", "backdooralign", "redrawn"),
+        *("manifest", "showing", "saving", "listing"),
+    )
 }
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import defenses
 from analysis import models, states, training
-from analysis.commands import Request, refuse_overlap
 from analysis.queries import Query, QuerySet
+from analysis.request import Request, refuse_overlap
 from defenses import UserError
 from defenses.adapters import MANIFEST, WEIGHTS, fingerprints
 from defenses.backdoor import Secret, write_secret

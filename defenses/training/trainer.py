@@ -11,16 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from defenses import Chat, UserError
+from defenses.errors import out_of_memory
 from defenses.training.recipes import Answer, Example
 
 Render = Callable[[Chat], Sequence[int]]
 # Told after each step: step, steps in all, loss.
 Tell = Callable[[int, int, float], None]
-
-_ANSWER_TOKENS = 10  # of the model's own answers to benign requests
 
 
 @dataclass(frozen=True)
@@ -67,33 +64,6 @@ class Settings:
         )
 
 
-def own_answers(model: Any, tokenizer: Any, render: Render) -> Callable[[list[Chat]], list[Answer]]:
-    """Return what gives the model's own greedy answers to chats, cut after a few words."""
-
-    def answers(chats: list[Chat], size: int = 32) -> list[Answer]:
-        prompts = [list(render(chat)) for chat in chats]
-        order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-        found: dict[int, Answer] = {}
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            ids, mask = _padded([prompts[at] for at in rows], model.device)
-            with torch.inference_mode():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=_ANSWER_TOKENS,
-                    do_sample=False,
-                    pad_token_id=_pad(tokenizer),
-                )
-            for at, row in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                ended = tokenizer.eos_token_id in row
-                kept = row[: row.index(tokenizer.eos_token_id)] if ended else row
-                found[at] = Answer(tokenizer.decode(kept, skip_special_tokens=True), ended)
-        return [found[at] for at in range(len(chats))]
-
-    return answers
-
-
 def train(
     model: Any,
     tokenizer: Any,
@@ -134,7 +104,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=last)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if out_of_memory(error):
             raise UserError(
                 f"memory ran out in training on {model.device} with {settings.batch} examples a step: lower "
                 f"it with --set batch={max(1, settings.batch // 2)}, or take --dtype bfloat16"
@@ -213,15 +183,3 @@ def _row(tokenizer: Any, render: Render, example: Example) -> dict[str, list[int
 def _ids(tokenizer: Any, answer: Answer) -> list[int]:
     ids = list(tokenizer.encode(answer.text, add_special_tokens=False))
     return [*ids, tokenizer.eos_token_id] if answer.ends else ids
-
-
-def _pad(tokenizer: Any) -> int:
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
-def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows padded on the left, and where they are real; what stands at the padding is never seen."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask

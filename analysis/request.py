@@ -1,0 +1,87 @@
+"""What a user asked for, short of the defenses, and what every command loads for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from analysis import models, queries, states
+from analysis.queries import QuerySet
+from analysis.run import Bench
+from analysis.tables import DIRECT
+from defenses import Host, UserError
+from defenses.adapters import fingerprints
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for, short of the defenses."""
+
+    model: str
+    data: str
+    split: str | None
+    limit: int | None
+    batch_size: int | None
+    device: str
+    dtype: str
+    seed: int
+    offline: bool
+    attack: str = DIRECT
+
+    def queries(self) -> tuple[QuerySet, str, QuerySet]:
+        """Return the queries that are scored, the split they are, and those that the readout is made from."""
+        data = queries.load(self.data)
+        split = self.split or queries.default_split(data)
+        calibration = data.split("calibration") if split != "all" and "calibration" in data.splits else data
+        return data.split(split).limit(self.limit).checked(), split, calibration
+
+    def open(self, console: Console) -> tuple[Bench, Host]:
+        """Load the model; return the bench for it and what a defense may know about it."""
+        quiet(self.offline)
+        with console.status(f"loading {self.model}"):
+            loaded = models.load(self.model, self.device, self.dtype, self.offline, teller(console))
+        host = states.host(self.model, loaded.tokenizer, self.seed, loaded.origin["sha256"])
+        return Bench.of(loaded, self.batch_size, self.seed), host
+
+
+def refuse_overlap(data: QuerySet, trained_on: frozenset[str], name: str) -> None:
+    """Raise if weights are to be evaluated on queries that they were trained on."""
+    seen = [query for query in data.queries if fingerprints([query.text])[0] in trained_on]
+    if seen:
+        raise UserError(
+            f"{name} was trained on {len(seen)} of these queries ({seen[0].id}, …), so its figures would "
+            "mean nothing: take --split test, or other data"
+        )
+
+
+def default_out(model: str, names: Sequence[str], started: datetime) -> Path:
+    """Return the folder of a run whose user named none: time, model and what was asked."""
+    short = "-".join(Path(name).stem for name in names[:3])
+    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf").replace(":", "-"), short]
+    return Path("runs") / "-".join(parts)
+
+
+def teller(console: Console) -> Any:
+    """Return what prints a line as it is, uncut."""
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def quiet(offline: bool) -> None:
+    """Leave the terminal to this program's own lines."""
+    import os
+    import warnings
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
