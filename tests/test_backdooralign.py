@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pandas as pd
 import pytest
 from conftest import made_adapter, save_model
 
-from analysis import backdooralign, models, states
+from analysis import backdooralign, models, redrawn, states, training
 from analysis.arms import Arm, arms
 from analysis.request import Request
 from defenses import Host, UserError
+from defenses.adapters import MANIFEST
 from defenses.tokens import ids_of
 
 
@@ -101,3 +103,46 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
     assert secret not in said.out + said.err
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "keywords", "new_tokens": 4}
+
+
+def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    request = Request(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
+    loaded = models.load(str(home / "toy"), "cpu")
+    host = states.host(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    for number, state in enumerate(("aligned", "attacked", "baseline", "identity")):
+        made_adapter(host.adapters[0] / state, seed=number, sha256=host.sha256)
+    settings = ["epochs=1", "rank=2", "batch=16"]
+    start = f"{home / 'toy'}:aligned"
+    assert training.train(replace(request, model=start, limit=None), "backdoor", settings, None) == 0
+    few = replace(request, limit=12)
+    assert backdooralign.reproduce(few, tmp_path / "one", 2, utility=False, secrets=1) == 0
+    lengths = pd.read_csv(tmp_path / "one" / "lengths.csv")
+    kinds = [(10, "random tokens"), (50, "random tokens"), (150, "random tokens"), (150, "plain words")]
+    assert list(zip(lengths["length"], lengths["wording"], strict=True))[::2] == kinds
+    assert set(lengths["secret"]) == {"none", "own"} and (lengths["n_secrets"] == 1).all()
+    arms_csv = pd.read_csv(tmp_path / "one" / "arms.csv").set_index(["arm", "secret"])
+    assert lengths["asr_mean"].iloc[1] == arms_csv.loc[("10-1", "own"), "asr"]
+    assert (tmp_path / "one" / "secrets.png").is_file()
+    # Same start, data and settings; another secret, kept in a file of its own.
+    own, other = (
+        json.loads((host.adapters[0] / name / MANIFEST).read_text()) for name in ("backdoor", "secrets/50-1")
+    )
+    for key in ("base", "settings", "data", "trained_on"):
+        assert own[key] == other[key]
+    assert own["started_from"]["state_sha256"] == other["started_from"]["state_sha256"] != ""
+    assert own["secret"] != other["secret"]
+    text = (host.secrets[0] / "50-1.txt").read_text("utf-8").strip()
+    assert len(ids_of(host.tokenizer, text)) == 50
+    said = capsys.readouterr()
+    assert text not in said.out + said.err and "Trained anew with other secrets" in said.out
+    # What is there is not trained again, unless the model's own weights are others now.
+    monkeypatch.setattr(training, "train", None)
+    rows = redrawn.other_secrets(few, host, 1)
+    assert [row.condition for row in rows[:2]] == ["10-1", "10-1, secret: own"]
+    path = host.adapters[0] / "secrets" / "10-1" / MANIFEST
+    path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 9'), encoding="utf-8")
+    with pytest.raises(UserError, match="trained with other settings"):
+        redrawn.other_secrets(few, host, 1)
