@@ -1,18 +1,19 @@
-"""Attention of many rows to one prefix, without laying a copy of the prefix under each row.
+"""Attention of many rows to one prefix, without a copy of the prefix under each row and without padding.
 
 The usual way (keys of prefix and row put together, then repeated for grouped queries) copies the prefix four
 times a layer and row. Here all rows multiply with the prefix's own keys as one matrix, and one softmax joins
-that with the row's own tokens.
+that with the row's own tokens. Outside of attention the rows lie behind each other in one line of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,6 +21,47 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 Queries = Float[Tensor, "rows heads length size"]
 Keys = Float[Tensor, "rows groups keys size"]
 Values = Float[Tensor, "rows groups keys width"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of unlike length behind each other in one line of tokens, and beside each other in a grid.
+
+    Attributes:
+        places: where in the line each token of the grid is; anywhere at the padding, at the end of a row.
+        real: where in the grid a token is, not padding.
+    """
+
+    places: Int[Tensor, "rows length"]
+    real: Bool[Tensor, "rows length"]
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, " rows"]) -> Rows:
+        """Return the rows of these lengths.
+
+        >>> rows = Rows.of(torch.tensor([2, 3]))
+        >>> rows.places.tolist(), rows.last.tolist()
+        ([[0, 1, 0], [2, 3, 4]], [1, 4])
+        """
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        places = torch.zeros(real.shape, dtype=torch.long).masked_scatter_(
+            real, torch.arange(int(real.sum()))
+        )
+        return cls(places, real)
+
+    @property
+    def last(self) -> Int[Tensor, " rows"]:
+        """Where in the line each row ends."""
+        return self.real.sum(1).cumsum(0) - 1
+
+    def grid(self, line: Float[Tensor, "1 heads tokens size"]) -> Float[Tensor, "rows heads length size"]:
+        """Return the tokens of a line as rows."""
+        return line[0].transpose(0, 1)[self.places].transpose(1, 2)
+
+    def line(self, grid: Float[Tensor, "rows length heads size"]) -> Float[Tensor, "1 tokens heads size"]:
+        """Return the real tokens of rows as a line."""
+        return grid[self.real][None]
+
 
 # What a model may hand to attention beside the arguments named below and still mean plain causal attention.
 _PLAIN = {"dropout", "is_causal", "use_cache", "output_attentions", "position_ids", "cache_position"}
@@ -50,8 +92,8 @@ def lent_apart(keys: Keys, values: Values) -> Callable[..., tuple[Tensor, Tensor
 
 
 @contextmanager
-def in_two_parts() -> Iterator[None]:
-    """While open, keys that carry a prefix are attended to together with it; all others as ever."""
+def in_two_parts(rows: Rows) -> Iterator[None]:
+    """While open, a line of these rows is attended to together with the prefix that its keys carry."""
     usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
@@ -63,14 +105,17 @@ def in_two_parts() -> Iterator[None]:
         scaling: float | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        if (prefix := getattr(key, "prefix", None)) is not None:
-            shared_keys, shared_values = prefix
-            if all(given is None or name in _PLAIN for name, given in more.items()):
-                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-                return _attend(query, key, value, shared_keys, shared_values, scale), None
-            key = torch.cat([shared_keys.expand(len(key), -1, -1, -1), key], dim=-2)
-            value = torch.cat([shared_values.expand(len(value), -1, -1, -1), value], dim=-2)
-        return usual(module, query, key, value, attention_mask, scaling=scaling, **more)
+        shared_keys, shared_values = key.prefix  # type: ignore[attr-defined]
+        query, key, value = rows.grid(query), rows.grid(key), rows.grid(value)
+        if all(given is None or name in _PLAIN for name, given in more.items()):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return rows.line(_attend(query, key, value, shared_keys, shared_values, scale)), None
+        length, shared = query.shape[2], shared_keys.shape[2]
+        key = torch.cat([shared_keys.expand(len(key), -1, -1, -1), key], dim=-2)
+        value = torch.cat([shared_values.expand(len(value), -1, -1, -1), value], dim=-2)
+        mask = torch.ones(len(query), 1, length, shared + length, dtype=torch.bool).tril(shared)
+        seen, _ = usual(module, query, key, value, mask, scaling=scaling, **more)
+        return rows.line(seen), None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:

@@ -9,9 +9,9 @@ to float noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from defenses.errors import UserError, out_of_memory
 
 Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
-# Tokens in one batch of suffixes. On a CPU more only overflow its caches (512 beats 384, 768 and 1536).
+# Tokens in one batch of suffixes. On a CPU more only overflow its caches (512 to 1,024 are alike).
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
 # Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
 _SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -41,6 +41,19 @@ class Work:
     def reset(self) -> None:
         """Start counting again."""
         self.computed = self.saved = 0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the model remembers of the shared tokens, and how it is lent.
+
+    Attributes:
+        cache: keys and values.
+        in_line: whether rows lie behind each other in one line, not padded beside each other.
+    """
+
+    cache: DynamicCache
+    in_line: bool
 
 
 class Engine:
@@ -80,7 +93,8 @@ class Engine:
             shared = shared_prefix(prompts) if self._can_share else 0
             prefix = self._prefix(prompts[0][:shared]) if shared else None
             values: dict[int, Tensor] = {}
-            for rows in self._batches([len(prompt) - shared for prompt in prompts]):
+            in_line = prefix is not None and prefix.in_line
+            for rows in self._batches([len(prompt) - shared for prompt in prompts], in_line):
                 for part, logits in self._forward([prompts[row][shared:] for row in rows], shared, prefix):
                     kept = reduce(logits)
                     values.update(zip(rows[part], kept, strict=True))
@@ -93,16 +107,17 @@ class Engine:
         """Whether all that the model remembers of a prefix can be laid under several rows."""
         return all(type(one) in _SHAREABLE for one in DynamicCache(config=self.model.config).layers)
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+    def _batches(self, lengths: list[int], in_line: bool) -> Iterator[list[int]]:
         """Rows in batches, longest first: like lengths lie together, and too little memory shows at once."""
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        tokens = _TOKENS_PER_BATCH.get(self.model.device.type, _TOKENS_PER_BATCH["cpu"])
+        most = _TOKENS_PER_BATCH.get(self.model.device.type, _TOKENS_PER_BATCH["cpu"])
         while order:
-            size = self.batch_size or max(1, tokens // lengths[order[0]])
+            tokens = accumulate(lengths[row if in_line else order[0]] for row in order)
+            size = self.batch_size or max(1, sum(1 for _ in takewhile(lambda so_far: so_far <= most, tokens)))
             yield order[:size]
             order = order[size:]
 
-    def _prefix(self, tokens: Sequence[int]) -> DynamicCache:
+    def _prefix(self, tokens: Sequence[int]) -> Prefix:
         """Keys and values of the shared tokens, to be lent to batches of any size."""
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([list(tokens)], device=self.model.device)
@@ -115,15 +130,16 @@ class Engine:
             logits_to_keep=1,
         )
         self.work.computed += len(tokens)
-        lend = attention.lent_apart if attention.can_split(self.model, cache.layers) else _lent
+        in_line = attention.can_split(self.model, cache.layers)
+        lend = attention.lent_apart if in_line else _lent
         for layer in cache.layers:
             assert isinstance(layer, DynamicLayer)  # of _SHAREABLE
             if layer.keys is not None and layer.values is not None:  # some layers use those of another
                 layer.update = lend(layer.keys, layer.values)  # type: ignore[method-assign]
-        return cache
+        return Prefix(cache, in_line)
 
     def _forward(
-        self, suffixes: list[Sequence[int]], shared: int, prefix: DynamicCache | None
+        self, suffixes: list[Sequence[int]], shared: int, prefix: Prefix | None
     ) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
         """Logits of the last token of each suffix; where memory runs out, half the rows at a time."""
         size, start = len(suffixes), 0
@@ -148,30 +164,41 @@ class Engine:
             start += size
 
     def _logits(
-        self, suffixes: list[Sequence[int]], shared: int, prefix: DynamicCache | None
+        self, suffixes: list[Sequence[int]], shared: int, prefix: Prefix | None
     ) -> Float[Tensor, "rows vocab"]:
         device = self.model.device
-        lengths = torch.tensor([len(suffix) for suffix in suffixes], device=device)
-        # Padding on the right: index and position agree, so that sliding windows see what they would see
-        # alone, and what is computed at the padding comes too late for a causal model to see it.
-        rows = [torch.tensor(list(suffix)) for suffix in suffixes]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        span = torch.arange(ids.shape[1], device=device)
-        seen = torch.ones(len(suffixes), shared, dtype=torch.long, device=device)
-        mask = torch.cat([seen, (span < lengths[:, None]).long()], dim=1)
-        with _last_positions(self.model, lengths), attention.in_two_parts():
+        lengths = torch.tensor([len(suffix) for suffix in suffixes])
+        tokens = [torch.tensor(list(suffix)) for suffix in suffixes]
+        if prefix is not None and prefix.in_line:
+            line = attention.Rows.of(lengths)
+            ids = torch.cat(tokens)[None]
+            positions = torch.cat([torch.arange(len(one)) for one in tokens])[None]
+            mask = torch.ones(
+                1, shared + ids.shape[1], dtype=torch.long
+            )  # the line's own attention has its own
+            rows, last = torch.zeros_like(lengths), line.last
+            attend: AbstractContextManager[None] = attention.in_two_parts(line)
+        else:
+            # Padding on the right: index and position agree, so that sliding windows see what they would see
+            # alone, and what is computed at the padding comes too late for a causal model to see it.
+            ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+            seen = torch.ones(len(suffixes), shared, dtype=torch.long)
+            mask = torch.cat([seen, (positions < lengths[:, None]).long()], dim=1)
+            rows, last = torch.arange(len(suffixes)), lengths - 1
+            attend = nullcontext()
+        with _ends_only(self.model, rows, last), attend:
             out = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(shared + span).expand_as(ids),
-                past_key_values=prefix,
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                position_ids=(shared + positions).to(device),
+                past_key_values=prefix.cache if prefix else None,
                 use_cache=prefix is not None,
             )
         self.work.computed += ids.numel()
         # One position of each row is left, or all of them where a model does not call its unembedding module.
         logits = out.logits
-        last = (lengths - 1).clamp(max=logits.shape[1] - 1).to(logits.device)
-        return logits[torch.arange(len(logits), device=logits.device), last].float()
+        return (logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]).float()
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -204,13 +231,12 @@ def _lent(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _last_positions(model: Any, lengths: Int[Tensor, " rows"]) -> Iterator[None]:
-    """While open, the unembedding sees the last real position of each row only (rows × 1 × width)."""
+def _ends_only(model: Any, rows: Int[Tensor, " ends"], last: Int[Tensor, " ends"]) -> Iterator[None]:
+    """While open, the unembedding sees the places where prompts end only (ends × 1 × width)."""
 
     def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return (hidden[rows, lengths.to(hidden.device) - 1][:, None], *args[1:])
+        return (hidden[rows.to(hidden.device), last.to(hidden.device)][:, None], *args[1:])
 
     unembedding = model.get_output_embeddings()
     handle = unembedding.register_forward_pre_hook(pick) if unembedding is not None else None

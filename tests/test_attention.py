@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from analysis import attention
+from analysis.attention import Rows
 from analysis.engine import Engine
 
 SMALL = st.integers(1, 4)
@@ -71,18 +72,21 @@ def test_it_is_used_for_plain_causal_models_only(
 
 def test_what_it_does_not_know_goes_the_usual_way_over_keys_put_together() -> None:
     query, keys, values, *prefix = parts(2, 2, 2, 3, 5, 4, 4)
-    _, values = attention.lent_apart(*prefix)(keys, values)
-    mask = torch.ones(2, 1, 3, 8, dtype=torch.bool).tril(5)
+    rows = Rows.of(torch.tensor([3, 2]))
+    line = [rows.line(one.transpose(1, 2)).transpose(1, 2) for one in (query, keys, values)]
+    _, line[2] = attention.lent_apart(*prefix)(line[1], line[2])
     module = SimpleNamespace(num_key_value_groups=2)
-    with attention.in_two_parts():
-        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        seen, _ = attend(module, query, keys, values, mask, scaling=0.7, sliding_window=99)
-    assert torch.allclose(seen, together(query, keys, values, *prefix, scaling=0.7), atol=1e-5)
+    right = together(query, keys, values, *prefix, scaling=0.7)
+    for more in ({}, {"sliding_window": 99}):
+        with attention.in_two_parts(rows):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            seen, _ = attend(module, *line, None, scaling=0.7, **more)
+        assert torch.allclose(seen, rows.line(right), atol=1e-5), more
 
 
 def test_afterwards_attention_is_as_it_was_also_after_an_error() -> None:
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(KeyError), attention.in_two_parts():
+    with pytest.raises(KeyError), attention.in_two_parts(Rows.of(torch.tensor([1]))):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         raise KeyError
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before

@@ -147,7 +147,8 @@ def breaking(model: Any, error: Exception, most: int) -> Iterator[list[int]]:
     seen: list[int] = []
 
     def guard(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        rows = len(kwargs["input_ids"])
+        at = kwargs["position_ids"]
+        rows = int((at == at.min()).sum())  # whether they are padded or lie behind each other
         if rows > most:
             raise error
         seen.append(rows)
@@ -211,8 +212,8 @@ def test_a_batch_has_rows_of_like_length_and_no_more_tokens_than_fit(monkeypatch
 def test_work_counts_what_was_computed_and_what_was_saved() -> None:
     engine, told = Engine(tiny_model(), batch_size=2), list[int]()
     engine.read([[*SHARED, 1], [*SHARED, 2, 3], [*SHARED, 4, 5, 6]], whole, told.append)
-    # The prefix once; 3 and 2 tokens padded to 2 × 3; 1 alone.
-    assert engine.work.computed == len(SHARED) + 2 * 3 + 1
+    # The prefix once; 3 and 2 tokens without padding; 1 alone.
+    assert engine.work.computed == len(SHARED) + 3 + 2 + 1
     assert engine.work.saved == 2 * len(SHARED)
     assert sum(told) == 3
     engine.work.reset()
@@ -250,11 +251,11 @@ def test_nothing_of_a_batch_stays_in_the_shared_prefix() -> None:
     engine = Engine(tiny_model("mistral"))
     with torch.inference_mode():
         prefix = engine._prefix(SHARED)
-        lengths = [layer.keys.shape for layer in prefix.layers]
+        lengths = [layer.keys.shape for layer in prefix.cache.layers]
         for _ in range(2):
             engine._logits([[5, 6], [7]], len(SHARED), prefix)
-    assert [layer.keys.shape for layer in prefix.layers] == lengths
-    assert prefix.get_seq_length() == len(SHARED)
+    assert [layer.keys.shape for layer in prefix.cache.layers] == lengths
+    assert prefix.cache.get_seq_length() == len(SHARED)
 
 
 def test_raw_logits_reach_the_reduction_in_float32() -> None:
