@@ -157,6 +157,25 @@ def check(
 
 
 @app.command()
+def judge(
+    file: Annotated[Path, typer.Argument(help="A .csv or .jsonl with a column of answers.")],
+    column: Annotated[str, typer.Option(help="The column of the answers.")] = "response",
+    request: Annotated[
+        str | None,
+        typer.Option(help="The column of what was asked: answers to something else are then refusals too."),
+    ] = None,
+    judge: Annotated[str, typer.Option(help="patterns (ours) or keywords (BackdoorAlign's).")] = "patterns",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="New file; by default FILE.judged.csv or .jsonl.")
+    ] = None,
+) -> None:
+    """Say of each answer in a file whether it refuses (full, partial, none), and by which words."""
+    from analysis import judging
+
+    judging.judge_file(file, column, request, judge, out)
+
+
+@app.command()
 def secret(
     model: ModelOption = "smollm2",
     length: Annotated[int, typer.Option(help="In tokens of the model.")] = 150,

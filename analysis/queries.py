@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis import data_folder
+from analysis import data_folder, rows
 from defenses.errors import UserError, unknown
 
 SPLITS = ("train", "calibration", "test")
@@ -24,7 +23,6 @@ _NEEDS = (
     "it needs the columns text and harmful (true/false), and may have id, pair, category, split "
     f"({'/'.join(SPLITS)}), kind"
 )
-_TAKES = f"{', '.join(SHIPPED)} or the path of a .jsonl or .csv file"
 _HARMFUL = {"true": True, "1": True, "1.0": True, "yes": True, "harmful": True}
 _HARMFUL |= {"false": False, "0": False, "0.0": False, "no": False, "benign": False}
 
@@ -128,18 +126,12 @@ def load(name: str) -> QuerySet:
     """
     if name in SHIPPED:
         path = data_folder() / "contrast.jsonl"
-    elif Path(name).suffix in (".jsonl", ".csv"):
+    elif Path(name).suffix in rows.SUFFIXES:
         path = Path(name)
     else:
         raise unknown("data set", name, SHIPPED, " (or the path of a .jsonl or .csv file)")
-    try:
-        raw = path.read_bytes()
-        rows = _rows(path, raw.decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; --data takes {_TAKES}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    queries = [_query(row, number, path) for number, row in enumerate(rows, 1)]
+    found, raw = rows.read(path, ("text", "harmful"), _NEEDS)
+    queries = [_query(row, number, path) for number, row in enumerate(found, 1)]
     repeated = [one for one, count in Counter(query.id for query in queries).items() if count > 1]
     if repeated:
         raise UserError(f"{path}: the id {repeated[0]!r} occurs more than once; every query needs its own")
@@ -183,51 +175,6 @@ def sample(queries: Sequence[Query], number: int) -> list[Query]:
         count = min(len(side), number // 2)
         picked += [side[i * len(side) // count] for i in range(count)]
     return picked
-
-
-def _rows(path: Path, text: str) -> list[Mapping[str, Any]]:
-    """The rows of a file as they stand in it."""
-    if path.suffix == ".csv":
-        import csv
-        import io
-
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            names, rows = list(reader.fieldnames or ()), list(reader)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: no CSV that can be read ({error})") from error
-        if len(names) > len(set(names)):
-            raise UserError(f"{path} has two columns of one name ({', '.join(names)}); rename one")
-        for number, row in enumerate(rows, 1):
-            if None in row:
-                raise UserError(
-                    f"{path}, row {number} has more values than {len(names)} columns; a text with commas "
-                    "goes between double quotes"
-                )
-        columns = set(names)
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not JSON ({error.msg}); one object a line"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: not a JSON object; {_NEEDS}")
-            rows.append(row)
-        columns = set.intersection(*map(set, rows)) if rows else set()
-    if not rows:
-        raise UserError(f"{path} holds no queries; {_NEEDS}")
-    missing = {"text", "harmful"} - columns
-    if missing:
-        raise UserError(
-            f"{path} lacks {' and '.join(sorted(missing))} (has {', '.join(sorted(columns))}); {_NEEDS}"
-        )
-    return list(rows)
 
 
 def _query(row: Mapping[str, Any], number: int, path: Path) -> Query:

@@ -125,10 +125,10 @@ def test_a_text_may_hold_commas_quotes_and_line_breaks(tmp_path):
 NEEDS = "needs the columns text and harmful"
 BAD = {
     "no_column.csv": ("text,label\nHi,1\n", ["lacks harmful", "has label, text", NEEDS]),
-    "semicolons.csv": ("text;harmful\nHi;1\n", ["lacks harmful and text", NEEDS]),
-    "empty.csv": ("", ["holds no queries", NEEDS]),
-    "empty.jsonl": ("\n \n", ["holds no queries", NEEDS]),
-    "header_only.csv": ("text,harmful\n", ["holds no queries", NEEDS]),
+    "semicolons.csv": ("text;harmful\nHi;1\n", ["lacks text and harmful", NEEDS]),
+    "empty.csv": ("", ["holds no rows", NEEDS]),
+    "empty.jsonl": ("\n \n", ["holds no rows", NEEDS]),
+    "header_only.csv": ("text,harmful\n", ["holds no rows", NEEDS]),
     "twice.csv": ("text,harmful,harmful\na,1,0\nb,0,1\n", ["two columns of one name", "rename"]),
     "comma.csv": (CSV.format("Hi,1,you\nYo,0"), ["row 1", "more values", "double quotes"]),
     "short.csv": (CSV.format("Hi,1\nYo"), ["'q0002'", "harmful is None", "true or false"]),
@@ -176,7 +176,7 @@ def test_a_bad_file_is_told_in_one_line_with_file_value_and_rule(tmp_path, name)
     [
         ("twin", ["unknown data set 'twin'", "'twins'", ".jsonl or .csv"]),
         ("mine.txt", ["unknown data set", ".jsonl or .csv"]),
-        ("nowhere.csv", ["cannot read nowhere.csv", "No such file", "contrast"]),
+        ("nowhere.csv", ["cannot read nowhere.csv", "No such file", "the columns text"]),
     ],
 )
 def test_an_unknown_set_is_answered_with_what_there_is(name, words):

@@ -37,13 +37,15 @@ ASKING |= {
     "analysis.utility",
     "analysis.validity",
     "analysis.queries",
+    "analysis.rows",
     "analysis.attacks",
     "analysis.judge",
+    "analysis.refusals",
 }
 FRONT = {
     f"analysis.{n}"
     for n in (
-        *("cli", "commands", "request", "training", "arms", "backdooralign", "redrawn"),
+        *("cli", "commands", "request", "training", "judging", "arms", "backdooralign", "redrawn"),
         *("manifest", "showing", "saving", "listing"),
     )
 }

@@ -1,0 +1,74 @@
+"""The rows of a user's own .csv or .jsonl file, as they stand in it; what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from defenses.errors import UserError, unknown
+
+SUFFIXES = (".jsonl", ".csv")
+
+
+def read(path: Path, needed: Sequence[str], needs: str) -> tuple[list[dict[str, Any]], bytes]:
+    """Return the rows of a file and its bytes.
+
+    Args:
+        path: of a `.jsonl`, or of a `.csv` with a head line; lines with # in front of that are skipped.
+        needed: columns that must be there.
+        needs: said where the file is not what it must be.
+    """
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {needs}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    rows, columns = _csv(path, text) if path.suffix == ".csv" else _jsonl(path, text, needs)
+    if not rows:
+        raise UserError(f"{path} holds no rows; {needs}")
+    missing = [name for name in needed if name not in columns]
+    if len(missing) == 1 == len(needed):
+        raise unknown(f"column of {path}:", missing[0], columns)
+    if missing:
+        raise UserError(f"{path} lacks {' and '.join(missing)} (has {', '.join(sorted(columns))}); {needs}")
+    return rows, raw
+
+
+def _csv(path: Path, text: str) -> tuple[list[dict[str, Any]], set[str]]:
+    while text.startswith("#"):
+        text = text.partition("\n")[2]
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        names, rows = list(reader.fieldnames or ()), list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: no CSV that can be read ({error})") from error
+    if len(names) > len(set(names)):
+        raise UserError(f"{path} has two columns of one name ({', '.join(names)}); rename one")
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise UserError(
+                f"{path}, row {number} has more values than {len(names)} columns; a text with commas goes "
+                "between double quotes"
+            )
+    return [dict(row) for row in rows], set(names)
+
+
+def _jsonl(path: Path, text: str, needs: str) -> tuple[list[dict[str, Any]], set[str]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); one object a line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; {needs}")
+        rows.append(row)
+    return rows, set.intersection(*map(set, rows)) if rows else set()
