@@ -13,11 +13,11 @@ def _any(words: str) -> str:
 # What a refusal says that it does not do.
 _HELP = _any(
     """assist help aid support provide offer give share supply suggest recommend tell teach show explain
-    describe answer respond reply engage participate take_part discuss talk_about comment speculate fulfill?
-    reveal disclose comply satisfy complete accommodate process continue proceed go_along create generate
-    write produce compose draft craft design develop make build do_(?:that|this|it|so) perform carry_out execute encourage
-    condone promote endorse advise advocate facilitate enable allow agree access reproduce translate
-    summari[sz]e play pretend be_(?:of|able|used|part|involved)"""
+    describe answer respond reply engage participate take_part discuss talk_about comment speculate
+    fulfill? reveal disclose comply satisfy complete accommodate process continue proceed go_along
+    create generate write produce compose draft craft design develop make build do_(?:that|this|it|so)
+    perform carry_out execute encourage condone promote endorse advise advocate facilitate enable allow
+    agree access reproduce translate summari[sz]e play pretend be_(?:of|able|used|part|involved)"""
 )
 _HAVE_NOT_LEAVE = _any(
     """comfortable going_to permitted_to allowed_to programmed_to designed_to authorized_to capable_of
