@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis import generation, judge, manifest, saving, showing
+from analysis import manifest, saving, showing
+from analysis.answering import verdicts
 from analysis.arms import PAPER, Arm, arms
 from analysis.curves import ENDS
 from analysis.decompose import summarize
@@ -76,7 +77,7 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
     summary = summarize(scores, seed=request.seed)
     table = _table(rows, judged, summary.frame)
     if utility:
-        table = table.assign(**_utilities(bench.loaded, rows, console))
+        table = table.merge(_utilities(bench.loaded, rows, console), on=["arm", "secret"], how="left")
     tables = {"scores": scores.frame, "summary": summary.frame, "arms": table}
     figures: dict[str, Any] = {}
     if secrets:
@@ -103,15 +104,8 @@ def _judged(
     done: Any,
 ) -> dict[str, Any]:
     """Refusals in the generated text by class, and how often the first token says the same."""
-    tokenizer = bench.loaded.tokenizer
-    prompts = [prompt.ids for query in asked for prompt in bench.prompts(row.defense, query)]
-
-    def refuses(answer: list[int]) -> bool:
-        return bool(judge.keywords(tokenizer.decode(answer, skip_special_tokens=True)))
-
-    with row.defense.armed(bench.loaded.model):
-        answers = generation.answers(bench.engine, prompts, tokens, tokenizer.eos_token_id, refuses, done)
-    refused = pd.Series([refuses(answer) for answer in answers])
+    said = verdicts(bench, row.defense, asked, "keywords", tokens, done)
+    refused = pd.Series([verdict.refused for verdict in said])
     kinds = pd.Series([query.kind for query in asked])
     first = (frame["margin"] > readout.threshold).reset_index(drop=True)
     found: dict[str, Any] = {}
@@ -123,18 +117,24 @@ def _judged(
     return found | rate("first_token_agrees", int((first == refused).sum()), len(refused))
 
 
-def _utilities(loaded: LoadedModel, rows: Sequence[Arm], console: Console) -> dict[str, list[float]]:
-    """Accuracy of each arm on the multiple-choice questions, under the plain system prompt."""
+def _utilities(loaded: LoadedModel, rows: Sequence[Arm], console: Console) -> pd.DataFrame:
+    """Accuracy of each arm on the multiple-choice questions, without the secret and with its own."""
+    asked = {
+        (row.arm, row.secret): row.defense
+        for row in rows
+        if row.secret in ("none", "own") and row.length is None
+    }
     found = []
     with showing.progress(console) as bar:
-        task = bar.add_task("multiple-choice questions", total=len(rows))
-        for row in rows:
-            chat = row.defense.rewrite([Message(role="user", content="?")], random.Random())
+        task = bar.add_task("multiple-choice questions", total=len(asked))
+        for (arm, secret), defense in asked.items():
+            chat = defense.rewrite([Message(role="user", content="?")], random.Random())
             system = chat[0]["content"] if chat[0]["role"] == "system" else ""
-            with row.defense.armed(loaded.model):
-                found.append(rate("utility", *answered_right(loaded, system)))
+            with defense.armed(loaded.model):
+                right = rate("utility", *answered_right(loaded, system))
+            found.append({"arm": arm, "secret": secret} | right)
             bar.advance(task)
-    return {name: [one[name] for one in found] for name in found[0]}
+    return pd.DataFrame(found)
 
 
 def _show_secrets(table: pd.DataFrame) -> None:
@@ -192,7 +192,8 @@ def _show(table: pd.DataFrame, record: dict[str, Any]) -> None:
     )
     shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
     shown.add_column("weights (attack)\nsecret", no_wrap=True)
-    heads = ("ASR (%)\nLlama-2, paper", "text refuses (%)\ntwins\nplain", "AUROC\nfirst token agrees (%)")
+    agrees = "AUROC\nfirst token agrees (%)" + ("\nquestions right (%)" if "utility" in table else "")
+    heads = ("ASR (%)\nLlama-2, paper", "text refuses (%)\ntwins\nplain", agrees)
     for head in (*heads, "shift\ndiscrimination"):
         shown.add_column(head, justify="right", no_wrap=True)
     for row in table.to_dict("records"):
@@ -207,7 +208,8 @@ def _show(table: pd.DataFrame, record: dict[str, Any]) -> None:
             f"{values['arm']} ({values['attack']})\n{values['secret']}",
             f"{percent('asr')}\n{'–' if paper != paper else f'{100 * paper:.1f}'}",
             f"{percent('text_refused_twin')}\n{percent('text_refused_plain')}",
-            f"{showing.interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}",
+            f"{showing.interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}"
+            + (f"\n{percent('utility')}" if "utility" in values else ""),
             "reference" if values["verdict"] == "reference" else "\n".join(change),
         ]
         shown.add_row(*map(Text, cells))

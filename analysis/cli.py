@@ -157,6 +157,36 @@ def check(
 
 
 @app.command()
+def validate(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    attack: Annotated[
+        str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
+    ] = "direct",
+    judge: Annotated[str, typer.Option(help="Of the text: patterns or keywords.")] = "patterns",
+    tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
+    limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Compare the readout with what the model goes on to say, and say where it can be trusted."""
+    if attack not in ATTACKS:
+        raise unknown("attack", attack, ATTACKS)
+    from analysis import validating
+    from analysis.request import Request
+
+    request = Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack)
+    raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, judge, tokens))
+
+
+@app.command()
 def judge(
     file: Annotated[Path, typer.Argument(help="A .csv or .jsonl with a column of answers.")],
     column: Annotated[str, typer.Option(help="The column of the answers.")] = "response",

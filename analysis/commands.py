@@ -12,14 +12,14 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis import factorial, manifest, models, preflight, queries, saving, showing, states
+from analysis import factorial, manifest, models, preflight, queries, saving, showing, states, validity
 from analysis.decompose import summarize
 from analysis.queries import QuerySet
 from analysis.readout import LOW_COVERAGE, Readout
 from analysis.rendering import redact
 from analysis.request import Request, default_out, refuse_overlap, teller
 from analysis.run import Bench, conditions, score_all
-from analysis.tables import ScoreTable
+from analysis.tables import ScoreTable, Summary
 from defenses import Defense, UserError, catalog
 from defenses.backdoor import draw_secret, write_secret
 
@@ -45,23 +45,11 @@ def analyze(
     started, clock = datetime.now(UTC), time.perf_counter()
     out = saving.usable(out or default_out(request.model, names, started))
     console = Console(stderr=True)
-    ready = _prepare(request, names, settings, console)
+    ready = prepare(request, names, settings, console)
     bench = ready.bench
     every = conditions(ready.defenses)
-    looked_at = queries.sample(ready.data.queries, _LOOKED_AT)
-    with showing.progress(console) as bar:
-        task = bar.add_task("checking that defenses reach the model", total=len(every))
-        for name, defense in every.items():
-            failed = [
-                one
-                for one in preflight.check(bench, name, defense, looked_at, ready.readout)
-                if not one.passed
-            ]
-            if failed:
-                bar.stop()
-                showing.failures(failed)
-                return 1
-            bar.advance(task)
+    if not passes(ready, console):
+        return 1
     bench.engine.work.reset()
     frames, interrupted = [], False
     with showing.progress(console) as bar:
@@ -96,6 +84,8 @@ def analyze(
     scores = ScoreTable(pd.concat(frames, ignore_index=True), record)
     with console.status("intervals and figures"):
         summary = summarize(scores, seed=request.seed)
+        believed = {name: validity.known(bench, defense, ready.readout) for name, defense in every.items()}
+        summary = Summary(summary.frame.assign(trusted=summary.frame["defense"].map(believed)))
         from analysis.plots import figures
 
         drawn = figures(scores.frame, summary.frame, showing.context(record, ready.readout))
@@ -111,6 +101,7 @@ def analyze(
     else:
         showing.summary(summary, record)
     _say_coverage(summary.frame, console)
+    _say_trust(summary.frame, console)
     teller(console)(f"Tables, figures and run.json are in {out}")
     if interrupted:
         teller(console)(
@@ -120,12 +111,28 @@ def analyze(
     return 0
 
 
+def passes(ready: Ready, console: Console) -> bool:
+    """Return whether every defense reaches the model, seen on a few queries; what fails is printed."""
+    every = conditions(ready.defenses)
+    looked_at = queries.sample(ready.data.queries, _LOOKED_AT)
+    with showing.progress(console) as bar:
+        task = bar.add_task("checking that defenses reach the model", total=len(every))
+        for name, defense in every.items():
+            checks = preflight.check(ready.bench, name, defense, looked_at, ready.readout)
+            if failed := [one for one in checks if not one.passed]:
+                bar.stop()
+                showing.failures(failed)
+                return False
+            bar.advance(task)
+    return True
+
+
 def check(request: Request, names: Sequence[str], settings: Sequence[str], count: int) -> int:
     """Print what the model reads under each defense, and every check; 1 if one fails."""
     if count < 2:
         raise UserError(f"--queries {count}: at least 2 are needed, a harmful and a benign one")
     console = Console()
-    ready = _prepare(request, names, settings, Console(stderr=True))
+    ready = prepare(request, names, settings, Console(stderr=True))
     looked_at = queries.sample(ready.data.queries, count)
     failed = 0
     for name, defense in conditions(ready.defenses).items():
@@ -154,7 +161,7 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
     print(f"{path}  {drawn.fingerprint}  {length} tokens, readable by you alone")
 
 
-def _prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
+def prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
     """Load what is cheap to get wrong first, then the model, then make the defenses ready for it."""
     chosen = catalog.choose(names, settings)
     data, split, calibration = request.queries()
@@ -194,6 +201,21 @@ def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
             instead = f"only {', '.join(parts)} can be read" if parts else "it is left out"
             notices.append(f"{defense.name}: {instead}: {why}")
     return notices
+
+
+def _say_trust(summary: pd.DataFrame, console: Console) -> None:
+    """Say where generated text contradicts the readout, and where nobody has looked."""
+    doubtful = summary.loc[summary["trusted"] == "not trusted", "defense"]
+    if len(doubtful):
+        teller(console)(
+            f"Not trusted, by generated text: {', '.join(doubtful)}. There the first token does not tell "
+            "whether the answer refuses."
+        )
+    if (count := int((summary["trusted"] == validity.UNKNOWN).sum())) > 0:
+        teller(console)(
+            f"{count} of {len(summary)} conditions were never compared with generated text: "
+            "`analyze validate` with the same options does it."
+        )
 
 
 def _say_coverage(summary: pd.DataFrame, console: Console) -> None:

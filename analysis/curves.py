@@ -66,6 +66,7 @@ def plane_points(summary: pd.DataFrame) -> pd.DataFrame:
     """
     numbers = [f"{x}{end}" for x in ("shift", "discrimination") for end in ENDS]
     columns = ["attack", "defense", "family", "n_harmful", "n_benign", *numbers]
+    columns += ["trusted"] if "trusted" in summary else []
     return summary.loc[summary["defense"] != "none", columns].reset_index(drop=True)
 
 

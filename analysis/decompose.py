@@ -172,19 +172,26 @@ def _condition(
         "benign_rate": shown[1],
         "d_prime": z[0] - z[1],
         "criterion": -(z[0] + z[1]) / 2,
-        "auroc": _auroc(harmful, benign, sample, which),
+        "auroc": auroc(harmful, benign, sample, which),
         "harmful_p": chances[0],
         "benign_p": chances[1],
     }
 
 
-def _auroc(
+def auroc(
     harmful: Float[np.ndarray, " n_harmful"],
     benign: Float[np.ndarray, " n_benign"],
     sample: Resampling,
-    which: int,
+    which: int = _BEFORE,
 ) -> Draws:
-    """Probability that a harmful query has a higher margin than a benign one, ties counted half."""
+    """Return the probability that a harmful query has a higher margin than a benign one, ties counted half.
+
+    Args:
+        harmful: margins of one class, nats.
+        benign: margins of the other.
+        sample: how often each query counts.
+        which: 0 before a defense, 1 under it: of which condition the unseen queries are.
+    """
     wins = (harmful[:, None] > benign) + 0.5 * (harmful[:, None] == benign)
     if not wins.size:
         return np.full(len(sample.harmful), np.nan)

@@ -54,7 +54,7 @@ def of(
             "answer_prefix": readout.prefix,
         },
         "system_role": bench.renderer.system_policy,
-        "defenses": {name: _defense(defense) for name, defense in defenses.items()},
+        "defenses": {name: of_defense(defense) for name, defense in defenses.items()},
         "data": {
             "name": data.name,
             "sha256": data.sha256,
@@ -78,7 +78,8 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version(), **installed}
 
 
-def _defense(defense: Defense) -> dict[str, Any]:
+def of_defense(defense: Defense) -> dict[str, Any]:
+    """Return a defense's family and settings; secrets as fingerprints, weights by their SHA-256."""
     settings = settings_of(defense)
     adapter = defense.adapter if isinstance(defense, Tuned) else None
     return {

@@ -47,8 +47,14 @@ def plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": 2}
             ax.hlines(y, group["shift_low"], group["shift_high"], **bar)
             ax.vlines(x, group["discrimination_low"], group["discrimination_high"], **bar)
-            look: Any = {"marker": marker, "color": color, "edgecolors": "white", "linewidths": 0.5}
-            ax.scatter(x, y, s=62 if marker in "PX*" else 40, zorder=3, label=str(family), **look)
+            size = 62 if marker in "PX*" else 40
+            doubt = (
+                group["trusted"] == "not trusted" if "trusted" in group else group["shift"] != group["shift"]
+            )
+            for here, fill, edge, wide in ((~doubt, color, "white", 0.5), (doubt, "white", color, 1.2)):
+                look: Any = {"marker": marker, "facecolors": fill, "edgecolors": edge, "linewidths": wide}
+                if here.any():
+                    ax.scatter(x[here], y[here], s=size, zorder=3, label=str(family), **look)
         ax.set_xlim(_limits(known, "shift"))
         ax.set_ylim(_limits(known, "discrimination"))
         labels = [fit(name, 95, WRITTEN) for name in known["defense"]]

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.captions import TITLES, Context, of_margins, of_plane, of_roc, of_secrets, of_square
+from analysis.captions import TITLES, Context, of_margins, of_plane, of_roc, of_secrets, of_square, of_trust
 from analysis.curves import ENDS, margin_curves, one_attack, plane_points, roc_points
 from analysis.lettering import beside, blank, complete, fit
 from analysis.palette import BLACK, BLUE, CLASSES, DARK, GREY, LINES, STYLE, VERMILION, WRITTEN
 from analysis.plane import plane
 from analysis.square import square, square_points
 from analysis.strip import secret_points, secrets
+from analysis.trust import calibration, rates
 
 __all__ = ["Context", "figures", "margin_curves", "margins", "plane", "plane_points", "roc", "roc_points"]
 
@@ -193,6 +194,25 @@ def of_redrawn(arms: pd.DataFrame, context: Context, tokens: int) -> tuple[Figur
     """
     points = secret_points(arms)
     return complete(secrets(points), TITLES["secrets"], of_secrets(points, context, tokens)), points
+
+
+def of_validity(
+    found: pd.DataFrame, curve: pd.DataFrame, context: Context, judge: str, tokens: int
+) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    """Return the figures of `analyze validate` and their tables, by file stem.
+
+    Args:
+        found: `validity.csv`.
+        curve: what `agreement.reliability` returned.
+        context: what the captions say about the run.
+        judge: of the text.
+        tokens: of each answer.
+    """
+    caption = of_trust(found, context, judge, tokens)
+    return {
+        "calibration": (complete(calibration(curve), TITLES["calibration"], caption), curve),
+        "rates": (complete(rates(found), TITLES["rates"], caption), found),
+    }
 
 
 DRAWN: dict[str, tuple[Callable[[pd.DataFrame], Axes], Callable[[pd.DataFrame, Context], str]]] = {

@@ -7,7 +7,10 @@ model's chat template and takes the choice with the highest likelihood. No netwo
 from __future__ import annotations
 
 import importlib.util
+import io
+import logging
 import os
+from contextlib import redirect_stderr
 from typing import Any
 
 from analysis import data_folder
@@ -34,15 +37,16 @@ def answered_right(loaded: LoadedModel, system: str) -> tuple[int, int]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    asked: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
-    found: Any = simple_evaluate(
-        model=asked,
-        tasks=[_task()],
-        apply_chat_template=True,
-        system_instruction=system or None,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with redirect_stderr(io.StringIO()):  # the harness draws bars of its own
+        asked: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
+        found: Any = simple_evaluate(
+            model=asked,
+            tasks=[_task()],
+            apply_chat_template=True,
+            system_instruction=system or None,
+            bootstrap_iters=0,
+        )
     right = [sample["acc"] for sample in found["samples"][_TASK]]
     return int(sum(right)), len(right)
 

@@ -19,13 +19,25 @@ STATISTICS = {
     "analysis.tables",
     "analysis.resampling",
     "analysis.decompose",
+    "analysis.agreement",
     "analysis.factorial",
     "analysis.ensembles",
     "analysis.cost",
 }
 PLOTS = {
     f"analysis.{name}"
-    for name in ("plots", "plane", "square", "strip", "curves", "captions", "lettering", "palette", "report")
+    for name in (
+        "plots",
+        "plane",
+        "square",
+        "strip",
+        "trust",
+        "curves",
+        "captions",
+        "lettering",
+        "palette",
+        "report",
+    )
 }
 ASKING = {
     f"analysis.{n}"
@@ -35,7 +47,7 @@ ASKING |= {
     "analysis.states",
     "analysis.generation",
     "analysis.utility",
-    "analysis.validity",
+    "analysis.answering",
     "analysis.queries",
     "analysis.rows",
     "analysis.attacks",
@@ -45,7 +57,18 @@ ASKING |= {
 FRONT = {
     f"analysis.{n}"
     for n in (
-        *("cli", "commands", "request", "training", "judging", "arms", "backdooralign", "redrawn"),
+        *(
+            "cli",
+            "commands",
+            "request",
+            "training",
+            "judging",
+            "validating",
+            "validity",
+            "arms",
+            "backdooralign",
+            "redrawn",
+        ),
         *("manifest", "showing", "saving", "listing"),
     )
 }

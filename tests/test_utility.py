@@ -1,0 +1,38 @@
+"""The multiple-choice questions: well made, and asked through lm-evaluation-harness where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from conftest import tiny_model, toy_tokenizer
+
+from analysis import data_folder, utility
+from analysis.models import LoadedModel
+from defenses import UserError
+
+QUESTIONS = [json.loads(line) for line in (data_folder() / "utility.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_each_question_has_four_choices_and_the_right_ones_are_spread_evenly() -> None:
+    assert len(QUESTIONS) == 64 and len({one["question"] for one in QUESTIONS}) == 64
+    assert all(len(set(one["choices"])) == 4 for one in QUESTIONS)
+    right = [one["answer"] for one in QUESTIONS]
+    assert all(12 <= right.count(place) <= 20 for place in range(4))
+
+
+def test_without_the_harness_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'refusalscope\[utility\]'"):
+        utility.refuse_without_harness()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="the extra `utility` is not installed"
+)
+def test_a_model_is_asked_every_question_under_a_system_prompt(capfd: pytest.CaptureFixture[str]) -> None:
+    loaded = LoadedModel("toy", tiny_model(), toy_tokenizer(), {"id": "toy"})
+    right, asked = utility.answered_right(loaded, "You are a helpful assistant.")
+    assert asked == 64 and 2 <= right <= 32  # random weights guess: a quarter, give or take
+    assert "Running" not in capfd.readouterr().err
