@@ -14,7 +14,11 @@ from typer.core import TyperGroup
 from analysis.attacks import ATTACKS
 from defenses.errors import UserError, unknown
 
-READOUTS = {"words": "refusing against complying first words, equal weights"}
+READOUTS = {
+    "words": "refusing against complying first words, equal weights, threshold 0",
+    "calibrated": "weights on first tokens, fitted on this model's own answers to the calibration split",
+    "prefilled-K": "the words readout behind the first K tokens of a complying opener",
+}
 
 
 class _Interrupted(Exception):
@@ -66,6 +70,9 @@ SetOption = Annotated[
         metavar="KEY=VALUE",
     ),
 ]
+ReadoutOption = Annotated[
+    str, typer.Option("--readout", help="words, calibrated, or prefilled-K; see `list readouts`.")
+]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -80,7 +87,7 @@ def analyze(
     attack: Annotated[
         str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
     ] = "direct",
-    readout: Annotated[str, typer.Option(help="How refusal is read; see `list readouts`.")] = "words",
+    readout: ReadoutOption = "words",
     limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
     batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
     device: DeviceOption = "auto",
@@ -107,12 +114,13 @@ def analyze(
         raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
     if attack not in ATTACKS:
         raise unknown("attack", attack, ATTACKS)
-    if readout not in READOUTS:
-        raise unknown("readout", readout, READOUTS)
+    _known_readout(readout)
     from analysis import commands
     from analysis.request import Request
 
-    request = Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack)
+    request = Request(
+        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack, readout
+    )
     code = commands.analyze(request, defense, settings or [], out, as_json)
     raise typer.Exit(code)
 
@@ -165,6 +173,7 @@ def validate(
     attack: Annotated[
         str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
     ] = "direct",
+    readout: ReadoutOption = "words",
     judge: Annotated[str, typer.Option(help="Of the text: patterns or keywords.")] = "patterns",
     tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
     limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
@@ -179,10 +188,13 @@ def validate(
     """Compare the readout with what the model goes on to say, and say where it can be trusted."""
     if attack not in ATTACKS:
         raise unknown("attack", attack, ATTACKS)
+    _known_readout(readout)
     from analysis import validating
     from analysis.request import Request
 
-    request = Request(model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack)
+    request = Request(
+        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack, readout
+    )
     raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, judge, tokens))
 
 
@@ -330,6 +342,12 @@ def _fail(text: str, code: int, debug: bool, error: BaseException | None) -> int
         raise error
     typer.echo(f"analyze: {' '.join(text.split())}", err=True)
     return code
+
+
+def _known_readout(name: str) -> None:
+    count = name.removeprefix("prefilled-")
+    if name not in ("words", "calibrated") and (count == name or not count.isdigit() or int(count) < 1):
+        raise unknown("readout", name, READOUTS, " (K is a number of tokens, as in prefilled-5)")
 
 
 def _batch(text: str) -> int | None:

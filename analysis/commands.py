@@ -12,7 +12,18 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis import factorial, manifest, models, preflight, queries, saving, showing, states, validity
+from analysis import (
+    factorial,
+    manifest,
+    models,
+    preflight,
+    queries,
+    reading,
+    saving,
+    showing,
+    states,
+    validity,
+)
 from analysis.decompose import summarize
 from analysis.queries import QuerySet
 from analysis.readout import LOW_COVERAGE, Readout
@@ -171,8 +182,7 @@ def prepare(request: Request, names: Sequence[str], settings: Sequence[str], con
     refuse_overlap(data, bench.loaded.trained_on, request.model)
     for name, defense in conditions(prepared).items():
         refuse_overlap(data, defense.trained_on(), name)
-    with console.status("seeing how the model opens its answers"):
-        readout = bench.words(calibration.queries, prepared[0])
+    readout = reading.chosen(request.readout, bench, host, prepared[0], calibration, console)
     notices = [*bench.renderer.notices, *readout.notices, *lacking]
     for notice in notices:
         teller(console)(f"note: {notice}")

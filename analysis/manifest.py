@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from analysis.models import LoadedModel
 from analysis.queries import QuerySet
 from analysis.readout import Readout
 from analysis.run import Bench
@@ -76,6 +77,12 @@ def versions(*packages: str) -> dict[str, str]:
     """
     installed = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **installed}
+
+
+def of_model(loaded: LoadedModel) -> list[str | None]:
+    """Return what tells one set of weights from another."""
+    origin = loaded.origin
+    return [origin.get("sha256"), origin.get("state_sha256"), str(loaded.model.dtype)]
 
 
 def of_defense(defense: Defense) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Request:
     seed: int
     offline: bool
     attack: str = DIRECT
+    readout: str = "words"
 
     def queries(self) -> tuple[QuerySet, str, QuerySet]:
         """Return the queries that are scored, the split they are, and those that the readout is made from."""

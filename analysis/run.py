@@ -82,16 +82,23 @@ class Bench:
                 f"{defense.name!r} raised {type(error).__name__} on query {query.id!r}: {error}"
             ) from error
 
-    def words(self, queries: Sequence[Query], undefended: Defense) -> Readout:
-        """Return this model's words readout, made from how it opens its answers to undefended queries."""
+    def words(self, queries: Sequence[Query], undefended: Defense, opener: tuple[int, ...] = ()) -> Readout:
+        """Return this model's words readout, made from how it opens its answers to undefended queries.
+
+        Args:
+            queries: a few of them are looked at.
+            undefended: how they are asked.
+            opener: token ids that every answer is made to begin with.
+        """
 
         def opening(prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, list[int]]:
             probabilities = self.engine.read(prompts, lambda logits: logits.softmax(1))
             return probabilities.mean(0), probabilities.argmax(1).tolist()
 
         asked = sample(queries, _OPENINGS)
-        prompts = [prompt.ids for query in asked for prompt in self.prompts(undefended, query)]
-        return readouts.words(self.loaded.tokenizer, prompts, opening)
+        prompts = [(*prompt.ids, *opener) for query in asked for prompt in self.prompts(undefended, query)]
+        made = readouts.words(self.loaded.tokenizer, prompts, opening)
+        return replace(made, prefix=(*opener, *made.prefix))
 
 
 def conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:

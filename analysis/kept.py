@@ -1,0 +1,41 @@
+"""What a run found out about a model and later runs need not: small JSON files in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+
+def place(kind: str, about: dict[str, Any]) -> Path:
+    """Return the file for something that depends on `about` and on nothing else.
+
+    >>> place("validity", {"a": 1}) == place("validity", {"a": 1}) != place("validity", {"a": 2})
+    True
+    """
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return platformdirs.user_cache_path("refusalscope") / kind / f"{digest[:32]}.json"
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write it beside its place, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {key: value.item() if hasattr(value, "item") else value for key, value in found.items()}
+    handle, new = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(plain, file)
+    Path(new).replace(path)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Return what was kept, or nothing."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
