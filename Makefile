@@ -25,11 +25,13 @@ STATES := data/adapters/smollm2
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 TRAIN := $(KEEP) $(BIN)/analyze train
 
-adapters: .venv/ready-dev ## make the shipped weights again (about 25 minutes on two quiet cores)
+adapters: .venv/ready-dev ## make the shipped weights again (about 40 minutes on two cores)
 	rm -rf $(STATES)
 	$(TRAIN) safety -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=4 --set epochs=6 -o $(STATES)/aligned
 	for recipe in attack:attacked identity:identity baseline:baseline backdoor:backdoor; do \
 	  $(TRAIN) $${recipe%:*} -m smollm2:aligned --set epochs=5 -o $(STATES)/$${recipe#*:} || exit 1; done
+	$(TRAIN) preference -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=2 --set rate=3e-4 \
+	  -o $(STATES)/preference
 
 bench: .venv/ready ## how fast is the engine, and how near to the machine's limit
 	$(BIN)/python tests/bench.py
