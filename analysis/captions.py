@@ -9,8 +9,9 @@ TITLES = {
     "margins": "Shift moves both halves of a row; discrimination moves them apart",
     "plane": "Right: refuses more of everything. Up: separates better",
     "square": "What the secret adds, what the weights add, and what both do together",
-    "calibration": "On the diagonal, the readout's probability is how often the text refuses",
-    "rates": "On the diagonal, the readout counts as many refusals as the text has",
+    "calibration": "On the diagonal, the readout's probability can be believed",
+    "rates": "On the diagonal, the readout counts refusals as the text does",
+    "cost": "Up: separates better. Right: takes longer",
     "secrets": "Does it matter which secret? Each dot is one, trained anew",
     "roc": "Higher curve: separates better. Mark further along: refuses more",
 }
@@ -113,9 +114,19 @@ def of_trust(found: pd.DataFrame, context: Context, judge: str, tokens: int) -> 
     return (
         f"Greedy answers ({tokens} tokens) of {_span(found['n'])} queries under each of {len(found)} "
         f"conditions, judged by their text (judge: {judge}), against the first-token readout at its "
-        "threshold; bars are Wilson 95\u00a0% intervals. Not trusted: the upper end of the AUROC's interval "
-        "against the text is under .80, or of kappa under .60; cannot tell: mostly, too few of one class. "
+        "threshold; bars, where drawn, are Wilson 95\u00a0% intervals. Not trusted: the upper end of the "
+        "AUROC's interval against the text is under .80, or of kappa under .60; cannot tell: mostly, too few of one class. "
         f"{context.sentences(found['attack'].iloc[0])}"
+    )
+
+
+def of_cost(points: pd.DataFrame, context: Context) -> str:
+    """Return the caption of the figure that `price.price` draws from these points."""
+    return (
+        "Gain in AUROC on the queries of the run against the time until the first token: "
+        f"{_span(points['n'])} queries each alone, every one against itself undefended (geometric means; "
+        "conditions took turns). Bars are 95\u00a0% intervals. Not in it: the answer's tokens, and training. "
+        f"{context.sentences('direct')}"
     )
 
 

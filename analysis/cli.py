@@ -97,6 +97,7 @@ def analyze(
         Path | None, typer.Option("-o", "--out", help="Output folder; by default runs/TIME-MODEL-DEFENSE.")
     ] = None,
     settings: SetOption = None,
+    cost: Annotated[bool, typer.Option("--cost", help="Also measure what each defense costs.")] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -121,7 +122,7 @@ def analyze(
     request = Request(
         model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack, readout
     )
-    code = commands.analyze(request, defense, settings or [], out, as_json)
+    code = commands.analyze(request, defense, settings or [], out, as_json, cost)
     raise typer.Exit(code)
 
 

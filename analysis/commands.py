@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,44 +12,39 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import (
+    cost,
     factorial,
     manifest,
     models,
     preflight,
     queries,
-    reading,
     saving,
     showing,
     states,
+    timing,
     validity,
 )
 from analysis.decompose import summarize
-from analysis.queries import QuerySet
-from analysis.readout import LOW_COVERAGE, Readout
+from analysis.preparing import Ready, passes, prepare
+from analysis.readout import LOW_COVERAGE
 from analysis.rendering import redact
-from analysis.request import Request, default_out, refuse_overlap, teller
-from analysis.run import Bench, conditions, score_all
-from analysis.tables import ScoreTable, Summary
-from defenses import Defense, UserError, catalog
+from analysis.request import Request, default_out, teller
+from analysis.run import conditions, score_all
+from analysis.tables import UNVALIDATED, ScoreTable
+from defenses import Defense, UserError
+from defenses.adapters import Tuned
 from defenses.backdoor import draw_secret, write_secret
 
-_LOOKED_AT = 4  # queries that the preflight looks at
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Everything loaded and prepared for a run."""
-
-    bench: Bench
-    defenses: list[Defense]
-    data: QuerySet
-    split: str
-    readout: Readout
-    notices: list[str]
+_TIMED = 8  # queries on which costs are measured
 
 
 def analyze(
-    request: Request, names: Sequence[str], settings: Sequence[str], out: Path | None, as_json: bool
+    request: Request,
+    names: Sequence[str],
+    settings: Sequence[str],
+    out: Path | None,
+    as_json: bool,
+    with_cost: bool = False,
 ) -> int:
     """Score every defense and the undefended model, save tables and figures, print the summary."""
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -77,6 +71,9 @@ def analyze(
                 raise
             interrupted = True
     finished = list(every)[: len(frames)]
+    spent = (
+        _timed(ready, {name: every[name] for name in finished}, request.seed, console) if with_cost else None
+    )
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": interrupted,
@@ -92,14 +89,20 @@ def analyze(
         "wall_seconds": round(time.perf_counter() - clock, 1),
         "tokens": {"computed": bench.engine.work.computed, "saved": bench.engine.work.saved},
     }
+    for name in finished:
+        record["defenses"][name]["trusted"] = validity.known(bench, every[name], ready.readout)
     scores = ScoreTable(pd.concat(frames, ignore_index=True), record)
     with console.status("intervals and figures"):
         summary = summarize(scores, seed=request.seed)
-        believed = {name: validity.known(bench, defense, ready.readout) for name, defense in every.items()}
-        summary = Summary(summary.frame.assign(trusted=summary.frame["defense"].map(believed)))
-        from analysis.plots import figures
+        from analysis.plots import figures, of_price
 
-        drawn = figures(scores.frame, summary.frame, showing.context(record, ready.readout))
+        context = showing.context(record, ready.readout)
+        drawn = figures(scores.frame, summary.frame, context)
+        if spent is not None:
+            gained = ["defense", "family", "refusal_rate", "over_refusal_rate"]
+            gained += [f"delta_auroc{end}" for end in ("", "_low", "_high")]
+            spent = spent.merge(summary.frame[gained], on="defense")
+            drawn["cost"] = of_price(spent, context)
         tables = {
             **_effects(scores, request.seed),
             "scores": scores.frame,
@@ -111,6 +114,8 @@ def analyze(
         print(json.dumps(json.loads(summary.frame.to_json(orient="records")), indent=2))
     else:
         showing.summary(summary, record)
+        if spent is not None:
+            showing.costs(spent)
     _say_coverage(summary.frame, console)
     _say_trust(summary.frame, console)
     teller(console)(f"Tables, figures and run.json are in {out}")
@@ -120,22 +125,6 @@ def analyze(
         )
         return 130
     return 0
-
-
-def passes(ready: Ready, console: Console) -> bool:
-    """Return whether every defense reaches the model, seen on a few queries; what fails is printed."""
-    every = conditions(ready.defenses)
-    looked_at = queries.sample(ready.data.queries, _LOOKED_AT)
-    with showing.progress(console) as bar:
-        task = bar.add_task("checking that defenses reach the model", total=len(every))
-        for name, defense in every.items():
-            checks = preflight.check(ready.bench, name, defense, looked_at, ready.readout)
-            if failed := [one for one in checks if not one.passed]:
-                bar.stop()
-                showing.failures(failed)
-                return False
-            bar.advance(task)
-    return True
 
 
 def check(request: Request, names: Sequence[str], settings: Sequence[str], count: int) -> int:
@@ -172,21 +161,21 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
     print(f"{path}  {drawn.fingerprint}  {length} tokens, readable by you alone")
 
 
-def prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
-    """Load what is cheap to get wrong first, then the model, then make the defenses ready for it."""
-    chosen = catalog.choose(names, settings)
-    data, split, calibration = request.queries()
-    bench, host = request.open(console)
-    prepared = [defense.prepare(host) for defense in chosen]
-    lacking = _lacking(prepared, names)
-    refuse_overlap(data, bench.loaded.trained_on, request.model)
-    for name, defense in conditions(prepared).items():
-        refuse_overlap(data, defense.trained_on(), name)
-    readout = reading.chosen(request.readout, bench, host, prepared[0], calibration, console)
-    notices = [*bench.renderer.notices, *readout.notices, *lacking]
-    for notice in notices:
-        teller(console)(f"note: {notice}")
-    return Ready(bench.under(request.attack), prepared, data, split, readout, notices)
+def _timed(ready: Ready, every: dict[str, Defense], seed: int, console: Console) -> pd.DataFrame:
+    """What each condition costs, seen on a few queries; weights with what it took to train them."""
+    asked = queries.sample(ready.data.queries, _TIMED)
+    with showing.progress(console) as bar:
+        task = bar.add_task("timing", total=len(every) * len(asked))
+        measured = timing.timed(ready.bench, every, asked, lambda: bar.advance(task))
+    trained = {
+        name: defense.adapter.manifest
+        for name, defense in every.items()
+        if isinstance(defense, Tuned) and defense.adapter is not None
+    }
+    found = cost.costs(measured, seed)
+    for column, key in (("training_examples", "n_examples"), ("training_seconds", "wall_seconds")):
+        found[column] = [trained.get(name, {}).get(key) for name in found["defense"]]
+    return found
 
 
 def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
@@ -200,19 +189,6 @@ def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
     return {"effects": pd.concat(found, ignore_index=True)} if found else {}
 
 
-def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
-    """Say what is left out because this model lacks something for it; an error where nothing is left."""
-    notices = []
-    for defense in prepared:
-        if why := defense.lacking():
-            parts = list(conditions([defense]))
-            if not parts and defense.name in names:
-                raise UserError(f"{defense.name}: {why}")
-            instead = f"only {', '.join(parts)} can be read" if parts else "it is left out"
-            notices.append(f"{defense.name}: {instead}: {why}")
-    return notices
-
-
 def _say_trust(summary: pd.DataFrame, console: Console) -> None:
     """Say where generated text contradicts the readout, and where nobody has looked."""
     doubtful = summary.loc[summary["trusted"] == "not trusted", "defense"]
@@ -221,7 +197,7 @@ def _say_trust(summary: pd.DataFrame, console: Console) -> None:
             f"Not trusted, by generated text: {', '.join(doubtful)}. There the first token does not tell "
             "whether the answer refuses."
         )
-    if (count := int((summary["trusted"] == validity.UNKNOWN).sum())) > 0:
+    if (count := int((summary["trusted"] == UNVALIDATED).sum())) > 0:
         teller(console)(
             f"{count} of {len(summary)} conditions were never compared with generated text: "
             "`analyze validate` with the same options does it."

@@ -57,7 +57,8 @@ def summarize(scores: ScoreTable, draws: int = DRAWS, seed: int = 0) -> Summary:
                     f"p_{name}": p_value(parts, units, flips)
                     for name, parts in contributions(after - before, is_harmful).items()
                 }
-            rows.append(row | {"coverage": float(here["coverage"].mean())})
+            coverage = float(here["coverage"].mean())
+            rows.append(row | {"coverage": coverage, "trusted": scores.trusted(defense)})
     frame = pd.DataFrame(rows)
     for name in ("p_shift", "p_discrimination"):
         frame[name] = frame.groupby("attack")[name].transform(holm) if name in frame else np.nan
@@ -241,4 +242,4 @@ def _columns() -> list[str]:
     estimates = [f"{name}{end}" for name in ESTIMATES[:-1] for end in ("", "_low", "_high")]
     extra = [f"{ESTIMATES[-1]}{end}" for end in ("", "_low", "_high")]
     head = ["attack", "defense", "family", "n_harmful", "n_benign"]
-    return [*head, *estimates, "p_shift", "p_discrimination", "verdict", *extra, "coverage"]
+    return [*head, *estimates, "p_shift", "p_discrimination", "verdict", *extra, "coverage", "trusted"]

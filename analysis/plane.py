@@ -65,18 +65,18 @@ def plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("shift (nats)")
         ax.set_ylabel("discrimination (nats)")
         _directions(ax)
-        key = [_mark(BLACK, "o", "undefended (origin)")]
+        key = [mark(BLACK, "o", "undefended (origin)")]
         most = 1 if len(points) > 10 else 2
         for family in families:
             color, marker = FAMILIES.get(family, OTHER)
-            key.append(_mark(color, marker, "control (not a defense)" if family == "control" else family))
+            key.append(mark(color, marker, "control (not a defense)" if family == "control" else family))
             numbers = [] if named else zip(known["family"], labels, known["defense"], strict=True)
             texts = [
                 f"{number}  {fit(name, 140, WRITTEN, most)}" for of, number, name in numbers if of == family
             ]
-            key += [_mark("none", "", text) for text in texts]
+            key += [mark("none", "", text) for text in texts]
         unknown = points.loc[~points.index.isin(known.index), "defense"]
-        key += [_mark("none", "", fit(f"no value: {name}", 150, WRITTEN, most)) for name in unknown]
+        key += [mark("none", "", fit(f"no value: {name}", 150, WRITTEN, most)) for name in unknown]
         beside(ax, key)
     return ax
 
@@ -101,7 +101,13 @@ def _limits(points: pd.DataFrame, name: str) -> tuple[float, float]:
     return low - room, high + room
 
 
-def label(ax: Axes, points: pd.DataFrame, texts: Sequence[str], reach: float) -> bool:
+def label(
+    ax: Axes,
+    points: pd.DataFrame,
+    texts: Sequence[str],
+    reach: float,
+    by: tuple[str, str] = ("shift", "discrimination"),
+) -> bool:
     """Write a text beside each point, clear of the origin; where room is short write none and return False.
 
     >>> ends = {f"{x}{end}": [1.0, 1.0] for x in ("shift", "discrimination") for end in ENDS}
@@ -114,11 +120,12 @@ def label(ax: Axes, points: pd.DataFrame, texts: Sequence[str], reach: float) ->
         points: as `plane_points` returns them.
         texts: one for each point.
         reach: how far from its point a text may lie, points (1/72 inch).
+        by: the columns along both axes.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
     (x, x_low, x_high), (y, y_low, y_high) = (
-        points[[f"{name}{end}" for end in ENDS]].to_numpy(float).T for name in ("shift", "discrimination")
+        points[[f"{name}{end}" for end in ENDS]].to_numpy(float).T for name in by
     )
     corners = [[x, y], [0 * x, 0 * y], [x_low, y], [x_high, y], [x, y_low], [x, y_high]]
     at = ax.transData.transform(np.moveaxis(np.array(corners), 1, 2).reshape(-1, 2)) * 72 / figure.dpi
@@ -201,6 +208,7 @@ def _overlap(boxes: Any, others: Any) -> Any:
     return (low <= high).all(axis=2)
 
 
-def _mark(color: str, marker: str, text: str) -> Line2D:
+def mark(color: str, marker: str, text: str) -> Line2D:
+    """Return the entry of a key for points of this look."""
     style: Any = {"linestyle": "", "markersize": 8 if marker in "PX*" else 6.5, "markeredgecolor": "white"}
     return Line2D([], [], color=color, marker=marker, markeredgewidth=0.5, label=text, **style)

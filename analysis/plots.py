@@ -14,11 +14,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.captions import TITLES, Context, of_margins, of_plane, of_roc, of_secrets, of_square, of_trust
+from analysis.captions import (
+    TITLES,
+    Context,
+    of_cost,
+    of_margins,
+    of_plane,
+    of_roc,
+    of_secrets,
+    of_square,
+    of_trust,
+)
 from analysis.curves import ENDS, margin_curves, one_attack, plane_points, roc_points
 from analysis.lettering import beside, blank, complete, fit
 from analysis.palette import BLACK, BLUE, CLASSES, DARK, GREY, LINES, STYLE, VERMILION, WRITTEN
 from analysis.plane import plane
+from analysis.price import price
 from analysis.square import square, square_points
 from analysis.strip import secret_points, secrets
 from analysis.trust import calibration, rates
@@ -194,6 +205,16 @@ def of_redrawn(arms: pd.DataFrame, context: Context, tokens: int) -> tuple[Figur
     """
     points = secret_points(arms)
     return complete(secrets(points), TITLES["secrets"], of_secrets(points, context, tokens)), points
+
+
+def of_price(points: pd.DataFrame, context: Context) -> tuple[Figure, pd.DataFrame]:
+    """Return the figure of what is gained for what it costs, and its table.
+
+    Args:
+        points: `cost.csv`.
+        context: what the caption says about the run.
+    """
+    return complete(price(points), TITLES["cost"], of_cost(points, context)), points
 
 
 def of_validity(

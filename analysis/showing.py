@@ -14,6 +14,8 @@ from rich.text import Text
 from analysis.resampling import DRAWS
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from analysis.plots import Context
     from analysis.preflight import Check
     from analysis.readout import Readout
@@ -68,6 +70,33 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
         "harmful from benign better; ΔAUROC is free of scale."
     )
     console.print(Text(note, style="dim"))
+
+
+def costs(found: pd.DataFrame) -> None:
+    """Print what each condition costs."""
+    table = Table(title="Cost, each query alone", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("defense", overflow="fold")
+    for head in (
+        "tokens\nadded",
+        "calls",
+        "first token\n(× undefended)",
+        "further token\n(× undefended)",
+        "training\nexamples",
+    ):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in found.to_dict("records"):
+        values: dict[str, Any] = {str(name): value for name, value in row.items()}
+        examples = values["training_examples"]
+        cells = (
+            values["defense"],
+            f"{values['tokens_added']:+.0f}",
+            f"{values['calls']:g}",
+            interval(values, "prefill_ratio", ".2f"),
+            interval(values, "token_ratio", ".2f"),
+            "" if examples is None or examples != examples else f"{examples:.0f}",
+        )
+        table.add_row(*map(Text, cells))
+    stdout().print(table)
 
 
 def checks(console: Console, name: str, checks: Sequence[Check], texts: Sequence[tuple[str, str]]) -> None:

@@ -36,6 +36,7 @@ ESTIMATES = (
     "scaled_shift",
 )
 UNDEFENDED, DIRECT = "none", "direct"
+UNVALIDATED = "not validated"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class ScoreTable:
         """Return the family of a defense of this run."""
         return str(self.made_with["defenses"][defense]["family"])
 
+    def trusted(self, defense: str) -> str:
+        """Return whether this run's readout is known to agree with text under a defense."""
+        return str(self.made_with["defenses"][defense].get("trusted", UNVALIDATED))
+
     @property
     def conditions(self) -> list[tuple[str, str]]:
         """Attack and defense of each condition, in the order of scoring."""
@@ -111,6 +116,7 @@ class Summary:
             "p_shift",
             "p_discrimination",
             "verdict",
+            "trusted",
         }
         wanted |= {f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")}
         missing = wanted - set(self.frame.columns)

@@ -9,8 +9,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from analysis.curves import ENDS
 from analysis.lettering import beside, blank, fit
 from analysis.palette import BLACK, BLUE, DARK, GREY, STYLE, VERMILION, WRITTEN
+from analysis.plane import label
 
 # What was found → color, mark and whether it is filled.
 _LOOKS = {
@@ -55,24 +57,33 @@ def rates(found: pd.DataFrame, ax: Axes | None = None) -> Axes:
     with rc_context(STYLE):
         ax = ax or blank(3.6, 3.6)
         _diagonal(ax)
-        key: list[Any] = []
+        points = pd.DataFrame(
+            {
+                f"{name}{end}": 100 * found[count] / found["n"]
+                for name, count in (("text", "refused"), ("readout", "readout_refused"))
+                for end in ENDS
+            }
+        )
+        key = []
         for number, row in enumerate(found.to_dict("records"), 1):
             color, marker, fill = _LOOKS[row["trusted"]]
-            x, y = 100 * row["refused"] / row["n"], 100 * row["readout_refused"] / row["n"]
+            x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
             ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
-            ax.annotate(str(number), (x, y), (5, 4), textcoords="offset points", fontsize=WRITTEN)
-            words = f"{number}  {fit(str(row['condition']), 150, WRITTEN, 1)}"
-            look: Any = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": color}
-            key.append(Line2D([], [], linestyle="", label=words, **look))
-        for name, (color, marker, fill) in _LOOKS.items():
-            look = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": color}
-            key.append(Line2D([], [], linestyle="", label=f"= {name}", **look))
-        ax.set_xlabel("answers that refuse (%)")
-        ax.set_ylabel("readout says refuse (%)")
+            key.append(_entry(row["trusted"], f"{number}  {fit(str(row['condition']), 150, WRITTEN, 1)}"))
+        key += [_entry(name, f"= {name}") for name in _LOOKS]
         ax.set_xlim(-4, 104)
         ax.set_ylim(-4, 104)
+        label(ax, points, [str(number + 1) for number in range(len(points))], 300, ("text", "readout"))
+        ax.set_xlabel("answers that refuse (%)")
+        ax.set_ylabel("readout says refuse (%)")
         beside(ax, key)
     return ax
+
+
+def _entry(verdict: str, words: str) -> Line2D:
+    color, marker, fill = _LOOKS[verdict]
+    look: Any = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": color, "linestyle": ""}
+    return Line2D([], [], label=words, **look)
 
 
 def _diagonal(ax: Axes) -> None:

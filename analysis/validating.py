@@ -17,8 +17,8 @@ from rich.text import Text
 from analysis import manifest, saving, showing, validity
 from analysis.agreement import RULE, agreement, ranks, reliability
 from analysis.answering import verdicts
-from analysis.commands import Ready, passes, prepare
 from analysis.judge import JUDGES
+from analysis.preparing import Ready, passes, prepare
 from analysis.request import Request, default_out, teller
 from analysis.run import conditions, score
 from defenses.errors import UserError, unknown

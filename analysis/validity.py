@@ -8,9 +8,8 @@ from typing import Any
 from analysis import kept, manifest
 from analysis.readout import Readout
 from analysis.run import Bench
+from analysis.tables import UNVALIDATED
 from defenses import Defense
-
-UNKNOWN = "not validated"
 
 
 def keep(
@@ -23,7 +22,7 @@ def keep(
 def known(bench: Bench, defense: Defense, readout: Readout) -> str:
     """Return `trusted`, `not trusted` or `cannot tell` as it was measured, or that it was not."""
     row = kept.read(_place(bench, defense, readout)) or {}
-    return str(row.get("trusted", UNKNOWN))
+    return str(row.get("trusted", UNVALIDATED))
 
 
 def _place(bench: Bench, defense: Defense, readout: Readout) -> Path:

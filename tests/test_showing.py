@@ -32,6 +32,7 @@ def planted() -> Summary:
         for estimate in ESTIMATES:
             row |= {estimate: 0.25, f"{estimate}_low": -0.125, f"{estimate}_high": 1.5}
         row["verdict"] = "reference" if name == "none" else "shift + discrimination +"
+        row["trusted"] = "not validated"
         rows.append(row)
     return Summary(pd.DataFrame(rows))
 

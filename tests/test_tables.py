@@ -76,6 +76,7 @@ def test_a_summary_without_a_promised_column_is_refused():
         "p_shift",
         "p_discrimination",
         "verdict",
+        "trusted",
     ]
     wanted += [f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")]
     Summary(pd.DataFrame(columns=wanted))

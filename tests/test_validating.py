@@ -11,10 +11,11 @@ import pytest
 from conftest import save_model, toy_bench
 
 import defenses
-from analysis import answering, commands, validating, validity
+from analysis import answering, commands, validating
 from analysis.judge import Verdict
 from analysis.queries import Query
 from analysis.request import Request
+from analysis.tables import UNVALIDATED
 from defenses import UserError
 
 
@@ -65,10 +66,10 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     assert commands.analyze(asked(home), ["policy", "goal_priority"], [], home / "later", False) == 0
     summary = pd.read_csv(home / "later" / "summary.csv").set_index("defense")
     assert summary.loc["policy", "trusted"] == found.loc["policy", "trusted"]
-    assert summary.loc["goal_priority", "trusted"] == validity.UNKNOWN
+    assert summary.loc["goal_priority", "trusted"] == UNVALIDATED
     assert "1 of 3 conditions were never compared" in capsys.readouterr().err
     assert commands.analyze(asked(home, "obedience"), ["policy"], [], home / "under", False) == 0
-    assert (pd.read_csv(home / "under" / "summary.csv")["trusted"] == validity.UNKNOWN).all()
+    assert (pd.read_csv(home / "under" / "summary.csv")["trusted"] == UNVALIDATED).all()
 
 
 def test_what_cannot_be_is_said_before_anything_is_loaded(home: Path) -> None:

@@ -1,0 +1,48 @@
+"""What a defense costs: tokens, calls and time against the undefended model on the same queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analysis.resampling import DRAWS, interval
+from analysis.tables import UNDEFENDED
+
+
+def costs(measured: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return a row per condition: means, and ratios to the undefended model with 95 % bootstrap intervals.
+
+    Ratios are geometric means over queries, each against the same query undefended.
+
+    >>> row = {"query": "a", "prompt_tokens": 9, "calls": 1, "token_seconds": 1.0, "peak_bytes": 0}
+    >>> seconds = pd.DataFrame({"defense": ["none", "x"], "prefill_seconds": [1.0, 3.0]})
+    >>> costs(seconds.assign(**row))["prefill_ratio"].round(9).tolist()
+    [1.0, 3.0]
+
+    Args:
+        measured: what `timing.timed` returned: seconds of one prompt alone, and of one further token.
+        seed: of the bootstrap.
+    """
+    base = measured[measured["defense"] == UNDEFENDED].set_index("query")
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(base), size=(DRAWS, len(base)))
+    rows = []
+    for name, group in measured.groupby("defense", sort=False):
+        here = group.set_index("query").loc[base.index]
+        row: dict[str, object] = {
+            "defense": name,
+            "n": len(here),
+            "prompt_tokens": here["prompt_tokens"].mean(),
+            "tokens_added": (here["prompt_tokens"] - base["prompt_tokens"]).mean(),
+            "calls": here["calls"].mean(),
+        }
+        for kind in ("prefill", "token"):
+            ratio = here[f"{kind}_seconds"] / base[f"{kind}_seconds"]
+            logs = np.log(ratio.to_numpy(float))
+            low, high = interval(logs[draws].mean(1), len(logs))
+            row |= {f"{kind}_ratio": float(np.exp(logs.mean()))}
+            row |= {f"{kind}_ratio_low": float(np.exp(low)), f"{kind}_ratio_high": float(np.exp(high))}
+            row |= {f"{kind}_ms": 1000 * here[f"{kind}_seconds"].median()}
+        peak = here["peak_bytes"].max()
+        rows.append(row | {"peak_mib": peak / 2**20 if peak else np.nan})
+    return pd.DataFrame(rows)

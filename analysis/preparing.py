@@ -1,0 +1,75 @@
+"""What every command does before it asks: queries, model, defenses, readout; and the preflight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from analysis import preflight, queries, reading, showing
+from analysis.queries import QuerySet
+from analysis.readout import Readout
+from analysis.request import Request, refuse_overlap, teller
+from analysis.run import Bench, conditions
+from defenses import Defense, UserError, catalog
+
+_LOOKED_AT = 4  # queries that the preflight looks at
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything loaded and prepared for a run."""
+
+    bench: Bench
+    defenses: list[Defense]
+    data: QuerySet
+    split: str
+    readout: Readout
+    notices: list[str]
+
+
+def prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
+    """Load what is cheap to get wrong first, then the model, then make the defenses ready for it."""
+    chosen = catalog.choose(names, settings)
+    data, split, calibration = request.queries()
+    bench, host = request.open(console)
+    prepared = [defense.prepare(host) for defense in chosen]
+    lacking = _lacking(prepared, names)
+    refuse_overlap(data, bench.loaded.trained_on, request.model)
+    for name, defense in conditions(prepared).items():
+        refuse_overlap(data, defense.trained_on(), name)
+    readout = reading.chosen(request.readout, bench, host, prepared[0], calibration, console)
+    notices = [*bench.renderer.notices, *readout.notices, *lacking]
+    for notice in notices:
+        teller(console)(f"note: {notice}")
+    return Ready(bench.under(request.attack), prepared, data, split, readout, notices)
+
+
+def passes(ready: Ready, console: Console) -> bool:
+    """Return whether every defense reaches the model, seen on a few queries; what fails is printed."""
+    every = conditions(ready.defenses)
+    looked_at = queries.sample(ready.data.queries, _LOOKED_AT)
+    with showing.progress(console) as bar:
+        task = bar.add_task("checking that defenses reach the model", total=len(every))
+        for name, defense in every.items():
+            checks = preflight.check(ready.bench, name, defense, looked_at, ready.readout)
+            if failed := [one for one in checks if not one.passed]:
+                bar.stop()
+                showing.failures(failed)
+                return False
+            bar.advance(task)
+    return True
+
+
+def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
+    """Say what is left out because this model lacks something for it; an error where nothing is left."""
+    notices = []
+    for defense in prepared:
+        if why := defense.lacking():
+            parts = list(conditions([defense]))
+            if not parts and defense.name in names:
+                raise UserError(f"{defense.name}: {why}")
+            instead = f"only {', '.join(parts)} can be read" if parts else "it is left out"
+            notices.append(f"{defense.name}: {instead}: {why}")
+    return notices

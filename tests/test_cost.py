@@ -1,0 +1,66 @@
+"""Cost: ratios against the same query undefended, with intervals; and the clock's own table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import toy_bench
+
+import defenses
+from analysis import queries, timing
+from analysis.cost import costs
+
+ASKED = queries.sample(queries.load("twins").queries, 4)
+
+
+def planted(ratio: float, noise: float, n: int = 40, seed: int = 0) -> pd.DataFrame:
+    """Measurements under which a defense takes `ratio` times as long, each with multiplicative noise."""
+    rng = np.random.default_rng(seed)
+    own = rng.uniform(0.1, 10, n)  # some queries are much longer than others
+    frames = []
+    for name, factor in (("none", 1.0), ("slow", ratio)):
+        frame = pd.DataFrame({"query": [f"q{i}" for i in range(n)], "defense": name})
+        frames.append(
+            frame.assign(
+                prompt_tokens=20 if name == "none" else 50,
+                calls=1 if name == "none" else 3,
+                prefill_seconds=own * factor * np.exp(rng.normal(0, noise, n)),
+                token_seconds=0.01,
+                peak_bytes=0,
+            )
+        )
+    return pd.concat(frames)
+
+
+def test_a_planted_ratio_is_found_however_unlike_the_queries_are() -> None:
+    found = costs(planted(2.5, 0.1)).set_index("defense")
+    row = found.loc["slow"]
+    assert row["prefill_ratio_low"] < 2.5 < row["prefill_ratio_high"]
+    assert row["prefill_ratio_high"] - row["prefill_ratio_low"] < 0.3
+    assert row["token_ratio"] == row["token_ratio_low"] == row["token_ratio_high"] == pytest.approx(1)
+    assert (row["tokens_added"], row["calls"], row["n"]) == (30, 3, 40)
+    assert np.isnan(row["peak_mib"]) and found.loc["none", "prefill_ratio"] == 1
+
+
+def test_intervals_of_ratios_cover_them() -> None:
+    inside = [
+        row["prefill_ratio_low"] <= 1.5 <= row["prefill_ratio_high"]
+        for seed in range(200)
+        for row in costs(planted(1.5, 0.3, n=12, seed=seed)).to_dict("records")[1:]
+    ]
+    assert 0.91 <= np.mean(inside) <= 0.985
+
+
+def test_each_query_is_timed_under_each_condition_and_leaves_the_model_as_it_was() -> None:
+    bench, told = toy_bench(), []
+    before = {name: tensor.clone() for name, tensor in bench.loaded.model.state_dict().items()}
+    every = {name: defenses.get(name) for name in ("none", "policy")}
+    found = timing.timed(bench, every, ASKED, lambda: told.append(1))
+    assert list(found.columns) == list(timing.MEASURED) and len(found) == len(told) == 8
+    assert (found[["prefill_seconds", "token_seconds"]] > 0).all(axis=None) and (found["calls"] == 1).all()
+    tokens = found.set_index(["query", "defense"])["prompt_tokens"]
+    for query in ASKED:
+        assert tokens[query.id, "none"] == len(bench.prompts(every["none"], query)[0].ids)
+        assert tokens[query.id, "policy"] > tokens[query.id, "none"]
+    assert all((before[name] == tensor).all() for name, tensor in bench.loaded.model.state_dict().items())
