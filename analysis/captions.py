@@ -115,7 +115,8 @@ def of_trust(found: pd.DataFrame, context: Context, judge: str, tokens: int) -> 
         f"Greedy answers ({tokens} tokens) of {_span(found['n'])} queries under each of {len(found)} "
         f"conditions, judged by their text (judge: {judge}), against the first-token readout at its "
         "threshold; bars, where drawn, are Wilson 95\u00a0% intervals. Not trusted: the upper end of the "
-        "AUROC's interval against the text is under .80, or of kappa under .60; cannot tell: mostly, too few of one class. "
+        "AUROC's interval against the text is under .80, or of kappa under .60; cannot tell: mostly, too "
+        "few of one class. "
         f"{context.sentences(found['attack'].iloc[0])}"
     )
 
