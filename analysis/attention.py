@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 Queries = Float[Tensor, "rows heads length size"]
 Keys = Float[Tensor, "rows groups keys size"]
 Values = Float[Tensor, "rows groups keys width"]
+Hidden = Bool[Tensor, "some length keys"]  # some: of each row, or one for all
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Rows:
         """Where in the line each row ends."""
         return self.real.sum(1).cumsum(0) - 1
 
+    @property
+    def later(self) -> Bool[Tensor, "1 length length"]:
+        """What no token of a row sees: those behind it, and so the padding, which stands at the end."""
+        length = self.real.shape[1]
+        return torch.ones(1, length, length, dtype=torch.bool).triu(1)
+
     def grid(self, line: Float[Tensor, "1 heads tokens size"]) -> Float[Tensor, "rows heads length size"]:
         """Return the tokens of a line as rows."""
         return line[0].transpose(0, 1)[self.places].transpose(1, 2)
@@ -81,20 +88,59 @@ def can_split(model: Any, layers: list[Any]) -> bool:
     )
 
 
-def lent_apart(keys: Keys, values: Values) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return `update` of a cache layer that gives a batch its own keys back, the prefix's tied to them."""
+class Memory:
+    """What the rows of a batch have said themselves behind the prefix, in one layer; it may grow.
+
+    Attributes:
+        keys: rows × groups × tokens × size; none before the first pass.
+        values: of the same rows and tokens.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new tokens behind the old ones; return all."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all other rows."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def lent_apart(
+    keys: Keys, values: Values, memory: Memory | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return `update` of a cache layer that gives a batch its own keys back, the prefix's tied to them.
+
+    Args:
+        keys: of the prefix.
+        values: of the prefix.
+        memory: where the rows remember what they said; without it, nothing outlives a pass.
+    """
 
     def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        new_keys.prefix = keys, values  # type: ignore[attr-defined]
+        new_keys.prefix = keys, values, memory  # type: ignore[attr-defined]
         return new_keys, new_values
 
     return update
 
 
 @contextmanager
-def in_two_parts(rows: Rows) -> Iterator[None]:
-    """While open, a line of these rows is attended to together with the prefix that its keys carry."""
+def in_two_parts(rows: Rows, hidden: Hidden | None = None) -> Iterator[None]:
+    """While open, a line of these rows is attended to together with the prefix that its keys carry.
+
+    Args:
+        rows: of the line.
+        hidden: what each new token does not see of its row's own tokens, remembered ones first; by default
+            those behind it.
+    """
     usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    unseen = rows.later if hidden is None else hidden
 
     def attend(
         module: Any,
@@ -105,17 +151,19 @@ def in_two_parts(rows: Rows) -> Iterator[None]:
         scaling: float | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        shared_keys, shared_values = key.prefix  # type: ignore[attr-defined]
+        shared_keys, shared_values, memory = key.prefix  # type: ignore[attr-defined]
         query, key, value = rows.grid(query), rows.grid(key), rows.grid(value)
+        if memory is not None:
+            key, value = memory.add(key, value)
         if all(given is None or name in _PLAIN for name, given in more.items()):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return rows.line(_attend(query, key, value, shared_keys, shared_values, scale)), None
-        length, shared = query.shape[2], shared_keys.shape[2]
+            return rows.line(_attend(query, key, value, shared_keys, shared_values, unseen, scale)), None
         key = torch.cat([shared_keys.expand(len(key), -1, -1, -1), key], dim=-2)
         value = torch.cat([shared_values.expand(len(value), -1, -1, -1), value], dim=-2)
-        mask = torch.ones(len(query), 1, length, shared + length, dtype=torch.bool).tril(shared)
-        seen, _ = usual(module, query, key, value, mask, scaling=scaling, **more)
-        return rows.line(seen), None
+        seen = torch.ones(len(query), query.shape[2], shared_keys.shape[2], dtype=torch.bool)
+        mask = torch.cat([seen, ~unseen.expand(len(query), -1, -1)], dim=2)[:, None]
+        out, _ = usual(module, query, key, value, mask, scaling=scaling, **more)
+        return rows.line(out), None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
@@ -130,20 +178,19 @@ def _attend(
     values: Values,
     shared_keys: Float[Tensor, "1 groups shared size"],
     shared_values: Float[Tensor, "1 groups shared width"],
+    hidden: Hidden,
     scaling: float,
 ) -> Float[Tensor, "rows length heads width"]:
-    """Causal attention to the prefix and to what a row holds itself; padding stands at a row's end."""
+    """Attention to the prefix and to what a row holds itself, short of what is hidden."""
     rows, heads, length, size = query.shape
-    groups, shared = keys.shape[1], shared_keys.shape[2]
+    groups, own_length, shared = keys.shape[1], keys.shape[2], shared_keys.shape[2]
     # groups × (rows · heads of a group · length) × size: against the prefix, a group is one matrix.
     asked = (query * scaling).reshape(rows, groups, -1, size).transpose(0, 1).contiguous()
     flat = asked.view(groups, -1, size)
-    weights = query.new_empty(groups, flat.shape[1], shared + length)
+    weights = query.new_empty(groups, flat.shape[1], shared + own_length)
     torch.bmm(flat, shared_keys[0].mT, out=weights[..., :shared])
-    # Among a row's own tokens none sees a later one; so none sees the padding, which stands at the end.
-    later = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(heads // groups, 1)
-    own = (asked @ keys.transpose(0, 1).mT).masked_fill_(later, -torch.inf)
-    weights[..., shared:] = own.view(groups, -1, length)
+    own = (asked @ keys.transpose(0, 1).mT).masked_fill_(hidden.repeat(1, heads // groups, 1), -torch.inf)
+    weights[..., shared:] = own.view(groups, -1, own_length)
     weights = weights.softmax(-1)
     seen = weights[..., shared:].view_as(own) @ values.transpose(0, 1)
     seen += torch.bmm(weights[..., :shared], shared_values[0]).view_as(seen)

@@ -9,7 +9,7 @@ to float noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Any
@@ -166,34 +166,61 @@ class Engine:
     def _logits(
         self, suffixes: list[Sequence[int]], shared: int, prefix: Prefix | None
     ) -> Float[Tensor, "rows vocab"]:
-        device = self.model.device
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
         tokens = [torch.tensor(list(suffix)) for suffix in suffixes]
         if prefix is not None and prefix.in_line:
-            line = attention.Rows.of(lengths)
-            ids = torch.cat(tokens)[None]
-            positions = torch.cat([torch.arange(len(one)) for one in tokens])[None]
-            mask = torch.ones(
-                1, shared + ids.shape[1], dtype=torch.long
-            )  # the line's own attention has its own
-            rows, last = torch.zeros_like(lengths), line.last
-            attend: AbstractContextManager[None] = attention.in_two_parts(line)
-        else:
-            # Padding on the right: index and position agree, so that sliding windows see what they would see
-            # alone, and what is computed at the padding comes too late for a causal model to see it.
-            ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-            positions = torch.arange(ids.shape[1]).expand_as(ids)
-            seen = torch.ones(len(suffixes), shared, dtype=torch.long)
-            mask = torch.cat([seen, (positions < lengths[:, None]).long()], dim=1)
-            rows, last = torch.arange(len(suffixes)), lengths - 1
-            attend = nullcontext()
-        with _ends_only(self.model, rows, last), attend:
+            places = torch.cat([torch.arange(len(one)) for one in tokens])
+            return self.line(prefix.cache, shared, torch.cat(tokens), places, attention.Rows.of(lengths))
+        # Padding on the right: index and position agree, so that sliding windows see what they would see
+        # alone, and what is computed at the padding comes too late for a causal model to see it.
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        seen = torch.ones(len(suffixes), shared, dtype=torch.long)
+        mask = torch.cat([seen, (positions < lengths[:, None]).long()], dim=1)
+        rows = torch.arange(len(suffixes))
+        return self._run(prefix.cache if prefix else None, ids, mask, shared + positions, rows, lengths - 1)
+
+    def line(
+        self,
+        cache: DynamicCache,
+        shared: int,
+        tokens: Int[Tensor, " tokens"],
+        places: Int[Tensor, " tokens"],
+        rows: attention.Rows,
+        hidden: attention.Hidden | None = None,
+    ) -> Float[Tensor, "rows vocab"]:
+        """Return the logits behind each row of a line of tokens.
+
+        Args:
+            cache: of the shared tokens, lent apart.
+            shared: how many they are.
+            tokens: ids, row behind row.
+            places: of each token behind the shared ones.
+            rows: of the line.
+            hidden: see `attention.in_two_parts`.
+        """
+        mask = torch.ones(1, shared + len(tokens), dtype=torch.long)  # the attention to a line has its own
+        with attention.in_two_parts(rows, hidden):
+            where = torch.zeros_like(rows.last), rows.last
+            return self._run(cache, tokens[None], mask, shared + places[None], *where)
+
+    def _run(
+        self,
+        cache: DynamicCache | None,
+        ids: Int[Tensor, "batch length"],
+        mask: Int[Tensor, "batch seen"],
+        positions: Int[Tensor, "batch length"],
+        rows: Int[Tensor, " ends"],
+        last: Int[Tensor, " ends"],
+    ) -> Float[Tensor, "ends vocab"]:
+        device = self.model.device
+        with _ends_only(self.model, rows, last):
             out = self.model(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                position_ids=(shared + positions).to(device),
-                past_key_values=prefix.cache if prefix else None,
-                use_cache=prefix is not None,
+                position_ids=positions.to(device),
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         self.work.computed += ids.numel()
         # One position of each row is left, or all of them where a model does not call its unembedding module.

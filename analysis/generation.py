@@ -11,9 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
+from analysis import attention
 from analysis.engine import Engine, shared_prefix
 
-_ROWS = 32  # in a batch
+_ROWS, _LINE_ROWS = 32, 64  # in a batch; rows in a line take less memory
+
+# Told an answer so far, says whether the rest of it no longer matters.
+Settled = Callable[[list[int]], bool]
 
 
 def answers(
@@ -21,7 +25,7 @@ def answers(
     prompts: Sequence[Sequence[int]],
     tokens: int,
     stop: int,
-    settled: Callable[[list[int]], bool] = lambda answer: False,
+    settled: Settled = lambda answer: False,
     done: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
     """Return the greedy answer to each prompt: up to `tokens` ids, without the one that ends it.
@@ -43,32 +47,98 @@ def answers(
         if shared:
             ids = torch.tensor([list(prompts[0][:shared])], device=model.device)
             model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
-        for rows in _batches([len(prompt) for prompt in prompts], padded=plain):
-            ids, mask = _laid([list(prompts[row]) for row in rows], shared, model.device)
-            cache = copy.deepcopy(prefix)
-            if shared:
-                cache.batch_repeat_interleave(len(rows))
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache if shared else None,
-                max_new_tokens=tokens,
-                do_sample=False,
-                num_beams=1,
-                stopping_criteria=[_Settled(settled, ids.shape[1], len(rows))],
-                eos_token_id=stop,
-                pad_token_id=stop,
-            )
-            for row, answer in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
-                found[row] = answer[: answer.index(stop)] if stop in answer else answer
+        in_line = shared > 0 and attention.can_split(model, prefix.layers)
+        for rows in _batches([len(prompt) for prompt in prompts], plain, _LINE_ROWS if in_line else _ROWS):
+            if in_line:
+                suffixes = [prompts[row][shared:] for row in rows]
+                said = _in_line(engine, prefix, shared, suffixes, tokens, stop, settled)
+            else:
+                said = _beside(
+                    [list(prompts[row]) for row in rows], model, prefix, shared, tokens, stop, settled
+                )
+            found.update(zip(rows, said, strict=True))
             done(len(rows))
     return [found[row] for row in range(len(prompts))]
 
 
-class _Settled(StoppingCriteria):
+def _in_line(
+    engine: Engine,
+    prefix: DynamicCache,
+    shared: int,
+    suffixes: Sequence[Sequence[int]],
+    tokens: int,
+    stop: int,
+    settled: Settled,
+) -> list[list[int]]:
+    """Greedy answers of rows that lie in one line: the prefix is not copied, and ended rows are dropped."""
+    memories = []
+    for layer in prefix.layers:
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+        memories.append(attention.Memory())
+        layer.update = attention.lent_apart(layer.keys, layer.values, memories[-1])  # type: ignore[method-assign]
+    said: list[list[int]] = [[] for _ in suffixes]
+    going = list(range(len(suffixes)))
+    lengths = torch.tensor([len(suffix) for suffix in suffixes])
+    rows = attention.Rows.of(lengths)
+    remembered = rows.real
+    ids = torch.cat([torch.tensor(list(suffix)) for suffix in suffixes])
+    logits = engine.line(prefix, shared, ids, torch.cat([torch.arange(n) for n in lengths]), rows)
+    while True:
+        ended = []
+        for at, token in enumerate(logits.argmax(-1).tolist()):
+            answer = said[going[at]]
+            if token != stop:
+                answer.append(token)
+            ended.append(token == stop or len(answer) == tokens or settled(answer))
+        if all(ended):
+            return said
+        if any(ended):
+            kept = torch.tensor([at for at, over in enumerate(ended) if not over])
+            going = [going[at] for at in kept]
+            lengths, remembered = lengths[kept], remembered[kept]
+            for memory in memories:
+                memory.keep(kept)
+        # One more token of each row; it sees all of its row but the padding.
+        remembered = torch.cat([remembered, torch.ones(len(going), 1, dtype=torch.bool)], dim=1)
+        ids = torch.tensor([said[row][-1] for row in going])
+        places = lengths + torch.tensor([len(said[row]) - 1 for row in going])
+        rows = attention.Rows.of(torch.ones_like(lengths))
+        logits = engine.line(prefix, shared, ids, places, rows, ~remembered[:, None])
+
+
+def _beside(
+    prompts: list[list[int]],
+    model: Any,
+    prefix: DynamicCache,
+    shared: int,
+    tokens: int,
+    stop: int,
+    settled: Settled,
+) -> list[list[int]]:
+    """Greedy answers of a batch by transformers, the prefix laid under each row."""
+    ids, mask = _laid(prompts, shared, model.device)
+    cache = copy.deepcopy(prefix)
+    if shared:
+        cache.batch_repeat_interleave(len(prompts))
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache if shared else None,
+        max_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        stopping_criteria=[_Ending(settled, ids.shape[1], len(prompts))],
+        eos_token_id=stop,
+        pad_token_id=stop,
+    )
+    said = out[:, ids.shape[1] :].tolist()
+    return [answer[: answer.index(stop)] if stop in answer else answer for answer in said]
+
+
+class _Ending(StoppingCriteria):
     """Ends a row once what more it would say no longer matters."""
 
-    def __init__(self, settled: Callable[[list[int]], bool], start: int, rows: int) -> None:
+    def __init__(self, settled: Settled, start: int, rows: int) -> None:
         self.settled, self.start, self.known = settled, start, [False] * rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -78,11 +148,11 @@ class _Settled(StoppingCriteria):
         return torch.tensor(self.known, device=input_ids.device)
 
 
-def _batches(lengths: Sequence[int], padded: bool) -> Iterator[list[int]]:
+def _batches(lengths: Sequence[int], padded: bool, most: int) -> Iterator[list[int]]:
     """Rows of like length; of the very same where a model's memory has no place for padding."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     while order:
-        rows = [row for row in order[:_ROWS] if padded or lengths[row] == lengths[order[0]]]
+        rows = [row for row in order[:most] if padded or lengths[row] == lengths[order[0]]]
         yield rows
         order = order[len(rows) :]
 

@@ -47,9 +47,9 @@ def together(query: Tensor, keys: Tensor, values: Tensor, *prefix: Tensor, scali
 @given(rows=SMALL, groups=SMALL, per=SMALL, length=SMALL, shared=st.integers(1, 9), size=SMALL, width=SMALL)
 def test_two_parts_are_the_whole(**sizes: int) -> None:
     given = parts(**sizes)
-    assert torch.allclose(
-        attention._attend(*given, scaling=0.7), together(*given, scaling=0.7), atol=1e-5, rtol=1e-5
-    )
+    later = Rows.of(torch.full((sizes["rows"],), sizes["length"])).later
+    seen = attention._attend(*given, later, scaling=0.7)
+    assert torch.allclose(seen, together(*given, scaling=0.7), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family, used", [("llama", True), ("qwen3", True), ("gemma3", False)])
