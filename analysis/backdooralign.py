@@ -144,7 +144,7 @@ def _show_secrets(table: pd.DataFrame) -> None:
     )
     for head in ("trained with", "secret", "secrets"):
         shown.add_column(head, no_wrap=True)
-    for head in ("ASR (%)", "text refuses twins (%)", "shift (nats)", "discrimination (nats)"):
+    for head in ("ASR (%)", "text refuses\ntwins (%)", "shift\n(nats)", "discrimination\n(nats)"):
         shown.add_column(head, justify="right", no_wrap=True)
     measures = (("asr", ".0f", 100), ("text_refused_twin", ".0f", 100))
     for row in table.to_dict("records"):

@@ -386,6 +386,7 @@ def test_rows_come_in_the_order_of_scoring_and_columns_as_promised():
         "scaled_shift_low",
         "scaled_shift_high",
         "coverage",
+        "trusted",
     }
 
 
