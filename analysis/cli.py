@@ -57,6 +57,9 @@ SplitOption = Annotated[
     str | None,
     typer.Option("--split", help="train, calibration, test or all; by default test where there is one."),
 ]
+AttackOption = Annotated[str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")]
+LimitOption = Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")]
+BatchOption = Annotated[str, typer.Option(help="Prompts in one pass, or auto.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 DtypeOption = Annotated[
     str, typer.Option(help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
@@ -84,12 +87,10 @@ def analyze(
     model: ModelOption = "smollm2",
     data: DataOption = "contrast",
     split: SplitOption = None,
-    attack: Annotated[
-        str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
-    ] = "direct",
+    attack: AttackOption = "direct",
     readout: ReadoutOption = "words",
-    limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
+    limit: LimitOption = None,
+    batch_size: BatchOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -113,9 +114,7 @@ def analyze(
             typer.echo(context.get_help())
             raise typer.Exit
         raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
-    if attack not in ATTACKS:
-        raise unknown("attack", attack, ATTACKS)
-    _known_readout(readout)
+    _known(attack, readout)
     from analysis import commands
     from analysis.request import Request
 
@@ -171,14 +170,12 @@ def validate(
     model: ModelOption = "smollm2",
     data: DataOption = "contrast",
     split: SplitOption = None,
-    attack: Annotated[
-        str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")
-    ] = "direct",
+    attack: AttackOption = "direct",
     readout: ReadoutOption = "words",
     judge: Annotated[str, typer.Option(help="Of the text: patterns or keywords.")] = "patterns",
     tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
-    limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
+    limit: LimitOption = None,
+    batch_size: BatchOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -187,9 +184,7 @@ def validate(
     offline: OfflineOption = False,
 ) -> None:
     """Compare the readout with what the model goes on to say, and say where it can be trusted."""
-    if attack not in ATTACKS:
-        raise unknown("attack", attack, ATTACKS)
-    _known_readout(readout)
+    _known(attack, readout)
     from analysis import validating
     from analysis.request import Request
 
@@ -276,7 +271,7 @@ def backdooralign(
     model: ModelOption = "smollm2",
     data: DataOption = "contrast",
     split: SplitOption = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")] = None,
+    limit: LimitOption = None,
     tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
     utility: Annotated[
         bool,
@@ -286,7 +281,7 @@ def backdooralign(
         int,
         typer.Option(help="Also train anew with so many random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
-    batch_size: Annotated[str, typer.Option(help="Prompts in one pass, or auto.")] = "auto",
+    batch_size: BatchOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -345,10 +340,12 @@ def _fail(text: str, code: int, debug: bool, error: BaseException | None) -> int
     return code
 
 
-def _known_readout(name: str) -> None:
-    count = name.removeprefix("prefilled-")
-    if name not in ("words", "calibrated") and (count == name or not count.isdigit() or int(count) < 1):
-        raise unknown("readout", name, READOUTS, " (K is a number of tokens, as in prefilled-5)")
+def _known(attack: str, readout: str) -> None:
+    if attack not in ATTACKS:
+        raise unknown("attack", attack, ATTACKS)
+    count = readout.removeprefix("prefilled-")
+    if readout not in ("words", "calibrated") and (count == readout or not count.isdigit() or int(count) < 1):
+        raise unknown("readout", readout, READOUTS, " (K is a number of tokens, as in prefilled-5)")
 
 
 def _batch(text: str) -> int | None:

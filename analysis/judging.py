@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -56,7 +54,7 @@ def judge_file(path: Path, column: str, request: str | None, name: str, out: Pat
         text = pd.DataFrame(judged).to_csv(index=False)
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
-    _write(out, text)
+    saving.write(out, text)
     shown = Table(title=f"{len(judged)} answers, judge {name}", title_justify="left", show_edge=False)
     for head in ("refusal", "answers", "share (%)"):
         shown.add_column(head, justify="left" if head == "refusal" else "right")
@@ -68,15 +66,3 @@ def judge_file(path: Path, column: str, request: str | None, name: str, out: Pat
     console.print(shown)
     console.print(Text("Wilson 95 % intervals.", style="dim"))
     teller(Console(stderr=True))(f"The verdicts are in {out}")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it."""
-    handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        Path(new).replace(path)
-    except BaseException:
-        Path(new).unlink(missing_ok=True)
-        raise

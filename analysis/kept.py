@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+
+from analysis import saving
 
 
 def place(kind: str, about: dict[str, Any]) -> Path:
@@ -23,13 +23,9 @@ def place(kind: str, about: dict[str, Any]) -> Path:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Write it beside its place, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep it."""
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in found.items()}
-    handle, new = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(plain, file)
-    Path(new).replace(path)
+    saving.write(path, json.dumps(plain))
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -48,9 +48,7 @@ def plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             ax.hlines(y, group["shift_low"], group["shift_high"], **bar)
             ax.vlines(x, group["discrimination_low"], group["discrimination_high"], **bar)
             size = 62 if marker in "PX*" else 40
-            doubt = (
-                group["trusted"] == "not trusted" if "trusted" in group else group["shift"] != group["shift"]
-            )
+            doubt = group.get("trusted", pd.Series("", group.index)) == "not trusted"
             for here, fill, edge, wide in ((~doubt, color, "white", 0.5), (doubt, "white", color, 1.2)):
                 look: Any = {"marker": marker, "facecolors": fill, "edgecolors": edge, "linewidths": wide}
                 if here.any():

@@ -48,6 +48,19 @@ def save(
         (new / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
+def write(path: Path, text: str) -> None:
+    """Write one file: whole, or, if that fails, not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        Path(new).replace(path)
+    except BaseException:
+        Path(new).unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
     """Lend a new folder; once all was written into it without an error, the files move to their place."""
