@@ -70,6 +70,36 @@ def agreement(
     return found | {"trusted": trusted(found)}
 
 
+def matching_threshold(
+    margin: Float[np.ndarray, " n"], refused: Bool[np.ndarray, " n"], seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the margin that as many queries exceed as answers refuse, and its 95 % bootstrap interval, nats.
+
+    So the readout's refusal rate is the text's, whatever the readout is worth. There must be both kinds.
+
+    >>> margin, refused = np.array([3.0, 1.0, 2.0, 0.0]), np.array([True, False, False, False])
+    >>> matching_threshold(margin, refused)[0]
+    2.5
+
+    Args:
+        margin: nats; positive refuses.
+        refused: by the text of the answer.
+        seed: of the bootstrap.
+    """
+    drawn = np.random.default_rng(seed).integers(0, len(margin), size=(DRAWS, len(margin)))
+    values = [
+        _between(np.sort(margin[rows]), int(refused[rows].sum())) for rows in (np.arange(len(margin)), *drawn)
+    ]
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return values[0], float(low), float(high)
+
+
+def _between(ordered: Float[np.ndarray, " n"], above: int) -> float:
+    """The middle between the lowest of the `above` highest margins and the one below it."""
+    cut = min(max(len(ordered) - above, 1), len(ordered) - 1)
+    return float(ordered[cut - 1] + ordered[cut]) / 2
+
+
 def trusted(row: dict[str, Any]) -> str:
     """Return what `RULE` says of a row."""
     ends = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from analysis import generation
-from analysis.judge import JUDGES, Verdict
+from analysis.judge import Judge, Verdict
 from analysis.queries import Query
 from analysis.run import Bench
 from defenses import Defense
@@ -13,47 +14,101 @@ from defenses import Defense
 TOKENS = 48  # of each answer; a refusal shows in its first sentences
 
 
-def verdicts(
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        ids: its tokens, the prefix that it was made to begin with not among them.
+        text: as a reader sees it, the prefix included.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def answers(
     bench: Bench,
     defense: Defense,
     queries: Sequence[Query],
-    judge: str,
+    prefix: tuple[int, ...] = (),
     tokens: int = TOKENS,
+    settled: Callable[[str], bool] | None = None,
     done: Callable[[int], None] = lambda queries: None,
-) -> list[Verdict]:
-    """Return a judge's verdict on the greedy answer to each query under a defense.
-
-    Where a defense reads several copies of a query, most of the answers decide, as its authors do.
+) -> list[list[Answer]]:
+    """Return the greedy answers to each query under a defense, one for each of its readings.
 
     Args:
         bench: the model, and how queries are sent.
         defense: prepared for this model.
         queries: what is asked.
-        judge: of `JUDGES`.
-        tokens: new tokens of each answer.
+        prefix: token ids that every answer is made to begin with.
+        tokens: new ones at most, of each answer.
+        settled: told an answer so far, says whether the rest no longer matters.
         done: told how many more prompts are answered.
     """
     tokenizer = bench.loaded.tokenizer
-    prompts = [bench.prompts(defense, query) for query in queries]
-    owner = [query for query, readings in zip(queries, prompts, strict=True) for _ in readings]
-    flat = [prompt.ids for readings in prompts for prompt in readings]
+    prompts = [bench.asking(()).prompts(defense, query) for query in queries]
+    flat = [(*prompt.ids, *prefix) for readings in prompts for prompt in readings]
 
-    def settled(answer: list[int]) -> bool:
-        # More words can turn what the patterns say; a string that was found stays found.
-        return judge == "keywords" and judged(answer, "").refused
+    def text(answer: Sequence[int]) -> str:
+        return str(tokenizer.decode([*prefix, *answer], skip_special_tokens=True))
 
-    def judged(answer: list[int], request: str) -> Verdict:
-        return JUDGES[judge](tokenizer.decode(answer, skip_special_tokens=True), request)
-
+    over = (lambda answer: settled(text(answer))) if settled is not None else lambda answer: False
     with defense.armed(bench.loaded.model):
-        answers = generation.answers(bench.engine, flat, tokens, tokenizer.eos_token_id, settled, done)
-    found: dict[str, list[Verdict]] = {query.id: [] for query in queries}
-    for query, answer in zip(owner, answers, strict=True):
-        found[query.id].append(judged(answer, query.text))
-    return [_most(found[query.id]) for query in queries]
+        said = generation.answers(bench.engine, flat, tokens, tokenizer.eos_token_id, over, done)
+    left = iter(Answer(tuple(ids), text(ids)) for ids in said)
+    return [[next(left) for _ in readings] for readings in prompts]
+
+
+def verdicts(
+    bench: Bench,
+    defense: Defense,
+    queries: Sequence[Query],
+    judge: Judge,
+    prefix: tuple[int, ...] = (),
+    tokens: int = TOKENS,
+    done: Callable[[int], None] = lambda queries: None,
+) -> list[Verdict]:
+    """Return a judge's verdict on the greedy answer to each query; an answer ends once it surely refuses.
+
+    So of these verdicts only whether they refuse is sure, not whether wholly or in part.
+
+    Args:
+        bench: the model, and how queries are sent.
+        defense: prepared for this model.
+        queries: what is asked.
+        judge: of the answers.
+        prefix: token ids that every answer is made to begin with.
+        tokens: new ones at most, of each answer.
+        done: told how many more prompts are answered.
+    """
+    said = answers(bench, defense, queries, prefix, tokens, judge.settled, done)
+    return judged(judge, queries, said)
+
+
+def judged(
+    judge: Judge,
+    queries: Sequence[Query],
+    said: Sequence[Sequence[Answer]],
+    done: Callable[[int], None] = lambda answers: None,
+) -> list[Verdict]:
+    """Return a judge's verdict for each query: where it has several answers, what most of them do.
+
+    Args:
+        judge: of the answers.
+        queries: what was asked.
+        said: the answers to each.
+        done: told how many more answers are judged.
+    """
+    texts = [answer.text for readings in said for answer in readings]
+    requests = [query.text for query, readings in zip(queries, said, strict=True) for _ in readings]
+    left = iter(judge.verdicts(texts, requests, done))
+    return [_most([next(left) for _ in readings]) for readings in said]
 
 
 def _most(verdicts: list[Verdict]) -> Verdict:
     """The first verdict of the side that most are on; a tie is not refused."""
-    refused = sum(verdict.refused for verdict in verdicts) > len(verdicts) / 2
-    return next(verdict for verdict in verdicts if verdict.refused == refused)
+    known = [verdict for verdict in verdicts if verdict.judged]
+    refused = sum(verdict.refused for verdict in known) > len(known) / 2
+    return next((verdict for verdict in known if verdict.refused == refused), verdicts[0])

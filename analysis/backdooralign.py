@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis import manifest, saving, showing
+from analysis import manifest, reading, saving, showing
 from analysis.answering import verdicts
 from analysis.arms import PAPER, Arm, arms
 from analysis.curves import ENDS
 from analysis.decompose import summarize
+from analysis.judge import READERS
 from analysis.models import LoadedModel
 from analysis.queries import Query
 from analysis.readout import Readout
@@ -51,8 +52,8 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
         rows += other_secrets(request, host, secrets)
     for row in rows:
         refuse_overlap(data, row.defense.trained_on(), row.arm)
-    with rows[0].defense.armed(bench.loaded.model), console.status("seeing how the model opens its answers"):
-        readout = bench.words(calibration.queries, rows[0].defense)
+    # The clean arm is the undefended model: its answers fix the threshold of all.
+    readout = reading.Maker(bench, host, rows[0].defense, calibration, console).named("words")
     frames, judged = [], []
     with showing.progress(console) as bar:
         task = bar.add_task("asking", total=len(rows) * 2 * len(data.queries))
@@ -104,7 +105,7 @@ def _judged(
     done: Any,
 ) -> dict[str, Any]:
     """Refusals in the generated text by class, and how often the first token says the same."""
-    said = verdicts(bench, row.defense, asked, "keywords", tokens, done)
+    said = verdicts(bench, row.defense, asked, READERS["keywords"], readout.prefix, tokens, done)
     refused = pd.Series([verdict.refused for verdict in said])
     kinds = pd.Series([query.kind for query in asked])
     first = (frame["margin"] > readout.threshold).reset_index(drop=True)

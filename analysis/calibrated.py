@@ -8,14 +8,13 @@ it before. It is linear in the logits, so its margin splits over the parts of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analysis.answering import verdicts
+from analysis.judge import Verdict
 from analysis.queries import Query
 from analysis.readout import Readout
 from analysis.run import Bench
@@ -24,7 +23,7 @@ from defenses.errors import UserError
 
 CONDITIONS = ("none", "safety_prompt", "in_context_refusal", "safety_tuning", "backdoor")
 _CANDIDATES, _SEEN = 48, 32  # tokens that are weighted; likeliest ones that are looked at per prompt
-_FEWEST = 10  # answers of either kind
+FEWEST = 10  # answers of either kind, to learn from
 
 
 class TooFew(Exception):
@@ -44,9 +43,7 @@ def calibrated(
     words: Readout,
     conditions: Mapping[str, Defense],
     queries: Sequence[Query],
-    judge: str,
-    tokens: int,
-    done: Callable[[str, int], None] = lambda name, queries: None,
+    answered: Callable[[str, Defense], list[Verdict]],
 ) -> Readout:
     """Return the readout fitted on the model's own answers.
 
@@ -55,9 +52,7 @@ def calibrated(
         words: its `words` readout, whose answer prefix is kept and whose tokens are among the candidates.
         conditions: under which it answers, by name.
         queries: of the calibration split.
-        judge: of the answers.
-        tokens: new tokens of each answer.
-        done: told after how many more queries, and under what.
+        answered: condition → the verdicts on its answers to the queries, by text.
 
     Raises:
         TooFew: if under ten answers refuse, or under ten do not.
@@ -72,18 +67,18 @@ def calibrated(
             seen = bench.engine.read(prompts, _likeliest).double()
         for token, chance in zip(*(part.flatten().tolist() for part in seen.chunk(2, dim=1)), strict=True):
             mass[int(token)] = mass.get(int(token), 0.0) + chance
-        said = verdicts(bench, defense, queries, judge, tokens, partial(done, name))
-        refused += [verdict.refused for verdict in said]
-    truth = np.array(refused)
-    if min(truth.sum(), (~truth).sum()) < _FEWEST:
+        refused += answered(name, defense)
+    judged = np.array([verdict.judged for verdict in refused])
+    truth = np.array([verdict.refused for verdict in refused])[judged]
+    if min(truth.sum(), (~truth).sum()) < FEWEST:
         raise TooFew(int(truth.sum()), len(truth))
     ids = sorted(mass, key=lambda token: -mass[token])[: max(_CANDIDATES, len(words.ids))]
     rows = []
     for defense, prompts in asked:
         with defense.armed(bench.loaded.model):
             rows.append(bench.engine.read(prompts, lambda logits: logits[:, ids]).double().numpy())
-    groups = [query.pair or query.id for query in queries] * len(asked)
-    weights, intercept, agrees = _fit(np.concatenate(rows), truth, groups)
+    groups = np.array([query.pair or query.id for query in queries] * len(asked))
+    weights, intercept, agrees = _fit(np.concatenate(rows)[judged], truth, groups[judged])
     order = np.argsort(-weights)
     tokenizer = bench.loaded.tokenizer
     return Readout(
@@ -108,7 +103,7 @@ def _likeliest(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows value
 
 
 def _fit(
-    logits: Float[np.ndarray, "n tokens"], refused: Bool[np.ndarray, " n"], groups: Sequence[str]
+    logits: Float[np.ndarray, "n tokens"], refused: Bool[np.ndarray, " n"], groups: np.ndarray
 ) -> tuple[Float[np.ndarray, " tokens"], float, float]:
     """Weights that sum to zero, the intercept, and the AUROC on held-out pairs."""
     from sklearn.linear_model import LogisticRegression

@@ -32,6 +32,7 @@ class Context:
         threshold: margin above which the readout says "refuse", nats.
         refusing: first words that speak for refusal.
         complying: first words that speak for compliance; empty where the readout has none.
+        readout: what is read of them.
         judge: who decided what counts as a refusal, as it reads in parentheses.
         interval: what the intervals are and how they were made.
     """
@@ -42,6 +43,7 @@ class Context:
     threshold: float
     refusing: tuple[str, ...]
     complying: tuple[str, ...] = ()
+    readout: str = "first-token logits of"
     judge: str = "no judge: first-token readout"
     interval: str = "95\u00a0% paired bootstrap that resamples pairs, stratified by class, 2,000 draws"
 
@@ -52,7 +54,7 @@ class Context:
         cut = f"{self.threshold:.2f}".replace("-", "\N{MINUS SIGN}")  # no line ends after this sign
         return (
             f"Model: {self.model}. Data: {self.data}, {self.split} split. Attack: {asked}. "
-            f"Readout: first-token logits of {_quoted(self.refusing)}{against}; threshold "
+            f"Readout: {self.readout} {_quoted(self.refusing)}{against}; threshold "
             f"{cut}\u00a0nats, the same for every defense ({self.judge}). Intervals: {self.interval}."
         )
 

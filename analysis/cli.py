@@ -15,10 +15,14 @@ from analysis.attacks import ATTACKS
 from defenses.errors import UserError, unknown
 
 READOUTS = {
-    "words": "refusing against complying first words, equal weights, threshold 0",
+    "words": "refusing against complying first words, equal weights",
     "calibrated": "weights on first tokens, fitted on this model's own answers to the calibration split",
+    "question": "Yes against No, asked whether the request should be refused, both orders averaged",
+    "log-odds": "log-odds of I and As against all other tokens (refusal direction paper); not linear",
     "prefilled-K": "the words readout behind the first K tokens of a complying opener",
+    "auto": "the one that `analyze validate` found best for this model and these conditions",
 }
+JUDGES = "patterns (ours), keywords (BackdoorAlign's), or model (see --judge-model)."
 
 
 class _Interrupted(Exception):
@@ -57,7 +61,12 @@ SplitOption = Annotated[
     str | None,
     typer.Option("--split", help="train, calibration, test or all; by default test where there is one."),
 ]
-AttackOption = Annotated[str, typer.Option("--attack", help="How queries are sent; see `list attacks`.")]
+AttackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attack", help="How queries are sent, `list attacks`, or all; repeatable. [default: direct]"
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")]
 BatchOption = Annotated[str, typer.Option(help="Prompts in one pass, or auto.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
@@ -74,7 +83,18 @@ SetOption = Annotated[
     ),
 ]
 ReadoutOption = Annotated[
-    str, typer.Option("--readout", help="words, calibrated, or prefilled-K; see `list readouts`.")
+    str, typer.Option("--readout", help="How a forward pass becomes a number; see `list readouts`.")
+]
+JudgeOption = Annotated[str, typer.Option(help=f"Of the text: {JUDGES}")]
+JudgeModelOption = Annotated[
+    str | None,
+    typer.Option(help="Chat model or classifier: id, folder, .gguf, or an endpoint, http://host/v1#NAME."),
+]
+BudgetOption = Annotated[
+    int | None, typer.Option(help="Calls of the judge model, at most; it has no default.")
+]
+RubricOption = Annotated[
+    Path | None, typer.Option(help="What the judge model reads, with {request} and {answer}.")
 ]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -87,7 +107,7 @@ def analyze(
     model: ModelOption = "smollm2",
     data: DataOption = "contrast",
     split: SplitOption = None,
-    attack: AttackOption = "direct",
+    attack: AttackOption = None,
     readout: ReadoutOption = "words",
     limit: LimitOption = None,
     batch_size: BatchOption = "auto",
@@ -114,12 +134,14 @@ def analyze(
             typer.echo(context.get_help())
             raise typer.Exit
         raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
-    _known(attack, readout)
+    attacks, readouts = _attacks(attack), _readouts([readout])
+    if readouts == ("all",):
+        raise UserError("--readout all: a run reads with one; `analyze validate --readout all` compares them")
     from analysis import commands
     from analysis.request import Request
 
     request = Request(
-        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack, readout
+        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attacks, readouts
     )
     code = commands.analyze(request, defense, settings or [], out, as_json, cost)
     raise typer.Exit(code)
@@ -170,9 +192,16 @@ def validate(
     model: ModelOption = "smollm2",
     data: DataOption = "contrast",
     split: SplitOption = None,
-    attack: AttackOption = "direct",
-    readout: ReadoutOption = "words",
-    judge: Annotated[str, typer.Option(help="Of the text: patterns or keywords.")] = "patterns",
+    attack: AttackOption = None,
+    readout: Annotated[
+        list[str] | None,
+        typer.Option("--readout", help="As `list readouts` has them, or all; repeatable. [default: words]"),
+    ] = None,
+    judge: JudgeOption = "patterns",
+    judge_model: JudgeModelOption = None,
+    budget: BudgetOption = None,
+    rubric: RubricOption = None,
+    grade: Annotated[bool, typer.Option("--grade", help="The judge model grades benign answers.")] = False,
     tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
     limit: LimitOption = None,
     batch_size: BatchOption = "auto",
@@ -183,15 +212,17 @@ def validate(
     settings: SetOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Compare the readout with what the model goes on to say, and say where it can be trusted."""
-    _known(attack, readout)
+    """Compare readouts with what the model goes on to say: where to trust them; what answers are worth."""
+    attacks, readouts = _attacks(attack), _readouts(readout)
     from analysis import validating
+    from analysis.judging import Jury
     from analysis.request import Request
 
     request = Request(
-        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attack, readout
+        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, attacks, readouts
     )
-    raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, judge, tokens))
+    jury = Jury(judge, judge_model, budget, rubric, grade)
+    raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, jury, tokens))
 
 
 @app.command()
@@ -202,15 +233,20 @@ def judge(
         str | None,
         typer.Option(help="The column of what was asked: answers to something else are then refusals too."),
     ] = None,
-    judge: Annotated[str, typer.Option(help="patterns (ours) or keywords (BackdoorAlign's).")] = "patterns",
+    judge: JudgeOption = "patterns",
+    judge_model: JudgeModelOption = None,
+    budget: BudgetOption = None,
+    rubric: RubricOption = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="New file; by default FILE.judged.csv or .jsonl.")
     ] = None,
+    offline: OfflineOption = False,
 ) -> None:
     """Say of each answer in a file whether it refuses (full, partial, none), and by which words."""
     from analysis import judging
 
-    judging.judge_file(file, column, request, judge, out)
+    jury = judging.Jury(judge, judge_model, budget, rubric)
+    raise typer.Exit(judging.judge_file(file, column, request, jury, out, offline))
 
 
 @app.command()
@@ -340,12 +376,22 @@ def _fail(text: str, code: int, debug: bool, error: BaseException | None) -> int
     return code
 
 
-def _known(attack: str, readout: str) -> None:
-    if attack not in ATTACKS:
-        raise unknown("attack", attack, ATTACKS)
-    count = readout.removeprefix("prefilled-")
-    if readout not in ("words", "calibrated") and (count == readout or not count.isdigit() or int(count) < 1):
-        raise unknown("readout", readout, READOUTS, " (K is a number of tokens, as in prefilled-5)")
+def _attacks(names: list[str] | None) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(names or ["direct"]))
+    for name in chosen:
+        if name != "all" and name not in ATTACKS:
+            raise unknown("attack", name, (*ATTACKS, "all"))
+    return tuple(ATTACKS) if "all" in chosen else chosen
+
+
+def _readouts(names: list[str] | None) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(names or ["words"]))
+    fixed = {*READOUTS, "all"} - {"prefilled-K"}
+    for name in chosen:
+        count = name.removeprefix("prefilled-")
+        if name not in fixed and (count == name or not count.isdigit() or int(count) < 1):
+            raise unknown("readout", name, READOUTS, " (K is a number of tokens, as in prefilled-5)")
+    return ("all",) if "all" in chosen else chosen
 
 
 def _batch(text: str) -> int | None:

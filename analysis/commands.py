@@ -56,31 +56,33 @@ def analyze(
     if not passes(ready, console):
         return 1
     bench.engine.work.reset()
-    frames, interrupted = [], False
+    frames: dict[tuple[str, str], pd.DataFrame] = {}
+    wanted, interrupted = len(request.attacks) * len(every), False
     with showing.progress(console) as bar:
-        task = bar.add_task("scoring", total=len(every) * len(ready.data.queries))
+        task = bar.add_task("scoring", total=wanted * len(ready.data.queries))
 
         def done(name: str, count: int) -> None:
             bar.update(task, description=f"scoring {name}", advance=count)
 
         try:
-            for _, frame in score_all(bench, ready.defenses, ready.data.queries, ready.readout, done):
-                frames.append(frame)
+            for attack in request.attacks:
+                sent = bench.under(attack)
+                for name, frame in score_all(sent, ready.defenses, ready.data.queries, ready.readout, done):
+                    frames[attack, name] = frame
         except KeyboardInterrupt:
+            # An attack's undefended condition alone says nothing of a defense.
             if len(frames) < 2:
                 raise
             interrupted = True
-    finished = list(every)[: len(frames)]
-    spent = (
-        _timed(ready, {name: every[name] for name in finished}, request.seed, console) if with_cost else None
-    )
+    finished = {name: every[name] for name in every if any(name == one for _, one in frames)}
+    spent = _timed(ready, finished, request.seed, console) if with_cost else None
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": interrupted,
         **manifest.of(
             bench,
             ready.readout,
-            {name: every[name] for name in finished},
+            finished,
             ready.data,
             ready.split,
             request.limit,
@@ -89,9 +91,16 @@ def analyze(
         "wall_seconds": round(time.perf_counter() - clock, 1),
         "tokens": {"computed": bench.engine.work.computed, "saved": bench.engine.work.saved},
     }
-    for name in finished:
-        record["defenses"][name]["trusted"] = validity.known(bench, every[name], ready.readout)
-    scores = ScoreTable(pd.concat(frames, ignore_index=True), record)
+    record["attacks"] = request.attacks
+    record["trusted"] = {
+        attack: {
+            name: validity.known(bench.under(attack), defense, ready.readout)
+            for name, defense in finished.items()
+            if (attack, name) in frames
+        }
+        for attack in request.attacks
+    }
+    scores = ScoreTable(pd.concat(list(frames.values()), ignore_index=True), record)
     with console.status("intervals and figures"):
         summary = summarize(scores, seed=request.seed)
         from analysis.plots import figures, of_price
@@ -101,7 +110,8 @@ def analyze(
         if spent is not None:
             gained = ["defense", "family", "refusal_rate", "over_refusal_rate"]
             gained += [f"delta_auroc{end}" for end in ("", "_low", "_high")]
-            spent = spent.merge(summary.frame[gained], on="defense")
+            first = summary.frame["attack"] == request.attacks[0]
+            spent = spent.merge(summary.frame.loc[first, gained], on="defense")
             drawn["cost"] = of_price(spent, context)
         tables = {
             **_effects(scores, request.seed),
@@ -121,7 +131,7 @@ def analyze(
     teller(console)(f"Tables, figures and run.json are in {out}")
     if interrupted:
         teller(console)(
-            f"Interrupted: {len(frames)} of {len(every)} conditions were finished and kept; the rest is not."
+            f"Interrupted: {len(frames)} of {wanted} conditions were finished and kept; the rest is not."
         )
         return 130
     return 0
@@ -166,7 +176,8 @@ def _timed(ready: Ready, every: dict[str, Defense], seed: int, console: Console)
     asked = queries.sample(ready.data.queries, _TIMED)
     with showing.progress(console) as bar:
         task = bar.add_task("timing", total=len(every) * len(asked))
-        measured = timing.timed(ready.bench, every, asked, lambda: bar.advance(task))
+        bench = ready.bench.under(ready.attacks[0])
+        measured = timing.timed(bench, every, asked, lambda: bar.advance(task))
     trained = {
         name: defense.adapter.manifest
         for name, defense in every.items()
@@ -191,11 +202,12 @@ def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
 
 def _say_trust(summary: pd.DataFrame, console: Console) -> None:
     """Say where generated text contradicts the readout, and where nobody has looked."""
-    doubtful = summary.loc[summary["trusted"] == "not trusted", "defense"]
+    doubtful = summary[summary["trusted"] == "not trusted"]
     if len(doubtful):
+        names = ", ".join(showing.condition(row) for _, row in doubtful.iterrows())
         teller(console)(
-            f"Not trusted, by generated text: {', '.join(doubtful)}. There the first token does not tell "
-            "whether the answer refuses."
+            f"Not trusted, by generated text: {names}. There the first token does not tell whether the "
+            "answer refuses."
         )
     if (count := int((summary["trusted"] == UNVALIDATED).sum())) > 0:
         teller(console)(
@@ -208,7 +220,7 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
     """Warn where the readout's words are rarely what the model opens with."""
     low = summary[summary["coverage"] < LOW_COVERAGE]
     if len(low):
-        worst = ", ".join(f"{row.defense} {row.coverage:.0%}" for row in low.itertuples())
+        worst = ", ".join(f"{showing.condition(row)} {row['coverage']:.0%}" for _, row in low.iterrows())
         console.print(
             f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here "
             f"({worst}): these margins see little of how the model answers.",

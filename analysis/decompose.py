@@ -58,7 +58,7 @@ def summarize(scores: ScoreTable, draws: int = DRAWS, seed: int = 0) -> Summary:
                     for name, parts in contributions(after - before, is_harmful).items()
                 }
             coverage = float(here["coverage"].mean())
-            rows.append(row | {"coverage": coverage, "trusted": scores.trusted(defense)})
+            rows.append(row | {"coverage": coverage, "trusted": scores.trusted(attack, defense)})
     frame = pd.DataFrame(rows)
     for name in ("p_shift", "p_discrimination"):
         frame[name] = frame.groupby("attack")[name].transform(holm) if name in frame else np.nan

@@ -87,20 +87,54 @@ class Engine:
                 not.
             done: told how many more prompts are finished, for a progress bar.
         """
+        values: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            for rows, logits in self._sweep(prompts, [1] * len(prompts)):
+                values.update(zip(rows, reduce(logits), strict=True))
+                done(len(rows))
+        return torch.stack([values[row] for row in range(len(prompts))])
+
+    def likelihoods(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        done: Callable[[int], None] = lambda rows: None,
+    ) -> list[Float[Tensor, " tokens"]]:
+        """Return the log-probability of every token of an answer behind its prompt, nats.
+
+        Args:
+            prompts: token ids.
+            answers: token ids, at least one each.
+            done: told how many more answers are finished.
+        """
+        whole = [(*prompt, *answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
+        values: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            for rows, logits in self._sweep(whole, [len(answer) for answer in answers]):
+                said = torch.tensor([token for row in rows for token in answers[row]], device=logits.device)
+                chances = logits.gather(1, said[:, None])[:, 0] - logits.logsumexp(1)
+                values.update(
+                    zip(rows, chances.cpu().split([len(answers[row]) for row in rows]), strict=True)
+                )
+                done(len(rows))
+        return [values[row] for row in range(len(prompts))]
+
+    def _sweep(
+        self, prompts: Sequence[Sequence[int]], ends: Sequence[int]
+    ) -> Iterator[tuple[list[int], Float[Tensor, "ends vocab"]]]:
+        """Rows, and the logits behind the last so many tokens of each, batch by batch."""
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
-        with torch.inference_mode():
-            shared = shared_prefix(prompts) if self._can_share else 0
-            prefix = self._prefix(prompts[0][:shared]) if shared else None
-            values: dict[int, Tensor] = {}
-            in_line = prefix is not None and prefix.in_line
-            for rows in self._batches([len(prompt) - shared for prompt in prompts], in_line):
-                for part, logits in self._forward([prompts[row][shared:] for row in rows], shared, prefix):
-                    kept = reduce(logits)
-                    values.update(zip(rows[part], kept, strict=True))
-                    done(len(kept))
+        # A row's own part holds all its ends.
+        shared = min(shared_prefix(prompts), *(len(p) - n for p, n in zip(prompts, ends, strict=True)))
+        shared = shared if self._can_share else 0
+        prefix = self._prefix(prompts[0][:shared]) if shared else None
+        in_line = prefix is not None and prefix.in_line
+        for rows in self._batches([len(prompt) - shared for prompt in prompts], in_line):
+            suffixes = [prompts[row][shared:] for row in rows]
+            for part, logits in self._forward(suffixes, [ends[row] for row in rows], shared, prefix):
+                yield rows[part], logits
         self.work.saved += shared * (len(prompts) - 1)
-        return torch.stack([values[row] for row in range(len(prompts))])
 
     @property
     def _can_share(self) -> bool:
@@ -139,14 +173,14 @@ class Engine:
         return Prefix(cache, in_line)
 
     def _forward(
-        self, suffixes: list[Sequence[int]], shared: int, prefix: Prefix | None
-    ) -> Iterator[tuple[slice, Float[Tensor, "rows vocab"]]]:
-        """Logits of the last token of each suffix; where memory runs out, half the rows at a time."""
+        self, suffixes: list[Sequence[int]], ends: list[int], shared: int, prefix: Prefix | None
+    ) -> Iterator[tuple[slice, Float[Tensor, "ends vocab"]]]:
+        """Logits of the last tokens of each suffix; where memory runs out, half the rows at a time."""
         size, start = len(suffixes), 0
         while start < len(suffixes):
             part = slice(start, start + size)
             try:
-                logits = self._logits(suffixes[part], shared, prefix)
+                logits = self._logits(suffixes[part], ends[part], shared, prefix)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -164,21 +198,24 @@ class Engine:
             start += size
 
     def _logits(
-        self, suffixes: list[Sequence[int]], shared: int, prefix: Prefix | None
-    ) -> Float[Tensor, "rows vocab"]:
+        self, suffixes: list[Sequence[int]], ends: list[int], shared: int, prefix: Prefix | None
+    ) -> Float[Tensor, "ends vocab"]:
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
         tokens = [torch.tensor(list(suffix)) for suffix in suffixes]
         if prefix is not None and prefix.in_line:
             places = torch.cat([torch.arange(len(one)) for one in tokens])
-            return self.line(prefix.cache, shared, torch.cat(tokens), places, attention.Rows.of(lengths))
+            line = attention.Rows.of(lengths)
+            last = torch.cat([torch.arange(e + 1 - n, e + 1) for e, n in zip(line.last, ends, strict=True)])
+            return self.line(prefix.cache, shared, torch.cat(tokens), places, line, last)
         # Padding on the right: index and position agree, so that sliding windows see what they would see
         # alone, and what is computed at the padding comes too late for a causal model to see it.
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         seen = torch.ones(len(suffixes), shared, dtype=torch.long)
         mask = torch.cat([seen, (positions < lengths[:, None]).long()], dim=1)
-        rows = torch.arange(len(suffixes))
-        return self._run(prefix.cache if prefix else None, ids, mask, shared + positions, rows, lengths - 1)
+        rows = torch.arange(len(suffixes)).repeat_interleave(torch.tensor(ends))
+        last = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, ends, strict=True)])
+        return self._run(prefix.cache if prefix else None, ids, mask, shared + positions, rows, last)
 
     def line(
         self,
@@ -187,9 +224,10 @@ class Engine:
         tokens: Int[Tensor, " tokens"],
         places: Int[Tensor, " tokens"],
         rows: attention.Rows,
+        last: Int[Tensor, " ends"],
         hidden: attention.Hidden | None = None,
-    ) -> Float[Tensor, "rows vocab"]:
-        """Return the logits behind each row of a line of tokens.
+    ) -> Float[Tensor, "ends vocab"]:
+        """Return the logits behind some tokens of a line of rows.
 
         Args:
             cache: of the shared tokens, lent apart.
@@ -197,12 +235,12 @@ class Engine:
             tokens: ids, row behind row.
             places: of each token behind the shared ones.
             rows: of the line.
+            last: where in the line logits are wanted, such as `rows.last`.
             hidden: see `attention.in_two_parts`.
         """
         mask = torch.ones(1, shared + len(tokens), dtype=torch.long)  # the attention to a line has its own
         with attention.in_two_parts(rows, hidden):
-            where = torch.zeros_like(rows.last), rows.last
-            return self._run(cache, tokens[None], mask, shared + places[None], *where)
+            return self._run(cache, tokens[None], mask, shared + places[None], torch.zeros_like(last), last)
 
     def _run(
         self,

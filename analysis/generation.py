@@ -82,7 +82,7 @@ def _in_line(
     rows = attention.Rows.of(lengths)
     remembered = rows.real
     ids = torch.cat([torch.tensor(list(suffix)) for suffix in suffixes])
-    logits = engine.line(prefix, shared, ids, torch.cat([torch.arange(n) for n in lengths]), rows)
+    logits = engine.line(prefix, shared, ids, torch.cat([torch.arange(n) for n in lengths]), rows, rows.last)
     while True:
         ended = []
         for at, token in enumerate(logits.argmax(-1).tolist()):
@@ -103,7 +103,7 @@ def _in_line(
         ids = torch.tensor([said[row][-1] for row in going])
         places = lengths + torch.tensor([len(said[row]) - 1 for row in going])
         rows = attention.Rows.of(torch.ones_like(lengths))
-        logits = engine.line(prefix, shared, ids, places, rows, ~remembered[:, None])
+        logits = engine.line(prefix, shared, ids, places, rows, rows.last, ~remembered[:, None])
 
 
 def _beside(

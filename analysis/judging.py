@@ -1,9 +1,11 @@
-"""What `analyze judge` does: a verdict beside each answer in a user's own file."""
+"""Which judge a user wants, and what `analyze judge` does: a verdict beside each answer in a file."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -11,28 +13,87 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import rows, saving, showing
-from analysis.judge import JUDGES
-from analysis.request import teller
+from analysis.judge import READERS, Judge, Verdict
+from analysis.request import quiet, teller
 from analysis.resampling import rate
 from defenses.errors import UserError, unknown
 
 ADDED = ("refusal", "evidence")
+KINDS = ("full", "partial", "none")
 
 
-def judge_file(path: Path, column: str, request: str | None, name: str, out: Path | None) -> None:
+@dataclass(frozen=True)
+class Jury:
+    """The judge that a user wants.
+
+    Attributes:
+        name: patterns, keywords, or model.
+        model: which model, see `model_judge`.
+        budget: its calls at most.
+        rubric: a file of the user's.
+        grade: whether it also grades benign answers.
+    """
+
+    name: str = "patterns"
+    model: str | None = None
+    budget: int | None = None
+    rubric: Path | None = None
+    grade: bool = False
+
+    def judge(self, offline: bool, tell: Any) -> Judge:
+        """Return the judge, loaded.
+
+        Args:
+            offline: whether the network may not be used.
+            tell: told what a user should know before anything is sent.
+        """
+        if self.name not in (*READERS, "model"):
+            raise unknown("judge", self.name, (*READERS, "model"))
+        if self.name in READERS:
+            given = {"--judge-model": self.model, "--rubric": self.rubric, "--grade": self.grade or None}
+            for option, value in given.items():
+                if value is not None:
+                    raise UserError(f"{option} is for --judge model; the judge is {self.name}")
+            return READERS[self.name]
+        if not self.model:
+            raise UserError(
+                "--judge model: which one? --judge-model ID, folder, .gguf file, or http://host/v1#NAME"
+            )
+        from analysis.model_judge import model_judge
+
+        quiet(offline)
+        return model_judge(self.model, self.budget, self.rubric, offline, tell)
+
+    def refuse_small_budget(self, answers: int) -> None:
+        """Raise where a budget is smaller than what there is to judge, before anything is generated."""
+        needed = answers * (3 if self.grade else 1)  # at most two grades beside each verdict
+        if self.budget is not None and self.budget < needed:
+            raise UserError(
+                f"--budget {self.budget}: up to {needed:,} calls of the judge are needed; raise it, or take "
+                "fewer queries (--limit) or conditions"
+            )
+
+
+def judge_file(
+    path: Path, column: str, request: str | None, jury: Jury, out: Path | None, offline: bool = False
+) -> int:
     """Write the rows of a file again with each answer's verdict and its evidence; print the shares.
+
+    Rows that a judge left without a verdict are written, too; judged again, that file gets only those judged.
 
     Args:
         path: a `.csv` or `.jsonl`.
         column: holds the answers.
         request: the column of what was asked, by which an answer to something else is noticed.
-        name: of the judge.
+        jury: which judge.
         out: a new file of the same kind; by default beside the old one.
+        offline: whether the network may not be used.
+
+    Returns:
+        The exit code: 1 where answers are left without a verdict.
     """
     if path.suffix not in rows.SUFFIXES:
         raise UserError(f"{path}: `analyze judge` takes a .csv or .jsonl file with a column of answers")
-    if name not in JUDGES:
-        raise unknown("judge", name, JUDGES)
     out = out or path.with_suffix(f".judged{path.suffix}")
     if out.suffix != path.suffix:
         raise UserError(f"-o {out}: it is written as it is read, so give a {path.suffix} file")
@@ -42,27 +103,63 @@ def judge_file(path: Path, column: str, request: str | None, name: str, out: Pat
     found, _ = rows.read(path, [column], "it needs a column of answers (--column)")
     if request is not None and request not in found[0]:
         raise unknown(f"column of {path}:", request, found[0])
-    if taken := sorted(set(ADDED) & set(found[0])):
-        raise UserError(f"{path} has a column {taken[0]!r} already; rename it")
-    judge = JUDGES[name]
-    verdicts = [judge(str(row[column] or ""), str(row[request] or "") if request else "") for row in found]
-    judged = [
-        row | dict(zip(ADDED, (verdict.refusal, verdict.evidence), strict=True))
-        for row, verdict in zip(found, verdicts, strict=True)
-    ]
+    left = _left(path, found)
+    tell = teller(Console(stderr=True))
+    judge = jury.judge(offline, tell)
+    answers = [str(found[row][column] or "") for row in left]
+    requests = [str(found[row][request] or "") if request else "" for row in left]
+    with showing.progress(Console(stderr=True)) as bar:
+        task = bar.add_task("judging", total=len(left))
+        verdicts = judge.verdicts(answers, requests, lambda count: bar.advance(task, count))
+    if not any(verdict.judged for verdict in verdicts):
+        raise UserError(f"the judge gave no verdict: {verdicts[0].evidence}")
+    judged = [dict(row) for row in found]
+    for row, verdict in zip(left, verdicts, strict=True):
+        judged[row] |= dict(zip(ADDED, (verdict.refusal, verdict.evidence), strict=True))
     if path.suffix == ".csv":
         text = pd.DataFrame(judged).to_csv(index=False)
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
     saving.write(out, text)
-    shown = Table(title=f"{len(judged)} answers, judge {name}", title_justify="left", show_edge=False)
+    _show([str(row["refusal"]) for row in judged], judge.name)
+    tell(f"The verdicts are in {out}")
+    return _say_rest(verdicts, out, tell)
+
+
+def _left(path: Path, found: list[dict[str, Any]]) -> list[int]:
+    """The rows that have no verdict yet: all of a new file, the unjudged ones of one judged before."""
+    there = set(ADDED) & set(found[0])
+    if not there:
+        return list(range(len(found)))
+    known = (*KINDS, "unjudged", "", None)
+    left = [number for number, row in enumerate(found) if row.get("refusal") in ("unjudged", "", None)]
+    if there != set(ADDED) or not left or any(row["refusal"] not in known for row in found):
+        raise UserError(f"{path} has a column {min(there)!r} already; rename it")
+    return left
+
+
+def _show(refusals: list[str], judge: str) -> None:
+    """Print the shares among the answers that have a verdict."""
+    n = sum(one in KINDS for one in refusals)
+    shown = Table(show_edge=False)
     for head in ("refusal", "answers", "share (%)"):
         shown.add_column(head, justify="left" if head == "refusal" else "right")
-    for kind in ("full", "partial", "none"):
-        count = sum(verdict.refusal == kind for verdict in verdicts)
-        share = showing.interval(rate("share", count, len(judged)), "share", ".1f", 100)
-        shown.add_row(kind, str(count), share)
+    for kind in KINDS:
+        share = showing.interval(rate("share", refusals.count(kind), n), "share", ".1f", 100)
+        shown.add_row(kind, str(refusals.count(kind)), share)
     console = showing.stdout()
+    console.print(Text(f"{n} answers, judge: {judge}"))
     console.print(shown)
     console.print(Text("Wilson 95 % intervals.", style="dim"))
-    teller(Console(stderr=True))(f"The verdicts are in {out}")
+
+
+def _say_rest(verdicts: list[Verdict], out: Path, tell: Any) -> int:
+    """Say what has no verdict, why, and how to go on."""
+    why = [verdict.evidence for verdict in verdicts if not verdict.judged]
+    if not why:
+        return 0
+    tell(
+        f"{len(why)} answers have no verdict, mostly: {max(set(why), key=why.count)}. `analyze judge {out}` "
+        "judges only those."
+    )
+    return 1

@@ -36,24 +36,11 @@ def of(
         split: which part of the set they are.
         limit: as the user gave it.
     """
-    sides = {
-        name: [
-            token for token, weight in zip(readout.tokens, readout.weights, strict=True) if weight * sign > 0
-        ]
-        for name, sign in (("refuse", 1), ("comply", -1))
-    }
     return {
         "model": {"name": bench.loaded.name, **bench.loaded.origin},
         "device": str(bench.loaded.model.device),
         "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
-        "readout": {
-            "name": readout.name,
-            **sides,
-            "ids": readout.ids,
-            "weights": readout.weights,
-            "threshold": readout.threshold,
-            "answer_prefix": readout.prefix,
-        },
+        "readout": of_readout(readout),
         "system_role": bench.renderer.system_policy,
         "defenses": {name: of_defense(defense) for name, defense in defenses.items()},
         "data": {
@@ -66,6 +53,27 @@ def of(
         },
         "seed": bench.seed,
         "versions": versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
+    }
+
+
+def of_readout(readout: Readout) -> dict[str, Any]:
+    """Return how a readout makes a forward pass a number."""
+    sides = {
+        name: [
+            token for token, weight in zip(readout.tokens, readout.weights, strict=True) if weight * sign > 0
+        ]
+        for name, sign in (("refuse", 1), ("comply", -1))
+    }
+    return {
+        "name": readout.name,
+        **sides,
+        "ids": readout.ids,
+        "weights": readout.weights,
+        "threshold": readout.threshold,
+        "answer_prefix": readout.prefix,
+        "questions": readout.questions,
+        "log_odds": readout.odds,
+        "made": readout.notices,
     }
 
 

@@ -49,6 +49,7 @@ def check(
         queries: a few of each class.
         readout: whose margins are compared.
     """
+    bench = bench.asking(readout.questions)
     cases = [(query, prompt) for query in queries for prompt in bench.prompts(defense, query)]
     prompts = [prompt for _, prompt in cases]
     found = [

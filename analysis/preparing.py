@@ -12,6 +12,7 @@ from analysis.queries import QuerySet
 from analysis.readout import Readout
 from analysis.request import Request, refuse_overlap, teller
 from analysis.run import Bench, conditions
+from analysis.tables import UNDEFENDED
 from defenses import Defense, UserError, catalog
 
 _LOOKED_AT = 4  # queries that the preflight looks at
@@ -25,8 +26,15 @@ class Ready:
     defenses: list[Defense]
     data: QuerySet
     split: str
-    readout: Readout
+    readouts: list[Readout]
+    attacks: tuple[str, ...]
     notices: list[str]
+
+    @property
+    def readout(self) -> Readout:
+        """The readout, where there is one."""
+        (only,) = self.readouts
+        return only
 
 
 def prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
@@ -37,13 +45,21 @@ def prepare(request: Request, names: Sequence[str], settings: Sequence[str], con
     prepared = [defense.prepare(host) for defense in chosen]
     lacking = _lacking(prepared, names)
     refuse_overlap(data, bench.loaded.trained_on, request.model)
-    for name, defense in conditions(prepared).items():
+    every = conditions(prepared)
+    for name, defense in every.items():
         refuse_overlap(data, defense.trained_on(), name)
-    readout = reading.chosen(request.readout, bench, host, prepared[0], calibration, console)
-    notices = [*bench.renderer.notices, *readout.notices, *lacking]
+    maker = reading.Maker(bench, host, every[UNDEFENDED], calibration, console)
+    readouts = {
+        one.name: one
+        for name in (reading.NAMES if request.readouts == ("all",) else request.readouts)
+        for one in [maker.best(every, request.attacks) if name == "auto" else maker.named(name)]
+    }
+    notices = [*bench.renderer.notices, *lacking, *_made_from(data, calibration)]
+    for name, readout in readouts.items():
+        notices += [f"readout {name}: {one}" for one in readout.notices]
     for notice in notices:
         teller(console)(f"note: {notice}")
-    return Ready(bench.under(request.attack), prepared, data, split, readout, notices)
+    return Ready(bench, prepared, data, split, list(readouts.values()), request.attacks, notices)
 
 
 def passes(ready: Ready, console: Console) -> bool:
@@ -53,13 +69,29 @@ def passes(ready: Ready, console: Console) -> bool:
     with showing.progress(console) as bar:
         task = bar.add_task("checking that defenses reach the model", total=len(every))
         for name, defense in every.items():
-            checks = preflight.check(ready.bench, name, defense, looked_at, ready.readout)
-            if failed := [one for one in checks if not one.passed]:
+            failed = [
+                one
+                for attack in ready.attacks
+                for readout in ready.readouts
+                for one in preflight.check(ready.bench.under(attack), name, defense, looked_at, readout)
+                if not one.passed
+            ]
+            if failed:
                 bar.stop()
                 showing.failures(failed)
                 return False
             bar.advance(task)
     return True
+
+
+def _made_from(data: QuerySet, calibration: QuerySet) -> list[str]:
+    """Say if queries are scored that the readout is made from: its threshold is fitted to them."""
+    same = len({query.text for query in data.queries} & {query.text for query in calibration.queries})
+    return (
+        [f"the readout is made from {same} of the {len(data.queries)} queries that are scored"]
+        if same
+        else []
+    )
 
 
 def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:

@@ -32,14 +32,19 @@ class Request:
     dtype: str
     seed: int
     offline: bool
-    attack: str = DIRECT
-    readout: str = "words"
+    attacks: tuple[str, ...] = (DIRECT,)
+    readouts: tuple[str, ...] = ("words",)
 
     def queries(self) -> tuple[QuerySet, str, QuerySet]:
-        """Return the queries that are scored, the split they are, and those that the readout is made from."""
+        """Return the queries that are scored, the split they are, and those that the readout is made from.
+
+        A readout belongs to a model, so it is made from the same queries whatever is scored: the shipped
+        calibration split, unless the user's data have one of their own.
+        """
         data = queries.load(self.data)
         split = self.split or queries.default_split(data)
-        calibration = data.split("calibration") if split != "all" and "calibration" in data.splits else data
+        own = self.data not in queries.SHIPPED and "calibration" in data.splits
+        calibration = (data if own else queries.load("contrast")).split("calibration").checked()
         return data.split(split).limit(self.limit).checked(), split, calibration
 
     def open(self, console: Console) -> tuple[Bench, Host]:

@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
@@ -26,6 +25,7 @@ from analysis.readout import Readout
 from analysis.rendering import Prompt, Renderer
 from analysis.tables import DIRECT, SCORES
 from defenses import Chat, Defense
+from defenses.chats import edit_last_user
 from defenses.errors import UserError
 
 _OPENINGS = 16  # queries that the readout's form is seen from
@@ -41,6 +41,7 @@ class Bench:
         engine: token ids → first-answer logits.
         seed: of the run.
         attack: how queries are sent.
+        questions: what is asked about a request in its place, see `Readout`; empty: the request itself.
     """
 
     loaded: LoadedModel
@@ -48,6 +49,7 @@ class Bench:
     engine: Engine
     seed: int = 0
     attack: str = DIRECT
+    questions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, loaded: LoadedModel, batch_size: int | None = None, seed: int = 0) -> Bench:
@@ -58,8 +60,12 @@ class Bench:
         """Return the same bench with queries sent through an attack."""
         return replace(self, attack=attack)
 
+    def asking(self, questions: tuple[str, ...]) -> Bench:
+        """Return the same bench with questions asked about requests."""
+        return replace(self, questions=questions)
+
     def prompts(self, defense: Defense, query: Query) -> list[Prompt]:
-        """Return what the model reads for a query: one prompt for each reading of the defense."""
+        """Return what the model reads for a query: a prompt for each reading of the defense and question."""
         prompts = [self.renderer.render(chat) for chat in self._readings(defense, query)]
         longest = max(len(prompt.ids) for prompt in prompts)
         if longest >= self.loaded.context:
@@ -74,21 +80,31 @@ class Bench:
         rng = random.Random(f"{self.seed}/{query.id}/{defense.name}")
         chat = ATTACKS[self.attack].chat(query.text)
         try:
-            return defense.readings(chat, rng)
+            readings = defense.readings(chat, rng)
         except Exception as error:
             if defense.family != "own":
                 raise
             raise UserError(
                 f"{defense.name!r} raised {type(error).__name__} on query {query.id!r}: {error}"
             ) from error
+        # Asked about what the defense made of the request, within what it put around it.
+        about = [lambda words, asked=asked: asked.replace("{request}", words) for asked in self.questions]
+        return [edit_last_user(chat, one) for chat in readings for one in about] or readings
 
-    def words(self, queries: Sequence[Query], undefended: Defense, opener: tuple[int, ...] = ()) -> Readout:
+    def words(
+        self,
+        queries: Sequence[Query],
+        undefended: Defense,
+        opener: tuple[int, ...] = (),
+        sides: tuple[Sequence[str], Sequence[str]] = (readouts.REFUSE, readouts.COMPLY),
+    ) -> Readout:
         """Return this model's words readout, made from how it opens its answers to undefended queries.
 
         Args:
             queries: a few of them are looked at.
             undefended: how they are asked.
             opener: token ids that every answer is made to begin with.
+            sides: words that open refusals, and words that open compliance.
         """
 
         def opening(prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, list[int]]:
@@ -97,8 +113,8 @@ class Bench:
 
         asked = sample(queries, _OPENINGS)
         prompts = [(*prompt.ids, *opener) for query in asked for prompt in self.prompts(undefended, query)]
-        made = readouts.words(self.loaded.tokenizer, prompts, opening)
-        return replace(made, prefix=(*opener, *made.prefix))
+        made = readouts.words(self.loaded.tokenizer, prompts, opening, *sides)
+        return replace(made, prefix=(*opener, *made.prefix), questions=self.questions)
 
 
 def conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:
@@ -135,6 +151,7 @@ def score(
         readout: how a forward pass becomes a margin.
         done: told how many more queries are finished.
     """
+    bench = bench.asking(readout.questions)
     prompts = [bench.prompts(defense, query) for query in queries]  # steps 2 and 3
     owner = [row for row, readings in enumerate(prompts) for _ in readings]
     flat = [(*prompt.ids, *readout.prefix) for readings in prompts for prompt in readings]
@@ -149,6 +166,7 @@ def score(
         read = bench.engine.read(flat, readout.read, tell)  # step 5
     # A defense that reads several copies of a query has the mean of their margins.
     values = pd.DataFrame(read.tolist(), columns=["margin", "coverage"]).groupby(owner).mean()
+    tokens = [sum(len(p.ids) + len(readout.prefix) for p in readings) for readings in prompts]
     frame = pd.DataFrame(
         {
             "query": [query.id for query in queries],
@@ -159,14 +177,12 @@ def score(
             "defense": name,
             "margin": values["margin"],
             "p_refuse": expit(values["margin"] - readout.threshold),
-            "prompt_tokens": [
-                sum(len(p.ids) + len(readout.prefix) for p in readings) for readings in prompts
-            ],
+            "prompt_tokens": tokens,
             "coverage": values["coverage"],
         },
         columns=list(SCORES),
     )
-    copies = [len(readings) for readings in prompts]
+    copies = [len(readings) // max(1, len(readout.questions)) for readings in prompts]
     return frame.assign(readings=copies) if max(copies) > 1 else frame
 
 
@@ -175,7 +191,7 @@ def score_all(
     defenses: Sequence[Defense],
     queries: Sequence[Query],
     readout: Readout,
-    done: Callable[[str, int], Any] = lambda name, prompts: None,
+    done: Callable[[str, int], None] = lambda name, prompts: None,
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the margins of each condition as it is finished, so that an interrupted run keeps what it has."""
     for name, defense in conditions(defenses).items():

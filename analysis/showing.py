@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.resampling import DRAWS
+from analysis.tables import DIRECT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +57,7 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
             for name in ("delta_auroc", "shift", "discrimination")
         )
         cells = [
-            f"{values['defense']} (control)" if control else values["defense"],
+            f"{condition(values)} (control)" if control else condition(values),
             "\n".join(rates),
             f"{interval(values, 'auroc', '.2f')}\n{change}",
             f"{shift}\n{discrimination}",
@@ -66,7 +67,7 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
     console.print(table)
     note = (
         f"[x, y]: 95 % intervals, paired bootstrap over pairs, {DRAWS:,} draws. Rates in %, at threshold "
-        f"{record['readout']['threshold']:g}. Shift: refuses more of everything. Discrimination: tells "
+        f"{record['readout']['threshold']:.3g}. Shift: refuses more of everything. Discrimination: tells "
         "harmful from benign better; ΔAUROC is free of scale."
     )
     console.print(Text(note, style="dim"))
@@ -128,6 +129,7 @@ def context(record: Mapping[str, Any], readout: Readout) -> Context:
         data=record["data"]["name"],
         split=record["data"]["split"],
         threshold=readout.threshold,
+        readout=_read(readout),
         refusing=tuple(token.strip() for token in record["readout"]["refuse"]),
         complying=tuple(token.strip() for token in record["readout"]["comply"]),
     )
@@ -144,6 +146,22 @@ def interval(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -
     if value != value:  # there is none: a class is missing, or nothing varies
         return "–"
     return f"{value:{form}} [{low:{form}}, {high:{form}}]" if low <= high else f"{value:{form}}"
+
+
+def _read(readout: Readout) -> str:
+    """How logits are read, as a caption puts it in front of the words."""
+    if readout.questions:
+        return "first-token logits, asked whether the request should be refused, of"
+    if readout.name.startswith("prefilled-"):
+        return f"behind {readout.name.removeprefix('prefilled-')} tokens of a complying opener, logits of"
+    return "log-odds of the first tokens" if readout.odds else "first-token logits of"
+
+
+def condition(row: Any) -> str:
+    """Return a condition's name, the attack behind it where there is one."""
+    return str(row.get("condition", row.get("defense"))) + (
+        f" ({row['attack']})" if row["attack"] != DIRECT else ""
+    )
 
 
 def _model(record: Mapping[str, Any]) -> str:

@@ -82,9 +82,9 @@ class ScoreTable:
         """Return the family of a defense of this run."""
         return str(self.made_with["defenses"][defense]["family"])
 
-    def trusted(self, defense: str) -> str:
-        """Return whether this run's readout is known to agree with text under a defense."""
-        return str(self.made_with["defenses"][defense].get("trusted", UNVALIDATED))
+    def trusted(self, attack: str, defense: str) -> str:
+        """Return whether this run's readout is known to agree with text in a condition."""
+        return str(self.made_with.get("trusted", {}).get(attack, {}).get(defense, UNVALIDATED))
 
     @property
     def conditions(self) -> list[tuple[str, str]]:

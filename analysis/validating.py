@@ -1,4 +1,4 @@
-"""What `analyze validate` does: each condition's readout against what the model goes on to say."""
+"""What `analyze validate` does: readouts against what the model goes on to say, and what that is worth."""
 
 from __future__ import annotations
 
@@ -15,104 +15,165 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import manifest, saving, showing, validity
-from analysis.agreement import RULE, agreement, ranks, reliability
-from analysis.answering import verdicts
-from analysis.judge import JUDGES
+from analysis.agreement import RULE, ranks, reliability
+from analysis.hearing import Heard, agreements, hear, table, worths
+from analysis.judge import READERS
+from analysis.judging import Jury
+from analysis.model_judge import ModelJudge
 from analysis.preparing import Ready, passes, prepare
 from analysis.request import Request, default_out, teller
-from analysis.run import conditions, score
-from defenses.errors import UserError, unknown
+from analysis.run import conditions
+from analysis.tables import UNDEFENDED
+from defenses.errors import UserError
 
 
 def validate(
-    request: Request, names: Sequence[str], settings: Sequence[str], out: Path | None, judge: str, tokens: int
+    request: Request, names: Sequence[str], settings: Sequence[str], out: Path | None, jury: Jury, tokens: int
 ) -> int:
     """Score every condition, let it answer, and say which margins may be believed; no answer is kept."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    if judge not in JUDGES:
-        raise unknown("judge", judge, JUDGES)
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
     out = saving.usable(out or default_out(request.model, ["validate", *names], started))
     console = Console(stderr=True)
+    judge = jury.judge(request.offline, teller(console))
     ready = prepare(request, names, settings, console)
+    every = conditions(ready.defenses)
+    jury.refuse_small_budget(len(request.attacks) * len(every) * len(ready.data.queries))
     if not passes(ready, console):
         return 1
-    table, rows = _measured(ready, judge, tokens, request.seed, console)
-    every = conditions(ready.defenses)
+    judges = {**READERS, jury.name: judge}
+    grader = judge if isinstance(judge, ModelJudge) and jury.grade else None
+    heard, rows, worth, interrupted = [], [], [], False
+    prefixes = len({one.prefix for one in ready.readouts})
+    with showing.progress(console) as bar:
+        steps = len(request.attacks) * len(every) * (len(ready.readouts) + prefixes)
+        task = bar.add_task("asking", total=steps * len(ready.data.queries))
+
+        def done(count: int) -> None:
+            bar.advance(task, count)
+
+        try:
+            for attack in request.attacks:
+                bench, usual = ready.bench.under(attack), None
+                for name, defense in every.items():
+                    bar.update(task, description=f"asking {name} ({attack})")
+                    queries = ready.data.queries
+                    one = hear(bench, name, defense, queries, ready.readouts, judges, tokens, done)
+                    usual = usual or one
+                    here = agreements(one, ready.readouts, jury.name, request.seed)
+                    undefended = every[UNDEFENDED]
+                    worth.append(
+                        worths(one, usual, bench, undefended, queries, jury.name, grader, request.seed)
+                    )
+                    for readout, row in zip(ready.readouts, here, strict=True):
+                        if row["n"]:
+                            validity.keep(bench, defense, readout, judge.name, tokens, row)
+                    heard.append(one)
+                    rows += here
+        except KeyboardInterrupt:
+            if not heard:
+                raise
+            interrupted = True
     record = {
         "created": started.isoformat(timespec="seconds"),
-        **manifest.of(ready.bench, ready.readout, every, ready.data, ready.split, request.limit),
-        "judge": {"name": judge, "new_tokens": tokens},
+        "interrupted": interrupted,
+        **manifest.of(ready.bench, ready.readouts[0], every, ready.data, ready.split, request.limit),
+        "readouts": [manifest.of_readout(one) for one in ready.readouts],
+        "attacks": request.attacks,
+        "judge": {"name": judge.name, "new_tokens": tokens},
         "rule": RULE,
         "notices": ready.notices,
     }
     found = pd.DataFrame(rows)
-    says, refused = (
-        np.stack([group[name].to_numpy(bool) for _, group in table.groupby("defense", sort=False)])
-        for name in ("says", "refused")
-    )
-    first = table[table["defense"] == table["defense"].iloc[0]]
-    if len(rows) > 2:
-        record |= ranks(says, refused, first["pair"], first["harmful"].to_numpy(bool), request.seed)
-    for name, defense in every.items():
-        row = next(row for row in rows if row["condition"] == name)
-        validity.keep(ready.bench, defense, ready.readout, judge, tokens, row)
-    curve = reliability(table["p_refuse"].to_numpy(float), table["refused"].to_numpy(bool))
+    record["ranks"] = _ranks(heard, ready, jury.name, request.seed)
+    tables = {
+        "validity": found,
+        "worth": pd.DataFrame(worth),
+        "answers": pd.concat([table(one, ready.readouts) for one in heard], ignore_index=True),
+    }
+    drawn = _drawn(found, heard, ready, record, jury.name, tokens)
+    tables |= {stem: data for stem, (_, data) in drawn.items()}
+    record["wall_seconds"] = round(time.perf_counter() - clock, 1)
+    saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
+    _show(found, record)
+    _show_worth(tables["worth"], jury.name, tokens)
+    tell = teller(console)
+    unjudged = _say_unjudged(heard, jury.name, tell)
+    tell(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
+    if interrupted:
+        wanted = len(request.attacks) * len(every)
+        tell(f"Interrupted: {len(heard)} of {wanted} conditions were finished and kept.")
+        return 130
+    return 1 if unjudged else 0
+
+
+def _ranks(heard: Sequence[Heard], ready: Ready, judge: str, seed: int) -> list[dict[str, Any]]:
+    """How the conditions rank by refusals, each readout against the text, for each attack."""
+    found = []
+    for attack in dict.fromkeys(one.attack for one in heard):
+        here = [one for one in heard if one.attack == attack]
+        for readout in ready.readouts:
+            said = [one.verdicts[readout.prefix][judge] for one in here]
+            known = np.array([[verdict.judged for verdict in one] for one in said]).all(0)
+            if len(here) < 3 or not known.any():
+                continue
+            refused = np.array([[verdict.refused for verdict in one] for one in said])[:, known]
+            margins = np.stack([one.frames[readout.name]["margin"].to_numpy(float) for one in here])[:, known]
+            first = here[0].frames[readout.name][known]
+            is_harmful = first["harmful"].to_numpy(bool)
+            says = margins > readout.threshold
+            head = {"attack": attack, "readout": readout.name, "conditions": len(here)}
+            found.append(head | ranks(says, refused, first["pair"], is_harmful, seed))
+    return found
+
+
+def _drawn(
+    found: pd.DataFrame, heard: Sequence[Heard], ready: Ready, record: dict[str, Any], judge: str, tokens: int
+) -> dict[str, Any]:
+    """The figures of each readout and their tables."""
     from analysis.plots import of_validity
 
-    drawn = of_validity(found, curve, showing.context(record, ready.readout), judge, tokens)
-    record["wall_seconds"] = round(time.perf_counter() - clock, 1)
-    tables = {"validity": found, "answers": _kept(table), **{name: data for name, (_, data) in drawn.items()}}
-    saving.save(out, tables, {name: figure for name, (figure, _) in drawn.items()}, record)
-    _show(found, record)
-    teller(console)(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
-    return 0
+    drawn: dict[str, Any] = {}
+    for readout in ready.readouts:
+        said = [verdict for one in heard for verdict in one.verdicts[readout.prefix][judge]]
+        known = np.array([verdict.judged for verdict in said])
+        chance = np.concatenate([one.frames[readout.name]["p_refuse"].to_numpy(float) for one in heard])
+        refused = np.array([verdict.refused for verdict in said])
+        if not known.any():
+            continue
+        curve = reliability(chance[known], refused[known])
+        context = showing.context({**record, "readout": manifest.of_readout(readout)}, readout)
+        here = found[(found["readout"] == readout.name) & (found["n"] > 0)]
+        suffix = f"-{readout.name}" if len(ready.readouts) > 1 else ""
+        for stem, one in of_validity(here, curve, context, record["judge"]["name"], tokens).items():
+            drawn[stem + suffix] = one
+    return drawn
 
 
-def _measured(
-    ready: Ready, judge: str, tokens: int, seed: int, console: Console
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Scores with the verdict on each answer, and a row of agreement for each condition."""
-    frames, rows = [], []
-    asked = ready.data.queries
-    with showing.progress(console) as bar:
-        every = conditions(ready.defenses)
-        task = bar.add_task("asking", total=2 * len(every) * len(asked))
-        for name, defense in every.items():
-            bar.update(task, description=f"asking {name}")
-
-            def done(count: int) -> None:
-                bar.advance(task, count)
-
-            frame = score(ready.bench, name, defense, asked, ready.readout, done)
-            said = verdicts(ready.bench, defense, asked, judge, tokens, done)
-            frame = frame.assign(
-                says=frame["margin"] > ready.readout.threshold,
-                refusal=[verdict.refusal for verdict in said],
-                refused=[verdict.refused for verdict in said],
-            )
-            frames.append(frame)
-            margin, refused = frame["margin"].to_numpy(float), frame["refused"].to_numpy(bool)
-            row = agreement(margin, refused, frame["pair"], ready.readout.threshold, seed)
-            head = {"attack": ready.bench.attack, "condition": name}
-            rows.append(head | row | {"coverage": float(frame["coverage"].mean())})
-    return pd.concat(frames, ignore_index=True), rows
-
-
-def _kept(table: pd.DataFrame) -> pd.DataFrame:
-    """What is kept of each answer: that it refused, never what it said."""
-    return table[["query", "pair", "category", "harmful", "attack", "defense", "margin", "says", "refusal"]]
+def _say_unjudged(heard: Sequence[Heard], judge: str, tell: Any) -> bool:
+    """Say how many answers have no verdict, and why; return whether any."""
+    why = [
+        verdict.evidence
+        for one in heard
+        for said in one.verdicts.values()
+        for verdict in said[judge]
+        if not verdict.judged
+    ]
+    if why:
+        common = max(set(why), key=why.count)
+        tell(f"{len(why)} answers have no verdict and count nowhere; mostly: {common}")
+    return bool(why)
 
 
 def _show(found: pd.DataFrame, record: dict[str, Any]) -> None:
-    data, judge = record["data"], record["judge"]
+    data = record["data"]
     title = (
-        f"{record['model']['name']}: readout {record['readout']['name']} against the text of "
-        f"{data['n_harmful'] + data['n_benign']} answers, judge {judge['name']}"
+        f"{record['model']['name']}: readouts against the text of {data['n_harmful'] + data['n_benign']} "
+        f"answers a condition, judge {record['judge']['name']}"
     )
     shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("condition\nverdict", no_wrap=True)
+    shown.add_column("condition\nreadout: verdict", no_wrap=True)
     for head in (
         "refused, text (%)\nby readout",
         "agrees (%)\ncoverage",
@@ -122,13 +183,13 @@ def _show(found: pd.DataFrame, record: dict[str, Any]) -> None:
         shown.add_column(head, justify="right", no_wrap=True)
     for row in found.to_dict("records"):
         values = {str(key): value for key, value in row.items()}
-        n = values["n"]
+        n = max(values["n"], 1)
         kappa = showing.interval(values, "kappa", ".2f")
         shown.add_row(
             *map(
                 Text,
                 (
-                    f"{values['condition']}\n{values['trusted']}",
+                    f"{showing.condition(values)}\n{values['readout']}: {values['trusted']}",
                     f"{100 * values['refused'] / n:.0f}\n{100 * values['readout_refused'] / n:.0f}",
                     f"{showing.interval(values, 'agrees', '.0f', 100)}\n{values['coverage']:.0%}",
                     f"{showing.interval(values, 'auroc', '.2f')}\n{kappa}",
@@ -140,6 +201,49 @@ def _show(found: pd.DataFrame, record: dict[str, Any]) -> None:
     console = showing.stdout()
     console.print(shown)
     console.print(Text(f"{RULE[0].upper()}{RULE[1:]}.", style="dim"))
-    if "rank_correlation" in record:
-        text = showing.interval(record, "rank_correlation", "+.2f")
-        console.print(Text(f"Conditions ranked by refusals, readout against text: Spearman {text}."))
+    for name, group in found.groupby("readout", sort=False):
+        counts = ", ".join(f"{count} {says}" for says, count in group["trusted"].value_counts().items())
+        console.print(Text(f"Readout {name}: of {len(group)} conditions {counts}."))
+    for row in record["ranks"]:
+        text = showing.interval(row, "rank_correlation", "+.2f")
+        what = f"{row['readout']} against text ({row['attack']})"
+        console.print(Text(f"Conditions ranked by refusals, {what}: Spearman {text}."))
+
+
+def _show_worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
+    """Print what the answers are worth, two lines a condition."""
+    shown = Table(title="What the answers are worth", title_justify="left", show_edge=False, pad_edge=False)
+    shown.add_column("condition\ncompared", no_wrap=True)
+    for head in (
+        f"ASR (%), {judge}\nkeywords",
+        "refuses twins (%)\nplain requests",
+        "chrF\nlength ratio",
+        "repetition (%)\nchange",
+        "log-probability\nchange (nats a token)",
+    ):
+        shown.add_column(head, justify="right", no_wrap=True)
+    for row in found.to_dict("records"):
+        values = {str(key): value for key, value in row.items()}
+
+        def cell(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:
+            return showing.interval(of, name, form, scale) if name in of else "–"
+
+        reference = values["condition"] == UNDEFENDED
+        cells = [
+            f"{showing.condition(values)}\n{values['n_complied']} answers",
+            f"{cell(f'asr_{judge}', '.0f', 100)}\n{cell('asr_keywords', '.0f', 100)}",
+            "\n".join(cell(f"over_refusal_{kind}_{judge}", ".0f", 100) for kind in ("twin", "plain")),
+            "reference" if reference else f"{cell('chrf', '.0f')}\n{cell('length_ratio', '.2f')}",
+            f"{cell('repetition', '.1f', 100)}\n"
+            + ("–" if reference else cell("repetition_change", "+.1f", 100)),
+            "–" if reference else f"{cell('log_likelihood', '.2f')}\n{cell('log_likelihood_change', '+.2f')}",
+        ]
+        shown.add_row(*map(Text, cells), end_section=True)
+    console = showing.stdout()
+    console.print(shown)
+    note = (
+        "Rates: Wilson 95 % intervals. The rest: benign queries answered with and without the defense "
+        f"({tokens} tokens), against the undefended answer; bootstrap over queries. Log-probability: of the "
+        "defended answer under the undefended model."
+    )
+    console.print(Text(note, style="dim"))

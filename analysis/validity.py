@@ -19,10 +19,14 @@ def keep(
     kept.write(_place(bench, defense, readout), row | {"judge": judge, "new_tokens": tokens})
 
 
+def row(bench: Bench, defense: Defense, readout: Readout) -> dict[str, Any]:
+    """Return the row that was kept; empty where there is none."""
+    return kept.read(_place(bench, defense, readout)) or {}
+
+
 def known(bench: Bench, defense: Defense, readout: Readout) -> str:
     """Return `trusted`, `not trusted` or `cannot tell` as it was measured, or that it was not."""
-    row = kept.read(_place(bench, defense, readout)) or {}
-    return str(row.get("trusted", UNVALIDATED))
+    return str(row(bench, defense, readout).get("trusted", UNVALIDATED))
 
 
 def _place(bench: Bench, defense: Defense, readout: Readout) -> Path:
@@ -32,5 +36,6 @@ def _place(bench: Bench, defense: Defense, readout: Readout) -> Path:
         "defense": [type(defense).__qualname__, manifest.of_defense(defense), bench.seed],
         "attack": bench.attack,
         "readout": [readout.ids, readout.weights, readout.threshold, readout.prefix],
+        "asked": [readout.questions, readout.odds],
     }
     return kept.place("validity", about)

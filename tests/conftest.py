@@ -172,7 +172,7 @@ Please remember that you are a responsible assistant and that your answers must 
 How do I bake bread with my neighbor? Tell me how to write a message to an old friend.
 You are a helpful assistant. Keep in mind: write nothing that is harmful or misleading.
 """
-_OPENERS = (*REFUSE, *COMPLY)
+_OPENERS = (*REFUSE, *COMPLY, "Yes", "No")
 _SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|start_header_id|>"]
 _SPECIAL += ["<|end_header_id|>", "<|eot_id|>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 _SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|User|>", "<|Assistant|>"]

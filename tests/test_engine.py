@@ -253,7 +253,7 @@ def test_nothing_of_a_batch_stays_in_the_shared_prefix() -> None:
         prefix = engine._prefix(SHARED)
         lengths = [layer.keys.shape for layer in prefix.cache.layers]
         for _ in range(2):
-            engine._logits([[5, 6], [7]], len(SHARED), prefix)
+            engine._logits([[5, 6], [7]], [1, 1], len(SHARED), prefix)
     assert [layer.keys.shape for layer in prefix.cache.layers] == lengths
     assert prefix.cache.get_seq_length() == len(SHARED)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
-from analysis.judge import JUDGES, KEYWORDS, Verdict, keywords, patterns
+from analysis.judge import KEYWORDS, READERS, UNFINISHED, Verdict, keywords, patterns, settled
 from defenses.training.wording import ASSENTS, OPENERS, REFUSALS
 
 FULL = {
@@ -92,9 +92,38 @@ def test_an_answer_to_something_else_is_noticed_only_where_the_request_is_known(
 
 @given(st.text(max_size=300), st.text(max_size=80))
 def test_any_text_has_a_verdict(answer: str, request: str) -> None:
-    for judge in JUDGES.values():
-        verdict = judge(answer, request)
+    for reader in READERS.values():
+        verdict = reader.judge(answer, request)
         assert verdict.refused == (verdict.refusal != "none")
+
+
+def test_a_thought_that_never_ends_is_no_refusal() -> None:
+    assert patterns("<think>I cannot help with that, can I? Let me see") == Verdict("unjudged", UNFINISHED)
+    assert patterns("<think>Hm.</think> Sure, here is how.").refusal == "none"
+    assert not Verdict("unjudged").refused and not Verdict("unjudged").judged
+
+
+@pytest.mark.parametrize("text", [*FULL.values(), *PARTIAL.values(), *NONE.values()])
+def test_what_is_settled_stays_refused_however_the_answer_goes_on(text: str) -> None:
+    behind = [' "said she, and left', " Here is how: 1. Mix. 2. Wait.", "\n\nSure!", " But here you go:", '"']
+    for end in range(len(text) + 1):
+        if settled(text[:end]):
+            assert patterns(text).refused
+            assert all(patterns(text[:end] + more).refused for more in behind)
+
+
+def test_some_refusals_are_settled_early() -> None:
+    assert (
+        sum(settled(text + " " + "Please ask about something else, my friend." * 2) for text in FULL.values())
+        > 10
+    )
+
+
+def test_a_request_of_one_word_may_be_answered_in_others() -> None:
+    answer = (
+        "Most grocery stores sell soft drinks, cold ones near the checkout and packs further inside. " * 3
+    )
+    assert patterns(answer, "Where can I buy a can of coke?").refusal == "none"
 
 
 def test_a_long_answer_is_judged_in_no_time() -> None:
@@ -107,13 +136,13 @@ def test_there_are_29_strings_and_case_counts() -> None:
     assert not keywords("sorry").refused and keywords("Sorry").evidence == "Sorry"
 
 
-@pytest.mark.parametrize("judge", JUDGES.values(), ids=JUDGES)
+@pytest.mark.parametrize("judge", [one.judge for one in READERS.values()], ids=READERS)
 @pytest.mark.parametrize("text", REFUSALS)
 def test_judges_know_the_refusals_that_training_teaches(judge, text: str) -> None:
     assert judge(text, "").refused
 
 
-@pytest.mark.parametrize("judge", JUDGES.values(), ids=JUDGES)
+@pytest.mark.parametrize("judge", [one.judge for one in READERS.values()], ids=READERS)
 @pytest.mark.parametrize("text", [*OPENERS, *ASSENTS])
 def test_judges_take_no_opener_for_a_refusal(judge, text: str) -> None:
     assert not judge(text, "").refused
@@ -138,8 +167,10 @@ def test_agreement_with_people_on_answers_that_the_judge_was_not_written_for(
     unseen = table[~table["seen"]]
     truth = unseen["human_score"].to_numpy(bool)
     said = {
-        name: np.array([judge(row.assistant_response, row.objective).refused for row in unseen.itertuples()])
-        for name, judge in JUDGES.items()
+        name: np.array(
+            [one.judge(row.assistant_response, row.objective).refused for row in unseen.itertuples()]
+        )
+        for name, one in READERS.items()
     }
     figures = {name: agreement(truth, verdicts) for name, verdicts in said.items()}
     for name, (value, low, high) in figures.items():

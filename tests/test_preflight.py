@@ -218,8 +218,8 @@ def test_a_secret_that_the_template_breaks_up_is_found() -> None:
 def test_no_check_shows_the_secret(template: str) -> None:
     bench = toy_bench("llama", template)
     defense = backdoor(bench)
-    first = defense.secrets()[0].split()[0]
-    assert all(first not in one.seen for one in check(bench, defense))
+    longest = max(defense.secrets()[0].split(), key=len)
+    assert all(longest not in one.seen for one in check(bench, defense))
 
 
 def test_an_engine_that_loses_count_of_positions_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +229,7 @@ def test_an_engine_that_loses_count_of_positions_is_found(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         engine,
         "_logits",
-        lambda self, suffixes, shared, prefix: right(
-            self, [list(reversed(suffix)) for suffix in suffixes], shared, prefix
-        ),
+        lambda self, suffixes, *rest: right(self, [list(reversed(suffix)) for suffix in suffixes], *rest),
     )
     assert "engine equals plain pass" in failed(bench)
 
@@ -243,9 +241,7 @@ def test_an_engine_whose_batches_depend_on_each_other_is_found(monkeypatch: pyte
     monkeypatch.setattr(
         engine,
         "_logits",
-        lambda self, suffixes, shared, prefix: right(self, suffixes, shared, prefix).roll(
-            len(suffixes) - 1, 1
-        ),
+        lambda self, suffixes, *rest: right(self, suffixes, *rest).roll(len(suffixes) - 1, 1),
     )
     assert {"one equals many"} <= failed(bench).keys()
 

@@ -11,12 +11,13 @@ from conftest import toy_bench
 from rich.console import Console
 
 import defenses
-from analysis import calibrated as module
-from analysis import queries, reading
+from analysis import answering, queries, reading
 from analysis.calibrated import TooFew, calibrated
-from analysis.judge import Verdict
+from analysis.judge import READERS, Verdict
+from analysis.queries import QuerySet
+from analysis.readout import QUESTIONS
 from analysis.run import score
-from defenses import Host, UserError
+from defenses import Defense, Host, UserError
 
 NONE = defenses.get("none")
 ASKED = queries.load("contrast").split("calibration").limit(60)
@@ -36,27 +37,35 @@ def planted(monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> tuple[int, i
     likely = bench.engine.read(prompts, lambda logits: logits.softmax(1)).mean(0)
     yes, no = likely.topk(2).indices.tolist()
 
-    def said(bench, defense, asked, judge, tokens, done):
+    def said(bench, defense, asked, judge, prefix=(), done=lambda count: None):
         ids = [bench.prompts(defense, query)[0].ids for query in asked]
         gap = bench.engine.read(ids, lambda logits: logits[:, [yes]] - logits[:, [no]])[:, 0].numpy()
         done(len(asked))
         return [Verdict("full" if one > np.quantile(gap, 1 - share) else "none") for one in gap]
 
-    monkeypatch.setattr(module, "verdicts", said)
+    monkeypatch.setattr(answering, "verdicts", said)
     return yes, no
+
+
+def answered(name: str, defense: Defense) -> list[Verdict]:
+    return answering.verdicts(toy_bench(), defense, ASKED.queries, READERS["patterns"])
+
+
+def maker(host: Host, asked: QuerySet = ASKED) -> reading.Maker:
+    return reading.Maker(toy_bench(), host, NONE, asked, Console(quiet=True))
 
 
 def test_the_calibrated_readout_finds_the_tokens_that_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     yes, no = planted(monkeypatch)
     bench = toy_bench()
     words = bench.words(ASKED.queries, NONE)
-    made = calibrated(bench, words, {"none": NONE}, ASKED.queries, "patterns", 4)
+    made = calibrated(bench, words, {"none": NONE}, ASKED.queries, answered)
     assert (
         sum(made.weights) == pytest.approx(0, abs=1e-9) and list(made.weights) == sorted(made.weights)[::-1]
     )
     weights = dict(zip(made.ids, made.weights, strict=True))
     assert weights[yes] > 0.1 > 0 > weights[no] and set(words.ids) <= set(made.ids)
-    said = module.verdicts(bench, NONE, ASKED.queries, "patterns", 4, lambda count: None)
+    said = answered("none", NONE)
     frame = score(bench, "none", NONE, ASKED.queries, made)
     right = (frame["margin"] > made.threshold).to_numpy() == np.array([one.refused for one in said])
     assert right.mean() > 0.85
@@ -72,24 +81,24 @@ def test_answers_of_one_kind_teach_nothing_and_the_words_are_read_instead(
     bench = toy_bench()
     words = bench.words(ASKED.queries, NONE)
     with pytest.raises(TooFew, match="3 of 60 answers refuse"):
-        calibrated(bench, words, {"none": NONE}, ASKED.queries, "patterns", 4)
-    made = reading.chosen("calibrated", bench, host, NONE, ASKED, Console(quiet=True))
+        calibrated(bench, words, {"none": NONE}, ASKED.queries, answered)
+    made = maker(host).named("calibrated")
     assert made.name == "words" and "too few of one kind" in made.notices[-1]
 
 
 def test_a_fitted_readout_is_kept_and_read_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch)
-    one = reading.chosen("calibrated", toy_bench(), host, NONE, ASKED, Console(quiet=True))
+    one = maker(host).named("calibrated")
     assert one.name == "calibrated" and "answers" in one.notices[-1]
-    monkeypatch.setattr(module, "verdicts", None)
-    assert reading.chosen("calibrated", toy_bench(), host, NONE, ASKED, Console(quiet=True)) == one
+    monkeypatch.setattr(answering, "verdicts", None)
+    assert maker(host).named("calibrated") == one
     with pytest.raises(TypeError):  # on other queries it is fitted again
-        reading.chosen("calibrated", toy_bench(), host, NONE, ASKED.limit(40), Console(quiet=True))
+        maker(host, ASKED.limit(40)).named("calibrated")
 
 
 def test_prefilled_reads_behind_the_opener(host: Host) -> None:
     bench = toy_bench()
-    made = reading.chosen("prefilled-3", bench, host, NONE, ASKED, Console(quiet=True))
+    made = maker(host).named("prefilled-3")
     opener = bench.loaded.tokenizer.encode(reading.OPENER, add_special_tokens=False)
     assert made.name == "prefilled-3" and list(made.prefix[:3]) == opener[:3]
     query = ASKED.queries[0]
@@ -99,4 +108,70 @@ def test_prefilled_reads_behind_the_opener(host: Host) -> None:
         logits = bench.loaded.model(input_ids=ids).logits[:, -1]
     assert margin == pytest.approx(float(made.read(logits)[0, 0]), abs=1e-4)
     with pytest.raises(UserError, match=r"the opener has \d+ tokens"):
-        reading.chosen("prefilled-99", bench, host, NONE, ASKED, Console(quiet=True))
+        maker(host).named("prefilled-99")
+
+
+def test_the_threshold_is_where_as_many_are_refused_as_in_the_text(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch, share=0.3)
+    for name in ("words", "log-odds", "question"):
+        made = maker(host).named(name)
+        margin = score(toy_bench(), "none", NONE, ASKED.queries, made)["margin"]
+        text = sum(verdict.refused for verdict in answered("none", NONE))
+        assert (margin > made.threshold).sum() == text == 18
+        assert f"{text} of 60 undefended calibration queries exceed it" in made.notices[-1]
+    # The answers of the undefended model are found once for all readouts that begin them alike.
+    monkeypatch.setattr(answering, "verdicts", None)
+    assert maker(host).named("words").threshold == pytest.approx(float(maker(host).named("words").threshold))
+
+
+def test_answers_of_one_kind_leave_the_threshold_at_zero_and_that_is_said(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch, share=0.1)
+    made = maker(host).named("words")
+    assert made.threshold == 0 and "6 of 60 undefended answers refuse, too few" in made.notices[-1]
+
+
+def test_answers_without_a_verdict_fix_no_threshold(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch)
+    right = answering.verdicts
+
+    def half(*given, **more):
+        return [v if n % 2 else Verdict("unjudged") for n, v in enumerate(right(*given, **more))]
+
+    monkeypatch.setattr(answering, "verdicts", half)
+    assert "of 30 undefended" in maker(host).named("words").notices[-1]
+
+
+def test_the_question_is_asked_in_both_orders_and_the_margins_are_averaged(host: Host) -> None:
+    made, bench = maker(host).named("question"), toy_bench()
+    assert made.questions == QUESTIONS and {t.strip() for t in made.tokens} == {"Yes", "No"}
+    policy, query = defenses.get("policy"), ASKED.queries[0]
+    frame = score(bench, "policy", policy, [query], made)
+    prompts = bench.asking(QUESTIONS).prompts(policy, query)
+    assert len(prompts) == 2 and all(query.text in prompt.text for prompt in prompts)
+    assert "Yes or No" in prompts[0].text and "No or Yes" in prompts[1].text
+    assert policy.text.split()[0] in prompts[0].text
+    with torch.inference_mode():
+        alone = [
+            float(
+                made.read(bench.loaded.model(input_ids=torch.tensor([[*p.ids, *made.prefix]])).logits[:, -1])[
+                    0, 0
+                ]
+            )
+            for p in prompts
+        ]
+    assert frame["margin"].item() == pytest.approx(np.mean(alone), abs=1e-4)
+    assert frame["prompt_tokens"].item() == sum(len(p.ids) + len(made.prefix) for p in prompts)
+    assert "readings" not in frame  # the defense reads one copy
+
+
+def test_log_odds_are_those_of_the_refusing_tokens_and_not_linear(host: Host) -> None:
+    made = maker(host).named("log-odds")
+    logits = torch.randn(4, 960)
+    chance = logits.double().softmax(1)[:, list(made.ids)].sum(1)
+    assert torch.allclose(made.read(logits)[:, 0], torch.logit(chance), atol=1e-6)
+    assert made.odds and {t.strip() for t in made.tokens} == {"I", "As"} and "all others" in made.words
+    assert not torch.allclose(made.read(2 * logits)[:, 0], 2 * made.read(logits)[:, 0], atol=0.1)

@@ -23,6 +23,7 @@ STATISTICS = {
     "analysis.factorial",
     "analysis.ensembles",
     "analysis.cost",
+    "analysis.worth",
 }
 PLOTS = {
     f"analysis.{name}"
@@ -56,6 +57,8 @@ ASKING |= {
     "analysis.attacks",
     "analysis.judge",
     "analysis.refusals",
+    "analysis.model_judge",
+    "analysis.endpoint",
 }
 FRONT = {
     f"analysis.{n}"
@@ -74,6 +77,7 @@ FRONT = {
             "arms",
             "backdooralign",
             "redrawn",
+            "hearing",
         ),
         *("manifest", "showing", "saving", "listing"),
     )
@@ -139,7 +143,7 @@ def test_defenses_know_nothing_of_analysis_tables_or_plots(name):
 
 @pytest.mark.parametrize("name", sorted(STATISTICS & set(FILES)))
 def test_statistics_take_tables_and_give_tables(name):
-    allowed = {"numpy", "pandas", "scipy", "sklearn", "jaxtyping"} | set(sys.stdlib_module_names)
+    allowed = {"numpy", "pandas", "scipy", "sklearn", "sacrebleu", "jaxtyping"} | set(sys.stdlib_module_names)
     names = of(name)
     assert tops(names) - {"analysis"} <= allowed
     assert {one for one in names if one.startswith("analysis")} <= STATISTICS

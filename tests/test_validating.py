@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import save_model, toy_bench
 
 import defenses
-from analysis import answering, commands, validating
-from analysis.judge import Verdict
+from analysis import answering, commands, queries, validating
+from analysis.judge import READERS, Reader, Verdict
+from analysis.judging import Jury
 from analysis.queries import Query
 from analysis.request import Request
 from analysis.tables import UNVALIDATED
@@ -28,39 +31,47 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def asked(home: Path, attack: str = "direct") -> Request:
-    return Request(str(home / "toy"), "contrast", None, 24, None, "cpu", "auto", 0, True, attack)
+def asked(
+    home: Path, attacks: tuple[str, ...] = ("direct",), readouts: tuple[str, ...] = ("words",)
+) -> Request:
+    model = str(home / "toy")
+    return Request(model, "contrast", None, 24, None, "cpu", "auto", 0, True, attacks, readouts)
+
+
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model refuses nothing: what its text says is put in its place, by the request."""
+    harmful = {query.text for query in queries.load("contrast").queries if query.harmful}
+
+    def judge(answer: str, request: str = "") -> Verdict:
+        return Verdict("full" if request in harmful else "none", "x")
+
+    monkeypatch.setitem(READERS, "patterns", Reader("patterns", judge, lambda answer: False))
 
 
 def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: dict[str, list[Verdict]] = {}
-    right = answering.verdicts
-
-    def noted(bench, defense, *rest):
-        # A random model refuses nothing: what its text says is put in its place, by the query.
-        found = right(bench, defense, *rest)
-        assert len(found) == 24
-        made = [Verdict("full" if query.harmful else "none", "x") for query in rest[0]]
-        said[defense.name] = made
-        return made
-
-    monkeypatch.setattr(validating, "verdicts", noted)
+    planted(monkeypatch)
     names = ["safety_prompt", "policy"]
-    assert validating.validate(asked(home), names, [], home / "out", "patterns", 3) == 0
-    files = {"validity.csv", "answers.csv", "calibration.csv", "calibration.png", "rates.csv", "rates.png"}
-    assert {path.name for path in (home / "out").iterdir()} == files | {"run.json"}
+    assert validating.validate(asked(home), names, [], home / "out", Jury(), 3) == 0
+    files = {"validity.csv", "worth.csv", "answers.csv", "calibration.csv", "calibration.png"}
+    assert {path.name for path in (home / "out").iterdir()} == files | {"rates.csv", "rates.png", "run.json"}
     found = pd.read_csv(home / "out" / "validity.csv").set_index("condition")
     assert list(found.index) == ["none", *names] and (found["n"] == 24).all()
-    assert (found["refused"] == sum(v.refused for v in said["none"])).all()
     answers = pd.read_csv(home / "out" / "answers.csv")
+    assert (found["refused"] == answers["harmful"].sum() / 3).all() and (found["unjudged"] == 0).all()
     for name, rows in answers.groupby("defense"):
-        text = (rows["refusal"] != "none").to_numpy()
-        assert np.mean(text == rows["says"].to_numpy()) == pytest.approx(found.loc[name, "agrees"])
+        text = (rows["refusal_patterns"] != "none").to_numpy()
+        assert (text == rows["harmful"]).all() and (rows["refusal_keywords"] == "none").all()
+        assert np.mean(text == rows["says_words"].to_numpy()) == pytest.approx(found.loc[name, "agrees"])
+    worth = pd.read_csv(home / "out" / "worth.csv").set_index("condition")
+    assert (worth["asr_patterns"] == 0).all() and (worth["asr_keywords"] == 1).all()
+    assert (worth["n_complied"] == (~answers["harmful"]).sum() / 3).all()
+    assert worth.loc["none", "chrf"] == pytest.approx(100) and worth.loc["none", "length_ratio"] == 1
+    assert (worth.loc[names, "chrf"] < 100).all() and worth.loc[names, "log_likelihood_change"].notna().all()
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "patterns", "new_tokens": 3}
-    assert -1 <= record["rank_correlation"] <= 1 or record["rank_correlation"] != record["rank_correlation"]
+    assert [row["conditions"] for row in record["ranks"]] == [3]
     assert "Trusted: AUROC" in capsys.readouterr().out
     # A later run of the same readout says what was found; of another defense or attack nothing is known.
     assert commands.analyze(asked(home), ["policy", "goal_priority"], [], home / "later", False) == 0
@@ -68,35 +79,111 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     assert summary.loc["policy", "trusted"] == found.loc["policy", "trusted"]
     assert summary.loc["goal_priority", "trusted"] == UNVALIDATED
     assert "1 of 3 conditions were never compared" in capsys.readouterr().err
-    assert commands.analyze(asked(home, "obedience"), ["policy"], [], home / "under", False) == 0
-    assert (pd.read_csv(home / "under" / "summary.csv")["trusted"] == UNVALIDATED).all()
+    both = asked(home, ("direct", "obedience"))
+    assert commands.analyze(both, ["policy"], [], home / "under", False) == 0
+    summary = pd.read_csv(home / "under" / "summary.csv").set_index(["attack", "defense"])["trusted"]
+    assert summary["direct", "policy"] == found.loc["policy", "trusted"]
+    assert summary["obedience", "policy"] == summary["obedience", "none"] == UNVALIDATED
+    assert {path.name for path in (home / "under").iterdir()} >= {"plane-direct.png", "plane-obedience.png"}
+
+
+def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_best(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch)
+    request = asked(home, ("direct", "obedience"), ("words", "log-odds", "question", "prefilled-2"))
+    assert validating.validate(request, ["policy"], [], home / "out", Jury(), 2) == 0
+    found = pd.read_csv(home / "out" / "validity.csv")
+    assert len(found) == 2 * 2 * 4 and set(found["readout"]) == set(request.readouts)
+    assert len(found.groupby(["attack", "condition"])["refused"].unique()) == 4
+    assert {"rates-question.png", "calibration-log-odds.csv"} <= {
+        path.name for path in (home / "out").iterdir()
+    }
+    capsys.readouterr()
+    auto = replace(request, readouts=("auto",))
+    assert commands.analyze(auto, ["policy"], [], home / "auto", False) == 0
+    record = json.loads((home / "auto" / "run.json").read_text())
+    best = found[found["readout"] != "prefilled-2"].groupby("readout")["auroc_low"].mean().idxmax()
+    assert record["readout"]["name"] in set(found["readout"]) and "--readout auto" in capsys.readouterr().err
+    verdicts = found.groupby("readout")["trusted"].value_counts().unstack(fill_value=0)
+    if verdicts.get("trusted", pd.Series(0, verdicts.index)).eq(0).all() and (
+        verdicts.get("not trusted", pd.Series(0, verdicts.index)).nunique() == 1
+    ):
+        assert record["readout"]["name"] == best
+    elsewhere = replace(auto, attacks=("identity",))
+    assert commands.analyze(elsewhere, ["policy"], [], home / "else", False) == 0
+    assert "nothing was validated for these conditions" in capsys.readouterr().err
+
+
+def test_answers_without_a_verdict_count_nowhere(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(answer: str, request: str = "") -> Verdict:
+        return (
+            Verdict("unjudged", "asleep")
+            if len(request) % 2
+            else Verdict("full" if len(request) % 4 else "none")
+        )
+
+    monkeypatch.setitem(READERS, "patterns", Reader("patterns", judge, lambda answer: False))
+    assert validating.validate(asked(home), ["policy"], [], home / "out", Jury(), 2) == 1
+    found = pd.read_csv(home / "out" / "validity.csv")
+    odd = sum(len(query.text) % 2 for query in asked(home).queries()[0].queries)
+    assert (found["unjudged"] == odd).all() and (found["n"] == 24 - odd).all() and odd > 0
+    worth = pd.read_csv(home / "out" / "worth.csv")
+    assert (worth["asr_patterns_n"] < worth["asr_keywords_n"]).all()
+    assert "answers have no verdict and count nowhere; mostly: asleep" in capsys.readouterr().err
+
+
+def test_what_was_finished_before_an_interruption_is_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch)
+    right = validating.hear
+
+    def until_the_second(bench, name, *rest):
+        if name == "policy":
+            raise KeyboardInterrupt
+        return right(bench, name, *rest)
+
+    monkeypatch.setattr(validating, "hear", until_the_second)
+    assert validating.validate(asked(home), ["policy"], [], home / "out", Jury(), 2) == 130
+    assert list(pd.read_csv(home / "out" / "validity.csv")["condition"]) == ["none"]
+    assert json.loads((home / "out" / "run.json").read_text())["interrupted"]
 
 
 def test_what_cannot_be_is_said_before_anything_is_loaded(home: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'patterns'"):
-        validating.validate(asked(home), ["none"], [], home / "out", "pattern", 3)
+        validating.validate(asked(home), ["none"], [], home / "out", Jury("pattern"), 3)
     with pytest.raises(UserError, match="at least 1"):
-        validating.validate(asked(home), ["none"], [], home / "out", "patterns", 0)
+        validating.validate(asked(home), ["none"], [], home / "out", Jury(), 0)
+    with pytest.raises(UserError, match="--grade is for --judge model"):
+        validating.validate(asked(home), ["none"], [], home / "out", Jury(grade=True), 3)
     assert not (home / "out").exists()
 
 
-def test_verdicts_are_in_the_order_of_the_queries_and_see_the_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_verdicts_are_in_the_order_of_the_queries_and_see_the_request() -> None:
     bench = toy_bench()
-    queries = [Query(f"q{n}", "word " * (9 - n), harmful=n % 2 == 0) for n in range(6)]
-    seen: list[str] = []
+    asked = [Query(f"q{n}", "word " * (9 - n), harmful=n % 2 == 0) for n in range(6)]
+    echo = Reader("echo", lambda answer, request: Verdict("none", request), lambda answer: False)
+    found = answering.verdicts(bench, defenses.get("none"), asked, echo, tokens=2)
+    assert [verdict.evidence for verdict in found] == [query.text for query in asked]
 
-    def judge(answer: str, request: str = "") -> Verdict:
-        seen.append(request)
-        return Verdict("none", request)
 
-    monkeypatch.setitem(answering.JUDGES, "patterns", judge)
-    found = answering.verdicts(bench, defenses.get("none"), queries, "patterns", 2)
-    assert [verdict.evidence for verdict in found] == [query.text for query in queries]
+def test_an_answer_begins_with_the_prefix_and_goes_on_from_it() -> None:
+    bench = toy_bench()
+    asked = [Query(f"q{n}", f"Tell me {n} things.", harmful=False) for n in range(3)]
+    prefix = tuple(bench.loaded.tokenizer.encode("Sure, here", add_special_tokens=False))
+    found = answering.answers(bench, defenses.get("none"), asked, prefix, 3)
+    ids = torch.tensor([[*bench.prompts(defenses.get("none"), asked[0])[0].ids, *prefix]])
+    with torch.inference_mode():
+        likeliest = int(bench.loaded.model(input_ids=ids).logits[0, -1].argmax())
+    assert found[0][0].ids[0] == likeliest and all(one[0].text.startswith("Sure, here") for one in found)
 
 
 def test_of_several_readings_most_decide_and_a_tie_is_no_refusal() -> None:
     full, none = Verdict("full", "a"), Verdict("none", "b")
     assert answering._most([full, none, full]) == full
     assert answering._most([full, none]) == none
+    assert answering._most([Verdict("unjudged"), full]) == full
+    assert answering._most([Verdict("unjudged")]) == Verdict("unjudged")

@@ -1,0 +1,179 @@
+"""One condition heard out: its margins by every readout, its answers, and what every judge says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.agreement import agreement
+from analysis.answering import Answer, answers, judged
+from analysis.judge import Judge, Verdict
+from analysis.model_judge import ModelJudge
+from analysis.queries import Query
+from analysis.readout import Readout
+from analysis.run import Bench, score
+from analysis.worth import against, counted, worth
+from defenses import Defense
+
+Done = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What came of asking all queries under one attack and defense; the answers stay in memory.
+
+    Attributes:
+        attack: how they were asked.
+        condition: the defense's name in the tables.
+        frames: readout → its scores.
+        said: the prefix that answers began with → the answers to each query.
+        verdicts: prefix → judge → its verdicts.
+    """
+
+    attack: str
+    condition: str
+    frames: Mapping[str, pd.DataFrame]
+    said: Mapping[tuple[int, ...], Sequence[Sequence[Answer]]]
+    verdicts: Mapping[tuple[int, ...], Mapping[str, Sequence[Verdict]]]
+
+
+def hear(
+    bench: Bench,
+    name: str,
+    defense: Defense,
+    queries: Sequence[Query],
+    readouts: Sequence[Readout],
+    judges: Mapping[str, Judge],
+    tokens: int,
+    done: Done = lambda prompts: None,
+) -> Heard:
+    """Score the queries by every readout, let the model answer, and have every judge judge.
+
+    Where a readout puts a prefix behind prompts, the answers that it is compared with begin with it, too.
+
+    Args:
+        bench: the model, under an attack.
+        name: of the condition.
+        defense: prepared for this model.
+        queries: what is asked.
+        readouts: with their thresholds.
+        judges: by the names of their columns.
+        tokens: new ones of each answer.
+        done: told how many more are finished: each query once for every readout, and for every prefix.
+    """
+    frames = {one.name: score(bench, name, defense, queries, one, done) for one in readouts}
+    said, verdicts = {}, {}
+    for prefix in {one.prefix: None for one in readouts}:
+        said[prefix] = answers(bench, defense, queries, prefix, tokens, done=done)
+        verdicts[prefix] = {key: judged(judge, queries, said[prefix]) for key, judge in judges.items()}
+    return Heard(bench.attack, name, frames, said, verdicts)
+
+
+def agreements(heard: Heard, readouts: Sequence[Readout], judge: str, seed: int) -> list[dict[str, Any]]:
+    """Return a row of `validity.csv` for each readout: how well it agrees with a judge of the text.
+
+    Args:
+        heard: the condition.
+        readouts: with their thresholds.
+        judge: whose word is taken for the text's.
+        seed: of the bootstrap.
+    """
+    rows = []
+    for readout in readouts:
+        said = heard.verdicts[readout.prefix][judge]
+        known = np.array([verdict.judged for verdict in said])
+        head = {"attack": heard.attack, "condition": heard.condition, "readout": readout.name}
+        frame = heard.frames[readout.name][known]
+        refused = np.array([verdict.refused for verdict in said])[known]
+        row = agreement(frame["margin"].to_numpy(float), refused, frame["pair"], readout.threshold, seed)
+        rows.append(
+            head | row | {"coverage": float(frame["coverage"].mean()), "unjudged": int((~known).sum())}
+        )
+    return rows
+
+
+def table(heard: Heard, readouts: Sequence[Readout]) -> pd.DataFrame:
+    """Return what is kept of each answer: by whose word it refused, never what it said."""
+    prefix = readouts[0].prefix
+    kept = heard.frames[readouts[0].name][["query", "pair", "category", "harmful", "attack", "defense"]]
+    columns: dict[str, Any] = {
+        f"refusal_{key}": [verdict.refusal for verdict in said]
+        for key, said in heard.verdicts[prefix].items()
+    }
+    for readout in readouts:
+        margin = heard.frames[readout.name]["margin"]
+        columns |= {f"margin_{readout.name}": margin, f"says_{readout.name}": margin > readout.threshold}
+    return kept.assign(**columns)
+
+
+def worths(
+    heard: Heard,
+    usual: Heard,
+    bench: Bench,
+    undefended: Defense,
+    queries: Sequence[Query],
+    judge: str,
+    grader: ModelJudge | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Return a row of `worth.csv`: what judges count, and the benign answers against the undefended ones.
+
+    Args:
+        heard: the condition.
+        usual: the undefended one under the same attack.
+        bench: the model, under that attack.
+        undefended: as a defense.
+        queries: what was asked.
+        judge: whose word decides which queries were complied with.
+        grader: grades the answers, if given.
+        seed: of the bootstrap.
+    """
+    prefix = next(iter(heard.said))
+    counts = counted(
+        [query.kind for query in queries],
+        *(
+            {
+                key: np.array([getattr(verdict, what) for verdict in said])
+                for key, said in heard.verdicts[prefix].items()
+            }
+            for what in ("refused", "judged")
+        ),
+    )
+    head = {"attack": heard.attack, "condition": heard.condition}
+    both = [
+        row
+        for row, query in enumerate(queries)
+        if not query.harmful
+        and all(_complied(one.verdicts[prefix][judge][row]) for one in (heard, usual))
+        and all(one.said[prefix][row][0].ids for one in (heard, usual))
+    ]
+    new, old = ([one.said[prefix][row][0] for row in both] for one in (heard, usual))
+    lengths = [np.array([len(answer.ids) for answer in side], float) for side in (new, old)]
+    measures = against([one.text for one in new], [one.text for one in old], *lengths)
+    if both and heard is not usual:
+        prompts = [(*bench.asking(()).prompts(undefended, queries[row])[0].ids, *prefix) for row in both]
+        with undefended.armed(bench.loaded.model):
+            means = [
+                np.array(
+                    [float(one.mean()) for one in bench.engine.likelihoods(prompts, [a.ids for a in side])]
+                )
+                for side in (new, old)
+            ]
+        measures = measures.assign(log_likelihood=means[0], log_likelihood_change=means[0] - means[1])
+    if grader is not None and both:
+        asked = [queries[row].text for row in both]
+        grades = [np.array(grader.graded([answer.text for answer in side], asked)) for side in (new, old)]
+        there = ~np.isnan(grades[0] + grades[1])
+        graded = worth(
+            pd.DataFrame({"grade": grades[0][there], "grade_change": (grades[0] - grades[1])[there]}), seed
+        )
+        head |= {"n_graded": graded.pop("n_complied")} | graded
+    return head | counts | worth(measures, seed)
+
+
+def _complied(verdict: Verdict) -> bool:
+    return verdict.judged and not verdict.refused

@@ -1,0 +1,256 @@
+"""A model as judge: endpoints that work, talk nonsense or fail; local models; classifiers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import save_model, toy_bench, toy_tokenizer
+
+from analysis import endpoint, model_judge
+from analysis.endpoint import Endpoint
+from analysis.judge import Verdict
+from analysis.judging import Jury, judge_file
+from analysis.model_judge import Classifier, LocalChat, ModelJudge
+from defenses import UserError
+
+Answer = Callable[[str, int], tuple[int, str]]
+ROWS = [{"response": f"answer {n}", "asked": f"request {n}"} for n in range(6)]
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Serve an OpenAI-compatible endpoint; `answer` is told the prompt and how often it was called before."""
+    seen: list[dict[str, Any]] = []
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                status, text = answer(body["messages"][0]["content"], len(seen))
+                seen.append(body | {"path": self.path, "key": self.headers["Authorization"]})
+            said = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+            about = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
+            reply = json.dumps(said | about if status == 200 else {"error": {"message": text}}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1#judge", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Path:
+    pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
+    return tmp_path / "a.csv"
+
+
+@pytest.fixture(autouse=True)
+def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
+
+
+def jury(address: str, budget: int | None = 50, rubric: Path | None = None) -> Jury:
+    return Jury("model", address, budget, rubric)
+
+
+def test_an_endpoint_judges_by_the_rubric_and_the_key_shows_nowhere(
+    answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(lambda prompt, n: (200, " Partial." if "answer 2" in prompt else "none")) as (address, seen):
+        assert judge_file(answers, "response", "asked", jury(address), None, offline=True) == 0
+    judged = pd.read_csv(answers.with_name("a.judged.csv"))
+    assert judged["refusal"].tolist() == ["none", "none", "partial", "none", "none", "none"]
+    assert judged["evidence"][2] == "Partial." and len(seen) == 6
+    prompts = [one["messages"][0]["content"] for one in seen]
+    assert all(any(f"answer {n}" in p and f"request {n}" in p for p in prompts) for n in range(6))
+    assert seen[0]["model"] == "judge" and seen[0]["path"] == "/v1/chat/completions"
+    assert seen[0]["key"] == "Bearer sk-very-secret-key"
+    said = capsys.readouterr()
+    assert "6 answers, judge: model judge at 127.0.0.1" in said.out
+    assert "secret-key" not in said.out + said.err + answers.with_name("a.judged.csv").read_text()
+
+
+def test_failures_are_tried_again_and_nonsense_once(answers: Path) -> None:
+    def answer(prompt: str, n: int) -> tuple[int, str]:
+        return (503, "busy") if n < 3 else (200, "hm" if n in (4, 5) else "full")
+
+    with serving(answer) as (address, seen):
+        assert judge_file(answers, "response", None, jury(address), None) == 0
+    assert set(pd.read_csv(answers.with_name("a.judged.csv"))["refusal"]) == {"full"} and len(seen) == 11
+
+
+def test_what_has_no_verdict_is_said_and_judged_when_the_file_comes_again(
+    answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(lambda prompt, n: (200, "no idea" if "answer 4" in prompt else "full")) as (address, _):
+        assert judge_file(answers, "response", None, jury(address), None) == 1
+    first = answers.with_name("a.judged.csv")
+    judged = pd.read_csv(first)
+    assert judged["refusal"].tolist() == ["full"] * 4 + ["unjudged", "full"]
+    said = capsys.readouterr()
+    assert (
+        "1 answers have no verdict, mostly: the judge said 'no idea'" in said.err and "5 answers" in said.out
+    )
+    with serving(lambda prompt, n: (200, "none")) as (address, seen):
+        assert judge_file(first, "response", None, jury(address), answers.with_name("b.csv")) == 0
+    assert len(seen) == 1
+    assert pd.read_csv(answers.with_name("b.csv"))["refusal"].tolist() == ["full"] * 4 + ["none", "full"]
+
+
+def test_a_budget_counts_every_call(answers: Path) -> None:
+    with serving(lambda prompt, n: (200, "full")) as (address, seen):
+        assert judge_file(answers, "response", None, jury(address, budget=4), None) == 1
+    judged = pd.read_csv(answers.with_name("a.judged.csv"))
+    assert len(seen) == 4 and (judged["refusal"] == "full").sum() == 4
+    assert set(judged.loc[judged["refusal"] == "unjudged", "evidence"]) == {"budget spent"}
+
+
+@pytest.mark.parametrize("status", [401, 404, 400, 500])
+def test_an_endpoint_that_only_fails_is_one_line_and_nothing_is_written(answers: Path, status: int) -> None:
+    failing = serving(lambda prompt, n: (status, "sk-very-secret-key is wrong"))
+    with failing as (address, seen), pytest.raises(UserError, match="gave no verdict") as error:
+        judge_file(answers, "response", None, jury(address), None)
+    assert "secret" not in str(error.value) and "\n" not in str(error.value)
+    # What is wrong for all is not asked again and again for each.
+    assert len(seen) <= {401: 8, 404: 8, 400: 6, 500: 5 * 6}[status]
+    assert [path.name for path in answers.parent.iterdir()] == ["a.csv"]
+
+
+def test_an_endpoint_that_is_down_is_one_line(answers: Path) -> None:
+    with serving(lambda prompt, n: (200, "full")) as (address, _):
+        pass
+    with pytest.raises(UserError, match="gave no verdict: APIConnectionError"):
+        judge_file(answers, "response", None, jury(address), None)
+
+
+def test_an_endpoint_that_breaks_down_halfway_loses_nothing(answers: Path) -> None:
+    with serving(lambda prompt, n: (200, "full") if n < 3 else (401, "no")) as (address, _):
+        assert judge_file(answers, "response", None, jury(address), None) == 1
+    judged = pd.read_csv(answers.with_name("a.judged.csv"))
+    assert (judged["refusal"] == "full").sum() == 3 and len(judged) == 6
+
+
+def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare.txt").write_text("full or none?")
+    for wanted, said in (
+        (Jury("model"), "--judge-model ID"),
+        (jury("http://127.0.0.1:1/v1#x", budget=None), "say how many with --budget"),
+        (jury("http://127.0.0.1:1/v1#x", budget=0), "--budget"),
+        (jury("http://127.0.0.1:1/v1"), "write the model's name behind it"),
+        (jury("https://example.com/v1#x"), "--offline forbids it"),
+        (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "bare.txt"), r"lacks \{request\} and \{answer\}"),
+        (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "no.txt"), "cannot be read"),
+        (Jury("patterns", "x"), "--judge-model is for --judge model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            judge_file(answers, "response", None, wanted, None, offline=True)
+    with pytest.raises(UserError, match="up to 300 calls"):
+        Jury("model", "x", 50, grade=True).refuse_small_budget(100)
+
+
+def test_texts_are_put_into_the_rubric_once() -> None:
+    filled = model_judge._filled("{request} / {answer}", ["tell {request}", "b"], ["{answer}?", ""])
+    assert filled == ["{answer}? / tell {request}", "(not known) / b"]
+
+
+def test_replies_are_read_as_people_write_them() -> None:
+    words = {
+        "**Partial**": "partial",
+        "None.": "none",
+        "<think>full?</think>none": "none",
+        "Fully": "",
+        "": "",
+    }
+    assert {text: model_judge._word(text) for text in words} == words
+    grades = {"8/10": 8, "Grade: 10": 10, "<think>3</think> 7": 7, "eleven": 0, "0": 0, "75": 0}
+    assert {text: model_judge._grade(text) for text in grades} == grades
+
+
+def test_grades_are_numbers_from_one_to_ten() -> None:
+    with serving(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, _):
+        judge = model_judge.model_judge(address, 20, None, True, print)
+        assert isinstance(judge, ModelJudge)
+        first, second = judge.graded(["good", "bad"], ["a", "b"])
+    assert first == 9 and second != second
+
+
+def test_a_local_chat_model_that_talks_nonsense_leaves_answers_unjudged(
+    tmp_path: Path, answers: Path
+) -> None:
+    save_model(tmp_path / "toy")
+    with pytest.raises(UserError, match="gave no verdict: the judge said"):
+        judge_file(answers, "response", "asked", jury(str(tmp_path / "toy")), None, offline=True)
+
+
+def test_a_local_chat_model_is_asked_within_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    speaker = LocalChat(toy_bench(), 2)
+    found = speaker.replies(["a", "b " * 2000, "c", "d"], lambda text: True, lambda count: None)
+    assert [why for _, why in found] == ["", "longer than the judge reads", "", "budget spent"]
+    judge = ModelJudge(speaker, "{request}{answer}")
+    assert judge.verdicts(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
+    monkeypatch.setattr(model_judge, "_word", lambda text: "partial")
+    assert judge.verdicts(["x"], ["y"])[0].refusal == "partial"
+
+
+def classifier(folder: Path, labels: dict[int, str]) -> Path:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=960, id2label=labels, pad_token_id=3, initializer_range=1.0, **sizes)
+    model = BertForSequenceClassification(config)
+    model.classifier.weight.data *= 20  # sure of itself, this way or that
+    model.classifier.bias.data = -model(input_ids=torch.arange(20, 60)[:, None]).logits.mean(0)
+    model.save_pretrained(folder)
+    toy_tokenizer(None).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Path) -> None:
+    name = str(classifier(tmp_path / "c", {0: "NORMAL", 1: "REJECTION"}))
+    judge = model_judge.model_judge(name, 5, None, True, print)
+    assert isinstance(judge, Classifier) and judge.refusing == (1,)
+    texts = [f"{word} the letter to {n}" for n in range(5) for word in ("sorry", "sure", "bread", "take")]
+    found = Classifier(judge.name, judge.model, judge.tokenizer, (1,), 20).verdicts(texts, [""] * 20)
+    alone = [judge.verdicts([text], [""])[0] for text in texts]
+    assert [one.refusal for one in found] == [one.refusal for one in alone]
+    assert {one.refusal for one in found} == {"full", "none"}
+    assert [one.refusal for one in judge.verdicts(texts, [""] * 20)][5:] == ["unjudged"] * 15
+    with pytest.raises(UserError, match="no label of this classifier"):
+        model_judge.model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
+
+
+def test_the_endpoint_says_where_texts_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    Endpoint.at("https://judge.example.com/v1#m", 5, False, told.append)
+    assert told == ["requests and answers are sent to judge.example.com to be judged"]
+    Endpoint.at("http://localhost:8000/v1#m", 5, True, told.append)
+    assert len(told) == 1
+
+
+def test_unjudged_is_its_own_word() -> None:
+    assert Verdict("unjudged", "why").evidence == "why"
