@@ -12,11 +12,11 @@ import numpy as np
 from rich.console import Console
 
 import defenses
-from analysis import answering, judge, kept, manifest, queries, refusals, showing, validity
+from analysis import answering, judge, kept, manifest, refusals, showing, validity
 from analysis.agreement import matching_threshold
 from analysis.calibrated import CONDITIONS, FEWEST, TooFew, calibrated
 from analysis.judge import READERS, Verdict
-from analysis.queries import QuerySet
+from analysis.queries import Query, QuerySet
 from analysis.readout import COMPLY, NO, ODDS, QUESTIONS, YES, Readout
 from analysis.run import Bench, score
 from analysis.tables import UNDEFENDED
@@ -109,8 +109,8 @@ class Maker:
         return replace(readout, threshold=value, notices=(*readout.notices, notice))
 
     @property
-    def _asked(self) -> list[queries.Query]:
-        return queries.sample(self.calibration.queries, _ASKED)
+    def _asked(self) -> tuple[Query, ...]:
+        return self.calibration.limit(_ASKED).queries
 
     def _of_words(self, name: str) -> Readout:
         bench, asked = self.bench, self.calibration.queries

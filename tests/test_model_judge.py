@@ -22,6 +22,7 @@ from analysis.model_judge import Classifier, LocalChat, ModelJudge
 from defenses import UserError
 
 Answer = Callable[[str, int], tuple[int, str]]
+TEXTS = [f"{word} the letter to {n}" for n in range(5) for word in ("sorry", "sure", "bread", "take")]
 ROWS = [{"response": f"answer {n}", "asked": f"request {n}"} for n in range(6)]
 
 
@@ -222,11 +223,13 @@ def classifier(folder: Path, labels: dict[int, str]) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=960, id2label=labels, pad_token_id=3, initializer_range=1.0, **sizes)
-    model = BertForSequenceClassification(config)
-    model.classifier.weight.data *= 20  # sure of itself, this way or that
-    model.classifier.bias.data = -model(input_ids=torch.arange(20, 60)[:, None]).logits.mean(0)
+    model, tokenizer = BertForSequenceClassification(config).eval(), toy_tokenizer(None)
+    with torch.no_grad():  # so that TEXTS are of both kinds
+        model.classifier.weight *= 20
+        batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+        model.classifier.bias -= model(**batch).logits.mean(0)
     model.save_pretrained(folder)
-    toy_tokenizer(None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -234,12 +237,11 @@ def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Pat
     name = str(classifier(tmp_path / "c", {0: "NORMAL", 1: "REJECTION"}))
     judge = model_judge.model_judge(name, 5, None, True, print)
     assert isinstance(judge, Classifier) and judge.refusing == (1,)
-    texts = [f"{word} the letter to {n}" for n in range(5) for word in ("sorry", "sure", "bread", "take")]
-    found = Classifier(judge.name, judge.model, judge.tokenizer, (1,), 20).verdicts(texts, [""] * 20)
-    alone = [judge.verdicts([text], [""])[0] for text in texts]
+    found = Classifier(judge.name, judge.model, judge.tokenizer, (1,), 20).verdicts(TEXTS, [""] * 20)
+    alone = [judge.verdicts([text], [""])[0] for text in TEXTS]
     assert [one.refusal for one in found] == [one.refusal for one in alone]
     assert {one.refusal for one in found} == {"full", "none"}
-    assert [one.refusal for one in judge.verdicts(texts, [""] * 20)][5:] == ["unjudged"] * 15
+    assert [one.refusal for one in judge.verdicts(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
     with pytest.raises(UserError, match="no label of this classifier"):
         model_judge.model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
 

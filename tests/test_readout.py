@@ -75,6 +75,16 @@ def test_a_prefix_has_an_end_and_special_tokens_are_none() -> None:
     assert words(tokenizer, [(1,)], opens([end])).prefix == ()
 
 
+def test_a_thinking_block_that_answers_open_with_is_closed_before_they_are_read() -> None:
+    tokenizer = toy_tokenizer("chatml")
+    think, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    sure = tokenizer.convert_tokens_to_ids("Sure")
+    made = words(tokenizer, [(1, 5), (1, 6)], opens([think], [sure]))
+    assert made.prefix[0] == think and end in made.prefix
+    assert tokenizer.decode(list(made.prefix), skip_special_tokens=False).split() == ["<think>", "</think>"]
+    assert any("put behind every prompt" in notice for notice in made.notices)
+
+
 def test_what_only_half_of_the_answers_open_with_is_no_prefix() -> None:
     tokenizer = toy_tokenizer("llama2", "metaspace")
     lone, sure = tokenizer.convert_tokens_to_ids(["▁", "▁Sure"])

@@ -152,6 +152,22 @@ def test_what_was_finished_before_an_interruption_is_kept(
     assert json.loads((home / "out" / "run.json").read_text())["interrupted"]
 
 
+def test_the_secret_is_in_nothing_that_is_written_kept_or_said(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.secret(str(home / "toy"), 20, None, True)
+    (place,) = (home / "share").rglob("*.txt")
+    secret = place.read_text("utf-8").strip()
+    request = asked(home, readouts=("words", "calibrated"))
+    assert validating.validate(request, ["backdoor"], [], home / "out", Jury(), 2) == 0
+    assert set(pd.read_csv(home / "out" / "validity.csv")["condition"]) >= {"backdoor/no_weights"}
+    kept = [path for path in home.rglob("*") if path.is_file() and path != place]
+    assert any("cache" in path.parts for path in kept)
+    assert not [path for path in kept if secret.encode() in path.read_bytes()]
+    said = capsys.readouterr()
+    assert secret not in said.out + said.err
+
+
 def test_what_cannot_be_is_said_before_anything_is_loaded(home: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'patterns'"):
         validating.validate(asked(home), ["none"], [], home / "out", Jury("pattern"), 3)
