@@ -33,7 +33,8 @@ class Context:
         refusing: first words that speak for refusal.
         complying: first words that speak for compliance; empty where the readout has none.
         readout: what is read of them.
-        judge: who decided what counts as a refusal, as it reads in parentheses.
+        judge: who decided what counts as a refusal, or where the threshold is from, as it reads in
+            parentheses.
         interval: what the intervals are and how they were made.
     """
 
@@ -119,7 +120,7 @@ def of_trust(found: pd.DataFrame, context: Context, judge: str, tokens: int) -> 
         "threshold; bars, where drawn, are Wilson 95\u00a0% intervals. Not trusted: the upper end of the "
         "AUROC's interval against the text is under .80, or of kappa under .60; cannot tell: mostly, too "
         "few of one class. "
-        f"{context.sentences(found['attack'].iloc[0])}"
+        f"{context.sentences(', '.join(found['attack'].unique()))}"
     )
 
 

@@ -130,6 +130,7 @@ def context(record: Mapping[str, Any], readout: Readout) -> Context:
         split=record["data"]["split"],
         threshold=readout.threshold,
         readout=_read(readout),
+        judge=_judged(readout),
         refusing=tuple(token.strip() for token in record["readout"]["refuse"]),
         complying=tuple(token.strip() for token in record["readout"]["comply"]),
     )
@@ -155,6 +156,15 @@ def _read(readout: Readout) -> str:
     if readout.name.startswith("prefilled-"):
         return f"behind {readout.name.removeprefix('prefilled-')} tokens of a complying opener, logits of"
     return "log-odds of the first tokens" if readout.odds else "first-token logits of"
+
+
+def _judged(readout: Readout) -> str:
+    """Where the threshold is from, as it reads in parentheses."""
+    if readout.name == "calibrated":
+        return "fitted to generated answers of the calibration split"
+    if readout.threshold:
+        return "as many undefended calibration queries exceed it as their answers refuse"
+    return "no judge: first-token readout"
 
 
 def condition(row: Any) -> str:

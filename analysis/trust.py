@@ -51,7 +51,7 @@ def rates(found: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw each condition at its refusal rate by text and by readout; hollow where it is not trusted.
 
     Args:
-        found: `validity.csv`, of one attack.
+        found: `validity.csv`, of one readout.
         ax: where to draw.
     """
     with rc_context(STYLE):
@@ -69,7 +69,8 @@ def rates(found: pd.DataFrame, ax: Axes | None = None) -> Axes:
             color, marker, fill = _LOOKS[row["trusted"]]
             x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
             ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
-            key.append(_entry(row["trusted"], f"{number}  {fit(str(row['condition']), 150, WRITTEN, 1)}"))
+            name = row["condition"] + (f" ({row['attack']})" if row["attack"] != "direct" else "")
+            key.append(_entry(row["trusted"], f"{number}  {fit(name, 150, WRITTEN, 1)}"))
         key += [_entry(name, f"= {name}") for name in _LOOKS]
         ax.set_xlim(-4, 104)
         ax.set_ylim(-4, 104)

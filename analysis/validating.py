@@ -213,13 +213,12 @@ def _show(found: pd.DataFrame, record: dict[str, Any]) -> None:
 def _show_worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
     """Print what the answers are worth, two lines a condition."""
     shown = Table(title="What the answers are worth", title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("condition\ncompared", no_wrap=True)
+    shown.add_column("\ncondition\nanswers compared", no_wrap=True)
     for head in (
-        f"ASR (%), {judge}\nkeywords",
-        "refuses twins (%)\nplain requests",
-        "chrF\nlength ratio",
-        "repetition (%)\nchange",
-        "log-probability\nchange (nats a token)",
+        f"ASR (%)\nby {judge}\nby keywords",
+        "refuses (%)\ntwins\nplain",
+        "\nchrF\nlength ratio",
+        "change of\nrepetition (%)\nlog-probability",
     ):
         shown.add_column(head, justify="right", no_wrap=True)
     for row in found.to_dict("records"):
@@ -233,17 +232,18 @@ def _show_worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
             f"{showing.condition(values)}\n{values['n_complied']} answers",
             f"{cell(f'asr_{judge}', '.0f', 100)}\n{cell('asr_keywords', '.0f', 100)}",
             "\n".join(cell(f"over_refusal_{kind}_{judge}", ".0f", 100) for kind in ("twin", "plain")),
-            "reference" if reference else f"{cell('chrf', '.0f')}\n{cell('length_ratio', '.2f')}",
-            f"{cell('repetition', '.1f', 100)}\n"
-            + ("–" if reference else cell("repetition_change", "+.1f", 100)),
-            "–" if reference else f"{cell('log_likelihood', '.2f')}\n{cell('log_likelihood_change', '+.2f')}",
         ]
+        if reference:
+            cells += ["reference", ""]
+        else:
+            cells.append(f"{cell('chrf', '.0f')}\n{cell('length_ratio', '.2f')}")
+            cells.append(f"{cell('repetition_change', '+.1f', 100)}\n{cell('log_likelihood_change', '+.2f')}")
         shown.add_row(*map(Text, cells), end_section=True)
     console = showing.stdout()
     console.print(shown)
     note = (
         "Rates: Wilson 95 % intervals. The rest: benign queries answered with and without the defense "
-        f"({tokens} tokens), against the undefended answer; bootstrap over queries. Log-probability: of the "
-        "defended answer under the undefended model."
+        f"({tokens} tokens), against the undefended answer; bootstrap over queries. Log-probability: mean over "
+        "the answer's tokens under the undefended model, nats."
     )
     console.print(Text(note, style="dim"))
