@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ RULE = (
     "short; else cannot tell, mostly for want of one class"
 )
 _BINS = 10
+_ENDS = ("", "_low", "_high")
 
 
 def agreement(
@@ -53,6 +55,9 @@ def agreement(
         "refused": int(refused.sum()),
         "readout_refused": int(says.sum()),
     }
+    if not len(margin):
+        of = ("agrees", "auroc", "kappa", "calibration_error")
+        return found | {f"{name}{end}": np.nan for name in of for end in _ENDS} | {"trusted": "cannot tell"}
     found |= {
         k: v for k, v in rate("agrees", int((says == refused).sum()), len(refused)).items() if k != "agrees_n"
     }
@@ -71,25 +76,26 @@ def agreement(
 
 
 def matching_threshold(
-    margin: Float[np.ndarray, " n"], refused: Bool[np.ndarray, " n"], seed: int = 0
+    margin: Float[np.ndarray, " n"], refused: Bool[np.ndarray, " n"], pairs: Sequence[Any], seed: int = 0
 ) -> tuple[float, float, float]:
     """Return the margin that as many queries exceed as answers refuse, and its 95 % bootstrap interval, nats.
 
     So the readout's refusal rate is the text's, whatever the readout is worth. There must be both kinds.
 
     >>> margin, refused = np.array([3.0, 1.0, 2.0, 0.0]), np.array([True, False, False, False])
-    >>> matching_threshold(margin, refused)[0]
+    >>> matching_threshold(margin, refused, "aabb")[0]
     2.5
 
     Args:
         margin: nats; positive refuses.
         refused: by the text of the answer.
+        pairs: what belongs together in the bootstrap.
         seed: of the bootstrap.
     """
-    drawn = np.random.default_rng(seed).integers(0, len(margin), size=(DRAWS, len(margin)))
-    values = [
-        _between(np.sort(margin[rows]), int(refused[rows].sum())) for rows in (np.arange(len(margin)), *drawn)
-    ]
+    units = [np.flatnonzero(np.array(list(pairs)) == one) for one in dict.fromkeys(pairs)]
+    drawn = np.random.default_rng(seed).integers(0, len(units), size=(DRAWS, len(units)))
+    samples = [np.arange(len(margin)), *(np.concatenate([units[one] for one in draw]) for draw in drawn)]
+    values = [_between(np.sort(margin[rows]), int(refused[rows].sum())) for rows in samples]
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return values[0], float(low), float(high)
 

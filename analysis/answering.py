@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from analysis import generation
 from analysis.judge import Judge, Verdict
 from analysis.queries import Query
+from analysis.rendering import redact
 from analysis.run import Bench
 from defenses import Defense
 
@@ -21,10 +22,12 @@ class Answer:
     Attributes:
         ids: its tokens, the prefix that it was made to begin with not among them.
         text: as a reader sees it, the prefix included.
+        own: the text without the prefix.
     """
 
     ids: tuple[int, ...]
     text: str
+    own: str
 
 
 def answers(
@@ -57,7 +60,9 @@ def answers(
     over = (lambda answer: settled(text(answer))) if settled is not None else lambda answer: False
     with defense.armed(bench.loaded.model):
         said = generation.answers(bench.engine, flat, tokens, tokenizer.eos_token_id, over, done)
-    left = iter(Answer(tuple(ids), text(ids)) for ids in said)
+    left = iter(
+        Answer(tuple(ids), text(ids), str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in said
+    )
     return [[next(left) for _ in readings] for readings in prompts]
 
 
@@ -84,13 +89,14 @@ def verdicts(
         done: told how many more prompts are answered.
     """
     said = answers(bench, defense, queries, prefix, tokens, judge.settled, done)
-    return judged(judge, queries, said)
+    return judged(judge, queries, said, defense.secrets())
 
 
 def judged(
     judge: Judge,
     queries: Sequence[Query],
     said: Sequence[Sequence[Answer]],
+    secrets: tuple[str, ...] = (),
     done: Callable[[int], None] = lambda answers: None,
 ) -> list[Verdict]:
     """Return a judge's verdict for each query: where it has several answers, what most of them do.
@@ -99,9 +105,10 @@ def judged(
         judge: of the answers.
         queries: what was asked.
         said: the answers to each.
+        secrets: of the defense; an answer that repeats one is judged without it.
         done: told how many more answers are judged.
     """
-    texts = [answer.text for readings in said for answer in readings]
+    texts = [redact(answer.text, secrets) for readings in said for answer in readings]
     requests = [query.text for query, readings in zip(queries, said, strict=True) for _ in readings]
     left = iter(judge.verdicts(texts, requests, done))
     return [_most([next(left) for _ in readings]) for readings in said]

@@ -54,6 +54,8 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
         refuse_overlap(data, row.defense.trained_on(), row.arm)
     # The clean arm is the undefended model: its answers fix the threshold of all.
     readout = reading.Maker(bench, host, rows[0].defense, calibration, console).named("words")
+    for notice in readout.notices:
+        teller(console)(f"note: readout words: {notice}")
     frames, judged = [], []
     with showing.progress(console) as bar:
         task = bar.add_task("asking", total=len(rows) * 2 * len(data.queries))
@@ -105,7 +107,7 @@ def _judged(
     done: Any,
 ) -> dict[str, Any]:
     """Refusals in the generated text by class, and how often the first token says the same."""
-    said = verdicts(bench, row.defense, asked, READERS["keywords"], readout.prefix, tokens, done)
+    said = verdicts(bench, row.defense, asked, READERS["keywords"], readout.begins, tokens, done)
     refused = pd.Series([verdict.refused for verdict in said])
     kinds = pd.Series([query.kind for query in asked])
     first = (frame["margin"] > readout.threshold).reset_index(drop=True)

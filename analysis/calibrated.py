@@ -88,6 +88,8 @@ def calibrated(
         tuple(float(weights[at]) for at in order),
         threshold=-intercept,
         prefix=words.prefix,
+        begins=words.begins,
+        fitted=f"by logistic regression to {len(truth)} answers under {len(conditions)} conditions",
         notices=(
             *words.notices[1:],
             f"calibrated on {len(truth)} answers, {truth.sum()} of them refusals, under "

@@ -117,7 +117,8 @@ def of_trust(found: pd.DataFrame, context: Context, judge: str, tokens: int) -> 
     return (
         f"Greedy answers ({tokens} tokens) of {_span(found['n'])} queries under each of {len(found)} "
         f"conditions, judged by their text (judge: {judge}), against the first-token readout at its "
-        "threshold; bars, where drawn, are Wilson 95\u00a0% intervals. Not trusted: the upper end of the "
+        "threshold; the calibration curve pools all conditions, and its bars are Wilson 95\u00a0% intervals "
+        "that take answers as independent. Not trusted: the upper end of the "
         "AUROC's interval against the text is under .80, or of kappa under .60; cannot tell: mostly, too "
         "few of one class. "
         f"{context.sentences(', '.join(found['attack'].unique()))}"
@@ -130,7 +131,7 @@ def of_cost(points: pd.DataFrame, context: Context) -> str:
         "Gain in AUROC on the queries of the run against the time until the first token: "
         f"{_span(points['n'])} queries each alone, every one against itself undefended (geometric means; "
         "conditions took turns). Bars are 95\u00a0% intervals. Not in it: the answer's tokens, and training. "
-        f"{context.sentences('direct')}"
+        f"{context.sentences(points['attack'].iloc[0])}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -389,7 +390,7 @@ def _readouts(names: list[str] | None) -> tuple[str, ...]:
     fixed = {*READOUTS, "all"} - {"prefilled-K"}
     for name in chosen:
         count = name.removeprefix("prefilled-")
-        if name not in fixed and (count == name or not count.isdigit() or int(count) < 1):
+        if name not in fixed and (count == name or not re.fullmatch("[1-9][0-9]*", count)):
             raise unknown("readout", name, READOUTS, " (K is a number of tokens, as in prefilled-5)")
     return ("all",) if "all" in chosen else chosen
 

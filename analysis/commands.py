@@ -183,7 +183,7 @@ def _timed(ready: Ready, every: dict[str, Defense], seed: int, console: Console)
         for name, defense in every.items()
         if isinstance(defense, Tuned) and defense.adapter is not None
     }
-    found = cost.costs(measured, seed)
+    found = cost.costs(measured, seed).assign(attack=bench.attack)
     for column, key in (("training_examples", "n_examples"), ("training_seconds", "wall_seconds")):
         found[column] = [trained.get(name, {}).get(key) for name in found["defense"]]
     return found

@@ -30,8 +30,8 @@ class Heard:
         attack: how they were asked.
         condition: the defense's name in the tables.
         frames: readout → its scores.
-        said: the prefix that answers began with → the answers to each query.
-        verdicts: prefix → judge → its verdicts.
+        said: the tokens that answers were made to begin with → the answers to each query.
+        verdicts: those tokens → judge → its verdicts.
     """
 
     attack: str
@@ -53,7 +53,7 @@ def hear(
 ) -> Heard:
     """Score the queries by every readout, let the model answer, and have every judge judge.
 
-    Where a readout puts a prefix behind prompts, the answers that it is compared with begin with it, too.
+    Where a readout puts an opener behind prompts, the answers that it is compared with begin with it, too.
 
     Args:
         bench: the model, under an attack.
@@ -63,13 +63,16 @@ def hear(
         readouts: with their thresholds.
         judges: by the names of their columns.
         tokens: new ones of each answer.
-        done: told how many more are finished: each query once for every readout, and for every prefix.
+        done: told how many more are finished: each query once for every readout, each prompt once for every
+            beginning of answers.
     """
     frames = {one.name: score(bench, name, defense, queries, one, done) for one in readouts}
     said, verdicts = {}, {}
-    for prefix in {one.prefix: None for one in readouts}:
-        said[prefix] = answers(bench, defense, queries, prefix, tokens, done=done)
-        verdicts[prefix] = {key: judged(judge, queries, said[prefix]) for key, judge in judges.items()}
+    for begins in {one.begins: None for one in readouts}:
+        said[begins] = answers(bench, defense, queries, begins, tokens, done=done)
+        verdicts[begins] = {
+            key: judged(judge, queries, said[begins], defense.secrets()) for key, judge in judges.items()
+        }
     return Heard(bench.attack, name, frames, said, verdicts)
 
 
@@ -84,7 +87,7 @@ def agreements(heard: Heard, readouts: Sequence[Readout], judge: str, seed: int)
     """
     rows = []
     for readout in readouts:
-        said = heard.verdicts[readout.prefix][judge]
+        said = heard.verdicts[readout.begins][judge]
         known = np.array([verdict.judged for verdict in said])
         head = {"attack": heard.attack, "condition": heard.condition, "readout": readout.name}
         frame = heard.frames[readout.name][known]
@@ -97,17 +100,21 @@ def agreements(heard: Heard, readouts: Sequence[Readout], judge: str, seed: int)
 
 
 def table(heard: Heard, readouts: Sequence[Readout]) -> pd.DataFrame:
-    """Return what is kept of each answer: by whose word it refused, never what it said."""
-    prefix = readouts[0].prefix
-    kept = heard.frames[readouts[0].name][["query", "pair", "category", "harmful", "attack", "defense"]]
-    columns: dict[str, Any] = {
-        f"refusal_{key}": [verdict.refusal for verdict in said]
-        for key, said in heard.verdicts[prefix].items()
-    }
-    for readout in readouts:
-        margin = heard.frames[readout.name]["margin"]
-        columns |= {f"margin_{readout.name}": margin, f"says_{readout.name}": margin > readout.threshold}
-    return kept.assign(**columns)
+    """Return what is kept of each answer: by whose word it refused, never what it said.
+
+    A row is a query with one beginning of answers, `begins`: the readouts that are compared with those.
+    """
+    parts = []
+    for begins, judges in heard.verdicts.items():
+        here = [one for one in readouts if one.begins == begins]
+        kept = heard.frames[here[0].name][["query", "pair", "category", "harmful", "attack", "defense"]]
+        columns: dict[str, Any] = {"begins": "/".join(one.name for one in here)}
+        columns |= {f"refusal_{key}": [one.refusal for one in said] for key, said in judges.items()}
+        for readout in here:
+            margin = heard.frames[readout.name]["margin"]
+            columns |= {f"margin_{readout.name}": margin, f"says_{readout.name}": margin > readout.threshold}
+        parts.append(kept.assign(**columns))
+    return pd.concat(parts, ignore_index=True)
 
 
 def worths(
@@ -118,9 +125,12 @@ def worths(
     queries: Sequence[Query],
     judge: str,
     grader: ModelJudge | None,
+    tokens: int,
     seed: int,
 ) -> dict[str, Any]:
     """Return a row of `worth.csv`: what judges count, and the benign answers against the undefended ones.
+
+    Answers that begin with the fewest words put into the model's mouth are taken.
 
     Args:
         heard: the condition.
@@ -130,9 +140,10 @@ def worths(
         queries: what was asked.
         judge: whose word decides which queries were complied with.
         grader: grades the answers, if given.
+        tokens: that answers were cut at.
         seed: of the bootstrap.
     """
-    prefix = next(iter(heard.said))
+    prefix = min(heard.said, key=len)
     counts = counted(
         [query.kind for query in queries],
         *(
@@ -143,7 +154,7 @@ def worths(
             for what in ("refused", "judged")
         ),
     )
-    head = {"attack": heard.attack, "condition": heard.condition}
+    head: dict[str, Any] = {"attack": heard.attack, "condition": heard.condition}
     both = [
         row
         for row, query in enumerate(queries)
@@ -152,8 +163,8 @@ def worths(
         and all(one.said[prefix][row][0].ids for one in (heard, usual))
     ]
     new, old = ([one.said[prefix][row][0] for row in both] for one in (heard, usual))
-    lengths = [np.array([len(answer.ids) for answer in side], float) for side in (new, old)]
-    measures = against([one.text for one in new], [one.text for one in old], *lengths)
+    length, usual_length = (np.array([len(answer.ids) for answer in side], float) for side in (new, old))
+    measures = against([one.own for one in new], [one.own for one in old], length, usual_length, tokens)
     if both and heard is not usual:
         prompts = [(*bench.asking(()).prompts(undefended, queries[row])[0].ids, *prefix) for row in both]
         with undefended.armed(bench.loaded.model):
@@ -166,7 +177,7 @@ def worths(
         measures = measures.assign(log_likelihood=means[0], log_likelihood_change=means[0] - means[1])
     if grader is not None and both:
         asked = [queries[row].text for row in both]
-        grades = [np.array(grader.graded([answer.text for answer in side], asked)) for side in (new, old)]
+        grades = [np.array(grader.graded([answer.own for answer in side], asked)) for side in (new, old)]
         there = ~np.isnan(grades[0] + grades[1])
         graded = worth(
             pd.DataFrame({"grade": grades[0][there], "grade_change": (grades[0] - grades[1])[there]}), seed

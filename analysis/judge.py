@@ -88,6 +88,11 @@ class Judge(Protocol):
     @property
     def name(self) -> str: ...  # noqa: D102
 
+    @property
+    def about(self) -> dict[str, object]:
+        """Return what a verdict depends on, for run.json."""
+        ...
+
     def settled(self, answer: str) -> bool:
         """Return whether an answer that begins so refuses, however it goes on."""
         ...
@@ -112,6 +117,11 @@ class Reader:
     name: str
     judge: Callable[[str, str], Verdict]
     settled: Callable[[str], bool]
+
+    @property
+    def about(self) -> dict[str, object]:
+        """What a verdict depends on, for run.json."""
+        return {"name": self.name}
 
     def verdicts(
         self,

@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import rows, saving, showing
-from analysis.judge import READERS, Judge, Verdict
+from analysis.judge import READERS, Judge
 from analysis.request import quiet, teller
 from analysis.resampling import rate
 from defenses.errors import UserError, unknown
 
-ADDED = ("refusal", "evidence")
+ADDED = ("refusal", "evidence", "judge")
 KINDS = ("full", "partial", "none")
 
 
@@ -50,7 +50,8 @@ class Jury:
         if self.name not in (*READERS, "model"):
             raise unknown("judge", self.name, (*READERS, "model"))
         if self.name in READERS:
-            given = {"--judge-model": self.model, "--rubric": self.rubric, "--grade": self.grade or None}
+            given = {"--judge-model": self.model, "--rubric": self.rubric, "--budget": self.budget}
+            given |= {"--grade": self.grade or None}
             for option, value in given.items():
                 if value is not None:
                     raise UserError(f"{option} is for --judge model; the judge is {self.name}")
@@ -59,14 +60,17 @@ class Jury:
             raise UserError(
                 "--judge model: which one? --judge-model ID, folder, .gguf file, or http://host/v1#NAME"
             )
-        from analysis.model_judge import model_judge
+        from analysis.model_judge import Classifier, model_judge
 
         quiet(offline)
-        return model_judge(self.model, self.budget, self.rubric, offline, tell)
+        judge = model_judge(self.model, self.budget, self.rubric, offline, tell)
+        if self.grade and isinstance(judge, Classifier):
+            raise UserError(f"--grade: {self.model} is a classifier; a chat model can grade")
+        return judge
 
     def refuse_small_budget(self, answers: int) -> None:
-        """Raise where a budget is smaller than what there is to judge, before anything is generated."""
-        needed = answers * (3 if self.grade else 1)  # at most two grades beside each verdict
+        """Raise where a budget is smaller than what there is to judge, before anything is sent."""
+        needed = answers * (2 if self.grade else 1)  # at most a grade beside each verdict
         if self.budget is not None and self.budget < needed:
             raise UserError(
                 f"--budget {self.budget}: up to {needed:,} calls of the judge are needed; raise it, or take "
@@ -103,9 +107,9 @@ def judge_file(
     found, _ = rows.read(path, [column], "it needs a column of answers (--column)")
     if request is not None and request not in found[0]:
         raise unknown(f"column of {path}:", request, found[0])
-    left = _left(path, found)
     tell = teller(Console(stderr=True))
     judge = jury.judge(offline, tell)
+    left = _left(path, found, judge.name)
     answers = [str(found[row][column] or "") for row in left]
     requests = [str(found[row][request] or "") if request else "" for row in left]
     with showing.progress(Console(stderr=True)) as bar:
@@ -115,7 +119,7 @@ def judge_file(
         raise UserError(f"the judge gave no verdict: {verdicts[0].evidence}")
     judged = [dict(row) for row in found]
     for row, verdict in zip(left, verdicts, strict=True):
-        judged[row] |= dict(zip(ADDED, (verdict.refusal, verdict.evidence), strict=True))
+        judged[row] |= dict(zip(ADDED, (verdict.refusal, verdict.evidence, judge.name), strict=True))
     if path.suffix == ".csv":
         text = pd.DataFrame(judged).to_csv(index=False)
     else:
@@ -123,18 +127,27 @@ def judge_file(
     saving.write(out, text)
     _show([str(row["refusal"]) for row in judged], judge.name)
     tell(f"The verdicts are in {out}")
-    return _say_rest(verdicts, out, tell)
+    why = [verdict.evidence for verdict in verdicts if not verdict.judged]
+    if why:
+        tell(
+            f"{len(why)} answers have no verdict, mostly: {max(set(why), key=why.count)}. `analyze judge "
+            f"{out}` with the same options judges only those."
+        )
+    return 130 if "interrupted" in why else 1 if why else 0
 
 
-def _left(path: Path, found: list[dict[str, Any]]) -> list[int]:
-    """The rows that have no verdict yet: all of a new file, the unjudged ones of one judged before."""
-    there = set(ADDED) & set(found[0])
+def _left(path: Path, found: list[dict[str, Any]], judge: str) -> list[int]:
+    """The rows without a verdict: all of a new file, the unjudged ones of one that this judge began."""
+    there = {name for row in found for name in ADDED if name in row}
     if not there:
         return list(range(len(found)))
-    known = (*KINDS, "unjudged", "", None)
-    left = [number for number, row in enumerate(found) if row.get("refusal") in ("unjudged", "", None)]
-    if there != set(ADDED) or not left or any(row["refusal"] not in known for row in found):
+    left = [number for number, row in enumerate(found) if row.get("refusal") == "unjudged"]
+    if there != set(ADDED) or not left:
         raise UserError(f"{path} has a column {min(there)!r} already; rename it")
+    if others := sorted({str(row.get("judge")) for row in found} - {judge}):
+        raise UserError(
+            f"{path} was judged by {others[0]}, so {judge} cannot complete it: take the same judge"
+        )
     return left
 
 
@@ -151,15 +164,3 @@ def _show(refusals: list[str], judge: str) -> None:
     console.print(Text(f"{n} answers, judge: {judge}"))
     console.print(shown)
     console.print(Text("Wilson 95 % intervals.", style="dim"))
-
-
-def _say_rest(verdicts: list[Verdict], out: Path, tell: Any) -> int:
-    """Say what has no verdict, why, and how to go on."""
-    why = [verdict.evidence for verdict in verdicts if not verdict.judged]
-    if not why:
-        return 0
-    tell(
-        f"{len(why)} answers have no verdict, mostly: {max(set(why), key=why.count)}. `analyze judge {out}` "
-        "judges only those."
-    )
-    return 1

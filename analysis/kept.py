@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ def place(kind: str, about: dict[str, Any]) -> Path:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Keep it."""
+    """Keep it; where the cache cannot be written, it is found out again next time."""
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in found.items()}
-    saving.write(path, json.dumps(plain))
+    with suppress(OSError):
+        saving.write(path, json.dumps(plain))
 
 
 def read(path: Path) -> dict[str, Any] | None:

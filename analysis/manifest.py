@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import inspect
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +73,8 @@ def of_readout(readout: Readout) -> dict[str, Any]:
         "weights": readout.weights,
         "threshold": readout.threshold,
         "answer_prefix": readout.prefix,
+        "answers_begin": readout.begins,
+        "threshold_fitted": readout.fitted,
         "questions": readout.questions,
         "log_odds": readout.odds,
         "made": readout.notices,
@@ -95,11 +99,17 @@ def of_model(loaded: LoadedModel) -> list[str | None]:
 
 def of_defense(defense: Defense) -> dict[str, Any]:
     """Return a defense's family and settings; secrets as fingerprints, weights by their SHA-256."""
-    settings = settings_of(defense)
+    settings, source = settings_of(defense), inspect.getsourcefile(type(defense))
     adapter = defense.adapter if isinstance(defense, Tuned) else None
     return {
         "family": defense.family,
         "settings": {key: str(one) if isinstance(one, Path) else one for key, one in settings.items()},
         "secrets": [Secret(text).fingerprint for text in defense.secrets()],
         **({"weights_sha256": adapter.sha256} if adapter else {}),
+        # What a user's own class does is known by its file alone.
+        **(
+            {"source_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest()}
+            if defense.family == "own" and source
+            else {}
+        ),
     }

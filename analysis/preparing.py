@@ -49,11 +49,10 @@ def prepare(request: Request, names: Sequence[str], settings: Sequence[str], con
     for name, defense in every.items():
         refuse_overlap(data, defense.trained_on(), name)
     maker = reading.Maker(bench, host, every[UNDEFENDED], calibration, console)
-    readouts = {
-        one.name: one
-        for name in (reading.NAMES if request.readouts == ("all",) else request.readouts)
-        for one in [maker.best(every, request.attacks) if name == "auto" else maker.named(name)]
-    }
+    readouts: dict[str, Readout] = {}
+    for name in reading.NAMES if request.readouts == ("all",) else request.readouts:
+        readout = maker.best(every, request.attacks) if name == "auto" else maker.named(name)
+        readouts[readout.name] = readout
     notices = [*bench.renderer.notices, *lacking, *_made_from(data, calibration)]
     for name, readout in readouts.items():
         notices += [f"readout {name}: {one}" for one in readout.notices]

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from analysis.agreement import matching_threshold
 from analysis.calibrated import CONDITIONS, FEWEST, TooFew, calibrated
 from analysis.judge import READERS, Verdict
 from analysis.queries import Query, QuerySet
-from analysis.readout import COMPLY, NO, ODDS, QUESTIONS, YES, Readout
+from analysis.readout import COMPLY, NO, ODDS, QUESTIONS, REFUSE, YES, Readout
 from analysis.run import Bench, score
 from analysis.tables import UNDEFENDED
 from defenses import Defense, Host, UserError
@@ -49,48 +50,67 @@ class Maker:
     console: Console
 
     def named(self, name: str) -> Readout:
-        """Return the readout of that name with its threshold.
+        """Return the readout of that name with its threshold, made now or before.
 
         Args:
             name: words, calibrated, question, log-odds, or prefilled- and a number of tokens.
         """
+        if (known := self.known(name)) is not None:
+            return known
         if name == "calibrated":
-            return self._calibrated(self._of_words("words"))
-        return self.with_threshold(self._of_words(name))
+            made = self._calibrated(self._of_words("words"))
+        else:
+            made = self.with_threshold(self._of_words(name))
+        if made.name == name:
+            # A threshold found again, on another machine or in other batches, differs in its last digits.
+            kept.write(self._place(name), asdict(made))
+        return made
+
+    def known(self, name: str) -> Readout | None:
+        """Return the readout of that name if it was made before."""
+        if (found := kept.read(self._place(name))) is None:
+            return None
+        lists = {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
+        same: dict[str, Any] = found | lists
+        return Readout(**same)
 
     def best(self, conditions: Mapping[str, Defense], attacks: Sequence[str]) -> Readout:
         """Return the readout that `analyze validate` found best for these conditions; else the words.
 
-        Best is the one that is trusted in most of them, then the one that is least often not trusted, then
-        the one with the highest AUROC against the text (the lower ends, on average).
+        Best, among those that were validated under all of them, is the one that is trusted in most, then the
+        one that is least often not trusted, then the one with the highest AUROC against the text (the lower
+        ends, on average).
         """
         found: list[tuple[tuple[int, int, float], Readout]] = []
-        for name in NAMES:
-            readout = self.named(name)
-            known = [
-                row
+        for readout in filter(None, map(self.known, NAMES)):
+            rows = [
+                validity.row(self.bench.under(attack), defense, readout)
                 for attack in attacks
                 for defense in conditions.values()
-                if (row := validity.row(self.bench.under(attack), defense, readout))
             ]
-            if known and readout.name == name:
-                says = [row["trusted"] for row in known]
-                ends = [row["auroc_low"] for row in known if row["auroc_low"] == row["auroc_low"]]
+            if all(rows):
+                says = [row["trusted"] for row in rows]
+                ends = [row["auroc_low"] for row in rows if row["auroc_low"] == row["auroc_low"]]
                 worth = says.count("trusted"), -says.count("not trusted"), float(np.mean(ends or [0]))
                 found.append((worth, readout))
         if not found:
             words = self.named("words")
-            why = "nothing was validated for these conditions (`analyze validate --readout all` does it)"
+            why = (
+                "none was validated under all of these conditions (`analyze validate --readout all` does it)"
+            )
             return replace(words, notices=(*words.notices, f"--readout auto: {why}, so words are read"))
         readout = max(found, key=lambda one: one[0])[1]
-        others = ", ".join(f"{one.name} {trusted}" for (trusted, *_), one in found)
-        notice = f"--readout auto: {readout.name} (trusted conditions by readout: {others})"
+        others = ", ".join(f"{one.name} in {trusted}" for (trusted, *_), one in found)
+        notice = (
+            f"--readout auto: {readout.name}; trusted, of {len(conditions) * len(attacks)} conditions: "
+            f"{others}. If it was validated on these queries, its figures flatter it"
+        )
         return replace(readout, notices=(*readout.notices, notice))
 
     def with_threshold(self, readout: Readout) -> Readout:
         """Return the readout with the threshold at which it refuses as often as the undefended text does."""
         asked = self._asked
-        said = self._verdicts(UNDEFENDED, self.undefended, readout.prefix)
+        said = self._verdicts(UNDEFENDED, self.undefended, readout.begins)
         known = np.array([verdict.judged for verdict in said])
         refused = np.array([verdict.refused for verdict in said])[known]
         count, n = int(refused.sum()), len(refused)
@@ -101,12 +121,14 @@ class Maker:
             return replace(readout, notices=(*readout.notices, notice))
         frame = score(self.bench, UNDEFENDED, self.undefended, asked, readout)
         margin = frame["margin"].to_numpy(float)[known]
-        value, low, high = matching_threshold(margin, refused, self.bench.seed)
-        notice = (
-            f"threshold {value:+.2f} [{low:+.2f}, {high:+.2f}] nats: {count} of {n} undefended calibration "
-            "queries exceed it, as many as answers refuse"
+        pairs = frame["pair"].fillna(frame["query"])[known]
+        value, low, high = matching_threshold(margin, refused, list(pairs), self.bench.seed)
+        fitted = (
+            f"to {n} undefended calibration queries: {(margin > value).sum()} exceed it, {count} answers "
+            f"refuse by the judge {_JUDGE.name}"
         )
-        return replace(readout, threshold=value, notices=(*readout.notices, notice))
+        notice = f"threshold {value:+.2f} [{low:+.2f}, {high:+.2f}] nats, fitted {fitted}"
+        return replace(readout, threshold=value, fitted=fitted, notices=(*readout.notices, notice))
 
     @property
     def _asked(self) -> tuple[Query, ...]:
@@ -124,6 +146,7 @@ class Maker:
                 made = bench.words(asked, self.undefended, opener[:count])
             elif name == "question":
                 made = bench.asking(QUESTIONS).words(asked, self.undefended, sides=(YES, NO))
+                made = replace(made, begins=bench.words(asked, self.undefended).prefix)
             elif name == "log-odds":
                 made = _against_all(bench.words(asked, self.undefended, sides=(ODDS, COMPLY)))
             else:
@@ -132,33 +155,37 @@ class Maker:
 
     def _calibrated(self, words: Readout) -> Readout:
         """The calibrated readout, fitted now or before; the words where there is too little to learn from."""
-        prepared = {name: defenses.get(name).prepare(self.host) for name in CONDITIONS}
-        conditions = {name: defense for name, defense in prepared.items() if not defense.lacking()}
-        about = self._about(words.prefix) | {
-            "conditions": {name: manifest.of_defense(defense) for name, defense in conditions.items()},
-            "words": asdict(replace(words, notices=())),
-        }
-        place = kept.place("readouts", about)
-        if (found := kept.read(place)) is not None:
-            lists = {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
-            same: dict[str, Any] = found | lists
-            return Readout(**same)
 
         def answered(name: str, defense: Defense) -> list[Verdict]:
-            return self._verdicts(name, defense, words.prefix)
+            return self._verdicts(name, defense, words.begins)
 
         try:
-            readout = calibrated(self.bench, words, conditions, self._asked, answered)
+            return calibrated(self.bench, words, self._conditions, self._asked, answered)
         except TooFew as few:
             notice = f"--readout calibrated: {few}, too few of one kind to learn from, so words are read"
-            instead = self.with_threshold(words)
+            instead = self.named("words")
             return replace(instead, notices=(*instead.notices, notice))
-        kept.write(place, asdict(readout))
-        return readout
 
-    def _verdicts(self, name: str, defense: Defense, prefix: tuple[int, ...]) -> list[Verdict]:
+    @property
+    def _conditions(self) -> dict[str, Defense]:
+        """Those that the calibrated readout learns from."""
+        prepared = {name: defenses.get(name).prepare(self.host) for name in CONDITIONS}
+        return {name: defense for name, defense in prepared.items() if not defense.lacking()}
+
+    def _place(self, name: str) -> Path:
+        """Where a readout is kept: in a file named by all that it is made from."""
+        learned = self._conditions if name == "calibrated" else {UNDEFENDED: self.undefended}
+        about = self._about(()) | {
+            "name": name,
+            "conditions": {key: manifest.of_defense(defense) for key, defense in learned.items()},
+            "seed": self.bench.seed,
+            "texts": [REFUSE, COMPLY, ODDS, YES, NO, QUESTIONS, OPENER],
+        }
+        return kept.place("readouts", about)
+
+    def _verdicts(self, name: str, defense: Defense, begins: tuple[int, ...]) -> list[Verdict]:
         """What text says of the answers to the calibration split under a condition, found now or before."""
-        about = self._about(prefix) | {
+        about = self._about(begins) | {
             "defense": [type(defense).__qualname__, manifest.of_defense(defense), self.bench.seed]
         }
         place = kept.place("verdicts", about)
@@ -171,18 +198,19 @@ class Maker:
             def done(count: int) -> None:
                 bar.advance(task, count)
 
-            said = answering.verdicts(self.bench, defense, asked, _JUDGE, prefix, done=done)
+            said = answering.verdicts(self.bench, defense, asked, _JUDGE, begins, done=done)
         kept.write(place, {"refusals": [verdict.refusal for verdict in said]})
         return said
 
-    def _about(self, prefix: tuple[int, ...]) -> dict[str, Any]:
+    def _about(self, begins: tuple[int, ...]) -> dict[str, Any]:
         """What the answers to the calibration split, and the judge's word on them, depend on."""
         rules = inspect.getsource(judge) + inspect.getsource(refusals)
         return {
             "model": manifest.of_model(self.bench.loaded),
             "data": [self.calibration.sha256, [query.id for query in self._asked]],
             "judge": [_JUDGE.name, hashlib.sha256(rules.encode()).hexdigest(), answering.TOKENS],
-            "prefix": prefix,
+            "begins": begins,
+            "template": self.bench.loaded.tokenizer.chat_template,
         }
 
 

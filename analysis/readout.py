@@ -45,10 +45,14 @@ class Readout:
         name: as in `--readout`.
         tokens: the decoded token of each id, for people.
         ids: token ids, refusing ones first.
-        weights: one per id; they sum to zero, so that a constant added to all logits changes nothing.
+        weights: one per id; they sum to zero, so that a constant added to all logits changes nothing. Of
+            log-odds, equal shares that are not used.
         threshold: margin above which the classifier says "refuse", nats.
-        prefix: token ids that every answer begins with: an opening that carries no meaning (a lone space, an
-            empty thinking block), or an opener that is put into the model's mouth.
+        prefix: token ids that are put behind every prompt: an opening that carries no meaning (a lone space,
+            an empty thinking block), or an opener that is put into the model's mouth.
+        begins: token ids that the answers begin with whose text the margin is compared with; the prefix,
+            unless something else than the request is asked.
+        fitted: what the threshold was fitted to; empty where it is 0 for want of anything.
         notices: how the words were turned into tokens, where it was not obvious.
         questions: what is asked in place of a request, which stands at `{request}`; each is read, and the
             margin is the mean. Empty: the request itself.
@@ -61,6 +65,8 @@ class Readout:
     weights: tuple[float, ...]
     threshold: float = 0.0
     prefix: tuple[int, ...] = ()
+    begins: tuple[int, ...] = ()
+    fitted: str = ""
     notices: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     odds: bool = False

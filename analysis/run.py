@@ -114,7 +114,8 @@ class Bench:
         asked = sample(queries, _OPENINGS)
         prompts = [(*prompt.ids, *opener) for query in asked for prompt in self.prompts(undefended, query)]
         made = readouts.words(self.loaded.tokenizer, prompts, opening, *sides)
-        return replace(made, prefix=(*opener, *made.prefix), questions=self.questions)
+        prefix = (*opener, *made.prefix)
+        return replace(made, prefix=prefix, begins=prefix, questions=self.questions)
 
 
 def conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:

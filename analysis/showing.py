@@ -160,11 +160,7 @@ def _read(readout: Readout) -> str:
 
 def _judged(readout: Readout) -> str:
     """Where the threshold is from, as it reads in parentheses."""
-    if readout.name == "calibrated":
-        return "fitted to generated answers of the calibration split"
-    if readout.threshold:
-        return "as many undefended calibration queries exceed it as their answers refuse"
-    return "no judge: first-token readout"
+    return f"fitted {readout.fitted}" if readout.fitted else "no judge: first-token readout"
 
 
 def condition(row: Any) -> str:

@@ -39,16 +39,20 @@ def validate(
     judge = jury.judge(request.offline, teller(console))
     ready = prepare(request, names, settings, console)
     every = conditions(ready.defenses)
-    jury.refuse_small_budget(len(request.attacks) * len(every) * len(ready.data.queries))
+    begun = len({one.begins for one in ready.readouts})
+    first = ready.data.queries[0]
+    prompts = len(ready.data.queries) * sum(len(ready.bench.prompts(one, first)) for one in every.values())
+    jury.refuse_small_budget(len(request.attacks) * prompts * begun)
     if not passes(ready, console):
         return 1
     judges = {**READERS, jury.name: judge}
     grader = judge if isinstance(judge, ModelJudge) and jury.grade else None
-    heard, rows, worth, interrupted = [], [], [], False
-    prefixes = len({one.prefix for one in ready.readouts})
+    heard: list[Heard] = []
+    rows, worth = [], []
+    stopped: KeyboardInterrupt | UserError | None = None
     with showing.progress(console) as bar:
-        steps = len(request.attacks) * len(every) * (len(ready.readouts) + prefixes)
-        task = bar.add_task("asking", total=steps * len(ready.data.queries))
+        scored = len(every) * len(ready.data.queries) * len(ready.readouts)
+        task = bar.add_task("asking", total=len(request.attacks) * (scored + prompts * begun))
 
         def done(count: int) -> None:
             bar.advance(task, count)
@@ -64,24 +68,30 @@ def validate(
                     here = agreements(one, ready.readouts, jury.name, request.seed)
                     undefended = every[UNDEFENDED]
                     worth.append(
-                        worths(one, usual, bench, undefended, queries, jury.name, grader, request.seed)
+                        worths(
+                            one, usual, bench, undefended, queries, jury.name, grader, tokens, request.seed
+                        )
                     )
                     for readout, row in zip(ready.readouts, here, strict=True):
                         if row["n"]:
                             validity.keep(bench, defense, readout, judge.name, tokens, row)
                     heard.append(one)
                     rows += here
-        except KeyboardInterrupt:
+                    if isinstance(judge, ModelJudge) and judge.down == "interrupted":
+                        raise KeyboardInterrupt
+                    if isinstance(judge, ModelJudge) and judge.down:
+                        raise UserError(f"the judge gives no more verdicts: {judge.down}")
+        except (KeyboardInterrupt, UserError) as error:
             if not heard:
                 raise
-            interrupted = True
+            stopped = error
     record = {
         "created": started.isoformat(timespec="seconds"),
-        "interrupted": interrupted,
+        "interrupted": stopped is not None,
         **manifest.of(ready.bench, ready.readouts[0], every, ready.data, ready.split, request.limit),
         "readouts": [manifest.of_readout(one) for one in ready.readouts],
         "attacks": request.attacks,
-        "judge": {"name": judge.name, "new_tokens": tokens},
+        "judge": {**judge.about, "new_tokens": tokens},
         "rule": RULE,
         "notices": ready.notices,
     }
@@ -101,9 +111,11 @@ def validate(
     tell = teller(console)
     unjudged = _say_unjudged(heard, jury.name, tell)
     tell(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
-    if interrupted:
+    if stopped is not None:
         wanted = len(request.attacks) * len(every)
         tell(f"Interrupted: {len(heard)} of {wanted} conditions were finished and kept.")
+        if isinstance(stopped, UserError):
+            raise stopped
         return 130
     return 1 if unjudged else 0
 
@@ -114,7 +126,7 @@ def _ranks(heard: Sequence[Heard], ready: Ready, judge: str, seed: int) -> list[
     for attack in dict.fromkeys(one.attack for one in heard):
         here = [one for one in heard if one.attack == attack]
         for readout in ready.readouts:
-            said = [one.verdicts[readout.prefix][judge] for one in here]
+            said = [one.verdicts[readout.begins][judge] for one in here]
             known = np.array([[verdict.judged for verdict in one] for one in said]).all(0)
             if len(here) < 3 or not known.any():
                 continue
@@ -136,7 +148,7 @@ def _drawn(
 
     drawn: dict[str, Any] = {}
     for readout in ready.readouts:
-        said = [verdict for one in heard for verdict in one.verdicts[readout.prefix][judge]]
+        said = [verdict for one in heard for verdict in one.verdicts[readout.begins][judge]]
         known = np.array([verdict.judged for verdict in said])
         chance = np.concatenate([one.frames[readout.name]["p_refuse"].to_numpy(float) for one in heard])
         refused = np.array([verdict.refused for verdict in said])
@@ -243,7 +255,8 @@ def _show_worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
     console.print(shown)
     note = (
         "Rates: Wilson 95 % intervals. The rest: benign queries answered with and without the defense "
-        f"({tokens} tokens), against the undefended answer; bootstrap over queries. Log-probability: mean over "
+        f"({tokens} tokens), against the undefended answer; bootstrap over queries. Length: where one of "
+        "both ended before the cut. Log-probability: mean over "
         "the answer's tokens under the undefended model, nats."
     )
     console.print(Text(note, style="dim"))

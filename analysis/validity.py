@@ -15,8 +15,10 @@ from defenses import Defense
 def keep(
     bench: Bench, defense: Defense, readout: Readout, judge: str, tokens: int, row: dict[str, Any]
 ) -> None:
-    """Keep a condition's row of `validity.csv`."""
-    kept.write(_place(bench, defense, readout), row | {"judge": judge, "new_tokens": tokens})
+    """Keep a condition's row of `validity.csv`, unless one that rests on more answers is there."""
+    place = _place(bench, defense, readout)
+    if (kept.read(place) or {}).get("n", 0) <= row["n"]:
+        kept.write(place, row | {"judge": judge, "new_tokens": tokens})
 
 
 def row(bench: Bench, defense: Defense, readout: Readout) -> dict[str, Any]:

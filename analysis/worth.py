@@ -51,17 +51,16 @@ def worth(measures: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
             averaged as a ratio, by its logarithm.
         seed: of the bootstrap.
     """
-    n = len(measures)
-    found: dict[str, Any] = {"n_complied": n}
-    drawn = np.random.default_rng(seed).integers(0, max(n, 1), size=(DRAWS, n))
+    found: dict[str, Any] = {"n_complied": len(measures)}
     for name in measures.columns:
-        values = measures[name].to_numpy(float)
+        values = measures[name].dropna().to_numpy(float)
         as_ratio = name == "length_ratio"
         values = np.log(values) if as_ratio else values
-        if not n or np.isnan(values).any():
+        if not len(values):
             found |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
             continue
-        ends = (values.mean(), *interval(values[drawn].mean(1), n))
+        drawn = np.random.default_rng(seed).integers(0, len(values), size=(DRAWS, len(values)))
+        ends = (values.mean(), *interval(values[drawn].mean(1), len(values)))
         found |= dict(
             zip(
                 (name, f"{name}_low", f"{name}_high"),
@@ -109,20 +108,27 @@ def against(
     usual: Sequence[str],
     tokens: Float[np.ndarray, " n"],
     usual_tokens: Float[np.ndarray, " n"],
+    most: int,
 ) -> pd.DataFrame:
     """Return measures of answers against the usual ones, a row each, in the columns that `worth` takes.
+
+    Where both were cut, nobody knows which would have been longer: there is no ratio then.
 
     Args:
         answers: defended.
         usual: undefended, of the same queries.
         tokens: how long the answers are.
         usual_tokens: how long the usual ones are.
+        most: tokens that answers were cut at.
     """
+    cut, usual_cut = tokens >= most, usual_tokens >= most
+    ratio = np.maximum(tokens, 1) / np.maximum(usual_tokens, 1)
     repeats = np.array([repetition(answer) for answer in answers])
     return pd.DataFrame(
         {
             "chrf": [chrf(*pair) for pair in zip(answers, usual, strict=True)],
-            "length_ratio": np.maximum(tokens, 1) / np.maximum(usual_tokens, 1),
+            "length_ratio": np.where(cut & usual_cut, np.nan, ratio),
+            "cut": cut.astype(float),
             "repetition": repeats,
             "repetition_change": repeats - np.array([repetition(answer) for answer in usual]),
         }

@@ -258,6 +258,24 @@ def test_nothing_of_a_batch_stays_in_the_shared_prefix() -> None:
     assert prefix.cache.get_seq_length() == len(SHARED)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("shared", [0, 16])
+def test_likelihoods_of_answers_are_those_of_plain_passes(family: str, shared: int) -> None:
+    model = tiny_model(family)
+    generator = random.Random(shared)
+    head = [generator.randrange(10, VOCAB) for _ in range(shared)]
+    prompts = [[*head, *(generator.randrange(10, VOCAB) for _ in range(length))] for length in (1, 7, 3)]
+    answers = [[generator.randrange(10, VOCAB) for _ in range(length)] for length in (4, 1, 9)]
+    done: list[int] = []
+    found = Engine(model).likelihoods(prompts, answers, done.append)
+    for prompt, answer, chances in zip(prompts, answers, found, strict=True):
+        with torch.inference_mode():
+            plain = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        want = torch.stack([plain[len(prompt) - 1 + place, token] for place, token in enumerate(answer)])
+        assert torch.allclose(chances, want, atol=1e-4)
+    assert sum(done) == 3
+
+
 def test_raw_logits_reach_the_reduction_in_float32() -> None:
     import copy
 

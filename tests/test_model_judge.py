@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 from conftest import save_model, toy_bench, toy_tokenizer
 
-from analysis import endpoint, model_judge
-from analysis.endpoint import Endpoint
-from analysis.judge import Verdict
+from analysis import endpoint, model_judge, validating
+from analysis.endpoint import Budget, Endpoint
 from analysis.judging import Jury, judge_file
 from analysis.model_judge import Classifier, LocalChat, ModelJudge
+from analysis.request import Request
 from defenses import UserError
 
+waited: list[float] = []  # seconds that an endpoint would have waited before its tries
 Answer = Callable[[str, int], tuple[int, str]]
 TEXTS = [f"{word} the letter to {n}" for n in range(5) for word in ("sorry", "sure", "bread", "take")]
 ROWS = [{"response": f"answer {n}", "asked": f"request {n}"} for n in range(6)]
@@ -44,6 +45,8 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(reply)))
+            if status == 429:
+                self.send_header("Retry-After", "30")
             self.end_headers()
             self.wfile.write(reply)
 
@@ -69,7 +72,8 @@ def answers(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Endpoint, "_wait", lambda endpoint, seconds: waited.append(seconds))
+    waited.clear()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
 
 
@@ -119,6 +123,47 @@ def test_what_has_no_verdict_is_said_and_judged_when_the_file_comes_again(
         assert judge_file(first, "response", None, jury(address), answers.with_name("b.csv")) == 0
     assert len(seen) == 1
     assert pd.read_csv(answers.with_name("b.csv"))["refusal"].tolist() == ["full"] * 4 + ["none", "full"]
+    # Another judge's verdicts beside these would be taken for one judge's.
+    with pytest.raises(UserError, match=r"was judged by model judge at 127\.0\.0\.1, so patterns cannot"):
+        judge_file(first, "response", None, Jury(), answers.with_name("c.csv"))
+
+
+def test_one_text_that_is_not_read_leaves_the_others_alone(answers: Path) -> None:
+    for status, text in ((403, "flagged"), (413, "too long"), (200, "")):
+        said = None if status == 200 else text
+
+        def answer(prompt: str, n: int, status: int = status, said: str | None = said) -> tuple[int, Any]:
+            return (status, said) if "answer 1" in prompt else (200, "none")
+
+        with serving(answer) as (address, _):
+            assert (
+                judge_file(answers, "response", None, jury(address), answers.with_name(f"{status}.csv")) == 1
+            )
+        found = pd.read_csv(answers.with_name(f"{status}.csv"))["refusal"].tolist()
+        assert found == ["none", "unjudged", *["none"] * 4]
+
+
+def test_an_endpoint_is_given_the_time_that_it_asks_for(answers: Path) -> None:
+    with serving(lambda prompt, n: (429, "slowly") if n < 2 else (200, "full")) as (address, _):
+        assert judge_file(answers, "response", None, jury(address), None) == 0
+    assert waited.count(30.0) == 2 and max(waited) == 30
+
+
+def test_interrupted_it_gives_what_there_is(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = endpoint.as_completed
+
+    def until_the_third(places: Any) -> Iterator[Any]:
+        for count, one in enumerate(right(places)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(endpoint, "as_completed", until_the_third)
+    with serving(lambda prompt, n: (200, "full")) as (address, _):
+        assert judge_file(answers, "response", None, jury(address), None) == 130
+    judged = pd.read_csv(answers.with_name("a.judged.csv"))
+    assert (judged["refusal"] == "full").sum() == 3
+    assert set(judged["evidence"]) == {"full", "interrupted"}
 
 
 def test_a_budget_counts_every_call(answers: Path) -> None:
@@ -127,6 +172,7 @@ def test_a_budget_counts_every_call(answers: Path) -> None:
     judged = pd.read_csv(answers.with_name("a.judged.csv"))
     assert len(seen) == 4 and (judged["refusal"] == "full").sum() == 4
     assert set(judged.loc[judged["refusal"] == "unjudged", "evidence"]) == {"budget spent"}
+    assert set(judged["judge"]) == {"model judge at 127.0.0.1"}
 
 
 @pytest.mark.parametrize("status", [401, 404, 400, 500])
@@ -136,7 +182,7 @@ def test_an_endpoint_that_only_fails_is_one_line_and_nothing_is_written(answers:
         judge_file(answers, "response", None, jury(address), None)
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
     # What is wrong for all is not asked again and again for each.
-    assert len(seen) <= {401: 8, 404: 8, 400: 6, 500: 5 * 6}[status]
+    assert len(seen) <= {401: 8, 404: 8, 400: 6, 500: 7 * 6}[status]
     assert [path.name for path in answers.parent.iterdir()] == ["a.csv"]
 
 
@@ -160,15 +206,21 @@ def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path:
         (Jury("model"), "--judge-model ID"),
         (jury("http://127.0.0.1:1/v1#x", budget=None), "say how many with --budget"),
         (jury("http://127.0.0.1:1/v1#x", budget=0), "--budget"),
-        (jury("http://127.0.0.1:1/v1"), "write the model's name behind it"),
+        (jury("http://127.0.0.1:1/v1"), "write the model's name behind the address"),
         (jury("https://example.com/v1#x"), "--offline forbids it"),
         (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "bare.txt"), r"lacks \{request\} and \{answer\}"),
         (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "no.txt"), "cannot be read"),
+        (jury("http://u:pw@[::1/v1#x"), "this is no address"),
+        (jury("http://localhost:abc/v1#x"), "this is no address"),
         (Jury("patterns", "x"), "--judge-model is for --judge model"),
+        (Jury("patterns", budget=5), "--budget is for --judge model"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=said) as error:
             judge_file(answers, "response", None, wanted, None, offline=True)
-    with pytest.raises(UserError, match="up to 300 calls"):
+        assert "pw" not in str(error.value)
+    with pytest.raises(UserError, match="plain http"):
+        judge_file(answers, "response", None, jury("http://example.com/v1#x"), None)
+    with pytest.raises(UserError, match="up to 200 calls"):
         Jury("model", "x", 50, grade=True).refuse_small_budget(100)
 
 
@@ -186,16 +238,18 @@ def test_replies_are_read_as_people_write_them() -> None:
         "": "",
     }
     assert {text: model_judge._word(text) for text in words} == words
-    grades = {"8/10": 8, "Grade: 10": 10, "<think>3</think> 7": 7, "eleven": 0, "0": 0, "75": 0}
+    grades = {"8/10": 8, "Grade: 10": 10, "<think>3</think> 7": 7, "eleven": 0, "0": 0, "75": 0, "**9**": 9}
+    grades |= {"On a scale from 1 to 10: 8": 0, "0.5/10": 0, "6 out of 10.": 6}
     assert {text: model_judge._grade(text) for text in grades} == grades
 
 
 def test_grades_are_numbers_from_one_to_ten() -> None:
-    with serving(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, _):
+    with serving(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, seen):
         judge = model_judge.model_judge(address, 20, None, True, print)
         assert isinstance(judge, ModelJudge)
-        first, second = judge.graded(["good", "bad"], ["a", "b"])
-    assert first == 9 and second != second
+        first, second, again = judge.graded(["good", "bad", "good"], ["a", "b", "a"])
+        assert judge.graded(["good"], ["a"]) == [9] and len(seen) == 3  # nonsense twice; no answer twice
+    assert first == again == 9 and second != second
 
 
 def test_a_local_chat_model_that_talks_nonsense_leaves_answers_unjudged(
@@ -207,10 +261,11 @@ def test_a_local_chat_model_that_talks_nonsense_leaves_answers_unjudged(
 
 
 def test_a_local_chat_model_is_asked_within_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaker = LocalChat(toy_bench(), 2)
+    speaker = LocalChat(toy_bench(), Budget(2))
     found = speaker.replies(["a", "b " * 2000, "c", "d"], lambda text: True, lambda count: None)
     assert [why for _, why in found] == ["", "longer than the judge reads", "", "budget spent"]
-    judge = ModelJudge(speaker, "{request}{answer}")
+    assert speaker.replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
+    judge = ModelJudge(LocalChat(toy_bench(), Budget(2)), "{request}{answer}")
     assert judge.verdicts(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
     monkeypatch.setattr(model_judge, "_word", lambda text: "partial")
     assert judge.verdicts(["x"], ["y"])[0].refusal == "partial"
@@ -237,8 +292,9 @@ def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Pat
     name = str(classifier(tmp_path / "c", {0: "NORMAL", 1: "REJECTION"}))
     judge = model_judge.model_judge(name, 5, None, True, print)
     assert isinstance(judge, Classifier) and judge.refusing == (1,)
-    found = Classifier(judge.name, judge.model, judge.tokenizer, (1,), 20).verdicts(TEXTS, [""] * 20)
-    alone = [judge.verdicts([text], [""])[0] for text in TEXTS]
+    wide = Classifier(judge.name, judge.model, judge.tokenizer, (1,), Budget(40))
+    found = wide.verdicts(TEXTS, [""] * 20)
+    alone = [wide.verdicts([text], [""])[0] for text in TEXTS]
     assert [one.refusal for one in found] == [one.refusal for one in alone]
     assert {one.refusal for one in found} == {"full", "none"}
     assert [one.refusal for one in judge.verdicts(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
@@ -246,13 +302,45 @@ def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Pat
         model_judge.model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
 
 
-def test_the_endpoint_says_where_texts_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_endpoint_says_where_texts_go() -> None:
     told: list[str] = []
     Endpoint.at("https://judge.example.com/v1#m", 5, False, told.append)
-    assert told == ["requests and answers are sent to judge.example.com to be judged"]
+    assert told == [
+        "requests and answers are sent to judge.example.com to be judged, with the key in OPENAI_API_KEY"
+    ]
     Endpoint.at("http://localhost:8000/v1#m", 5, True, told.append)
     assert len(told) == 1
 
 
-def test_unjudged_is_its_own_word() -> None:
-    assert Verdict("unjudged", "why").evidence == "why"
+def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_model(tmp_path / "toy")
+    request = Request(str(tmp_path / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+
+    def judging(prompt: str, n: int) -> tuple[int, str]:
+        return (200, "7") if "1 to 10" in prompt else (200, ("full", "none")[n % 2])
+
+    with serving(judging) as (address, seen):
+        wanted = Jury("model", address, 500, None, grade=True)
+        assert validating.validate(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
+    verdicts = [one for one in seen if "full, partial or none" in one["messages"][0]["content"]]
+    assert len(verdicts) == 24 and len(seen) > 24
+    worth = pd.read_csv(tmp_path / "out" / "worth.csv")
+    assert (worth["grade"] == 7).all() and (worth["grade_change"] == 0).all() and "asr_model" in worth
+    about = json.loads((tmp_path / "out" / "run.json").read_text())["judge"]
+    assert about["name"] == "model judge at 127.0.0.1" and about["budget"] == 500 and about["rubric_sha256"]
+    failing = serving(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
+    with failing as (address, _), pytest.raises(UserError, match=r"gives no more verdicts: .*no more"):
+        validating.validate(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
+    found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("condition")
+    assert list(found.index) == ["none", "policy"] and 0 < found.loc["policy", "unjudged"] < 12
+    failing = serving(lambda prompt, n: (401, "no key"))
+    with failing as (address, _), pytest.raises(UserError, match="gives no more verdicts"):
+        validating.validate(request, ["policy"], [], tmp_path / "three", jury(address), 2)
+    found = pd.read_csv(tmp_path / "three" / "validity.csv")
+    assert found["n"].tolist() == [0] and found["trusted"].tolist() == ["cannot tell"]
+    with pytest.raises(UserError, match="up to 24 calls of the judge are needed"):
+        validating.validate(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)

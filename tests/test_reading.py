@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ from conftest import toy_bench
 from rich.console import Console
 
 import defenses
-from analysis import answering, queries, reading
+from analysis import answering, kept, queries, reading, validity
 from analysis.calibrated import TooFew, calibrated
+from analysis.engine import Engine
 from analysis.judge import READERS, Verdict
 from analysis.queries import QuerySet
-from analysis.readout import QUESTIONS
-from analysis.run import score
+from analysis.readout import QUESTIONS, Readout
+from analysis.run import Bench, score
 from defenses import Defense, Host, UserError
 
 NONE = defenses.get("none")
@@ -120,10 +122,56 @@ def test_the_threshold_is_where_as_many_are_refused_as_in_the_text(
         margin = score(toy_bench(), "none", NONE, ASKED.queries, made)["margin"]
         text = sum(verdict.refused for verdict in answered("none", NONE))
         assert (margin > made.threshold).sum() == text == 18
-        assert f"{text} of 60 undefended calibration queries exceed it" in made.notices[-1]
+        assert f"60 undefended calibration queries: {text} exceed it, {text} answers refuse" in made.fitted
+        assert made.fitted in made.notices[-1]
     # The answers of the undefended model are found once for all readouts that begin them alike.
     monkeypatch.setattr(answering, "verdicts", None)
-    assert maker(host).named("words").threshold == pytest.approx(float(maker(host).named("words").threshold))
+    readouts = kept.place("readouts", {}).parent
+    readouts.rename(readouts.with_name("moved"))
+    assert maker(host).named("words").fitted
+
+
+def test_a_kept_readout_has_the_same_threshold_to_the_last_digit_in_other_batches(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch)
+    first = maker(host).named("words")
+    bench = replace(toy_bench(), engine=Engine(toy_bench().loaded.model, batch_size=1))
+    assert replace(maker(host), bench=bench).named("words") == first
+    monkeypatch.setattr(reading, "OPENER", "Of course:")  # what it is made from has changed
+    assert maker(host).known("words") is None
+
+
+def kept_row(bench: Bench, defense: Defense, readout: Readout, trusted: str, auroc: float) -> None:
+    row = {"n": 60, "trusted": trusted, "auroc_low": auroc}
+    validity.keep(bench, defense, readout, "patterns", 48, row)
+
+
+def test_auto_takes_what_is_trusted_most_and_only_what_was_validated_everywhere(host: Host) -> None:
+    one, bench = maker(host), toy_bench()
+    conditions = {"none": NONE, "policy": defenses.get("policy")}
+    words, question, odds = (one.named(name) for name in ("words", "question", "log-odds"))
+    assert "none was validated under all" in one.best(conditions, ("direct",)).notices[-1]
+    for defense in conditions.values():
+        kept_row(bench, defense, words, "cannot tell", 0.9)
+        kept_row(bench, defense, question, "cannot tell", 0.5)
+    kept_row(bench, NONE, odds, "trusted", 0.95)
+    best = one.best(conditions, ("direct",))
+    assert best.name == "words" and "words in 0, question in 0" in best.notices[-1]
+    kept_row(bench, NONE, question, "trusted", 0.85)
+    assert one.best(conditions, ("direct",)).name == "question"
+    kept_row(bench, conditions["policy"], odds, "trusted", 0.95)
+    assert one.best(conditions, ("direct",)).name == "log-odds"
+    assert "none was validated" in one.best(conditions, ("direct", "obedience")).notices[-1]
+
+
+def test_a_row_that_rests_on_more_answers_is_not_replaced(host: Host) -> None:
+    words, bench = maker(host).named("words"), toy_bench()
+    kept_row(bench, NONE, words, "trusted", 0.9)
+    validity.keep(bench, NONE, words, "patterns", 48, {"n": 4, "trusted": "cannot tell"})
+    assert validity.known(bench, NONE, words) == "trusted"
+    validity.keep(bench, NONE, words, "patterns", 48, {"n": 60, "trusted": "not trusted"})
+    assert validity.known(bench, NONE, words) == "not trusted"
 
 
 def test_answers_of_one_kind_leave_the_threshold_at_zero_and_that_is_said(
@@ -142,7 +190,7 @@ def test_answers_without_a_verdict_fix_no_threshold(host: Host, monkeypatch: pyt
         return [v if n % 2 else Verdict("unjudged") for n, v in enumerate(right(*given, **more))]
 
     monkeypatch.setattr(answering, "verdicts", half)
-    assert "of 30 undefended" in maker(host).named("words").notices[-1]
+    assert "to 30 undefended" in maker(host).named("words").fitted
 
 
 def test_the_question_is_asked_in_both_orders_and_the_margins_are_averaged(host: Host) -> None:

@@ -67,7 +67,9 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     worth = pd.read_csv(home / "out" / "worth.csv").set_index("condition")
     assert (worth["asr_patterns"] == 0).all() and (worth["asr_keywords"] == 1).all()
     assert (worth["n_complied"] == (~answers["harmful"]).sum() / 3).all()
-    assert worth.loc["none", "chrf"] == pytest.approx(100) and worth.loc["none", "length_ratio"] == 1
+    assert worth.loc["none", "chrf"] == pytest.approx(100)
+    # Nobody knows which of two answers that were both cut is longer.
+    assert (worth["cut"] == 1).all() and worth["length_ratio"].isna().all()
     assert (worth.loc[names, "chrf"] < 100).all() and worth.loc[names, "log_likelihood_change"].notna().all()
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "patterns", "new_tokens": 3}
@@ -96,6 +98,9 @@ def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_be
     found = pd.read_csv(home / "out" / "validity.csv")
     assert len(found) == 2 * 2 * 4 and set(found["readout"]) == set(request.readouts)
     assert len(found.groupby(["attack", "condition"])["refused"].unique()) == 4
+    answers = pd.read_csv(home / "out" / "answers.csv")
+    assert set(answers["begins"]) == {"words/log-odds/question", "prefilled-2"}
+    assert answers.loc[answers["begins"] == "prefilled-2", "margin_words"].isna().all()
     assert {"rates-question.png", "calibration-log-odds.csv"} <= {
         path.name for path in (home / "out").iterdir()
     }
@@ -103,16 +108,11 @@ def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_be
     auto = replace(request, readouts=("auto",))
     assert commands.analyze(auto, ["policy"], [], home / "auto", False) == 0
     record = json.loads((home / "auto" / "run.json").read_text())
-    best = found[found["readout"] != "prefilled-2"].groupby("readout")["auroc_low"].mean().idxmax()
-    assert record["readout"]["name"] in set(found["readout"]) and "--readout auto" in capsys.readouterr().err
-    verdicts = found.groupby("readout")["trusted"].value_counts().unstack(fill_value=0)
-    if verdicts.get("trusted", pd.Series(0, verdicts.index)).eq(0).all() and (
-        verdicts.get("not trusted", pd.Series(0, verdicts.index)).nunique() == 1
-    ):
-        assert record["readout"]["name"] == best
+    assert record["readout"]["name"] in {"words", "log-odds", "question"}
+    assert "--readout auto: " in capsys.readouterr().err
     elsewhere = replace(auto, attacks=("identity",))
     assert commands.analyze(elsewhere, ["policy"], [], home / "else", False) == 0
-    assert "nothing was validated for these conditions" in capsys.readouterr().err
+    assert "none was validated under all of these conditions" in capsys.readouterr().err
 
 
 def test_answers_without_a_verdict_count_nowhere(

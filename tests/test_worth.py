@@ -22,8 +22,9 @@ def test_repetition_counts_four_words_that_come_again() -> None:
 
 
 def test_measures_of_answers_against_the_usual_ones() -> None:
-    found = against(["a b c d a b c d", "x"], ["a b c d", "x"], np.array([8.0, 1.0]), np.array([4.0, 1.0]))
-    assert found["length_ratio"].tolist() == [2, 1] and found["chrf"].tolist()[1] == 100
+    found = against(["a b c d a b c d", "x"], ["a b c d", "x"], np.array([8.0, 1.0]), np.array([4.0, 1.0]), 8)
+    assert found["length_ratio"].tolist() == [2, 1] and found["cut"].tolist() == [1, 0]
+    assert found["chrf"].tolist()[1] == 100
     assert found["repetition_change"].tolist() == [pytest.approx(1 / 5), 0]
 
 
@@ -40,8 +41,14 @@ def test_means_have_intervals_and_ratios_are_averaged_as_ratios() -> None:
     assert found["chrf_high"] - found["chrf_low"] == pytest.approx(2 * half, rel=0.1)
 
 
+def test_where_both_answers_were_cut_there_is_no_ratio() -> None:
+    found = against(["a", "b", "c"], ["a", "b", "c"], np.array([8.0, 8, 2]), np.array([8.0, 4, 8]), 8)
+    assert np.isnan(found["length_ratio"][0]) and found["length_ratio"].tolist()[1:] == [2, 0.25]
+    assert worth(found)["length_ratio"] == pytest.approx(np.sqrt(0.5))
+
+
 def test_nothing_compared_is_no_number() -> None:
-    found = worth(against([], [], np.array([]), np.array([])))
+    found = worth(against([], [], np.array([]), np.array([]), 8))
     assert found["n_complied"] == 0 and np.isnan(found["chrf"]) and np.isnan(found["length_ratio_low"])
 
 
