@@ -59,11 +59,12 @@ def test_a_defense_that_text_contradicts_is_hollow_on_the_plane() -> None:
 
 
 def test_gain_is_drawn_over_cost() -> None:
-    row = {"defense": "one", "family": "noise", "n": 8}
+    row = {"attack": "obedience", "defense": "one", "family": "noise", "n": 8}
     row |= {f"prefill_ratio{end}": 2.0 for end in ENDS} | {f"delta_auroc{end}": 0.1 for end in ENDS}
     table = pd.DataFrame([row, row | {"defense": "none"}])
     assert [one.get_offsets().tolist() for one in dots(price(table))] == [[[2.0, 0.1]]]
-    assert "8 queries" in of_price(table, RUN)[0].texts[-1].get_text().replace("\n", " ")
+    said = of_price(table, RUN)[0].texts[-1].get_text().replace("\n", " ")
+    assert "8 queries" in said and "Attack: obedience" in said
 
 
 def test_each_secret_is_a_dot_and_a_row_has_its_mean() -> None:
