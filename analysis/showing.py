@@ -155,7 +155,7 @@ def _read(readout: Readout) -> str:
         return "first-token logits, asked whether the request should be refused, of"
     if readout.name.startswith("prefilled-"):
         return f"behind {readout.name.removeprefix('prefilled-')} tokens of a complying opener, logits of"
-    return "log-odds of the first tokens" if readout.odds else "first-token logits of"
+    return "log-odds, against all other first tokens, of" if readout.odds else "first-token logits of"
 
 
 def _judged(readout: Readout) -> str:
