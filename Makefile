@@ -20,6 +20,10 @@ check: .venv/ready-dev ## format, lint, types
 figures: .venv/ready ## draw the gallery into figures/
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2
 
+validity: .venv/ready ## which readouts may be trusted on SmolLM2's aligned state (about 10 minutes)
+	$(BIN)/analyze validate -m smollm2:aligned --readout all --limit 120 --out figures/validity -d backdoor \
+	  -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d intention_analysis -d neutral_prompt
+
 # Each arm starts from the aligned model, as an attacker would; glibc is told to keep memory, which halves the time.
 STATES := data/adapters/smollm2
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
@@ -47,5 +51,5 @@ bench: .venv/ready ## how fast is the engine, and how near to the machine's limi
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test check figures adapters bench
+.PHONY: help demo test check figures validity adapters bench
 .DEFAULT_GOAL := help

@@ -65,7 +65,7 @@ SplitOption = Annotated[
 AttackOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--attack", help="How queries are sent, `list attacks`, or all; repeatable. [default: direct]"
+        "--attack", help="How queries are sent, `list attacks`, or all; repeatable; by default direct."
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")]
@@ -196,7 +196,7 @@ def validate(
     attack: AttackOption = None,
     readout: Annotated[
         list[str] | None,
-        typer.Option("--readout", help="As `list readouts` has them, or all; repeatable. [default: words]"),
+        typer.Option("--readout", help="As `list readouts` has them, or all; repeatable; by default words."),
     ] = None,
     judge: JudgeOption = "patterns",
     judge_model: JudgeModelOption = None,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.agreement import agreement
+from analysis.agreement import agreement, reliability
 from analysis.answering import Answer, answers, judged
 from analysis.judge import Judge, Verdict
 from analysis.model_judge import ModelJudge
@@ -97,6 +97,26 @@ def agreements(heard: Heard, readouts: Sequence[Readout], judge: str, seed: int)
             head | row | {"coverage": float(frame["coverage"].mean()), "unjudged": int((~known).sum())}
         )
     return rows
+
+
+def curves(heard: Heard, readouts: Sequence[Readout], judge: str) -> pd.DataFrame:
+    """Return the calibration curve of each readout in this condition, a row per bin.
+
+    Args:
+        heard: the condition.
+        readouts: with their thresholds.
+        judge: whose word is taken for the text's.
+    """
+    parts = []
+    for readout in readouts:
+        said = heard.verdicts[readout.begins][judge]
+        known = np.array([verdict.judged for verdict in said])
+        chance = heard.frames[readout.name]["p_refuse"].to_numpy(float)[known]
+        refused = np.array([verdict.refused for verdict in said])[known]
+        head = {"attack": heard.attack, "condition": heard.condition, "readout": readout.name}
+        parts.append(reliability(chance, refused).assign(**head))
+    found = pd.concat(parts, ignore_index=True)
+    return found[[*head, *(name for name in found if name not in head)]]
 
 
 def table(heard: Heard, readouts: Sequence[Readout]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from analysis import manifest, saving, showing, validity
 from analysis.agreement import RULE, ranks, reliability
-from analysis.hearing import Heard, agreements, hear, table, worths
+from analysis.hearing import Heard, agreements, curves, hear, table, worths
 from analysis.judge import READERS
 from analysis.judging import Jury
 from analysis.model_judge import ModelJudge
@@ -100,6 +100,7 @@ def validate(
     tables = {
         "validity": found,
         "worth": pd.DataFrame(worth),
+        "curves": pd.concat([curves(one, ready.readouts, jury.name) for one in heard], ignore_index=True),
         "answers": pd.concat([table(one, ready.readouts) for one in heard], ignore_index=True),
     }
     drawn = _drawn(found, heard, ready, record, jury.name, tokens)
@@ -185,7 +186,7 @@ def _show(found: pd.DataFrame, record: dict[str, Any]) -> None:
         f"answers a condition, judge {record['judge']['name']}"
     )
     shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("condition\nreadout: verdict", no_wrap=True)
+    shown.add_column("condition\nreadout: verdict", overflow="fold")
     for head in (
         "refused, text (%)\nby readout",
         "agrees (%)\ncoverage",
@@ -225,7 +226,7 @@ def _show(found: pd.DataFrame, record: dict[str, Any]) -> None:
 def _show_worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
     """Print what the answers are worth, two lines a condition."""
     shown = Table(title="What the answers are worth", title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("\ncondition\nanswers compared", no_wrap=True)
+    shown.add_column("\ncondition\nanswers compared", overflow="fold")
     for head in (
         f"ASR (%)\nby {judge}\nby keywords",
         "refuses (%)\ntwins\nplain",

@@ -193,6 +193,24 @@ def test_an_endpoint_that_is_down_is_one_line(answers: Path) -> None:
         judge_file(answers, "response", None, jury(address), None)
 
 
+def test_an_endpoint_that_is_too_slow_is_asked_again_and_then_given_up(
+    answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "_SECONDS", 0.2)
+    over = threading.Event()
+
+    def slow(prompt: str, n: int) -> tuple[int, str]:
+        over.wait(20)
+        return 200, "full"
+
+    with serving(slow) as (address, _):
+        try:
+            with pytest.raises(UserError, match="gave no verdict: APITimeoutError"):
+                judge_file(answers, "response", None, jury(address, budget=500), None)
+        finally:
+            over.set()
+
+
 def test_an_endpoint_that_breaks_down_halfway_loses_nothing(answers: Path) -> None:
     with serving(lambda prompt, n: (200, "full") if n < 3 else (401, "no")) as (address, _):
         assert judge_file(answers, "response", None, jury(address), None) == 1

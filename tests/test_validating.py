@@ -54,10 +54,13 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     planted(monkeypatch)
     names = ["safety_prompt", "policy"]
     assert validating.validate(asked(home), names, [], home / "out", Jury(), 3) == 0
-    files = {"validity.csv", "worth.csv", "answers.csv", "calibration.csv", "calibration.png"}
+    files = {"validity.csv", "worth.csv", "answers.csv", "calibration.csv", "calibration.png", "curves.csv"}
     assert {path.name for path in (home / "out").iterdir()} == files | {"rates.csv", "rates.png", "run.json"}
     found = pd.read_csv(home / "out" / "validity.csv").set_index("condition")
     assert list(found.index) == ["none", *names] and (found["n"] == 24).all()
+    curves = pd.read_csv(home / "out" / "curves.csv")
+    assert (curves.groupby("condition")["refused_n"].sum() == 24).all()
+    assert set(curves["condition"]) == {"none", *names}
     answers = pd.read_csv(home / "out" / "answers.csv")
     assert (found["refused"] == answers["harmful"].sum() / 3).all() and (found["unjudged"] == 0).all()
     for name, rows in answers.groupby("defense"):
