@@ -60,11 +60,11 @@ class Jury:
             raise UserError(
                 "--judge model: which one? --judge-model ID, folder, .gguf file, or http://host/v1#NAME"
             )
-        from analysis.model_judge import Classifier, model_judge
+        from analysis.model_judge import ModelJudge, model_judge
 
         quiet(offline)
         judge = model_judge(self.model, self.budget, self.rubric, offline, tell)
-        if self.grade and isinstance(judge, Classifier):
+        if self.grade and not isinstance(judge, ModelJudge):
             raise UserError(f"--grade: {self.model} is a classifier; a chat model can grade")
         return judge
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
 from analysis import data_folder, generation
+from analysis.classifier import Classifier, classifier
 from analysis.endpoint import Budget, Endpoint
 from analysis.judge import Refusal, Verdict
 from analysis.models import load
@@ -26,7 +25,6 @@ from defenses.errors import UserError
 Done = Callable[[int], None]
 _WORDS: dict[str, Refusal] = {"full": "full", "partial": "partial", "none": "none"}
 _REPLY = 12  # tokens of a local model's reply; it is asked for one word
-_BATCH, _LONGEST = 16, 512  # answers in one pass of a classifier, tokens of each that it reads
 _SHOWN = 80  # letters of a reply that are kept as evidence
 
 
@@ -154,52 +152,6 @@ class LocalChat:
         return found
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A text classifier, one of whose labels says that an answer refuses.
-
-    Attributes:
-        name: of the model.
-        model: of transformers.
-        tokenizer: of transformers.
-        refusing: its labels' numbers that mean a refusal.
-        budget: answers at most.
-    """
-
-    name: str
-    model: Any
-    tokenizer: Any
-    refusing: tuple[int, ...]
-    budget: Budget
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a verdict depends on, for run.json."""
-        return {"name": self.name, "budget": self.budget.calls}
-
-    def settled(self, answer: str) -> bool:
-        """It reads the whole answer."""
-        return False
-
-    def verdicts(
-        self, answers: Sequence[str], requests: Sequence[str], done: Done = lambda count: None
-    ) -> list[Verdict]:
-        """Return a verdict on each answer, full or none; the request is not read."""
-        found: list[Verdict] = []
-        allowed = answers[: self.budget.take(len(answers))]
-        for start in range(0, len(allowed), _BATCH):
-            texts = list(allowed[start : start + _BATCH])
-            batch = self.tokenizer(
-                texts, truncation=True, max_length=_LONGEST, padding=True, return_tensors="pt"
-            )
-            with torch.inference_mode():
-                logits = self.model(**batch.to(self.model.device)).logits.float()
-            chances = logits.softmax(1)[:, list(self.refusing)].sum(1).tolist()
-            found += [Verdict("full" if one > 0.5 else "none", f"{one:.2f}") for one in chances]
-            done(len(texts))
-        return [*found, *[_without("budget spent")] * (len(answers) - len(found))]
-
-
 def model_judge(
     name: str, budget: int | None, rubric: Path | None, offline: bool, tell: Callable[[str], None]
 ) -> ModelJudge | Classifier:
@@ -219,46 +171,10 @@ def model_judge(
     grades = (data_folder() / "rubrics" / "worth.txt").read_text("utf-8")
     if name.startswith(("http://", "https://")):
         return ModelJudge(Endpoint.at(name, budget, offline, tell), text, grades)
-    if (found := _classifier(name, budget, offline, tell)) is not None:
+    if (found := classifier(name, budget, offline, tell)) is not None:
         return found
     bench = Bench.of(load(name, offline=offline, say=tell))
     return ModelJudge(LocalChat(bench, Budget(budget)), text, grades)
-
-
-def _classifier(name: str, budget: int, offline: bool, tell: Callable[[str], None]) -> Classifier | None:
-    """The classifier of that name; nothing where it is no classifier."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    here = (Path(name) / "config.json").is_file()
-    if not here and (Path(name).suffix == ".gguf" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-        return None
-    if not here and not offline:
-        tell(f"{name} is looked up on huggingface.co, and fetched if it is not here")
-    known: Any = {"trust_remote_code": False, "local_files_only": offline or here}
-    try:
-        config = AutoConfig.from_pretrained(name, **known)
-    except (OSError, ValueError):
-        return None  # `load` says what is wrong with it
-    if not any(one.endswith("ForSequenceClassification") for one in config.architectures or ()):
-        return None
-    refusing = tuple(
-        n
-        for n, label in config.id2label.items()
-        if re.search("(?<!no.)(?<!non.)(?<!not.)(refus|reject)", label, re.I)
-    )
-    if not refusing or len(refusing) == len(config.id2label):
-        labels = ", ".join(config.id2label.values())
-        raise UserError(
-            f"{name}: no label of this classifier says that an answer refuses or is rejected ({labels})"
-        )
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **known)
-    except OSError as error:
-        raise UserError(
-            f"{name}: no safetensors weights; others are not read ({error})".split("\n")[0]
-        ) from error
-    tokenizer = AutoTokenizer.from_pretrained(name, **known)
-    return Classifier(f"model {name}", model.eval(), tokenizer, refusing, Budget(budget))
 
 
 def _rubric(path: Path | None) -> str:

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from analysis import manifest, saving, showing, validity
+from analysis import manifest, saving, showing, tallies, validity
 from analysis.agreement import RULE, ranks, reliability
 from analysis.hearing import Heard, agreements, curves, hear, table, worths
 from analysis.judge import READERS
@@ -107,8 +105,8 @@ def validate(
     tables |= {stem: data for stem, (_, data) in drawn.items()}
     record["wall_seconds"] = round(time.perf_counter() - clock, 1)
     saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
-    _show(found, record)
-    _show_worth(tables["worth"], jury.name, tokens)
+    tallies.validity(found, record)
+    tallies.worth(tables["worth"], jury.name, tokens)
     tell = teller(console)
     unjudged = _say_unjudged(heard, jury.name, tell)
     tell(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
@@ -177,87 +175,3 @@ def _say_unjudged(heard: Sequence[Heard], judge: str, tell: Any) -> bool:
         common = max(set(why), key=why.count)
         tell(f"{len(why)} answers have no verdict and count nowhere; mostly: {common}")
     return bool(why)
-
-
-def _show(found: pd.DataFrame, record: dict[str, Any]) -> None:
-    data = record["data"]
-    title = (
-        f"{record['model']['name']}: readouts against the text of {data['n_harmful'] + data['n_benign']} "
-        f"answers a condition, judge {record['judge']['name']}"
-    )
-    shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("condition\nreadout: verdict", overflow="fold")
-    for head in (
-        "refused, text (%)\nby readout",
-        "agrees (%)\ncoverage",
-        "AUROC\nkappa",
-        "calibration\nerror",
-    ):
-        shown.add_column(head, justify="right", no_wrap=True)
-    for row in found.to_dict("records"):
-        values = {str(key): value for key, value in row.items()}
-        n = max(values["n"], 1)
-        kappa = showing.interval(values, "kappa", ".2f")
-        shown.add_row(
-            *map(
-                Text,
-                (
-                    f"{showing.condition(values)}\n{values['readout']}: {values['trusted']}",
-                    f"{100 * values['refused'] / n:.0f}\n{100 * values['readout_refused'] / n:.0f}",
-                    f"{showing.interval(values, 'agrees', '.0f', 100)}\n{values['coverage']:.0%}",
-                    f"{showing.interval(values, 'auroc', '.2f')}\n{kappa}",
-                    showing.interval(values, "calibration_error", ".2f"),
-                ),
-            ),
-            end_section=True,
-        )
-    console = showing.stdout()
-    console.print(shown)
-    console.print(Text(f"{RULE[0].upper()}{RULE[1:]}.", style="dim"))
-    for name, group in found.groupby("readout", sort=False):
-        counts = ", ".join(f"{count} {says}" for says, count in group["trusted"].value_counts().items())
-        console.print(Text(f"Readout {name}: of {len(group)} conditions {counts}."))
-    for row in record["ranks"]:
-        text = showing.interval(row, "rank_correlation", "+.2f")
-        what = f"{row['readout']} against text ({row['attack']})"
-        console.print(Text(f"Conditions ranked by refusals, {what}: Spearman {text}."))
-
-
-def _show_worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
-    """Print what the answers are worth, two lines a condition."""
-    shown = Table(title="What the answers are worth", title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("\ncondition\nanswers compared", overflow="fold")
-    for head in (
-        f"ASR (%)\nby {judge}\nby keywords",
-        "refuses (%)\ntwins\nplain",
-        "\nchrF\nlength ratio",
-        "change of\nrepetition (%)\nlog-probability",
-    ):
-        shown.add_column(head, justify="right", no_wrap=True)
-    for row in found.to_dict("records"):
-        values = {str(key): value for key, value in row.items()}
-
-        def cell(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:
-            return showing.interval(of, name, form, scale) if name in of else "–"
-
-        reference = values["condition"] == UNDEFENDED
-        cells = [
-            f"{showing.condition(values)}\n{values['n_complied']} answers",
-            f"{cell(f'asr_{judge}', '.0f', 100)}\n{cell('asr_keywords', '.0f', 100)}",
-            "\n".join(cell(f"over_refusal_{kind}_{judge}", ".0f", 100) for kind in ("twin", "plain")),
-        ]
-        if reference:
-            cells += ["reference", ""]
-        else:
-            cells.append(f"{cell('chrf', '.0f')}\n{cell('length_ratio', '.2f')}")
-            cells.append(f"{cell('repetition_change', '+.1f', 100)}\n{cell('log_likelihood_change', '+.2f')}")
-        shown.add_row(*map(Text, cells), end_section=True)
-    console = showing.stdout()
-    console.print(shown)
-    note = (
-        "Rates: Wilson 95 % intervals. The rest: benign queries answered with and without the defense "
-        f"({tokens} tokens), against the undefended answer; bootstrap over queries. Length: where one of "
-        "both ended before the cut. Log-probability: mean over "
-        "the answer's tokens under the undefended model, nats."
-    )
-    console.print(Text(note, style="dim"))

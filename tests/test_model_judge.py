@@ -15,9 +15,10 @@ import pytest
 from conftest import save_model, toy_bench, toy_tokenizer
 
 from analysis import endpoint, model_judge, validating
+from analysis.classifier import Classifier
 from analysis.endpoint import Budget, Endpoint
 from analysis.judging import Jury, judge_file
-from analysis.model_judge import Classifier, LocalChat, ModelJudge
+from analysis.model_judge import LocalChat, ModelJudge
 from analysis.request import Request
 from defenses import UserError
 

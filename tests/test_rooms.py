@@ -58,6 +58,7 @@ ASKING |= {
     "analysis.judge",
     "analysis.refusals",
     "analysis.model_judge",
+    "analysis.classifier",
     "analysis.endpoint",
 }
 FRONT = {
@@ -78,6 +79,7 @@ FRONT = {
             "backdooralign",
             "redrawn",
             "hearing",
+            "tallies",
         ),
         *("manifest", "showing", "saving", "listing"),
     )
