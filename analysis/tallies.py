@@ -78,6 +78,7 @@ def worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
         "refuses (%)\ntwins\nplain",
         "\nchrF\nlength ratio",
         "change of\nrepetition (%)\nlog-probability",
+        *(["grade (1 to 10)\nhere\nchange"] if "grade" in found else []),
     ):
         shown.add_column(head, justify="right", no_wrap=True)
     for row in found.to_dict("records"):
@@ -97,6 +98,9 @@ def worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
         else:
             cells.append(f"{cell('chrf', '.0f')}\n{cell('length_ratio', '.2f')}")
             cells.append(f"{cell('repetition_change', '+.1f', 100)}\n{cell('log_likelihood_change', '+.2f')}")
+        if "grade" in found:
+            change = "" if reference else f"\n{cell('grade_change', '+.1f')}"
+            cells.append(f"{cell('grade', '.1f')}{change}")
         shown.add_row(*map(Text, cells), end_section=True)
     console = showing.stdout()
     console.print(shown)

@@ -349,6 +349,7 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
     assert len(verdicts) == 24 and len(seen) > 24
     worth = pd.read_csv(tmp_path / "out" / "worth.csv")
     assert (worth["grade"] == 7).all() and (worth["grade_change"] == 0).all() and "asr_model" in worth
+    assert "grade (1 to 10)" in capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "run.json").read_text())["judge"]
     assert about["name"] == "model judge at 127.0.0.1" and about["budget"] == 500 and about["rubric_sha256"]
     failing = serving(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
