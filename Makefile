@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help: ## say what there is
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
-demo: .venv/ready ## set up, then read BackdoorAlign's secret prompt on the embedded model (about 2 minutes, then 1)
+demo: .venv/ready ## set up, then read BackdoorAlign on the embedded model (some minutes, then 2)
 	$(BIN)/analyze --defense backdoor --model smollm2
 
 test: .venv/ready-dev ## set up, then run every test
