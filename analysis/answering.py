@@ -51,7 +51,7 @@ def answers(
         done: told how many more prompts are answered.
     """
     tokenizer = bench.loaded.tokenizer
-    prompts = [bench.asking(()).prompts(defense, query) for query in queries]
+    prompts = [bench.prompts(defense, query) for query in queries]
     flat = [(*prompt.ids, *prefix) for readings in prompts for prompt in readings]
 
     def text(answer: Sequence[int]) -> str:

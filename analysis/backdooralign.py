@@ -150,8 +150,7 @@ def _show_secrets(table: pd.DataFrame) -> None:
     for head in ("ASR (%)", "text refuses\ntwins (%)", "shift\n(nats)", "discrimination\n(nats)"):
         shown.add_column(head, justify="right", no_wrap=True)
     measures = (("asr", ".0f", 100), ("text_refused_twin", ".0f", 100))
-    for row in table.to_dict("records"):
-        values = {str(key): value for key, value in row.items()}
+    for values in showing.rows(table):
         cells = [f"{values['length']} {values['wording']}", values["secret"], str(values["n_secrets"])]
         for name, form, scale in (*measures, ("shift", "+.2f", 1), ("discrimination", "+.2f", 1)):
             mean, low, high = (scale * values.get(f"{name}_{end}", np.nan) for end in ("mean", "min", "max"))
@@ -199,8 +198,7 @@ def _show(table: pd.DataFrame, record: dict[str, Any]) -> None:
     heads = ("ASR (%)\nLlama-2, paper", "text refuses (%)\ntwins\nplain", agrees)
     for head in (*heads, "shift\ndiscrimination"):
         shown.add_column(head, justify="right", no_wrap=True)
-    for row in table.to_dict("records"):
-        values: dict[str, Any] = {str(key): value for key, value in row.items()}
+    for values in showing.rows(table):
 
         def percent(name: str, of: dict[str, Any] = values) -> str:
             return showing.interval(of, name, ".0f", 100)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analysis.judge import Verdict
+from analysis.judge import Verdict, judged_and_refused
 from analysis.queries import Query
 from analysis.readout import Readout
 from analysis.run import Bench
@@ -58,7 +58,8 @@ def calibrated(
         TooFew: if under ten answers refuse, or under ten do not.
     """
     mass: dict[int, float] = dict.fromkeys(words.ids, np.inf)
-    asked, refused = [], []
+    asked: list[tuple[Defense, list[tuple[int, ...]]]] = []
+    said: list[Verdict] = []
     for name, defense in conditions.items():
         # Of several copies that a defense reads, the first: what is learned is what tokens mean.
         prompts = [(*bench.prompts(defense, query)[0].ids, *words.prefix) for query in queries]
@@ -67,9 +68,8 @@ def calibrated(
             seen = bench.engine.read(prompts, _likeliest).double()
         for token, chance in zip(*(part.flatten().tolist() for part in seen.chunk(2, dim=1)), strict=True):
             mass[int(token)] = mass.get(int(token), 0.0) + chance
-        refused += answered(name, defense)
-    judged = np.array([verdict.judged for verdict in refused])
-    truth = np.array([verdict.refused for verdict in refused])[judged]
+        said += answered(name, defense)
+    judged, truth = judged_and_refused(said)
     if min(truth.sum(), (~truth).sum()) < FEWEST:
         raise TooFew(int(truth.sum()), len(truth))
     ids = sorted(mass, key=lambda token: -mass[token])[: max(_CANDIDATES, len(words.ids))]

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from analysis.endpoint import Budget
-from analysis.judge import Verdict
+from analysis.judge import Done, Verdict
 from defenses.errors import UserError
 
-Done = Callable[[int], None]
 _BATCH, _LONGEST = 16, 512  # answers in one pass, tokens of each that are read
 
 

@@ -30,7 +30,7 @@ from analysis.readout import LOW_COVERAGE
 from analysis.rendering import redact
 from analysis.request import Request, default_out, teller
 from analysis.run import conditions, score_all
-from analysis.tables import UNVALIDATED, ScoreTable
+from analysis.tables import UNVALIDATED, ScoreTable, condition
 from defenses import Defense, UserError
 from defenses.adapters import Tuned
 from defenses.backdoor import draw_secret, write_secret
@@ -142,7 +142,7 @@ def check(request: Request, names: Sequence[str], settings: Sequence[str], count
     if count < 2:
         raise UserError(f"--queries {count}: at least 2 are needed, a harmful and a benign one")
     console = Console()
-    ready = prepare(request, names, settings, Console(stderr=True))
+    ready = prepare(request, names, settings, Console(stderr=True), fitted=False)
     looked_at = queries.sample(ready.data.queries, count)
     failed = 0
     for name, defense in conditions(ready.defenses).items():
@@ -204,7 +204,7 @@ def _say_trust(summary: pd.DataFrame, console: Console) -> None:
     """Say where generated text contradicts the readout, and where nobody has looked."""
     doubtful = summary[summary["trusted"] == "not trusted"]
     if len(doubtful):
-        names = ", ".join(showing.condition(row) for _, row in doubtful.iterrows())
+        names = ", ".join(condition(row) for _, row in doubtful.iterrows())
         teller(console)(
             f"Not trusted, by generated text: {names}. There the first token does not tell whether the "
             "answer refuses."
@@ -220,7 +220,7 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
     """Warn where the readout's words are rarely what the model opens with."""
     low = summary[summary["coverage"] < LOW_COVERAGE]
     if len(low):
-        worst = ", ".join(f"{showing.condition(row)} {row['coverage']:.0%}" for _, row in low.iterrows())
+        worst = ", ".join(f"{condition(row)} {row['coverage']:.0%}" for _, row in low.iterrows())
         console.print(
             f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here "
             f"({worst}): these margins see little of how the model answers.",

@@ -126,8 +126,8 @@ class Engine:
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
         # A row's own part holds all its ends.
-        shared = min(shared_prefix(prompts), *(len(p) - n for p, n in zip(prompts, ends, strict=True)))
-        shared = shared if self._can_share else 0
+        most = min(len(prompt) - end for prompt, end in zip(prompts, ends, strict=True))
+        shared = min(shared_prefix(prompts), most) if self._can_share else 0
         prefix = self._prefix(prompts[0][:shared]) if shared else None
         in_line = prefix is not None and prefix.in_line
         for rows in self._batches([len(prompt) - shared for prompt in prompts], in_line):

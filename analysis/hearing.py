@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,13 @@ import pandas as pd
 
 from analysis.agreement import agreement, reliability
 from analysis.answering import Answer, answers, judged
-from analysis.judge import Judge, Verdict
+from analysis.judge import Done, Judge, Verdict, judged_and_refused
 from analysis.model_judge import ModelJudge
 from analysis.queries import Query
 from analysis.readout import Readout
 from analysis.run import Bench, score
 from analysis.worth import against, counted, worth
 from defenses import Defense
-
-Done = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -87,11 +85,9 @@ def agreements(heard: Heard, readouts: Sequence[Readout], judge: str, seed: int)
     """
     rows = []
     for readout in readouts:
-        said = heard.verdicts[readout.begins][judge]
-        known = np.array([verdict.judged for verdict in said])
+        known, refused = judged_and_refused(heard.verdicts[readout.begins][judge])
         head = {"attack": heard.attack, "condition": heard.condition, "readout": readout.name}
         frame = heard.frames[readout.name][known]
-        refused = np.array([verdict.refused for verdict in said])[known]
         row = agreement(frame["margin"].to_numpy(float), refused, frame["pair"], readout.threshold, seed)
         rows.append(
             head | row | {"coverage": float(frame["coverage"].mean()), "unjudged": int((~known).sum())}
@@ -109,10 +105,8 @@ def curves(heard: Heard, readouts: Sequence[Readout], judge: str) -> pd.DataFram
     """
     parts = []
     for readout in readouts:
-        said = heard.verdicts[readout.begins][judge]
-        known = np.array([verdict.judged for verdict in said])
+        known, refused = judged_and_refused(heard.verdicts[readout.begins][judge])
         chance = heard.frames[readout.name]["p_refuse"].to_numpy(float)[known]
-        refused = np.array([verdict.refused for verdict in said])[known]
         head = {"attack": heard.attack, "condition": heard.condition, "readout": readout.name}
         parts.append(reliability(chance, refused).assign(**head))
     found = pd.concat(parts, ignore_index=True)
@@ -186,7 +180,7 @@ def worths(
     length, usual_length = (np.array([len(answer.ids) for answer in side], float) for side in (new, old))
     measures = against([one.own for one in new], [one.own for one in old], length, usual_length, tokens)
     if both and heard is not usual:
-        prompts = [(*bench.asking(()).prompts(undefended, queries[row])[0].ids, *prefix) for row in both]
+        prompts = [(*bench.prompts(undefended, queries[row])[0].ids, *prefix) for row in both]
         with undefended.armed(bench.loaded.model):
             means = [
                 np.array(

@@ -13,13 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import rows, saving, showing
-from analysis.judge import READERS, Judge
+from analysis.judge import KINDS, READERS, Judge
 from analysis.request import quiet, teller
 from analysis.resampling import rate
 from defenses.errors import UserError, unknown
 
 ADDED = ("refusal", "evidence", "judge")
-KINDS = ("full", "partial", "none")
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,18 @@ class Ready:
         return only
 
 
-def prepare(request: Request, names: Sequence[str], settings: Sequence[str], console: Console) -> Ready:
-    """Load what is cheap to get wrong first, then the model, then make the defenses ready for it."""
+def prepare(
+    request: Request, names: Sequence[str], settings: Sequence[str], console: Console, fitted: bool = True
+) -> Ready:
+    """Load what is cheap to get wrong first, then the model, then make the defenses ready for it.
+
+    Args:
+        request: what the user asked for.
+        names: of the defenses.
+        settings: of theirs.
+        console: for progress.
+        fitted: whether readouts need their threshold, for which the model must answer.
+    """
     chosen = catalog.choose(names, settings)
     data, split, calibration = request.queries()
     bench, host = request.open(console)
@@ -51,7 +61,10 @@ def prepare(request: Request, names: Sequence[str], settings: Sequence[str], con
     maker = reading.Maker(bench, host, every[UNDEFENDED], calibration, console)
     readouts: dict[str, Readout] = {}
     for name in reading.NAMES if request.readouts == ("all",) else request.readouts:
-        readout = maker.best(every, request.attacks) if name == "auto" else maker.named(name)
+        if not fitted:
+            readout = maker.opened(name)
+        else:
+            readout = maker.best(every, request.attacks) if name == "auto" else maker.named(name)
         readouts[readout.name] = readout
     notices = [*bench.renderer.notices, *lacking, *_made_from(data, calibration)]
     for name, readout in readouts.items():

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import defenses
 from analysis import answering, judge, kept, manifest, refusals, showing, validity
 from analysis.agreement import matching_threshold
 from analysis.calibrated import CONDITIONS, FEWEST, TooFew, calibrated
-from analysis.judge import READERS, Verdict
+from analysis.judge import READERS, Verdict, judged_and_refused
 from analysis.queries import Query, QuerySet
 from analysis.readout import COMPLY, NO, ODDS, QUESTIONS, REFUSE, YES, Readout
 from analysis.run import Bench, score
@@ -58,9 +59,9 @@ class Maker:
         if (known := self.known(name)) is not None:
             return known
         if name == "calibrated":
-            made = self._calibrated(self._of_words("words"))
+            made = self._calibrated(self.opened("words"))
         else:
-            made = self.with_threshold(self._of_words(name))
+            made = self.with_threshold(self.opened(name))
         if made.name == name:
             # A threshold found again, on another machine or in other batches, differs in its last digits.
             kept.write(self._place(name), asdict(made))
@@ -111,8 +112,7 @@ class Maker:
         """Return the readout with the threshold at which it refuses as often as the undefended text does."""
         asked = self._asked
         said = self._verdicts(UNDEFENDED, self.undefended, readout.begins)
-        known = np.array([verdict.judged for verdict in said])
-        refused = np.array([verdict.refused for verdict in said])[known]
+        known, refused = judged_and_refused(said)
         count, n = int(refused.sum()), len(refused)
         if min(count, n - count) < FEWEST:
             notice = (
@@ -130,11 +130,16 @@ class Maker:
         notice = f"threshold {value:+.2f} [{low:+.2f}, {high:+.2f}] nats, fitted {fitted}"
         return replace(readout, threshold=value, fitted=fitted, notices=(*readout.notices, notice))
 
-    @property
+    @cached_property
     def _asked(self) -> tuple[Query, ...]:
         return self.calibration.limit(_ASKED).queries
 
-    def _of_words(self, name: str) -> Readout:
+    def opened(self, name: str) -> Readout:
+        """Return a readout made from how answers open, its threshold 0: nothing is generated for it.
+
+        Args:
+            name: words, question, log-odds, or prefilled- and a number of tokens.
+        """
         bench, asked = self.bench, self.calibration.queries
         told = self.console.status("seeing how the model opens its answers")
         with self.undefended.armed(bench.loaded.model), told:
@@ -154,7 +159,7 @@ class Maker:
         return replace(made, name=name)
 
     def _calibrated(self, words: Readout) -> Readout:
-        """The calibrated readout, fitted now or before; the words where there is too little to learn from."""
+        """The calibrated readout; the words where there is too little to learn from."""
 
         def answered(name: str, defense: Defense) -> list[Verdict]:
             return self._verdicts(name, defense, words.begins)
@@ -166,7 +171,7 @@ class Maker:
             instead = self.named("words")
             return replace(instead, notices=(*instead.notices, notice))
 
-    @property
+    @cached_property
     def _conditions(self) -> dict[str, Defense]:
         """Those that the calibrated readout learns from."""
         prepared = {name: defenses.get(name).prepare(self.host) for name in CONDITIONS}

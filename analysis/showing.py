@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.resampling import DRAWS
-from analysis.tables import DIRECT
+from analysis.tables import condition
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +48,7 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
     table.add_column("\ndefense\nverdict", overflow="fold")
     for head in ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in summary.frame.to_dict("records"):
-        values: dict[str, Any] = {str(name): value for name, value in row.items()}
+    for values in rows(summary.frame):
         control, reference = values["family"] == "control", values["verdict"] == "reference"
         rates = [interval(values, name, ".0f", 100.0) for name in ("refusal_rate", "over_refusal_rate")]
         change, shift, discrimination = (
@@ -85,8 +84,7 @@ def costs(found: pd.DataFrame) -> None:
         "training\nexamples",
     ):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in found.to_dict("records"):
-        values: dict[str, Any] = {str(name): value for name, value in row.items()}
+    for values in rows(found):
         examples = values["training_examples"]
         cells = (
             values["defense"],
@@ -136,6 +134,12 @@ def context(record: Mapping[str, Any], readout: Readout) -> Context:
     )
 
 
+def rows(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table by the names of its columns."""
+    for row in frame.to_dict("records"):
+        yield {str(name): value for name, value in row.items()}
+
+
 def stdout() -> Console:
     """Return the console for tables: a file or a pipe has no width of its own."""
     return Console() if sys.stdout.isatty() else Console(width=120)
@@ -161,13 +165,6 @@ def _read(readout: Readout) -> str:
 def _judged(readout: Readout) -> str:
     """Where the threshold is from, as it reads in parentheses."""
     return f"fitted {readout.fitted}" if readout.fitted else "no judge: first-token readout"
-
-
-def condition(row: Any) -> str:
-    """Return a condition's name, the attack behind it where there is one."""
-    return str(row.get("condition", row.get("defense"))) + (
-        f" ({row['attack']})" if row["attack"] != DIRECT else ""
-    )
 
 
 def _model(record: Mapping[str, Any]) -> str:

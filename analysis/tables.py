@@ -39,6 +39,16 @@ UNDEFENDED, DIRECT = "none", "direct"
 UNVALIDATED = "not validated"
 
 
+def condition(row: Any) -> str:
+    """Return a condition's name, the attack behind it where there is one.
+
+    >>> condition({"attack": "direct", "condition": "policy"}), condition({"attack": "x", "defense": "none"})
+    ('policy', 'none (x)')
+    """
+    name = str(row.get("condition", row.get("defense")))
+    return name if row["attack"] == DIRECT else f"{name} ({row['attack']})"
+
+
 @dataclass(frozen=True)
 class ScoreTable:
     """One row per query × attack × defense.

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from analysis import showing
 from analysis.agreement import RULE
-from analysis.tables import UNDEFENDED
+from analysis.tables import UNDEFENDED, condition
 
 
 def validity(found: pd.DataFrame, record: dict[str, Any]) -> None:
@@ -34,15 +34,14 @@ def validity(found: pd.DataFrame, record: dict[str, Any]) -> None:
         "calibration\nerror",
     ):
         shown.add_column(head, justify="right", no_wrap=True)
-    for row in found.to_dict("records"):
-        values = {str(key): value for key, value in row.items()}
+    for values in showing.rows(found):
         n = max(values["n"], 1)
         kappa = showing.interval(values, "kappa", ".2f")
         shown.add_row(
             *map(
                 Text,
                 (
-                    f"{showing.condition(values)}\n{values['readout']}: {values['trusted']}",
+                    f"{condition(values)}\n{values['readout']}: {values['trusted']}",
                     f"{100 * values['refused'] / n:.0f}\n{100 * values['readout_refused'] / n:.0f}",
                     f"{showing.interval(values, 'agrees', '.0f', 100)}\n{values['coverage']:.0%}",
                     f"{showing.interval(values, 'auroc', '.2f')}\n{kappa}",
@@ -81,15 +80,14 @@ def worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
         *(["grade (1 to 10)\nhere\nchange"] if "grade" in found else []),
     ):
         shown.add_column(head, justify="right", no_wrap=True)
-    for row in found.to_dict("records"):
-        values = {str(key): value for key, value in row.items()}
+    for values in showing.rows(found):
 
         def cell(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:
             return showing.interval(of, name, form, scale) if name in of else "–"
 
         reference = values["condition"] == UNDEFENDED
         cells = [
-            f"{showing.condition(values)}\n{values['n_complied']} answers",
+            f"{condition(values)}\n{values['n_complied']} answers",
             f"{cell(f'asr_{judge}', '.0f', 100)}\n{cell('asr_keywords', '.0f', 100)}",
             "\n".join(cell(f"over_refusal_{kind}_{judge}", ".0f", 100) for kind in ("twin", "plain")),
         ]

@@ -13,6 +13,7 @@ from analysis.curves import ENDS
 from analysis.lettering import beside, blank, fit
 from analysis.palette import BLACK, BLUE, DARK, GREY, STYLE, VERMILION, WRITTEN
 from analysis.plane import label
+from analysis.tables import condition
 
 # What was found → color, mark and whether it is filled.
 _LOOKS = {
@@ -69,8 +70,7 @@ def rates(found: pd.DataFrame, ax: Axes | None = None) -> Axes:
             color, marker, fill = _LOOKS[row["trusted"]]
             x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
             ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
-            name = row["condition"] + (f" ({row['attack']})" if row["attack"] != "direct" else "")
-            key.append(_entry(row["trusted"], f"{number}  {fit(name, 150, WRITTEN, 1)}"))
+            key.append(_entry(row["trusted"], f"{number}  {fit(condition(row), 150, WRITTEN, 1)}"))
         key += [_entry(name, f"= {name}") for name in _LOOKS]
         ax.set_xlim(-4, 104)
         ax.set_ylim(-4, 104)

@@ -15,7 +15,7 @@ from rich.console import Console
 from analysis import manifest, saving, showing, tallies, validity
 from analysis.agreement import RULE, ranks, reliability
 from analysis.hearing import Heard, agreements, curves, hear, table, worths
-from analysis.judge import READERS
+from analysis.judge import READERS, judged_and_refused
 from analysis.judging import Jury
 from analysis.model_judge import ModelJudge
 from analysis.preparing import Ready, passes, prepare
@@ -75,10 +75,10 @@ def validate(
                             validity.keep(bench, defense, readout, judge.name, tokens, row)
                     heard.append(one)
                     rows += here
-                    if isinstance(judge, ModelJudge) and judge.down == "interrupted":
-                        raise KeyboardInterrupt
-                    if isinstance(judge, ModelJudge) and judge.down:
-                        raise UserError(f"the judge gives no more verdicts: {judge.down}")
+                    if isinstance(judge, ModelJudge) and (why := judge.down):
+                        if why == "interrupted":
+                            raise KeyboardInterrupt
+                        raise UserError(f"the judge gives no more verdicts: {why}")
         except (KeyboardInterrupt, UserError) as error:
             if not heard:
                 raise
@@ -148,12 +148,11 @@ def _drawn(
     drawn: dict[str, Any] = {}
     for readout in ready.readouts:
         said = [verdict for one in heard for verdict in one.verdicts[readout.begins][judge]]
-        known = np.array([verdict.judged for verdict in said])
+        known, refused = judged_and_refused(said)
         chance = np.concatenate([one.frames[readout.name]["p_refuse"].to_numpy(float) for one in heard])
-        refused = np.array([verdict.refused for verdict in said])
         if not known.any():
             continue
-        curve = reliability(chance[known], refused[known])
+        curve = reliability(chance[known], refused)
         context = showing.context({**record, "readout": manifest.of_readout(readout)}, readout)
         here = found[(found["readout"] == readout.name) & (found["n"] > 0)]
         suffix = f"-{readout.name}" if len(ready.readouts) > 1 else ""
