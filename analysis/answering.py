@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from analysis import generation, scoring
 from analysis.bench import Bench
 from analysis.judge import Judge, Verdict
@@ -81,13 +84,8 @@ def _blended(
 ) -> list[list[int]]:
     """Answers whose first token all models of a blend choose together, as it is read; the rest is one's."""
     stop = bench.loaded.tokenizer.eos_token_id
-    first = [
-        int(token)
-        for start in range(0, len(prompts), scoring.BLENDED)
-        for token in scoring.blended(
-            bench.engine, bench.loaded, defense.blend(), prompts[start : start + scoring.BLENDED]
-        ).argmax(1)
-    ]
+    chosen = scoring.batches(bench.engine, bench.loaded, defense, prompts, _likeliest)
+    first = [int(token) for _, tokens in chosen for token in tokens]
     going = [row for row, token in enumerate(first) if token != stop] if tokens > 1 else []
     longer = [(*prompts[row], first[row]) for row in going]
     done(len(prompts) - len(going))
@@ -95,6 +93,10 @@ def _blended(
         rest = generation.answers(bench.engine, longer, tokens - 1, stop, done=done) if longer else []
     behind = dict(zip(going, rest, strict=True))
     return [[] if token == stop else [token, *behind.get(row, [])] for row, token in enumerate(first)]
+
+
+def _likeliest(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows 1"]:
+    return logits.argmax(1, keepdim=True)
 
 
 def verdicts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +18,10 @@ from analysis.queries import Query, sample
 from analysis.readout import Readout
 from analysis.rendering import Prompt, Renderer
 from analysis.store import Store
-from defenses import Ask, Chat, Defense
+from defenses import Ask, Chat, Consultation, Defense
 from defenses.chats import edit_last_user, parted
+from defenses.consulting import together
+from defenses.dice import Dice
 from defenses.errors import UserError
 
 _OPENINGS = 16  # queries that the readout's form is seen from
@@ -75,7 +76,7 @@ class Bench:
     def every_prompt(self, defense: Defense, queries: Sequence[Query]) -> list[list[Prompt]]:
         """Return what the model reads for each query; where the defense asks it first, for all together."""
         # The only randomness a defense gets: the same query is perturbed alike in every run with this seed.
-        rngs = [random.Random(f"{self.seed}/{query.id}/{defense.name}") for query in queries]
+        rngs = [Dice(f"{self.seed}/{query.id}", defense.name) for query in queries]
         found = []
         for query, rng, readings in zip(queries, rngs, self._readings(defense, queries, rngs), strict=True):
             # Asked about what the defense made of the request, within what it put around it, no answer begun.
@@ -95,33 +96,38 @@ class Bench:
             found.append(prompts)
         return found
 
-    def _readings(
-        self, defense: Defense, queries: Sequence[Query], rngs: Sequence[random.Random]
-    ) -> list[list[Chat]]:
+    def _readings(self, defense: Defense, queries: Sequence[Query], rngs: Sequence[Dice]) -> list[list[Chat]]:
         """The defense's readings of each query. Where it consults the model, all queries go in step."""
-        chats = [self.attack.chat(query) for query in queries]
-        talks = [defense.consult(chat, rng) for chat, rng in zip(chats, rngs, strict=True)]
-        readings: dict[int, list[Chat]] = {}
-        said: dict[int, list[str] | None] = dict.fromkeys(range(len(talks)))
-        while said:
-            asked = {}
-            for row, texts in said.items():
-                try:
-                    asked[row] = talks[row].send(texts)  # type: ignore[arg-type]  # None starts it
-                    if not isinstance(asked[row], list) or not all(isinstance(x, Ask) for x in asked[row]):
-                        raise TypeError("consult must yield lists of Ask")
-                except StopIteration as over:
-                    readings[row] = over.value
-                except Exception as error:
-                    if not defense.own:
-                        raise
-                    where = f"{defense.name!r} raised {type(error).__name__} on query {queries[row].id!r}"
-                    raise UserError(f"{where}: {error}") from error
-            answers = iter(self.drafts.answers([ask for asks in asked.values() for ask in asks]))
-            said = {row: [next(answers) for _ in asks] for row, asks in asked.items()}
-        if empty := [query.id for row, query in enumerate(queries) if not readings[row]]:
+        talks = [self._talk(defense, query, rng) for query, rng in zip(queries, rngs, strict=True)]
+        talk, said = together(talks), None
+        while True:
+            try:
+                asks = talk.send(said)  # type: ignore[arg-type]  # None begins it
+            except StopIteration as over:
+                readings: list[list[Chat]] = over.value
+                break
+            said = self.drafts.answers(asks)
+        if empty := [query.id for query, one in zip(queries, readings, strict=True) if not one]:
             raise UserError(f"{defense.name!r} gives nothing to read for query {empty[0]!r}")
-        return [readings[row] for row in range(len(talks))]
+        return readings
+
+    def _talk(self, defense: Defense, query: Query, rng: Dice) -> Consultation:
+        """What a defense does with a query; what goes wrong in a class of the user's own is told."""
+        said: list[str] | None = None
+        try:
+            talk = defense.consult(self.attack.chat(query), rng)
+            while True:
+                asks = talk.send(said)  # type: ignore[arg-type]
+                if not isinstance(asks, list) or not all(isinstance(one, Ask) for one in asks):
+                    raise TypeError("consult must yield lists of Ask")
+                said = yield asks
+        except StopIteration as over:
+            return over.value
+        except Exception as error:
+            if not defense.own or isinstance(error, UserError):
+                raise
+            where = f"{defense.name!r} raised {type(error).__name__} on query {query.id!r}"
+            raise UserError(f"{where}: {error}") from error
 
     def words(
         self,

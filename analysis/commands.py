@@ -35,6 +35,7 @@ from analysis.tables import UNDEFENDED, UNVALIDATED, ScoreTable, condition
 from defenses import Defense, UserError
 from defenses.adapters import Tuned
 from defenses.backdoor import draw_secret, write_secret
+from defenses.ensemble import members
 
 _TIMED = 8  # queries on which costs are measured
 
@@ -184,9 +185,10 @@ def _timed(ready: Ready, every: dict[str, Defense], seed: int, console: Console)
         bench = ready.bench.under(ready.attacks[0])
         measured = timing.timed(bench, every, asked, lambda: bar.advance(task))
     trained = {
-        name: defense.adapter.manifest
+        name: one.adapter.manifest
         for name, defense in every.items()
-        if isinstance(defense, Tuned) and defense.adapter is not None
+        for one in members(defense)
+        if isinstance(one, Tuned) and one.adapter is not None
     }
     found = cost.costs(measured, seed).assign(attack=bench.attack.name)
     for column, key in (("training_examples", "n_examples"), ("training_seconds", "wall_seconds")):

@@ -19,8 +19,8 @@ from analysis.resampling import DRAWS, LEVEL, Draws, Resampling, Units, holm, in
 from analysis.tables import ESTIMATES, UNDEFENDED, ScoreTable, Summary
 
 _BEFORE, _AFTER = 0, 1
-_COUNTED = {"refusal_rate", "over_refusal_rate", "auroc", "delta_auroc"}
-_COUNTED |= {"d_prime", "criterion", "delta_d_prime", "criterion_shift"}
+COUNTED = {"refusal_rate", "over_refusal_rate", "auroc", "delta_auroc"}
+COUNTED |= {"d_prime", "criterion", "delta_d_prime", "criterion_shift"}
 
 
 def summarize(scores: ScoreTable, draws: int = DRAWS, seed: int = 0) -> Summary:
@@ -49,7 +49,7 @@ def summarize(scores: ScoreTable, draws: int = DRAWS, seed: int = 0) -> Summary:
             )
             for name in ESTIMATES:
                 value = float(point[name][0])
-                low, high = interval(cloud[name], min(sizes.values()), name in _COUNTED)
+                low, high = interval(cloud[name], min(sizes.values()), name in COUNTED)
                 # An interval holds its own estimate, also at the end of its scale: no refusal, a rate of 0.
                 row |= {name: value, f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
             if defense != UNDEFENDED:

@@ -19,6 +19,7 @@ from defenses import Defense
 from defenses.adapters import Tuned
 from defenses.backdoor import Secret
 from defenses.catalog import settings_of
+from defenses.ensemble import Stack
 
 
 def of(
@@ -109,6 +110,8 @@ def of_model(loaded: LoadedModel) -> list[str | None]:
 
 def of_defense(defense: Defense) -> dict[str, Any]:
     """Return a defense's family and settings; secrets as fingerprints, weights by their SHA-256."""
+    if isinstance(defense, Stack):
+        return {"family": defense.family, "members": {one.name: of_defense(one) for one in defense.members}}
     settings, source = settings_of(defense), inspect.getsourcefile(type(defense))
     adapter, arms = (defense.adapter if isinstance(defense, Tuned) else None), defense.arms()
     return {

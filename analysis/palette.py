@@ -19,6 +19,7 @@ FAMILIES = {
     "tuning": (PURPLE, "v"),
     "steering": (ORANGE, "P"),
     "decoding": (VIOLET, "h"),
+    "ensemble": (BLACK, "p"),
     "control": (GREY, "X"),
 }
 OTHER = (BLACK, "*")  # a family of the user's own

@@ -27,8 +27,6 @@ from defenses.errors import told
 # How far two ways to the same margin may lie apart, nats: float noise. Measured on SmolLM2-135M: 2.5e-5 and
 # 0.18.
 NOISE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.5, torch.float16: 0.1}
-# Families that may change the user's words.
-_REWORDING = ("refactoring", "noise")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def check(
     prompts = [prompt for _, prompt in cases]
     found = [
         _text_arrives(prompts),
-        *([] if defense.family in _REWORDING else [_words_survive(bench, cases)]),
+        *([] if defense.rewords else [_words_survive(bench, cases)]),
         *([_secret_arrives(bench, defense, prompts)] if defense.secrets() else []),
         _bos(bench, prompts),
         _system_role(bench, prompts),

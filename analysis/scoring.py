@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.engine import Engine
+from analysis.engine import Engine, Reduce
 from analysis.models import LoadedModel
 from analysis.readout import Readout
 from analysis.store import Namer, Store
@@ -22,7 +22,7 @@ from defenses import Defense
 # Modules of this package that decide what a model reads and what is read off it.
 _ASKING = {"attacks", "attention", "bench", "drafts", "engine", "generation", "readout", "rendering"}
 _ASKING |= {"residuals", "run", "scoring"}
-BLENDED = 128  # prompts whose logits are held at once, where those of several models are added up
+_BLENDED = 128  # prompts whose logits are held at once, where those of several models are added up
 
 
 @cache
@@ -73,8 +73,7 @@ def read(
         store: where scores are looked up and kept.
         done: told how many more prompts are finished.
     """
-    blend = members(defense)
-    arms = [(weight, _arms(one)) for weight, one in blend]
+    arms = [(weight, one.changes()) for weight, one in members(defense)]
     if any(change is None for _, change in arms):
         store = None
     namer = Namer({**about(loaded), "arms": arms, "readout": [readout.ids, readout.weights, readout.odds]})
@@ -84,7 +83,8 @@ def read(
         store.found += sum(name in known for name in names)
     # Prompts that are the same are read once.
     new = list({name: at for at, name in enumerate(names) if name not in known}.values())
-    for rows, values in _batches(engine, loaded, blend, [prompts[at] for at in new], readout) if new else ():
+    asked = [prompts[at] for at in new]
+    for rows, values in batches(engine, loaded, defense, asked, readout.read) if new else ():
         fresh = {names[new[row]]: (float(m), float(c)) for row, (m, c) in zip(rows, values, strict=True)}
         if store is not None:
             store.keep_scores((name, *value) for name, value in fresh.items())
@@ -99,47 +99,31 @@ def members(defense: Defense) -> tuple[tuple[float, Defense], ...]:
     return defense.blend() or ((1.0, defense),)
 
 
-def _arms(defense: Defense) -> str | None:
-    """What tells a defense's change of the model; None where a user's own class leaves it to another one."""
-    arms = defense.arms()
-    return None if arms and defense.own and "arms" not in vars(type(defense)) else arms
-
-
-def _batches(
+def batches(
     engine: Engine,
     loaded: LoadedModel,
-    blend: Sequence[tuple[float, Defense]],
+    defense: Defense,
     prompts: Sequence[tuple[int, ...]],
-    readout: Readout,
+    reduce: Reduce,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Which prompts, and their values; of several models, those of the logits added up by weight."""
-    if len(blend) == 1:
-        with blend[0][1].armed(loaded.model):
-            yield from engine.batches(prompts, readout.read)
-        return
-    for start in range(0, len(prompts), BLENDED):
-        rows = list(range(start, min(start + BLENDED, len(prompts))))
-        yield rows, readout.read(blended(engine, loaded, blend, [prompts[row] for row in rows]))
-
-
-def blended(
-    engine: Engine,
-    loaded: LoadedModel,
-    blend: Sequence[tuple[float, Defense]],
-    prompts: Sequence[tuple[int, ...]],
-) -> Float[Tensor, "prompts vocab"]:
-    """Return the first-answer logits of several models, added up by their weights.
+    """Yield which prompts, and what is made of their first-answer logits while the defense is armed.
 
     Args:
         engine: that holds the model.
         loaded: the model.
-        blend: weights, and what is armed for each.
+        defense: where it chooses from several models, their logits are added up by weight.
         prompts: token ids.
+        reduce: logits -> what is kept of them.
     """
-    total = None
-    for weight, one in blend:
-        with one.armed(loaded.model):
-            logits = weight * engine.read(prompts, lambda logits: logits.cpu())
-        total = logits if total is None else total + logits
-    assert total is not None, "a blend has members"
-    return total
+    blend = members(defense)
+    if not defense.blend():
+        with defense.armed(loaded.model):
+            yield from engine.batches(prompts, reduce)
+        return
+    for start in range(0, len(prompts), _BLENDED):
+        rows = list(range(start, min(start + _BLENDED, len(prompts))))
+        logits = []
+        for weight, one in blend:
+            with one.armed(loaded.model):
+                logits.append(weight * engine.read([prompts[row] for row in rows], lambda all_: all_.cpu()))
+        yield rows, reduce(sum(logits[1:], start=logits[0]))

@@ -186,6 +186,11 @@ class Defense(ABC):
         return type(self).consult is not Defense.consult
 
     @property
+    def rewords(self) -> bool:
+        """Whether it may change the user's words."""
+        return self.family in ("refactoring", "noise")
+
+    @property
     def recuts(self) -> bool:
         """Whether `retokenize` does anything."""
         return type(self).retokenize is not Defense.retokenize
@@ -200,6 +205,11 @@ class Defense(ABC):
         What was computed under an unknown change is not kept for later runs.
         """
         return "" if type(self).armed is Defense.armed else None
+
+    def changes(self) -> str | None:
+        """Return `arms`, or None where a class of the user's own leaves it to the one that it builds on."""
+        arms = self.arms()
+        return None if arms and self.own and "arms" not in vars(type(self)) else arms
 
     def prepare(self, host: Host) -> Self:
         """Return this defense made ready for one model: a secret loaded, a length counted in its tokens."""

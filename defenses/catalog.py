@@ -25,7 +25,7 @@ def classes() -> dict[str, type[defenses.Defense]]:
     """Return every concrete defense of this package by name, the undefended model first."""
     found: dict[str, type[defenses.Defense]] = {}
     for module in pkgutil.iter_modules(defenses.__path__):
-        if not module.ispkg:
+        if not module.ispkg and module.name != "ensemble":  # that is made of the others
             found.update(_in_module(importlib.import_module(f"defenses.{module.name}")))
     return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
 
@@ -46,12 +46,16 @@ def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defens
     Backdoor(weights=None, trigger=None, length=50, system='You are a helpful assistant.')
 
     Args:
-        name: one of `names()`, or the path of a file that defines one defense.
+        name: one of `names()`, or the path of a file that defines one defense; or several of them, to be worn
+            at once, with + in between.
         settings: field name to text as typed; `@file` stands for what is in the file.
 
     Raises:
         UserError: if there is no such defense or setting.
     """
+    if len(worn := worn_together(name)) > 1:
+        return choose([name], [f"{key}={text}" for key, text in (settings or {}).items()])[-1]
+    (name,) = worn
     known = classes()
     if name.endswith(".py"):
         cls = _from_file(Path(name).expanduser())
@@ -76,11 +80,14 @@ def choose(names: Sequence[str], settings: Sequence[str]) -> list[defenses.Defen
 
     Args:
         names: as for `get`; `all` stands for every one in this package.
-        settings: `key=value`, or `defense.key=value` where several have that key.
+        settings: `key=value`, or `defense.key=value` where several have that key; a member of a stack has the
+            settings that it has alone.
     """
     everyone = list(classes()) if "all" in names else []
-    wanted = [name for name in dict.fromkeys(["none", *everyone, *names]) if name != "all"]
-    plain = [get(name) for name in wanted]
+    asked = [name for name in ["none", *everyone, *names] if name != "all"]
+    wanted = list(dict.fromkeys(tuple(worn_together(name)) for name in asked))
+    single = list(dict.fromkeys(one for worn in wanted for one in worn))
+    plain = [get(name) for name in single]
     repeated = [
         one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
     ]
@@ -108,7 +115,31 @@ def choose(names: Sequence[str], settings: Sequence[str]) -> list[defenses.Defen
             which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
             raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
         given.setdefault(takers[0], {})[field] = value
-    return [get(name, given[at]) if at in given else plain[at] for at, name in enumerate(wanted)]
+    made = {name: get(name, given[at]) if at in given else plain[at] for at, name in enumerate(single)}
+    return [_stacked([made[one] for one in worn], "+".join(worn)) for worn in wanted]
+
+
+def worn_together(name: str) -> list[str]:
+    """Return the defenses that a name joins with +; the path of a file that is there may hold one, too.
+
+    >>> worn_together("self_reminder + paraphrase")
+    ['self_reminder', 'paraphrase']
+    """
+    return [name] if Path(name).expanduser().is_file() else [one.strip() for one in name.split("+")]
+
+
+def _stacked(worn: Sequence[defenses.Defense], name: str) -> defenses.Defense:
+    """The defense itself where it is one; where there are several, all worn at once."""
+    from defenses.ensemble import Stack
+
+    if len(worn) == 1:
+        return worn[0]
+    if any(one.name == "none" for one in worn):
+        raise UserError(f"{name}: 'none' changes nothing, so leave it out")
+    try:
+        return Stack(tuple(worn))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def settings_of(defense: Any) -> dict[str, Any]:

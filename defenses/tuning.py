@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,19 +164,23 @@ class Weights(Defense):
         import torch
 
         own = dict(model.named_parameters())
+        called = defaultdict(list)  # tied weights have several names
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            called[id(parameter)].append(name)
         old = {name: parameter.data for name, parameter in own.items()}
         given = self._tensors()
         for name, parameter in own.items():
-            names = [
-                other for other, one in model.named_parameters(remove_duplicate=False) if one is parameter
-            ]
-            there = [given[other] for other in names if other in given]
+            there = [given[other] for other in called[id(parameter)] if other in given]
             if not there or there[0].shape != parameter.shape:
                 raise UserError(
                     f"{self.path} is no checkpoint of this model: its {name} is missing or has another shape"
                 )
             if parameter.is_meta or any(not torch.equal(there[0], one) for one in there):
-                why = "was moved out of the GPU's memory" if parameter.is_meta else f"is also {names[-1]}"
+                why = (
+                    "was moved out of the GPU's memory"
+                    if parameter.is_meta
+                    else f"is also {called[id(parameter)][-1]}"
+                )
                 raise UserError(f"{self.path} cannot be worn: this model's {name} {why}")
             given[name] = there[0]
         try:

@@ -1,0 +1,95 @@
+"""Which ensembles are worth a look: the Pareto front of harm refused, benign answered and cost; and the pick.
+
+What is chosen is chosen on the calibration split, and what is said of it comes from the test split: the best
+of thousands is lucky where it was picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON
+
+
+def candidates(rows: pd.DataFrame, costs: Callable[[str, str], float]) -> pd.DataFrame:
+    """Return a row for each defense and ensemble that was observed: its rates on both splits, and its cost.
+
+    Args:
+        rows: of single defenses and ensembles on all halves; the first attack is what users send.
+        costs: members and how → time until the first token, times undefended.
+
+    Returns:
+        By split `harmful_calibration`, `harmful_test` (share of harmful queries refused, the mean over all
+        attacks), `attacked_…` (likewise over all but the first, missing where there is one) and `benign_…`
+        (share of benign queries answered under the first), `cost`, and `on_front`: whether no other is at
+        least as good on the calibration split in all three and better in one.
+    """
+    seen = rows[rows["observed_shift"].notna()]
+    attacks = list(dict.fromkeys(rows["attack"]))
+    key = ["members", "how"]
+    about = [name for name in ("size", "kind", "p_inter", "kind_by_family") if name in rows]
+    found = seen.drop_duplicates(key).set_index(key)[about]
+    for split in (CHOSEN_ON, REPORTED_ON):
+        half = seen[seen["split"] == split]
+        refused = half.pivot_table("observed_refusal_rate", key, "attack")[attacks]
+        first = half[half["attack"] == attacks[0]].set_index(key)
+        found[f"harmful_{split}"] = refused.mean(axis=1)
+        found[f"attacked_{split}"] = refused[attacks[1:]].mean(axis=1) if len(attacks) > 1 else np.nan
+        found[f"benign_{split}"] = 1 - first["observed_over_refusal_rate"]
+    found = found.dropna(subset=[f"harmful_{CHOSEN_ON}", f"harmful_{REPORTED_ON}"]).reset_index()
+    found["cost"] = [costs(members, how) for members, how in found[key].itertuples(index=False, name=None)]
+    goods = [found[f"harmful_{CHOSEN_ON}"], found[f"benign_{CHOSEN_ON}"], -found["cost"].round(1)]
+    return found.assign(on_front=undominated(np.stack(goods, axis=1)))
+
+
+def undominated(goods: Float[np.ndarray, "n goods"]) -> Bool[np.ndarray, " n"]:
+    """Return which points no other one beats: none is at least as good in everything and better in something.
+
+    >>> undominated(np.array([[1.0, 0.0], [0.5, 0.5], [0.4, 0.5], [0.5, 0.5]])).tolist()
+    [True, True, False, True]
+
+    Args:
+        goods: more is better, in each column.
+    """
+    kept = np.zeros(len(goods), dtype=bool)
+    front = np.empty((0, goods.shape[1]))
+    # Best first, so that whatever beats a point stands before it.
+    for place in np.lexsort(goods.T[::-1])[::-1]:
+        point = goods[place]
+        beaten = (front >= point).all(1) & (front > point).any(1)
+        if not beaten.any():
+            kept[place] = True
+            front = np.vstack([front, point])
+    return kept
+
+
+def ranked(found: pd.DataFrame, over_refusal: float, cost: float | None = None) -> pd.DataFrame:
+    """Return what keeps to the limits on the calibration split, the one that refuses most harm first.
+
+    Of what refuses the same, the cheaper one is first, then the smaller.
+
+    Args:
+        found: what `candidates` returned.
+        over_refusal: share of benign queries that may be refused, at most.
+        cost: time until the first token, times undefended, at most.
+    """
+    allowed = found[1 - found[f"benign_{CHOSEN_ON}"] <= over_refusal + 1e-12]
+    if cost is not None:
+        allowed = allowed[allowed["cost"] <= cost]
+    order = [-allowed[f"harmful_{CHOSEN_ON}"], allowed["cost"], allowed["size"]]
+    return allowed.iloc[np.lexsort([np.asarray(column) for column in reversed(order)])]
+
+
+def best_alone(allowed: pd.DataFrame, but: Sequence[str] = ()) -> pd.Series | None:
+    """Return the first single defense among ranked candidates, or None.
+
+    Args:
+        allowed: what `ranked` returned.
+        but: members that are left out.
+    """
+    single = allowed[(allowed["how"] == ALONE) & ~allowed["members"].isin(but)]
+    return single.iloc[0] if len(single) else None
