@@ -75,6 +75,13 @@ AttackOption = Annotated[
         "each also with +ignore behind it; repeatable; by default direct.",
     ),
 ]
+HalfLimitOption = Annotated[
+    int | None, typer.Option("--limit", help="At most so many queries on either split, pairs kept whole.")
+]
+SizeOption = Annotated[int, typer.Option(help="Members of an ensemble, at most: 2 or 3.")]
+StacksOption = Annotated[
+    int, typer.Option(help="Stacks that are run: so many of the most promising, and as many by chance.")
+]
 LimitOption = Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")]
 BatchOption = Annotated[str, typer.Option(help="Prompts in one pass, or auto.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
@@ -233,6 +240,78 @@ def validate(
     )
     jury = Jury(judge, judge_model, budget, rubric, grade)
     raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, jury, tokens))
+
+
+@app.command()
+def ensembles(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    size: SizeOption = 2,
+    stacks: StacksOption = 5,
+    limit: HalfLimitOption = None,
+    batch_size: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Which defenses to combine, and how? All teams are predicted; votes and the best stacks are observed.
+
+    analyze ensembles -m smollm2:aligned -d self_reminder -d paraphrase -d policy
+    """
+    request = _together(model, data, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    _refuse_odd(size, stacks)
+    from analysis import comparing
+
+    names = defense or ["all"]
+    raise typer.Exit(comparing.compare(request, names, settings or [], size, stacks, out))
+
+
+@app.command()
+def recommend(
+    max_over_refusal: Annotated[
+        str, typer.Option(help="Share of benign queries refused, at most: 5% or 0.05.")
+    ],
+    max_cost: Annotated[
+        float | None, typer.Option(help="Time until the first token, times undefended, at most.")
+    ] = None,
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    size: SizeOption = 2,
+    stacks: StacksOption = 5,
+    limit: HalfLimitOption = None,
+    batch_size: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which defense, or combination, to use: the most harm refused within limits, and how sure that is.
+
+    analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
+    """
+    request = _together(model, data, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    _refuse_odd(size, stacks)
+    share = _share(max_over_refusal)
+    if max_cost is not None and not max_cost >= 1:
+        raise UserError(f"--max-cost {max_cost:g}: the undefended model costs 1, so it takes 1 or more")
+    from analysis import recommending
+
+    limits, names = recommending.Limits(share, max_cost), defense or ["all"]
+    raise typer.Exit(
+        recommending.recommend(request, names, settings or [], size, stacks, limits, out, as_json)
+    )
 
 
 @app.command()
@@ -430,6 +509,45 @@ def _fail(text: str, code: int, debug: bool, error: BaseException | None) -> int
         raise error
     typer.echo(f"analyze: {' '.join(text.split())}", err=True)
     return code
+
+
+def _together(
+    model: str,
+    data: str,
+    limit: int | None,
+    batch_size: str,
+    device: str,
+    dtype: str,
+    seed: int,
+    offline: bool,
+    attack: list[str] | None,
+    readout: str,
+) -> Any:
+    """What is asked for where one split chooses and the other one reports."""
+    sent, readouts = _attacks(attack), _readouts([readout])
+    if readouts == ("all",):
+        raise UserError("--readout all: ensembles are read with one; `analyze validate` compares readouts")
+    from analysis.request import HALVES, Request
+
+    return Request(
+        model, data, HALVES, limit, _batch(batch_size), device, dtype, seed, offline, sent, readouts
+    )
+
+
+def _refuse_odd(size: int, stacks: int) -> None:
+    if size not in (2, 3):
+        raise UserError(f"--size {size}: an ensemble has 2 or 3 members at most")
+    if stacks < 0:
+        raise UserError(f"--stacks {stacks}: it takes 0 (none is run) or more")
+
+
+def _share(text: str) -> float:
+    """A share as typed: 5% or 0.05."""
+    number = re.fullmatch(r"([0-9]*\.?[0-9]+)(%?)", text.strip())
+    share = float(number[1]) / (100 if number[2] else 1) if number else -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--max-over-refusal {text}: it takes a share, such as 5% or 0.05")
+    return share
 
 
 def _attacks(names: list[str] | None) -> Any:

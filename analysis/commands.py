@@ -12,32 +12,27 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import (
-    cost,
     factorial,
     manifest,
     models,
     preflight,
+    pricing,
     queries,
     saving,
     showing,
     states,
-    timing,
     validity,
 )
 from analysis.decompose import summarize
-from analysis.preparing import Ready, prepare, unreached
+from analysis.preparing import prepare, unreached, why_lost
 from analysis.readout import LOW_COVERAGE
 from analysis.rendering import redact
 from analysis.request import Request, default_out, teller
 from analysis.run import conditions
 from analysis.sweeping import sweep
 from analysis.tables import UNDEFENDED, UNVALIDATED, ScoreTable, condition
-from defenses import Defense, UserError
-from defenses.adapters import Tuned
+from defenses import UserError
 from defenses.backdoor import draw_secret, write_secret
-from defenses.ensemble import members
-
-_TIMED = 8  # queries on which costs are measured
 
 
 def analyze(
@@ -55,8 +50,8 @@ def analyze(
     ready = prepare(request, names, settings, console)
     bench = ready.bench
     every = conditions(ready.defenses)
-    failed = unreached(ready, console)
-    lost = {cell: "; ".join(f"{one.name}: {one.seen}" for one in checks) for cell, checks in failed.items()}
+    failed = unreached(ready, every, console)
+    lost = why_lost(failed)
     left = [
         (attack.name, name)
         for attack in request.attacks
@@ -75,7 +70,7 @@ def analyze(
             raise KeyboardInterrupt
         raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()))}")
     timed = {name: one for name, one in finished.items() if (request.attacks[0].name, name) in frames}
-    spent = _timed(ready, timed, request.seed, console) if with_cost else None
+    spent = pricing.priced(ready, timed, request.seed, console) if with_cost else None
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": swept.interrupted,
@@ -175,25 +170,6 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
     drawn = draw_secret(tokenizer, length)
     write_secret(path, drawn)
     print(f"{path}  {drawn.fingerprint}  {length} tokens, readable by you alone")
-
-
-def _timed(ready: Ready, every: dict[str, Defense], seed: int, console: Console) -> pd.DataFrame:
-    """What each condition costs, seen on a few queries; weights with what it took to train them."""
-    asked = queries.sample(ready.data.queries, _TIMED)
-    with showing.progress(console) as bar:
-        task = bar.add_task("timing", total=len(every) * len(asked))
-        bench = ready.bench.under(ready.attacks[0])
-        measured = timing.timed(bench, every, asked, lambda: bar.advance(task))
-    trained = {
-        name: one.adapter.manifest
-        for name, defense in every.items()
-        for one in members(defense)
-        if isinstance(one, Tuned) and one.adapter is not None
-    }
-    found = cost.costs(measured, seed).assign(attack=bench.attack.name)
-    for column, key in (("training_examples", "n_examples"), ("training_seconds", "wall_seconds")):
-        found[column] = [trained.get(name, {}).get(key) for name in found["defense"]]
-    return found
 
 
 def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:

@@ -12,15 +12,24 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON
+from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, STACK
 
 
-def candidates(rows: pd.DataFrame, costs: Callable[[str, str], float]) -> pd.DataFrame:
+def conditions(members: str, how: str) -> list[str]:
+    """Return the conditions that an ensemble is made of: each member of a vote is asked in turn.
+
+    >>> conditions("a+b", "mean"), conditions("a+b", "stack")
+    (['a', 'b'], ['a+b'])
+    """
+    return [members] if how in (ALONE, STACK) else members.split("+")
+
+
+def candidates(rows: pd.DataFrame, cost: Callable[[Sequence[str]], float]) -> pd.DataFrame:
     """Return a row for each defense and ensemble that was observed: its rates on both splits, and its cost.
 
     Args:
         rows: of single defenses and ensembles on all halves; the first attack is what users send.
-        costs: members and how → time until the first token, times undefended.
+        cost: conditions that are asked in turn → time until the first token, times undefended.
 
     Returns:
         By split `harmful_calibration`, `harmful_test` (share of harmful queries refused, the mean over all
@@ -41,7 +50,7 @@ def candidates(rows: pd.DataFrame, costs: Callable[[str, str], float]) -> pd.Dat
         found[f"attacked_{split}"] = refused[attacks[1:]].mean(axis=1) if len(attacks) > 1 else np.nan
         found[f"benign_{split}"] = 1 - first["observed_over_refusal_rate"]
     found = found.dropna(subset=[f"harmful_{CHOSEN_ON}", f"harmful_{REPORTED_ON}"]).reset_index()
-    found["cost"] = [costs(members, how) for members, how in found[key].itertuples(index=False, name=None)]
+    found["cost"] = [cost(asked) for asked in map(conditions, found["members"], found["how"])]
     goods = [found[f"harmful_{CHOSEN_ON}"], found[f"benign_{CHOSEN_ON}"], -found["cost"].round(1)]
     return found.assign(on_front=undominated(np.stack(goods, axis=1)))
 
@@ -93,3 +102,18 @@ def best_alone(allowed: pd.DataFrame, but: Sequence[str] = ()) -> pd.Series | No
     """
     single = allowed[(allowed["how"] == ALONE) & ~allowed["members"].isin(but)]
     return single.iloc[0] if len(single) else None
+
+
+def promised(hoped: pd.DataFrame) -> pd.DataFrame:
+    """Return by members what predicted rows of one split promise: the same rates as of `candidates`.
+
+    Args:
+        hoped: rows of stacks under every attack; the first attack is what users send.
+    """
+    first = hoped[hoped["attack"] == hoped["attack"].iloc[0]].set_index("members")
+    return pd.DataFrame(
+        {
+            "harmful": hoped.groupby("members", sort=False)["predicted_refusal_rate"].mean(),
+            "over_refusal": first["predicted_over_refusal_rate"],
+        }
+    )

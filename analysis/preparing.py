@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -79,13 +79,20 @@ def prepare(
     return Ready(bench, prepared, data, split, list(readouts.values()), request.attacks, notices)
 
 
-def unreached(ready: Ready, console: Console) -> dict[tuple[str, str], list[Check]]:
+def unreached(
+    ready: Ready, every: Mapping[str, Defense], console: Console
+) -> dict[tuple[str, str], list[Check]]:
     """Return the failed checks, by attack and condition: whether defenses reach the model, on a few queries.
 
     What is read is looked at everywhere. Margins are compared with plain passes for each defense under the
     first attack and for each attack undefended: how they are computed does not depend on what is read.
+
+    Args:
+        ready: loaded and prepared.
+        every: the conditions.
+        console: for progress.
     """
-    every, found = conditions(ready.defenses), {}
+    found = {}
     looked_at = queries.sample(ready.data.queries, _LOOKED_AT)
     with showing.progress(console) as bar:
         task = bar.add_task("checking that defenses reach the model", total=len(every) * len(ready.attacks))
@@ -96,9 +103,8 @@ def unreached(ready: Ready, console: Console) -> dict[tuple[str, str], list[Chec
             for name, defense in every.items():
                 margins = attack is ready.attacks[0] or name == UNDEFENDED
                 try:
-                    if (
-                        defense.asks
-                    ):  # all at once: a few by themselves take nearly as long, and scoring needs all
+                    if defense.asks:
+                        # All at once: a few by themselves take nearly as long, and scoring needs all.
                         bench.every_prompt(defense, ready.data.queries)
                     checks = [
                         one
@@ -113,6 +119,11 @@ def unreached(ready: Ready, console: Console) -> dict[tuple[str, str], list[Chec
                     found[attack.name, name] = failed
                 bar.update(task, advance=1, description="checking that defenses reach the model")
     return found
+
+
+def why_lost(failed: Mapping[tuple[str, str], list[Check]]) -> dict[tuple[str, str], str]:
+    """Return in words why conditions cannot be scored, from their failed checks."""
+    return {cell: "; ".join(f"{one.name}: {one.seen}" for one in checks) for cell, checks in failed.items()}
 
 
 def _made_from(data: QuerySet, calibration: QuerySet) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,6 +98,29 @@ class QuerySet:
             if len(kept) + len(more) <= number:
                 kept |= more
         return self._with(query for query in self.queries if query.id in kept)
+
+    def halved(self, seed: int) -> QuerySet:
+        """Return the queries that ensembles are chosen on and reported on, each with its split.
+
+        Those are the calibration and the test split. A set without them is parted by chance into two halves,
+        pairs kept whole.
+        """
+        if {"calibration", "test"} <= self.splits:
+            return self._with(query for query in self.queries if query.split in ("calibration", "test"))
+        units = defaultdict(list)
+        for query in self.queries:
+            units["pair" if query.pair else "alone", query.pair or query.id].append(query)
+        alike = defaultdict(list)  # so that both halves hold as many of each
+        for unit in units.values():
+            alike[unit[0].category, tuple(query.harmful for query in unit)].append(unit)
+        side = 0
+        kept: dict[str, str] = {}
+        for group in alike.values():
+            random.Random(f"{seed}/{group[0][0].id}").shuffle(group)
+            for unit in group:
+                side += 1
+                kept |= {query.id: ("calibration", "test")[side % 2] for query in unit}
+        return self._with(replace(query, split=kept[query.id]) for query in self.queries)
 
     def checked(self) -> QuerySet:
         """Return the set if it holds both classes."""

@@ -22,6 +22,8 @@ from analysis.store import Store
 from defenses import Host, Residuals, UserError
 from defenses.adapters import fingerprints
 
+HALVES = "calibration and test"  # the split of what is chosen on the one and reported on the other
+
 
 @dataclass(frozen=True)
 class Request:
@@ -49,8 +51,12 @@ class Request:
             say: told in words before anything is fetched.
         """
         data = queries.load(self.data, self.offline, say)
-        split = self.split or queries.default_split(data)
         calibration = (data.calibration() or queries.load("contrast").split("calibration")).checked()
+        if self.split == HALVES:
+            halved = data.halved(self.seed)
+            both = [halved.split(name).limit(self.limit).checked() for name in ("calibration", "test")]
+            return replace(halved, queries=(*both[0].queries, *both[1].queries)), HALVES, calibration
+        split = self.split or queries.default_split(data)
         return data.split(split).limit(self.limit).checked(), split, calibration
 
     def open(self, console: Console) -> tuple[Bench, Host]:

@@ -42,7 +42,7 @@ def validate(
     read = [one for defense in every.values() for one in ready.bench.every_prompt(defense, few)]
     prompts = -(-len(ready.data.queries) * sum(map(len, read)) // len(few))
     jury.refuse_small_budget(len(request.attacks) * prompts * begun)
-    if failed := unreached(ready, console):
+    if failed := unreached(ready, every, console):
         showing.failures([one for checks in failed.values() for one in checks])
         return 1
     judges = {**READERS, jury.name: judge}

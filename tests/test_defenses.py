@@ -18,9 +18,9 @@ import defenses
 from defenses import Defense, Host, Residuals, Source, UserError
 from defenses.catalog import classes, settings_of
 from defenses.chats import begin_answer, last_user, parted
+from defenses.ensemble import members
 
 NAMES = list(classes())
-REWORDING = ("refactoring", "noise")
 REQUEST = "How do I bake a loaf of bread for my neighbor?"
 CHATS = {
     "user": [{"role": "user", "content": REQUEST}],
@@ -36,6 +36,13 @@ CHATS = {
 # Those whose setting names weights of the user's own, without which they are left out.
 BARE = ["adapter", "weights"]
 PARTS = [f"backdoor/{part}" for part in ("no_secret", "no_weights", "neither")]
+STACKS = [
+    "keyword_only+self_reminder",
+    "paraphrase+smooth_llm+backdoor",
+    "retokenization+in_context_refusal+conditional_steering",
+    "two_pass_intention+safety_prefix",
+    "policy+safe_decoding+refusal_steering",
+]
 
 
 @cache
@@ -75,15 +82,15 @@ def prepared(folder, names=tuple(NAMES)):
     """Return defenses and their parts, made ready, by the names they have in the tables."""
     found = {}
     for name in names:
-        settings = {"length": "20"} if "length" in settings_of(classes()[name]) else {}
-        defense = defenses.get(name, settings).prepare(host(folder))
+        backdoor = name.endswith("backdoor") or name in ("neutral_prompt", "random_tokens")
+        defense = defenses.get(name, {"length": "20"} if backdoor else {}).prepare(host(folder))
         found |= {name: defense} | {f"{name}/{part}": one for part, one in defense.parts().items()}
     return found
 
 
-@pytest.fixture(params=[*NAMES, *PARTS])
+@pytest.fixture(params=[*NAMES, *PARTS, *STACKS])
 def defense(request, tmp_path):
-    """Each defense and part, prepared."""
+    """Each defense and part, and some stacks, prepared."""
     return prepared(tmp_path, [request.param.partition("/")[0]])[request.param]
 
 
@@ -131,7 +138,7 @@ def test_names_are_unique_and_begin_with_the_undefended_model():
         for cls in _below(Defense)
         if not inspect.isabstract(cls) and cls.__module__.startswith("defenses.")
     ]
-    assert sorted(every) == sorted(NAMES)
+    assert sorted(every) == sorted([*NAMES, "stack"])
 
 
 def _below(cls):
@@ -147,13 +154,13 @@ def test_rewrite_returns_a_new_chat_and_leaves_the_given_one_untouched(defense, 
         assert not {id(message) for message in new} & {id(message) for message in given}
         assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in new)
         asked, begun = parted(new)
-        assert asked[-1]["role"] == "user" and bool(begun) == (defense.name == "safety_prefix")
+        assert asked[-1]["role"] == "user" and bool(begun) == ("safety_prefix" in defense.name)
         assert "system" not in [m["role"] for m in new[1:]]
 
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 def test_the_users_words_survive_unless_the_family_may_change_them(defense, chat):
-    if defense.family in REWORDING:
+    if defense.rewords:
         pytest.skip("this family rewords")
     for reading in readings(defense, copy.deepcopy(chat)):
         kept = "\n".join(message["content"] for message in reading)
@@ -179,7 +186,8 @@ def test_what_an_attacker_begins_an_answer_with_stays_its_end(defense, chat):
 
 def test_where_the_model_says_nothing_the_users_words_stay(defense):
     for reading in readings(defense, CHATS["system"], said=""):
-        assert defense.family == "noise" or defense.name == "keyword_only" or REQUEST in last_user(reading)
+        noisy = any(one.family == "noise" or one.name == "keyword_only" for one in members(defense))
+        assert noisy or REQUEST in last_user(reading)
 
 
 def test_rewriting_is_a_function_of_chat_and_generator_and_uses_no_other_randomness(defense):
@@ -289,6 +297,14 @@ def test_a_setting_may_come_from_a_file(tmp_path):
         ("back_translation", {"draft": "0"}, ["draft=0", "at least 1"]),
         ("retokenization", {"rate": "2"}, ["rate=2", "share"]),
         ("refusal_steering", {"depth": "1"}, ["depth=1", "below 1"]),
+        ("policy+polcy", {}, ["unknown defense 'polcy'", "'policy'"]),
+        ("policy+policy", {}, ["policy+policy: 'policy' can be worn once"]),
+        ("none+policy", {}, ["none+policy: 'none' changes nothing"]),
+        ("backdoor+weights", {}, ["backdoor and weights each bring weights", "one set"]),
+        ("safety_tuning+safe_decoding", {}, ["safety_tuning and safe_decoding each bring weights"]),
+        ("policy+", {}, ["unknown defense ''"]),
+        ("policy+smooth_llm", {"copies": "0"}, ["copies=0", "at least 1"]),
+        ("smooth_llm+semantic_smoothing", {"copies": "2"}, ["several", "smooth_llm.copies or semantic"]),
     ],
 )
 def test_a_wrong_name_or_setting_is_answered_in_one_line_with_what_there_is(name, settings, words):

@@ -1,0 +1,249 @@
+"""Defenses tried together: members are asked once, and most combinations are worked out from that.
+
+Every defense is scored on the calibration and on the test split. Votes need no more than that. Stacks are
+predicted from their members, and those that the calibration split promises most of are run, with as many
+drawn by chance beside them, so that predictions are not judged by the most promising alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+from rich.console import Console
+
+from analysis import (
+    ensembles,
+    fronts,
+    kinds,
+    manifest,
+    pricing,
+    validity,
+)
+from analysis.attacks import AS_IS
+from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, Half
+from analysis.preparing import Ready, prepare, unreached, why_lost
+from analysis.request import HALVES, Request
+from analysis.sweeping import Cell, sweep
+from analysis.tables import UNDEFENDED, UNVALIDATED, ScoreTable
+from defenses import Defense, UserError
+from defenses.ensemble import Stack, members
+
+_TIMED = 4  # queries on which costs are measured
+# What acts first in a stack: what changes the user's words, then what is said around them, then the model.
+_ORDER = ("refactoring", "noise", "reminders", "backdoor", "tuning", "steering", "decoding")
+
+Pick = Callable[[pd.DataFrame, Callable[[str], float]], list[str]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of trying defenses together.
+
+    Attributes:
+        ready: loaded and prepared.
+        every: the conditions that were scored everywhere, stacks among them.
+        scores: of the queries of each split.
+        halves: by attack and split.
+        lost: what failed, and why.
+        mechanisms: of the defenses.
+        rows: of single defenses and ensembles on every half, with kinds.
+        costs: of the conditions, on this machine.
+    """
+
+    ready: Ready
+    every: Mapping[str, Defense]
+    scores: Mapping[str, ScoreTable]
+    halves: Mapping[tuple[str, str], Half]
+    lost: Mapping[Cell, str]
+    mechanisms: pd.DataFrame
+    rows: pd.DataFrame
+    costs: pd.DataFrame
+
+    @property
+    def fitted_to(self) -> Half:
+        """The half that weights are fitted to."""
+        return self.halves[self.ready.attacks[0].name, CHOSEN_ON]
+
+    def candidates(self) -> pd.DataFrame:
+        """Return all that was observed, with its cost, and whether its readout is known to be right."""
+        ratio = dict(zip(self.costs["defense"], self.costs["prefill_ratio"], strict=True))
+        known = {
+            name: _least(self.scores[REPORTED_ON].trusted(attack.name, name) for attack in self.ready.attacks)
+            for name in self.every
+        }
+        found = fronts.candidates(self.rows, lambda asked: float(sum(ratio[name] for name in asked)))
+        rests_on = map(fronts.conditions, found["members"], found["how"])
+        return found.assign(trusted=[_least(known[name] for name in asked) for asked in rests_on])
+
+
+def _least(known: Iterable[str]) -> str:
+    """The least good of what is known of several readouts."""
+    return min(known, key=("not trusted", "cannot tell", UNVALIDATED, "trusted").index)
+
+
+def combine(
+    request: Request,
+    names: Sequence[str],
+    settings: Sequence[str],
+    size: int,
+    runs: int,
+    pick: Pick,
+    console: Console,
+) -> Tried:
+    """Score defenses, work out what they come to together, and run the most promising stacks.
+
+    Args:
+        request: what the user asked for; how queries are sent by themselves is always measured, too.
+        names: of the defenses; stacks among them are run in any case.
+        settings: of the defenses.
+        size: members of a team at most.
+        runs: how many stacks are run that promise most, and how many that are drawn by chance.
+        pick: predicted rows of the calibration split and the cost of a team's stack -> teams, the best first.
+        console: for progress.
+    """
+    attacks = (AS_IS, *(one for one in request.attacks if one.name != AS_IS.name))
+    ready = prepare(replace(request, split=HALVES, attacks=attacks), names, settings, console)
+    given = [one for one in ready.defenses if isinstance(one, Stack) and not one.lacking()]
+    single = {part.name: part for one in ready.defenses for part in members(one) if not part.lacking()}
+    frames, lost = _scored(ready, single, console)
+    single = {name: one for name, one in single.items() if _everywhere(name, frames, ready)}
+    if UNDEFENDED not in single:
+        raise UserError(f"the undefended model could not be scored: {next(iter(lost.values()))}")
+    usual = [name for name, one in single.items() if name != UNDEFENDED and one.family != "control"]
+    if len(usual) < 2:
+        raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
+    costs = pricing.priced(ready, single, request.seed, console, _TIMED)
+    halves = _halves(ready, _tables(ready, single, frames, request))
+    stacks = {stack.name: stack for stack in given} | _wearable(single, usual, size)
+    teams = [tuple(name.split("+")) for name in stacks]
+    with console.status("predicting"):
+        hoped = pd.concat(
+            [ensembles.stacks(half, teams) for (_, split), half in halves.items() if split == CHOSEN_ON]
+        )
+        best = pick(hoped, lambda team: _stack_cost(costs, team))[:runs]
+    others = [name for name in stacks if name not in best]
+    chance = random.Random(f"{request.seed}/stacks").sample(others, min(runs, len(others)))
+    run = {name: stacks[name] for name in dict.fromkeys([*(one.name for one in given), *best, *chance])}
+    if run:
+        base = {UNDEFENDED: single[UNDEFENDED]}
+        more, failed = _scored(ready, base | run, console)
+        frames, lost = frames | more, lost | failed
+        run = {name: one for name, one in run.items() if _everywhere(name, frames, ready)}
+        timed = pricing.priced(ready, base | run, request.seed, console, _TIMED)
+        costs = pd.concat([costs, timed[timed["defense"] != UNDEFENDED]], ignore_index=True)
+    every = single | run
+    tables = _tables(ready, every, frames, request)
+    halves = _halves(ready, tables)
+    with console.status("combining"):
+        found, rows = _combined(halves, ready, single, usual, size, teams, request.seed)
+    return Tried(ready, every, tables, halves, lost, found, rows, costs)
+
+
+def promising(hoped: pd.DataFrame, cost: Callable[[str], float]) -> list[str]:
+    """Return the stacks that promise most: harmful queries refused, over all attacks, less benign refused.
+
+    Args:
+        hoped: predicted rows of the calibration split.
+        cost: not looked at.
+    """
+    told = fronts.promised(hoped)
+    return list((told["harmful"] - told["over_refusal"]).sort_values(ascending=False, kind="stable").index)
+
+
+def _scored(
+    ready: Ready, every: Mapping[str, Defense], console: Console
+) -> tuple[dict[Cell, pd.DataFrame], dict[Cell, str]]:
+    """The scores of conditions under all attacks, and what failed; Ctrl-C ends it all: scores are kept."""
+    lost = why_lost(unreached(ready, every, console))
+    swept = sweep(ready, every, lost, console)
+    if swept.interrupted:
+        raise KeyboardInterrupt
+    return swept.frames, swept.lost
+
+
+def _everywhere(name: str, frames: Mapping[Cell, pd.DataFrame], ready: Ready) -> bool:
+    return all((attack.name, name) in frames for attack in ready.attacks)
+
+
+def _tables(
+    ready: Ready, every: Mapping[str, Defense], frames: Mapping[Cell, pd.DataFrame], request: Request
+) -> dict[str, ScoreTable]:
+    """The scores of each split, in the order of the conditions."""
+    split = {query.id: query.split for query in ready.data.queries}
+    whole = pd.concat(
+        [frames[attack.name, name] for attack in ready.attacks for name in every], ignore_index=True
+    )
+    record = manifest.of(ready.bench, ready.readout, every, ready.data, ready.split, request.limit)
+    record |= manifest.of_attacks(ready.attacks)
+    record["trusted"] = {
+        attack.name: {
+            name: validity.known(ready.bench.under(attack), one, ready.readout) for name, one in every.items()
+        }
+        for attack in ready.attacks
+    }
+    parts = {
+        name: whole[whole["query"].map(split) == name].reset_index(drop=True)
+        for name in (CHOSEN_ON, REPORTED_ON)
+    }
+    return {name: ScoreTable(frame, record) for name, frame in parts.items()}
+
+
+def _halves(ready: Ready, tables: Mapping[str, ScoreTable]) -> dict[tuple[str, str], Half]:
+    return {
+        (attack.name, split): Half.of(table, attack.name, split)
+        for attack in ready.attacks
+        for split, table in tables.items()
+    }
+
+
+def _wearable(single: Mapping[str, Defense], names: Sequence[str], size: int) -> dict[str, Stack]:
+    """The stacks of these defenses that can be worn, each in the order of what acts first."""
+    rank = {family: place for place, family in enumerate(_ORDER)}
+    ordered = sorted(names, key=lambda name: rank.get(single[name].family, len(rank)))
+    found = {}
+    for team in ensembles.teams(ordered, size):
+        try:
+            stack = Stack(tuple(single[name] for name in team))
+        except ValueError:  # two sets of weights, say
+            continue
+        found[stack.name] = stack
+    return found
+
+
+def _stack_cost(costs: pd.DataFrame, team: str) -> float:
+    """What a stack should cost: what each member adds to the time of the undefended model."""
+    ratio = costs.set_index("defense")["prefill_ratio"]
+    return 1 + float(sum(ratio[name] - 1 for name in team.split("+")))
+
+
+def _combined(
+    halves: Mapping[tuple[str, str], Half],
+    ready: Ready,
+    single: Mapping[str, Defense],
+    usual: Sequence[str],
+    size: int,
+    worn: Sequence[tuple[str, ...]],
+    seed: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The mechanism of each defense, and a row for each of them and each ensemble on every half."""
+    first = ready.attacks[0].name
+    fitted_to, reported = halves[first, CHOSEN_ON], halves[first, REPORTED_ON]
+    teams = ensembles.teams(usual, size)
+    rows = pd.concat(
+        [
+            part
+            for half in halves.values()
+            for part in (
+                ensembles.singles(half, single),
+                ensembles.stacks(half, worn),
+                ensembles.votes(half, teams, fitted_to),
+            )
+        ],
+        ignore_index=True,
+    )
+    found = kinds.mechanisms(reported, usual, {name: one.family for name, one in single.items()}, seed)
+    of_team = kinds.kinds(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found, seed)
+    return found, rows.merge(of_team, on="members", how="left")

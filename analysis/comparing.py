@@ -1,0 +1,135 @@
+"""What `analyze ensembles` does: predict, observe, compare, draw; the tables are shared with `recommend`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from analysis import additivity, saving, showing, standings
+from analysis.additivity import Drawn
+from analysis.combining import Tried, combine, promising
+from analysis.decompose import summarize
+from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, STACK
+from analysis.request import Request, default_out, teller
+from analysis.tables import condition
+
+
+def compare(
+    request: Request,
+    names: Sequence[str],
+    settings: Sequence[str],
+    size: int,
+    runs: int,
+    out: Path | None,
+) -> int:
+    """Predict and observe what defenses come to together; save tables and figures, print the front."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    out = saving.usable(out or default_out(request.model, ["ensembles", *names], started))
+    console = Console(stderr=True)
+    tried = combine(request, names, settings, size, runs, promising, console)
+    found = tried.candidates()
+    tables, record = told(tried, found, request, console)
+    record |= {
+        "created": started.isoformat(timespec="seconds"),
+        "wall_seconds": round(time.perf_counter() - clock, 1),
+    }
+    save(out, tried, tables, record)
+    standings.front(found, record)
+    standings.agreement(tables["additivity"])
+    standings.distances(tables["distance"])
+    return ended(tried, out, console)
+
+
+def told(
+    tried: Tried, found: pd.DataFrame, request: Request, console: Console
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """Return the tables of what was tried, intervals among them, and the beginning of run.json.
+
+    Args:
+        tried: what came of it.
+        found: the candidates.
+        request: what the user asked for.
+        console: for progress.
+    """
+    rows, seed = tried.rows, request.seed
+    on_front = set(found.loc[found["on_front"], ["members", "how"]].itertuples(index=False, name=None))
+    seen = rows[(rows["split"] == REPORTED_ON) & rows["observed_shift"].notna()]
+    wanted = {
+        int(index): row
+        for index, row in zip(seen.index, showing.rows(seen), strict=True)
+        if row["how"] in (ALONE, STACK) or (row["members"], row["how"]) in on_front
+    }
+    clouds: dict[int, Drawn] = {}
+    ends: dict[int, dict[str, float]] = {}
+    with showing.progress(console) as bar:
+        task = bar.add_task("intervals", total=len(wanted))
+        for index, row in wanted.items():
+            half = tried.halves[row["attack"], REPORTED_ON]
+            if row["how"] != ALONE:
+                clouds[index] = additivity.drawn(
+                    half, row["members"].split("+"), row["how"], tried.fitted_to, seed
+                )
+            ends[index] = additivity.intervals(half, row, tried.fitted_to, clouds.get(index), seed)
+            bar.advance(task)
+    with console.status("comparing"):
+        shifting = set(tried.mechanisms.loc[tried.mechanisms["mechanism"] == "shift", "defense"])
+        raised = [
+            additivity.raised_distance(
+                half,
+                rows[(rows["attack"] == attack) & (rows["split"] == split)],
+                shifting,
+                tried.fitted_to,
+                seed,
+            )
+            for (attack, split), half in tried.halves.items()
+            if split == REPORTED_ON
+        ]
+        tables = {
+            "scores": pd.concat([table.frame.assign(split=name) for name, table in tried.scores.items()]),
+            "summary": summarize(tried.scores[REPORTED_ON], seed=seed).frame,
+            "mechanisms": tried.mechanisms,
+            "ensembles": rows.join(pd.DataFrame.from_dict(ends, orient="index")),
+            "additivity": additivity.agreement(rows, clouds),
+            "distance": pd.concat(raised, ignore_index=True),
+            "cost": tried.costs,
+            "candidates": found,
+        }
+    record = dict(tried.scores[REPORTED_ON].made_with) | {
+        "notices": tried.ready.notices,
+        "failed": [{"attack": sent, "defense": name, "why": why} for (sent, name), why in tried.lost.items()],
+        "chosen_on": CHOSEN_ON,
+        "reported_on": REPORTED_ON,
+    }
+    return tables, record
+
+
+def save(out: Path, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[str, Any]) -> None:
+    """Write tables, figures and run.json.
+
+    Args:
+        out: the folder.
+        tried: what came of it.
+        tables: by file stem.
+        record: for run.json.
+    """
+    from analysis.plots import of_ensembles
+
+    families = {name: one.family for name, one in tried.every.items()}
+    context = showing.context(record, tried.ready.readout)
+    drawn = of_ensembles(tables["ensembles"], tables["candidates"], families, context)
+    tables = tables | {stem: table for stem, (_, table) in drawn.items()}
+    saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
+
+
+def ended(tried: Tried, out: Path, console: Console) -> int:
+    """Say where everything is and what failed; return the exit code."""
+    teller(console)(f"Tables, figures and run.json are in {out}")
+    for (sent, name), why in tried.lost.items():
+        teller(console)(f"Failed: {condition({'attack': sent, 'defense': name})}: {why}")
+    return 1 if tried.lost else 0

@@ -1,0 +1,153 @@
+"""What `analyze recommend` does: of all defenses and ensembles within the limits, which to use."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from analysis import decompose, ensembles, fronts, saving, standings
+from analysis.combining import Tried, combine
+from analysis.comparing import ended, save, told
+from analysis.ensembles import ALONE, REPORTED_ON
+from analysis.request import Request, default_out
+from analysis.resampling import Resampling, interval
+from analysis.tables import UNDEFENDED
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a recommendation keeps to.
+
+    Attributes:
+        over_refusal: share of benign queries refused, at most.
+        cost: time until the first token, times undefended, at most; None for any.
+    """
+
+    over_refusal: float
+    cost: float | None = None
+
+    def within(self, hoped: pd.DataFrame, cost: Callable[[str], float]) -> list[str]:
+        """Return the stacks that should keep to the limits, the one that refuses most harm first.
+
+        Args:
+            hoped: predicted rows of the calibration split.
+            cost: of a team's stack.
+        """
+        promised = fronts.promised(hoped)
+        promised = promised[promised["over_refusal"] <= self.over_refusal]
+        ordered = promised.sort_values("harmful", ascending=False, kind="stable").index
+        return [team for team in ordered if self.cost is None or cost(team) <= self.cost]
+
+
+def recommend(
+    request: Request,
+    names: Sequence[str],
+    settings: Sequence[str],
+    size: int,
+    runs: int,
+    limits: Limits,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Say which defense or ensemble refuses most harm within the limits, and how sure that is."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    out = saving.usable(out or default_out(request.model, ["recommend", *names], started))
+    console = Console(stderr=True)
+    tried = combine(request, names, settings, size, runs, limits.within, console)
+    found = tried.candidates()
+    tables, record = told(tried, found, request, console)
+    chosen = picks(tried, found, limits, request.seed)
+    record |= {
+        "created": started.isoformat(timespec="seconds"),
+        "max_over_refusal": limits.over_refusal,
+        "max_cost": limits.cost,
+        "wall_seconds": round(time.perf_counter() - clock, 1),
+    }
+    save(out, tried, tables | {"recommendation": chosen}, record)
+    if as_json:
+        print(json.dumps(json.loads(chosen.to_json(orient="records")), indent=2))
+    else:
+        standings.pick(chosen, limits.over_refusal, limits.cost)
+    return ended(tried, out, console)
+
+
+def picks(tried: Tried, found: pd.DataFrame, limits: Limits, seed: int) -> pd.DataFrame:
+    """Return the recommendation, the next best single defense, and the undefended model.
+
+    Where nothing keeps to the limits, what comes closest on the calibration split takes the first place.
+
+    Args:
+        tried: what was scored.
+        found: the candidates.
+        limits: what is kept to.
+        seed: of the draws.
+
+    Returns:
+        By `role`: the rates on the test split with 95 % intervals (harmful refused, the mean over attacks;
+        benign refused), `p_meets` (how probable it is, given the test split, that no more of the benign
+        queries are refused than the limit says), and the columns of the candidates.
+    """
+    allowed = fronts.ranked(found, limits.over_refusal, limits.cost)
+    usual = found[(found["members"] == UNDEFENDED) & (found["how"] == ALONE)].iloc[0]
+    roles: list[tuple[str, Any]] = []
+    if len(allowed):
+        roles.append(("recommended", allowed.iloc[0]))
+    else:
+        affordable = fronts.ranked(found, 1.0, limits.cost)
+        roles.append(
+            (
+                "closest",
+                (affordable if len(affordable) else found)
+                .sort_values("benign_calibration", kind="stable")
+                .iloc[-1],
+            )
+        )
+    if (alone := fronts.best_alone(allowed, [roles[0][1]["members"], UNDEFENDED])) is not None:
+        roles.append(
+            ("best single defense" if roles[0][1]["how"] != ALONE else "next best single defense", alone)
+        )
+    if roles[0][1]["members"] != UNDEFENDED:
+        roles.append(("undefended", usual))
+    return pd.DataFrame(
+        [{"role": role, **row.to_dict(), **_rates(tried, row, limits, seed)} for role, row in roles]
+    )
+
+
+def _rates(tried: Tried, row: Any, limits: Limits, seed: int) -> dict[str, float]:
+    """The rates of one candidate on the test split, and how likely it meets the limit."""
+    team, how = row["members"].split("+"), row["how"]
+    halves = [tried.halves[attack.name, REPORTED_ON] for attack in tried.ready.attacks]
+    rates: list[dict[str, Any]] = []
+    for sample in (Resampling.once(halves[0].units), Resampling.draw(halves[0].units, seed=seed)):
+        read = [
+            decompose.contrast(
+                half.board.before,
+                ensembles.margins(half, team, how, tried.fitted_to),
+                half.board.is_harmful,
+                0.0,
+                sample,
+            )
+            for half in halves
+        ]
+        rates.append(
+            {
+                "harmful": np.mean([one["refusal_rate"] for one in read], axis=0),
+                "over_refusal": read[0]["over_refusal_rate"],
+            }
+        )
+    point, cloud = rates
+    found: dict[str, float] = {}
+    for name in point:
+        low, high = interval(cloud[name], min(halves[0].counts), counted=True)
+        value = float(point[name][0])
+        found |= {name: value, f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
+    return found | {"p_meets": float((cloud["over_refusal"] <= limits.over_refusal).mean())}

@@ -1,0 +1,143 @@
+"""What `analyze ensembles` and `analyze recommend` print: the front, the predictions, the pick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+from rich.text import Text
+
+from analysis import showing
+from analysis.tables import UNDEFENDED
+
+_SHOWN = 12  # rows of the front at most
+
+
+def front(found: pd.DataFrame, record: dict[str, Any]) -> None:
+    """Print the front that the calibration split shows, with what became of it on the test split.
+
+    Args:
+        found: `candidates.csv`.
+        record: `run.json`.
+    """
+    chosen = found[found["on_front"] | (found["members"] == UNDEFENDED)]
+    chosen = chosen.sort_values("harmful_calibration", ascending=False, kind="stable")
+    attacks = len(record["attacks"])
+    title = (
+        f"{record['model']['name']}: {len(found):,} defenses and ensembles; on the calibration split none "
+        f"beats these {len(chosen)}"
+    )
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("members\nhow", overflow="fold")
+    for head in ("harmful refused (%)\nchosen → test", "benign answered (%)\nchosen → test", "cost\n(×)"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in showing.rows(_few(chosen)):
+        rates = [
+            f"{100 * row[f'{x}_calibration']:.0f} → {100 * row[f'{x}_test']:.0f}"
+            for x in ("harmful", "benign")
+        ]
+        cells = (f"{row['members']}\n{row['how']}", *rates, f"{row['cost']:.1f}")
+        table.add_row(*map(Text, cells))
+    console = showing.stdout()
+    console.print(table)
+    over = f", mean over {attacks} attacks" if attacks > 1 else ""
+    data = record["data"]
+    note = (
+        f"Harmful refused{over}, benign answered as users ask; {data['n_harmful']} harmful and "
+        f"{data['n_benign']} benign queries on both splits together. Cost: time until the first token, times "
+        "undefended. Intervals, and the other rows, are in ensembles.csv and candidates.csv."
+    )
+    console.print(Text(note, style="dim"))
+
+
+def agreement(found: pd.DataFrame) -> None:
+    """Print how well predictions came true on the test split.
+
+    Args:
+        found: `additivity.csv`.
+    """
+    console = showing.stdout()
+    rows = found[(found["split"] == "test") & (found["kind"] == "all") & (found["n"] > 2)]
+    for attack, how in rows[["attack", "how"]].drop_duplicates().itertuples(index=False, name=None):
+        group = rows[(rows["attack"] == attack) & (rows["how"] == how)]
+        by_name = group.set_index("coordinate")
+        told = [
+            f"{word} R² {by_name.loc[name, 'r2']:.2f}, rank {by_name.loc[name, 'rank_correlation']:+.2f}"
+            for name, word in (
+                ("shift", "shift"),
+                ("discrimination", "discrimination"),
+                ("delta_auroc", "ΔAUROC"),
+            )
+        ]
+        console.print(
+            Text(
+                f"Predicted against observed, {attack}, {how} (n = {group['n'].iloc[0]:,}): {'; '.join(told)}"
+            )
+        )
+
+
+def distances(found: pd.DataFrame) -> None:
+    """Print how many pairs of shift defenses raise the paper's distance, and how many of the raises are real.
+
+    Args:
+        found: `distance.csv`.
+    """
+    console = showing.stdout()
+    if found.empty:
+        console.print(Text("No pair of two shift defenses raises the distance on the probability scale."))
+        return
+    for how, group in found.groupby("how", sort=False):
+        counts = ", ".join(f"{count} {says}" for says, count in group["raise"].value_counts().items())
+        console.print(
+            Text(
+                f"Pairs of two shift defenses that raise the distance, {how}: {len(group)}, of these {counts}"
+            )
+        )
+
+
+def pick(found: pd.DataFrame, limit: float, most: float | None) -> None:
+    """Print what is recommended, beside what else there is.
+
+    Args:
+        found: `recommendation.csv`.
+        limit: share of benign queries that may be refused.
+        most: cost at most.
+    """
+    console = showing.stdout()
+    costs = f" and cost at most {most:g} × undefended" if most is not None else ""
+    wanted = f"at most {limit:.1%} of benign queries refused{costs}"
+    best = found[found["role"] == "recommended"]
+    if best.empty:
+        console.print(Text(f"Nothing qualifies: {wanted}, on the calibration split. The closest is below."))
+    else:
+        row = best.iloc[0]
+        console.print(Text(f"Use {row['members']} ({row['how']}): {wanted}.", style="bold"))
+    table = Table(show_edge=False, pad_edge=False, show_lines=True)
+    table.add_column("\nmembers, how", overflow="fold")
+    for head in (
+        "refuses (%)\nharmful\nbenign",
+        "chosen on\nharmful\nbenign",
+        "meets the\nlimit",
+        "\ncost (×)",
+    ):
+        table.add_column(head, justify="right", no_wrap=True)
+    for values in showing.rows(found):
+        cells = (
+            f"{values['role']}\n{values['members']} ({values['how']})\n{values['trusted']}",
+            "\n".join(
+                ["", *(showing.interval(values, name, ".0f", 100) for name in ("harmful", "over_refusal"))]
+            ),
+            f"\n{100 * values['harmful_calibration']:.0f}\n{100 - 100 * values['benign_calibration']:.0f}",
+            f"\n{values['p_meets']:.0%}",
+            f"\n{values['cost']:.1f}",
+        )
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _few(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows spread evenly over the front, its ends among them."""
+    if len(frame) <= _SHOWN:
+        return frame
+    return frame.iloc[sorted({round(place * (len(frame) - 1) / (_SHOWN - 1)) for place in range(_SHOWN)})]

@@ -1,0 +1,263 @@
+"""Several defenses at once: left acts first, each as it acts alone, and the batch equals the single query."""
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import made_adapter, tiny_model, toy_bench, toy_tokenizer
+
+import defenses
+from analysis import manifest, preflight, queries, scoring
+from analysis.answering import answers
+from analysis.attacks import chosen
+from analysis.run import conditions, score
+from defenses import Defense, Host, Residuals, UserError, adapters
+from defenses.backdoor import Backdoor, Secret
+from defenses.catalog import choose
+from defenses.chats import last_user
+from defenses.decoding import SafeDecoding
+from defenses.ensemble import Stack, members
+from defenses.tuning import SafetyTuning
+
+ASKED = queries.sample(queries.load("twins").queries, 6)
+NONE = defenses.get("none")
+
+
+def held():
+    """Return what a model might hold on training queries."""
+    made = torch.Generator().manual_seed(0)
+    means = [torch.randn(2, 64, generator=made) for _ in range(2)]
+    return Residuals(*means, frozenset({"a query"}), "toy")
+
+
+def host(folder):
+    """Return a host with a toy tokenizer."""
+    return Host("toy", toy_tokenizer(), (folder / "secrets",), (), "toy", residuals=held)
+
+
+def read(bench, defense, asked=ASKED):
+    """Return the chats that the model reads, by query and reading."""
+    return [[prompt.chat for prompt in prompts] for prompts in bench.every_prompt(defense, asked)]
+
+
+def margins(bench, defense, asked=ASKED):
+    """Return the margins of the queries."""
+    readout = bench.words(ASKED, NONE)
+    return score(bench, defense.name, defense, asked, readout)["margin"].tolist()
+
+
+# --- what is read -----------------------------------------------------------------------------------------
+
+
+def test_the_left_one_acts_first():
+    bench = toy_bench()
+    one, other = defenses.get("tone_reminder+policy"), defenses.get("policy+tone_reminder")
+    tone, policy = defenses.get("tone_reminder").reminder(), defenses.get("policy").reminder()
+    for (there,), (back,) in zip(read(bench, one), read(bench, other), strict=True):
+        assert there[0]["content"] == f"{policy}\n\n{tone}"
+        assert back[0]["content"] == f"{tone}\n\n{policy}"
+    assert margins(bench, one) != margins(bench, other)
+
+
+@pytest.mark.parametrize("name", ["word_drop+self_reminder", "smooth_llm+policy", "paraphrase+smooth_llm"])
+def test_a_batch_equals_its_queries_one_by_one_and_each_reads_both_defenses(name):
+    bench, stack = toy_bench(), defenses.get(name, {"copies": "3"} if "smooth" in name else {})
+    together = read(bench, stack)
+    alone = [read(bench, stack, [query])[0] for query in ASKED]
+    assert together == alone
+    one_by_one = [margins(bench, stack, [query])[0] for query in ASKED]
+    assert margins(bench, stack) == pytest.approx(one_by_one, abs=1e-4)
+    assert len({len(readings) for readings in together}) == 1
+
+
+def test_every_member_draws_what_it_draws_alone():
+    bench = toy_bench()
+    alone = [[last_user(chat) for chat in chats] for chats in read(bench, defenses.get("smooth_llm"))]
+    behind = [
+        [last_user(chat) for chat in chats] for chats in read(bench, defenses.get("smooth_llm+tone_reminder"))
+    ]
+    before = [[last_user(chat) for chat in chats] for chats in read(bench, defenses.get("policy+smooth_llm"))]
+    assert alone == behind == before
+    assert all(len(set(copies)) == 10 for copies in alone)
+
+
+def test_tokens_are_cut_as_they_are_cut_alone_and_every_copy_otherwise(tmp_path):
+    bench = toy_bench()
+    (alone,) = bench.prompts(defenses.get("retokenization").prepare(host(tmp_path)), ASKED[0])
+    stack = defenses.get("retokenization+policy").prepare(host(tmp_path))
+    (behind,) = bench.prompts(stack, ASKED[0])
+    assert behind.ids[-len(alone.ids) :] == alone.ids != bench.prompts(NONE, ASKED[0])[0].ids
+    # Noise that changes next to nothing, so that the copies are the same text but for one character.
+    stack = defenses.get("smooth_llm+retokenization", {"copies": "4", "smooth_llm.rate": "0.001"})
+    copies = bench.prompts(stack.prepare(host(tmp_path)), ASKED[0])
+    assert len({prompt.ids for prompt in copies}) == 4
+    assert len({len(prompt.ids) for prompt in copies}) > 1
+
+
+def test_a_member_rewords_every_reading_of_the_one_before_it_and_all_are_asked_together():
+    bench, asked = toy_bench(), []
+    answer = bench.drafts.answers
+
+    def watched(asks):
+        asked.append(len(asks))
+        return answer(asks)
+
+    bench.drafts.answers = watched
+    stack = defenses.get("smooth_llm+paraphrase", {"copies": "3"})
+    assert [len(chats) for chats in read(bench, stack)] == [3] * len(ASKED)
+    assert asked == [3 * len(ASKED)]
+
+
+def test_readings_that_are_pooled_in_two_ways_have_no_margin(tmp_path):
+    stack = defenses.get("smooth_llm+erase_and_check").prepare(host(tmp_path))
+    with pytest.raises(UserError, match="smooth_llm goes by the mean of its readings and erase_and_check by"):
+        read(toy_bench(), stack)
+    one = defenses.get("word_drop+erase_and_check", {"tokens": "3"}).prepare(host(tmp_path))
+    assert one.pool == "max" and {len(chats) for chats in read(toy_bench(), one)} <= {3, 4}
+
+
+def test_a_stack_passes_the_preflight_under_an_attack(tmp_path):
+    bench = toy_bench().under(chosen(["prefill"])[0])
+    readout = bench.words(ASKED, NONE)
+    for name in ("word_drop+self_reminder", "policy+refusal_steering"):
+        stack = defenses.get(name).prepare(host(tmp_path))
+        failed = [one for one in preflight.check(bench, name, stack, ASKED[:2], readout) if not one.passed]
+        assert not failed
+    names = {one.name for one in preflight.check(bench, "x", stack, ASKED[:2], readout)}
+    assert "user's words survive" in names
+
+
+# --- what is armed ----------------------------------------------------------------------------------------
+
+
+def tuned(folder):
+    """Return tuned weights."""
+    return SafetyTuning(adapter=adapters.read(made_adapter(folder / "x", seed=3)))
+
+
+def test_all_members_are_armed_and_the_model_is_bit_for_bit_what_it_was(tmp_path):
+    model, steering = tiny_model(), defenses.get("refusal_steering").prepare(host(tmp_path))
+    weights, ids = tuned(tmp_path), torch.tensor([[5, 6, 7]])
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    before = logits()
+    with weights.armed(model), steering.armed(model):
+        want = logits()
+    with Stack((weights, steering)).armed(model):
+        assert torch.equal(logits(), want)
+    assert torch.equal(logits(), before) and not torch.equal(want, before)
+
+
+def test_what_tells_a_change_of_the_model_is_that_of_the_only_member_that_makes_one(tmp_path):
+    weights, policy = tuned(tmp_path), defenses.get("policy")
+    steering = defenses.get("refusal_steering").prepare(host(tmp_path))
+    assert Stack((policy, weights)).arms() == weights.arms()
+    assert Stack((policy, defenses.get("word_drop"))).arms() == ""
+    both = Stack((weights, steering)).arms()
+    assert both not in (weights.arms(), steering.arms(), Stack((steering, weights)).arms(), None)
+
+
+def test_a_change_of_the_users_own_that_nothing_tells_is_never_kept():
+    @dataclass(frozen=True)
+    class Mine(Defense):
+        def rewrite(self, chat, rng):
+            return [dict(message) for message in chat]
+
+        @contextmanager
+        def armed(self, model):
+            yield
+
+    stack = Stack((defenses.get("policy"), Mine()))
+    assert stack.own and stack.arms() is None and stack.changes() is None
+
+
+def test_a_blend_in_a_stack_is_that_of_its_models_reading_what_the_others_wrote(tmp_path):
+    bench, policy = toy_bench(), defenses.get("policy")
+    blend = SafeDecoding(alpha=3.0, adapter=tuned(tmp_path).adapter)
+    expert = Stack((policy, SafetyTuning(adapter=blend.adapter)))
+    plain, other = margins(bench, policy), margins(bench, expert)
+    want = [a + 3 * (b - a) for a, b in zip(plain, other, strict=True)]
+    assert margins(bench, Stack((policy, blend))) == pytest.approx(want, abs=1e-4)
+    assert margins(bench, Stack((blend, policy))) == pytest.approx(want, abs=1e-4)
+    assert want != pytest.approx(plain, abs=1e-2)
+    said = answers(bench, Stack((policy, blend)), ASKED[:2], tokens=3)
+    assert all(len(one.ids) == 3 for readings in said for one in readings)
+
+
+def test_a_blend_of_one_model_counts_by_its_weight():
+    @dataclass(frozen=True)
+    class Twice(Defense):
+        def rewrite(self, chat, rng):
+            return [dict(message) for message in chat]
+
+        def blend(self):
+            return ((2.0, NONE),)
+
+    bench = toy_bench()
+    assert margins(bench, Twice()) == pytest.approx([2 * one for one in margins(bench, NONE)], abs=1e-4)
+
+
+# --- what it says of itself -------------------------------------------------------------------------------
+
+
+def test_secrets_needs_and_seen_queries_are_those_of_all_members(tmp_path):
+    backdoor = Backdoor(secret=Secret("tulip seven harbor"))
+    steering = defenses.get("refusal_steering").prepare(host(tmp_path))
+    stack = Stack((defenses.get("policy"), backdoor, steering))
+    assert stack.secrets() == ("tulip seven harbor",)
+    assert stack.trained_on() == {"a query"}
+    assert "backdoor: no tuned weights" in stack.lacking() and conditions([stack]) == {}
+    told = manifest.of_defense(stack)
+    assert list(told["members"]) == ["policy", "backdoor", "refusal_steering"]
+    assert "tulip" not in f"{told} {stack!r}" and told["members"]["backdoor"]["secrets"]
+    assert members(stack) == stack.members and members(NONE) == (NONE,)
+
+
+def test_the_dearest_member_says_what_it_costs():
+    assert defenses.get("policy+tone_reminder").cost == "static"
+    assert defenses.get("policy+paraphrase+safety_tuning").cost == "one call"
+    assert defenses.get("safety_tuning+policy").cost == "weights"
+
+
+def test_a_member_has_the_settings_that_it_has_alone():
+    found = choose(["policy", "word_drop + policy"], ["policy.text=Nothing is allowed."])
+    assert [one.name for one in found] == ["none", "policy", "word_drop+policy"]
+    assert found[1].text == found[2].members[1].text == "Nothing is allowed."
+    assert [one.name for one in choose(["word_drop+policy", "word_drop + policy"], [])] == [
+        "none",
+        found[2].name,
+    ]
+
+
+def test_the_file_of_a_users_own_may_have_a_plus_in_its_name(tmp_path):
+    file = tmp_path / "a+b.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom defenses import Defense\n@dataclass(frozen=True)\n"
+        "class Mine(Defense):\n    '''Nothing.'''\n    def rewrite(self, chat, rng):\n        return chat\n"
+    )
+    assert defenses.get(str(file)).name == "mine"
+    other = file.rename(tmp_path / "ab.py")
+    assert [one.name for one in defenses.get(f"{other}+policy").members] == ["mine", "policy"]
+
+
+def test_scores_of_a_stack_of_words_alone_are_found_among_those_of_the_same_words(tmp_path):
+    bench = toy_bench()
+    readout = bench.words(ASKED, NONE)
+    stack, policy = defenses.get("tone_reminder+policy"), defenses.get("policy")
+    text = f"{policy.text}\n\n{defenses.get('tone_reminder').reminder()}"
+    same = replace(policy, text=text)
+    first, second = (
+        scoring.read(bench.loaded, bench.engine, one, [p.ids for p in bench.prompts(one, ASKED[0])], readout)
+        for one in (stack, same)
+    )
+    assert torch.equal(first, second)
+
+
+def test_rewriting_without_a_bench_takes_any_generator():
+    stack, chat = defenses.get("word_drop+policy"), [{"role": "user", "content": "How do I bake good bread?"}]
+    assert stack.rewrite(chat, random.Random(3)) == stack.rewrite(chat, random.Random(3))
