@@ -12,6 +12,30 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from analysis.options import (
+    AttackOption,
+    BatchOption,
+    BudgetOption,
+    DataOption,
+    DefenseOption,
+    DeviceOption,
+    DtypeOption,
+    HalfLimitOption,
+    JsonOption,
+    JudgeModelOption,
+    JudgeOption,
+    LimitOption,
+    ModelOption,
+    OfflineOption,
+    OutOption,
+    ReadoutOption,
+    RubricOption,
+    SeedOption,
+    SetOption,
+    SizeOption,
+    SplitOption,
+    StacksOption,
+)
 from defenses.errors import UserError, unknown
 
 READOUTS = {
@@ -22,7 +46,6 @@ READOUTS = {
     "prefilled-K": "the words readout behind the first K tokens of a complying opener",
     "auto": "the one that `analyze validate` found best for this model and these conditions",
 }
-JUDGES = "patterns (ours), keywords (BackdoorAlign's), or model (see --judge-model)."
 
 
 class _Interrupted(Exception):
@@ -48,71 +71,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-DefenseOption = Annotated[
-    list[str] | None,
-    typer.Option("-d", "--defense", help="Name, `all`, or the path of a .py file; repeatable."),
-]
-ModelOption = Annotated[
-    str, typer.Option("-m", "--model", help="Name, Hugging Face id, folder, or .gguf file.")
-]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="A name (`list data`), NAME=PATH (a copy of a public set), or a .jsonl/.csv file; + joins.",
-    ),
-]
-SplitOption = Annotated[
-    str | None,
-    typer.Option("--split", help="train, calibration, test or all; by default test where there is one."),
-]
-AttackOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--attack",
-        help="How queries are sent: one of `list attacks`, all, or a .jsonl/.csv file of your own strings; "
-        "each also with +ignore behind it; repeatable; by default direct.",
-    ),
-]
-HalfLimitOption = Annotated[
-    int | None, typer.Option("--limit", help="At most so many queries on either split, pairs kept whole.")
-]
-SizeOption = Annotated[int, typer.Option(help="Members of an ensemble, at most: 2 or 3.")]
-StacksOption = Annotated[
-    int, typer.Option(help="Stacks that are run: so many of the most promising, and as many by chance.")
-]
-LimitOption = Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")]
-BatchOption = Annotated[str, typer.Option(help="Prompts in one pass, or auto.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-DtypeOption = Annotated[
-    str, typer.Option(help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
-]
-SeedOption = Annotated[int, typer.Option(help="Of everything random in the run.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="A defense's setting, key=value or defense.key=value; value @file reads the file.",
-        metavar="KEY=VALUE",
-    ),
-]
-ReadoutOption = Annotated[
-    str, typer.Option("--readout", help="How a forward pass becomes a number; see `list readouts`.")
-]
-JudgeOption = Annotated[str, typer.Option(help=f"Of the text: {JUDGES}")]
-JudgeModelOption = Annotated[
-    str | None,
-    typer.Option(help="Chat model or classifier: id, folder, .gguf, or an endpoint, http://host/v1#NAME."),
-]
-BudgetOption = Annotated[
-    int | None, typer.Option(help="Calls of the judge model, at most; it has no default.")
-]
-RubricOption = Annotated[
-    Path | None, typer.Option(help="What the judge model reads, with {request} and {answer}.")
-]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -225,7 +183,7 @@ def validate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    out: OutOption = None,
     settings: SetOption = None,
     offline: OfflineOption = False,
 ) -> None:
@@ -256,11 +214,11 @@ def ensembles(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    out: OutOption = None,
     settings: SetOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Which defenses to combine, and how? All teams are predicted; votes and the best stacks are observed.
+    """Which defenses (-d; else all) to combine, and how? All predicted; votes and the best stacks observed.
 
     analyze ensembles -m smollm2:aligned -d self_reminder -d paraphrase -d policy
     """
@@ -292,12 +250,12 @@ def recommend(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    out: OutOption = None,
     settings: SetOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Which defense, or combination, to use: the most harm refused within limits, and how sure that is.
+    """Which defense, or combination, of those (-d; else all) refuses most harm within limits, and how surely?
 
     analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
     """
@@ -456,7 +414,7 @@ def backdooralign(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    out: OutOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """BackdoorAlign's arms side by side, beside the paper's figures, with what the paper did not measure."""

@@ -113,6 +113,7 @@ def combine(
     if UNDEFENDED not in single:
         raise UserError(f"the undefended model could not be scored: {next(iter(lost.values()))}")
     usual = [name for name, one in single.items() if name != UNDEFENDED and one.family != "control"]
+    usual.sort(key=lambda name: _ORDER.index(single[name].family) if single[name].family in _ORDER else 99)
     if len(usual) < 2:
         raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
     costs = pricing.priced(ready, single, request.seed, console, _TIMED)
@@ -200,11 +201,9 @@ def _halves(ready: Ready, tables: Mapping[str, ScoreTable]) -> dict[tuple[str, s
 
 
 def _wearable(single: Mapping[str, Defense], names: Sequence[str], size: int) -> dict[str, Stack]:
-    """The stacks of these defenses that can be worn, each in the order of what acts first."""
-    rank = {family: place for place, family in enumerate(_ORDER)}
-    ordered = sorted(names, key=lambda name: rank.get(single[name].family, len(rank)))
+    """The stacks of these defenses that can be worn."""
     found = {}
-    for team in ensembles.teams(ordered, size):
+    for team in ensembles.teams(names, size):
         try:
             stack = Stack(tuple(single[name] for name in team))
         except ValueError:  # two sets of weights, say

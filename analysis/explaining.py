@@ -17,6 +17,7 @@ from analysis.request import Request
 from analysis.run import conditions
 from analysis.tables import condition
 from defenses import Defense, catalog
+from defenses.ensemble import members
 
 
 def explain(request: Request, name: str, settings: Sequence[str], text: str | None) -> int:
@@ -30,7 +31,8 @@ def explain(request: Request, name: str, settings: Sequence[str], text: str | No
     """
     *_, chosen = catalog.choose([name], settings)
     console = Console()
-    _card(console, chosen)
+    for one in members(chosen):
+        _card(console, one)
     own = Query("own", text, harmful=False) if text else None
     asked = own or next(one for one in queries.load("contrast").split("test").queries if not one.harmful)
     for attack in request.attacks:

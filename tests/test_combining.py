@@ -1,0 +1,292 @@
+"""`analyze ensembles` and `analyze recommend`: what they write can be worked out again from its scores."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import save_model
+from test_cli import analyze
+
+from analysis import combining, commands, queries, recommending
+from analysis.attacks import chosen
+from analysis.outcomes import COORDINATES
+from analysis.recommending import Limits
+from analysis.request import HALVES, Request
+from defenses import UserError
+
+NAMES = ["policy", "self_reminder", "word_drop", "keyword_only"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a toy model, its own cache, and a run of `ensembles` in `out`."""
+    place = tmp_path_factory.mktemp("ensembles")
+    with pytest.MonkeyPatch.context() as patch:
+        home(patch, place)
+        save_model(place / "toy")
+        args = [f"-d{name}" for name in [*NAMES, "policy+word_drop", "random_tokens"]]
+        done = analyze("ensembles", "-m", place / "toy", *args, *SHORT, "-o", place / "out", "--stacks", 2)
+        assert done.code == 0, done.err
+        (place / "said.txt").write_text(done.out)
+    return place
+
+
+SHORT = (
+    "--limit",
+    "24",
+    "--attack",
+    "direct",
+    "--attack",
+    "prefix_injection",
+    "--set",
+    "random_tokens.length=9",
+)
+
+
+def home(patch: pytest.MonkeyPatch, place: Path) -> None:
+    """Have everything kept in a folder."""
+    patch.setenv("XDG_DATA_HOME", str(place / "share"))
+    patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    patch.setenv("COLUMNS", "140")
+
+
+@pytest.fixture
+def kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder, its cache in use."""
+    home(monkeypatch, place)
+    return place
+
+
+def request(place: Path, limit: int = 24) -> Request:
+    """Return what is asked of the toy model."""
+    return Request(
+        str(place / "toy"), "contrast", HALVES, limit, None, "cpu", "auto", 0, True, chosen(["direct"])
+    )
+
+
+def test_every_table_and_figure_is_there(place: Path) -> None:
+    tables = {"scores", "summary", "mechanisms", "ensembles", "additivity", "distance", "candidates", "cost"}
+    drawn = {"forecast", "interactions", "front"}
+    names = {path.name for path in (place / "out").iterdir()}
+    assert names == {f"{one}.csv" for one in tables | drawn} | {f"{one}.png" for one in drawn} | {"run.json"}
+    record = json.loads((place / "out" / "run.json").read_text())
+    assert record["chosen_on"] == "calibration" and record["reported_on"] == "test" and not record["failed"]
+    members = record["defenses"]["policy+word_drop"]["members"]
+    assert list(members) == ["policy", "word_drop"] and members["word_drop"]["settings"]["rate"] == 0.3
+    said = (place / "said.txt").read_text()
+    assert "Predicted against observed, direct, mean (n = 6)" in said and "none beats" in said
+
+
+def test_every_vote_is_that_of_the_scores_and_its_rates_can_be_counted_again(place: Path) -> None:
+    scores = pd.read_csv(place / "out" / "scores.csv")
+    threshold = json.loads((place / "out" / "run.json").read_text())["readout"]["threshold"]
+    rows = pd.read_csv(place / "out" / "ensembles.csv").set_index(["attack", "split", "members", "how"])
+    pool = {"mean": "mean", "highest": "max", "lowest": "min"}
+    for (attack, split), here in scores.groupby(["attack", "split"]):
+        margins = here.pivot_table("margin", "query", "defense")
+        harmful = here.drop_duplicates("query").set_index("query")["harmful"].loc[margins.index]
+        for team in combinations(NAMES, 2):
+            found = [
+                members
+                for members in rows.loc[(attack, split)].index.levels[0]
+                if set(members.split("+")) == set(team)
+            ]
+            for how, name in pool.items():
+                row = next(
+                    rows.loc[(attack, split, one, how)]
+                    for one in found
+                    if (attack, split, one, how) in rows.index
+                )
+                refused = margins[list(team)].agg(name, axis=1) > threshold
+                assert row["observed_refusal_rate"] == pytest.approx(refused[harmful].mean())
+                assert row["observed_over_refusal_rate"] == pytest.approx(refused[~harmful].mean())
+    assert not rows.index.duplicated().any()
+
+
+def test_controls_and_the_undefended_model_are_in_no_team(place: Path) -> None:
+    rows = pd.read_csv(place / "out" / "ensembles.csv")
+    teams = rows.loc[rows["how"] != "alone", "members"].str.split("+").explode()
+    assert set(teams) == set(NAMES)
+    assert {"none", "random_tokens"} < set(rows.loc[rows["how"] == "alone", "members"])
+
+
+def test_a_stack_is_scored_as_it_is_by_itself_and_predicted_by_its_members(kept: Path) -> None:
+    done = analyze(
+        "-d",
+        "policy+word_drop",
+        "-d",
+        "policy",
+        "-d",
+        "word_drop",
+        "-m",
+        kept / "toy",
+        "--limit",
+        24,
+        "-o",
+        kept / "one",
+    )
+    assert done.code == 0, done.err
+    alone = pd.read_csv(kept / "one" / "scores.csv").pivot_table("margin", "query", "defense")
+    scores = pd.read_csv(kept / "out" / "scores.csv")
+    mine = scores[(scores["attack"] == "direct") & (scores["split"] == "test")].pivot_table(
+        "margin", "query", "defense"
+    )
+    pd.testing.assert_frame_equal(alone, mine[alone.columns], atol=1e-4, check_exact=False)
+    rows = pd.read_csv(kept / "out" / "ensembles.csv").set_index(["attack", "split", "members", "how"])
+    row = rows.loc["direct", "test", "policy+word_drop", "stack"]
+    change = alone["policy"] + alone["word_drop"] - 2 * alone["none"]
+    harmful = scores.drop_duplicates("query").set_index("query")["harmful"].loc[alone.index]
+    for side, moved in (("predicted", change), ("observed", alone["policy+word_drop"] - alone["none"])):
+        by_class = moved[harmful].mean(), moved[~harmful].mean()
+        assert row[f"{side}_shift"] == pytest.approx(sum(by_class) / 2, abs=1e-4)
+        assert row[f"{side}_discrimination"] == pytest.approx(by_class[0] - by_class[1], abs=1e-4)
+    assert row["interaction_shift_low"] <= row["interaction_shift"] <= row["interaction_shift_high"]
+
+
+def test_the_named_stack_runs_the_promising_and_those_by_chance_do_and_the_others_are_predicted(
+    place: Path,
+) -> None:
+    rows = pd.read_csv(place / "out" / "ensembles.csv")
+    stacks = rows[(rows["how"] == "stack") & (rows["attack"] == "direct") & (rows["split"] == "calibration")]
+    # Six pairs, and the user's own order of one of them.
+    assert len(stacks) == 7 and stacks["predicted_shift"].notna().all()
+    ran = set(stacks.loc[stacks["observed_shift"].notna(), "members"])
+    assert "policy+word_drop" in ran and "word_drop+policy" in set(stacks["members"]) and 3 <= len(ran) <= 5
+    both = rows[(rows["how"] == "stack") & (rows["split"] == "calibration")]
+    harmful = both.groupby("members")["predicted_refusal_rate"].mean()
+    worth = harmful - stacks.set_index("members")["predicted_over_refusal_rate"]
+    assert set(worth.sort_values(ascending=False, kind="stable").index[:1]) <= ran
+
+
+def test_what_a_run_says_of_single_defenses_is_what_the_summary_says(place: Path) -> None:
+    rows = pd.read_csv(place / "out" / "ensembles.csv").set_index(["attack", "split", "members", "how"])
+    summary = pd.read_csv(place / "out" / "summary.csv").set_index(["attack", "defense"])
+    for (attack, name), want in summary.iterrows():
+        how = "stack" if "+" in name else "alone"
+        row = rows.loc[attack, "test", name, how]
+        for coordinate in COORDINATES:
+            for end in ("", "_low", "_high"):
+                assert row[f"observed_{coordinate}{end}"] == pytest.approx(
+                    want[f"{coordinate}{end}"], abs=1e-6
+                )
+
+
+def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sure_it_is(kept: Path) -> None:
+    args = [f"-d{name}" for name in NAMES]
+    done = analyze(
+        "recommend",
+        "-m",
+        kept / "toy",
+        *args,
+        *SHORT[:2],
+        "--max-over-refusal",
+        "60%",
+        "-o",
+        kept / "rec",
+        "--json",
+        "--stacks",
+        1,
+    )
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    found = pd.read_csv(kept / "rec" / "recommendation.csv")
+    assert [one["role"] for one in told] == found["role"].tolist()
+    first = found.iloc[0]
+    assert first["role"] == "recommended" and 1 - first["benign_calibration"] <= 0.6
+    candidates = pd.read_csv(kept / "rec" / "candidates.csv")
+    allowed = candidates[1 - candidates["benign_calibration"] <= 0.6]
+    assert first["harmful_calibration"] == allowed["harmful_calibration"].max()
+    assert first["over_refusal"] == pytest.approx(1 - first["benign_test"])
+    assert first["harmful"] == pytest.approx(first["harmful_test"])
+    assert first["over_refusal_low"] <= first["over_refusal"] <= first["over_refusal_high"]
+    # Jeffreys' interval of a share: its probability to be below the limit follows the same draws.
+    assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.6) or 0.02 < first["p_meets"] < 0.98
+
+
+def test_where_nothing_qualifies_the_closest_is_shown(kept: Path) -> None:
+    tried = combining.combine(request(kept), NAMES, [], 2, 0, combining.promising, commands.Console())
+    found = tried.candidates().assign(benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame)))
+    chosen_ = recommending.picks(tried, found, Limits(0.1), 0)
+    assert chosen_.iloc[0]["role"] == "closest"
+    assert chosen_.iloc[0]["members"] == found.iloc[-1]["members"] and "recommended" not in set(
+        chosen_["role"]
+    )
+
+
+def test_a_defense_that_fails_is_left_out_and_told(kept: Path) -> None:
+    file = kept / "broken.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom defenses import Defense\n@dataclass(frozen=True)\n"
+        "class Broken(Defense):\n    '''Breaks.'''\n    def rewrite(self, chat, rng):\n        return 1 / 0\n"
+    )
+    args = ["-d", file, "-d", "policy", "-d", "self_reminder", "--limit", 24, "-o", kept / "broken"]
+    done = analyze("ensembles", "-m", kept / "toy", *args)
+    assert done.code == 1 and "Failed: broken: prompts: " in done.err and "ZeroDivisionError" in done.err
+    rows = pd.read_csv(kept / "broken" / "ensembles.csv")
+    assert set(rows.loc[rows["how"] != "alone", "members"]) == {"policy+self_reminder"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("ensembles", "-dpolicy"), "1 defenses are left to combine, and it takes 2"),
+        (("ensembles", "--size", "4"), "--size 4: an ensemble has 2 or 3 members"),
+        (("ensembles", "--stacks", "-1"), "--stacks -1: it takes 0"),
+        (("ensembles", "--readout", "all"), "--readout all: ensembles are read with one"),
+        (("ensembles", "-dpolicy+polcy"), "unknown defense 'polcy'"),
+        (
+            ("recommend", "--max-over-refusal", "5"),
+            "--max-over-refusal 5: it takes a share, such as 5% or 0.05",
+        ),
+        (("recommend", "--max-over-refusal", "many"), "it takes a share"),
+        (
+            ("recommend", "--max-over-refusal", "5%", "--max-cost", "0.5"),
+            "--max-cost 0.5: the undefended model costs 1",
+        ),
+        (("recommend",), "Missing option"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(kept: Path, args: tuple[str, ...], words: str) -> None:
+    done = analyze(*args, "-m", kept / "toy", "--limit", 24)
+    assert done.code == 2 and words in done.err and done.err.strip().count("\n") == 0
+
+
+def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Path) -> None:
+    shipped = queries.load("twins").split("test").queries
+    rows = "".join(f'"{q.text}",{q.harmful},{q.pair},{q.category}\n' for q in shipped)
+    file = tmp_path / "mine.csv"
+    file.write_text("text,harmful,pair,category\n" + rows)
+    mine = queries.load(str(file))
+    halved = mine.halved(0)
+    counts = pd.DataFrame(
+        [(q.split, q.harmful, q.category, q.pair) for q in halved.queries], columns=list("shcp")
+    )
+    assert (counts.groupby(["s", "h"]).size() == len(shipped) // 4).all()
+    assert (counts.groupby("p")["s"].nunique() == 1).all()
+    assert counts.groupby(["c", "s"]).size().max() - counts.groupby(["c", "s"]).size().min() <= 4
+    assert [q.split for q in mine.halved(0).queries] == [q.split for q in halved.queries]
+    assert [q.split for q in mine.halved(1).queries] != [q.split for q in halved.queries]
+    both = Request("toy", str(file), HALVES, 12, None, "cpu", "auto", 0, True).queries()[0]
+    assert pd.Series([q.split for q in both.queries]).value_counts().to_dict() == {
+        "calibration": 12,
+        "test": 12,
+    }
+    assert {q.split for q in queries.load("contrast").halved(0).queries} == {"calibration", "test"}
+
+
+def test_too_few_defenses_are_told_after_they_are_scored(kept: Path) -> None:
+    with pytest.raises(UserError, match="it takes 2"):
+        combining.combine(
+            request(kept),
+            ["policy", "random_tokens"],
+            ["length=9"],
+            2,
+            1,
+            combining.promising,
+            commands.Console(),
+        )
