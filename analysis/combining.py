@@ -106,7 +106,6 @@ def combine(
     """
     attacks = (AS_IS, *(one for one in request.attacks if one.name != AS_IS.name))
     ready = prepare(replace(request, split=HALVES, attacks=attacks), names, settings, console)
-    given = [one for one in ready.defenses if isinstance(one, Stack) and not one.lacking()]
     single = {part.name: part for one in ready.defenses for part in members(one) if not part.lacking()}
     frames, lost = _scored(ready, single, console)
     single = {name: one for name, one in single.items() if _everywhere(name, frames, ready)}
@@ -118,7 +117,12 @@ def combine(
         raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
     costs = pricing.priced(ready, single, request.seed, console, _TIMED)
     halves = _halves(ready, _tables(ready, single, frames, request))
-    stacks = {stack.name: stack for stack in given} | _wearable(single, usual, size)
+    given = {
+        one.name: one
+        for one in ready.defenses
+        if isinstance(one, Stack) and all(part.name in single for part in members(one))
+    }
+    stacks = given | _wearable(single, usual, size)
     teams = [tuple(name.split("+")) for name in stacks]
     with console.status("predicting"):
         hoped = pd.concat(
@@ -127,7 +131,7 @@ def combine(
         best = pick(hoped, lambda team: _stack_cost(costs, team))[:runs]
     others = [name for name in stacks if name not in best]
     chance = random.Random(f"{request.seed}/stacks").sample(others, min(runs, len(others)))
-    run = {name: stacks[name] for name in dict.fromkeys([*(one.name for one in given), *best, *chance])}
+    run = {name: stacks[name] for name in dict.fromkeys([*given, *best, *chance])}
     if run:
         base = {UNDEFENDED: single[UNDEFENDED]}
         more, failed = _scored(ready, base | run, console)
@@ -243,6 +247,7 @@ def _combined(
         ],
         ignore_index=True,
     )
-    found = kinds.mechanisms(reported, usual, {name: one.family for name, one in single.items()}, seed)
+    families = {name: one.family for name, one in single.items() if name != UNDEFENDED}
+    found = kinds.mechanisms(reported, families, seed)
     of_team = kinds.kinds(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found, seed)
     return found, rows.merge(of_team, on="members", how="left")

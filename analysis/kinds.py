@@ -14,7 +14,7 @@ from analysis.resampling import DRAWS, Resampling
 BY_FAMILY = {"reminders": "shift", "tuning": "shift", "backdoor": "shift", "refactoring": "discrimination"}
 
 
-def mechanisms(half: Half, names: Sequence[str], families: Mapping[str, str], seed: int = 0) -> pd.DataFrame:
+def mechanisms(half: Half, families: Mapping[str, str], seed: int = 0) -> pd.DataFrame:
     """Return what each defense mainly does: shift if both classes move the same way, else discrimination.
 
     Harmful queries move by shift + ½ discrimination and benign ones by shift − ½ discrimination, so they move
@@ -22,14 +22,14 @@ def mechanisms(half: Half, names: Sequence[str], families: Mapping[str, str], se
 
     Args:
         half: on whose queries.
-        names: of the defenses.
-        families: of each.
+        families: of the defenses, by name.
         seed: of the bootstrap.
 
     Returns:
         A row per defense: both contrasts (nats), `mechanism`, `p_shift` (the share of bootstrap draws in
         which it is shift) and `by_family`, the paper's assignment.
     """
+    names = list(families)
     moved = _same_way(half, names, seed)
     base, board = half.board.before, half.board
     rows = []

@@ -227,7 +227,7 @@ def test_the_mechanism_is_the_larger_contrast_and_a_pair_of_both_is_inter():
         is_harmful,
     )
     families = {"shifts": "reminders", "shifts too": "tuning", "separates": "refactoring", "idle": "noise"}
-    found = kinds.mechanisms(one, list(families), families).set_index("defense")
+    found = kinds.mechanisms(one, families).set_index("defense")
     assert found["mechanism"].tolist()[:3] == ["shift", "shift", "discrimination"]
     assert found["p_shift"].tolist()[:3] == [1.0, 1.0, 0.0] and 0.05 < found.loc["idle", "p_shift"] < 0.95
     assert found["by_family"].tolist() == ["shift", "shift", "discrimination", ""]
