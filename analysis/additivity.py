@@ -19,8 +19,6 @@ from analysis.resampling import DRAWS, Resampling, interval
 from analysis.tables import UNDEFENDED
 from analysis.voting import fit
 
-_DRAWS = 1000  # of an interaction, each of which takes a prediction of its own
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -40,7 +38,7 @@ def drawn(half: Half, team: Sequence[str], how: str, fitted_to: Half, seed: int 
         fitted_to: of the calibration split; its weights stay as they are.
         seed: of the draws.
     """
-    sample = Resampling.draw(half.units, _DRAWS, seed)
+    sample = Resampling.draw(half.units, DRAWS, seed)
     sides = (half.board.is_harmful, sample.harmful), (~half.board.is_harmful, sample.benign)
 
     def each(values: Any) -> tuple[Any, Any]:
@@ -52,7 +50,7 @@ def drawn(half: Half, team: Sequence[str], how: str, fitted_to: Half, seed: int 
     if how == STACK:
         hoped = levels(*each(added(half, team)))
     else:
-        weights = np.repeat(fit(fitted_to.board, fitted_to.places([team])), _DRAWS, axis=0)
+        weights = np.repeat(fit(fitted_to.board, fitted_to.places([team])), DRAWS, axis=0)
         harmful, benign = (Moments.of_draws(one) for one in each(half.of_team(team)))
         hoped = predicted(harmful, benign, how, weights, half.counts)
     return Drawn(against(hoped, base), against(came, base))
