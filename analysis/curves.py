@@ -8,6 +8,9 @@ import pandas as pd
 ENDS = ("", "_low", "_high")  # an estimate and its interval
 
 LINEAR = 0.5  # nats; further out the axes of a stretched plane are logarithmic
+CROWD = 2000  # votes past which each is a speck, too small for a shape or a hollow
+BARRED = 40  # stacks up to which the intervals of a forecast are drawn
+NUMBERED = 12  # defenses up to which the numbers of a heat map are written into its cells
 
 
 def margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:

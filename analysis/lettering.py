@@ -148,3 +148,19 @@ def blank(width: float, height: float) -> Axes:
     np.True_
     """
     return Figure(figsize=(width / 0.5, height / 0.5), dpi=150).add_axes((0.25, 0.25, 0.5, 0.5))
+
+
+def inset(ax: Axes, whole: tuple[float, float], box: tuple[float, float, float, float]) -> Axes:
+    """Return axes inside of others, which only lend their place: `complete` cuts the canvas around all.
+
+    >>> host = blank(4, 3)
+    >>> float(inset(host, (4, 3), (2, 0, 1, 1)).get_window_extent().width.round(3)) / 150
+    1.0
+
+    Args:
+        ax: the others.
+        whole: their width and height in inches, as meant.
+        box: left, bottom, width and height in inches; it may lie outside.
+    """
+    (wide, tall), (left, below, across, up) = whole, box
+    return ax.inset_axes((left / wide, below / tall, across / wide, up / tall))

@@ -48,7 +48,7 @@ def levels(
     }
 
 
-def against(after: Levels, before: Levels) -> Levels:
+def against(after: Levels, before: Mapping[str, Float[np.ndarray, " #teams"]]) -> Levels:
     """Return the coordinates of classifiers against the undefended one.
 
     Args:

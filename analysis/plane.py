@@ -123,6 +123,7 @@ def label(
     texts: Sequence[str],
     reach: float,
     by: tuple[str, str] = ("shift", "discrimination"),
+    clear: pd.DataFrame | None = None,
 ) -> bool:
     """Write a text beside each point, clear of the origin; where room is short write none and return False.
 
@@ -137,6 +138,7 @@ def label(
         texts: one for each point.
         reach: how far from its point a text may lie, points (1/72 inch).
         by: the columns along both axes.
+        clear: further points that no text may cover.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -148,6 +150,8 @@ def label(
     spots, origin, left, right, low, high = at.reshape(len(corners), len(points), 2)
     bars = np.concatenate([np.concatenate([left, right], axis=1), np.concatenate([low, high], axis=1)])
     window = np.array(ax.get_window_extent().extents) * 72 / figure.dpi
+    if clear is not None and len(clear):
+        origin = np.concatenate([origin, ax.transData.transform(clear[[*by]]) * 72 / figure.dpi])
     offsets = place(spots, texts, window, np.concatenate([origin - 4, origin + 4], axis=1), bars, reach)
     for spot_x, spot_y, text, (right_by, up_by, gap) in zip(x, y, texts, offsets or [], strict=False):
         leader = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}

@@ -4,7 +4,8 @@ Each function draws a table of `curves` for one attack; that table is the CSV be
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,9 @@ from analysis.captions import (
     Context,
     of_attacks,
     of_cost,
+    of_forecast,
+    of_front,
+    of_interactions,
     of_margins,
     of_plane,
     of_roc,
@@ -27,9 +31,13 @@ from analysis.captions import (
     of_trust,
 )
 from analysis.curves import ENDS, attack_cells, margin_curves, one_attack, plane_points, roc_points
+from analysis.ensembles import REPORTED_ON
+from analysis.forecast import forecast, forecast_points
 from analysis.grid import grid
+from analysis.interactions import interaction_cells, interactions
 from analysis.lettering import beside, blank, complete, fit
 from analysis.palette import BLACK, BLUE, CLASSES, DARK, GREY, LINES, STYLE, VERMILION, WRITTEN
+from analysis.pareto import front_points, pareto
 from analysis.plane import plane
 from analysis.price import price
 from analysis.square import square, square_points
@@ -242,6 +250,39 @@ def of_validity(
         "calibration": (complete(calibration(curve), TITLES["calibration"], caption), curve),
         "rates": (complete(rates(found), TITLES["rates"], caption), found),
     }
+
+
+def of_ensembles(
+    rows: pd.DataFrame,
+    candidates: pd.DataFrame,
+    families: Mapping[str, str],
+    context: Context,
+    counts: tuple[int, int] | None = None,
+) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    """Return the figures of ensembles of defenses, all on the test split, and their tables, by file stem.
+
+    Args:
+        rows: `ensembles.csv`.
+        candidates: what `fronts.candidates` returned.
+        families: of each defense.
+        context: what the captions say about the run.
+        counts: harmful and benign queries of the test split, for the captions.
+
+    Returns:
+        `forecast`, `interactions` (where a stack of two was run) and `front`.
+    """
+    context = replace(context, split=REPORTED_ON)
+    made: dict[str, tuple[Figure, pd.DataFrame]] = {}
+    if len(points := forecast_points(rows)):
+        caption = of_forecast(points, context, counts)
+        made["forecast"] = complete(forecast(points), TITLES["forecast"], caption), points
+    if len(cells := interaction_cells(rows, families)):
+        caption = of_interactions(cells, context, counts)
+        made["interactions"] = complete(interactions(cells), TITLES["interactions"], caption), cells
+    if len(found := front_points(candidates)):
+        caption = of_front(found, context, list(dict.fromkeys(rows["attack"])), counts)
+        made["front"] = complete(pareto(found), TITLES["front"], caption), found
+    return made
 
 
 DRAWN: dict[str, tuple[Callable[[pd.DataFrame], Axes], Callable[[pd.DataFrame, Context], str]]] = {

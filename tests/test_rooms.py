@@ -35,6 +35,9 @@ PLOTS = {
         "trust",
         "grid",
         "price",
+        "forecast",
+        "interactions",
+        "pareto",
         "curves",
         "captions",
         "lettering",
@@ -172,6 +175,8 @@ def test_plots_know_no_model_and_no_defense(name):
     assert {one for one in names if one.startswith("analysis")} <= PLOTS | {
         "analysis.tables",
         "analysis.captions",
+        "analysis.ensembles",
+        "analysis.fronts",
     }
 
 
