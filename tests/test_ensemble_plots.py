@@ -411,16 +411,19 @@ def test_numbers_of_the_front_stand_at_their_points_and_in_the_key(manner: str) 
             assert line.endswith(row["members"])
 
 
-@pytest.mark.parametrize("manner", ["usual", "attacked", "many"])
-def test_no_number_covers_a_point_of_the_front_named_or_not(manner: str) -> None:
-    figure, points = made(manner)["front"]
-    FigureCanvasAgg(figure).draw()
-    front = points[points["on_front"]]
-    for panel, column in zip(panels(figure.axes[0]), ("harmful_test", "attacked_test"), strict=False):
-        spots = panel.transData.transform(100 * front[["benign_test", column]].to_numpy(float))
-        for text in panel.texts:
-            box = Text.get_window_extent(text)
-            assert not any(box.contains(*spot) for spot in spots), f"{text.get_text()} covers a point"
+def test_no_number_covers_a_point_of_the_front_named_or_not() -> None:
+    at = np.random.default_rng(0).uniform(0.4, 0.6, (60, 2))
+    found = {"members": [f"d{number}" for number in range(60)], "how": "alone", "on_front": True}
+    points = pd.DataFrame({**found, "cost": 1.0, "attacked_test": np.nan})
+    points = points.assign(benign_test=at[:, 0], harmful_test=at[:, 1], number=[*range(1, 16), *[0] * 45])
+    ax = pareto(points)
+    FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[arg-type]
+    (panel,) = panels(ax)
+    spots = panel.transData.transform(100 * at)
+    assert len(panel.texts) == 15
+    for text in panel.texts:
+        box = Text.get_window_extent(text)
+        assert not any(box.contains(*spot) for spot in spots), f"{text.get_text()} covers a point"
 
 
 def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_caption_counts_the_rest() -> (
