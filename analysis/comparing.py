@@ -122,7 +122,8 @@ def save(out: Path, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[
 
     families = {name: one.family for name, one in tried.every.items()}
     context = showing.context(record, tried.ready.readout)
-    drawn = of_ensembles(tables["ensembles"], tables["candidates"], families, context)
+    counts = next(half.counts for (_, split), half in tried.halves.items() if split == REPORTED_ON)
+    drawn = of_ensembles(tables["ensembles"], tables["candidates"], families, context, counts)
     tables = tables | {stem: table for stem, (_, table) in drawn.items()}
     saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
 

@@ -94,7 +94,7 @@ def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str
                 value = (rows[f"{read}_{name}"] + way * wide).where(stacked)
                 rows[f"{read}_{name}_{side}"] = value
     costs = {"none": 1.0, **{name: 1 + 0.5 * place for place, name in enumerate(names)}}
-    found_front = candidates(rows, lambda team, how: sum(costs[name] for name in team.split("+")))
+    found_front = candidates(rows, lambda asked: sum(costs[one] for name in asked for one in name.split("+")))
     return rows, found_front, dict(zip(names, itertools.cycle(OF), strict=False))
 
 

@@ -22,6 +22,12 @@ STATISTICS = {
     "analysis.agreement",
     "analysis.factorial",
     "analysis.ensembles",
+    "analysis.voting",
+    "analysis.fusion",
+    "analysis.outcomes",
+    "analysis.kinds",
+    "analysis.additivity",
+    "analysis.fronts",
     "analysis.cost",
     "analysis.worth",
 }
@@ -96,6 +102,12 @@ FRONT = {
             "redrawn",
             "hearing",
             "tallies",
+            "combining",
+            "comparing",
+            "recommending",
+            "pricing",
+            "standings",
+            "options",
         ),
         *("manifest", "showing", "saving", "listing"),
     )
@@ -209,6 +221,7 @@ def test_the_command_imports_nothing_heavy_at_its_top():
         "defenses.errors",
         "analysis",
         "analysis.attacks",
+        "analysis.options",
     }
 
 
