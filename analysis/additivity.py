@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
-from analysis import decompose
+from analysis.decompose import COUNTED, contrast
 from analysis.ensembles import ALONE, STACK, Half, added, margins
 from analysis.fusion import Moments, predicted
 from analysis.outcomes import COORDINATES, Levels, against, levels
@@ -79,12 +79,11 @@ def intervals(
     after = margins(half, team, how, fitted_to)
     same = row["members"] == UNDEFENDED
     point, many = (
-        decompose.contrast(half.board.before, after, half.board.is_harmful, 0.0, sample, same)
-        for sample in samples
+        contrast(half.board.before, after, half.board.is_harmful, 0.0, sample, same) for sample in samples
     )
     found: dict[str, float] = {}
     for name in COORDINATES:
-        low, high = interval(many[name], n, name in decompose.COUNTED)
+        low, high = interval(many[name], n, name in COUNTED)
         value = float(point[name][0])
         found |= {f"observed_{name}_low": min(low, value), f"observed_{name}_high": max(high, value)}
         if cloud is not None:
@@ -219,8 +218,7 @@ def gain(
     samples = Resampling.once(half.units), Resampling.draw(half.units, DRAWS, seed)
     before, after = half.of_team([over])[:, 0], margins(half, team, how, fitted_to)
     point, cloud = (
-        decompose.contrast(before, after, half.board.is_harmful, 0.0, sample)["delta_auroc"]
-        for sample in samples
+        contrast(before, after, half.board.is_harmful, 0.0, sample)["delta_auroc"] for sample in samples
     )
     low, high = interval(cloud, min(half.counts), counted=True)
     value = float(point[0])
