@@ -7,7 +7,7 @@ that with the row's own tokens. Outside of attention the rows lie behind each ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +28,17 @@ Hidden = Bool[Tensor, "some length keys"]  # some: of each row, or one for all
 class Rows:
     """Rows of unlike length behind each other in one line of tokens, and beside each other in a grid.
 
+    What rows begin with alike may stand in the line once: there all of them hold the same.
+
     Attributes:
         places: where in the line each token of the grid is; anywhere at the padding, at the end of a row.
         real: where in the grid a token is, not padding.
+        taken: for each token of the line, in which row and column of the grid it is first.
     """
 
     places: Int[Tensor, "rows length"]
     real: Bool[Tensor, "rows length"]
+    taken: Int[Tensor, "2 tokens"]
 
     @classmethod
     def of(cls, lengths: Int[Tensor, " rows"]) -> Rows:
@@ -48,12 +52,34 @@ class Rows:
         places = torch.zeros(real.shape, dtype=torch.long).masked_scatter_(
             real, torch.arange(int(real.sum()))
         )
-        return cls(places, real)
+        return cls(places, real, real.nonzero().T)
+
+    @classmethod
+    def merged(cls, rows: Sequence[Sequence[int]]) -> Rows:
+        """Return rows of these tokens, those that some rows begin with alike once in the line.
+
+        >>> rows = Rows.merged([[5, 6, 7], [5, 6, 9, 9], [8]])
+        >>> rows.places.tolist(), rows.taken.tolist()
+        ([[0, 1, 2, 0], [0, 1, 3, 4], [5, 0, 0, 0]], [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 3, 0]])
+        """
+        known: dict[tuple[int, int], int] = {}  # the token before in the line, and the token
+        places = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        real = torch.zeros(places.shape, dtype=torch.bool)
+        taken: list[tuple[int, int]] = []
+        for number, row in enumerate(rows):
+            place = -1
+            for column, token in enumerate(row):
+                place = known.setdefault((place, token), len(known))
+                if place == len(taken):
+                    taken.append((number, column))
+                places[number, column] = place
+            real[number, : len(row)] = True
+        return cls(places, real, torch.tensor(taken).T)
 
     @property
     def last(self) -> Int[Tensor, " rows"]:
         """Where in the line each row ends."""
-        return self.real.sum(1).cumsum(0) - 1
+        return self.places.gather(1, self.real.sum(1, keepdim=True) - 1)[:, 0]
 
     @property
     def later(self) -> Bool[Tensor, "1 length length"]:
@@ -66,8 +92,8 @@ class Rows:
         return line[0].transpose(0, 1)[self.places].transpose(1, 2)
 
     def line(self, grid: Float[Tensor, "rows length heads size"]) -> Float[Tensor, "1 tokens heads size"]:
-        """Return the real tokens of rows as a line."""
-        return grid[self.real][None]
+        """Return the tokens of rows as a line."""
+        return grid[self.taken[0], self.taken[1]][None]
 
 
 # What a model may hand to attention beside the arguments named below and still mean plain causal attention.

@@ -2,8 +2,9 @@
 
 Most of a defended prompt (system turn, demonstrations, the head of the user turn) is the same for every
 query. The engine runs that shared prefix once, lends its keys and values to batches of suffixes of like
-length, and applies the unembedding to the last position only. The result is that of one prompt at a time, up
-to float noise.
+length, and applies the unembedding to the last position only. What only some suffixes begin with, such as the
+copies of one query, is computed once a batch on a CPU. The result is that of one prompt at a time, up to
+float noise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
 # Tokens in one batch of suffixes. On a CPU more only overflow its caches (512 to 1,024 are alike).
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
+# Of all tokens, the share from which it is worth to lay rows by what they begin with, not by length.
+_WORTH_MERGING = 0.1
 # Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
 _SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -142,7 +145,7 @@ class Engine:
         shared = min(shared_prefix(prompts), most) if self._can_share else 0
         prefix = self._prefix(prompts[0][:shared]) if shared else None
         in_line = prefix is not None and prefix.in_line
-        for rows in self._batches([len(prompt) - shared for prompt in prompts], in_line):
+        for rows in self._batches([prompt[shared:] for prompt in prompts], in_line):
             suffixes = [prompts[row][shared:] for row in rows]
             for part, logits in self._forward(suffixes, [ends[row] for row in rows], shared, prefix):
                 yield rows[part], logits
@@ -153,15 +156,26 @@ class Engine:
         """Whether all that the model remembers of a prefix can be laid under several rows."""
         return all(type(one) in _SHAREABLE for one in DynamicCache(config=self.model.config).layers)
 
-    def _batches(self, lengths: list[int], in_line: bool) -> Iterator[list[int]]:
-        """Rows in batches, longest first: like lengths lie together, and too little memory shows at once."""
-        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    def _batches(self, suffixes: Sequence[Sequence[int]], in_line: bool) -> Iterator[list[int]]:
+        """Rows in batches, longest first: like lengths lie together, and too little memory shows at once.
+
+        In a line, rows that begin alike lie together instead, where that saves much: what several of them
+        begin with is computed once.
+        """
+        order = sorted(range(len(suffixes)), key=lambda row: -len(suffixes[row]))
+        cost = [len(suffixes[row]) for row in order]
+        if in_line:
+            alike = sorted(order, key=lambda row: tuple(suffixes[row]))
+            begun = [0, *(same(suffixes[one], suffixes[other]) for one, other in pairwise(alike))]
+            if sum(begun) > _WORTH_MERGING * sum(cost):
+                order = alike
+                cost = [len(suffixes[row]) - known for row, known in zip(alike, begun, strict=True)]
         most = _TOKENS_PER_BATCH.get(self.model.device.type, _TOKENS_PER_BATCH["cpu"])
         while order:
-            tokens = accumulate(lengths[row if in_line else order[0]] for row in order)
+            tokens = accumulate(cost if in_line else [cost[0]] * len(cost))  # padded to the longest
             size = self.batch_size or max(1, sum(1 for _ in takewhile(lambda so_far: so_far <= most, tokens)))
             yield order[:size]
-            order = order[size:]
+            order, cost = order[size:], cost[size:]
 
     def _prefix(self, tokens: Sequence[int]) -> Prefix:
         """Keys and values of the shared tokens, to be lent to batches of any size."""
@@ -215,10 +229,14 @@ class Engine:
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
         tokens = [torch.tensor(list(suffix)) for suffix in suffixes]
         if prefix is not None and prefix.in_line:
-            places = torch.cat([torch.arange(len(one)) for one in tokens])
-            line = attention.Rows.of(lengths)
-            last = torch.cat([torch.arange(e + 1 - n, e + 1) for e, n in zip(line.last, ends, strict=True)])
-            return self.line(prefix.cache, shared, torch.cat(tokens), places, line, last)
+            line = attention.Rows.merged(suffixes)
+            row, column = line.taken
+            ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)[row, column]
+            wanted = [
+                at[len(one) - n : len(one)] for at, one, n in zip(line.places, tokens, ends, strict=True)
+            ]
+            self.work.saved += int(lengths.sum()) - len(ids)
+            return self.line(prefix.cache, shared, ids, column, line, torch.cat(wanted))
         # Padding on the right: index and position agree, so that sliding windows see what they would see
         # alone, and what is computed at the padding comes too late for a causal model to see it.
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
@@ -285,9 +303,17 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     (2, 1, 0)
     """
     rows = [list(prompt) for prompt in prompts]
-    first, last = min(rows), max(rows)  # the two that differ soonest, in the order of lists
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return min(same, min(map(len, rows)) - 1)
+    # The two that differ soonest, in the order of lists.
+    return min(same(min(rows), max(rows)), min(map(len, rows)) - 1)
+
+
+def same(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two rows begin with alike.
+
+    >>> same([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _lent(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:

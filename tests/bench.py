@@ -1,5 +1,7 @@
 """How fast is the engine? `make bench` prints queries per second, and how near that is to the limit.
 
+First comes what ensembles take that need no model: all votes of all teams of three among thirty defenses.
+
 One prompt at a time and left-padded batches of 32 are what a user would otherwise write with transformers.
 The limit is arithmetic: tokens that must be computed × floating-point operations per token ÷ the rate at
 which this machine multiplies matrices, measured right before and right after the engine runs.
@@ -12,15 +14,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import defenses
-from analysis import models, queries, states
+from analysis import ensembles, models, queries, states
 from analysis.bench import Bench
 from analysis.engine import Engine, shared_prefix
+from analysis.ensembles import Half, teams
 from analysis.readout import Readout
+from analysis.resampling import Units
+from analysis.voting import Board
 
 Ids = tuple[int, ...]
 
@@ -35,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     given = parser.parse_args()
     console = Console()
+    votes(console)
     asked = queries.load("contrast").split("test").limit(given.queries).queries
     for dtype in given.dtype:
         loaded = models.load(given.model, given.device, dtype)
@@ -49,6 +57,21 @@ def main() -> None:
             share = min(1, 60 * matrix_rate(loaded.model) / work)
             prompts = prompts[: max(32, int(len(prompts) * share))]
             table(console, loaded.model, prompts, partial(margin, readout), f"{name}, {dtype}")
+
+
+def votes(console: Console, defenses: int = 30, queries: int = 500) -> None:
+    """Time what all teams of three come to by every vote, predicted and observed, on random margins."""
+    rng = np.random.default_rng(0)
+    is_harmful = np.arange(queries) % 2 == 0
+    names = ("none", *(f"d{number}" for number in range(defenses)))
+    margins = rng.normal(size=(queries, len(names))) + is_harmful[:, None]
+    units = Units.by_pair(pd.Series([None] * queries), is_harmful)
+    half = Half("direct", "test", Board(names, margins, margins[:, 0], is_harmful), units)
+    trios = [team for team in teams(names[1:], 3) if len(team) == 3]
+    start = time.perf_counter()
+    rows = ensembles.votes(half, trios, half)
+    seconds = time.perf_counter() - start
+    console.print(f"{len(rows):,} votes of {len(trios):,} teams on {queries} queries: {seconds:.1f} s\n")
 
 
 def margin(readout: Readout, logits: torch.Tensor) -> torch.Tensor:

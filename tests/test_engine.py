@@ -73,6 +73,10 @@ SETS = {
     "a single token among long ones": [[11], [11, *SHARED], [11, 12]],
     "a shared prefix longer than the window": [SHARED + draw(3 * WINDOW, 1), SHARED + draw(2, 2)],
     "longer than the window, nothing shared": [draw(40, 1), draw(30, 2)],
+    "copies of two queries, each a little shorter": [
+        [*SHARED, *draw(20, query)[:end], 9, 8] for end in range(20, 12, -1) for query in (1, 2)
+    ],
+    "one within another behind a prefix": [[*SHARED, *draw(9, 4)[:end]] for end in (1, 9, 4, 9)],
 }
 
 
@@ -218,6 +222,26 @@ def test_work_counts_what_was_computed_and_what_was_saved() -> None:
     assert sum(told) == 3
     engine.work.reset()
     assert (engine.work.computed, engine.work.saved) == (0, 0)
+
+
+def test_what_some_rows_begin_with_is_computed_once_a_batch() -> None:
+    engine = Engine(tiny_model())
+    queries = draw(20, 1), draw(20, 2)
+    prompts = [[*SHARED, *query[:end], 9, 8] for end in range(20, 10, -1) for query in queries]
+    engine.read(prompts, whole)
+    # Of each query its words once, and behind each of its ten copies two tokens.
+    assert engine.work.computed == len(SHARED) + 2 * (20 + 10 * 2)
+    assert engine.work.computed + engine.work.saved == sum(map(len, prompts))
+
+
+def test_the_log_probability_of_an_answer_is_that_of_its_prompt_where_prompts_begin_alike() -> None:
+    model = tiny_model()
+    prompts = [[*SHARED, *draw(12, 3)[:end], 5] for end in (12, 9, 12, 5)]
+    answers = [draw(3, 7), draw(2, 8), draw(3, 9), draw(1, 9)]
+    together = Engine(model).likelihoods(prompts, answers)
+    for prompt, answer, said in zip(prompts, answers, together, strict=True):
+        (alone,) = Engine(model).likelihoods([prompt], [answer])
+        assert torch.allclose(said, alone, atol=NATS)
 
 
 @pytest.mark.parametrize("family", RECURRENT)
