@@ -95,6 +95,8 @@ def intervals(
 def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
     """Return how well observation follows prediction, by attack, split, how and kind, for each coordinate.
 
+    Kinds are the measured ones and, with "by family" behind them, the paper's.
+
     Args:
         rows: of `votes` and `stacks` with their kinds; those that were not observed are left out.
         clouds: the draws of some rows, by their index. Where all rows of a group have draws, R² and rank
@@ -106,8 +108,10 @@ def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
     """
     found = []
     seen = rows[(rows["how"] != ALONE) & rows["observed_shift"].notna()]
-    for kind in ("all", "intra", "inter"):
-        of_kind = seen if kind == "all" else seen[seen["kind"] == kind]
+    groups = {"all": seen}
+    for column, ending in (("kind", ""), ("kind_by_family", " by family")):
+        groups |= {kind + ending: seen[seen[column] == kind] for kind in ("intra", "inter")}
+    for kind, of_kind in groups.items():
         for (attack, split, how), group in of_kind.groupby(["attack", "split", "how"], sort=False):
             about = {"attack": attack, "split": split, "how": how, "kind": kind, "n": len(group)}
             drawn = [clouds[index] for index in group.index if index in clouds]

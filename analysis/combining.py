@@ -115,7 +115,7 @@ def combine(
     usual.sort(key=lambda name: _ORDER.index(single[name].family) if single[name].family in _ORDER else 99)
     if len(usual) < 2:
         raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
-    costs = pricing.priced(ready, single, request.seed, console, _TIMED)
+    costs = pricing.once(ready, single, request.seed, console, _TIMED)
     halves = _halves(ready, _tables(ready, single, frames, request))
     given = {
         one.name: one
@@ -137,7 +137,7 @@ def combine(
         more, failed = _scored(ready, base | run, console)
         frames, lost = frames | more, lost | failed
         run = {name: one for name, one in run.items() if _everywhere(name, frames, ready)}
-        timed = pricing.priced(ready, base | run, request.seed, console, _TIMED)
+        timed = pricing.once(ready, base | run, request.seed, console, _TIMED)
         costs = pd.concat([costs, timed[timed["defense"] != UNDEFENDED]], ignore_index=True)
     every = single | run
     tables = _tables(ready, every, frames, request)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
+import torch
 from rich.console import Console
 
-from analysis import cost, queries, showing, timing
+from analysis import cost, kept, manifest, queries, scoring, showing, timing
 from analysis.preparing import Ready
+from analysis.tables import UNDEFENDED
 from defenses import Defense
 from defenses.adapters import Tuned
 from defenses.ensemble import members
@@ -43,3 +46,39 @@ def priced(
     for column, key in (("training_examples", "n_examples"), ("training_seconds", "wall_seconds")):
         found[column] = [trained.get(name, {}).get(key) for name in found["defense"]]
     return found
+
+
+def once(ready: Ready, every: Mapping[str, Defense], seed: int, console: Console, asked: int) -> pd.DataFrame:
+    """Return what `priced` returns; what an earlier run has timed on this machine is not timed again.
+
+    Args:
+        ready: as for `priced`.
+        every: as for `priced`.
+        seed: as for `priced`.
+        console: as for `priced`.
+        asked: as for `priced`.
+    """
+    places = {name: _place(ready, one, asked) for name, one in every.items()}
+    rows = {name: row for name, place in places.items() if (row := kept.read(place)) is not None}
+    new = {name: one for name, one in every.items() if name not in rows}
+    if new:
+        measured = priced(ready, {UNDEFENDED: every[UNDEFENDED]} | new, seed, console, asked)
+        for row in showing.rows(measured):
+            if row["defense"] in new:
+                kept.write(places[row["defense"]], row)
+                rows[row["defense"]] = row
+    return pd.DataFrame([rows[name] | {"defense": name} for name in every])
+
+
+def _place(ready: Ready, defense: Defense, asked: int) -> Path:
+    """A file named by what the time depends on; secrets enter as fingerprints."""
+    bench = ready.bench
+    about = {
+        "model": manifest.of_model(bench.loaded),
+        "device": [str(bench.loaded.model.device), torch.get_num_threads()],
+        "defense": [type(defense).__qualname__, manifest.of_defense(defense), bench.seed],
+        "code": scoring.code(),
+        "attack": ready.attacks[0].name,
+        "queries": [query.id for query in queries.sample(ready.data.queries, asked)],
+    }
+    return kept.place("cost", about)

@@ -75,6 +75,16 @@ def agreement(found: pd.DataFrame) -> None:
                 f"Predicted against observed, {attack}, {how} (n = {group['n'].iloc[0]:,}): {'; '.join(told)}"
             )
         )
+    stacks = found[(found["split"] == "test") & (found["how"] == "stack") & (found["kind"] != "all")]
+    for attack, kind in stacks[["attack", "kind"]].drop_duplicates().itertuples(index=False, name=None):
+        group = stacks[(stacks["attack"] == attack) & (stacks["kind"] == kind)]
+        by_name = {row["coordinate"]: row for row in showing.rows(group)}
+        told = [
+            f"{name} {showing.interval(by_name[name], 'mean_size', '.2f')}"
+            for name in ("shift", "discrimination")
+        ]
+        n = group["n"].iloc[0]
+        console.print(Text(f"Off the sum, nats, {attack}, {kind} stacks (n = {n}): {', '.join(told)}"))
 
 
 def distances(found: pd.DataFrame) -> None:

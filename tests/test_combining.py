@@ -12,7 +12,7 @@ import pytest
 from conftest import save_model
 from test_cli import analyze
 
-from analysis import combining, commands, queries, recommending
+from analysis import combining, commands, pricing, queries, recommending
 from analysis.attacks import chosen
 from analysis.outcomes import COORDINATES
 from analysis.recommending import Limits
@@ -206,6 +206,24 @@ def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sur
     assert first["over_refusal_low"] <= first["over_refusal"] <= first["over_refusal_high"]
     # Jeffreys' interval of a share: its probability to be below the limit follows the same draws.
     assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.6) or 0.02 < first["p_meets"] < 0.98
+
+
+def test_what_was_timed_is_not_timed_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    timed = pricing.timing.timed
+    monkeypatch.setattr(
+        pricing.timing, "timed", lambda bench, every, *_: asked.extend(every) or timed(bench, every, *_)
+    )
+    first = combining.combine(
+        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.promising, commands.Console()
+    )
+    assert "policy" not in asked and set(asked) <= {"none", "tone_reminder"}
+    asked.clear()
+    again = combining.combine(
+        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.promising, commands.Console()
+    )
+    assert not asked
+    pd.testing.assert_frame_equal(first.costs, again.costs, check_dtype=False)
 
 
 def test_where_nothing_qualifies_the_closest_is_shown(kept: Path) -> None:
