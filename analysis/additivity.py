@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 
 from analysis.decompose import COUNTED, contrast
 from analysis.ensembles import ALONE, STACK, Half, added, margins
 from analysis.fusion import Moments, predicted
-from analysis.outcomes import COORDINATES, Levels, against, levels
+from analysis.outcomes import BY_MEAN, COORDINATES, Levels, against, follows, levels
 from analysis.resampling import DRAWS, Resampling, interval
 from analysis.tables import UNDEFENDED
 from analysis.voting import fit
+
+_NO_GAIN = 0.01  # of AUROC
+_RAISED = ["attack", "split", "members", "how", "raise"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ def drawn(half: Half, team: Sequence[str], how: str, fitted_to: Half, seed: int 
 
     came, base = (levels(*each(one)) for one in (margins(half, team, how, fitted_to), half.board.before))
     if how == STACK:
-        hoped = levels(*each(added(half, team)))
-    else:
+        return Drawn(against(levels(*each(added(half, team))), base), against(came, base))
+    weights = None
+    if how == "fitted":
         weights = np.repeat(fit(fitted_to.board, fitted_to.places([team])), DRAWS, axis=0)
-        harmful, benign = (Moments.of_draws(one) for one in each(half.of_team(team)))
-        hoped = predicted(harmful, benign, how, weights, half.counts)
-    return Drawn(against(hoped, base), against(came, base))
+    harmful, benign = (Moments.of_draws(one) for one in each(half.of_team(team)))
+    usual = [Moments.of_draws(one) for one in each(half.board.before[:, None])]
+    normal = predicted(usual[0], usual[1], "mean", None, half.counts)
+    return Drawn(against(predicted(harmful, benign, how, weights, half.counts), normal), against(came, base))
 
 
 def _rows_of(weights: Float[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws n"]:
@@ -87,24 +91,32 @@ def intervals(
         value = float(point[name][0])
         found |= {f"observed_{name}_low": min(low, value), f"observed_{name}_high": max(high, value)}
         if cloud is not None:
-            low, high = interval(cloud.observed[name] - cloud.predicted[name], n)
-            found |= {f"interaction_{name}_low": low, f"interaction_{name}_high": high}
+            found |= _beyond(cloud.observed[name] - cloud.predicted[name], name, n)
     return found
+
+
+def _beyond(cloud: Any, name: str, n: int) -> dict[str, float]:
+    """The interval of an interaction; none where no draw differs: nothing was refused, say, or everything."""
+    low, high = interval(cloud, n) if np.ptp(cloud) > 1e-9 else (np.nan, np.nan)
+    return {f"interaction_{name}_low": low, f"interaction_{name}_high": high}
 
 
 def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
     """Return how well observation follows prediction, by attack, split, how and kind, for each coordinate.
 
-    Kinds are the measured ones and, with "by family" behind them, the paper's.
+    Kinds are the measured ones and, with "by family" behind them, the paper's. Shift and discrimination of
+    votes by mean are left out: they are right by definition.
 
     Args:
-        rows: of `votes` and `stacks` with their kinds; those that were not observed are left out.
+        rows: of `votes` and `stacks` with their kinds, and intervals where there are; those that were not
+            observed are left out.
         clouds: the draws of some rows, by their index. Where all rows of a group have draws, R² and rank
             correlation have intervals.
 
     Returns:
-        R² (of the prediction as it is, no line fitted: 1 - squared error over variance), rank correlation
-        (Spearman), and the interaction's mean and mean size.
+        What `outcomes.follows` returns, the interaction's mean and mean size (which sampling alone makes
+        larger than 0), and of how many rows (`tested`) the interval of the interaction leaves out 0
+        (`beyond_zero`).
     """
     found = []
     seen = rows[(rows["how"] != ALONE) & rows["observed_shift"].notna()]
@@ -116,66 +128,59 @@ def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
             about = {"attack": attack, "split": split, "how": how, "kind": kind, "n": len(group)}
             drawn = [clouds[index] for index in group.index if index in clouds]
             for name in COORDINATES:
+                if how in BY_MEAN and name in ("shift", "discrimination"):
+                    continue
                 hoped, came = (group[f"{side}_{name}"].to_numpy(float) for side in ("predicted", "observed"))
-                row = {**about, "coordinate": name, **_follows(hoped[None], came[None])}
-                if len(drawn) == len(group):
+                row = {**about, "coordinate": name}
+                row |= {one: float(value[0]) for one, value in follows(hoped[None], came[None]).items()}
+                row |= {"mean_interaction": (came - hoped).mean(), "mean_size": np.abs(came - hoped).mean()}
+                if f"interaction_{name}_low" in group:
+                    low, high = (group[f"interaction_{name}{end}"] for end in ("_low", "_high"))
+                    row |= {
+                        "tested": int(low.notna().sum()),
+                        "beyond_zero": int(((low > 0) | (high < 0)).sum()),
+                    }
+                if len(drawn) == len(group) > 2:
                     sides = [
                         np.stack([getattr(one, side)[name] for one in drawn], axis=1)
                         for side in ("predicted", "observed")
                     ]
-                    row |= _follows_between(*sides)
+                    row |= _ends(row, follows(*sides))
                 found.append(row)
     return pd.DataFrame(found)
 
 
-def _follows(hoped: Float[np.ndarray, "draws n"], came: Float[np.ndarray, "draws n"]) -> dict[str, Any]:
-    """The measures in each draw; of one draw alone, as plain numbers."""
-    error, about = came - hoped, came - came.mean(1, keepdims=True)
-    total = (about**2).sum(1)
-    ranks = [rankdata(side, axis=1) for side in (hoped, came)]
-    ranks = [side - side.mean(1, keepdims=True) for side in ranks]
-    size = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
-    with np.errstate(divide="ignore", invalid="ignore"):  # fewer than two teams, or none that differ
-        found = {
-            "r2": np.where(total > 0, 1 - (error**2).sum(1) / total, np.nan),
-            "rank_correlation": np.where(size > 0, (ranks[0] * ranks[1]).sum(1) / size, np.nan),
-            "mean_interaction": error.mean(1),
-            "mean_size": np.abs(error).mean(1),
-        }
-    return {name: float(value[0]) if len(value) == 1 else value for name, value in found.items()}
-
-
-def _follows_between(hoped: Any, came: Any) -> dict[str, float]:
-    """The ends of the intervals over draws."""
+def _ends(row: Mapping[str, Any], clouds: Mapping[str, Any]) -> dict[str, float]:
+    """The ends of the intervals over draws; each holds its own estimate."""
     found: dict[str, float] = {}
-    for name, cloud in _follows(hoped, came).items():
-        known = np.asarray(cloud)[np.isfinite(cloud)]
+    for name, cloud in clouds.items():
+        known = cloud[np.isfinite(cloud)]
         low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-        found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+        found |= {f"{name}_low": float(min(low, row[name])), f"{name}_high": float(max(high, row[name]))}
     return found
 
 
 def raised_distance(
-    half: Half, rows: pd.DataFrame, shifting: set[str], fitted_to: Half, seed: int = 0
+    half: Half, rows: pd.DataFrame, shifting: Mapping[str, float], fitted_to: Half, seed: int = 0
 ) -> pd.DataFrame:
     """Return the pairs of two shift defenses whose distance, the paper's, exceeds that of each member.
 
     On the probability scale a pure shift changes the distance between the classes. So each raise is set
     beside what it does to the ranking, against the member that ranks better: `real` where the interval of the
-    gain in AUROC lies above 0, `probability scale` where AUROC does not gain at all, else `cannot tell`.
+    gain in AUROC lies above 0, `probability scale` where it lies below a hundredth, else `cannot tell`.
 
     Args:
         half: on whose queries.
         rows: of ensembles on this half.
-        shifting: defenses that work by shift.
+        shifting: how probable it is of each defense that it works by shift; those that mainly do are paired.
         fitted_to: of the calibration split.
         seed: of the draws.
     """
-    kept = []
+    kept: list[dict[str, Any]] = []
     pairs = rows[(rows["size"] == 2) & rows["observed_shift"].notna()]
     for row in pairs.to_dict("records"):
         team = str(row["members"]).split("+")
-        if not set(team) <= shifting:
+        if min(shifting.get(name, 0.0) for name in team) <= 0.5:
             continue
         alone = {name: half.read(half.of_team([name]).T) for name in team}
         distance = {name: float(one["distance"][0]) for name, one in alone.items()}
@@ -191,6 +196,7 @@ def raised_distance(
                 "distance_first": distance[team[0]],
                 "distance_second": distance[team[1]],
                 "distance": float(came["distance"][0]),
+                "p_shift": min(shifting[name] for name in team),
                 "better_member": better,
                 **ends,
                 "gain_d_prime": float(
@@ -199,11 +205,11 @@ def raised_distance(
                 "raise": "real"
                 if ends["gain_auroc_low"] > 0
                 else "probability scale"
-                if ends["gain_auroc"] <= 0
+                if ends["gain_auroc_high"] < _NO_GAIN
                 else "cannot tell",
             }
         )
-    return pd.DataFrame(kept)
+    return pd.DataFrame(kept, columns=list(kept[0]) if kept else _RAISED)
 
 
 def gain(

@@ -202,7 +202,8 @@ def of_forecast(points: pd.DataFrame, context: Context, counts: tuple[int, int] 
         "class means of the margin's change against the undefended model, discrimination is harmful minus "
         f"benign. {stacks * bool(stacked)}{votes * (stacked < len(points))}"
         f"{hollow * (kinds and bool(stacked or not crowd))}"
-        f"{bars}R²: of the prediction as it is, no line fitted; ρ: rank correlation (Spearman); an "
+        f"{bars}R²: of the prediction as it is, no line fitted; ρ: rank correlation (Spearman); both without "
+        "shift and discrimination of means and fitted votes, which are right by definition; an "
         f"\N{EN DASH} stands where fewer than three, or all equal, were observed. "
         f"{_plain(context, not barred).sentences(points['attack'].iloc[0])}"
     )

@@ -20,6 +20,7 @@ from analysis import (
     kinds,
     manifest,
     pricing,
+    showing,
     validity,
 )
 from analysis.attacks import AS_IS
@@ -74,7 +75,11 @@ class Tried:
             name: _least(self.scores[REPORTED_ON].trusted(attack.name, name) for attack in self.ready.attacks)
             for name in self.every
         }
-        found = fronts.candidates(self.rows, lambda asked: float(sum(ratio[name] for name in asked)))
+        controls = {
+            name for name, one in self.every.items() if any(x.family == "control" for x in members(one))
+        }
+        rows = self.rows[~self.rows["members"].isin(controls)]  # they are read, but nobody should wear them
+        found = fronts.candidates(rows, lambda asked: float(sum(ratio[name] for name in asked)))
         rests_on = map(fronts.conditions, found["members"], found["how"])
         return found.assign(trusted=[_least(known[name] for name in asked) for asked in rests_on])
 
@@ -110,18 +115,17 @@ def combine(
     frames, lost = _scored(ready, single, console)
     single = {name: one for name, one in single.items() if _everywhere(name, frames, ready)}
     if UNDEFENDED not in single:
-        raise UserError(f"the undefended model could not be scored: {next(iter(lost.values()))}")
+        why = next(why for (_, name), why in lost.items() if name == UNDEFENDED)
+        raise UserError(f"the undefended model could not be scored: {why}")
     usual = [name for name, one in single.items() if name != UNDEFENDED and one.family != "control"]
     usual.sort(key=lambda name: _ORDER.index(single[name].family) if single[name].family in _ORDER else 99)
     if len(usual) < 2:
         raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
     costs = pricing.once(ready, single, request.seed, console, _TIMED)
     halves = _halves(ready, _tables(ready, single, frames, request))
-    given = {
-        one.name: one
-        for one in ready.defenses
-        if isinstance(one, Stack) and all(part.name in single for part in members(one))
-    }
+    named = {one.name: one for one in ready.defenses if isinstance(one, Stack) and not one.lacking()}
+    given = {name: one for name, one in named.items() if all(part.name in single for part in members(one))}
+    lost |= {(AS_IS.name, name): "a member of it failed" for name in named.keys() - given.keys()}
     stacks = given | _wearable(single, usual, size)
     teams = [tuple(name.split("+")) for name in stacks]
     with console.status("predicting"):
@@ -129,7 +133,7 @@ def combine(
             [ensembles.stacks(half, teams) for (_, split), half in halves.items() if split == CHOSEN_ON]
         )
         best = pick(hoped, lambda team: _stack_cost(costs, team))[:runs]
-    others = [name for name in stacks if name not in best]
+    others = [name for name in stacks if name not in best and name not in given]
     chance = random.Random(f"{request.seed}/stacks").sample(others, min(runs, len(others)))
     run = {name: stacks[name] for name in dict.fromkeys([*given, *best, *chance])}
     if run:
@@ -142,8 +146,7 @@ def combine(
     every = single | run
     tables = _tables(ready, every, frames, request)
     halves = _halves(ready, tables)
-    with console.status("combining"):
-        found, rows = _combined(halves, ready, single, usual, size, teams, request.seed)
+    found, rows = _combined(halves, ready, single, usual, size, teams, request.seed, console)
     return Tried(ready, every, tables, halves, lost, found, rows, costs)
 
 
@@ -217,7 +220,7 @@ def _wearable(single: Mapping[str, Defense], names: Sequence[str], size: int) ->
 
 
 def _stack_cost(costs: pd.DataFrame, team: str) -> float:
-    """What a stack should cost: what each member adds to the time of the undefended model."""
+    """What a stack costs at least: what each member adds to the time of the undefended model."""
     ratio = costs.set_index("defense")["prefill_ratio"]
     return 1 + float(sum(ratio[name] - 1 for name in team.split("+")))
 
@@ -230,23 +233,20 @@ def _combined(
     size: int,
     worn: Sequence[tuple[str, ...]],
     seed: int,
+    console: Console,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The mechanism of each defense, and a row for each of them and each ensemble on every half."""
     first = ready.attacks[0].name
     fitted_to, reported = halves[first, CHOSEN_ON], halves[first, REPORTED_ON]
     teams = ensembles.teams(usual, size)
-    rows = pd.concat(
-        [
-            part
-            for half in halves.values()
-            for part in (
-                ensembles.singles(half, single),
-                ensembles.stacks(half, worn),
-                ensembles.votes(half, teams, fitted_to),
-            )
-        ],
-        ignore_index=True,
-    )
+    parts = []
+    with showing.progress(console) as bar:
+        task = bar.add_task("combining", total=len(halves))
+        for half in halves.values():
+            parts += [ensembles.singles(half, single), ensembles.stacks(half, worn)]
+            parts.append(ensembles.votes(half, teams, fitted_to))
+            bar.advance(task)
+    rows = pd.concat(parts, ignore_index=True)
     families = {name: one.family for name, one in single.items() if name != UNDEFENDED}
     found = kinds.mechanisms(reported, families, seed)
     of_team = kinds.kinds(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found, seed)

@@ -58,13 +58,12 @@ def told(
         console: for progress.
     """
     rows, seed = tried.rows, request.seed
-    on_front = set(found.loc[found["on_front"], ["members", "how"]].itertuples(index=False, name=None))
-    seen = rows[(rows["split"] == REPORTED_ON) & rows["observed_shift"].notna()]
-    wanted = {
-        int(index): row
-        for index, row in zip(seen.index, showing.rows(seen), strict=True)
-        if row["how"] in (ALONE, STACK) or (row["members"], row["how"]) in on_front
-    }
+    front = pd.MultiIndex.from_frame(found.loc[found["on_front"], ["members", "how"]])
+    told_of = rows["how"].isin((ALONE, STACK)) | pd.MultiIndex.from_frame(rows[["members", "how"]]).isin(
+        front
+    )
+    seen = rows[told_of & (rows["split"] == REPORTED_ON) & rows["observed_shift"].notna()]
+    wanted = dict(zip(map(int, seen.index), showing.rows(seen), strict=True))
     clouds: dict[int, Drawn] = {}
     ends: dict[int, dict[str, float]] = {}
     with showing.progress(console) as bar:
@@ -78,7 +77,7 @@ def told(
             ends[index] = additivity.intervals(half, row, tried.fitted_to, clouds.get(index), seed)
             bar.advance(task)
     with console.status("comparing"):
-        shifting = set(tried.mechanisms.loc[tried.mechanisms["mechanism"] == "shift", "defense"])
+        shifting = dict(zip(tried.mechanisms["defense"], tried.mechanisms["p_shift"], strict=True))
         raised = [
             additivity.raised_distance(
                 half,
@@ -90,12 +89,13 @@ def told(
             for (attack, split), half in tried.halves.items()
             if split == REPORTED_ON
         ]
+        known = rows.join(pd.DataFrame.from_dict(ends, orient="index"))
         tables = {
             "scores": pd.concat([table.frame.assign(split=name) for name, table in tried.scores.items()]),
             "summary": summarize(tried.scores[REPORTED_ON], seed=seed).frame,
             "mechanisms": tried.mechanisms,
-            "ensembles": rows.join(pd.DataFrame.from_dict(ends, orient="index")),
-            "additivity": additivity.agreement(rows, clouds),
+            "ensembles": known,
+            "additivity": additivity.agreement(known, clouds),
             "distance": pd.concat(raised, ignore_index=True),
             "cost": tried.costs,
             "candidates": found,

@@ -30,6 +30,7 @@ Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
 # Of all tokens, the share from which it is worth to lay rows by what they begin with, not by length.
 _WORTH_MERGING = 0.1
+_SEEN = 0.125  # of a token's cost, what it costs to attend to it once more in a row that shares it
 # Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
 _SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -173,7 +174,11 @@ class Engine:
         most = _TOKENS_PER_BATCH.get(self.model.device.type, _TOKENS_PER_BATCH["cpu"])
         while order:
             tokens = accumulate(cost if in_line else [cost[0]] * len(cost))  # padded to the longest
-            size = self.batch_size or max(1, sum(1 for _ in takewhile(lambda so_far: so_far <= most, tokens)))
+            # Attention sees every row whole, whatever is computed once.
+            longest = accumulate((len(suffixes[row]) for row in order), max)
+            seen = (_SEEN * number * length for number, length in enumerate(longest, 1))
+            within = takewhile(lambda two: max(two) <= most, zip(tokens, seen, strict=True))
+            size = self.batch_size or max(1, sum(1 for _ in within))
             yield order[:size]
             order, cost = order[size:], cost[size:]
 

@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from analysis.fusion import Moments, predicted
-from analysis.outcomes import COORDINATES, Levels, against, levels
+from analysis.outcomes import COORDINATES, Base, Levels, against, levels
 from analysis.resampling import Units
 from analysis.tables import UNDEFENDED, ScoreTable
 from analysis.voting import Board, fit, vote, ways
@@ -103,18 +103,19 @@ def votes(half: Half, wanted: Sequence[tuple[str, ...]], fitted_to: Half) -> pd.
         fitted_to: of the calibration split, to which weights are fitted.
     """
     found, board = [], half.board
+    sides = board.is_harmful, ~board.is_harmful
+    usual = [Moments.of_teams(board.before[side][:, None], np.array([[0]])) for side in sides]
+    normal = predicted(usual[0], usual[1], "mean", None, half.counts)
     for size in sorted({len(team) for team in wanted}):
         of_size = [team for team in wanted if len(team) == size]
         places = half.places(of_size)
         weights = fit(fitted_to.board, fitted_to.places(of_size))
-        harmful, benign = (
-            Moments.of_teams(board.margins[side], places) for side in (board.is_harmful, ~board.is_harmful)
-        )
+        harmful, benign = (Moments.of_teams(board.margins[side], places) for side in sides)
         each = board.margins.T[places].transpose(0, 2, 1)  # teams, queries, members
         for how in ways(size):
             hoped = predicted(harmful, benign, how, weights, half.counts)
             came = half.read(vote(each, how, weights[:, None, :]))
-            found.append(_rows(half, of_size, how, hoped, came))
+            found.append(_rows(half, of_size, how, hoped, came, normal))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
@@ -150,13 +151,22 @@ def margins(half: Half, team: Sequence[str], how: str, fitted_to: Half) -> Float
     """
     if how in (ALONE, STACK):
         return half.of_team(["+".join(team)])[:, 0]
-    return vote(half.of_team(team), how, fit(fitted_to.board, fitted_to.places([team])))
+    weights = fit(fitted_to.board, fitted_to.places([team])) if how == "fitted" else None
+    return vote(half.of_team(team), how, weights)
 
 
 def _rows(
-    half: Half, wanted: Sequence[tuple[str, ...]], how: str, hoped: Levels | None, came: Levels | None
+    half: Half,
+    wanted: Sequence[tuple[str, ...]],
+    how: str,
+    hoped: Levels | None,
+    came: Levels | None,
+    normal: Base | None = None,
 ) -> pd.DataFrame:
-    """A row for each team; what was not predicted, or not observed, is missing."""
+    """A row for each team; what was not predicted, or not observed, is missing.
+
+    Predicted changes are those from `normal`, the undefended model predicted likewise, where there is one.
+    """
     base, none = half.undefended, np.full(len(wanted), np.nan)
     found: dict[str, Any] = {
         "attack": half.attack,
@@ -165,8 +175,10 @@ def _rows(
         "how": how,
         "size": [len(team) for team in wanted],
     }
-    sides = {"predicted": hoped, "observed": came}
-    read = {side: None if one is None else against(one, base) for side, one in sides.items()}
+    read = {
+        "predicted": None if hoped is None else against(hoped, normal or base),
+        "observed": None if came is None else against(came, base),
+    }
     for name in COORDINATES:
         expected, seen = (none if one is None else one[name] for one in read.values())
         found |= {

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from analysis.curves import BARRED, CROWD, one_attack
 from analysis.ensembles import ALONE, REPORTED_ON, STACK
 from analysis.lettering import LINE, blank, inset
+from analysis.outcomes import BY_MEAN, follows
 from analysis.palette import BLACK, BLUE, GREEN, GREY, ORANGE, OTHER, PURPLE, STYLE, VERMILION, WRITTEN
 
 # Coordinate → what it is, factor, and whether it is a share, whose axes are the same in every run.
@@ -95,6 +96,8 @@ def _panel(ax: Axes, points: pd.DataFrame, name: str) -> None:
     known = points.dropna(subset=sides)
     at = factor * known[sides].to_numpy(float)
     stacked = (known["how"] == STACK).to_numpy(bool)
+    # By definition, on the diagonal: that tells nothing of the prediction.
+    sure = known["how"].isin(BY_MEAN).to_numpy(bool) & (name in ("shift", "discrimination"))
     bars = factor * _bars(known[stacked], name)
     reached = [*at.ravel(), *bars[np.isfinite(bars)]]
     low, high = (float(min(reached)), float(max(reached))) if reached else (0.0, 0.0)
@@ -112,9 +115,9 @@ def _panel(ax: Axes, points: pd.DataFrame, name: str) -> None:
     ax.tick_params(labelsize=WRITTEN - 0.5)
     told = [
         f"{_counted(int(which.sum()), word)}: R² {_number(r2)}, ρ {_number(rank)}"
-        for which, word in ((stacked, "stack"), (~stacked, "vote"))
+        for which, word in ((stacked, "stack"), (~stacked & ~sure, "vote"))
         if which.any()
-        for r2, rank in [follows(*at[which].T)]
+        for r2, rank in [[float(value[0]) for value in follows(*at[which].T[:, None]).values()]]
     ]
     small = WRITTEN - 0.7
     ax.set_title(words, loc="left", fontsize=8, weight="bold", pad=6 + len(told) * small * LINE)
@@ -166,27 +169,6 @@ def _stacks(ax: Axes, rows: pd.DataFrame, at: Any, bars: Any) -> None:
                 label=STACK,
                 **look,
             )
-
-
-def follows(hoped: Any, came: Any) -> tuple[float, float]:
-    """Return R² of the prediction as it is, no line fitted, and the rank correlation.
-
-    >>> follows([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])[1]
-    1.0
-
-    Args:
-        hoped: what was predicted.
-        came: what was observed.
-
-    Returns:
-        Both are NaN of fewer than three, and where nothing differs.
-    """
-    one, two = pd.Series(hoped, dtype=float), pd.Series(came, dtype=float)
-    about = float(((two - two.mean()) ** 2).sum())
-    if len(two) < 3 or about == 0:
-        return float("nan"), float("nan")
-    rank = one.rank().corr(two.rank()) if one.nunique() > 1 else float("nan")
-    return 1 - float(((two - one) ** 2).sum()) / about, float(rank)
 
 
 def _key(points: pd.DataFrame, stacked: bool) -> list[Any]:

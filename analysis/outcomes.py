@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 from scipy.special import expit, ndtri
+from scipy.stats import rankdata
 
 # What is predicted and observed of an ensemble, in the order of the columns.
 COORDINATES = (
@@ -18,7 +19,9 @@ COORDINATES = (
     "delta_d_prime",
     "distance_change",
 )
+BY_MEAN = ("mean", "fitted")  # votes whose means are those of their members, weighted
 Levels = Mapping[str, Float[np.ndarray, " teams"]]
+Base = Mapping[str, Float[np.ndarray, " #teams"]]  # one for all, or one for each
 
 
 def levels(
@@ -48,7 +51,7 @@ def levels(
     }
 
 
-def against(after: Levels, before: Mapping[str, Float[np.ndarray, " #teams"]]) -> Levels:
+def against(after: Levels, before: Base) -> Levels:
     """Return the coordinates of classifiers against the undefended one.
 
     Args:
@@ -66,6 +69,37 @@ def against(after: Levels, before: Mapping[str, Float[np.ndarray, " #teams"]]) -
         "delta_auroc": auroc,
         "delta_d_prime": d_prime,
         "distance_change": distance,
+    }
+
+
+def follows(
+    hoped: Float[np.ndarray, "draws n"], came: Float[np.ndarray, "draws n"]
+) -> dict[str, Float[np.ndarray, " draws"]]:
+    """Return how well observation follows prediction, in each draw; NaN for fewer than three, or all alike.
+
+    >>> found = follows(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 6.0]]))
+    >>> {name: round(float(value[0]), 2) for name, value in found.items()}
+    {'r2': 0.36, 'rank_correlation': 1.0}
+
+    Args:
+        hoped: what was predicted.
+        came: what was observed.
+
+    Returns:
+        R² of the prediction as it is (no line fitted: 1 - squared error over variance), and Spearman's rank
+        correlation.
+    """
+    about = came - came.mean(1, keepdims=True)
+    total = (about**2).sum(1)
+    ranks = [rankdata(side, axis=1) for side in (hoped, came)]
+    ranks = [side - side.mean(1, keepdims=True) for side in ranks]
+    size = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
+    enough = (total > 1e-12 * (came**2).sum(1)) & (came.shape[1] > 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r2, rank = 1 - ((came - hoped) ** 2).sum(1) / total, (ranks[0] * ranks[1]).sum(1) / size
+    return {
+        "r2": np.where(enough, r2, np.nan),
+        "rank_correlation": np.where(enough & (size > 0), rank, np.nan),
     }
 
 

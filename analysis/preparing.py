@@ -142,7 +142,7 @@ def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
     for defense in prepared:
         if why := defense.lacking():
             parts = list(conditions([defense]))
-            if not parts and defense.name in names:
+            if not parts and "all" not in names:
                 raise UserError(f"{defense.name}: {why}")
             instead = f"only {', '.join(parts)} can be read" if parts else "it is left out"
             notices.append(f"{defense.name}: {instead}: {why}")

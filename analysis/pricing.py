@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,8 +78,8 @@ def _place(ready: Ready, defense: Defense, asked: int) -> Path:
         "model": manifest.of_model(bench.loaded),
         "device": [str(bench.loaded.model.device), torch.get_num_threads()],
         "defense": [type(defense).__qualname__, manifest.of_defense(defense), bench.seed],
-        "code": scoring.code(),
-        "attack": ready.attacks[0].name,
-        "queries": [query.id for query in queries.sample(ready.data.queries, asked)],
+        "code": [scoring.code(), *(inspect.getsource(module) for module in (timing, cost))],
+        "attack": [ready.attacks[0].name, *ready.attacks[0].made_from],
+        "queries": [query.text for query in queries.sample(ready.data.queries, asked)],
     }
     return kept.place("cost", about)

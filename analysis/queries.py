@@ -102,25 +102,26 @@ class QuerySet:
     def halved(self, seed: int) -> QuerySet:
         """Return the queries that ensembles are chosen on and reported on, each with its split.
 
-        Those are the calibration and the test split. A set without them is parted by chance into two halves,
-        pairs kept whole.
+        Those are the calibration and the test split. Where there are no such two, what is not for training is
+        parted by chance into two halves, pairs kept whole; so are queries without a split that another set
+        has been joined to.
         """
-        if {"calibration", "test"} <= self.splits:
-            return self._with(query for query in self.queries if query.split in ("calibration", "test"))
+        usable = [query for query in self.queries if query.split != "train"]
+        both = {"calibration", "test"} <= self.splits
         units = defaultdict(list)
-        for query in self.queries:
-            units["pair" if query.pair else "alone", query.pair or query.id].append(query)
-        alike = defaultdict(list)  # so that both halves hold as many of each
+        for query in usable:
+            if not (both and query.split):
+                units["pair" if query.pair else "alone", query.pair or query.id].append(query)
+        alike = defaultdict(list)
         for unit in units.values():
-            alike[unit[0].category, tuple(query.harmful for query in unit)].append(unit)
-        side = 0
-        kept: dict[str, str] = {}
-        for group in alike.values():
-            random.Random(f"{seed}/{group[0][0].id}").shuffle(group)
-            for unit in group:
-                side += 1
-                kept |= {query.id: ("calibration", "test")[side % 2] for query in unit}
-        return self._with(replace(query, split=kept[query.id]) for query in self.queries)
+            alike[tuple(sorted(query.harmful for query in unit))].append(unit)
+        dealt: dict[str, str] = {}
+        for makeup, group in sorted(alike.items()):
+            random.Random(f"{seed}/{makeup}").shuffle(group)
+            group.sort(key=lambda unit: unit[0].category)  # as many of each category, and of each class
+            for place, unit in enumerate(group):
+                dealt |= {query.id: ("calibration", "test")[place % 2] for query in unit}
+        return self._with(replace(query, split=dealt.get(query.id, query.split)) for query in usable)
 
     def checked(self) -> QuerySet:
         """Return the set if it holds both classes."""

@@ -102,15 +102,9 @@ def picks(tried: Tried, found: pd.DataFrame, limits: Limits, seed: int) -> pd.Da
     if len(allowed):
         roles.append(("recommended", allowed.iloc[0]))
     else:
-        affordable = fronts.ranked(found, 1.0, limits.cost)
-        roles.append(
-            (
-                "closest",
-                (affordable if len(affordable) else found)
-                .sort_values("benign_calibration", kind="stable")
-                .iloc[-1],
-            )
-        )
+        affordable = fronts.ranked(found, 1.0, limits.cost)  # the undefended model is among them
+        nearest = affordable.sort_values("benign_calibration", ascending=False, kind="stable").iloc[0]
+        roles.append(("closest", nearest))
     if (alone := fronts.best_alone(allowed, [roles[0][1]["members"], UNDEFENDED])) is not None:
         roles.append(
             ("best single defense" if roles[0][1]["how"] != ALONE else "next best single defense", alone)

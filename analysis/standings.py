@@ -12,6 +12,13 @@ from analysis import showing
 from analysis.tables import UNDEFENDED
 
 _SHOWN = 12  # rows of the front at most
+_WORDS = {
+    "shift": "shift",
+    "discrimination": "discrimination",
+    "delta_auroc": "ΔAUROC",
+    "refusal_rate": "harmful refused",
+    "over_refusal_rate": "benign refused",
+}
 
 
 def front(found: pd.DataFrame, record: dict[str, Any]) -> None:
@@ -26,7 +33,7 @@ def front(found: pd.DataFrame, record: dict[str, Any]) -> None:
     attacks = len(record["attacks"])
     title = (
         f"{record['model']['name']}: {len(found):,} defenses and ensembles; on the calibration split none "
-        f"beats these {len(chosen)}"
+        f"beats these {int(found['on_front'].sum())}"
     )
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("members\nhow", overflow="fold")
@@ -61,30 +68,21 @@ def agreement(found: pd.DataFrame) -> None:
     rows = found[(found["split"] == "test") & (found["kind"] == "all") & (found["n"] > 2)]
     for attack, how in rows[["attack", "how"]].drop_duplicates().itertuples(index=False, name=None):
         group = rows[(rows["attack"] == attack) & (rows["how"] == how)]
-        by_name = group.set_index("coordinate")
         told = [
-            f"{word} R² {by_name.loc[name, 'r2']:.2f}, rank {by_name.loc[name, 'rank_correlation']:+.2f}"
-            for name, word in (
-                ("shift", "shift"),
-                ("discrimination", "discrimination"),
-                ("delta_auroc", "ΔAUROC"),
-            )
+            f"{_WORDS[row['coordinate']]} R² {row['r2']:.2f}, rank {row['rank_correlation']:+.2f}"
+            for row in showing.rows(group)
+            if row["coordinate"] in _WORDS
         ]
+        n = f"{group['n'].iloc[0]:,}"
+        console.print(Text(f"Predicted against observed, {attack}, {how} (n = {n}): {'; '.join(told)}"))
+    stacks = found[(found["split"] == "test") & (found["how"] == "stack") & (found["kind"] != "all")]
+    for row in showing.rows(stacks[stacks["coordinate"].isin(("shift", "discrimination"))]):
         console.print(
             Text(
-                f"Predicted against observed, {attack}, {how} (n = {group['n'].iloc[0]:,}): {'; '.join(told)}"
+                f"Off the sum, {row['attack']}, {row['kind']} stacks: {row['beyond_zero']:.0f} of "
+                f"{row['tested']:.0f} on {row['coordinate']}, {row['mean_interaction']:+.2f} nats on average"
             )
         )
-    stacks = found[(found["split"] == "test") & (found["how"] == "stack") & (found["kind"] != "all")]
-    for attack, kind in stacks[["attack", "kind"]].drop_duplicates().itertuples(index=False, name=None):
-        group = stacks[(stacks["attack"] == attack) & (stacks["kind"] == kind)]
-        by_name = {row["coordinate"]: row for row in showing.rows(group)}
-        told = [
-            f"{name} {showing.interval(by_name[name], 'mean_size', '.2f')}"
-            for name in ("shift", "discrimination")
-        ]
-        n = group["n"].iloc[0]
-        console.print(Text(f"Off the sum, nats, {attack}, {kind} stacks (n = {n}): {', '.join(told)}"))
 
 
 def distances(found: pd.DataFrame) -> None:

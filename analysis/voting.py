@@ -71,10 +71,10 @@ def vote(
 
 
 def fit(board: Board, teams: Int[np.ndarray, "teams size"]) -> Float[np.ndarray, "teams size"]:
-    """Return the weights by which the members of each team separate the classes best.
+    """Return the weights of Fisher's linear discriminant, which separates the classes best.
 
-    They are those of Fisher's linear discriminant, negative ones set to 0 (a defense is never read upside
-    down), scaled to add up to 1, so that the weighted mean counts from the same threshold.
+    Negative ones are set to 0, since a defense is never read upside down, and all are scaled to add up to 1,
+    so that the weighted mean counts from the same threshold.
 
     Args:
         board: of the calibration split.

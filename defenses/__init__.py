@@ -135,6 +135,7 @@ class Defense(ABC):
         source: whose idea it is.
         pool: how the margins of several readings become one: their mean, or the highest, where one reading
             that is refused is enough.
+        reads: whether it has one chat read, or may have several.
         cost: what it takes beside the one pass over the request: nothing (static), another call of the
             model, several calls or copies, or weights that have to be trained and kept.
     """
@@ -143,6 +144,7 @@ class Defense(ABC):
     family: ClassVar[str] = "own"
     source: ClassVar[Source] = Source("unpublished", wording="its author's")
     pool: ClassVar[Literal["mean", "max"]] = "mean"
+    reads: ClassVar[Literal["one", "several"]] = "one"
     cost: ClassVar[Literal["static", "one call", "N calls", "weights"]] = "static"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from defenses.errors import UserError, unknown
 
 # Metadata of a dataclass field that is no setting: filled by `prepare`, left out of `--set`.
 HIDDEN = {"hidden": True}
+COSTS = ("static", "weights", "one call", "N calls")  # the dearest last
 
 
 def classes() -> dict[str, type[defenses.Defense]]:
@@ -229,6 +230,13 @@ def _from_file(path: Path) -> type[defenses.Defense]:
         raise UserError(
             f"{path}: {cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it"
         )
+    if "+" in cls.name:
+        raise UserError(f"{path}: the name {cls.name!r} has a +, which joins defenses; rename it")
+    for attribute, allowed in (("cost", COSTS), ("pool", ("mean", "max")), ("reads", ("one", "several"))):
+        if getattr(cls, attribute) not in allowed:
+            raise UserError(
+                f"{path}: {attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"
+            )
     bare = [
         field.name
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # it is one, see above

@@ -19,16 +19,20 @@ class Dice(random.Random):
 
     def __init__(self, about: str, name: str) -> None:
         super().__init__(f"{about}/{name}")
-        self._about = about
+        self._seeded = about, name
         self._lent: dict[str, Dice] = {}
 
     def __new__(cls, *args: object) -> Dice:
         """Return a generator that is seeded afterwards."""
         return super().__new__(cls)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Return what a copy is made from."""
+        return Dice, self._seeded, self.getstate()
+
     def lend(self, name: str) -> Dice:
         """Return the generator of a defense, always the same one."""
-        return self._lent.setdefault(name, Dice(self._about, name))
+        return self._lent.setdefault(name, Dice(self._seeded[0], name))
 
 
 def of(rng: random.Random, name: str) -> random.Random:

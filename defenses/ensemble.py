@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Self, final
 
 from defenses import Chat, Consultation, Defense, Host, Source, UserError
+from defenses.catalog import COSTS
 from defenses.chats import copied
 from defenses.consulting import together
 from defenses.dice import of
-
-_COSTS = ("static", "weights", "one call", "N calls")
 
 
 @final
@@ -47,10 +46,15 @@ class Stack(Defense):
             raise ValueError(f"{' and '.join(tuned)} each bring weights, and a model has one set of them")
         if len(mixed := [one.name for one in self.members if one.blend()]) > 1:
             raise ValueError(f"{' and '.join(mixed)} each choose the first token from several models")
+        pools = {one.pool: one.name for one in self.members if one.reads == "several"}
+        if len(pools) > 1:
+            told = " and ".join(f"{name} by the {pool}" for pool, name in pools.items())
+            raise ValueError(f"{told} of its readings: together they have no margin, so wear one of them")
         taken = {
             "name": "+".join(names),
-            "cost": max((one.cost for one in self.members), key=_COSTS.index),
+            "cost": max((one.cost for one in self.members), key=COSTS.index),
             "pool": "max" if any(one.pool == "max" for one in self.members) else "mean",
+            "reads": "several" if pools else "one",
         }
         for attribute, value in taken.items():
             object.__setattr__(self, attribute, value)

@@ -188,6 +188,7 @@ class SmoothLlm(Defense):
     """
 
     cost = "N calls"
+    reads = "several"
     family = "noise"
     source = Source(
         "SmoothLLM: Defending LLMs Against Jailbreaking Attacks (Robey et al., 2023)",
@@ -240,6 +241,7 @@ class SemanticSmoothing(Defense):
     """
 
     cost = "N calls"
+    reads = "several"
     family = "noise"
     source = Source(
         "Defending Large Language Models against Jailbreak Attacks via Semantic Smoothing (Ji et al., 2024)",
@@ -288,6 +290,7 @@ class EraseAndCheck(Defense):
     """
 
     cost = "N calls"
+    reads = "several"
     family = "noise"
     source = Source(
         "Certifying LLM Safety against Adversarial Prompting (Kumar et al., COLM 2024), suffix mode",

@@ -239,6 +239,7 @@ class BackTranslation(Defense):
     """
 
     cost = "N calls"
+    reads = "several"
     family = "refactoring"
     source = Source(
         "Defending LLMs against Jailbreaking Attacks via Backtranslation (Wang et al., ACL Findings 2024)",

@@ -78,8 +78,13 @@ def test_every_table_and_figure_is_there(place: Path) -> None:
     assert record["chosen_on"] == "calibration" and record["reported_on"] == "test" and not record["failed"]
     members = record["defenses"]["policy+word_drop"]["members"]
     assert list(members) == ["policy", "word_drop"] and members["word_drop"]["settings"]["rate"] == 0.3
-    said = (place / "said.txt").read_text()
-    assert "Predicted against observed, direct, mean (n = 6)" in said and "none beats" in said
+    said = " ".join((place / "said.txt").read_text().split())
+    assert (
+        "Predicted against observed, direct, mean (n = 6): harmful refused R²" in said
+        and "none beats" in said
+    )
+    candidates = pd.read_csv(place / "out" / "candidates.csv")
+    assert "random_tokens" not in set(candidates["members"]) and "none" in set(candidates["members"])
 
 
 def test_every_vote_is_that_of_the_scores_and_its_rates_can_be_counted_again(place: Path) -> None:
@@ -287,7 +292,7 @@ def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Pat
     )
     assert (counts.groupby(["s", "h"]).size() == len(shipped) // 4).all()
     assert (counts.groupby("p")["s"].nunique() == 1).all()
-    assert counts.groupby(["c", "s"]).size().max() - counts.groupby(["c", "s"]).size().min() <= 4
+    assert (counts.groupby(["c", "s"]).size().unstack().diff(axis=1).iloc[:, -1].abs() <= 2).all()
     assert [q.split for q in mine.halved(0).queries] == [q.split for q in halved.queries]
     assert [q.split for q in mine.halved(1).queries] != [q.split for q in halved.queries]
     both = Request("toy", str(file), HALVES, 12, None, "cpu", "auto", 0, True).queries()[0]
@@ -296,6 +301,26 @@ def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Pat
         "test": 12,
     }
     assert {q.split for q in queries.load("contrast").halved(0).queries} == {"calibration", "test"}
+
+
+def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_both(tmp_path: Path) -> None:
+    own = [
+        queries.Query(f"q{n}", f"How do I {n}?", n % 2 == 0, split=("train", "test")[n > 20])
+        for n in range(60)
+    ]
+    data = queries.QuerySet("own", tuple(own), "x")
+    halved = data.halved(0)
+    assert {q.id for q in halved.queries} == {q.id for q in own if q.split == "test"}
+    assert {q.split for q in halved.queries} == {"calibration", "test"}
+    shipped = queries.load("twins")
+    loose = tuple(queries.Query(f"x{n}", f"What is {n}?", n % 2 == 0) for n in range(20))
+    both = queries.QuerySet("both", (*shipped.queries, *loose), "x").halved(0)
+    sides = pd.DataFrame(
+        [(q.split, q.harmful) for q in both.queries if q.id[0] == "x"], columns=["split", "harmful"]
+    )
+    assert sides.groupby(["split", "harmful"]).size().tolist() == [5, 5, 5, 5]
+    kept = {q.id: q.split for q in both.queries}
+    assert all(kept[q.id] == q.split for q in shipped.queries if q.split != "train")
 
 
 def test_too_few_defenses_are_told_after_they_are_scored(kept: Path) -> None:

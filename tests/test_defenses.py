@@ -348,8 +348,10 @@ def test_a_file_of_the_users_own_is_a_defense_with_settings(tmp_path):
         ("raise SystemExit(3)\n", ["raised SystemExit while loading"]),
         (OWN.replace('text: str = "Please."', "text: str"), ["every field", "default", "text"]),
         (OWN.replace("@dataclass(frozen=True)", ""), ["frozen dataclass", "MyOwn"]),
+        (OWN.replace("text: str", 'name = "a+b"\n    text: str'), ["'a+b' has a +"]),
+        (OWN.replace("text: str", 'cost = "2 calls"\n    text: str'), ["cost = '2 calls'", "N calls"]),
     ],
-    ids=["none", "two", "raises", "import", "syntax", "exit", "no default", "no dataclass"],
+    ids=["none", "two", "raises", "import", "syntax", "exit", "no default", "no dataclass", "plus", "cost"],
 )
 def test_a_file_that_is_no_defense_is_answered_in_one_line(tmp_path, content, words):
     file = tmp_path / "mine.py"

@@ -1,5 +1,6 @@
 """Several defenses at once: left acts first, each as it acts alone, and the batch equals the single query."""
 
+import copy
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import choose
 from defenses.chats import last_user
 from defenses.decoding import SafeDecoding
+from defenses.dice import Dice
 from defenses.ensemble import Stack, members
 from defenses.tuning import SafetyTuning
 
@@ -111,8 +113,23 @@ def test_a_member_rewords_every_reading_of_the_one_before_it_and_all_are_asked_t
 
 
 def test_readings_that_are_pooled_in_two_ways_have_no_margin(tmp_path):
-    stack = defenses.get("smooth_llm+erase_and_check").prepare(host(tmp_path))
-    with pytest.raises(UserError, match="smooth_llm goes by the mean of its readings and erase_and_check by"):
+    with pytest.raises(
+        UserError, match="smooth_llm by the mean and erase_and_check by the max of its readings"
+    ):
+        defenses.get("smooth_llm+erase_and_check")
+
+    @dataclass(frozen=True)
+    class Mine(Defense):  # says nothing of its several readings
+        def rewrite(self, chat, rng):
+            return [dict(message) for message in chat]
+
+        def readings(self, chat, rng):
+            return [self.rewrite(chat, rng)] * 2
+
+    stack = Stack((Mine(), defenses.get("erase_and_check"))).prepare(host(tmp_path))
+    with pytest.raises(
+        UserError, match="mine goes by the mean of its readings and erase_and_check by the max"
+    ):
         read(toy_bench(), stack)
     one = defenses.get("word_drop+erase_and_check", {"tokens": "3"}).prepare(host(tmp_path))
     assert one.pool == "max" and {len(chats) for chats in read(toy_bench(), one)} <= {3, 4}
@@ -256,6 +273,13 @@ def test_scores_of_a_stack_of_words_alone_are_found_among_those_of_the_same_word
         for one in (stack, same)
     )
     assert torch.equal(first, second)
+
+
+def test_a_generator_of_a_stack_can_be_copied():
+    dice = Dice("0/query", "word_drop")
+    dice.random()
+    again = copy.deepcopy(dice)
+    assert again.random() == dice.random() and again.lend("policy").random() == dice.lend("policy").random()
 
 
 def test_rewriting_without_a_bench_takes_any_generator():

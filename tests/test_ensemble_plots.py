@@ -21,7 +21,7 @@ from sklearn.metrics import r2_score
 from analysis.captions import Context
 from analysis.curves import CROWD
 from analysis.ensembles import Half, singles, stacks, teams, votes
-from analysis.forecast import LOOKS, PANELS, follows, forecast, forecast_points
+from analysis.forecast import LOOKS, PANELS, forecast, forecast_points
 from analysis.fronts import candidates
 from analysis.interactions import interaction_cells, interactions
 from analysis.palette import BLACK, FAMILIES
@@ -209,6 +209,8 @@ def test_the_measures_above_a_panel_are_those_of_its_points(manner: str) -> None
             (points[points["how"] == "stack"], points[points["how"] != "stack"]),
             strict=True,
         ):
+            if name in ("shift", "discrimination"):  # of a mean they are right by definition
+                group = group[~group["how"].isin(["mean", "fitted"])]
             hoped, came = group[f"predicted_{name}"], group[f"observed_{name}"]
             if came.nunique() == 1:
                 wanted = "R² \N{EN DASH}, ρ \N{EN DASH}"
@@ -220,7 +222,6 @@ def test_the_measures_above_a_panel_are_those_of_its_points(manner: str) -> None
 
 
 def test_two_points_have_no_measure_and_a_missing_one_is_not_counted() -> None:
-    assert np.isnan(follows([1, 2], [1, 2])).all()
     points = made("usual")["forecast"][1]
     holed = points.assign(observed_delta_auroc=points["observed_delta_auroc"].where(points["how"] == "mean"))
     shift, _, auroc, *_ = panels(forecast(holed))

@@ -196,6 +196,27 @@ def test_the_interval_of_an_interaction_holds_what_was_planted():
     assert np.abs(cloud.observed["shift"] - cloud.predicted["shift"]).max() < 1e-12
 
 
+def test_margins_that_are_not_normal_are_no_interaction_of_a_vote_of_twins() -> None:
+    rng = np.random.default_rng(11)
+    is_harmful = np.arange(300) % 2 == 0
+    base = rng.exponential(np.where(is_harmful, 2.0, 1.0)) - 1
+    one = half({"none": base, "a": base + 1, "b": base + 1}, is_harmful)
+    row = ensembles.votes(one, [("a", "b")], one).set_index("how").loc["mean"].to_dict()
+    assert row["predicted_delta_auroc"] == pytest.approx(0, abs=1e-3) and row["observed_delta_auroc"] == 0
+    cloud = additivity.drawn(one, ["a", "b"], "mean", one)
+    ends = additivity.intervals(one, row | {"members": "a+b", "how": "mean"}, one, cloud)
+    assert abs(ends["interaction_delta_auroc_low"]) + abs(ends["interaction_delta_auroc_high"]) < 2e-3
+
+
+def test_where_nothing_is_refused_there_is_no_interval_of_an_interaction() -> None:
+    margins, is_harmful = planted()
+    never = {name: np.asarray(values) - 50 for name, values in margins.items()}
+    one = half(never | {"d0+d1": never["d0"] + 0.1}, is_harmful)
+    row = ensembles.stacks(one, [("d0", "d1")]).iloc[0].to_dict()
+    ends = additivity.intervals(one, row, one, additivity.drawn(one, ["d0", "d1"], "stack", one))
+    assert np.isnan(ends["interaction_refusal_rate_low"]) and ends["observed_refusal_rate_high"] > 0.01
+
+
 def test_the_draws_of_a_vote_lie_around_its_values():
     one = with_stack()
     for how in ("mean", "highest", "fitted"):
@@ -255,6 +276,8 @@ def test_agreement_is_that_of_other_libraries_and_its_interval_holds_it():
         index: additivity.drawn(one, row["members"].split("+"), "stack", one)
         for index, row in rows.iterrows()
     }
+    ends = [additivity.intervals(one, row.to_dict(), one, clouds[index]) for index, row in rows.iterrows()]
+    rows = rows.join(pd.DataFrame(ends))
     found = additivity.agreement(rows, clouds).set_index(["kind", "coordinate"])
     for name in COORDINATES:
         hoped, came = rows[f"predicted_{name}"], rows[f"observed_{name}"]
@@ -262,11 +285,17 @@ def test_agreement_is_that_of_other_libraries_and_its_interval_holds_it():
         assert row["r2"] == pytest.approx(r2_score(came, hoped)) and row["n"] == 6
         assert row["rank_correlation"] == pytest.approx(spearmanr(hoped, came).statistic)
         assert row["mean_interaction"] == pytest.approx((came - hoped).mean())
-        assert row["mean_interaction_low"] <= row["mean_interaction"] <= row["mean_interaction_high"]
+        for measure in ("r2", "rank_correlation"):
+            assert row[f"{measure}_low"] <= row[measure] <= row[f"{measure}_high"]
+    assert found.loc[("all", "shift"), "beyond_zero"] == 6  # 0.3 nats were planted
+    assert found.loc[("all", "discrimination"), "beyond_zero"] <= 2
     assert found.loc[("intra", "shift")].equals(found.loc[("all", "shift")])
     assert found["n"].groupby("kind").first().to_dict() == {"all": 6, "intra": 6, "inter by family": 1}
     without = additivity.agreement(rows, {})
-    assert without.loc[without["n"] > 1, "r2"].notna().all() and "r2_low" not in without
+    assert without.loc[without["n"] > 2, "r2"].notna().all() and "r2_low" not in without
+    votes = ensembles.votes(one, teams, one).assign(kind="intra", kind_by_family="")
+    told = additivity.agreement(votes, {}).set_index(["how", "coordinate"]).index
+    assert ("highest", "shift") in told and ("mean", "shift") not in told and ("mean", "delta_auroc") in told
 
 
 def test_a_raise_of_the_distance_by_shift_alone_is_the_scale_and_by_ranking_it_is_real():
@@ -278,12 +307,12 @@ def test_a_raise_of_the_distance_by_shift_alone_is_the_scale_and_by_ranking_it_i
     better = {"c": base + 0.4, "d": base + 0.5, "c+d": base + 0.9 + 1.0 * is_harmful}
     one = half({"none": base, **shifts, **better}, is_harmful)
     rows = ensembles.stacks(one, [("a", "b"), ("c", "d"), ("a", "c")])
-    found = additivity.raised_distance(one, rows, {"a", "b", "c", "d"}, one).set_index("members")
+    found = additivity.raised_distance(one, rows, dict.fromkeys("abcd", 0.9), one).set_index("members")
     assert found["raise"].to_dict() == {"a+b": "probability scale", "c+d": "real"}
     assert found.loc["a+b", "distance"] > found.loc["a+b", ["distance_first", "distance_second"]].max()
     assert found.loc["a+b", "gain_auroc"] == pytest.approx(0, abs=1e-12)
     assert found.loc["c+d", "gain_auroc_low"] > 0.02
-    assert additivity.raised_distance(one, rows, {"a", "c"}, one).empty
+    assert list(additivity.raised_distance(one, rows, {"a": 0.9, "b": 0.4}, one)) == additivity._RAISED
 
 
 # --- fronts -------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ def test_plots_know_no_model_and_no_defense(name):
         "analysis.captions",
         "analysis.ensembles",
         "analysis.fronts",
+        "analysis.outcomes",
     }
 
 
