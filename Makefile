@@ -28,6 +28,11 @@ validity: .venv/ready ## which readouts may be trusted on SmolLM2's aligned stat
 	$(BIN)/analyze validate -m smollm2:aligned --readout all --limit 120 --out figures/validity -d backdoor \
 	  -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d intention_analysis -d neutral_prompt
 
+ensembles: .venv/ready ## twelve defenses on SmolLM2's aligned state, all pairs (about 25 minutes)
+	$(BIN)/analyze ensembles -m smollm2:aligned --stacks 33 --out figures/ensembles -d self_reminder -d safety_prompt \
+	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
+	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
+
 # Each arm starts from the aligned model, as an attacker would; glibc is told to keep memory, which halves the time.
 STATES := data/adapters/smollm2
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
@@ -55,5 +60,5 @@ bench: .venv/ready ## how fast is the engine, and how near to the machine's limi
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test check figures validity adapters bench
+.PHONY: help demo test check figures validity ensembles adapters bench
 .DEFAULT_GOAL := help
