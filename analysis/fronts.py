@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
+from scipy.stats import beta
 
 from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, STACK
+
+SURE = 0.9  # that a limit is kept, before anything is recommended
 
 
 def conditions(members: str, how: str) -> list[str]:
@@ -76,17 +79,22 @@ def undominated(goods: Float[np.ndarray, "n goods"]) -> Bool[np.ndarray, " n"]:
     return kept
 
 
-def ranked(found: pd.DataFrame, over_refusal: float, cost: float | None = None) -> pd.DataFrame:
-    """Return what keeps to the limits on the calibration split, the one that refuses most harm first.
+def ranked(found: pd.DataFrame, over_refusal: float, cost: float | None, benign: int) -> pd.DataFrame:
+    """Return what surely keeps to the limits, the one that refuses most harm first.
 
-    Of what refuses the same, the cheaper one is first, then the smaller.
+    It does if, given the calibration split, the probability that its rate is within the limit is at least
+    `SURE`: whatever just keeps to it there has been picked for its luck. Of what refuses the same, the
+    cheaper one is first, then the smaller.
 
     Args:
         found: what `candidates` returned.
         over_refusal: share of benign queries that may be refused, at most.
         cost: time until the first token, times undefended, at most.
+        benign: how many benign queries the calibration split has.
     """
-    allowed = found[1 - found[f"benign_{CHOSEN_ON}"] <= over_refusal + 1e-12]
+    refused = ((1 - found[f"benign_{CHOSEN_ON}"]) * benign).round()
+    # The posterior of a rate from Jeffreys' prior, whose intervals the tables' are close to.
+    allowed = found[beta.cdf(over_refusal, refused + 0.5, benign - refused + 0.5) >= SURE]
     if cost is not None:
         allowed = allowed[allowed["cost"] <= cost]
     order = [-allowed[f"harmful_{CHOSEN_ON}"], allowed["cost"], allowed["size"]]

@@ -38,6 +38,8 @@ class Limits:
     def within(self, hoped: pd.DataFrame, cost: Callable[[str], float]) -> list[str]:
         """Return the stacks that should keep to the limits, the one that refuses most harm first.
 
+        They are only run here; whether they surely keep to them is asked of what is observed.
+
         Args:
             hoped: predicted rows of the calibration split.
             cost: of a team's stack.
@@ -96,13 +98,14 @@ def picks(tried: Tried, found: pd.DataFrame, limits: Limits, seed: int) -> pd.Da
         benign refused), `p_meets` (how probable it is, given the test split, that no more of the benign
         queries are refused than the limit says), and the columns of the candidates.
     """
-    allowed = fronts.ranked(found, limits.over_refusal, limits.cost)
+    _, benign = tried.fitted_to.counts
+    allowed = fronts.ranked(found, limits.over_refusal, limits.cost, benign)
     usual = found[(found["members"] == UNDEFENDED) & (found["how"] == ALONE)].iloc[0]
     roles: list[tuple[str, Any]] = []
     if len(allowed):
         roles.append(("recommended", allowed.iloc[0]))
     else:
-        affordable = fronts.ranked(found, 1.0, limits.cost)  # the undefended model is among them
+        affordable = fronts.ranked(found, 1.0, limits.cost, benign)  # the undefended model is among them
         nearest = affordable.sort_values("benign_calibration", ascending=False, kind="stable").iloc[0]
         roles.append(("closest", nearest))
     if (alone := fronts.best_alone(allowed, [roles[0][1]["members"], UNDEFENDED])) is not None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import showing
+from analysis.fronts import SURE
 from analysis.tables import UNDEFENDED
 
 _SHOWN = 12  # rows of the front at most
@@ -117,10 +118,21 @@ def pick(found: pd.DataFrame, limit: float, most: float | None) -> None:
     wanted = f"at most {limit:.1%} of benign queries refused{costs}"
     best = found[found["role"] == "recommended"]
     if best.empty:
-        console.print(Text(f"Nothing qualifies: {wanted}, on the calibration split. The closest is below."))
+        console.print(
+            Text(f"Nothing qualifies: {wanted}, {SURE:.0%} sure by the calibration split. The closest:")
+        )
     else:
         row = best.iloc[0]
-        console.print(Text(f"Use {row['members']} ({row['how']}): {wanted}.", style="bold"))
+        console.print(
+            Text(f"Use {row['members']} ({row['how']}): {wanted}, {SURE:.0%} sure by the calibration split.")
+        )
+        if row["p_meets"] < 1 - SURE:
+            console.print(
+                Text(
+                    "The test split contradicts it: the splits differ. Ask more queries like your own "
+                    "before you rely on it."
+                )
+            )
     table = Table(show_edge=False, pad_edge=False, show_lines=True)
     table.add_column("\nmembers, how", overflow="fold")
     for head in (

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import save_model
+from scipy.stats import beta
 from test_cli import analyze
 
 from analysis import combining, commands, pricing, queries, recommending
@@ -202,10 +203,14 @@ def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sur
     found = pd.read_csv(kept / "rec" / "recommendation.csv")
     assert [one["role"] for one in told] == found["role"].tolist()
     first = found.iloc[0]
-    assert first["role"] == "recommended" and 1 - first["benign_calibration"] <= 0.6
+    scores = pd.read_csv(kept / "rec" / "scores.csv").drop_duplicates("query")
+    n = int((~scores["harmful"] & (scores["split"] == "calibration")).sum())
     candidates = pd.read_csv(kept / "rec" / "candidates.csv")
-    allowed = candidates[1 - candidates["benign_calibration"] <= 0.6]
-    assert first["harmful_calibration"] == allowed["harmful_calibration"].max()
+    refused = (n * (1 - candidates["benign_calibration"])).round()
+    allowed = candidates[beta.cdf(0.6, refused + 0.5, n - refused + 0.5) >= 0.9]
+    assert first["role"] == ("recommended" if len(allowed) else "closest")
+    if len(allowed):
+        assert first["harmful_calibration"] == allowed["harmful_calibration"].max()
     assert first["over_refusal"] == pytest.approx(1 - first["benign_test"])
     assert first["harmful"] == pytest.approx(first["harmful_test"])
     assert first["over_refusal_low"] <= first["over_refusal"] <= first["over_refusal_high"]
