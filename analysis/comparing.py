@@ -19,6 +19,8 @@ from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, STACK
 from analysis.request import Request, default_out, teller
 from analysis.tables import condition
 
+_ALL = 1000  # rows up to which all have intervals; of more, single defenses, stacks and the front
+
 
 def compare(
     request: Request,
@@ -62,7 +64,9 @@ def told(
     told_of = rows["how"].isin((ALONE, STACK)) | pd.MultiIndex.from_frame(rows[["members", "how"]]).isin(
         front
     )
-    seen = rows[told_of & (rows["split"] == REPORTED_ON) & rows["observed_shift"].notna()]
+    known = (rows["split"] == REPORTED_ON) & rows["observed_shift"].notna()
+    told_of |= known.sum() <= _ALL
+    seen = rows[told_of & known]
     wanted = dict(zip(map(int, seen.index), showing.rows(seen), strict=True))
     clouds: dict[int, Drawn] = {}
     ends: dict[int, dict[str, float]] = {}
@@ -89,13 +93,13 @@ def told(
             for (attack, split), half in tried.halves.items()
             if split == REPORTED_ON
         ]
-        known = rows.join(pd.DataFrame.from_dict(ends, orient="index"))
+        whole = rows.join(pd.DataFrame.from_dict(ends, orient="index"))
         tables = {
             "scores": pd.concat([table.frame.assign(split=name) for name, table in tried.scores.items()]),
             "summary": summarize(tried.scores[REPORTED_ON], seed=seed).frame,
             "mechanisms": tried.mechanisms,
-            "ensembles": known,
-            "additivity": additivity.agreement(known, clouds),
+            "ensembles": whole,
+            "additivity": additivity.agreement(whole, clouds),
             "distance": pd.concat(raised, ignore_index=True),
             "cost": tried.costs,
             "candidates": found,
