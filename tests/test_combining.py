@@ -18,6 +18,7 @@ from analysis.attacks import chosen
 from analysis.outcomes import COORDINATES
 from analysis.recommending import Limits
 from analysis.request import HALVES, Request
+from analysis.voting import VOTES
 from defenses import UserError
 
 NAMES = ["policy", "self_reminder", "word_drop", "keyword_only"]
@@ -216,6 +217,36 @@ def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sur
     assert first["over_refusal_low"] <= first["over_refusal"] <= first["over_refusal_high"]
     # Jeffreys' interval of a share: its probability to be below the limit follows the same draws.
     assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.6) or 0.02 < first["p_meets"] < 0.98
+
+
+def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cost(kept: Path) -> None:
+    args = [
+        *(f"-d{name}" for name in NAMES),
+        "--limit",
+        24,
+        "--attack",
+        "persona",
+        "--size",
+        3,
+        "--stacks",
+        1,
+    ]
+    limits = ["--max-over-refusal", "100%", "--max-cost", "2.5"]
+    done = analyze("recommend", "-m", kept / "toy", *args, *limits, "-o", kept / "three")
+    assert done.code == 0, done.err
+    rows = pd.read_csv(kept / "three" / "ensembles.csv")
+    assert set(rows["attack"]) == {"direct", "persona"}  # how users ask is always measured, too
+    three = rows[(rows["size"] == 3) & (rows["attack"] == "direct") & (rows["split"] == "test")]
+    assert three.groupby("how").size().to_dict() == dict.fromkeys([*VOTES, "stack"], 4)
+    found = pd.read_csv(kept / "three" / "candidates.csv")
+    first = pd.read_csv(kept / "three" / "recommendation.csv").iloc[0]
+    assert first["cost"] <= 2.5 < found["cost"].max()
+    assert first["harmful_calibration"] == found.loc[found["cost"] <= 2.5, "harmful_calibration"].max()
+    both = rows[
+        (rows["members"] == first["members"]) & (rows["how"] == first["how"]) & (rows["split"] == "test")
+    ]
+    assert first["harmful"] == pytest.approx(both["observed_refusal_rate"].mean()) and len(both) == 2
+    assert "Use " in done.out
 
 
 def test_what_was_timed_is_not_timed_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
