@@ -10,7 +10,7 @@ from scipy.special import expit, ndtr, ndtri
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from analysis.decompose import _COUNTED, contrast, contributions, summarize, verdict
+from analysis.decompose import COUNTED, contrast, contributions, summarize, verdict
 from analysis.resampling import FLIPS, Resampling, Units, holm, interval, p_value, signs
 from analysis.tables import ESTIMATES, ScoreTable
 
@@ -505,7 +505,7 @@ def coverage(s: dict[str, float], sets: int, pairs: int, plain: int, seed: int) 
     for _ in range(sets):
         before, after = simulate(rng, s, pairs, plain)
         for name, cloud in contrast(before, after, harmful, 0.0, sample).items():
-            low, high = interval(cloud, pairs, name in _COUNTED)
+            low, high = interval(cloud, pairs, name in COUNTED)
             held[name] += low <= wanted[name] <= high
     return pd.Series(held) * 100 / sets
 

@@ -194,7 +194,7 @@ def test_a_blend_says_first_what_is_read_and_then_goes_on_as_the_model(tmp_path:
     usual = answers(bench, NONE, ASKED, tokens=5)
     for query, (answer,) in zip(ASKED, said, strict=True):
         ids = bench.prompts(NONE, query)[0].ids
-        logits = scoring.blended(bench.engine, bench.loaded, blend.blend(), [ids])
+        ((_, logits),) = scoring.batches(bench.engine, bench.loaded, blend, [ids], lambda logits: logits)
         assert answer.ids[0] == int(logits.argmax())
         with torch.no_grad():
             following = bench.loaded.model(input_ids=torch.tensor([[*ids, answer.ids[0]]])).logits[0, -1]
