@@ -13,7 +13,7 @@ from conftest import save_model
 from scipy.stats import beta
 from test_cli import analyze
 
-from analysis import combining, commands, pricing, queries, recommending
+from analysis import combining, commands, comparing, pricing, queries, recommending
 from analysis.attacks import chosen
 from analysis.outcomes import COORDINATES
 from analysis.recommending import Limits
@@ -30,6 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ensembles")
     with pytest.MonkeyPatch.context() as patch:
         home(patch, place)
+        patch.setattr(comparing, "_ALL", 0)  # intervals for the front are enough
         save_model(place / "toy")
         args = [f"-d{name}" for name in [*NAMES, "policy+word_drop", "random_tokens"]]
         done = analyze("ensembles", "-m", place / "toy", *args, *SHORT, "-o", place / "out", "--stacks", 2)
@@ -219,7 +220,10 @@ def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sur
     assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.6) or 0.02 < first["p_meets"] < 0.98
 
 
-def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cost(kept: Path) -> None:
+def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cost(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "_ALL", 0)
     args = [
         *(f"-d{name}" for name in NAMES),
         "--limit",
