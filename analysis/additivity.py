@@ -14,7 +14,7 @@ from analysis.decompose import COUNTED, contrast
 from analysis.ensembles import ALONE, STACK, Half, added, margins
 from analysis.fusion import Moments, predicted
 from analysis.outcomes import BY_MEAN, COORDINATES, Levels, against, follows, levels
-from analysis.resampling import DRAWS, Resampling, interval
+from analysis.resampling import DRAWS, estimate, interval
 from analysis.tables import UNDEFENDED
 from analysis.voting import fit
 
@@ -30,7 +30,7 @@ class Drawn:
     observed: Levels
 
 
-def drawn(half: Half, team: Sequence[str], how: str, fitted_to: Half, seed: int = 0) -> Drawn:
+def drawn(half: Half, team: Sequence[str], how: str, fitted_to: Half) -> Drawn:
     """Return what is predicted and observed of an ensemble in draws of the queries, pairs kept whole.
 
     Args:
@@ -38,10 +38,8 @@ def drawn(half: Half, team: Sequence[str], how: str, fitted_to: Half, seed: int 
         team: its members.
         how: `stack` or a vote.
         fitted_to: of the calibration split; its weights stay as they are.
-        seed: of the draws.
     """
-    sample = Resampling.draw(half.units, DRAWS, seed)
-    sides = (half.board.is_harmful, sample.harmful), (~half.board.is_harmful, sample.benign)
+    sides = (half.board.is_harmful, half.draws.harmful), (~half.board.is_harmful, half.draws.benign)
 
     def each(values: Any) -> tuple[Any, Any]:
         """The values of either class, draws first."""
@@ -66,9 +64,7 @@ def _rows_of(weights: Float[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws n"
     return np.repeat(np.tile(np.arange(n), draws), weights.astype(int).ravel()).reshape(draws, n)
 
 
-def intervals(
-    half: Half, row: Mapping[str, Any], fitted_to: Half, cloud: Drawn | None, seed: int = 0
-) -> dict[str, float]:
+def intervals(half: Half, row: Mapping[str, Any], fitted_to: Half, cloud: Drawn | None) -> dict[str, float]:
     """Return the 95 % intervals of what was observed of an ensemble, and of its interaction.
 
     Args:
@@ -76,20 +72,19 @@ def intervals(
         row: of the ensemble.
         fitted_to: of the calibration split.
         cloud: of the ensemble; None for a single defense, which has no interaction.
-        seed: of the draws.
     """
     team, how, n = row["members"].split("+"), row["how"], min(half.counts)
-    samples = Resampling.once(half.units), Resampling.draw(half.units, DRAWS, seed)
     after = margins(half, team, how, fitted_to)
     same = row["members"] == UNDEFENDED
     point, many = (
-        contrast(half.board.before, after, half.board.is_harmful, 0.0, sample, same) for sample in samples
+        contrast(half.board.before, after, half.board.is_harmful, 0.0, sample, same)
+        for sample in (half.once, half.draws)
     )
     found: dict[str, float] = {}
     for name in COORDINATES:
-        low, high = interval(many[name], n, name in COUNTED)
-        value = float(point[name][0])
-        found |= {f"observed_{name}_low": min(low, value), f"observed_{name}_high": max(high, value)}
+        ends = estimate(f"observed_{name}", point[name], many[name], n, name in COUNTED)
+        del ends[f"observed_{name}"]  # it is in the row
+        found |= ends
         if cloud is not None:
             found |= _beyond(cloud.observed[name] - cloud.predicted[name], name, n)
     return found
@@ -161,7 +156,7 @@ def _ends(row: Mapping[str, Any], clouds: Mapping[str, Any]) -> dict[str, float]
 
 
 def raised_distance(
-    half: Half, rows: pd.DataFrame, shifting: Mapping[str, float], fitted_to: Half, seed: int = 0
+    half: Half, rows: pd.DataFrame, shifting: Mapping[str, float], fitted_to: Half
 ) -> pd.DataFrame:
     """Return the pairs of two shift defenses whose distance, the paper's, exceeds that of each member.
 
@@ -174,7 +169,6 @@ def raised_distance(
         rows: of ensembles on this half.
         shifting: how probable it is of each defense that it works by shift; those that mainly do are paired.
         fitted_to: of the calibration split.
-        seed: of the draws.
     """
     kept: list[dict[str, Any]] = []
     pairs = rows[(rows["size"] == 2) & rows["observed_shift"].notna()]
@@ -188,7 +182,7 @@ def raised_distance(
         if came["distance"][0] <= max(distance.values()):
             continue
         better = max(team, key=lambda name: float(alone[name]["auroc"][0]))
-        ends = gain(half, team, str(row["how"]), better, fitted_to, seed)
+        ends = gain(half, team, str(row["how"]), better, fitted_to)
         kept.append(
             {
                 **{name: row[name] for name in ("attack", "split", "members", "how")},
@@ -212,9 +206,7 @@ def raised_distance(
     return pd.DataFrame(kept, columns=list(kept[0]) if kept else _RAISED)
 
 
-def gain(
-    half: Half, team: Sequence[str], how: str, over: str, fitted_to: Half, seed: int = 0
-) -> dict[str, float]:
+def gain(half: Half, team: Sequence[str], how: str, over: str, fitted_to: Half) -> dict[str, float]:
     """Return by how much an ensemble's AUROC exceeds a single defense's, with its 95 % interval.
 
     Args:
@@ -223,13 +215,10 @@ def gain(
         how: `stack` or a vote.
         over: the single defense.
         fitted_to: of the calibration split.
-        seed: of the draws.
     """
-    samples = Resampling.once(half.units), Resampling.draw(half.units, DRAWS, seed)
     before, after = half.of_team([over])[:, 0], margins(half, team, how, fitted_to)
     point, cloud = (
-        contrast(before, after, half.board.is_harmful, 0.0, sample)["delta_auroc"] for sample in samples
+        contrast(before, after, half.board.is_harmful, 0.0, sample)["delta_auroc"]
+        for sample in (half.once, half.draws)
     )
-    low, high = interval(cloud, min(half.counts), counted=True)
-    value = float(point[0])
-    return {"gain_auroc": value, "gain_auroc_low": min(low, value), "gain_auroc_high": max(high, value)}
+    return estimate("gain_auroc", point, cloud, min(half.counts), counted=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -122,7 +123,8 @@ def combine(
     if len(usual) < 2:
         raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
     costs = pricing.once(ready, single, request.seed, console, _TIMED)
-    halves = _halves(ready, _tables(ready, single, frames, request))
+    threshold = {"readout": manifest.of_readout(ready.readout)}  # all that predictions need of the manifest
+    halves = _halves(ready, _tables(ready, single, frames, threshold), request.seed)
     named = {one.name: one for one in ready.defenses if isinstance(one, Stack) and not one.lacking()}
     given = {name: one for name, one in named.items() if all(part.name in single for part in members(one))}
     lost |= {(AS_IS.name, name): "a member of it failed" for name in named.keys() - given.keys()}
@@ -132,7 +134,8 @@ def combine(
         hoped = pd.concat(
             [ensembles.stacks(half, teams) for (_, split), half in halves.items() if split == CHOSEN_ON]
         )
-        best = pick(hoped, lambda team: _stack_cost(costs, team))[:runs]
+        ratio = dict(zip(costs["defense"], costs["prefill_ratio"], strict=True))
+        best = pick(hoped, lambda team: _stack_cost(ratio, team))[:runs]
     others = [name for name in stacks if name not in best and name not in given]
     chance = random.Random(f"{request.seed}/stacks").sample(others, min(runs, len(others)))
     run = {name: stacks[name] for name in dict.fromkeys([*given, *best, *chance])}
@@ -144,9 +147,12 @@ def combine(
         timed = pricing.once(ready, base | run, request.seed, console, _TIMED)
         costs = pd.concat([costs, timed[timed["defense"] != UNDEFENDED]], ignore_index=True)
     every = single | run
-    tables = _tables(ready, every, frames, request)
-    halves = _halves(ready, tables)
-    found, rows = _combined(halves, ready, single, usual, size, teams, request.seed, console)
+    record = manifest.of(ready.bench, ready.readout, every, ready.data, ready.split, request.limit)
+    record |= manifest.of_attacks(ready.attacks)
+    record["trusted"] = validity.of_run(ready.bench, ready.attacks, every, ready.readout, frames)
+    tables = _tables(ready, every, frames, record)
+    halves = _halves(ready, tables, request.seed)
+    found, rows = _combined(halves, ready, single, usual, size, teams, console)
     return Tried(ready, every, tables, halves, lost, found, rows, costs)
 
 
@@ -177,21 +183,13 @@ def _everywhere(name: str, frames: Mapping[Cell, pd.DataFrame], ready: Ready) ->
 
 
 def _tables(
-    ready: Ready, every: Mapping[str, Defense], frames: Mapping[Cell, pd.DataFrame], request: Request
+    ready: Ready, every: Iterable[str], frames: Mapping[Cell, pd.DataFrame], record: dict[str, Any]
 ) -> dict[str, ScoreTable]:
     """The scores of each split, in the order of the conditions."""
     split = {query.id: query.split for query in ready.data.queries}
     whole = pd.concat(
         [frames[attack.name, name] for attack in ready.attacks for name in every], ignore_index=True
     )
-    record = manifest.of(ready.bench, ready.readout, every, ready.data, ready.split, request.limit)
-    record |= manifest.of_attacks(ready.attacks)
-    record["trusted"] = {
-        attack.name: {
-            name: validity.known(ready.bench.under(attack), one, ready.readout) for name, one in every.items()
-        }
-        for attack in ready.attacks
-    }
     parts = {
         name: whole[whole["query"].map(split) == name].reset_index(drop=True)
         for name in (CHOSEN_ON, REPORTED_ON)
@@ -199,9 +197,9 @@ def _tables(
     return {name: ScoreTable(frame, record) for name, frame in parts.items()}
 
 
-def _halves(ready: Ready, tables: Mapping[str, ScoreTable]) -> dict[tuple[str, str], Half]:
+def _halves(ready: Ready, tables: Mapping[str, ScoreTable], seed: int) -> dict[tuple[str, str], Half]:
     return {
-        (attack.name, split): Half.of(table, attack.name, split)
+        (attack.name, split): Half.of(table, attack.name, split, seed)
         for attack in ready.attacks
         for split, table in tables.items()
     }
@@ -219,9 +217,8 @@ def _wearable(single: Mapping[str, Defense], names: Sequence[str], size: int) ->
     return found
 
 
-def _stack_cost(costs: pd.DataFrame, team: str) -> float:
+def _stack_cost(ratio: Mapping[str, float], team: str) -> float:
     """What a stack costs at least: what each member adds to the time of the undefended model."""
-    ratio = costs.set_index("defense")["prefill_ratio"]
     return 1 + float(sum(ratio[name] - 1 for name in team.split("+")))
 
 
@@ -232,7 +229,6 @@ def _combined(
     usual: Sequence[str],
     size: int,
     worn: Sequence[tuple[str, ...]],
-    seed: int,
     console: Console,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The mechanism of each defense, and a row for each of them and each ensemble on every half."""
@@ -248,6 +244,6 @@ def _combined(
             bar.advance(task)
     rows = pd.concat(parts, ignore_index=True)
     families = {name: one.family for name, one in single.items() if name != UNDEFENDED}
-    found = kinds.mechanisms(reported, families, seed)
-    of_team = kinds.kinds(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found, seed)
+    found = kinds.mechanisms(reported, families)
+    of_team = kinds.kinds(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found)
     return found, rows.merge(of_team, on="members", how="left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -29,7 +28,7 @@ from analysis.readout import LOW_COVERAGE
 from analysis.rendering import redact
 from analysis.request import Request, default_out, teller
 from analysis.run import conditions
-from analysis.sweeping import sweep
+from analysis.sweeping import failed_cells, say_written, sweep
 from analysis.tables import UNDEFENDED, UNVALIDATED, ScoreTable, condition
 from defenses import UserError
 from defenses.backdoor import draw_secret, write_secret
@@ -74,7 +73,7 @@ def analyze(
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": swept.interrupted,
-        "failed": [{"attack": sent, "defense": name, "why": why} for (sent, name), why in swept.lost.items()],
+        "failed": failed_cells(swept.lost),
         **manifest.of(
             bench,
             ready.readout,
@@ -89,14 +88,7 @@ def analyze(
         "scores_found_in_cache": bench.store.found if bench.store is not None else 0,
     }
     record |= manifest.of_attacks(request.attacks)
-    record["trusted"] = {
-        attack.name: {
-            name: validity.known(bench.under(attack), defense, ready.readout)
-            for name, defense in finished.items()
-            if (attack.name, name) in frames
-        }
-        for attack in request.attacks
-    }
+    record["trusted"] = validity.of_run(bench, request.attacks, finished, ready.readout, frames)
     scores = ScoreTable(pd.concat(list(frames.values()), ignore_index=True), record)
     with console.status("intervals and figures"):
         summary = summarize(scores, seed=request.seed)
@@ -118,16 +110,14 @@ def analyze(
         }
         saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
     if as_json:
-        print(json.dumps(json.loads(summary.frame.to_json(orient="records")), indent=2))
+        showing.as_json(summary.frame)
     else:
         showing.summary(summary, record)
         if spent is not None:
             showing.costs(spent)
     _say_coverage(summary.frame, console)
     _say_trust(summary.frame, console)
-    teller(console)(f"Tables, figures and run.json are in {out}")
-    for (sent, name), why in swept.lost.items():
-        teller(console)(f"Failed: {condition({'attack': sent, 'defense': name})}: {why}")
+    say_written(out, swept.lost, console)
     if swept.interrupted:
         teller(console)(
             f"Interrupted: {len(frames)} of {swept.wanted} conditions were finished and kept; the rest is "

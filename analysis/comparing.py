@@ -16,8 +16,8 @@ from analysis.additivity import Drawn
 from analysis.combining import Tried, combine, promising
 from analysis.decompose import summarize
 from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, STACK
-from analysis.request import Request, default_out, teller
-from analysis.tables import condition
+from analysis.request import Request, default_out
+from analysis.sweeping import failed_cells, say_written
 
 _ALL = 1000  # rows up to which all have intervals; of more, single defenses, stacks and the front
 
@@ -45,7 +45,8 @@ def compare(
     standings.front(found, record)
     standings.agreement(tables["additivity"])
     standings.distances(tables["distance"])
-    return ended(tried, out, console)
+    say_written(out, tried.lost, console)
+    return 1 if tried.lost else 0
 
 
 def told(
@@ -59,7 +60,7 @@ def told(
         request: what the user asked for.
         console: for progress.
     """
-    rows, seed = tried.rows, request.seed
+    rows = tried.rows
     front = pd.MultiIndex.from_frame(found.loc[found["on_front"], ["members", "how"]])
     told_of = rows["how"].isin((ALONE, STACK)) | pd.MultiIndex.from_frame(rows[["members", "how"]]).isin(
         front
@@ -75,10 +76,9 @@ def told(
         for index, row in wanted.items():
             half = tried.halves[row["attack"], REPORTED_ON]
             if row["how"] != ALONE:
-                clouds[index] = additivity.drawn(
-                    half, row["members"].split("+"), row["how"], tried.fitted_to, seed
-                )
-            ends[index] = additivity.intervals(half, row, tried.fitted_to, clouds.get(index), seed)
+                team = row["members"].split("+")
+                clouds[index] = additivity.drawn(half, team, row["how"], tried.fitted_to)
+            ends[index] = additivity.intervals(half, row, tried.fitted_to, clouds.get(index))
             bar.advance(task)
     with console.status("comparing"):
         shifting = dict(zip(tried.mechanisms["defense"], tried.mechanisms["p_shift"], strict=True))
@@ -88,7 +88,6 @@ def told(
                 rows[(rows["attack"] == attack) & (rows["split"] == split)],
                 shifting,
                 tried.fitted_to,
-                seed,
             )
             for (attack, split), half in tried.halves.items()
             if split == REPORTED_ON
@@ -96,7 +95,7 @@ def told(
         whole = rows.join(pd.DataFrame.from_dict(ends, orient="index"))
         tables = {
             "scores": pd.concat([table.frame.assign(split=name) for name, table in tried.scores.items()]),
-            "summary": summarize(tried.scores[REPORTED_ON], seed=seed).frame,
+            "summary": summarize(tried.scores[REPORTED_ON], seed=request.seed).frame,
             "mechanisms": tried.mechanisms,
             "ensembles": whole,
             "additivity": additivity.agreement(whole, clouds),
@@ -106,7 +105,7 @@ def told(
         }
     record = dict(tried.scores[REPORTED_ON].made_with) | {
         "notices": tried.ready.notices,
-        "failed": [{"attack": sent, "defense": name, "why": why} for (sent, name), why in tried.lost.items()],
+        "failed": failed_cells(tried.lost),
         "chosen_on": CHOSEN_ON,
         "reported_on": REPORTED_ON,
     }
@@ -130,11 +129,3 @@ def save(out: Path, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[
     drawn = of_ensembles(tables["ensembles"], tables["candidates"], families, context, counts)
     tables = tables | {stem: table for stem, (_, table) in drawn.items()}
     saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
-
-
-def ended(tried: Tried, out: Path, console: Console) -> int:
-    """Say where everything is and what failed; return the exit code."""
-    teller(console)(f"Tables, figures and run.json are in {out}")
-    for (sent, name), why in tried.lost.items():
-        teller(console)(f"Failed: {condition({'attack': sent, 'defense': name})}: {why}")
-    return 1 if tried.lost else 0

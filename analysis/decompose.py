@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from scipy.special import expit, ndtri
 
-from analysis.resampling import DRAWS, LEVEL, Draws, Resampling, Units, holm, interval, p_value, signs
+from analysis.resampling import DRAWS, LEVEL, Draws, Resampling, Units, estimate, holm, p_value, signs
 from analysis.tables import ESTIMATES, UNDEFENDED, ScoreTable, Summary
 
 _BEFORE, _AFTER = 0, 1
@@ -48,10 +48,7 @@ def summarize(scores: ScoreTable, draws: int = DRAWS, seed: int = 0) -> Summary:
                 for sample in samples
             )
             for name in ESTIMATES:
-                value = float(point[name][0])
-                low, high = interval(cloud[name], min(sizes.values()), name in COUNTED)
-                # An interval holds its own estimate, also at the end of its scale: no refusal, a rate of 0.
-                row |= {name: value, f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
+                row |= estimate(name, point[name], cloud[name], min(sizes.values()), name in COUNTED)
             if defense != UNDEFENDED:
                 row |= {
                     f"p_{name}": p_value(parts, units, flips)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 
 from analysis.fusion import Moments, predicted
 from analysis.outcomes import COORDINATES, Base, Levels, against, levels
-from analysis.resampling import Units
+from analysis.resampling import Resampling, Units
 from analysis.tables import UNDEFENDED, ScoreTable
 from analysis.voting import Board, fit, vote, ways
 
@@ -35,15 +36,17 @@ class Half:
         split: `calibration`, where ensembles are chosen, or `test`, where they are reported.
         board: the margins of all conditions, stacks that were run among them.
         units: which queries belong together.
+        seed: of the bootstrap.
     """
 
     attack: str
     split: str
     board: Board
     units: Units
+    seed: int = 0
 
     @classmethod
-    def of(cls, scores: ScoreTable, attack: str, split: str) -> Half:
+    def of(cls, scores: ScoreTable, attack: str, split: str, seed: int = 0) -> Half:
         """Return one half from the scores of its queries."""
         base = scores.condition(attack, UNDEFENDED)
         names = tuple(name for at, name in scores.conditions if at == attack)
@@ -51,7 +54,17 @@ class Half:
         is_harmful = base["harmful"].to_numpy(bool)
         above = np.stack(margins, axis=1) - scores.threshold
         board = Board(names, above, above[:, names.index(UNDEFENDED)], is_harmful)
-        return cls(attack, split, board, Units.by_pair(base["pair"], is_harmful))
+        return cls(attack, split, board, Units.by_pair(base["pair"], is_harmful), seed)
+
+    @cached_property
+    def once(self) -> Resampling:
+        """The queries as they are."""
+        return Resampling.once(self.units)
+
+    @cached_property
+    def draws(self) -> Resampling:
+        """The bootstrap draws that all figures of this half share."""
+        return Resampling.draw(self.units, seed=self.seed)
 
     def places(self, teams: Sequence[Sequence[str]]) -> Int[np.ndarray, "teams size"]:
         """Return the places of teams' members among the conditions."""
@@ -72,7 +85,7 @@ class Half:
         """Return what classifiers with these margins are like."""
         return levels(margins[:, self.board.is_harmful], margins[:, ~self.board.is_harmful])
 
-    @property
+    @cached_property
     def undefended(self) -> Levels:
         """What the undefended model is like."""
         return self.read(self.board.before[None])

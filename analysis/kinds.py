@@ -7,14 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.ensembles import Half
-from analysis.resampling import DRAWS, Resampling
+from analysis.ensembles import Half, singles
 
 # By family, as in the paper; it says nothing of the others.
 BY_FAMILY = {"reminders": "shift", "tuning": "shift", "backdoor": "shift", "refactoring": "discrimination"}
 
 
-def mechanisms(half: Half, families: Mapping[str, str], seed: int = 0) -> pd.DataFrame:
+def mechanisms(half: Half, families: Mapping[str, str]) -> pd.DataFrame:
     """Return what each defense mainly does: shift if both classes move the same way, else discrimination.
 
     Harmful queries move by shift + ½ discrimination and benign ones by shift − ½ discrimination, so they move
@@ -23,26 +22,25 @@ def mechanisms(half: Half, families: Mapping[str, str], seed: int = 0) -> pd.Dat
     Args:
         half: on whose queries.
         families: of the defenses, by name.
-        seed: of the bootstrap.
 
     Returns:
         A row per defense: both contrasts (nats), `mechanism`, `p_shift` (the share of bootstrap draws in
         which it is shift) and `by_family`, the paper's assignment.
     """
     names = list(families)
-    moved = _same_way(half, names, seed)
-    base, board = half.board.before, half.board
+    moved = _same_way(half, names)
+    alone = singles(half, names)
+    shift, discrimination = (alone[f"observed_{x}"].to_numpy(float) for x in ("shift", "discrimination"))
+    same_way = 2 * abs(shift) >= abs(discrimination)
     rows = []
     for place, name in enumerate(names):
-        change = half.of_team([name])[:, 0] - base
-        harmful, benign = change[board.is_harmful].mean(), change[~board.is_harmful].mean()
         rows.append(
             {
                 "defense": name,
                 "family": families[name],
-                "shift": (harmful + benign) / 2,
-                "discrimination": harmful - benign,
-                "mechanism": "shift" if harmful * benign >= 0 else "discrimination",
+                "shift": shift[place],
+                "discrimination": discrimination[place],
+                "mechanism": "shift" if same_way[place] else "discrimination",
                 "p_shift": float(moved[:, place].mean()),
                 "by_family": BY_FAMILY.get(families[name], ""),
             }
@@ -50,21 +48,20 @@ def mechanisms(half: Half, families: Mapping[str, str], seed: int = 0) -> pd.Dat
     return pd.DataFrame(rows)
 
 
-def kinds(half: Half, wanted: Iterable[str], found: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def kinds(half: Half, wanted: Iterable[str], found: pd.DataFrame) -> pd.DataFrame:
     """Return for each team whether its members work by one mechanism (intra) or by several (inter).
 
     Args:
         half: on whose queries.
         wanted: teams, their members joined by +.
         found: what `mechanisms` returned.
-        seed: of the bootstrap, as there.
 
     Returns:
         By team: `kind`, measured; `p_inter`, the share of bootstrap draws in which it is inter;
         `kind_by_family`, empty where the paper says nothing of a member's family.
     """
     names = list(found["defense"])
-    moved = _same_way(half, names, seed)
+    moved = _same_way(half, names)
     mechanism, family = (
         dict(zip(names, found[column], strict=True)) for column in ("mechanism", "by_family")
     )
@@ -88,8 +85,8 @@ def _kind(found: set[str]) -> str:
     return "inter" if len(found) > 1 else "intra"
 
 
-def _same_way(half: Half, names: Sequence[str], seed: int) -> Any:
+def _same_way(half: Half, names: Sequence[str]) -> Any:
     """Whether both classes move the same way, by draw and defense."""
-    sample, is_harmful = Resampling.draw(half.units, DRAWS, seed), half.board.is_harmful
+    draws, is_harmful = half.draws, half.board.is_harmful
     change = half.of_team(names) - half.board.before[:, None]
-    return (sample.harmful @ change[is_harmful]) * (sample.benign @ change[~is_harmful]) >= 0
+    return (draws.harmful @ change[is_harmful]) * (draws.benign @ change[~is_harmful]) >= 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from analysis import decompose, ensembles, fronts, saving, standings
+from analysis import decompose, ensembles, fronts, saving, showing, standings
 from analysis.combining import Tried, combine
-from analysis.comparing import ended, save, told
+from analysis.comparing import save, told
 from analysis.ensembles import ALONE, REPORTED_ON
 from analysis.request import Request, default_out
-from analysis.resampling import Resampling, interval
+from analysis.resampling import estimate
+from analysis.sweeping import say_written
 from analysis.tables import UNDEFENDED
 
 
@@ -67,7 +67,7 @@ def recommend(
     tried = combine(request, names, settings, size, runs, limits.within, console)
     found = tried.candidates()
     tables, record = told(tried, found, request, console)
-    chosen = picks(tried, found, limits, request.seed)
+    chosen = picks(tried, found, limits)
     record |= {
         "created": started.isoformat(timespec="seconds"),
         "max_over_refusal": limits.over_refusal,
@@ -76,13 +76,14 @@ def recommend(
     }
     save(out, tried, tables | {"recommendation": chosen}, record)
     if as_json:
-        print(json.dumps(json.loads(chosen.to_json(orient="records")), indent=2))
+        showing.as_json(chosen)
     else:
         standings.pick(chosen, limits.over_refusal, limits.cost)
-    return ended(tried, out, console)
+    say_written(out, tried.lost, console)
+    return 1 if tried.lost else 0
 
 
-def picks(tried: Tried, found: pd.DataFrame, limits: Limits, seed: int) -> pd.DataFrame:
+def picks(tried: Tried, found: pd.DataFrame, limits: Limits) -> pd.DataFrame:
     """Return the recommendation, the next best single defense, and the undefended model.
 
     Where nothing keeps to the limits, what comes closest on the calibration split takes the first place.
@@ -91,7 +92,6 @@ def picks(tried: Tried, found: pd.DataFrame, limits: Limits, seed: int) -> pd.Da
         tried: what was scored.
         found: the candidates.
         limits: what is kept to.
-        seed: of the draws.
 
     Returns:
         By `role`: the rates on the test split with 95 % intervals (harmful refused, the mean over attacks;
@@ -115,16 +115,16 @@ def picks(tried: Tried, found: pd.DataFrame, limits: Limits, seed: int) -> pd.Da
     if roles[0][1]["members"] != UNDEFENDED:
         roles.append(("undefended", usual))
     return pd.DataFrame(
-        [{"role": role, **row.to_dict(), **_rates(tried, row, limits, seed)} for role, row in roles]
+        [{"role": role, **row.to_dict(), **_rates(tried, row, limits)} for role, row in roles]
     )
 
 
-def _rates(tried: Tried, row: Any, limits: Limits, seed: int) -> dict[str, float]:
+def _rates(tried: Tried, row: Any, limits: Limits) -> dict[str, float]:
     """The rates of one candidate on the test split, and how likely it meets the limit."""
     team, how = row["members"].split("+"), row["how"]
     halves = [tried.halves[attack.name, REPORTED_ON] for attack in tried.ready.attacks]
     rates: list[dict[str, Any]] = []
-    for sample in (Resampling.once(halves[0].units), Resampling.draw(halves[0].units, seed=seed)):
+    for sample in (halves[0].once, halves[0].draws):
         read = [
             decompose.contrast(
                 half.board.before,
@@ -144,7 +144,5 @@ def _rates(tried: Tried, row: Any, limits: Limits, seed: int) -> dict[str, float
     point, cloud = rates
     found: dict[str, float] = {}
     for name in point:
-        low, high = interval(cloud[name], min(halves[0].counts), counted=True)
-        value = float(point[name][0])
-        found |= {name: value, f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
+        found |= estimate(name, point[name], cloud[name], min(halves[0].counts), counted=True)
     return found | {"p_meets": float((cloud["over_refusal"] <= limits.over_refusal).mean())}

@@ -103,6 +103,27 @@ def interval(cloud: Draws, n: int, counted: bool = False) -> tuple[float, float]
     return float(low), float(high)
 
 
+def estimate(
+    name: str, point: Float[np.ndarray, "1"], cloud: Draws, n: int, counted: bool = False
+) -> dict[str, float]:
+    """Return an estimate with its interval, as columns of a table.
+
+    An interval holds its own estimate, also at the end of its scale: no refusal, a rate of 0.
+
+    >>> estimate("rate", np.array([0.0]), np.full(100, 0.25), 9, counted=True)
+    {'rate': 0.0, 'rate_low': 0.0, 'rate_high': 0.25}
+
+    Args:
+        name: of the column.
+        point: of the data as they are, the only value.
+        cloud: as for `interval`.
+        n: as for `interval`.
+        counted: as for `interval`.
+    """
+    value, (low, high) = float(point[0]), interval(cloud, n, counted)
+    return {name: value, f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
+
+
 def rate(name: str, count: int, n: int) -> dict[str, float]:
     """Return a share with its Wilson interval, as columns of a table.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -49,10 +50,8 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
         f"{data['n_harmful']} harmful, {data['n_benign']} benign"
     )
     console = stdout()  # two lines a row: so it fits 80 columns
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
-    table.add_column("\ndefense\nverdict", overflow="fold")
-    for head in ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination"):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination")
+    shown = table("\ndefense\nverdict", heads, title, lines=True)
     for values in rows(summary.frame):
         control, reference = values["family"] == "control", values["verdict"] == "reference"
         rates = [interval(values, name, ".0f", 100.0) for name in ("refusal_rate", "over_refusal_rate")]
@@ -67,8 +66,8 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
             f"{shift}\n{discrimination}",
         ]
         cells[0] += f"\n{values['verdict']}"
-        table.add_row(*map(Text, cells), style="dim" if control else "")
-    console.print(table)
+        shown.add_row(*map(Text, cells), style="dim" if control else "")
+    console.print(shown)
     note = (
         f"[x, y]: 95 % intervals, paired bootstrap over pairs, {DRAWS:,} draws. Rates in %, at threshold "
         f"{record['readout']['threshold']:.3g}. Shift: refuses more of everything. Discrimination: tells "
@@ -79,16 +78,14 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
 
 def costs(found: pd.DataFrame) -> None:
     """Print what each condition costs."""
-    table = Table(title="Cost, each query alone", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("defense", overflow="fold")
-    for head in (
+    heads = (
         "tokens\nadded",
         "calls",
         "first token\n(× undefended)",
         "further token\n(× undefended)",
         "training\nexamples",
-    ):
-        table.add_column(head, justify="right", no_wrap=True)
+    )
+    shown = table("defense", heads, "Cost, each query alone")
     for values in rows(found):
         examples = values["training_examples"]
         cells = (
@@ -99,8 +96,29 @@ def costs(found: pd.DataFrame) -> None:
             interval(values, "token_ratio", ".2f"),
             "" if examples is None or examples != examples else f"{examples:.0f}",
         )
-        table.add_row(*map(Text, cells))
-    stdout().print(table)
+        shown.add_row(*map(Text, cells))
+    stdout().print(shown)
+
+
+def table(first: str, heads: Iterable[str], title: str | None = None, lines: bool = False) -> Table:
+    """Return an empty table: names that may break on the left, numbers that may not on the right.
+
+    Args:
+        first: head of the names.
+        heads: of the numbers.
+        title: above it.
+        lines: whether rows are parted by lines.
+    """
+    made = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=lines)
+    made.add_column(first, overflow="fold")
+    for head in heads:
+        made.add_column(head, justify="right", no_wrap=True)
+    return made
+
+
+def as_json(found: pd.DataFrame) -> None:
+    """Print a table for machines."""
+    print(json.dumps(json.loads(found.to_json(orient="records")), indent=2))
 
 
 def checks(console: Console, name: str, checks: Sequence[Check], texts: Sequence[tuple[str, str]]) -> None:

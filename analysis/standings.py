@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 from rich.text import Text
 
 from analysis import showing
@@ -36,10 +35,8 @@ def front(found: pd.DataFrame, record: dict[str, Any]) -> None:
         f"{record['model']['name']}: {len(found):,} defenses and ensembles; on the calibration split none "
         f"beats these {int(found['on_front'].sum())}"
     )
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("members\nhow", overflow="fold")
-    for head in ("harmful refused (%)\nchosen → test", "benign answered (%)\nchosen → test", "cost\n(×)"):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = ("harmful refused (%)\nchosen → test", "benign answered (%)\nchosen → test", "cost\n(×)")
+    table = showing.table("members\nhow", heads, title)
     for row in showing.rows(_few(chosen)):
         rates = [
             f"{100 * row[f'{x}_calibration']:.0f} → {100 * row[f'{x}_test']:.0f}"
@@ -133,15 +130,8 @@ def pick(found: pd.DataFrame, limit: float, most: float | None) -> None:
                     "before you rely on it."
                 )
             )
-    table = Table(show_edge=False, pad_edge=False, show_lines=True)
-    table.add_column("\nmembers, how", overflow="fold")
-    for head in (
-        "refuses (%)\nharmful\nbenign",
-        "chosen on\nharmful\nbenign",
-        "meets the\nlimit",
-        "\ncost (×)",
-    ):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = ("refuses (%)\nharmful\nbenign", "chosen on\nharmful\nbenign", "meets the\nlimit", "\ncost (×)")
+    table = showing.table("\nmembers, how", heads, lines=True)
     for values in showing.rows(found):
         cells = (
             f"{values['role']}\n{values['members']} ({values['how']})\n{values['trusted']}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
@@ -11,8 +12,9 @@ from rich.console import Console
 from analysis import showing
 from analysis.preparing import Ready
 from analysis.rendering import redact
+from analysis.request import teller
 from analysis.run import score_all
-from analysis.tables import UNDEFENDED
+from analysis.tables import UNDEFENDED, condition
 from defenses import Defense
 from defenses.errors import told
 
@@ -76,3 +78,15 @@ def sweep(ready: Ready, every: Mapping[str, Defense], lost: Mapping[Cell, str], 
                 for name in every:
                     swept.lost.setdefault((attack.name, name), "the undefended model was not scored")
     return swept
+
+
+def failed_cells(lost: Mapping[Cell, str]) -> list[dict[str, str]]:
+    """Return what run.json says of the conditions that failed."""
+    return [{"attack": sent, "defense": name, "why": why} for (sent, name), why in lost.items()]
+
+
+def say_written(out: Path, lost: Mapping[Cell, str], console: Console) -> None:
+    """Say where a run is, and what failed in it."""
+    teller(console)(f"Tables, figures and run.json are in {out}")
+    for (sent, name), why in lost.items():
+        teller(console)(f"Failed: {condition({'attack': sent, 'defense': name})}: {why}")

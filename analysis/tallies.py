@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 from rich.text import Text
 
 from analysis import showing
@@ -25,15 +24,13 @@ def validity(found: pd.DataFrame, record: dict[str, Any]) -> None:
         f"{record['model']['name']}: readouts against the text of {data['n_harmful'] + data['n_benign']} "
         f"answers a condition, judge {record['judge']['name']}"
     )
-    shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("condition\nreadout: verdict", overflow="fold")
-    for head in (
+    heads = (
         "refused, text (%)\nby readout",
         "agrees (%)\ncoverage",
         "AUROC\nkappa",
         "calibration\nerror",
-    ):
-        shown.add_column(head, justify="right", no_wrap=True)
+    )
+    shown = showing.table("condition\nreadout: verdict", heads, title)
     for values in showing.rows(found):
         n = max(values["n"], 1)
         kappa = showing.interval(values, "kappa", ".2f")
@@ -70,16 +67,14 @@ def worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
         judge: whose count comes first.
         tokens: that answers were cut at.
     """
-    shown = Table(title="What the answers are worth", title_justify="left", show_edge=False, pad_edge=False)
-    shown.add_column("\ncondition\nanswers compared", overflow="fold")
-    for head in (
+    heads = (
         f"ASR (%)\nby {judge}\nby keywords",
         "refuses (%)\ntwins\nplain",
         "\nchrF\nlength ratio",
         "change of\nrepetition (%)\nlog-probability",
         *(["grade (1 to 10)\nhere\nchange"] if "grade" in found else []),
-    ):
-        shown.add_column(head, justify="right", no_wrap=True)
+    )
+    shown = showing.table("\ncondition\nanswers compared", heads, "What the answers are worth")
     for values in showing.rows(found):
 
         def cell(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:

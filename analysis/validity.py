@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from analysis import kept, manifest, scoring
+from analysis.attacks import Attack
 from analysis.bench import Bench
 from analysis.readout import Readout
 from analysis.tables import UNVALIDATED
@@ -29,6 +31,32 @@ def row(bench: Bench, defense: Defense, readout: Readout) -> dict[str, Any]:
 def known(bench: Bench, defense: Defense, readout: Readout) -> str:
     """Return `trusted`, `not trusted` or `cannot tell` as it was measured, or that it was not."""
     return str(row(bench, defense, readout).get("trusted", UNVALIDATED))
+
+
+def of_run(
+    bench: Bench,
+    attacks: Iterable[Attack],
+    defenses: Mapping[str, Defense],
+    readout: Readout,
+    scored: Container[tuple[str, str]],
+) -> dict[str, dict[str, str]]:
+    """Return what is known of each condition of a run, by attack and name.
+
+    Args:
+        bench: the model.
+        attacks: of the run.
+        defenses: by their names in the tables.
+        readout: of the run.
+        scored: attack and name of the conditions that were scored; of others nothing is said.
+    """
+    return {
+        attack.name: {
+            name: known(bench.under(attack), defense, readout)
+            for name, defense in defenses.items()
+            if (attack.name, name) in scored
+        }
+        for attack in attacks
+    }
 
 
 def _place(bench: Bench, defense: Defense, readout: Readout) -> Path:

@@ -6,6 +6,8 @@ Functions (import them: `from conftest import tiny_model, ...`):
 - `toy_tokenizer(template="chatml", kind="bytes")`: a new small BPE tokenizer, a template of `TEMPLATES`;
   kind is "bytes" (GPT-2, Llama 3, Qwen) or "metaspace" (Llama 2, Mistral: words begin with "▁").
 - `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
+- `readable(kind, figure, written)`: asserts that no text of a figure hides another.
+- `held()`: what a model might hold on training queries, for a `Host`.
 - `toy_bench(family="llama", template="chatml", kind="bytes")`: an `analysis.bench.Bench` of both.
 
 Fixtures: `smollm2` (the embedded model, loaded once; such tests are marked `embedded`).
@@ -16,6 +18,8 @@ Shape hints (jaxtyping) and all other hints of both packages are checked (bearty
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +43,7 @@ install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 from analysis.bench import Bench  # noqa: E402
 from analysis.models import TABLE, LoadedModel, load  # noqa: E402
 from analysis.readout import COMPLY, REFUSE  # noqa: E402
-from defenses import adapters  # noqa: E402
+from defenses import Residuals, adapters  # noqa: E402
 from defenses.adapters import Adapter  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
@@ -347,6 +351,33 @@ def made_adapter(
 def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str = "bytes") -> Bench:
     """Return a bench with a tiny model and the toy tokenizer."""
     return Bench.of(LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"}))
+
+
+def readable(kind: str, figure: Any, written: Callable[[Any], list[Any]], slack: float = 0.5) -> None:
+    """Assert that no text of a figure hides another or leaves the canvas, at several resolutions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    for dpi in (100, 150):
+        figure.set_dpi(dpi)
+        FigureCanvasAgg(figure).draw()
+        texts = written(figure)
+        boxes = [Text.get_window_extent(text) for text in texts]
+        for text, box in zip(texts, boxes, strict=True):
+            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+            assert inside, f"{kind} at {dpi} dpi: {text.get_text()!r} leaves the canvas"
+        for (one, a), (two, b) in itertools.combinations(zip(texts, boxes, strict=True), 2):
+            across, up = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert across <= slack or up <= slack, (
+                f"{kind} at {dpi} dpi: {one.get_text()!r} on {two.get_text()!r}"
+            )
+
+
+def held() -> Residuals:
+    """Return what a model might hold on training queries."""
+    made = torch.Generator().manual_seed(0)
+    means = [torch.randn(2, 64, generator=made) for _ in range(2)]
+    return Residuals(*means, frozenset({"a query"}), "toy")
 
 
 def save_model(

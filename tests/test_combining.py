@@ -274,7 +274,7 @@ def test_what_was_timed_is_not_timed_again(kept: Path, monkeypatch: pytest.Monke
 def test_where_nothing_qualifies_the_closest_is_shown(kept: Path) -> None:
     tried = combining.combine(request(kept), NAMES, [], 2, 0, combining.promising, commands.Console())
     found = tried.candidates().assign(benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame)))
-    chosen_ = recommending.picks(tried, found, Limits(0.1), 0)
+    chosen_ = recommending.picks(tried, found, Limits(0.1))
     assert chosen_.iloc[0]["role"] == "closest"
     assert chosen_.iloc[0]["members"] == found.iloc[-1]["members"] and "recommended" not in set(
         chosen_["role"]

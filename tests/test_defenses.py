@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import made_adapter, tiny_model, toy_tokenizer
+from conftest import held, made_adapter, tiny_model, toy_tokenizer
 
 import defenses
-from defenses import Defense, Host, Residuals, Source, UserError
+from defenses import Defense, Host, Source, UserError
 from defenses.catalog import classes, settings_of
 from defenses.chats import begin_answer, last_user, parted
 from defenses.ensemble import members
@@ -58,13 +58,6 @@ def host(folder, seed=0):
     """Return a host with a byte-level toy tokenizer, a folder of its own for secrets, and tuned weights."""
     folders = (folder / "secrets", folder / "shipped"), (Path(shelf().name),)
     return Host("toy", toy_tokenizer(), *folders, "toy", seed, residuals=held)
-
-
-def held():
-    """Return what a model might hold on training queries."""
-    made = torch.Generator().manual_seed(0)
-    means = [torch.randn(2, 64, generator=made) for _ in range(2)]
-    return Residuals(*means, frozenset({"a query"}), "toy")
 
 
 def readings(defense, chat, seed=0, said="What is bread?"):

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import made_adapter, tiny_model, toy_bench, toy_tokenizer
+from conftest import held, made_adapter, tiny_model, toy_bench, toy_tokenizer
 
 import defenses
 from analysis import manifest, preflight, queries, scoring
 from analysis.answering import answers
 from analysis.attacks import chosen
 from analysis.run import conditions, score
-from defenses import Defense, Host, Residuals, UserError, adapters
+from defenses import Defense, Host, UserError, adapters
 from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import choose
 from defenses.chats import last_user
@@ -25,13 +25,6 @@ from defenses.tuning import SafetyTuning
 
 ASKED = queries.sample(queries.load("twins").queries, 6)
 NONE = defenses.get("none")
-
-
-def held():
-    """Return what a model might hold on training queries."""
-    made = torch.Generator().manual_seed(0)
-    means = [torch.randn(2, 64, generator=made) for _ in range(2)]
-    return Residuals(*means, frozenset({"a query"}), "toy")
 
 
 def host(folder):

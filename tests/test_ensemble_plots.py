@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import readable
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color, to_rgba
@@ -137,17 +138,7 @@ def written(figure: Figure) -> list[Text]:
 @pytest.mark.parametrize("manner", MANNERS)
 def test_no_text_hides_another_and_none_leaves_the_canvas(manner: str) -> None:
     for kind, (figure, _) in made(manner).items():
-        for dpi in (100, 150):
-            figure.set_dpi(dpi)
-            FigureCanvasAgg(figure).draw()
-            texts = written(figure)
-            boxes = [Text.get_window_extent(text) for text in texts]
-            for text, box in zip(texts, boxes, strict=True):
-                inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-                assert inside, f"{kind} at {dpi} dpi: {text.get_text()!r} leaves the canvas"
-            for (one, a), (two, b) in itertools.combinations(zip(texts, boxes, strict=True), 2):
-                apart = min(a.x1, b.x1) - max(a.x0, b.x0) <= 0.6 or min(a.y1, b.y1) - max(a.y0, b.y0) <= 0.6
-                assert apart, f"{kind} at {dpi} dpi: {one.get_text()!r} on {two.get_text()!r}"
+        readable(kind, figure, written, slack=0.6)
 
 
 def test_which_figures_there_are() -> None:

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import readable
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color
@@ -216,27 +217,11 @@ def test_past_six_defenses_roc_colors_those_whose_auroc_differs_most() -> None:
     assert change[list(colored)].min() >= change.drop(list(colored)).max()
 
 
-def readable(kind: str, figure: Figure) -> None:
-    """Assert that no text of a figure hides another or leaves the canvas, at several resolutions."""
-    for dpi in (100, 150):
-        figure.set_dpi(dpi)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        texts = written(figure)
-        boxes = [Text.get_window_extent(text) for text in texts]
-        for text, box in zip(texts, boxes, strict=True):
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-            assert inside, f"{kind} at {dpi} dpi: {text.get_text()!r} leaves the canvas"
-        for (one, a), (two, b) in itertools.combinations(zip(texts, boxes, strict=True), 2):
-            apart = min(a.x1, b.x1) - max(a.x0, b.x0) <= 0.5 or min(a.y1, b.y1) - max(a.y0, b.y0) <= 0.5
-            assert apart, f"{kind} at {dpi} dpi: {one.get_text()!r} on {two.get_text()!r}"
-
-
 @pytest.mark.parametrize("manner", ["usual", "long", "same"])
 @pytest.mark.parametrize("defenses", [0, 2, 8, 20])
 def test_no_text_hides_another_and_none_leaves_the_canvas(defenses: int, manner: str) -> None:
     for kind, (figure, table) in made(defenses, manner).items():
-        readable(kind, figure)
+        readable(kind, figure, written)
         if kind == "plane":
             (ax,) = figure.axes
             spots = ax.transData.transform(np.array([[0, 0], *table[["shift", "discrimination"]].to_numpy()]))
@@ -378,7 +363,7 @@ def test_the_grid_can_be_read_at_any_size_and_drawn_from_its_csv(
     summary.loc[0, "trusted"] = "not trusted"
     cells = attack_cells(scores, summary, THRESHOLD)
     figure = complete(grid(cells), TITLES["attacks"], of_attacks(cells, RUN))
-    readable("attacks", figure)
+    readable("attacks", figure, written)
     width = figure.get_size_inches()[0]
     assert width < 11, "a page takes it"
     text = io.StringIO(cells.to_csv(index=False, float_format="%.7g"))
