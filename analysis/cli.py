@@ -273,6 +273,62 @@ def recommend(
 
 
 @app.command()
+def mechanism(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    sites: Annotated[
+        str, typer.Option(help="What is patched: residual, attention, mlp, heads; joined by commas.")
+    ] = "residual,attention,mlp,heads",
+    top: Annotated[int, typer.Option(help="Parts that are told and drawn; heads that are patched.")] = 10,
+    patched: Annotated[
+        int, typer.Option(help="Queries, at most, that interventions run on, pairs kept whole; 0: none.")
+    ] = 32,
+    ensembles: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `analyze ensembles`: do defenses that use the same parts interact?"),
+    ] = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Where in the model does a defense act? Layers, heads and MLPs, and interventions that test them.
+
+    analyze mechanism -d backdoor -m smollm2:attacked
+    """
+    if not defense:
+        raise UserError("which defense? -d NAME (see `analyze list defenses`)")
+    sent, readouts = _attacks(attack), _readouts([readout])
+    if readouts in (("all",), ("log-odds",)):
+        raise UserError(
+            f"--readout {readout}: a margin is split over parts only where it is linear in the logits: take "
+            "words, calibrated, question or prefilled-K"
+        )
+    chosen = _sites(sites)
+    if top < 1:
+        raise UserError(f"--top {top}: it takes 1 or more")
+    if patched < 0 or patched == 1:
+        raise UserError(f"--patched {patched}: it takes 0 (none) or 2 and more, a harmful and a benign query")
+    from analysis import locating
+    from analysis.looking import Wanted
+    from analysis.request import Request
+
+    request = Request(
+        model, data, split, limit, _batch(batch_size), device, dtype, seed, offline, sent, readouts
+    )
+    wanted = Wanted(chosen, top, patched, ensembles)
+    raise typer.Exit(locating.locate(request, defense, settings or [], wanted, out))
+
+
+@app.command()
 def explain(
     defense: Annotated[str, typer.Argument(help="Name, or the path of a .py file.")],
     model: ModelOption = "smollm2",
@@ -497,6 +553,15 @@ def _refuse_odd(size: int, stacks: int) -> None:
         raise UserError(f"--size {size}: an ensemble has 2 or 3 members at most")
     if stacks < 0:
         raise UserError(f"--stacks {stacks}: it takes 0 (none is run) or more")
+
+
+def _sites(text: str) -> tuple[str, ...]:
+    known = ("residual", "attention", "mlp", "heads")
+    chosen = tuple(one.strip() for one in text.split(",") if one.strip())
+    for one in chosen:
+        if one not in known:
+            raise unknown("site", one, known)
+    return chosen
 
 
 def _share(text: str) -> float:

@@ -70,12 +70,18 @@ class Engine:
     Args:
         model: in evaluation mode, on its device; it is never changed.
         batch_size: prompts in one pass; None lets the number of tokens decide.
+
+    Attributes:
+        ends: while prompts run, in which row and column of the hidden states (rows x columns x width) the
+            positions are whose logits are wanted, in the order of the logits; for hooks. None otherwise, and
+            while a shared prefix runs.
     """
 
     def __init__(self, model: Any, batch_size: int | None = None) -> None:
         self.model = model
         self.batch_size = batch_size
         self.work = Work()
+        self.ends: tuple[Tensor, Tensor] | None = None
 
     def read(
         self,
@@ -107,7 +113,7 @@ class Engine:
             reduce: as for `read`.
         """
         with torch.inference_mode():
-            for rows, logits in self._sweep(prompts, [1] * len(prompts)):
+            for rows, logits in self.sweep(prompts, [1] * len(prompts)):
                 yield rows, reduce(logits)
 
     def likelihoods(
@@ -126,7 +132,7 @@ class Engine:
         whole = [(*prompt, *answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
         values: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for rows, logits in self._sweep(whole, [len(answer) for answer in answers]):
+            for rows, logits in self.sweep(whole, [len(answer) for answer in answers]):
                 said = torch.tensor([token for row in rows for token in answers[row]], device=logits.device)
                 chances = logits.gather(1, said[:, None])[:, 0] - logits.logsumexp(1)
                 values.update(
@@ -135,15 +141,21 @@ class Engine:
                 done(len(rows))
         return [values[row] for row in range(len(prompts))]
 
-    def _sweep(
-        self, prompts: Sequence[Sequence[int]], ends: Sequence[int]
+    def sweep(
+        self, prompts: Sequence[Sequence[int]], ends: Sequence[int], share: bool = True
     ) -> Iterator[tuple[list[int], Float[Tensor, "ends vocab"]]]:
-        """Rows, and the logits behind the last so many tokens of each, batch by batch."""
+        """Yield which prompts, and the logits behind the last so many tokens of each, batch by batch.
+
+        Args:
+            prompts: as for `read`.
+            ends: how many tokens of each, from 1 on.
+            share: whether what all prompts begin with is computed once, in a pass of its own.
+        """
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
         # A row's own part holds all its ends.
         most = min(len(prompt) - end for prompt, end in zip(prompts, ends, strict=True))
-        shared = min(shared_prefix(prompts), most) if self._can_share else 0
+        shared = min(shared_prefix(prompts), most) if share and self._can_share else 0
         prefix = self._prefix(prompts[0][:shared]) if shared else None
         in_line = prefix is not None and prefix.in_line
         for rows in self._batches([prompt[shared:] for prompt in prompts], in_line):
@@ -277,6 +289,31 @@ class Engine:
         with attention.in_two_parts(rows, hidden):
             return self._run(cache, tokens[None], mask, shared + places[None], torch.zeros_like(last), last)
 
+    def repeating(self, prompt: Sequence[int]) -> Callable[[int], Float[Tensor, "rows vocab"]]:
+        """Return what reads a prompt's end so many times at once, the tokens before it having been computed.
+
+        Hooks may then change what each row holds there; nothing before it can see that.
+
+        Args:
+            prompt: two tokens at least.
+        """
+        shared = len(prompt) - 1
+        prefix = self._prefix(prompt[:shared])
+
+        def read(rows: int) -> Float[Tensor, "rows vocab"]:
+            ids = torch.full((rows,), prompt[shared])
+            if prefix.in_line:
+                line = attention.Rows.of(torch.ones(rows, dtype=torch.long))
+                places = torch.zeros(rows, dtype=torch.long)
+                return self.line(prefix.cache, shared, ids, places, line, line.last)
+            mask = torch.ones(rows, shared + 1, dtype=torch.long)
+            last = torch.zeros(rows, dtype=torch.long)
+            return self._run(
+                prefix.cache, ids[:, None], mask, last[:, None] + shared, torch.arange(rows), last
+            )
+
+        return read
+
     def _run(
         self,
         cache: DynamicCache | None,
@@ -287,14 +324,18 @@ class Engine:
         last: Int[Tensor, " ends"],
     ) -> Float[Tensor, "ends vocab"]:
         device = self.model.device
-        with _ends_only(self.model, rows, last):
-            out = self.model(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+        self.ends = rows.to(device), last.to(device)
+        try:
+            with _ends_only(self.model, rows, last):
+                out = self.model(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    position_ids=positions.to(device),
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
+        finally:
+            self.ends = None
         self.work.computed += ids.numel()
         # One position of each row is left, or all of them where a model does not call its unembedding module.
         logits = out.logits

@@ -104,7 +104,7 @@ def interval(cloud: Draws, n: int, counted: bool = False) -> tuple[float, float]
 
 
 def estimate(
-    name: str, point: Float[np.ndarray, "1"], cloud: Draws, n: int, counted: bool = False
+    name: str, point: Float[np.ndarray, " 1"], cloud: Draws, n: int, counted: bool = False
 ) -> dict[str, float]:
     """Return an estimate with its interval, as columns of a table.
 

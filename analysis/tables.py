@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 SCORES = (
     "query",
@@ -36,6 +38,7 @@ ESTIMATES = (
     "scaled_shift",
 )
 UNDEFENDED, DIRECT = "none", "direct"
+TOLERANCE = 1e-3  # nats, by which the parts of a margin may miss it
 UNVALIDATED = "not validated"
 
 
@@ -132,3 +135,47 @@ class Summary:
         missing = wanted - set(self.frame.columns)
         if missing:
             raise ValueError(f"a summary lacks {sorted(missing)}")
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """A part of a model that writes into the residual stream.
+
+    >>> str(Part("head", 3, 1)), str(Part("mlp", 3)), str(Part("embedding"))
+    ('L3H1', 'L3 mlp', 'embedding')
+
+    Attributes:
+        kind: embedding, head, attention, mlp, residual, bias, or added (between blocks, by a defense).
+        layer: 0 for the first; what is added stands in front of that layer; none has none.
+        head: of a head.
+    """
+
+    kind: str
+    layer: int | None = None
+    head: int | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "head":
+            return f"L{self.layer}H{self.head}"
+        return self.kind if self.layer is None else f"L{self.layer} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Margins as sums over the parts of a model; it does not exist if they do not add up.
+
+    Attributes:
+        parts: of the model.
+        shares: what each adds to the margin of each query, nats.
+        total: the margins.
+    """
+
+    parts: tuple[Part, ...]
+    shares: Float[np.ndarray, "queries parts"]
+    total: Float[np.ndarray, " queries"]
+
+    def __post_init__(self) -> None:
+        """Refuse parts that are no decomposition."""
+        off = np.abs(self.shares.sum(1) - self.total).max(initial=0.0)
+        if not off <= TOLERANCE:
+            raise ValueError(f"the parts miss the margin by {off:.2g} nats, where {TOLERANCE} is allowed")

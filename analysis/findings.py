@@ -1,0 +1,220 @@
+"""What `analyze mechanism` prints: where an effect arises, what carries it, what interventions leave of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.text import Text
+from scipy.stats import spearmanr
+
+from analysis import showing
+from analysis.ensembles import REPORTED_ON, STACK
+from analysis.located import CONTRASTS
+from analysis.tables import Part, condition
+from defenses import UserError
+
+_CONTRASTS = ("shift\n(nats)", "discrimination\n(nats)")
+
+
+def interactions(folder: Path) -> pd.DataFrame:
+    """Return the stacks that a run of `analyze ensembles` has observed.
+
+    Args:
+        folder: where it wrote.
+    """
+    path = folder / "ensembles.csv" if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"--ensembles {folder}: there is no ensembles.csv; `analyze ensembles` writes one")
+    found = pd.read_csv(path)
+    wanted = {"attack", "members", "how", "split", *(f"interaction_{name}" for name in CONTRASTS)}
+    if missing := sorted(wanted - set(found.columns)):
+        raise UserError(f"{path} lacks {', '.join(missing)}: it is not what `analyze ensembles` writes")
+    return found[(found["how"] == STACK) & (found["split"] == REPORTED_ON)]
+
+
+def show(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], top: int) -> None:
+    """Print the main findings of each condition.
+
+    Args:
+        tables: by file stem.
+        record: of the run.
+        top: how many parts.
+    """
+    data, console = record["data"], showing.stdout()
+    console.print(
+        f"{record['model']['name']} ({record['dtype']}) on {data['name']}, {data['split']} split: "
+        f"{data['n_harmful']} harmful, {data['n_benign']} benign; [x, y]: 95 % intervals",
+        markup=False,
+        highlight=False,
+    )
+    _layers(tables)
+    if "parts" in tables:
+        _parts(tables["parts"], top)
+    _directions(tables["directions"])
+    if "patches" in tables:
+        _patches(tables["patches"])
+    for row in record["slopes_against_patches"]:
+        _say(
+            f"{condition(row)}: slopes guess the effect of patching {row['heads']:.0f} heads on "
+            f"{row['contrast']} with rank correlation {row['rank_correlation']:+.2f}, off by {row['mean_error']:.3f} nats "
+            f"of {row['mean_size']:.3f} on average"
+        )
+    if "cuts" in tables:
+        _cuts(tables["cuts"])
+    if "weights" in tables:
+        _weights(tables["weights"])
+    if "overlap" in tables:
+        _overlap(tables["overlap"])
+
+
+def _layers(tables: Mapping[str, pd.DataFrame]) -> None:
+    shown = showing.table(
+        "defense", ("contrast", "whole effect\n(nats)", "half of it\nby layer"), "Logit lens"
+    )
+    for row in showing.rows(tables["half"]):
+        half = showing.interval(row, "half", ".0f")
+        shown.add_row(
+            *map(Text, (condition(row), row["contrast"], showing.interval(row, "final", "+.2f"), half))
+        )
+    showing.stdout().print(shown)
+
+
+def _parts(found: pd.DataFrame, top: int) -> None:
+    for (_, _), parts in found.groupby(["attack", "defense"], sort=False):
+        largest = (
+            parts[list(CONTRASTS)].abs().max(axis=1).sort_values(ascending=False, kind="stable").index[:top]
+        )
+        first = next(showing.rows(parts))
+        shown = showing.table(
+            "part", _CONTRASTS, f"{condition(first)}: the {len(largest)} largest of {len(parts)} parts"
+        )
+        for row in showing.rows(parts.loc[largest]):
+            cells = (showing.interval(row, name, "+.3f") for name in CONTRASTS)
+            shown.add_row(*map(Text, (name_of(row), *cells)))
+        showing.stdout().print(shown)
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """Return a part's name, by the columns of a table.
+
+    >>> name_of({"kind": "head", "layer": 3, "head": 1}), name_of({"kind": "mlp", "layer": 3, "head": pd.NA})
+    ('L3H1', 'L3 mlp')
+    """
+    layer, head = (None if pd.isna(row[name]) else int(row[name]) for name in ("layer", "head"))
+    return str(Part(row["kind"], layer, head))
+
+
+def _directions(found: pd.DataFrame) -> None:
+    heads = ("direction\nin layer", "AUROC\nΔAUROC", "shift\ndiscrimination")
+    shown = showing.table("defense\n", heads, "Projections, in distances between the classes", lines=True)
+    for row in showing.rows(found[found["chosen"]]):
+        cells = (
+            f"{condition(row)}\n{knows_or_acts(row)}",
+            f"{row['direction']}\n{row['layer']}",
+            f"{showing.interval(row, 'auroc', '.2f')}\n{showing.interval(row, 'delta_auroc', '+.2f')}",
+            "\n".join(showing.interval(row, name, "+.2f") for name in CONTRASTS),
+        )
+        shown.add_row(*map(Text, cells))
+    showing.stdout().print(shown)
+
+
+def knows_or_acts(row: Mapping[str, Any]) -> str:
+    """Return in words what a defense does to a projection at the chosen layer.
+
+    The model knows more of harm where the classes lie farther apart and are told apart better on the
+    harmfulness direction; it acts more where both move to refusal on the refusal direction.
+
+    Args:
+        row: of directions.csv.
+    """
+
+    def beyond(name: str) -> int:
+        return int(row[f"{name}_low"] > 0) - int(row[f"{name}_high"] < 0)
+
+    if row["direction"] == "harmfulness":
+        sides = {beyond("discrimination"), beyond("delta_auroc")}
+        side = sides.pop() if len(sides) == 1 else 0
+        return {
+            1: "knows more of harm",
+            0: "knows no more and no less, as far as seen",
+            -1: "knows less of harm",
+        }[side]
+    return {1: "acts more", 0: "acts no more and no less, as far as seen", -1: "acts less"}[beyond("shift")]
+
+
+def _patches(found: pd.DataFrame) -> None:
+    whole = found[(found["into"] == "undefended") & (found["kind"] != "head")]
+    for (_, _), rows in whole.groupby(["attack", "defense"], sort=False):
+        first = next(showing.rows(rows))
+        title = f"{condition(first)}: put into the undefended run, one layer at a time; the largest by site"
+        shown = showing.table("site", ("patched with", *_CONTRASTS), title)
+        for kind in dict.fromkeys(rows["kind"]):
+            of_kind = rows[rows["kind"] == kind]
+            # What leaves the last block is all there is: nothing to find there.
+            within = of_kind[of_kind["layer"] < of_kind["layer"].max()] if kind == "residual" else of_kind
+            defended = within[within["source"] == "defense"]
+            for name in CONTRASTS:
+                layer = defended.loc[defended[name].abs().idxmax(), "layer"]
+                for row in showing.rows(within[within["layer"] == layer]):
+                    cells = (showing.interval(row, one, "+.2f") for one in CONTRASTS)
+                    shown.add_row(*map(Text, (f"{name_of(row)}, by {name}", row["source"], *cells)))
+        showing.stdout().print(shown)
+
+
+def _cuts(found: pd.DataFrame) -> None:
+    for (_, _), rows in found.groupby(["attack", "defense"], sort=False):
+        first = next(showing.rows(rows))
+        title = f"{condition(first)}: what is left when attention to its own tokens is cut"
+        shown = showing.table("cut", ("in layers", *_CONTRASTS), title)
+        for row in showing.rows(rows):
+            where = "none" if row["first"] < 0 else f"{row['first']}-{row['last']}"
+            cells = (showing.interval(row, one, "+.2f") for one in CONTRASTS)
+            shown.add_row(*map(Text, (f"from {row['reader']}", where, *cells)))
+        showing.stdout().print(shown)
+
+
+def _weights(found: pd.DataFrame) -> None:
+    for (_, _), rows in found.groupby(["attack", "defense"], sort=False):
+        first = next(showing.rows(rows))
+        title = f"{condition(first)}: its weights switched on, its prompt always there"
+        shown = showing.table("switched on", _CONTRASTS, title)
+        depth = rows.loc[rows["how"] == "up to", "layer"]
+        told = (
+            {int(np.quantile(depth, share, method="nearest")) for share in (0, 0.25, 0.5, 0.75, 1)}
+            if len(depth)
+            else set()
+        )
+        for row in showing.rows(rows):
+            if row["how"] == "module":
+                name = f"{row['module']} in all layers"
+            elif row["how"] == "up to" and row["layer"] in told:
+                name = f"all up to layer {row['layer']}"
+            elif row["how"] == "nothing":
+                name = "nothing"
+            else:
+                continue
+            shown.add_row(*map(Text, (name, *(showing.interval(row, one, "+.2f") for one in CONTRASTS))))
+        showing.stdout().print(shown)
+
+
+def _overlap(found: pd.DataFrame) -> None:
+    """Whether defenses that work by the same parts interact."""
+    for contrast, rows in found.groupby("contrast"):
+        if len(rows) < 4:
+            _say(f"Overlap and interaction, {contrast}: {len(rows)} pairs are too few to tell")
+            continue
+        rank = spearmanr(rows["cosine"], rows["interaction"])
+        size = "larger" if rank.statistic > 0 else "smaller"
+        _say(
+            f"Overlap and interaction, {contrast}: over {len(rows)} pairs, the more alike their parts, the "
+            f"{size} the interaction (rank correlation {rank.statistic:+.2f}, "
+            f"p = {rank.pvalue:.2g}; pairs share members, so p is too small)"
+        )
+
+
+def _say(text: str) -> None:
+    showing.stdout().print(text, markup=False, highlight=False, soft_wrap=True)

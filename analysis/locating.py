@@ -1,0 +1,91 @@
+"""What `analyze mechanism` does: score, split, intervene, draw; its tables are told in docs/mechanism.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from analysis import findings, manifest, saving, showing, validity
+from analysis.decompose import summarize
+from analysis.located import overlap
+from analysis.looking import Room, Wanted
+from analysis.preparing import Ready, prepare, unreached, why_lost
+from analysis.request import Request, default_out
+from analysis.run import conditions
+from analysis.sweeping import failed_cells, say_written, sweep
+from analysis.tables import UNDEFENDED, ScoreTable
+from defenses import UserError
+
+
+def locate(
+    request: Request, names: Sequence[str], settings: Sequence[str], wanted: Wanted, out: Path | None
+) -> int:
+    """Say in which layers, heads and MLPs defenses act; save tables and figures, print the main ones."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    out = saving.usable(out or default_out(request.model, ["mechanism", *names], started))
+    console = Console(stderr=True)
+    ready = prepare(request, names, settings, console)
+    _refuse_odd(ready)
+    from analysis.mechanism.lens import anatomy
+
+    with console.status("finding the model's parts"):
+        parts = anatomy(ready.bench.loaded.model)
+    every = conditions(ready.defenses)
+    lost = why_lost(unreached(ready, every, console))
+    swept = sweep(ready, every, lost, console)
+    if swept.interrupted:
+        raise KeyboardInterrupt
+    if not any(name != UNDEFENDED for _, name in swept.frames):
+        raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()), 'no defense was named')}")
+    record = {
+        "created": started.isoformat(timespec="seconds"),
+        **manifest.of(
+            ready.bench, ready.readout, swept.finished(every), ready.data, ready.split, request.limit
+        ),
+        **manifest.of_attacks(request.attacks),
+        "notices": ready.notices,
+        "trusted": validity.of_run(ready.bench, request.attacks, every, ready.readout, swept.frames),
+    }
+    scores = ScoreTable(pd.concat(list(swept.frames.values()), ignore_index=True), record)
+    room = Room(ready, parts, every, scores, wanted, request.seed, console, dict(swept.lost))
+    for attack in request.attacks:
+        room.enter(attack.name)
+    tables = room.tables | {"scores": scores.frame, "summary": summarize(scores, seed=request.seed).frame}
+    if wanted.ensembles is not None:
+        tables["overlap"] = overlap(tables["profiles"], findings.interactions(wanted.ensembles))
+    record |= {
+        "failed": failed_cells(room.lost),
+        "notices": [*ready.notices, *room.notices],
+        "slopes_against_patches": room.agreement,
+        "wall_seconds": round(time.perf_counter() - clock, 1),
+    }
+    with console.status("figures"):
+        from analysis.plots import of_mechanism
+
+        trusted = tables["summary"][["attack", "defense", "trusted"]]
+        drawn = of_mechanism(
+            {**tables, "trusted": trusted}, showing.context(record, ready.readout), wanted.top
+        )
+        saving.save(
+            out,
+            tables | {stem: table for stem, (_, table) in drawn.items()},
+            {stem: figure for stem, (figure, _) in drawn.items()},
+            record,
+        )
+    findings.show(tables, record, wanted.top)
+    say_written(out, room.lost, console)
+    return 1 if room.lost else 0
+
+
+def _refuse_odd(ready: Ready) -> None:
+    """Raise where margins do not split."""
+    if ready.readout.odds:
+        raise UserError(
+            f"--readout {ready.readout.name} is not linear in the logits, so its margin does not split over "
+            "parts: take words, calibrated, question or prefilled-K"
+        )
