@@ -60,8 +60,8 @@ def show(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], top: int
     for row in record["slopes_against_patches"]:
         _say(
             f"{condition(row)}: slopes guess the effect of patching {row['heads']:.0f} heads on "
-            f"{row['contrast']} with rank correlation {row['rank_correlation']:+.2f}, off by {row['mean_error']:.3f} nats "
-            f"of {row['mean_size']:.3f} on average"
+            f"{row['contrast']} with rank correlation {row['rank_correlation']:+.2f}, off by "
+            f"{row['mean_error']:.3f} nats of {row['mean_size']:.3f} on average"
         )
     if "cuts" in tables:
         _cuts(tables["cuts"])

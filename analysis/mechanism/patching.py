@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROWS = 128  # copies of a last token in one pass
 Ids = tuple[int, ...]
-Vector = Float[Tensor, " width"]
+Vector = Tensor  # what is held at one position: the stream's width, or that of a head
 States = dict[Part, Vector]
 
 

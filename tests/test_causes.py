@@ -1,0 +1,369 @@
+"""Interventions: exact where the answer is known, and a circuit written by hand that all methods must find."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import FAMILIES, fresh_model, made_adapter, tiny_model, toy_bench, toy_tokenizer
+
+from analysis import located, queries
+from analysis.attention import can_split
+from analysis.bench import Bench
+from analysis.located import Asked
+from analysis.mechanism import cutting, switching
+from analysis.mechanism.causes import Contrasted, agreement
+from analysis.mechanism.directions import Directions, held
+from analysis.mechanism.lens import anatomy
+from analysis.mechanism.splitting import Splitter
+from analysis.models import LoadedModel
+from analysis.query import Query
+from analysis.readout import Readout
+from analysis.tables import Part
+from defenses import Defense, UserError, catalog
+from defenses.adapters import read
+from defenses.chats import prepend_system
+
+ASKED = queries.load("contrast").split("test").limit(4).queries
+NONE, REMINDER = catalog.get("none"), catalog.get("self_reminder")
+READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0))
+
+
+def pair(bench, defense=REMINDER, asked=ASKED, readout=READOUT):
+    return Contrasted(bench, anatomy(bench.loaded.model), readout, NONE, defense, asked)
+
+
+def margins(bench, defense, ids, readout=READOUT):
+    """Return margins of prompts that are read one by one, nothing shared."""
+    with torch.no_grad(), defense.armed(bench.loaded.model):
+        logits = [bench.loaded.model(torch.tensor([one])).logits[0, -1] for one in ids]
+    return readout.read(torch.stack(logits))[:, 0].numpy()
+
+
+# --- on random models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_what_leaves_the_last_block_is_all_there_is(family):
+    bench = toy_bench(family)
+    one = pair(bench, asked=ASKED[:2])
+    before, after = (margins(bench, defense, one.ids(defense)) for defense in (NONE, REMINDER))
+    depth = len(one.anatomy.layers)
+    found = one.patches([Part("residual", depth - 1), Part("head", 0, 1)], {}, seed=0)
+    for into in ("undefended", "defended"):
+        assert found[into, "defense"][:, 0] == pytest.approx(after - before, abs=1e-4)
+        assert np.abs(found[into, "placebo"][:, 0] - (after - before)).min() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_patch_is_what_a_whole_pass_with_that_activation_gives(family):
+    """A second way: the prompt whole, by itself, with plain hooks of PyTorch."""
+    bench = toy_bench(family)
+    one = pair(bench, asked=ASKED[:1])
+    sites = [*one.patcher.sites(("residual", "attention", "mlp")), Part("head", 1, 2)]
+    (ids,) = one.ids(NONE)
+    states = one.patcher.states(REMINDER, one.ids(REMINDER)[0], sites)
+    found = one.patches(sites, {}, seed=0)["undefended", "defense"][0]
+    (before,) = margins(bench, NONE, [ids])
+    layers = bench.loaded.model.model.layers
+    for site, effect in zip(sites, found, strict=True):
+        layer = layers[site.layer]
+        if site.kind == "head":
+
+            def change(_, args, new=states[site], head=site.head):
+                states_ = args[0].clone()
+                size = states_.shape[-1] // 4
+                states_[0, -1, head * size : (head + 1) * size] = new
+                return (states_,)
+
+            handle = layer.self_attn.o_proj.register_forward_pre_hook(change)
+        else:
+            behind = {"attention": layer.self_attn, "mlp": layer.mlp, "residual": layer}
+            if family == "gemma2":
+                behind |= {"attention": layer.post_attention_layernorm, "mlp": layer.post_feedforward_layernorm}
+
+            def put(_, args, out, new=states[site]):
+                whole = (out[0] if isinstance(out, tuple) else out).clone()
+                whole[0, -1] = new
+                return (whole, *out[1:]) if isinstance(out, tuple) else whole
+
+            handle = behind[site.kind].register_forward_hook(put)
+        (after,) = margins(bench, NONE, [ids])
+        handle.remove()
+        assert effect == pytest.approx(after - before, abs=1e-4), site
+
+
+def test_many_patches_at_once_are_what_each_is_alone(monkeypatch):
+    one = pair(toy_bench(), asked=ASKED[:2])
+    sites = one.patcher.sites(("residual", "attention", "mlp"), one.patcher.heads(1))
+    whole = one.patches(sites, {"other": catalog.get("policy")}, seed=0)
+    monkeypatch.setattr("analysis.mechanism.patching.ROWS", 3)
+    for key, found in one.patches(sites, {"other": catalog.get("policy")}, seed=0).items():
+        assert found == pytest.approx(whole[key], abs=1e-5)
+
+
+def test_rows_are_read_alike_in_a_line_and_beside_each_other():
+    in_line = toy_bench()
+    model = copy.deepcopy(tiny_model())
+    model.config._attn_implementation = "eager"
+    beside = Bench.of(LoadedModel("toy", model, toy_tokenizer(), {"id": "toy"}))
+    assert not can_split(model, [])
+    sites = pair(in_line).patcher.sites(("attention", "mlp"))
+    found = [pair(bench, asked=ASKED[:2]).patches(sites, {}, seed=0) for bench in (in_line, beside)]
+    for key in found[0]:
+        assert found[0][key] == pytest.approx(found[1][key], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slopes_are_the_slopes_of_patches(family):
+    """A small step towards the defended activation changes the margin by the slope times the step."""
+    bench = toy_bench(family)
+    one = pair(bench, asked=ASKED[:1])
+    heads, guessed = one.slopes()
+    before, after = (
+        one.patcher.states(defense, ids[0], heads)
+        for defense, ids in ((NONE, one.ids(NONE)), (REMINDER, one.ids(REMINDER)))
+    )
+    step = 0.02
+    for sign in (1, -1):
+        patches = [(head, before[head] + sign * step * (after[head] - before[head])) for head in heads]
+        read = one.patcher.margins(NONE, one.ids(NONE)[0], [(heads[0], before[heads[0]]), *patches])
+        near = ((read[1:] - read[0]) / (sign * step)).numpy()
+        assert near == pytest.approx(guessed[0], abs=0.03 * np.abs(guessed).max() + 5e-3)
+    assert all(parameter.grad is None for parameter in bench.loaded.model.parameters())
+
+
+def test_slopes_and_patches_are_compared():
+    found = agreement(np.array([1.0, -2.0, 0.0]), np.array([1.5, -2.0, 0.5]))
+    assert found["heads"] == 3 and found["rank_correlation"] == 1
+    assert found["mean_error"] == pytest.approx(1 / 3) and found["mean_size"] == pytest.approx(4 / 3)
+
+
+def test_a_placebo_goes_as_far_the_same_way_each_time():
+    patcher = pair(toy_bench()).patcher
+    base, source = torch.zeros(64), torch.ones(64)
+    first, again, other = (patcher.placebo(Part("mlp", 0), base, source, key) for key in ("a", "a", "b"))
+    assert first.norm() == pytest.approx(8.0, abs=1e-4) and torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_own_tokens_are_what_the_defense_says():
+    bench = toy_bench()
+    one = pair(bench)
+    for own, prompt, query in zip(one.own_tokens(), one.prompts(REMINDER), ASKED, strict=True):
+        said = bench.renderer.decode([token for token, mine in zip(prompt.ids, own, strict=True) if mine])
+        left = bench.renderer.decode([token for token, mine in zip(prompt.ids, own, strict=True) if not mine])
+        assert "responsible" in said and "responsible" not in left
+        assert query.text in left and query.text not in said and "<|im_start|>" not in said
+    assert not any(map(any, pair(bench, NONE).own_tokens()))
+    # Words that a defense has changed are still the user's.
+    swapped = pair(bench, catalog.get("character_swap"))
+    assert not any(map(any, swapped.own_tokens()))
+
+
+def test_cut_attention_is_cut_and_nothing_else():
+    bench = toy_bench()
+    one = pair(bench, asked=ASKED[:2])
+    before, after = (margins(bench, defense, one.ids(defense)) for defense in (NONE, REMINDER))
+    cells, left = one.cuts(one.own_tokens(), before)
+    uncut = [place for place, (_, layers) in enumerate(cells) if not layers]
+    assert left[:, uncut] == pytest.approx(np.stack([after - before] * 2, 1), abs=1e-4)
+    others = [place for place in range(len(cells)) if place not in uncut]
+    assert (np.abs(left[:, others] - (after - before)[:, None]) > 1e-4).all()
+    # Cut off in all layers, what the hidden tokens are makes no difference; their number does, by position.
+    (ids, _), own = one.ids(REMINDER), one.own_tokens()[0]
+    other = [301 if mine else token for token, mine in zip(ids, own, strict=True)]
+    read_ = [
+        cutting.margin(bench, prompt, own, range(2), "everything", READOUT) for prompt in (ids, tuple(other))
+    ]
+    assert read_[0] == pytest.approx(read_[1], abs=1e-5)
+    assert margins(bench, NONE, [ids])[0] != pytest.approx(margins(bench, NONE, [other])[0], abs=1e-3)
+
+
+def test_attention_that_cannot_be_cut_is_named():
+    model = copy.deepcopy(tiny_model())
+    model.config._attn_implementation = "eager"
+    with pytest.raises(UserError, match="attention of this LlamaForCausalLM is eager"):
+        cutting.refuse_other_attention(model)
+
+
+def test_weights_are_switched_on_where_they_are_wanted(tmp_path):
+    bench = toy_bench()
+    tuned = replace(catalog.get("safety_tuning"), adapter=read(made_adapter(tmp_path / "a")))
+    weights = switching.changed(bench.loaded.model, tuned)
+    assert len(weights) == 4 and not switching.changed(bench.loaded.model, REMINDER)
+    kept = {name: one.clone() for name, one in bench.loaded.model.state_dict().items()}
+    one = pair(bench, tuned)
+    before = margins(bench, NONE, one.ids(NONE))
+    named, change = one.switches(weights, before)
+    of = dict(zip(named, change.T, strict=True))
+    whole = margins(bench, tuned, one.ids(tuned)) - before
+    assert of["up to", 1, ""] == pytest.approx(whole, abs=1e-4)
+    assert of["up to", 0, ""] == pytest.approx(of["alone", 0, ""], abs=1e-6)
+    assert of["nothing", None, ""] == pytest.approx(0, abs=1e-5)
+    first = {name: data for name, data in weights.items() if "layers.0." in name}
+    with switching.switched_on(bench.loaded.model, first):
+        assert of["alone", 0, ""] == pytest.approx(margins(bench, NONE, one.ids(tuned)) - before, abs=1e-4)
+    assert {one for how, _, one in named if how == "module"} == {"q_proj", "v_proj"}
+    assert all(torch.equal(kept[name], one) for name, one in bench.loaded.model.state_dict().items())
+
+
+def test_several_prompts_for_one_query_are_not_patched():
+    bench = toy_bench()
+    assert pair(bench).one_prompt()
+    assert not pair(bench, catalog.get("smooth_llm")).one_prompt()
+    assert not pair(bench, readout=replace(READOUT, questions=("Refuse {request}?",))).one_prompt()
+
+
+def test_directions_are_read_where_the_words_and_where_the_prompt_end():
+    bench = toy_bench()
+    found = held(bench, anatomy(bench.loaded.model), REMINDER, ASKED)
+    for query, states in zip(ASKED, found, strict=True):
+        (prompt,) = bench.prompts(REMINDER, query)
+        text = prompt.text
+        stop = text.index(query.text) + len(query.text)
+        lengths = [len(bench.renderer.decode(prompt.ids[:count])) for count in range(len(prompt.ids) + 1)]
+        word = next(place for place, end in enumerate(lengths) if end >= stop) - 1
+        with torch.no_grad():
+            whole = bench.loaded.model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+        for layer in range(2):
+            assert torch.allclose(states[0, layer], whole[layer][0, -1], atol=1e-4)
+            assert torch.allclose(states[1, layer], whole[layer][0, word], atol=1e-4)
+
+
+def test_a_direction_that_was_planted_is_found_in_its_layer():
+    made = torch.Generator().manual_seed(0)
+    is_harmful = torch.arange(60) % 2 == 0
+    states = torch.randn(60, 2, 3, 16, generator=made)
+    states[is_harmful, 0, 1, 5] += 8.0
+    states[is_harmful, 1, 2, 3] += 8.0
+    pairs = [f"p{number // 2}" for number in range(60)]
+    found = Directions.learned(states, is_harmful, pairs)
+    assert found.chosen == (1, 2)
+    along = found.project(states)
+    assert along[is_harmful, 0, 1].mean() == pytest.approx(0.5, abs=1e-4)
+    assert along[~is_harmful, 0, 1].mean() == pytest.approx(-0.5, abs=1e-4)
+    assert found.way[0, 1].abs().argmax() == 5
+
+
+# --- a circuit written by hand ----------------------------------------------------------------------------
+
+ONE, TRIGGER, HARM, ARMED, REFUSAL = range(5)  # directions of the residual stream
+SHIFTING, ARMING, TELLING = Part("head", 0, 1), Part("head", 0, 3), Part("head", 1, 2)
+WORDS = ("bake", "message", "letter", "friend", "answer", "steps")
+
+
+@dataclass(frozen=True)
+class Trigger(Defense):
+    """Puts a word into the system turn that the planted circuit reads."""
+
+    def rewrite(self, chat, rng):
+        return prepend_system(chat, "You are a responsible assistant.")
+
+
+def planted():
+    """Return a model in which one head turns the trigger into refusal, and one tells harm once it is armed."""
+    tokenizer = toy_tokenizer()
+    (trigger,), (harm,) = (tokenizer.encode(text) for text in (" responsible", " harm"))
+    model = fresh_model()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1.0)
+    embedding = model.model.embed_tokens.weight.data
+    embedding[:, ONE] = 20.0  # so that norms scale nearly alike, whatever else is written
+    embedding[trigger, TRIGGER] = embedding[harm, HARM] = 10.0
+    size, last = 16, 7  # of a head; the slowest pair of its rotary dimensions, which hardly turns
+
+    def write(layer, head, reads, writes, strength):
+        """A head that copies a direction into another; keys and values are shared by two heads."""
+        attention = model.model.layers[layer].self_attn
+        place = 1 + head % 2  # of its own among the values of the group
+        attention.v_proj.weight.data[size * (head // 2) + place, reads] = 1.0
+        attention.o_proj.weight.data[writes, size * head + place] = strength
+
+    write(SHIFTING.layer, SHIFTING.head, TRIGGER, REFUSAL, 20.0)
+    write(ARMING.layer, ARMING.head, TRIGGER, ARMED, 20.0)
+    write(TELLING.layer, TELLING.head, HARM, REFUSAL, 1.4)
+    attention = model.model.layers[TELLING.layer].self_attn
+    attention.q_proj.weight.data[size * TELLING.head + last, ARMED] = 3.7
+    attention.k_proj.weight.data[size * (TELLING.head // 2) + last, HARM] = 3.7
+    unembedding = model.get_output_embeddings().weight.data
+    unembedding[300:302, REFUSAL], unembedding[302, REFUSAL] = 1.0, -1.0
+    return Bench.of(LoadedModel("planted", model, tokenizer, {"id": "planted"}))
+
+
+def asked_of_planted():
+    made = []
+    for number in range(12):
+        words = [WORDS[(number + step) % len(WORDS)] for step in range(1 + number % 3)]
+        for harmful in (True, False):
+            text = f"How do I {' '.join(words)} {'harm' if harmful else 'message'} a friend?"
+            made.append(Query(f"{number}-{harmful}", text, harmful, "c", f"p{number}", "test", "harmful", None))
+    return tuple(made)
+
+
+@pytest.fixture(scope="module")
+def circuit():
+    bench, asked = planted(), asked_of_planted()
+    one = pair(bench, Trigger(), asked)
+    about = Asked(pd.Series([query.pair for query in asked]), np.array([query.harmful for query in asked]))
+    splitter = Splitter(one.anatomy, READOUT)
+    before, after = (splitter.split(bench, defense, asked) for defense in (NONE, Trigger()))
+    return one, about, before, after
+
+
+def test_attribution_finds_the_planted_heads_and_no_other(circuit):
+    _, about, before, after = circuit
+    found = located.by_part(about, before.parts, after.parts).set_index(["layer", "kind", "head"])
+    whole = about.contrasts((after.margins - before.margins)[:, None]).iloc[0]
+    assert whole["shift"] > 1 and whole["discrimination"] > 1
+    assert found["shift"].sum() == pytest.approx(whole["shift"], abs=1e-3)
+    assert found["discrimination"].sum() == pytest.approx(whole["discrimination"], abs=1e-3)
+    telling, shifting = found.loc[(1, "head", 2)], found.loc[(0, "head", 1)]
+    assert telling["discrimination"] == pytest.approx(whole["discrimination"], rel=0.2)
+    assert abs(shifting["discrimination"]) < 0.2 * whole["discrimination"]
+    # Harm found is refusal of the one class, so half of it is shift; the rest is the other head's.
+    assert shifting["shift"] + telling["discrimination"] / 2 == pytest.approx(whole["shift"], rel=0.1)
+    rest = found.drop([(1, "head", 2), (0, "head", 1)])
+    assert rest[["shift", "discrimination"]].abs().max().max() < 1e-5
+
+
+def test_the_lens_sees_shift_arise_before_discrimination(circuit):
+    _, about, before, after = circuit
+    found = located.by_layer(about, before.by_layer, after.by_layer)
+    assert found["shift"].abs()[0] < 1e-6 and found["shift"][1] > 0.5
+    assert found["discrimination"].abs()[:2].max() < 0.05 * found["discrimination"][2]
+    half = located.half_way(about, before.by_layer, after.by_layer).set_index("contrast")["half"]
+    assert half["discrimination"] == 2 and half["shift"] <= 2
+
+
+def test_patching_finds_the_planted_heads_and_who_arms_them(circuit):
+    one, about, *_ = circuit
+    heads = [head for layer in (0, 1) for head in one.patcher.heads(layer)]
+    change = one.patches(heads, {}, seed=0)
+    found = dict(zip(heads, about.contrasts(change["undefended", "defense"]).to_dict("records"), strict=True))
+    assert found[SHIFTING]["shift"] > 0.5 and abs(found[SHIFTING]["discrimination"]) < 0.3
+    assert found[TELLING]["discrimination"] > 1
+    assert found[ARMING]["discrimination"] > 1  # by way of the head that it arms
+    others = set(heads) - {SHIFTING, ARMING, TELLING}
+    assert max(abs(found[head][name]) for head in others for name in located.CONTRASTS) < 1e-5
+    back = dict(zip(heads, about.contrasts(change["defended", "defense"]).to_dict("records"), strict=True))
+    assert back[ARMING]["discrimination"] > 1 and back[SHIFTING]["shift"] > 0.5
+    guessed = dict(zip(heads, about.contrasts(one.slopes()[1]).to_dict("records"), strict=True))
+    assert guessed[SHIFTING]["shift"] > 0.5 and guessed[TELLING]["discrimination"] > 1
+    assert max(abs(guessed[head][name]) for head in others for name in located.CONTRASTS) < 1e-5
+
+
+def test_cutting_finds_the_layer_that_reads_the_defense(circuit):
+    one, about, before, after = circuit
+    cells, left = one.cuts(one.own_tokens(), before.margins)
+    found = dict(zip([(reader, tuple(layers)) for reader, layers in cells], left.T, strict=True))
+    whole = after.margins - before.margins
+    for reader in cutting.READERS:
+        assert found[reader, ()] == pytest.approx(whole, abs=1e-4)
+        assert np.abs(found[reader, (0,)]).max() < 0.25 * np.abs(whole).min()  # neither refusal nor arming
+        assert found[reader, (1,)] == pytest.approx(whole, rel=0.25)  # there only the user's words are read

@@ -1,0 +1,206 @@
+"""Margins as sums over parts: on every family, seen by TransformerLens, under hooks, weights and many readings."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, fresh_model, made_adapter, tiny_model, toy_bench, toy_tokenizer
+from torch import nn
+
+from analysis import queries
+from analysis.bench import Bench
+from analysis.mechanism.lens import Norm, anatomy
+from analysis.mechanism.splitting import Splitter
+from analysis.models import LoadedModel
+from analysis.readout import Readout
+from analysis.run import score
+from analysis.tables import Decomposition, Part
+from defenses import Defense, Host, UserError, catalog
+from defenses.adapters import read, worn
+from defenses.steering import blocks, entering
+
+ASKED = queries.load("contrast").split("test").limit(8).queries
+NONE, REMINDER = catalog.get("none"), catalog.get("self_reminder")
+READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0))
+
+
+def splitter(bench: Bench, readout: Readout = READOUT) -> Splitter:
+    return Splitter(anatomy(bench.loaded.model), readout)
+
+
+def bench_of(model: nn.Module) -> Bench:
+    return Bench.of(LoadedModel("toy", model, toy_tokenizer(), {"id": "toy"}))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+@pytest.mark.parametrize("defense", [NONE, REMINDER], ids=lambda one: one.name)
+def test_parts_add_up_to_the_margins_that_scoring_gives(family, defense):
+    bench = toy_bench(family)
+    asked = ASKED if family != "gpt2" else ASKED[:2]  # its context is short
+    split = splitter(bench).split(bench, defense, asked)
+    scored = score(bench, defense.name, defense, asked, READOUT)["margin"].to_numpy()
+    assert np.abs(split.margins - scored).max() < 1e-5
+    assert split.parts is not None and np.abs(split.parts.shares.sum(1) - scored).max() < 1e-5
+    assert np.abs(split.by_layer[:, -1] - scored).max() < 1e-5
+    heads = [place for place, part in enumerate(split.parts.parts) if part.kind == "head"]
+    assert len(heads) == 4 * len(anatomy(bench.loaded.model).layers)
+    assert (np.abs(split.parts.shares[:, heads]).max(0) > 1e-4).all()  # none is left out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shares_are_what_transformer_lens_sees_the_parts_write(family):
+    """A second way: its bridge, on a copy, gives what each part writes; the reading is written out here."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    bench = toy_bench(family)
+    found = splitter(bench)
+    (query,) = ASKED[:1]
+    (prompt,) = bench.prompts(REMINDER, query)
+    split = found.split(bench, REMINDER, [query])
+    model = copy.deepcopy(tiny_model(family))
+    whole = model(torch.tensor([prompt.ids])).logits[0, -1]
+    weights = {name: one.detach().clone() for name, one in model.named_parameters()}
+    unembedding = model.get_output_embeddings().weight.detach()
+    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(torch.tensor([prompt.ids]))
+    assert (logits[0, -1] - whole).abs().max() < 1e-4
+    last = cache[f"blocks.{len(found.anatomy.layers) - 1}.hook_resid_post"][0, -1]
+    gain, eps = weights["model.norm.weight"] + ("gemma" in family), 1e-6
+    raw = unembedding @ (gain * last / (last.pow(2).mean() + eps).sqrt())
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    shown = raw if cap is None else cap * torch.tanh(raw / cap)
+    assert (shown - whole).abs().max() < 1e-4
+    ids = list(READOUT.ids)
+    slopes = (shown / raw)[ids] * torch.tensor(READOUT.weights)
+    along = (slopes @ unembedding[ids]) * gain
+    along = along / (last.pow(2).mean() + eps).sqrt()
+    for layer in range(len(found.anatomy.layers)):
+        mlp = cache[f"blocks.{layer}.hook_mlp_out"][0, -1]
+        assert split.parts.shares[0, found.parts.index(Part("mlp", layer))] == pytest.approx(
+            float(mlp @ along), abs=1e-4
+        )
+        attention = cache[f"blocks.{layer}.hook_attn_out"][0, -1]
+        mine = [part.layer == layer and part.kind in ("head", "bias") for part in found.parts]
+        assert split.parts.shares[0, mine].sum() == pytest.approx(float(attention @ along), abs=1e-4)
+        # A head alone: what the joining matrix makes of its own numbers, the others at nothing.
+        if family.startswith("gemma"):
+            continue  # a norm stands behind: the sum above is what can be seen
+        z = cache[f"blocks.{layer}.attn.o.hook_in"][0, -1].flatten()
+        only = torch.zeros_like(z)
+        size = len(z) // 4
+        only[size : 2 * size] = z[size : 2 * size]
+        wrote = weights[f"model.layers.{layer}.self_attn.o_proj.weight"] @ only
+        assert split.parts.shares[0, found.parts.index(Part("head", layer, 1))] == pytest.approx(
+            float(wrote @ along), abs=1e-4
+        )
+
+
+def test_what_hooks_add_between_blocks_is_a_part_of_its_own():
+    @dataclass(frozen=True)
+    class Pushed(Defense):
+        """Adds a constant in front of block 1."""
+
+        def rewrite(self, chat, rng):
+            return list(chat)
+
+        def armed(self, model):
+            return entering(blocks(model)[1], lambda states: states + 0.5)
+
+        def arms(self):
+            return "pushed"
+
+    bench = toy_bench()
+    split = splitter(bench).split(bench, Pushed(), ASKED)
+    shares = dict(zip(split.parts.parts, np.abs(split.parts.shares).max(0), strict=True))
+    assert shares[Part("added", 1)] > 0.01
+    assert shares[Part("added", 0)] < 1e-6 and shares[Part("added", 2)] < 1e-6
+    assert not blocks(bench.loaded.model)[1]._forward_pre_hooks
+
+
+def test_tuned_weights_and_many_readings_are_split_too(tmp_path):
+    bench = toy_bench()
+    tuned = catalog.get("safety_tuning")
+    adapter = read(made_adapter(tmp_path / "a"))
+    tuned = replace(tuned, adapter=adapter)
+    split = splitter(bench).split(bench, tuned, ASKED)
+    with worn(bench.loaded.model, adapter):
+        expected = splitter(bench).split(bench, NONE, ASKED)
+    assert np.allclose(split.parts.shares, expected.parts.shares, atol=1e-6)
+    host = Host("toy", bench.loaded.tokenizer, ())
+    for name in ("smooth_llm", "erase_and_check"):
+        many = catalog.get(name).prepare(host)
+        split = splitter(bench).split(bench, many, ASKED[:3])
+        scored = score(bench, name, many, ASKED[:3], READOUT)["margin"].to_numpy()
+        assert np.abs(split.parts.shares.sum(1) - scored).max() < 1e-5
+
+
+def test_questions_about_a_request_are_averaged():
+    bench = toy_bench()
+    asking = replace(READOUT, questions=("Refuse {request}? Yes or No.", "{request}: No or Yes?"))
+    split = splitter(bench, asking).split(bench, REMINDER, ASKED[:3])
+    scored = score(bench, "self_reminder", REMINDER, ASKED[:3], asking)["margin"].to_numpy()
+    assert np.abs(split.parts.shares.sum(1) - scored).max() < 1e-5
+
+
+def test_a_block_that_hands_on_more_than_its_parts_is_refused():
+    model = fresh_model()
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1.0, *args[1:]))
+    bench = bench_of(model)
+    with pytest.raises(UserError, match="what its blocks hand on"):
+        splitter(bench).split(bench, NONE, ASKED[:2])
+
+
+def test_what_does_not_add_up_is_refused():
+    bench = toy_bench("bloom")  # its attention hands the stream on by itself
+    with pytest.raises(UserError, match="BloomForCausalLM: the sum of its parts misses the margin by"):
+        splitter(bench).split(bench, NONE, ASKED[:2])
+    with pytest.raises(ValueError, match="miss the margin by 1"):
+        Decomposition((Part("embedding"),), np.ones((2, 1)), np.zeros(2))
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_an_architecture_of_other_parts_is_named_and_what_works_is_said(family):
+    with pytest.raises(UserError, match=f"(?i){family}.*`recommend` work on it"):
+        anatomy(tiny_model(family))
+
+
+def test_an_architecture_that_nobody_knows_is_named():
+    class OwnForCausalLM(nn.Module):
+        config = tiny_model().config
+        dtype = torch.float32
+
+    with pytest.raises(UserError, match="does not know the architecture OwnForCausalLM"):
+        anatomy(OwnForCausalLM())
+
+
+def test_half_precision_has_layers_and_no_parts():
+    bench = bench_of(fresh_model().bfloat16())
+    split = splitter(bench).split(bench, NONE, ASKED[:2])
+    assert split.parts is None and split.by_layer.shape == (2, 3)
+    assert np.abs(split.by_layer[:, -1] - split.margins).max() < 0.1
+
+
+def test_what_norms_do_is_measured_whatever_they_call_it():
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    torch.manual_seed(0)
+    layer, gemma = nn.LayerNorm(8), Gemma2RMSNorm(8)
+    for parameter in (*layer.parameters(), *gemma.parameters()):
+        nn.init.normal_(parameter)
+    x, along = torch.randn(5, 8), torch.randn(5, 8)
+    for module in (layer, gemma):
+        norm = Norm(module)
+        out = module(x)
+        back = norm.back(along, norm.scale(x, out))
+        assert torch.allclose((x * back).sum(1) + along @ norm.bias, (out * along).sum(1), atol=1e-4)
+
+
+def test_the_model_is_left_as_it_was():
+    bench = bench_of(fresh_model())
+    before = {name: one.clone() for name, one in bench.loaded.model.state_dict().items()}
+    splitter(bench).split(bench, REMINDER, ASKED[:2])
+    assert all(torch.equal(before[name], one) for name, one in bench.loaded.model.state_dict().items())
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in bench.loaded.model.modules())
