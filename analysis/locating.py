@@ -28,20 +28,23 @@ def locate(
     """Say in which layers, heads and MLPs defenses act; save tables and figures, print the main ones."""
     started, clock = datetime.now(UTC), time.perf_counter()
     out = saving.usable(out or default_out(request.model, ["mechanism", *names], started))
+    stacks = None if wanted.ensembles is None else findings.interactions(wanted.ensembles)
     console = Console(stderr=True)
     ready = prepare(request, names, settings, console)
     _refuse_odd(ready)
+    every = conditions(ready.defenses)
+    if set(every) == {UNDEFENDED}:
+        raise UserError("which defense? `none` is what others are compared with; see `analyze list defenses`")
     from analysis.mechanism.lens import anatomy
 
     with console.status("finding the model's parts"):
         parts = anatomy(ready.bench.loaded.model)
-    every = conditions(ready.defenses)
     lost = why_lost(unreached(ready, every, console))
     swept = sweep(ready, every, lost, console)
     if swept.interrupted:
         raise KeyboardInterrupt
     if not any(name != UNDEFENDED for _, name in swept.frames):
-        raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()), 'no defense was named')}")
+        raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()))}")
     record = {
         "created": started.isoformat(timespec="seconds"),
         **manifest.of(
@@ -56,8 +59,8 @@ def locate(
     for attack in request.attacks:
         room.enter(attack.name)
     tables = room.tables | {"scores": scores.frame, "summary": summarize(scores, seed=request.seed).frame}
-    if wanted.ensembles is not None:
-        tables["overlap"] = overlap(tables["profiles"], findings.interactions(wanted.ensembles))
+    if stacks is not None:
+        tables["overlap"] = overlap(tables["profiles"], stacks)
     record |= {
         "failed": failed_cells(room.lost),
         "notices": [*ready.notices, *room.notices],
@@ -65,7 +68,7 @@ def locate(
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
     with console.status("figures"):
-        from analysis.plots import of_mechanism
+        from analysis.atlas import of_mechanism
 
         trusted = tables["summary"][["attack", "defense", "trusted"]]
         drawn = of_mechanism(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,9 +26,14 @@ from analysis import ensembles, models, queries, states
 from analysis.bench import Bench
 from analysis.engine import Engine, shared_prefix
 from analysis.ensembles import Half, teams
+from analysis.mechanism.causes import Contrasted
+from analysis.mechanism.lens import anatomy
+from analysis.mechanism.splitting import Splitter
+from analysis.query import Query
 from analysis.readout import Readout
 from analysis.resampling import Units
 from analysis.voting import Board
+from defenses import Defense
 
 Ids = tuple[int, ...]
 
@@ -57,6 +63,8 @@ def main() -> None:
             share = min(1, 60 * matrix_rate(loaded.model) / work)
             prompts = prompts[: max(32, int(len(prompts) * share))]
             table(console, loaded.model, prompts, partial(margin, readout), f"{name}, {dtype}")
+            if dtype == "float32":
+                parts(console, bench, readout, defense, asked[: len(prompts)])
 
 
 def votes(console: Console, defenses: int = 30, queries: int = 500) -> None:
@@ -72,6 +80,28 @@ def votes(console: Console, defenses: int = 30, queries: int = 500) -> None:
     rows = ensembles.votes(half, trios, half)
     seconds = time.perf_counter() - start
     console.print(f"{len(rows):,} votes of {len(trios):,} teams on {queries} queries: {seconds:.1f} s\n")
+
+
+def parts(console: Console, bench: Bench, readout: Readout, defense: Defense, asked: Sequence[Query]) -> None:
+    """Time margins split over all parts, and patches of every site, beside one plain pass for each prompt."""
+    read = partial(margin, readout)
+    one = Contrasted(bench, anatomy(bench.loaded.model), readout, defenses.get("none"), defense, asked)
+    with defense.armed(bench.loaded.model):
+        slow, _ = timed(bench.loaded.model, lambda: one_at_a_time(bench.loaded.model, one.ids(defense), read))
+    start = time.perf_counter()
+    split = Splitter(one.anatomy, readout).split(bench, defense, asked)
+    seconds = time.perf_counter() - start
+    off = 0.0 if split.parts is None else np.abs(split.parts.shares.sum(1) - split.margins).max()
+    console.print(
+        f"split over {split.parts and len(split.parts.parts)} parts: {len(asked) / seconds:.1f} queries/s, "
+        f"{seconds / slow:.2f} × the time of one prompt at a time; sums off by at most {off:.1e} nats"
+    )
+    few = replace(one, queries=asked[:8])
+    sites = few.patcher.sites(("residual", "attention", "mlp"))
+    start = time.perf_counter()
+    few.patches(sites, {}, 0)
+    each = (time.perf_counter() - start) / (4 * len(sites) * len(few.queries))
+    console.print(f"patches: {1 / each:.0f} a second, {slow / len(asked) / each:.1f} for each plain prompt\n")
 
 
 def margin(readout: Readout, logits: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import bench
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, toy_bench
 from rich.console import Console
 
+from analysis import queries
 from analysis.readout import Readout
+from defenses import catalog
 
 READOUT = Readout("words", ("I", "Sure"), (5, 6), (1.0, -1.0))
 PROMPTS = [(7, 8, 9, *range(10, 10 + n)) for n in (1, 4, 2)]
@@ -29,6 +32,15 @@ def test_the_table_names_the_ways_and_the_limit(capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out
     for word in ("one at a time", "left-padded batches of 32", "arithmetic limit", "3 prompts", "3 shared"):
         assert word in said
+
+
+def test_the_split_over_parts_is_timed_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = queries.load("contrast").split("test").limit(8).queries
+    readout = Readout("words", ("I", "Sure"), (300, 301), (1.0, -1.0))
+    bench.parts(Console(width=120), toy_bench(), readout, catalog.get("policy"), asked)
+    said = capsys.readouterr().out
+    assert "split over 17 parts" in said and "patches:" in said
+    assert float(re.search(r"at most (\S+) nats", said)[1]) < 1e-5
 
 
 def test_the_head_is_counted_once_a_query_and_the_rest_once_a_token() -> None:

@@ -1,4 +1,4 @@
-"""Interventions: exact where the answer is known, and a circuit written by hand that all methods must find."""
+"""Interventions: exact where the answer is known; and a circuit written by hand that all methods find."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -82,7 +82,10 @@ def test_a_patch_is_what_a_whole_pass_with_that_activation_gives(family):
         else:
             behind = {"attention": layer.self_attn, "mlp": layer.mlp, "residual": layer}
             if family == "gemma2":
-                behind |= {"attention": layer.post_attention_layernorm, "mlp": layer.post_feedforward_layernorm}
+                behind |= {
+                    "attention": layer.post_attention_layernorm,
+                    "mlp": layer.post_feedforward_layernorm,
+                }
 
             def put(_, args, out, new=states[site]):
                 whole = (out[0] if isinstance(out, tuple) else out).clone()
@@ -264,7 +267,7 @@ class Trigger(Defense):
 
 
 def planted():
-    """Return a model in which one head turns the trigger into refusal, and one tells harm once it is armed."""
+    """Return a model where one head turns the trigger into refusal, and one tells harm once it is armed."""
     tokenizer = toy_tokenizer()
     (trigger,), (harm,) = (tokenizer.encode(text) for text in (" responsible", " harm"))
     model = fresh_model()
@@ -302,7 +305,9 @@ def asked_of_planted():
         words = [WORDS[(number + step) % len(WORDS)] for step in range(1 + number % 3)]
         for harmful in (True, False):
             text = f"How do I {' '.join(words)} {'harm' if harmful else 'message'} a friend?"
-            made.append(Query(f"{number}-{harmful}", text, harmful, "c", f"p{number}", "test", "harmful", None))
+            made.append(
+                Query(f"{number}-{harmful}", text, harmful, "c", f"p{number}", "test", "harmful", None)
+            )
     return tuple(made)
 
 
@@ -359,7 +364,7 @@ def test_patching_finds_the_planted_heads_and_who_arms_them(circuit):
 
 
 def test_cutting_finds_the_layer_that_reads_the_defense(circuit):
-    one, about, before, after = circuit
+    one, _, before, after = circuit
     cells, left = one.cuts(one.own_tokens(), before.margins)
     found = dict(zip([(reader, tuple(layers)) for reader, layers in cells], left.T, strict=True))
     whole = after.margins - before.margins

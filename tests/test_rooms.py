@@ -30,6 +30,7 @@ STATISTICS = {
     "analysis.fronts",
     "analysis.cost",
     "analysis.worth",
+    "analysis.located",
 }
 PLOTS = {
     f"analysis.{name}"
@@ -108,6 +109,9 @@ FRONT = {
             "pricing",
             "standings",
             "options",
+            "locating",
+            "looking",
+            "findings",
         ),
         *("manifest", "showing", "saving", "listing"),
     )
@@ -206,6 +210,7 @@ def test_only_the_mechanism_room_imports_transformer_lens(name):
         assert "transformer_lens" not in tops(of(name))
     else:
         assert not of(name) & (PLOTS | FRONT)
+        assert ("transformer_lens" in tops(of(name))) == (name == "analysis.mechanism.lens")
 
 
 @pytest.mark.parametrize("name", FILES)

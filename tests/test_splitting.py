@@ -1,4 +1,4 @@
-"""Margins as sums over parts: on every family, seen by TransformerLens, under hooks, weights and many readings."""
+"""Margins as sums over parts: on every family, as TransformerLens sees them, under hooks, weights, readings."""
 
 import copy
 from dataclasses import dataclass, replace

@@ -1,0 +1,111 @@
+"""Many contrasts at once are each what one contrast is; half-way layers, cosines and overlaps by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import located
+from analysis.decompose import margin_contrast
+from analysis.located import Asked
+from analysis.resampling import Resampling, Units, interval
+from analysis.tables import Decomposition, Part
+
+PAIRS = pd.Series([f"p{number // 2}" for number in range(20)] + [None] * 4, dtype=object)
+HARMFUL = np.array([number % 2 == 0 for number in range(20)] + [False] * 4)
+
+
+def asked(draws: int = 300) -> Asked:
+    return Asked(PAIRS, HARMFUL, seed=3, draws=draws)
+
+
+def test_each_column_is_what_it_is_alone() -> None:
+    change = np.random.default_rng(0).normal(size=(24, 5)) + HARMFUL[:, None]
+    found = asked().contrasts(change)
+    units = Units.by_pair(PAIRS, HARMFUL)
+    once, draws = Resampling.once(units), Resampling.draw(units, 300, 3)
+    for column in range(5):
+        point, cloud = (margin_contrast(change[:, column], HARMFUL, sample) for sample in (once, draws))
+        for name in located.CONTRASTS:
+            assert found.loc[column, name] == pytest.approx(point[name][0])
+            low, high = interval(cloud[name], 10)
+            assert found.loc[column, f"{name}_low"] == pytest.approx(low)
+            assert found.loc[column, f"{name}_high"] == pytest.approx(high)
+
+
+def test_rows_add_up_to_both_contrasts() -> None:
+    made = np.random.default_rng(1)
+    parts = (Part("embedding"), Part("added", 0), Part("head", 0, 0), Part("mlp", 0), Part("bias"))
+    before, after = made.normal(size=(2, 24, 5))
+    before[:, 1] = after[:, 1] = 0.0
+    one, other = (Decomposition(parts, shares, shares.sum(1)) for shares in (before, after))
+    found = located.by_part(asked(), one, other)
+    assert "added" not in set(found["kind"]) and len(found) == 4
+    whole = asked().contrasts((other.total - one.total)[:, None]).iloc[0]
+    for name in located.CONTRASTS:
+        assert found[name].sum() == pytest.approx(whole[name])
+    assert pd.isna(found.loc[0, "layer"]) and found.loc[1, "head"] == 0
+
+
+def test_a_contrast_is_half_there_from_the_layer_on_which_it_stays_there() -> None:
+    steps = np.array([0.0, 0.9, 0.2, 0.6, 1.0])  # over half once, but not for good
+    noise = np.random.default_rng(2).normal(scale=0.02, size=(24, 5))
+    after = np.where(HARMFUL[:, None], 2 * steps, 0.0) + noise
+    found = located.half_way(asked(), np.zeros((24, 5)), after).set_index("contrast")
+    assert found.loc["discrimination", "half"] == 3 and found.loc["shift", "half"] == 3
+    assert found.loc["shift", "half_low"] == found.loc["shift", "half_high"] == 3
+    assert found.loc["discrimination", "final"] == pytest.approx(2, abs=0.05)
+    nothing = located.half_way(asked(), np.zeros((24, 5)), 50 * noise).set_index("contrast")
+    assert nothing["half"].isna().all()  # nothing is half of what may be 0
+
+
+def test_layers_are_told_with_the_means_that_they_come_from() -> None:
+    made = np.random.default_rng(3)
+    before, after = made.normal(size=(2, 24, 3))
+    found = located.by_layer(asked(), before, after)
+    change = (found["harmful_defended"] - found["harmful_undefended"]) - (
+        found["benign_defended"] - found["benign_undefended"]
+    )
+    assert found["discrimination"].to_numpy() == pytest.approx(change.to_numpy())
+    assert found["layer"].tolist() == [0, 1, 2]
+
+
+def test_separation_is_that_of_before_and_after() -> None:
+    before, after = np.zeros(24), HARMFUL.astype(float)
+    found = asked().separation(before, after)
+    assert (found["auroc"], found["auroc_after"], found["delta_auroc"]) == (0.5, 1.0, 0.5)
+    assert found["delta_auroc_low"] > 0.2
+    same = asked().separation(after, after)
+    assert same["delta_auroc"] == 0
+
+
+def test_likeness_is_the_cosine_of_what_defenses_do_to_parts() -> None:
+    by_class = np.where(HARMFUL[:, None], [[2.0, 0.0, 1.0]], [[0.0, 0.0, 1.0]])
+    other = np.tile([[0.0, 5.0, 0.0]], (24, 1))
+    found = located.profiles(asked(), {"a": by_class, "b": 3 * by_class, "c": other})
+    values = found.set_index(["defense", "other", "contrast"])["cosine"]
+    assert values["a", "b", "shift"] == pytest.approx(1) and values["a", "c", "shift"] == pytest.approx(0)
+    assert values["a", "b", "discrimination"] == pytest.approx(1)
+    assert np.isnan(values["a", "c", "discrimination"])  # c tells nothing apart
+    assert located.profiles(asked(), {"a": by_class}).empty
+
+
+def test_overlap_finds_the_stack_whichever_member_is_named_first() -> None:
+    profiles = pd.DataFrame(
+        {
+            "attack": "direct",
+            "defense": ["a", "a"],
+            "other": ["b", "c"],
+            "contrast": "shift",
+            "cosine": [0.5, 0.1],
+        }
+    )
+    stacks = pd.DataFrame(
+        {
+            "attack": "direct",
+            "members": ["b+a"],
+            "interaction_shift": [-1.5],
+            "interaction_discrimination": 0.0,
+        }
+    )
+    found = located.overlap(profiles, stacks)
+    assert len(found) == 1 and found.loc[0, "interaction"] == -1.5 and found.loc[0, "other"] == "b"
