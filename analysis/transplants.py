@@ -50,12 +50,12 @@ def patch_points(patches: pd.DataFrame, top: int = 10) -> pd.DataFrame:
 
 
 def patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw what each patch does: a row per kind of activation and run patched, curves over layers or heads.
+    r"""Draw what each patch does: a row per kind of activation and run patched, curves over layers or heads.
 
     >>> row = {"attack": "direct", "defense": "a", "into": "defended", "source": "placebo", "kind": "mlp"}
     >>> ax = patches(pd.DataFrame([row | {"layer": 0, "head": None, "shift": 0.5, "discrimination": 0.0}]))
     >>> ax.child_axes[0].get_ylabel()
-    'MLP into\\nthe defended'
+    'MLP into\nthe defended'
 
     Args:
         points: what `patch_points` returned, of one attack and defense.
