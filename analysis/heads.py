@@ -1,4 +1,4 @@
-"""Which heads and MLPs write a defense's effect: a heat map of all parts, and the largest one by one."""
+"""Which heads and MLPs write a defense's effect: a heat map of all of them, of both contrasts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from analysis.curves import one_attack
 from analysis.lettering import blank, inset
 from analysis.palette import BLACK, BLUE, GREY, STYLE, VERMILION, WRITTEN
-from analysis.panels import CONTRASTS, dots, estimates, headed, in_rows, numbers, stacked
+from analysis.panels import CONTRASTS, estimates, headed, numbers
 
 SHADES = LinearSegmentedColormap.from_list("effect", (VERMILION, "white", BLUE))
 NONE = "#E4E4E4"  # told from the white of no effect
 DOTTED = 0.1  # inches: the least cell that has room for a dot
 _BESIDE = {"mlp": "MLP", "bias": "bias", "added": "added"}  # kinds with one part in a layer
-_WORDS = {"embedding": "embedding", "bias": "final bias", "mlp": "MLP", "head": "head", "added": "added"}
 _GAP = 0.55  # inches between the panels
 
 
@@ -31,23 +30,6 @@ def part_cells(parts: pd.DataFrame) -> pd.DataFrame:
     ['mlp']
     """
     return parts[numbers(parts["layer"]).notna()].reset_index(drop=True)
-
-
-def top_parts(parts: pd.DataFrame, top: int = 10) -> pd.DataFrame:
-    """Return the parts with the largest effects of either contrast, and what all parts add up to.
-
-    >>> parts = pd.DataFrame({"kind": "head", "shift": [1.0, 0.0, -2.0], "discrimination": [0.0, 3.0, 0.0]})
-    >>> found = top_parts(parts, 2)
-    >>> found["shift"].tolist(), found["total_shift"].tolist()
-    ([0.0, -2.0], [-1.0, -1.0])
-
-    Args:
-        parts: `parts.csv`, of one attack and defense.
-        top: how many.
-    """
-    largest = parts[[*CONTRASTS]].abs().max(axis=1).sort_values(ascending=False, kind="stable").index[:top]
-    totals = {f"total_{name}": parts[name].sum() for name in CONTRASTS}
-    return parts.loc[largest].assign(**totals, n_parts=len(parts)).reset_index(drop=True)
 
 
 def limit(values: Any) -> float:
@@ -120,66 +102,29 @@ def heads(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
         panels[0].set_ylabel("layer", fontsize=8)
         high = min(whole[1], 1.5)
         bar = inset(host, area, (size + whole[0] + 0.2, whole[1] - high, 0.11, high))
-        scale(bar, most, bool(cells[[*CONTRASTS]].abs().max(axis=None) > most))
+        scale(bar, most, _in_nats(most, bool(cells[[*CONTRASTS]].abs().max(axis=None) > most)))
     return host
 
 
-def top(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the parts with the largest effects, a row each, both contrasts beside each other.
-
-    >>> row = {"attack": "direct", "defense": "a", "layer": 3, "kind": "head", "head": 1, "shift": -1.0}
-    >>> ax = top(pd.DataFrame([row | {"discrimination": 0.5}]))
-    >>> ax.child_axes[0].get_yticklabels()[0].get_text()
-    'head 3.1'
-
-    Args:
-        points: what `top_parts` returned, of one attack and defense.
-        ax: where to draw; it only lends its place to the panels.
-    """
-    layer, head = (numbers(one_attack(points)[name]) for name in ("layer", "head"))
-    names = [part(*row) for row in zip(points["kind"], layer, head, strict=True)]
-    with rc_context(STYLE):
-        ax, (row,) = stacked(ax, [max(0.2 * len(names), 0.7)], [])
-        headed(row, CONTRASTS.values())
-        for place, (name, panel) in enumerate(zip(CONTRASTS, row, strict=True)):
-            dots(panel, points, name, -np.arange(len(names)), (BLACK, "-", "o"), name)
-            in_rows(panel, names, "nats", written=place == 0)
-    return ax
-
-
-def part(kind: str, layer: float, head: float) -> str:
-    """Return the name of a part, layer before head.
-
-    >>> part("head", 3.0, 1.0), part("bias", float("nan"), float("nan")), part("bias", 2.0, float("nan"))
-    ('head 3.1', 'final bias', 'bias 2')
-    """
-    if layer != layer:
-        return _WORDS.get(kind, kind)
-    name = "bias" if kind == "bias" else _WORDS.get(kind, kind)
-    return f"{name} {layer:.0f}" + (f".{head:.0f}" if head == head else "")
-
-
-def scale(ax: Axes, most: float, beyond: bool) -> None:
-    """Draw the colors from the bottom up with their numbers, in nats."""
+def scale(ax: Axes, most: float, words: Sequence[str]) -> None:
+    """Draw the colors from the bottom up, with words at the lowest, the middle and the highest."""
     edges = np.linspace(-most, most, 65)
-    mesh: Any = {"cmap": SHADES, "norm": Normalize(-most, most)}
-    ax.pcolormesh([0, 1], edges, ((edges[1:] + edges[:-1]) / 2)[:, None], **mesh)
+    shades = ((edges[1:] + edges[:-1]) / 2)[:, None]
+    ax.pcolormesh([0, 1], edges, shades, cmap=SHADES, norm=Normalize(-most, most))
     ax.set_gid("scale")
     ax.set_xticks([])
     ax.yaxis.tick_right()
-    digits = max(0, 1 - int(np.floor(np.log10(most))))
-    signs = ("\N{LESS-THAN OR EQUAL TO} ", "", "\N{GREATER-THAN OR EQUAL TO} ") if beyond else ("",) * 3
-    numbers = (f"\N{MINUS SIGN}{most:.{digits}f}", "0", f"+{most:.{digits}f}")
-    words = [f"{sign}{number} nats" for sign, number in zip(signs, numbers, strict=True)]
     ax.set_yticks([-most, 0, most], words, fontsize=WRITTEN - 0.5)
     ax.tick_params(axis="y", length=2)
-    framed(ax)
-
-
-def framed(ax: Axes) -> None:
-    """Draw a thin line around axes."""
     for spine in ax.spines.values():
         spine.set(visible=True, linewidth=0.5, color=GREY)
+
+
+def _in_nats(most: float, beyond: bool) -> list[str]:
+    digits = max(0, 1 - int(np.floor(np.log10(most))))
+    signs = ("\N{LESS-THAN OR EQUAL TO}", "", "\N{GREATER-THAN OR EQUAL TO}") if beyond else ("",) * 3
+    numbers = (f"\N{MINUS SIGN}{most:.{digits}f}", "0", f"+{most:.{digits}f}")
+    return [f"{sign}{number} nats" for sign, number in zip(signs, numbers, strict=True)]
 
 
 def every(count: int, cell: float, room: float) -> Sequence[int]:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
 from analysis.curves import NUMBERED, one_attack
-from analysis.heads import NONE, SHADES, framed
+from analysis.heads import NONE, SHADES, scale
 from analysis.lettering import blank, fit, inset
 from analysis.palette import BLACK, STYLE, WRITTEN
 from analysis.panels import estimates, headed
@@ -50,15 +50,7 @@ def likeness(profiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
         bar = inset(
             ax, whole, ((len(kinds) - 1) * step + side + 0.2, side - min(side, 1.5), 0.11, min(side, 1.5))
         )
-        edges = np.linspace(-1, 1, 65)
-        shades = ((edges[1:] + edges[:-1]) / 2)[:, None]
-        bar.pcolormesh([0, 1], edges, shades, cmap=SHADES, norm=Normalize(-1, 1))
-        bar.set_xticks([])
-        bar.yaxis.tick_right()
-        bar.set_yticks([-1, 0, 1], ["\N{MINUS SIGN}1 opposite", "0 unlike", "+1 same"], fontsize=WRITTEN)
-        bar.tick_params(axis="y", length=2)
-        bar.set_gid("scale")
-        framed(bar)
+        scale(bar, 1.0, ["\N{MINUS SIGN}1 opposite", "0 unlike", "+1 same"])
     return ax
 
 
