@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -48,7 +47,7 @@ def cuts(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
                         -spans.index((int(first), int(last))) - rank
                         for first, last in zip(here["first"], here["last"], strict=True)
                     ]
-                    dots(panel, here, name, np.array(at), look, f"{defense} {reader}", reader == "everything")
+                    dots(panel, here, name, at, look, f"{defense} {reader}", reader == "everything")
             in_rows(panel, [_span(*span) for span in spans], "nats left", written=column == 0)
         key = [
             Line2D(

@@ -102,7 +102,7 @@ def heads(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
         panels[0].set_ylabel("layer", fontsize=8)
         high = min(whole[1], 1.5)
         bar = inset(host, area, (size + whole[0] + 0.2, whole[1] - high, 0.11, high))
-        scale(bar, most, _in_nats(most, bool(cells[[*CONTRASTS]].abs().max(axis=None) > most)))
+        scale(bar, most, _in_nats(most, bool((cells[[*CONTRASTS]].abs() > most).any(axis=None))))
     return host
 
 
@@ -131,7 +131,7 @@ def every(count: int, cell: float, room: float) -> Sequence[int]:
     """Return which of many places have room for their numbers.
 
     >>> list(every(64, 0.04, 0.2))[:3]
-    [0, 8, 16]
+    [0, 5, 10]
     """
     step = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32, 64, 128) if step * cell >= room)
     return range(0, count, step)

@@ -149,14 +149,9 @@ def complete(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
         MARGIN / width, MARGIN / height, "\n".join(foot), va="bottom", size=7.5, color="#333333", **style
     )
     if flag:
-        look: Any = {
-            "weight": "bold",
-            "color": "white",
-            "bbox": {"facecolor": "#A50F15", "edgecolor": "none"},
-        }
-        look["bbox"]["pad"] = 3
-        at = (MARGIN + 3 / 72) / width, 1 - (MARGIN + 3 / 72) / height
-        figure.text(*at, "\n".join(flag), va="top", size=8.5, gid="banner", **look, **style)
+        edge, ground = MARGIN + 3 / 72, {"facecolor": "#A50F15", "edgecolor": "none", "pad": 3}
+        look: Any = {"va": "top", "size": 8.5, "weight": "bold", "color": "white", "bbox": ground}
+        figure.text(edge / width, 1 - edge / height, "\n".join(flag), gid="banner", **look, **style)
     return figure
 
 

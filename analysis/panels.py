@@ -119,7 +119,7 @@ def dots(
     ax: Axes,
     rows: pd.DataFrame,
     column: str,
-    at: Sequence[float] | Float[np.ndarray, " n"],
+    at: Sequence[float],
     look: tuple[str, Any, str],
     gid: str,
     hollow: bool = False,

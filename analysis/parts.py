@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -49,7 +48,7 @@ def top(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax, (row,) = stacked(ax, [max(0.2 * len(names), 0.7)], [])
         headed(row, CONTRASTS.values())
         for place, (name, panel) in enumerate(zip(CONTRASTS, row, strict=True)):
-            dots(panel, points, name, -np.arange(len(names)), (BLACK, "-", "o"), name)
+            dots(panel, points, name, [-float(place) for place in range(len(names))], (BLACK, "-", "o"), name)
             in_rows(panel, names, "nats", written=place == 0)
     return ax
 

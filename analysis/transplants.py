@@ -126,7 +126,14 @@ def weights(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             if ways:
                 over_layers(rows[0][place], last, "layer")
             if modules:
-                dots(rows[-1][place], kinds, name, -np.arange(len(kinds)), (BLACK, "-", "o"), "module")
+                dots(
+                    rows[-1][place],
+                    kinds,
+                    name,
+                    [-float(row) for row in range(len(kinds))],
+                    (BLACK, "-", "o"),
+                    "module",
+                )
                 in_rows(rows[-1][place], modules, "nats", written=place == 0)
         if ways:
             words = {name: said for name, (_, said) in ways.items()}

@@ -70,8 +70,8 @@ def of_top(points: pd.DataFrame, context: Context, counts: Counts = None) -> str
         for name in CONTRASTS
     )
     return (
-        f"Direct logit attribution {_asked(points, counts)}: the {len(points)} of {points['n_parts'].iloc[0]} "
-        "parts with the largest effect on either contrast (head layer.head); together they write "
+        f"Direct logit attribution {_asked(points, counts)}: the {len(points)} of {points['n_parts'].iloc[0]} parts "
+        "with the largest effect on either contrast (head layer.head); together they write "
         f"{sums}. {_CONTRASTS}{_BARS}The parts were chosen by these numbers, so that the largest look "
         f"larger than they are. {_tail(points, context)}"
     )
@@ -92,8 +92,8 @@ def of_directions(points: pd.DataFrame, context: Context, counts: Counts = None)
 def of_patches(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
     """Return the caption of the figure that `transplants.patches` draws from these points."""
     said = {
-        "undefended": "Into the undefended: activations at the answer position are those of the defended run; "
-        "drawn is the change from undefended. ",
+        "undefended": "Into the undefended: activations at the answer position are those of the defended "
+        "run; drawn is the change from undefended. ",
         "defended": "Into the defended: those of the undefended run; drawn is what is lost. ",
     }
     against = {
