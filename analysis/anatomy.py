@@ -11,7 +11,7 @@ from analysis.captions import Context
 from analysis.cuts import cuts
 from analysis.depth import directions, layer_points, layers
 from analysis.heads import heads, part_cells
-from analysis.lettering import complete
+from analysis.lettering import complete, fit
 from analysis.likeness import likeness
 from analysis.parts import top, top_parts
 from analysis.tables import DIRECT, UNDEFENDED, condition
@@ -111,7 +111,9 @@ def _banner(points: pd.DataFrame, trusted: pd.DataFrame | None) -> str:
     # Every contrast is against the undefended model, which therefore is drawn too.
     names = {UNDEFENDED, *points["defense"], *points.get("other", [])}
     of = trusted[(trusted["attack"] == points["attack"].iloc[0]) & trusted["defense"].isin(names)]
-    doubtful = [condition(row) for row in of[of["trusted"] == "not trusted"].to_dict("records")]
+    doubtful = [
+        fit(condition(row), 190, 8.5, 1) for row in of[of["trusted"] == "not trusted"].to_dict("records")
+    ]
     if not doubtful:
         return ""
     return f"Not trusted: generated text contradicts the readout under {', '.join(dict.fromkeys(doubtful))}"

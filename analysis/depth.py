@@ -60,7 +60,7 @@ def layers(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         headed(row, CONTRASTS.values())
         for place, (name, panel) in enumerate(zip(CONTRASTS, row, strict=True)):
             for defense, look in of.items():
-                curve(panel, points[points["defense"] == defense], name, look, defense)
+                curve(panel, points[points["defense"] == defense], name, look, defense, len(of))
             over_layers(panel, last, "" if marked else words)
             if strips:
                 panel.tick_params(labelbottom=False)
@@ -94,14 +94,14 @@ def directions(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for kind, row in zip(kinds, rows, strict=True):
             here = points[points["direction"] == kind]
             for name, panel in zip(_DIRECTIONS, row, strict=True):
-                over_layers(panel, last, "layer" if kind == kinds[-1] else "")
-                for layer in sorted(set(here.loc[here["chosen"].astype(bool), "layer"])):
-                    panel.axvline(layer, color=GREY, linewidth=0.8, linestyle=":", zorder=1, gid="chosen")
                 if name == "auroc":
                     _auroc(panel, here)
                 for defense, look in of.items():
                     column = "auroc_after" if name == "auroc" else name
-                    curve(panel, here[here["defense"] == defense], column, look, defense)
+                    curve(panel, here[here["defense"] == defense], column, look, defense, len(of))
+                for layer in sorted(set(here.loc[here["chosen"].astype(bool), "layer"])):
+                    panel.axvline(layer, color=GREY, linewidth=0.8, linestyle=":", zorder=1, gid="chosen")
+                over_layers(panel, last, "layer" if kind == kinds[-1] else "")
             row[0].set_ylabel(kind, fontsize=8)
         undefended = Line2D([], [], color=BLACK, linewidth=2, alpha=0.5, label="undefended (AUROC)")
         chosen = Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label="layer chosen in training")
@@ -113,8 +113,7 @@ def _auroc(ax: Axes, rows: pd.DataFrame) -> None:
     """Draw how well the undefended model tells the classes, which is the same beside every defense."""
     first = rows[rows["defense"] == rows["defense"].iloc[0]].sort_values("layer")
     value, low, high = estimates(first, "auroc").T
-    for line in ax.lines[:1]:  # no effect is chance here
-        line.set_ydata([0.5, 0.5])
+    ax.axhline(0.5, color=GREY, linewidth=0.6, zorder=1, gid="chance")
     layer = numbers(first["layer"]).to_numpy()
     ax.fill_between(layer, low, high, color=BLACK, alpha=0.1, linewidth=0, zorder=2)
     mark: Any = {"marker": "o", "markersize": 3} if len(first) <= 12 else {}

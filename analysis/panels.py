@@ -86,28 +86,42 @@ def numbers(column: pd.Series) -> pd.Series:
     return pd.to_numeric(column, errors="coerce").astype(float)
 
 
-def curve(ax: Axes, rows: pd.DataFrame, column: str, look: tuple[str, Any, str], gid: str) -> None:
-    """Draw an estimate over the layers as a line in its band.
+def curve(
+    ax: Axes, rows: pd.DataFrame, column: str, look: tuple[str, Any, str], gid: str, lines: int = 1
+) -> None:
+    """Draw an estimate over the layers as a line in its band, which is fainter where there are many lines.
 
     >>> ax = blank(1, 1)
     >>> curve(ax, pd.DataFrame({"layer": [1, 0], "shift": [2.0, 1.0]}), "shift", LOOKS[0], "a")
-    >>> ax.lines[0].get_xydata().tolist()
+    >>> ax.lines[1].get_xydata().tolist()
     [[0.0, 1.0], [1.0, 2.0]]
     """
+    if not ax.lines:
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1, gid="no effect")
     color, dash, mark = look
     layer = numbers(rows["layer"]).to_numpy()
     order = np.argsort(layer, kind="stable")
     value, low, high = estimates(rows, column)[order].T
     ax.fill_between(
-        layer[order], low, high, color=color, alpha=0.16, linewidth=0, zorder=2, gid=f"{gid} band"
+        layer[order],
+        low,
+        high,
+        color=color,
+        alpha=0.16 if lines < 5 else 0.07,
+        linewidth=0,
+        zorder=2,
+        gid=f"{gid} band",
     )
+    known = np.isfinite(low) & np.isfinite(high)
+    beside = np.pad(known, 1)
+    alone = known & ~beside[:-2] & ~beside[2:]  # a band needs two layers
+    ax.vlines(layer[order][alone], low[alone], high[alone], color=color, alpha=0.4, linewidth=1.2, zorder=2)
     small: Any = {"marker": mark, "markersize": 3} if len(rows) <= 12 else {}
     ax.plot(layer[order], value, color=color, linestyle=dash, linewidth=1.2, zorder=3, gid=gid, **small)
 
 
 def over_layers(ax: Axes, last: float, words: str = "", first: float = 0.0) -> None:
-    """Set the axes of curves over the layers: a line at no effect, whole numbers below."""
-    ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+    """Set the axes of something over the layers, whole numbers below."""
     room = 0.03 * (last - first) or 0.5
     ax.set_xlim(first - room, last + room)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))

@@ -24,7 +24,7 @@ WAYS: dict[str, tuple[tuple[str, Any, str], str]] = {
     "up to": ((VERMILION, (0, (5, 1.5)), "D"), "all layers up to it"),
 }
 _KINDS = {"residual": "residual stream", "attention": "attention", "mlp": "MLP", "head": "heads"}
-_TALL, _ROW = 1.15, 0.2  # inches: a panel of curves, a row of dots
+_TALL, _ROW = 0.95, 0.2  # inches: a panel of curves, a row of dots
 
 
 def patch_points(patches: pd.DataFrame, top: int = 10) -> pd.DataFrame:
@@ -55,7 +55,7 @@ def patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     >>> row = {"attack": "direct", "defense": "a", "into": "defended", "source": "placebo", "kind": "mlp"}
     >>> ax = patches(pd.DataFrame([row | {"layer": 0, "head": None, "shift": 0.5, "discrimination": 0.0}]))
     >>> ax.child_axes[0].get_ylabel()
-    'MLP into\nthe defended'
+    'MLP\ninto defended'
 
     Args:
         points: what `patch_points` returned, of one attack and defense.
@@ -73,7 +73,7 @@ def patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     curves = [place for place, heads in enumerate(names) if not heads]
     with rc_context(STYLE):
         gaps = [
-            0.5 if place == max(curves, default=-1) or heads else 0.25 for place, heads in enumerate(names)
+            0.5 if place == max(curves, default=-1) or heads else 0.14 for place, heads in enumerate(names)
         ]
         ax, panels = stacked(ax, heights, gaps[:-1])
         headed(panels[0], CONTRASTS.values())
@@ -93,8 +93,9 @@ def patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
                     in_rows(panel, heads, "nats", written=name == "shift")
                 else:
                     over_layers(panel, last, "layer patched" if place == curves[-1] else "")
+                    panel.tick_params(labelbottom=place == curves[-1])
             into, kind = blocks[place]
-            row[0].set_ylabel(f"{_KINDS[kind]} into\nthe {into}", fontsize=8)
+            row[0].set_ylabel(f"{_KINDS[kind]}\ninto {into}", fontsize=8)
         words = {name: said for name, (_, said) in sources.items()}
         beside(ax, key({name: look for name, (look, _) in sources.items()}, words))
     return ax
@@ -126,20 +127,14 @@ def weights(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             if ways:
                 over_layers(rows[0][place], last, "layer")
             if modules:
-                dots(
-                    rows[-1][place],
-                    kinds,
-                    name,
-                    [-float(row) for row in range(len(kinds))],
-                    (BLACK, "-", "o"),
-                    "module",
-                )
+                at = [-float(row) for row in range(len(kinds))]
+                dots(rows[-1][place], kinds, name, at, (BLACK, "-", "o"), "module")
                 in_rows(rows[-1][place], modules, "nats", written=place == 0)
         if ways:
             words = {name: said for name, (_, said) in ways.items()}
             beside(ax, key({name: look for name, (look, _) in ways.items()}, words))
         if modules:
-            rows[-1][0].set_ylabel("one kind of module\nin all layers", fontsize=8)
+            rows[-1][0].set_ylabel("modules,\nall layers", fontsize=8)
     return ax
 
 

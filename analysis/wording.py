@@ -55,22 +55,27 @@ def of_parts(cells: pd.DataFrame, context: Context, counts: Counts = None) -> st
     across = int(numbers(cells["head"]).max()) + 1 if cells["head"].notna().any() else 1
     room = min(cell_size(int(numbers(cells["layer"]).max()) + 1, across)) >= DOTTED
     dot = "Dot: the 95\u00a0% interval excludes 0. " if room else "Intervals are in the table. "
+    many = across + len({"mlp", "bias", "added"} & set(cells["kind"]))
+    holes = len(cells) < many * (int(numbers(cells["layer"]).max()) + 1) or cells["shift"].isna().any()
+    grey = "Grey: no such part. " * bool(holes)
     return (
         f"Direct logit attribution {_asked(cells, counts)}: what each part of the model writes of the "
         f"change of the margin. {_CONTRASTS}Blue adds to it, orange takes from it; one scale for both "
-        f"panels. {cut}{dot}The embedding and the final bias, which stand in no layer, are left out. "
+        f"panels. {cut}{dot}{grey}The embedding and the final bias, which stand in no layer, are left "
+        "out. "
         f"{_tail(cells, context)}"
     )
 
 
 def of_top(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
     """Return the caption of the figure that `parts.top` draws from these points."""
+    total = points["n_parts"].iloc[0]
     sums = " and ".join(
         f"{_nats(points[name].sum())} of {_nats(points[f'total_{name}'].iloc[0])}\u00a0nats of {name}"
         for name in CONTRASTS
     )
     return (
-        f"Direct logit attribution {_asked(points, counts)}: the {len(points)} of {points['n_parts'].iloc[0]} parts "
+        f"Direct logit attribution {_asked(points, counts)}: the {len(points)} of {total} parts "
         "with the largest effect on either contrast (head layer.head); together they write "
         f"{sums}. {_CONTRASTS}{_BARS}The parts were chosen by these numbers, so that the largest look "
         f"larger than they are. {_tail(points, context)}"
@@ -82,7 +87,7 @@ def of_directions(points: pd.DataFrame, context: Context, counts: Counts = None)
     return (
         "Projection of the residual stream of each layer on a direction learned on training queries (a row "
         f"per direction), {_asked(points, counts)}, all held out. AUROC: how well the projection tells the "
-        "classes; dotted: chance is the line at .5. Shift (mean of the two class means of the change) and "
+        "classes; the thin line at .5 is chance. Shift (mean of the two class means of the change) and "
         "discrimination (harmful minus benign) are in units of the distance between the classes' training "
         f"means. {_BANDS}Upright dotted line: the layer chosen in training. {_rest(points)}"
         f"{_tail(points, context)}"
@@ -134,7 +139,7 @@ def of_profiles(profiles: pd.DataFrame, context: Context, counts: Counts = None)
     few = len({*profiles["defense"], *profiles["other"]}) <= NUMBERED
     return (
         "Cosine of what two defenses' parts (heads, MLPs and all others) write by direct logit attribution "
-        f"{_asked(profiles, counts)}, each pair drawn twice: +1, the same parts in the same proportions; 0, "
+        f"{_asked(profiles, counts)}, each pair drawn twice: 1, the same parts in the same proportions; 0, "
         f"unrelated. {_CONTRASTS}{'Bold' if few else 'Dot'}: the 95\u00a0% interval excludes 0. "
         f"{_tail(profiles, context)}"
     )

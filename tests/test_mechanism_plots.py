@@ -40,7 +40,7 @@ MANNERS: dict[str, dict[str, Any]] = {
 
 def estimated(rows: pd.DataFrame, column: str, values: Any, sure: bool = True) -> None:
     """Add an estimate with its interval, which is missing in some rows, or in all."""
-    wide = np.where(np.arange(len(rows)) % 7 == 6, np.nan, 0.1 + 0.2 * np.abs(values)) if sure else np.nan
+    wide = np.where(np.arange(len(rows)) % 17 == 3, np.nan, 0.05 + 0.2 * np.abs(values)) if sure else np.nan
     rows[column], rows[f"{column}_low"], rows[f"{column}_high"] = values, values - wide, values + 1.5 * wide
 
 
@@ -97,7 +97,7 @@ def planted(
         ways = [(how, layer, None) for how in ("alone", "up to") for layer in range(layers)]
         ways += [("module", None, module) for module in ("q_proj", "k_proj", "v_proj", "down_proj")]
         tables["weights"] = pd.DataFrame(ways, columns=["how", "layer", "module"])
-        others = [(other, contrast) for other in NAMES[:number] for contrast in CONTRASTS]
+        others = [(other, contrast) for other in NAMES[number + 1 : defenses] for contrast in CONTRASTS]
         tables["profiles"] = pd.DataFrame(others, columns=["other", "contrast"])
         tables["profiles"]["other"] = name + tables["profiles"]["other"]
         for kind, table in tables.items():
@@ -106,7 +106,7 @@ def planted(
                 if kind == "layers":
                     estimated(table, contrast, most * rise + generator.normal(0, 0.03, size), sure)
                 elif kind not in ("half", "profiles"):
-                    noise = generator.normal(0, 0.1 if kind == "parts" else 0.3, size)
+                    noise = generator.normal(0, 0.05 if kind == "directions" else 0.1, size)
                     up = np.where(table.get("source", table.index) == "placebo", 0.0, most / 3)
                     estimated(table, contrast, noise + (0 if kind == "parts" else up), sure)
             if kind == "half":
@@ -114,7 +114,14 @@ def planted(
                 estimated(table, "final", np.array([2.5, -0.6]), sure)
             elif kind == "directions":
                 for column, base in (("auroc", 0.85), ("auroc_after", 0.7)):
-                    estimated(table, column, base + generator.uniform(-0.1, 0.1, size), sure)
+                    estimated(
+                        table,
+                        column,
+                        base
+                        + generator.uniform(-0.02, 0.02, size)
+                        + 0.05 * np.sin(np.arange(size) / size * 6),
+                        sure,
+                    )
             elif kind == "profiles":
                 estimated(table, "cosine", generator.uniform(-1, 1, size), sure)
             if kind == "parts":
