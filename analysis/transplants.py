@@ -69,7 +69,7 @@ def patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     last = float(numbers(points["layer"]).max())
     sources = {name: look for name, look in SOURCES.items() if (points["source"] == name).any()}
     names = [_heads(rows) if kind == "head" else [] for (_, kind), rows in zip(blocks, groups, strict=True)]
-    heights = [max(_ROW * len(heads), 0.7) if heads else _TALL for heads in names]
+    heights = [max(_ROW * len(heads), _TALL) if heads else _TALL for heads in names]
     curves = [place for place, heads in enumerate(names) if not heads]
     with rc_context(STYLE):
         gaps = [
