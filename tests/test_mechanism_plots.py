@@ -65,7 +65,7 @@ def planted(
         kinds = [(None, "embedding", None), (None, "bias", None)]
         for layer in range(layers):
             kinds += [(layer, "head", head) for head in range(heads)] + [(layer, "mlp", None)]
-        kinds += [(layers // 2, "added", None)] * (number % 2)
+        kinds += [(layers // 2, "added", None)] * (number % 2 or defenses > 3)
         tables["parts"] = pd.DataFrame(kinds, columns=["layer", "kind", "head"]).astype(
             {"layer": "Int64", "head": "Int64"}
         )
@@ -100,8 +100,8 @@ def planted(
         tables["profiles"] = pd.DataFrame(others, columns=["other", "contrast"])
         tables["profiles"]["other"] = name + tables["profiles"]["other"]
         for kind, table in tables.items():
-            if kind in ("parts", "patches", "weights") and number > 1:
-                continue  # two such figures are enough
+            if kind in ("parts", "patches", "weights") and number > (1 if defenses < 4 else 0):
+                continue  # so many figures of one defense are enough
             size = len(table)
             for contrast, most in (("shift", 2.5), ("discrimination", -0.6)):
                 if kind == "layers":
@@ -175,6 +175,11 @@ def written(figure: Figure) -> list[Text]:
                     texts += [tick.label1, tick.label2]
         texts += [*ax.texts, ax.xaxis.label, ax.yaxis.label, ax._left_title]  # type: ignore[attr-defined]
     return [text for text in texts if text.get_text().strip() and text.get_visible()]
+
+
+def said(text: Text) -> str:
+    """Return a text as if it had one line."""
+    return text.get_text().replace("-\n", "-").replace("\n", " ").replace("\u00a0", " ")
 
 
 def artists(ax: Axes) -> tuple[list[str], Any]:
@@ -259,7 +264,7 @@ def test_the_first_eight_have_looks_of_their_own_and_the_rest_is_grey() -> None:
     looks = [(one.get_color(), one.get_linestyle()) for one in panel.lines if one.get_gid() in NAMES]
     assert len(looks) == 9 and len(set(looks)) == 9
     assert [color for color, _ in looks] == [*(look[0] for look in LOOKS), GREY]
-    assert "Grey: all past the first 8" in made("crowd")["layers"][0].texts[1].get_text().replace("\n", " ")
+    assert "Grey: all past the first 8" in said(made("crowd")["layers"][0].texts[1])
 
 
 def test_layers_without_halves_has_no_strip() -> None:
@@ -303,7 +308,7 @@ def test_patches_draws_every_source_over_layers_and_the_largest_heads_as_dots(ma
     ]
     size = mine[[*CONTRASTS]].abs().max(axis=1)
     wanted = mine.assign(size=size).sort_values("size", ascending=False, kind="stable")[:10]
-    names = [f"{layer}.{head}" for layer, head in zip(wanted["layer"], wanted["head"], strict=True)]
+    names = [f"{layer:.0f}.{head:.0f}" for layer, head in zip(wanted["layer"], wanted["head"], strict=True)]
     assert [label.get_text() for label in panels[-1, 0].get_yticklabels()] == names
     for contrast, panel in zip(CONTRASTS, panels[-1], strict=True):
         at = line(panel, "defense")
@@ -369,7 +374,10 @@ def test_the_heat_map_holds_every_head_and_its_color_is_its_sign(manner: str) ->
         assert panel.get_ylim() == (layers, 0)  # the first layer is at the top
     assert len(spans) == 1 and spans.pop()[1] > 0
     (low, high), most = scales[0].get_ylim(), table[[*CONTRASTS]].abs().max(axis=None)
-    assert -low == high == pytest.approx(most)
+    assert -low == high
+    bounded = "\N{GREATER-THAN OR EQUAL TO}" in scales[0].get_yticklabels()[2].get_text()
+    assert high < most if bounded else high == most
+    assert bounded == (manner == "large")  # its MLPs write more than all but some heads
 
 
 def test_a_dot_marks_a_part_whose_interval_excludes_zero() -> None:
@@ -392,7 +400,7 @@ def test_a_part_far_beyond_all_others_does_not_make_them_white_and_the_scale_say
     scale = figure.axes[0].child_axes[2]
     assert scale.get_ylim()[1] < 2
     assert scale.get_yticklabels()[2].get_text().startswith("\N{GREATER-THAN OR EQUAL TO}+")
-    assert "beyond the ends of the scale" in figure.texts[1].get_text().replace("\n", " ")
+    assert "beyond the ends of the scale" in said(figure.texts[1])
 
 
 def test_parts_that_are_missing_are_grey() -> None:
@@ -405,11 +413,11 @@ def test_parts_that_are_missing_are_grey() -> None:
     mask = np.ma.getmaskarray(mesh.get_array()).reshape(12, 9)
     assert np.argwhere(mask).tolist() == [[3, 2]]
     assert same_color(mesh.cmap.get_bad()[:3], to_rgb(NONE))
-    assert "Grey: no such part." in figure.texts[1].get_text().replace("\n", " ")
+    assert "Grey: no such part." in said(figure.texts[1])
 
 
 def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> None:
-    ax, table = drawn("top")
+    ax, _ = drawn("top")
     parts = planted(**MANNERS["usual"])["parts"]
     parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
     size = parts[[*CONTRASTS]].abs().max(axis=1)
@@ -427,7 +435,7 @@ def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> No
         )
         ends = wanted[[f"{contrast}_low", f"{contrast}_high"]].to_numpy(float).round(6)
         assert bars(panel) == {(-row, *end) for row, end in enumerate(ends) if np.isfinite(end).all()}
-    caption = made("usual")["top-backdoor"][0].texts[1].get_text().replace("\n", " ").replace("\u00a0", " ")
+    caption = said(made("usual")["top-backdoor"][0].texts[1])
     told = f"{wanted['shift'].sum():+.2f} of {parts['shift'].sum():+.2f} nats of shift"
     assert told.replace("-", "\N{MINUS SIGN}") in caption
     assert len(of_mechanism({"parts": parts}, RUN, top=3)["top-backdoor"][1]) == 3
@@ -471,34 +479,36 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
     verdicts = {"none": "trusted", NAMES[0]: "trusted", NAMES[1]: "not trusted", NAMES[2]: "cannot tell"}
     trusted = pd.DataFrame({"attack": "direct", "defense": [*verdicts], "trusted": verdicts.values()})
     other = trusted.assign(attack="prefix", trusted="not trusted")
-    said = {}
+    banners = {}
     for stem, (figure, _) in of_mechanism({**tables, "trusted": pd.concat([trusted, other])}, RUN).items():
         banner = [text for text in figure.texts if text.get_gid() == "banner"]
-        said[stem] = banner[0].get_text().replace("\n", " ") if banner else ""
-        readable(stem, figure, written, slack=0.6)
+        banners[stem] = said(banner[0]) if banner else ""
+        if stem in ("cuts", "profiles"):
+            readable(stem, figure, written, slack=0.6)
         for text in banner:
             assert text.get_window_extent().y0 > figure.texts[0].get_window_extent().y1
     words = "Not trusted: generated text contradicts the readout under backdoor/no_weights"
-    for stem, banner_words in said.items():
+    for stem, banner_words in banners.items():
         assert banner_words == ("" if stem.endswith("-backdoor") else words), stem
     tables["trusted"] = trusted.assign(trusted=["not trusted", *["trusted"] * 3])  # what all is compared with
-    for figure, _ in of_mechanism(tables, RUN).values():
+    few = {name: tables[name] for name in ("layers", "profiles", "trusted")}
+    for figure, _ in of_mechanism(few, RUN).values():
         assert figure.texts[-1].get_text().endswith("under none")
     attacked = planted(**MANNERS["attacked"])
     doubt = pd.DataFrame({"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]})
     for stem, (figure, _) in of_mechanism({**attacked, "trusted": doubt}, RUN).items():
         wanted = stem.endswith("my-attack.py") and "no_weights" not in stem
-        assert any("backdoor (./my attack.py)" in text.get_text() for text in figure.texts[2:]) == wanted
+        assert any("backdoor (./my attack.py)" in said(text) for text in figure.texts[2:]) == wanted
 
 
 def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
     for stem, (figure, _) in made("usual").items():
-        caption = figure.texts[1].get_text().replace("\n", " ").replace("\u00a0", " ")
+        caption = said(figure.texts[1])
         n = ("24 harmful", "20 benign") if stem.startswith("patches") else ("50 harmful", "40 benign")
         for word in (*n, RUN.model, "twins, test split", "\u201cSorry\u201d", "95 %", "Attack: none"):
             assert word in caption, (stem, word)
     for stem, (figure, _) in made("bare").items():
-        caption = figure.texts[1].get_text().replace("\n", " ").replace("\u00a0", " ")
+        caption = said(figure.texts[1])
         assert ("Intervals: none known" in caption) == (stem != "layers"), stem
 
 
