@@ -103,8 +103,10 @@ def beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
     ax.legend(handles=handles, title=title, labelspacing=0.45, handlelength=2.6, **style)
 
 
-def complete(ax: Axes, title: str, caption: str) -> Figure:
+def complete(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
     """Return the figure of `ax` with a title above and a caption below, its canvas cut to hold all.
+
+    A banner, white on dark red, comes above the title.
 
     The axes keep their size in inches, so that labels placed before stay where they are.
 
@@ -127,17 +129,29 @@ def complete(ax: Axes, title: str, caption: str) -> Figure:
     width = max(left + across + right, 5.8) + 2 * MARGIN
     room = (width - 2 * MARGIN) * 72
     head, foot = wrap(title, room, 10.5, "bold"), wrap(caption, room, 7.5)
+    flag = wrap(banner, room - 6, 8.5, "bold") if banner else []
+    over = (len(flag) * 8.5 * LINE + 12) / 72 if flag else 0.0
     bottom = MARGIN + len(foot) * 7.5 * LINE / 72 + 0.12 + below
-    height = bottom + tall + above + 0.1 + len(head) * 10.5 * LINE / 72 + MARGIN
+    height = bottom + tall + above + 0.1 + len(head) * 10.5 * LINE / 72 + MARGIN + over
     figure.set_size_inches(width, height)
     ax.set_position(((MARGIN + left) / width, bottom / height, across / width, tall / height))
     style: dict[str, Any] = {"family": FONT, "linespacing": 1.15, "parse_math": False, "usetex": False}
     figure.text(
-        MARGIN / width, 1 - MARGIN / height, "\n".join(head), va="top", size=10.5, weight="bold", **style
+        MARGIN / width,
+        1 - (MARGIN + over) / height,
+        "\n".join(head),
+        va="top",
+        size=10.5,
+        weight="bold",
+        **style,
     )
     figure.text(
         MARGIN / width, MARGIN / height, "\n".join(foot), va="bottom", size=7.5, color="#333333", **style
     )
+    if flag:
+        edge, ground = MARGIN + 3 / 72, {"facecolor": "#A50F15", "edgecolor": "none", "pad": 3}
+        look: Any = {"va": "top", "size": 8.5, "weight": "bold", "color": "white", "bbox": ground}
+        figure.text(edge / width, 1 - edge / height, "\n".join(flag), gid="banner", **look, **style)
     return figure
 
 

@@ -1,0 +1,180 @@
+"""Titles and captions of the figures of where in a model a defense acts; each caption needs no other page."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pandas as pd
+
+from analysis.captions import Context
+from analysis.curves import NUMBERED
+from analysis.heads import DOTTED, cell_size, limit
+from analysis.panels import CONTRASTS, LOOKS, numbers
+
+# A "{}" stands for the defense.
+HEADLINES = {
+    "layers": "The layers in which a defense's effect appears",
+    "parts": "Colored: the heads and MLPs that write the effect of {}",
+    "top": "The parts that write most of the effect of {}",
+    "directions": "Whether a defense moves what the model holds of refusal and of harm",
+    "patches": "Beyond its placebos, a patch carries the effect of {}",
+    "cuts": "Near 0: there the defense's own tokens have to be read",
+    "weights": "Where the tuned weights of {} act",
+    "profiles": "Blue: two defenses act through the same parts",
+}
+Counts = tuple[int, int] | None
+_CONTRASTS = (
+    "Shift is the mean of the two class means of the margin's change against the undefended model (refuses "
+    "more of everything), discrimination is harmful minus benign (tells harm from harmless better). "
+)
+_BANDS = "Bands are 95\u00a0% intervals. "
+_BARS = "Bars are 95\u00a0% intervals. "
+
+
+def of_layers(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `depth.layers` draws from these points."""
+    halves = [name for name in points if str(name).endswith("_half")]
+    marked = bool(points[halves].notna().any(axis=None))
+    half = (
+        "Below: the layer from which on the contrast stays beyond half of its final value; no mark where the "
+        "final interval holds 0. "
+    )
+    last = f"{numbers(points['layer']).max():.0f}"
+    return (
+        f"Logit lens {_asked(points, counts)}: the margin read off the residual stream that enters each "
+        f"layer; {last} is behind the last one, the whole effect. {_CONTRASTS}{half * marked}{_BANDS}"
+        f"{_rest(points)}{_tail(points, context)}"
+    )
+
+
+def of_parts(cells: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `heads.heads` draws from these cells."""
+    most = limit(cells[[*CONTRASTS]])
+    beyond = int((cells[[*CONTRASTS]].abs() > most).any(axis=1).sum())
+    cut = f"{beyond} parts beyond the ends of the scale have its end colors. " if beyond > 1 else ""
+    cut = "One part beyond the ends of the scale has its end color. " if beyond == 1 else cut
+    across = int(numbers(cells["head"]).max()) + 1 if cells["head"].notna().any() else 1
+    room = min(cell_size(int(numbers(cells["layer"]).max()) + 1, across)) >= DOTTED
+    dot = "Dot: the 95\u00a0% interval excludes 0. " if room else "Intervals are in the table. "
+    many = across + len({"mlp", "bias", "added"} & set(cells["kind"]))
+    holes = len(cells) < many * (int(numbers(cells["layer"]).max()) + 1) or cells["shift"].isna().any()
+    grey = "Grey: no such part. " * bool(holes)
+    return (
+        f"Direct logit attribution {_asked(cells, counts)}: what each part of the model writes of the "
+        f"change of the margin. {_CONTRASTS}Blue adds to it, orange takes from it; one scale for both "
+        f"panels. {cut}{dot}{grey}The embedding and the final bias, which stand in no layer, are left "
+        "out. "
+        f"{_tail(cells, context)}"
+    )
+
+
+def of_top(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `parts.top` draws from these points."""
+    total = points["n_parts"].iloc[0]
+    sums = " and ".join(
+        f"{_nats(points[name].sum())} of {_nats(points[f'total_{name}'].iloc[0])}\u00a0nats of {name}"
+        for name in CONTRASTS
+    )
+    return (
+        f"Direct logit attribution {_asked(points, counts)}: the {len(points)} of {total} parts "
+        "with the largest effect on either contrast (head layer.head); together they write "
+        f"{sums}. {_CONTRASTS}{_BARS}The parts were chosen by these numbers, so that the largest look "
+        f"larger than they are. {_tail(points, context)}"
+    )
+
+
+def of_directions(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `depth.directions` draws from these points."""
+    return (
+        "Projection of the residual stream of each layer on a direction learned on training queries (a row "
+        f"per direction), {_asked(points, counts)}, all held out. AUROC: how well the projection tells the "
+        "classes; the thin line at .5 is chance. Shift (mean of the two class means of the change) and "
+        "discrimination (harmful minus benign) are in units of the distance between the classes' training "
+        f"means. {_BANDS}Upright dotted line: the layer chosen in training. {_rest(points)}"
+        f"{_tail(points, context)}"
+    )
+
+
+def of_patches(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `transplants.patches` draws from these points."""
+    said = {
+        "undefended": "Into the undefended: activations at the answer position are those of the defended "
+        "run; drawn is the change from undefended. ",
+        "defended": "Into the defended: those of the undefended run; drawn is what is lost. ",
+    }
+    against = {
+        "placebo": "Random: a random direction of the same norm. ",
+        "neutral_prompt": "Neutral prompt: activations under a control prompt of the same length. ",
+    }
+    words = "".join(text for into, text in said.items() if (points["into"] == into).any())
+    words += "".join(text for source, text in against.items() if (points["source"] == source).any())
+    single = points[points["kind"] == "head"]
+    shown = "Heads (layer.head): those with the largest effects. " * bool(len(single))
+    return (
+        f"Activation patching {_asked(points, counts)}. {words}{_CONTRASTS}{shown}"
+        f"Bands and bars are 95\u00a0% intervals. {_tail(points, context)}"
+    )
+
+
+def of_cuts(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `cuts.cuts` draws from these points."""
+    return (
+        f"What is left of the effect {_asked(points, counts)} when attention to the defense's own tokens is "
+        "cut in a range of layers (both ends included): filled, from the answer position only; hollow, from "
+        f"every later token. {_CONTRASTS}{_BARS}{_rest(points)}{_tail(points, context)}"
+    )
+
+
+def of_weights(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `transplants.weights` draws from these points."""
+    kinds = "Dots: in one kind of module, in all layers. " * bool((points["how"] == "module").any())
+    return (
+        f"The effect {_asked(points, counts)} with the tuned weights' change switched on in some places and "
+        f"off in all others. Curves: in one layer alone, or in it and all below. {kinds}{_CONTRASTS}"
+        f"Bands and bars are 95\u00a0% intervals. {_tail(points, context)}"
+    )
+
+
+def of_profiles(profiles: pd.DataFrame, context: Context, counts: Counts = None) -> str:
+    """Return the caption of the figure that `likeness.likeness` draws from these profiles."""
+    few = len({*profiles["defense"], *profiles["other"]}) <= NUMBERED
+    return (
+        "Cosine of what two defenses' parts (heads, MLPs and all others) write by direct logit attribution "
+        f"{_asked(profiles, counts)}, each pair drawn twice: 1, the same parts in the same proportions; 0, "
+        f"unrelated. {_CONTRASTS}{'Bold' if few else 'Dot'}: the 95\u00a0% interval excludes 0. "
+        f"{_tail(profiles, context)}"
+    )
+
+
+CAPTIONS: dict[str, Callable[[pd.DataFrame, Context, Counts], str]] = {
+    "layers": of_layers,
+    "parts": of_parts,
+    "top": of_top,
+    "directions": of_directions,
+    "patches": of_patches,
+    "cuts": of_cuts,
+    "weights": of_weights,
+    "profiles": of_profiles,
+}
+
+
+def _asked(points: pd.DataFrame, counts: Counts) -> str:
+    if {"n_harmful", "n_benign"} <= set(points):
+        spans = [points[name].dropna().astype(int) for name in ("n_harmful", "n_benign")]
+        ends = [sorted({int(span.min()), int(span.max())}) for span in spans if len(span)]
+        if len(ends) == 2:
+            harmful, benign = ("\N{EN DASH}".join(map(str, end)) for end in ends)
+            return f"on {harmful} harmful and {benign} benign queries"
+    return f"on {counts[0]} harmful and {counts[1]} benign queries" if counts else "on the run's queries"
+
+
+def _rest(points: pd.DataFrame) -> str:
+    return f"Grey: all past the first {len(LOOKS)}. " * (points["defense"].nunique() > len(LOOKS))
+
+
+def _tail(points: pd.DataFrame, context: Context) -> str:
+    bare = not points.filter(like="_low").notna().any(axis=None)
+    return (replace(context, interval="none known") if bare else context).sentences(points["attack"].iloc[0])
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
