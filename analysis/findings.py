@@ -1,4 +1,4 @@
-"""What `analyze mechanism` prints: where an effect arises, what carries it, what interventions leave of it."""
+"""What `analyze mechanism` prints: where an effect arises, what carries it, what interventions leave."""
 
 from __future__ import annotations
 

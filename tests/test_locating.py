@@ -163,6 +163,7 @@ def test_attacks_have_rows_of_their_own_and_no_intervention_is_one_too(kept: Pat
     assert done.code == 0, done.err
     assert set(table(kept, "layers", "attacked")["attack"]) == {"direct", "base64"}
     assert not (kept / "attacked" / "patches.csv").exists()
+    assert set(table(kept, "layers-base64", "attacked")["attack"]) == {"base64"}
 
 
 def test_overlap_is_set_beside_the_interactions_of_stacks(kept: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analysis.anatomy import DRAWN, of_mechanism
+from analysis.atlas import DRAWN, of_mechanism
 from analysis.captions import Context
 from analysis.heads import NONE
 from analysis.palette import GREY
@@ -141,7 +141,8 @@ def made(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
 def drawn(kind: str, manner: str = "usual", defense: str = "backdoor") -> tuple[Axes, pd.DataFrame]:
     """Return the host of one figure, and its table."""
     stem = f"{kind}-{defense}" if kind in ("parts", "top", "patches", "weights") else kind
-    figure, table = made(manner)[stem]
+    figures = made(manner)
+    figure, table = figures.get(stem) or figures[f"{stem}-direct"]
     return figure.axes[0], table
 
 
@@ -211,7 +212,8 @@ def test_which_figures_there_are() -> None:
     wanted = [stem.format(name) for stem in every for name in (names if "{}" in stem else [""])]
     assert list(made("usual")) == wanted
     assert list(made("tiny")) == [stem.format("backdoor") for stem in every[:-1]]  # one has no other
-    assert list(made("attacked")) == [*wanted, *(f"{stem}-.-my-attack.py" for stem in wanted)]
+    named = [f"{stem}-{attack}" for attack in ("direct", ".-my-attack.py") for stem in wanted]
+    assert list(made("attacked")) == named
     tables = planted(**MANNERS["usual"])
     few = {"cuts": tables["cuts"], "half": tables["half"], "layers": tables["layers"][:0]}
     assert list(of_mechanism(few, RUN)) == ["cuts"]

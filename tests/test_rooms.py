@@ -53,7 +53,7 @@ PLOTS = {
         "likeness",
         "cuts",
         "wording",
-        "anatomy",
+        "atlas",
         "curves",
         "captions",
         "lettering",

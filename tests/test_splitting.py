@@ -1,4 +1,4 @@
-"""Margins as sums over parts: on every family, as TransformerLens sees them, under hooks, weights, readings."""
+"""Margins as sums over parts: every family, as TransformerLens sees it, under hooks, weights, readings."""
 
 import copy
 from dataclasses import dataclass, replace

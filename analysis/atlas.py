@@ -14,7 +14,7 @@ from analysis.heads import heads, part_cells
 from analysis.lettering import complete, fit
 from analysis.likeness import likeness
 from analysis.parts import top, top_parts
-from analysis.tables import DIRECT, UNDEFENDED, condition
+from analysis.tables import UNDEFENDED, condition
 from analysis.transplants import patch_points, patches, weights
 from analysis.wording import CAPTIONS, HEADLINES
 
@@ -64,17 +64,18 @@ def of_mechanism(
 
     Returns:
         `layers`, `directions`, `cuts` and `profiles`, and of each defense `parts-`, `top-`, `patches-` and
-        `weights-` followed by it; behind all of them `-` and the attack where there is one.
+        `weights-` followed by it; behind all of them `-` and the attack where there are several.
     """
     made: dict[str, tuple[Figure, pd.DataFrame]] = {}
     found = {
         name: table for name, table in tables.items() if len(table) and name in {"half", *dict(FROM.values())}
     }
-    for attack in dict.fromkeys(name for table in found.values() for name in table["attack"]):
+    attacks = list(dict.fromkeys(name for table in found.values() for name in table["attack"]))
+    for attack in attacks:
         here = {name: table[table["attack"] == attack] for name, table in found.items()}
         for kind, defense, points in _drawn(here, top):
             stem = "-".join(
-                _stem(name) for name in (kind, defense, "" if attack == DIRECT else attack) if name
+                _stem(name) for name in (kind, defense, attack if len(attacks) > 1 else "") if name
             )
             alike = sum(re.fullmatch(rf"{re.escape(stem)}(~\d+)?", name) is not None for name in made)
             name = f"{stem}~{alike + 1}" if alike else stem  # two names may have one stem
