@@ -233,7 +233,7 @@ class Room:
         if (length := pair.longer()) > 0:
             host = states.host(pair.bench.loaded.name, pair.bench.loaded.tokenizer, self.seed)
             controls[_CONTROL] = catalog.get(_CONTROL, {"length": str(length)}).prepare(host)
-        with self._steps(f"patching {name}", len(self.sample)) as done:
+        with self._steps(f"patching {name}", 2 * len(self.sample)) as done:
             changes = pair.patches(sites, controls, self.seed, done)
         harmful, benign = asked.counts
         for (into, source), change in changes.items():

@@ -10,6 +10,7 @@ import torch
 from conftest import FAMILIES, fresh_model, made_adapter, tiny_model, toy_bench, toy_tokenizer
 
 from analysis import located, queries
+from analysis.attacks import chosen
 from analysis.attention import can_split
 from analysis.bench import Bench
 from analysis.located import Asked
@@ -64,7 +65,7 @@ def test_a_patch_is_what_a_whole_pass_with_that_activation_gives(family):
     one = pair(bench, asked=ASKED[:1])
     sites = [*one.patcher.sites(("residual", "attention", "mlp")), Part("head", 1, 2)]
     (ids,) = one.ids(NONE)
-    states = one.patcher.states(REMINDER, one.ids(REMINDER)[0], sites)
+    (states,) = one.patcher.states(REMINDER, one.ids(REMINDER), sites)
     found = one.patches(sites, {}, seed=0)["undefended", "defense"][0]
     (before,) = margins(bench, NONE, [ids])
     layers = bench.loaded.model.model.layers
@@ -103,6 +104,7 @@ def test_many_patches_at_once_are_what_each_is_alone(monkeypatch):
     sites = one.patcher.sites(("residual", "attention", "mlp"), one.patcher.heads(1))
     whole = one.patches(sites, {"other": catalog.get("policy")}, seed=0)
     monkeypatch.setattr("analysis.mechanism.patching.ROWS", 3)
+    monkeypatch.setattr("analysis.mechanism.causes.KEPT", 1)
     for key, found in one.patches(sites, {"other": catalog.get("policy")}, seed=0).items():
         assert found == pytest.approx(whole[key], abs=1e-5)
 
@@ -126,14 +128,14 @@ def test_slopes_are_the_slopes_of_patches(family):
     one = pair(bench, asked=ASKED[:1])
     heads, guessed = one.slopes()
     before, after = (
-        one.patcher.states(defense, ids[0], heads)
+        one.patcher.states(defense, ids, heads)[0]
         for defense, ids in ((NONE, one.ids(NONE)), (REMINDER, one.ids(REMINDER)))
     )
     step = 0.02
     for sign in (1, -1):
         patches = [(head, before[head] + sign * step * (after[head] - before[head])) for head in heads]
-        read = one.patcher.margins(NONE, one.ids(NONE)[0], [(heads[0], before[heads[0]]), *patches])
-        near = ((read[1:] - read[0]) / (sign * step)).numpy()
+        (read_,) = one.patcher.margins(NONE, one.ids(NONE), [[(heads[0], before[heads[0]]), *patches]])
+        near = ((read_[1:] - read_[0]) / (sign * step)).numpy()
         assert near == pytest.approx(guessed[0], abs=0.03 * np.abs(guessed).max() + 5e-3)
     assert all(parameter.grad is None for parameter in bench.loaded.model.parameters())
 
@@ -161,6 +163,14 @@ def test_own_tokens_are_what_the_defense_says():
         assert "responsible" in said and "responsible" not in left
         assert query.text in left and query.text not in said and "<|im_start|>" not in said
     assert not any(map(any, pair(bench, NONE).own_tokens()))
+    # What an attack says is not the defense's: neither its turns nor the answer that it begins.
+    for name in ("many_shot", "prefill", "system_override", "prefix_injection"):
+        (attack,) = chosen([name])
+        under = replace(one, bench=bench.under(attack))
+        assert not any(map(any, replace(under, defense=NONE).own_tokens())), name
+        for own, prompt in zip(under.own_tokens(), under.prompts(REMINDER), strict=True):
+            said = bench.renderer.decode([token for token, mine in zip(prompt.ids, own, strict=True) if mine])
+            assert "responsible" in said and len(said) < 350, (name, said)
     # Words that a defense has changed are still the user's.
     swapped = pair(bench, catalog.get("character_swap"))
     assert not any(map(any, swapped.own_tokens()))

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from analysis import scoring
 from analysis.mechanism import cutting, switching
-from analysis.mechanism.patching import Ids, Patcher, States
+from analysis.mechanism.patching import Ids, Patch, Patcher
 from analysis.tables import Part
 from defenses import Defense
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from analysis.rendering import Prompt
 
 QUARTERS = 4
+KEPT = 16  # queries whose activations are held at once
 Change = Float[np.ndarray, "queries columns"]
 Done = Callable[[], None]
 
@@ -74,15 +75,16 @@ class Contrasted:
     def slopes(self, done: Done = lambda: None) -> tuple[list[Part], Change]:
         """Return every head, and what patching it into the undefended run would do by its slope there."""
         heads = [head for layer in range(len(self.anatomy.layers)) for head in self.patcher.heads(layer)]
+        both = [(one, self.ids(one)) for one in (self.undefended, self.defense)]
         rows = []
-        for before, after in zip(self.ids(self.undefended), self.ids(self.defense), strict=True):
-            slope = self.patcher.slopes(self.undefended, before)
-            old, new = (
-                self.patcher.states(one, ids, heads)
-                for one, ids in ((self.undefended, before), (self.defense, after))
+        for some in self._chunks():
+            before, after = (
+                self.patcher.states(one, [ids[row] for row in some], heads) for one, ids in both
             )
-            rows.append([float((slope[head] * (new[head] - old[head])).sum()) for head in heads])
-            done()
+            for row, old, new in zip(some, before, after, strict=True):
+                slope = self.patcher.slopes(both[0][1][row])
+                rows.append([float((slope[head] * (new[head] - old[head])).sum()) for head in heads])
+                done()
         return heads, np.array(rows)
 
     def patches(
@@ -96,31 +98,38 @@ class Contrasted:
             sites: what is patched, each by itself.
             controls: whose activations are put into the undefended run as well, by name.
             seed: of the placebo.
-            done: told when a query is finished.
+            done: told when a query is finished in one of the two runs.
         """
         runs = {"undefended": self.undefended, "defended": self.defense, **controls}
         asked = {name: self.ids(defense) for name, defense in runs.items()}
-        found: dict[tuple[str, str], list[list[float]]] = {}
-        for row, query in enumerate(self.queries):
-            states = {
-                name: self.patcher.states(defense, asked[name][row], sites) for name, defense in runs.items()
-            }
+        found: dict[tuple[str, str], list[Change]] = {}
+        for some in self._chunks():
+            ids = {name: [all_[row] for row in some] for name, all_ in asked.items()}
+            states = {name: self.patcher.states(one, ids[name], sites) for name, one in runs.items()}
             for into, source in (("undefended", "defended"), ("defended", "undefended")):
-                base = states[into]
-                key = f"{seed}/{query.id}/{into}"
-                put: dict[str, States] = {"defense": states[source]}
-                put["placebo"] = {
-                    site: self.patcher.placebo(site, base[site], states[source][site], key) for site in sites
-                }
-                put |= {name: states[name] for name in controls if into == "undefended"}
-                patches = [(sites[0], base[sites[0]])]  # changes nothing: the run as it is
-                patches += [(site, held[site]) for held in put.values() for site in sites]
-                read = self.patcher.margins(runs[into], asked[into][row], patches)
-                change = (read[1:] - read[0]) * (1 if into == "undefended" else -1)
-                for name, values in zip(put, change.unflatten(0, (len(put), -1)), strict=True):
-                    found.setdefault((into, name), []).append(values.tolist())
-            done()
-        return {key: np.array(rows) for key, rows in found.items()}
+                names = ["defense", "placebo", *(controls if into == "undefended" else ())]
+
+                def patches(place: int, into: str = into, source: str = source) -> list[Patch]:
+                    """All patches of one query, behind one that changes nothing."""
+                    base, other = states[into][place], states[source][place]
+                    key = f"{seed}/{self.queries[some[place]].id}/{into}"
+                    made = [(sites[0], base[sites[0]]), *other.items()]
+                    made += [(site, self.patcher.placebo(site, base[site], other[site], key)) for site in sites]
+                    for name in controls if into == "undefended" else ():
+                        made += states[name][place].items()
+                    return made
+
+                lists = (patches(place) for place in range(len(some)))
+                read = self.patcher.margins(runs[into], ids[into], lists, done)
+                change = (read[:, 1:] - read[:, :1]) * (1 if into == "undefended" else -1)
+                for name, values in zip(names, change.split(len(sites), 1), strict=True):
+                    found.setdefault((into, name), []).append(values.numpy())
+        return {key: np.concatenate(rows) for key, rows in found.items()}
+
+    def _chunks(self) -> list[range]:
+        """So many queries at once as what their runs hold may be kept of: arming weights takes time."""
+        count = len(self.queries)
+        return [range(start, min(start + KEPT, count)) for start in range(0, count, KEPT)]
 
     def own_tokens(self) -> list[list[bool]]:
         """Return for each query which tokens of its prompt are the defense's own."""

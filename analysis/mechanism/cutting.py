@@ -55,17 +55,14 @@ def of_defense(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
         prompt: as the model reads it.
         asked: the chat as the user, or the attacker, sent it.
     """
+    sent = {message["content"].strip() for message in asked}
     spans, place = [], 0
     for text in [*(message["content"].strip() for message in prompt.chat), prompt.begun.strip()]:
         begin = prompt.text.find(text, place) if text else -1
         if begin >= 0:
             place = begin + len(text)
-            spans.append((begin, place))
-    said = _within(starts(renderer, prompt), spans)
-    sent = {message["content"].strip() for message in asked}
-    users = of_user(renderer, prompt, asked)
-    if {message["content"].strip() for message in prompt.chat} <= sent and not prompt.begun:
-        return [False] * len(said)
+            spans += [(begin, place)] if text not in sent else []  # else an attacker's, or the user's
+    said, users = _within(starts(renderer, prompt), spans), of_user(renderer, prompt, asked)
     return [one and not other for one, other in zip(said, users, strict=True)]
 
 

@@ -8,7 +8,7 @@ then the last token is read for all sites at once, a row of the batch for each. 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ ROWS = 128  # copies of a last token in one pass
 Ids = tuple[int, ...]
 Vector = Tensor  # what is held at one position: the stream's width, or that of a head
 States = dict[Part, Vector]
+Patch = tuple[Part, Vector]
 
 
 @dataclass(frozen=True)
@@ -57,44 +58,53 @@ class Patcher:
         layers = range(len(self.anatomy.layers))
         return [*(Part(kind, number) for kind in kinds for number in layers), *heads]
 
-    def states(self, defense: Defense, prompt: Ids, sites: Sequence[Part]) -> States:
-        """Return what a run holds at every site, at the end of its prompt."""
+    def states(self, defense: Defense, prompts: Sequence[Ids], sites: Sequence[Part]) -> list[States]:
+        """Return what a run holds at every site, at the end of each of its prompts."""
         taps = {site: self._tap(site) for site in sites}
-        found = {}
+        found: dict[int, States] = {}
         engine = self.bench.engine
         armed = defense.armed(self.bench.loaded.model)
         with torch.inference_mode(), armed, watched(engine, taps) as held:
-            for _ in engine.sweep([prompt], [1]):
-                found = {site: self._of_head(site, held[site][0]) for site in sites}
-        return found
+            for rows, _ in engine.sweep(prompts, [1] * len(prompts)):
+                for place, row in enumerate(rows):
+                    found[row] = {site: self._of_head(site, held[site][place]) for site in sites}
+        return [found[row] for row in range(len(prompts))]
 
     def margins(
-        self, defense: Defense, prompt: Ids, patches: Sequence[tuple[Part, Vector]]
-    ) -> Float[Tensor, " patches"]:
-        """Return the margin under each patch, each by itself.
+        self,
+        defense: Defense,
+        prompts: Sequence[Ids],
+        patches: Iterable[Sequence[Patch]],
+        done: Callable[[], None] = lambda: None,
+    ) -> Float[Tensor, "prompts patches"]:
+        """Return the margin of each prompt under each of its patches, each by itself.
 
         Args:
             defense: of the run that is patched.
-            prompt: of that run.
-            patches: where, and what is held there instead.
+            prompts: of that run.
+            patches: for each prompt where, and what is held there instead.
+            done: told when a prompt is finished.
         """
         found = []
         with torch.inference_mode(), defense.armed(self.bench.loaded.model):
-            read = self.bench.engine.repeating(prompt)
-            for start in range(0, len(patches), ROWS):
-                some = patches[start : start + ROWS]
-                with ExitStack() as stack:
-                    for tap, change in self._changes(some):
-                        stack.enter_context(at(tap, change))
-                    found.append(self.readout.read(read(len(some)))[:, 0])
-        return torch.cat(found)
+            for prompt, mine in zip(prompts, patches, strict=True):
+                read = self.bench.engine.repeating(prompt)
+                rows = []
+                for start in range(0, len(mine), ROWS):
+                    some = mine[start : start + ROWS]
+                    with ExitStack() as stack:
+                        for tap, change in self._changes(some):
+                            stack.enter_context(at(tap, change))
+                        rows.append(self.readout.read(read(len(some)))[:, 0])
+                found.append(torch.cat(rows))
+                done()
+        return torch.stack(found)
 
-    def slopes(self, defense: Defense, prompt: Ids) -> States:
-        """Return how fast the margin of a run changes with what each head holds at the end of its prompt.
+    def slopes(self, prompt: Ids) -> States:
+        """Return how fast the margin changes with what each head holds at the end of a prompt.
 
         Args:
-            defense: of the run.
-            prompt: of the run.
+            prompt: of the model as it stands.
         """
         model, number = self.bench.loaded.model, len(prompt) - 1
         ids = torch.tensor([prompt], device=model.device)
@@ -105,7 +115,7 @@ class Patcher:
         def keep(layer: int) -> Change:
             return lambda states: entered.update({layer: states})
 
-        with defense.armed(model), ExitStack() as stack:
+        with ExitStack() as stack:
             with torch.no_grad():
                 model(
                     input_ids=ids[:, :number],
@@ -162,7 +172,7 @@ class Patcher:
     def _of_head(self, site: Part, held: Vector) -> Vector:
         return held if site.head is None else held.unflatten(0, (self.anatomy.heads, -1))[site.head]
 
-    def _changes(self, patches: Sequence[tuple[Part, Vector]]) -> list[tuple[Tap, Change]]:
+    def _changes(self, patches: Sequence[Patch]) -> list[tuple[Tap, Change]]:
         """What is done at each tap to a batch with a row for each patch."""
         taps: dict[Tap, list[int]] = {}
         for row, (site, _) in enumerate(patches):
