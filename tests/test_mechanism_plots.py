@@ -201,7 +201,9 @@ def artists(ax: Axes) -> tuple[list[str], Any]:
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_no_text_hides_another_and_none_leaves_the_canvas(manner: str) -> None:
-    for kind, (figure, _) in made(manner).items():
+    each = {stem.partition("-")[0]: figure for stem, (figure, _) in made(manner).items()}
+    assert len(each) == 8 - (manner == "tiny")
+    for kind, figure in each.items():
         readable(kind, figure, written, slack=0.6)
 
 
@@ -483,7 +485,7 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
     for stem, (figure, _) in of_mechanism({**tables, "trusted": pd.concat([trusted, other])}, RUN).items():
         banner = [text for text in figure.texts if text.get_gid() == "banner"]
         banners[stem] = said(banner[0]) if banner else ""
-        if stem in ("cuts", "profiles"):
+        if stem == "profiles":
             readable(stem, figure, written, slack=0.6)
         for text in banner:
             assert text.get_window_extent().y0 > figure.texts[0].get_window_extent().y1
@@ -496,7 +498,8 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
         assert figure.texts[-1].get_text().endswith("under none")
     attacked = planted(**MANNERS["attacked"])
     doubt = pd.DataFrame({"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]})
-    for stem, (figure, _) in of_mechanism({**attacked, "trusted": doubt}, RUN).items():
+    few = {name: attacked[name] for name in ("parts", "weights")}
+    for stem, (figure, _) in of_mechanism({**few, "trusted": doubt}, RUN).items():
         wanted = stem.endswith("my-attack.py") and "no_weights" not in stem
         assert any("backdoor (./my attack.py)" in said(text) for text in figure.texts[2:]) == wanted
 
