@@ -513,6 +513,7 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
     for stem, (figure, _) in made("bare").items():
         caption = said(figure.texts[1])
         assert ("Intervals: none known" in caption) == (stem != "layers"), stem
+        assert ("95 % interval" in caption) == (stem == "layers"), stem  # its half-way layers have some
 
 
 def test_each_figure_of_one_defense_names_it() -> None:
