@@ -39,7 +39,7 @@ def of_layers(points: pd.DataFrame, context: Context, counts: Counts = None) -> 
     last = f"{numbers(points['layer']).max():.0f}"
     return (
         f"Logit lens {_asked(points, counts)}: the margin read off the residual stream that enters each "
-        f"layer; {last} is behind the last one, the whole effect. {_CONTRASTS}{half * marked}{_drawn(points, 'Bands are 95\u00a0% intervals. ')}"
+        f"layer; {last} is behind the last one, the whole effect. {_CONTRASTS}{half * marked}{_ends(points, 'Bands')}"
         f"{_rest(points)}{_tail(points, context)}"
     )
 
@@ -76,8 +76,8 @@ def of_top(points: pd.DataFrame, context: Context, counts: Counts = None) -> str
     return (
         f"Direct logit attribution {_asked(points, counts)}: the {len(points)} of {total} parts "
         "with the largest effect on either contrast (head layer.head); together they write "
-        f"{sums}. {_CONTRASTS}{_drawn(points, 'Bars are 95\u00a0% intervals. ')}The parts were chosen by these numbers, so that the largest look "
-        f"larger than they are. {_tail(points, context)}"
+        f"{sums}. {_CONTRASTS}{_ends(points, 'Bars')}The parts were chosen by these numbers, so that the "
+        f"largest look larger than they are. {_tail(points, context)}"
     )
 
 
@@ -88,8 +88,8 @@ def of_directions(points: pd.DataFrame, context: Context, counts: Counts = None)
         f"per direction), {_asked(points, counts)}, all held out. AUROC: how well the projection tells the "
         "classes; the thin line at .5 is chance. Shift (mean of the two class means of the change) and "
         "discrimination (harmful minus benign) are in units of the distance between the classes' training "
-        f"means. {_drawn(points, 'Bands are 95\u00a0% intervals. ')}Upright dotted line: the layer chosen in training. {_rest(points)}"
-        f"{_tail(points, context)}"
+        f"means. {_ends(points, 'Bands')}Upright dotted line: the layer chosen in training. "
+        f"{_rest(points)}{_tail(points, context)}"
     )
 
 
@@ -110,7 +110,7 @@ def of_patches(points: pd.DataFrame, context: Context, counts: Counts = None) ->
     shown = "Heads (layer.head): those with the largest effects. " * bool(len(single))
     return (
         f"Activation patching {_asked(points, counts)}. {words}{_CONTRASTS}{shown}"
-        f"{_drawn(points, 'Bands and bars are 95\u00a0% intervals. ')}{_tail(points, context)}"
+        f"{_ends(points, 'Bands and bars')}{_tail(points, context)}"
     )
 
 
@@ -119,7 +119,7 @@ def of_cuts(points: pd.DataFrame, context: Context, counts: Counts = None) -> st
     return (
         f"What is left of the effect {_asked(points, counts)} when attention to the defense's own tokens is "
         "cut in a range of layers (both ends included): filled, from the answer position only; hollow, from "
-        f"every later token. {_CONTRASTS}{_drawn(points, 'Bars are 95\u00a0% intervals. ')}{_rest(points)}{_tail(points, context)}"
+        f"every later token. {_CONTRASTS}{_ends(points, 'Bars')}{_rest(points)}{_tail(points, context)}"
     )
 
 
@@ -129,7 +129,7 @@ def of_weights(points: pd.DataFrame, context: Context, counts: Counts = None) ->
     return (
         f"The effect {_asked(points, counts)} with the tuned weights' change switched on in some places and "
         f"off in all others. Curves: in one layer alone, or in it and all below. {kinds}{_CONTRASTS}"
-        f"{_drawn(points, 'Bands and bars are 95\u00a0% intervals. ')}{_tail(points, context)}"
+        f"{_ends(points, 'Bands and bars')}{_tail(points, context)}"
     )
 
 
@@ -175,6 +175,10 @@ def _drawn(points: pd.DataFrame, words: str) -> str:
     """Return what is said of intervals, nothing where none is known."""
     lows = [name for name in points if str(name).endswith("_low")]
     return words * bool(points[lows].notna().any(axis=None))
+
+
+def _ends(points: pd.DataFrame, marks: str) -> str:
+    return _drawn(points, f"{marks} are 95\u00a0% intervals. ")
 
 
 def _tail(points: pd.DataFrame, context: Context) -> str:
