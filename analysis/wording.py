@@ -39,8 +39,8 @@ def of_layers(points: pd.DataFrame, context: Context, counts: Counts = None) -> 
     last = f"{numbers(points['layer']).max():.0f}"
     return (
         f"Logit lens {_asked(points, counts)}: the margin read off the residual stream that enters each "
-        f"layer; {last} is behind the last one, the whole effect. {_CONTRASTS}{half * marked}{_ends(points, 'Bands')}"
-        f"{_rest(points)}{_tail(points, context)}"
+        f"layer; {last} is behind the last one, the whole effect. {_CONTRASTS}{half * marked}"
+        f"{_ends(points, 'Bands')}{_rest(points)}{_tail(points, context)}"
     )
 
 
