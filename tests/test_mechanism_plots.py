@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from conftest import readable
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -17,8 +18,9 @@ from matplotlib.text import Text
 from analysis.anatomy import DRAWN, of_mechanism
 from analysis.captions import Context
 from analysis.heads import NONE
+from analysis.lettering import blank
 from analysis.palette import GREY
-from analysis.panels import CONTRASTS, LOOKS
+from analysis.panels import CONTRASTS, LOOKS, curve
 
 RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", -1.0, ("I", "Sorry"), ("Sure", "Here"))
 NAMES = (
@@ -276,6 +278,14 @@ def test_layers_without_halves_has_no_strip() -> None:
         figure, _ = of_mechanism({"layers": tables["layers"], **given}, RUN)["layers"]
         assert [panel.get_xlabel() for panel in figure.axes[0].child_axes] == ["layer entered"] * 2
         assert "no mark" not in figure.texts[1].get_text()
+
+
+def test_a_layer_without_a_neighbor_has_its_interval_as_a_bar() -> None:
+    rows = pd.DataFrame({"layer": [0, 1, 2, 5], "shift": 1.0, "shift_low": [0.5, np.nan, 0.2, 0.3]})
+    ax = blank(1, 1)
+    curve(ax, rows.assign(shift_high=2.0), "shift", LOOKS[0], "a")
+    (lines,) = (one for one in ax.collections if isinstance(one, LineCollection))
+    assert [path.vertices.tolist() for path in lines.get_paths()] == [[[0, 0.5], [0, 2]]]
 
 
 def test_directions_draws_both_directions_after_and_before_and_the_layer_chosen() -> None:
