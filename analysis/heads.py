@@ -98,6 +98,7 @@ def heads(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 y, x = np.nonzero(sure)
                 at = np.array(centers)[x] if len(x) else x
                 panel.scatter(at, y + 0.5, s=3, color=BLACK, linewidths=0, zorder=3, gid="sure")
+            panel.set_xlim(0, whole[0] / wide)
             _axes(panel, down, across, (wide, tall), dict(zip(more, centers[across:], strict=True)))
         panels[0].set_ylabel("layer", fontsize=8)
         high = min(whole[1], 1.5)
@@ -155,4 +156,5 @@ def _axes(ax: Axes, down: int, across: int, cell: tuple[float, float], beside: d
     ax.set_yticks([place + 0.5 for place in rows], [str(place) for place in rows])
     ax.tick_params(length=2, labelsize=WRITTEN - 0.5)
     ax.spines[["left", "bottom"]].set_visible(False)
-    ax.set_xlabel("head", fontsize=8)
+    if across:
+        ax.set_xlabel("head", fontsize=8, x=across / 2 / ax.get_xlim()[1])

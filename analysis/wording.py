@@ -26,8 +26,6 @@ _CONTRASTS = (
     "Shift is the mean of the two class means of the margin's change against the undefended model (refuses "
     "more of everything), discrimination is harmful minus benign (tells harm from harmless better). "
 )
-_BANDS = "Bands are 95\u00a0% intervals. "
-_BARS = "Bars are 95\u00a0% intervals. "
 
 
 def of_layers(points: pd.DataFrame, context: Context, counts: Counts = None) -> str:
@@ -41,8 +39,8 @@ def of_layers(points: pd.DataFrame, context: Context, counts: Counts = None) -> 
     last = f"{numbers(points['layer']).max():.0f}"
     return (
         f"Logit lens {_asked(points, counts)}: the margin read off the residual stream that enters each "
-        f"layer; {last} is behind the last one, the whole effect. {_CONTRASTS}{half * marked}{_BANDS}"
-        f"{_rest(points)}{_tail(points, context)}"
+        f"layer; {last} is behind the last one, the whole effect. {_CONTRASTS}{half * marked}"
+        f"{_ends(points, 'Bands')}{_rest(points)}{_tail(points, context)}"
     )
 
 
@@ -55,6 +53,7 @@ def of_parts(cells: pd.DataFrame, context: Context, counts: Counts = None) -> st
     across = int(numbers(cells["head"]).max()) + 1 if cells["head"].notna().any() else 1
     room = min(cell_size(int(numbers(cells["layer"]).max()) + 1, across)) >= DOTTED
     dot = "Dot: the 95\u00a0% interval excludes 0. " if room else "Intervals are in the table. "
+    dot = _drawn(cells, dot)
     many = across + len({"mlp", "bias", "added"} & set(cells["kind"]))
     holes = len(cells) < many * (int(numbers(cells["layer"]).max()) + 1) or cells["shift"].isna().any()
     grey = "Grey: no such part. " * bool(holes)
@@ -77,8 +76,8 @@ def of_top(points: pd.DataFrame, context: Context, counts: Counts = None) -> str
     return (
         f"Direct logit attribution {_asked(points, counts)}: the {len(points)} of {total} parts "
         "with the largest effect on either contrast (head layer.head); together they write "
-        f"{sums}. {_CONTRASTS}{_BARS}The parts were chosen by these numbers, so that the largest look "
-        f"larger than they are. {_tail(points, context)}"
+        f"{sums}. {_CONTRASTS}{_ends(points, 'Bars')}The parts were chosen by these numbers, so that the "
+        f"largest look larger than they are. {_tail(points, context)}"
     )
 
 
@@ -89,8 +88,8 @@ def of_directions(points: pd.DataFrame, context: Context, counts: Counts = None)
         f"per direction), {_asked(points, counts)}, all held out. AUROC: how well the projection tells the "
         "classes; the thin line at .5 is chance. Shift (mean of the two class means of the change) and "
         "discrimination (harmful minus benign) are in units of the distance between the classes' training "
-        f"means. {_BANDS}Upright dotted line: the layer chosen in training. {_rest(points)}"
-        f"{_tail(points, context)}"
+        f"means. {_ends(points, 'Bands')}Upright dotted line: the layer chosen in training. "
+        f"{_rest(points)}{_tail(points, context)}"
     )
 
 
@@ -111,7 +110,7 @@ def of_patches(points: pd.DataFrame, context: Context, counts: Counts = None) ->
     shown = "Heads (layer.head): those with the largest effects. " * bool(len(single))
     return (
         f"Activation patching {_asked(points, counts)}. {words}{_CONTRASTS}{shown}"
-        f"Bands and bars are 95\u00a0% intervals. {_tail(points, context)}"
+        f"{_ends(points, 'Bands and bars')}{_tail(points, context)}"
     )
 
 
@@ -120,7 +119,7 @@ def of_cuts(points: pd.DataFrame, context: Context, counts: Counts = None) -> st
     return (
         f"What is left of the effect {_asked(points, counts)} when attention to the defense's own tokens is "
         "cut in a range of layers (both ends included): filled, from the answer position only; hollow, from "
-        f"every later token. {_CONTRASTS}{_BARS}{_rest(points)}{_tail(points, context)}"
+        f"every later token. {_CONTRASTS}{_ends(points, 'Bars')}{_rest(points)}{_tail(points, context)}"
     )
 
 
@@ -130,17 +129,18 @@ def of_weights(points: pd.DataFrame, context: Context, counts: Counts = None) ->
     return (
         f"The effect {_asked(points, counts)} with the tuned weights' change switched on in some places and "
         f"off in all others. Curves: in one layer alone, or in it and all below. {kinds}{_CONTRASTS}"
-        f"Bands and bars are 95\u00a0% intervals. {_tail(points, context)}"
+        f"{_ends(points, 'Bands and bars')}{_tail(points, context)}"
     )
 
 
 def of_profiles(profiles: pd.DataFrame, context: Context, counts: Counts = None) -> str:
     """Return the caption of the figure that `likeness.likeness` draws from these profiles."""
     few = len({*profiles["defense"], *profiles["other"]}) <= NUMBERED
+    sure = _drawn(profiles, f"{'Bold' if few else 'Dot'}: the 95\u00a0% interval excludes 0. ")
     return (
         "Cosine of what two defenses' parts (heads, MLPs and all others) write by direct logit attribution "
         f"{_asked(profiles, counts)}, each pair drawn twice: 1, the same parts in the same proportions; 0, "
-        f"unrelated. {_CONTRASTS}{'Bold' if few else 'Dot'}: the 95\u00a0% interval excludes 0. "
+        f"unrelated. {_CONTRASTS}{sure}"
         f"{_tail(profiles, context)}"
     )
 
@@ -171,9 +171,19 @@ def _rest(points: pd.DataFrame) -> str:
     return f"Grey: all past the first {len(LOOKS)}. " * (points["defense"].nunique() > len(LOOKS))
 
 
+def _drawn(points: pd.DataFrame, words: str) -> str:
+    """Return what is said of intervals, nothing where none is known."""
+    lows = [name for name in points if str(name).endswith("_low")]
+    return words * bool(points[lows].notna().any(axis=None))
+
+
+def _ends(points: pd.DataFrame, marks: str) -> str:
+    return _drawn(points, f"{marks} are 95\u00a0% intervals. ")
+
+
 def _tail(points: pd.DataFrame, context: Context) -> str:
-    bare = not points.filter(like="_low").notna().any(axis=None)
-    return (replace(context, interval="none known") if bare else context).sentences(points["attack"].iloc[0])
+    known = context if _drawn(points, "known") else replace(context, interval="none known")
+    return known.sentences(points["attack"].iloc[0])
 
 
 def _nats(value: float) -> str:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from conftest import readable
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -17,8 +18,9 @@ from matplotlib.text import Text
 from analysis.atlas import DRAWN, of_mechanism
 from analysis.captions import Context
 from analysis.heads import NONE
+from analysis.lettering import blank
 from analysis.palette import GREY
-from analysis.panels import CONTRASTS, LOOKS
+from analysis.panels import CONTRASTS, LOOKS, curve
 
 RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", -1.0, ("I", "Sorry"), ("Sure", "Here"))
 NAMES = (
@@ -202,7 +204,9 @@ def artists(ax: Axes) -> tuple[list[str], Any]:
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_no_text_hides_another_and_none_leaves_the_canvas(manner: str) -> None:
-    for kind, (figure, _) in made(manner).items():
+    each = {stem.partition("-")[0]: figure for stem, (figure, _) in made(manner).items()}
+    assert len(each) == 8 - (manner == "tiny")
+    for kind, figure in each.items():
         readable(kind, figure, written, slack=0.6)
 
 
@@ -276,6 +280,14 @@ def test_layers_without_halves_has_no_strip() -> None:
         figure, _ = of_mechanism({"layers": tables["layers"], **given}, RUN)["layers"]
         assert [panel.get_xlabel() for panel in figure.axes[0].child_axes] == ["layer entered"] * 2
         assert "no mark" not in figure.texts[1].get_text()
+
+
+def test_a_layer_without_a_neighbor_has_its_interval_as_a_bar() -> None:
+    rows = pd.DataFrame({"layer": [0, 1, 2, 5], "shift": 1.0, "shift_low": [0.5, np.nan, 0.2, 0.3]})
+    ax = blank(1, 1)
+    curve(ax, rows.assign(shift_high=2.0), "shift", LOOKS[0], "a")
+    (lines,) = (one for one in ax.collections if isinstance(one, LineCollection))
+    assert [path.vertices.tolist() for path in lines.get_paths()] == [[[0, 0.5], [0, 2]]]
 
 
 def test_directions_draws_both_directions_after_and_before_and_the_layer_chosen() -> None:
@@ -485,7 +497,7 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
     for stem, (figure, _) in of_mechanism({**tables, "trusted": pd.concat([trusted, other])}, RUN).items():
         banner = [text for text in figure.texts if text.get_gid() == "banner"]
         banners[stem] = said(banner[0]) if banner else ""
-        if stem in ("cuts", "profiles"):
+        if stem == "profiles":
             readable(stem, figure, written, slack=0.6)
         for text in banner:
             assert text.get_window_extent().y0 > figure.texts[0].get_window_extent().y1
@@ -498,7 +510,8 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
         assert figure.texts[-1].get_text().endswith("under none")
     attacked = planted(**MANNERS["attacked"])
     doubt = pd.DataFrame({"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]})
-    for stem, (figure, _) in of_mechanism({**attacked, "trusted": doubt}, RUN).items():
+    few = {name: attacked[name] for name in ("parts", "weights")}
+    for stem, (figure, _) in of_mechanism({**few, "trusted": doubt}, RUN).items():
         wanted = stem.endswith("my-attack.py") and "no_weights" not in stem
         assert any("backdoor (./my attack.py)" in said(text) for text in figure.texts[2:]) == wanted
 
@@ -512,6 +525,7 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
     for stem, (figure, _) in made("bare").items():
         caption = said(figure.texts[1])
         assert ("Intervals: none known" in caption) == (stem != "layers"), stem
+        assert ("95 % interval" in caption) == (stem == "layers"), stem  # its half-way layers have some
 
 
 def test_each_figure_of_one_defense_names_it() -> None:
