@@ -71,9 +71,8 @@ def locate(
         from analysis.atlas import of_mechanism
 
         trusted = tables["summary"][["attack", "defense", "trusted"]]
-        drawn = of_mechanism(
-            {**tables, "trusted": trusted}, showing.context(record, ready.readout), wanted.top
-        )
+        context = showing.context(record, ready.readout)
+        drawn = of_mechanism({**tables, "trusted": trusted}, context, wanted.top, room.asked.counts)
         saving.save(
             out,
             tables | {stem: table for stem, (_, table) in drawn.items()},

@@ -186,6 +186,7 @@ class Room:
             )
             return
         asked = self._asked(self.sample)
+        sizes = dict(zip(("n_harmful", "n_benign"), asked.counts, strict=True))
         ids = [query.id for query in self.sample]
         before = self.scores.condition(attack, UNDEFENDED).loc[ids, "margin"].to_numpy(float)
         with self._guarded(attack, name, defense):
@@ -199,7 +200,7 @@ class Room:
                     first=[layers.start if layers else -1 for _, layers in cells],
                     last=[layers.stop - 1 for _, layers in cells],
                 )
-                self._add(attack, name, cuts=found)
+                self._add(attack, name, cuts=found.assign(**sizes))
             if weights := switching.changed(bench.loaded.model, defense):
                 switches = switching.switches(weights)
                 with self._steps(f"switching {name} on", len(switches) + 1) as done:
@@ -209,7 +210,7 @@ class Room:
                     layer=pd.array([layer for _, layer, _ in named], dtype="Int64"),
                     module=[module for *_, module in named],
                 )
-                self._add(attack, name, weights=found)
+                self._add(attack, name, weights=found.assign(**sizes))
 
     def _patch(self, pair: Contrasted, asked: Asked, attack: str, name: str) -> None:
         """Patch every layer and the top heads; compare heads with what their slopes say."""

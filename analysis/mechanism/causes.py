@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from analysis import scoring
 from analysis.mechanism import cutting, switching
-from analysis.mechanism.patching import Ids, Patch, Patcher
+from analysis.mechanism.patching import Ids, Patch, Patcher, States
 from analysis.tables import Part
 from defenses import Defense
 
@@ -78,9 +78,7 @@ class Contrasted:
         both = [(one, self.ids(one)) for one in (self.undefended, self.defense)]
         rows = []
         for some in self._chunks():
-            before, after = (
-                self.patcher.states(one, [ids[row] for row in some], heads) for one, ids in both
-            )
+            before, after = (self.patcher.states(one, [ids[row] for row in some], heads) for one, ids in both)
             for row, old, new in zip(some, before, after, strict=True):
                 slope = self.patcher.slopes(both[0][1][row])
                 rows.append([float((slope[head] * (new[head] - old[head])).sum()) for head in heads])
@@ -107,24 +105,26 @@ class Contrasted:
             ids = {name: [all_[row] for row in some] for name, all_ in asked.items()}
             states = {name: self.patcher.states(one, ids[name], sites) for name, one in runs.items()}
             for into, source in (("undefended", "defended"), ("defended", "undefended")):
-                names = ["defense", "placebo", *(controls if into == "undefended" else ())]
-
-                def patches(place: int, into: str = into, source: str = source) -> list[Patch]:
-                    """All patches of one query, behind one that changes nothing."""
-                    base, other = states[into][place], states[source][place]
-                    key = f"{seed}/{self.queries[some[place]].id}/{into}"
-                    made = [(sites[0], base[sites[0]]), *other.items()]
-                    made += [(site, self.patcher.placebo(site, base[site], other[site], key)) for site in sites]
-                    for name in controls if into == "undefended" else ():
-                        made += states[name][place].items()
-                    return made
-
-                lists = (patches(place) for place in range(len(some)))
+                others = tuple(controls) if into == "undefended" else ()
+                lists = [
+                    self._put(sites, base, [held, *more], f"{seed}/{self.queries[row].id}/{into}")
+                    for row, base, held, *more in zip(
+                        some, states[into], states[source], *(states[name] for name in others), strict=True
+                    )
+                ]
                 read = self.patcher.margins(runs[into], ids[into], lists, done)
                 change = (read[:, 1:] - read[:, :1]) * (1 if into == "undefended" else -1)
+                names = ("defense", "placebo", *others)
                 for name, values in zip(names, change.split(len(sites), 1), strict=True):
                     found.setdefault((into, name), []).append(values.numpy())
         return {key: np.concatenate(rows) for key, rows in found.items()}
+
+    def _put(self, sites: Sequence[Part], base: States, held: Sequence[States], key: str) -> list[Patch]:
+        """What is put into one prompt: its own (nothing changes), what others hold, the first's placebo."""
+        first, *more = held
+        made = [(sites[0], base[sites[0]]), *((site, first[site]) for site in sites)]
+        made += [(site, self.patcher.placebo(site, base[site], first[site], key)) for site in sites]
+        return made + [(site, other[site]) for other in more for site in sites]
 
     def _chunks(self) -> list[range]:
         """So many queries at once as what their runs hold may be kept of: arming weights takes time."""
