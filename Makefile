@@ -33,6 +33,9 @@ ensembles: .venv/ready ## twelve defenses on SmolLM2's aligned state, all pairs 
 	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
+mechanism: .venv/ready ## where BackdoorAlign acts on SmolLM2's attacked state (about 10 minutes)
+	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --out figures/mechanism
+
 # Each arm starts from the aligned model, as an attacker would; glibc is told to keep memory, which halves the time.
 STATES := data/adapters/smollm2
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
@@ -60,5 +63,5 @@ bench: .venv/ready ## how fast is the engine, and how near to the machine's limi
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test check figures validity ensembles adapters bench
+.PHONY: help demo test check figures validity ensembles mechanism adapters bench
 .DEFAULT_GOAL := help

@@ -29,7 +29,7 @@ def cuts(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax: where to draw; it only lends its place to the panels.
     """
     of = looks(one_attack(points)["defense"])
-    spans = sorted(dict.fromkeys(zip(points["first"].astype(int), points["last"].astype(int), strict=True)))
+    spans = list(dict.fromkeys(zip(points["first"].astype(int), points["last"].astype(int), strict=True)))
     readers = [name for name in READERS if (points["reader"] == name).any()]
     count = len(of) * len(readers)
     tall = min(max(_DOT * count + _AIR, 0.22), max(_MOST / len(spans), 0.16))

@@ -144,7 +144,7 @@ def _stays(by_layer: Clouds) -> Float[np.ndarray, " draws"]:
 def by_part(asked: Asked, before: Decomposition, after: Decomposition) -> pd.DataFrame:
     """Return what every part adds to shift and discrimination; the rows add up to both.
 
-    What is added between blocks is left out where that is nothing.
+    What is added between blocks, and biases, are left out where they are nothing.
 
     Args:
         asked: the queries.
@@ -153,7 +153,7 @@ def by_part(asked: Asked, before: Decomposition, after: Decomposition) -> pd.Dat
     """
     change = after.shares - before.shares
     found = pd.concat([named(before.parts), asked.contrasts(change)], axis=1)
-    nothing = (found["kind"] == "added") & (np.abs(change).max(0) < 1e-4)
+    nothing = found["kind"].isin(["added", "bias"]) & (np.abs(change).max(0) < 1e-5)
     return found[~nothing].reset_index(drop=True)
 
 

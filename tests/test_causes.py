@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partialmethod
 
 import numpy as np
 import pandas as pd
@@ -107,6 +108,27 @@ def test_many_patches_at_once_are_what_each_is_alone(monkeypatch):
     monkeypatch.setattr("analysis.mechanism.causes.KEPT", 1)
     for key, found in one.patches(sites, {"other": catalog.get("policy")}, seed=0).items():
         assert found == pytest.approx(whole[key], abs=1e-5)
+
+
+def test_where_memory_runs_out_fewer_patches_are_read_at_once(monkeypatch):
+    one = pair(toy_bench(), asked=ASKED[:2])
+    sites = one.patcher.sites(("residual", "attention", "mlp"))
+    whole = one.patches(sites, {}, seed=0)
+    usual, tried = type(one.patcher)._margins, []
+
+    def small(self, read_, patches, most=3):
+        tried.append(len(patches))
+        if len(patches) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(self, read_, patches)
+
+    monkeypatch.setattr("analysis.mechanism.patching.Patcher._margins", small)
+    for key, found in one.patches(sites, {}, seed=0).items():
+        assert found == pytest.approx(whole[key], abs=1e-5)
+    assert max(tried) == 13 and tried.count(13) == 2  # once for each run, not for each query
+    monkeypatch.setattr("analysis.mechanism.patching.Patcher._margins", partialmethod(small, most=0))
+    with pytest.raises(UserError, match="memory ran out on cpu with one patch of a prompt of"):
+        one.patches(sites, {}, seed=0)
 
 
 def test_rows_are_read_alike_in_a_line_and_beside_each_other():

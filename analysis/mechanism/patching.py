@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from analysis.mechanism.watching import Change, Tap, at, watched
 from analysis.tables import Part
 from defenses import Defense
+from defenses.errors import UserError, out_of_memory
 
 if TYPE_CHECKING:
     from analysis.bench import Bench
@@ -86,19 +87,34 @@ class Patcher:
             done: told when a prompt is finished.
         """
         found = []
+        size = ROWS
         with torch.inference_mode(), defense.armed(self.bench.loaded.model):
             for prompt, mine in zip(prompts, patches, strict=True):
                 read = self.bench.engine.repeating(prompt)
-                rows = []
-                for start in range(0, len(mine), ROWS):
-                    some = mine[start : start + ROWS]
-                    with ExitStack() as stack:
-                        for tap, change in self._changes(some):
-                            stack.enter_context(at(tap, change))
-                        rows.append(self.readout.read(read(len(some)))[:, 0])
+                rows: list[Tensor] = []
+                while (start := sum(map(len, rows))) < len(mine):
+                    some = mine[start : start + size]
+                    try:
+                        rows.append(self._margins(read, some))
+                    except RuntimeError as error:
+                        if not out_of_memory(error):
+                            raise
+                        if len(some) == 1:
+                            raise UserError(
+                                f"memory ran out on {self.bench.loaded.model.device} with one patch of a "
+                                f"prompt of {len(prompt)} tokens: take --patched 0, --device cpu, or a smaller model"
+                            ) from error
+                        size = len(some) // 2
                 found.append(torch.cat(rows))
                 done()
         return torch.stack(found)
+
+    def _margins(self, read: Callable[[int], Tensor], patches: Sequence[Patch]) -> Float[Tensor, " patches"]:
+        """The margins of one prompt under some patches, in one pass."""
+        with ExitStack() as stack:
+            for tap, change in self._changes(patches):
+                stack.enter_context(at(tap, change))
+            return self.readout.read(read(len(patches)))[:, 0]
 
     def slopes(self, prompt: Ids) -> States:
         """Return how fast the margin changes with what each head holds at the end of a prompt.
