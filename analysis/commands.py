@@ -29,7 +29,7 @@ from analysis.rendering import redact
 from analysis.request import Request, default_out, teller
 from analysis.run import conditions
 from analysis.sweeping import failed_cells, say_written, sweep
-from analysis.tables import UNDEFENDED, UNVALIDATED, ScoreTable, condition
+from analysis.tables import UNDEFENDED, ScoreTable, condition
 from defenses import UserError
 from defenses.backdoor import draw_secret, write_secret
 
@@ -116,7 +116,7 @@ def analyze(
         if spent is not None:
             showing.costs(spent)
     _say_coverage(summary.frame, console)
-    _say_trust(summary.frame, console)
+    showing.trust(summary.frame, console)
     say_written(out, swept.lost, console)
     if swept.interrupted:
         teller(console)(
@@ -173,27 +173,11 @@ def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
     return {"effects": pd.concat(found, ignore_index=True)} if found else {}
 
 
-def _say_trust(summary: pd.DataFrame, console: Console) -> None:
-    """Say where generated text contradicts the readout, and where nobody has looked."""
-    doubtful = summary[summary["trusted"] == "not trusted"]
-    if len(doubtful):
-        names = _few([condition(row) for _, row in doubtful.iterrows()])
-        teller(console)(
-            f"Not trusted, by generated text: {names}. There the first token does not tell whether the "
-            "answer refuses."
-        )
-    if (count := int((summary["trusted"] == UNVALIDATED).sum())) > 0:
-        teller(console)(
-            f"{count} of {len(summary)} conditions were never compared with generated text: "
-            "`analyze validate` with the same options does it."
-        )
-
-
 def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
     """Warn where the readout's words are rarely what the model opens with."""
     low = summary[summary["coverage"] < LOW_COVERAGE].sort_values("coverage", kind="stable")
     if len(low):
-        worst = _few([f"{condition(row)} {row['coverage']:.0%}" for _, row in low.iterrows()])
+        worst = showing.few([f"{condition(row)} {row['coverage']:.0%}" for _, row in low.iterrows()])
         console.print(
             f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here "
             f"({worst}): these margins see little of how the model answers.",
@@ -202,9 +186,3 @@ def _say_coverage(summary: pd.DataFrame, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
-
-
-def _few(texts: Sequence[str], most: int = 12) -> str:
-    """The texts in one line; of more than that many, the first and how many are left."""
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.text import Text
-from scipy.stats import spearmanr
 
 from analysis import showing
 from analysis.ensembles import REPORTED_ON, STACK
-from analysis.located import CONTRASTS
+from analysis.located import CONTRASTS, relation
+from analysis.preparing import Ready
 from analysis.tables import Part, condition
 from defenses import UserError
 
@@ -36,6 +37,33 @@ def interactions(folder: Path) -> pd.DataFrame:
     return found[(found["how"] == STACK) & (found["split"] == REPORTED_ON)]
 
 
+def refuse_other_model(folder: Path, ready: Ready) -> None:
+    """Raise if a run was made on another model, or read otherwise, than this one.
+
+    Args:
+        folder: of `analyze ensembles`.
+        ready: what this run is made with.
+    """
+    path = (folder if folder.is_dir() else folder.parent) / "run.json"
+    if not path.is_file():
+        raise UserError(
+            f"--ensembles {folder}: there is no run.json beside it, so whose it is cannot be seen"
+        )
+    record, origin = json.loads(path.read_text("utf-8")), ready.bench.loaded.origin
+    for what, there, here in (
+        *(
+            (f"weights ({key})", record["model"].get(key), origin.get(key))
+            for key in ("sha256", "state_sha256")
+        ),
+        ("readout", record["readout"]["name"], ready.readout.name),
+    ):
+        if there != here:
+            raise UserError(
+                f"--ensembles {folder} is of {record['model']['name']}: its {what} is {str(there)[:12]}, and "
+                f"this run's {str(here)[:12]}; `analyze ensembles` with the same -m and --readout makes one"
+            )
+
+
 def show(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], top: int) -> None:
     """Print the main findings of each condition.
 
@@ -51,17 +79,22 @@ def show(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], top: int
         markup=False,
         highlight=False,
     )
-    _layers(tables)
+    if "half" in tables:
+        _layers(tables)
     if "parts" in tables:
         _parts(tables["parts"], top)
-    _directions(tables["directions"])
+    if "directions" in tables:
+        _directions(tables["directions"])
     if "patches" in tables:
         _patches(tables["patches"])
-    for row in record["slopes_against_patches"]:
+    for row in record["mechanism"]["slopes_against_patches"]:
+        rank = row["rank_correlation"]
+        ranked = "" if rank is None else f"with rank correlation {rank:+.2f}, "
         _say(
-            f"{condition(row)}: slopes guess the effect of patching {row['heads']:.0f} heads on "
-            f"{row['contrast']} with rank correlation {row['rank_correlation']:+.2f}, off by "
-            f"{row['mean_error']:.3f} nats of {row['mean_size']:.3f} on average"
+            f"{condition(row)}: slopes guess the effect of patching {row['heads']:.0f} heads (those with "
+            "the largest guesses, and as many by chance) "
+            f"on {row['contrast']} {ranked}off by {row['mean_error']:.3f} nats of "
+            f"{row['mean_size']:.3f} on average"
         )
     if "cuts" in tables:
         _cuts(tables["cuts"])
@@ -150,14 +183,16 @@ def _patches(found: pd.DataFrame) -> None:
     whole = found[(found["into"] == "undefended") & (found["kind"] != "head")]
     for (_, _), rows in whole.groupby(["attack", "defense"], sort=False):
         first = next(showing.rows(rows))
-        title = f"{condition(first)}: put into the undefended run, one layer at a time; the largest by site"
+        title = (
+            f"{condition(first)}: put into the undefended run, one layer at a time; the largest of each site"
+        )
         shown = showing.table("site", ("patched with", *_CONTRASTS), title)
         for kind in dict.fromkeys(rows["kind"]):
             of_kind = rows[rows["kind"] == kind]
             # What leaves the last block is all there is: nothing to find there.
             within = of_kind[of_kind["layer"] < of_kind["layer"].max()] if kind == "residual" else of_kind
             defended = within[within["source"] == "defense"]
-            for name in CONTRASTS:
+            for name in CONTRASTS if len(defended) else ():
                 layer = defended.loc[defended[name].abs().idxmax(), "layer"]
                 for row in showing.rows(within[within["layer"] == layer]):
                     cells = (showing.interval(row, one, "+.2f") for one in CONTRASTS)
@@ -191,10 +226,10 @@ def _weights(found: pd.DataFrame) -> None:
         for row in showing.rows(rows):
             if row["how"] == "module":
                 name = f"{row['module']} in all layers"
+            elif row["how"] in ("nothing", "everything"):
+                name = row["how"]
             elif row["how"] == "up to" and row["layer"] in told:
                 name = f"all up to layer {row['layer']}"
-            elif row["how"] == "nothing":
-                name = "nothing"
             else:
                 continue
             shown.add_row(*map(Text, (name, *(showing.interval(row, one, "+.2f") for one in CONTRASTS))))
@@ -203,16 +238,15 @@ def _weights(found: pd.DataFrame) -> None:
 
 def _overlap(found: pd.DataFrame) -> None:
     """Whether defenses that work by the same parts interact."""
-    for contrast, rows in found.groupby("contrast"):
-        if len(rows) < 4:
-            _say(f"Overlap and interaction, {contrast}: {len(rows)} pairs are too few to tell")
+    for (_, contrast), rows in found.groupby(["attack", "contrast"], sort=False):
+        about = relation(rows)
+        if about["p"] != about["p"]:
+            _say(f"Overlap of parts and interaction, {contrast}: {about['pairs']} pairs are too few to tell")
             continue
-        rank = spearmanr(rows["cosine"], rows["interaction"])
-        size = "larger" if rank.statistic > 0 else "smaller"
         _say(
-            f"Overlap and interaction, {contrast}: over {len(rows)} pairs, the more alike their parts, the "
-            f"{size} the interaction (rank correlation {rank.statistic:+.2f}, "
-            f"p = {rank.pvalue:.2g}; pairs share members, so p is too small)"
+            f"Overlap of parts and interaction, {contrast}: over {about['pairs']} pairs the rank correlation "
+            f"is {about['rank_correlation']:+.2f} (p = {about['p']:.2g}, defenses permuted)"
+            + (": none is seen" if about["p"] > 0.05 else "")
         )
 
 

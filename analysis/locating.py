@@ -15,6 +15,7 @@ from analysis.decompose import summarize
 from analysis.located import overlap
 from analysis.looking import Room, Wanted
 from analysis.preparing import Ready, prepare, unreached, why_lost
+from analysis.queries import sample
 from analysis.request import Request, default_out
 from analysis.run import conditions
 from analysis.sweeping import failed_cells, say_written, sweep
@@ -32,13 +33,19 @@ def locate(
     console = Console(stderr=True)
     ready = prepare(request, names, settings, console)
     _refuse_odd(ready)
+    if wanted.ensembles is not None:
+        findings.refuse_other_model(wanted.ensembles, ready)
     every = conditions(ready.defenses)
     if set(every) == {UNDEFENDED}:
         raise UserError("which defense? `none` is what others are compared with; see `analyze list defenses`")
     from analysis.mechanism.lens import anatomy
+    from analysis.mechanism.splitting import Splitter
 
     with console.status("finding the model's parts"):
         parts = anatomy(ready.bench.loaded.model)
+        # What cannot be split is told before anything is scored.
+        few = sample(ready.data.queries, 2)
+        Splitter(parts, ready.readout).split(ready.bench.under(request.attacks[0]), every[UNDEFENDED], few)
     lost = why_lost(unreached(ready, every, console))
     swept = sweep(ready, every, lost, console)
     if swept.interrupted:
@@ -59,12 +66,22 @@ def locate(
     for attack in request.attacks:
         room.enter(attack.name)
     tables = room.tables | {"scores": scores.frame, "summary": summarize(scores, seed=request.seed).frame}
-    if stacks is not None:
+    if not any(name in tables for name in ("layers", "directions")):
+        raise UserError(f"nothing could be split: {next(iter(room.lost.values()))}")
+    if stacks is not None and len(tables.get("profiles", ())):
         tables["overlap"] = overlap(tables["profiles"], stacks)
     record |= {
         "failed": failed_cells(room.lost),
         "notices": [*ready.notices, *room.notices],
-        "slopes_against_patches": room.agreement,
+        "mechanism": {
+            "sites": wanted.sites,
+            "top": wanted.top,
+            "patched": [query.id for query in room.sample],
+            "neutral_prompts": room.controls,
+            "directions_learned_from": "contrast, train split, undefended and as they are",
+            "slopes_against_patches": room.agreement,
+            "ensembles": None if wanted.ensembles is None else str(wanted.ensembles),
+        },
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
     with console.status("figures"):
@@ -80,6 +97,7 @@ def locate(
             record,
         )
     findings.show(tables, record, wanted.top)
+    showing.trust(tables["summary"], console)
     say_written(out, room.lost, console)
     return 1 if room.lost else 0
 

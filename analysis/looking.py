@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,13 @@ from analysis.request import teller
 from analysis.sweeping import Cell
 from analysis.tables import TOLERANCE, UNDEFENDED, ScoreTable
 from defenses import Defense, UserError, catalog
+from defenses.adapters import fingerprints
 from defenses.errors import told
 
 if TYPE_CHECKING:
     from analysis.bench import Bench
     from analysis.mechanism.causes import Contrasted
+    from analysis.mechanism.directions import Directions
     from analysis.mechanism.lens import Anatomy
     from analysis.mechanism.splitting import Split
 
@@ -60,6 +62,7 @@ class Room:
         lost: what failed, and why.
         notices: what was left out, and why.
         agreement: of slopes with patches, by condition and contrast.
+        controls: how many tokens a defense adds, and the neutral prompt that it is compared with.
     """
 
     ready: Ready
@@ -73,6 +76,7 @@ class Room:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
+    controls: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def asked(self) -> Asked:
@@ -96,7 +100,9 @@ class Room:
         if UNDEFENDED not in here:
             return
         splits = self._split(bench, attack, here)
-        before = splits[UNDEFENDED]
+        before = splits.get(UNDEFENDED)
+        if before is None:
+            return
         profiles = {}
         for name, split in splits.items():
             if name == UNDEFENDED:
@@ -111,9 +117,33 @@ class Room:
         whole = {
             one.name: one for one in self.ready.defenses if one.name in splits and one.name != UNDEFENDED
         }
-        self._directions(bench, attack, here[UNDEFENDED], whole)
+        if self._held_out:
+            self._directions(bench, attack, here[UNDEFENDED], whole)
         for name, defense in whole.items() if self.sample else ():
             self._intervene(bench, attack, name, here[UNDEFENDED], defense)
+
+    @cached_property
+    def _held_out(self) -> bool:
+        """Whether directions can be looked at with these queries, which must not be those of the learning."""
+        learned = set(fingerprints(query.text for query in _training()))
+        seen = sum(fingerprints([query.text])[0] in learned for query in self.ready.data.queries)
+        if seen:
+            self._note(f"no directions: they are learned from {seen} of these queries; take --split test")
+        return not seen
+
+    @cached_property
+    def _learned(self) -> Directions:
+        """The model's directions, from queries as they are: an attack is no part of what harm is."""
+        import torch
+
+        from analysis.mechanism.directions import Directions, held
+
+        train, undefended = _training(), self.every[UNDEFENDED]
+        return Directions.learned(
+            held(self.ready.bench.under(AS_IS), self.anatomy, undefended, train),
+            torch.tensor([query.harmful for query in train]),
+            [query.pair for query in train],
+        )
 
     def _split(self, bench: Bench, attack: str, here: Mapping[str, Defense]) -> dict[str, Split]:
         """The margins of every condition split, each seen to be what scoring says."""
@@ -135,51 +165,44 @@ class Room:
                         raise UserError(f"its split margins miss the scored ones by {off:.2g} nats")
                     found[name] = split
                 done()
-        if UNDEFENDED not in found:
-            raise UserError(self.lost[attack, UNDEFENDED])
         return found
 
     def _directions(
         self, bench: Bench, attack: str, undefended: Defense, defenses: Mapping[str, Defense]
     ) -> None:
-        import torch
+        from analysis.mechanism.directions import NAMES, projections
 
-        from analysis.mechanism.directions import NAMES, Directions, held
-
-        train = queries.load("contrast").split("train").queries
+        asked = self.ready.data.queries
         with self._steps("directions", 2 + len(defenses)) as done:
-            # Learned from queries as they are: an attack is no part of what harm is.
-            learned = Directions.learned(
-                held(self.ready.bench.under(AS_IS), self.anatomy, undefended, train),
-                torch.tensor([query.harmful for query in train]),
-                [query.pair for query in train],
-            )
+            learned = self._learned
             done()
-            before = learned.project(held(bench, self.anatomy, undefended, self.ready.data.queries)).numpy()
+            before = projections(bench, self.anatomy, undefended, asked, learned).numpy().astype(float)
             done()
             for name, defense in defenses.items():
                 with self._guarded(attack, name, defense):
-                    after = learned.project(
-                        held(bench, self.anatomy, defense, self.ready.data.queries)
-                    ).numpy()
+                    after = projections(bench, self.anatomy, defense, asked, learned).numpy().astype(float)
                     for which, direction in enumerate(NAMES):
-                        old, new = before[:, which].astype(float), after[:, which].astype(float)
+                        old, new = before[:, which], after[:, which]
                         found = self.asked.contrasts(new - old)
-                        told = pd.DataFrame(
-                            [self.asked.separation(*both) for both in zip(old.T, new.T, strict=True)]
-                        )
+                        apart = [self.asked.separation(*both) for both in zip(old.T, new.T, strict=True)]
                         chosen = [layer == learned.chosen[which] for layer in range(len(found))]
-                        found = pd.concat([told, found], axis=1).assign(direction=direction, chosen=chosen)
+                        found = pd.concat([pd.DataFrame(apart), found], axis=1)
+                        found = found.assign(direction=direction, chosen=chosen)
                         found.insert(0, "layer", range(len(found)))
                         self._add(attack, name, directions=found)
                 done()
 
     def _intervene(self, bench: Bench, attack: str, name: str, undefended: Defense, defense: Defense) -> None:
         """Patches, cuts and switches of one defense, on the sample."""
-        from analysis.mechanism import switching
+        from analysis.mechanism import cutting, switching
         from analysis.mechanism.causes import Contrasted
 
         pair = Contrasted(bench, self.anatomy, self.ready.readout, undefended, defense, self.sample)
+        if self.ready.readout.questions:
+            self._note(
+                f"no interventions: --readout {self.ready.readout.name} asks several questions about a query"
+            )
+            return
         if not pair.one_prompt():
             self._note(
                 f"{name} reads several prompts, or several models, for one query: it is not intervened on"
@@ -191,8 +214,13 @@ class Room:
         before = self.scores.condition(attack, UNDEFENDED).loc[ids, "margin"].to_numpy(float)
         with self._guarded(attack, name, defense):
             self._patch(pair, asked, attack, name)
+        with self._guarded(attack, name, defense):
             own = pair.own_tokens()
-            if any(map(any, own)):
+            if why := cutting.uncut(bench.loaded.model):
+                self._note(f"no cuts: {why}")
+            elif any(map(any, own)):
+                if not all(map(any, own)):
+                    self._note(f"{name} has no tokens of its own in some prompts, which are left as they are")
                 with self._steps(f"cutting attention to {name}", len(ids)) as done:
                     cells, left = pair.cuts(own, before, done)
                 found = asked.contrasts(left).assign(
@@ -201,9 +229,9 @@ class Room:
                     last=[layers.stop - 1 for _, layers in cells],
                 )
                 self._add(attack, name, cuts=found.assign(**sizes))
-            if weights := switching.changed(bench.loaded.model, defense):
-                switches = switching.switches(weights)
-                with self._steps(f"switching {name} on", len(switches) + 1) as done:
+        with self._guarded(attack, name, defense):
+            if weights := list(switching.changed(bench.loaded.model, defense)):
+                with self._steps(f"switching {name} on", len(switching.switches(weights))) as done:
                     named, change = pair.switches(weights, before, done)
                 found = asked.contrasts(change).assign(
                     how=[how for how, _, _ in named],
@@ -230,10 +258,7 @@ class Room:
         sites = pair.patcher.sites([kind for kind in SITES[:-1] if kind in wanted.sites], heads)
         if not sites:
             return
-        controls: dict[str, Defense] = {}
-        if (length := pair.longer()) > 0:
-            host = states.host(pair.bench.loaded.name, pair.bench.loaded.tokenizer, self.seed)
-            controls[_CONTROL] = catalog.get(_CONTROL, {"length": str(length)}).prepare(host)
+        controls = self._controls(pair, name)
         with self._steps(f"patching {name}", 2 * len(self.sample)) as done:
             changes = pair.patches(sites, controls, self.seed, done)
         harmful, benign = asked.counts
@@ -247,6 +272,20 @@ class Room:
                     both = slopes[contrast].to_numpy()[picked], exact[contrast].to_numpy()
                     about = {"attack": attack, "defense": name, "contrast": contrast}
                     self.agreement.append(about | agreement(*both))
+
+    def _controls(self, pair: Contrasted, name: str) -> dict[str, Defense]:
+        """A neutral prompt as long as the defense's."""
+        if (wanted := pair.longer()) < 1:
+            self._note(f"{name} makes prompts no longer: no neutral prompt is patched for comparison")
+            return {}
+        host = states.host(pair.bench.loaded.name, pair.bench.loaded.tokenizer, self.seed)
+        length = wanted
+        for _ in range(2):  # turns and breaks come with it, and a default system turn may go
+            control = catalog.get(_CONTROL, {"length": str(max(1, length))}).prepare(host)
+            adds = replace(pair, defense=control).longer()
+            length += wanted - adds
+        self.controls.append({"defense": name, "tokens": wanted, "control_tokens": adds})
+        return {_CONTROL: control}
 
     def _asked(self, asked: Sequence[queries.Query]) -> Asked:
         pairs = pd.Series([query.pair for query in asked], dtype=object)
@@ -276,10 +315,14 @@ class Room:
 
     @contextmanager
     def _guarded(self, attack: str, name: str, defense: Defense) -> Iterator[None]:
-        """One failing defense leaves the others alone; the only one fails the run."""
+        """What fails is left out and told at the end; what there is already is kept."""
         try:
             yield
         except Exception as error:
-            if len(self.every) <= 2:
-                raise
-            self.lost[attack, name] = redact(told(error), defense.secrets())
+            before = f"{self.lost[attack, name]}; " if (attack, name) in self.lost else ""
+            self.lost[attack, name] = before + redact(told(error), defense.secrets())
+
+
+def _training() -> list[queries.Query]:
+    """The queries that directions are learned from."""
+    return list(queries.load("contrast").split("train").queries)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.resampling import DRAWS
-from analysis.tables import condition
+from analysis.tables import UNVALIDATED, condition
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,3 +195,31 @@ def _model(record: Mapping[str, Any]) -> str:
     name, found = record["model"]["name"], record["model"]["id"]
     known = [found] if "/" in name or name == found else [name, found]
     return f"{known[0]} ({', '.join([*known[1:], record['dtype']])})"
+
+
+def trust(summary: pd.DataFrame, console: Console) -> None:
+    """Say where generated text contradicts the readout, and where nobody has looked."""
+    doubtful = summary[summary["trusted"] == "not trusted"]
+    if len(doubtful):
+        names = few([condition(row) for _, row in doubtful.iterrows()])
+        _say(
+            console,
+            f"Not trusted, by generated text: {names}. There the first token does not tell whether the "
+            "answer refuses.",
+        )
+    if (count := int((summary["trusted"] == UNVALIDATED).sum())) > 0:
+        _say(
+            console,
+            f"{count} of {len(summary)} conditions were never compared with generated text: "
+            "`analyze validate` with the same options does it.",
+        )
+
+
+def few(texts: Sequence[str], most: int = 12) -> str:
+    """Return the texts in one line; of more than that many, the first and how many are left."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,8 @@ from analysis.palette import BLACK, BLUE, GREY, ORANGE, STYLE, VERMILION
 from analysis.panels import CONTRASTS, curve, dots, headed, in_rows, key, numbers, over_layers, stacked
 
 SOURCES: dict[str, tuple[tuple[str, Any, str], str]] = {
-    "defense": ((BLUE, "-", "o"), "from the defense"),
+    "defense": ((BLUE, "-", "o"), "from the defended run"),
+    "undefended": ((VERMILION, (0, (5, 1.5)), "v"), "from the undefended run"),
     "placebo": ((GREY, (0, (4, 1.5)), "s"), "random, same norm"),
     "neutral_prompt": ((ORANGE, (0, (6, 1.2, 1.2, 1.2)), "D"), "neutral prompt"),
 }
@@ -23,6 +24,7 @@ WAYS: dict[str, tuple[tuple[str, Any, str], str]] = {
     "alone": ((BLUE, "-", "o"), "one layer alone"),
     "up to": ((VERMILION, (0, (5, 1.5)), "D"), "all layers up to it"),
 }
+_OTHER_RUN = ("defense", "undefended")
 _KINDS = {"residual": "residual stream", "attention": "attention", "mlp": "MLP", "head": "heads"}
 _TALL, _ROW = 0.95, 0.2  # inches: a panel of curves, a row of dots
 
@@ -42,7 +44,7 @@ def patch_points(patches: pd.DataFrame, top: int = 10) -> pd.DataFrame:
     single = patches["kind"] == "head"
     kept = []
     for _, rows in patches[single].groupby("into", sort=False):
-        mine = rows[rows["source"] == "defense"]
+        mine = rows[rows["source"].isin(_OTHER_RUN)]
         size = (mine if len(mine) else rows).set_index(["layer", "head"])[[*CONTRASTS]].abs().max(axis=1)
         wanted = size.groupby(level=[0, 1]).max().nlargest(top).index
         kept.append(rows[pd.MultiIndex.from_frame(rows[["layer", "head"]]).isin(wanted)])
@@ -113,7 +115,8 @@ def weights(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         points: `weights.csv`, of one attack and defense.
         ax: where to draw; it only lends its place to the panels.
     """
-    kinds = one_attack(points)[points["how"] == "module"]
+    nothing = one_attack(points)[points["how"] == "nothing"]
+    kinds = points[points["how"] == "module"]
     modules = [str(name) for name in kinds["module"]]
     ways = {name: look for name, look in WAYS.items() if (points["how"] == name).any()}
     last = float(numbers(points["layer"]).max())
@@ -124,6 +127,8 @@ def weights(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for place, name in enumerate(CONTRASTS):
             for way, (look, _) in ways.items():
                 curve(rows[0][place], points[points["how"] == way], name, look, way)
+            for value in nothing[name]:
+                rows[0][place].axhline(value, color=GREY, linewidth=1.0, linestyle=(0, (1, 1)), gid="nothing")
             if ways:
                 over_layers(rows[0][place], last, "layer")
             if modules:
@@ -131,8 +136,9 @@ def weights(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 dots(rows[-1][place], kinds, name, at, (BLACK, "-", "o"), "module")
                 in_rows(rows[-1][place], modules, "nats", written=place == 0)
         if ways:
-            words = {name: said for name, (_, said) in ways.items()}
-            beside(ax, key({name: look for name, (look, _) in ways.items()}, words))
+            words = {name: said for name, (_, said) in ways.items()} | {"nothing": "prompt alone"}
+            marks = {name: look for name, (look, _) in ways.items()}
+            beside(ax, key(marks | {"nothing": (GREY, (0, (1, 1)), "")} if len(nothing) else marks, words))
         if modules:
             rows[-1][0].set_ylabel("modules,\nall layers", fontsize=8)
     return ax
@@ -145,6 +151,6 @@ def _each(rows: pd.DataFrame) -> list[str]:
 
 def _heads(rows: pd.DataFrame) -> list[str]:
     """Return layer and head of each row of dots, the one with the largest effect of the defense first."""
-    size = rows[[*CONTRASTS]].abs().max(axis=1).where(rows["source"] == "defense", -1)
+    size = rows[[*CONTRASTS]].abs().max(axis=1).where(rows["source"].isin(_OTHER_RUN), -1)
     order = np.argsort(-size.to_numpy(float), kind="stable")
     return list(dict.fromkeys(_each(rows.iloc[order])))

@@ -128,7 +128,8 @@ def of_weights(points: pd.DataFrame, context: Context, counts: Counts = None) ->
     kinds = "Dots: in one kind of module, in all layers. " * bool((points["how"] == "module").any())
     return (
         f"The effect {_asked(points, counts)} with the tuned weights' change switched on in some places and "
-        f"off in all others. Curves: in one layer alone, or in it and all below. {kinds}{_CONTRASTS}"
+        "off in all others, the defended prompt always there (dotted: that prompt alone). "
+        f"Curves: in one layer alone, or in it and all below. {kinds}{_CONTRASTS}"
         f"{_ends(points, 'Bands and bars')}{_tail(points, context)}"
     )
 

@@ -54,8 +54,8 @@ def test_what_leaves_the_last_block_is_all_there_is(family):
     before, after = (margins(bench, defense, one.ids(defense)) for defense in (NONE, REMINDER))
     depth = len(one.anatomy.layers)
     found = one.patches([Part("residual", depth - 1), Part("head", 0, 1)], {}, seed=0)
-    for into in ("undefended", "defended"):
-        assert found[into, "defense"][:, 0] == pytest.approx(after - before, abs=1e-4)
+    for into, source in (("undefended", "defense"), ("defended", "undefended")):
+        assert found[into, source][:, 0] == pytest.approx(after - before, abs=1e-4)
         assert np.abs(found[into, "placebo"][:, 0] - (after - before)).min() > 1e-3
 
 
@@ -127,7 +127,7 @@ def test_where_memory_runs_out_fewer_patches_are_read_at_once(monkeypatch):
         assert found == pytest.approx(whole[key], abs=1e-5)
     assert max(tried) == 13 and tried.count(13) == 2  # once for each run, not for each query
     monkeypatch.setattr("analysis.mechanism.patching.Patcher._margins", partialmethod(small, most=0))
-    with pytest.raises(UserError, match="memory ran out on cpu with one patch of a prompt of"):
+    with pytest.raises(UserError, match="memory ran out with a prompt of"):
         one.patches(sites, {}, seed=0)
 
 
@@ -220,8 +220,8 @@ def test_cut_attention_is_cut_and_nothing_else():
 def test_attention_that_cannot_be_cut_is_named():
     model = copy.deepcopy(tiny_model())
     model.config._attn_implementation = "eager"
-    with pytest.raises(UserError, match="attention of this LlamaForCausalLM is eager"):
-        cutting.refuse_other_attention(model)
+    assert cutting.uncut(model) == "attention of this LlamaForCausalLM is eager, which cannot be cut"
+    assert not cutting.uncut(tiny_model())
 
 
 def test_weights_are_switched_on_where_they_are_wanted(tmp_path):
@@ -232,15 +232,21 @@ def test_weights_are_switched_on_where_they_are_wanted(tmp_path):
     kept = {name: one.clone() for name, one in bench.loaded.model.state_dict().items()}
     one = pair(bench, tuned)
     before = margins(bench, NONE, one.ids(NONE))
-    named, change = one.switches(weights, before)
+    named, change = one.switches(list(weights), before)
     of = dict(zip(named, change.T, strict=True))
     whole = margins(bench, tuned, one.ids(tuned)) - before
     assert of["up to", 1, ""] == pytest.approx(whole, abs=1e-4)
+    assert of["everything", None, ""] == pytest.approx(whole, abs=1e-4)
     assert of["up to", 0, ""] == pytest.approx(of["alone", 0, ""], abs=1e-6)
     assert of["nothing", None, ""] == pytest.approx(0, abs=1e-5)
-    first = {name: data for name, data in weights.items() if "layers.0." in name}
-    with switching.switched_on(bench.loaded.model, first):
-        assert of["alone", 0, ""] == pytest.approx(margins(bench, NONE, one.ids(tuned)) - before, abs=1e-4)
+    second = [name for name in weights if "layers.1." in name]
+    model = bench.loaded.model
+    with tuned.armed(model):
+        armed = {name: (old, model.get_parameter(name).data) for name, (old, _) in weights.items()}
+        with switching.switched_off(model, armed, second):
+            alone = margins(bench, NONE, one.ids(tuned)) - before
+        assert margins(bench, NONE, one.ids(tuned)) - before == pytest.approx(whole, abs=1e-5)
+        assert of["alone", 0, ""] == pytest.approx(alone, abs=1e-4)
     assert {one for how, _, one in named if how == "module"} == {"q_proj", "v_proj"}
     assert all(torch.equal(kept[name], one) for name, one in bench.loaded.model.state_dict().items())
 
@@ -388,7 +394,7 @@ def test_patching_finds_the_planted_heads_and_who_arms_them(circuit):
     assert found[ARMING]["discrimination"] > 1  # by way of the head that it arms
     others = set(heads) - {SHIFTING, ARMING, TELLING}
     assert max(abs(found[head][name]) for head in others for name in located.CONTRASTS) < 1e-5
-    back = dict(zip(heads, about.contrasts(change["defended", "defense"]).to_dict("records"), strict=True))
+    back = dict(zip(heads, about.contrasts(change["defended", "undefended"]).to_dict("records"), strict=True))
     assert back[ARMING]["discrimination"] > 1 and back[SHIFTING]["shift"] > 0.5
     guessed = dict(zip(heads, about.contrasts(one.slopes()[1]).to_dict("records"), strict=True))
     assert guessed[SHIFTING]["shift"] > 0.5 and guessed[TELLING]["discrimination"] > 1

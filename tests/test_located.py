@@ -109,3 +109,44 @@ def test_overlap_finds_the_stack_whichever_member_is_named_first() -> None:
     )
     found = located.overlap(profiles, stacks)
     assert len(found) == 1 and found.loc[0, "interaction"] == -1.5 and found.loc[0, "other"] == "b"
+
+
+def test_what_chance_does_to_both_makes_no_two_defenses_alike() -> None:
+    """They share the undefended run, so its noise is in both: a plain cosine would find them alike."""
+    made, parts = np.random.default_rng(4), 60
+    one = made.normal(size=parts) * 0.1
+    other = made.normal(size=parts) * 0.1
+    other -= one * (one @ other) / (one @ one)
+    pairs = pd.Series([f"p{number // 2}" for number in range(64)], dtype=object)
+    about = Asked(pairs, np.arange(64) % 2 == 0)
+    found, plain, covered = [], [], 0
+    for _ in range(40):
+        before = made.normal(size=(64, parts)) * 0.3
+        changes = {
+            name: true + made.normal(size=(64, parts)) * 0.3 - before
+            for name, true in (("a", one), ("b", other))
+        }
+        row = located.profiles(about, changes).iloc[0]
+        means = [change.mean(0) for change in changes.values()]
+        plain.append(means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1]))
+        found.append(row["cosine"])
+        covered += row["cosine_low"] <= 0 <= row["cosine_high"]
+    assert np.mean(plain) > 0.08 and abs(np.mean(found)) < 0.05
+    assert covered >= 34
+
+
+def test_relation_is_tested_by_exchanging_defenses() -> None:
+    names = list("abcdef")
+    rows = [
+        {"defense": one, "other": other, "cosine": place / 15}
+        for place, (one, other) in enumerate((a, b) for i, a in enumerate(names) for b in names[i + 1 :])
+    ]
+    pairs = pd.DataFrame(rows)
+    strong = located.relation(pairs.assign(interaction=2 * pairs["cosine"]), flips=199)
+    assert strong["pairs"] == 15 and strong["rank_correlation"] == pytest.approx(1) and strong["p"] < 0.02
+    made = np.random.default_rng(5)
+    weak = [
+        located.relation(pairs.assign(interaction=made.normal(size=15)), flips=99)["p"] for _ in range(20)
+    ]
+    assert 0.2 < np.mean(weak) < 0.8
+    assert np.isnan(located.relation(pairs[:3].assign(interaction=1.0))["p"])

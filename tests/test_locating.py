@@ -10,6 +10,7 @@ from conftest import save_model
 from test_cli import analyze, refused
 
 from analysis import findings
+from defenses import UserError
 
 DEFENSES = (
     "-d",
@@ -111,8 +112,12 @@ def test_layers_and_parts_come_to_the_shift_and_discrimination_of_the_summary(pl
 def test_the_last_layers_patch_is_the_whole_effect_of_the_patched_queries(place: Path) -> None:
     patches, scores = table(place, "patches"), table(place, "scores")
     assert set(patches["defense"]) == {"self_reminder", "refusal_steering"}
-    assert set(patches["source"]) == {"defense", "placebo", "neutral_prompt"}
-    of = patches[(patches["source"] == "defense") & (patches["kind"] == "residual") & (patches["layer"] == 1)]
+    assert set(patches["source"]) == {"defense", "undefended", "placebo", "neutral_prompt"}
+    of = patches[
+        patches["source"].isin(["defense", "undefended"])
+        & (patches["kind"] == "residual")
+        & (patches["layer"] == 1)
+    ]
     counts = of[["n_harmful", "n_benign"]].iloc[0].tolist()
     assert sum(counts) <= 4 and min(counts) >= 1
     for name, rows in of.groupby("defense"):
@@ -132,7 +137,7 @@ def test_the_last_layers_patch_is_the_whole_effect_of_the_patched_queries(place:
 
 def test_slopes_are_compared_with_patches(place: Path) -> None:
     record = json.loads((place / "out" / "run.json").read_text())
-    found = pd.DataFrame(record["slopes_against_patches"])
+    found = pd.DataFrame(record["mechanism"]["slopes_against_patches"])
     assert set(found["contrast"]) == {"shift", "discrimination"} and set(found["heads"]) == {6}
     slopes = table(place, "slopes")
     assert len(slopes) == 2 * 2 * 4
@@ -172,11 +177,46 @@ def test_overlap_is_set_beside_the_interactions_of_stacks(kept: Path, tmp_path: 
     )
     rows["interaction_shift"], rows["interaction_discrimination"] = -0.5, 0.25
     rows.to_csv(tmp_path / "ensembles.csv", index=False)
+    (tmp_path / "run.json").write_text((kept / "out" / "run.json").read_text())
     args = ("-d", "policy", "-d", "self_reminder", "--limit", 6, "--patched", 0, "--ensembles", tmp_path)
     done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "both")
     assert done.code == 0, done.err
     assert table(kept, "overlap", "both")["interaction"].tolist() == [-0.5, 0.25]
-    assert "1 pairs are too few to tell" in done.out
+    assert "pairs are too few to tell" in done.out
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"model": record["model"] | {"sha256": "other"}}))
+    done = analyze("mechanism", "-m", kept / "toy", *args)
+    refused(done)
+    assert "its weights (sha256) is other" in done.err
+
+
+def test_what_fails_is_left_out_and_the_rest_is_written(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> object:
+        raise UserError("out of luck")
+
+    monkeypatch.setattr("analysis.mechanism.causes.Contrasted.patches", broken)
+    args = ("-d", "policy", "--limit", 6, "--patched", 2)
+    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "broken")
+    assert done.code == 1 and "Failed: policy: out of luck" in done.err
+    assert len(table(kept, "cuts", "broken")) and len(table(kept, "layers", "broken"))
+    assert json.loads((kept / "broken" / "run.json").read_text())["failed"][0]["why"] == "out of luck"
+    monkeypatch.setattr("analysis.mechanism.splitting.Splitter.split", broken)
+    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "worse")
+    assert done.code == 2 and "out of luck" in done.err and not (kept / "worse").exists()
+
+
+def test_no_directions_are_shown_on_what_they_are_learned_from(kept: Path) -> None:
+    args = ("-d", "policy", "--limit", 6, "--patched", 0, "--split", "train")
+    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "train")
+    assert done.code == 0 and "no directions: they are learned from" in done.err
+    assert not (kept / "train" / "directions.csv").exists() and (kept / "train" / "layers.csv").exists()
+
+
+def test_the_neutral_prompt_is_as_long_as_the_defense(place: Path) -> None:
+    record = json.loads((place / "out" / "run.json").read_text())["mechanism"]
+    (about,) = record["neutral_prompts"]
+    assert about["defense"] == "self_reminder" and abs(about["tokens"] - about["control_tokens"]) <= 3
+    assert len(record["patched"]) <= 4
 
 
 def test_half_precision_tells_what_it_leaves_out(kept: Path) -> None:
@@ -194,7 +234,7 @@ def test_weights_are_switched_on(kept: Path, tmp_path: Path) -> None:
     done = analyze("mechanism", "-m", kept / "toy", *args, "--sites", "residual", "-o", kept / "tuned")
     assert done.code == 0, done.err
     found = table(kept, "weights", "tuned")
-    assert set(found["how"]) == {"alone", "up to", "module", "nothing"}
+    assert set(found["how"]) == {"alone", "up to", "module", "nothing", "everything"}
     assert set(table(kept, "patches", "tuned")["kind"]) == {"residual"}
 
 

@@ -114,7 +114,7 @@ class Contrasted:
                 ]
                 read = self.patcher.margins(runs[into], ids[into], lists, done)
                 change = (read[:, 1:] - read[:, :1]) * (1 if into == "undefended" else -1)
-                names = ("defense", "placebo", *others)
+                names = ("defense" if into == "undefended" else "undefended", "placebo", *others)
                 for name, values in zip(names, change.split(len(sites), 1), strict=True):
                     found.setdefault((into, name), []).append(values.numpy())
         return {key: np.concatenate(rows) for key, rows in found.items()}
@@ -168,21 +168,23 @@ class Contrasted:
         return cells, np.array(rows) - before[:, None]
 
     def switches(
-        self, weights: switching.Weights, before: Float[np.ndarray, " queries"], done: Done = lambda: None
+        self, names: Sequence[str], before: Float[np.ndarray, " queries"], done: Done = lambda: None
     ) -> tuple[list[tuple[str, int | None, str]], Change]:
-        """Return what is switched on, and the change of each margin then; at last with nothing on.
+        """Return what is switched on, and the change of each margin then, the prompt being the defended one.
 
         Args:
-            weights: what `switching.changed` returned.
+            names: of the weights that the defense changes.
             before: the margins, undefended.
             done: told when another switch is read.
         """
-        read = switching.margins(self.bench, weights, self.ids(self.defense), self.readout, done)
-        named = [(how, layer, module) for how, layer, module, _ in switching.switches(weights)]
-        return [*named, ("nothing", None, "")], read.numpy() - before[:, None]
+        read = switching.margins(self.bench, self.defense, self.ids(self.defense), self.readout, done)
+        named = [(how, layer, module) for how, layer, module, _ in switching.switches(names)]
+        return named, read.numpy() - before[:, None]
 
 
-def agreement(guessed: Float[np.ndarray, " heads"], exact: Float[np.ndarray, " heads"]) -> dict[str, float]:
+def agreement(
+    guessed: Float[np.ndarray, " heads"], exact: Float[np.ndarray, " heads"]
+) -> dict[str, float | None]:
     """Return how well slopes rank and size the effects of patches.
 
     >>> agreement(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))["rank_correlation"]
@@ -192,7 +194,7 @@ def agreement(guessed: Float[np.ndarray, " heads"], exact: Float[np.ndarray, " h
 
     return {
         "heads": len(exact),
-        "rank_correlation": float(spearmanr(guessed, exact).statistic) if len(exact) > 2 else float("nan"),
+        "rank_correlation": float(spearmanr(guessed, exact).statistic) if len(exact) > 2 else None,
         "mean_error": float(np.abs(guessed - exact).mean()),
         "mean_size": float(np.abs(exact).mean()),
     }

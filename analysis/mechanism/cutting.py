@@ -18,7 +18,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from defenses import Chat
 from defenses.chats import last_user
-from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.bench import Bench
@@ -56,12 +55,17 @@ def of_defense(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
         asked: the chat as the user, or the attacker, sent it.
     """
     sent = {message["content"].strip() for message in asked}
-    spans, place = [], 0
-    for text in [*(message["content"].strip() for message in prompt.chat), prompt.begun.strip()]:
-        begin = prompt.text.find(text, place) if text else -1
+    spans, rest = [], prompt.text
+    # The longest first, each where no other is: a template may put turns in another order.
+    for text in sorted((*(one["content"].strip() for one in prompt.chat), prompt.begun.strip()), key=len)[
+        ::-1
+    ]:
+        begin = rest.find(text) if text else -1
         if begin >= 0:
-            place = begin + len(text)
-            spans += [(begin, place)] if text not in sent else []  # else an attacker's, or the user's
+            rest = rest[:begin] + "\0" * len(text) + rest[begin + len(text) :]
+            spans += (
+                [(begin, begin + len(text))] if text not in sent else []
+            )  # else an attacker's or the user's
     said, users = _within(starts(renderer, prompt), spans), of_user(renderer, prompt, asked)
     return [one and not other for one, other in zip(said, users, strict=True)]
 
@@ -90,7 +94,7 @@ def margin(
         hidden[:-1] = False
     else:
         hidden[torch.tensor(own)] = False  # they still see each other
-        hidden.fill_diagonal_(False)
+    hidden.fill_diagonal_(False)  # and each token itself
     with torch.inference_mode(), cut(bench.loaded.model, layers, hidden):
         ((_, logits),) = bench.engine.sweep([prompt], [1], share=False)
     return float(readout.read(logits)[0, 0])
@@ -105,7 +109,6 @@ def cut(model: Any, layers: range, hidden: Bool[Tensor, "tokens tokens"]) -> Ite
         layers: in which.
         hidden: which token does not see which.
     """
-    refuse_other_attention(model)
     usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
@@ -133,8 +136,9 @@ def cut(model: Any, layers: range, hidden: Bool[Tensor, "tokens tokens"]) -> Ite
         ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
-def refuse_other_attention(model: Any) -> None:
-    """Raise where attention does not go the way in which it can be cut."""
+def uncut(model: Any) -> str:
+    """Return why attention of a model cannot be cut; empty where it can."""
     kind = model.config.get_text_config()._attn_implementation
-    if kind != "sdpa":
-        raise UserError(f"attention of this {type(model).__name__} is {kind}, which cannot be cut")
+    return (
+        "" if kind == "sdpa" else f"attention of this {type(model).__name__} is {kind}, which cannot be cut"
+    )

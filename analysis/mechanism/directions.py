@@ -8,7 +8,7 @@ are projected on them undefended and defended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ class Directions:
             if out.any():
                 learned = _direction(held[~out], is_harmful[~out])
                 values[out] = _project(held[out], *learned)
-        # From the last layer on, so that of equals the earliest wins; layers without a direction never do.
+        # Of equals the earliest; where both classes hold the same, it is one half.
         scores = np.array(
             [
                 [
@@ -91,7 +91,8 @@ def _direction(held: Held, is_harmful: Tensor) -> tuple[Tensor, Tensor]:
     return gap / (gap * gap).sum(-1, keepdim=True).clamp_min(1e-12), (harmful + benign) / 2
 
 
-def _project(held: Held, way: Tensor, middle: Tensor) -> Tensor:
+def _project(held: Tensor, way: Tensor, middle: Tensor) -> Tensor:
+    """How far along, of one layer or of all."""
     return ((held - middle) * way).sum(-1)
 
 
@@ -106,26 +107,55 @@ def held(bench: Bench, anatomy: Anatomy, defense: Defense, queries: Sequence[Que
         defense: prepared for it.
         queries: what is asked.
     """
+    return _kept(bench, anatomy, defense, queries, lambda layer, both: both, (anatomy.width,))
+
+
+def projections(
+    bench: Bench, anatomy: Anatomy, defense: Defense, queries: Sequence[Query], directions: Directions
+) -> Float[Tensor, "queries 2 layers"]:
+    """Return what `directions.project` makes of what is held; the streams themselves are not kept.
+
+    Args:
+        bench: as for `held`.
+        anatomy: as for `held`.
+        defense: as for `held`.
+        queries: as for `held`.
+        directions: of the model.
+    """
+
+    def project(layer: int, both: Tensor) -> Tensor:
+        return _project(both, directions.way[:, layer], directions.middle[:, layer])
+
+    return _kept(bench, anatomy, defense, queries, project, ())
+
+
+def _kept(
+    bench: Bench,
+    anatomy: Anatomy,
+    defense: Defense,
+    queries: Sequence[Query],
+    keep: Callable[[int, Float[Tensor, "rows 2 width"]], Tensor],
+    size: tuple[int, ...],
+) -> Tensor:
+    """What is kept of the streams at both positions, by query and layer."""
     taps: dict[int, Tap] = {number: (layer.block, "enters") for number, layer in enumerate(anatomy.layers)}
     taps[len(taps)] = (anatomy.final.module, "enters")
-    prompts = bench.every_prompt(defense, queries)
     flat, ends, owner = [], [], []
-    for row, (query, readings) in enumerate(zip(queries, prompts, strict=True)):
+    for row, (query, readings) in enumerate(zip(queries, bench.every_prompt(defense, queries), strict=True)):
         for prompt in readings:
             users = of_user(bench.renderer, prompt, bench.attack.chat(query))
             last = max((place for place, one in enumerate(users) if one), default=len(users) - 1)
             flat.append(prompt.ids)
             ends.append(len(prompt.ids) - last)
             owner.append(row)
-    found = torch.zeros(len(queries), 2, len(taps), next(iter(anatomy.final.module.parameters())).numel())
-    count = torch.zeros(len(queries))
+    found = torch.zeros(len(queries), 2, len(taps), *size)
+    owners = torch.tensor(owner)
     with torch.inference_mode(), defense.armed(bench.loaded.model), watched(bench.engine, taps) as streams:
         for rows, _ in bench.engine.sweep(flat, ends):
-            stops = torch.tensor([ends[row] for row in rows]).cumsum(0)
-            for row, stop in zip(rows, stops.tolist(), strict=True):
-                for layer in range(len(taps)):
-                    stream = streams[layer].float().cpu()
-                    found[owner[row], 0, layer] += stream[stop - 1]
-                    found[owner[row], 1, layer] += stream[stop - ends[row]]
-                count[owner[row]] += 1
-    return found / count[:, None, None, None]
+            lengths = torch.tensor([ends[row] for row in rows])
+            stops = lengths.cumsum(0)
+            for layer in range(len(taps)):
+                stream = streams[layer]
+                both = torch.stack([stream[stops - 1], stream[stops - lengths]], 1).float().cpu()
+                found[:, :, layer].index_add_(0, owners[rows], keep(layer, both))
+    return found / torch.bincount(owners, minlength=len(queries)).view(-1, *[1] * (found.ndim - 1))

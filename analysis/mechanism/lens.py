@@ -9,7 +9,6 @@ measured, not taken from a table: a part's share of a margin is exact once it is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from analysis.readout import Readout
 from defenses.errors import UserError
 
 _LARGE = 1e4  # against which the epsilon of a norm is nothing
-_LEFT = "`analyze -d …`, `validate`, `ensembles` and `recommend` work on it as on any other model"
+LEFT = "`analyze -d …`, `validate`, `ensembles` and `recommend` work on it as on any other model"
 Stream = Float[Tensor, "rows width"]
 
 
@@ -34,33 +33,36 @@ class Norm:
 
     module: nn.Module
 
-    @cached_property
-    def _measured(self) -> tuple[Tensor, Tensor, bool]:
-        """Gain, bias, and whether the mean is taken out."""
-        weight = next(self.module.parameters())
-        flat = torch.full_like(weight.data, _LARGE)
+    def _measured(self, like: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Gain, bias, whether the mean is taken out; measured each time, since a defense may change them."""
+        weight = next(self.module.parameters(), like)
+        flat = torch.full((like.shape[-1],), _LARGE, dtype=weight.dtype, device=weight.device)
         sign = torch.ones_like(flat)
         sign[1::2] = -1
-        with torch.no_grad():
-            bias = self.module(torch.zeros_like(flat)).float()
-            gain = (self.module(flat * sign).float() - bias) * sign.float()
-            centered = not torch.allclose(self.module(flat).float() - bias, gain, rtol=1e-3, atol=1e-4)
-        return gain, bias, centered
+        bias, turned, same = (
+            self.apart(one).float().to(like.device) for one in (torch.zeros_like(flat), flat * sign, flat)
+        )
+        gain = (turned - bias) * sign.float().to(like.device)
+        return gain, bias, not torch.allclose(same - bias, gain, rtol=1e-3, atol=1e-4)
 
-    @property
-    def bias(self) -> Float[Tensor, " width"]:
-        """What is added, whatever comes in."""
-        return self._measured[1]
+    def apart(self, stream: Tensor) -> Tensor:
+        """Return what leaves the norm, apart from any pass of the model: no hook hears of it."""
+        weight = next(self.module.parameters(), stream)
+        return self.module.forward(stream.to(weight.device))
+
+    def bias(self, like: Stream) -> Float[Tensor, " width"]:
+        """Return what is added, whatever comes in."""
+        return self._measured(like)[1]
 
     def scale(self, entered: Stream, left: Stream) -> Float[Tensor, " rows"]:
         """Return the factor between what entered and what left, which is frozen for an attribution."""
-        gain, bias, centered = self._measured
+        gain, bias, centered = self._measured(entered)
         plain = gain * (_centered(entered.float()) if centered else entered.float())
         return ((left.float() - bias) * plain).sum(1) / (plain * plain).sum(1).clamp_min(1e-30)
 
     def back(self, direction: Stream, scale: Float[Tensor, " rows"]) -> Stream:
         """Return the direction that a vector in front of the norm is read along, by one behind it."""
-        gain, _, centered = self._measured
+        gain, _, centered = self._measured(direction)
         before = gain * direction
         return scale[:, None] * (_centered(before) if centered else before)
 
@@ -90,7 +92,8 @@ class Layer:
     def heads_along(self, direction: Stream) -> Float[Tensor, "rows joined"]:
         """Return what each number that enters the joining matrix adds along a direction behind it."""
         weight = self.joined.get_parameter("weight").float()
-        return direction @ (weight if isinstance(self.joined, nn.Linear) else weight.mT)
+        read = direction.to(weight.device) @ (weight if isinstance(self.joined, nn.Linear) else weight.mT)
+        return read.to(direction.device)
 
     @property
     def joined_bias(self) -> Tensor | None:
@@ -119,6 +122,11 @@ class Anatomy:
     heads: int
     adapter: Any
 
+    @property
+    def width(self) -> int:
+        """Numbers in the residual stream."""
+        return self.unembedding.weight.shape[1]
+
     def shown(self, raw: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens"]:
         """Return logits as the model shows them: capped, scaled, or as they are."""
         return self.adapter.apply_output_logits_transform(raw)
@@ -126,11 +134,11 @@ class Anatomy:
     def raw(self, normed: Stream, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "rows tokens"]:
         """Return the logits of some tokens as the unembedding gives them."""
         weight, bias = self.unembedding.weight[ids].float(), self.unembedding.bias
-        return normed.float() @ weight.mT + (0.0 if bias is None else bias[ids].float())
+        return normed.float().to(weight.device) @ weight.mT + (0.0 if bias is None else bias[ids].float())
 
     def margin(self, normed: Stream, readout: Readout) -> Float[Tensor, " rows"]:
         """Return the margin of what leaves the final norm, nats."""
-        ids, weights = _read(readout, normed)
+        ids, weights = self._read(readout)
         return self.shown(self.raw(normed, ids)) @ weights
 
     def direction(self, normed: Stream, readout: Readout) -> tuple[Stream, Float[Tensor, " rows"]]:
@@ -139,17 +147,17 @@ class Anatomy:
         Margin = direction · normed + constant. Where logits are capped, the slope from 0 to each logit is
         frozen, as the norms' scales are.
         """
-        ids, weights = _read(readout, normed)
+        ids, weights = self._read(readout)
         raw = self.raw(normed, ids)
         slope = torch.where(raw.abs() > 1e-6, self.shown(raw) / raw, torch.ones_like(raw)) * weights
         bias = self.unembedding.bias
         constant = slope.new_zeros(len(slope)) if bias is None else slope @ bias[ids].float()
         return slope @ self.unembedding.weight[ids].float(), constant
 
-
-def _read(readout: Readout, like: Tensor) -> tuple[Tensor, Tensor]:
-    ids = torch.tensor(readout.ids, device=like.device)
-    return ids, torch.tensor(readout.weights, dtype=torch.float32, device=like.device)
+    def _read(self, readout: Readout) -> tuple[Tensor, Tensor]:
+        """Ids and weights of a readout, where the unembedding is."""
+        device = self.unembedding.weight.device
+        return torch.tensor(readout.ids, device=device), torch.tensor(readout.weights, device=device).float()
 
 
 def anatomy(model: Any) -> Anatomy:
@@ -179,9 +187,7 @@ def anatomy(model: Any) -> Anatomy:
             if not hasattr(joined, "weight"):
                 raise AttributeError("its heads are not joined by one matrix")
         except (AttributeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"layer {number} of {name} is not attention and MLP ({error}): {_LEFT}"
-            ) from error
+            raise UserError(f"layer {number} of {name} is not attention and MLP ({error}): {LEFT}") from error
         found.append(Layer(block, joined, written[0], written[1], (norms[0], norms[1])))
     final = Norm(adapter.get_component(model, "ln_final"))
     unembedding = model.get_output_embeddings()
@@ -203,5 +209,5 @@ def _adapter(model: Any, name: str) -> Any:
         return ArchitectureAdapterFactory.select_architecture_adapter(known)
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(
-            f"TransformerLens does not know the architecture {name}, so where it acts cannot be said; {_LEFT}"
+            f"TransformerLens does not know the architecture {name}, so where it acts cannot be said; {LEFT}"
         ) from error

@@ -8,8 +8,8 @@ then the last token is read for all sites at once, a row of the batch for each. 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,20 +90,17 @@ class Patcher:
         size = ROWS
         with torch.inference_mode(), defense.armed(self.bench.loaded.model):
             for prompt, mine in zip(prompts, patches, strict=True):
-                read = self.bench.engine.repeating(prompt)
+                with _enough_memory(prompt):
+                    read = self.bench.engine.repeating(prompt)
                 rows: list[Tensor] = []
                 while (start := sum(map(len, rows))) < len(mine):
                     some = mine[start : start + size]
                     try:
                         rows.append(self._margins(read, some))
                     except RuntimeError as error:
-                        if not out_of_memory(error):
-                            raise
-                        if len(some) == 1:
-                            raise UserError(
-                                f"memory ran out on {self.bench.loaded.model.device} with one patch of a "
-                                f"prompt of {len(prompt)} tokens: take --patched 0, --device cpu, or a smaller model"
-                            ) from error
+                        if not out_of_memory(error) or len(some) == 1:
+                            with _enough_memory(prompt):
+                                raise
                         size = len(some) // 2
                 found.append(torch.cat(rows))
                 done()
@@ -132,6 +129,7 @@ class Patcher:
             return lambda states: entered.update({layer: states})
 
         with ExitStack() as stack:
+            stack.enter_context(_enough_memory(prompt))
             with torch.no_grad():
                 model(
                     input_ids=ids[:, :number],
@@ -206,3 +204,17 @@ class Patcher:
             return change
 
         return [(tap, changed(rows)) for tap, rows in taps.items()]
+
+
+@contextmanager
+def _enough_memory(prompt: Ids) -> Iterator[None]:
+    """While open, memory that runs out is told in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory ran out with a prompt of {len(prompt)} tokens by itself: take --patched 0 (no "
+            "interventions), --device cpu, or a smaller model"
+        ) from error

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis import scoring
+from analysis.mechanism.lens import LEFT
 from analysis.mechanism.watching import Held, Tap, watched
 from analysis.tables import TOLERANCE, Decomposition, Part
 from defenses import Defense
@@ -144,9 +145,7 @@ class Splitter:
         layers, final = len(self.anatomy.layers), self.anatomy.final
         streams = [held["stream", number] for number in range(layers + 1)]
         by_layer = [
-            # Not called as a module: its hooks would take this for the model's own pass.
-            self.anatomy.margin(final.module.forward(stream), self.readout).double().cpu()
-            for stream in streams
+            self.anatomy.margin(final.apart(stream), self.readout).double().cpu() for stream in streams
         ]
         found = [margin[:, None], torch.stack(by_layer, 1)]
         name = type(self.anatomy.model).__name__
@@ -160,28 +159,32 @@ class Splitter:
     def _shares(self, held: Held, streams: Sequence[Tensor]) -> Float[Tensor, "rows parts"]:
         """What each part adds to the margin, in the order of `parts`."""
         final = self.anatomy.final
+        # Where the layers of a model are spread over devices, what they held is brought to one.
+        home = self.anatomy.unembedding.weight.device
+        held = {name: states.to(home) for name, states in held.items()}
+        streams = [states.to(home) for states in streams]
         read, constant = self.anatomy.direction(held["normed"], self.readout)
         along = final.back(read, final.scale(streams[-1], held["normed"]))
 
         def share(states: Tensor) -> Tensor:
-            return (states.float().to(along.device) * along).sum(1)
+            return (states.float() * along).sum(1)
 
         handed_on = held["embedding"]
         found = [share(handed_on)]
         for number, layer in enumerate(self.anatomy.layers):
             found.append(share(streams[number] - handed_on))
             handed_on = streams[number] + held["attention", number] + held["mlp", number]
-            inner, bias = along.to(held["joined", number].device), torch.zeros_like(constant)
+            inner, bias = along, torch.zeros_like(constant)
             if (norm := layer.behind[0]) is not None:
-                bias = bias + share(norm.bias.expand_as(along))
+                bias = bias + share(norm.bias(along).expand_as(along))
                 scale = norm.scale(held["before", number, 0], held["attention", number])
                 inner = norm.back(inner, scale)
             if layer.joined_bias is not None:
-                bias = bias + (inner @ layer.joined_bias).to(bias.device)
+                bias = bias + inner @ layer.joined_bias.to(inner.device)
             each = layer.heads_along(inner) * held["joined", number].float()
             heads = each.unflatten(1, (self.anatomy.heads, -1)).sum(2)
-            found += [*heads.to(along.device).unbind(1), bias, share(held["mlp", number])]
-        found += [share(streams[-1] - handed_on), constant + read @ final.bias]
+            found += [*heads.unbind(1), bias, share(held["mlp", number])]
+        found += [share(streams[-1] - handed_on), constant + read @ final.bias(read)]
         return torch.stack(found, 1)
 
 
@@ -190,5 +193,5 @@ def _refuse_off(off: Tensor, name: str, what: str) -> None:
     if not (worst := float(off.max())) <= TOLERANCE:
         raise UserError(
             f"{name}: {what} misses the margin by {worst:.2g} nats, where {TOLERANCE} is allowed, so this "
-            "model is not built as it seems, and nothing is said about its parts"
+            f"model is not built as it seems, and nothing is said about its parts; {LEFT}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,32 +17,36 @@ if TYPE_CHECKING:
     from analysis.bench import Bench
     from analysis.readout import Readout
 
-Weights = dict[str, Tensor]
+Weights = dict[str, tuple[Tensor, Tensor]]  # as they are, and as they are under a defense
 
 
 def changed(model: Any, defense: Defense) -> Weights:
-    """Return the weights that differ while a defense is armed, by name; none where it changes no weights."""
+    """Return the weights that are others while a defense is armed, by name; none where it changes no weights.
+
+    Weights whose numbers are changed in place are not seen.
+    """
     before = {name: one.data for name, one in model.named_parameters()}
     with defense.armed(model):
         after = {name: one.data for name, one in model.named_parameters()}
     return {
-        name: one
+        name: (before[name], one)
         for name, one in after.items()
         if one.data_ptr() != before[name].data_ptr() and not torch.equal(one, before[name])
     }
 
 
-def switches(weights: Weights) -> list[tuple[str, int | None, str, list[str]]]:
+def switches(names: Iterable[str]) -> list[tuple[str, int | None, str, list[str]]]:
     """Return what is switched on together: how, up to which layer or in which, in which module, which names.
 
-    >>> [one[:3] for one in switches({"layers.0.q_proj.weight": torch.ones(1)})]
-    [('alone', 0, ''), ('up to', 0, ''), ('module', None, 'q_proj')]
+    >>> [one[0] for one in switches(["layers.0.q_proj.weight"])]
+    ['nothing', 'alone', 'up to', 'module', 'everything']
     """
+    weights = list(names)
     layers, modules = (
         {name: _layer(name) for name in weights},
         {name: name.split(".")[-2] for name in weights},
     )
-    found: list[tuple[str, int | None, str, list[str]]] = []
+    found: list[tuple[str, int | None, str, list[str]]] = [("nothing", None, "", [])]
     numbers = sorted({layer for layer in layers.values() if layer is not None})
     for how in ("alone", "up to"):
         for number in numbers:
@@ -54,43 +58,47 @@ def switches(weights: Weights) -> list[tuple[str, int | None, str, list[str]]]:
             found.append((how, number, "", on))
     for module in sorted(set(modules.values())):
         found.append(("module", None, module, [name for name, one in modules.items() if one == module]))
-    return found
+    return [*found, ("everything", None, "", weights)]
 
 
 @contextmanager
-def switched_on(model: Any, weights: Weights) -> Iterator[None]:
-    """While open, the model has these weights; then it is what it was, bit for bit."""
-    before = {name: model.get_parameter(name).data for name in weights}
+def switched_off(model: Any, weights: Weights, names: Iterable[str]) -> Iterator[None]:
+    """While open, some weights of the armed model are as they were before; then it is armed whole again."""
+    off = list(names)
     try:
-        for name, tensor in weights.items():
-            model.get_parameter(name).data = tensor
+        for name in off:
+            model.get_parameter(name).data = weights[name][0]
         yield
     finally:
-        for name, tensor in before.items():
-            model.get_parameter(name).data = tensor
+        for name in off:
+            model.get_parameter(name).data = weights[name][1]
 
 
 def margins(
     bench: Bench,
-    weights: Weights,
+    defense: Defense,
     prompts: Sequence[tuple[int, ...]],
     readout: Readout,
     done: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "prompts switches"]:
-    """Return the margin of every prompt under each of `switches`, and at last with nothing switched on.
+    """Return the margin of every prompt under each of `switches`; all else that is armed stays.
 
     Args:
         bench: the model.
-        weights: what `changed` returned.
+        defense: whose weights are switched.
         prompts: as the defended model reads them.
         readout: how logits become a margin.
         done: told when another switch is read.
     """
-    found = []
-    for *_, names in [*switches(weights), ("nothing", None, "", [])]:
-        with switched_on(bench.loaded.model, {name: weights[name] for name in names}):
-            found.append(bench.engine.read(prompts, readout.read)[:, 0])
-        done()
+    found, model = [], bench.loaded.model
+    weights = changed(model, defense)
+    with defense.armed(model):
+        # Armed anew, it may bring tensors of its own: those are put back.
+        weights = {name: (before, model.get_parameter(name).data) for name, (before, _) in weights.items()}
+        for *_, on in switches(weights):
+            with switched_off(model, weights, weights.keys() - set(on)):
+                found.append(bench.engine.read(prompts, readout.read)[:, 0])
+            done()
     return torch.stack(found, 1)
 
 
