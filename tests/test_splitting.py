@@ -1,6 +1,7 @@
 """Margins as sums over parts: every family, as TransformerLens sees it, under hooks, weights, readings."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -196,6 +197,36 @@ def test_what_norms_do_is_measured_whatever_they_call_it():
         out = module(x)
         back = norm.back(along, norm.scale(x, out))
         assert torch.allclose((x * back).sum(1) + along @ norm.bias(x), (out * along).sum(1), atol=1e-4)
+
+
+def test_a_defense_may_change_the_norms_too():
+    @dataclass(frozen=True)
+    class Renormed(Defense):
+        """Has other gains in the final norm."""
+
+        def rewrite(self, chat, rng):
+            return list(chat)
+
+        @contextmanager
+        def armed(self, model):
+            weight = model.model.norm.weight
+            before = weight.data
+            try:
+                weight.data = before * torch.linspace(0.5, 1.5, len(before))
+                yield
+            finally:
+                weight.data = before
+
+        def arms(self):
+            return "renormed"
+
+    bench = toy_bench()
+    found = splitter(bench)
+    found.split(bench, NONE, ASKED[:2])
+    split = found.split(bench, Renormed(), ASKED[:2])
+    with Renormed().armed(bench.loaded.model):
+        expected = splitter(bench).split(bench, NONE, ASKED[:2])
+    assert np.allclose(split.parts.shares, expected.parts.shares, atol=1e-6)
 
 
 def test_the_model_is_left_as_it_was():

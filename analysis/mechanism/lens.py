@@ -80,14 +80,14 @@ class Layer:
         joined: the matrix of the attention that its heads go through side by side.
         attention: its output is what the attention adds to the stream.
         mlp: its output is what the MLP adds.
-        behind: norms behind attention and MLP, where there are any.
+        behind: the norm between the joining matrix and the stream, where there is one.
     """
 
     block: nn.Module
     joined: nn.Module
     attention: nn.Module
     mlp: nn.Module
-    behind: tuple[Norm | None, Norm | None]
+    behind: Norm | None
 
     def heads_along(self, direction: Stream) -> Float[Tensor, "rows joined"]:
         """Return what each number that enters the joining matrix adds along a direction behind it."""
@@ -179,16 +179,15 @@ def anatomy(model: Any) -> Anatomy:
             if not {"attn", "mlp"} <= parts.keys():
                 raise AttributeError("it has parts other than attention and MLP")
             block, joined = (adapter.get_component(model, f"blocks.{number}{end}") for end in ("", ".attn.o"))
-            written, norms = [], []
-            for part, norm in (("attn", "ln1_post"), ("mlp", "ln2_post")):
-                here = f"blocks.{number}.{norm if norm in parts else part}"
-                written.append(adapter.get_component(model, here))
-                norms.append(Norm(written[-1]) if norm in parts else None)
+            attention, mlp = (
+                adapter.get_component(model, f"blocks.{number}.{norm if norm in parts else part}")
+                for part, norm in (("attn", "ln1_post"), ("mlp", "ln2_post"))
+            )
             if not hasattr(joined, "weight"):
                 raise AttributeError("its heads are not joined by one matrix")
         except (AttributeError, ValueError, IndexError) as error:
             raise UserError(f"layer {number} of {name} is not attention and MLP ({error}): {LEFT}") from error
-        found.append(Layer(block, joined, written[0], written[1], (norms[0], norms[1])))
+        found.append(Layer(block, joined, attention, mlp, Norm(attention) if "ln1_post" in parts else None))
     final = Norm(adapter.get_component(model, "ln_final"))
     unembedding = model.get_output_embeddings()
     if unembedding is None or unembedding.weight.is_meta:

@@ -92,9 +92,8 @@ class Splitter:
         )  # type: ignore[assignment]
         pooled = []
         for row in range(len(queries)):
-            mine = found[owner == row]
-            several = self.readout.questions and mine.unflatten(0, (-1, len(self.readout.questions))).mean(1)
-            mine = several if isinstance(several, Tensor) else mine
+            # What is asked about a reading has one mean.
+            mine = found[owner == row].unflatten(0, (-1, max(1, len(self.readout.questions)))).mean(1)
             pooled.append(mine[mine[:, 0].argmax()] if defense.pool == "max" else mine.mean(0))
         table = torch.stack(pooled).numpy()
         margins, layers, parts = np.split(table, [1, len(self.anatomy.layers) + 2], axis=1)
@@ -133,9 +132,8 @@ class Splitter:
             taps["joined", number] = layer.joined, "enters"
             taps["attention", number] = layer.attention, "leaves"
             taps["mlp", number] = layer.mlp, "leaves"
-            for which, norm in enumerate(layer.behind):
-                if norm is not None:
-                    taps["before", number, which] = norm.module, "enters"
+            if layer.behind is not None:
+                taps["before", number] = layer.behind.module, "enters"
         taps["stream", len(self.anatomy.layers)] = self.anatomy.final.module, "enters"
         taps["normed"] = self.anatomy.final.module, "leaves"
         return taps
@@ -175,9 +173,9 @@ class Splitter:
             found.append(share(streams[number] - handed_on))
             handed_on = streams[number] + held["attention", number] + held["mlp", number]
             inner, bias = along, torch.zeros_like(constant)
-            if (norm := layer.behind[0]) is not None:
+            if (norm := layer.behind) is not None:
                 bias = bias + share(norm.bias(along).expand_as(along))
-                scale = norm.scale(held["before", number, 0], held["attention", number])
+                scale = norm.scale(held["before", number], held["attention", number])
                 inner = norm.back(inner, scale)
             if layer.joined_bias is not None:
                 bias = bias + inner @ layer.joined_bias.to(inner.device)
