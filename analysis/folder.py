@@ -41,7 +41,8 @@ class Run:
     @property
     def where(self) -> str:
         """Model and data, as they read behind "on"."""
-        return f"{self.model} ({self.record['data']['name']}, {self.record['data']['split']} split)"
+        data = self.record["data"]
+        return f"{self.model} ({data['name']}, {self.record.get('reported_on', data['split'])} split)"
 
     @property
     def threshold(self) -> float:
@@ -72,7 +73,7 @@ class Run:
             ("Queries", f"{data['n_harmful']} harmful, {data['n_benign']} benign"),
             ("Attacks", ", ".join(map(str, record.get("attacks", []))).replace("direct", "none (as they are)")),
             ("Readout", f"{readout['name']}: {words}"),
-            ("Threshold", f"{readout['threshold']:.3g} nats{fitted}"),
+            ("Threshold", f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}") + fitted),
             ("Conditions whose readout is", trust),
             ("Seed", str(record.get("seed", ""))),
             ("Versions", ", ".join(f"{name} {one}" for name, one in record.get("versions", {}).items())),

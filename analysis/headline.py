@@ -59,14 +59,11 @@ harmless better.'
         return f"Nothing can be said of {_defenses(rows)} on {where}{sent}.{against}"
     its = "its" if len(left) == 1 else "their"
     text = f"Of {_defenses(left)} on {where}{sent}, by {its} 95\u00a0% intervals: {_counts(left)}."
-    better = left.loc[_says(left, "discrimination +"), "defense"].tolist()
-    if 0 < len(better) <= _NAMED and len(left) > 1:
-        text = f"{text[:-1]} (better: {', '.join(map(str, better))})."
     unknown = int((trusted[left.index] != "trusted").sum())
     if unknown:
-        known = "are" if unknown != 1 else "is"
-        text += f" {'All' if unknown == len(left) > 1 else unknown} {known} provisional: whether generated"
-        text += " text agrees with the readout there is not known."
+        all_of = "All are" if unknown > 1 else "It is"
+        which = all_of if unknown == len(left) else _many(unknown)
+        text += f" {which} provisional: whether generated text agrees with the readout there is not known."
     return text + against * bool(len(doubted))
 
 
@@ -78,6 +75,9 @@ def _counts(rows: pd.DataFrame) -> str:
     said = f"{up or 'none'} shift{'' if up > 1 else 's'} towards refusal"
     said += f", {down} away from it" * bool(down)
     said += f"; {better or 'none'} tell{'' if better > 1 else 's'} harm from harmless better"
+    if 0 < better <= _NAMED and len(rows) > 1:
+        named = rows.loc[_says(rows, "discrimination +"), "defense"]
+        said += f" ({', '.join(map(str, named))})"
     said += f", {worse} worse" * bool(worse)
     return said + f"; of {nothing} no effect was found" * bool(nothing)
 

@@ -35,11 +35,12 @@ function marginsSpec(queries, base, under, threshold, who, width) {
   const sd = Math.sqrt(all.reduce((sum, one) => sum + (one - mean) ** 2, 0) / all.length);
   const bandwidth = Math.max(0.05, 0.6 * sd * (all.length / 4) ** -0.2) || 0.25;
   const reach = 3 * bandwidth, extent = [Math.min(threshold, ...all) - reach, Math.max(threshold, ...all) + reach];
-  const x = { field: "margin", type: "quantitative", title: "margin (nats; right of the line refuses)", scale: { domain: extent, nice: false } };
+  const x = { field: "margin", type: "quantitative", title: "margin (nats; right of the line refuses)", scale: { domain: extent, nice: false }, axis: { tickCount: 6 } };
   return { $schema: "https://vega.github.io/schema/vega-lite/v6.json", data: { values: rows },
+    transform: [{ density: "m", groupby: ["who", "is"], extent, bandwidth, as: ["margin", "density"] }],
     facet: { row: { field: "who", type: "nominal", title: null, sort: ["undefended", who], header: { orient: "top", labelAnchor: "start" } } }, spacing: 14,
     spec: { width: Math.max(180, width - 30), height: 118, layer: [
-      { transform: [{ density: "m", groupby: ["is"], extent, bandwidth, as: ["margin", "density"] }], mark: { type: "area", opacity: 0.45, line: true },
+      { mark: { type: "area", opacity: 0.45, line: true },
         encoding: { x, y: { field: "density", type: "quantitative", stack: null, axis: null },
           color: { field: "is", type: "nominal", title: null, scale: { domain: ["harmful", "benign"], range: [HARMFUL, BENIGN] }, legend: { orient: "bottom" } } } },
       { mark: { type: "rule", strokeDash: [4, 3], stroke: INK }, encoding: { x: { datum: threshold } } }] } };

@@ -23,21 +23,21 @@ function planeSpec(plane, linear, width) {
   const zero = { stroke: { value: INK }, opacity: { value: 0.35 } };
   return {
     $schema: "https://vega.github.io/schema/vega/v6.json",
-    width, height: Math.max(320, Math.min(560, width * 0.75)), padding: 4, autosize: { type: "fit", contains: "padding" },
+    width, height: Math.max(320, Math.min(560, width * 0.75)), padding: 4, autosize: { type: "fit-x", contains: "padding" },
     data: [{ name: "rows", values: points }],
     scales: [scale("x", x, "width"), scale("y", y, "height"),
       { name: "color", type: "ordinal", domain: families, range: families.map(color) },
       { name: "shape", type: "ordinal", domain: families, range: families.map((one) => DATA.shapes[one] || "triangle-right") }],
     axes: [
-      { scale: "x", orient: "bottom", grid: true, title: "shift (nats): refuses more →", labelOverlap: true, format: "~g", ...ticks(x) },
-      { scale: "y", orient: "left", grid: true, title: "discrimination (nats): separates better →", labelOverlap: true, format: "~g", ...ticks(y) }],
+      { scale: "x", orient: "bottom", grid: true, title: "shift (nats): refuses more →", labelOverlap: true, format: "~r", ...ticks(x) },
+      { scale: "y", orient: "left", grid: true, title: width < 500 ? "discrimination (nats) →" : "discrimination (nats): separates better →", labelOverlap: true, format: "~r", ...ticks(y) }],
     legends: [{ fill: "color", shape: "shape", orient: "bottom", columns: Math.max(2, Math.floor(width / 150)), symbolSize: 90 }],
     marks: [
       { type: "rule", encode: { enter: { x: { scale: "x", value: 0 }, y: { value: 0 }, y2: { signal: "height" }, ...zero } } },
       { type: "rule", encode: { enter: { y: { scale: "y", value: 0 }, x: { value: 0 }, x2: { signal: "width" }, ...zero } } },
       { type: "rule", from: { data: "rows" }, encode: { enter: { x: { scale: "x", field: "xl" }, x2: { scale: "x", field: "xh" }, y: at.y, ...bar } } },
       { type: "rule", from: { data: "rows" }, encode: { enter: { y: { scale: "y", field: "yl" }, y2: { scale: "y", field: "yh" }, x: at.x, ...bar } } },
-      { type: "symbol", name: "points", from: { data: "rows" }, encode: { enter: { ...at, size: { value: 110 }, shape: { scale: "shape", field: "family" },
+      { type: "symbol", name: "points", from: { data: "rows" }, encode: { enter: { ...at, size: { value: width < 500 ? 70 : 110 }, shape: { scale: "shape", field: "family" },
         fill: [{ test: "datum.hollow", value: "var(--paper)" }, fill], stroke: [{ test: "datum.hollow", ...fill }, { value: "var(--paper)" }], strokeWidth: { value: 1 } } } },
       { type: "text", from: { data: "points" }, interactive: false, encode: { enter: { text: { field: "datum.name" }, fontSize: { value: 11 }, fill: { value: INK } } },
         transform: [{ type: "label", size: { signal: "[width, height]" }, offset: [3], anchor: ["right", "left", "top", "bottom", "top-right", "bottom-right", "top-left", "bottom-left"] }] }],

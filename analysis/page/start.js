@@ -87,7 +87,7 @@ function acrossSpec(width) {
   const yOffset = { field: "run", sort: runs };
   return { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width, height: { step: Math.max(7, 22 / runs.length) }, autosize: { type: "fit-x", contains: "padding" }, data: { values: DATA.across },
     layer: [
-      { mark: { type: "rule", stroke: INK, opacity: 0.5 }, encoding: { x: { datum: 0 } } },
+      { data: { values: [{}] }, mark: { type: "rule", stroke: INK, opacity: 0.5 }, encoding: { x: { datum: 0 } } },
       { mark: { type: "rule", strokeWidth: 1.5, opacity: 0.6 }, encoding: { x: { field: "l", type: "quantitative", title: "ΔAUROC: separates better →" }, x2: { field: "h" }, y, yOffset, color } },
       { mark: { type: "point", filled: true, size: 45, opacity: 1 }, encoding: { x: { field: "v", type: "quantitative" }, y, yOffset, color, shape: { field: "run", type: "nominal", title: null, scale: { domain: runs }, legend: color.legend } } }] };
 }
