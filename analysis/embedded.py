@@ -16,10 +16,10 @@ PLAIN = 20_000  # bytes of a table up to which it is carried as it is, so that a
 
 
 def as_json(value: Any) -> str:
-    """Return JSON that stays data inside of a script element, whatever texts it holds.
+    r"""Return JSON that stays data inside of a script element, whatever texts it holds.
 
     >>> as_json({"text": "</script><b>&", "number": float("nan")})
-    '{"text":"\\\\u003c/script\\\\u003e\\\\u003cb\\\\u003e\\\\u0026","number":null}'
+    '{"text":"\\u003c/script\\u003e\\u003cb\\u003e\\u0026","number":null}'
 
     Args:
         value: of plain values; a number that is not finite becomes null.
@@ -49,9 +49,9 @@ def as_picture(png: bytes) -> str:
 
 
 def as_table(name: str, csv: bytes) -> tuple[str, str]:
-    """Return the name under which a table is saved, and an address that holds it, packed if it is long.
+    r"""Return the name under which a table is saved, and an address that holds it, packed if it is long.
 
-    >>> as_table("a.csv", b"x\\n1\\n")
+    >>> as_table("a.csv", b"x\n1\n")
     ('a.csv', 'data:text/csv;base64,eAoxCg==')
 
     Args:

@@ -9,8 +9,21 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import captions, wording
+from analysis.captions import (
+    TITLES,
+    of_attacks,
+    of_cost,
+    of_forecast,
+    of_front,
+    of_interactions,
+    of_margins,
+    of_plane,
+    of_roc,
+    of_square,
+    of_trust,
+)
 from analysis.folder import Run
+from analysis.wording import CAPTIONS, HEADLINES
 
 # Pictures that the page draws anew, so that they can be asked; they are kept behind a fold.
 REDRAWN = ("plane", "roc", "margins", "attacks")
@@ -27,7 +40,7 @@ ROOMS = {
     "forecast": "ensembles",
     "interactions": "ensembles",
     "front": "ensembles",
-    **dict.fromkeys(wording.HEADLINES, "mechanism"),
+    **dict.fromkeys(HEADLINES, "mechanism"),
 }
 
 
@@ -66,7 +79,7 @@ def _exhibit(run: Run, name: str) -> Exhibit:
     of = stem.removeprefix(kind).lstrip("-")
     table = f"{stem}.csv" if f"{stem}.csv" in run.files else ""
     points = run.tables.get(stem)
-    title = {**captions.TITLES, **wording.HEADLINES}.get(kind, stem.replace("-", " "))
+    title = {**TITLES, **HEADLINES}.get(kind, stem.replace("-", " "))
     title = title.format(of or "the defense")
     title += f" ({of})" * bool(of and of not in title)
     caption = _caption(run, kind, points) if points is not None and len(points) else ""
@@ -79,20 +92,20 @@ def _caption(run: Run, kind: str, points: pd.DataFrame) -> str:
     """The caption that the command drew, made again; empty where the table is not what it was made from."""
     judge = run.record.get("judge") or {}
     told: dict[str, Callable[[pd.DataFrame, Any], str]] = {
-        "margins": captions.of_margins,
-        "plane": captions.of_plane,
-        "square": captions.of_square,
-        "roc": captions.of_roc,
-        "attacks": captions.of_attacks,
-        "forecast": captions.of_forecast,
-        "interactions": captions.of_interactions,
-        "front": lambda rows, about: captions.of_front(rows, about, run.record["attacks"]),
-        "cost": captions.of_cost,
-        "rates": lambda rows, about: captions.of_trust(rows, about, judge["name"], judge["new_tokens"]),
+        "margins": of_margins,
+        "plane": of_plane,
+        "square": of_square,
+        "roc": of_roc,
+        "attacks": of_attacks,
+        "forecast": of_forecast,
+        "interactions": of_interactions,
+        "front": lambda rows, about: of_front(rows, about, run.record["attacks"]),
+        "cost": of_cost,
+        "rates": lambda rows, about: of_trust(rows, about, judge["name"], judge["new_tokens"]),
     }
-    if kind in wording.CAPTIONS:
+    if kind in CAPTIONS:
         counts = (int(run.record["data"]["n_harmful"]), int(run.record["data"]["n_benign"]))
-        told[kind] = lambda rows, about: wording.CAPTIONS[kind](rows, about, counts)
+        told[kind] = lambda rows, about: CAPTIONS[kind](rows, about, counts)
     context = run.context
     if "reported_on" in run.record:
         context = replace(context, split=str(run.record["reported_on"]))

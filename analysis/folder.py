@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.captions import Context
-from analysis.tables import UNVALIDATED
-
+from analysis.tables import DIRECT, UNVALIDATED
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Run:
         ] or list(self.tables.get("validity", pd.DataFrame({"trusted": []}))["trusted"])
         counts = pd.Series(known, dtype=object).value_counts()
         trust = "; ".join(f"{count} {word}" for word, count in counts.items()) or UNVALIDATED
+        sent = ["none (as they are)" if one == DIRECT else str(one) for one in record.get("attacks", [])]
         fitted = f", fitted {readout['threshold_fitted']}" if readout.get("threshold_fitted") else ""
         found = [
             ("Model", f"{model['name']}: {_words(model, 'id', 'revision')}"),
@@ -71,7 +71,10 @@ class Run:
             ("Computed in", f"{record.get('dtype', '')} on {record.get('device', '')}"),
             ("Data", f"{data['name']}, {data['split']} split; SHA-256 {str(data.get('sha256', ''))[:16]}…"),
             ("Queries", f"{data['n_harmful']} harmful, {data['n_benign']} benign"),
-            ("Attacks", ", ".join(map(str, record.get("attacks", []))).replace("direct", "none (as they are)")),
+            (
+                "Attacks",
+                ", ".join(sent),
+            ),
             ("Readout", f"{readout['name']}: {words}"),
             ("Threshold", f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}") + fitted),
             ("Conditions whose readout is", trust),

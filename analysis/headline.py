@@ -38,9 +38,8 @@ def headline(summary: pd.DataFrame, where: str, attack: str = DIRECT) -> str:
     """Return one to three sentences on what the intervals of a run say under one attack.
 
     >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "verdict": "shift +"}
-    >>> headline(pd.DataFrame([row | {"trusted": "trusted"}]), "smollm2")
-    'Of 1 defense on smollm2, by its 95\xa0% intervals: 1 shifts towards refusal; none tells harm from \
-harmless better.'
+    >>> headline(pd.DataFrame([row | {"trusted": "trusted"}]), "smollm2").partition(": ")[2]
+    '1 shifts towards refusal; none tells harm from harmless better.'
 
     Args:
         summary: `summary.csv`.

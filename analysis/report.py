@@ -1,4 +1,4 @@
-"""One page of one or several runs that holds all it shows: charts, tables, pictures, queries; runs in, HTML out."""
+"""One page of one or several runs that holds all it shows: charts, tables, pictures, queries."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import charted, tabled
+from analysis.cells import Shown
+from analysis.charted import charted, families
 from analysis.embedded import as_json, as_picture, as_table, fitting, policy
 from analysis.exhibits import REDRAWN, Exhibit, exhibits
 from analysis.folder import Run
 from analysis.headline import first_attack, headline
 from analysis.palette import BLUE, FAMILIES, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from analysis.tabled import across, against_attacks, costs, ensembles, summaries, validity
 
 LIMIT = 7_900_000  # bytes of a page: what a mail server takes, and a phone opens
 RUN_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
@@ -26,8 +28,8 @@ class _Part:
 
     run: Run
     headline: str
-    summaries: list[tabled.Shown]
-    rooms: list[tuple[str, str, list[tabled.Shown], list[Exhibit]]]
+    summaries: list[Shown]
+    rooms: list[tuple[str, str, list[Shown], list[Exhibit]]]
     files: list[str]
 
 
@@ -52,12 +54,12 @@ def page(runs: Sequence[Run], limit: int = LIMIT) -> str:
     # Nothing may come before the first byte or behind the last: the policy names scripts by their hashes.
     ours = "\n".join((_PLACE / one).read_text("utf-8") for one in _SCRIPTS)
     scripts = (javascript_bundle(), f'(() => {{\n"use strict";\n{ours}\n}})();')
-    compared, dots = tabled.across(runs)
+    compared, dots = across(runs)
     data = {
-        "runs": [charted.charted(run) for run in runs],
+        "runs": [charted(run) for run in runs],
         "across": dots,
         "colors": RUN_COLORS,
-        "shapes": charted.families(),
+        "shapes": families(),
     }
     told: dict[str, Any] = {
         "parts": [_part(run) for run in runs],
@@ -93,10 +95,10 @@ def _part(run: Run) -> _Part:
     found = exhibits(run)
     tables = {
         "run": ("Pictures of the run", []),
-        "attacks": ("Defenses × attacks", tabled.against_attacks(run)),
-        "validity": ("Validity of the readout", tabled.validity(run)),
-        "cost": ("Cost", tabled.costs(run)),
-        "ensembles": ("Ensembles", tabled.ensembles(run)),
+        "attacks": ("Defenses × attacks", against_attacks(run)),
+        "validity": ("Validity of the readout", validity(run)),
+        "cost": ("Cost", costs(run)),
+        "ensembles": ("Ensembles", ensembles(run)),
         "mechanism": ("Mechanism: where in the model", []),
     }
     drawn = "plane" if "summary" in run.tables else "", *(REDRAWN[1:] if "scores" in run.tables else ())
@@ -109,4 +111,4 @@ def _part(run: Run) -> _Part:
     if folded:
         rooms.append(("drawn", "The charts above, as the command drew them", [], folded))
     files = sorted(name for name in run.files if name.endswith(".csv"))
-    return _Part(run, text, tabled.summaries(run) if summary is not None else [], rooms, files)
+    return _Part(run, text, summaries(run) if summary is not None else [], rooms, files)

@@ -33,7 +33,11 @@ NEEDED = {
         ),
     ),
 }
-_RECORD = {"model": ("name",), "data": ("name", "split", "n_harmful", "n_benign"), "readout": ("name", "threshold")}
+_RECORD = {
+    "model": ("name",),
+    "data": ("name", "split", "n_harmful", "n_benign"),
+    "readout": ("name", "threshold"),
+}
 _WRITES = "`analyze -d NAME -o FOLDER` writes a run"
 
 
@@ -61,7 +65,9 @@ def report(folders: Sequence[Path], out: Path) -> int:
     for run in runs:
         if run.unread and "scores" in run.tables:
             console.print(Text(f"note: {run.name}: {run.unread}"), soft_wrap=True)
-    console.print(Text(f"{out}: {len(text.encode()) / 1e6:.1f} MB, one file that holds all it shows"), soft_wrap=True)
+    console.print(
+        Text(f"{out}: {len(text.encode()) / 1e6:.1f} MB, one file that holds all it shows"), soft_wrap=True
+    )
     return 0
 
 
@@ -142,5 +148,8 @@ def _texts(record: dict[str, Any]) -> tuple[dict[str, str], str]:
     except (UserError, OSError) as error:
         return {}, f"queries are shown by their ids, as their texts cannot be read: {error}"
     if data.get("sha256") not in (None, found.sha256):
-        return {}, f"queries are shown by their ids: {data['name']} is not the file that the run read (SHA-256)"
+        return (
+            {},
+            f"queries are shown by their ids: {data['name']} is not the file that the run read (SHA-256)",
+        )
     return {query.id: query.text for query in found.queries}, ""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from analysis.cells import Column, Shown, named, number, shade, told, verdict, word
 from analysis.folder import Run
 from analysis.headline import first_attack
-from analysis.palette import BLUE, VERMILION
 
-# What is shown: the column, its head, its form, a factor, and whether it has an interval.
-_Column = tuple[str, str, str, float, bool]
-_ESTIMATES: tuple[_Column, ...] = (
+_ESTIMATES: tuple[Column, ...] = (
     ("refusal_rate", "harmful refused (%)", ".0f", 100, True),
     ("over_refusal_rate", "benign refused (%)", ".0f", 100, True),
     ("auroc", "AUROC", ".2f", 1, True),
@@ -22,28 +19,6 @@ _ESTIMATES: tuple[_Column, ...] = (
     ("shift", "shift (nats)", "+.2f", 1, True),
     ("discrimination", "discrimination (nats)", "+.2f", 1, True),
 )
-_SHADES = {"refusal_rate": BLUE, "over_refusal_rate": VERMILION}
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A table of the page.
-
-    Attributes:
-        title: above it.
-        heads: of its columns.
-        rows: words, the first ones a name.
-        marks: of each row, what its name leads to: a defense; empty where it leads nowhere.
-        attack: under which; empty where it is not of one.
-        shades: of each row's numbers, a color and how much of it; None where cells are plain.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    marks: tuple[str, ...] = ()
-    attack: str = ""
-    shades: tuple[tuple[str, ...], ...] | None = None
 
 
 def summaries(run: Run) -> list[Shown]:
@@ -52,7 +27,7 @@ def summaries(run: Run) -> list[Shown]:
     for attack, rows in run.tables["summary"].groupby("attack", sort=False):
         heads = ("defense", "family", "what the intervals say", *(head for _, head, *_ in _ESTIMATES))
         lines = [
-            (_name(row), str(row["family"]), _verdict(row), *(_told(row, one) for one in _ESTIMATES))
+            (named(row), str(row["family"]), verdict(row), *(told(row, one) for one in _ESTIMATES))
             for row in rows.to_dict("records")
         ]
         sent = "queries sent as they are" if attack == "direct" else f"attack: {attack}"
@@ -67,21 +42,31 @@ def against_attacks(run: Run) -> list[Shown]:
     attacks = list(dict.fromkeys(map(str, summary["attack"])))
     found = []
     for column, head, form, factor, _ in _ESTIMATES[:2] if len(attacks) > 1 else ():
-        cells = summary.pivot_table(column, "defense", "attack", sort=False, dropna=False)
-        values = cells.reindex(columns=attacks)
-        words = [[_number(one, form, factor) for one in row] for row in values.to_numpy(float)]
-        shades = [[_shade(one, column) for one in row] for row in values.to_numpy(float)]
-        names = [("undefended" if name == "none" else str(name)) for name in values.index]
-        lines = tuple((name, *row) for name, row in zip(names, words, strict=True))
+        lines, shades = [], []
+        for _, rows in summary.groupby("defense", sort=False):
+            by = {str(row["attack"]): row for row in rows.to_dict("records")}
+            values = [by.get(one, {}).get(column) for one in attacks]
+            doubt = [by.get(one, {}).get("trusted") == "not trusted" for one in attacks]
+            words = [number(one, form, factor) + "?" * odd for one, odd in zip(values, doubt, strict=True)]
+            lines.append((named(next(iter(by.values()))), *words))
+            shades.append(
+                tuple(
+                    "transparent" if odd else shade(one, column)
+                    for one, odd in zip(values, doubt, strict=True)
+                )
+            )
         heads = ("defense", *("no attack" if one == "direct" else one for one in attacks))
         title = f"{head[0].upper()}{head[1:]}"
-        found.append(Shown(title, heads, lines, shades=tuple(map(tuple, shades))))
+        title += "; ?: generated text contradicts the readout" * any(
+            "?" in one for row in lines for one in row
+        )
+        found.append(Shown(title, heads, tuple(lines), shades=tuple(shades)))
     return found
 
 
 def costs(run: Run) -> list[Shown]:
     """Return what each defense costs, where that was measured."""
-    columns: tuple[_Column, ...] = (
+    columns: tuple[Column, ...] = (
         ("tokens_added", "tokens added", "+.0f", 1, False),
         ("calls", "calls", "g", 1, False),
         ("prefill_ratio", "time to first token (× undefended)", ".2f", 1, True),
@@ -92,7 +77,7 @@ def costs(run: Run) -> list[Shown]:
 
 def validity(run: Run) -> list[Shown]:
     """Return where generated text agrees with the readout, where that was measured."""
-    columns: tuple[_Column, ...] = (
+    columns: tuple[Column, ...] = (
         ("n", "answers", ".0f", 1, False),
         ("refused", "refused by their text", ".0f", 1, False),
         ("readout_refused", "by the readout", ".0f", 1, False),
@@ -105,14 +90,14 @@ def validity(run: Run) -> list[Shown]:
 
 def ensembles(run: Run) -> list[Shown]:
     """Return the front of defenses and ensembles, and what was recommended, where they were compared."""
-    columns: tuple[_Column, ...] = (
+    columns: tuple[Column, ...] = (
         ("harmful_test", "harmful refused (%)", ".0f", 100, False),
         ("benign_test", "benign refused (%)", ".0f", 100, False),
         ("cost", "time to first token (× undefended)", ".2f", 1, False),
     )
     names = ("members", "how", "kind")
     found = _plain(run, "candidates", "On the front: no other is better in all three", names, columns)
-    limited: tuple[_Column, ...] = (
+    limited: tuple[Column, ...] = (
         ("harmful", "harmful refused (%)", ".0f", 100, True),
         ("over_refusal", "benign refused (%)", ".0f", 100, True),
         ("p_meets", "how sure to meet the limit (%)", ".0f", 100, False),
@@ -139,7 +124,7 @@ def across(runs: Sequence[Run]) -> tuple[Shown | None, list[dict[str, Any]]]:
     shared = {name: by for name, by in rows.items() if len(by) > 1}
     columns = [_ESTIMATES[0], _ESTIMATES[1], _ESTIMATES[3]]
     lines = tuple(
-        (_name(row) if not place else "", of, _verdict(row), *(_told(row, one) for one in columns))
+        (named(row) if not place else "", of, verdict(row), *(told(row, one) for one in columns))
         for by in shared.values()
         for place, (of, row) in enumerate(by.items())
     )
@@ -157,9 +142,7 @@ def across(runs: Sequence[Run]) -> tuple[Shown | None, list[dict[str, Any]]]:
     return (Shown("Defenses that several runs read", heads, lines) if lines else None), points
 
 
-def _plain(
-    run: Run, stem: str, title: str, names: Sequence[str], columns: Sequence[_Column]
-) -> list[Shown]:
+def _plain(run: Run, stem: str, title: str, names: Sequence[str], columns: Sequence[Column]) -> list[Shown]:
     """A table with some of its columns; nothing where the run has no such table."""
     table = run.tables.get(stem, pd.DataFrame())
     if "on_front" in table and stem == "candidates":
@@ -170,39 +153,7 @@ def _plain(
         return []
     heads = (*names, *(head for _, head, *_ in there))
     lines = [
-        (*("–" if row[name] != row[name] else str(row[name]) for name in names), *(_told(row, one) for one in there))
+        (*(word(row[name], name) for name in names), *(told(row, one) for one in there))
         for row in table.to_dict("records")
     ]
     return [Shown(title, heads, tuple(lines))]
-
-
-def _told(row: Any, column: _Column) -> str:
-    name, _, form, factor, with_interval = column
-    if row.get("verdict") == "reference" and name in ("delta_auroc", "shift", "discrimination"):
-        return "–"
-    text = _number(row[name], form, factor)
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    if not with_interval or text == "–" or low is None or low != low:
-        return text
-    return f"{text} [{_number(low, form, factor)}, {_number(high, form, factor)}]"
-
-
-def _number(value: Any, form: str, factor: float) -> str:
-    if value is None or value != value:
-        return "–"
-    return f"{factor * float(value):{form}}".replace("-", "\N{MINUS SIGN}")
-
-
-def _name(row: Any) -> str:
-    name = "undefended" if row["defense"] == "none" else str(row["defense"])
-    return f"{name} (control)" if row["family"] == "control" else name
-
-
-def _verdict(row: Any) -> str:
-    words = str(row["verdict"]).replace(" -", " \N{MINUS SIGN}")
-    return f"{words} (not trusted)" if row.get("trusted") == "not trusted" else words
-
-
-def _shade(value: float, column: str) -> str:
-    """A color and how much of it, for the background of a cell."""
-    return f"{_SHADES[column]}{round(150 * value):02x}" if value == value else "transparent"
