@@ -19,6 +19,7 @@ from analysis.captions import (
     of_margins,
     of_plane,
     of_roc,
+    of_secrets,
     of_square,
     of_trust,
 )
@@ -79,6 +80,8 @@ def _exhibit(run: Run, name: str) -> Exhibit:
     of = stem.removeprefix(kind).lstrip("-")
     table = f"{stem}.csv" if f"{stem}.csv" in run.files else ""
     points = run.tables.get(stem)
+    if points is not None and "defense" in points and points["defense"].nunique() == 1 and kind in HEADLINES:
+        of = str(points["defense"].iloc[0])  # the stem has its letters alone
     title = {**TITLES, **HEADLINES}.get(kind, stem.replace("-", " "))
     title = title.format(of or "the defense")
     title += f" ({of})" * bool(of and of not in title)
@@ -102,6 +105,10 @@ def _caption(run: Run, kind: str, points: pd.DataFrame) -> str:
         "front": lambda rows, about: of_front(rows, about, run.record["attacks"]),
         "cost": of_cost,
         "rates": lambda rows, about: of_trust(rows, about, judge["name"], judge["new_tokens"]),
+        "calibration": lambda rows, about: of_trust(
+            run.tables["validity"], about, judge["name"], judge["new_tokens"]
+        ),
+        "secrets": lambda rows, about: of_secrets(rows, about, judge["new_tokens"]),
     }
     if kind in CAPTIONS:
         counts = (int(run.record["data"]["n_harmful"]), int(run.record["data"]["n_benign"]))

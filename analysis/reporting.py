@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def report(folders: Sequence[Path], out: Path) -> int:
     return 0
 
 
-def read(folder: Path, taken: set[str] = frozenset()) -> Run:  # type: ignore[assignment]
+def read(folder: Path, taken: Container[str] = ()) -> Run:
     """Return the run that lies in a folder.
 
     Args:

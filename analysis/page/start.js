@@ -85,7 +85,7 @@ function acrossSpec(width) {
   const color = { field: "run", type: "nominal", title: null, scale: { domain: runs, range: runs.map((_, index) => DATA.colors[index % DATA.colors.length]) },
     legend: { orient: "top", columns: Math.max(1, Math.floor(width / 170)) } };
   const yOffset = { field: "run", sort: runs };
-  return { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width, height: { step: Math.max(7, 22 / runs.length) }, autosize: { type: "fit-x", contains: "padding" }, data: { values: DATA.across },
+  return { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width, height: names.length * Math.max(22, 8 * runs.length), autosize: { type: "fit-x", contains: "padding" }, data: { values: DATA.across },
     layer: [
       { data: { values: [{}] }, mark: { type: "rule", stroke: INK, opacity: 0.5 }, encoding: { x: { datum: 0 } } },
       { mark: { type: "rule", strokeWidth: 1.5, opacity: 0.6 }, encoding: { x: { field: "l", type: "quantitative", title: "ΔAUROC: separates better →" }, x2: { field: "h" }, y, yOffset, color } },
