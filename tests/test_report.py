@@ -1,4 +1,4 @@
-"""One page of several runs: what its words say, what it holds, what it lets nobody do, and how it is reached."""
+"""One page of several runs: what its words say, what it holds, what it keeps out, how it is reached."""
 
 import base64
 import csv
@@ -60,12 +60,12 @@ def picture(color="#CC79A7", noise=0):
     return held.getvalue()
 
 
-def plant(folder, defenses=DEFENSES, attacks=("direct",), queries=24, texts=EVIL, trusted="trusted", length=0):
+def plant(folder, defenses=DEFENSES, attacks=("direct",), queries=24, trusted="trusted", length=0):
     """Write a run folder, and the file of its queries beside it; return the folder."""
     folder.mkdir(parents=True)
     names = [f"q{number:03d}" for number in range(queries)]
     data = folder.parent / f"{folder.name}-asked.csv"
-    asked = [texts[n] if n < len(texts) else f"Question {n}? " + "word " * length for n in range(queries)]
+    asked = [EVIL[n] if n < len(EVIL) else f"Question {n}? " + "word " * length for n in range(queries)]
     with data.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["id", "text", "harmful"])
@@ -280,7 +280,7 @@ def test_the_command_writes_the_page_and_says_how_large_it_is(tmp_path):
 
 def test_a_folder_that_is_no_run_is_answered_with_what_it_lacks(tmp_path):
     out = ("-o", tmp_path / "page.html")
-    refused(analyze("report", tmp_path / "nothing", *out), "nothing is not there", "analyze -d NAME -o FOLDER")
+    refused(analyze("report", tmp_path / "nothing", *out), "nothing is not there", "-d NAME -o FOLDER")
     (tmp_path / "file").write_text("x", "utf-8")
     refused(analyze("report", tmp_path / "file", *out), "is a file", "analyze -d NAME")
     (tmp_path / "empty").mkdir()
@@ -378,7 +378,8 @@ def test_a_click_on_a_point_shows_its_queries_what_changed_most_first(opened):
     assert article.locator("select.defense").input_value() == "policy"
     rows = article.locator(".queries tbody tr")
     assert rows.count() == 24 and "q000" in rows.first.inner_text()
-    change = [abs(float(text.replace("−", "-"))) for text in rows.locator("td:nth-child(6)").all_inner_texts()]
+    told = rows.locator("td:nth-child(6)").all_inner_texts()
+    change = [abs(float(text.replace("−", "-"))) for text in told]
     assert change == sorted(change, reverse=True) and change[0] > 5
     assert article.locator(".roc svg").is_visible() and article.locator(".margins svg").is_visible()
     article.locator(".flipped").check()
@@ -400,7 +401,9 @@ def test_no_script_but_the_pages_own_runs_and_nothing_can_be_fetched(browser, ad
     context = browser.new_context()
     view = context.new_page()
     view.goto(address)
-    view.evaluate("document.body.append(Object.assign(document.createElement('img'), {src: 'https://a.test/x'}))")
+    view.evaluate(
+        "document.body.append(Object.assign(document.createElement('img'), {src: 'https://a.test/x'}))"
+    )
     view.evaluate(
         "document.body.insertAdjacentHTML('beforeend', '<img src=data: onerror=\"document.title=1\">')"
     )
