@@ -62,7 +62,7 @@ class Run:
             one for per_attack in record.get("trusted", {}).values() for one in per_attack.values()
         ] or list(self.tables.get("validity", pd.DataFrame({"trusted": []}))["trusted"])
         counts = pd.Series(known, dtype=object).value_counts()
-        trust = "; ".join(f"{count} {word}" for word, count in counts.items()) or UNVALIDATED
+        trust = "; ".join(f"{count} conditions {word}" for word, count in counts.items()) or UNVALIDATED
         sent = ["none (as they are)" if one == DIRECT else str(one) for one in record.get("attacks", [])]
         fitted = f", fitted {readout['threshold_fitted']}" if readout.get("threshold_fitted") else ""
         found = [
@@ -77,7 +77,7 @@ class Run:
             ),
             ("Readout", f"{readout['name']}: {words}"),
             ("Threshold", f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}") + fitted),
-            ("Conditions whose readout is", trust),
+            ("Readout against text", trust),
             ("Seed", str(record.get("seed", ""))),
             ("Versions", ", ".join(f"{name} {one}" for name, one in record.get("versions", {}).items())),
             ("Made", str(record.get("created", ""))),

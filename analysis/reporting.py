@@ -50,6 +50,8 @@ def report(folders: Sequence[Path], out: Path) -> int:
     """
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):  # nor is a run's own file replaced by mistake
+        raise UserError(f"--out {out}: the page is HTML; name it {out.with_suffix('.html')}")
     saving.usable(out.parent)
     runs: list[Run] = []
     for folder in folders:
@@ -101,8 +103,8 @@ def read(folder: Path, taken: Container[str] = ()) -> Run:
     if not tables:
         raise UserError(f"{folder} is no run: it lacks summary.csv and every other table; {_WRITES}")
     for name, held in files.items():
-        if name.endswith(".png") and not held.startswith(b"\x89PNG\r\n\x1a\n"):
-            raise UserError(f"{folder / name} is no PNG; remove it, or repeat the run")
+        if name.endswith(".png") and not _drawn(held):
+            raise UserError(f"{folder / name} is no PNG, or half of one; remove it, or repeat the run")
     texts, unread = _texts(record)
     name = folder.resolve().name
     place = 2
@@ -138,6 +140,18 @@ def _table(path: Path, held: bytes) -> pd.DataFrame:
     if path.stem == "scores" and table["harmful"].dtype != bool:
         raise UserError(f"{path}: harmful must be True or False in every row; repeat the run")
     return table
+
+
+def _drawn(held: bytes) -> bool:
+    """Whether these bytes are a whole PNG."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(held), formats=["PNG"]) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _texts(record: dict[str, Any]) -> tuple[dict[str, str], str]:

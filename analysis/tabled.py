@@ -124,9 +124,9 @@ def across(runs: Sequence[Run]) -> tuple[Shown | None, list[dict[str, Any]]]:
     shared = {name: by for name, by in rows.items() if len(by) > 1}
     columns = [_ESTIMATES[0], _ESTIMATES[1], _ESTIMATES[3]]
     lines = tuple(
-        (named(row) if not place else "", of, verdict(row), *(told(row, one) for one in columns))
+        (named(row), of, verdict(row), *(told(row, one) for one in columns))
         for by in shared.values()
-        for place, (of, row) in enumerate(by.items())
+        for of, row in by.items()
     )
     points = [
         {

@@ -194,7 +194,14 @@ def test_the_page_holds_every_picture_with_words_and_every_table(tmp_path):
     assert any("Change of the first-answer-token margin" in alt and "12 harmful" in alt for alt in alts)
     links = set(re.findall(r'href="data:[^"]+" download="([^"]+)"', html))
     assert links == {"scores.csv", "summary.csv", "plane.csv"}
-    for words in ("Model", "Threshold", "0.5 nats", "float32", "6 trusted", "a notice with &lt;script&gt;"):
+    for words in (
+        "Model",
+        "Threshold",
+        "0.5 nats",
+        "float32",
+        "6 conditions trusted",
+        "a notice with &lt;script&gt;",
+    ):
         assert words in html
     assert "SECRET-WORDS" not in html
     data = carried(html)["runs"][0]
@@ -311,10 +318,17 @@ def test_a_file_that_no_command_wrote_is_named(tmp_path, name, held, words):
     refused(analyze("report", folder, "-o", tmp_path / "page.html"), name, words)
 
 
+def test_a_picture_that_was_cut_short_is_named(tmp_path):
+    folder = plant(tmp_path / "run")
+    (folder / "odd.png").write_bytes(picture(noise=1)[:9000])
+    refused(analyze("report", folder, "-o", tmp_path / "page.html"), "odd.png", "is no PNG")
+
+
 def test_an_out_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     folder = plant(tmp_path / "run")
     refused(analyze("report", folder, "-o", tmp_path), "is a folder", "report.html")
     refused(analyze("report", folder, "-o", folder / "run.json" / "page.html"), "is a file")
+    refused(analyze("report", folder, "-o", folder / "run.json"), "the page is HTML", "run.html")
 
 
 # --- in a browser -----------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ function marginsSpec(queries, base, under, threshold, who, width) {
     spec: { width: Math.max(180, width - 30), height: 118, layer: [
       { mark: { type: "area", opacity: 0.45, line: true },
         encoding: { x, y: { field: "density", type: "quantitative", stack: null, axis: null },
-          color: { field: "is", type: "nominal", title: null, scale: { domain: ["harmful", "benign"], range: [HARMFUL, BENIGN] }, legend: { orient: "bottom" } } } },
+          color: { field: "is", type: "nominal", title: null, scale: { domain: ["harmful", "benign"], range: [HARMFUL, BENIGN] }, legend: { orient: "bottom", symbolOpacity: 1 } } } },
       { mark: { type: "rule", strokeDash: [4, 3], stroke: INK }, encoding: { x: { datum: threshold } } }] } };
 }
 

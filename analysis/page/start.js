@@ -21,7 +21,7 @@ function Shown(place, run) {
   };
 
   const choices = () => {
-    picker.replaceChildren(...Object.keys(run.margins[state.attack]).map((name) => {
+    picker.replaceChildren(...Object.keys(run.margins[state.attack] || {}).map((name) => {
       const option = make("option", shown(name));
       option.value = name;
       return option;
@@ -42,7 +42,9 @@ function Shown(place, run) {
 
   this.closer = () => {
     if (!closer) return Promise.resolve();
-    const of = run.margins[state.attack], names = Object.keys(of);
+    const of = run.margins[state.attack] || {}, names = Object.keys(of);
+    closer.hidden = !of.none;  // an attack of the summary alone
+    if (!of.none) return Promise.resolve();
     if (!(state.defense in of)) state.defense = names.find((name) => name !== "none") || "none";
     picker.value = state.defense;
     mark();
