@@ -485,6 +485,20 @@ def backdooralign(
     raise typer.Exit(experiment.reproduce(request, out, tokens, utility, secrets))
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are also compared.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page, one file.")] = Path("report.html"),
+) -> None:
+    """Make one page of one or several runs, which can be asked: from a defense to its queries. No network.
+
+    analyze report runs/a runs/b -o report.html
+    """
+    from analysis import reporting
+
+    raise typer.Exit(reporting.report(runs, out))
+
+
 def main() -> None:
     """Run the command; a mistake is one line on stderr: exit 2 for the user's, 1 for ours, 130 for Ctrl-C."""
     debug = "--debug" in sys.argv

@@ -59,6 +59,13 @@ PLOTS = {
         "lettering",
         "palette",
         "report",
+        "headline",
+        "embedded",
+        "exhibits",
+        "folder",
+        "charted",
+        "tabled",
+        "cells",
     )
 }
 ASKING = {
@@ -118,6 +125,7 @@ FRONT = {
             "pricing",
             "standings",
             "options",
+            "reporting",
             "locating",
             "looking",
             "findings",

@@ -69,6 +69,8 @@ def test_every_module_and_every_data_file_is_in_it(wheel):
     data = [path.relative_to(ROOT / "data") for path in (ROOT / "data").rglob("*") if path.is_file()]
     assert {f"analysis/data/{path}" for path in data} <= names
     assert "analysis/data/contrast.jsonl" in names
+    page = [path.relative_to(ROOT) for path in (ROOT / "analysis" / "page").iterdir()]
+    assert {str(path) for path in page} <= names and len(page) >= 3
     assert not [name for name in names if name.startswith("analysis/data/") and name.endswith(".py")]
     assert not [name for name in names if "test" in name.split("/")[0]]
 

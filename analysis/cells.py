@@ -1,0 +1,84 @@
+"""Words in the cells of the page's tables: an estimate with its interval, a name, a verdict, a shade."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from analysis.palette import BLUE, VERMILION
+from analysis.tables import UNDEFENDED
+
+# What is shown: the column, its head, its form, a factor, and whether it has an interval.
+Column = tuple[str, str, str, float, bool]
+_NAMES = ("defense", "condition", "members")  # columns of a table that name a condition
+_SHADES = {"refusal_rate": BLUE, "over_refusal_rate": VERMILION}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table of the page.
+
+    Attributes:
+        title: above it.
+        heads: of its columns.
+        rows: words, the first ones a name.
+        marks: of each row, what its name leads to: a defense; empty where it leads nowhere.
+        attack: under which; empty where it is not of one.
+        shades: of each row's numbers, a color and how much of it; None where cells are plain.
+    """
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    marks: tuple[str, ...] = ()
+    attack: str = ""
+    shades: tuple[tuple[str, ...], ...] | None = None
+
+
+def told(row: Any, column: Column) -> str:
+    """Return an estimate with its interval; a dash where there is none, and of the reference."""
+    name, _, form, factor, with_interval = column
+    if row.get("verdict") == "reference" and name in ("delta_auroc", "shift", "discrimination"):
+        return "–"
+    text = number(row[name], form, factor)
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if not with_interval or text == "–" or low is None or low != low:
+        return text
+    return f"{text} [{number(low, form, factor)}, {number(high, form, factor)}]"
+
+
+def number(value: Any, form: str, factor: float) -> str:
+    """Return a number in a form, times a factor; a dash where there is none.
+
+    >>> number(-0.25, "+.0f", 100), number(None, ".2f", 1)
+    ('−25', '–')
+    """
+    if value is None or value != value:
+        return "–"
+    return f"{factor * float(value):{form}}".replace("-", "\N{MINUS SIGN}")
+
+
+def word(value: Any, column: str) -> str:
+    """Return a word of a table as the page has it."""
+    if value != value:
+        return "–"
+    return "undefended" if column in _NAMES and value == UNDEFENDED else str(value)
+
+
+def named(row: Any) -> str:
+    """Return the name of a row's defense as the page has it."""
+    name = "undefended" if row["defense"] == "none" else str(row["defense"])
+    return f"{name} (control)" if row["family"] == "control" else name
+
+
+def verdict(row: Any) -> str:
+    """Return what the intervals of a row say, and whether that is not to be trusted."""
+    words = str(row["verdict"]).replace(" -", " \N{MINUS SIGN}")
+    return f"{words} (not trusted)" if row.get("trusted") == "not trusted" else words
+
+
+def shade(value: float | None, column: str) -> str:
+    """Return a color and how much of it, for the background of a cell."""
+    if value is None or value != value:
+        return "transparent"
+    return f"{_SHADES[column]}{round(150 * value):02x}"

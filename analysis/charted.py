@@ -1,0 +1,80 @@
+"""The numbers behind the charts of a page: the plane's points, and every query's margin, as compact JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from analysis.curves import LINEAR, plane_points, stretched
+from analysis.folder import Run
+from analysis.palette import FAMILIES
+
+LONGEST = 1500  # signs of a query that are carried
+# matplotlib's marks, as Vega calls them.
+_SHAPES = {
+    "o": "circle",
+    "D": "diamond",
+    "s": "square",
+    "^": "triangle-up",
+    "v": "triangle-down",
+    "P": "cross",
+    "h": "M-0.5,-0.87L0.5,-0.87L1,0L0.5,0.87L-0.5,0.87L-1,0Z",
+    "p": "M0,-1L0.95,-0.31L0.59,0.81L-0.59,0.81L-0.95,-0.31Z",
+    "X": "M-1,-0.5L-0.5,-1L0,-0.5L0.5,-1L1,-0.5L0.5,0L1,0.5L0.5,1L0,0.5L-0.5,1L-1,0.5L-0.5,0Z",
+}
+_OTHER = "triangle-right"  # a family of the user's own
+
+
+def families() -> dict[str, str]:
+    """Return the mark of each family, as Vega calls it."""
+    return {name: _SHAPES.get(mark, _OTHER) for name, (_, mark) in FAMILIES.items()}
+
+
+def charted(run: Run) -> dict[str, Any]:
+    """Return what the charts of a run are drawn from; of a run without such tables, nothing.
+
+    Args:
+        run: one with `summary.csv`, `scores.csv`, both or neither.
+
+    Returns:
+        `plane`: attack → its points and whether its axes are logarithmic; `queries`: id, text, class and
+        category of each; `margins`: attack → defense → a margin of each query (nats; null where it was not
+        asked).
+    """
+    found: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear": LINEAR}
+    if "summary" in run.tables:
+        summary = run.tables["summary"]
+        found["plane"] = {str(attack): _plane(rows) for attack, rows in summary.groupby("attack", sort=False)}
+    if "scores" in run.tables:
+        scores = run.tables["scores"]
+        each = scores.drop_duplicates("query")
+        ids = each["query"].astype(str).tolist()
+        category = each["category"].fillna("").astype(str)
+        found["queries"] = [
+            [one, _cut(run.texts.get(one, "")), int(harmful), topic]
+            for one, harmful, topic in zip(ids, each["harmful"], category, strict=True)
+        ]
+        found["margins"] = {}
+        for (attack, defense), rows in scores.groupby(["attack", "defense"], sort=False):
+            margin = pd.Series(rows["margin"].to_numpy(float), rows["query"].astype(str)).reindex(ids)
+            found["margins"].setdefault(str(attack), {})[str(defense)] = margin.round(3).tolist()
+    return found
+
+
+def _plane(summary: pd.DataFrame) -> dict[str, Any]:
+    rows = plane_points(summary).assign(verdict=summary.loc[summary["defense"] != "none", "verdict"].tolist())
+    rows = rows.dropna(subset=["shift", "discrimination"])
+    named = {"shift": "x", "shift_low": "xl", "shift_high": "xh"}
+    named |= {"discrimination": "y", "discrimination_low": "yl", "discrimination_high": "yh"}
+    named |= {"defense": "name", "family": "family", "verdict": "verdict"}
+    points = rows[list(named)].rename(columns=named).round(4)
+    doubt = rows.get("trusted", pd.Series("", rows.index)) == "not trusted"
+    return {
+        "points": points.assign(hollow=doubt).to_dict("records"),
+        "stretched": stretched(rows),
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more signs)"

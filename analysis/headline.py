@@ -1,0 +1,96 @@
+"""What a run amounts to, in words: how many defenses its intervals say what of; never a hard claim."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.tables import DIRECT, UNDEFENDED, UNVALIDATED
+
+_NAMED = 5  # defenses at most that a sentence names
+
+
+def proper(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a summary that are defenses: no reference, no control, no part of another.
+
+    >>> names = ["none", "policy", "policy/half", "random_tokens"]
+    >>> rows = pd.DataFrame({"defense": names, "family": ["none", "reminders", "reminders", "control"]})
+    >>> proper(rows)["defense"].tolist()
+    ['policy']
+
+    Args:
+        summary: `summary.csv`.
+    """
+    name = summary["defense"].astype(str)
+    part = [one.partition("/")[2] != "" and one.partition("/")[0] in set(name) for one in name]
+    out = (name == UNDEFENDED) | (summary["family"] == "control") | pd.Series(part, summary.index, dtype=bool)
+    if "verdict" in summary:
+        out |= summary["verdict"] == "reference"
+    return summary[~out]
+
+
+def first_attack(summary: pd.DataFrame) -> str:
+    """Return the attack that a headline is about: none, where queries were sent as they are."""
+    attacks = [str(name) for name in summary["attack"].unique()]
+    return DIRECT if DIRECT in attacks or not attacks else attacks[0]
+
+
+def headline(summary: pd.DataFrame, where: str, attack: str = DIRECT) -> str:
+    """Return one to three sentences on what the intervals of a run say under one attack.
+
+    >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "verdict": "shift +"}
+    >>> headline(pd.DataFrame([row | {"trusted": "trusted"}]), "smollm2").partition(": ")[2]
+    '1 shifts towards refusal; none tells harm from harmless better.'
+
+    Args:
+        summary: `summary.csv`.
+        where: model and data, as they read behind "on".
+        attack: whose rows count.
+    """
+    rows = proper(summary[summary["attack"] == attack])
+    trusted = rows["trusted"] if "trusted" in rows else pd.Series(UNVALIDATED, rows.index)
+    doubted = rows[trusted == "not trusted"]
+    left = rows[trusted != "not trusted"]
+    sent = "" if attack == DIRECT else f", attacked by {attack}"
+    if not len(rows):
+        return f"No defense was read on {where}{sent}: only what defenses are read against."
+    against = f" {_many(len(doubted))} not counted: generated text contradicts the readout there."
+    if not len(left):
+        return f"Nothing can be said of {_defenses(rows)} on {where}{sent}.{against}"
+    its = "its" if len(left) == 1 else "their"
+    text = f"Of {_defenses(left)} on {where}{sent}, by {its} 95\u00a0% intervals: {_counts(left)}."
+    unknown = int((trusted[left.index] != "trusted").sum())
+    if unknown:
+        all_of = "All are" if unknown > 1 else "It is"
+        which = all_of if unknown == len(left) else _many(unknown)
+        text += f" {which} provisional: whether generated text agrees with the readout there is not known."
+    return text + against * bool(len(doubted))
+
+
+def _counts(rows: pd.DataFrame) -> str:
+    up, down, better, worse, nothing = (
+        int(_says(rows, words).sum())
+        for words in ("shift +", "shift -", "discrimination +", "discrimination -", "no effect found")
+    )
+    said = f"{up or 'none'} shift{'' if up > 1 else 's'} towards refusal"
+    said += f", {down} away from it" * bool(down)
+    said += f"; {better or 'none'} tell{'' if better > 1 else 's'} harm from harmless better"
+    if 0 < better <= _NAMED and len(rows) > 1:
+        named = rows.loc[_says(rows, "discrimination +"), "defense"]
+        said += f" ({', '.join(map(str, named))})"
+    said += f", {worse} worse" * bool(worse)
+    return said + f"; of {nothing} no effect was found" * bool(nothing)
+
+
+def _says(rows: pd.DataFrame, words: str) -> pd.Series[bool]:
+    return rows["verdict"].astype(str).str.contains(words, regex=False)
+
+
+def _defenses(rows: pd.DataFrame) -> str:
+    stacks = int((rows["family"] == "ensemble").sum())
+    single = len(rows) - stacks
+    named = [(single, "defense"), (stacks, "ensemble")]
+    return " and ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in named if count)
+
+
+def _many(count: int) -> str:
+    return f"{count} {'is' if count == 1 else 'are'}"

@@ -1,0 +1,169 @@
+"""The command `analyze report`: run folders in, one page out."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.text import Text
+
+from analysis import queries, saving
+from analysis.folder import Run
+from analysis.report import page
+from defenses.errors import UserError
+
+# What a table of a run has to hold to be shown; other tables are shown by what they have.
+NEEDED = {
+    "scores": ("query", "category", "harmful", "attack", "defense", "margin"),
+    "summary": (
+        *("attack", "defense", "family", "n_harmful", "n_benign", "verdict"),
+        *(
+            f"{name}{end}"
+            for name in (
+                *("refusal_rate", "over_refusal_rate", "auroc", "delta_auroc"),
+                *("shift", "discrimination"),
+            )
+            for end in ("", "_low", "_high")
+        ),
+    ),
+}
+_RECORD = {
+    "model": ("name",),
+    "data": ("name", "split", "n_harmful", "n_benign"),
+    "readout": ("name", "threshold"),
+}
+_WRITES = "`analyze -d NAME -o FOLDER` writes a run"
+
+
+def report(folders: Sequence[Path], out: Path) -> int:
+    """Write the page of these runs, and say where it is and what it lacks.
+
+    Args:
+        folders: of runs, in the order of the page.
+        out: the page; a file of that name is replaced.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):  # nor is a run's own file replaced by mistake
+        raise UserError(f"--out {out}: the page is HTML; name it {out.with_suffix('.html')}")
+    saving.usable(out.parent)
+    runs: list[Run] = []
+    for folder in folders:
+        runs.append(read(folder, {run.name for run in runs}))
+    text = page(runs)
+    try:
+        saving.write(out, text)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another file") from error
+    console = Console(stderr=True)
+    for run in runs:
+        if run.unread and "scores" in run.tables:
+            console.print(Text(f"note: {run.name}: {run.unread}"), soft_wrap=True)
+    console.print(
+        Text(f"{out}: {len(text.encode()) / 1e6:.1f} MB, one file that holds all it shows"), soft_wrap=True
+    )
+    return 0
+
+
+def read(folder: Path, taken: Container[str] = ()) -> Run:
+    """Return the run that lies in a folder.
+
+    Args:
+        folder: with `run.json` and tables.
+        taken: names of other runs of the page.
+
+    Raises:
+        UserError: if no run lies there, or one of its files is not what the command wrote.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "is not there"
+        raise UserError(f"{folder} {found}; give the folder of a run: {_WRITES}")
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no run: it lacks run.json; {_WRITES}")
+    record = _record(path)
+    files = {
+        one.name: one.read_bytes()
+        for one in sorted(folder.iterdir())
+        if one.suffix in (".csv", ".png") and one.is_file()
+    }
+    tables = {
+        name.removesuffix(".csv"): _table(folder / name, held)
+        for name, held in files.items()
+        if name.endswith(".csv")
+    }
+    if not tables:
+        raise UserError(f"{folder} is no run: it lacks summary.csv and every other table; {_WRITES}")
+    for name, held in files.items():
+        if name.endswith(".png") and not _drawn(held):
+            raise UserError(f"{folder / name} is no PNG, or half of one; remove it, or repeat the run")
+    texts, unread = _texts(record)
+    name = folder.resolve().name
+    place = 2
+    while name in taken:
+        name = f"{folder.resolve().name} ({place})"
+        place += 1
+    return Run(name, record, tables, files, texts, unread)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); repeat the run") from error
+    for name, fields in _RECORD.items():
+        held = record.get(name) if isinstance(record, dict) else None
+        lacks = [field for field in fields if not isinstance(held, dict) or field not in held]
+        if lacks:
+            raise UserError(f"{path} lacks {name}: {', '.join(lacks)}; {_WRITES} that has them")
+    return record
+
+
+def _table(path: Path, held: bytes) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(io.BytesIO(held))
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UserError(f"{path} is no table ({str(error).splitlines()[0]}); repeat the run") from error
+    lacks = [column for column in NEEDED.get(path.stem, ()) if column not in table]
+    if lacks:
+        raise UserError(f"{path} lacks the column {lacks[0]}; repeat the run")
+    if path.stem == "scores" and table["harmful"].dtype != bool:
+        raise UserError(f"{path}: harmful must be True or False in every row; repeat the run")
+    return table
+
+
+def _drawn(held: bytes) -> bool:
+    """Whether these bytes are a whole PNG."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(held), formats=["PNG"]) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _texts(record: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """The texts of a run's queries by id, if they can be had without the network; else why not."""
+    data = record["data"]
+    try:
+        found = queries.load(str(data["name"]), offline=True)
+    except (UserError, OSError) as error:
+        return {}, f"queries are shown by their ids, as their texts cannot be read: {error}"
+    if data.get("sha256") not in (None, found.sha256):
+        return (
+            {},
+            f"queries are shown by their ids: {data['name']} is not the file that the run read (SHA-256)",
+        )
+    return {query.id: query.text for query in found.queries}, ""
