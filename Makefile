@@ -33,8 +33,11 @@ ensembles: .venv/ready ## twelve defenses on SmolLM2's aligned state, all pairs 
 	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
-mechanism: .venv/ready ## where BackdoorAlign acts on SmolLM2's attacked state (about 10 minutes)
+mechanism: .venv/ready ## where BackdoorAlign acts on SmolLM2's attacked state (about 15 minutes)
 	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --out figures/mechanism
+	$(BIN)/analyze mechanism -m smollm2:aligned --patched 0 --limit 120 --ensembles figures/ensembles --out figures/overlap \
+	  -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d keyword_only -d word_drop \
+	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
 # Each arm starts from the aligned model, as an attacker would; glibc is told to keep memory, which halves the time.
 STATES := data/adapters/smollm2

@@ -80,7 +80,7 @@ def locate(
             "neutral_prompts": room.controls,
             "directions_learned_from": "contrast, train split, undefended and as they are",
             "slopes_against_patches": room.agreement,
-            "ensembles": None if wanted.ensembles is None else str(wanted.ensembles),
+            "ensembles": None if wanted.ensembles is None else wanted.ensembles.name,
         },
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }

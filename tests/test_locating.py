@@ -151,13 +151,10 @@ def test_directions_are_told_at_every_layer_and_chosen_at_one(place: Path) -> No
 
 
 def test_the_same_command_gives_the_same_tables(kept: Path) -> None:
-    done = analyze(
-        "mechanism", "-m", kept / "toy", "-d", "self_reminder", "--limit", 6, "--patched", 2, "-o", kept / "a"
-    )
-    again = analyze(
-        "mechanism", "-m", kept / "toy", "-d", "self_reminder", "--limit", 6, "--patched", 2, "-o", kept / "b"
-    )
-    assert done.code == again.code == 0, done.err + again.err
+    args = ("-d", "self_reminder", "--limit", 4, "--patched", 2, "--top", 1)
+    for out in ("a", "b"):
+        done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / out)
+        assert done.code == 0, done.err
     for path in sorted((kept / "a").glob("*.csv")):
         assert path.read_bytes() == (kept / "b" / path.name).read_bytes(), path.name
 
