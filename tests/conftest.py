@@ -353,12 +353,18 @@ def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str 
     return Bench.of(LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"}))
 
 
-def readable(kind: str, figure: Any, written: Callable[[Any], list[Any]], slack: float = 0.5) -> None:
+def readable(
+    kind: str,
+    figure: Any,
+    written: Callable[[Any], list[Any]],
+    slack: float = 0.5,
+    dpis: tuple[int, ...] = (100, 150),
+) -> None:
     """Assert that no text of a figure hides another or leaves the canvas, at several resolutions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    for dpi in (100, 150):
+    for dpi in dpis:
         figure.set_dpi(dpi)
         FigureCanvasAgg(figure).draw()
         texts = written(figure)

@@ -533,18 +533,6 @@ def test_the_command_alone_shows_its_help(home):
     assert done.code == 0 and "--defense" in done.out
 
 
-@pytest.mark.embedded
-@pytest.mark.slow
-def test_the_first_command_of_the_readme_runs_on_the_embedded_model(home):
-    done = analyze("--defense", "backdoor", "--model", "smollm2", "--limit", "30", "-o", "demo")
-    assert done.code == 0, done.err
-    scores = pd.read_csv(home / "demo" / "scores.csv")
-    parts = {f"backdoor/{part}" for part in ("no_secret", "no_weights", "neither")}
-    assert set(scores["defense"]) == {"none", "backdoor", *parts}
-    assert os.access(home / "demo" / "square.png", os.R_OK)
-    assert (home / "demo" / "effects.csv").is_file()
-
-
 def test_usable_asks_before_the_work(tmp_path):
     assert saving.usable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []

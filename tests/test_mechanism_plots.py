@@ -207,7 +207,7 @@ def test_no_text_hides_another_and_none_leaves_the_canvas(manner: str) -> None:
     each = {stem.partition("-")[0]: figure for stem, (figure, _) in made(manner).items()}
     assert len(each) == 8 - (manner == "tiny")
     for kind, figure in each.items():
-        readable(kind, figure, written, slack=0.6)
+        readable(kind, figure, written, slack=0.6, dpis=(100,))
 
 
 def test_which_figures_there_are() -> None:
