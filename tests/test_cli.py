@@ -5,7 +5,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import re
 import stat
 import subprocess
