@@ -207,6 +207,9 @@ def test_cut_attention_is_cut_and_nothing_else():
     assert left[:, uncut] == pytest.approx(np.stack([after - before] * 2, 1), abs=1e-4)
     others = [place for place in range(len(cells)) if place not in uncut]
     assert (np.abs(left[:, others] - (after - before)[:, None]) > 1e-4).all()
+    # Blind at its end alone, a prompt still hears of them by way of its other tokens.
+    whole = {reader: place for place, (reader, layers) in enumerate(cells) if layers == range(2)}
+    assert (np.abs(left[:, whole["answer"]] - left[:, whole["everything"]]) > 1e-4).all()
     # Cut off in all layers, what the hidden tokens are makes no difference; their number does, by position.
     (ids, _), own = one.ids(REMINDER), one.own_tokens()[0]
     other = [301 if mine else token for token, mine in zip(ids, own, strict=True)]
