@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from analysis.options import (
+    SITES,
     AttackOption,
     BatchOption,
     BudgetOption,
@@ -281,8 +282,8 @@ def mechanism(
     attack: AttackOption = None,
     readout: ReadoutOption = "words",
     sites: Annotated[
-        str, typer.Option(help="What is patched: residual, attention, mlp, heads; joined by commas.")
-    ] = "residual,attention,mlp,heads",
+        str, typer.Option(help=f"What is patched: {', '.join(SITES)}; joined by commas.")
+    ] = ",".join(SITES),
     top: Annotated[int, typer.Option(help="Parts that are told and drawn; heads that are patched.")] = 10,
     patched: Annotated[
         int, typer.Option(help="Queries, at most, that interventions run on, pairs kept whole; 0: none.")
@@ -570,11 +571,10 @@ def _refuse_odd(size: int, stacks: int) -> None:
 
 
 def _sites(text: str) -> tuple[str, ...]:
-    known = ("residual", "attention", "mlp", "heads")
     chosen = tuple(one.strip() for one in text.split(",") if one.strip())
     for one in chosen:
-        if one not in known:
-            raise unknown("site", one, known)
+        if one not in SITES:
+            raise unknown("site", one, SITES)
     return chosen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +116,25 @@ def _layers(tables: Mapping[str, pd.DataFrame]) -> None:
     showing.stdout().print(shown)
 
 
+def _each(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the name and the rows of each condition."""
+    for _, rows in found.groupby(["attack", "defense"], sort=False):
+        yield condition(next(showing.rows(rows))), rows
+
+
+def _cells(row: Mapping[str, Any], *first: str, form: str = "+.2f") -> list[Text]:
+    """A row of a table: words, and behind them both contrasts with their intervals."""
+    return [Text(one) for one in (*first, *(showing.interval(row, name, form) for name in CONTRASTS))]
+
+
 def _parts(found: pd.DataFrame, top: int) -> None:
-    for (_, _), parts in found.groupby(["attack", "defense"], sort=False):
-        largest = (
-            parts[list(CONTRASTS)].abs().max(axis=1).sort_values(ascending=False, kind="stable").index[:top]
-        )
-        first = next(showing.rows(parts))
-        shown = showing.table(
-            "part", _CONTRASTS, f"{condition(first)}: the {len(largest)} largest of {len(parts)} parts"
-        )
+    for name, parts in _each(found):
+        size = parts[list(CONTRASTS)].abs().max(axis=1)
+        largest = size.sort_values(ascending=False, kind="stable").index[:top]
+        title = f"{name}: the {len(largest)} largest of {len(parts)} parts"
+        shown = showing.table("part", _CONTRASTS, title)
         for row in showing.rows(parts.loc[largest]):
-            cells = (showing.interval(row, name, "+.3f") for name in CONTRASTS)
-            shown.add_row(*map(Text, (name_of(row), *cells)))
+            shown.add_row(*_cells(row, name_of(row), form="+.3f"))
         showing.stdout().print(shown)
 
 
@@ -180,59 +187,47 @@ def knows_or_acts(row: Mapping[str, Any]) -> str:
 
 
 def _patches(found: pd.DataFrame) -> None:
-    whole = found[(found["into"] == "undefended") & (found["kind"] != "head")]
-    for (_, _), rows in whole.groupby(["attack", "defense"], sort=False):
-        first = next(showing.rows(rows))
-        title = (
-            f"{condition(first)}: put into the undefended run, one layer at a time; the largest of each site"
-        )
+    for name, rows in _each(found[(found["into"] == "undefended") & (found["kind"] != "head")]):
+        title = f"{name}: put into the undefended run, one layer at a time; the largest of each site"
         shown = showing.table("site", ("patched with", *_CONTRASTS), title)
-        for kind in dict.fromkeys(rows["kind"]):
-            of_kind = rows[rows["kind"] == kind]
+        for kind, of_kind in rows.groupby("kind", sort=False):
             # What leaves the last block is all there is: nothing to find there.
             within = of_kind[of_kind["layer"] < of_kind["layer"].max()] if kind == "residual" else of_kind
             defended = within[within["source"] == "defense"]
-            for name in CONTRASTS if len(defended) else ():
-                layer = defended.loc[defended[name].abs().idxmax(), "layer"]
+            for contrast in CONTRASTS if len(defended) else ():
+                layer = defended.loc[defended[contrast].abs().idxmax(), "layer"]
                 for row in showing.rows(within[within["layer"] == layer]):
-                    cells = (showing.interval(row, one, "+.2f") for one in CONTRASTS)
-                    shown.add_row(*map(Text, (f"{name_of(row)}, by {name}", row["source"], *cells)))
+                    shown.add_row(*_cells(row, f"{name_of(row)}, by {contrast}", row["source"]))
         showing.stdout().print(shown)
 
 
 def _cuts(found: pd.DataFrame) -> None:
-    for (_, _), rows in found.groupby(["attack", "defense"], sort=False):
-        first = next(showing.rows(rows))
-        title = f"{condition(first)}: what is left when attention to its own tokens is cut"
+    for name, rows in _each(found):
+        title = f"{name}: what is left when attention to its own tokens is cut"
         shown = showing.table("cut", ("in layers", *_CONTRASTS), title)
         for row in showing.rows(rows):
             where = "none" if row["first"] < 0 else f"{row['first']}-{row['last']}"
-            cells = (showing.interval(row, one, "+.2f") for one in CONTRASTS)
-            shown.add_row(*map(Text, (f"from {row['reader']}", where, *cells)))
+            shown.add_row(*_cells(row, f"from {row['reader']}", where))
         showing.stdout().print(shown)
 
 
 def _weights(found: pd.DataFrame) -> None:
-    for (_, _), rows in found.groupby(["attack", "defense"], sort=False):
-        first = next(showing.rows(rows))
-        title = f"{condition(first)}: its weights switched on, its prompt always there"
+    for name, rows in _each(found):
+        title = f"{name}: its weights switched on, its prompt always there"
         shown = showing.table("switched on", _CONTRASTS, title)
         depth = rows.loc[rows["how"] == "up to", "layer"]
-        told = (
-            {int(np.quantile(depth, share, method="nearest")) for share in (0, 0.25, 0.5, 0.75, 1)}
-            if len(depth)
-            else set()
-        )
+        shares = (0, 0.25, 0.5, 0.75, 1) if len(depth) else ()
+        told = {int(np.quantile(depth, share, method="nearest")) for share in shares}
         for row in showing.rows(rows):
             if row["how"] == "module":
-                name = f"{row['module']} in all layers"
+                what = f"{row['module']} in all layers"
             elif row["how"] in ("nothing", "everything"):
-                name = row["how"]
+                what = row["how"]
             elif row["how"] == "up to" and row["layer"] in told:
-                name = f"all up to layer {row['layer']}"
+                what = f"all up to layer {row['layer']}"
             else:
                 continue
-            shown.add_row(*map(Text, (name, *(showing.interval(row, one, "+.2f") for one in CONTRASTS))))
+            shown.add_row(*_cells(row, what))
         showing.stdout().print(shown)
 
 
@@ -251,4 +246,4 @@ def _overlap(found: pd.DataFrame) -> None:
 
 
 def _say(text: str) -> None:
-    showing.stdout().print(text, markup=False, highlight=False, soft_wrap=True)
+    showing.say(showing.stdout(), text)

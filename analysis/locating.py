@@ -64,7 +64,7 @@ def locate(
     scores = ScoreTable(pd.concat(list(swept.frames.values()), ignore_index=True), record)
     room = Room(ready, parts, every, scores, wanted, request.seed, console, dict(swept.lost))
     for attack in request.attacks:
-        room.enter(attack.name)
+        room.enter(attack)
     tables = room.tables | {"scores": scores.frame, "summary": summarize(scores, seed=request.seed).frame}
     if not any(name in tables for name in ("layers", "directions")):
         raise UserError(f"nothing could be split: {next(iter(room.lost.values()))}")

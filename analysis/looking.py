@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import located, queries, showing, states
-from analysis.attacks import AS_IS
+from analysis.attacks import AS_IS, Attack
 from analysis.located import Asked
+from analysis.options import SITES
 from analysis.preparing import Ready
 from analysis.rendering import redact
 from analysis.request import teller
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from analysis.mechanism.lens import Anatomy
     from analysis.mechanism.splitting import Split
 
-SITES = ("residual", "attention", "mlp", "heads")
 _CONTROL = "neutral_prompt"
 
 
@@ -88,14 +88,13 @@ class Room:
         """The queries that interventions run on."""
         return list(self.ready.data.limit(self.wanted.patched).queries) if self.wanted.patched else []
 
-    def enter(self, attack: str) -> None:
+    def enter(self, sent: Attack) -> None:
         """Look at every defense under one attack.
 
         Args:
-            attack: its name; all else is known by it.
+            sent: how queries are sent.
         """
-        (sent,) = [one for one in self.ready.attacks if one.name == attack]
-        bench = self.ready.bench.under(sent)
+        attack, bench = sent.name, self.ready.bench.under(sent)
         here = {name: one for name, one in self.every.items() if (attack, name) in self.scores.conditions}
         if UNDEFENDED not in here:
             return
@@ -230,7 +229,7 @@ class Room:
                 )
                 self._add(attack, name, cuts=found.assign(**sizes))
         with self._guarded(attack, name, defense):
-            if weights := list(switching.changed(bench.loaded.model, defense)):
+            if weights := switching.changed(bench.loaded.model, defense):
                 with self._steps(f"switching {name} on", len(switching.switches(weights))) as done:
                     named, change = pair.switches(weights, before, done)
                 found = asked.contrasts(change).assign(
@@ -275,14 +274,14 @@ class Room:
 
     def _controls(self, pair: Contrasted, name: str) -> dict[str, Defense]:
         """A neutral prompt as long as the defense's."""
-        if (wanted := pair.longer()) < 1:
+        if (wanted := pair.longer(pair.defense)) < 1:
             self._note(f"{name} makes prompts no longer: no neutral prompt is patched for comparison")
             return {}
         host = states.host(pair.bench.loaded.name, pair.bench.loaded.tokenizer, self.seed)
         length = wanted
         for _ in range(2):  # turns and breaks come with it, and a default system turn may go
             control = catalog.get(_CONTROL, {"length": str(max(1, length))}).prepare(host)
-            adds = replace(pair, defense=control).longer()
+            adds = pair.longer(control)
             length += wanted - adds
         self.controls.append({"defense": name, "tokens": wanted, "control_tokens": adds})
         return {_CONTROL: control}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from analysis.bench import Bench
 from analysis.checkpoints import Say
 from analysis.queries import QuerySet
 from analysis.residuals import residuals
+from analysis.showing import say
 from analysis.store import Store
 from defenses import Host, Residuals, UserError
 from defenses.adapters import fingerprints
@@ -93,7 +94,7 @@ def default_out(model: str, names: Sequence[str], started: datetime) -> Path:
 
 def teller(console: Console) -> Any:
     """Return what prints a line as it is, uncut."""
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return partial(say, console)
 
 
 def quiet(offline: bool) -> None:

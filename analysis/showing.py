@@ -202,13 +202,13 @@ def trust(summary: pd.DataFrame, console: Console) -> None:
     doubtful = summary[summary["trusted"] == "not trusted"]
     if len(doubtful):
         names = few([condition(row) for _, row in doubtful.iterrows()])
-        _say(
+        say(
             console,
             f"Not trusted, by generated text: {names}. There the first token does not tell whether the "
             "answer refuses.",
         )
     if (count := int((summary["trusted"] == UNVALIDATED).sum())) > 0:
-        _say(
+        say(
             console,
             f"{count} of {len(summary)} conditions were never compared with generated text: "
             "`analyze validate` with the same options does it.",
@@ -221,5 +221,6 @@ def few(texts: Sequence[str], most: int = 12) -> str:
     return ", ".join(texts[:most]) + more
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, uncut."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)

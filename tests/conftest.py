@@ -7,6 +7,7 @@ Functions (import them: `from conftest import tiny_model, ...`):
   kind is "bytes" (GPT-2, Llama 3, Qwen) or "metaspace" (Llama 2, Mistral: words begin with "▁").
 - `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
 - `readable(kind, figure, written)`: asserts that no text of a figure hides another.
+- `home(patch, place)`: has everything that the command keeps lie in a folder.
 - `held()`: what a model might hold on training queries, for a `Host`.
 - `toy_bench(family="llama", template="chatml", kind="bytes")`: an `analysis.bench.Bench` of both.
 
@@ -315,8 +316,8 @@ def tiny_model(family: str = "llama") -> Any:
 
 
 def fresh_model(family: str = "llama") -> Any:
-    """Return a tiny model of one's own, to be changed."""
-    return copy.deepcopy(tiny_model(family))
+    """Return a tiny model of one's own, to be changed; no copy, which would have the hooks that others left."""
+    return tiny_model.__wrapped__(family)
 
 
 def made_adapter(
@@ -377,6 +378,13 @@ def readable(
             assert across <= slack or up <= slack, (
                 f"{kind} at {dpi} dpi: {one.get_text()!r} on {two.get_text()!r}"
             )
+
+
+def home(patch: pytest.MonkeyPatch, place: Path) -> None:
+    """Have everything that the command keeps lie in a folder."""
+    patch.setenv("XDG_DATA_HOME", str(place / "share"))
+    patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    patch.setenv("COLUMNS", "140")
 
 
 def held() -> Residuals:

@@ -235,7 +235,7 @@ def test_weights_are_switched_on_where_they_are_wanted(tmp_path):
     kept = {name: one.clone() for name, one in bench.loaded.model.state_dict().items()}
     one = pair(bench, tuned)
     before = margins(bench, NONE, one.ids(NONE))
-    named, change = one.switches(list(weights), before)
+    named, change = one.switches(weights, before)
     of = dict(zip(named, change.T, strict=True))
     whole = margins(bench, tuned, one.ids(tuned)) - before
     assert of["up to", 1, ""] == pytest.approx(whole, abs=1e-4)

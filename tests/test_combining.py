@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import save_model
+from conftest import home, save_model
 from scipy.stats import beta
 from test_cli import analyze
 
@@ -49,13 +49,6 @@ SHORT = (
     "--set",
     "random_tokens.length=9",
 )
-
-
-def home(patch: pytest.MonkeyPatch, place: Path) -> None:
-    """Have everything kept in a folder."""
-    patch.setenv("XDG_DATA_HOME", str(place / "share"))
-    patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-    patch.setenv("COLUMNS", "140")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, OTHERS, RECURRENT, VOCAB, WINDOW, tiny_model
+from conftest import FAMILIES, OTHERS, RECURRENT, VOCAB, WINDOW, fresh_model, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -123,7 +123,7 @@ def test_the_shared_prefix_is_the_longest_that_leaves_each_prompt_a_token(prompt
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_the_model_is_left_as_it_was_also_after_an_exception(family: str) -> None:
-    model = tiny_model(family)
+    model = fresh_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def fails(logits: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def test_likelihoods_of_answers_are_those_of_plain_passes(family: str, shared: i
 def test_raw_logits_reach_the_reduction_in_float32() -> None:
     import copy
 
-    model = copy.deepcopy(tiny_model()).bfloat16()
+    model = fresh_model().bfloat16()
     kinds: list[torch.dtype] = []
 
     def look(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import save_model
+from conftest import home, save_model
 from test_cli import analyze, refused
 
 from analysis import findings
@@ -49,12 +49,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.code == 0, done.err
         (place / "said.txt").write_text(done.out + done.err)
     return place
-
-
-def home(patch: pytest.MonkeyPatch, place: Path) -> None:
-    patch.setenv("XDG_DATA_HOME", str(place / "share"))
-    patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-    patch.setenv("COLUMNS", "140")
 
 
 @pytest.fixture

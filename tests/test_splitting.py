@@ -113,7 +113,7 @@ def test_what_hooks_add_between_blocks_is_a_part_of_its_own():
         def arms(self):
             return "pushed"
 
-    bench = toy_bench()
+    bench = bench_of(fresh_model())
     split = splitter(bench).split(bench, Pushed(), ASKED)
     shares = dict(zip(split.parts.parts, np.abs(split.parts.shares).max(0), strict=True))
     assert shares[Part("added", 1)] > 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -51,20 +52,29 @@ class Contrasted:
 
     def one_prompt(self) -> bool:
         """Return whether each query is one prompt and one pass, which can be patched."""
-        several = any(len(one) > 1 for one in self.bench.every_prompt(self.defense, self.queries))
+        several = any(len(one) > 1 for one in self._readings[1])
         return not several and not self.readout.questions and len(scoring.members(self.defense)) == 1
+
+    @cached_property
+    def _readings(self) -> list[list[list[Prompt]]]:
+        """What the model reads for each query, undefended and defended: every step needs it."""
+        return [self.bench.every_prompt(one, self.queries) for one in (self.undefended, self.defense)]
 
     def prompts(self, defense: Defense) -> list[Prompt]:
         """Return what the model reads for each query."""
-        return [one for (one,) in self.bench.every_prompt(defense, self.queries)]
+        if defense is self.undefended or defense is self.defense:
+            readings = self._readings[defense is self.defense]
+        else:
+            readings = self.bench.every_prompt(defense, self.queries)
+        return [one for (one,) in readings]
 
     def ids(self, defense: Defense) -> list[Ids]:
         """Return the tokens of what the model reads for each query, up to where the answer is read."""
         return [prompt.followed(self.readout.prefix) for prompt in self.prompts(defense)]
 
-    def longer(self) -> int:
-        """Return how many tokens the defense adds, by the median."""
-        both = zip(self.ids(self.defense), self.ids(self.undefended), strict=True)
+    def longer(self, defense: Defense) -> int:
+        """Return how many tokens a defense adds, by the median."""
+        both = zip(self.ids(defense), self.ids(self.undefended), strict=True)
         return int(np.median([len(one) - len(other) for one, other in both]))
 
     @property
@@ -168,17 +178,18 @@ class Contrasted:
         return cells, np.array(rows) - before[:, None]
 
     def switches(
-        self, names: Sequence[str], before: Float[np.ndarray, " queries"], done: Done = lambda: None
+        self, weights: switching.Weights, before: Float[np.ndarray, " queries"], done: Done = lambda: None
     ) -> tuple[list[tuple[str, int | None, str]], Change]:
         """Return what is switched on, and the change of each margin then, the prompt being the defended one.
 
         Args:
-            names: of the weights that the defense changes.
+            weights: what `switching.changed` returned.
             before: the margins, undefended.
             done: told when another switch is read.
         """
-        read = switching.margins(self.bench, self.defense, self.ids(self.defense), self.readout, done)
-        named = [(how, layer, module) for how, layer, module, _ in switching.switches(names)]
+        ids = self.ids(self.defense)
+        read = switching.margins(self.bench, self.defense, weights, ids, self.readout, done)
+        named = [(how, layer, module) for how, layer, module, _ in switching.switches(weights)]
         return named, read.numpy() - before[:, None]
 
 

@@ -40,10 +40,7 @@ def of_user(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
         prompt: as the model reads it.
         asked: the chat as the user, or the attacker, sent it.
     """
-    words, turn = last_user(asked).strip(), last_user(prompt.chat).strip()
-    text = words if words in turn else turn
-    begin = prompt.text.rfind(text)
-    return _within(starts(renderer, prompt), [(begin, begin + len(text))] if begin >= 0 and text else [])
+    return _within(starts(renderer, prompt), _words(prompt, asked))
 
 
 def of_defense(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
@@ -55,19 +52,26 @@ def of_defense(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
         asked: the chat as the user, or the attacker, sent it.
     """
     sent = {message["content"].strip() for message in asked}
+    texts = [*(message["content"].strip() for message in prompt.chat), prompt.begun.strip()]
     spans, rest = [], prompt.text
     # The longest first, each where no other is: a template may put turns in another order.
-    for text in sorted((*(one["content"].strip() for one in prompt.chat), prompt.begun.strip()), key=len)[
-        ::-1
-    ]:
-        begin = rest.find(text) if text else -1
-        if begin >= 0:
-            rest = rest[:begin] + "\0" * len(text) + rest[begin + len(text) :]
-            spans += (
-                [(begin, begin + len(text))] if text not in sent else []
-            )  # else an attacker's or the user's
-    said, users = _within(starts(renderer, prompt), spans), of_user(renderer, prompt, asked)
+    for text in sorted(filter(None, texts), key=len)[::-1]:
+        if (begin := rest.find(text)) < 0:
+            continue
+        rest = rest[:begin] + "\0" * len(text) + rest[begin + len(text) :]
+        if text not in sent:  # else an attacker's, or the user's
+            spans.append((begin, begin + len(text)))
+    bounds = starts(renderer, prompt)
+    said, users = _within(bounds, spans), _within(bounds, _words(prompt, asked))
     return [one and not other for one, other in zip(said, users, strict=True)]
+
+
+def _words(prompt: Prompt, asked: Chat) -> list[tuple[int, int]]:
+    """Where in the prompt's text the user's words stand; nowhere if they cannot be found."""
+    words, turn = last_user(asked).strip(), last_user(prompt.chat).strip()
+    text = words if words in turn else turn
+    begin = prompt.text.rfind(text)
+    return [(begin, begin + len(text))] if begin >= 0 and text else []
 
 
 def _within(bounds: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:

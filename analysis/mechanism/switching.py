@@ -77,6 +77,7 @@ def switched_off(model: Any, weights: Weights, names: Iterable[str]) -> Iterator
 def margins(
     bench: Bench,
     defense: Defense,
+    weights: Weights,
     prompts: Sequence[tuple[int, ...]],
     readout: Readout,
     done: Callable[[], None] = lambda: None,
@@ -86,12 +87,12 @@ def margins(
     Args:
         bench: the model.
         defense: whose weights are switched.
+        weights: what `changed` returned.
         prompts: as the defended model reads them.
         readout: how logits become a margin.
         done: told when another switch is read.
     """
     found, model = [], bench.loaded.model
-    weights = changed(model, defense)
     with defense.armed(model):
         # Armed anew, it may bring tensors of its own: those are put back.
         weights = {name: (before, model.get_parameter(name).data) for name, (before, _) in weights.items()}
