@@ -52,6 +52,9 @@ adapters: .venv/ready-dev ## make the shipped weights again (about 40 minutes on
 	$(TRAIN) preference -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=2 --set rate=3e-4 \
 	  -o $(STATES)/preference
 
+notebooks: .venv/ready-dev ## run every notebook from the top and save what comes out (some minutes)
+	cd notebooks && ../$(BIN)/jupyter execute --inplace *.ipynb
+
 bench: .venv/ready ## how fast is the engine, and how near to the machine's limit
 	$(BIN)/python tests/bench.py
 
@@ -66,5 +69,5 @@ bench: .venv/ready ## how fast is the engine, and how near to the machine's limi
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test check figures validity ensembles mechanism adapters bench
+.PHONY: help demo test check figures validity ensembles mechanism adapters notebooks bench
 .DEFAULT_GOAL := help

@@ -79,9 +79,9 @@ def of_mechanism(
             )
             alike = sum(re.fullmatch(rf"{re.escape(stem)}(~\d+)?", name) is not None for name in made)
             name = f"{stem}~{alike + 1}" if alike else stem  # two names may have one stem
-            banner = _banner(points, tables.get("trusted"))
+            warning = banner(points, tables.get("trusted"))
             title, caption = HEADLINES[kind].format(defense), CAPTIONS[kind](points, context, counts)
-            made[name] = complete(DRAWN[kind](points), title, caption, banner), points
+            made[name] = complete(DRAWN[kind](points), title, caption, warning), points
     return made
 
 
@@ -105,7 +105,7 @@ def _points(kind: str, rows: pd.DataFrame, half: pd.DataFrame | None, top: int) 
     return patch_points(rows, top) if kind == "patches" else rows
 
 
-def _banner(points: pd.DataFrame, trusted: pd.DataFrame | None) -> str:
+def banner(points: pd.DataFrame, trusted: pd.DataFrame | None) -> str:
     """Return the warning above a figure, empty where nothing drawn is known to be wrong."""
     if trusted is None or not len(trusted):
         return ""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis import attacks, manifest, reading, saving, showing
+from analysis import attacks, folder, manifest, reading, saving, showing
 from analysis.answering import verdicts
 from analysis.arms import PAPER, Arm, arms
 from analysis.bench import Bench
@@ -88,7 +88,7 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
         from analysis.plots import of_redrawn
 
         tables["lengths"] = over_secrets(table)
-        figures["secrets"], tables["secrets"] = of_redrawn(table, showing.context(record, readout), tokens)
+        figures["secrets"], tables["secrets"] = of_redrawn(table, folder.context(record), tokens)
     record["wall_seconds"] = round(time.perf_counter() - clock, 1)
     saving.save(out, tables, figures, record)
     _show(table[table["secret_length"].isna()], record)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from analysis.palette import BLUE, VERMILION
 from analysis.tables import UNDEFENDED
 
@@ -56,6 +58,26 @@ def number(value: Any, form: str, factor: float) -> str:
     if value is None or value != value:
         return "–"
     return f"{factor * float(value):{form}}".replace("-", "\N{MINUS SIGN}")
+
+
+def intervals(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """Return a table for readers: each estimate and its interval in one column, other numbers rounded.
+
+    >>> intervals(pd.DataFrame({"shift": [0.512], "shift_low": [0.4], "shift_high": [0.6], "n": [8]}))
+                   shift  n
+    0  0.51 [0.40, 0.60]  8
+
+    Args:
+        frame: any table of a run; `x_low` and `x_high` bound `x`.
+        digits: behind the point.
+    """
+    ends = {f"{name}{end}" for name in frame for end in ("_low", "_high")} & {*map(str, frame)}
+    shown = frame.drop(columns=[name for name in frame if name in ends]).round(digits)
+    for name in shown:
+        if {f"{name}_low", f"{name}_high"} <= ends:
+            rows = frame.to_dict("records")
+            shown[name] = [told(row, (str(name), "", f".{digits}f", 1, True)) for row in rows]
+    return shown
 
 
 def word(value: Any, column: str) -> str:

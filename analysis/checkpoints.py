@@ -200,9 +200,11 @@ def from_gguf(path: Path, say: Say) -> tuple[Path, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         loader: Any = AutoModelForCausalLM
-        loaded, report = loader.from_pretrained(path.parent, gguf_file=path.name, output_loading_info=True)
+        loaded, report = loader.from_pretrained(
+            path.parent, gguf_file=path.name, output_loading_info=True, trust_remote_code=False
+        )
     except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
     refuse_incomplete(str(path), report)

@@ -92,7 +92,7 @@ def _least(known: Iterable[str]) -> str:
 
 def combine(
     request: Request,
-    names: Sequence[str],
+    names: Sequence[str | Defense],
     settings: Sequence[str],
     size: int,
     runs: int,
@@ -103,8 +103,8 @@ def combine(
 
     Args:
         request: what the user asked for; how queries are sent by themselves is always measured, too.
-        names: of the defenses; stacks among them are run in any case.
-        settings: of the defenses.
+        names: of the defenses, or defenses themselves; stacks among them are run in any case.
+        settings: of those that are named.
         size: members of a team at most.
         runs: how many stacks are run that promise most, and how many that are drawn by chance.
         pick: predicted rows of the calibration split and the cost of a team's stack -> teams, the best first.

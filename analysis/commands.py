@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,26 +9,14 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis import (
-    factorial,
-    manifest,
-    models,
-    preflight,
-    pricing,
-    queries,
-    saving,
-    showing,
-    states,
-    validity,
-)
-from analysis.decompose import summarize
-from analysis.preparing import prepare, unreached, why_lost
+from analysis import analyzing, models, preflight, queries, saving, showing, states
+from analysis.preparing import prepare
 from analysis.readout import LOW_COVERAGE
 from analysis.rendering import redact
 from analysis.request import Request, default_out, teller
 from analysis.run import conditions
-from analysis.sweeping import failed_cells, say_written, sweep
-from analysis.tables import UNDEFENDED, ScoreTable, condition
+from analysis.sweeping import say_written
+from analysis.tables import condition
 from defenses import UserError
 from defenses.backdoor import draw_secret, write_secret
 
@@ -43,88 +30,33 @@ def analyze(
     with_cost: bool = False,
 ) -> int:
     """Score every defense and the undefended model, save tables and figures, print the summary."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    out = saving.usable(out or default_out(request.model, names, started))
+    out = saving.usable(out or default_out(request.model, names, datetime.now(UTC)))
     console = Console(stderr=True)
-    ready = prepare(request, names, settings, console)
-    bench = ready.bench
-    every = conditions(ready.defenses)
-    failed = unreached(ready, every, console)
-    lost = why_lost(failed)
-    left = [
-        (attack.name, name)
-        for attack in request.attacks
-        for name in every
-        if name != UNDEFENDED and not {(attack.name, name), (attack.name, UNDEFENDED)} & lost.keys()
-    ]
-    if lost and not left:  # nothing to compare, or nothing to compare it with
-        showing.failures([one for checks in failed.values() for one in checks])
+    try:
+        found = analyzing.find(request, names, settings, console, with_cost)
+    except analyzing.NotReached as error:
+        showing.failures(error.checks)
         return 1
-    bench.engine.work.reset()
-    swept = sweep(ready, every, lost, console)
-    frames, finished = swept.frames, swept.finished(every)
-    if not frames or (swept.interrupted and len(frames) < 2):
-        # An attack's undefended condition alone says nothing of a defense.
-        if swept.interrupted:
-            raise KeyboardInterrupt
-        raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()))}")
-    timed = {name: one for name, one in finished.items() if (request.attacks[0].name, name) in frames}
-    spent = pricing.priced(ready, timed, request.seed, console) if with_cost else None
-    record = {
-        "created": started.isoformat(timespec="seconds"),
-        "interrupted": swept.interrupted,
-        "failed": failed_cells(swept.lost),
-        **manifest.of(
-            bench,
-            ready.readout,
-            finished,
-            ready.data,
-            ready.split,
-            request.limit,
-        ),
-        "notices": ready.notices,
-        "wall_seconds": round(time.perf_counter() - clock, 1),
-        "tokens": {"computed": bench.engine.work.computed, "saved": bench.engine.work.saved},
-        "scores_found_in_cache": bench.store.found if bench.store is not None else 0,
-    }
-    record |= manifest.of_attacks(request.attacks)
-    record["trusted"] = validity.of_run(bench, request.attacks, finished, ready.readout, frames)
-    scores = ScoreTable(pd.concat(list(frames.values()), ignore_index=True), record)
-    with console.status("intervals and figures"):
-        summary = summarize(scores, seed=request.seed)
-        from analysis.plots import figures, of_price
-
-        context = showing.context(record, ready.readout)
-        drawn = figures(scores.frame, summary.frame, context)
-        if spent is not None:
-            gained = ["defense", "family", "refusal_rate", "over_refusal_rate"]
-            gained += [f"delta_auroc{end}" for end in ("", "_low", "_high")]
-            first = summary.frame["attack"] == request.attacks[0].name
-            spent = spent.merge(summary.frame.loc[first, gained], on="defense")
-            drawn["cost"] = of_price(spent, context)
-        tables = {
-            **_effects(scores, request.seed),
-            "scores": scores.frame,
-            "summary": summary.frame,
-            **{stem: table for stem, (_, table) in drawn.items()},
-        }
-        saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
+    run = found.run
+    found.save(out)
+    summary = run.tables["summary"]
     if as_json:
-        showing.as_json(summary.frame)
+        showing.as_json(summary)
     else:
-        showing.summary(summary, record)
-        if spent is not None:
-            showing.costs(spent)
-    _say_coverage(summary.frame, console)
-    showing.trust(summary.frame, console)
-    say_written(out, swept.lost, console)
-    if swept.interrupted:
+        showing.summary(summary, run.record)
+        if with_cost:
+            showing.costs(run.tables["cost"])
+    _say_coverage(summary, console)
+    showing.trust(summary, console)
+    say_written(out, found.lost, console)
+    if run.record["interrupted"]:
+        wanted = run.record["conditions_wanted"]
         teller(console)(
-            f"Interrupted: {len(frames)} of {swept.wanted} conditions were finished and kept; the rest is "
+            f"Interrupted: {len(summary)} of {wanted} conditions were finished and kept; the rest is "
             "not. The same command goes on from here."
         )
         return 130
-    return 1 if swept.lost else 0
+    return 1 if found.lost else 0
 
 
 def check(request: Request, names: Sequence[str], settings: Sequence[str], count: int) -> int:
@@ -160,17 +92,6 @@ def secret(model: str, length: int, out: Path | None, offline: bool) -> None:
     drawn = draw_secret(tokenizer, length)
     write_secret(path, drawn)
     print(f"{path}  {drawn.fingerprint}  {length} tokens, readable by you alone")
-
-
-def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
-    """The effects of each 2 × 2 that was run whole."""
-    there = set(scores.conditions)
-    found = [
-        factorial.effects(scores, attack, defense, seed)
-        for attack, defense in scores.conditions
-        if all((attack, cell) in there for cell in factorial.cells(defense))
-    ]
-    return {"effects": pd.concat(found, ignore_index=True)} if found else {}
 
 
 def _say_coverage(summary: pd.DataFrame, console: Console) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis import additivity, saving, showing, standings
+from analysis import additivity, folder, saving, showing, standings
 from analysis.additivity import Drawn
 from analysis.combining import Tried, combine, promising
 from analysis.decompose import summarize
 from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, STACK
+from analysis.found import Found
 from analysis.request import Request, default_out
 from analysis.sweeping import failed_cells, say_written
+from defenses import Defense
 
 _ALL = 1000  # rows up to which all have intervals; of more, single defenses, stacks and the front
 
@@ -31,22 +33,44 @@ def compare(
     out: Path | None,
 ) -> int:
     """Predict and observe what defenses come to together; save tables and figures, print the front."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    out = saving.usable(out or default_out(request.model, ["ensembles", *names], started))
+    out = saving.usable(out or default_out(request.model, ["ensembles", *names], datetime.now(UTC)))
     console = Console(stderr=True)
+    found = find(request, names, settings, size, runs, console)
+    found.save(out)
+    tables = found.run.tables
+    standings.front(tables["candidates"], found.run.record)
+    standings.agreement(tables["additivity"])
+    standings.distances(tables["distance"])
+    say_written(out, found.lost, console)
+    return 1 if found.lost else 0
+
+
+def find(
+    request: Request,
+    names: Sequence[str | Defense],
+    settings: Sequence[str],
+    size: int,
+    runs: int,
+    console: Console,
+) -> Found:
+    """Predict and observe what defenses come to together.
+
+    Args:
+        request: what the user asked for.
+        names: of the defenses, or defenses themselves.
+        settings: of those that are named.
+        size: members of a team at most.
+        runs: how many stacks are run that promise most, and how many that are drawn by chance.
+        console: for progress.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
     tried = combine(request, names, settings, size, runs, promising, console)
-    found = tried.candidates()
-    tables, record = told(tried, found, request, console)
+    tables, record = told(tried, tried.candidates(), request, console)
     record |= {
         "created": started.isoformat(timespec="seconds"),
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
-    save(out, tried, tables, record)
-    standings.front(found, record)
-    standings.agreement(tables["additivity"])
-    standings.distances(tables["distance"])
-    say_written(out, tried.lost, console)
-    return 1 if tried.lost else 0
+    return drawn("ensembles", tried, tables, record)
 
 
 def told(
@@ -112,11 +136,11 @@ def told(
     return tables, record
 
 
-def save(out: Path, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[str, Any]) -> None:
-    """Write tables, figures and run.json.
+def drawn(name: str, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[str, Any]) -> Found:
+    """Return all of it, figures among it.
 
     Args:
-        out: the folder.
+        name: what was done.
         tried: what came of it.
         tables: by file stem.
         record: for run.json.
@@ -124,8 +148,7 @@ def save(out: Path, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[
     from analysis.plots import of_ensembles
 
     families = {name: one.family for name, one in tried.every.items()}
-    context = showing.context(record, tried.ready.readout)
+    context = folder.context(record)
     counts = next(half.counts for (_, split), half in tried.halves.items() if split == REPORTED_ON)
-    drawn = of_ensembles(tables["ensembles"], tables["candidates"], families, context, counts)
-    tables = tables | {stem: table for stem, (_, table) in drawn.items()}
-    saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
+    pictures = of_ensembles(tables["ensembles"], tables["candidates"], families, context, counts)
+    return Found.of(name, record, tables, pictures, tried.ready, tried.lost)

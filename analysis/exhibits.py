@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ from analysis.captions import (
     of_square,
     of_trust,
 )
-from analysis.folder import Run
+from analysis.folder import Run, context
 from analysis.wording import CAPTIONS, HEADLINES
 
 # Pictures that the page draws anew, so that they can be asked; they are kept behind a fold.
@@ -73,36 +74,54 @@ def exhibits(run: Run) -> list[Exhibit]:
     return sorted(found, key=lambda one: (rank.index(one.kind) if one.kind in ROOMS else len(rank), one.name))
 
 
+def kind_of(stem: str) -> str:
+    """Return what a picture of that name shows; behind it stands a readout, a defense or an attack.
+
+    >>> kind_of("parts-backdoor"), kind_of("plane-base64"), kind_of("mine")
+    ('parts', 'plane', 'mine')
+    """
+    return next((one for one in ROOMS if re.match(rf"{one}(-|$)", stem)), stem)
+
+
+def title_of(kind: str, points: pd.DataFrame) -> str:
+    """Return the title that the command puts above a picture."""
+    alone = kind in HEADLINES and "defense" in points and points["defense"].nunique() == 1
+    return {**TITLES, **HEADLINES}[kind].format(points["defense"].iloc[0] if alone else "the defense")
+
+
 def _exhibit(run: Run, name: str) -> Exhibit:
     stem = name.removesuffix(".png")
-    # Behind the kind: the readout, the defense or the attack that the picture is of.
-    kind = next((one for one in ROOMS if re.match(rf"{one}(-|$)", stem)), stem)
+    kind = kind_of(stem)
     of = stem.removeprefix(kind).lstrip("-")
     table = f"{stem}.csv" if f"{stem}.csv" in run.files else ""
-    points = run.tables.get(stem)
-    if points is not None and "defense" in points and points["defense"].nunique() == 1 and kind in HEADLINES:
+    points = run.tables.get(stem, pd.DataFrame())
+    title = title_of(kind, points) if kind in ROOMS else stem.replace("-", " ")
+    if kind in HEADLINES and "defense" in points and points["defense"].nunique() == 1:
         of = str(points["defense"].iloc[0])  # the stem has its letters alone
-    title = {**TITLES, **HEADLINES}.get(kind, stem.replace("-", " "))
-    title = title.format(of or "the defense")
     title += f" ({of})" * bool(of and of not in title)
-    caption = _caption(run, kind, points) if points is not None and len(points) else ""
+    caption = ""
+    if len(points):
+        # A table of another version may lack what its caption says.
+        with suppress(KeyError, ValueError, TypeError, IndexError, AttributeError):
+            caption = caption_of(run, stem)
     plain = f"Figure {name} of this run, as the command drew it"
     plain += "; its numbers are in the table beside it." * bool(table) or "."
     return Exhibit(name, kind, ROOMS.get(kind, "run"), title, caption or plain, table)
 
 
-def _caption(run: Run, kind: str, points: pd.DataFrame) -> str:
-    """The caption that the command drew, made again; empty where the table is not what it was made from."""
-    judge = run.record.get("judge") or {}
+def caption_of(run: Run, stem: str) -> str:
+    """Return the caption that the command puts below a picture, made from the table of that name."""
+    kind, points = kind_of(stem), run.tables[stem]
+    judge, counts = run.record.get("judge") or {}, _counts(run)
     told: dict[str, Callable[[pd.DataFrame, Any], str]] = {
         "margins": of_margins,
         "plane": of_plane,
         "square": of_square,
         "roc": of_roc,
         "attacks": of_attacks,
-        "forecast": of_forecast,
-        "interactions": of_interactions,
-        "front": lambda rows, about: of_front(rows, about, run.record["attacks"]),
+        "forecast": lambda rows, about: of_forecast(rows, about, counts),
+        "interactions": lambda rows, about: of_interactions(rows, about, counts),
+        "front": lambda rows, about: of_front(rows, about, run.record["attacks"], counts),
         "cost": of_cost,
         "rates": lambda rows, about: of_trust(rows, about, judge["name"], judge["new_tokens"]),
         "calibration": lambda rows, about: of_trust(
@@ -111,12 +130,17 @@ def _caption(run: Run, kind: str, points: pd.DataFrame) -> str:
         "secrets": lambda rows, about: of_secrets(rows, about, judge["new_tokens"]),
     }
     if kind in CAPTIONS:
-        counts = (int(run.record["data"]["n_harmful"]), int(run.record["data"]["n_benign"]))
         told[kind] = lambda rows, about: CAPTIONS[kind](rows, about, counts)
-    context = run.context
-    if "reported_on" in run.record:
-        context = replace(context, split=str(run.record["reported_on"]))
-    try:
-        return told[kind](points, context)
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError):
-        return ""
+    return told[kind](points, context(run.record, stem.removeprefix(f"{kind}-")))
+
+
+def _counts(run: Run) -> tuple[int, int] | None:
+    """How many harmful and benign queries figures are of; None where one half is drawn and not counted."""
+    named = ("n_harmful", "n_benign")
+    if "reported_on" not in run.record:
+        harmful, benign = (int(run.record["data"][name]) for name in named)
+        return harmful, benign
+    if "summary" not in run.tables:
+        return None
+    harmful, benign = (int(run.tables["summary"][name].iloc[0]) for name in named)
+    return harmful, benign

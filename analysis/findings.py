@@ -195,8 +195,8 @@ def _patches(found: pd.DataFrame) -> None:
             within = of_kind[of_kind["layer"] < of_kind["layer"].max()] if kind == "residual" else of_kind
             defended = within[within["source"] == "defense"]
             for contrast in CONTRASTS if len(defended) else ():
-                layer = defended.loc[defended[contrast].abs().idxmax(), "layer"]
-                for row in showing.rows(within[within["layer"] == layer]):
+                largest = defended.sort_values(contrast, key=abs, ascending=False, kind="stable")
+                for row in showing.rows(within[within["layer"] == largest["layer"].iloc[0]]):
                     shown.add_row(*_cells(row, f"{name_of(row)}, by {contrast}", row["source"]))
         showing.stdout().print(shown)
 

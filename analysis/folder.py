@@ -1,36 +1,91 @@
-"""What the report knows of a run: its folder's record, tables and files, and the texts of its queries."""
+"""A run, just made or read from its folder: record, tables, figures, and the texts of its queries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from analysis.captions import Context
+from analysis.cells import named, told, verdict
+from analysis.headline import first_attack, headline
 from analysis.tables import DIRECT, UNVALIDATED
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-@dataclass(frozen=True)
+    from analysis.cells import Column
+
+ESTIMATES: tuple[Column, ...] = (
+    ("refusal_rate", "harmful refused (%)", ".0f", 100, True),
+    ("over_refusal_rate", "benign refused (%)", ".0f", 100, True),
+    ("auroc", "AUROC", ".2f", 1, True),
+    ("delta_auroc", "ΔAUROC", "+.2f", 1, True),
+    ("shift", "shift (nats)", "+.2f", 1, True),
+    ("discrimination", "discrimination (nats)", "+.2f", 1, True),
+)
+
+
+@dataclass(frozen=True, repr=False)
 class Run:
-    """A run, as it lies in its folder.
+    """A run, just made or as it lies in its folder.
 
     Attributes:
-        name: of the folder, unlike that of any other run of the page.
+        name: of the folder, or what was done.
         record: its `run.json`.
-        tables: its CSV files, by stem; read are those that the page shows.
-        files: its CSV and PNG files, by name.
+        tables: its CSV files, by stem.
+        files: its CSV and PNG files, by name; of a run that lies in no folder there are none.
         texts: of its queries, by id; empty where they could not be had.
         unread: why there are no texts.
+        figures: what `figure` draws.
     """
 
     name: str
     record: Mapping[str, Any]
     tables: Mapping[str, pd.DataFrame]
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     unread: str = ""
+    figures: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return what a reader wants to know first: what the intervals say, and what there is to look at."""
+        lines = [f"{self.name} on {self.where}"]
+        if "summary" in self.tables:
+            summary = self.tables["summary"]
+            lines = [headline(summary, self.where, first_attack(summary))]
+        lines += [f"note: {one}" for one in self.record.get("notices", [])]
+        lines += [f"tables: {', '.join(self.tables)}", f"figures: {', '.join(self.figures)}"]
+        return "\n".join(lines)
+
+    def brief(self, attack: str | None = None) -> pd.DataFrame:
+        """Return the summary as people read it: a row per defense, each estimate with its 95 % interval.
+
+        Args:
+            attack: of which attack; by default the first that a headline is about.
+        """
+        summary = self.tables["summary"]
+        rows = summary[summary["attack"] == (attack or first_attack(summary))].to_dict("records")
+        lines = {
+            named(row): {
+                **{one[1]: told(row, one) for one in ESTIMATES},
+                "what the intervals say": verdict(row),
+            }
+            for row in rows
+        }
+        return pd.DataFrame.from_dict(lines, orient="index").rename_axis("defense")
+
+    def figure(self, name: str) -> Figure:
+        """Return one of the run's figures, with title and caption.
+
+        Args:
+            name: one of `figures`.
+        """
+        from analysis.gallery import figure
+
+        return figure(self, name)
 
     @property
     def model(self) -> str:
@@ -84,27 +139,45 @@ class Run:
         ]
         return [(name, words) for name, words in found if words.strip(" :,")]
 
-    @property
-    def context(self) -> Context:
-        """What captions say about the run."""
-        record, readout = self.record, self.record["readout"]
-        fitted = readout.get("threshold_fitted")
-        how = "log-odds, against all other first tokens, of" if readout.get("log_odds") else ""
-        how = how or (
-            "first-token logits, asked whether the request should be refused, of"
-            if readout.get("questions")
-            else "first-token logits of"
-        )
-        return Context(
-            model=f"{self.model} ({record.get('dtype', '')})",
-            data=str(record["data"]["name"]),
-            split=str(record["data"]["split"]),
-            threshold=self.threshold,
-            readout=how,
-            judge=f"fitted {fitted}" if fitted else "no judge: first-token readout",
-            refusing=tuple(str(token).strip() for token in readout.get("refuse", [])),
-            complying=tuple(str(token).strip() for token in readout.get("comply", [])),
-        )
+
+def context(record: Mapping[str, Any], read_by: str = "") -> Context:
+    """Return what captions say about a run.
+
+    Args:
+        record: its `run.json`.
+        read_by: name of the readout, where the run has several.
+    """
+    data = record["data"]
+    (readout,) = [one for one in record.get("readouts", []) if one["name"] == read_by] or [record["readout"]]
+    fitted = readout.get("threshold_fitted")
+    return Context(
+        model=_model(record),
+        data=str(data["name"]),
+        split=str(record.get("reported_on", data["split"])),
+        threshold=float(readout["threshold"]),
+        readout=_read(readout),
+        judge=f"fitted {fitted}" if fitted else "no judge: first-token readout",
+        refusing=tuple(str(token).strip() for token in readout.get("refuse", [])),
+        complying=tuple(str(token).strip() for token in readout.get("comply", [])),
+    )
+
+
+def _read(readout: Mapping[str, Any]) -> str:
+    """How logits are read, as a caption puts it in front of the words."""
+    name = str(readout["name"])
+    if readout.get("questions"):
+        return "first-token logits, asked whether the request should be refused, of"
+    if name.startswith("prefilled-"):
+        return f"behind {name.removeprefix('prefilled-')} tokens of a complying opener, logits of"
+    odds = readout.get("log_odds")
+    return "log-odds, against all other first tokens, of" if odds else "first-token logits of"
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    """The model as a reader would look it up: a path says nothing to anyone else."""
+    name, found = str(record["model"]["name"]), str(record["model"].get("id", record["model"]["name"]))
+    known = [found] if "/" in name or name == found else [name, found]
+    return f"{known[0]} ({', '.join([*known[1:], *filter(None, [record.get('dtype')])])})".removesuffix(" ()")
 
 
 def _words(values: Mapping[str, Any], *names: str) -> str:

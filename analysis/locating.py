@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis import findings, manifest, saving, showing, validity
+from analysis import findings, folder, manifest, saving, showing, validity
 from analysis.decompose import summarize
+from analysis.found import Found
 from analysis.located import overlap
 from analysis.looking import Room, Wanted
 from analysis.preparing import Ready, prepare, unreached, why_lost
@@ -20,17 +21,41 @@ from analysis.request import Request, default_out
 from analysis.run import conditions
 from analysis.sweeping import failed_cells, say_written, sweep
 from analysis.tables import UNDEFENDED, ScoreTable
-from defenses import UserError
+from defenses import Defense, UserError
 
 
 def locate(
     request: Request, names: Sequence[str], settings: Sequence[str], wanted: Wanted, out: Path | None
 ) -> int:
     """Say in which layers, heads and MLPs defenses act; save tables and figures, print the main ones."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    out = saving.usable(out or default_out(request.model, ["mechanism", *names], started))
-    stacks = None if wanted.ensembles is None else findings.interactions(wanted.ensembles)
+    out = saving.usable(out or default_out(request.model, ["mechanism", *names], datetime.now(UTC)))
     console = Console(stderr=True)
+    found = find(request, names, settings, wanted, console)
+    found.save(out)
+    findings.show(found.run.tables, found.run.record, wanted.top)
+    showing.trust(found.run.tables["summary"], console)
+    say_written(out, found.lost, console)
+    return 1 if found.lost else 0
+
+
+def find(
+    request: Request,
+    names: Sequence[str | Defense],
+    settings: Sequence[str],
+    wanted: Wanted,
+    console: Console,
+) -> Found:
+    """Find out in which layers, heads and MLPs defenses act.
+
+    Args:
+        request: what the user asked for.
+        names: of the defenses, or defenses themselves.
+        settings: of those that are named.
+        wanted: what is looked at.
+        console: for progress.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    stacks = None if wanted.ensembles is None else findings.interactions(wanted.ensembles)
     ready = prepare(request, names, settings, console)
     _refuse_odd(ready)
     if wanted.ensembles is not None:
@@ -88,18 +113,9 @@ def locate(
         from analysis.atlas import of_mechanism
 
         trusted = tables["summary"][["attack", "defense", "trusted"]]
-        context = showing.context(record, ready.readout)
+        context = folder.context(record)
         drawn = of_mechanism({**tables, "trusted": trusted}, context, wanted.top, room.asked.counts)
-        saving.save(
-            out,
-            tables | {stem: table for stem, (_, table) in drawn.items()},
-            {stem: figure for stem, (figure, _) in drawn.items()},
-            record,
-        )
-    findings.show(tables, record, wanted.top)
-    showing.trust(tables["summary"], console)
-    say_written(out, room.lost, console)
-    return 1 if room.lost else 0
+    return Found.of("mechanism", record, tables, drawn, ready, room.lost)
 
 
 def _refuse_odd(ready: Ready) -> None:

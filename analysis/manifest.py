@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def of_defense(defense: Defense) -> dict[str, Any]:
     """Return a defense's family and settings; secrets as fingerprints, weights by their SHA-256."""
     if isinstance(defense, Stack):
         return {"family": defense.family, "members": {one.name: of_defense(one) for one in defense.members}}
-    settings, source = settings_of(defense), inspect.getsourcefile(type(defense))
+    settings = settings_of(defense)
     adapter, arms = (defense.adapter if isinstance(defense, Tuned) else None), defense.arms()
     return {
         "family": defense.family,
@@ -120,10 +121,18 @@ def of_defense(defense: Defense) -> dict[str, Any]:
         "secrets": [Secret(text).fingerprint for text in defense.secrets()],
         **({"weights_sha256": adapter.sha256, "weights_scaling": adapter.scaling} if adapter else {}),
         **({"armed": arms} if arms and not adapter else {}),
-        # What a user's own class does is known by its file alone.
-        **(
-            {"source_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest()}
-            if defense.own and source
-            else {}
-        ),
+        # What a user's own class does is known by its source alone.
+        **({"source_sha256": _source_sha256(type(defense))} if defense.own else {}),
     }
+
+
+def _source_sha256(kind: type[Defense]) -> str | None:
+    """The digest of the file that defines a class, or, of one typed into a notebook, of its methods."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        found = []
+        for method in filter(inspect.isfunction, vars(kind).values()):
+            with suppress(OSError, TypeError):
+                found.append(inspect.getsource(method))
+        return hashlib.sha256("".join(found).encode()).hexdigest() if found else None

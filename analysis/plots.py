@@ -5,7 +5,6 @@ Each function draws a table of `curves` for one attack; that table is the CSV be
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -31,7 +30,6 @@ from analysis.captions import (
     of_trust,
 )
 from analysis.curves import ENDS, attack_cells, margin_curves, one_attack, plane_points, roc_points
-from analysis.ensembles import REPORTED_ON
 from analysis.forecast import forecast, forecast_points
 from analysis.grid import grid
 from analysis.interactions import interaction_cells, interactions
@@ -271,7 +269,6 @@ def of_ensembles(
     Returns:
         `forecast`, `interactions` (where a stack of two was run) and `front`.
     """
-    context = replace(context, split=REPORTED_ON)
     made: dict[str, tuple[Figure, pd.DataFrame]] = {}
     if len(points := forecast_points(rows)):
         caption = of_forecast(points, context, counts)

@@ -41,14 +41,18 @@ class Ready:
 
 
 def prepare(
-    request: Request, names: Sequence[str], settings: Sequence[str], console: Console, fitted: bool = True
+    request: Request,
+    names: Sequence[str | Defense],
+    settings: Sequence[str],
+    console: Console,
+    fitted: bool = True,
 ) -> Ready:
     """Load what is cheap to get wrong first, then the model, then make the defenses ready for it.
 
     Args:
         request: what the user asked for.
-        names: of the defenses.
-        settings: of theirs.
+        names: of the defenses, or defenses themselves.
+        settings: of those that are named.
         console: for progress.
         fitted: whether readouts need their threshold, for which the model must answer.
     """
@@ -136,7 +140,7 @@ def _made_from(data: QuerySet, calibration: QuerySet) -> list[str]:
     )
 
 
-def _lacking(prepared: Sequence[Defense], names: Sequence[str]) -> list[str]:
+def _lacking(prepared: Sequence[Defense], names: Sequence[str | Defense]) -> list[str]:
     """Say what is left out because this model lacks something for it; an error where nothing is left."""
     notices = []
     for defense in prepared:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from analysis import copies, data_folder, rows
 from analysis.checkpoints import Say
@@ -17,6 +17,9 @@ from analysis.query import NEEDS, check, from_row
 from analysis.query import SPLITS as SPLITS
 from analysis.query import Query as Query
 from defenses.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Shipped sets: the kinds of query that each takes from data/contrast.jsonl.
 SHIPPED = {
@@ -160,6 +163,26 @@ def load(name: str, offline: bool = False, say: Say = lambda text: None) -> Quer
             raise unknown("data set", public, [*SHIPPED, *TABLE], hint)
     sets = [_one(one, offline, say) for one in names]
     return (sets[0] if len(sets) == 1 else _together(name, sets, say)).checked()
+
+
+def framed(frame: pd.DataFrame) -> QuerySet:
+    """Return the queries of a frame with the columns of a file in our own format.
+
+    >>> import pandas as pd
+    >>> framed(pd.DataFrame({"text": ["How do I pick a lock?", "Hi"], "harmful": [True, False]})).name
+    'a frame of 2 queries'
+    """
+    if missing := [name for name in ("text", "harmful") if name not in frame]:
+        raise UserError(f"the frame of queries lacks {' and '.join(missing)}; {NEEDS}")
+    name = f"a frame of {len(frame)} queries"
+    held = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    queries = [
+        from_row({str(key): one for key, one in row.items()}, at, name) for at, row in enumerate(held, 1)
+    ]
+    check(queries, name)
+    digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
+    found = QuerySet(name, tuple(queries), digest, ({"name": name, "sha256": digest},))
+    return replace(found, calibrates="calibration" in found.splits).checked()
 
 
 def shipped(name: str) -> QuerySet:

@@ -78,7 +78,7 @@ def _check_pairs(queries: Sequence[Query], path: Path | str) -> None:
             )
 
 
-def from_row(row: Mapping[str, Any], number: int, path: Path) -> Query:
+def from_row(row: Mapping[str, Any], number: int, path: Path | str) -> Query:
     """Return the query that a row in our own format stands for.
 
     Args:

@@ -111,7 +111,8 @@ def read(folder: Path, taken: Container[str] = ()) -> Run:
     while name in taken:
         name = f"{folder.resolve().name} ({place})"
         place += 1
-    return Run(name, record, tables, files, texts, unread)
+    drawn = tuple(one.removesuffix(".png") for one in files if one.endswith(".png"))
+    return Run(name, record, tables, files, texts, unread, drawn)
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Request:
     """What a user asked for, short of the defenses."""
 
     model: str
-    data: str
+    data: str | QuerySet
     split: str | None
     limit: int | None
     batch_size: int | None
@@ -42,6 +42,10 @@ class Request:
     attacks: tuple[Attack, ...] = (AS_IS,)
     readouts: tuple[str, ...] = ("words",)
 
+    def asked(self, say: Say = lambda text: None) -> QuerySet:
+        """Return the whole set that is asked about, all splits of it."""
+        return queries.load(self.data, self.offline, say) if isinstance(self.data, str) else self.data
+
     def queries(self, say: Say = lambda text: None) -> tuple[QuerySet, str, QuerySet]:
         """Return the queries that are scored, the split they are, and those that the readout is made from.
 
@@ -51,7 +55,7 @@ class Request:
         Args:
             say: told in words before anything is fetched.
         """
-        data = queries.load(self.data, self.offline, say)
+        data = self.asked(say)
         calibration = (data.calibration() or queries.load("contrast").split("calibration")).checked()
         if self.split == HALVES:
             halved = data.halved(self.seed)

@@ -18,10 +18,7 @@ from analysis.tables import UNVALIDATED, condition
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.plots import Context
     from analysis.preflight import Check
-    from analysis.readout import Readout
-    from analysis.tables import Summary
 
 
 def progress(console: Console) -> Progress:
@@ -42,7 +39,7 @@ def drafting(bar: Progress, task: TaskID) -> Callable[[int, int], None]:
     return lambda made, wanted: bar.update(task, description=f"asking first ({made}/{wanted})")
 
 
-def summary(summary: Summary, record: Mapping[str, Any]) -> None:
+def summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
     """Print one row per defense: rates, AUROC, the two contrasts, and the verdict."""
     data, model = record["data"], record["model"]
     title = (
@@ -52,7 +49,7 @@ def summary(summary: Summary, record: Mapping[str, Any]) -> None:
     console = stdout()  # two lines a row: so it fits 80 columns
     heads = ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination")
     shown = table("\ndefense\nverdict", heads, title, lines=True)
-    for values in rows(summary.frame):
+    for values in rows(summary):
         control, reference = values["family"] == "control", values["verdict"] == "reference"
         rates = [interval(values, name, ".0f", 100.0) for name in ("refusal_rate", "over_refusal_rate")]
         change, shift, discrimination = (
@@ -141,22 +138,6 @@ def failures(checks: Sequence[Check]) -> None:
     console.print(Text(text), soft_wrap=True)
 
 
-def context(record: Mapping[str, Any], readout: Readout) -> Context:
-    """Return what the figures' captions say about a run."""
-    from analysis.plots import Context
-
-    return Context(
-        model=_model(record),
-        data=record["data"]["name"],
-        split=record["data"]["split"],
-        threshold=readout.threshold,
-        readout=_read(readout),
-        judge=_judged(readout),
-        refusing=tuple(token.strip() for token in record["readout"]["refuse"]),
-        complying=tuple(token.strip() for token in record["readout"]["comply"]),
-    )
-
-
 def rows(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table by the names of its columns."""
     for row in frame.to_dict("records"):
@@ -174,27 +155,6 @@ def interval(row: Mapping[str, Any], name: str, form: str, scale: float = 1.0) -
     if value != value:  # there is none: a class is missing, or nothing varies
         return "–"
     return f"{value:{form}} [{low:{form}}, {high:{form}}]" if low <= high else f"{value:{form}}"
-
-
-def _read(readout: Readout) -> str:
-    """How logits are read, as a caption puts it in front of the words."""
-    if readout.questions:
-        return "first-token logits, asked whether the request should be refused, of"
-    if readout.name.startswith("prefilled-"):
-        return f"behind {readout.name.removeprefix('prefilled-')} tokens of a complying opener, logits of"
-    return "log-odds, against all other first tokens, of" if readout.odds else "first-token logits of"
-
-
-def _judged(readout: Readout) -> str:
-    """Where the threshold is from, as it reads in parentheses."""
-    return f"fitted {readout.fitted}" if readout.fitted else "no judge: first-token readout"
-
-
-def _model(record: Mapping[str, Any]) -> str:
-    """The model as a reader would look it up: a path says nothing to anyone else."""
-    name, found = record["model"]["name"], record["model"]["id"]
-    known = [found] if "/" in name or name == found else [name, found]
-    return f"{known[0]} ({', '.join([*known[1:], record['dtype']])})"
 
 
 def trust(summary: pd.DataFrame, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ _WORDS = {
 }
 
 
-def front(found: pd.DataFrame, record: dict[str, Any]) -> None:
+def front(found: pd.DataFrame, record: Mapping[str, Any]) -> None:
     """Print the front that the calibration split shows, with what became of it on the test split.
 
     Args:

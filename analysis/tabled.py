@@ -8,26 +8,17 @@ from typing import Any
 import pandas as pd
 
 from analysis.cells import Column, Shown, named, number, shade, told, verdict, word
-from analysis.folder import Run
+from analysis.folder import ESTIMATES, Run
 from analysis.headline import first_attack
-
-_ESTIMATES: tuple[Column, ...] = (
-    ("refusal_rate", "harmful refused (%)", ".0f", 100, True),
-    ("over_refusal_rate", "benign refused (%)", ".0f", 100, True),
-    ("auroc", "AUROC", ".2f", 1, True),
-    ("delta_auroc", "ΔAUROC", "+.2f", 1, True),
-    ("shift", "shift (nats)", "+.2f", 1, True),
-    ("discrimination", "discrimination (nats)", "+.2f", 1, True),
-)
 
 
 def summaries(run: Run) -> list[Shown]:
     """Return the summary of a run, a table for each attack."""
     found = []
     for attack, rows in run.tables["summary"].groupby("attack", sort=False):
-        heads = ("defense", "family", "what the intervals say", *(head for _, head, *_ in _ESTIMATES))
+        heads = ("defense", "family", "what the intervals say", *(head for _, head, *_ in ESTIMATES))
         lines = [
-            (named(row), str(row["family"]), verdict(row), *(told(row, one) for one in _ESTIMATES))
+            (named(row), str(row["family"]), verdict(row), *(told(row, one) for one in ESTIMATES))
             for row in rows.to_dict("records")
         ]
         sent = "queries sent as they are" if attack == "direct" else f"attack: {attack}"
@@ -41,7 +32,7 @@ def against_attacks(run: Run) -> list[Shown]:
     summary = run.tables.get("summary", pd.DataFrame({"attack": []}))
     attacks = list(dict.fromkeys(map(str, summary["attack"])))
     found = []
-    for column, head, form, factor, _ in _ESTIMATES[:2] if len(attacks) > 1 else ():
+    for column, head, form, factor, _ in ESTIMATES[:2] if len(attacks) > 1 else ():
         lines, shades = [], []
         for _, rows in summary.groupby("defense", sort=False):
             by = {str(row["attack"]): row for row in rows.to_dict("records")}
@@ -122,7 +113,7 @@ def across(runs: Sequence[Run]) -> tuple[Shown | None, list[dict[str, Any]]]:
         for row in summary[summary["attack"] == first_attack(summary)].to_dict("records"):
             rows.setdefault(str(row["defense"]), {})[run.name] = {str(key): one for key, one in row.items()}
     shared = {name: by for name, by in rows.items() if len(by) > 1}
-    columns = [_ESTIMATES[0], _ESTIMATES[1], _ESTIMATES[3]]
+    columns = [ESTIMATES[0], ESTIMATES[1], ESTIMATES[3]]
     lines = tuple(
         (named(row), of, verdict(row), *(told(row, one) for one in columns))
         for by in shared.values()

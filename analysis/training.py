@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis import generation, manifest, queries, saving, showing, states
+from analysis import generation, manifest, saving, showing, states
 from analysis.datasets import TABLE
 from analysis.models import LoadedModel
 from analysis.queries import QuerySet
@@ -48,7 +48,7 @@ def train(
     if importlib.util.find_spec("trl") is None:
         raise UserError("training needs TRL: pip install 'refusalscope[train]'")
     console = Console(stderr=True)
-    data = queries.load(request.data, request.offline, teller(console))
+    data = request.asked(teller(console))
     _refuse_testing_only(data)
     data = data.split("train" if "train" in data.splits else "all").limit(request.limit).checked()
     if out is not None:

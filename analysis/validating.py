@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from analysis import manifest, queries, saving, showing, tallies, validity
+from analysis import folder, manifest, queries, saving, showing, tallies, validity
 from analysis.agreement import RULE, ranks, reliability
 from analysis.hearing import Heard, agreements, curves, hear, table, worths
 from analysis.judge import READERS, judged_and_refused
@@ -154,7 +154,7 @@ def _drawn(
         if not known.any():
             continue
         curve = reliability(chance[known], refused)
-        context = showing.context({**record, "readout": manifest.of_readout(readout)}, readout)
+        context = folder.context(record, readout.name)
         here = found[(found["readout"] == readout.name) & (found["n"] > 0)]
         suffix = f"-{readout.name}" if len(ready.readouts) > 1 else ""
         for stem, one in of_validity(here, curve, context, record["judge"]["name"], tokens).items():

@@ -40,16 +40,17 @@ def names() -> list[str]:
     return list(classes())
 
 
-def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defense:
+def get(name: str, settings: Mapping[str, object] | None = None) -> defenses.Defense:
     """Return the defense of that name, or the one in that `.py` file, with its settings.
 
-    >>> get("backdoor", {"length": "50"})
+    >>> get("backdoor", {"length": 50})
     Backdoor(weights=None, trigger=None, length=50, system='You are a helpful assistant.')
 
     Args:
         name: one of `names()`, or the path of a file that defines one defense; or several of them, to be worn
             at once, with + in between.
-        settings: field name to text as typed; `@file` stands for what is in the file.
+        settings: field name to value, or to text as it is typed for the command; `@file` stands for what is
+            in the file.
 
     Raises:
         UserError: if there is no such defense or setting.
@@ -66,29 +67,29 @@ def get(name: str, settings: Mapping[str, str] | None = None) -> defenses.Defens
         cls = known[name]
     else:
         raise unknown("defense", name, known, " (or a path ending in .py)")
-    values = {key: value(cls, key, text) for key, text in (settings or {}).items()}
+    values = {key: value(cls, key, str(text)) for key, text in (settings or {}).items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"defense {cls.name!r} cannot be made: {error}") from error
 
 
-def choose(names: Sequence[str], settings: Sequence[str]) -> list[defenses.Defense]:
+def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> list[defenses.Defense]:
     """Return the defenses by name, the undefended model first, each with the settings meant for it.
 
-    >>> [defense.name for defense in choose(["policy"], [])]
-    ['none', 'policy']
+    >>> [defense.name for defense in choose(["policy", get("backdoor")], [])]
+    ['none', 'policy', 'backdoor']
 
     Args:
-        names: as for `get`; `all` stands for every one in this package.
+        names: as for `get`; `all` stands for every one in this package; or defenses themselves.
         settings: `key=value`, or `defense.key=value` where several have that key; a member of a stack has the
             settings that it has alone.
     """
     everyone = list(classes()) if "all" in names else []
     asked = [name for name in ["none", *everyone, *names] if name != "all"]
-    wanted = list(dict.fromkeys(tuple(worn_together(name)) for name in asked))
+    wanted = list(dict.fromkeys(tuple(worn_together(n)) if isinstance(n, str) else (n,) for n in asked))
     single = list(dict.fromkeys(one for worn in wanted for one in worn))
-    plain = [get(name) for name in single]
+    plain = [get(one) if isinstance(one, str) else one for one in single]
     repeated = [
         one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
     ]
@@ -103,7 +104,9 @@ def choose(names: Sequence[str], settings: Sequence[str]) -> list[defenses.Defen
         if dot and owner not in [one.name for one in plain]:
             raise unknown("defense in --set", owner, [one.name for one in plain])
         takers = [
-            at for at, one in enumerate(plain) if (one.name == owner if dot else field in settings_of(one))
+            at
+            for at, one in enumerate(plain)
+            if isinstance(single[at], str) and (one.name == owner if dot else field in settings_of(one))
         ]
         if not takers:
             known = sorted({name for one in plain for name in settings_of(one)})
@@ -116,8 +119,8 @@ def choose(names: Sequence[str], settings: Sequence[str]) -> list[defenses.Defen
             which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
             raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
         given.setdefault(takers[0], {})[field] = value
-    made = {name: get(name, given[at]) if at in given else plain[at] for at, name in enumerate(single)}
-    return [_stacked([made[one] for one in worn], "+".join(worn)) for worn in wanted]
+    made = {one: get(str(one), given[at]) if at in given else plain[at] for at, one in enumerate(single)}
+    return [_stacked([made[one] for one in worn], "+".join(map(str, worn))) for worn in wanted]
 
 
 def worn_together(name: str) -> list[str]:

@@ -31,9 +31,20 @@ from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+_SEEN: set[Any] = set()
+
 
 def checked(hinted: Any) -> Any:
-    """Check hints by beartype, save for `-> Self`, which it knows only where a whole class is decorated."""
+    """Check hints by beartype, save for `-> Self`, which it knows only where a whole class is decorated.
+
+    A function inside a function is checked the first time that it is made: beartype writes code for each
+    anew, which took a good part of the time of all tests.
+    """
+    code = getattr(hinted, "__code__", None)
+    if code in _SEEN:
+        return hinted
+    if code is not None and "<locals>" in hinted.__qualname__:
+        _SEEN.add(code)
     if getattr(hinted, "__annotations__", {}).get("return") in ("Self", Self):
         del hinted.__annotations__["return"]
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(hinted)  # an int is a float
@@ -316,7 +327,7 @@ def tiny_model(family: str = "llama") -> Any:
 
 
 def fresh_model(family: str = "llama") -> Any:
-    """Return a tiny model of one's own, to be changed; no copy, which would have the hooks that others left."""
+    """Return a tiny model of one's own, to be changed; no copy: it would have hooks that others left."""
     return tiny_model.__wrapped__(family)
 
 

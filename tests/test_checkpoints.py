@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -353,6 +354,19 @@ def test_the_tokenizer_of_a_gguf_says_what_the_one_it_was_made_from_says(tmp_pat
     assert tokenizer.decode(got) == plain.decode(want)
     assert tokenizer.chat_template == plain.chat_template
     assert (tokenizer.bos_token, tokenizer.eos_token) == (plain.bos_token, plain.eos_token)
+
+
+def test_code_that_lies_beside_a_gguf_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who is asked says yes
+    path = write_gguf(tmp_path / "toy.gguf")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n", "utf-8")
+    named = {"auto_map": {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}}
+    named["auto_map"]["AutoModelForCausalLM"] = "evil.Evil"
+    for name in ("tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps(named), "utf-8")
+    with contextlib.suppress(UserError):
+        checkpoints.from_gguf(path, said().say)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_gguf_without_a_chat_template_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from analysis.resampling import Units
 from analysis.voting import Board
 
 THRESHOLD = -1.0
-RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "all", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
+RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
 OF = ("reminders", "backdoor", "refactoring", "noise", "tuning")
 MANNERS = {
     "usual": {},

@@ -23,7 +23,7 @@ LONG = "a_defense_of_the_users_own_with_quite_a_long_name"
 NAMES = ["none", "backdoor", "backdoor/no_secret", "neutral_prompt", LONG]
 
 
-def planted() -> Summary:
+def planted() -> pd.DataFrame:
     """Return a summary of a few defenses."""
     rows = []
     for name in NAMES:
@@ -34,7 +34,7 @@ def planted() -> Summary:
         row["verdict"] = "reference" if name == "none" else "shift + discrimination +"
         row["trusted"] = "not validated"
         rows.append(row)
-    return Summary(pd.DataFrame(rows))
+    return Summary(pd.DataFrame(rows)).frame
 
 
 class Terminal(io.StringIO):
@@ -50,7 +50,7 @@ def printed(monkeypatch, columns, summary=None):
     monkeypatch.setenv("COLUMNS", str(columns or 80))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", out)
-    showing.summary(summary or planted(), RECORD)
+    showing.summary(planted() if summary is None else summary, RECORD)
     return re.sub("\x1b[^m]*m", "", out.getvalue())
 
 
@@ -73,9 +73,9 @@ def test_names_and_verdicts_are_all_there(monkeypatch, columns):
 
 
 def test_a_value_without_an_interval_stands_alone_and_none_is_a_dash(monkeypatch):
-    frame = planted().frame.copy()
+    frame = planted()
     frame[["shift_low", "shift_high", "auroc", "auroc_low", "auroc_high"]] = np.nan
-    text = printed(monkeypatch, None, Summary(frame))
+    text = printed(monkeypatch, None, Summary(frame).frame)
     row = next(line for line in text.splitlines() if line.startswith("backdoor "))
     cells = [cell.strip() for cell in row.split("│")]
     assert cells[2:] == ["–", "+0.25"]

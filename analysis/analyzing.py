@@ -1,0 +1,122 @@
+"""What `analyze` computes: every defense and the undefended model, scored and summed up, not printed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pandas as pd
+from rich.console import Console
+
+from analysis import factorial, folder, manifest, pricing, validity
+from analysis.decompose import summarize
+from analysis.found import Found
+from analysis.preflight import Check
+from analysis.preparing import prepare, unreached, why_lost
+from analysis.request import Request
+from analysis.run import conditions
+from analysis.sweeping import failed_cells, sweep
+from analysis.tables import UNDEFENDED, ScoreTable
+from defenses import Defense, UserError
+
+
+class NotReached(UserError):
+    """No defense reaches the model, so that there is nothing to score.
+
+    Attributes:
+        checks: that failed.
+    """
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self.checks = checks
+        first = checks[0]
+        super().__init__(f"nothing was scored: {first.condition}: {first.name}: {first.seen}")
+
+
+def find(
+    request: Request,
+    names: Sequence[str | Defense],
+    settings: Sequence[str],
+    console: Console,
+    with_cost: bool = False,
+) -> Found:
+    """Score every defense and the undefended model, and say what each does.
+
+    Args:
+        request: what the user asked for.
+        names: of the defenses, or defenses themselves.
+        settings: of those that are named.
+        console: for progress.
+        with_cost: whether it is also measured what each defense costs.
+
+    Raises:
+        NotReached: if no defense reaches the model.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    ready = prepare(request, names, settings, console)
+    bench = ready.bench
+    every = conditions(ready.defenses)
+    failed = unreached(ready, every, console)
+    lost = why_lost(failed)
+    left = [
+        (attack.name, name)
+        for attack in request.attacks
+        for name in every
+        if name != UNDEFENDED and not {(attack.name, name), (attack.name, UNDEFENDED)} & lost.keys()
+    ]
+    if lost and not left:  # nothing to compare, or nothing to compare it with
+        raise NotReached([one for checks in failed.values() for one in checks])
+    bench.engine.work.reset()
+    swept = sweep(ready, every, lost, console)
+    frames, finished = swept.frames, swept.finished(every)
+    if not frames or (swept.interrupted and len(frames) < 2):
+        # An attack's undefended condition alone says nothing of a defense.
+        if swept.interrupted:
+            raise KeyboardInterrupt
+        raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()))}")
+    timed = {name: one for name, one in finished.items() if (request.attacks[0].name, name) in frames}
+    spent = pricing.priced(ready, timed, request.seed, console) if with_cost else None
+    record = {
+        "created": started.isoformat(timespec="seconds"),
+        "interrupted": swept.interrupted,
+        "conditions_wanted": swept.wanted,
+        "failed": failed_cells(swept.lost),
+        **manifest.of(bench, ready.readout, finished, ready.data, ready.split, request.limit),
+        "notices": ready.notices,
+        "wall_seconds": round(time.perf_counter() - clock, 1),
+        "tokens": {"computed": bench.engine.work.computed, "saved": bench.engine.work.saved},
+        "scores_found_in_cache": bench.store.found if bench.store is not None else 0,
+    }
+    record |= manifest.of_attacks(request.attacks)
+    record["trusted"] = validity.of_run(bench, request.attacks, finished, ready.readout, frames)
+    scores = ScoreTable(pd.concat(list(frames.values()), ignore_index=True), record)
+    with console.status("intervals and figures"):
+        summary = summarize(scores, seed=request.seed)
+        from analysis.plots import figures, of_price
+
+        about = folder.context(record)
+        drawn = figures(scores.frame, summary.frame, about)
+        if spent is not None:
+            gained = ["defense", "family", "refusal_rate", "over_refusal_rate"]
+            gained += [f"delta_auroc{end}" for end in ("", "_low", "_high")]
+            first = summary.frame["attack"] == request.attacks[0].name
+            spent = spent.merge(summary.frame.loc[first, gained], on="defense")
+            drawn["cost"] = of_price(spent, about)
+    tables = {
+        **_effects(scores, request.seed),
+        "scores": scores.frame,
+        "summary": summary.frame,
+    }
+    return Found.of("analyze", record, tables, drawn, ready, swept.lost)
+
+
+def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
+    """The effects of each 2 × 2 that was run whole."""
+    there = set(scores.conditions)
+    found = [
+        factorial.effects(scores, attack, defense, seed)
+        for attack, defense in scores.conditions
+        if all((attack, cell) in there for cell in factorial.cells(defense))
+    ]
+    return {"effects": pd.concat(found, ignore_index=True)} if found else {}

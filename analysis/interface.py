@@ -1,0 +1,236 @@
+"""The Python interface: what the command does, called from a notebook; frames in, frames and figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from analysis import attacks as sending
+from analysis.folder import Run
+from analysis.options import SITES
+from analysis.request import HALVES, Request
+from defenses import Defense
+
+_ONE = "words"  # the readout where none is named
+
+
+def analyze(
+    defenses: Sequence[str | Defense],
+    model: str = "smollm2",
+    *,
+    data: str | pd.DataFrame = "contrast",
+    split: str | None = None,
+    limit: int | None = None,
+    attacks: Sequence[str] = ("direct",),
+    readout: str = _ONE,
+    cost: bool = False,
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Run:
+    """Read each defense as a refuse/comply classifier and say what it does, as `analyze -d …` does.
+
+    Args:
+        defenses: names, as `-d` takes them, or defenses themselves: `get("policy")`, `MyOwn()`.
+        model: name, Hugging Face id, folder, or `.gguf` file.
+        data: as `--data`, or a frame with the columns `text` and `harmful`.
+        split: train, calibration, test or all; by default test where there is one.
+        limit: queries at most, pairs kept whole.
+        attacks: how queries are sent, as `--attack`.
+        readout: how a forward pass becomes a number, as `--readout`.
+        cost: whether it is also measured what each defense costs.
+        settings: of the defenses that are named, as `--set`.
+        batch_size: prompts in one pass; None tries what fits.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: of everything random.
+        offline: whether nothing may be fetched.
+
+    Returns:
+        `tables` (scores, summary, effects, and the table of each figure), `brief()`, and `figure(name)`.
+
+    Raises:
+        UserError: for what the command would have answered in one line.
+    """
+    from analysis import analyzing
+
+    request = _request(model, data, split, limit, attacks, readout, batch_size, device, dtype, seed, offline)
+    return analyzing.find(request, defenses, settings, _console(), cost).run
+
+
+def combine(
+    defenses: Sequence[str | Defense],
+    model: str = "smollm2",
+    *,
+    size: int = 2,
+    stacks: int = 5,
+    data: str | pd.DataFrame = "contrast",
+    limit: int | None = None,
+    attacks: Sequence[str] = ("direct",),
+    readout: str = _ONE,
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Run:
+    """Predict what defenses come to together, and observe it, as `analyze ensembles` does.
+
+    Args:
+        defenses: names, or defenses themselves.
+        model: name, Hugging Face id, folder, or `.gguf` file.
+        size: members of an ensemble at most, 2 or 3.
+        stacks: how many of the most promising stacks are run, and as many drawn by chance.
+        data: as `--data`, or a frame of queries.
+        limit: queries of either split at most.
+        attacks: how queries are sent.
+        readout: how a forward pass becomes a number.
+        settings: of the defenses that are named.
+        batch_size: prompts in one pass.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: of everything random.
+        offline: whether nothing may be fetched.
+
+    Returns:
+        Among its tables `ensembles` (predicted, observed, interaction), `additivity`, `candidates`.
+    """
+    from analysis import comparing
+
+    request = _request(model, data, HALVES, limit, attacks, readout, batch_size, device, dtype, seed, offline)
+    return comparing.find(request, defenses, settings, size, stacks, _console()).run
+
+
+def locate(
+    defenses: Sequence[str | Defense],
+    model: str = "smollm2",
+    *,
+    sites: Sequence[str] = SITES,
+    top: int = 10,
+    patched: int = 32,
+    ensembles: Path | str | None = None,
+    data: str | pd.DataFrame = "contrast",
+    split: str | None = None,
+    limit: int | None = None,
+    attacks: Sequence[str] = ("direct",),
+    readout: str = _ONE,
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Run:
+    """Find out in which layers, heads and MLPs defenses act, as `analyze mechanism` does.
+
+    Args:
+        defenses: names, or defenses themselves.
+        model: name, Hugging Face id, folder, or `.gguf` file.
+        sites: what is patched: residual, attention, mlp, heads.
+        top: parts that are drawn one by one, and heads that are patched.
+        patched: queries at most that interventions run on; 0 for none.
+        ensembles: folder of `analyze ensembles`: do defenses that use the same parts interact?
+        data: as `--data`, or a frame of queries.
+        split: train, calibration, test or all.
+        limit: queries at most.
+        attacks: how queries are sent.
+        readout: how a forward pass becomes a number; one that is linear in the logits.
+        settings: of the defenses that are named.
+        batch_size: prompts in one pass.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: of everything random.
+        offline: whether nothing may be fetched.
+
+    Returns:
+        Among its tables `layers`, `parts`, `directions`, `patches`, `cuts`, `weights` and `profiles`.
+    """
+    from analysis import locating
+    from analysis.looking import Wanted
+
+    request = _request(model, data, split, limit, attacks, readout, batch_size, device, dtype, seed, offline)
+    wanted = Wanted(tuple(sites), top, patched, None if ensembles is None else Path(ensembles))
+    return locating.find(request, defenses, settings, wanted, _console()).run
+
+
+def read(folder: Path | str) -> Run:
+    """Return the run that lies in a folder that the command has written.
+
+    >>> from analysis import data_folder, read
+    >>> folder = data_folder().parent / "figures" / "backdooralign"  # in a checkout
+    >>> read(folder).figures if folder.is_dir() else ("margins", "plane", "roc", "square")
+    ('margins', 'plane', 'roc', 'square')
+    """
+    from analysis import reporting
+
+    return reporting.read(Path(folder))
+
+
+def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd.DataFrame:
+    """Return shift, discrimination and all else of scores that came from anywhere, a row per defense.
+
+    >>> rows = [(f"{side}{n}", side == "h", d, n + (d == "shifted")) for side in "hb" for n in (0.0, 1.0, 2.0)
+    ...         for d in ("none", "shifted")]
+    >>> scores = pd.DataFrame(rows, columns=["query", "harmful", "defense", "margin"])
+    >>> summarize(scores).set_index("defense").loc["shifted", ["shift", "discrimination"]].tolist()
+    [1.0, 0.0]
+
+    Args:
+        scores: columns `query`, `harmful`, `defense` (the undefended is `none`) and `margin` (nats, positive
+            refuses); `pair` and `attack` if there are any.
+        threshold: margin above which "refuse" is said, nats.
+        seed: of the bootstrap.
+    """
+    from scipy.special import expit
+
+    from analysis import decompose
+    from analysis.tables import DIRECT, SCORES, ScoreTable
+
+    usual = {
+        "pair": None,
+        "category": "",
+        "attack": DIRECT,
+        "p_refuse": expit(scores["margin"] - threshold),
+        "prompt_tokens": 0,
+        "coverage": 1.0,
+    }
+    frame = scores.assign(**{name: one for name, one in usual.items() if name not in scores})
+    families = {name: {"family": "none" if name == "none" else "own"} for name in frame["defense"].unique()}
+    table = ScoreTable(
+        frame[list(SCORES)].reset_index(drop=True),
+        {"readout": {"threshold": threshold}, "defenses": families},
+    )
+    return decompose.summarize(table, seed=seed).frame
+
+
+def _request(
+    model: str,
+    data: str | pd.DataFrame,
+    split: str | None,
+    limit: int | None,
+    attacks: Sequence[str],
+    readout: str,
+    batch_size: int | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    offline: bool,
+) -> Request:
+    from analysis import queries
+
+    asked = data if isinstance(data, str) else queries.framed(data)
+    sent = sending.chosen(list(attacks))
+    return Request(model, asked, split, limit, batch_size, device, dtype, seed, offline, sent, (readout,))
+
+
+def _console() -> Console:
+    """Progress in a terminal; a notebook keeps its outputs, and nobody reads a bar in them."""
+    plain = Console(stderr=True, force_jupyter=False)
+    return plain if plain.is_terminal else Console(stderr=True, force_jupyter=False, quiet=True)
