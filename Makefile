@@ -53,7 +53,7 @@ adapters: .venv/ready-dev ## make the shipped weights again (about 40 minutes on
 	  -o $(STATES)/preference
 
 notebooks: .venv/ready-dev ## run every notebook from the top and save what comes out (some minutes)
-	cd notebooks && ../$(BIN)/jupyter execute --inplace *.ipynb
+	$(BIN)/python tests/test_notebooks.py
 
 bench: .venv/ready ## how fast is the engine, and how near to the machine's limit
 	$(BIN)/python tests/bench.py

@@ -6,7 +6,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import atlas, plots
+from analysis.atlas import DRAWN as INSIDE
+from analysis.atlas import banner
 from analysis.exhibits import caption_of, kind_of, title_of
 from analysis.folder import Run
 from analysis.forecast import forecast
@@ -14,13 +15,14 @@ from analysis.grid import grid
 from analysis.interactions import interactions
 from analysis.lettering import complete
 from analysis.pareto import pareto
+from analysis.plots import DRAWN as USUAL
 from analysis.price import price
 from analysis.strip import secrets
 from analysis.trust import calibration, rates
 
 DRAWN: dict[str, Callable[[pd.DataFrame], Axes]] = {
-    **{kind: draw for kind, (draw, _) in plots.DRAWN.items()},
-    **atlas.DRAWN,
+    **{kind: draw for kind, (draw, _) in USUAL.items()},
+    **INSIDE,
     "attacks": grid,
     "calibration": calibration,
     "cost": price,
@@ -44,6 +46,5 @@ def figure(run: Run, name: str) -> Figure:
         known = ", ".join(one for one in run.figures if one in run.tables)
         raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
     points = run.tables[name]
-    trusted = run.tables.get("summary") if kind in atlas.DRAWN else None
-    banner = atlas.banner(points, trusted)
-    return complete(DRAWN[kind](points), title_of(kind, points), caption_of(run, name), banner)
+    warning = banner(points, run.tables.get("summary")) if kind in INSIDE else ""
+    return complete(DRAWN[kind](points), title_of(kind, points), caption_of(run, name), warning)

@@ -232,5 +232,6 @@ def _request(
 
 def _console() -> Console:
     """Progress in a terminal; a notebook keeps its outputs, and nobody reads a bar in them."""
-    plain = Console(stderr=True, force_jupyter=False)
-    return plain if plain.is_terminal else Console(stderr=True, force_jupyter=False, quiet=True)
+    usual = Console(stderr=True)  # in a notebook, it would call itself a terminal if it were not asked this
+    quiet = usual.is_jupyter or not usual.is_terminal
+    return Console(stderr=True, force_jupyter=False, quiet=quiet)

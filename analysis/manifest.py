@@ -7,7 +7,6 @@ import importlib.metadata
 import inspect
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +127,17 @@ def of_defense(defense: Defense) -> dict[str, Any]:
 
 def _source_sha256(kind: type[Defense]) -> str | None:
     """The digest of the file that defines a class, or, of one typed into a notebook, of its methods."""
+    written: list[Any] = [one for one in filter(inspect.isfunction, vars(kind).values()) if _of_source(one)]
+    written = written or [kind] * _of_source(kind)
+    files = {Path(inspect.getfile(one)) for one in written}
+    if len(files) == 1 and (path := files.pop()).is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256("".join(map(inspect.getsource, written)).encode()).hexdigest() if written else None
+
+
+def _of_source(written: Any) -> bool:
+    """Whether somebody wrote it and it can be read; dataclasses make some methods."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+        return bool(inspect.getsource(written))
     except (OSError, TypeError):
-        found = []
-        for method in filter(inspect.isfunction, vars(kind).values()):
-            with suppress(OSError, TypeError):
-                found.append(inspect.getsource(method))
-        return hashlib.sha256("".join(found).encode()).hexdigest() if found else None
+        return False

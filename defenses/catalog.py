@@ -95,21 +95,20 @@ def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> 
     ]
     if repeated:
         raise UserError(f"two defenses are named {repeated[0]!r}: rename the class in your file")
+    named = {at: one for at, one in enumerate(plain) if isinstance(single[at], str)}
     given: dict[int, dict[str, str]] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         owner, dot, field = key.rpartition(".")
         if not equals or not key:
             raise UserError(f"--set {setting}: it takes key=value or defense.key=value")
-        if dot and owner not in [one.name for one in plain]:
-            raise unknown("defense in --set", owner, [one.name for one in plain])
+        if dot and owner not in [one.name for one in named.values()]:
+            raise unknown("defense in --set", owner, [one.name for one in named.values()])
         takers = [
-            at
-            for at, one in enumerate(plain)
-            if isinstance(single[at], str) and (one.name == owner if dot else field in settings_of(one))
+            at for at, one in named.items() if (one.name == owner if dot else field in settings_of(one))
         ]
         if not takers:
-            known = sorted({name for one in plain for name in settings_of(one)})
+            known = sorted({name for one in named.values() for name in settings_of(one)})
             raise (
                 unknown("setting", field, known)
                 if known

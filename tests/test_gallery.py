@@ -1,0 +1,82 @@
+"""Figures are drawn again from their CSV alone: the same pictures that lie in figures/."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_model
+from PIL import Image
+
+from analysis import analyze, read
+from analysis.exhibits import kind_of
+from analysis.gallery import DRAWN
+from defenses import get
+
+ROOT = Path(__file__).resolve().parent.parent / "figures"
+SHIPPED = [(path.parent.name, path.stem) for path in sorted(ROOT.glob("*/*.png"))]
+# One of each kind, and of a kind with several readouts the last: which readout it is of stands in its name.
+EACH = {kind_of(stem): (folder, stem) for folder, stem in SHIPPED if folder != "ensembles-qwen"}
+
+
+def pixels(picture):
+    return np.asarray(Image.open(picture).convert("RGB")).astype(int)
+
+
+def redrawn(figure):
+    held = io.BytesIO()
+    figure.savefig(held, format="png")
+    return pixels(held)
+
+
+def test_every_picture_has_its_csv_and_a_record_beside_it():
+    assert len(SHIPPED) > 30
+    for folder, stem in SHIPPED:
+        assert (ROOT / folder / f"{stem}.csv").is_file(), (folder, stem)
+        assert json.loads((ROOT / folder / "run.json").read_text("utf-8"))["model"]["name"]
+
+
+def test_every_kind_can_be_drawn_again_and_all_but_cost_are_in_the_gallery():
+    assert set(EACH) <= set(DRAWN) and set(DRAWN) - set(EACH) == {"cost"}
+
+
+@pytest.mark.parametrize("kind", sorted(EACH))
+def test_a_figure_is_drawn_again_from_its_csv(kind):
+    folder, stem = EACH[kind]
+    shipped, again = pixels(ROOT / folder / f"{stem}.png"), redrawn(read(ROOT / folder).figure(stem))
+    assert shipped.shape == again.shape
+    # Seven digits in the CSV move an edge by less than a pixel.
+    assert (np.abs(shipped - again).max(axis=2) > 40).mean() < 2e-3
+
+
+def test_another_number_is_another_picture(tmp_path):
+    folder = shutil.copytree(ROOT / "backdooralign", tmp_path / "copy")
+    text = (folder / "square.csv").read_text("utf-8")
+    run = read(folder)
+    before = redrawn(run.figure("square"))
+    value = str(run.tables["square"]["shift"].max())
+    assert text.count(value) == 1
+    (folder / "square.csv").write_text(text.replace(value, str(float(value) - 2)), "utf-8")
+    after = redrawn(read(folder).figure("square"))
+    assert before.shape != after.shape or (before != after).mean() > 1e-3
+
+
+def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_model(tmp_path / "tiny")
+    from analysis import analyzing, interface
+
+    found = {}
+    find = analyzing.find
+    monkeypatch.setattr(analyzing, "find", lambda *args: found.setdefault("it", find(*args)))
+    run = analyze(["policy", get("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
+    assert run.figures == ("margins", "plane", "roc") and interface.analyze is analyze
+    for name in run.figures:
+        assert (redrawn(run.figure(name)) == redrawn(found["it"].pictures[name])).all()
+    found["it"].save(tmp_path / "run")
+    again = read(tmp_path / "run")
+    assert again.figures == run.figures and list(again.brief().index) == list(run.brief().index)
+    with pytest.raises(ValueError, match=r"no figure 'plan'.*margins, plane, roc"):
+        run.figure("plan")

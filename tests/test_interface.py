@@ -1,0 +1,167 @@
+"""The Python interface says what the command says, and takes defenses and frames."""
+
+import hashlib
+import linecache
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import home, save_model
+from test_cli import analyze as command
+
+import analysis
+from analysis import analyze, combine, intervals, locate, read, summarize
+from analysis.manifest import _source_sha256
+from analysis.queries import framed, load
+from defenses import Defense, UserError, get
+from defenses.catalog import choose
+from defenses.chats import prepend_system
+
+
+@dataclass(frozen=True)
+class Polite(Defense):
+    """Says please."""
+
+    text: str = "Please."
+
+    def rewrite(self, chat, rng: random.Random):
+        return prepend_system(chat, self.text)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    home(monkeypatch, tmp_path)
+    save_model(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+def test_the_tables_are_those_that_the_command_writes(tiny, tmp_path):
+    run = analyze(["policy", "self_reminder"], tiny, limit=20, settings=["policy.text=Be kind."])
+    out = tmp_path / "out"
+    asked = f"-d policy -d self_reminder -m {tiny} --limit 20 -o {out} --set".split()
+    done = command(*asked, "policy.text=Be kind.")
+    assert done.code == 0
+    stored = read(out)
+    assert set(stored.tables) == set(run.tables)
+    for name in ("scores", "summary"):
+        # What is written has seven digits.
+        pd.testing.assert_frame_equal(stored.tables[name], run.tables[name], check_dtype=False, rtol=1e-5)
+    assert run.record["defenses"] == stored.record["defenses"]
+    assert str(run).startswith("Of 2 defenses on ") and "tables: scores, summary" in str(run)
+    assert run.texts.items() <= stored.texts.items()
+
+
+def test_defenses_themselves_are_worn_with_their_settings(tiny):
+    run = analyze([Polite("Kindly."), get("policy", {"text": "Be kind."})], tiny, limit=20)
+    told = run.record["defenses"]
+    assert told["polite"]["settings"] == {"text": "Kindly."} and len(told["polite"]["source_sha256"]) == 64
+    assert told["policy"]["settings"]["text"] == "Be kind."
+    assert list(run.brief().index) == ["undefended", "polite", "policy"]
+
+
+def test_a_name_and_a_defense_of_that_name_are_not_both_taken_and_settings_are_of_names():
+    assert [one.name for one in choose(["policy", Polite()], [])] == ["none", "policy", "polite"]
+    with pytest.raises(UserError, match="two defenses are named 'policy'"):
+        choose(["policy", get("policy")], [])
+    with pytest.raises(UserError, match="polite"):
+        choose([Polite(), "policy"], ["polite.text=Now!"])
+    with pytest.raises(UserError, match="nothing"):
+        choose([Polite("a"), "policy"], ["nothing=1"])
+
+
+def test_a_class_that_was_typed_in_is_known_by_its_methods():
+    found = []
+    for number, text in enumerate(("Please.", "Please.", "Now.")):
+        source = f"class Typed(Defense):\n    def rewrite(self, chat, rng):\n        return [{text!r}]\n"
+        space, name = {"Defense": Defense, "__name__": "__main__"}, f"<cell {number}>"
+        exec(compile(source, name, "exec"), space)  # as a notebook does: there is no file
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        found.append(_source_sha256(space["Typed"]))
+    assert found[0] == found[1] != found[2] and len(found[0]) == 64
+    with_other_words = type("Other", (Polite,), {"__module__": __name__})
+    assert _source_sha256(with_other_words) is None  # made by no text
+    assert _source_sha256(Polite) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def test_a_frame_is_asked_as_the_file_would_be(tiny, tmp_path):
+    rows = pd.DataFrame(load("twins").split("test").limit(12).queries)[["id", "text", "harmful", "pair"]]
+    rows.to_csv(tmp_path / "mine.csv", index=False)
+    one, two = (analyze(["policy"], tiny, data=asked) for asked in (rows, str(tmp_path / "mine.csv")))
+    pd.testing.assert_frame_equal(one.tables["scores"], two.tables["scores"])
+    assert one.record["data"]["name"] == "a frame of 12 queries" and one.record["data"]["n_harmful"] == 6
+    assert one.texts == dict(zip(rows["id"], rows["text"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        ({"text": ["a"], "label": [1]}, "lacks harmful; it needs the columns text and harmful"),
+        ({"text": ["a", "b"], "harmful": [True, True]}, "holds no benign query"),
+        ({"text": ["a", ""], "harmful": [True, False]}, "the text is empty"),
+        ({"text": ["a", None], "harmful": [True, False]}, "the text is empty"),
+        ({"text": ["a", 7], "harmful": [True, False]}, "it takes a string"),
+        ({"text": ["a", "b"], "harmful": [True, "maybe"]}, "it takes true or false"),
+        ({"id": ["x", "x"], "text": ["a", "b"], "harmful": [True, False]}, "'x' occurs more than once"),
+    ],
+)
+def test_a_frame_that_cannot_be_asked_is_refused_in_one_line(frame, words):
+    with pytest.raises(UserError, match=words) as error:
+        framed(pd.DataFrame(frame))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_values_of_a_frame_are_missing():
+    frame = pd.DataFrame({"text": ["a", "b"], "harmful": [True, False]})
+    frame = frame.assign(pair=["p", np.nan], category=[np.nan, "c"])
+    assert [(one.pair, one.category) for one in framed(frame).queries] == [("p", ""), (None, "c")]
+
+
+def test_a_defense_that_does_not_arrive_is_an_error(tiny, monkeypatch):
+    from analysis import analyzing
+    from analysis.preflight import Check
+
+    failed = {("direct", "policy"): [Check("policy", "text arrives", False, "it is not there")]}
+    monkeypatch.setattr(analyzing, "unreached", lambda *_: failed)
+    with pytest.raises(UserError, match="nothing was scored: policy: text arrives: it is not there"):
+        analyze(["policy"], tiny, limit=20)
+
+
+def test_combining_and_locating_give_runs_whose_figures_can_be_drawn(tiny):
+    together = combine(["policy", "self_reminder"], tiny, limit=16, stacks=1)
+    assert {"ensembles", "additivity", "candidates", "forecast"} <= set(together.tables)
+    inside = locate([Polite()], tiny, limit=16, patched=0)
+    assert {"layers", "parts", "top-polite"} <= set(inside.tables)
+    parts, found = inside.tables["parts"], inside.tables["summary"].set_index("defense").loc["polite"]
+    assert parts["shift"].sum() == pytest.approx(found["shift"], abs=1e-3)
+    for run in (together, inside):
+        for name in run.figures:
+            assert run.figure(name).texts[0].get_text()
+
+
+def test_scores_from_anywhere_are_summed_up():
+    rng = np.random.default_rng(0)
+    margins = np.r_[rng.normal(1, 1, 200), rng.normal(-1, 1, 200)]
+    number = np.arange(400)
+    plain = pd.DataFrame({"query": number.astype(str), "harmful": number < 200, "margin": margins})
+    moved = plain.assign(margin=margins + np.where(plain["harmful"], 2.0, 1.0), defense="moved")
+    found = summarize(pd.concat([plain.assign(defense="none"), moved])).set_index("defense").loc["moved"]
+    assert (found["shift"], found["discrimination"]) == (pytest.approx(1.5), pytest.approx(1.0))
+    assert found["verdict"] == "shift + discrimination +"
+    told = summarize(pd.concat([plain.assign(defense="none"), moved]), threshold=100.0)
+    assert (told["refusal_rate"] == 0).all()
+
+
+def test_intervals_stand_behind_their_estimates():
+    frame = pd.DataFrame({"x": [0.5, np.nan], "x_low": [0.25, np.nan], "x_high": [1.0, np.nan]})
+    frame = frame.assign(y_low=[1.23456, 2])
+    assert intervals(frame, 1).to_dict("list") == {"x": ["0.5 [0.2, 1.0]", "–"], "y_low": [1.2, 2.0]}
+
+
+def test_the_names_are_there_and_no_others():
+    for name in analysis.__all__:
+        assert callable(getattr(analysis, name))
+    with pytest.raises(AttributeError, match="has no attribute 'analyse'"):
+        analysis.analyse  # noqa: B018
