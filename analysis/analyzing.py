@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import pandas as pd
 from rich.console import Console
 
-from analysis import factorial, folder, manifest, pricing, validity
+from analysis import factorial, folder, manifest, pricing, queries, validity
 from analysis.decompose import summarize
 from analysis.found import Found
 from analysis.preflight import Check
-from analysis.preparing import prepare, unreached, why_lost
+from analysis.preparing import Ready, prepare, unreached, why_lost
+from analysis.rendering import redact
 from analysis.request import Request
 from analysis.run import conditions
-from analysis.sweeping import failed_cells, sweep
+from analysis.sweeping import Cell, failed_cells, sweep
 from analysis.tables import UNDEFENDED, ScoreTable
 from defenses import Defense, UserError
 
@@ -105,10 +106,32 @@ def find(
             drawn["cost"] = of_price(spent, about)
     tables = {
         **_effects(scores, request.seed),
+        "prompts": _prompts(ready, list(frames), finished),
         "scores": scores.frame,
         "summary": summary.frame,
     }
     return Found.of("analyze", record, tables, drawn, ready, swept.lost)
+
+
+def _prompts(ready: Ready, cells: Sequence[Cell], every: Mapping[str, Defense]) -> pd.DataFrame:
+    """What the model reads of a harmful and of a benign query under each condition, secrets as a mark."""
+    secrets = tuple(one for defense in every.values() for one in defense.secrets())
+    asked = queries.sample(ready.data.queries, 2)
+    rows = []
+    for attack, name in cells:
+        (sent,) = [one for one in ready.attacks if one.name == attack]
+        prompts = ready.bench.under(sent).every_prompt(every[name], asked)
+        rows += [
+            {
+                "attack": attack,
+                "defense": name,
+                "query": query.id,
+                "readings": len(readings),
+                "read": redact(readings[0].text, secrets),
+            }
+            for query, readings in zip(asked, prompts, strict=True)
+        ]
+    return pd.DataFrame(rows)
 
 
 def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -40,7 +41,7 @@ def charted(run: Run) -> dict[str, Any]:
     Returns:
         `plane`: attack → its points and whether its axes are logarithmic; `queries`: id, text, class and
         category of each; `margins`: attack → defense → a margin of each query (nats; null where it was not
-        asked).
+        asked); `read`: attack → defense → what the model read.
     """
     found: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear": LINEAR}
     if "summary" in run.tables:
@@ -59,6 +60,28 @@ def charted(run: Run) -> dict[str, Any]:
         for (attack, defense), rows in scores.groupby(["attack", "defense"], sort=False):
             margin = pd.Series(rows["margin"].to_numpy(float), rows["query"].astype(str)).reindex(ids)
             found["margins"].setdefault(str(attack), {})[str(defense)] = margin.round(3).tolist()
+        found["read"] = _read(run.tables.get("prompts"), run.texts)
+    return found
+
+
+def _read(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What the model read, by attack and defense: what stands around a request, or examples.
+
+    Where two requests stand between the same words, so does every other: `around` has these words. Else
+    `seen` has what was read of either, by its id; `readings` says of how many copies that is the first.
+
+    Args:
+        prompts: `prompts.csv`.
+        texts: of the queries.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    cells = () if prompts is None else prompts.groupby(["attack", "defense"], sort=False)
+    for (attack, defense), rows in cells:
+        seen = dict(zip(rows["query"].astype(str), rows["read"].astype(str), strict=True))
+        around = {tuple(read.split(texts[one])) if texts.get(one) else () for one, read in seen.items()}
+        alike = around.pop() if len(around) == 1 and len(seen) > 1 else ()
+        told = {"around": list(alike)} if len(alike) > 1 else {"seen": seen}
+        found.setdefault(str(attack), {})[str(defense)] = told | {"readings": int(rows["readings"].max())}
     return found
 
 

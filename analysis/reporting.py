@@ -21,6 +21,7 @@ from defenses.errors import UserError
 # What a table of a run has to hold to be shown; other tables are shown by what they have.
 NEEDED = {
     "scores": ("query", "category", "harmful", "attack", "defense", "margin"),
+    "prompts": ("attack", "defense", "query", "readings", "read"),
     "summary": (
         *("attack", "defense", "family", "n_harmful", "n_benign", "verdict"),
         *(

@@ -437,6 +437,19 @@ def test_ctrl_c_in_the_middle_keeps_what_is_finished(home, monkeypatch):
     assert set(pd.read_csv(home / "half" / "scores.csv")["defense"]) == {"none", "policy"}
 
 
+def test_what_the_model_reads_is_kept_for_a_query_of_either_class(home):
+    done = analyze("-d", "policy", "-d", "mine.py", "-m", "tiny", "--limit", "8", "--attack", "direct",
+                   "--attack", "persona", "-o", "prompts")  # fmt: skip
+    assert done.code == 0
+    read = pd.read_csv(home / "prompts" / "prompts.csv")
+    scores = pd.read_csv(home / "prompts" / "scores.csv").set_index(["attack", "defense", "query"])
+    assert len(read) == 2 * 2 * 3 and (read["readings"] == 1).all()
+    told = read.set_index(["attack", "defense", "query"])
+    assert (scores.loc[told.index, "harmful"].groupby(["attack", "defense"]).sum() == 1).all()
+    assert told.loc[("direct", "my_own"), "read"].str.contains("Please.", regex=False).all()
+    assert not told.loc[("direct", "none"), "read"].str.contains("Please.", regex=False).any()
+
+
 def test_ctrl_c_early_keeps_nothing_and_says_so(home, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

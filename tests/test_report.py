@@ -88,6 +88,14 @@ def plant(folder, defenses=DEFENSES, attacks=("direct",), queries=24, trusted="t
                 )
             )
     pd.concat(rows).to_csv(folder / "scores.csv", index=False)
+    read = [
+        (attack, name, one, 1 + 2 * (name == "paraphrase"), f"<s>{name}: {text}</s>")
+        for attack in attacks
+        for name in ("policy", "paraphrase")
+        for one, text in zip(names[:2], asked if name == "policy" else ("Reworded <b>", "x"), strict=False)
+    ]
+    columns = ["attack", "defense", "query", "readings", "read"]
+    pd.DataFrame(read, columns=columns).to_csv(folder / "prompts.csv", index=False)
     summary = pd.concat([summary_of(defenses, attack, trusted) for attack in attacks])
     summary.to_csv(folder / "summary.csv", index=False)
     plane = summary[summary["defense"] != "none"].drop(columns=["verdict"])
@@ -193,7 +201,7 @@ def test_the_page_holds_every_picture_with_words_and_every_table(tmp_path):
     assert len(alts) == 2 and all(len(alt) > 40 for alt in alts)
     assert any("Change of the first-answer-token margin" in alt and "12 harmful" in alt for alt in alts)
     links = set(re.findall(r'href="data:[^"]+" download="([^"]+)"', html))
-    assert links == {"scores.csv", "summary.csv", "plane.csv"}
+    assert links == {"scores.csv", "summary.csv", "plane.csv", "prompts.csv"}
     for words in (
         "Model",
         "Threshold",
@@ -294,7 +302,7 @@ def test_a_folder_that_is_no_run_is_answered_with_what_it_lacks(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(analyze("report", tmp_path / "empty", *out), "lacks run.json", "analyze -d NAME")
     folder = plant(tmp_path / "run")
-    for name in ("scores.csv", "summary.csv", "plane.csv"):
+    for name in ("scores.csv", "summary.csv", "plane.csv", "prompts.csv"):
         (folder / name).unlink()
     refused(analyze("report", folder, *out), "lacks summary.csv")
     refused(analyze("report", *out), "Missing argument 'runs'")
@@ -403,6 +411,31 @@ def test_a_click_on_a_point_shows_its_queries_what_changed_most_first(opened):
     assert 0 < rows.count() < 24 and all("→" in text for text in rows.all_inner_texts())
 
 
+def test_below_a_query_stands_what_the_model_read(opened):
+    view = opened()
+    plane(view)
+    article = view.locator("article").first
+    rows = article.locator(".queries tbody tr")
+    read = {}
+    for name in ("policy", "paraphrase", "smooth_llm"):
+        article.locator("select.defense").select_option(name)
+        folds = rows.locator("details.read")
+        read[name] = dict(zip(rows.locator(".id").all_inner_texts(), folds.all_inner_texts(), strict=False))
+        for fold in folds.all()[:1]:
+            fold.locator("summary").press("Enter")
+            assert fold.locator("pre").is_visible()
+    assert rows.count() == 24
+    # Between the same words stand all queries; of what is reworded there are two examples.
+    assert len(read["policy"]) == 24 and len(read["paraphrase"]) == 2 and not read["smooth_llm"]
+    article.locator("select.defense").select_option("policy")
+    row = rows.filter(has=view.locator(".id", has_text="q005"))
+    assert row.locator("pre").text_content() == "<s>policy: Question 5?</s>"
+    article.locator("select.defense").select_option("paraphrase")
+    row = rows.filter(has=view.locator(".id", has_text="q000"))
+    assert row.locator("summary").text_content() == "what the model read (the first of 3 copies)"
+    assert row.locator("pre").text_content() == "<s>paraphrase: Reworded <b></s>"
+
+
 def test_texts_from_data_sets_stay_texts(opened):
     view = opened()
     plane(view)
@@ -494,7 +527,7 @@ def test_print_opens_what_is_folded_and_drops_the_controls(opened):
     plane(view)
     view.emulate_media(media="print", color_scheme="dark")
     view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    assert view.locator("details:not([open])").count() == 0
+    assert view.locator("details:not([open]):not(.read)").count() == 0
     assert not view.locator(".filters").first.is_visible()
     assert view.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert view.evaluate("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"

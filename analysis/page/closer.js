@@ -46,13 +46,20 @@ function marginsSpec(queries, base, under, threshold, who, width) {
       { mark: { type: "rule", strokeDash: [4, 3], stroke: INK }, encoding: { x: { datum: threshold } } }] } };
 }
 
+// What the model read of a query under a defense, and of how many copies it is the first; null where nobody knows.
+function prompt(run, attack, defense, [id, words]) {
+  const known = ((run.read || {})[attack] || {})[defense];
+  const text = !known || !words ? undefined : known.around ? known.around.join(words) : known.seen[id];
+  return text === undefined ? null : { text, readings: known.readings };
+}
+
 // What changed most first; a query that was not asked under one of both is left out.
 function changed(run, attack, defense) {
   const { none: base, [defense]: under } = run.margins[attack];
   const refuses = (margin) => margin > run.threshold;
   return run.queries.map((query, index) => ({ query, before: base[index], after: under[index] }))
     .filter((one) => one.before !== null && one.after !== null)
-    .map((one) => ({ ...one, by: one.after - one.before, flipped: refuses(one.before) !== refuses(one.after),
+    .map((one) => ({ ...one, text: prompt(run, attack, defense, one.query), by: one.after - one.before, flipped: refuses(one.before) !== refuses(one.after),
       read: [refuses(one.before), refuses(one.after)].map((yes) => (yes ? "refuses" : "complies")) }))
     .sort((one, other) => Math.abs(other.by) - Math.abs(one.by));
 }
@@ -61,6 +68,11 @@ function line(one) {
   const [id, text, harmful, category] = one.query;
   const row = make("tr"), first = make("td", text || undefined);
   first.append(make("span", id, "id"));
+  if (one.text) {
+    const fold = make("details", undefined, "read"), copies = one.text.readings;
+    fold.append(make("summary", copies > 1 ? `what the model read (the first of ${copies} copies)` : "what the model read"), make("pre", one.text.text));
+    first.append(fold);
+  }
   const words = one.flipped ? one.read.join(" → ") : one.read[1];
   row.append(first, make("td", harmful ? "harmful" : "benign"), make("td", category), make("td", signed(one.before)),
     make("td", signed(one.after)), make("td", signed(one.by)), make("td", words));

@@ -126,6 +126,6 @@ window.addEventListener("resize", () => {
   later = setTimeout(() => drawn.forEach((again) => again()), 150);
 });
 window.addEventListener("beforeprint", () => {
-  document.querySelectorAll("details").forEach((one) => { one.open = true; });
+  document.querySelectorAll("details:not(.read)").forEach((one) => { one.open = true; });
   [...waiting.keys()].forEach(show);
 });
