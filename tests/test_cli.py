@@ -104,7 +104,7 @@ def secret_of(home, length):
 def test_a_run_writes_what_it_promises_and_says_where(home, ran):
     assert ran.code == 0, ran.err
     assert {path.name for path in (home / "out").iterdir()} == {
-        *("scores.csv", "summary.csv", "run.json"),
+        *("prompts.csv", "scores.csv", "summary.csv", "run.json"),
         *(f"{figure}.{end}" for figure in ("margins", "plane", "roc") for end in ("png", "csv")),
     }
     assert "are in out" in ran.err

@@ -50,7 +50,7 @@ def test_the_tables_are_those_that_the_command_writes(tiny, tmp_path):
         # What is written has seven digits.
         pd.testing.assert_frame_equal(stored.tables[name], run.tables[name], check_dtype=False, rtol=1e-5)
     assert run.record["defenses"] == stored.record["defenses"]
-    assert str(run).startswith("Of 2 defenses on ") and "tables: scores, summary" in str(run)
+    assert str(run).startswith("Of 2 defenses on ") and "tables: prompts, scores, summary" in str(run)
     assert run.texts.items() <= stored.texts.items()
 
 

@@ -100,8 +100,14 @@ def test_an_endpoint_judges_by_the_rubric_and_the_key_shows_nowhere(
 
 
 def test_failures_are_tried_again_and_nonsense_once(answers: Path) -> None:
+    odd = {"answer 1", "answer 2"}  # judged by nonsense the first time, whoever asks first
+
     def answer(prompt: str, n: int) -> tuple[int, str]:
-        return (503, "busy") if n < 3 else (200, "hm" if n in (4, 5) else "full")
+        if n < 3:
+            return 503, "busy"
+        first = {one for one in odd if one in prompt}
+        odd.difference_update(first)
+        return 200, "hm" if first else "full"
 
     with serving(answer) as (address, seen):
         assert judge_file(answers, "response", None, jury(address), None) == 0
