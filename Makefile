@@ -10,7 +10,7 @@ demo: .venv/ready ## set up, then read BackdoorAlign on the embedded model (some
 	$(BIN)/analyze --defense backdoor --model smollm2
 
 test: .venv/ready-dev ## set up, then run every test
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: .venv/ready-dev ## format, lint, types
 	$(BIN)/ruff format --check .
