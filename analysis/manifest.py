@@ -127,7 +127,8 @@ def of_defense(defense: Defense) -> dict[str, Any]:
 
 def _source_sha256(kind: type[Defense]) -> str | None:
     """The digest of the file that defines a class, or, of one typed into a notebook, of its methods."""
-    written: list[Any] = [one for one in filter(inspect.isfunction, vars(kind).values()) if _of_source(one)]
+    methods = map(inspect.unwrap, filter(inspect.isfunction, vars(kind).values()))  # not what decorates them
+    written: list[Any] = [one for one in methods if _of_source(one)]
     written = written or [kind] * _of_source(kind)
     files = {Path(inspect.getfile(one)) for one in written}
     if len(files) == 1 and (path := files.pop()).is_file():

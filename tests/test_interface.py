@@ -3,6 +3,7 @@
 import hashlib
 import linecache
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def test_a_class_that_was_typed_in_is_known_by_its_methods():
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         found.append(_source_sha256(space["Typed"]))
     assert found[0] == found[1] != found[2] and len(found[0]) == 64
+    armed = type("Armed", (Polite,), {"armed": contextmanager(Polite.rewrite)})
+    assert _source_sha256(armed) == _source_sha256(Polite)  # not that of contextlib
     with_other_words = type("Other", (Polite,), {"__module__": __name__})
     assert _source_sha256(with_other_words) is None  # made by no text
     assert _source_sha256(Polite) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
