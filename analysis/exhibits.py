@@ -85,19 +85,22 @@ def kind_of(stem: str) -> str:
 
 def title_of(kind: str, points: pd.DataFrame) -> str:
     """Return the title that the command puts above a picture."""
+    return {**TITLES, **HEADLINES}[kind].format(_only_defense(kind, points) or "the defense")
+
+
+def _only_defense(kind: str, points: pd.DataFrame) -> str:
+    """The defense that a picture of a mechanism is of, empty where there are several."""
     alone = kind in HEADLINES and "defense" in points and points["defense"].nunique() == 1
-    return {**TITLES, **HEADLINES}[kind].format(points["defense"].iloc[0] if alone else "the defense")
+    return str(points["defense"].iloc[0]) if alone else ""
 
 
 def _exhibit(run: Run, name: str) -> Exhibit:
     stem = name.removesuffix(".png")
     kind = kind_of(stem)
-    of = stem.removeprefix(kind).lstrip("-")
     table = f"{stem}.csv" if f"{stem}.csv" in run.files else ""
     points = run.tables.get(stem, pd.DataFrame())
     title = title_of(kind, points) if kind in ROOMS else stem.replace("-", " ")
-    if kind in HEADLINES and "defense" in points and points["defense"].nunique() == 1:
-        of = str(points["defense"].iloc[0])  # the stem has its letters alone
+    of = _only_defense(kind, points) or stem.removeprefix(kind).lstrip("-")
     title += f" ({of})" * bool(of and of not in title)
     caption = ""
     if len(points):
@@ -112,16 +115,16 @@ def _exhibit(run: Run, name: str) -> Exhibit:
 def caption_of(run: Run, stem: str) -> str:
     """Return the caption that the command puts below a picture, made from the table of that name."""
     kind, points = kind_of(stem), run.tables[stem]
-    judge, counts = run.record.get("judge") or {}, _counts(run)
+    judge = run.record.get("judge") or {}
     told: dict[str, Callable[[pd.DataFrame, Any], str]] = {
         "margins": of_margins,
         "plane": of_plane,
         "square": of_square,
         "roc": of_roc,
         "attacks": of_attacks,
-        "forecast": lambda rows, about: of_forecast(rows, about, counts),
-        "interactions": lambda rows, about: of_interactions(rows, about, counts),
-        "front": lambda rows, about: of_front(rows, about, run.record["attacks"], counts),
+        "forecast": lambda rows, about: of_forecast(rows, about, _counts(run)),
+        "interactions": lambda rows, about: of_interactions(rows, about, _counts(run)),
+        "front": lambda rows, about: of_front(rows, about, run.record["attacks"], _counts(run)),
         "cost": of_cost,
         "rates": lambda rows, about: of_trust(rows, about, judge["name"], judge["new_tokens"]),
         "calibration": lambda rows, about: of_trust(
@@ -130,7 +133,7 @@ def caption_of(run: Run, stem: str) -> str:
         "secrets": lambda rows, about: of_secrets(rows, about, judge["new_tokens"]),
     }
     if kind in CAPTIONS:
-        told[kind] = lambda rows, about: CAPTIONS[kind](rows, about, counts)
+        told[kind] = lambda rows, about: CAPTIONS[kind](rows, about, _counts(run))
     return told[kind](points, context(run.record, stem.removeprefix(f"{kind}-")))
 
 

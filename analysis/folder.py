@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis.captions import Context
-from analysis.cells import named, told, verdict
+from analysis.cells import Column, named, told, verdict
 from analysis.headline import first_attack, headline
 from analysis.tables import DIRECT, UNVALIDATED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from analysis.cells import Column
 
 ESTIMATES: tuple[Column, ...] = (
     ("refusal_rate", "harmful refused (%)", ".0f", 100, True),

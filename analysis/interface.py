@@ -14,8 +14,6 @@ from analysis.options import SITES
 from analysis.request import HALVES, Request
 from defenses import Defense
 
-_ONE = "words"  # the readout where none is named
-
 
 def analyze(
     defenses: Sequence[str | Defense],
@@ -25,7 +23,7 @@ def analyze(
     split: str | None = None,
     limit: int | None = None,
     attacks: Sequence[str] = ("direct",),
-    readout: str = _ONE,
+    readout: str = "words",
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
@@ -73,7 +71,7 @@ def combine(
     data: str | pd.DataFrame = "contrast",
     limit: int | None = None,
     attacks: Sequence[str] = ("direct",),
-    readout: str = _ONE,
+    readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     device: str = "auto",
@@ -120,7 +118,7 @@ def locate(
     split: str | None = None,
     limit: int | None = None,
     attacks: Sequence[str] = ("direct",),
-    readout: str = _ONE,
+    readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     device: str = "auto",

@@ -129,7 +129,8 @@ def _source_sha256(kind: type[Defense]) -> str | None:
     """The digest of the file that defines a class, or, of one typed into a notebook, of its methods."""
     methods = map(inspect.unwrap, filter(inspect.isfunction, vars(kind).values()))  # not what decorates them
     written: list[Any] = [one for one in methods if _of_source(one)]
-    written = written or [kind] * _of_source(kind)
+    if not written and _of_source(kind):
+        written = [kind]
     files = {Path(inspect.getfile(one)) for one in written}
     if len(files) == 1 and (path := files.pop()).is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -301,7 +301,6 @@ def test_likelihoods_of_answers_are_those_of_plain_passes(family: str, shared: i
 
 
 def test_raw_logits_reach_the_reduction_in_float32() -> None:
-
     model = fresh_model().bfloat16()
     kinds: list[torch.dtype] = []
 

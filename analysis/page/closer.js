@@ -59,18 +59,18 @@ function changed(run, attack, defense) {
   const refuses = (margin) => margin > run.threshold;
   return run.queries.map((query, index) => ({ query, before: base[index], after: under[index] }))
     .filter((one) => one.before !== null && one.after !== null)
-    .map((one) => ({ ...one, text: prompt(run, attack, defense, one.query), by: one.after - one.before, flipped: refuses(one.before) !== refuses(one.after),
+    .map((one) => ({ ...one, by: one.after - one.before, flipped: refuses(one.before) !== refuses(one.after),
       read: [refuses(one.before), refuses(one.after)].map((yes) => (yes ? "refuses" : "complies")) }))
     .sort((one, other) => Math.abs(other.by) - Math.abs(one.by));
 }
 
-function line(one) {
+function line(one, asked) {
   const [id, text, harmful, category] = one.query;
   const row = make("tr"), first = make("td", text || undefined);
   first.append(make("span", id, "id"));
-  if (one.text) {
-    const fold = make("details", undefined, "read"), copies = one.text.readings;
-    fold.append(make("summary", copies > 1 ? `what the model read (the first of ${copies} copies)` : "what the model read"), make("pre", one.text.text));
+  if (asked) {
+    const fold = make("details", undefined, "read"), copies = asked.readings;
+    fold.append(make("summary", copies > 1 ? `what the model read (the first of ${copies} copies)` : "what the model read"), make("pre", asked.text));
     first.append(fold);
   }
   const words = one.flipped ? one.read.join(" → ") : one.read[1];

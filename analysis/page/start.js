@@ -32,7 +32,7 @@ function Shown(place, run) {
     const rows = changed(run, state.attack, state.defense), flipped = find(".flipped").checked, side = find("select.class").value;
     const kept = rows.filter((one) => (!flipped || one.flipped) && (side === "" || one.query[2] === Number(side)));
     const seen = state.all ? kept : kept.slice(0, FIRST);
-    find(".queries tbody").replaceChildren(...seen.map(line));
+    find(".queries tbody").replaceChildren(...seen.map((one) => line(one, prompt(run, state.attack, state.defense, one.query))));
     find(".more").hidden = seen.length === kept.length;
     find(".more").textContent = `Show all ${kept.length}`;
     const turned = (harmful, word) => rows.filter((one) => one.flipped && one.query[2] === harmful && one.read[1] === word).length;
