@@ -31,3 +31,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = {"Run": "folder", "intervals": "cells"}.get(name, "interface")
     return getattr(importlib.import_module(f"analysis.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the names that an editor offers, those that are imported late among them."""
+    return sorted({*globals(), *__all__})

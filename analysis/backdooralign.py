@@ -56,7 +56,7 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
     # The clean arm is the undefended model: its answers fix the threshold of all.
     readout = reading.Maker(bench, host, rows[0].defense, calibration, console).named("words")
     for notice in readout.notices:
-        teller(console)(f"note: readout words: {notice}")
+        showing.note(console, f"readout words: {notice}")
     frames, judged = [], []
     with showing.progress(console) as bar:
         task = bar.add_task("asking", total=len(rows) * 2 * len(data.queries))

@@ -78,7 +78,7 @@ def check(request: Request, names: Sequence[str], settings: Sequence[str], count
             ]
             showing.checks(console, checks[0].condition, checks, texts)
     for notice in (*ready.bench.renderer.notices, *ready.readout.notices):
-        teller(console)(f"note: {notice}")
+        showing.note(console, notice)
     return 1 if failed else 0
 
 

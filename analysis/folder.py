@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.captions import Context
 from analysis.cells import Column, named, told, verdict
 from analysis.headline import first_attack, headline
-from analysis.tables import DIRECT, UNVALIDATED
+from analysis.tables import DIRECT, UNVALIDATED, condition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +54,10 @@ class Run:
         if "summary" in self.tables:
             summary = self.tables["summary"]
             lines = [headline(summary, self.where, first_attack(summary))]
+        if self.record.get("interrupted"):
+            done = len(self.tables.get("summary", ()))
+            lines += [f"interrupted: {done} of {self.record['conditions_wanted']} conditions were finished"]
+        lines += [f"failed: {condition(one)}: {one['why']}" for one in self.record.get("failed", [])]
         lines += [f"note: {one}" for one in self.record.get("notices", [])]
         lines += [f"tables: {', '.join(self.tables)}", f"figures: {', '.join(self.figures)}"]
         return "\n".join(lines)
@@ -64,8 +68,13 @@ class Run:
         Args:
             attack: of which attack; by default the first that a headline is about.
         """
+        if "summary" not in self.tables:
+            raise ValueError(f"{self.name} has no summary; it has {', '.join(self.tables) or 'no tables'}")
         summary = self.tables["summary"]
-        rows = summary[summary["attack"] == (attack or first_attack(summary))].to_dict("records")
+        sent, known = attack or first_attack(summary), list(summary["attack"].unique())
+        if sent not in known:
+            raise ValueError(f"no attack {sent!r} in this run; it has {', '.join(map(str, known))}")
+        rows = summary[summary["attack"] == sent].to_dict("records")
         lines = {
             named(row): {
                 **{one[1]: told(row, one) for one in ESTIMATES},

@@ -8,21 +8,22 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis import attacks as sending
+from analysis import asking
 from analysis.folder import Run
-from analysis.options import SITES
 from analysis.request import HALVES, Request
-from defenses import Defense
+from defenses import Defense, UserError
+
+Asked = str | Defense | Sequence[str | Defense]
 
 
 def analyze(
-    defenses: Sequence[str | Defense],
+    defenses: Asked,
     model: str = "smollm2",
     *,
     data: str | pd.DataFrame = "contrast",
     split: str | None = None,
     limit: int | None = None,
-    attacks: Sequence[str] = ("direct",),
+    attacks: str | Sequence[str] = ("direct",),
     readout: str = "words",
     cost: bool = False,
     settings: Sequence[str] = (),
@@ -35,7 +36,7 @@ def analyze(
     """Read each defense as a refuse/comply classifier and say what it does, as `analyze -d …` does.
 
     Args:
-        defenses: names, as `-d` takes them, or defenses themselves: `get("policy")`, `MyOwn()`.
+        defenses: names, as `-d` takes them, or defenses themselves: `get("policy")`, `MyOwn()`; or one.
         model: name, Hugging Face id, folder, or `.gguf` file.
         data: as `--data`, or a frame with the columns `text` and `harmful`.
         split: train, calibration, test or all; by default test where there is one.
@@ -59,18 +60,18 @@ def analyze(
     from analysis import analyzing
 
     request = _request(model, data, split, limit, attacks, readout, batch_size, device, dtype, seed, offline)
-    return analyzing.find(request, defenses, settings, _console(), cost).run
+    return analyzing.find(request, _several(defenses), settings, _console(), cost).run
 
 
 def combine(
-    defenses: Sequence[str | Defense],
+    defenses: Asked,
     model: str = "smollm2",
     *,
     size: int = 2,
     stacks: int = 5,
     data: str | pd.DataFrame = "contrast",
     limit: int | None = None,
-    attacks: Sequence[str] = ("direct",),
+    attacks: str | Sequence[str] = ("direct",),
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
@@ -100,24 +101,25 @@ def combine(
     Returns:
         Among its tables `ensembles` (predicted, observed, interaction), `additivity`, `candidates`.
     """
+    asking.refuse_odd_team(size, stacks)
     from analysis import comparing
 
     request = _request(model, data, HALVES, limit, attacks, readout, batch_size, device, dtype, seed, offline)
-    return comparing.find(request, defenses, settings, size, stacks, _console()).run
+    return comparing.find(request, _several(defenses), settings, size, stacks, _console()).run
 
 
 def locate(
-    defenses: Sequence[str | Defense],
+    defenses: Asked,
     model: str = "smollm2",
     *,
-    sites: Sequence[str] = SITES,
+    sites: Sequence[str] = asking.SITES,
     top: int = 10,
     patched: int = 32,
     ensembles: Path | str | None = None,
     data: str | pd.DataFrame = "contrast",
     split: str | None = None,
     limit: int | None = None,
-    attacks: Sequence[str] = ("direct",),
+    attacks: str | Sequence[str] = ("direct",),
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
@@ -153,9 +155,12 @@ def locate(
     from analysis import locating
     from analysis.looking import Wanted
 
+    chosen = asking.sites([sites] if isinstance(sites, str) else sites)
+    asking.refuse_odd_look(top, patched)
+    asking.readout(readout, linear=True)
     request = _request(model, data, split, limit, attacks, readout, batch_size, device, dtype, seed, offline)
-    wanted = Wanted(tuple(sites), top, patched, None if ensembles is None else Path(ensembles))
-    return locating.find(request, defenses, settings, wanted, _console()).run
+    wanted = Wanted(chosen, top, patched, None if ensembles is None else Path(ensembles))
+    return locating.find(request, _several(defenses), settings, wanted, _console()).run
 
 
 def read(folder: Path | str) -> Run:
@@ -183,14 +188,19 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
     Args:
         scores: columns `query`, `harmful`, `defense` (the undefended is `none`) and `margin` (nats, positive
             refuses); `pair` and `attack` if there are any.
-        threshold: margin above which "refuse" is said, nats.
+        threshold: margin above which "refuse" is said, nats; of the scores of a run, `run.threshold`.
         seed: of the bootstrap.
     """
     from scipy.special import expit
 
     from analysis import decompose
-    from analysis.tables import DIRECT, SCORES, ScoreTable
+    from analysis.tables import DIRECT, SCORES, UNDEFENDED, ScoreTable
+    from defenses.catalog import classes
 
+    if missing := [name for name in ("query", "harmful", "defense", "margin") if name not in scores]:
+        raise UserError(f"the scores lack {', '.join(missing)}; see `help(summarize)` for what they need")
+    if not scores["harmful"].isin([True, False]).all():  # 1 and 0 are equal to them
+        raise UserError("the column harmful takes true or false")
     usual = {
         "pair": None,
         "category": "",
@@ -199,12 +209,20 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
         "prompt_tokens": 0,
         "coverage": 1.0,
     }
-    frame = scores.assign(**{name: one for name, one in usual.items() if name not in scores})
-    families = {name: {"family": "none" if name == "none" else "own"} for name in frame["defense"].unique()}
-    table = ScoreTable(
-        frame[list(SCORES)].reset_index(drop=True),
-        {"readout": {"threshold": threshold}, "defenses": families},
+    frame = scores.assign(
+        harmful=scores["harmful"].astype(bool),
+        **{name: one for name, one in usual.items() if name not in scores},
     )
+    known = {name: one.family for name, one in classes().items()}
+    named = {str(name): known.get(str(name).partition("/")[0], "own") for name in frame["defense"].unique()}
+    record = {
+        "readout": {"threshold": threshold},
+        "defenses": {name: {"family": one} for name, one in named.items()},
+    }
+    try:
+        table = ScoreTable(frame[list(SCORES)].reset_index(drop=True), record)
+    except ValueError as error:
+        raise UserError(f"{error} (the undefended model is called {UNDEFENDED!r})") from error
     return decompose.summarize(table, seed=seed).frame
 
 
@@ -213,7 +231,7 @@ def _request(
     data: str | pd.DataFrame,
     split: str | None,
     limit: int | None,
-    attacks: Sequence[str],
+    attacks: str | Sequence[str],
     readout: str,
     batch_size: int | None,
     device: str,
@@ -224,12 +242,19 @@ def _request(
     from analysis import queries
 
     asked = data if isinstance(data, str) else queries.framed(data)
-    sent = sending.chosen(list(attacks))
-    return Request(model, asked, split, limit, batch_size, device, dtype, seed, offline, sent, (readout,))
+    sent = asking.sent([attacks] if isinstance(attacks, str) else attacks)
+    read_by = asking.readout(readout)
+    batch = asking.batch("auto" if batch_size is None else str(batch_size))
+    return Request(model, asked, split, limit, batch, device, dtype, seed, offline, sent, read_by)
+
+
+def _several(defenses: Asked) -> Sequence[str | Defense]:
+    """Defenses as a list; one that stands alone is meant, too."""
+    return [defenses] if isinstance(defenses, (str, Defense)) else list(defenses)
 
 
 def _console() -> Console:
-    """Progress in a terminal; a notebook keeps its outputs, and nobody reads a bar in them."""
+    """Progress and notes in a terminal; a notebook keeps its outputs, and is told of fetching alone."""
     usual = Console(stderr=True)  # in a notebook, it would call itself a terminal if it were not asked this
     quiet = usual.is_jupyter or not usual.is_terminal
     return Console(stderr=True, force_jupyter=False, quiet=quiet)

@@ -14,12 +14,11 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import located, queries, showing, states
+from analysis.asking import SITES
 from analysis.attacks import AS_IS, Attack
 from analysis.located import Asked
-from analysis.options import SITES
 from analysis.preparing import Ready
 from analysis.rendering import redact
-from analysis.request import teller
 from analysis.sweeping import Cell
 from analysis.tables import TOLERANCE, UNDEFENDED, ScoreTable
 from defenses import Defense, UserError, catalog
@@ -303,7 +302,7 @@ class Room:
     def _note(self, text: str) -> None:
         if text not in self.notices:
             self.notices.append(text)
-            teller(self.console)(f"note: {text}")
+            showing.note(self.console, text)
 
     @contextmanager
     def _steps(self, text: str, count: int) -> Iterator[Callable[[], None]]:

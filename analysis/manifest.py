@@ -6,8 +6,9 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from analysis.attacks import Attack
@@ -126,7 +127,7 @@ def of_defense(defense: Defense) -> dict[str, Any]:
 
 
 def _source_sha256(kind: type[Defense]) -> str | None:
-    """The digest of the file that defines a class, or, of one typed into a notebook, of its methods."""
+    """The digest of the file that defines a class, or, of one typed into a notebook, of all it is made of."""
     methods = map(inspect.unwrap, filter(inspect.isfunction, vars(kind).values()))  # not what decorates them
     written: list[Any] = [one for one in methods if _of_source(one)]
     if not written and _of_source(kind):
@@ -134,7 +135,33 @@ def _source_sha256(kind: type[Defense]) -> str | None:
     files = {Path(inspect.getfile(one)) for one in written}
     if len(files) == 1 and (path := files.pop()).is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashlib.sha256("".join(map(inspect.getsource, written)).encode()).hexdigest() if written else None
+    texts = list(_typed_in(kind, kind.__module__, set())) if written else []
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None
+
+
+def _typed_in(one: Any, where: str, seen: set[int]) -> Iterator[str]:
+    """The sources of a class or function of one module, of what it builds on and calls there, and values."""
+    if id(one) in seen:
+        return
+    seen.add(id(one))
+    inner: list[Any] = []
+    if isinstance(one, (str, int, float, tuple, list, dict, frozenset)):
+        yield repr(one)
+    elif isinstance(one, type) and one.__module__ == where:
+        inner = [*one.__bases__, *(held for name, held in vars(one).items() if not name.startswith("__"))]
+    elif isinstance(one, (property, staticmethod, classmethod)):
+        inner = [one.fget, one.fset] if isinstance(one, property) else [one.__func__]
+    elif inspect.isfunction(one) and one.__module__ == where and _of_source(one := inspect.unwrap(one)):
+        yield inspect.getsource(one)
+        inner = [one.__globals__[name] for name in _names(one.__code__) if name in one.__globals__]
+    for held in inner:
+        yield from _typed_in(held, where, seen)
+
+
+def _names(code: CodeType) -> list[str]:
+    """The names that code asks its module for, functions inside it included."""
+    inside = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
+    return sorted({*code.co_names, *inside})
 
 
 def _of_source(written: Any) -> bool:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-SITES = ("residual", "attention", "mlp", "heads")  # that `analyze mechanism` patches
 JUDGES = "patterns (ours), keywords (BackdoorAlign's), or model (see --judge-model)."
 
 DefenseOption = Annotated[

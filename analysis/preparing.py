@@ -79,7 +79,7 @@ def prepare(
     for name, readout in readouts.items():
         notices += [f"readout {name}: {one}" for one in readout.notices]
     for notice in notices:
-        teller(console)(f"note: {notice}")
+        showing.note(console, notice)
     return Ready(bench, prepared, data, split, list(readouts.values()), request.attacks, notices)
 
 

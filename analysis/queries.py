@@ -180,9 +180,12 @@ def framed(frame: pd.DataFrame) -> QuerySet:
         from_row({str(key): one for key, one in row.items()}, at, name) for at, row in enumerate(held, 1)
     ]
     check(queries, name)
+    if len({query.harmful for query in queries}) < 2:
+        lacks = "benign" if queries[0].harmful else "harmful"
+        raise UserError(f"{name} holds no {lacks} query: a defense is read on both classes; add some rows")
     digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
     found = QuerySet(name, tuple(queries), digest, ({"name": name, "sha256": digest},))
-    return replace(found, calibrates="calibration" in found.splits).checked()
+    return replace(found, calibrates="calibration" in found.splits)
 
 
 def shipped(name: str) -> QuerySet:

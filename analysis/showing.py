@@ -182,5 +182,15 @@ def few(texts: Sequence[str], most: int = 12) -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is, uncut."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is, uncut, on a quiet console, too: it may be that something is fetched."""
+    quiet, console.quiet = console.quiet, False
+    try:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    finally:
+        console.quiet = quiet
+
+
+def note(console: Console, text: str) -> None:
+    """Print what the run keeps among its notices; a quiet console leaves it at that."""
+    if not console.quiet:
+        say(console, f"note: {text}")

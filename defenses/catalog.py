@@ -61,13 +61,11 @@ def get(name: str, settings: Mapping[str, object] | None = None) -> defenses.Def
     known = classes()
     if name.endswith(".py"):
         cls = _from_file(Path(name).expanduser())
-        if cls.name in known:
-            raise UserError(f"{name}: the name {cls.name!r} is taken by a shipped defense; rename the class")
     elif name in known:
         cls = known[name]
     else:
         raise unknown("defense", name, known, " (or a path ending in .py)")
-    values = {key: value(cls, key, str(text)) for key, text in (settings or {}).items()}
+    values = {key: value(cls, key, given) for key, given in (settings or {}).items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -85,8 +83,11 @@ def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> 
         settings: `key=value`, or `defense.key=value` where several have that key; a member of a stack has the
             settings that it has alone.
     """
+    for one in names:
+        _refuse_misfit(one)
     everyone = list(classes()) if "all" in names else []
-    asked = [name for name in ["none", *everyone, *names] if name != "all"]
+    given_here = [one for one in names if isinstance(one, str) or one.name != "none"]
+    asked = [name for name in ["none", *everyone, *given_here] if name != "all"]
     wanted = list(dict.fromkeys(tuple(worn_together(n)) if isinstance(n, str) else (n,) for n in asked))
     single = list(dict.fromkeys(one for worn in wanted for one in worn))
     plain = [get(one) if isinstance(one, str) else one for one in single]
@@ -94,7 +95,10 @@ def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> 
         one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
     ]
     if repeated:
-        raise UserError(f"two defenses are named {repeated[0]!r}: rename the class in your file")
+        raise UserError(
+            f"two defenses are named {repeated[0]!r}, and tables could not tell them apart: rename the class "
+            "of one, or take them one at a time"
+        )
     named = {at: one for at, one in enumerate(plain) if isinstance(single[at], str)}
     given: dict[int, dict[str, str]] = {}
     for setting in settings:
@@ -157,19 +161,24 @@ def settings_of(defense: Any) -> dict[str, Any]:
     return {f.name: getattr(defense, f.name, f.default) for f in fields}
 
 
-def value(cls: Any, key: str, text: str) -> Any:
-    """Return the text of a setting as the type of its field.
+def value(cls: Any, key: str, given: object) -> Any:
+    """Return the value of a setting as the type of its field.
 
     Args:
         cls: a dataclass with a `name`, of a defense or of other settings.
         key: the field.
-        text: as typed; `@file` stands for what is in the file.
+        given: as typed, where `@file` stands for what is in the file; or a value.
     """
     if key not in settings_of(cls):
         raise unknown(f"setting of {cls.name!r}", key, settings_of(cls))
     kind = typing.get_type_hints(cls)[key]
     if isinstance(kind, types.UnionType):  # `Path | None`
+        if given is None:
+            return None
         kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    if typing.get_origin(kind) is tuple and isinstance(given, (tuple, list)):
+        return tuple(given)
+    text = str(given)
     if kind is Path:
         return Path(text.removeprefix("@"))
     if text.startswith("@"):
@@ -225,19 +234,43 @@ def _from_file(path: Path) -> type[defenses.Defense]:
         raise UserError(
             f"{path} must define exactly one defense (a subclass of defenses.Defense); it has {have}"
         )
-    cls = found[0]
+    _refuse_class(found[0], f"{path}: ")
+    return found[0]
+
+
+def _refuse_misfit(given: Any) -> None:
+    """Raise if it is neither a name nor a defense that a run can take."""
+    if isinstance(given, str):
+        return
+    if not isinstance(given, defenses.Defense):
+        what = f"the class {given.__name__}" if inspect.isclass(given) else repr(given)
+        raise UserError(f"{what} is no defense: a name is taken, or a defense itself: get('policy'), MyOwn()")
+    if given.own:
+        _refuse_class(type(given))
+    try:
+        hash(given)
+    except TypeError as error:
+        raise UserError(
+            f"{given.name}: {error}: settings are values that do not change, such as tuples"
+        ) from error
+
+
+def _refuse_class(cls: type[defenses.Defense], where: str = "") -> None:
+    """Raise if a class of the user's own is no defense that a run can take."""
     # Frozen, of its own: `@dataclass` that was forgotten would be inherited, and settings silently lost.
     made = cls.__dict__.get("__dataclass_params__")
     if made is None or not made.frozen:
         raise UserError(
-            f"{path}: {cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it"
+            f"{where}{cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it"
         )
+    if cls.name in classes():
+        raise UserError(f"{where}the name {cls.name!r} is taken by a shipped defense; rename the class")
     if "+" in cls.name:
-        raise UserError(f"{path}: the name {cls.name!r} has a +, which joins defenses; rename it")
+        raise UserError(f"{where}the name {cls.name!r} has a +, which joins defenses; rename it")
     for attribute, allowed in (("cost", COSTS), ("pool", ("mean", "max")), ("reads", ("one", "several"))):
         if getattr(cls, attribute) not in allowed:
             raise UserError(
-                f"{path}: {attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"
+                f"{where}{attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"
             )
     bare = [
         field.name
@@ -245,5 +278,4 @@ def _from_file(path: Path) -> type[defenses.Defense]:
         if field.init and field.default is field.default_factory is dataclasses.MISSING
     ]
     if bare:
-        raise UserError(f"{path}: every field of {cls.__name__} needs a default; {', '.join(bare)} has none")
-    return cls
+        raise UserError(f"{where}every field of {cls.__name__} needs a default; {', '.join(bare)} has none")

@@ -1,6 +1,8 @@
 """The Python interface says what the command says, and takes defenses and frames."""
 
 import hashlib
+import inspect
+import io
 import linecache
 import random
 from contextlib import contextmanager
@@ -11,12 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import home, save_model
+from rich.console import Console
 from test_cli import analyze as command
 
 import analysis
 from analysis import analyze, combine, intervals, locate, read, summarize
 from analysis.manifest import _source_sha256
 from analysis.queries import framed, load
+from analysis.showing import note, say
 from defenses import Defense, UserError, get
 from defenses.catalog import choose
 from defenses.chats import prepend_system
@@ -61,10 +65,13 @@ def test_defenses_themselves_are_worn_with_their_settings(tiny):
     assert told["polite"]["settings"] == {"text": "Kindly."} and len(told["polite"]["source_sha256"]) == 64
     assert told["policy"]["settings"]["text"] == "Be kind."
     assert list(run.brief().index) == ["undefended", "polite", "policy"]
+    with pytest.raises(ValueError, match="no attack 'base64' in this run; it has direct"):
+        run.brief("base64")
 
 
 def test_a_name_and_a_defense_of_that_name_are_not_both_taken_and_settings_are_of_names():
     assert [one.name for one in choose(["policy", Polite()], [])] == ["none", "policy", "polite"]
+    assert [one.name for one in choose([get("none"), Polite()], [])] == ["none", "polite"]
     with pytest.raises(UserError, match="two defenses are named 'policy'"):
         choose(["policy", get("policy")], [])
     with pytest.raises(UserError, match="polite"):
@@ -73,15 +80,130 @@ def test_a_name_and_a_defense_of_that_name_are_not_both_taken_and_settings_are_o
         choose([Polite("a"), "policy"], ["nothing=1"])
 
 
-def test_a_class_that_was_typed_in_is_known_by_its_methods():
-    found = []
-    for number, text in enumerate(("Please.", "Please.", "Now.")):
-        source = f"class Typed(Defense):\n    def rewrite(self, chat, rng):\n        return [{text!r}]\n"
-        space, name = {"Defense": Defense, "__name__": "__main__"}, f"<cell {number}>"
-        exec(compile(source, name, "exec"), space)  # as a notebook does: there is no file
-        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-        found.append(_source_sha256(space["Typed"]))
-    assert found[0] == found[1] != found[2] and len(found[0]) == 64
+def test_settings_are_taken_as_values():
+    assert get("backdoor", {"trigger": None, "length": 50}).trigger is None
+    with pytest.raises(UserError, match="a whole number"):
+        get("backdoor", {"length": 3.5})
+
+
+@dataclass
+class Thawed(Defense):
+    """Not frozen."""
+
+    def rewrite(self, chat, rng):
+        return chat
+
+
+@dataclass(frozen=True)
+class Policy(Polite):
+    """Called as a shipped one."""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (Polite, "the class Polite is no defense: .*MyOwn"),
+        (7, "7 is no defense"),
+        (Thawed(), "Thawed must be a frozen dataclass"),
+        (Policy(), "'policy' is taken by a shipped defense"),
+        (Polite(["a list"]), "unhashable type: 'list': .*tuples"),
+    ],
+)
+def test_what_is_no_defense_is_refused_in_one_line(given, words):
+    with pytest.raises(UserError, match=words):
+        inspect.unwrap(choose)([given], [])  # as a user calls it, whose types nobody checks
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: analyze("policy", attacks="base65"), "unknown attack 'base65'.*base64"),
+        (lambda: analyze("policy", readout="word"), "unknown readout 'word'"),
+        (lambda: analyze("policy", readout="all"), "a run reads with one"),
+        (lambda: analyze("policy", batch_size=0), "batch-size 0"),
+        (lambda: combine(["policy", "none"], size=4), "2 or 3 members"),
+        (lambda: combine(["policy", "none"], stacks=-1), "stacks -1"),
+        (lambda: locate("policy", sites=["brain"]), "unknown site 'brain'"),
+        (lambda: locate("policy", top=0), "top 0"),
+        (lambda: locate("policy", patched=1), "patched 1"),
+        (lambda: locate("policy", readout="log-odds"), "linear in the logits"),
+        (lambda: summarize(pd.DataFrame({"query": ["a"]})), "lack harmful, defense, margin"),
+        (
+            lambda: summarize(
+                pd.DataFrame({"query": ["a"], "harmful": ["yes"], "defense": ["none"], "margin": [1.0]})
+            ),
+            "harmful takes true or false",
+        ),
+        (
+            lambda: summarize(
+                pd.DataFrame({"query": ["a"], "harmful": [1], "defense": ["policy"], "margin": [1.0]})
+            ),
+            "not scored undefended.*'none'",
+        ),
+    ],
+)
+def test_python_answers_as_the_command_does(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
+
+
+def test_a_run_says_what_failed_and_where_it_stopped():
+    record = {
+        "model": {"name": "m"},
+        "data": {"name": "d", "split": "all"},
+        "failed": [{"attack": "base64", "defense": "policy", "why": "out of memory"}],
+        "interrupted": True,
+        "conditions_wanted": 9,
+        "notices": ["it is so"],
+    }
+    run = analysis.Run("mine", record, {"prompts": pd.DataFrame()})
+    told = str(run).splitlines()
+    assert told[0] == "mine on m (d, all split)"
+    assert told[1:4] == [
+        "interrupted: 0 of 9 conditions were finished",
+        "failed: policy (base64): out of memory",
+        "note: it is so",
+    ]
+    with pytest.raises(ValueError, match="mine has no summary; it has prompts"):
+        run.brief()
+
+
+def test_fetching_is_told_on_a_quiet_console_and_notes_are_not():
+    console = Console(file=io.StringIO(), quiet=True)
+    note(console, "kept in the run")
+    say(console, "fetching")
+    assert console.file.getvalue() == "fetching\n" and console.quiet
+
+
+TYPED = """
+WORDS = "Please."
+def said(): return WORDS
+class Base(Defense):
+    again = "!"
+    @property
+    def words(self): return said() + self.again
+class Typed(Base):
+    def rewrite(self, chat, rng):
+        return [self.words for _ in chat]
+"""
+
+
+def typed(source):
+    space, name = {"Defense": Defense, "__name__": "__main__"}, f"<cell {hash(source)}>"
+    exec(compile(source, name, "exec"), space)  # as a notebook does: there is no file
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    return _source_sha256(space["Typed"])
+
+
+@pytest.mark.parametrize("changed", ["Please.", "return WORDS", '= "!"', "self.again", "for _ in chat"])
+def test_a_class_that_was_typed_in_is_known_by_all_it_is_made_of(changed):
+    first, again, other = (typed(one) for one in (TYPED, TYPED + " ", TYPED.replace(changed, changed + " ")))
+    assert len(first) == 64 and first == again
+    assert first != other or changed == '= "!"'  # a value is what it is, however it is typed
+    assert first != typed(TYPED.replace('"!"', '"?"'))
+
+
+def test_a_class_in_a_file_is_known_by_the_file_and_one_made_by_no_text_not_at_all():
     armed = type("Armed", (Polite,), {"armed": contextmanager(Polite.rewrite)})
     assert _source_sha256(armed) == _source_sha256(Polite)  # not that of contextlib
     with_other_words = type("Other", (Polite,), {"__module__": __name__})
@@ -153,8 +275,11 @@ def test_scores_from_anywhere_are_summed_up():
     found = summarize(pd.concat([plain.assign(defense="none"), moved])).set_index("defense").loc["moved"]
     assert (found["shift"], found["discrimination"]) == (pytest.approx(1.5), pytest.approx(1.0))
     assert found["verdict"] == "shift + discrimination +"
-    told = summarize(pd.concat([plain.assign(defense="none"), moved]), threshold=100.0)
+    both = pd.concat([plain.assign(defense="none"), moved])
+    told = summarize(both.assign(harmful=both["harmful"].astype(int)), threshold=100.0)
     assert (told["refusal_rate"] == 0).all()
+    renamed = both.replace({"defense": {"moved": "random_tokens"}})
+    assert list(summarize(renamed)["family"]) == ["none", "control"]
 
 
 def test_intervals_stand_behind_their_estimates():

@@ -1,0 +1,33 @@
+"""The command's frame: one group of commands, to which `everyday`, `studies` and `weights` add theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class Interrupted(Exception):
+    """Ctrl-C, on its way past typer."""
+
+
+class _Group(TyperGroup):
+    """The commands, called with the context that typer's hints promise, with Ctrl-C left to `cli.main`."""
+
+    context_class = typer.Context
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; typer by itself would end an interrupted one without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)

@@ -1,0 +1,219 @@
+"""The commands that study: readouts against text, ensembles, mechanism. Imports are late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from analysis import asking
+from analysis.options import (
+    AttackOption,
+    BatchOption,
+    BudgetOption,
+    DataOption,
+    DefenseOption,
+    DeviceOption,
+    DtypeOption,
+    HalfLimitOption,
+    JsonOption,
+    JudgeModelOption,
+    JudgeOption,
+    LimitOption,
+    ModelOption,
+    OfflineOption,
+    OutOption,
+    ReadoutOption,
+    RubricOption,
+    SeedOption,
+    SetOption,
+    SizeOption,
+    SplitOption,
+    StacksOption,
+)
+from analysis.shell import app
+from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    from analysis.request import Request
+
+
+@app.command()
+def validate(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    attack: AttackOption = None,
+    readout: Annotated[
+        list[str] | None,
+        typer.Option("--readout", help="As `list readouts` has them, or all; repeatable; by default words."),
+    ] = None,
+    judge: JudgeOption = "patterns",
+    judge_model: JudgeModelOption = None,
+    budget: BudgetOption = None,
+    rubric: RubricOption = None,
+    grade: Annotated[bool, typer.Option("--grade", help="The judge model grades benign answers.")] = False,
+    tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
+    limit: LimitOption = None,
+    batch_size: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Compare readouts with what the model goes on to say: where to trust them; what answers are worth."""
+    sent, readouts = asking.sent(attack), asking.readouts(readout or ["words"])
+    from analysis import validating
+    from analysis.judging import Jury
+    from analysis.request import Request
+
+    request = Request(
+        model, data, split, limit, asking.batch(batch_size), device, dtype, seed, offline, sent, readouts
+    )
+    jury = Jury(judge, judge_model, budget, rubric, grade)
+    raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, jury, tokens))
+
+
+@app.command()
+def ensembles(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    size: SizeOption = 2,
+    stacks: StacksOption = 5,
+    limit: HalfLimitOption = None,
+    batch_size: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Which defenses (-d; else all) to combine, and how? All predicted; votes and the best stacks observed.
+
+    analyze ensembles -m smollm2:aligned -d self_reminder -d paraphrase -d policy
+    """
+    request = _together(model, data, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    asking.refuse_odd_team(size, stacks)
+    from analysis import comparing
+
+    names = defense or ["all"]
+    raise typer.Exit(comparing.compare(request, names, settings or [], size, stacks, out))
+
+
+@app.command()
+def recommend(
+    max_over_refusal: Annotated[
+        str, typer.Option(help="Share of benign queries refused, at most: 5% or 0.05.")
+    ],
+    max_cost: Annotated[
+        float | None, typer.Option(help="Time until the first token, times undefended, at most.")
+    ] = None,
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    size: SizeOption = 2,
+    stacks: StacksOption = 5,
+    limit: HalfLimitOption = None,
+    batch_size: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which defense, or combination, of those (-d; else all) refuses most harm within limits, and how surely?
+
+    analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
+    """
+    request = _together(model, data, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    asking.refuse_odd_team(size, stacks)
+    share = asking.share(max_over_refusal)
+    if max_cost is not None and not max_cost >= 1:
+        raise UserError(f"--max-cost {max_cost:g}: the undefended model costs 1, so it takes 1 or more")
+    from analysis import recommending
+
+    limits, names = recommending.Limits(share, max_cost), defense or ["all"]
+    raise typer.Exit(
+        recommending.recommend(request, names, settings or [], size, stacks, limits, out, as_json)
+    )
+
+
+@app.command()
+def mechanism(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    sites: Annotated[
+        str, typer.Option(help=f"What is patched: {', '.join(asking.SITES)}; joined by commas.")
+    ] = ",".join(asking.SITES),
+    top: Annotated[int, typer.Option(help="Parts that are told and drawn; heads that are patched.")] = 10,
+    patched: Annotated[
+        int, typer.Option(help="Queries, at most, that interventions run on, pairs kept whole; 0: none.")
+    ] = 32,
+    ensembles: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `analyze ensembles`: do defenses that use the same parts interact?"),
+    ] = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    settings: SetOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Where in the model does a defense act? Layers, heads and MLPs, and interventions that test them.
+
+    analyze mechanism -d backdoor -m smollm2:attacked
+    """
+    if not defense:
+        raise UserError("which defense? -d NAME (see `analyze list defenses`)")
+    sent, readouts = asking.sent(attack), asking.readout(readout)
+    chosen = asking.sites([one.strip() for one in sites.split(",") if one.strip()])
+    asking.refuse_odd_look(top, patched)
+    from analysis import locating
+    from analysis.looking import Wanted
+    from analysis.request import Request
+
+    request = Request(
+        model, data, split, limit, asking.batch(batch_size), device, dtype, seed, offline, sent, readouts
+    )
+    wanted = Wanted(chosen, top, patched, ensembles)
+    raise typer.Exit(locating.locate(request, defense, settings or [], wanted, out))
+
+
+def _together(
+    model: str,
+    data: str,
+    limit: int | None,
+    batch_size: str,
+    device: str,
+    dtype: str,
+    seed: int,
+    offline: bool,
+    attack: list[str] | None,
+    readout: str,
+) -> Request:
+    """What is asked for where one split chooses and the other one reports."""
+    sent, readouts = asking.sent(attack), asking.readout(readout)
+    from analysis.request import HALVES, Request
+
+    return Request(
+        model, data, HALVES, limit, asking.batch(batch_size), device, dtype, seed, offline, sent, readouts
+    )
