@@ -31,6 +31,10 @@ def redrawn(figure):
     return pixels(held)
 
 
+def different(one, other):
+    return (np.abs(one - other).max(axis=2) > 8).sum()
+
+
 def test_every_picture_has_its_csv_and_a_record_beside_it():
     assert len(SHIPPED) > 30
     for folder, stem in SHIPPED:
@@ -47,8 +51,8 @@ def test_a_figure_is_drawn_again_from_its_csv(kind):
     folder, stem = EACH[kind]
     shipped, again = pixels(ROOT / folder / f"{stem}.png"), redrawn(read(ROOT / folder).figure(stem))
     assert shipped.shape == again.shape
-    # Seven digits in the CSV move an edge by less than a pixel.
-    assert (np.abs(shipped - again).max(axis=2) > 40).mean() < 2e-3
+    # Seven digits in the CSV change an edge by a shade or two; of equal points another one may lie on top.
+    assert different(shipped, again) <= {"calibration": 200}.get(kind, 20)
 
 
 def test_another_number_is_another_picture(tmp_path):
@@ -58,9 +62,9 @@ def test_another_number_is_another_picture(tmp_path):
     before = redrawn(run.figure("square"))
     value = str(run.tables["square"]["shift"].max())
     assert text.count(value) == 1
-    (folder / "square.csv").write_text(text.replace(value, str(float(value) - 2)), "utf-8")
+    (folder / "square.csv").write_text(text.replace(value, str(float(value) - 0.1)), "utf-8")
     after = redrawn(read(folder).figure("square"))
-    assert before.shape != after.shape or (before != after).mean() > 1e-3
+    assert before.shape != after.shape or different(before, after) > 40
 
 
 def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeypatch):
