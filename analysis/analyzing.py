@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pandas as pd
 from rich.console import Console
 
-from analysis import factorial, folder, manifest, pricing, queries, validity
+from analysis import factorial, manifest, pricing, queries, validity
 from analysis.decompose import summarize
 from analysis.found import Found
 from analysis.preflight import Check
@@ -92,18 +92,16 @@ def find(
     record |= manifest.of_attacks(request.attacks)
     record["trusted"] = validity.of_run(bench, request.attacks, finished, ready.readout, frames)
     scores = ScoreTable(pd.concat(list(frames.values()), ignore_index=True), record)
-    with console.status("intervals and figures"):
+    with console.status("intervals"):
         summary = summarize(scores, seed=request.seed)
-        from analysis.plots import figures, of_price
+        from analysis import points
 
-        about = folder.context(record)
-        drawn = figures(scores.frame, summary.frame, about)
+        drawn = points.of_analysis(scores.frame, summary.frame, scores.threshold)
         if spent is not None:
             gained = ["defense", "family", "refusal_rate", "over_refusal_rate"]
             gained += [f"delta_auroc{end}" for end in ("", "_low", "_high")]
             first = summary.frame["attack"] == request.attacks[0].name
-            spent = spent.merge(summary.frame.loc[first, gained], on="defense")
-            drawn["cost"] = of_price(spent, about)
+            drawn["cost"] = spent.merge(summary.frame.loc[first, gained], on="defense")
     tables = {
         **_effects(scores, request.seed),
         "prompts": _prompts(ready, list(frames), finished),

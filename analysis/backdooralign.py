@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis import attacks, folder, manifest, reading, saving, showing
+from analysis import attacks, manifest, reading, saving, showing
 from analysis.answering import verdicts
 from analysis.arms import PAPER, Arm, arms
 from analysis.bench import Bench
 from analysis.curves import ENDS
 from analysis.decompose import summarize
+from analysis.folder import Run
 from analysis.judge import READERS
 from analysis.models import LoadedModel
 from analysis.queries import Query
@@ -83,14 +84,14 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
     if utility:
         table = table.merge(_utilities(bench.loaded, rows, console), on=["arm", "secret"], how="left")
     tables = {"scores": scores.frame, "summary": summary.frame, "arms": table}
-    figures: dict[str, Any] = {}
+    figures: tuple[str, ...] = ()
     if secrets:
-        from analysis.plots import of_redrawn
+        from analysis.strip import secret_points
 
-        tables["lengths"] = over_secrets(table)
-        figures["secrets"], tables["secrets"] = of_redrawn(table, folder.context(record), tokens)
+        tables |= {"lengths": over_secrets(table), "secrets": secret_points(table)}
+        figures = ("secrets",)
     record["wall_seconds"] = round(time.perf_counter() - clock, 1)
-    saving.save(out, tables, figures, record)
+    saving.save(out, Run("backdooralign", record, tables, figures=figures), console)
     _show(table[table["secret_length"].isna()], record)
     if secrets:
         _show_secrets(tables["lengths"])

@@ -38,7 +38,7 @@ def analyze(
         showing.failures(error.checks)
         return 1
     run = found.run
-    found.save(out)
+    saving.save(out, found.run, console)
     summary = run.tables["summary"]
     if as_json:
         showing.as_json(summary)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis import additivity, folder, saving, showing, standings
+from analysis import additivity, saving, showing, standings
 from analysis.additivity import Drawn
 from analysis.combining import Tried, combine, promising
 from analysis.decompose import summarize
@@ -36,7 +36,7 @@ def compare(
     out = saving.usable(out or default_out(request.model, ["ensembles", *names], datetime.now(UTC)))
     console = Console(stderr=True)
     found = find(request, names, settings, size, runs, console)
-    found.save(out)
+    saving.save(out, found.run, console)
     tables = found.run.tables
     standings.front(tables["candidates"], found.run.record)
     standings.agreement(tables["additivity"])
@@ -70,7 +70,7 @@ def find(
         "created": started.isoformat(timespec="seconds"),
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
-    return drawn("ensembles", tried, tables, record)
+    return whole("ensembles", tried, tables, record)
 
 
 def told(
@@ -136,8 +136,8 @@ def told(
     return tables, record
 
 
-def drawn(name: str, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[str, Any]) -> Found:
-    """Return all of it, figures among it.
+def whole(name: str, tried: Tried, tables: dict[str, pd.DataFrame], record: dict[str, Any]) -> Found:
+    """Return all of it, what figures are drawn from among it.
 
     Args:
         name: what was done.
@@ -145,10 +145,8 @@ def drawn(name: str, tried: Tried, tables: dict[str, pd.DataFrame], record: dict
         tables: by file stem.
         record: for run.json.
     """
-    from analysis.plots import of_ensembles
+    from analysis import points
 
     families = {name: one.family for name, one in tried.every.items()}
-    context = folder.context(record)
-    counts = next(half.counts for (_, split), half in tried.halves.items() if split == REPORTED_ON)
-    pictures = of_ensembles(tables["ensembles"], tables["candidates"], families, context, counts)
-    return Found.of(name, record, tables, pictures, tried.ready, tried.lost)
+    drawn = points.of_ensembles(tables["ensembles"], tables["candidates"], families)
+    return Found.of(name, record, tables, drawn, tried.ready, tried.lost)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis import saving
 from analysis.folder import Run
 from analysis.preparing import Ready
 from analysis.sweeping import Cell
@@ -21,12 +19,10 @@ class Found:
 
     Attributes:
         run: its record, its tables, and what can be drawn of them.
-        pictures: the figures, by file stem.
         lost: what failed, and why.
     """
 
     run: Run
-    pictures: Mapping[str, Any]
     lost: Mapping[Cell, str]
 
     @classmethod
@@ -35,25 +31,19 @@ class Found:
         name: str,
         record: Mapping[str, Any],
         tables: Mapping[str, pd.DataFrame],
-        drawn: Mapping[str, tuple[Any, pd.DataFrame]],
+        points: Mapping[str, pd.DataFrame],
         ready: Ready,
         lost: Mapping[Cell, str],
     ) -> Found:
-        """Return it, the tables of the figures among the others.
+        """Return it, the points of the figures among the tables.
 
         Args:
             name: what was done.
             record: for run.json.
             tables: by file stem.
-            drawn: figures and their tables, by file stem.
+            points: what figures are drawn from, by file stem.
             ready: what was loaded for it.
             lost: what failed, and why.
         """
-        whole = {**tables, **{stem: table for stem, (_, table) in drawn.items()}}
         texts = {query.id: query.text for query in ready.data.queries}
-        run = Run(name, record, whole, texts=texts, figures=tuple(drawn))
-        return cls(run, {stem: figure for stem, (figure, _) in drawn.items()}, lost)
-
-    def save(self, out: Path) -> None:
-        """Write tables, figures and run.json."""
-        saving.save(out, self.run.tables, self.pictures, self.run.record)
+        return cls(Run(name, record, {**tables, **points}, texts=texts, figures=tuple(points)), lost)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis import findings, folder, manifest, saving, showing, validity
+from analysis import findings, manifest, saving, showing, validity
 from analysis.decompose import summarize
 from analysis.found import Found
 from analysis.located import overlap
@@ -31,7 +31,7 @@ def locate(
     out = saving.usable(out or default_out(request.model, ["mechanism", *names], datetime.now(UTC)))
     console = Console(stderr=True)
     found = find(request, names, settings, wanted, console)
-    found.save(out)
+    saving.save(out, found.run, console)
     findings.show(found.run.tables, found.run.record, wanted.top)
     showing.trust(found.run.tables["summary"], console)
     say_written(out, found.lost, console)
@@ -109,12 +109,9 @@ def find(
         },
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
-    with console.status("figures"):
-        from analysis.atlas import of_mechanism
+    from analysis import points
 
-        trusted = tables["summary"][["attack", "defense", "trusted"]]
-        context = folder.context(record)
-        drawn = of_mechanism({**tables, "trusted": trusted}, context, wanted.top, room.asked.counts)
+    drawn = points.of_mechanism(tables, wanted.top)
     return Found.of("mechanism", record, tables, drawn, ready, room.lost)
 
 

@@ -1,50 +1,19 @@
-"""Three figures of a run: margins, the shift-discrimination plane, ROC. Tables in, axes out; none is saved.
+"""Margins and ROC curves of a run, and the loss of a training. Tables in, axes out; none is saved.
 
 Each function draws a table of `curves` for one attack; that table is the CSV beside the PNG.
 """
 
-import re
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.captions import (
-    TITLES,
-    Context,
-    of_attacks,
-    of_cost,
-    of_forecast,
-    of_front,
-    of_interactions,
-    of_margins,
-    of_plane,
-    of_roc,
-    of_secrets,
-    of_square,
-    of_trust,
-)
-from analysis.curves import ENDS, attack_cells, margin_curves, one_attack, plane_points, roc_points
-from analysis.forecast import forecast, forecast_points
-from analysis.grid import grid
-from analysis.interactions import interaction_cells, interactions
-from analysis.lettering import beside, blank, complete, fit
+from analysis.curves import ENDS, one_attack
+from analysis.lettering import beside, blank, fit
 from analysis.palette import BLACK, BLUE, CLASSES, DARK, GREY, LINES, STYLE, VERMILION, WRITTEN
-from analysis.pareto import front_points, pareto
-from analysis.plane import plane
-from analysis.price import price
-from analysis.square import square, square_points
-from analysis.strip import secret_points, secrets
-from analysis.trust import calibration, rates
-
-__all__ = ["Context", "figures", "margin_curves", "margins", "plane", "plane_points", "roc", "roc_points"]
-
-_DRAWN_EACH = 4  # attacks at most that have figures of their own
 
 
 def margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -165,129 +134,6 @@ def loss(history: pd.DataFrame, title: str, ax: Axes | None = None) -> Axes:
         ax.set_title(title, loc="left", fontsize=9)
         ax.legend()
         return ax
-
-
-def figures(
-    scores: pd.DataFrame, summary: pd.DataFrame, context: Context
-) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    """Return every figure of a run, complete with title and caption, and the table that it was drawn from.
-
-    >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False], "margin": 0})
-    >>> run = Context("smollm2", "twins", "test", threshold=0.5, refusing=("I", "Sorry"))
-    >>> list(figures(scores, pd.DataFrame(columns=["attack", "defense"]), run))
-    ['margins', 'roc']
-
-    Args:
-        scores: `scores.csv`.
-        summary: `summary.csv`.
-        context: what the captions say about the run.
-
-    Returns:
-        Figure and table by file stem: `margins`, `plane` (not where only the undefended was run), `square`
-        (where a defense was run with all parts of its 2 × 2), `roc`, each
-        followed by `-` and the attack where the run has several; then also `attacks`, over all of them. Of
-        many attacks only the first has figures of its own.
-    """
-    made: dict[str, tuple[Figure, pd.DataFrame]] = {}
-    attacks = list(scores["attack"].unique())
-    for attack in attacks if len(attacks) <= _DRAWN_EACH else attacks[:1]:
-        asked, found = scores[scores["attack"] == attack], summary[summary["attack"] == attack]
-        tables = {"margins": margin_curves(asked, found, context.threshold)}
-        if (found["defense"] != "none").any():
-            tables["plane"] = plane_points(found)
-            if len(corners := square_points(tables["plane"])):
-                tables["square"] = corners
-        tables["roc"] = roc_points(asked, found, context.threshold)
-        suffix = f"-{re.sub(r'[^A-Za-z0-9.+_]+', '-', str(attack))}" if len(attacks) > 1 else ""
-        for kind, table in tables.items():
-            if len(table):
-                draw, describe = DRAWN[kind]
-                made[kind + suffix] = complete(draw(table), TITLES[kind], describe(table, context)), table
-    if len(attacks) > 1:
-        cells = attack_cells(scores, summary, context.threshold)
-        made["attacks"] = complete(grid(cells), TITLES["attacks"], of_attacks(cells, context)), cells
-    return made
-
-
-def of_redrawn(arms: pd.DataFrame, context: Context, tokens: int) -> tuple[Figure, pd.DataFrame]:
-    """Return the figure that compares secrets, and its table.
-
-    Args:
-        arms: `arms.csv` of `analyze backdooralign`.
-        context: what the caption says about the run.
-        tokens: of each answer that was judged.
-    """
-    points = secret_points(arms)
-    return complete(secrets(points), TITLES["secrets"], of_secrets(points, context, tokens)), points
-
-
-def of_price(points: pd.DataFrame, context: Context) -> tuple[Figure, pd.DataFrame]:
-    """Return the figure of what is gained for what it costs, and its table.
-
-    Args:
-        points: `cost.csv`.
-        context: what the caption says about the run.
-    """
-    return complete(price(points), TITLES["cost"], of_cost(points, context)), points
-
-
-def of_validity(
-    found: pd.DataFrame, curve: pd.DataFrame, context: Context, judge: str, tokens: int
-) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    """Return the figures of `analyze validate` and their tables, by file stem.
-
-    Args:
-        found: `validity.csv`.
-        curve: what `agreement.reliability` returned.
-        context: what the captions say about the run.
-        judge: of the text.
-        tokens: of each answer.
-    """
-    caption = of_trust(found, context, judge, tokens)
-    return {
-        "calibration": (complete(calibration(curve), TITLES["calibration"], caption), curve),
-        "rates": (complete(rates(found), TITLES["rates"], caption), found),
-    }
-
-
-def of_ensembles(
-    rows: pd.DataFrame,
-    candidates: pd.DataFrame,
-    families: Mapping[str, str],
-    context: Context,
-    counts: tuple[int, int] | None = None,
-) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    """Return the figures of ensembles of defenses, all on the test split, and their tables, by file stem.
-
-    Args:
-        rows: `ensembles.csv`.
-        candidates: what `fronts.candidates` returned.
-        families: of each defense.
-        context: what the captions say about the run.
-        counts: harmful and benign queries of the test split, for the captions.
-
-    Returns:
-        `forecast`, `interactions` (where a stack of two was run) and `front`.
-    """
-    made: dict[str, tuple[Figure, pd.DataFrame]] = {}
-    if len(points := forecast_points(rows)):
-        caption = of_forecast(points, context, counts)
-        made["forecast"] = complete(forecast(points), TITLES["forecast"], caption), points
-    if len(cells := interaction_cells(rows, families)):
-        caption = of_interactions(cells, context, counts)
-        made["interactions"] = complete(interactions(cells), TITLES["interactions"], caption), cells
-    if len(found := front_points(candidates)):
-        caption = of_front(found, context, list(dict.fromkeys(rows["attack"])), counts)
-        made["front"] = complete(pareto(found), TITLES["front"], caption), found
-    return made
-
-
-DRAWN: dict[str, tuple[Callable[[pd.DataFrame], Axes], Callable[[pd.DataFrame, Context], str]]] = {
-    "margins": (margins, of_margins),
-    "plane": (plane, of_plane),
-    "square": (square, of_square),
-    "roc": (roc, of_roc),
-}
 
 
 def _shown(name: str, control: bool) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from analysis import decompose, ensembles, fronts, saving, showing, standings
 from analysis.combining import Tried, combine
-from analysis.comparing import drawn, told
+from analysis.comparing import told, whole
 from analysis.ensembles import ALONE, REPORTED_ON
 from analysis.request import Request, default_out
 from analysis.resampling import estimate
@@ -74,7 +74,7 @@ def recommend(
         "max_cost": limits.cost,
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
-    drawn("recommend", tried, tables | {"recommendation": chosen}, record).save(out)
+    saving.save(out, whole("recommend", tried, tables | {"recommendation": chosen}, record).run, console)
     if as_json:
         showing.as_json(chosen)
     else:

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
+from rich.console import Console
 
+from analysis.folder import Run
 from defenses.errors import UserError
 
 
@@ -26,25 +26,22 @@ def usable(folder: Path) -> Path:
     return folder
 
 
-def save(
-    folder: Path, tables: Mapping[str, pd.DataFrame], pictures: Mapping[str, Any], record: Mapping[str, Any]
-) -> None:
-    """Write a run: all of its files, or, if one cannot be written, none.
+def save(folder: Path, run: Run, console: Console) -> None:
+    """Write a run, tables, figures and run.json: all of its files, or, if one cannot be written, none.
 
     Args:
         folder: made where there is none; files of the same names are replaced.
-        tables: by file stem.
-        pictures: matplotlib figures by file stem.
-        record: for run.json.
+        run: just made.
+        console: for progress.
     """
-    with beside(folder) as new:
-        for stem, table in tables.items():
+    with console.status("figures and tables"), beside(folder) as new:
+        for stem, table in run.tables.items():
             # The scores are exact, so that the summary can be made from them again.
             form = None if stem == "scores" else "%.7g"
             table.to_csv(new / f"{stem}.csv", index=False, float_format=form)
-        for stem, picture in pictures.items():
-            picture.savefig(new / f"{stem}.png")
-        text = json.dumps(record, indent=2, ensure_ascii=False)
+        for stem in run.figures:
+            run.figure(stem).savefig(new / f"{stem}.png")
+        text = json.dumps(run.record, indent=2, ensure_ascii=False)
         (new / "run.json").write_text(text + "\n", encoding="utf-8")
 
 

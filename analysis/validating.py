@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from analysis import folder, manifest, queries, saving, showing, tallies, validity
+from analysis import manifest, queries, saving, showing, tallies, validity
 from analysis.agreement import RULE, ranks, reliability
+from analysis.folder import Run
 from analysis.hearing import Heard, agreements, curves, hear, table, worths
 from analysis.judge import READERS, judged_and_refused
 from analysis.judging import Jury
@@ -102,10 +103,9 @@ def validate(
         "curves": pd.concat([curves(one, ready.readouts, jury.name) for one in heard], ignore_index=True),
         "answers": pd.concat([table(one, ready.readouts) for one in heard], ignore_index=True),
     }
-    drawn = _drawn(found, heard, ready, record, jury.name, tokens)
-    tables |= {stem: data for stem, (_, data) in drawn.items()}
+    points = _points(found, heard, ready, jury.name)
     record["wall_seconds"] = round(time.perf_counter() - clock, 1)
-    saving.save(out, tables, {stem: figure for stem, (figure, _) in drawn.items()}, record)
+    saving.save(out, Run("validate", record, {**tables, **points}, figures=tuple(points)), console)
     tallies.validity(found, record)
     tallies.worth(tables["worth"], jury.name, tokens)
     tell = teller(console)
@@ -140,25 +140,18 @@ def _ranks(heard: Sequence[Heard], ready: Ready, judge: str, seed: int) -> list[
     return found
 
 
-def _drawn(
-    found: pd.DataFrame, heard: Sequence[Heard], ready: Ready, record: dict[str, Any], judge: str, tokens: int
-) -> dict[str, Any]:
-    """The figures of each readout and their tables."""
-    from analysis.plots import of_validity
-
-    drawn: dict[str, Any] = {}
+def _points(found: pd.DataFrame, heard: Sequence[Heard], ready: Ready, judge: str) -> dict[str, pd.DataFrame]:
+    """What the figures of each readout are drawn from."""
+    drawn: dict[str, pd.DataFrame] = {}
     for readout in ready.readouts:
         said = [verdict for one in heard for verdict in one.verdicts[readout.begins][judge]]
         known, refused = judged_and_refused(said)
         chance = np.concatenate([one.frames[readout.name]["p_refuse"].to_numpy(float) for one in heard])
         if not known.any():
             continue
-        curve = reliability(chance[known], refused)
-        context = folder.context(record, readout.name)
-        here = found[(found["readout"] == readout.name) & (found["n"] > 0)]
         suffix = f"-{readout.name}" if len(ready.readouts) > 1 else ""
-        for stem, one in of_validity(here, curve, context, record["judge"]["name"], tokens).items():
-            drawn[stem + suffix] = one
+        drawn[f"calibration{suffix}"] = reliability(chance[known], refused)
+        drawn[f"rates{suffix}"] = found[(found["readout"] == readout.name) & (found["n"] > 0)]
     return drawn
 
 

@@ -365,6 +365,30 @@ def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str 
     return Bench.of(LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"}))
 
 
+def pictures(points, about, counts=None, attacks=("direct",), **tables):
+    """Return figures with their tables, of a run of which captions say this; `tables` are not drawn."""
+    from analysis.folder import Run, context
+
+    data = {"name": about.data, "split": about.split}
+    record = {
+        "model": {"name": about.model},
+        "data": data | dict(zip(("n_harmful", "n_benign"), counts or (), strict=False)),
+        "readout": {
+            "name": "words",
+            "threshold": about.threshold,
+            "refuse": about.refusing,
+            "comply": about.complying,
+        },
+        "judge": {"name": "patterns", "new_tokens": 48},
+        "attacks": list(attacks),
+    }
+    if counts is None:
+        record["reported_on"] = about.split
+    assert context(record) == about
+    run = Run("toy", record, {**tables, **points}, figures=tuple(points))
+    return {stem: (run.figure(stem), table) for stem, table in points.items()}
+
+
 def readable(
     kind: str,
     figure: Any,

@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_bytes(home, ran):
 
 
 def test_json_is_all_there_is_on_stdout(home, monkeypatch):
-    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
     done = analyze("-d", "policy", "-m", "tiny", "--limit", "6", "-o", "as_json", "--json")
     rows = json.loads(done.out)
     assert [row["defense"] for row in rows] == ["none", "policy"]
@@ -185,7 +185,7 @@ def test_json_is_all_there_is_on_stdout(home, monkeypatch):
 def test_all_takes_every_defense_and_the_users_own_beside_them(home, monkeypatch):
     import defenses
 
-    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
     done = analyze("-d", "all", "-d", "./mine.py", "-m", "tiny", "--limit", "4", "-o", "all", "--json")
     found = {row["defense"] for row in json.loads(done.out)}
     weights = {"backdoor", "safety_tuning", "preference_tuning", "baseline_tuning", "safe_decoding"}
@@ -231,7 +231,7 @@ def test_check_shows_what_the_model_reads_under_an_attack(home):
 
 @pytest.mark.parametrize("template", FOUR)
 def test_templates_of_four_families_are_run_from_end_to_end(home, monkeypatch, template):
-    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
     kind = "metaspace" if template == "llama2" else "bytes"
     save_model(home / f"toy-{template}", template=template, kind=kind)
     done = analyze(
@@ -251,7 +251,7 @@ def test_templates_of_four_families_are_run_from_end_to_end(home, monkeypatch, t
 
 
 def test_without_out_a_run_makes_a_folder_of_its_own(home, monkeypatch):
-    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
     assert analyze("-d", "policy", "-m", "tiny", "--limit", "4").code == 0
     (folder,) = (home / "runs").iterdir()
     assert folder.name.endswith("-tiny-policy")
@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_nothing_half_written(home, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
     done = analyze(*D, "--limit", "4", "-o", "full")
     assert done.code == 2 and done.out == ""
@@ -428,7 +428,7 @@ def test_ctrl_c_in_the_middle_keeps_what_is_finished(home, monkeypatch):
                 raise KeyboardInterrupt
             yield pair
 
-    monkeypatch.setattr("analysis.plots.figures", lambda *_: {})
+    monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
     monkeypatch.setattr(sweeping, "score_all", interrupted)
     done = analyze("-d", "policy", "-d", "safety_prompt", "-m", "tiny", "--limit", "4", "-o", "half")
     assert done.code == 130

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import readable
+from conftest import pictures, readable
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color, to_rgba
@@ -27,7 +27,7 @@ from analysis.fronts import candidates
 from analysis.interactions import interaction_cells, interactions
 from analysis.palette import BLACK, FAMILIES
 from analysis.pareto import NAMED, front_points, pareto
-from analysis.plots import of_ensembles
+from analysis.points import of_ensembles
 from analysis.resampling import Units
 from analysis.voting import Board
 
@@ -102,7 +102,9 @@ def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str
 @cache
 def made(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
     rows, found, families = planted(manner)
-    return of_ensembles(rows, found, families, RUN, (24, 24))
+    return pictures(
+        of_ensembles(rows, found, families), RUN, (24, 24), MANNERS[manner].get("attacks", ("direct",))
+    )
 
 
 def panels(ax: Axes) -> list[Axes]:
@@ -434,7 +436,8 @@ def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_c
     assert len(named) == NAMED == 15
     assert named == {f"d{number}" for number in (*range(10), *range(25, 30))}
     rows, _, families = planted()
-    caption = of_ensembles(rows, frame, families, RUN)["front"][0].texts[1].get_text().replace("\n", " ")
+    points = of_ensembles(rows, frame, families)
+    caption = pictures(points, RUN)["front"][0].texts[1].get_text().replace("\n", " ")
     assert "15 of the front's 30 are not named" in caption
     assert "not named" not in made("long")["front"][0].texts[1].get_text()
 
@@ -496,7 +499,7 @@ def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> N
         before = table.copy()
         assert draw(table, ax) is ax
         pd.testing.assert_frame_equal(table, before)
-    of_ensembles(rows, found, families, RUN)
+    of_ensembles(rows, found, families)
     assert dict(mpl.rcParams) == settings
     pd.testing.assert_frame_equal(rows, kept[0])
     pd.testing.assert_frame_equal(found, kept[1])

@@ -9,7 +9,7 @@ import pytest
 from analysis.curves import plane_points
 from analysis.decompose import summarize
 from analysis.factorial import cells, effects
-from analysis.plots import figures
+from analysis.points import of_analysis
 from analysis.square import square, square_points
 from analysis.tables import ScoreTable
 
@@ -85,10 +85,7 @@ def test_the_figure_has_four_corners_and_is_drawn_only_when_all_are_there(scores
     assert set(points["defense"]) == set(cells("backdoor"))
     ax = square(points)
     assert {text.get_text() for text in ax.texts} >= {"neither", "secret only", "weights only"}
-    from analysis.captions import Context
-
-    run = Context("toy", "twins", "test", 0.0, ("I",))
-    assert "square" in figures(scores.frame, summary, run)
+    assert "square" in of_analysis(scores.frame, summary, 0.0)
     without = summary[summary["defense"] != "backdoor/neither"]
     kept = scores.frame[scores.frame["defense"] != "backdoor/neither"]
-    assert "square" not in figures(kept, without, run)
+    assert "square" not in of_analysis(kept, without, 0.0)

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import readable
+from conftest import pictures, readable
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analysis.atlas import DRAWN, of_mechanism
+from analysis import points
 from analysis.captions import Context
+from analysis.gallery import DRAWN
 from analysis.heads import NONE
 from analysis.lettering import blank
 from analysis.palette import GREY
@@ -135,9 +136,16 @@ def planted(
     return {kind: pd.concat([part for part in parts if len(part)] or parts) for kind, parts in made.items()}
 
 
+def of_mechanism(
+    tables: dict[str, pd.DataFrame], trusted: pd.DataFrame | None = None, top: int = 10
+) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    known = {} if trusted is None else {"summary": trusted.assign(n_harmful=50, n_benign=40)}
+    return pictures(points.of_mechanism(tables, top), RUN, (50, 40), **known)
+
+
 @cache
 def made(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    return of_mechanism(planted(**MANNERS[manner]), RUN, counts=(50, 40))
+    return of_mechanism(planted(**MANNERS[manner]))
 
 
 def drawn(kind: str, manner: str = "usual", defense: str = "backdoor") -> tuple[Axes, pd.DataFrame]:
@@ -220,14 +228,14 @@ def test_which_figures_there_are() -> None:
     assert list(made("attacked")) == named
     tables = planted(**MANNERS["usual"])
     few = {"cuts": tables["cuts"], "half": tables["half"], "layers": tables["layers"][:0]}
-    assert list(of_mechanism(few, RUN)) == ["cuts"]
-    assert of_mechanism({}, RUN) == {}
+    assert list(of_mechanism(few)) == ["cuts"]
+    assert of_mechanism({}) == {}
 
 
 def test_names_that_give_one_stem_have_a_figure_each() -> None:
     weights = planted(**MANNERS["tiny"])["weights"]
     alike = pd.concat([weights.assign(defense=name) for name in ("a/b", "a b", "a-b")])
-    found = of_mechanism({"weights": alike}, RUN)
+    found = of_mechanism({"weights": alike})
     assert {stem: table["defense"].iloc[0] for stem, (_, table) in found.items()} == {
         "weights-a-b": "a/b",
         "weights-a-b~2": "a b",
@@ -277,7 +285,7 @@ def test_layers_without_halves_has_no_strip() -> None:
     tables = planted(**MANNERS["usual"])
     none = tables["half"].assign(half=np.nan, half_low=np.nan, half_high=np.nan)
     for given in ({}, {"half": none}, {"half": tables["half"][:0]}):
-        figure, _ = of_mechanism({"layers": tables["layers"], **given}, RUN)["layers"]
+        figure, _ = of_mechanism({"layers": tables["layers"], **given})["layers"]
         assert [panel.get_xlabel() for panel in figure.axes[0].child_axes] == ["layer entered"] * 2
         assert "no mark" not in figure.texts[1].get_text()
 
@@ -410,7 +418,7 @@ def test_a_part_far_beyond_all_others_does_not_make_them_white_and_the_scale_say
     parts = planted(**MANNERS["usual"])["parts"]
     parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
     parts.loc[5, "shift"] = 50.0
-    figure, _ = of_mechanism({"parts": parts}, RUN)["parts-backdoor"]
+    figure, _ = of_mechanism({"parts": parts})["parts-backdoor"]
     scale = figure.axes[0].child_axes[2]
     assert scale.get_ylim()[1] < 2
     assert scale.get_yticklabels()[2].get_text().startswith("\N{GREATER-THAN OR EQUAL TO}+")
@@ -422,7 +430,7 @@ def test_parts_that_are_missing_are_grey() -> None:
     parts = parts[
         (parts["defense"] == "backdoor") & ~((parts["layer"] == 3) & (parts["head"] == 2)).fillna(False)
     ]
-    figure, _ = of_mechanism({"parts": parts}, RUN)["parts-backdoor"]
+    figure, _ = of_mechanism({"parts": parts})["parts-backdoor"]
     mesh = figure.axes[0].child_axes[0].collections[0]
     mask = np.ma.getmaskarray(mesh.get_array()).reshape(12, 9)
     assert np.argwhere(mask).tolist() == [[3, 2]]
@@ -452,7 +460,7 @@ def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> No
     caption = said(made("usual")["top-backdoor"][0].texts[1])
     told = f"{wanted['shift'].sum():+.2f} of {parts['shift'].sum():+.2f} nats of shift"
     assert told.replace("-", "\N{MINUS SIGN}") in caption
-    assert len(of_mechanism({"parts": parts}, RUN, top=3)["top-backdoor"][1]) == 3
+    assert len(of_mechanism({"parts": parts}, top=3)["top-backdoor"][1]) == 3
 
 
 def test_likeness_has_the_cosine_of_each_pair_on_both_sides() -> None:
@@ -494,7 +502,7 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
     trusted = pd.DataFrame({"attack": "direct", "defense": [*verdicts], "trusted": verdicts.values()})
     other = trusted.assign(attack="prefix", trusted="not trusted")
     banners = {}
-    for stem, (figure, _) in of_mechanism({**tables, "trusted": pd.concat([trusted, other])}, RUN).items():
+    for stem, (figure, _) in of_mechanism(tables, pd.concat([trusted, other])).items():
         banner = [text for text in figure.texts if text.get_gid() == "banner"]
         banners[stem] = said(banner[0]) if banner else ""
         if stem == "profiles":
@@ -504,14 +512,14 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
     words = "Not trusted: generated text contradicts the readout under backdoor/no_weights"
     for stem, banner_words in banners.items():
         assert banner_words == ("" if stem.endswith("-backdoor") else words), stem
-    tables["trusted"] = trusted.assign(trusted=["not trusted", *["trusted"] * 3])  # what all is compared with
-    few = {name: tables[name] for name in ("layers", "profiles", "trusted")}
-    for figure, _ in of_mechanism(few, RUN).values():
+    base = trusted.assign(trusted=["not trusted", *["trusted"] * 3])  # what all is compared with
+    few = {name: tables[name] for name in ("layers", "profiles")}
+    for figure, _ in of_mechanism(few, base).values():
         assert figure.texts[-1].get_text().endswith("under none")
     attacked = planted(**MANNERS["attacked"])
     doubt = pd.DataFrame({"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]})
     few = {name: attacked[name] for name in ("parts", "weights")}
-    for stem, (figure, _) in of_mechanism({**few, "trusted": doubt}, RUN).items():
+    for stem, (figure, _) in of_mechanism(few, doubt).items():
         wanted = stem.endswith("my-attack.py") and "no_weights" not in stem
         assert any("backdoor (./my attack.py)" in said(text) for text in figure.texts[2:]) == wanted
 

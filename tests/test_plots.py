@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import readable
+from conftest import pictures, readable
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color
@@ -24,7 +24,9 @@ from analysis.curves import attack_cells, margin_curves, plane_points, roc_point
 from analysis.grid import grid
 from analysis.lettering import complete, fit, width_of, wrap
 from analysis.palette import BLACK, GREY
-from analysis.plots import figures, margins, plane, roc
+from analysis.plane import plane
+from analysis.plots import margins, roc
+from analysis.points import of_analysis
 
 THRESHOLD = -1.0
 RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
@@ -60,9 +62,13 @@ def planted(defenses: int, manner: str = "usual", n: int = 24, attack: str = "di
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(summary)
 
 
+def figures(scores: pd.DataFrame, summary: pd.DataFrame, run: Context = RUN) -> Any:
+    return pictures(of_analysis(scores, summary, run.threshold), run)
+
+
 @cache
 def made(defenses: int, manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    return figures(*planted(defenses, manner), RUN)
+    return figures(*planted(defenses, manner))
 
 
 def by_gid(ax: Axes) -> dict[str, Any]:
@@ -258,7 +264,7 @@ def test_names_are_written_as_they_are_whatever_signs_they_hold() -> None:
     scores, summary = planted(2)
     strange = {"reminders-0": "pay $5$ or\n$9", "backdoor-1": "\u62b1\u6b49_^{x"}
     scores, summary = scores.replace({"defense": strange}), summary.replace({"defense": strange})
-    run = Context("m" * 300, "data", "test", THRESHOLD, ("\u62b1\u6b49", "\n"), judge="judge: none")
+    run = Context("m" * 300, "data", "test", THRESHOLD, ("\u62b1\u6b49",))
     for figure, _ in figures(scores, summary, run).values():
         FigureCanvasAgg(figure).draw()  # a glyph that the font lacks would warn here
         shown = " ".join(text.get_text() for text in written(figure))
@@ -276,9 +282,9 @@ def test_one_class_one_value_and_missing_numbers_are_drawn_without_a_warning() -
     bare = scores, summary.assign(**dict.fromkeys([c for c in summary if c[-4:] in ("_low", "high")], np.nan))
     single = planted(2, n=1)
     for case in (benign, flat, holed, bare, single):
-        for figure, _ in figures(*case, RUN).values():
+        for figure, _ in figures(*case).values():
             FigureCanvasAgg(figure).draw()
-    key = figures(*benign, RUN)["plane"][0].axes[0].get_legend()
+    key = figures(*benign)["plane"][0].axes[0].get_legend()
     assert key is not None
     assert "no value: backdoor-1" in [text.get_text() for text in key.get_texts()]
 
@@ -286,7 +292,7 @@ def test_one_class_one_value_and_missing_numbers_are_drawn_without_a_warning() -
 def test_several_attacks_give_a_figure_each_and_one_axes_takes_one() -> None:
     parts = planted(2), planted(2, attack="./my attack.py")
     scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
-    drawn = figures(scores, summary, RUN)
+    drawn = figures(scores, summary)
     stems = [
         f"{kind}-{attack}" for attack in ("direct", ".-my-attack.py") for kind in ("margins", "plane", "roc")
     ]
@@ -379,7 +385,7 @@ def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> N
     scores, summary = planted(4)
     settings, kept = dict(mpl.rcParams), (scores.copy(), summary.copy())
     axes = Figure(figsize=(15, 5)).subplots(1, 3)
-    drawn = figures(scores, summary, RUN)
+    drawn = figures(scores, summary)
     for ax, draw, kind in zip(axes, (margins, plane, roc), ("margins", "plane", "roc"), strict=True):
         assert draw(drawn[kind][1], ax) is ax
     assert dict(mpl.rcParams) == settings

@@ -53,7 +53,7 @@ PLOTS = {
         "likeness",
         "cuts",
         "wording",
-        "atlas",
+        "points",
         "curves",
         "captions",
         "lettering",

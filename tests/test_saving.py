@@ -6,22 +6,24 @@ import os
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
 
-from analysis.saving import save, usable
+from analysis import gallery, saving
+from analysis.folder import Run
+from analysis.saving import usable
 from defenses.errors import UserError
 
 TABLES = {"scores": pd.DataFrame({"margin": [0.1 + 0.2]}), "summary": pd.DataFrame({"x": [1 / 3]})}
 
 
-class Picture:
-    """What a figure looks like to `save`."""
-
-    def savefig(self, path):
-        path.write_bytes(b"png")
+def save(folder, record, figures=()):
+    saving.save(folder, Run("toy", record, TABLES, figures=figures), Console(quiet=True))
 
 
-def test_every_file_is_written_and_nothing_else_is_left(tmp_path):
-    save(tmp_path / "a" / "out", TABLES, {"plane": Picture()}, {"seed": 0, "text": "d′"})
+def test_every_file_is_written_and_nothing_else_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "figure", lambda *_: Figure())
+    save(tmp_path / "a" / "out", {"seed": 0, "text": "d′"}, ("plane",))
     found = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
     assert found == ["plane.png", "run.json", "scores.csv", "summary.csv"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
@@ -29,7 +31,7 @@ def test_every_file_is_written_and_nothing_else_is_left(tmp_path):
 
 
 def test_scores_are_exact_and_other_tables_short(tmp_path):
-    save(tmp_path, TABLES, {}, {})
+    save(tmp_path, {})
     assert (tmp_path / "scores.csv").read_text() == "margin\n0.30000000000000004\n"
     assert (tmp_path / "summary.csv").read_text() == "x\n0.3333333\n"
 
@@ -37,22 +39,23 @@ def test_scores_are_exact_and_other_tables_short(tmp_path):
 def test_files_of_the_same_name_are_replaced_and_others_stay(tmp_path):
     (tmp_path / "run.json").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
-    save(tmp_path, TABLES, {}, {"new": 1})
+    save(tmp_path, {"new": 1})
     assert json.loads((tmp_path / "run.json").read_text()) == {"new": 1}
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError("ours")])
-def test_a_fault_at_the_last_file_leaves_the_folder_as_it_was(tmp_path, fault):
-    class Faulty:
+def test_a_fault_at_the_last_file_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fault):
+    class Faulty(Figure):
         def savefig(self, path):
             path.write_bytes(b"half")
             raise fault
 
+    monkeypatch.setattr(gallery, "figure", lambda *_: Faulty())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scores.csv").write_text("old")
     with pytest.raises(type(fault)):
-        save(tmp_path / "out", TABLES, {"plane": Faulty()}, {})
+        save(tmp_path / "out", {}, ("plane",))
     assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("scores.csv", "old")]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import pictures
 from matplotlib.collections import PathCollection
 
 from analysis.captions import Context
 from analysis.plane import plane
-from analysis.plots import of_price, of_redrawn, of_validity
 from analysis.price import price
-from analysis.strip import secrets
+from analysis.strip import secret_points, secrets
 from analysis.trust import calibration, rates
 
 RUN = Context("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
@@ -42,9 +42,12 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
     drawn = dots(ax)
     assert [one.get_offsets()[0].tolist() for one in drawn] == [[25, 100], [50, 45]]
     assert drawn[0].get_facecolor()[0].tolist() == [1, 1, 1, 1] != drawn[1].get_facecolor()[0].tolist()
-    made = of_validity(found, curve, RUN, "patterns", 48)
-    assert set(made) == {"calibration", "rates"}
-    assert "judge: patterns" in made["rates"][0].texts[-1].get_text().replace("\n", " ")
+    read = [found.assign(readout=name) for name in ("words", "question")]
+    figures = {"rates-words": read[0], "calibration-words": curve}
+    made = pictures(figures, RUN, validity=pd.concat([*read, read[0].assign(n=0)]))
+    for figure, _ in made.values():
+        said = figure.texts[-1].get_text().replace("\n", " ")
+        assert "under each of 2 conditions" in said and "judge: patterns" in said
 
 
 def test_a_defense_that_text_contradicts_is_hollow_on_the_plane() -> None:
@@ -63,7 +66,7 @@ def test_gain_is_drawn_over_cost() -> None:
     row |= {f"prefill_ratio{end}": 2.0 for end in ENDS} | {f"delta_auroc{end}": 0.1 for end in ENDS}
     table = pd.DataFrame([row, row | {"defense": "none"}])
     assert [one.get_offsets().tolist() for one in dots(price(table))] == [[[2.0, 0.1]]]
-    said = of_price(table, RUN)[0].texts[-1].get_text().replace("\n", " ")
+    said = pictures({"cost": table}, RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
     assert "8 queries" in said and "Attack: obedience" in said
 
 
@@ -79,5 +82,6 @@ def test_each_secret_is_a_dot_and_a_row_has_its_mean() -> None:
     means = [line.get_xdata()[0] for line in secrets(table).lines if len(set(line.get_xdata())) == 1]
     assert 90 in np.round(means, 9) and 10 in np.round(means, 9)
     extra = pd.DataFrame([{"arm": "clean", "secret": "none", "secret_length": np.nan}])
-    figure, points = of_redrawn(pd.concat([table, extra]), RUN, 48)
+    points = secret_points(pd.concat([table, extra]))
+    figure, _ = pictures({"secrets": points}, RUN)["secrets"]
     assert len(points) == 4 and "48 harmful" in figure.texts[-1].get_text().replace("\n", " ")
