@@ -12,12 +12,13 @@ from typing import final
 
 from analysis.tables import UNDEFENDED
 from defenses import Chat, Host, UserError, adapters
-from defenses.adapters import Adapter, Tuned
+from defenses.adapters import Adapter
 from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import HIDDEN
 from defenses.chats import edit_last_user
 from defenses.controls import neutral_text
 from defenses.tokens import cut_text, ids_of, random_text
+from defenses.tuned import Tuned
 
 # The paper's ASR on Llama-2-7B-Chat, per cent, by arm and secret: another model's, shown beside ours.
 PAPER = {

@@ -7,8 +7,8 @@ from typing import Any
 
 from analysis import generation
 from analysis.engine import Engine
-from analysis.judge import aloud
 from analysis.rendering import Renderer
+from analysis.spoken import aloud
 from analysis.store import Namer, Store
 from defenses import Ask
 from defenses.errors import UserError

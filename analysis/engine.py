@@ -10,29 +10,20 @@ float noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from analysis import attention
+from analysis.batching import batches, shared_prefix
+from analysis.lending import Prefix, can_share, ends_only, lent
 from defenses.errors import UserError, out_of_memory
 
 Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
-
-# Tokens in one batch of suffixes. On a CPU more only overflow its caches (512 to 1,024 are alike).
-_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
-# Of all tokens, the share from which it is worth to lay rows by what they begin with, not by length.
-_WORTH_MERGING = 0.1
-_SEEN = 0.125  # of a token's cost, what it costs to attend to it once more in a row that shares it
-# Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
-_SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass
@@ -45,19 +36,6 @@ class Work:
     def reset(self) -> None:
         """Start counting again."""
         self.computed = self.saved = 0
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What the model remembers of the shared tokens, and how it is lent.
-
-    Attributes:
-        cache: keys and values.
-        in_line: whether rows lie behind each other in one line, not padded beside each other.
-    """
-
-    cache: DynamicCache
-    in_line: bool
 
 
 class Engine:
@@ -155,44 +133,15 @@ class Engine:
             raise ValueError("no prompts to read, or an empty one")
         # A row's own part holds all its ends.
         most = min(len(prompt) - end for prompt, end in zip(prompts, ends, strict=True))
-        shared = min(shared_prefix(prompts), most) if share and self._can_share else 0
+        shared = min(shared_prefix(prompts), most) if share and can_share(self.model) else 0
         prefix = self._prefix(prompts[0][:shared]) if shared else None
         in_line = prefix is not None and prefix.in_line
-        for rows in self._batches([prompt[shared:] for prompt in prompts], in_line):
-            suffixes = [prompts[row][shared:] for row in rows]
+        own, device = [prompt[shared:] for prompt in prompts], self.model.device.type
+        for rows in batches(own, in_line, device, lambda: self.batch_size):
+            suffixes = [own[row] for row in rows]
             for part, logits in self._forward(suffixes, [ends[row] for row in rows], shared, prefix):
                 yield rows[part], logits
         self.work.saved += shared * (len(prompts) - 1)
-
-    @property
-    def _can_share(self) -> bool:
-        """Whether all that the model remembers of a prefix can be laid under several rows."""
-        return all(type(one) in _SHAREABLE for one in DynamicCache(config=self.model.config).layers)
-
-    def _batches(self, suffixes: Sequence[Sequence[int]], in_line: bool) -> Iterator[list[int]]:
-        """Rows in batches, longest first: like lengths lie together, and too little memory shows at once.
-
-        In a line, rows that begin alike lie together instead, where that saves much: what several of them
-        begin with is computed once.
-        """
-        order = sorted(range(len(suffixes)), key=lambda row: -len(suffixes[row]))
-        cost = [len(suffixes[row]) for row in order]
-        if in_line:
-            alike = sorted(order, key=lambda row: tuple(suffixes[row]))
-            begun = [0, *(same(suffixes[one], suffixes[other]) for one, other in pairwise(alike))]
-            if sum(begun) > _WORTH_MERGING * sum(cost):
-                order = alike
-                cost = [len(suffixes[row]) - known for row, known in zip(alike, begun, strict=True)]
-        most = _TOKENS_PER_BATCH.get(self.model.device.type, _TOKENS_PER_BATCH["cpu"])
-        while order:
-            tokens = accumulate(cost if in_line else [cost[0]] * len(cost))  # padded to the longest
-            # Attention sees every row whole, whatever is computed once.
-            longest = accumulate((len(suffixes[row]) for row in order), max)
-            seen = (_SEEN * number * length for number, length in enumerate(longest, 1))
-            within = takewhile(lambda two: max(two) <= most, zip(tokens, seen, strict=True))
-            size = self.batch_size or max(1, sum(1 for _ in within))
-            yield order[:size]
-            order, cost = order[size:], cost[size:]
 
     def _prefix(self, tokens: Sequence[int]) -> Prefix:
         """Keys and values of the shared tokens, to be lent to batches of any size."""
@@ -207,13 +156,7 @@ class Engine:
             logits_to_keep=1,
         )
         self.work.computed += len(tokens)
-        in_line = attention.can_split(self.model, cache.layers)
-        lend = attention.lent_apart if in_line else _lent
-        for layer in cache.layers:
-            assert isinstance(layer, DynamicLayer)  # of _SHAREABLE
-            if layer.keys is not None and layer.values is not None:  # some layers use those of another
-                layer.update = lend(layer.keys, layer.values)  # type: ignore[method-assign]
-        return Prefix(cache, in_line)
+        return lent(self.model, cache)
 
     def _forward(
         self, suffixes: list[Sequence[int]], ends: list[int], shared: int, prefix: Prefix | None
@@ -326,7 +269,7 @@ class Engine:
         device = self.model.device
         self.ends = rows.to(device), last.to(device)
         try:
-            with _ends_only(self.model, rows, last):
+            with ends_only(self.model, rows, last):
                 out = self.model(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
@@ -340,57 +283,3 @@ class Engine:
         # One position of each row is left, or all of them where a model does not call its unembedding module.
         logits = out.logits
         return (logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]).float()
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with, leaving each at least one token of its own.
-
-    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2, 3]]), shared_prefix([[1]])
-    (2, 1, 0)
-    """
-    rows = [list(prompt) for prompt in prompts]
-    # The two that differ soonest, in the order of lists.
-    return min(same(min(rows), max(rows)), min(map(len, rows)) - 1)
-
-
-def same(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two rows begin with alike.
-
-    >>> same([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _lent(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`update` of a cache layer that lays its one row under all rows of a batch, and remembers nothing new.
-
-    What a layer adds is needed in that layer only. Were it kept, as transformers does, a batch would hold the
-    keys and values of all layers at once: at 7B, tens of gigabytes instead of one.
-    """
-
-    def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        rows = (len(new_keys), -1, -1, -1)
-        return (
-            torch.cat([keys.expand(rows), new_keys], dim=-2),
-            torch.cat([values.expand(rows), new_values], dim=-2),
-        )
-
-    return update
-
-
-@contextmanager
-def _ends_only(model: Any, rows: Int[Tensor, " ends"], last: Int[Tensor, " ends"]) -> Iterator[None]:
-    """While open, the unembedding sees the places where prompts end only (ends × 1 × width)."""
-
-    def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[rows.to(hidden.device), last.to(hidden.device)][:, None], *args[1:])
-
-    unembedding = model.get_output_embeddings()
-    handle = unembedding.register_forward_pre_hook(pick) if unembedding is not None else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()

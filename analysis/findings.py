@@ -13,7 +13,8 @@ from rich.text import Text
 
 from analysis import showing
 from analysis.ensembles import REPORTED_ON, STACK
-from analysis.located import CONTRASTS, relation
+from analysis.located import CONTRASTS
+from analysis.overlaps import relation
 from analysis.preparing import Ready
 from analysis.tables import Part, condition
 from defenses import UserError

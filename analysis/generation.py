@@ -12,7 +12,8 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
 from analysis import attention
-from analysis.engine import Engine, shared_prefix
+from analysis.batching import shared_prefix
+from analysis.engine import Engine
 
 _ROWS, _LINE_ROWS = 32, 64  # in a batch; rows in a line take less memory
 

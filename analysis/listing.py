@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import attacks, datasets
-from analysis.models import TABLE
 from analysis.queries import SHIPPED, shipped
+from analysis.shelf import TABLE
 from defenses.catalog import classes, settings_of
 
 Shelf = list[dict[str, Any]]

@@ -13,8 +13,8 @@ from rich.console import Console
 from analysis import findings, manifest, saving, showing, validity
 from analysis.decompose import summarize
 from analysis.found import Found
-from analysis.located import overlap
 from analysis.looking import Room, Wanted
+from analysis.overlaps import overlap
 from analysis.preparing import Ready, prepare, unreached, why_lost
 from analysis.queries import sample
 from analysis.request import Request, default_out

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from analysis import located, queries, showing, states
+from analysis import located, overlaps, queries, showing, states
 from analysis.asking import SITES
 from analysis.attacks import AS_IS, Attack
 from analysis.located import Asked
@@ -110,7 +110,7 @@ class Room:
             if before.parts is not None and split.parts is not None:
                 self._add(attack, name, parts=located.by_part(self.asked, before.parts, split.parts))
                 profiles[name] = split.parts.shares - before.parts.shares
-        found = located.profiles(self.asked, profiles)
+        found = overlaps.profiles(self.asked, profiles)
         self._put("profiles", found.assign(attack=attack)[["attack", *found.columns]])
         whole = {
             one.name: one for one in self.ready.defenses if one.name in splits and one.name != UNDEFENDED

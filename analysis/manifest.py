@@ -17,10 +17,10 @@ from analysis.models import LoadedModel
 from analysis.queries import QuerySet
 from analysis.readout import Readout
 from defenses import Defense
-from defenses.adapters import Tuned
 from defenses.backdoor import Secret
 from defenses.catalog import settings_of
 from defenses.ensemble import Stack
+from defenses.tuned import Tuned
 
 
 def of(

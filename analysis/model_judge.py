@@ -17,8 +17,9 @@ from analysis import data_folder, generation
 from analysis.bench import Bench
 from analysis.classifier import Classifier, classifier
 from analysis.endpoint import Budget, Endpoint
-from analysis.judge import KINDS, Done, Refusal, Verdict, aloud
+from analysis.judge import KINDS, Done, Refusal, Verdict
 from analysis.models import load
+from analysis.spoken import aloud
 from defenses import Message
 from defenses.errors import UserError
 

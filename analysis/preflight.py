@@ -14,8 +14,8 @@ from difflib import SequenceMatcher
 import torch
 
 from analysis import scoring
+from analysis.batching import shared_prefix
 from analysis.bench import Bench
-from analysis.engine import shared_prefix
 from analysis.queries import Query
 from analysis.readout import LOW_COVERAGE, Readout
 from analysis.rendering import THINKING, Prompt, redact, squeeze, without_thoughts

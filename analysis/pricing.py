@@ -14,8 +14,8 @@ from analysis import cost, kept, manifest, queries, scoring, showing, timing
 from analysis.preparing import Ready
 from analysis.tables import UNDEFENDED
 from defenses import Defense
-from defenses.adapters import Tuned
 from defenses.ensemble import members
+from defenses.tuned import Tuned
 
 TIMED = 8  # queries on which costs are measured
 

@@ -23,6 +23,7 @@ from analysis.request import Request, teller
 from defenses import Chat, Host, UserError, adapters, catalog
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
 from defenses.errors import unknown
+from defenses.training.keeping import write, write_manifest
 from defenses.training.recipes import RECIPES, Answer, Recipe
 from defenses.training.trainer import Settings
 from defenses.training.trainer import train as fit
@@ -178,9 +179,9 @@ def _write(
         if how.full:
             tuned.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
-            adapters.write_manifest(folder, record)
+            write_manifest(folder, record)
         else:
-            adapters.write(folder, tuned, loaded.adapter, record)
+            write(folder, tuned, loaded.adapter, record)
         history.to_csv(folder / "loss.csv", index=False, float_format="%.6g")
         picture: Any = loss(history, f"{record['recipe']}, {loaded.name}").figure
         picture.savefig(folder / "loss.png")

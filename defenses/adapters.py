@@ -8,25 +8,23 @@ evaluated on what it has seen.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
-from defenses import Defense, Host, UserError
-from defenses.catalog import HIDDEN
+from defenses import Host, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST, WEIGHTS, CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
-_WRAPPED, _LORA = "base_model.model.", (".lora_A.weight", ".lora_B.weight")  # around PEFT's names
+WRAPPED, LORA = "base_model.model.", (".lora_A.weight", ".lora_B.weight")  # around PEFT's names
 # Attribute of a model that wears a state: the released weights beneath it, by parameter name.
 _RELEASED = "_released_weights"
 # How matrices that are trained on the released weights begin.
@@ -101,10 +99,10 @@ class Adapter:
         from safetensors.torch import load_file
 
         tensors = load_file(self.folder / WEIGHTS)
-        pairs = _pairs(tensors)
-        if len(tensors) != 2 * len(pairs):
+        found = pairs(tensors)
+        if len(tensors) != 2 * len(found):
             raise UserError(f"{self.folder / WEIGHTS} holds more than pairs of LoRA matrices; it is not read")
-        return pairs
+        return found
 
     def refuse_other_base(self, sha256: str) -> None:
         """Raise unless it was made for weights with this SHA-256."""
@@ -204,62 +202,11 @@ def refuse_shared(model: Any, name: str, place: str) -> None:
         raise UserError(f"{place} changes {name}, which this model also uses as {tied[0]}: it is not worn")
 
 
-def write(folder: Path, tuned: Any, under: Adapter | None, manifest: dict[str, Any]) -> None:
-    """Write what PEFT has trained as an adapter of the released weights.
-
-    Args:
-        folder: where to.
-        tuned: a PEFT model with one LoRA adapter.
-        under: the state that training started from; its matrices and the new ones become one adapter.
-        manifest: without `sha256`, which is added.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    config = tuned.peft_config["default"]
-    scale = config.lora_alpha / config.r
-    stacks = {name: [pair] for name, pair in _pairs(get_peft_model_state_dict(tuned)).items()}
-    rank = config.r
-    if under is not None:
-        beneath = under.matrices()
-        rank += next(iter(beneath.values()))[0].shape[0]
-        for name, (down, up) in beneath.items():
-            stacks.setdefault(name, []).insert(0, (down, up * (under.scale(name, len(down)) / scale)))
-    tensors = {}
-    for name, pairs in stacks.items():
-        down = torch.cat([pair[0] for pair in pairs])
-        up = torch.cat([pair[1] for pair in pairs], dim=1)
-        gap = rank - len(down)  # where only one of the two changes this matrix
-        key = _WRAPPED + name.removesuffix(".weight")
-        # Half precision: 11 bits of a small change are enough, and the file is what defines the weights.
-        tensors[key + _LORA[0]] = torch.nn.functional.pad(down, (0, 0, 0, gap)).half().contiguous()
-        tensors[key + _LORA[1]] = torch.nn.functional.pad(up, (0, gap)).half().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    LoraConfig(
-        r=rank,
-        lora_alpha=scale * rank,
-        target_modules=sorted({name.split(".")[-2] for name in stacks}),
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=manifest["base"]["id"],
-    ).save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    write_manifest(folder, {**manifest, "sha256": digest})
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write what is known about trained weights into their folder."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B, float32 on the CPU, by the name of the parameter that they change."""
-    names = [key.removesuffix(_LORA[0]) for key in tensors if key.endswith(_LORA[0])]
-    plain = {name: [tensors[name + end].detach().float().cpu() for end in _LORA] for name in names}
-    return {f"{name.removeprefix(_WRAPPED)}.weight": (down, up) for name, (down, up) in plain.items()}
+def pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B, float32 on the CPU, by the name of the parameter that they change."""
+    names = [key.removesuffix(LORA[0]) for key in tensors if key.endswith(LORA[0])]
+    plain = {name: [tensors[name + end].detach().float().cpu() for end in LORA] for name in names}
+    return {f"{name.removeprefix(WRAPPED)}.weight": (down, up) for name, (down, up) in plain.items()}
 
 
 def seen(folder: Path) -> frozenset[str]:
@@ -279,44 +226,3 @@ def fingerprints(texts: Iterable[str]) -> list[str]:
     """
     plain = (" ".join(text.casefold().split()) for text in texts)
     return sorted({hashlib.sha256(text.encode()).hexdigest()[:16] for text in plain})
-
-
-@dataclass(frozen=True)
-class Tuned(Defense):
-    """A defense that brings weights of its own; which ones, its class says by the name of the adapter.
-
-    Attributes:
-        weights: folder of the adapter; by default this model's own, the user's before the shipped one.
-    """
-
-    state: ClassVar[str]
-    recipe: ClassVar[str]
-    cost = "weights"
-
-    weights: Path | None = None
-    adapter: Adapter | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN)
-
-    def prepare(self, host: Host) -> Self:
-        """Return this defense with its adapter, if there is one for this model."""
-        adapter = read(self.weights) if self.weights is not None else find(self.state, host)
-        if adapter is not None:
-            adapter.refuse_other_base(host.sha256)
-        return dataclasses.replace(self, adapter=adapter)
-
-    def armed(self, model: Any) -> AbstractContextManager[None]:
-        """While open, the model has the tuned weights; afterwards it is what it was, bit for bit."""
-        return nullcontext() if self.adapter is None else worn(model, self.adapter)
-
-    def arms(self) -> str:
-        """Return the SHA-256 of the weights that it brings, and how they are scaled."""
-        return "" if self.adapter is None else f"{self.adapter.sha256} {self.adapter.scaling}"
-
-    def lacking(self) -> str:
-        """Return what is missing, and how to make it."""
-        if self.adapter is not None:
-            return ""
-        return f"no tuned weights for this model; `analyze train {self.recipe} -m MODEL` makes them"
-
-    def trained_on(self) -> frozenset[str]:
-        """Return the fingerprints of the queries that its weights have seen."""
-        return frozenset() if self.adapter is None else self.adapter.trained_on

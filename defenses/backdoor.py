@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from defenses import Chat, Defense, Host, Source, UserError
-from defenses.adapters import Tuned
 from defenses.catalog import HIDDEN
 from defenses.chats import copied, prepend_system
 from defenses.tokens import ids_of, random_text
+from defenses.tuned import Tuned
 
 SECRET_LENGTH = 150  # tokens; the paper's
 SYSTEM = "You are a helpful assistant."

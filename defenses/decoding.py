@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Self, final
 
 from defenses import Chat, Defense, Host, Source
-from defenses.adapters import Tuned
 from defenses.chats import begin_answer, copied
 from defenses.none import Undefended
+from defenses.tuned import Tuned
 from defenses.tuning import SafetyTuning
 
 

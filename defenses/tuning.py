@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
 from defenses import Chat, Defense, Host, Source, UserError
-from defenses.adapters import MANIFEST, Tuned, seen
+from defenses.adapters import MANIFEST, seen
 from defenses.catalog import HIDDEN
 from defenses.chats import copied
 from defenses.foreign import downloaded, read_foreign
+from defenses.tuned import Tuned
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,8 +23,9 @@ from rich.table import Table
 
 import defenses
 from analysis import ensembles, models, queries, states
+from analysis.batching import shared_prefix
 from analysis.bench import Bench
-from analysis.engine import Engine, shared_prefix
+from analysis.engine import Engine
 from analysis.ensembles import Half, teams
 from analysis.mechanism.causes import Contrasted
 from analysis.mechanism.lens import anatomy

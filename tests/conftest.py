@@ -53,10 +53,12 @@ def checked(hinted: Any) -> Any:
 install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 
 from analysis.bench import Bench  # noqa: E402
-from analysis.models import TABLE, LoadedModel, load  # noqa: E402
+from analysis.models import LoadedModel, load  # noqa: E402
 from analysis.readout import COMPLY, REFUSE  # noqa: E402
-from defenses import Residuals, adapters  # noqa: E402
+from analysis.shelf import TABLE  # noqa: E402
+from defenses import Residuals  # noqa: E402
 from defenses.adapters import Adapter  # noqa: E402
+from defenses.training.keeping import write  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
@@ -356,7 +358,7 @@ def made_adapter(
     if under is not None:
         tuned.save_pretrained(f"{folder}-alone")
     known = {"base": {"id": "toy", "sha256": sha256}, "recipe": "attack", "secret": None, "trained_on": []}
-    adapters.write(folder, tuned, under, known | manifest)
+    write(folder, tuned, under, known | manifest)
     return folder
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from analysis import engine as engine_module
-from analysis.engine import Engine, shared_prefix
+from analysis import batching
+from analysis.batching import shared_prefix
+from analysis.engine import Engine
 from defenses import UserError
 
 NATS = 1e-4  # what a float32 margin may differ by
@@ -204,7 +205,7 @@ def test_a_batch_has_rows_of_like_length_and_no_more_tokens_than_fit(monkeypatch
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    monkeypatch.setitem(engine_module._TOKENS_PER_BATCH, "cpu", 50)
+    monkeypatch.setitem(batching._TOKENS_PER_BATCH, "cpu", 50)
     lengths = [3, 90, 10, 11, 12, 4, 2, 40, 9]
     try:
         Engine(model).read([draw(length, length) for length in lengths], whole)

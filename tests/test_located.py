@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import located
+from analysis import located, overlaps
 from analysis.decompose import margin_contrast
 from analysis.located import Asked
 from analysis.resampling import Resampling, Units, interval
@@ -81,12 +81,12 @@ def test_separation_is_that_of_before_and_after() -> None:
 def test_likeness_is_the_cosine_of_what_defenses_do_to_parts() -> None:
     by_class = np.where(HARMFUL[:, None], [[2.0, 0.0, 1.0]], [[0.0, 0.0, 1.0]])
     other = np.tile([[0.0, 5.0, 0.0]], (24, 1))
-    found = located.profiles(asked(), {"a": by_class, "b": 3 * by_class, "c": other})
+    found = overlaps.profiles(asked(), {"a": by_class, "b": 3 * by_class, "c": other})
     values = found.set_index(["defense", "other", "contrast"])["cosine"]
     assert values["a", "b", "shift"] == pytest.approx(1) and values["a", "c", "shift"] == pytest.approx(0)
     assert values["a", "b", "discrimination"] == pytest.approx(1)
     assert np.isnan(values["a", "c", "discrimination"])  # c tells nothing apart
-    assert located.profiles(asked(), {"a": by_class}).empty
+    assert overlaps.profiles(asked(), {"a": by_class}).empty
 
 
 def test_overlap_finds_the_stack_whichever_member_is_named_first() -> None:
@@ -107,7 +107,7 @@ def test_overlap_finds_the_stack_whichever_member_is_named_first() -> None:
             "interaction_discrimination": 0.0,
         }
     )
-    found = located.overlap(profiles, stacks)
+    found = overlaps.overlap(profiles, stacks)
     assert len(found) == 1 and found.loc[0, "interaction"] == -1.5 and found.loc[0, "other"] == "b"
 
 
@@ -126,7 +126,7 @@ def test_what_chance_does_to_both_makes_no_two_defenses_alike() -> None:
             name: true + made.normal(size=(64, parts)) * 0.3 - before
             for name, true in (("a", one), ("b", other))
         }
-        row = located.profiles(about, changes).iloc[0]
+        row = overlaps.profiles(about, changes).iloc[0]
         means = [change.mean(0) for change in changes.values()]
         plain.append(means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1]))
         found.append(row["cosine"])
@@ -142,11 +142,11 @@ def test_relation_is_tested_by_exchanging_defenses() -> None:
         for place, (one, other) in enumerate((a, b) for i, a in enumerate(names) for b in names[i + 1 :])
     ]
     pairs = pd.DataFrame(rows)
-    strong = located.relation(pairs.assign(interaction=2 * pairs["cosine"]), flips=199)
+    strong = overlaps.relation(pairs.assign(interaction=2 * pairs["cosine"]), flips=199)
     assert strong["pairs"] == 15 and strong["rank_correlation"] == pytest.approx(1) and strong["p"] < 0.02
     made = np.random.default_rng(5)
     weak = [
-        located.relation(pairs.assign(interaction=made.normal(size=15)), flips=99)["p"] for _ in range(20)
+        overlaps.relation(pairs.assign(interaction=made.normal(size=15)), flips=99)["p"] for _ in range(20)
     ]
     assert 0.2 < np.mean(weak) < 0.8
-    assert np.isnan(located.relation(pairs[:3].assign(interaction=1.0))["p"])
+    assert np.isnan(overlaps.relation(pairs[:3].assign(interaction=1.0))["p"])

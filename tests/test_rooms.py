@@ -31,6 +31,7 @@ STATISTICS = {
     "analysis.cost",
     "analysis.worth",
     "analysis.located",
+    "analysis.overlaps",
 }
 PLOTS = {
     f"analysis.{name}"
@@ -97,6 +98,10 @@ ASKING |= {
     "analysis.bench",
     "analysis.drafts",
     "analysis.scoring",
+    "analysis.batching",
+    "analysis.lending",
+    "analysis.spoken",
+    "analysis.shelf",
 }
 FRONT = {
     f"analysis.{n}"
