@@ -87,7 +87,16 @@ def find(
         "trusted": validity.of_run(ready.bench, request.attacks, every, ready.readout, swept.frames),
     }
     scores = ScoreTable(pd.concat(list(swept.frames.values()), ignore_index=True), record)
-    room = Room(ready, parts, every, scores, wanted, request.seed, console, dict(swept.lost))
+    room = Room(
+        ready=ready,
+        anatomy=parts,
+        every=every,
+        scores=scores,
+        wanted=wanted,
+        seed=request.seed,
+        console=console,
+        lost=dict(swept.lost),
+    )
     for attack in request.attacks:
         room.enter(attack)
     tables = room.tables | {"scores": scores.frame, "summary": summarize(scores, seed=request.seed).frame}

@@ -184,7 +184,7 @@ def mechanism(
     """
     if not defense:
         raise UserError("which defense? -d NAME (see `analyze list defenses`)")
-    sent, readouts = asking.sent(attack), asking.readout(readout)
+    sent, readouts = asking.sent(attack), asking.readout(readout, linear=True)
     chosen = asking.sites([one.strip() for one in sites.split(",") if one.strip()])
     asking.refuse_odd_look(top, patched)
     from analysis import locating

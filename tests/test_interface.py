@@ -254,6 +254,17 @@ def test_a_defense_that_does_not_arrive_is_an_error(tiny, monkeypatch):
         analyze(["policy"], tiny, limit=20)
 
 
+def test_of_two_defenses_the_one_that_arrives_is_read(tiny, monkeypatch):
+    from analysis import analyzing
+    from analysis.preflight import Check
+
+    failed = {("direct", "policy"): [Check("policy", "text arrives", False, "it is not there")]}
+    monkeypatch.setattr(analyzing, "unreached", lambda *_: failed)
+    run = analyze(["policy", Polite()], tiny, limit=12)
+    assert set(run.tables["summary"]["defense"]) == {"none", "polite"}
+    assert "failed: policy: text arrives: it is not there" in str(run)
+
+
 def test_combining_and_locating_give_runs_whose_figures_can_be_drawn(tiny):
     together = combine(["policy", "self_reminder"], tiny, limit=16, stacks=1)
     assert {"ensembles", "additivity", "candidates", "forecast"} <= set(together.tables)

@@ -139,6 +139,8 @@ FRONT = {
             "reporting",
             "locating",
             "looking",
+            "gathered",
+            "intervening",
             "findings",
             "analyzing",
             "found",
