@@ -1,11 +1,11 @@
 """What stands around each figure: a title that says what to see, a caption that needs no other page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.curves import BARRED, CROWD, LINEAR, NUMBERED, stretched
+from analysis.curves import LINEAR, stretched
 
 TITLES = {
     "margins": "Shift moves both halves of a row; discrimination moves them apart",
@@ -170,98 +170,6 @@ def of_secrets(points: pd.DataFrame, context: Context, tokens: int) -> str:
     )
 
 
-def of_forecast(points: pd.DataFrame, context: Context, counts: tuple[int, int] | None = None) -> str:
-    """Return the caption of the figure that `forecast.forecast` draws from these points.
-
-    Args:
-        points: what was drawn.
-        context: what is said about the run.
-        counts: harmful and benign queries of the split, where they are known.
-    """
-    stacked = int((points["how"] == "stack").sum())
-    stacks = (
-        "Stacks (all members worn at once) were run; their margins are predicted query by query, by adding "
-        "up what each member changes of the undefended model. "
-    )
-    votes = (
-        "Votes are read from the margins of their members; they are predicted from the members' means, "
-        "spreads and correlations alone, as if margins were normal. "
-    )
-    kinds = "kind" in points and bool(points["kind"].isin(["intra", "inter"]).any())
-    crowd = len(points) - stacked > CROWD
-    hollow = (
-        "Hollow: members work by two mechanisms (shift and discrimination), filled: by one"
-        f"{', shown of stacks only' if crowd and stacked else ''}. "
-    )
-    barred = stacked <= BARRED and bool(
-        points.filter(like="_low")[points["how"] == "stack"].notna().any(axis=None)
-    )
-    bars = "Bars on stacks: 95\u00a0% intervals of what was observed. " if barred else ""
-    return (
-        f"Ensembles of two and more defenses, each a point, {_asked(counts)}: shift is the mean of the two "
-        "class means of the margin's change against the undefended model, discrimination is harmful minus "
-        f"benign. {stacks * bool(stacked)}{votes * (stacked < len(points))}"
-        f"{hollow * (kinds and bool(stacked or not crowd))}"
-        f"{bars}R²: of the prediction as it is, no line fitted; ρ: rank correlation (Spearman); both without "
-        "shift and discrimination of means and fitted votes, which are right by definition; an "
-        f"\N{EN DASH} stands where fewer than three, or all equal, were observed. "
-        f"{_plain(context, not barred).sentences(points['attack'].iloc[0])}"
-    )
-
-
-def of_interactions(cells: pd.DataFrame, context: Context, counts: tuple[int, int] | None = None) -> str:
-    """Return the caption of the figure that `interactions.interactions` draws from these cells.
-
-    Args:
-        cells: what was drawn.
-        context: what is said about the run.
-        counts: harmful and benign queries of the split, where they are known.
-    """
-    few = len({*cells["first"], *cells["second"]}) <= NUMBERED
-    sure = bool(cells.filter(like="_low").notna().any(axis=None))
-    values = cells[["interaction_shift", "interaction_discrimination"]]
-    dash = "\N{EN DASH}: no value. " * bool(few and values.isna().any(axis=None))
-    pairs = f"{len(cells)} pairs of defenses that were" if len(cells) > 1 else "one pair of defenses that was"
-    mark = f"{'Bold' if few else 'Dot'}: the 95\u00a0% interval excludes 0. " if sure else ""
-    return (
-        f"The {pairs} run as stacks (both worn at once), each drawn twice, {_asked(counts)}: what was "
-        "observed less what both members add up to, each by itself, of shift (mean of the two class means "
-        "of the margin's change against the undefended model) and of discrimination (harmful minus benign). "
-        f"0 (white): the two do not interact. {mark}{dash}"
-        f"{_plain(context, not sure).sentences(cells['attack'].iloc[0])}"
-    )
-
-
-def of_front(
-    points: pd.DataFrame, context: Context, attacks: Sequence[str], counts: tuple[int, int] | None = None
-) -> str:
-    """Return the caption of the figure that `pareto.pareto` draws from these points.
-
-    Args:
-        points: what was drawn.
-        context: what is said about the run.
-        attacks: how queries were sent, what users send first.
-        counts: harmful and benign queries of the split, where they are known.
-    """
-    front = int((points["on_front"] & (points["members"] != "none")).sum())
-    left = front - int((points["number"] > 0).sum())
-    named = (
-        f"{left} of the front's {front} are not named: named are first those that no other beats in both "
-        "rates whatever it costs, then those that refuse most harm there. "
-    )
-    several = len(attacks) > 1
-    over = f" (the mean over {len(attacks)} ways of sending them; second panel: without the first)" * several
-    sent = ", ".join("none" if name == "direct" else name for name in attacks) if several else attacks[0]
-    unknown = "White: cost not measured. " * bool(points.loc[points["on_front"], "cost"].isna().any())
-    return (
-        f"Every single defense and ensemble that was observed, {_asked(counts)}: share of benign queries "
-        f"answered{' as users send them' * several} and of harmful queries refused{over}. Large: on the "
-        "front, that is, on the calibration split no other is at least as good in both rates and in cost "
-        "and better in one; chosen there and shown here on the test split, where some no longer look best. "
-        f"{named * bool(left)}{unknown}{_plain(context, True).sentences(sent)}"
-    )
-
-
 def of_roc(points: pd.DataFrame, context: Context) -> str:
     """Return the caption of the figure that `plots.roc` draws from these points.
 
@@ -280,15 +188,6 @@ def of_roc(points: pd.DataFrame, context: Context) -> str:
         "margin; marks: the threshold of this run; dotted diagonal: chance. Color, dash and mark name the "
         f"defense{grey}. {context.sentences(points['attack'].iloc[0])}"
     )
-
-
-def _asked(counts: tuple[int, int] | None) -> str:
-    return f"on {counts[0]} harmful and {counts[1]} benign queries" if counts else "on the same queries"
-
-
-def _plain(context: Context, bare: bool) -> Context:
-    """The context of a figure that may show no intervals."""
-    return replace(context, interval="not drawn") if bare else context
 
 
 def _quoted(words: Sequence[str], most: int = 12) -> str:

@@ -14,9 +14,6 @@ from analysis.captions import (
     TITLES,
     of_attacks,
     of_cost,
-    of_forecast,
-    of_front,
-    of_interactions,
     of_margins,
     of_plane,
     of_roc,
@@ -25,6 +22,7 @@ from analysis.captions import (
     of_trust,
 )
 from analysis.folder import Run, context
+from analysis.foretold import of_forecast, of_front, of_interactions
 from analysis.wording import CAPTIONS, HEADLINES
 
 # Pictures that the page draws anew, so that they can be asked; they are kept behind a fold.

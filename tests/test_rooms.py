@@ -54,6 +54,7 @@ PLOTS = {
         "likeness",
         "cuts",
         "wording",
+        "foretold",
         "points",
         "curves",
         "captions",
