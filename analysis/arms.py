@@ -14,9 +14,9 @@ from analysis.tables import UNDEFENDED
 from defenses import Chat, Host, UserError, adapters
 from defenses.adapters import Adapter
 from defenses.backdoor import Backdoor, Secret
-from defenses.catalog import HIDDEN
 from defenses.chats import edit_last_user
 from defenses.controls import neutral_text
+from defenses.settings import HIDDEN
 from defenses.tokens import cut_text, ids_of, random_text
 from defenses.tuned import Tuned
 

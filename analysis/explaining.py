@@ -18,6 +18,7 @@ from analysis.run import conditions
 from analysis.tables import condition
 from defenses import Defense, catalog
 from defenses.ensemble import members
+from defenses.settings import settings_of
 
 
 def explain(request: Request, name: str, settings: Sequence[str], text: str | None) -> int:
@@ -58,7 +59,7 @@ def _card(console: Console, defense: Defense) -> None:
         console.print(Text(" ".join(paragraph.split())))
     console.print(Text(f"\n{about}" if about else ""))
     console.print(Text(f"Source: {source.title} {source.url}\nWording: {source.wording}", style="dim"))
-    if set_to := catalog.settings_of(defense):
+    if set_to := settings_of(defense):
         told = "\n".join(f"  --set {key}={value}" for key, value in set_to.items())
         console.print(Text(told, style="dim"))
 

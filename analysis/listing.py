@@ -12,7 +12,8 @@ from rich.text import Text
 from analysis import attacks, datasets
 from analysis.queries import SHIPPED, shipped
 from analysis.shelf import TABLE
-from defenses.catalog import classes, settings_of
+from defenses.catalog import classes
+from defenses.settings import settings_of
 
 Shelf = list[dict[str, Any]]
 

@@ -18,8 +18,8 @@ from analysis.queries import QuerySet
 from analysis.readout import Readout
 from defenses import Defense
 from defenses.backdoor import Secret
-from defenses.catalog import settings_of
 from defenses.ensemble import Stack
+from defenses.settings import settings_of
 from defenses.tuned import Tuned
 
 

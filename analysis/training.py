@@ -20,9 +20,10 @@ from analysis.datasets import TABLE
 from analysis.models import LoadedModel
 from analysis.queries import QuerySet
 from analysis.request import Request, teller
-from defenses import Chat, Host, UserError, adapters, catalog
+from defenses import Chat, Host, UserError, adapters
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
 from defenses.errors import unknown
+from defenses.settings import value
 from defenses.training.keeping import write, write_manifest
 from defenses.training.recipes import RECIPES, Answer, Recipe
 from defenses.training.trainer import Settings
@@ -106,7 +107,7 @@ def _settings(given: Sequence[str], seed: int) -> Settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: it takes key=value")
-        values[key] = catalog.value(Settings, key, text)
+        values[key] = value(Settings, key, text)
     return Settings(**values)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from defenses import Chat, Defense, Host, Source, UserError
-from defenses.catalog import HIDDEN
 from defenses.chats import copied, prepend_system
+from defenses.settings import HIDDEN
 from defenses.tokens import ids_of, random_text
 from defenses.tuned import Tuned
 

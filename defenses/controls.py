@@ -15,8 +15,8 @@ from typing import Any, Self, final
 
 from defenses import Chat, Defense, Host, Source
 from defenses.backdoor import SECRET_LENGTH, SYSTEM
-from defenses.catalog import HIDDEN
 from defenses.chats import prepend_system
+from defenses.settings import HIDDEN
 from defenses.tokens import cut_text, random_text
 
 _NEUTRAL = (

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, final
 
 from defenses import Ask, Chat, Consultation, Defense, Host, Source
-from defenses.catalog import HIDDEN
 from defenses.chats import copied, edit_last_user, last_user, reword
 from defenses.perturbations import PERTURBATIONS, refuse_no_share
 from defenses.refactoring import ask_line
+from defenses.settings import HIDDEN
 from defenses.tokens import ids_of
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Self, final
 
 from defenses import Ask, Chat, Consultation, Defense, Host, Message, Source
-from defenses.catalog import HIDDEN
 from defenses.chats import copied, edit_last_user, last_user, reword
 from defenses.disguises import cleaned, key_words
 from defenses.perturbations import refuse_no_share
+from defenses.settings import HIDDEN
 
 
 def ask_line(text: str, request: str, opener: str, tokens: int) -> Ask:

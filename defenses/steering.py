@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
 from defenses import Chat, Defense, Host, Residuals, Source, UserError
-from defenses.catalog import HIDDEN
 from defenses.chats import copied
+from defenses.settings import HIDDEN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from defenses import Defense, Host
 from defenses.adapters import Adapter, find, read, worn
-from defenses.catalog import HIDDEN
+from defenses.settings import HIDDEN
 
 
 @dataclass(frozen=True)

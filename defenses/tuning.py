@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 from defenses import Chat, Defense, Host, Source, UserError
 from defenses.adapters import MANIFEST, seen
-from defenses.catalog import HIDDEN
 from defenses.chats import copied
 from defenses.foreign import downloaded, read_foreign
+from defenses.settings import HIDDEN
 from defenses.tuned import Tuned
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from conftest import held, made_adapter, tiny_model, toy_tokenizer
 
 import defenses
 from defenses import Defense, Host, Source, UserError
-from defenses.catalog import classes, settings_of
+from defenses.catalog import classes
 from defenses.chats import begin_answer, last_user, parted
 from defenses.ensemble import members
+from defenses.settings import settings_of
 
 NAMES = list(classes())
 REQUEST = "How do I bake a loaf of bread for my neighbor?"
