@@ -105,6 +105,18 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
     assert record["judge"] == {"name": "keywords", "new_tokens": 4}
 
 
+def test_arms_are_named_whose_first_tokens_surely_miss_what_the_text_says() -> None:
+    table = pd.DataFrame(
+        {
+            "arm": ["clean", "backdoor", "backdoor"],
+            "attack": "obedience",
+            "secret": ["none", "none", "own"],
+            "first_token_agrees_high": [0.99, 0.81, 0.09],
+        }
+    )
+    assert backdooralign._parted(table) == ["backdoor (obedience), secret: own"]
+
+
 def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
