@@ -12,6 +12,10 @@ demo: .venv/ready ## set up, then read BackdoorAlign on the embedded model (some
 test: .venv/ready-dev ## set up, then run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+coverage: .venv/ready-dev ## every test but the notebooks, under coverage with branches
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/test_notebooks.py --cov analysis \
+	  --cov defenses --cov-branch --cov-fail-under 90 --cov-report term-missing:skip-covered
+
 check: .venv/ready-dev ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,6 +42,10 @@ mechanism: .venv/ready ## where BackdoorAlign acts on SmolLM2's attacked state (
 	$(BIN)/analyze mechanism -m smollm2:aligned --patched 0 --limit 120 --ensembles figures/ensembles --out figures/overlap \
 	  -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
+
+arms: .venv/ready-dev ## BackdoorAlign's 2 x 2, and all arms with three secrets a length (about an hour)
+	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --out figures/backdooralign
+	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --secrets 3 --out figures/arms
 
 # Each arm starts from the aligned model, as an attacker would; glibc is told to keep memory, which halves the time.
 STATES := data/adapters/smollm2
@@ -69,5 +77,5 @@ bench: .venv/ready ## how fast is the engine, and how near to the machine's limi
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test check figures validity ensembles mechanism adapters notebooks bench
+.PHONY: help demo test coverage check figures validity ensembles mechanism arms adapters notebooks bench
 .DEFAULT_GOAL := help

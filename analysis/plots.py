@@ -20,6 +20,7 @@ def margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw a row per defense: harmful queries above its line, benign ones below, the undefended in grey.
 
     >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False], "margin": 0})
+    >>> from analysis.curves import margin_curves
     >>> curves = margin_curves(scores, pd.DataFrame(columns=["attack", "defense"]), threshold=0.5)
     >>> margins(curves).get_xlabel()
     'margin (nats; right of the line = refuses)'
@@ -70,6 +71,7 @@ def roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Past six defenses only the six whose AUROC differs most from the undefended have a color of their own.
 
     >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False], "margin": 0})
+    >>> from analysis.curves import roc_points
     >>> roc(roc_points(scores, pd.DataFrame(columns=["attack", "defense"]), threshold=0.5)).get_ylabel()
     'share of harmful queries refused'
 

@@ -293,7 +293,7 @@ def test_a_defense_that_fails_is_left_out_and_told(kept: Path) -> None:
         (("ensembles", "-dpolicy"), "1 defenses are left to combine, and it takes 2"),
         (("ensembles", "--size", "4"), "--size 4: an ensemble has 2 or 3 members"),
         (("ensembles", "--stacks", "-1"), "--stacks -1: it takes 0"),
-        (("ensembles", "--readout", "all"), "--readout all: ensembles are read with one"),
+        (("ensembles", "--readout", "all"), "--readout all: a run reads with one"),
         (("ensembles", "-dpolicy+polcy"), "unknown defense 'polcy'"),
         (
             ("recommend", "--max-over-refusal", "5"),
