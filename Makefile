@@ -44,6 +44,7 @@ mechanism: .venv/ready ## where BackdoorAlign acts on SmolLM2's attacked state (
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
 arms: .venv/ready-dev ## BackdoorAlign's 2 x 2, and all arms with three secrets a length (about an hour)
+	$(PIP) --editable '.[utility]'
 	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --out figures/backdooralign
 	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --secrets 3 --out figures/arms
 
