@@ -1,4 +1,4 @@
-"""What may be asked, checked before anything heavy is imported: for the commands and for Python alike."""
+"""What may be asked, checked before anything heavy is imported: for the commands and for Python."""
 
 from __future__ import annotations
 

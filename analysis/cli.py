@@ -1,4 +1,4 @@
-"""The command `analyze`: parse, import late, run, save. Nothing heavy is imported before it is needed."""
+"""The command `analyze`, all of it, and how it ends. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 
 import typer
 
-from analysis import everyday, studies, weights  # noqa: F401  # each adds its commands
-from analysis.shell import Interrupted, app
+from analysis import cli_everyday, cli_studies, cli_weights  # noqa: F401  # each adds its commands
+from analysis.cli_app import Interrupted, app
 from defenses.errors import UserError
 
 

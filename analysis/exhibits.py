@@ -21,8 +21,8 @@ from analysis.captions import (
     of_square,
     of_trust,
 )
+from analysis.ensemble_captions import of_forecast, of_front, of_interactions
 from analysis.folder import Run, context
-from analysis.foretold import of_forecast, of_front, of_interactions
 from analysis.wording import CAPTIONS, HEADLINES
 
 # Pictures that the page draws anew, so that they can be asked; they are kept behind a fold.

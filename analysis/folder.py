@@ -55,8 +55,9 @@ class Run:
             summary = self.tables["summary"]
             lines = [headline(summary, self.where, first_attack(summary))]
         if self.record.get("interrupted"):
-            done = len(self.tables.get("summary", ()))
-            lines += [f"interrupted: {done} of {self.record['conditions_wanted']} conditions were finished"]
+            done = len(self.tables.get("summary", self.tables.get("worth", ())))
+            wanted = self.record.get("conditions_wanted")  # older runs do not say
+            lines += [f"interrupted: {done} of {wanted or 'all'} conditions were finished"]
         lines += [f"failed: {condition(one)}: {one['why']}" for one in self.record.get("failed", [])]
         lines += [f"note: {one}" for one in self.record.get("notices", [])]
         lines += [f"tables: {', '.join(self.tables)}", f"figures: {', '.join(self.figures)}"]

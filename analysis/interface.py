@@ -152,12 +152,12 @@ def locate(
     Returns:
         Among its tables `layers`, `parts`, `directions`, `patches`, `cuts`, `weights` and `profiles`.
     """
-    from analysis import locating
-    from analysis.looking import Wanted
-
     chosen = asking.sites([sites] if isinstance(sites, str) else sites)
     asking.refuse_odd_look(top, patched)
     asking.readout(readout, linear=True)
+    from analysis import locating
+    from analysis.looking import Wanted
+
     request = _request(model, data, split, limit, attacks, readout, batch_size, device, dtype, seed, offline)
     wanted = Wanted(chosen, top, patched, None if ensembles is None else Path(ensembles))
     return locating.find(request, _several(defenses), settings, wanted, _console()).run
@@ -250,11 +250,11 @@ def _request(
 
 def _several(defenses: Asked) -> Sequence[str | Defense]:
     """Defenses as a list; one that stands alone is meant, too."""
-    return [defenses] if isinstance(defenses, (str, Defense)) else list(defenses)
+    return defenses if isinstance(defenses, (list, tuple)) else [defenses]  # type: ignore[list-item]
 
 
 def _console() -> Console:
-    """Progress and notes in a terminal; a notebook keeps its outputs, and is told of fetching alone."""
+    """Progress and notes in a terminal; a notebook keeps its outputs, and hears of fetching and the like."""
     usual = Console(stderr=True)  # in a notebook, it would call itself a terminal if it were not asked this
     quiet = usual.is_jupyter or not usual.is_terminal
     return Console(stderr=True, force_jupyter=False, quiet=quiet)

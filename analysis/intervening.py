@@ -32,7 +32,7 @@ def intervene(
         attack: its name.
         name: of the defense.
         undefended: what it is compared with.
-        defense: itroom.
+        defense: itself.
     """
     from analysis.mechanism import cutting, switching
     from analysis.mechanism.causes import Contrasted

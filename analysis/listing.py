@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import attacks, datasets
+from analysis.known_models import TABLE
 from analysis.queries import SHIPPED, shipped
-from analysis.shelf import TABLE
 from defenses.catalog import classes
 from defenses.settings import settings_of
 

@@ -6,9 +6,8 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from analysis.attacks import Attack
@@ -18,7 +17,7 @@ from analysis.queries import QuerySet
 from analysis.readout import Readout
 from defenses import Defense
 from defenses.backdoor import Secret
-from defenses.ensemble import Stack
+from defenses.ensemble import Stack, members
 from defenses.settings import settings_of
 from defenses.tuned import Tuned
 
@@ -126,42 +125,35 @@ def of_defense(defense: Defense) -> dict[str, Any]:
     }
 
 
+def told_apart(defense: Defense, seed: int) -> list[Any] | None:
+    """Return what tells a defense from all others, or None where nothing does.
+
+    Of a class that was typed into a notebook, what it calls may change unseen.
+    """
+    for one in members(defense):
+        if one.own and not _files(type(one)):
+            return None
+    return [type(defense).__qualname__, of_defense(defense), seed]
+
+
 def _source_sha256(kind: type[Defense]) -> str | None:
-    """The digest of the file that defines a class, or, of one typed into a notebook, of all it is made of."""
+    """The digest of the file that defines a class, or, of one typed into a notebook, of its methods."""
+    written, files = _written(kind), _files(kind)
+    if len(files) == 1:
+        return hashlib.sha256(files.pop().read_bytes()).hexdigest()
+    return hashlib.sha256("".join(map(inspect.getsource, written)).encode()).hexdigest() if written else None
+
+
+def _files(kind: type[Defense]) -> set[Path]:
+    """The files that define a class; none if it was typed in."""
+    found = {Path(inspect.getfile(one)) for one in _written(kind)}
+    return found if all(path.is_file() for path in found) else set()
+
+
+def _written(kind: type[Defense]) -> list[Any]:
+    """What somebody wrote of a class and can be read: its methods, or itself where it has none."""
     methods = map(inspect.unwrap, filter(inspect.isfunction, vars(kind).values()))  # not what decorates them
-    written: list[Any] = [one for one in methods if _of_source(one)]
-    if not written and _of_source(kind):
-        written = [kind]
-    files = {Path(inspect.getfile(one)) for one in written}
-    if len(files) == 1 and (path := files.pop()).is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    texts = list(_typed_in(kind, kind.__module__, set())) if written else []
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None
-
-
-def _typed_in(one: Any, where: str, seen: set[int]) -> Iterator[str]:
-    """The sources of a class or function of one module, of what it builds on and calls there, and values."""
-    if id(one) in seen:
-        return
-    seen.add(id(one))
-    inner: list[Any] = []
-    if isinstance(one, (str, int, float, tuple, list, dict, frozenset)):
-        yield repr(one)
-    elif isinstance(one, type) and one.__module__ == where:
-        inner = [*one.__bases__, *(held for name, held in vars(one).items() if not name.startswith("__"))]
-    elif isinstance(one, (property, staticmethod, classmethod)):
-        inner = [one.fget, one.fset] if isinstance(one, property) else [one.__func__]
-    elif inspect.isfunction(one) and one.__module__ == where and _of_source(one := inspect.unwrap(one)):
-        yield inspect.getsource(one)
-        inner = [one.__globals__[name] for name in _names(one.__code__) if name in one.__globals__]
-    for held in inner:
-        yield from _typed_in(held, where, seen)
-
-
-def _names(code: CodeType) -> list[str]:
-    """The names that code asks its module for, functions inside it included."""
-    inside = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
-    return sorted({*code.co_names, *inside})
+    return [one for one in methods if _of_source(one)] or ([kind] if _of_source(kind) else [])
 
 
 def _of_source(written: Any) -> bool:

@@ -1,6 +1,6 @@
 """Who is asked: how a model is loaded.
 
-A model is a row of the table in `analysis.shelf`, a Hugging Face id, a local folder, or a `.gguf` file.
+A model is a row of the table in `analysis.known_models`, an id, a local folder, or a `.gguf` file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import checkpoints, states
-from analysis.shelf import TABLE
+from analysis.known_models import TABLE
 from defenses import adapters
 from defenses.errors import UserError, unknown
 

@@ -71,13 +71,13 @@ def once(ready: Ready, every: Mapping[str, Defense], seed: int, console: Console
     return pd.DataFrame([rows[name] | {"defense": name} for name in every])
 
 
-def _place(ready: Ready, defense: Defense, asked: int) -> Path:
+def _place(ready: Ready, defense: Defense, asked: int) -> Path | None:
     """A file named by what the time depends on; secrets enter as fingerprints."""
     bench = ready.bench
     about = {
         "model": manifest.of_model(bench.loaded),
         "device": [str(bench.loaded.model.device), torch.get_num_threads()],
-        "defense": [type(defense).__qualname__, manifest.of_defense(defense), bench.seed],
+        "defense": manifest.told_apart(defense, bench.seed),
         "code": [scoring.code(), *(inspect.getsource(module) for module in (timing, cost))],
         "attack": [ready.attacks[0].name, *ready.attacks[0].made_from],
         "queries": [query.text for query in queries.sample(ready.data.queries, asked)],

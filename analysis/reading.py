@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 import defenses
-from analysis import answering, judge, kept, manifest, refusals, showing, validity
+from analysis import answering, judge, kept, manifest, refusals, showing, spoken, validity
 from analysis.agreement import matching_threshold
 from analysis.attacks import Attack
 from analysis.bench import Bench
@@ -179,7 +179,7 @@ class Maker:
         prepared = {name: defenses.get(name).prepare(self.host) for name in CONDITIONS}
         return {name: defense for name, defense in prepared.items() if not defense.lacking()}
 
-    def _place(self, name: str) -> Path:
+    def _place(self, name: str) -> Path | None:
         """Where a readout is kept: in a file named by all that it is made from."""
         learned = self._conditions if name == "calibrated" else {UNDEFENDED: self.undefended}
         about = self._about(()) | {
@@ -192,9 +192,7 @@ class Maker:
 
     def _verdicts(self, name: str, defense: Defense, begins: tuple[int, ...]) -> list[Verdict]:
         """What text says of the answers to the calibration split under a condition, found now or before."""
-        about = self._about(begins) | {
-            "defense": [type(defense).__qualname__, manifest.of_defense(defense), self.bench.seed]
-        }
+        about = self._about(begins) | {"defense": manifest.told_apart(defense, self.bench.seed)}
         place = kept.place("verdicts", about)
         if (found := kept.read(place)) is not None:
             return [Verdict(one) for one in found["refusals"]]
@@ -211,7 +209,7 @@ class Maker:
 
     def _about(self, begins: tuple[int, ...]) -> dict[str, Any]:
         """What the answers to the calibration split, and the judge's word on them, depend on."""
-        rules = inspect.getsource(judge) + inspect.getsource(refusals)
+        rules = "".join(map(inspect.getsource, (judge, refusals, spoken)))
         return {
             "model": manifest.of_model(self.bench.loaded),
             "data": [self.calibration.sha256, [query.id for query in self._asked]],

@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from analysis.folder import Run
 from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from analysis.folder import Run
 
 
 def usable(folder: Path) -> Path:

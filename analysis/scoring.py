@@ -20,8 +20,8 @@ from analysis.store import Namer, Store
 from defenses import Defense
 
 # Modules of this package that decide what a model reads and what is read off it.
-_ASKING = {"attacks", "attention", "bench", "drafts", "engine", "generation", "readout", "rendering"}
-_ASKING |= {"residuals", "run", "scoring"}
+_ASKING = {"attacks", "attention", "batching", "bench", "drafts", "engine", "generation", "lending"}
+_ASKING |= {"readout", "rendering", "residuals", "run", "scoring", "spoken"}
 _BLENDED = 128  # prompts whose logits are held at once, where those of several models are added up
 
 

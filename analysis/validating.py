@@ -88,6 +88,7 @@ def validate(
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": stopped is not None,
+        "conditions_wanted": len(request.attacks) * len(every),
         **manifest.of(ready.bench, ready.readouts[0], every, ready.data, ready.split, request.limit),
         "readouts": [manifest.of_readout(one) for one in ready.readouts],
         **manifest.of_attacks(request.attacks),
@@ -112,8 +113,7 @@ def validate(
     unjudged = _say_unjudged(heard, jury.name, tell)
     tell(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
     if stopped is not None:
-        wanted = len(request.attacks) * len(every)
-        tell(f"Interrupted: {len(heard)} of {wanted} conditions were finished and kept.")
+        tell(f"Interrupted: {len(heard)} of {record['conditions_wanted']} conditions were finished and kept.")
         if isinstance(stopped, UserError):
             raise stopped
         return 130

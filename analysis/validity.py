@@ -59,11 +59,11 @@ def of_run(
     }
 
 
-def _place(bench: Bench, defense: Defense, readout: Readout) -> Path:
+def _place(bench: Bench, defense: Defense, readout: Readout) -> Path | None:
     """A file named by all that the margins depend on, the queries aside; secrets enter as fingerprints."""
     about = {
         "model": manifest.of_model(bench.loaded),
-        "defense": [type(defense).__qualname__, manifest.of_defense(defense), bench.seed],
+        "defense": manifest.told_apart(defense, bench.seed),
         "code": scoring.code(),
         "template": bench.loaded.tokenizer.chat_template,
         "attack": "/".join((bench.attack.name, *bench.attack.made_from)),

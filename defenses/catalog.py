@@ -54,6 +54,9 @@ def get(name: str, settings: Mapping[str, object] | None = None) -> defenses.Def
         UserError: if there is no such defense or setting.
     """
     if len(worn := worn_together(name)) > 1:
+        for key, given in (settings or {}).items():
+            if not isinstance(given, (str, int, float)):
+                raise UserError(f"{name}: {key}={given!r}: worn together, they take text and numbers")
         return choose([name], [f"{key}={text}" for key, text in (settings or {}).items()])[-1]
     (name,) = worn
     known = classes()
@@ -100,7 +103,7 @@ def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> 
     named = {at: one for at, one in enumerate(plain) if isinstance(single[at], str)}
     given: dict[int, dict[str, str]] = {}
     for setting in settings:
-        key, equals, value = setting.partition("=")
+        key, equals, text = setting.partition("=")
         owner, dot, field = key.rpartition(".")
         if not equals or not key:
             raise UserError(f"--set {setting}: it takes key=value or defense.key=value")
@@ -119,7 +122,7 @@ def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> 
         if len(takers) > 1:
             which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
             raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
-        given.setdefault(takers[0], {})[field] = value
+        given.setdefault(takers[0], {})[field] = text
     made = {one: get(str(one), given[at]) if at in given else plain[at] for at, one in enumerate(single)}
     return [_stacked([made[one] for one in worn], "+".join(map(str, worn))) for worn in wanted]
 
@@ -177,19 +180,30 @@ def _from_file(path: Path) -> type[defenses.Defense]:
         raise UserError(
             f"{path} must define exactly one defense (a subclass of defenses.Defense); it has {have}"
         )
-    _refuse_class(found[0], f"{path}: ")
-    return found[0]
+    cls = found[0]
+    _refuse_class(cls, f"{path}: ")
+    bare = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # it is one, see above
+        if field.init and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if bare:
+        raise UserError(f"{path}: every field of {cls.__name__} needs a default; {', '.join(bare)} has none")
+    return cls
 
 
 def _refuse_misfit(given: Any) -> None:
     """Raise if it is neither a name nor a defense that a run can take."""
     if isinstance(given, str):
         return
+    from defenses.ensemble import members
+
     if not isinstance(given, defenses.Defense):
         what = f"the class {given.__name__}" if inspect.isclass(given) else repr(given)
         raise UserError(f"{what} is no defense: a name is taken, or a defense itself: get('policy'), MyOwn()")
-    if given.own:
-        _refuse_class(type(given))
+    for one in members(given):
+        if one.own:
+            _refuse_class(type(one))
     try:
         hash(given)
     except TypeError as error:
@@ -215,10 +229,3 @@ def _refuse_class(cls: type[defenses.Defense], where: str = "") -> None:
             raise UserError(
                 f"{where}{attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"
             )
-    bare = [
-        field.name
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # it is one, see above
-        if field.init and field.default is field.default_factory is dataclasses.MISSING
-    ]
-    if bare:
-        raise UserError(f"{where}every field of {cls.__name__} needs a default; {', '.join(bare)} has none")

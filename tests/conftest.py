@@ -53,9 +53,9 @@ def checked(hinted: Any) -> Any:
 install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 
 from analysis.bench import Bench  # noqa: E402
+from analysis.known_models import TABLE  # noqa: E402
 from analysis.models import LoadedModel, load  # noqa: E402
 from analysis.readout import COMPLY, REFUSE  # noqa: E402
-from analysis.shelf import TABLE  # noqa: E402
 from defenses import Residuals  # noqa: E402
 from defenses.adapters import Adapter  # noqa: E402
 from defenses.training.keeping import write  # noqa: E402

@@ -6,7 +6,7 @@ import io
 import linecache
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,16 @@ from test_cli import analyze as command
 
 import analysis
 from analysis import analyze, combine, intervals, locate, read, summarize
-from analysis.manifest import _source_sha256
+from analysis.interface import _several
+from analysis.kept import place
+from analysis.kept import read as read_kept
+from analysis.manifest import _source_sha256, told_apart
 from analysis.queries import framed, load
 from analysis.showing import note, say
 from defenses import Defense, UserError, get
 from defenses.catalog import choose
 from defenses.chats import prepend_system
+from defenses.ensemble import Stack
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ def test_settings_are_taken_as_values():
     assert get("backdoor", {"trigger": None, "length": 50}).trigger is None
     with pytest.raises(UserError, match="a whole number"):
         get("backdoor", {"length": 3.5})
+    assert get("policy+backdoor", {"length": 50}).members[1].length == 50
+    with pytest.raises(UserError, match="trigger=None: worn together"):
+        get("policy+backdoor", {"trigger": None})
 
 
 @dataclass
@@ -112,6 +119,21 @@ class Policy(Polite):
 def test_what_is_no_defense_is_refused_in_one_line(given, words):
     with pytest.raises(UserError, match=words):
         inspect.unwrap(choose)([given], [])  # as a user calls it, whose types nobody checks
+    assert list(inspect.unwrap(_several)(given)) == [given]
+    if isinstance(given, Defense) and given != Policy():
+        with pytest.raises(UserError, match=words):
+            choose([Stack((get("goal_priority"), given))], [])
+
+
+@dataclass(frozen=True)
+class Needy(Polite):
+    """Has a setting without a default: what made it has given it one."""
+
+    more: str = field(kw_only=True)
+
+
+def test_a_defense_that_is_made_needs_no_defaults():
+    assert [one.name for one in choose([Needy(more="x")], [])] == ["none", "needy"]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +188,8 @@ def test_a_run_says_what_failed_and_where_it_stopped():
     ]
     with pytest.raises(ValueError, match="mine has no summary; it has prompts"):
         run.brief()
+    early = {key: value for key, value in record.items() if key != "conditions_wanted"}
+    assert "interrupted: 0 of all conditions were finished" in str(analysis.Run("old", early, {}))
 
 
 def test_fetching_is_told_on_a_quiet_console_and_notes_are_not():
@@ -175,37 +199,21 @@ def test_fetching_is_told_on_a_quiet_console_and_notes_are_not():
     assert console.file.getvalue() == "fetching\n" and console.quiet
 
 
-TYPED = """
-WORDS = "Please."
-def said(): return WORDS
-class Base(Defense):
-    again = "!"
-    @property
-    def words(self): return said() + self.again
-class Typed(Base):
-    def rewrite(self, chat, rng):
-        return [self.words for _ in chat]
-"""
-
-
-def typed(source):
-    space, name = {"Defense": Defense, "__name__": "__main__"}, f"<cell {hash(source)}>"
-    exec(compile(source, name, "exec"), space)  # as a notebook does: there is no file
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    return _source_sha256(space["Typed"])
-
-
-@pytest.mark.parametrize("changed", ["Please.", "return WORDS", '= "!"', "self.again", "for _ in chat"])
-def test_a_class_that_was_typed_in_is_known_by_all_it_is_made_of(changed):
-    first, again, other = (typed(one) for one in (TYPED, TYPED + " ", TYPED.replace(changed, changed + " ")))
-    assert len(first) == 64 and first == again
-    assert first != other or changed == '= "!"'  # a value is what it is, however it is typed
-    assert first != typed(TYPED.replace('"!"', '"?"'))
-
-
-def test_a_class_in_a_file_is_known_by_the_file_and_one_made_by_no_text_not_at_all():
+def test_a_class_that_was_typed_in_is_known_by_its_methods():
+    found = []
+    for number, text in enumerate(("Please.", "Please.", "Now.")):
+        source = f"class Typed(Defense):\n    def rewrite(self, chat, rng):\n        return [{text!r}]\n"
+        space, name = {"Defense": Defense, "__name__": "__main__"}, f"<cell {number}>"
+        exec(compile(source, name, "exec"), space)  # as a notebook does: there is no file
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        found.append(_source_sha256(space["Typed"]))
+        assert told_apart(space["Typed"](), 0) is None  # what it calls may change unseen
+    assert found[0] == found[1] != found[2] and len(found[0]) == 64
     armed = type("Armed", (Polite,), {"armed": contextmanager(Polite.rewrite)})
     assert _source_sha256(armed) == _source_sha256(Polite)  # not that of contextlib
+    assert told_apart(Polite(), 0) == told_apart(Polite(), 0) != told_apart(Polite("Now."), 0)
+    assert told_apart(Stack((get("policy"), Polite())), 0) is not None
+    assert place("cost", {"defense": None}) is None and read_kept(None) is None
     with_other_words = type("Other", (Polite,), {"__module__": __name__})
     assert _source_sha256(with_other_words) is None  # made by no text
     assert _source_sha256(Polite) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

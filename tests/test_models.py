@@ -13,9 +13,9 @@ from conftest import FAMILIES, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
 from analysis import models, states
+from analysis.known_models import TABLE
 from analysis.models import LoadedModel
 from analysis.rendering import Renderer
-from analysis.shelf import TABLE
 from defenses import UserError
 
 

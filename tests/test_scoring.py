@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import made_adapter, toy_bench
+from test_rooms import FILES, of
 
 import defenses
 from analysis import queries, scoring, store
@@ -242,3 +243,12 @@ def test_watching_drafts_being_made() -> None:
     bench.drafts.watch = lambda made, wanted: told.append((made, wanted))
     bench.drafts.answers([asking(f"What is {n}?") for n in range(5)])
     assert told[-1] == (5, 5) and time.perf_counter() > 0
+
+
+def test_scores_are_of_all_the_code_that_they_come_from() -> None:
+    """What is read, and read off: not where models, queries and kept scores lie."""
+    known = {f"analysis.{name}" for name in scoring._ASKING}
+    data = {f"analysis.{name}" for name in ("tables", "queries", "store", "models", "rows", "kept")}
+    for name in known:
+        ours = {one for one in of(name, for_types=False) & set(FILES) if one.startswith("analysis.")}
+        assert ours <= known | data

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis import asking
+from analysis.cli_app import app
 from analysis.options import (
     AttackOption,
     BatchOption,
@@ -32,7 +33,6 @@ from analysis.options import (
     SplitOption,
     StacksOption,
 )
-from analysis.shell import app
 from defenses.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The command's frame: one group of commands, to which `everyday`, `studies` and `weights` add theirs."""
+"""The frame of the command: one group, to which the other `cli_` modules add theirs."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from analysis import asking
+from analysis.cli_app import app
 from analysis.options import (
     AttackOption,
     BatchOption,
@@ -30,7 +31,6 @@ from analysis.options import (
     SetOption,
     SplitOption,
 )
-from analysis.shell import app
 from defenses.errors import UserError, unknown
 
 

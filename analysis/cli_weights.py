@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from analysis import asking
+from analysis.cli_app import app
 from analysis.options import (
     BatchOption,
     DataOption,
@@ -20,7 +21,6 @@ from analysis.options import (
     SeedOption,
     SplitOption,
 )
-from analysis.shell import app
 from defenses.errors import UserError
 
 
