@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from defenses.errors import UserError
 
@@ -51,13 +52,13 @@ def save(folder: Path, run: Run, console: Console) -> None:
 def write(path: Path, text: str) -> None:
     """Write one file: whole, or, if that fails, not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    new = path.with_name(f".{path.name}.{uuid4().hex[:8]}")  # as readable as any file that its user makes
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with new.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
-        Path(new).replace(path)
+        new.replace(path)
     except BaseException:
-        Path(new).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
 
 

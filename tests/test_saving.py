@@ -75,3 +75,14 @@ def test_a_file_or_a_folder_that_is_closed_is_refused_before_the_work(tmp_path, 
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"cannot be written: .* choose another folder"):
         usable(tmp_path / "new")
+
+
+def test_a_file_is_as_readable_as_any_that_its_user_makes_and_is_whole_or_not_there(tmp_path):
+    (tmp_path / "plain").write_text("")
+    saving.write(tmp_path / "new" / "page.html", "whole")
+    assert (tmp_path / "new" / "page.html").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(UnicodeEncodeError):
+        saving.write(tmp_path / "new" / "page.html", "half \ud800")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "new").iterdir()] == [
+        ("page.html", "whole")
+    ]
