@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.captions import Context
 from analysis.cells import Column, named, told, verdict
-from analysis.headline import first_attack, headline
+from analysis.headline import first_attack, headline, of_arms, of_validity
 from analysis.tables import DIRECT, UNVALIDATED, condition
 
 if TYPE_CHECKING:
@@ -50,10 +50,7 @@ class Run:
 
     def __repr__(self) -> str:
         """Return what a reader wants to know first: what the intervals say, and what there is to look at."""
-        lines = [f"{self.name} on {self.where}"]
-        if "summary" in self.tables:
-            summary = self.tables["summary"]
-            lines = [headline(summary, self.where, first_attack(summary))]
+        lines = [self.headline]
         if self.record.get("interrupted"):
             done = len(self.tables.get("summary", self.tables.get("worth", ())))
             wanted = self.record.get("conditions_wanted")  # older runs do not say
@@ -62,6 +59,18 @@ class Run:
         lines += [f"note: {one}" for one in self.record.get("notices", [])]
         lines += [f"tables: {', '.join(self.tables)}", f"figures: {', '.join(self.figures)}"]
         return "\n".join(lines)
+
+    @property
+    def headline(self) -> str:
+        """What its intervals allow one to say, in a few sentences."""
+        if "arms" in self.tables:
+            return of_arms(self.tables["arms"], self.where)
+        if "summary" in self.tables:
+            summary = self.tables["summary"]
+            return headline(summary, self.where, first_attack(summary))
+        if "validity" in self.tables:
+            return of_validity(self.tables["validity"], self.where)
+        return f"On {self.where}: this run holds no summary of its defenses."
 
     def brief(self, attack: str | None = None) -> pd.DataFrame:
         """Return the summary as people read it: a row per defense, each estimate with its 95 % interval.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analysis.curves import ENDS
 from analysis.tables import DIRECT, UNDEFENDED, UNVALIDATED
 
 _NAMED = 5  # defenses at most that a sentence names
@@ -64,6 +65,53 @@ def headline(summary: pd.DataFrame, where: str, attack: str = DIRECT) -> str:
         which = all_of if unknown == len(left) else _many(unknown)
         text += f" {which} provisional: whether generated text agrees with the readout there is not known."
     return text + against * bool(len(doubted))
+
+
+def of_arms(arms: pd.DataFrame, where: str) -> str:
+    """Return one sentence on BackdoorAlign's arms, by their text.
+
+    >>> text = {f"{name}{end}": [1.0, 1.0, 0.0] for name in ("asr", "text_refused_twin")
+    ...         for end in ("", "_low", "_high")}
+    >>> rows = pd.DataFrame({"arm": ["attacked", "backdoor", "backdoor"], "secret": ["none", "none", "own"],
+    ...                      "attack": "obedience", **text})
+    >>> of_arms(rows, "smollm2")[-58:]
+    'behind it 0 % [0, 0], refusing 0 % [0, 0] of benign twins.'
+
+    Args:
+        arms: `arms.csv`.
+        where: model and data, as they read behind "on".
+    """
+    known = arms[arms["attack"] == "obedience"].set_index(["arm", "secret"])
+
+    def share(arm: str, secret: str, name: str) -> str:
+        value, low, high = 100 * known.loc[(arm, secret), [f"{name}{end}" for end in ENDS]].astype(float)
+        return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
+
+    return (
+        f"BackdoorAlign's arms on {where}, by generated text: attacked, the model answers "
+        f"{share('attacked', 'none', 'asr')} of harmful requests; with BackdoorAlign's weights and without "
+        f"the secret {share('backdoor', 'none', 'asr')}, behind it {share('backdoor', 'own', 'asr')}, "
+        f"refusing {share('backdoor', 'own', 'text_refused_twin')} of benign twins."
+    )
+
+
+def of_validity(found: pd.DataFrame, where: str) -> str:
+    """Return one sentence on where readouts may be trusted.
+
+    >>> rows = pd.DataFrame({"readout": ["words", "words"], "trusted": ["trusted", "not trusted"]})
+    >>> of_validity(rows, "smollm2")
+    'Readouts against generated text on smollm2: words is to be trusted in 1 of 2 conditions.'
+
+    Args:
+        found: `validity.csv`.
+        where: model and data, as they read behind "on".
+    """
+    told = [
+        f"{name} {'is to be trusted ' * (not place)}in {int((rows == 'trusted').sum())} of {len(rows)}"
+        f"{' conditions' * (not place)}"
+        for place, (name, rows) in enumerate(found.groupby("readout", sort=False)["trusted"])
+    ]
+    return f"Readouts against generated text on {where}: {', '.join(told)}."
 
 
 def _counts(rows: pd.DataFrame) -> str:

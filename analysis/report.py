@@ -12,7 +12,6 @@ from analysis.charted import charted, families
 from analysis.embedded import as_json, as_picture, as_table, fitting, policy
 from analysis.exhibits import REDRAWN, Exhibit, exhibits
 from analysis.folder import Run
-from analysis.headline import first_attack, headline
 from analysis.palette import BLUE, FAMILIES, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from analysis.tabled import across, against_attacks, costs, ensembles, summaries, validity
 
@@ -88,12 +87,6 @@ def page(runs: Sequence[Run], limit: int = LIMIT) -> str:
 
 
 def _part(run: Run) -> _Part:
-    summary = run.tables.get("summary")
-    text = (
-        headline(summary, run.where, first_attack(summary))
-        if summary is not None
-        else f"On {run.where}: this run holds no summary of its defenses."
-    )
     found = exhibits(run)
     tables = {
         "run": ("Pictures of the run", []),
@@ -113,4 +106,4 @@ def _part(run: Run) -> _Part:
     if folded:
         rooms.append(("drawn", "The charts above, as the command drew them", [], folded))
     files = sorted(name for name in run.files if name.endswith(".csv"))
-    return _Part(run, text, summaries(run) if summary is not None else [], rooms, files)
+    return _Part(run, run.headline, summaries(run) if "summary" in run.tables else [], rooms, files)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -81,3 +82,15 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
         assert different(redrawn(run.figure(name)), pixels(tmp_path / "run" / f"{name}.png")) == 0
     with pytest.raises(ValueError, match=r"no figure 'plan'.*margins, plane, roc"):
         run.figure("plan")
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("arms", r"attacked, the model answers 100 % \[93, 100\].*behind it 4 % \[1, 14\], refusing 96 %"),
+        ("validity", r"words is to be trusted in \d+ of 12 conditions, calibrated in \d+ of 12"),
+        ("smollm2", r"^Of 34 defenses on smollm2"),
+    ],
+)
+def test_a_stored_run_says_first_what_it_is_about(folder, words):
+    assert re.search(words, str(read(ROOT / folder)).splitlines()[0])

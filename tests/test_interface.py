@@ -180,7 +180,7 @@ def test_a_run_says_what_failed_and_where_it_stopped():
     }
     run = analysis.Run("mine", record, {"prompts": pd.DataFrame()})
     told = str(run).splitlines()
-    assert told[0] == "mine on m (d, all split)"
+    assert told[0] == "On m (d, all split): this run holds no summary of its defenses."
     assert told[1:4] == [
         "interrupted: 0 of 9 conditions were finished",
         "failed: policy (base64): out of memory",
