@@ -223,6 +223,28 @@ def test_several_attacks_are_drawn_against_the_defenses_and_recorded(home):
     assert np.allclose(harmful[found.index], found, atol=1e-5)
 
 
+def test_what_defenses_cost_is_a_table_and_a_figure_of_the_run(home):
+    done = analyze("-d", "policy", "-m", "tiny", "--limit", "8", "-o", "priced", "--cost")
+    assert done.code == 0, done.err
+    assert "Cost, each query alone" in done.out
+    table = pd.read_csv(home / "priced" / "cost.csv").set_index("defense")
+    assert set(table.index) == {"none", "policy"} and table.loc["policy", "tokens_added"] > 0
+    summary = pd.read_csv(home / "priced" / "summary.csv").set_index("defense")
+    assert table.loc["policy", "delta_auroc"] == pytest.approx(summary.loc["policy", "delta_auroc"])
+    assert (home / "priced" / "cost.png").is_file()
+
+
+def test_training_validating_and_the_arms_are_reached_by_their_commands(home):
+    settings = ("--set", "epochs=1", "--set", "batch=16", "--set", "rank=2")
+    assert analyze("train", "attack", "-m", "tiny", "--limit", "60", "-o", "tuned", *settings).code == 0
+    assert json.loads((home / "tuned" / "manifest.json").read_text("utf-8"))["settings"]["rank"] == 2
+    done = analyze("validate", "-d", "policy", "-m", "tiny", "--limit", "8", "--tokens", "2", "-o", "heard")
+    assert done.code == 0, done.err
+    assert set(pd.read_csv(home / "heard" / "validity.csv")["condition"]) == {"none", "policy"}
+    refused(analyze("backdooralign", "-m", "tiny", "--limit", "8"), "no weights for aligned", "analyze train")
+    refused(analyze("backdooralign", "-m", "tiny", "--tokens", "0"), "--tokens 0")
+
+
 def test_check_shows_what_the_model_reads_under_an_attack(home):
     done = analyze("check", "-d", "policy", "-m", "tiny", "--queries", "2", "--attack", "prefill")
     assert done.code == 0 and "policy (prefill)" in done.out
