@@ -100,18 +100,17 @@ def of_validity(found: pd.DataFrame, where: str) -> str:
 
     >>> rows = pd.DataFrame({"readout": ["words", "words"], "trusted": ["trusted", "not trusted"]})
     >>> of_validity(rows, "smollm2")
-    'Readouts against generated text on smollm2: words is to be trusted in 1 of 2 conditions.'
+    'Conditions in which readouts agree with generated text on smollm2: words in 1 of 2, not in 1, open in 0.'
 
     Args:
         found: `validity.csv`.
         where: model and data, as they read behind "on".
     """
-    told = [
-        f"{name} {'is to be trusted ' * (not place)}in {int((rows == 'trusted').sum())} of {len(rows)}"
-        f"{' conditions' * (not place)}"
-        for place, (name, rows) in enumerate(found.groupby("readout", sort=False)["trusted"])
-    ]
-    return f"Readouts against generated text on {where}: {', '.join(told)}."
+    told = []
+    for name, rows in found.groupby("readout", sort=False)["trusted"]:
+        counts = [int((rows == word).sum()) for word in ("trusted", "not trusted", "cannot tell")]
+        told.append("{} in {} of {}, not in {}, open in {}".format(name, counts[0], len(rows), *counts[1:]))
+    return f"Conditions in which readouts agree with generated text on {where}: {'; '.join(told)}."
 
 
 def _counts(rows: pd.DataFrame) -> str:

@@ -88,7 +88,7 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
     ("folder", "words"),
     [
         ("arms", r"attacked, the model answers 100 % \[93, 100\].*behind it 4 % \[1, 14\], refusing 96 %"),
-        ("validity", r"words is to be trusted in \d+ of 12 conditions, calibrated in \d+ of 12"),
+        ("validity", r"words in 0 of 12, not in 4, open in 8; calibrated in \d+ of 12"),
         ("smollm2", r"^Of 34 defenses on smollm2"),
     ],
 )
