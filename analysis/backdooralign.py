@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import attacks, manifest, reading, saving, showing
+from analysis.agreement import agreement
 from analysis.answering import verdicts
 from analysis.arms import PAPER, Arm, arms
 from analysis.bench import Bench
@@ -38,8 +39,6 @@ from analysis.run import score
 from analysis.tables import ScoreTable
 from analysis.utility import answered_right, refuse_without_harness
 from defenses import Message
-
-_AGREE = 0.8  # share of answers whose first token has to tell whether they refuse
 
 
 def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, secrets: int) -> int:
@@ -79,6 +78,7 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
             bench, readout, {row.condition: row.defense for row in rows}, data, split, request.limit
         ),
         "judge": {"name": "keywords", "new_tokens": tokens},
+        "trusted": _trusted(rows, judged),
     }
     scores = ScoreTable(pd.concat(frames, ignore_index=True), record)
     summary = summarize(scores, seed=request.seed)
@@ -97,21 +97,9 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
     _show(table[table["secret_length"].isna()], record)
     if secrets:
         _show_secrets(tables["lengths"])
-    if doubtful := _parted(table):
-        showing.say(
-            console,
-            f"Not trusted, by generated text: {showing.few(doubtful)}. There the first token, at the "
-            "threshold that was fitted to the clean model, does not tell whether the answer refuses; ASR and "
-            "the rates in text do not rest on it.",
-        )
+    showing.trust(summary.frame, console)
     teller(console)(f"Tables and run.json are in {out}; the answers themselves are not kept")
     return 0
-
-
-def _parted(table: pd.DataFrame) -> list[str]:
-    """The arms whose first tokens surely agree with fewer than so many of their answers."""
-    rows = table[table["first_token_agrees_high"] < _AGREE]
-    return [f"{row['arm']} ({row['attack']}), secret: {row['secret']}" for row in showing.rows(rows)]
 
 
 def _judged(
@@ -134,7 +122,19 @@ def _judged(
         if len(here):
             found |= rate(f"text_refused_{kind}", int(here.sum()), len(here))
             found |= rate(f"first_token_refused_{kind}", int(first[kinds == kind].sum()), len(here))
-    return found | rate("first_token_agrees", int((first == refused).sum()), len(refused))
+    agreed = agreement(
+        frame["margin"].to_numpy(float), refused.to_numpy(bool), frame["pair"], readout.threshold, bench.seed
+    )
+    found |= rate("first_token_agrees", int((first == refused).sum()), len(refused))
+    return found | {"trusted": agreed["trusted"]}
+
+
+def _trusted(rows: Sequence[Arm], judged: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Whether first tokens agree with the text, by attack and condition."""
+    found: dict[str, dict[str, str]] = {}
+    for row, said in zip(rows, judged, strict=True):
+        found.setdefault(row.attack, {})[row.condition] = said["trusted"]
+    return found
 
 
 def _utilities(loaded: LoadedModel, rows: Sequence[Arm], console: Console) -> pd.DataFrame:

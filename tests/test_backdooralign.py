@@ -95,6 +95,8 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
     for name in ("asr", "auroc", "first_token_agrees", "text_refused_twin"):
         assert (table[f"{name}_low"] <= table[name]).all() and (table[name] <= table[f"{name}_high"]).all()
     assert np.allclose(table["asr"], 1 - table["text_refused_harmful"])
+    summary = pd.read_csv(home / "out" / "summary.csv")
+    assert list(table["trusted"]) == list(summary["trusted"]) and "not validated" not in set(table["trusted"])
     said = capsys.readouterr()
     assert "94.9" in said.out
     (secret,) = named(host)["obedience", "backdoor", "own"].defense.secrets()
@@ -103,18 +105,6 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
     assert secret not in said.out + said.err
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "keywords", "new_tokens": 4}
-
-
-def test_arms_are_named_whose_first_tokens_surely_miss_what_the_text_says() -> None:
-    table = pd.DataFrame(
-        {
-            "arm": ["clean", "backdoor", "backdoor"],
-            "attack": "obedience",
-            "secret": ["none", "none", "own"],
-            "first_token_agrees_high": [0.99, 0.81, 0.09],
-        }
-    )
-    assert backdooralign._parted(table) == ["backdoor (obedience), secret: own"]
 
 
 def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
