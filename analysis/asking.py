@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from defenses.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from analysis.attacks import Attack
+    import pandas as pd
+
+    from analysis.request import Request
 
 READOUTS = {
     "words": "refusing against complying first words, equal weights",
@@ -22,19 +24,53 @@ READOUTS = {
 SITES = ("residual", "attention", "mlp", "heads")  # that `analyze mechanism` patches
 
 
-def sent(names: Sequence[str] | None) -> tuple[Attack, ...]:
-    """Return the attacks of these names; the queries as they are, if there are none."""
+def request(
+    model: str,
+    data: str | pd.DataFrame,
+    split: str | None,
+    limit: int | None,
+    batch_size: str | int | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    offline: bool,
+    attack: str | Sequence[str] | None = None,
+    readout: str | Sequence[str] = "words",
+    linear: bool = False,
+) -> Request:
+    """Return what is asked for, its mistakes told that can be seen without the model.
+
+    >>> request("smollm2", "twins", None, 4, "8", "cpu", "auto", 0, True, None, ["words", "words"]).readouts
+    ('words',)
+
+    Args:
+        model: name, id, folder, or file.
+        data: as `--data`, or a frame of queries.
+        split: of the data.
+        limit: queries at most.
+        batch_size: as typed, or a number; None tries what fits.
+        device: as `--device`.
+        dtype: as `--dtype`.
+        seed: of everything random.
+        offline: whether nothing may be fetched.
+        attack: how queries are sent, one or several; as they are if there is none.
+        readout: the one of a run, or those that are compared.
+        linear: whether margins are split over the model's parts.
+    """
     from analysis import attacks
 
-    return attacks.chosen(names or ["direct"])
+    sent = attacks.chosen([attack] if isinstance(attack, str) else attack or ["direct"])
+    read_by = _readout(readout, linear) if isinstance(readout, str) else _readouts(readout)
+    batch = _batch(batch_size)
+    from analysis import queries
+    from analysis.request import Request
+
+    asked = data if isinstance(data, str) else queries.framed(data)
+    return Request(model, asked, split, limit, batch, device, dtype, seed, offline, sent, read_by)
 
 
-def readouts(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the readouts of these names, each once; one that is `all` stands for them all.
-
-    >>> readouts(["words", "prefilled-5", "words"])
-    ('words', 'prefilled-5')
-    """
+def _readouts(names: Sequence[str]) -> tuple[str, ...]:
+    """The readouts of these names, each once; one that is `all` stands for them all."""
     chosen = tuple(dict.fromkeys(names))
     fixed = {*READOUTS, "all"} - {"prefilled-K"}
     for name in chosen:
@@ -44,14 +80,9 @@ def readouts(names: Sequence[str]) -> tuple[str, ...]:
     return ("all",) if "all" in chosen else chosen
 
 
-def readout(name: str, linear: bool = False) -> tuple[str, ...]:
-    """Return the one readout of a run.
-
-    Args:
-        name: as `list readouts` has it.
-        linear: whether margins are split over the model's parts.
-    """
-    chosen = readouts([name])
+def _readout(name: str, linear: bool) -> tuple[str, ...]:
+    """The one readout of a run."""
+    chosen = _readouts([name])
     if linear and chosen in (("all",), ("log-odds",)):
         raise UserError(
             f"--readout {name}: a margin is split over parts only where it is linear in the logits: take "
@@ -99,14 +130,10 @@ def share(text: str) -> float:
     return found
 
 
-def batch(text: str) -> int | None:
-    """Return the size of a batch as typed; None tries what fits.
-
-    >>> batch("auto"), batch("8")
-    (None, 8)
-    """
-    if text == "auto":
+def _batch(typed: str | int | None) -> int | None:
+    """The size of a batch; None tries what fits."""
+    if typed in ("auto", None):
         return None
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"--batch-size {text}: it takes auto or a whole number from 1 on")
-    return int(text)
+    if not str(typed).isdigit() or int(str(typed)) < 1:
+        raise UserError(f"--batch-size {typed}: it takes auto or a whole number from 1 on")
+    return int(str(typed))

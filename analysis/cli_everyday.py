@@ -68,13 +68,11 @@ def analyze(
             typer.echo(context.get_help())
             raise typer.Exit
         raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
-    sent, readouts = asking.sent(attack), asking.readout(readout)
-    from analysis import commands
-    from analysis.request import Request
-
-    request = Request(
-        model, data, split, limit, asking.batch(batch_size), device, dtype, seed, offline, sent, readouts
+    request = asking.request(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout
     )
+    from analysis import commands
+
     code = commands.analyze(request, defense, settings or [], out, as_json, cost)
     raise typer.Exit(code)
 
@@ -87,7 +85,7 @@ def list_(
     """Say what there is: defenses, models, data sets, attacks, readouts."""
     from analysis import listing
 
-    shelves = listing.everything(asking.READOUTS)
+    shelves = listing.everything()
     if what is not None and what not in shelves:
         raise unknown("list", what, shelves)
     chosen = {what: shelves[what]} if what else shelves
@@ -112,11 +110,9 @@ def check(
     queries: Annotated[int, typer.Option(help="How many queries to look at.")] = 4,
 ) -> None:
     """Show what the model will read under a defense, and check that the defense reaches it (else exit 1)."""
-    sent = asking.sent(attack)
+    request = asking.request(model, data, split, None, None, device, dtype, seed, offline, attack)
     from analysis import commands
-    from analysis.request import Request
 
-    request = Request(model, data, split, None, None, device, dtype, seed, offline, sent)
     raise typer.Exit(commands.check(request, defense or ["none"], settings or [], queries))
 
 
@@ -138,11 +134,9 @@ def explain(
 
     analyze explain smooth_llm --set copies=3
     """
-    sent = asking.sent(attack)
+    request = asking.request(model, "contrast", "test", None, None, device, dtype, seed, offline, attack)
     from analysis import explaining
-    from analysis.request import Request
 
-    request = Request(model, "contrast", "test", None, None, device, dtype, seed, offline, sent)
     raise typer.Exit(explaining.explain(request, defense, settings or [], text))
 
 

@@ -36,7 +36,7 @@ from analysis.options import (
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.request import Request
+    pass
 
 
 @app.command()
@@ -66,14 +66,13 @@ def validate(
     offline: OfflineOption = False,
 ) -> None:
     """Compare readouts with what the model goes on to say: where to trust them; what answers are worth."""
-    sent, readouts = asking.sent(attack), asking.readouts(readout or ["words"])
+    wanted = readout or ["words"]
+    request = asking.request(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, wanted
+    )
     from analysis import validating
     from analysis.judging import Jury
-    from analysis.request import Request
 
-    request = Request(
-        model, data, split, limit, asking.batch(batch_size), device, dtype, seed, offline, sent, readouts
-    )
     jury = Jury(judge, judge_model, budget, rubric, grade)
     raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, jury, tokens))
 
@@ -100,7 +99,9 @@ def ensembles(
 
     analyze ensembles -m smollm2:aligned -d self_reminder -d paraphrase -d policy
     """
-    request = _together(model, data, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    request = asking.request(
+        model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
+    )
     asking.refuse_odd_team(size, stacks)
     from analysis import comparing
 
@@ -137,7 +138,9 @@ def recommend(
 
     analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
     """
-    request = _together(model, data, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    request = asking.request(
+        model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
+    )
     asking.refuse_odd_team(size, stacks)
     share = asking.share(max_over_refusal)
     if max_cost is not None and not max_cost >= 1:
@@ -184,36 +187,13 @@ def mechanism(
     """
     if not defense:
         raise UserError("which defense? -d NAME (see `analyze list defenses`)")
-    sent, readouts = asking.sent(attack), asking.readout(readout, linear=True)
     chosen = asking.sites([one.strip() for one in sites.split(",") if one.strip()])
     asking.refuse_odd_look(top, patched)
+    request = asking.request(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout, linear=True
+    )
     from analysis import locating
     from analysis.looking import Wanted
-    from analysis.request import Request
 
-    request = Request(
-        model, data, split, limit, asking.batch(batch_size), device, dtype, seed, offline, sent, readouts
-    )
     wanted = Wanted(chosen, top, patched, ensembles)
     raise typer.Exit(locating.locate(request, defense, settings or [], wanted, out))
-
-
-def _together(
-    model: str,
-    data: str,
-    limit: int | None,
-    batch_size: str,
-    device: str,
-    dtype: str,
-    seed: int,
-    offline: bool,
-    attack: list[str] | None,
-    readout: str,
-) -> Request:
-    """What is asked for where one split chooses and the other one reports."""
-    sent, readouts = asking.sent(attack), asking.readout(readout)
-    from analysis.request import HALVES, Request
-
-    return Request(
-        model, data, HALVES, limit, asking.batch(batch_size), device, dtype, seed, offline, sent, readouts
-    )

@@ -70,10 +70,9 @@ def train(
 
     analyze train backdoor -m smollm2:aligned -o my-adapter
     """
+    request = asking.request(model, data, "train", limit, None, device, dtype, seed, offline)
     from analysis import training
-    from analysis.request import Request
 
-    request = Request(model, data, "train", limit, None, device, dtype, seed, offline)
     raise typer.Exit(training.train(request, recipe, settings or [], out, secret, length))
 
 
@@ -104,8 +103,7 @@ def backdooralign(
         raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
     if secrets < 0:
         raise UserError(f"--secrets {secrets}: it takes 0 (none) or more")
+    request = asking.request(model, data, split, limit, batch_size, device, dtype, seed, offline)
     from analysis import backdooralign as experiment
-    from analysis.request import Request
 
-    request = Request(model, data, split, limit, asking.batch(batch_size), device, dtype, seed, offline)
     raise typer.Exit(experiment.reproduce(request, out, tokens, utility, secrets))

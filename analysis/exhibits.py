@@ -126,20 +126,13 @@ def caption_of(run: Run, stem: str) -> str:
         "cost": of_cost,
         "rates": lambda rows, about: of_trust(rows, about, judge["name"], judge["new_tokens"]),
         "calibration": lambda rows, about: of_trust(
-            _compared(run, stem), about, judge["name"], judge["new_tokens"]
+            run.tables[stem.replace("calibration", "rates", 1)], about, judge["name"], judge["new_tokens"]
         ),
         "secrets": lambda rows, about: of_secrets(rows, about, judge["new_tokens"]),
     }
     if kind in CAPTIONS:
         told[kind] = lambda rows, about: CAPTIONS[kind](rows, about, _counts(run))
     return told[kind](points, context(run.record, stem.removeprefix(f"{kind}-")))
-
-
-def _compared(run: Run, stem: str) -> pd.DataFrame:
-    """The conditions whose answers are in a curve."""
-    found = run.tables["validity"]
-    of = found["readout"] == stem.partition("-")[2] if "-" in stem else True
-    return found[of & (found["n"] > 0)]
 
 
 def _counts(run: Run) -> tuple[int, int] | None:

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from analysis import asking
 from analysis.folder import Run
-from analysis.request import HALVES, Request
 from defenses import Defense, UserError
 
 Asked = str | Defense | Sequence[str | Defense]
@@ -59,7 +58,9 @@ def analyze(
     """
     from analysis import analyzing
 
-    request = _request(model, data, split, limit, attacks, readout, batch_size, device, dtype, seed, offline)
+    request = asking.request(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
+    )
     return analyzing.find(request, _several(defenses), settings, _console(), cost).run
 
 
@@ -104,7 +105,9 @@ def combine(
     asking.refuse_odd_team(size, stacks)
     from analysis import comparing
 
-    request = _request(model, data, HALVES, limit, attacks, readout, batch_size, device, dtype, seed, offline)
+    request = asking.request(
+        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
+    )
     return comparing.find(request, _several(defenses), settings, size, stacks, _console()).run
 
 
@@ -154,11 +157,12 @@ def locate(
     """
     chosen = asking.sites([sites] if isinstance(sites, str) else sites)
     asking.refuse_odd_look(top, patched)
-    asking.readout(readout, linear=True)
     from analysis import locating
     from analysis.looking import Wanted
 
-    request = _request(model, data, split, limit, attacks, readout, batch_size, device, dtype, seed, offline)
+    request = asking.request(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout, linear=True
+    )
     wanted = Wanted(chosen, top, patched, None if ensembles is None else Path(ensembles))
     return locating.find(request, _several(defenses), settings, wanted, _console()).run
 
@@ -224,28 +228,6 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
     except ValueError as error:
         raise UserError(f"{error} (the undefended model is called {UNDEFENDED!r})") from error
     return decompose.summarize(table, seed=seed).frame
-
-
-def _request(
-    model: str,
-    data: str | pd.DataFrame,
-    split: str | None,
-    limit: int | None,
-    attacks: str | Sequence[str],
-    readout: str,
-    batch_size: int | None,
-    device: str,
-    dtype: str,
-    seed: int,
-    offline: bool,
-) -> Request:
-    from analysis import queries
-
-    asked = data if isinstance(data, str) else queries.framed(data)
-    sent = asking.sent([attacks] if isinstance(attacks, str) else attacks)
-    read_by = asking.readout(readout)
-    batch = asking.batch("auto" if batch_size is None else str(batch_size))
-    return Request(model, asked, split, limit, batch, device, dtype, seed, offline, sent, read_by)
 
 
 def _several(defenses: Asked) -> Sequence[str | Defense]:

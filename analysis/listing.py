@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import attacks, datasets
+from analysis.asking import READOUTS
 from analysis.known_models import TABLE
 from analysis.queries import SHIPPED, shipped
 from defenses.catalog import classes
@@ -25,7 +26,7 @@ _DATA = {
 }
 
 
-def everything(readouts: Mapping[str, str]) -> dict[str, Shelf]:
+def everything() -> dict[str, Shelf]:
     """Return each kind of thing as rows of plain values."""
     return {
         "defenses": [
@@ -50,7 +51,7 @@ def everything(readouts: Mapping[str, str]) -> dict[str, Shelf]:
             {"name": one.name, "what": one.what, "source": one.source, "url": one.url}
             for one in attacks.shipped().values()
         ],
-        "readouts": [{"name": name, "what": what} for name, what in readouts.items()],
+        "readouts": [{"name": name, "what": what} for name, what in READOUTS.items()],
     }
 
 

@@ -26,7 +26,6 @@ class _Part:
     """A run, made ready for the template."""
 
     run: Run
-    headline: str
     summaries: list[Shown]
     rooms: list[tuple[str, str, list[Shown], list[Exhibit]]]
     files: list[str]
@@ -106,4 +105,4 @@ def _part(run: Run) -> _Part:
     if folded:
         rooms.append(("drawn", "The charts above, as the command drew them", [], folded))
     files = sorted(name for name in run.files if name.endswith(".csv"))
-    return _Part(run, run.headline, summaries(run) if "summary" in run.tables else [], rooms, files)
+    return _Part(run, summaries(run) if "summary" in run.tables else [], rooms, files)

@@ -585,7 +585,7 @@ def test_of_a_copy_it_says_that_it_is_one(tmp_path):
 
 
 def test_the_list_shows_rows_licence_and_page_of_every_set():
-    rows = {row["name"]: row for row in listing.everything({})["data"]}
+    rows = {row["name"]: row for row in listing.everything()["data"]}
     assert list(rows)[:4] == ["contrast", "twins", "plain", "everyday"] and set(TABLE) < set(rows)
     assert (rows["everyday"]["harmful"], rows["everyday"]["benign"]) == (0, 120)
     for name, card in TABLE.items():

@@ -110,7 +110,7 @@ def test_failures_are_a_line_each_and_the_next_step(capsys):
 @pytest.mark.parametrize("columns", [80, 140])
 def test_lists_cut_no_name_and_show_settings(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    shelves = listing.everything({"words": "first words"})
+    shelves = listing.everything()
     listing.show(shelves)
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= columns
