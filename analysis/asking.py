@@ -40,8 +40,12 @@ def request(
 ) -> Request:
     """Return what is asked for, its mistakes told that can be seen without the model.
 
-    >>> request("smollm2", "twins", None, 4, "8", "cpu", "auto", 0, True, None, ["words", "words"]).readouts
-    ('words',)
+    >>> usual = "cpu", "auto", 0, True, None
+    >>> made = request("smollm2", "twins", None, 4, "8", *usual, ["words", "prefilled-5", "words"])
+    >>> made.readouts, made.batch_size
+    (('words', 'prefilled-5'), 8)
+    >>> request("smollm2", "twins", None, 4, "auto", *usual).batch_size is None
+    True
 
     Args:
         model: name, id, folder, or file.
