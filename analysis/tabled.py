@@ -83,7 +83,7 @@ def ensembles(run: Run) -> list[Shown]:
     """Return the front of defenses and ensembles, and what was recommended, where they were compared."""
     columns: tuple[Column, ...] = (
         ("harmful_test", "harmful refused (%)", ".0f", 100, False),
-        ("benign_test", "benign refused (%)", ".0f", 100, False),
+        ("benign_test", "benign answered (%)", ".0f", 100, False),
         ("cost", "time to first token (× undefended)", ".2f", 1, False),
     )
     names = ("members", "how", "kind")

@@ -16,8 +16,10 @@ from test_cli import analyze, refused
 
 from analysis import reporting
 from analysis.embedded import as_json, as_picture, as_table
+from analysis.folder import Run
 from analysis.headline import headline
 from analysis.report import LIMIT, page
+from analysis.tabled import ensembles
 
 EVIL = (
     "</script><script>document.title='owned'</script>",
@@ -233,6 +235,25 @@ def test_what_finds_no_room_is_left_out_by_name_and_the_page_stays_small(tmp_pat
     assert len(small.encode()) < len(whole.encode()) - 200_000
     assert "run/noise.png" in small and "Left out" in small and "noise.png is left out" in small
     assert "Left out" not in whole
+
+
+def test_the_table_of_the_front_names_the_share_that_it_shows():
+    candidates = pd.DataFrame(
+        {
+            "members": ["none"],
+            "how": ["alone"],
+            "harmful_test": [0.97],
+            "benign_test": [0.23],
+            "on_front": [True],
+        }
+    )
+    recommended = pd.DataFrame({"members": ["policy"], "harmful": [0.5], "over_refusal": [0.03]})
+    tables = {"candidates": candidates, "recommendation-5": recommended}
+    front, pick = ensembles(Run("run", {}, tables))
+    # `benign_test` in candidates.csv is the share of benign queries that are answered.
+    assert dict(zip(front.heads, front.rows[0], strict=True))["benign answered (%)"] == "23"
+    assert "benign refused (%)" not in front.heads
+    assert dict(zip(pick.heads, pick.rows[0], strict=True))["benign refused (%)"] == "3"
 
 
 def test_runs_are_compared_on_what_is_free_of_scale(tmp_path):
