@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import platformdirs
 
-from analysis import saving
+from analysis import saving, scoring
+from analysis.models import LoadedModel
 
 
-def place(kind: str, about: dict[str, Any]) -> Path | None:
-    """Return the file for something that depends on `about` and on nothing else.
+def place(
+    kind: str, loaded: LoadedModel, about: dict[str, Any], made_by: Iterable[ModuleType] = ()
+) -> Path | None:
+    """Return the file for something about a model, named by all that a score depends on, and by `about`.
 
-    Where one of its values is None, it is not known what that is, and nothing is kept.
+    What a score depends on (weights, configuration, device, code, libraries) is added here, for every kind:
+    nothing that was kept is found again by a version that would score otherwise.
 
-    >>> place("validity", {"a": 1}) == place("validity", {"a": 1}) != place("validity", {"a": 2})
-    True
+    Args:
+        kind: what is kept; the name of its folder.
+        loaded: the model.
+        about: what else it depends on. Where one of the values is None, it is not known what that is, and
+            nothing is kept.
+        made_by: modules beside the scoring code by which it was found out.
     """
     if None in about.values():
         return None
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    sources = [inspect.getsource(module) for module in made_by]
+    whole = {"scored": scoring.about(loaded), "sources": sources, "about": about}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
     return platformdirs.user_cache_path("refusalscope") / kind / f"{digest[:32]}.json"
 
 

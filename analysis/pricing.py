@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from analysis import cost, kept, manifest, queries, scoring, showing, timing
+from analysis import cost, kept, manifest, queries, showing, timing
 from analysis.preparing import Ready
 from analysis.tables import UNDEFENDED
 from defenses import Defense
@@ -75,11 +74,9 @@ def _place(ready: Ready, defense: Defense, asked: int) -> Path | None:
     """A file named by what the time depends on; secrets enter as fingerprints."""
     bench = ready.bench
     about = {
-        "model": manifest.of_model(bench.loaded),
         "device": [str(bench.loaded.model.device), torch.get_num_threads()],
         "defense": manifest.told_apart(defense, bench.seed),
-        "code": [scoring.code(), *(inspect.getsource(module) for module in (timing, cost))],
         "attack": [ready.attacks[0].name, *ready.attacks[0].made_from],
         "queries": [query.text for query in queries.sample(ready.data.queries, asked)],
     }
-    return kept.place("cost", about)
+    return kept.place("cost", bench.loaded, about, (timing, cost))

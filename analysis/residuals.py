@@ -33,9 +33,10 @@ def residuals(bench: Bench, queries: Sequence[Query]) -> Residuals:
     """
     prompts = [bench.renderer.render([Message(role="user", content=one.text)]).ids for one in queries]
     harmful = [query.harmful for query in queries]
-    about = {**scoring.about(bench.loaded), "prompts": prompts, "harmful": harmful}
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    place = kept.place("residuals", about)
+    about = {"prompts": prompts, "harmful": harmful}
+    whole = {**scoring.about(bench.loaded), **about}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    place = kept.place("residuals", bench.loaded, about)
     if (found := kept.read(place)) is None:
         held = _held(bench, prompts)
         is_harmful = torch.tensor(harmful)

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis import kept, manifest, scoring
+from analysis import agreement, judge, kept, manifest, refusals, spoken
 from analysis.attacks import Attack
 from analysis.bench import Bench
 from analysis.readout import Readout
@@ -15,12 +15,12 @@ from defenses import Defense
 
 
 def keep(
-    bench: Bench, defense: Defense, readout: Readout, judge: str, tokens: int, row: dict[str, Any]
+    bench: Bench, defense: Defense, readout: Readout, judged_by: str, tokens: int, row: dict[str, Any]
 ) -> None:
     """Keep a condition's row of `validity.csv`, unless one that rests on more answers is there."""
     place = _place(bench, defense, readout)
     if (kept.read(place) or {}).get("n", 0) <= row["n"]:
-        kept.write(place, row | {"judge": judge, "new_tokens": tokens})
+        kept.write(place, row | {"judge": judged_by, "new_tokens": tokens})
 
 
 def row(bench: Bench, defense: Defense, readout: Readout) -> dict[str, Any]:
@@ -62,12 +62,10 @@ def of_run(
 def _place(bench: Bench, defense: Defense, readout: Readout) -> Path | None:
     """A file named by all that the margins depend on, the queries aside; secrets enter as fingerprints."""
     about = {
-        "model": manifest.of_model(bench.loaded),
         "defense": manifest.told_apart(defense, bench.seed),
-        "code": scoring.code(),
         "template": bench.loaded.tokenizer.chat_template,
         "attack": "/".join((bench.attack.name, *bench.attack.made_from)),
         "readout": [readout.ids, readout.weights, readout.threshold, readout.prefix],
         "asked": [readout.questions, readout.odds],
     }
-    return kept.place("validity", about)
+    return kept.place("validity", bench.loaded, about, (agreement, judge, refusals, spoken))

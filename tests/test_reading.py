@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from conftest import toy_bench
 from rich.console import Console
 
 import defenses
-from analysis import answering, kept, queries, reading, validity
+from analysis import answering, kept, pricing, queries, reading, scoring, validity
 from analysis.attacks import AS_IS, get
 from analysis.bench import Bench
 from analysis.calibrated import TooFew, calibrated
 from analysis.engine import Engine
 from analysis.judge import READERS, Verdict
+from analysis.preparing import Ready
 from analysis.queries import QuerySet
 from analysis.readout import QUESTIONS, Readout
 from analysis.run import score
@@ -128,7 +130,7 @@ def test_the_threshold_is_where_as_many_are_refused_as_in_the_text(
         assert made.fitted in made.notices[-1]
     # The answers of the undefended model are found once for all readouts that begin them alike.
     monkeypatch.setattr(answering, "verdicts", None)
-    readouts = kept.place("readouts", {}).parent
+    readouts = kept.place("readouts", toy_bench().loaded, {}).parent
     readouts.rename(readouts.with_name("moved"))
     assert maker(host).named("words").fitted
 
@@ -142,6 +144,33 @@ def test_a_kept_readout_has_the_same_threshold_to_the_last_digit_in_other_batche
     assert replace(maker(host), bench=bench).named("words") == first
     monkeypatch.setattr(reading, "OPENER", "Of course:")  # what it is made from has changed
     assert maker(host).known("words") is None
+
+
+@pytest.mark.parametrize("changed", ["code", "torch", "transformers"])
+def test_nothing_kept_is_found_again_by_other_code_or_under_other_libraries(
+    host: Host, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """A margin of new code would otherwise meet a threshold of the old, and nothing would say so."""
+    planted(monkeypatch)
+    one, bench = maker(host), toy_bench()
+    words = one.named("words")
+    kept_row(bench, NONE, words, "trusted", 0.9)
+    ready = Ready(bench, [NONE], ASKED, "calibration", [words], (AS_IS,), [])
+    places = [one._place("words"), validity._place(bench, NONE, words), pricing._place(ready, NONE, 4)]
+    assert one.known("words") == words and validity.known(bench, NONE, words) == "trusted"
+    if changed == "code":
+        monkeypatch.setattr(scoring, "code", lambda: "other")
+    else:
+        right = importlib.metadata.version
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name: "0.0" if name == changed else right(name)
+        )
+    assert one.known("words") is None and validity.known(bench, NONE, words) == "not validated"
+    after = [one._place("words"), validity._place(bench, NONE, words), pricing._place(ready, NONE, 4)]
+    assert not set(places) & set(after)
+    monkeypatch.setattr(answering, "verdicts", None)
+    with pytest.raises(TypeError):  # nor are the answers' verdicts found: they would be asked for again
+        one._verdicts("none", NONE, words.begins)
 
 
 def kept_row(bench: Bench, defense: Defense, readout: Readout, trusted: str, auroc: float) -> None:
