@@ -145,19 +145,26 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what earlier runs have computed and later ones need not: scores and drafts; or clear it."""
+    """Show what earlier runs have found out and later ones need not, by kind; or clear it.
+
+    Scores and drafts; readouts with their thresholds; the verdicts they were made from; what `analyze
+    validate` found; residual means; costs. Converted models and data sets that were fetched stay.
+    """
     from analysis import store
 
     place = store.path()
     held = store.counts(place) if not clear else None
+    kinds = store.kinds(place)
     if held is None:
         store.clear(place)
-        typer.echo(f"{place} is cleared")
+        typer.echo(f"{place} is cleared, and so is what was kept beside it: {', '.join(kinds)}")
     elif as_json:
-        typer.echo(json.dumps({"path": str(place), **held}))
+        typer.echo(json.dumps({"path": str(place), **held, "kept": kinds}))
     else:
         size = held["bytes"] / 2**20
         typer.echo(f"{place}: {held['scores']} scores and {held['drafts']} drafts, {size:.1f} MiB")
+        for kind, found in kinds.items():
+            typer.echo(f"{place.with_name(kind)}: {found['count']} files, {found['bytes']:,} bytes")
 
 
 @app.command()

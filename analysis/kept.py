@@ -11,9 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import platformdirs
-
-from analysis import saving, scoring
+from analysis import saving, scoring, store
 from analysis.models import LoadedModel
 
 
@@ -26,7 +24,7 @@ def place(
     nothing that was kept is found again by a version that would score otherwise.
 
     Args:
-        kind: what is kept; the name of its folder.
+        kind: what is kept, one of `store.KINDS`.
         loaded: the model.
         about: what else it depends on. Where one of the values is None, it is not known what that is, and
             nothing is kept.
@@ -37,7 +35,7 @@ def place(
     sources = [inspect.getsource(module) for module in made_by]
     whole = {"scored": scoring.about(loaded), "sources": sources, "about": about}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
-    return platformdirs.user_cache_path("refusalscope") / kind / f"{digest[:32]}.json"
+    return store.folder(kind) / f"{digest[:32]}.json"
 
 
 def write(path: Path | None, found: dict[str, Any]) -> None:

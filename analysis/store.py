@@ -1,4 +1,7 @@
-"""What was computed for a model and need not be computed again: scores and drafts, in one SQLite file.
+"""What was computed for a model and need not be computed again, and what of it there is.
+
+Scores and drafts lie in one SQLite file; what else was found out about a model lies beside it, in a folder
+of small JSON files for each of `KINDS` (`kept` writes them).
 
 A row is named by a digest of all that it depends on: weights, what arms them, number format, token ids,
 readout, versions of the libraries. No prompt can be read from a score's row. Rows are committed batch by
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -24,12 +28,31 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS scores (name BLOB PRIMARY KEY, margin REAL, coverage REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS drafts (name BLOB PRIMARY KEY, text TEXT) WITHOUT ROWID;
 """
+# Kinds of what is kept beside scores and drafts, each the name of a folder.
+KINDS = ("readouts", "verdicts", "validity", "residuals", "cost")
 _AT_ONCE = 500  # names in one question; SQLite allows 999
 
 
 def path() -> Path:
     """Return the file of this user."""
     return platformdirs.user_cache_path("refusalscope") / "scores.sqlite"
+
+
+def folder(kind: str) -> Path:
+    """Return the folder of one of `KINDS`.
+
+    Raises:
+        ValueError: if it is another: what is not among them would be neither listed nor cleared.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of what is kept; add it to KINDS, so that it is cleared, too")
+    return path().with_name(kind)
+
+
+def kinds(place: Path) -> dict[str, dict[str, int]]:
+    """Return for each kind how many files are kept beside a file of scores, and their bytes."""
+    sizes = {kind: [one.stat().st_size for one in place.with_name(kind).glob("*.json")] for kind in KINDS}
+    return {kind: {"count": len(found), "bytes": sum(found)} for kind, found in sizes.items()}
 
 
 class Namer:
@@ -127,9 +150,12 @@ def counts(place: Path) -> dict[str, int]:
 
 
 def clear(place: Path) -> None:
-    """Remove the file."""
+    """Remove the file of scores and drafts, and the folder of every kind beside it."""
     for file in _files(place):
         file.unlink(missing_ok=True)
+    for kind in KINDS:
+        if place.with_name(kind).is_dir():
+            shutil.rmtree(place.with_name(kind))
 
 
 def _files(place: Path) -> list[Path]:

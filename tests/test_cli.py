@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import platformdirs
 import pytest
-from conftest import FOUR, save_model, toy_tokenizer
+from conftest import FOUR, save_model, toy_bench, toy_tokenizer
 from scipy.special import expit
 
-from analysis import cli, commands, saving, sweeping
+from analysis import cli, commands, kept, saving, sweeping
 from analysis.decompose import summarize
 from analysis.tables import ESTIMATES, SCORES, ScoreTable
 
@@ -80,6 +81,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("XDG_DATA_HOME", str(place / "share"))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # a test clears it
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield place
 
@@ -637,6 +639,44 @@ def test_the_cache_is_shown_and_cleared(home):
     assert re.search(r"\d+ scores and \d+ drafts, \d+\.\d MiB", analyze("cache").out.replace("\n", " "))
     assert "cleared" in analyze("cache", "--clear").out
     assert json.loads(analyze("cache", "--json").out)["scores"] == 0
+
+
+def test_every_kind_of_what_is_kept_is_listed_and_cleared(home):
+    cache = platformdirs.user_cache_path("refusalscope")
+    analyze("cache", "--clear")
+    # The names are spelled out, so that a kind that is renamed or added is thought of here.
+    kinds = {"cost", "readouts", "residuals", "validity", "verdicts"}
+    for kind in kinds:
+        (cache / kind).mkdir(parents=True, exist_ok=True)
+        for name in ("a", "b"):
+            (cache / kind / f"{name}.json").write_text('{"n": 1}', "utf-8")
+    stays = [cache / "gguf" / "x-v1" / "model.safetensors", cache / "datasets" / "jbb" / "rows.csv"]
+    for path in stays:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x", "utf-8")
+    held = json.loads(analyze("cache", "--json").out)
+    assert held["kept"] == {kind: {"count": 2, "bytes": 16} for kind in kinds}
+    said = analyze("cache").out
+    for kind in kinds:
+        assert f"{kind}: 2 files, 16 bytes" in said
+    done = analyze("cache", "--clear")
+    assert done.code == 0 and all(kind in done.out for kind in kinds)
+    assert not [path for kind in kinds for path in (cache / kind).glob("*")]
+    assert all(path.is_file() for path in stays)
+    held = json.loads(analyze("cache", "--json").out)
+    assert held["kept"] == {kind: {"count": 0, "bytes": 0} for kind in kinds}
+
+
+def test_a_run_keeps_nothing_that_the_cache_does_not_list(home):
+    """Of any kind, so that none is left behind; the kinds of today are all made by some command."""
+    with pytest.raises(ValueError, match="'novelties' is no kind"):
+        kept.place("novelties", toy_bench().loaded, {})
+    assert analyze("-d", "policy", "-m", "tiny", "--limit", "4", "-o", "for-kinds").code == 0
+    held = json.loads(analyze("cache", "--json").out)["kept"]
+    assert held["readouts"]["count"] > 0 and held["verdicts"]["count"] > 0
+    cache = platformdirs.user_cache_path("refusalscope")
+    found = {path.parent.name for path in cache.rglob("*.json")}
+    assert found <= set(held)
 
 
 @pytest.mark.parametrize(
