@@ -12,7 +12,7 @@ from analysis.tables import UNDEFENDED
 
 # What is shown: the column, its head, its form, a factor, and whether it has an interval.
 Column = tuple[str, str, str, float, bool]
-_NAMES = ("defense", "condition", "members")  # columns of a table that name a condition
+_NAMES = ("defense", "members")  # columns of a table that name a condition
 _SHADES = {"refusal_rate": BLUE, "over_refusal_rate": VERMILION}
 
 

@@ -45,7 +45,7 @@ def explain(request: Request, name: str, settings: Sequence[str], text: str | No
     for attack in request.attacks:
         for part, one in conditions([ready]).items():
             console.print()
-            console.rule(Text(condition({"attack": attack.name, "condition": part})), align="left")
+            console.rule(Text(condition({"attack": attack.name, "defense": part})), align="left")
             _read(console, bench.under(attack), one, asked)
     return 0
 

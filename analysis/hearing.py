@@ -87,7 +87,7 @@ def agreements(heard: Heard, readouts: Sequence[Readout], judge: str, seed: int)
     rows = []
     for readout in readouts:
         known, refused = judged_and_refused(heard.verdicts[readout.begins][judge])
-        head = {"attack": heard.attack, "condition": heard.condition, "readout": readout.name}
+        head = {"attack": heard.attack, "defense": heard.condition, "readout": readout.name}
         frame = heard.frames[readout.name][known]
         row = agreement(frame["margin"].to_numpy(float), refused, frame["pair"], readout.threshold, seed)
         rows.append(
@@ -108,7 +108,7 @@ def curves(heard: Heard, readouts: Sequence[Readout], judge: str) -> pd.DataFram
     for readout in readouts:
         known, refused = judged_and_refused(heard.verdicts[readout.begins][judge])
         chance = heard.frames[readout.name]["p_refuse"].to_numpy(float)[known]
-        head = {"attack": heard.attack, "condition": heard.condition, "readout": readout.name}
+        head = {"attack": heard.attack, "defense": heard.condition, "readout": readout.name}
         parts.append(reliability(chance, refused).assign(**head))
     found = pd.concat(parts, ignore_index=True)
     return found[[*head, *(name for name in found if name not in head)]]
@@ -169,7 +169,7 @@ def worths(
             for what in ("refused", "judged")
         ),
     )
-    head: dict[str, Any] = {"attack": heard.attack, "condition": heard.condition}
+    head: dict[str, Any] = {"attack": heard.attack, "defense": heard.condition}
     both = [
         row
         for row, query in enumerate(queries)

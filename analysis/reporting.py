@@ -136,6 +136,8 @@ def _table(path: Path, held: bytes) -> pd.DataFrame:
         table = pd.DataFrame()
     except (ValueError, pd.errors.ParserError) as error:
         raise UserError(f"{path} is no table ({str(error).splitlines()[0]}); repeat the run") from error
+    if "defense" not in table:
+        table = table.rename(columns={"condition": "defense"})  # as older runs named it
     lacks = [column for column in NEEDED.get(path.stem, ()) if column not in table]
     if lacks:
         raise UserError(f"{path} lacks the column {lacks[0]}; repeat the run")

@@ -75,7 +75,7 @@ def validity(run: Run) -> list[Shown]:
         ("auroc", "AUROC against the text", ".2f", 1, True),
         ("kappa", "Cohen's κ", ".2f", 1, True),
     )
-    names = ("condition", "attack", "readout", "trusted")
+    names = ("defense", "attack", "readout", "trusted")
     return _plain(run, "validity", "Does generated text agree with the readout?", names, columns)
 
 

@@ -45,10 +45,10 @@ UNVALIDATED = "not validated"
 def condition(row: Any) -> str:
     """Return a condition's name, the attack behind it where there is one.
 
-    >>> condition({"attack": "direct", "condition": "policy"}), condition({"attack": "x", "defense": "none"})
+    >>> condition({"attack": "direct", "defense": "policy"}), condition({"attack": "x", "defense": "none"})
     ('policy', 'none (x)')
     """
-    name = str(row.get("condition", row.get("defense")))
+    name = str(row["defense"])
     return name if row["attack"] == DIRECT else f"{name} ({row['attack']})"
 
 

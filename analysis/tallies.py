@@ -30,7 +30,7 @@ def validity(found: pd.DataFrame, record: dict[str, Any]) -> None:
         "AUROC\nkappa",
         "calibration\nerror",
     )
-    shown = showing.table("condition\nreadout: verdict", heads, title)
+    shown = showing.table("defense\nreadout: verdict", heads, title)
     for values in showing.rows(found):
         n = max(values["n"], 1)
         kappa = showing.interval(values, "kappa", ".2f")
@@ -74,13 +74,13 @@ def worth(found: pd.DataFrame, judge: str, tokens: int) -> None:
         "change of\nrepetition (%)\nlog-probability",
         *(["grade (1 to 10)\nhere\nchange"] if "grade" in found else []),
     )
-    shown = showing.table("\ncondition\nanswers compared", heads, "What the answers are worth")
+    shown = showing.table("\ndefense\nanswers compared", heads, "What the answers are worth")
     for values in showing.rows(found):
 
         def cell(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:
             return showing.interval(of, name, form, scale) if name in of else "–"
 
-        reference = values["condition"] == UNDEFENDED
+        reference = values["defense"] == UNDEFENDED
         cells = [
             f"{condition(values)}\n{values['n_complied']} answers",
             f"{cell(f'asr_{judge}', '.0f', 100)}\n{cell('asr_keywords', '.0f', 100)}",

@@ -242,7 +242,7 @@ def test_training_validating_and_the_arms_are_reached_by_their_commands(home):
     assert json.loads((home / "tuned" / "manifest.json").read_text("utf-8"))["settings"]["rank"] == 2
     done = analyze("validate", "-d", "policy", "-m", "tiny", "--limit", "8", "--tokens", "2", "-o", "heard")
     assert done.code == 0, done.err
-    assert set(pd.read_csv(home / "heard" / "validity.csv")["condition"]) == {"none", "policy"}
+    assert set(pd.read_csv(home / "heard" / "validity.csv")["defense"]) == {"none", "policy"}
     refused(analyze("backdooralign", "-m", "tiny", "--limit", "8"), "no weights for aligned", "analyze train")
     refused(analyze("backdooralign", "-m", "tiny", "--tokens", "0"), "--tokens 0")
 

@@ -361,7 +361,7 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
     failing = serving(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
     with failing as (address, _), pytest.raises(UserError, match=r"gives no more verdicts: .*no more"):
         validating.validate(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
-    found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("condition")
+    found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("defense")
     assert list(found.index) == ["none", "policy"] and 0 < found.loc["policy", "unjudged"] < 12
     failing = serving(lambda prompt, n: (401, "no key"))
     with failing as (address, _), pytest.raises(UserError, match="gives no more verdicts"):

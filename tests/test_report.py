@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from analysis.embedded import as_json, as_picture, as_table
 from analysis.folder import Run
 from analysis.headline import headline
 from analysis.report import LIMIT, page
-from analysis.tabled import ensembles
+from analysis.tabled import ensembles, validity
 
 EVIL = (
     "</script><script>document.title='owned'</script>",
@@ -254,6 +255,24 @@ def test_the_table_of_the_front_names_the_share_that_it_shows():
     assert dict(zip(front.heads, front.rows[0], strict=True))["benign answered (%)"] == "23"
     assert "benign refused (%)" not in front.heads
     assert dict(zip(pick.heads, pick.rows[0], strict=True))["benign refused (%)"] == "3"
+
+
+def test_no_shipped_table_names_its_defenses_by_another_column():
+    tables = list((Path(__file__).parents[1] / "figures").glob("*/*.csv"))
+    heads = {
+        f"{path.parent.name}/{path.name}": path.read_text("utf-8").split("\n", 1)[0].strip().split(",")
+        for path in tables
+    }
+    assert "defense" in heads["validity/validity.csv"] and "defense" in heads["validity/worth.csv"]
+    assert [name for name, columns in heads.items() if "condition" in columns] == []
+
+
+def test_the_validity_of_an_older_run_is_shown_by_defense(tmp_path):
+    folder = plant(tmp_path / "run")
+    row = {"attack": "direct", "condition": "policy", "readout": "words", "n": 24, "trusted": "trusted"}
+    pd.DataFrame([row]).to_csv(folder / "validity.csv", index=False)
+    (shown,) = validity(reporting.read(folder))
+    assert shown.heads[0] == "defense" and shown.rows[0][0] == "policy"
 
 
 def test_runs_are_compared_on_what_is_free_of_scale(tmp_path):

@@ -31,7 +31,7 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
     found = pd.DataFrame(
         {
             "attack": "direct",
-            "condition": ["none", "policy"],
+            "defense": ["none", "policy"],
             "n": 20,
             "refused": [5, 10],
             "readout_refused": [20, 9],

@@ -57,18 +57,18 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     assert validating.validate(asked(home), names, [], home / "out", Jury(), 3) == 0
     files = {"validity.csv", "worth.csv", "answers.csv", "calibration.csv", "calibration.png", "curves.csv"}
     assert {path.name for path in (home / "out").iterdir()} == files | {"rates.csv", "rates.png", "run.json"}
-    found = pd.read_csv(home / "out" / "validity.csv").set_index("condition")
+    found = pd.read_csv(home / "out" / "validity.csv").set_index("defense")
     assert list(found.index) == ["none", *names] and (found["n"] == 24).all()
     curves = pd.read_csv(home / "out" / "curves.csv")
-    assert (curves.groupby("condition")["refused_n"].sum() == 24).all()
-    assert set(curves["condition"]) == {"none", *names}
+    assert (curves.groupby("defense")["refused_n"].sum() == 24).all()
+    assert set(curves["defense"]) == {"none", *names}
     answers = pd.read_csv(home / "out" / "answers.csv")
     assert (found["refused"] == answers["harmful"].sum() / 3).all() and (found["unjudged"] == 0).all()
     for name, rows in answers.groupby("defense"):
         text = (rows["refusal_patterns"] != "none").to_numpy()
         assert (text == rows["harmful"]).all() and (rows["refusal_keywords"] == "none").all()
         assert np.mean(text == rows["says_words"].to_numpy()) == pytest.approx(found.loc[name, "agrees"])
-    worth = pd.read_csv(home / "out" / "worth.csv").set_index("condition")
+    worth = pd.read_csv(home / "out" / "worth.csv").set_index("defense")
     assert (worth["asr_patterns"] == 0).all() and (worth["asr_keywords"] == 1).all()
     assert (worth["n_complied"] == (~answers["harmful"]).sum() / 3).all()
     assert worth.loc["none", "chrf"] == pytest.approx(100)
@@ -101,7 +101,7 @@ def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_be
     assert validating.validate(request, ["policy"], [], home / "out", Jury(), 2) == 0
     found = pd.read_csv(home / "out" / "validity.csv")
     assert len(found) == 2 * 2 * 4 and set(found["readout"]) == set(request.readouts)
-    assert len(found.groupby(["attack", "condition"])["refused"].unique()) == 4
+    assert len(found.groupby(["attack", "defense"])["refused"].unique()) == 4
     answers = pd.read_csv(home / "out" / "answers.csv")
     assert set(answers["begins"]) == {"words/log-odds/question", "prefilled-2"}
     assert answers.loc[answers["begins"] == "prefilled-2", "margin_words"].isna().all()
@@ -152,7 +152,7 @@ def test_what_was_finished_before_an_interruption_is_kept(
 
     monkeypatch.setattr(validating, "hear", until_the_second)
     assert validating.validate(asked(home), ["policy"], [], home / "out", Jury(), 2) == 130
-    assert list(pd.read_csv(home / "out" / "validity.csv")["condition"]) == ["none"]
+    assert list(pd.read_csv(home / "out" / "validity.csv")["defense"]) == ["none"]
     assert "interrupted: 1 of 2 conditions were finished" in str(read(home / "out"))
 
 
@@ -164,7 +164,7 @@ def test_the_secret_is_in_nothing_that_is_written_kept_or_said(
     secret = place.read_text("utf-8").strip()
     request = asked(home, readouts=("words", "calibrated"))
     assert validating.validate(request, ["backdoor"], [], home / "out", Jury(), 2) == 0
-    assert set(pd.read_csv(home / "out" / "validity.csv")["condition"]) >= {"backdoor/no_weights"}
+    assert set(pd.read_csv(home / "out" / "validity.csv")["defense"]) >= {"backdoor/no_weights"}
     kept = [path for path in home.rglob("*") if path.is_file() and path != place]
     assert any("cache" in path.parts for path in kept)
     assert not [path for path in kept if secret.encode() in path.read_bytes()]
