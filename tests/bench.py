@@ -1,6 +1,7 @@
 """How fast is the engine? `make bench` prints queries per second, and how near that is to the limit.
 
-First comes what ensembles take that need no model: all votes of all teams of three among thirty defenses.
+First comes what needs no model: how long `analyze --help` takes, and all votes of all teams of three among
+thirty defenses.
 
 One prompt at a time and left-padded batches of 32 are what a user would otherwise write with transformers.
 The limit is arithmetic: tokens that must be computed × floating-point operations per token ÷ the rate at
@@ -10,6 +11,8 @@ which this machine multiplies matrices, measured right before and right after th
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     given = parser.parse_args()
     console = Console()
+    startup(console)
     votes(console)
     asked = queries.load("contrast").split("test").limit(given.queries).queries
     for dtype in given.dtype:
@@ -66,6 +70,17 @@ def main() -> None:
             table(console, loaded.model, prompts, partial(margin, readout), f"{name}, {dtype}")
             if dtype == "float32":
                 parts(console, bench, readout, defense, asked[: len(prompts)])
+
+
+def startup(console: Console, times: int = 5) -> None:
+    """Time `analyze --help` in new processes, where a user waits for nothing but imports."""
+    walls = []
+    for _ in range(times):
+        start = time.perf_counter()
+        code = "from analysis import cli; cli.main()"
+        subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, check=True)
+        walls.append(time.perf_counter() - start)
+    console.print(f"analyze --help: {min(walls):.2f} s, the fastest of {times}\n")
 
 
 def votes(console: Console, defenses: int = 30, queries: int = 500) -> None:

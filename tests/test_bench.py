@@ -34,6 +34,11 @@ def test_the_table_names_the_ways_and_the_limit(capsys: pytest.CaptureFixture[st
         assert word in said
 
 
+def test_the_help_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.startup(Console(width=120), 1)
+    assert re.fullmatch(r"analyze --help: \d+\.\d\d s, the fastest of 1\n\n", capsys.readouterr().out)
+
+
 def test_the_split_over_parts_is_timed_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     asked = queries.load("contrast").split("test").limit(8).queries
     readout = Readout("words", ("I", "Sure"), (300, 301), (1.0, -1.0))

@@ -9,7 +9,6 @@ import re
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -539,29 +538,20 @@ def test_a_secret_made_without_out_is_the_one_that_backdoor_uses(home):
     refused(analyze("secret", "-m", "tiny", "--length", "23"), "never overwritten")
 
 
-def test_help_comes_in_under_half_a_second(home):
-    code = "from analysis import cli; cli.main()"
-    walls = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
-        )
-        walls.append(time.perf_counter() - start)
-    assert "--defense" in done.stdout and "check" in done.stdout and "secret" in done.stdout
-    assert min(walls) < 0.5, walls
-
-
-def test_help_and_list_load_nothing_heavy(home):
+@pytest.mark.parametrize("args", [("--help",), ("validate", "--help"), ("list",), ("cache",)], ids=" ".join)
+def test_help_and_what_is_listed_load_nothing_heavy(home, args):
+    """What is not loaded takes no time on any machine; `make bench` times the help."""
     code = (
         "import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
         "from analysis import cli; cli.main()"
     )
-    for args in (["--help"], ["list"]):
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
-        loaded = {name.split(".")[0] for name in done.stderr.split()}
-        assert "typer" in loaded
-        assert not loaded & {"torch", "transformers", "pandas", "matplotlib", "transformer_lens"}, args
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stderr.split()}
+    assert "typer" in loaded and done.stdout
+    heavy = {"torch", "transformers", "transformer_lens", "peft", "pandas", "matplotlib", "scipy", "sklearn"}
+    assert not loaded & heavy
+    if args == ("--help",):
+        assert "--defense" in done.stdout and "check" in done.stdout and "secret" in done.stdout
 
 
 def test_the_command_alone_shows_its_help(home):

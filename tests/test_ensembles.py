@@ -1,6 +1,5 @@
 """Ensembles: votes and stacks of planted margins come to what they must, and so do their predictions."""
 
-import time
 from itertools import combinations
 
 import numpy as np
@@ -372,10 +371,10 @@ def test_the_pick_surely_keeps_to_the_limits_on_the_calibration_split_and_refuse
     assert fronts.ranked(found, 0.0, None, n).empty and len(fronts.ranked(found, 1.0, None, n)) == len(found)
 
 
-def test_all_triples_of_thirty_defenses_take_seconds():
+def test_all_triples_of_thirty_defenses_are_counted():
+    """How many seconds that takes, `make bench` says."""
     margins, is_harmful = planted(n=500, defenses=30)
-    one, started = half(margins, is_harmful), time.perf_counter()
+    one = half(margins, is_harmful)
     teams = list(combinations([name for name in margins if name != "none"], 3))
     found = ensembles.votes(one, teams, one)
-    assert time.perf_counter() - started < 20
     assert len(found) == 4060 * 5 and found["observed_shift"].notna().all()
