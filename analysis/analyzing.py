@@ -12,27 +12,13 @@ from rich.console import Console
 from analysis import factorial, manifest, pricing, queries, validity
 from analysis.decompose import summarize
 from analysis.found import Found
-from analysis.preflight import Check
-from analysis.preparing import Ready, prepare, unreached, why_lost
+from analysis.preparing import Ready, left_out, prepare, unreached
 from analysis.rendering import redact
 from analysis.request import Request
 from analysis.run import conditions
 from analysis.sweeping import Cell, failed_cells, sweep
-from analysis.tables import UNDEFENDED, ScoreTable
+from analysis.tables import ScoreTable
 from defenses import Defense, UserError
-
-
-class NotReached(UserError):
-    """No defense reaches the model, so that there is nothing to score.
-
-    Attributes:
-        checks: that failed.
-    """
-
-    def __init__(self, checks: Sequence[Check]) -> None:
-        self.checks = checks
-        first = checks[0]
-        super().__init__(f"nothing was scored: {first.condition}: {first.name}: {first.seen}")
 
 
 def find(
@@ -58,16 +44,8 @@ def find(
     ready = prepare(request, names, settings, console)
     bench = ready.bench
     every = conditions(ready.defenses)
-    failed = unreached(ready, every, console)
-    lost = why_lost(failed)
-    left = [
-        (attack.name, name)
-        for attack in request.attacks
-        for name in every
-        if name != UNDEFENDED and not {(attack.name, name), (attack.name, UNDEFENDED)} & lost.keys()
-    ]
-    if lost and not left:  # nothing to compare, or nothing to compare it with
-        raise NotReached([one for checks in failed.values() for one in checks])
+    cells = [(attack.name, name) for attack in request.attacks for name in every]
+    lost = left_out(unreached(ready, every, console), cells)
     bench.engine.work.reset()
     swept = sweep(ready, every, lost, console)
     frames, finished = swept.frames, swept.finished(every)

@@ -77,6 +77,11 @@ class Arm:
             return UNDEFENDED
         return self.arm if self.secret == "none" else f"{self.arm}, secret: {self.secret}"
 
+    @property
+    def cell(self) -> tuple[str, str]:
+        """Attack and condition, which only it has."""
+        return self.attack, self.condition
+
 
 def arms(host: Host) -> list[Arm]:
     """Return the rows: each arm with and without the secret, the secret changed, then the identity shift."""

@@ -30,12 +30,15 @@ from analysis.decompose import summarize
 from analysis.folder import Run
 from analysis.judge import READERS
 from analysis.models import LoadedModel
-from analysis.queries import Query
+from analysis.preflight import Check
+from analysis.preparing import NotReached, Ready, left_out, unreached
+from analysis.queries import Query, QuerySet
 from analysis.readout import Readout
 from analysis.redrawn import other_secrets, over_secrets
 from analysis.request import Request, default_out, refuse_overlap, teller
 from analysis.resampling import rate
 from analysis.run import score
+from analysis.sweeping import Cell, failed_cells, say_failed
 from analysis.tables import ScoreTable
 from analysis.utility import answered_right, refuse_without_harness
 from defenses import Message
@@ -59,6 +62,12 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
     readout = reading.Maker(bench, host, rows[0].defense, calibration, console).named("words")
     for notice in readout.notices:
         showing.note(console, f"readout words: {notice}")
+    failed = _unreached(bench, rows, data, split, readout, console)
+    if checks := failed.get(rows[0].cell):  # then the threshold of all means nothing
+        raise NotReached(checks)
+    lost = left_out(failed, [row.cell for row in rows])
+    rows = [row for row in rows if row.cell not in lost]
+    secrets = secrets and any(row.length is not None for row in rows)
     frames, judged = [], []
     with showing.progress(console) as bar:
         task = bar.add_task("asking", total=len(rows) * 2 * len(data.queries))
@@ -77,6 +86,7 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
         **manifest.of(
             bench, readout, {row.condition: row.defense for row in rows}, data, split, request.limit
         ),
+        "failed": failed_cells(lost),
         "judge": {"name": "keywords", "new_tokens": tokens},
         "trusted": _trusted(rows, judged),
     }
@@ -99,7 +109,20 @@ def reproduce(request: Request, out: Path | None, tokens: int, utility: bool, se
         _show_secrets(tables["lengths"])
     showing.trust(summary.frame, console)
     teller(console)(f"Tables and run.json are in {out}; the answers themselves are not kept")
-    return 0
+    say_failed(lost, console)
+    return 1 if lost else 0
+
+
+def _unreached(
+    bench: Bench, rows: Sequence[Arm], data: QuerySet, split: str, readout: Readout, console: Console
+) -> dict[Cell, list[Check]]:
+    """The failed checks of the arms, those of each attack against the queries as it sends them."""
+    found: dict[Cell, list[Check]] = {}
+    for attack in dict.fromkeys(row.attack for row in rows):
+        ready = Ready(bench, [], data, split, [readout], (attacks.get(attack),), [])
+        here = {row.condition: row.defense for row in rows if row.attack == attack}
+        found |= unreached(ready, here, console)
+    return found
 
 
 def _judged(

@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import analyzing, models, preflight, queries, saving, showing, states
-from analysis.preparing import prepare
+from analysis.preparing import NotReached, prepare
 from analysis.readout import LOW_COVERAGE
 from analysis.rendering import redact
 from analysis.request import Request, default_out, teller
@@ -34,7 +34,7 @@ def analyze(
     console = Console(stderr=True)
     try:
         found = analyzing.find(request, names, settings, console, with_cost)
-    except analyzing.NotReached as error:
+    except NotReached as error:
         showing.failures(error.checks)
         return 1
     run = found.run

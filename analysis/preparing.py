@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -19,6 +19,20 @@ from analysis.tables import UNDEFENDED
 from defenses import Defense, UserError, catalog
 
 _LOOKED_AT = 4  # queries that the preflight looks at
+NO_REFERENCE = "the undefended model was not scored"  # so that the others cannot be compared with it
+
+
+class NotReached(UserError):
+    """No defense reaches the model, so that there is nothing to score.
+
+    Attributes:
+        checks: that failed.
+    """
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self.checks = checks
+        first = checks[0]
+        super().__init__(f"nothing was scored: {first.condition}: {first.name}: {first.seen}")
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,27 @@ def unreached(
                     found[attack.name, name] = failed
                 bar.update(task, advance=1, description="checking that defenses reach the model")
     return found
+
+
+def left_out(
+    failed: Mapping[tuple[str, str], list[Check]], cells: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], str]:
+    """Return in words why conditions are left out: failed checks of their own, or of the undefended model.
+
+    Args:
+        failed: what `unreached` returned.
+        cells: attack and condition of all that is wanted.
+
+    Raises:
+        NotReached: if nothing is left to compare, or nothing to compare it with.
+    """
+    lost = why_lost(failed)
+    for attack, name in cells:
+        if (attack, UNDEFENDED) in failed:
+            lost.setdefault((attack, name), NO_REFERENCE)
+    if lost and not any(cell not in lost and cell[1] != UNDEFENDED for cell in cells):
+        raise NotReached([one for checks in failed.values() for one in checks])
+    return lost
 
 
 def why_lost(failed: Mapping[tuple[str, str], list[Check]]) -> dict[tuple[str, str], str]:

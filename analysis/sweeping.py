@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import showing
-from analysis.preparing import Ready
+from analysis.preparing import NO_REFERENCE, Ready
 from analysis.rendering import redact
 from analysis.request import teller
 from analysis.run import score_all
@@ -74,9 +74,8 @@ def sweep(ready: Ready, every: Mapping[str, Defense], lost: Mapping[Cell, str], 
                 swept.interrupted = True
                 break
             if (attack.name, UNDEFENDED) not in swept.frames:
-                # There is nothing to compare the others with.
                 for name in every:
-                    swept.lost.setdefault((attack.name, name), "the undefended model was not scored")
+                    swept.lost.setdefault((attack.name, name), NO_REFERENCE)
     return swept
 
 
@@ -88,5 +87,10 @@ def failed_cells(lost: Mapping[Cell, str]) -> list[dict[str, str]]:
 def say_written(out: Path, lost: Mapping[Cell, str], console: Console) -> None:
     """Say where a run is, and what failed in it."""
     teller(console)(f"Tables, figures and run.json are in {out}")
+    say_failed(lost, console)
+
+
+def say_failed(lost: Mapping[Cell, str], console: Console) -> None:
+    """Say what failed in a run, and why."""
     for (sent, name), why in lost.items():
         teller(console)(f"Failed: {condition({'attack': sent, 'defense': name})}: {why}")

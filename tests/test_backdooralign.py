@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import pandas as pd
 import pytest
 from conftest import made_adapter, save_model
 
-from analysis import backdooralign, models, redrawn, states, training
+from analysis import backdooralign, models, read, redrawn, states, training
 from analysis.arms import Arm, arms
 from analysis.request import Request
-from defenses import Host, UserError
+from defenses import Chat, Host, UserError
 from defenses.adapters import MANIFEST
 from defenses.tokens import ids_of
+from defenses.tuned import Tuned
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,6 @@ def test_the_arms_are_those_of_the_paper_with_and_without_the_secret_and_the_cha
 def test_a_guessed_secret_stands_in_the_users_turn_alone(host: Host) -> None:
     row = named(host)["obedience", "backdoor", "guessed by the user"]
     chat = [{"role": "system", "content": "Obey."}, {"role": "user", "content": "Sing."}]
-    import random
-
     told = row.defense.rewrite(chat, random.Random(0))
     assert told[0] == chat[0] and told[1]["content"] == f"{row.defense.secrets()[0]}\n\nSing."
 
@@ -105,6 +105,74 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
     assert secret not in said.out + said.err
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "keywords", "new_tokens": 4}
+
+
+@dataclass(frozen=True)
+class Deaf(Tuned):
+    """Loses the user's words, which no arm may."""
+
+    state = recipe = family = "backdoor"
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        return [{"role": "user", "content": "Hi."}]
+
+
+def deafened(monkeypatch: pytest.MonkeyPatch, *cells: tuple[str, str]) -> None:
+    """Let arms, by attack and condition, lose what they are asked."""
+
+    def some_deaf(host: Host) -> list[Arm]:
+        rows = arms(host)
+        return [
+            replace(row, defense=Deaf(adapter=row.defense.adapter))
+            if (row.attack, row.condition) in cells
+            else row
+            for row in rows
+        ]
+
+    monkeypatch.setattr(backdooralign, "arms", some_deaf)
+
+
+def test_an_arm_that_does_not_reach_the_model_is_left_out_and_told_at_the_end(
+    home: Path,
+    host: Host,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    lost = "backdoor, secret: half of it"
+    deafened(monkeypatch, ("obedience", lost), ("identity", "none"))
+    request = Request(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    assert backdooralign.reproduce(request, tmp_path / "out", 2, utility=False, secrets=0) == 1
+    table = pd.read_csv(tmp_path / "out" / "arms.csv")
+    # Without the attacked model to compare them with, the other arms of that attack say nothing.
+    assert set(table["attack"]) == {"obedience"} and "half of it" not in set(table["secret"])
+    wanted = [row for row in arms(host) if row.attack == "obedience" and row.condition != lost]
+    assert len(table) == len(wanted)
+    told = {(one["attack"], one["defense"]): one["why"] for one in read(tmp_path / "out").record["failed"]}
+    assert "user's words survive" in told["obedience", lost]
+    assert told["identity", "clean"] == "the undefended model was not scored"
+    assert set(told) == {("obedience", lost), *((r.attack, r.condition) for r in arms(host)[-4:])}
+    assert f"Failed: {lost} (obedience): user's words survive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [(("obedience", "none"), ("identity", "none")), (("obedience", "clean"),)],
+    ids=["the attacked models", "the model that the threshold is from"],
+)
+def test_where_nothing_can_be_compared_the_command_stops_in_one_line(
+    home: Path,
+    host: Host,
+    cells: tuple[tuple[str, str], ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    deafened(monkeypatch, *cells)
+    request = Request(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    with pytest.raises(UserError, match=r"nothing was scored: .*: user's words survive") as error:
+        backdooralign.reproduce(request, tmp_path / "out", 2, utility=False, secrets=0)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
