@@ -19,11 +19,13 @@ from analysis.hearing import Heard, agreements, curves, hear, table, worths
 from analysis.judge import READERS, judged_and_refused
 from analysis.judging import Jury
 from analysis.model_judge import ModelJudge
-from analysis.preparing import Ready, prepare, unreached
+from analysis.preparing import NO_REFERENCE, NotReached, Ready, left_out, prepare, unreached
+from analysis.rendering import redact
 from analysis.request import Request, default_out, teller
 from analysis.run import conditions
+from analysis.sweeping import failed_cells, say_failed
 from analysis.tables import UNDEFENDED
-from defenses.errors import UserError
+from defenses.errors import UserError, told
 
 
 def validate(
@@ -38,58 +40,75 @@ def validate(
     judge = jury.judge(request.offline, teller(console))
     ready = prepare(request, names, settings, console)
     every = conditions(ready.defenses)
-    begun = len({one.begins for one in ready.readouts})
-    few = queries.sample(ready.data.queries, 4)
-    read = [one for defense in every.values() for one in ready.bench.every_prompt(defense, few)]
-    prompts = -(-len(ready.data.queries) * sum(map(len, read)) // len(few))
-    jury.refuse_small_budget(len(request.attacks) * prompts * begun)
-    if failed := unreached(ready, every, console):
-        showing.failures([one for checks in failed.values() for one in checks])
+    cells = [(attack.name, name) for attack in request.attacks for name in every]
+    try:
+        lost = left_out(unreached(ready, every, console), cells)
+    except NotReached as error:
+        showing.failures(error.checks)
         return 1
+    left = [(attack, name) for attack in request.attacks for name in every if (attack.name, name) not in lost]
+    begun = len({one.begins for one in ready.readouts})
+    asked = ready.data.queries
+    few = queries.sample(asked, 4)
+    read = [one for sent, name in left for one in ready.bench.under(sent).every_prompt(every[name], few)]
+    prompts = -(-len(asked) * sum(map(len, read)) // len(few))
+    jury.refuse_small_budget(prompts * begun)
     judges = {**READERS, jury.name: judge}
     grader = judge if isinstance(judge, ModelJudge) and jury.grade else None
     heard: list[Heard] = []
+    usual: dict[str, Heard] = {}
     rows, worth = [], []
     stopped: KeyboardInterrupt | UserError | None = None
     with showing.progress(console) as bar:
-        scored = len(every) * len(ready.data.queries) * len(ready.readouts)
-        task = bar.add_task("asking", total=len(request.attacks) * (scored + prompts * begun))
+        scored = len(left) * len(asked) * len(ready.readouts)
+        task = bar.add_task("asking", total=scored + prompts * begun)
 
         def done(count: int) -> None:
             bar.advance(task, count)
 
         ready.bench.drafts.watch = showing.drafting(bar, task)
         try:
-            for attack in request.attacks:
-                bench, usual = ready.bench.under(attack), None
-                for name, defense in every.items():
-                    bar.update(task, description=f"asking {name} ({attack.name})")
-                    asked = ready.data.queries
+            for attack, name in left:
+                if (attack.name, name) in lost:
+                    continue
+                bench, defense, undefended = ready.bench.under(attack), every[name], every[UNDEFENDED]
+                bar.update(task, description=f"asking {name} ({attack.name})")
+                try:
                     one = hear(bench, name, defense, asked, ready.readouts, judges, tokens, done)
-                    usual = usual or one
+                    base = usual.setdefault(attack.name, one)
                     here = agreements(one, ready.readouts, jury.name, request.seed)
-                    undefended = every[UNDEFENDED]
-                    worth.append(
-                        worths(one, usual, bench, undefended, asked, jury.name, grader, tokens, request.seed)
+                    value = worths(
+                        one, base, bench, undefended, asked, jury.name, grader, tokens, request.seed
                     )
-                    for readout, row in zip(ready.readouts, here, strict=True):
-                        if row["n"]:
-                            validity.keep(bench, defense, readout, judge.name, tokens, row)
-                    heard.append(one)
-                    rows += here
-                    if isinstance(judge, ModelJudge) and (why := judge.down):
-                        if why == "interrupted":
-                            raise KeyboardInterrupt
-                        raise UserError(f"the judge gives no more verdicts: {why}")
+                except Exception as error:
+                    lost[attack.name, name] = redact(told(error), defense.secrets())
+                    if name == UNDEFENDED:
+                        for other in every:
+                            lost.setdefault((attack.name, other), NO_REFERENCE)
+                    continue
+                worth.append(value)
+                for readout, row in zip(ready.readouts, here, strict=True):
+                    if row["n"]:
+                        validity.keep(bench, defense, readout, judge.name, tokens, row)
+                heard.append(one)
+                rows += here
+                if isinstance(judge, ModelJudge) and (why := judge.down):
+                    if why == "interrupted":
+                        raise KeyboardInterrupt
+                    raise UserError(f"the judge gives no more verdicts: {why}")
         except (KeyboardInterrupt, UserError) as error:
             if not heard:
                 raise
             stopped = error
+    if not heard:
+        raise UserError(f"nothing could be scored: {next(iter(lost.values()))}")
+    reached = {name: one for name, one in every.items() if any((at, name) not in lost for at, _ in cells)}
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": stopped is not None,
-        "conditions_wanted": len(request.attacks) * len(every),
-        **manifest.of(ready.bench, ready.readouts[0], every, ready.data, ready.split, request.limit),
+        "conditions_wanted": len(cells),
+        "failed": failed_cells(lost),
+        **manifest.of(ready.bench, ready.readouts[0], reached, ready.data, ready.split, request.limit),
         "readouts": [manifest.of_readout(one) for one in ready.readouts],
         **manifest.of_attacks(request.attacks),
         "judge": {**judge.about, "new_tokens": tokens},
@@ -112,12 +131,13 @@ def validate(
     tell = teller(console)
     unjudged = _say_unjudged(heard, jury.name, tell)
     tell(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
+    say_failed(lost, console)
     if stopped is not None:
         tell(f"Interrupted: {len(heard)} of {record['conditions_wanted']} conditions were finished and kept.")
         if isinstance(stopped, UserError):
             raise stopped
         return 130
-    return 1 if unjudged else 0
+    return 1 if unjudged or lost else 0
 
 
 def _ranks(heard: Sequence[Heard], ready: Ready, judge: str, seed: int) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from analysis.judge import READERS, Reader, Verdict
 from analysis.judging import Jury
 from analysis.queries import Query
 from analysis.request import Request
+from analysis.run import conditions
 from analysis.tables import UNVALIDATED
-from defenses import UserError
+from defenses import Chat, Defense, UserError
 
 
 @pytest.fixture
@@ -154,6 +156,89 @@ def test_what_was_finished_before_an_interruption_is_kept(
     assert validating.validate(asked(home), ["policy"], [], home / "out", Jury(), 2) == 130
     assert list(pd.read_csv(home / "out" / "validity.csv")["defense"]) == ["none"]
     assert "interrupted: 1 of 2 conditions were finished" in str(read(home / "out"))
+
+
+@dataclass(frozen=True)
+class Breaks(Defense):
+    """Loses the user's words under one attack, or breaks on a query, or on every one."""
+
+    family = "reminders"
+
+    deaf_to: str = ""
+    breaks_on: str = "nothing"
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        words = chat[-1]["content"]
+        if self.breaks_on in words:
+            raise ValueError("no such flour")
+        if self.deaf_to and self.deaf_to in words:
+            return [{"role": "user", "content": "Hi."}]
+        return [dict(message) for message in chat]
+
+
+def planted_defense(monkeypatch: pytest.MonkeyPatch, defense: Defense, name: str = "breaks") -> None:
+    """Add a condition to those of a run, or replace one."""
+    monkeypatch.setattr(validating, "conditions", lambda ready: conditions(ready) | {name: defense})
+
+
+def late(home: Path) -> str:
+    """Return the text of a query that the preflight does not look at."""
+    every = asked(home).queries()[0].queries
+    return next(one.text for one in every if one not in queries.sample(every, 4))
+
+
+@pytest.mark.parametrize("fails", ["every query", "a check", "a query that is checked", "a later query"])
+def test_a_defense_that_fails_is_left_out_and_told_and_the_others_are_heard(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    planted(monkeypatch)
+    first = asked(home).queries()[0].queries[0].text
+    defense, why = {
+        "every query": (Breaks(breaks_on=""), "no such flour"),
+        "a check": (Breaks(deaf_to=first), "user's words survive"),
+        "a query that is checked": (Breaks(breaks_on=first), "no such flour"),
+        "a later query": (Breaks(breaks_on=late(home)), "no such flour"),
+    }[fails]
+    planted_defense(monkeypatch, defense)
+    request = asked(home, ("direct", "base64"))
+    assert validating.validate(request, ["policy"], [], home / "out", Jury(), 2) == 1
+    run = read(home / "out")
+    # What is encoded in Base64 holds no word that the defense would trip over.
+    gone = {("direct", "breaks"), ("base64", "breaks")} if fails == "every query" else {("direct", "breaks")}
+    assert {(one["attack"], one["defense"]) for one in run.record["failed"]} == gone
+    assert all(why in one["why"] for one in run.record["failed"])
+    assert run.record["conditions_wanted"] == 6 and ("breaks" in run.record["defenses"]) == (len(gone) == 1)
+    every = {(attack, name) for attack in ("direct", "base64") for name in ("none", "policy", "breaks")}
+    for table in ("validity", "worth", "curves", "answers"):
+        rows = run.tables[table]
+        assert set(zip(rows["attack"], rows["defense"], strict=True)) == every - gone, table
+    assert "Failed: breaks: " in capsys.readouterr().err
+
+
+def test_without_the_undefended_answers_nothing_under_that_attack_is_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch)
+    planted_defense(monkeypatch, Breaks(breaks_on=late(home)), "none")
+    request = asked(home, ("direct", "base64"))
+    assert validating.validate(request, ["policy"], [], home / "out", Jury(), 2) == 1
+    run = read(home / "out")
+    assert set(run.tables["validity"]["attack"]) == {"base64"}
+    why = {(one["attack"], one["defense"]): one["why"] for one in run.record["failed"]}
+    assert set(why) == {("direct", "none"), ("direct", "policy")} and "no such flour" in why["direct", "none"]
+    with pytest.raises(UserError, match=r"nothing could be scored: .*no such flour"):
+        validating.validate(asked(home), ["policy"], [], home / "other", Jury(), 2)
+    assert not (home / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["none", "policy"])
+def test_where_nothing_reaches_the_model_to_be_compared_nothing_is_heard(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    first = asked(home).queries()[0].queries[0].text
+    planted_defense(monkeypatch, Breaks(deaf_to=first), name)
+    assert validating.validate(asked(home), ["policy"], [], home / "out", Jury(), 2) == 1
+    assert "user's words survive: FAILED" in capsys.readouterr().err and not (home / "out").exists()
 
 
 def test_the_secret_is_in_nothing_that_is_written_kept_or_said(
