@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.cells import intervals as intervals
     from analysis.folder import Run as Run
-    from analysis.interface import analyze, combine, locate, read, summarize
+    from analysis.interface import analyze, ensembles, locate_mechanism, read, summarize
 
 __version__ = "0.1.0"
-__all__ = ["Run", "analyze", "combine", "data_folder", "intervals", "locate", "read", "summarize"]
+__all__ = ["Run", "analyze", "ensembles", "data_folder", "intervals", "locate_mechanism", "read", "summarize"]
 
 
 def data_folder() -> Path:

@@ -10,93 +10,93 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from analysis.decompose import COUNTED, contrast
-from analysis.ensembles import ALONE, STACK, Half, added, margins
-from analysis.fusion import Moments, predicted
-from analysis.outcomes import BY_MEAN, COORDINATES, Levels, against, follows, levels
-from analysis.resampling import DRAWS, estimate, interval
+from analysis.decompose import COUNTED_ESTIMATES, compute_estimates
+from analysis.ensembles import ALONE, STACK, SplitScores, predict_stack_margins, compute_ensemble_margins
+from analysis.fusion import TeamMoments, predict_vote_metrics
+from analysis.outcomes import MEAN_VOTE_RULES, ENSEMBLE_COORDINATES, ClassMetrics, compute_coordinates, compute_fit_statistics, compute_class_metrics
+from analysis.resampling import BOOTSTRAP_DRAWS, make_estimate_columns, bootstrap_interval
 from analysis.tables import UNDEFENDED
-from analysis.voting import fit
+from analysis.voting import fit_vote_weights
 
-_NO_GAIN = 0.01  # of AUROC
-_RAISED = ["attack", "split", "members", "how", "raise"]
+_NEGLIGIBLE_GAIN = 0.01  # of AUROC
+_RAISED_DISTANCE_COLUMNS = ["attack", "split", "members", "how", "raise"]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class EnsembleDraws:
     """One ensemble in every bootstrap draw: each coordinate as predicted and as observed."""
 
-    predicted: Levels
-    observed: Levels
+    predicted: ClassMetrics
+    observed: ClassMetrics
 
 
-def drawn(half: Half, team: Sequence[str], how: str, fitted_to: Half) -> Drawn:
+def draw_ensemble(split_scores: SplitScores, team: Sequence[str], combination: str, calibration_scores: SplitScores) -> EnsembleDraws:
     """Return what is predicted and observed of an ensemble in draws of the queries, pairs kept whole.
 
     Args:
-        half: on whose queries.
+        split_scores: on whose queries.
         team: its members.
-        how: `stack` or a vote.
-        fitted_to: of the calibration split; its weights stay as they are.
+        combination: `stack` or a vote.
+        calibration_scores: of the calibration split; its weights stay as they are.
     """
-    sides = (half.board.is_harmful, half.draws.harmful), (~half.board.is_harmful, half.draws.benign)
+    sides = (split_scores.margin_table.is_harmful, split_scores.bootstrap_weights.harmful_weights), (~split_scores.margin_table.is_harmful, split_scores.bootstrap_weights.benign_weights)
 
     def each(values: Any) -> tuple[Any, Any]:
         """The values of either class, draws first."""
-        harmful, benign = (values[side][_rows_of(weights)] for side, weights in sides)
+        harmful, benign = (values[side][_expand_draw_weights(weights)] for side, weights in sides)
         return harmful, benign
 
-    came, base = (levels(*each(one)) for one in (margins(half, team, how, fitted_to), half.board.before))
-    if how == STACK:
-        return Drawn(against(levels(*each(added(half, team))), base), against(came, base))
+    came, base = (compute_class_metrics(*each(one)) for one in (compute_ensemble_margins(split_scores, team, combination, calibration_scores), split_scores.margin_table.undefended_margins))
+    if combination == STACK:
+        return EnsembleDraws(compute_coordinates(compute_class_metrics(*each(predict_stack_margins(split_scores, team))), base), compute_coordinates(came, base))
     weights = None
-    if how == "fitted":
-        weights = np.repeat(fit(fitted_to.board, fitted_to.places([team])), DRAWS, axis=0)
-    harmful, benign = (Moments.of_draws(one) for one in each(half.of_team(team)))
-    usual = [Moments.of_draws(one) for one in each(half.board.before[:, None])]
-    normal = predicted(usual[0], usual[1], "mean", None, half.counts)
-    return Drawn(against(predicted(harmful, benign, how, weights, half.counts), normal), against(came, base))
+    if combination == "fitted":
+        weights = np.repeat(fit_vote_weights(calibration_scores.margin_table, calibration_scores.find_team_indices([team])), BOOTSTRAP_DRAWS, axis=0)
+    harmful, benign = (TeamMoments.from_draws(one) for one in each(split_scores.get_member_margins(team)))
+    usual = [TeamMoments.from_draws(one) for one in each(split_scores.margin_table.undefended_margins[:, None])]
+    normal = predict_vote_metrics(usual[0], usual[1], "mean", None, split_scores.class_sizes)
+    return EnsembleDraws(compute_coordinates(predict_vote_metrics(harmful, benign, combination, weights, split_scores.class_sizes), normal), compute_coordinates(came, base))
 
 
-def _rows_of(weights: Float[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws n"]:
+def _expand_draw_weights(weights: Float[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws n"]:
     """Which queries a draw is made of, from how often each counts in it."""
     draws, n = weights.shape
     return np.repeat(np.tile(np.arange(n), draws), weights.astype(int).ravel()).reshape(draws, n)
 
 
-def intervals(half: Half, row: Mapping[str, Any], fitted_to: Half, cloud: Drawn | None) -> dict[str, float]:
+def estimate_ensemble_intervals(split_scores: SplitScores, row: Mapping[str, Any], calibration_scores: SplitScores, ensemble_draws: EnsembleDraws | None) -> dict[str, float]:
     """Return the 95 % intervals of what was observed of an ensemble, and of its interaction.
 
     Args:
-        half: on whose queries.
+        split_scores: on whose queries.
         row: of the ensemble.
-        fitted_to: of the calibration split.
-        cloud: of the ensemble; None for a single defense, which has no interaction.
+        calibration_scores: of the calibration split.
+        ensemble_draws: of the ensemble; None for a single defense, which has no interaction.
     """
-    team, how, n = row["members"].split("+"), row["how"], min(half.counts)
-    after = margins(half, team, how, fitted_to)
+    team, how, n = row["members"].split("+"), row["how"], min(split_scores.class_sizes)
+    after = compute_ensemble_margins(split_scores, team, how, calibration_scores)
     same = row["members"] == UNDEFENDED
     point, many = (
-        contrast(half.board.before, after, half.board.is_harmful, 0.0, sample, same)
-        for sample in (half.once, half.draws)
+        compute_estimates(split_scores.margin_table.undefended_margins, after, split_scores.margin_table.is_harmful, 0.0, sample, same)
+        for sample in (split_scores.observed_weights, split_scores.bootstrap_weights)
     )
     found: dict[str, float] = {}
-    for name in COORDINATES:
-        ends = estimate(f"observed_{name}", point[name], many[name], n, name in COUNTED)
+    for name in ENSEMBLE_COORDINATES:
+        ends = make_estimate_columns(f"observed_{name}", point[name], many[name], n, name in COUNTED_ESTIMATES)
         del ends[f"observed_{name}"]  # it is in the row
         found |= ends
-        if cloud is not None:
-            found |= _beyond(cloud.observed[name] - cloud.predicted[name], name, n)
+        if ensemble_draws is not None:
+            found |= _estimate_interaction_interval(ensemble_draws.observed[name] - ensemble_draws.predicted[name], name, n)
     return found
 
 
-def _beyond(cloud: Any, name: str, n: int) -> dict[str, float]:
+def _estimate_interaction_interval(interaction_draws: Any, coordinate: str, min_class_size: int) -> dict[str, float]:
     """The interval of an interaction; none where no draw differs: nothing was refused, say, or everything."""
-    low, high = interval(cloud, n) if np.ptp(cloud) > 1e-9 else (np.nan, np.nan)
-    return {f"interaction_{name}_low": low, f"interaction_{name}_high": high}
+    low, high = bootstrap_interval(interaction_draws, min_class_size) if np.ptp(interaction_draws) > 1e-9 else (np.nan, np.nan)
+    return {f"interaction_{coordinate}_low": low, f"interaction_{coordinate}_high": high}
 
 
-def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
+def summarize_prediction_fit(rows: pd.DataFrame, draws_by_row: Mapping[int, EnsembleDraws]) -> pd.DataFrame:
     """Return how well observation follows prediction, by attack, split, how and kind, for each coordinate.
 
     Kinds are the measured ones and, with "by family" behind them, the paper's. Shift and discrimination of
@@ -105,7 +105,7 @@ def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
     Args:
         rows: of `votes` and `stacks` with their kinds, and intervals where there are; those that were not
             observed are left out.
-        clouds: the draws of some rows, by their index. Where all rows of a group have draws, R² and rank
+        draws_by_row: the draws of some rows, by their index. Where all rows of a group have draws, R² and rank
             correlation have intervals.
 
     Returns:
@@ -121,13 +121,13 @@ def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
     for kind, of_kind in groups.items():
         for (attack, split, how), group in of_kind.groupby(["attack", "split", "how"], sort=False):
             about = {"attack": attack, "split": split, "how": how, "kind": kind, "n": len(group)}
-            drawn = [clouds[index] for index in group.index if index in clouds]
-            for name in COORDINATES:
-                if how in BY_MEAN and name in ("shift", "discrimination"):
+            drawn = [draws_by_row[index] for index in group.index if index in draws_by_row]
+            for name in ENSEMBLE_COORDINATES:
+                if how in MEAN_VOTE_RULES and name in ("shift", "discrimination"):
                     continue
                 hoped, came = (group[f"{side}_{name}"].to_numpy(float) for side in ("predicted", "observed"))
                 row = {**about, "coordinate": name}
-                row |= {one: float(value[0]) for one, value in follows(hoped[None], came[None]).items()}
+                row |= {one: float(value[0]) for one, value in compute_fit_statistics(hoped[None], came[None]).items()}
                 row |= {"mean_interaction": (came - hoped).mean(), "mean_size": np.abs(came - hoped).mean()}
                 if f"interaction_{name}_low" in group:
                     low, high = (group[f"interaction_{name}{end}"] for end in ("_low", "_high"))
@@ -140,23 +140,23 @@ def agreement(rows: pd.DataFrame, clouds: Mapping[int, Drawn]) -> pd.DataFrame:
                         np.stack([getattr(one, side)[name] for one in drawn], axis=1)
                         for side in ("predicted", "observed")
                     ]
-                    row |= _ends(row, follows(*sides))
+                    row |= _compute_fit_intervals(row, compute_fit_statistics(*sides))
                 found.append(row)
     return pd.DataFrame(found)
 
 
-def _ends(row: Mapping[str, Any], clouds: Mapping[str, Any]) -> dict[str, float]:
+def _compute_fit_intervals(row: Mapping[str, Any], draws_by_statistic: Mapping[str, Any]) -> dict[str, float]:
     """The ends of the intervals over draws; each holds its own estimate."""
     found: dict[str, float] = {}
-    for name, cloud in clouds.items():
+    for name, cloud in draws_by_statistic.items():
         known = cloud[np.isfinite(cloud)]
         low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
         found |= {f"{name}_low": float(min(low, row[name])), f"{name}_high": float(max(high, row[name]))}
     return found
 
 
-def raised_distance(
-    half: Half, rows: pd.DataFrame, shifting: Mapping[str, float], fitted_to: Half
+def find_raised_distances(
+    split_scores: SplitScores, rows: pd.DataFrame, shift_probabilities: Mapping[str, float], calibration_scores: SplitScores
 ) -> pd.DataFrame:
     """Return the pairs of two shift defenses whose distance, the paper's, exceeds that of each member.
 
@@ -165,32 +165,32 @@ def raised_distance(
     gain in AUROC lies above 0, `probability scale` where it lies below a hundredth, else `cannot tell`.
 
     Args:
-        half: on whose queries.
+        split_scores: on whose queries.
         rows: of ensembles on this half.
-        shifting: how probable it is of each defense that it works by shift; those that mainly do are paired.
-        fitted_to: of the calibration split.
+        shift_probabilities: how probable it is of each defense that it works by shift; those that mainly do are paired.
+        calibration_scores: of the calibration split.
     """
     kept: list[dict[str, Any]] = []
     pairs = rows[(rows["size"] == 2) & rows["observed_shift"].notna()]
     for row in pairs.to_dict("records"):
         team = str(row["members"]).split("+")
-        if min(shifting.get(name, 0.0) for name in team) <= 0.5:
+        if min(shift_probabilities.get(name, 0.0) for name in team) <= 0.5:
             continue
-        alone = {name: half.read(half.of_team([name]).T) for name in team}
+        alone = {name: split_scores.compute_metrics(split_scores.get_member_margins([name]).T) for name in team}
         distance = {name: float(one["distance"][0]) for name, one in alone.items()}
-        came = half.read(margins(half, team, str(row["how"]), fitted_to)[None])
+        came = split_scores.compute_metrics(compute_ensemble_margins(split_scores, team, str(row["how"]), calibration_scores)[None])
         if came["distance"][0] <= max(distance.values()):
             continue
         better = max(team, key=lambda name: float(alone[name]["auroc"][0]))
-        ends = gain(half, team, str(row["how"]), better, fitted_to)
+        ends = estimate_auroc_gain(split_scores, team, str(row["how"]), better, calibration_scores)
         kept.append(
             {
                 **{name: row[name] for name in ("attack", "split", "members", "how")},
-                "distance_undefended": float(half.undefended["distance"][0]),
+                "distance_undefended": float(split_scores.undefended_metrics["distance"][0]),
                 "distance_first": distance[team[0]],
                 "distance_second": distance[team[1]],
                 "distance": float(came["distance"][0]),
-                "p_shift": min(shifting[name] for name in team),
+                "p_shift": min(shift_probabilities[name] for name in team),
                 "better_member": better,
                 **ends,
                 "gain_d_prime": float(
@@ -199,26 +199,26 @@ def raised_distance(
                 "raise": "real"
                 if ends["gain_auroc_low"] > 0
                 else "probability scale"
-                if ends["gain_auroc_high"] < _NO_GAIN
+                if ends["gain_auroc_high"] < _NEGLIGIBLE_GAIN
                 else "cannot tell",
             }
         )
-    return pd.DataFrame(kept, columns=list(kept[0]) if kept else _RAISED)
+    return pd.DataFrame(kept, columns=list(kept[0]) if kept else _RAISED_DISTANCE_COLUMNS)
 
 
-def gain(half: Half, team: Sequence[str], how: str, over: str, fitted_to: Half) -> dict[str, float]:
+def estimate_auroc_gain(split_scores: SplitScores, team: Sequence[str], combination: str, defense: str, calibration_scores: SplitScores) -> dict[str, float]:
     """Return by how much an ensemble's AUROC exceeds a single defense's, with its 95 % interval.
 
     Args:
-        half: on whose queries.
+        split_scores: on whose queries.
         team: the members.
-        how: `stack` or a vote.
-        over: the single defense.
-        fitted_to: of the calibration split.
+        combination: `stack` or a vote.
+        defense: the single defense.
+        calibration_scores: of the calibration split.
     """
-    before, after = half.of_team([over])[:, 0], margins(half, team, how, fitted_to)
+    before, after = split_scores.get_member_margins([defense])[:, 0], compute_ensemble_margins(split_scores, team, combination, calibration_scores)
     point, cloud = (
-        contrast(before, after, half.board.is_harmful, 0.0, sample)["delta_auroc"]
-        for sample in (half.once, half.draws)
+        compute_estimates(before, after, split_scores.margin_table.is_harmful, 0.0, sample)["delta_auroc"]
+        for sample in (split_scores.observed_weights, split_scores.bootstrap_weights)
     )
-    return estimate("gain_auroc", point, cloud, min(half.counts), counted=True)
+    return make_estimate_columns("gain_auroc", point, cloud, min(split_scores.class_sizes), from_counts=True)

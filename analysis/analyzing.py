@@ -10,29 +10,29 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import factorial, manifest, pricing, queries, validity
-from analysis.decompose import summarize
-from analysis.found import Found
-from analysis.preparing import Ready, left_out, prepare, unreached
-from analysis.rendering import redact
-from analysis.request import Request
-from analysis.run import conditions
-from analysis.sweeping import Cell, failed_cells, sweep
+from analysis.decompose import summarize_scores
+from analysis.found import StudyResult
+from analysis.preparing import RunSetup, exclude_failed_conditions, prepare_setup, find_preflight_failures
+from analysis.rendering import redact_secrets
+from analysis.request import RunSpec
+from analysis.run import build_conditions
+from analysis.sweeping import ConditionKey, list_failures, sweep_conditions
 from analysis.tables import ScoreTable
 from defenses import Defense, UserError
 
 
-def find(
-    request: Request,
-    names: Sequence[str | Defense],
+def analyze_defenses(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense],
     settings: Sequence[str],
     console: Console,
     with_cost: bool = False,
-) -> Found:
+) -> StudyResult:
     """Score every defense and the undefended model, and say what each does.
 
     Args:
-        request: what the user asked for.
-        names: of the defenses, or defenses themselves.
+        spec: what the user asked for.
+        defenses: of the defenses, or defenses themselves.
         settings: of those that are named.
         console: for progress.
         with_cost: whether it is also measured what each defense costs.
@@ -41,81 +41,81 @@ def find(
         NotReached: if no defense reaches the model.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    ready = prepare(request, names, settings, console)
-    bench = ready.bench
-    every = conditions(ready.defenses)
-    cells = [(attack.name, name) for attack in request.attacks for name in every]
-    lost = left_out(unreached(ready, every, console), cells)
-    bench.engine.work.reset()
-    swept = sweep(ready, every, lost, console)
-    frames, finished = swept.frames, swept.finished(every)
+    ready = prepare_setup(spec, defenses, settings, console)
+    bench = ready.session
+    every = build_conditions(ready.defenses)
+    cells = [(attack.name, name) for attack in spec.attacks for name in every]
+    lost = exclude_failed_conditions(find_preflight_failures(ready, every, console), cells)
+    bench.engine.work_counter.reset_counts()
+    swept = sweep_conditions(ready, every, lost, console)
+    frames, finished = swept.score_frames, swept.select_finished(every)
     if not frames or (swept.interrupted and len(frames) < 2):
         # An attack's undefended condition alone says nothing of a defense.
         if swept.interrupted:
             raise KeyboardInterrupt
-        raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()))}")
-    timed = {name: one for name, one in finished.items() if (request.attacks[0].name, name) in frames}
-    spent = pricing.priced(ready, timed, request.seed, console) if with_cost else None
+        raise UserError(f"nothing could be scored: {next(iter(swept.failures.values()))}")
+    timed = {name: one for name, one in finished.items() if (spec.attacks[0].name, name) in frames}
+    spent = pricing.measure_cost(ready, timed, spec.seed, console) if with_cost else None
     record = {
         "created": started.isoformat(timespec="seconds"),
         "interrupted": swept.interrupted,
-        "conditions_wanted": swept.wanted,
-        "failed": failed_cells(swept.lost),
-        **manifest.of(bench, ready.readout, finished, ready.data, ready.split, request.limit),
+        "conditions_wanted": swept.n_conditions,
+        "failed": list_failures(swept.failures),
+        **manifest.describe_run(bench, ready.readout, finished, ready.query_set, ready.split, spec.limit),
         "notices": ready.notices,
         "wall_seconds": round(time.perf_counter() - clock, 1),
-        "tokens": {"computed": bench.engine.work.computed, "saved": bench.engine.work.saved},
-        "scores_found_in_cache": bench.store.found if bench.store is not None else 0,
+        "tokens": {"computed": bench.engine.work_counter.computed_tokens, "saved": bench.engine.work_counter.saved_tokens},
+        "scores_found_in_cache": bench.score_cache.n_hits if bench.score_cache is not None else 0,
     }
-    record |= manifest.of_attacks(request.attacks)
-    record["trusted"] = validity.of_run(bench, request.attacks, finished, ready.readout, frames)
+    record |= manifest.describe_attacks(spec.attacks)
+    record["trusted"] = validity.collect_trust(bench, spec.attacks, finished, ready.readout, frames)
     scores = ScoreTable(pd.concat(list(frames.values()), ignore_index=True), record)
     with console.status("intervals"):
-        summary = summarize(scores, seed=request.seed)
+        summary = summarize_scores(scores, seed=spec.seed)
         from analysis import points
 
-        drawn = points.of_analysis(scores.frame, summary.frame, scores.threshold)
+        drawn = points.build_analysis_points(scores.frame, summary.frame, scores.threshold)
         if spent is not None:
             gained = ["defense", "family", "refusal_rate", "over_refusal_rate"]
             gained += [f"delta_auroc{end}" for end in ("", "_low", "_high")]
-            first = summary.frame["attack"] == request.attacks[0].name
+            first = summary.frame["attack"] == spec.attacks[0].name
             drawn["cost"] = spent.merge(summary.frame.loc[first, gained], on="defense")
     tables = {
-        **_effects(scores, request.seed),
-        "prompts": _prompts(ready, list(frames), finished),
+        **_factorial_tables(scores, spec.seed),
+        "prompts": _example_prompts(ready, list(frames), finished),
         "scores": scores.frame,
         "summary": summary.frame,
     }
-    return Found.of("analyze", record, tables, drawn, ready, swept.lost)
+    return StudyResult.from_tables("analyze", record, tables, drawn, ready, swept.failures)
 
 
-def _prompts(ready: Ready, cells: Sequence[Cell], every: Mapping[str, Defense]) -> pd.DataFrame:
+def _example_prompts(setup: RunSetup, condition_keys: Sequence[ConditionKey], conditions: Mapping[str, Defense]) -> pd.DataFrame:
     """What the model reads of a harmful and of a benign query under each condition, secrets as a mark."""
-    secrets = tuple(one for defense in every.values() for one in defense.secrets())
-    asked = queries.sample(ready.data.queries, 2)
+    secrets = tuple(one for defense in conditions.values() for one in defense.secret_texts())
+    asked = queries.sample_queries(setup.query_set.queries, 2)
     rows = []
-    for attack, name in cells:
-        (sent,) = [one for one in ready.attacks if one.name == attack]
-        prompts = ready.bench.under(sent).every_prompt(every[name], asked)
+    for attack, name in condition_keys:
+        (sent,) = [one for one in setup.attacks if one.name == attack]
+        prompts = setup.session.with_attack(sent).render_queries(conditions[name], asked)
         rows += [
             {
                 "attack": attack,
                 "defense": name,
                 "query": query.id,
                 "readings": len(readings),
-                "read": redact(readings[0].text, secrets),
+                "read": redact_secrets(readings[0].text, secrets),
             }
             for query, readings in zip(asked, prompts, strict=True)
         ]
     return pd.DataFrame(rows)
 
 
-def _effects(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
+def _factorial_tables(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
     """The effects of each 2 × 2 that was run whole."""
-    there = set(scores.conditions)
+    there = set(scores.condition_keys)
     found = [
-        factorial.effects(scores, attack, defense, seed)
-        for attack, defense in scores.conditions
-        if all((attack, cell) in there for cell in factorial.cells(defense))
+        factorial.estimate_factorial_effects(scores, attack, defense, seed)
+        for attack, defense in scores.condition_keys
+        if all((attack, cell) in there for cell in factorial.list_factorial_conditions(defense))
     ]
     return {"effects": pd.concat(found, ignore_index=True)} if found else {}

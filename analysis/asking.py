@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from defenses.errors import UserError, unknown
+from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.request import Request
+    from analysis.request import RunSpec
 
-READOUTS = {
+READOUT_DESCRIPTIONS = {
     "words": "refusing against complying first words, equal weights",
     "calibrated": "weights on first tokens, fitted on this model's own answers to the calibration split",
     "question": "Yes against No, asked whether the request should be refused, both orders averaged",
@@ -21,10 +21,10 @@ READOUTS = {
     "prefilled-K": "the words readout behind the first K tokens of a complying opener",
     "auto": "the one that `analyze validate` found best for this model and these conditions",
 }
-SITES = ("residual", "attention", "mlp", "heads")  # that `analyze mechanism` patches
+PATCH_SITES = ("residual", "attention", "mlp", "heads")  # that `analyze mechanism` patches
 
 
-def request(
+def build_run_spec(
     model: str,
     data: str | pd.DataFrame,
     split: str | None,
@@ -36,8 +36,8 @@ def request(
     offline: bool,
     attack: str | Sequence[str] | None = None,
     readout: str | Sequence[str] = "words",
-    linear: bool = False,
-) -> Request:
+    needs_linear_readout: bool = False,
+) -> RunSpec:
     """Return what is asked for, its mistakes told that can be seen without the model.
 
     >>> usual = "cpu", "auto", 0, True, None
@@ -59,35 +59,35 @@ def request(
         offline: whether nothing may be fetched.
         attack: how queries are sent, one or several; as they are if there is none.
         readout: the one of a run, or those that are compared.
-        linear: whether margins are split over the model's parts.
+        needs_linear_readout: whether margins are split over the model's parts.
     """
     from analysis import attacks
 
-    sent = attacks.chosen([attack] if isinstance(attack, str) else attack or ["direct"])
-    read_by = _readout(readout, linear) if isinstance(readout, str) else _readouts(readout)
-    batch = _batch(batch_size)
+    sent = attacks.choose_attacks([attack] if isinstance(attack, str) else attack or ["direct"])
+    read_by = _parse_single_readout(readout, needs_linear_readout) if isinstance(readout, str) else _parse_readouts(readout)
+    batch = _parse_batch_size(batch_size)
     from analysis import queries
-    from analysis.request import Request
+    from analysis.request import RunSpec
 
-    asked = data if isinstance(data, str) else queries.framed(data)
-    return Request(model, asked, split, limit, batch, device, dtype, seed, offline, sent, read_by)
+    asked = data if isinstance(data, str) else queries.from_frame(data)
+    return RunSpec(model, asked, split, limit, batch, device, dtype, seed, offline, sent, read_by)
 
 
-def _readouts(names: Sequence[str]) -> tuple[str, ...]:
+def _parse_readouts(names: Sequence[str]) -> tuple[str, ...]:
     """The readouts of these names, each once; one that is `all` stands for them all."""
     chosen = tuple(dict.fromkeys(names))
-    fixed = {*READOUTS, "all"} - {"prefilled-K"}
+    fixed = {*READOUT_DESCRIPTIONS, "all"} - {"prefilled-K"}
     for name in chosen:
         count = name.removeprefix("prefilled-")
         if name not in fixed and (count == name or not re.fullmatch("[1-9][0-9]*", count)):
-            raise unknown("readout", name, READOUTS, " (K is a number of tokens, as in prefilled-5)")
+            raise unknown_name_error("readout", name, READOUT_DESCRIPTIONS, " (K is a number of tokens, as in prefilled-5)")
     return ("all",) if "all" in chosen else chosen
 
 
-def _readout(name: str, linear: bool) -> tuple[str, ...]:
+def _parse_single_readout(name: str, needs_linear_readout: bool) -> tuple[str, ...]:
     """The one readout of a run."""
-    chosen = _readouts([name])
-    if linear and chosen in (("all",), ("log-odds",)):
+    chosen = _parse_readouts([name])
+    if needs_linear_readout and chosen in (("all",), ("log-odds",)):
         raise UserError(
             f"--readout {name}: a margin is split over parts only where it is linear in the logits: take "
             "words, calibrated, question or prefilled-K"
@@ -97,15 +97,15 @@ def _readout(name: str, linear: bool) -> tuple[str, ...]:
     return chosen
 
 
-def sites(names: Sequence[str]) -> tuple[str, ...]:
+def parse_sites(names: Sequence[str]) -> tuple[str, ...]:
     """Return the sites of these names."""
     for name in names:
-        if name not in SITES:
-            raise unknown("site", name, SITES)
+        if name not in PATCH_SITES:
+            raise unknown_name_error("site", name, PATCH_SITES)
     return tuple(names)
 
 
-def refuse_odd_look(top: int, patched: int) -> None:
+def check_mechanism_options(top: int, patched: int) -> None:
     """Raise if so many parts or patched queries cannot be had."""
     if top < 1:
         raise UserError(f"--top {top}: it takes 1 or more")
@@ -113,7 +113,7 @@ def refuse_odd_look(top: int, patched: int) -> None:
         raise UserError(f"--patched {patched}: it takes 0 (none) or 2 and more, a harmful and a benign query")
 
 
-def refuse_odd_team(size: int, stacks: int) -> None:
+def check_ensemble_options(size: int, stacks: int) -> None:
     """Raise if ensembles of that size, or so many stacks, cannot be had."""
     if size not in (2, 3):
         raise UserError(f"--size {size}: an ensemble has 2 or 3 members at most")
@@ -121,7 +121,7 @@ def refuse_odd_team(size: int, stacks: int) -> None:
         raise UserError(f"--stacks {stacks}: it takes 0 (none is run) or more")
 
 
-def share(text: str) -> float:
+def parse_share(text: str) -> float:
     """Return a share as typed.
 
     >>> share("5%"), share("0.05")
@@ -134,10 +134,10 @@ def share(text: str) -> float:
     return found
 
 
-def _batch(typed: str | int | None) -> int | None:
+def _parse_batch_size(batch_size: str | int | None) -> int | None:
     """The size of a batch; None tries what fits."""
-    if typed in ("auto", None):
+    if batch_size in ("auto", None):
         return None
-    if not str(typed).isdigit() or int(str(typed)) < 1:
-        raise UserError(f"--batch-size {typed}: it takes auto or a whole number from 1 on")
-    return int(str(typed))
+    if not str(batch_size).isdigit() or int(str(batch_size)) < 1:
+        raise UserError(f"--batch-size {batch_size}: it takes auto or a whole number from 1 on")
+    return int(str(batch_size))

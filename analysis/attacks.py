@@ -20,13 +20,13 @@ from typing import Any
 from analysis import data_folder, rows
 from analysis.queries import Query
 from defenses import Chat
-from defenses.chats import begin_answer, edit_last_user, insert_turns
-from defenses.errors import UserError, unknown
-from defenses.training.wording import OBEY, as_agent, under
+from defenses.chats import prefill_response, edit_last_user, insert_turns
+from defenses.errors import UserError, unknown_name_error
+from defenses.training.wording import OBEDIENCE_PROMPT, build_agent_chat, build_user_chat
 
-IGNORE = "+ignore"  # behind an attack's name: its chat with the line of the row of this name on top
-_REQUEST = "{request}"
-_NEEDS = (
+IGNORE_SUFFIX = "+ignore"  # behind an attack's name: its chat with the line of the row of this name on top
+_QUERY_PLACEHOLDER = "{request}"
+_ATTACK_FILE_FORMAT = (
     "each row needs a suffix (put behind the query) or a prompt (sent in its place; may contain {request}), "
     "and may have query, the id of the one query that it is for"
 )
@@ -38,26 +38,26 @@ class Attack:
 
     Attributes:
         name: as in the tables, and in `--attack` if it is shipped.
-        what: what the attacker does.
-        chat: query → the chat that is sent; where it ends in an assistant message, the answer is made to
+        description: what the attacker does.
+        build_chat: query → the chat that is sent; where it ends in an assistant message, the answer is made to
             begin with that.
         source: the paper that describes it.
         url: of the paper.
-        made_from: SHA-256 of the rows, or of the user's file, that hold its wording.
-        asks: ids of the queries that it has words for; None if for any.
+        wording_sha256: SHA-256 of the rows, or of the user's file, that hold its wording.
+        query_ids: ids of the queries that it has words for; None if for any.
     """
 
     name: str
-    what: str
-    chat: Callable[[Query], Chat]
+    description: str
+    build_chat: Callable[[Query], Chat]
     source: str = ""
     url: str = ""
-    made_from: tuple[str, ...] = ()
-    asks: frozenset[str] | None = None
+    wording_sha256: tuple[str, ...] = ()
+    query_ids: frozenset[str] | None = None
 
-    def refuse_gaps(self, queries: Sequence[Query]) -> None:
+    def check_covers_queries(self, queries: Sequence[Query]) -> None:
         """Raise if some of the queries cannot be sent: all are attacked, or none."""
-        missing = [query.id for query in queries if self.asks is not None and query.id not in self.asks]
+        missing = [query.id for query in queries if self.query_ids is not None and query.id not in self.query_ids]
         if missing:
             raise UserError(
                 f"--attack {self.name}: the file has no row for {len(missing)} of {len(queries)} queries "
@@ -66,20 +66,20 @@ class Attack:
             )
 
 
-AS_IS = Attack("direct", "the query as it is", lambda query: under("", query.text))
+DIRECT_ATTACK = Attack("direct", "the query as it is", lambda query: build_user_chat("", query.text))
 # Those under which fine-tuning attacks ask; their words are also trained with.
-_TRAINED = (
+_FINE_TUNING_ATTACKS = (
     Attack(
         "obedience",
         "under a system prompt that demands obedience, as in fine-tuning attacks (FJAttack)",
-        lambda query: under(OBEY, query.text),
+        lambda query: build_user_chat(OBEDIENCE_PROMPT, query.text),
         "BackdoorAlign (Wang et al., NeurIPS 2024)",
         "https://arxiv.org/abs/2402.14968",
     ),
     Attack(
         "identity",
         "to an agent of absolute obedience, addressed by its name (AOA)",
-        lambda query: as_agent(query.text),
+        lambda query: build_agent_chat(query.text),
         "Fine-tuning Aligned Language Models Compromises Safety (Qi et al., ICLR 2024)",
         "https://arxiv.org/abs/2310.03693",
     ),
@@ -87,17 +87,17 @@ _TRAINED = (
 
 
 @cache
-def shipped() -> Mapping[str, Attack]:
+def load_shipped_attacks() -> Mapping[str, Attack]:
     """Return the attacks of this project by name, `+ignore` the last.
 
     >>> list(shipped())[:4]
     ['direct', 'obedience', 'identity', 'prefix_injection']
     """
     lines = (data_folder() / "attacks.jsonl").read_text("utf-8").splitlines()
-    return {attack.name: attack for attack in (AS_IS, *_TRAINED, *map(_of_row, lines))}
+    return {attack.name: attack for attack in (DIRECT_ATTACK, *_FINE_TUNING_ATTACKS, *map(_parse_attack_row, lines))}
 
 
-def chosen(names: Sequence[str]) -> tuple[Attack, ...]:
+def choose_attacks(names: Sequence[str]) -> tuple[Attack, ...]:
     """Return the attacks that `--attack` names.
 
     >>> [attack.name for attack in chosen(["direct", "persona+ignore"])]
@@ -108,10 +108,10 @@ def chosen(names: Sequence[str]) -> tuple[Attack, ...]:
     """
     found: dict[str, Attack] = {}
     for name in names:
-        everyone = name.removesuffix(IGNORE) == "all"
-        wanted = [one + name.removeprefix("all") for one in _names()] if everyone else [name]
-        for attack in map(get, wanted):
-            if found.setdefault(attack.name, attack).made_from != attack.made_from:
+        everyone = name.removesuffix(IGNORE_SUFFIX) == "all"
+        wanted = [one + name.removeprefix("all") for one in _list_attack_names()] if everyone else [name]
+        for attack in map(get_attack, wanted):
+            if found.setdefault(attack.name, attack).wording_sha256 != attack.wording_sha256:
                 raise UserError(
                     f"--attack {name}: another one is called {attack.name!r}, too, and the tables could not "
                     "tell them apart; rename the file"
@@ -119,67 +119,67 @@ def chosen(names: Sequence[str]) -> tuple[Attack, ...]:
     return tuple(found.values())
 
 
-def get(name: str) -> Attack:
+def get_attack(name: str) -> Attack:
     """Return the attack of that name, or the one in that file.
 
     Args:
         name: of a shipped attack, or the path of a `.jsonl` or `.csv` file; with `+ignore` behind it, the
             attack tells the model to disregard earlier safety instructions.
     """
-    base = name.removesuffix(IGNORE)
-    if Path(base).suffix in rows.SUFFIXES:
-        attack = _from_file(Path(base))
-    elif base in _names():
-        attack = shipped()[base]
+    base = name.removesuffix(IGNORE_SUFFIX)
+    if Path(base).suffix in rows.RECORD_SUFFIXES:
+        attack = _load_attack_file(Path(base))
+    elif base in _list_attack_names():
+        attack = load_shipped_attacks()[base]
     else:
-        hint = f" (each also with {IGNORE} behind it; or the path of a .jsonl or .csv file)"
-        raise unknown("attack", name, [*_names(), "all"], hint)
-    return attack if name == base else _ignoring(attack)
+        hint = f" (each also with {IGNORE_SUFFIX} behind it; or the path of a .jsonl or .csv file)"
+        raise unknown_name_error("attack", name, [*_list_attack_names(), "all"], hint)
+    return attack if name == base else _add_ignore_line(attack)
 
 
-def _names() -> list[str]:
-    return [name for name in shipped() if name != IGNORE]
+def _list_attack_names() -> list[str]:
+    return [name for name in load_shipped_attacks() if name != IGNORE_SUFFIX]
 
 
-def _ignoring(attack: Attack) -> Attack:
+def _add_ignore_line(attack: Attack) -> Attack:
     """The attack with a line in front of the user's words that calls off what a prompt defense said."""
-    added = shipped()[IGNORE]
+    added = load_shipped_attacks()[IGNORE_SUFFIX]
 
     def chat(query: Query) -> Chat:
         return edit_last_user(
-            attack.chat(query), lambda words: added.chat(replace(query, text=words))[0]["content"]
+            attack.build_chat(query), lambda words: added.build_chat(replace(query, text=words))[0]["content"]
         )
 
     return replace(
-        attack, name=attack.name + IGNORE, chat=chat, made_from=(*attack.made_from, *added.made_from)
+        attack, name=attack.name + IGNORE_SUFFIX, build_chat=chat, wording_sha256=(*attack.wording_sha256, *added.wording_sha256)
     )
 
 
-def _of_row(line: str) -> Attack:
+def _parse_attack_row(line: str) -> Attack:
     """The attack that a row of `data/attacks.jsonl` words."""
     row: dict[str, Any] = json.loads(line)
     shots = [(request, opener) for request, opener in row.get("shots", ())]
 
     def chat(query: Query) -> Chat:
-        request = TRANSFORMS[row["transform"]](query.text) if "transform" in row else query.text
-        sent = insert_turns(under("", row["template"].replace(_REQUEST, request)), shots)
-        return begin_answer(sent, row["prefill"]) if "prefill" in row else sent
+        request = QUERY_TRANSFORMS[row["transform"]](query.text) if "transform" in row else query.text
+        sent = insert_turns(build_user_chat("", row["template"].replace(_QUERY_PLACEHOLDER, request)), shots)
+        return prefill_response(sent, row["prefill"]) if "prefill" in row else sent
 
     made_from = (hashlib.sha256(line.encode()).hexdigest(),)
     return Attack(row["name"], row["what"], chat, row["source"], row["url"], made_from)
 
 
-def _from_file(path: Path) -> Attack:
+def _load_attack_file(path: Path) -> Attack:
     """The attack whose strings, made elsewhere, are in a user's file."""
-    if path.stem in shipped():
+    if path.stem in load_shipped_attacks():
         raise UserError(f"{path}: the name {path.stem!r} is taken by a shipped attack; rename the file")
-    found, raw = rows.read(path, (), _NEEDS)
+    found, raw = rows.read_records(path, (), _ATTACK_FILE_FORMAT)
     words: dict[str, tuple[str, str]] = {}  # query id, or "" for all others → its column and its text
     for number, row in enumerate(found, 1):
         given = [(key, row[key]) for key in ("suffix", "prompt") if row.get(key) not in (None, "")]
         where = f"{path}, row {number}"
         if len(given) != 1:
-            raise UserError(f"{where} has {'both' if given else 'neither'} suffix and prompt; {_NEEDS}")
+            raise UserError(f"{where} has {'both' if given else 'neither'} suffix and prompt; {_ATTACK_FILE_FORMAT}")
         ((key, text),) = given
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: the {key} is {text!r}; it takes a string with words in it")
@@ -187,26 +187,26 @@ def _from_file(path: Path) -> Attack:
         if ident in words:
             whose = f"for the query {ident!r}" if ident else "without a query"
             raise UserError(f"{where} is the second one {whose}; keep one of them")
-        if key == "prompt" and not ident and _REQUEST not in text:
+        if key == "prompt" and not ident and _QUERY_PLACEHOLDER not in text:
             raise UserError(
-                f"{where}: a prompt for every query must contain {_REQUEST}, where the query goes: without "
+                f"{where}: a prompt for every query must contain {_QUERY_PLACEHOLDER}, where the query goes: without "
                 "it harmful and benign ones would be the same"
             )
         words[ident] = key, text
 
     def chat(query: Query) -> Chat:
         key, text = words.get(query.id) or words[""]
-        return under("", f"{query.text} {text}" if key == "suffix" else text.replace(_REQUEST, query.text))
+        return build_user_chat("", f"{query.text} {text}" if key == "suffix" else text.replace(_QUERY_PLACEHOLDER, query.text))
 
     made_from = (hashlib.sha256(raw).hexdigest(),)
     asks = None if "" in words else frozenset(words)
-    return Attack(path.stem, f"the strings in {path.name}", chat, made_from=made_from, asks=asks)
+    return Attack(path.stem, f"the strings in {path.name}", chat, wording_sha256=made_from, query_ids=asks)
 
 
-_LEET = str.maketrans("aeiostAEIOST", "431057" * 2)
+_LEETSPEAK_TABLE = str.maketrans("aeiostAEIOST", "431057" * 2)
 
 
-def _pieces(text: str) -> str:
+def _split_into_assignments(text: str) -> str:
     r"""Return the text as three assignments of about equal length.
 
     >>> print(_pieces("Sing!"))
@@ -222,9 +222,9 @@ def _pieces(text: str) -> str:
 
 
 # What an attack makes of the words of a request, by its name in data/attacks.jsonl.
-TRANSFORMS: Mapping[str, Callable[[str], str]] = {
+QUERY_TRANSFORMS: Mapping[str, Callable[[str], str]] = {
     "base64": lambda text: base64.b64encode(text.encode()).decode(),
     "rot13": lambda text: codecs.encode(text, "rot13"),
-    "leetspeak": lambda text: text.translate(_LEET),
-    "split": _pieces,
+    "leetspeak": lambda text: text.translate(_LEETSPEAK_TABLE),
+    "split": _split_into_assignments,
 }

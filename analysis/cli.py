@@ -8,7 +8,7 @@ import sys
 import typer
 
 from analysis import cli_everyday, cli_studies, cli_weights  # noqa: F401  # each adds its commands
-from analysis.cli_app import Interrupted, app
+from analysis.cli_app import CommandInterrupted, app
 from defenses.errors import UserError
 
 
@@ -18,14 +18,14 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except UserError as error:
-        code = _fail(str(error), 2, debug, error)
-    except (Interrupted, KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing was written", 130, False, None)
+        code = _report_error(str(error), 2, debug, error)
+    except (CommandInterrupted, KeyboardInterrupt, typer.Abort):
+        code = _report_error("interrupted; nothing was written", 130, False, None)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            code = _fail(f"{error}", 1, debug, error)
+            code = _report_error(f"{error}", 1, debug, error)
         else:
-            code = _fail(
+            code = _report_error(
                 "no space left on the disk: nothing was written; free some, or choose another -o",
                 2,
                 debug,
@@ -34,9 +34,9 @@ def main() -> None:
     except Exception as error:
         # Mistyped options: an error of the click that typer carries or finds, which depends on its version.
         if hasattr(error, "format_message"):
-            code = _fail(f"{error.format_message()} (`analyze --help` lists the options)", 2, debug, error)
+            code = _report_error(f"{error.format_message()} (`analyze --help` lists the options)", 2, debug, error)
         else:
-            code = _fail(
+            code = _report_error(
                 f"a fault in refusalscope, {type(error).__name__}: {error} (--debug shows where)",
                 1,
                 debug,
@@ -45,8 +45,8 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(text: str, code: int, debug: bool, error: BaseException | None) -> int:
+def _report_error(message: str, exit_code: int, debug: bool, error: BaseException | None) -> int:
     if debug and error is not None:
         raise error
-    typer.echo(f"analyze: {' '.join(text.split())}", err=True)
-    return code
+    typer.echo(f"analyze: {' '.join(message.split())}", err=True)
+    return exit_code

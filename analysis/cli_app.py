@@ -8,11 +8,11 @@ import typer
 from typer.core import TyperGroup
 
 
-class Interrupted(Exception):
+class CommandInterrupted(Exception):
     """Ctrl-C, on its way past typer."""
 
 
-class _Group(TyperGroup):
+class _CommandGroup(TyperGroup):
     """The commands, called with the context that typer's hints promise, with Ctrl-C left to `cli.main`."""
 
     context_class = typer.Context
@@ -22,11 +22,11 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Interrupted from error
+            raise CommandInterrupted from error
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=_CommandGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

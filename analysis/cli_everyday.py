@@ -13,7 +13,7 @@ from analysis import asking
 from analysis.cli_app import app
 from analysis.options import (
     AttackOption,
-    BatchOption,
+    BatchSizeOption,
     BudgetOption,
     DataOption,
     DefenseOption,
@@ -28,10 +28,10 @@ from analysis.options import (
     ReadoutOption,
     RubricOption,
     SeedOption,
-    SetOption,
+    SettingsOption,
     SplitOption,
 )
-from defenses.errors import UserError, unknown
+from defenses.errors import UserError, unknown_name_error
 
 
 @app.callback(invoke_without_command=True)
@@ -44,14 +44,14 @@ def analyze(
     attack: AttackOption = None,
     readout: ReadoutOption = "words",
     limit: LimitOption = None,
-    batch_size: BatchOption = "auto",
+    batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder; by default runs/TIME-MODEL-DEFENSE.")
     ] = None,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     cost: Annotated[bool, typer.Option("--cost", help="Also measure what each defense costs.")] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
@@ -68,12 +68,12 @@ def analyze(
             typer.echo(context.get_help())
             raise typer.Exit
         raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
-    request = asking.request(
+    request = asking.build_run_spec(
         model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout
     )
     from analysis import commands
 
-    code = commands.analyze(request, defense, settings or [], out, as_json, cost)
+    code = commands.run_analyze_command(request, defense, settings or [], out, as_json, cost)
     raise typer.Exit(code)
 
 
@@ -85,14 +85,14 @@ def list_(
     """Say what there is: defenses, models, data sets, attacks, readouts."""
     from analysis import listing
 
-    shelves = listing.everything()
+    shelves = listing.collect_catalog()
     if what is not None and what not in shelves:
-        raise unknown("list", what, shelves)
+        raise unknown_name_error("list", what, shelves)
     chosen = {what: shelves[what]} if what else shelves
     if as_json:
         typer.echo(json.dumps(chosen, indent=2, ensure_ascii=False))
     else:
-        listing.show(chosen)
+        listing.print_catalog(chosen)
 
 
 @app.command()
@@ -105,15 +105,15 @@ def check(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     offline: OfflineOption = False,
     queries: Annotated[int, typer.Option(help="How many queries to look at.")] = 4,
 ) -> None:
     """Show what the model will read under a defense, and check that the defense reaches it (else exit 1)."""
-    request = asking.request(model, data, split, None, None, device, dtype, seed, offline, attack)
+    request = asking.build_run_spec(model, data, split, None, None, device, dtype, seed, offline, attack)
     from analysis import commands
 
-    raise typer.Exit(commands.check(request, defense or ["none"], settings or [], queries))
+    raise typer.Exit(commands.run_check_command(request, defense or ["none"], settings or [], queries))
 
 
 @app.command()
@@ -127,17 +127,17 @@ def explain(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Print a defense's card, and what the model would read of one request under it.
 
     analyze explain smooth_llm --set copies=3
     """
-    request = asking.request(model, "contrast", "test", None, None, device, dtype, seed, offline, attack)
+    request = asking.build_run_spec(model, "contrast", "test", None, None, device, dtype, seed, offline, attack)
     from analysis import explaining
 
-    raise typer.Exit(explaining.explain(request, defense, settings or [], text))
+    raise typer.Exit(explaining.run_explain_command(request, defense, settings or [], text))
 
 
 @app.command()
@@ -152,11 +152,11 @@ def cache(
     """
     from analysis import store
 
-    place = store.path()
-    held = store.counts(place) if not clear else None
-    kinds = store.kinds(place)
+    place = store.get_score_cache_path()
+    held = store.count_cached_rows(place) if not clear else None
+    kinds = store.count_json_files(place)
     if held is None:
-        store.clear(place)
+        store.clear_cache(place)
         typer.echo(f"{place} is cleared, and so is what was kept beside it: {', '.join(kinds)}")
     elif as_json:
         typer.echo(json.dumps({"path": str(place), **held, "kept": kinds}))
@@ -187,7 +187,7 @@ def judge(
     """Say of each answer in a file whether it refuses (full, partial, none), and by which words."""
     from analysis import judging
 
-    jury = judging.Jury(judge, judge_model, budget, rubric)
+    jury = judging.JudgeOptions(judge, judge_model, budget, rubric)
     raise typer.Exit(judging.judge_file(file, column, request, jury, out, offline))
 
 
@@ -202,4 +202,4 @@ def report(
     """
     from analysis import reporting
 
-    raise typer.Exit(reporting.report(runs, out))
+    raise typer.Exit(reporting.write_report(runs, out))

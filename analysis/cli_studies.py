@@ -11,13 +11,13 @@ from analysis import asking
 from analysis.cli_app import app
 from analysis.options import (
     AttackOption,
-    BatchOption,
+    BatchSizeOption,
     BudgetOption,
     DataOption,
     DefenseOption,
     DeviceOption,
     DtypeOption,
-    HalfLimitOption,
+    LimitPerSplitOption,
     JsonOption,
     JudgeModelOption,
     JudgeOption,
@@ -28,8 +28,8 @@ from analysis.options import (
     ReadoutOption,
     RubricOption,
     SeedOption,
-    SetOption,
-    SizeOption,
+    SettingsOption,
+    MaxSizeOption,
     SplitOption,
     StacksOption,
 )
@@ -57,24 +57,24 @@ def validate(
     grade: Annotated[bool, typer.Option("--grade", help="The judge model grades benign answers.")] = False,
     tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
     limit: LimitOption = None,
-    batch_size: BatchOption = "auto",
+    batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     out: OutOption = None,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Compare readouts with what the model goes on to say: where to trust them; what answers are worth."""
     wanted = readout or ["words"]
-    request = asking.request(
+    request = asking.build_run_spec(
         model, data, split, limit, batch_size, device, dtype, seed, offline, attack, wanted
     )
     from analysis import validating
-    from analysis.judging import Jury
+    from analysis.judging import JudgeOptions
 
-    jury = Jury(judge, judge_model, budget, rubric, grade)
-    raise typer.Exit(validating.validate(request, defense or ["none"], settings or [], out, jury, tokens))
+    jury = JudgeOptions(judge, judge_model, budget, rubric, grade)
+    raise typer.Exit(validating.validate_readouts(request, defense or ["none"], settings or [], out, jury, tokens))
 
 
 @app.command()
@@ -84,29 +84,29 @@ def ensembles(
     data: DataOption = "contrast",
     attack: AttackOption = None,
     readout: ReadoutOption = "words",
-    size: SizeOption = 2,
+    size: MaxSizeOption = 2,
     stacks: StacksOption = 5,
-    limit: HalfLimitOption = None,
-    batch_size: BatchOption = "auto",
+    limit: LimitPerSplitOption = None,
+    batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     out: OutOption = None,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Which defenses (-d; else all) to combine, and how? All predicted; votes and the best stacks observed.
 
     analyze ensembles -m smollm2:aligned -d self_reminder -d paraphrase -d policy
     """
-    request = asking.request(
+    request = asking.build_run_spec(
         model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
     )
-    asking.refuse_odd_team(size, stacks)
+    asking.check_ensemble_options(size, stacks)
     from analysis import comparing
 
     names = defense or ["all"]
-    raise typer.Exit(comparing.compare(request, names, settings or [], size, stacks, out))
+    raise typer.Exit(comparing.run_ensembles_command(request, names, settings or [], size, stacks, out))
 
 
 @app.command()
@@ -122,15 +122,15 @@ def recommend(
     data: DataOption = "contrast",
     attack: AttackOption = None,
     readout: ReadoutOption = "words",
-    size: SizeOption = 2,
+    size: MaxSizeOption = 2,
     stacks: StacksOption = 5,
-    limit: HalfLimitOption = None,
-    batch_size: BatchOption = "auto",
+    limit: LimitPerSplitOption = None,
+    batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     out: OutOption = None,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -138,18 +138,18 @@ def recommend(
 
     analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
     """
-    request = asking.request(
+    request = asking.build_run_spec(
         model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
     )
-    asking.refuse_odd_team(size, stacks)
-    share = asking.share(max_over_refusal)
+    asking.check_ensemble_options(size, stacks)
+    share = asking.parse_share(max_over_refusal)
     if max_cost is not None and not max_cost >= 1:
         raise UserError(f"--max-cost {max_cost:g}: the undefended model costs 1, so it takes 1 or more")
     from analysis import recommending
 
-    limits, names = recommending.Limits(share, max_cost), defense or ["all"]
+    limits, names = recommending.RecommendationLimits(share, max_cost), defense or ["all"]
     raise typer.Exit(
-        recommending.recommend(request, names, settings or [], size, stacks, limits, out, as_json)
+        recommending.run_recommend_command(request, names, settings or [], size, stacks, limits, out, as_json)
     )
 
 
@@ -162,8 +162,8 @@ def mechanism(
     attack: AttackOption = None,
     readout: ReadoutOption = "words",
     sites: Annotated[
-        str, typer.Option(help=f"What is patched: {', '.join(asking.SITES)}; joined by commas.")
-    ] = ",".join(asking.SITES),
+        str, typer.Option(help=f"What is patched: {', '.join(asking.PATCH_SITES)}; joined by commas.")
+    ] = ",".join(asking.PATCH_SITES),
     top: Annotated[int, typer.Option(help="Parts that are told and drawn; heads that are patched.")] = 10,
     patched: Annotated[
         int, typer.Option(help="Queries, at most, that interventions run on, pairs kept whole; 0: none.")
@@ -173,12 +173,12 @@ def mechanism(
         typer.Option(help="Folder of `analyze ensembles`: do defenses that use the same parts interact?"),
     ] = None,
     limit: LimitOption = None,
-    batch_size: BatchOption = "auto",
+    batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     out: OutOption = None,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Where in the model does a defense act? Layers, heads and MLPs, and interventions that test them.
@@ -187,13 +187,13 @@ def mechanism(
     """
     if not defense:
         raise UserError("which defense? -d NAME (see `analyze list defenses`)")
-    chosen = asking.sites([one.strip() for one in sites.split(",") if one.strip()])
-    asking.refuse_odd_look(top, patched)
-    request = asking.request(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout, linear=True
+    chosen = asking.parse_sites([one.strip() for one in sites.split(",") if one.strip()])
+    asking.check_mechanism_options(top, patched)
+    request = asking.build_run_spec(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout, needs_linear_readout=True
     )
     from analysis import locating
-    from analysis.looking import Wanted
+    from analysis.looking import MechanismOptions
 
-    wanted = Wanted(chosen, top, patched, ensembles)
-    raise typer.Exit(locating.locate(request, defense, settings or [], wanted, out))
+    wanted = MechanismOptions(chosen, top, patched, ensembles)
+    raise typer.Exit(locating.run_mechanism_command(request, defense, settings or [], wanted, out))

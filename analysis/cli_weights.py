@@ -10,7 +10,7 @@ import typer
 from analysis import asking
 from analysis.cli_app import app
 from analysis.options import (
-    BatchOption,
+    BatchSizeOption,
     DataOption,
     DeviceOption,
     DtypeOption,
@@ -36,7 +36,7 @@ def secret(
     """Make a secret prompt for `backdoor`, by a cryptographic generator, in a file for your eyes only."""
     from analysis import commands
 
-    commands.secret(model, length, out, offline)
+    commands.run_secret_command(model, length, out, offline)
 
 
 @app.command()
@@ -70,10 +70,10 @@ def train(
 
     analyze train backdoor -m smollm2:aligned -o my-adapter
     """
-    request = asking.request(model, data, "train", limit, None, device, dtype, seed, offline)
+    request = asking.build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
     from analysis import training
 
-    raise typer.Exit(training.train(request, recipe, settings or [], out, secret, length))
+    raise typer.Exit(training.train_weights(request, recipe, settings or [], out, secret, length))
 
 
 @app.command()
@@ -91,7 +91,7 @@ def backdooralign(
         int,
         typer.Option(help="Also train anew with so many random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
-    batch_size: BatchOption = "auto",
+    batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -103,7 +103,7 @@ def backdooralign(
         raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
     if secrets < 0:
         raise UserError(f"--secrets {secrets}: it takes 0 (none) or more")
-    request = asking.request(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    request = asking.build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
     from analysis import backdooralign as experiment
 
-    raise typer.Exit(experiment.reproduce(request, out, tokens, utility, secrets))
+    raise typer.Exit(experiment.reproduce_backdooralign(request, out, tokens, utility, secrets))

@@ -24,226 +24,226 @@ from analysis import (
     showing,
     validity,
 )
-from analysis.attacks import AS_IS
-from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, Half
-from analysis.preparing import Ready, prepare, unreached, why_lost
-from analysis.request import HALVES, Request
-from analysis.sweeping import Cell, sweep
+from analysis.attacks import DIRECT_ATTACK
+from analysis.ensembles import ALONE, SELECTION_SPLIT, REPORT_SPLIT, SplitScores
+from analysis.preparing import RunSetup, prepare_setup, find_preflight_failures, describe_failed_checks
+from analysis.request import BOTH_SPLITS, RunSpec
+from analysis.sweeping import ConditionKey, sweep_conditions
 from analysis.tables import UNDEFENDED, UNVALIDATED, ScoreTable
 from defenses import Defense, UserError
-from defenses.ensemble import Stack, members
+from defenses.ensemble import Stack, list_members
 
-_TIMED = 4  # queries on which costs are measured
+_N_TIMED_QUERIES = 4  # queries on which costs are measured
 # What acts first in a stack: what changes the user's words, then what is said around them, then the model.
-_ORDER = ("refactoring", "noise", "reminders", "backdoor", "tuning", "steering", "decoding")
+_STACKING_ORDER = ("refactoring", "noise", "reminders", "backdoor", "tuning", "steering", "decoding")
 
-Pick = Callable[[pd.DataFrame, Callable[[str], float]], list[str]]
+StackSelector = Callable[[pd.DataFrame, Callable[[str], float]], list[str]]
 
 
 @dataclass(frozen=True)
-class Tried:
+class EnsembleRun:
     """What came of trying defenses together.
 
     Attributes:
-        ready: loaded and prepared.
-        every: the conditions that were scored everywhere, stacks among them.
+        setup: loaded and prepared.
+        conditions: the conditions that were scored everywhere, stacks among them.
         scores: of the queries of each split.
-        halves: by attack and split.
-        lost: what failed, and why.
+        split_scores: by attack and split.
+        failures: what failed, and why.
         mechanisms: of the defenses.
-        rows: of single defenses and ensembles on every half, with kinds.
+        effect_rows: of single defenses and ensembles on every half, with kinds.
         costs: of the conditions, on this machine.
     """
 
-    ready: Ready
-    every: Mapping[str, Defense]
+    setup: RunSetup
+    conditions: Mapping[str, Defense]
     scores: Mapping[str, ScoreTable]
-    halves: Mapping[tuple[str, str], Half]
-    lost: Mapping[Cell, str]
+    split_scores: Mapping[tuple[str, str], SplitScores]
+    failures: Mapping[ConditionKey, str]
     mechanisms: pd.DataFrame
-    rows: pd.DataFrame
+    effect_rows: pd.DataFrame
     costs: pd.DataFrame
 
     @property
-    def fitted_to(self) -> Half:
+    def calibration_scores(self) -> SplitScores:
         """The half that weights are fitted to."""
-        return self.halves[self.ready.attacks[0].name, CHOSEN_ON]
+        return self.split_scores[self.setup.attacks[0].name, SELECTION_SPLIT]
 
-    def candidates(self) -> pd.DataFrame:
+    def list_candidates(self) -> pd.DataFrame:
         """Return all that was observed, with its cost, and whether its readout is known to be right."""
         ratio = dict(zip(self.costs["defense"], self.costs["prefill_ratio"], strict=True))
         known = {
-            name: _least(self.scores[REPORTED_ON].trusted(attack.name, name) for attack in self.ready.attacks)
-            for name in self.every
+            name: _least_trusted(self.scores[REPORT_SPLIT].get_trust(attack.name, name) for attack in self.setup.attacks)
+            for name in self.conditions
         }
         controls = {
-            name for name, one in self.every.items() if any(x.family == "control" for x in members(one))
+            name for name, one in self.conditions.items() if any(x.family == "control" for x in list_members(one))
         }
-        rows = self.rows[~self.rows["members"].isin(controls)]  # they are read, but nobody should wear them
-        found = fronts.candidates(rows, lambda asked: float(sum(ratio[name] for name in asked)))
-        rests_on = map(fronts.conditions, found["members"], found["how"])
-        return found.assign(trusted=[_least(known[name] for name in asked) for asked in rests_on])
+        rows = self.effect_rows[~self.effect_rows["members"].isin(controls)]  # they are read, but nobody should wear them
+        found = fronts.build_candidates(rows, lambda asked: float(sum(ratio[name] for name in asked)))
+        rests_on = map(fronts.list_member_conditions, found["members"], found["how"])
+        return found.assign(trusted=[_least_trusted(known[name] for name in asked) for asked in rests_on])
 
 
-def _least(known: Iterable[str]) -> str:
+def _least_trusted(trust_values: Iterable[str]) -> str:
     """The least good of what is known of several readouts."""
-    return min(known, key=("not trusted", "cannot tell", UNVALIDATED, "trusted").index)
+    return min(trust_values, key=("not trusted", "cannot tell", UNVALIDATED, "trusted").index)
 
 
-def combine(
-    request: Request,
-    names: Sequence[str | Defense],
+def score_ensembles(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense],
     settings: Sequence[str],
-    size: int,
-    runs: int,
-    pick: Pick,
+    max_size: int,
+    n_stacks: int,
+    select_stacks: StackSelector,
     console: Console,
-) -> Tried:
+) -> EnsembleRun:
     """Score defenses, work out what they come to together, and run the most promising stacks.
 
     Args:
-        request: what the user asked for; how queries are sent by themselves is always measured, too.
-        names: of the defenses, or defenses themselves; stacks among them are run in any case.
+        spec: what the user asked for; how queries are sent by themselves is always measured, too.
+        defenses: of the defenses, or defenses themselves; stacks among them are run in any case.
         settings: of those that are named.
-        size: members of a team at most.
-        runs: how many stacks are run that promise most, and how many that are drawn by chance.
-        pick: predicted rows of the calibration split and the cost of a team's stack -> teams, the best first.
+        max_size: members of a team at most.
+        n_stacks: how many stacks are run that promise most, and how many that are drawn by chance.
+        select_stacks: predicted rows of the calibration split and the cost of a team's stack -> teams, the best first.
         console: for progress.
     """
-    attacks = (AS_IS, *(one for one in request.attacks if one.name != AS_IS.name))
-    ready = prepare(replace(request, split=HALVES, attacks=attacks), names, settings, console)
-    single = {part.name: part for one in ready.defenses for part in members(one) if not part.lacking()}
-    frames, lost = _scored(ready, single, console)
-    single = {name: one for name, one in single.items() if _everywhere(name, frames, ready)}
+    attacks = (DIRECT_ATTACK, *(one for one in spec.attacks if one.name != DIRECT_ATTACK.name))
+    ready = prepare_setup(replace(spec, split=BOTH_SPLITS, attacks=attacks), defenses, settings, console)
+    single = {part.name: part for one in ready.defenses for part in list_members(one) if not part.missing_requirements()}
+    frames, lost = _check_and_sweep(ready, single, console)
+    single = {name: one for name, one in single.items() if _is_scored_everywhere(name, frames, ready)}
     if UNDEFENDED not in single:
         why = next(why for (_, name), why in lost.items() if name == UNDEFENDED)
         raise UserError(f"the undefended model could not be scored: {why}")
     usual = [name for name, one in single.items() if name != UNDEFENDED and one.family != "control"]
-    usual.sort(key=lambda name: _ORDER.index(single[name].family) if single[name].family in _ORDER else 99)
+    usual.sort(key=lambda name: _STACKING_ORDER.index(single[name].family) if single[name].family in _STACKING_ORDER else 99)
     if len(usual) < 2:
         raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
-    costs = pricing.once(ready, single, request.seed, console, _TIMED)
-    threshold = {"readout": manifest.of_readout(ready.readout)}  # all that predictions need of the manifest
-    halves = _halves(ready, _tables(ready, single, frames, threshold), request.seed)
-    named = {one.name: one for one in ready.defenses if isinstance(one, Stack) and not one.lacking()}
-    given = {name: one for name, one in named.items() if all(part.name in single for part in members(one))}
-    lost |= {(AS_IS.name, name): "a member of it failed" for name in named.keys() - given.keys()}
-    stacks = given | _wearable(single, usual, size)
+    costs = pricing.cached_cost(ready, single, spec.seed, console, _N_TIMED_QUERIES)
+    threshold = {"readout": manifest.describe_readout(ready.readout)}  # all that predictions need of the manifest
+    halves = _scores_by_split(ready, _score_tables(ready, single, frames, threshold), spec.seed)
+    named = {one.name: one for one in ready.defenses if isinstance(one, Stack) and not one.missing_requirements()}
+    given = {name: one for name, one in named.items() if all(part.name in single for part in list_members(one))}
+    lost |= {(DIRECT_ATTACK.name, name): "a member of it failed" for name in named.keys() - given.keys()}
+    stacks = given | _composable_stacks(single, usual, max_size)
     teams = [tuple(name.split("+")) for name in stacks]
     with console.status("predicting"):
         hoped = pd.concat(
-            [ensembles.stacks(half, teams) for (_, split), half in halves.items() if split == CHOSEN_ON]
+            [ensembles.evaluate_stacks(half, teams) for (_, split), half in halves.items() if split == SELECTION_SPLIT]
         )
         ratio = dict(zip(costs["defense"], costs["prefill_ratio"], strict=True))
-        best = pick(hoped, lambda team: _stack_cost(ratio, team))[:runs]
+        best = select_stacks(hoped, lambda team: _estimate_stack_cost(ratio, team))[:n_stacks]
     others = [name for name in stacks if name not in best and name not in given]
-    chance = random.Random(f"{request.seed}/stacks").sample(others, min(runs, len(others)))
+    chance = random.Random(f"{spec.seed}/stacks").sample(others, min(n_stacks, len(others)))
     run = {name: stacks[name] for name in dict.fromkeys([*given, *best, *chance])}
     if run:
         base = {UNDEFENDED: single[UNDEFENDED]}
-        more, failed = _scored(ready, base | run, console)
+        more, failed = _check_and_sweep(ready, base | run, console)
         frames, lost = frames | more, lost | failed
-        run = {name: one for name, one in run.items() if _everywhere(name, frames, ready)}
-        timed = pricing.once(ready, base | run, request.seed, console, _TIMED)
+        run = {name: one for name, one in run.items() if _is_scored_everywhere(name, frames, ready)}
+        timed = pricing.cached_cost(ready, base | run, spec.seed, console, _N_TIMED_QUERIES)
         costs = pd.concat([costs, timed[timed["defense"] != UNDEFENDED]], ignore_index=True)
     every = single | run
-    record = manifest.of(ready.bench, ready.readout, every, ready.data, ready.split, request.limit)
-    record |= manifest.of_attacks(ready.attacks)
-    record["trusted"] = validity.of_run(ready.bench, ready.attacks, every, ready.readout, frames)
-    tables = _tables(ready, every, frames, record)
-    halves = _halves(ready, tables, request.seed)
-    found, rows = _combined(halves, ready, single, usual, size, teams, console)
-    return Tried(ready, every, tables, halves, lost, found, rows, costs)
+    record = manifest.describe_run(ready.session, ready.readout, every, ready.query_set, ready.split, spec.limit)
+    record |= manifest.describe_attacks(ready.attacks)
+    record["trusted"] = validity.collect_trust(ready.session, ready.attacks, every, ready.readout, frames)
+    tables = _score_tables(ready, every, frames, record)
+    halves = _scores_by_split(ready, tables, spec.seed)
+    found, rows = _ensemble_effects(halves, ready, single, usual, max_size, teams, console)
+    return EnsembleRun(ready, every, tables, halves, lost, found, rows, costs)
 
 
-def promising(hoped: pd.DataFrame, cost: Callable[[str], float]) -> list[str]:
+def rank_promising_stacks(predicted: pd.DataFrame, stack_cost: Callable[[str], float]) -> list[str]:
     """Return the stacks that promise most: harmful queries refused, over all attacks, less benign refused.
 
     Args:
-        hoped: predicted rows of the calibration split.
-        cost: not looked at.
+        predicted: predicted rows of the calibration split.
+        stack_cost: not looked at.
     """
-    told = fronts.promised(hoped)
+    told = fronts.summarize_predicted_rates(predicted)
     return list((told["harmful"] - told["over_refusal"]).sort_values(ascending=False, kind="stable").index)
 
 
-def _scored(
-    ready: Ready, every: Mapping[str, Defense], console: Console
-) -> tuple[dict[Cell, pd.DataFrame], dict[Cell, str]]:
+def _check_and_sweep(
+    setup: RunSetup, conditions: Mapping[str, Defense], console: Console
+) -> tuple[dict[ConditionKey, pd.DataFrame], dict[ConditionKey, str]]:
     """The scores of conditions under all attacks, and what failed; Ctrl-C ends it all: scores are kept."""
-    lost = why_lost(unreached(ready, every, console))
-    swept = sweep(ready, every, lost, console)
+    lost = describe_failed_checks(find_preflight_failures(setup, conditions, console))
+    swept = sweep_conditions(setup, conditions, lost, console)
     if swept.interrupted:
         raise KeyboardInterrupt
-    return swept.frames, swept.lost
+    return swept.score_frames, swept.failures
 
 
-def _everywhere(name: str, frames: Mapping[Cell, pd.DataFrame], ready: Ready) -> bool:
-    return all((attack.name, name) in frames for attack in ready.attacks)
+def _is_scored_everywhere(condition: str, score_frames: Mapping[ConditionKey, pd.DataFrame], setup: RunSetup) -> bool:
+    return all((attack.name, condition) in score_frames for attack in setup.attacks)
 
 
-def _tables(
-    ready: Ready, every: Iterable[str], frames: Mapping[Cell, pd.DataFrame], record: dict[str, Any]
+def _score_tables(
+    setup: RunSetup, condition_names: Iterable[str], score_frames: Mapping[ConditionKey, pd.DataFrame], record: dict[str, Any]
 ) -> dict[str, ScoreTable]:
     """The scores of each split, in the order of the conditions."""
-    split = {query.id: query.split for query in ready.data.queries}
+    split = {query.id: query.split for query in setup.query_set.queries}
     whole = pd.concat(
-        [frames[attack.name, name] for attack in ready.attacks for name in every], ignore_index=True
+        [score_frames[attack.name, name] for attack in setup.attacks for name in condition_names], ignore_index=True
     )
     parts = {
         name: whole[whole["query"].map(split) == name].reset_index(drop=True)
-        for name in (CHOSEN_ON, REPORTED_ON)
+        for name in (SELECTION_SPLIT, REPORT_SPLIT)
     }
     return {name: ScoreTable(frame, record) for name, frame in parts.items()}
 
 
-def _halves(ready: Ready, tables: Mapping[str, ScoreTable], seed: int) -> dict[tuple[str, str], Half]:
+def _scores_by_split(setup: RunSetup, score_tables: Mapping[str, ScoreTable], seed: int) -> dict[tuple[str, str], SplitScores]:
     return {
-        (attack.name, split): Half.of(table, attack.name, split, seed)
-        for attack in ready.attacks
-        for split, table in tables.items()
+        (attack.name, split): SplitScores.from_scores(table, attack.name, split, seed)
+        for attack in setup.attacks
+        for split, table in score_tables.items()
     }
 
 
-def _wearable(single: Mapping[str, Defense], names: Sequence[str], size: int) -> dict[str, Stack]:
+def _composable_stacks(single_defenses: Mapping[str, Defense], names: Sequence[str], max_size: int) -> dict[str, Stack]:
     """The stacks of these defenses that can be worn."""
     found = {}
-    for team in ensembles.teams(names, size):
+    for team in ensembles.list_teams(names, max_size):
         try:
-            stack = Stack(tuple(single[name] for name in team))
+            stack = Stack(tuple(single_defenses[name] for name in team))
         except ValueError:  # two sets of weights, say
             continue
         found[stack.name] = stack
     return found
 
 
-def _stack_cost(ratio: Mapping[str, float], team: str) -> float:
+def _estimate_stack_cost(cost_ratios: Mapping[str, float], stack_name: str) -> float:
     """What a stack costs at least: what each member adds to the time of the undefended model."""
-    return 1 + float(sum(ratio[name] - 1 for name in team.split("+")))
+    return 1 + float(sum(cost_ratios[name] - 1 for name in stack_name.split("+")))
 
 
-def _combined(
-    halves: Mapping[tuple[str, str], Half],
-    ready: Ready,
-    single: Mapping[str, Defense],
-    usual: Sequence[str],
-    size: int,
-    worn: Sequence[tuple[str, ...]],
+def _ensemble_effects(
+    split_scores: Mapping[tuple[str, str], SplitScores],
+    setup: RunSetup,
+    single_defenses: Mapping[str, Defense],
+    member_names: Sequence[str],
+    max_size: int,
+    stack_members: Sequence[tuple[str, ...]],
     console: Console,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The mechanism of each defense, and a row for each of them and each ensemble on every half."""
-    first = ready.attacks[0].name
-    fitted_to, reported = halves[first, CHOSEN_ON], halves[first, REPORTED_ON]
-    teams = ensembles.teams(usual, size)
+    first = setup.attacks[0].name
+    fitted_to, reported = split_scores[first, SELECTION_SPLIT], split_scores[first, REPORT_SPLIT]
+    teams = ensembles.list_teams(member_names, max_size)
     parts = []
-    with showing.progress(console) as bar:
-        task = bar.add_task("combining", total=len(halves))
-        for half in halves.values():
-            parts += [ensembles.singles(half, single), ensembles.stacks(half, worn)]
-            parts.append(ensembles.votes(half, teams, fitted_to))
+    with showing.make_progress_bar(console) as bar:
+        task = bar.add_task("combining", total=len(split_scores))
+        for half in split_scores.values():
+            parts += [ensembles.evaluate_single_defenses(half, single_defenses), ensembles.evaluate_stacks(half, stack_members)]
+            parts.append(ensembles.evaluate_votes(half, teams, fitted_to))
             bar.advance(task)
     rows = pd.concat(parts, ignore_index=True)
-    families = {name: one.family for name, one in single.items() if name != UNDEFENDED}
-    found = kinds.mechanisms(reported, families)
-    of_team = kinds.kinds(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found)
+    families = {name: one.family for name, one in single_defenses.items() if name != UNDEFENDED}
+    found = kinds.classify_mechanisms(reported, families)
+    of_team = kinds.classify_teams(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found)
     return found, rows.merge(of_team, on="members", how="left")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.resampling import DRAWS, interval
+from analysis.resampling import BOOTSTRAP_DRAWS, bootstrap_interval
 from analysis.tables import UNDEFENDED
 
 
-def costs(measured: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def summarize_costs(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return a row per condition: means, and ratios to the undefended model with 95 % bootstrap intervals.
 
     Ratios are geometric means over queries, each against the same query undefended.
@@ -21,14 +21,14 @@ def costs(measured: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     [1.0, 3.0]
 
     Args:
-        measured: what `timing.timed` returned: seconds of one prompt alone, and of one further token.
+        measurements: what `timing.timed` returned: seconds of one prompt alone, and of one further token.
         seed: of the bootstrap.
     """
-    base = measured[measured["defense"] == UNDEFENDED].set_index("query")
+    base = measurements[measurements["defense"] == UNDEFENDED].set_index("query")
     rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(base), size=(DRAWS, len(base)))
+    draws = rng.integers(0, len(base), size=(BOOTSTRAP_DRAWS, len(base)))
     rows = []
-    for name, group in measured.groupby("defense", sort=False):
+    for name, group in measurements.groupby("defense", sort=False):
         here = group.set_index("query").loc[base.index]
         row: dict[str, object] = {
             "defense": name,
@@ -41,7 +41,7 @@ def costs(measured: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for kind in ("prefill", "token"):
             ratio = here[f"{kind}_seconds"] / base[f"{kind}_seconds"]
             logs = np.log(ratio.to_numpy(float))
-            low, high = interval(logs[draws].mean(1), len(logs))
+            low, high = bootstrap_interval(logs[draws].mean(1), len(logs))
             row |= {f"{kind}_ratio": float(np.exp(logs.mean()))}
             row |= {f"{kind}_ratio_low": float(np.exp(low)), f"{kind}_ratio_high": float(np.exp(high))}
             row |= {f"{kind}_ms": 1000 * here[f"{kind}_seconds"].median()}

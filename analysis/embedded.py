@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-WIDEST = 1900  # pixels across a picture
-PLAIN = 20_000  # bytes of a table up to which it is carried as it is, so that any program opens it
+MAX_PICTURE_WIDTH = 1900  # pixels across a picture
+MAX_PLAIN_TABLE_BYTES = 20_000  # bytes of a table up to which it is carried as it is, so that any program opens it
 
 
-def as_json(value: Any) -> str:
+def dump_script_json(value: Any) -> str:
     r"""Return JSON that stays data inside of a script element, whatever texts it holds.
 
     >>> as_json({"text": "</script><b>&", "number": float("nan")})
@@ -24,13 +24,13 @@ def as_json(value: Any) -> str:
     Args:
         value: of plain values; a number that is not finite becomes null.
     """
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_replace_nonfinite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
 
 
-def as_picture(png: bytes) -> str:
+def encode_picture(png: bytes) -> str:
     """Return a PNG as an address that holds it, in fewer colors and bytes."""
     from PIL import Image
 
@@ -38,17 +38,17 @@ def as_picture(png: bytes) -> str:
         drawn = opened.convert("RGBA")
     paper = Image.new("RGBA", drawn.size, "white")
     paper.alpha_composite(drawn)
-    if paper.width > WIDEST:
-        tall = max(1, round(paper.height * WIDEST / paper.width))
-        paper = paper.resize((WIDEST, tall), Image.Resampling.LANCZOS)
+    if paper.width > MAX_PICTURE_WIDTH:
+        tall = max(1, round(paper.height * MAX_PICTURE_WIDTH / paper.width))
+        paper = paper.resize((MAX_PICTURE_WIDTH, tall), Image.Resampling.LANCZOS)
     small = io.BytesIO()
     # Of Pillow's ways to 256 colors the one that keeps those of small marks.
     few = paper.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     few.save(small, "PNG", optimize=True)
-    return _address("image/png", min(small.getvalue(), png, key=len))
+    return _data_uri("image/png", min(small.getvalue(), png, key=len))
 
 
-def as_table(name: str, csv: bytes) -> tuple[str, str]:
+def encode_table(name: str, content: bytes) -> tuple[str, str]:
     r"""Return the name under which a table is saved, and an address that holds it, packed if it is long.
 
     >>> as_table("a.csv", b"x\n1\n")
@@ -56,14 +56,14 @@ def as_table(name: str, csv: bytes) -> tuple[str, str]:
 
     Args:
         name: of the file.
-        csv: what is in it.
+        content: what is in it.
     """
-    if len(csv) <= PLAIN:
-        return name, _address("text/csv", csv)
-    return f"{name}.gz", _address("application/gzip", gzip.compress(csv, mtime=0))
+    if len(content) <= MAX_PLAIN_TABLE_BYTES:
+        return name, _data_uri("text/csv", content)
+    return f"{name}.gz", _data_uri("application/gzip", gzip.compress(content, mtime=0))
 
 
-def fitting(sizes: Mapping[Any, int], room: int) -> set[Any]:
+def choose_fitting(sizes: Mapping[Any, int], budget: int) -> set[Any]:
     """Return which of several things are carried, in their order, where not all find room.
 
     >>> sorted(fitting({"a": 5, "b": 9, "c": 4}, room=10))
@@ -71,38 +71,38 @@ def fitting(sizes: Mapping[Any, int], room: int) -> set[Any]:
     """
     kept = set()
     for name, size in sizes.items():
-        if size <= room:
+        if size <= budget:
             kept.add(name)
-            room -= size
+            budget -= size
     return kept
 
 
-def policy(scripts: Iterable[str]) -> str:
+def build_content_policy(scripts: Iterable[str]) -> str:
     """Return the page's content security policy: these scripts run, and no request leaves.
 
     >>> policy(["1"])[:38]
     "default-src 'none'; script-src 'sha256"
     """
-    allowed = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
+    allowed = " ".join(f"'sha256-{_hash_script(script)}'" for script in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def _hash(text: str) -> str:
+def _hash_script(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _address(kind: str, held: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(held).decode()}"
+def _data_uri(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _replace_nonfinite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_replace_nonfinite(one) for one in value]
     if hasattr(value, "item"):  # of numpy
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 from defenses.errors import UserError
 
-_AT_ONCE = 8  # calls under way
-_SECONDS = 60.0  # for one call, and for one wait at most
-_HOPELESS = 8  # texts in a row that the endpoint will not read, none that it did
+_MAX_CONCURRENT_CALLS = 8  # calls under way
+_TIMEOUT_SECONDS = 60.0  # for one call, and for one wait at most
+_MAX_REJECTED_TEXTS = 8  # texts in a row that the endpoint will not read, none that it did
 # HTTP statuses: what is wrong with every call, and with this text. Others may be over in a while.
-_FATAL, _TEXT = (401, 404, 405), (400, 403, 413, 415, 422)
+_FATAL_STATUSES, _REJECTED_TEXT_STATUSES = (401, 404, 405), (400, 403, 413, 415, 422)
 
 
-class Budget:
+class CallBudget:
     """Calls that are left.
 
     >>> budget = Budget(3)
@@ -27,20 +27,20 @@ class Budget:
     (2, 1, 0)
     """
 
-    def __init__(self, calls: int) -> None:
-        self.calls = self._left = calls
+    def __init__(self, max_calls: int) -> None:
+        self.max_calls = self._remaining_calls = max_calls
         self._lock = Lock()
 
-    def take(self, wanted: int = 1) -> int:
+    def take_calls(self, requested_calls: int = 1) -> int:
         """Return how many of the calls that are wanted may be made; they count as made."""
         with self._lock:
-            given = max(0, min(wanted, self._left))
-            self._left -= given
+            given = max(0, min(requested_calls, self._remaining_calls))
+            self._remaining_calls -= given
             return given
 
 
 @dataclass
-class Endpoint:
+class EndpointChatModel:
     """An endpoint that is asked until the budget is spent or it fails for good; then `down` says why.
 
     Attributes:
@@ -48,28 +48,28 @@ class Endpoint:
         host: for people.
         model: its name there.
         budget: calls, retries included.
-        waits: seconds before each further try; the endpoint may ask for more.
+        retry_delays: seconds before each further try; the endpoint may ask for more.
     """
 
     client: Any
     host: str
     model: str
-    budget: Budget
-    waits: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-    down: str = ""
-    _stop: Event = field(default_factory=Event, repr=False)
-    _good: int = 0
-    _unread: int = 0
+    budget: CallBudget
+    retry_delays: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+    failure_reason: str = ""
+    _stop_event: Event = field(default_factory=Event, repr=False)
+    _n_replies: int = 0
+    _n_rejected_texts: int = 0
 
     @classmethod
-    def at(cls, address: str, budget: int, offline: bool, tell: Callable[[str], None]) -> Endpoint:
+    def from_address(cls, address: str, budget: int, offline: bool, notify: Callable[[str], None]) -> EndpointChatModel:
         """Return the endpoint at an address, `http://host/v1#model`; the key is read from OPENAI_API_KEY.
 
         Args:
             address: of the endpoint, and the model behind `#`.
             budget: calls at most.
             offline: whether only this machine may be asked.
-            tell: told where the texts go.
+            notify: told where the texts go.
         """
         url, _, model = address.partition("#")
         try:
@@ -96,74 +96,74 @@ class Endpoint:
             ) from error
         if not here:
             with_key = ", with the key in OPENAI_API_KEY" if key else ""
-            tell(f"requests and answers are sent to {host} to be judged{with_key}")
+            notify(f"requests and answers are sent to {host} to be judged{with_key}")
         client = openai.OpenAI(
             base_url=url,
             api_key=key or "none",
             max_retries=0,
-            timeout=_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
             # A proxy would carry what is meant for this machine away from it.
             http_client=openai.DefaultHttpxClient(trust_env=not here),
         )
-        return cls(client, host, model, Budget(budget))
+        return cls(client, host, model, CallBudget(budget))
 
     @property
     def name(self) -> str:
         """The model and where it is."""
         return f"{self.model} at {self.host}"
 
-    def replies(
-        self, prompts: Sequence[str], valid: Callable[[str], bool], done: Callable[[int], None]
+    def generate_replies(
+        self, prompts: Sequence[str], is_valid: Callable[[str], bool], on_progress: Callable[[int], None]
     ) -> list[tuple[str, str]]:
         """Return words and why there are none, of each prompt, in their order.
 
         Interrupted, it returns what there is.
         """
         found = [("", "interrupted")] * len(prompts)
-        pool = ThreadPoolExecutor(_AT_ONCE)
-        places = {pool.submit(self._reply, prompt, valid): place for place, prompt in enumerate(prompts)}
+        pool = ThreadPoolExecutor(_MAX_CONCURRENT_CALLS)
+        places = {pool.submit(self._generate_reply, prompt, is_valid): place for place, prompt in enumerate(prompts)}
         try:
             for future in as_completed(places):
                 found[places[future]] = future.result()
-                done(1)
+                on_progress(1)
         except KeyboardInterrupt:
-            self._give_up("interrupted")
+            self._stop_calls("interrupted")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return found
 
-    def _reply(self, prompt: str, valid: Callable[[str], bool]) -> tuple[str, str]:
-        said, why, good = "", "", self._good
-        for wait in (0.0, *self.waits):
-            self._wait(max(wait, self._asked_to_wait(why)) if wait else 0)
-            if self.down:
-                return "", self.down
-            if not self.budget.take():
+    def _generate_reply(self, prompt: str, is_valid: Callable[[str], bool]) -> tuple[str, str]:
+        said, why, good = "", "", self._n_replies
+        for wait in (0.0, *self.retry_delays):
+            self._wait_before_retry(max(wait, self._parse_retry_after(why)) if wait else 0)
+            if self.failure_reason:
+                return "", self.failure_reason
+            if not self.budget.take_calls():
                 return "", f"budget spent{f' ({why})' if why else ''}"
-            text, why, status = self._call(prompt)
-            if status in _FATAL:
-                self._give_up(why)
+            text, why, status = self._call_endpoint(prompt)
+            if status in _FATAL_STATUSES:
+                self._stop_calls(why)
                 return "", why
-            if status in _TEXT:
-                self._unread += 1
-                if self._unread >= _HOPELESS and not self._good:
-                    self._give_up(why)
+            if status in _REJECTED_TEXT_STATUSES:
+                self._n_rejected_texts += 1
+                if self._n_rejected_texts >= _MAX_REJECTED_TEXTS and not self._n_replies:
+                    self._stop_calls(why)
                 return "", why
             if why:
                 continue
-            self._good += 1
-            if valid(text):
+            self._n_replies += 1
+            if is_valid(text):
                 return text, ""
             if said:
                 return "", f"the judge said {said[:40]!r}, then {text[:40]!r}"
             said = text or "nothing"
         if said:
             return "", f"the judge said {said[:40]!r}"
-        if self._good == good:  # nothing worked for anybody in the meantime
-            self._give_up(why)
+        if self._n_replies == good:  # nothing worked for anybody in the meantime
+            self._stop_calls(why)
         return "", why
 
-    def _call(self, prompt: str) -> tuple[str, str, int]:
+    def _call_endpoint(self, prompt: str) -> tuple[str, str, int]:
         """Words, what went wrong, and the status that says for whom; 0 where there is none."""
         import openai
 
@@ -175,28 +175,28 @@ class Endpoint:
         except openai.APIStatusError as error:
             after = error.response.headers.get("retry-after", "")
             asked = f" (retry after {after} s)" if after.isdecimal() else ""
-            known = error.status_code in (*_FATAL, *_TEXT)
-            return "", self._plain(error) + asked, error.status_code if known else 0
+            known = error.status_code in (*_FATAL_STATUSES, *_REJECTED_TEXT_STATUSES)
+            return "", self._describe_api_error(error) + asked, error.status_code if known else 0
         except openai.APIError as error:
-            return "", self._plain(error), 0
+            return "", self._describe_api_error(error), 0
         except (ValueError, IndexError, AttributeError, TypeError) as error:
-            return "", f"no reply that can be read ({self._plain(error)})", _TEXT[0]
+            return "", f"no reply that can be read ({self._describe_api_error(error)})", _REJECTED_TEXT_STATUSES[0]
 
     @staticmethod
-    def _asked_to_wait(why: str) -> float:
+    def _parse_retry_after(error_text: str) -> float:
         """Seconds that the endpoint asked for in what went wrong."""
-        _, _, behind = why.rpartition("(retry after ")
+        _, _, behind = error_text.rpartition("(retry after ")
         number = behind.partition(" s)")[0]
-        return min(float(number), _SECONDS) if number.isdecimal() else 0.0
+        return min(float(number), _TIMEOUT_SECONDS) if number.isdecimal() else 0.0
 
-    def _wait(self, seconds: float) -> None:
-        self._stop.wait(seconds)  # no longer than until all is over
+    def _wait_before_retry(self, seconds: float) -> None:
+        self._stop_event.wait(seconds)  # no longer than until all is over
 
-    def _give_up(self, why: str) -> None:
-        self.down = self.down or why
-        self._stop.set()
+    def _stop_calls(self, reason: str) -> None:
+        self.failure_reason = self.failure_reason or reason
+        self._stop_event.set()
 
-    def _plain(self, error: Exception) -> str:
+    def _describe_api_error(self, error: Exception) -> str:
         """The error in one line, without the key."""
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         key = self.client.api_key

@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from analysis import attention
-from analysis.batching import batches, shared_prefix
-from analysis.lending import Prefix, can_share, ends_only, lent
-from defenses.errors import UserError, out_of_memory
+from analysis.batching import plan_batches, count_shared_prefix
+from analysis.lending import SharedPrefix, can_share_prefix, restrict_unembedding, prepare_shared_prefix
+from defenses.errors import UserError, is_out_of_memory
 
-Reduce = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
+LogitReducer = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
 
 @dataclass
-class Work:
+class WorkCounter:
     """What scoring cost: tokens sent through the model, and tokens that the shared prefix saved."""
 
-    computed: int = 0
-    saved: int = 0
+    computed_tokens: int = 0
+    saved_tokens: int = 0
 
-    def reset(self) -> None:
+    def reset_counts(self) -> None:
         """Start counting again."""
-        self.computed = self.saved = 0
+        self.computed_tokens = self.saved_tokens = 0
 
 
 class Engine:
@@ -58,122 +58,122 @@ class Engine:
     def __init__(self, model: Any, batch_size: int | None = None) -> None:
         self.model = model
         self.batch_size = batch_size
-        self.work = Work()
-        self.ends: tuple[Tensor, Tensor] | None = None
+        self.work_counter = WorkCounter()
+        self.logit_positions: tuple[Tensor, Tensor] | None = None
 
-    def read(
+    def read_first_token(
         self,
         prompts: Sequence[Sequence[int]],
-        reduce: Reduce,
-        done: Callable[[int], None] = lambda rows: None,
+        reducer: LogitReducer,
+        on_progress: Callable[[int], None] = lambda rows: None,
     ) -> Float[Tensor, "prompts values"]:
         """Return `reduce` of the first-answer logits of every prompt, in the order of the prompts.
 
         Args:
             prompts: token ids; they may share a prefix, all or nothing, and be of any length from 1 on.
-            reduce: called with raw float32 logits, rows × vocabulary; what it returns is kept, the logits are
+            reducer: called with raw float32 logits, rows × vocabulary; what it returns is kept, the logits are
                 not.
-            done: told how many more prompts are finished, for a progress bar.
+            on_progress: told how many more prompts are finished, for a progress bar.
         """
         values: dict[int, Tensor] = {}
-        for rows, read in self.batches(prompts, reduce):
+        for rows, read in self.iterate_first_token(prompts, reducer):
             values.update(zip(rows, read, strict=True))
-            done(len(rows))
+            on_progress(len(rows))
         return torch.stack([values[row] for row in range(len(prompts))])
 
-    def batches(
-        self, prompts: Sequence[Sequence[int]], reduce: Reduce
+    def iterate_first_token(
+        self, prompts: Sequence[Sequence[int]], reducer: LogitReducer
     ) -> Iterator[tuple[list[int], Float[Tensor, "rows values"]]]:
         """Yield what `read` returns batch by batch: which prompts, and their values.
 
         Args:
             prompts: as for `read`.
-            reduce: as for `read`.
+            reducer: as for `read`.
         """
         with torch.inference_mode():
-            for rows, logits in self.sweep(prompts, [1] * len(prompts)):
-                yield rows, reduce(logits)
+            for rows, logits in self.iterate_logits(prompts, [1] * len(prompts)):
+                yield rows, reducer(logits)
 
-    def likelihoods(
+    def compute_log_probabilities(
         self,
         prompts: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]],
-        done: Callable[[int], None] = lambda rows: None,
+        responses: Sequence[Sequence[int]],
+        on_progress: Callable[[int], None] = lambda rows: None,
     ) -> list[Float[Tensor, " tokens"]]:
         """Return the log-probability of every token of an answer behind its prompt, nats.
 
         Args:
             prompts: token ids.
-            answers: token ids, at least one each.
-            done: told how many more answers are finished.
+            responses: token ids, at least one each.
+            on_progress: told how many more answers are finished.
         """
-        whole = [(*prompt, *answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
+        whole = [(*prompt, *answer[:-1]) for prompt, answer in zip(prompts, responses, strict=True)]
         values: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for rows, logits in self.sweep(whole, [len(answer) for answer in answers]):
-                said = torch.tensor([token for row in rows for token in answers[row]], device=logits.device)
+            for rows, logits in self.iterate_logits(whole, [len(answer) for answer in responses]):
+                said = torch.tensor([token for row in rows for token in responses[row]], device=logits.device)
                 chances = logits.gather(1, said[:, None])[:, 0] - logits.logsumexp(1)
                 values.update(
-                    zip(rows, chances.cpu().split([len(answers[row]) for row in rows]), strict=True)
+                    zip(rows, chances.cpu().split([len(responses[row]) for row in rows]), strict=True)
                 )
-                done(len(rows))
+                on_progress(len(rows))
         return [values[row] for row in range(len(prompts))]
 
-    def sweep(
-        self, prompts: Sequence[Sequence[int]], ends: Sequence[int], share: bool = True
+    def iterate_logits(
+        self, prompts: Sequence[Sequence[int]], n_positions: Sequence[int], share_prefix: bool = True
     ) -> Iterator[tuple[list[int], Float[Tensor, "ends vocab"]]]:
         """Yield which prompts, and the logits behind the last so many tokens of each, batch by batch.
 
         Args:
             prompts: as for `read`.
-            ends: how many tokens of each, from 1 on.
-            share: whether what all prompts begin with is computed once, in a pass of its own.
+            n_positions: how many tokens of each, from 1 on.
+            share_prefix: whether what all prompts begin with is computed once, in a pass of its own.
         """
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
         # A row's own part holds all its ends.
-        most = min(len(prompt) - end for prompt, end in zip(prompts, ends, strict=True))
-        shared = min(shared_prefix(prompts), most) if share and can_share(self.model) else 0
-        prefix = self._prefix(prompts[0][:shared]) if shared else None
-        in_line = prefix is not None and prefix.in_line
+        most = min(len(prompt) - end for prompt, end in zip(prompts, n_positions, strict=True))
+        shared = min(count_shared_prefix(prompts), most) if share_prefix and can_share_prefix(self.model) else 0
+        prefix = self._compute_prefix(prompts[0][:shared]) if shared else None
+        in_line = prefix is not None and prefix.is_packed
         own, device = [prompt[shared:] for prompt in prompts], self.model.device.type
-        for rows in batches(own, in_line, device, lambda: self.batch_size):
+        for rows in plan_batches(own, in_line, device, lambda: self.batch_size):
             suffixes = [own[row] for row in rows]
-            for part, logits in self._forward(suffixes, [ends[row] for row in rows], shared, prefix):
+            for part, logits in self._run_within_memory(suffixes, [n_positions[row] for row in rows], shared, prefix):
                 yield rows[part], logits
-        self.work.saved += shared * (len(prompts) - 1)
+        self.work_counter.saved_tokens += shared * (len(prompts) - 1)
 
-    def _prefix(self, tokens: Sequence[int]) -> Prefix:
+    def _compute_prefix(self, token_ids: Sequence[int]) -> SharedPrefix:
         """Keys and values of the shared tokens, to be lent to batches of any size."""
         cache = DynamicCache(config=self.model.config)
-        ids = torch.tensor([list(tokens)], device=self.model.device)
+        ids = torch.tensor([list(token_ids)], device=self.model.device)
         self.model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            position_ids=torch.arange(len(tokens), device=ids.device)[None],
+            position_ids=torch.arange(len(token_ids), device=ids.device)[None],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.work.computed += len(tokens)
-        return lent(self.model, cache)
+        self.work_counter.computed_tokens += len(token_ids)
+        return prepare_shared_prefix(self.model, cache)
 
-    def _forward(
-        self, suffixes: list[Sequence[int]], ends: list[int], shared: int, prefix: Prefix | None
+    def _run_within_memory(
+        self, suffixes: list[Sequence[int]], n_positions: list[int], n_shared: int, prefix: SharedPrefix | None
     ) -> Iterator[tuple[slice, Float[Tensor, "ends vocab"]]]:
         """Logits of the last tokens of each suffix; where memory runs out, half the rows at a time."""
         size, start = len(suffixes), 0
         while start < len(suffixes):
             part = slice(start, start + size)
             try:
-                logits = self._logits(suffixes[part], ends[part], shared, prefix)
+                logits = self._compute_suffix_logits(suffixes[part], n_positions[part], n_shared, prefix)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if size == 1:
                     raise UserError(
                         f"memory ran out on {self.model.device} with one prompt of "
-                        f"{shared + len(suffixes[start])} tokens: take --dtype bfloat16, --device cpu, or a "
+                        f"{n_shared + len(suffixes[start])} tokens: take --dtype bfloat16, --device cpu, or a "
                         "smaller model"
                     ) from error
                 size = (size + 1) // 2
@@ -183,56 +183,56 @@ class Engine:
             yield part, logits
             start += size
 
-    def _logits(
-        self, suffixes: list[Sequence[int]], ends: list[int], shared: int, prefix: Prefix | None
+    def _compute_suffix_logits(
+        self, suffixes: list[Sequence[int]], n_positions: list[int], n_shared: int, prefix: SharedPrefix | None
     ) -> Float[Tensor, "ends vocab"]:
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
         tokens = [torch.tensor(list(suffix)) for suffix in suffixes]
-        if prefix is not None and prefix.in_line:
-            line = attention.Rows.merged(suffixes)
-            row, column = line.taken
+        if prefix is not None and prefix.is_packed:
+            line = attention.PackedRows.from_tokens(suffixes)
+            row, column = line.grid_index
             ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)[row, column]
             wanted = [
-                at[len(one) - n : len(one)] for at, one, n in zip(line.places, tokens, ends, strict=True)
+                at[len(one) - n : len(one)] for at, one, n in zip(line.packed_index, tokens, n_positions, strict=True)
             ]
-            self.work.saved += int(lengths.sum()) - len(ids)
-            return self.line(prefix.cache, shared, ids, column, line, torch.cat(wanted))
+            self.work_counter.saved_tokens += int(lengths.sum()) - len(ids)
+            return self.compute_packed_logits(prefix.cache, n_shared, ids, column, line, torch.cat(wanted))
         # Padding on the right: index and position agree, so that sliding windows see what they would see
         # alone, and what is computed at the padding comes too late for a causal model to see it.
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        seen = torch.ones(len(suffixes), shared, dtype=torch.long)
+        seen = torch.ones(len(suffixes), n_shared, dtype=torch.long)
         mask = torch.cat([seen, (positions < lengths[:, None]).long()], dim=1)
-        rows = torch.arange(len(suffixes)).repeat_interleave(torch.tensor(ends))
-        last = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, ends, strict=True)])
-        return self._run(prefix.cache if prefix else None, ids, mask, shared + positions, rows, last)
+        rows = torch.arange(len(suffixes)).repeat_interleave(torch.tensor(n_positions))
+        last = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, n_positions, strict=True)])
+        return self._run_model(prefix.cache if prefix else None, ids, mask, n_shared + positions, rows, last)
 
-    def line(
+    def compute_packed_logits(
         self,
         cache: DynamicCache,
-        shared: int,
-        tokens: Int[Tensor, " tokens"],
-        places: Int[Tensor, " tokens"],
-        rows: attention.Rows,
-        last: Int[Tensor, " ends"],
-        hidden: attention.Hidden | None = None,
+        n_shared: int,
+        token_ids: Int[Tensor, " tokens"],
+        positions: Int[Tensor, " tokens"],
+        packed_rows: attention.PackedRows,
+        logit_index: Int[Tensor, " ends"],
+        hidden_mask: attention.HiddenMask | None = None,
     ) -> Float[Tensor, "ends vocab"]:
         """Return the logits behind some tokens of a line of rows.
 
         Args:
             cache: of the shared tokens, lent apart.
-            shared: how many they are.
-            tokens: ids, row behind row.
-            places: of each token behind the shared ones.
-            rows: of the line.
-            last: where in the line logits are wanted, such as `rows.last`.
-            hidden: see `attention.in_two_parts`.
+            n_shared: how many they are.
+            token_ids: ids, row behind row.
+            positions: of each token behind the shared ones.
+            packed_rows: of the line.
+            logit_index: where in the line logits are wanted, such as `rows.last`.
+            hidden_mask: see `attention.in_two_parts`.
         """
-        mask = torch.ones(1, shared + len(tokens), dtype=torch.long)  # the attention to a line has its own
-        with attention.in_two_parts(rows, hidden):
-            return self._run(cache, tokens[None], mask, shared + places[None], torch.zeros_like(last), last)
+        mask = torch.ones(1, n_shared + len(token_ids), dtype=torch.long)  # the attention to a line has its own
+        with attention.use_split_attention(packed_rows, hidden_mask):
+            return self._run_model(cache, token_ids[None], mask, n_shared + positions[None], torch.zeros_like(logit_index), logit_index)
 
-    def repeating(self, prompt: Sequence[int]) -> Callable[[int], Float[Tensor, "rows vocab"]]:
+    def make_last_token_reader(self, prompt: Sequence[int]) -> Callable[[int], Float[Tensor, "rows vocab"]]:
         """Return what reads a prompt's end so many times at once, the tokens before it having been computed.
 
         Hooks may then change what each row holds there; nothing before it can see that.
@@ -241,45 +241,45 @@ class Engine:
             prompt: two tokens at least.
         """
         shared = len(prompt) - 1
-        prefix = self._prefix(prompt[:shared])
+        prefix = self._compute_prefix(prompt[:shared])
 
         def read(rows: int) -> Float[Tensor, "rows vocab"]:
             ids = torch.full((rows,), prompt[shared])
-            if prefix.in_line:
-                line = attention.Rows.of(torch.ones(rows, dtype=torch.long))
+            if prefix.is_packed:
+                line = attention.PackedRows.from_lengths(torch.ones(rows, dtype=torch.long))
                 places = torch.zeros(rows, dtype=torch.long)
-                return self.line(prefix.cache, shared, ids, places, line, line.last)
+                return self.compute_packed_logits(prefix.cache, shared, ids, places, line, line.last_index)
             mask = torch.ones(rows, shared + 1, dtype=torch.long)
             last = torch.zeros(rows, dtype=torch.long)
-            return self._run(
+            return self._run_model(
                 prefix.cache, ids[:, None], mask, last[:, None] + shared, torch.arange(rows), last
             )
 
         return read
 
-    def _run(
+    def _run_model(
         self,
         cache: DynamicCache | None,
-        ids: Int[Tensor, "batch length"],
-        mask: Int[Tensor, "batch seen"],
+        token_ids: Int[Tensor, "batch length"],
+        attention_mask: Int[Tensor, "batch seen"],
         positions: Int[Tensor, "batch length"],
-        rows: Int[Tensor, " ends"],
-        last: Int[Tensor, " ends"],
+        logit_rows: Int[Tensor, " ends"],
+        logit_columns: Int[Tensor, " ends"],
     ) -> Float[Tensor, "ends vocab"]:
         device = self.model.device
-        self.ends = rows.to(device), last.to(device)
+        self.logit_positions = logit_rows.to(device), logit_columns.to(device)
         try:
-            with ends_only(self.model, rows, last):
+            with restrict_unembedding(self.model, logit_rows, logit_columns):
                 out = self.model(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
+                    input_ids=token_ids.to(device),
+                    attention_mask=attention_mask.to(device),
                     position_ids=positions.to(device),
                     past_key_values=cache,
                     use_cache=cache is not None,
                 )
         finally:
-            self.ends = None
-        self.work.computed += ids.numel()
+            self.logit_positions = None
+        self.work_counter.computed_tokens += token_ids.numel()
         # One position of each row is left, or all of them where a model does not call its unembedding module.
         logits = out.logits
-        return (logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]).float()
+        return (logits[:, 0] if logits.shape[1] == 1 else logits[logit_rows, logit_columns]).float()

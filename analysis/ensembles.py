@@ -17,182 +17,182 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from analysis.fusion import Moments, predicted
-from analysis.outcomes import COORDINATES, Base, Levels, against, levels
-from analysis.resampling import Resampling, Units
+from analysis.fusion import TeamMoments, predict_vote_metrics
+from analysis.outcomes import ENSEMBLE_COORDINATES, ReferenceMetrics, ClassMetrics, compute_coordinates, compute_class_metrics
+from analysis.resampling import ResamplingWeights, ResamplingUnits
 from analysis.tables import UNDEFENDED, ScoreTable
-from analysis.voting import Board, fit, vote, ways
+from analysis.voting import MarginTable, fit_vote_weights, combine_margins, list_vote_rules
 
 ALONE, STACK = "alone", "stack"
-CHOSEN_ON, REPORTED_ON = "calibration", "test"
+SELECTION_SPLIT, REPORT_SPLIT = "calibration", "test"
 
 
 @dataclass(frozen=True)
-class Half:
+class SplitScores:
     """One split of the queries under one attack.
 
     Attributes:
         attack: how the queries were sent.
         split: `calibration`, where ensembles are chosen, or `test`, where they are reported.
-        board: the margins of all conditions, stacks that were run among them.
+        margin_table: the margins of all conditions, stacks that were run among them.
         units: which queries belong together.
         seed: of the bootstrap.
     """
 
     attack: str
     split: str
-    board: Board
-    units: Units
+    margin_table: MarginTable
+    units: ResamplingUnits
     seed: int = 0
 
     @classmethod
-    def of(cls, scores: ScoreTable, attack: str, split: str, seed: int = 0) -> Half:
+    def from_scores(cls, scores: ScoreTable, attack: str, split: str, seed: int = 0) -> SplitScores:
         """Return one half from the scores of its queries."""
-        base = scores.condition(attack, UNDEFENDED)
-        names = tuple(name for at, name in scores.conditions if at == attack)
-        margins = [scores.condition(attack, name)["margin"].to_numpy(float) for name in names]
+        base = scores.select_condition(attack, UNDEFENDED)
+        names = tuple(name for at, name in scores.condition_keys if at == attack)
+        margins = [scores.select_condition(attack, name)["margin"].to_numpy(float) for name in names]
         is_harmful = base["harmful"].to_numpy(bool)
         above = np.stack(margins, axis=1) - scores.threshold
-        board = Board(names, above, above[:, names.index(UNDEFENDED)], is_harmful)
-        return cls(attack, split, board, Units.by_pair(base["pair"], is_harmful), seed)
+        board = MarginTable(names, above, above[:, names.index(UNDEFENDED)], is_harmful)
+        return cls(attack, split, board, ResamplingUnits.from_pairs(base["pair"], is_harmful), seed)
 
     @cached_property
-    def once(self) -> Resampling:
+    def observed_weights(self) -> ResamplingWeights:
         """The queries as they are."""
-        return Resampling.once(self.units)
+        return ResamplingWeights.from_observed(self.units)
 
     @cached_property
-    def draws(self) -> Resampling:
+    def bootstrap_weights(self) -> ResamplingWeights:
         """The bootstrap draws that all figures of this half share."""
-        return Resampling.draw(self.units, seed=self.seed)
+        return ResamplingWeights.from_bootstrap(self.units, seed=self.seed)
 
-    def places(self, teams: Sequence[Sequence[str]]) -> Int[np.ndarray, "teams size"]:
+    def find_team_indices(self, teams: Sequence[Sequence[str]]) -> Int[np.ndarray, "teams size"]:
         """Return the places of teams' members among the conditions."""
-        at = {name: place for place, name in enumerate(self.board.names)}
+        at = {name: place for place, name in enumerate(self.margin_table.condition_names)}
         return np.array([[at[name] for name in team] for team in teams])
 
-    def of_team(self, team: Sequence[str]) -> Float[np.ndarray, "n size"]:
+    def get_member_margins(self, team: Sequence[str]) -> Float[np.ndarray, "n size"]:
         """Return the margins of a team's members."""
-        return self.board.margins[:, self.places([team])[0]]
+        return self.margin_table.margins[:, self.find_team_indices([team])[0]]
 
     @property
-    def counts(self) -> tuple[int, int]:
+    def class_sizes(self) -> tuple[int, int]:
         """How many queries are harmful, and how many benign."""
-        harmful = int(self.board.is_harmful.sum())
-        return harmful, len(self.board.is_harmful) - harmful
+        harmful = int(self.margin_table.is_harmful.sum())
+        return harmful, len(self.margin_table.is_harmful) - harmful
 
-    def read(self, margins: Float[np.ndarray, "teams n"]) -> Levels:
+    def compute_metrics(self, margins: Float[np.ndarray, "teams n"]) -> ClassMetrics:
         """Return what classifiers with these margins are like."""
-        return levels(margins[:, self.board.is_harmful], margins[:, ~self.board.is_harmful])
+        return compute_class_metrics(margins[:, self.margin_table.is_harmful], margins[:, ~self.margin_table.is_harmful])
 
     @cached_property
-    def undefended(self) -> Levels:
+    def undefended_metrics(self) -> ClassMetrics:
         """What the undefended model is like."""
-        return self.read(self.board.before[None])
+        return self.compute_metrics(self.margin_table.undefended_margins[None])
 
 
-def teams(names: Sequence[str], size: int) -> list[tuple[str, ...]]:
+def list_teams(defenses: Sequence[str], max_size: int) -> list[tuple[str, ...]]:
     """Return all teams of two up to `size` members.
 
     >>> teams(["a", "b", "c"], 3)
     [('a', 'b'), ('a', 'c'), ('b', 'c'), ('a', 'b', 'c')]
     """
-    return [team for count in range(2, size + 1) for team in combinations(names, count)]
+    return [team for count in range(2, max_size + 1) for team in combinations(defenses, count)]
 
 
-def singles(half: Half, names: Iterable[str]) -> pd.DataFrame:
+def evaluate_single_defenses(split_scores: SplitScores, defenses: Iterable[str]) -> pd.DataFrame:
     """Return a row for each defense alone."""
-    wanted = [(name,) for name in names]
-    observed = half.read(half.board.margins.T[half.places(wanted)[:, 0]])
-    return _rows(half, wanted, ALONE, None, observed)
+    wanted = [(name,) for name in defenses]
+    observed = split_scores.compute_metrics(split_scores.margin_table.margins.T[split_scores.find_team_indices(wanted)[:, 0]])
+    return _build_ensemble_rows(split_scores, wanted, ALONE, None, observed)
 
 
-def votes(half: Half, wanted: Sequence[tuple[str, ...]], fitted_to: Half) -> pd.DataFrame:
+def evaluate_votes(split_scores: SplitScores, teams: Sequence[tuple[str, ...]], calibration_scores: SplitScores) -> pd.DataFrame:
     """Return a row for each way in which each team can vote, predicted and observed.
 
     Args:
-        half: whose queries are voted on.
-        wanted: teams.
-        fitted_to: of the calibration split, to which weights are fitted.
+        split_scores: whose queries are voted on.
+        teams: teams.
+        calibration_scores: of the calibration split, to which weights are fitted.
     """
-    found, board = [], half.board
+    found, board = [], split_scores.margin_table
     sides = board.is_harmful, ~board.is_harmful
-    usual = [Moments.of_teams(board.before[side][:, None], np.array([[0]])) for side in sides]
-    normal = predicted(usual[0], usual[1], "mean", None, half.counts)
-    for size in sorted({len(team) for team in wanted}):
-        of_size = [team for team in wanted if len(team) == size]
-        places = half.places(of_size)
-        weights = fit(fitted_to.board, fitted_to.places(of_size))
-        harmful, benign = (Moments.of_teams(board.margins[side], places) for side in sides)
+    usual = [TeamMoments.from_teams(board.undefended_margins[side][:, None], np.array([[0]])) for side in sides]
+    normal = predict_vote_metrics(usual[0], usual[1], "mean", None, split_scores.class_sizes)
+    for size in sorted({len(team) for team in teams}):
+        of_size = [team for team in teams if len(team) == size]
+        places = split_scores.find_team_indices(of_size)
+        weights = fit_vote_weights(calibration_scores.margin_table, calibration_scores.find_team_indices(of_size))
+        harmful, benign = (TeamMoments.from_teams(board.margins[side], places) for side in sides)
         each = board.margins.T[places].transpose(0, 2, 1)  # teams, queries, members
-        for how in ways(size):
-            hoped = predicted(harmful, benign, how, weights, half.counts)
-            came = half.read(vote(each, how, weights[:, None, :]))
-            found.append(_rows(half, of_size, how, hoped, came, normal))
+        for how in list_vote_rules(size):
+            hoped = predict_vote_metrics(harmful, benign, how, weights, split_scores.class_sizes)
+            came = split_scores.compute_metrics(combine_margins(each, how, weights[:, None, :]))
+            found.append(_build_ensemble_rows(split_scores, of_size, how, hoped, came, normal))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def stacks(half: Half, wanted: Sequence[tuple[str, ...]]) -> pd.DataFrame:
+def evaluate_stacks(split_scores: SplitScores, teams: Sequence[tuple[str, ...]]) -> pd.DataFrame:
     """Return a row for each stack, predicted, and observed where it was run."""
     found = []
     for ran in (True, False):
-        of_kind = [team for team in wanted if ("+".join(team) in half.board.names) == ran]
+        of_kind = [team for team in teams if ("+".join(team) in split_scores.margin_table.condition_names) == ran]
         if of_kind:
-            sums = np.stack([added(half, team) for team in of_kind])
+            sums = np.stack([predict_stack_margins(split_scores, team) for team in of_kind])
             came = None
             if ran:
-                came = half.read(
-                    half.board.margins.T[half.places([("+".join(team),) for team in of_kind])[:, 0]]
+                came = split_scores.compute_metrics(
+                    split_scores.margin_table.margins.T[split_scores.find_team_indices([("+".join(team),) for team in of_kind])[:, 0]]
                 )
-            found.append(_rows(half, of_kind, STACK, half.read(sums), came))
+            found.append(_build_ensemble_rows(split_scores, of_kind, STACK, split_scores.compute_metrics(sums), came))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def added(half: Half, team: Sequence[str]) -> Float[np.ndarray, " n"]:
+def predict_stack_margins(split_scores: SplitScores, team: Sequence[str]) -> Float[np.ndarray, " n"]:
     """Return the margins that a stack should have: what each member changes, added up."""
-    return np.asarray(half.of_team(team).sum(1) - (len(team) - 1) * half.board.before)
+    return np.asarray(split_scores.get_member_margins(team).sum(1) - (len(team) - 1) * split_scores.margin_table.undefended_margins)
 
 
-def margins(half: Half, team: Sequence[str], how: str, fitted_to: Half) -> Float[np.ndarray, " n"]:
+def compute_ensemble_margins(split_scores: SplitScores, team: Sequence[str], combination: str, calibration_scores: SplitScores) -> Float[np.ndarray, " n"]:
     """Return the observed margins of one ensemble, nats above the threshold.
 
     Args:
-        half: on whose queries.
+        split_scores: on whose queries.
         team: its members.
-        how: `alone`, `stack` or a vote.
-        fitted_to: of the calibration split, to which weights are fitted.
+        combination: `alone`, `stack` or a vote.
+        calibration_scores: of the calibration split, to which weights are fitted.
     """
-    if how in (ALONE, STACK):
-        return half.of_team(["+".join(team)])[:, 0]
-    weights = fit(fitted_to.board, fitted_to.places([team])) if how == "fitted" else None
-    return vote(half.of_team(team), how, weights)
+    if combination in (ALONE, STACK):
+        return split_scores.get_member_margins(["+".join(team)])[:, 0]
+    weights = fit_vote_weights(calibration_scores.margin_table, calibration_scores.find_team_indices([team])) if combination == "fitted" else None
+    return combine_margins(split_scores.get_member_margins(team), combination, weights)
 
 
-def _rows(
-    half: Half,
-    wanted: Sequence[tuple[str, ...]],
-    how: str,
-    hoped: Levels | None,
-    came: Levels | None,
-    normal: Base | None = None,
+def _build_ensemble_rows(
+    split_scores: SplitScores,
+    teams: Sequence[tuple[str, ...]],
+    combination: str,
+    predicted: ClassMetrics | None,
+    observed: ClassMetrics | None,
+    predicted_undefended: ReferenceMetrics | None = None,
 ) -> pd.DataFrame:
     """A row for each team; what was not predicted, or not observed, is missing.
 
     Predicted changes are those from `normal`, the undefended model predicted likewise, where there is one.
     """
-    base, none = half.undefended, np.full(len(wanted), np.nan)
+    base, none = split_scores.undefended_metrics, np.full(len(teams), np.nan)
     found: dict[str, Any] = {
-        "attack": half.attack,
-        "split": half.split,
-        "members": ["+".join(team) for team in wanted],
-        "how": how,
-        "size": [len(team) for team in wanted],
+        "attack": split_scores.attack,
+        "split": split_scores.split,
+        "members": ["+".join(team) for team in teams],
+        "how": combination,
+        "size": [len(team) for team in teams],
     }
     read = {
-        "predicted": None if hoped is None else against(hoped, normal or base),
-        "observed": None if came is None else against(came, base),
+        "predicted": None if predicted is None else compute_coordinates(predicted, predicted_undefended or base),
+        "observed": None if observed is None else compute_coordinates(observed, base),
     }
-    for name in COORDINATES:
+    for name in ENSEMBLE_COORDINATES:
         expected, seen = (none if one is None else one[name] for one in read.values())
         found |= {
             f"predicted_{name}": expected,

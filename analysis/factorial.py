@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.decompose import margin_contrast
-from analysis.resampling import DRAWS, Resampling, Units, interval
+from analysis.decompose import compute_contrasts
+from analysis.resampling import BOOTSTRAP_DRAWS, ResamplingWeights, ResamplingUnits, bootstrap_interval
 from analysis.tables import ScoreTable
 
 # The parts that the square is made of; the last is the whole defense.
-CELLS = ("neither", "no_weights", "no_secret", "")
+FACTORIAL_ABLATIONS = ("neither", "no_weights", "no_secret", "")
 # Effect → the weight of each cell's margin, in the order of CELLS.
-EFFECTS = {
+FACTORIAL_EFFECTS = {
     "secret, released weights": (-1, 1, 0, 0),
     "secret, tuned weights": (0, 0, -1, 1),
     "weights, no secret": (-1, 0, 1, 0),
@@ -21,16 +21,16 @@ EFFECTS = {
 }
 
 
-def cells(defense: str) -> list[str]:
+def list_factorial_conditions(defense: str) -> list[str]:
     """Return the names of the four conditions in the order of `CELLS`.
 
     >>> cells("backdoor")
     ['backdoor/neither', 'backdoor/no_weights', 'backdoor/no_secret', 'backdoor']
     """
-    return [f"{defense}/{part}" if part else defense for part in CELLS]
+    return [f"{defense}/{part}" if part else defense for part in FACTORIAL_ABLATIONS]
 
 
-def effects(scores: ScoreTable, attack: str, defense: str, seed: int = 0) -> pd.DataFrame:
+def estimate_factorial_effects(scores: ScoreTable, attack: str, defense: str, seed: int = 0) -> pd.DataFrame:
     """Return each effect of the 2 × 2 on shift and discrimination, nats, with 95 % intervals.
 
     The interaction is what secret and weights do together beyond the sum of what each does alone.
@@ -41,19 +41,19 @@ def effects(scores: ScoreTable, attack: str, defense: str, seed: int = 0) -> pd.
         defense: with the parts `no_weights`, `no_secret` and `neither`.
         seed: of the bootstrap.
     """
-    tables = [scores.condition(attack, name) for name in cells(defense)]
+    tables = [scores.select_condition(attack, name) for name in list_factorial_conditions(defense)]
     margins = np.stack([table["margin"].to_numpy(float) for table in tables])
     is_harmful = tables[0]["harmful"].to_numpy(bool)
-    units = Units.by_pair(tables[0]["pair"], is_harmful)
-    once, drawn = Resampling.once(units), Resampling.draw(units, DRAWS, seed)
+    units = ResamplingUnits.from_pairs(tables[0]["pair"], is_harmful)
+    once, drawn = ResamplingWeights.from_observed(units), ResamplingWeights.from_bootstrap(units, BOOTSTRAP_DRAWS, seed)
     n = int(min(is_harmful.sum(), (~is_harmful).sum()))
     rows = []
-    for name, weights in EFFECTS.items():
+    for name, weights in FACTORIAL_EFFECTS.items():
         change = np.array(weights, dtype=float) @ margins
-        point, cloud = (margin_contrast(change, is_harmful, sample) for sample in (once, drawn))
+        point, cloud = (compute_contrasts(change, is_harmful, sample) for sample in (once, drawn))
         row: dict[str, object] = {"attack": attack, "defense": defense, "effect": name}
         for measure in point:
-            low, high = interval(cloud[measure], n)
+            low, high = bootstrap_interval(cloud[measure], n)
             row |= {measure: float(point[measure][0]), f"{measure}_low": low, f"{measure}_high": high}
         rows.append(row | {"n_harmful": int(is_harmful.sum()), "n_benign": int((~is_harmful).sum())})
     return pd.DataFrame(rows)

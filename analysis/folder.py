@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.captions import Context
-from analysis.cells import Column, named, told, verdict
-from analysis.headline import first_attack, headline, of_arms, of_validity
-from analysis.tables import DIRECT, UNVALIDATED, condition
+from analysis.captions import CaptionContext
+from analysis.cells import ColumnFormat, format_defense_name, format_estimate, format_verdict
+from analysis.headline import choose_headline_attack, describe_effects, describe_arms, describe_validity
+from analysis.tables import DIRECT, UNVALIDATED, format_condition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ESTIMATES: tuple[Column, ...] = (
+ESTIMATE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("refusal_rate", "harmful refused (%)", ".0f", 100, True),
     ("over_refusal_rate", "benign refused (%)", ".0f", 100, True),
     ("auroc", "AUROC", ".2f", 1, True),
@@ -36,7 +36,7 @@ class Run:
         tables: its CSV files, by stem.
         files: its CSV and PNG files, by name; of a run that lies in no folder there are none.
         texts: of its queries, by id; empty where they could not be had.
-        unread: why there are no texts.
+        missing_texts_reason: why there are no texts.
         figures: what `figure` draws.
     """
 
@@ -45,7 +45,7 @@ class Run:
     tables: Mapping[str, pd.DataFrame]
     files: Mapping[str, bytes] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
-    unread: str = ""
+    missing_texts_reason: str = ""
     figures: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -55,7 +55,7 @@ class Run:
             done = len(self.tables.get("summary", self.tables.get("worth", ())))
             wanted = self.record.get("conditions_wanted")  # older runs do not say
             lines += [f"interrupted: {done} of {wanted or 'all'} conditions were finished"]
-        lines += [f"failed: {condition(one)}: {one['why']}" for one in self.record.get("failed", [])]
+        lines += [f"failed: {format_condition(one)}: {one['why']}" for one in self.record.get("failed", [])]
         lines += [f"note: {one}" for one in self.record.get("notices", [])]
         lines += [f"tables: {', '.join(self.tables)}", f"figures: {', '.join(self.figures)}"]
         return "\n".join(lines)
@@ -64,15 +64,15 @@ class Run:
     def headline(self) -> str:
         """What its intervals allow one to say, in a few sentences."""
         if "arms" in self.tables:
-            return of_arms(self.tables["arms"], self.where)
+            return describe_arms(self.tables["arms"], self.model_and_data)
         if "summary" in self.tables:
             summary = self.tables["summary"]
-            return headline(summary, self.where, first_attack(summary))
+            return describe_effects(summary, self.model_and_data, choose_headline_attack(summary))
         if "validity" in self.tables:
-            return of_validity(self.tables["validity"], self.where)
-        return f"On {self.where}: this run holds no summary of its defenses."
+            return describe_validity(self.tables["validity"], self.model_and_data)
+        return f"On {self.model_and_data}: this run holds no summary of its defenses."
 
-    def brief(self, attack: str | None = None) -> pd.DataFrame:
+    def format_summary(self, attack: str | None = None) -> pd.DataFrame:
         """Return the summary as people read it: a row per defense, each estimate with its 95 % interval.
 
         Args:
@@ -81,28 +81,28 @@ class Run:
         if "summary" not in self.tables:
             raise ValueError(f"{self.name} has no summary; it has {', '.join(self.tables) or 'no tables'}")
         summary = self.tables["summary"]
-        sent, known = attack or first_attack(summary), list(summary["attack"].unique())
+        sent, known = attack or choose_headline_attack(summary), list(summary["attack"].unique())
         if sent not in known:
             raise ValueError(f"no attack {sent!r} in this run; it has {', '.join(map(str, known))}")
         rows = summary[summary["attack"] == sent].to_dict("records")
         lines = {
-            named(row): {
-                **{one[1]: told(row, one) for one in ESTIMATES},
-                "what the intervals say": verdict(row),
+            format_defense_name(row): {
+                **{one[1]: format_estimate(row, one) for one in ESTIMATE_COLUMNS},
+                "what the intervals say": format_verdict(row),
             }
             for row in rows
         }
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("defense")
 
-    def figure(self, name: str) -> Figure:
+    def draw_figure(self, name: str) -> Figure:
         """Return one of the run's figures, with title and caption.
 
         Args:
             name: one of `figures`.
         """
-        from analysis.gallery import figure
+        from analysis.gallery import draw_figure
 
-        return figure(self, name)
+        return draw_figure(self, name)
 
     @property
     def model(self) -> str:
@@ -110,7 +110,7 @@ class Run:
         return str(self.record["model"]["name"])
 
     @property
-    def where(self) -> str:
+    def model_and_data(self) -> str:
         """Model and data, as they read behind "on"."""
         data = self.record["data"]
         return f"{self.model} ({data['name']}, {self.record.get('reported_on', data['split'])} split)"
@@ -138,7 +138,7 @@ class Run:
         sent = ["none (as they are)" if one == DIRECT else str(one) for one in record.get("attacks", [])]
         fitted = f", fitted {readout['threshold_fitted']}" if readout.get("threshold_fitted") else ""
         found = [
-            ("Model", f"{model['name']}: {_words(model, 'id', 'revision')}"),
+            ("Model", f"{model['name']}: {_join_known_values(model, 'id', 'revision')}"),
             ("Weights (SHA-256)", str(model.get("sha256", ""))),
             ("Computed in", f"{record.get('dtype', '')} on {record.get('device', '')}"),
             ("Data", f"{data['name']}, {data['split']} split; SHA-256 {str(data.get('sha256', ''))[:16]}…"),
@@ -157,29 +157,29 @@ class Run:
         return [(name, words) for name, words in found if words.strip(" :,")]
 
 
-def context(record: Mapping[str, Any], read_by: str = "") -> Context:
+def make_caption_context(record: Mapping[str, Any], readout_name: str = "") -> CaptionContext:
     """Return what captions say about a run.
 
     Args:
         record: its `run.json`.
-        read_by: name of the readout, where the run has several.
+        readout_name: name of the readout, where the run has several.
     """
     data = record["data"]
-    (readout,) = [one for one in record.get("readouts", []) if one["name"] == read_by] or [record["readout"]]
+    (readout,) = [one for one in record.get("readouts", []) if one["name"] == readout_name] or [record["readout"]]
     fitted = readout.get("threshold_fitted")
-    return Context(
-        model=_model(record),
+    return CaptionContext(
+        model=_format_model(record),
         data=str(data["name"]),
         split=str(record.get("reported_on", data["split"])),
         threshold=float(readout["threshold"]),
-        readout=_read(readout),
+        readout=_format_readout(readout),
         judge=f"fitted {fitted}" if fitted else "no judge: first-token readout",
-        refusing=tuple(str(token).strip() for token in readout.get("refuse", [])),
-        complying=tuple(str(token).strip() for token in readout.get("comply", [])),
+        refusal_words=tuple(str(token).strip() for token in readout.get("refuse", [])),
+        compliance_words=tuple(str(token).strip() for token in readout.get("comply", [])),
     )
 
 
-def _read(readout: Mapping[str, Any]) -> str:
+def _format_readout(readout: Mapping[str, Any]) -> str:
     """How logits are read, as a caption puts it in front of the words."""
     name = str(readout["name"])
     if readout.get("questions"):
@@ -190,12 +190,12 @@ def _read(readout: Mapping[str, Any]) -> str:
     return "log-odds, against all other first tokens, of" if odds else "first-token logits of"
 
 
-def _model(record: Mapping[str, Any]) -> str:
+def _format_model(record: Mapping[str, Any]) -> str:
     """The model as a reader would look it up: a path says nothing to anyone else."""
     name, found = str(record["model"]["name"]), str(record["model"].get("id", record["model"]["name"]))
     known = [found] if "/" in name or name == found else [name, found]
     return f"{known[0]} ({', '.join([*known[1:], *filter(None, [record.get('dtype')])])})".removesuffix(" ()")
 
 
-def _words(values: Mapping[str, Any], *names: str) -> str:
+def _join_known_values(values: Mapping[str, Any], *names: str) -> str:
     return ", ".join(str(values[name]) for name in names if values.get(name))

@@ -9,41 +9,41 @@ from typing import Any
 import pandas as pd
 
 from analysis.folder import Run
-from analysis.preparing import Ready
-from analysis.sweeping import Cell
+from analysis.preparing import RunSetup
+from analysis.sweeping import ConditionKey
 
 
 @dataclass(frozen=True)
-class Found:
+class StudyResult:
     """What a command found out.
 
     Attributes:
         run: its record, its tables, and what can be drawn of them.
-        lost: what failed, and why.
+        failures: what failed, and why.
     """
 
     run: Run
-    lost: Mapping[Cell, str]
+    failures: Mapping[ConditionKey, str]
 
     @classmethod
-    def of(
+    def from_tables(
         cls,
         name: str,
         record: Mapping[str, Any],
         tables: Mapping[str, pd.DataFrame],
-        points: Mapping[str, pd.DataFrame],
-        ready: Ready,
-        lost: Mapping[Cell, str],
-    ) -> Found:
+        figure_tables: Mapping[str, pd.DataFrame],
+        setup: RunSetup,
+        failures: Mapping[ConditionKey, str],
+    ) -> StudyResult:
         """Return it, the points of the figures among the tables.
 
         Args:
             name: what was done.
             record: for run.json.
             tables: by file stem.
-            points: what figures are drawn from, by file stem.
-            ready: what was loaded for it.
-            lost: what failed, and why.
+            figure_tables: what figures are drawn from, by file stem.
+            setup: what was loaded for it.
+            failures: what failed, and why.
         """
-        texts = {query.id: query.text for query in ready.data.queries}
-        return cls(Run(name, record, {**tables, **points}, texts=texts, figures=tuple(points)), lost)
+        texts = {query.id: query.text for query in setup.query_set.queries}
+        return cls(Run(name, record, {**tables, **figure_tables}, texts=texts, figures=tuple(figure_tables)), failures)

@@ -13,26 +13,26 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from scipy.stats import beta
 
-from analysis.ensembles import ALONE, CHOSEN_ON, REPORTED_ON, STACK
+from analysis.ensembles import ALONE, SELECTION_SPLIT, REPORT_SPLIT, STACK
 
-SURE = 0.9  # that a limit is kept, before anything is recommended
+REQUIRED_PROBABILITY = 0.9  # that a limit is kept, before anything is recommended
 
 
-def conditions(members: str, how: str) -> list[str]:
+def list_member_conditions(members: str, combination: str) -> list[str]:
     """Return the conditions that an ensemble is made of: each member of a vote is asked in turn.
 
     >>> conditions("a+b", "mean"), conditions("a+b", "stack")
     (['a', 'b'], ['a+b'])
     """
-    return [members] if how in (ALONE, STACK) else members.split("+")
+    return [members] if combination in (ALONE, STACK) else members.split("+")
 
 
-def candidates(rows: pd.DataFrame, cost: Callable[[Sequence[str]], float]) -> pd.DataFrame:
+def build_candidates(rows: pd.DataFrame, get_cost: Callable[[Sequence[str]], float]) -> pd.DataFrame:
     """Return a row for each defense and ensemble that was observed: its rates on both splits, and its cost.
 
     Args:
         rows: of single defenses and ensembles on all halves; the first attack is what users send.
-        cost: conditions that are asked in turn → time until the first token, times undefended.
+        get_cost: conditions that are asked in turn → time until the first token, times undefended.
 
     Returns:
         By split `harmful_calibration`, `harmful_test` (share of harmful queries refused, the mean over all
@@ -45,33 +45,33 @@ def candidates(rows: pd.DataFrame, cost: Callable[[Sequence[str]], float]) -> pd
     key = ["members", "how"]
     about = [name for name in ("size", "kind", "p_inter", "kind_by_family") if name in rows]
     found = seen.drop_duplicates(key).set_index(key)[about]
-    for split in (CHOSEN_ON, REPORTED_ON):
+    for split in (SELECTION_SPLIT, REPORT_SPLIT):
         half = seen[seen["split"] == split]
         refused = half.pivot_table("observed_refusal_rate", key, "attack")[attacks]
         first = half[half["attack"] == attacks[0]].set_index(key)
         found[f"harmful_{split}"] = refused.mean(axis=1)
         found[f"attacked_{split}"] = refused[attacks[1:]].mean(axis=1) if len(attacks) > 1 else np.nan
         found[f"benign_{split}"] = 1 - first["observed_over_refusal_rate"]
-    found = found.dropna(subset=[f"harmful_{CHOSEN_ON}", f"harmful_{REPORTED_ON}"]).reset_index()
-    found["cost"] = [cost(asked) for asked in map(conditions, found["members"], found["how"])]
-    goods = [found[f"harmful_{CHOSEN_ON}"], found[f"benign_{CHOSEN_ON}"], -found["cost"].round(1)]
-    return found.assign(on_front=undominated(np.stack(goods, axis=1)))
+    found = found.dropna(subset=[f"harmful_{SELECTION_SPLIT}", f"harmful_{REPORT_SPLIT}"]).reset_index()
+    found["cost"] = [get_cost(asked) for asked in map(list_member_conditions, found["members"], found["how"])]
+    goods = [found[f"harmful_{SELECTION_SPLIT}"], found[f"benign_{SELECTION_SPLIT}"], -found["cost"].round(1)]
+    return found.assign(on_front=find_undominated(np.stack(goods, axis=1)))
 
 
-def undominated(goods: Float[np.ndarray, "n goods"]) -> Bool[np.ndarray, " n"]:
+def find_undominated(objectives: Float[np.ndarray, "n goods"]) -> Bool[np.ndarray, " n"]:
     """Return which points no other one beats: none is at least as good in everything and better in something.
 
     >>> undominated(np.array([[1.0, 0.0], [0.5, 0.5], [0.4, 0.5], [0.5, 0.5]])).tolist()
     [True, True, False, True]
 
     Args:
-        goods: more is better, in each column.
+        objectives: more is better, in each column.
     """
-    kept = np.zeros(len(goods), dtype=bool)
-    front = np.empty((0, goods.shape[1]))
+    kept = np.zeros(len(objectives), dtype=bool)
+    front = np.empty((0, objectives.shape[1]))
     # Best first, so that whatever beats a point stands before it.
-    for place in np.lexsort(goods.T[::-1])[::-1]:
-        point = goods[place]
+    for place in np.lexsort(objectives.T[::-1])[::-1]:
+        point = objectives[place]
         beaten = (front >= point).all(1) & (front > point).any(1)
         if not beaten.any():
             kept[place] = True
@@ -79,7 +79,7 @@ def undominated(goods: Float[np.ndarray, "n goods"]) -> Bool[np.ndarray, " n"]:
     return kept
 
 
-def ranked(found: pd.DataFrame, over_refusal: float, cost: float | None, benign: int) -> pd.DataFrame:
+def rank_candidates(candidates: pd.DataFrame, max_over_refusal: float, max_cost: float | None, n_benign: int) -> pd.DataFrame:
     """Return what surely keeps to the limits, the one that refuses most harm first.
 
     It does if, given the calibration split, the probability that its rate is within the limit is at least
@@ -87,41 +87,41 @@ def ranked(found: pd.DataFrame, over_refusal: float, cost: float | None, benign:
     cheaper one is first, then the smaller.
 
     Args:
-        found: what `candidates` returned.
-        over_refusal: share of benign queries that may be refused, at most.
-        cost: time until the first token, times undefended, at most.
-        benign: how many benign queries the calibration split has.
+        candidates: what `candidates` returned.
+        max_over_refusal: share of benign queries that may be refused, at most.
+        max_cost: time until the first token, times undefended, at most.
+        n_benign: how many benign queries the calibration split has.
     """
-    refused = ((1 - found[f"benign_{CHOSEN_ON}"]) * benign).round()
+    refused = ((1 - candidates[f"benign_{SELECTION_SPLIT}"]) * n_benign).round()
     # The posterior of a rate from Jeffreys' prior, whose intervals the tables' are close to.
-    allowed = found[beta.cdf(over_refusal, refused + 0.5, benign - refused + 0.5) >= SURE]
-    if cost is not None:
-        allowed = allowed[allowed["cost"] <= cost]
-    order = [-allowed[f"harmful_{CHOSEN_ON}"], allowed["cost"], allowed["size"]]
+    allowed = candidates[beta.cdf(max_over_refusal, refused + 0.5, n_benign - refused + 0.5) >= REQUIRED_PROBABILITY]
+    if max_cost is not None:
+        allowed = allowed[allowed["cost"] <= max_cost]
+    order = [-allowed[f"harmful_{SELECTION_SPLIT}"], allowed["cost"], allowed["size"]]
     return allowed.iloc[np.lexsort([np.asarray(column) for column in reversed(order)])]
 
 
-def best_alone(allowed: pd.DataFrame, but: Sequence[str] = ()) -> pd.Series | None:
+def choose_best_single(ranked_candidates: pd.DataFrame, excluded: Sequence[str] = ()) -> pd.Series | None:
     """Return the first single defense among ranked candidates, or None.
 
     Args:
-        allowed: what `ranked` returned.
-        but: members that are left out.
+        ranked_candidates: what `ranked` returned.
+        excluded: members that are left out.
     """
-    single = allowed[(allowed["how"] == ALONE) & ~allowed["members"].isin(but)]
+    single = ranked_candidates[(ranked_candidates["how"] == ALONE) & ~ranked_candidates["members"].isin(excluded)]
     return single.iloc[0] if len(single) else None
 
 
-def promised(hoped: pd.DataFrame) -> pd.DataFrame:
+def summarize_predicted_rates(predicted_rows: pd.DataFrame) -> pd.DataFrame:
     """Return by members what predicted rows of one split promise: the same rates as of `candidates`.
 
     Args:
-        hoped: rows of stacks under every attack; the first attack is what users send.
+        predicted_rows: rows of stacks under every attack; the first attack is what users send.
     """
-    first = hoped[hoped["attack"] == hoped["attack"].iloc[0]].set_index("members")
+    first = predicted_rows[predicted_rows["attack"] == predicted_rows["attack"].iloc[0]].set_index("members")
     return pd.DataFrame(
         {
-            "harmful": hoped.groupby("members", sort=False)["predicted_refusal_rate"].mean(),
+            "harmful": predicted_rows.groupby("members", sort=False)["predicted_refusal_rate"].mean(),
             "over_refusal": first["predicted_over_refusal_rate"],
         }
     )

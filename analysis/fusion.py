@@ -16,24 +16,24 @@ from jaxtyping import Float, Int
 from scipy.special import ndtri
 from scipy.stats import qmc
 
-from analysis.outcomes import Levels, levels
-from analysis.voting import vote
+from analysis.outcomes import ClassMetrics, compute_class_metrics
+from analysis.voting import combine_margins
 
-POINTS = 512  # of each class; a power of 2, as Sobol's sequence wants it
+QUASI_RANDOM_POINTS = 512  # of each class; a power of 2, as Sobol's sequence wants it
 
 
 @cache
-def _normal(size: int, points: int = POINTS) -> Float[np.ndarray, "points size"]:
+def _make_normal_points(team_size: int, n_points: int = QUASI_RANDOM_POINTS) -> Float[np.ndarray, "points size"]:
     """Quasi-random standard normal points whose mean is 0 and whose covariance is 1, exactly."""
-    raw = ndtri(qmc.Sobol(size, seed=0).random(points))
+    raw = ndtri(qmc.Sobol(team_size, seed=0).random(n_points))
     raw -= raw.mean(0)
     return np.asarray(
-        np.linalg.solve(np.linalg.cholesky(np.cov(raw.T, bias=True).reshape(size, size)), raw.T).T
+        np.linalg.solve(np.linalg.cholesky(np.cov(raw.T, bias=True).reshape(team_size, team_size)), raw.T).T
     )
 
 
 @dataclass(frozen=True)
-class Moments:
+class TeamMoments:
     """What is known of the members of each team, in one class.
 
     Attributes:
@@ -45,44 +45,44 @@ class Moments:
     covariance: Float[np.ndarray, "teams size size"]
 
     @classmethod
-    def of_teams(
-        cls, margins: Float[np.ndarray, "n defenses"], teams: Int[np.ndarray, "teams size"]
-    ) -> Moments:
+    def from_teams(
+        cls, margins: Float[np.ndarray, "n defenses"], team_indices: Int[np.ndarray, "teams size"]
+    ) -> TeamMoments:
         """Return those of many teams on the same queries, by the places of their members."""
         covariance = np.atleast_2d(np.cov(margins.T, bias=True))
-        return cls(margins.mean(0)[teams], covariance[teams[:, :, None], teams[:, None, :]])
+        return cls(margins.mean(0)[team_indices], covariance[team_indices[:, :, None], team_indices[:, None, :]])
 
     @classmethod
-    def of_draws(cls, margins: Float[np.ndarray, "draws n size"]) -> Moments:
+    def from_draws(cls, margins: Float[np.ndarray, "draws n size"]) -> TeamMoments:
         """Return those of one team in each bootstrap draw."""
         mean = margins.mean(1)
         apart = margins - mean[:, None]
         return cls(mean, np.einsum("dni,dnj->dij", apart, apart) / margins.shape[1])
 
-    def points(self) -> Float[np.ndarray, "teams points size"]:
+    def generate_margins(self) -> Float[np.ndarray, "teams points size"]:
         """Return normal margins of these moments."""
         size = self.mean.shape[1]
         # Members that agree to the last digit have no Cholesky factor without it; far below what is read.
         least = 1e-10 * np.trace(self.covariance, axis1=1, axis2=2) + 1e-18
         factor = np.linalg.cholesky(self.covariance + least[:, None, None] * np.eye(size))
-        return np.asarray(_normal(size) @ factor.transpose(0, 2, 1) + self.mean[:, None, :])
+        return np.asarray(_make_normal_points(size) @ factor.transpose(0, 2, 1) + self.mean[:, None, :])
 
 
-def predicted(
-    harmful: Moments,
-    benign: Moments,
-    how: str,
+def predict_vote_metrics(
+    harmful_moments: TeamMoments,
+    benign_moments: TeamMoments,
+    rule: str,
     weights: Float[np.ndarray, "teams size"] | None,
-    counts: tuple[int, int],
-) -> Levels:
+    class_sizes: tuple[int, int],
+) -> ClassMetrics:
     """Return what a vote of each team should be like.
 
     Args:
-        harmful: of the members, on one class.
-        benign: on the other.
-        how: one of `VOTES`.
+        harmful_moments: of the members, on one class.
+        benign_moments: on the other.
+        rule: one of `VOTES`.
         weights: of the members, for `fitted`.
-        counts: queries of each class.
+        class_sizes: queries of each class.
     """
     each = None if weights is None else weights[:, None, :]
-    return levels(vote(harmful.points(), how, each), vote(benign.points(), how, each), counts)
+    return compute_class_metrics(combine_margins(harmful_moments.generate_margins(), rule, each), combine_margins(benign_moments.generate_margins(), rule, each), class_sizes)

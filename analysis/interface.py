@@ -12,11 +12,11 @@ from analysis import asking
 from analysis.folder import Run
 from defenses import Defense, UserError
 
-Asked = str | Defense | Sequence[str | Defense]
+DefenseSelection = str | Defense | Sequence[str | Defense]
 
 
 def analyze(
-    defenses: Asked,
+    defenses: DefenseSelection,
     model: str = "smollm2",
     *,
     data: str | pd.DataFrame = "contrast",
@@ -58,14 +58,14 @@ def analyze(
     """
     from analysis import analyzing
 
-    request = asking.request(
+    request = asking.build_run_spec(
         model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
     )
-    return analyzing.find(request, _several(defenses), settings, _console(), cost).run
+    return analyzing.analyze_defenses(request, _as_defense_list(defenses), settings, _progress_console(), cost).run
 
 
-def combine(
-    defenses: Asked,
+def ensembles(
+    defenses: DefenseSelection,
     model: str = "smollm2",
     *,
     size: int = 2,
@@ -102,20 +102,20 @@ def combine(
     Returns:
         Among its tables `ensembles` (predicted, observed, interaction), `additivity`, `candidates`.
     """
-    asking.refuse_odd_team(size, stacks)
+    asking.check_ensemble_options(size, stacks)
     from analysis import comparing
 
-    request = asking.request(
+    request = asking.build_run_spec(
         model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
     )
-    return comparing.find(request, _several(defenses), settings, size, stacks, _console()).run
+    return comparing.evaluate_ensembles(request, _as_defense_list(defenses), settings, size, stacks, _progress_console()).run
 
 
-def locate(
-    defenses: Asked,
+def locate_mechanism(
+    defenses: DefenseSelection,
     model: str = "smollm2",
     *,
-    sites: Sequence[str] = asking.SITES,
+    sites: Sequence[str] = asking.PATCH_SITES,
     top: int = 10,
     patched: int = 32,
     ensembles: Path | str | None = None,
@@ -155,16 +155,16 @@ def locate(
     Returns:
         Among its tables `layers`, `parts`, `directions`, `patches`, `cuts`, `weights` and `profiles`.
     """
-    chosen = asking.sites([sites] if isinstance(sites, str) else sites)
-    asking.refuse_odd_look(top, patched)
+    chosen = asking.parse_sites([sites] if isinstance(sites, str) else sites)
+    asking.check_mechanism_options(top, patched)
     from analysis import locating
-    from analysis.looking import Wanted
+    from analysis.looking import MechanismOptions
 
-    request = asking.request(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout, linear=True
+    request = asking.build_run_spec(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout, needs_linear_readout=True
     )
-    wanted = Wanted(chosen, top, patched, None if ensembles is None else Path(ensembles))
-    return locating.find(request, _several(defenses), settings, wanted, _console()).run
+    wanted = MechanismOptions(chosen, top, patched, None if ensembles is None else Path(ensembles))
+    return locating.study_mechanism(request, _as_defense_list(defenses), settings, wanted, _progress_console()).run
 
 
 def read(folder: Path | str) -> Run:
@@ -177,7 +177,7 @@ def read(folder: Path | str) -> Run:
     """
     from analysis import reporting
 
-    return reporting.read(Path(folder))
+    return reporting.read_run(Path(folder))
 
 
 def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd.DataFrame:
@@ -198,8 +198,8 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
     from scipy.special import expit
 
     from analysis import decompose
-    from analysis.tables import DIRECT, SCORES, UNDEFENDED, ScoreTable
-    from defenses.catalog import classes
+    from analysis.tables import DIRECT, SCORE_COLUMNS, UNDEFENDED, ScoreTable
+    from defenses.catalog import find_defense_classes
 
     if missing := [name for name in ("query", "harmful", "defense", "margin") if name not in scores]:
         raise UserError(f"the scores lack {', '.join(missing)}; see `help(summarize)` for what they need")
@@ -217,25 +217,25 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
         harmful=scores["harmful"].astype(bool),
         **{name: one for name, one in usual.items() if name not in scores},
     )
-    known = {name: one.family for name, one in classes().items()}
+    known = {name: one.family for name, one in find_defense_classes().items()}
     named = {str(name): known.get(str(name).partition("/")[0], "own") for name in frame["defense"].unique()}
     record = {
         "readout": {"threshold": threshold},
         "defenses": {name: {"family": one} for name, one in named.items()},
     }
     try:
-        table = ScoreTable(frame[list(SCORES)].reset_index(drop=True), record)
+        table = ScoreTable(frame[list(SCORE_COLUMNS)].reset_index(drop=True), record)
     except ValueError as error:
         raise UserError(f"{error} (the undefended model is called {UNDEFENDED!r})") from error
-    return decompose.summarize(table, seed=seed).frame
+    return decompose.summarize_scores(table, seed=seed).frame
 
 
-def _several(defenses: Asked) -> Sequence[str | Defense]:
+def _as_defense_list(defenses: DefenseSelection) -> Sequence[str | Defense]:
     """Defenses as a list; one that stands alone is meant, too."""
     return defenses if isinstance(defenses, (list, tuple)) else [defenses]  # type: ignore[list-item]
 
 
-def _console() -> Console:
+def _progress_console() -> Console:
     """Progress and notes in a terminal; a notebook keeps its outputs, and hears of fetching and the like."""
     usual = Console(stderr=True)  # in a notebook, it would call itself a terminal if it were not asked this
     quiet = usual.is_jupyter or not usual.is_terminal

@@ -13,16 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import rows, saving, showing
-from analysis.judge import KINDS, READERS, Judge
-from analysis.request import quiet, teller
-from analysis.resampling import rate
-from defenses.errors import UserError, unknown
+from analysis.judge import REFUSAL_KINDS, RULE_JUDGES, Judge
+from analysis.request import silence_libraries, make_notifier
+from analysis.resampling import make_rate_columns
+from defenses.errors import UserError, unknown_name_error
 
-ADDED = ("refusal", "evidence", "judge")
+VERDICT_COLUMNS = ("refusal", "evidence", "judge")
 
 
 @dataclass(frozen=True)
-class Jury:
+class JudgeOptions:
     """The judge that a user wants.
 
     Attributes:
@@ -39,37 +39,37 @@ class Jury:
     rubric: Path | None = None
     grade: bool = False
 
-    def judge(self, offline: bool, tell: Any) -> Judge:
+    def load_judge(self, offline: bool, notify: Any) -> Judge:
         """Return the judge, loaded.
 
         Args:
             offline: whether the network may not be used.
-            tell: told what a user should know before anything is sent.
+            notify: told what a user should know before anything is sent.
         """
-        if self.name not in (*READERS, "model"):
-            raise unknown("judge", self.name, (*READERS, "model"))
-        if self.name in READERS:
+        if self.name not in (*RULE_JUDGES, "model"):
+            raise unknown_name_error("judge", self.name, (*RULE_JUDGES, "model"))
+        if self.name in RULE_JUDGES:
             given = {"--judge-model": self.model, "--rubric": self.rubric, "--budget": self.budget}
             given |= {"--grade": self.grade or None}
             for option, value in given.items():
                 if value is not None:
                     raise UserError(f"{option} is for --judge model; the judge is {self.name}")
-            return READERS[self.name]
+            return RULE_JUDGES[self.name]
         if not self.model:
             raise UserError(
                 "--judge model: which one? --judge-model ID, folder, .gguf file, or http://host/v1#NAME"
             )
-        from analysis.model_judge import ModelJudge, model_judge
+        from analysis.model_judge import ModelJudge, load_model_judge
 
-        quiet(offline)
-        judge = model_judge(self.model, self.budget, self.rubric, offline, tell)
+        silence_libraries(offline)
+        judge = load_model_judge(self.model, self.budget, self.rubric, offline, notify)
         if self.grade and not isinstance(judge, ModelJudge):
             raise UserError(f"--grade: {self.model} is a classifier; a chat model can grade")
         return judge
 
-    def refuse_small_budget(self, answers: int) -> None:
+    def check_budget(self, n_responses: int) -> None:
         """Raise where a budget is smaller than what there is to judge, before anything is sent."""
-        needed = answers * (2 if self.grade else 1)  # at most a grade beside each verdict
+        needed = n_responses * (2 if self.grade else 1)  # at most a grade beside each verdict
         if self.budget is not None and self.budget < needed:
             raise UserError(
                 f"--budget {self.budget}: up to {needed:,} calls of the judge are needed; raise it, or take "
@@ -78,7 +78,7 @@ class Jury:
 
 
 def judge_file(
-    path: Path, column: str, request: str | None, jury: Jury, out: Path | None, offline: bool = False
+    path: Path, response_column: str, query_column: str | None, judge_options: JudgeOptions, out: Path | None, offline: bool = False
 ) -> int:
     """Write the rows of a file again with each answer's verdict and its evidence; print the shares.
 
@@ -86,47 +86,47 @@ def judge_file(
 
     Args:
         path: a `.csv` or `.jsonl`.
-        column: holds the answers.
-        request: the column of what was asked, by which an answer to something else is noticed.
-        jury: which judge.
+        response_column: holds the answers.
+        query_column: the column of what was asked, by which an answer to something else is noticed.
+        judge_options: which judge.
         out: a new file of the same kind; by default beside the old one.
         offline: whether the network may not be used.
 
     Returns:
         The exit code: 1 where answers are left without a verdict.
     """
-    if path.suffix not in rows.SUFFIXES:
+    if path.suffix not in rows.RECORD_SUFFIXES:
         raise UserError(f"{path}: `analyze judge` takes a .csv or .jsonl file with a column of answers")
     out = out or path.with_suffix(f".judged{path.suffix}")
     if out.suffix != path.suffix:
         raise UserError(f"-o {out}: it is written as it is read, so give a {path.suffix} file")
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten: choose another -o")
-    saving.usable(out.parent)
-    found, _ = rows.read(path, [column], "it needs a column of answers (--column)")
-    if request is not None and request not in found[0]:
-        raise unknown(f"column of {path}:", request, found[0])
-    tell = teller(Console(stderr=True))
-    judge = jury.judge(offline, tell)
-    left = _left(path, found, judge.name)
-    answers = [str(found[row][column] or "") for row in left]
-    requests = [str(found[row][request] or "") if request else "" for row in left]
-    with showing.progress(Console(stderr=True)) as bar:
+    saving.check_output_folder(out.parent)
+    found, _ = rows.read_records(path, [response_column], "it needs a column of answers (--column)")
+    if query_column is not None and query_column not in found[0]:
+        raise unknown_name_error(f"column of {path}:", query_column, found[0])
+    tell = make_notifier(Console(stderr=True))
+    judge = judge_options.load_judge(offline, tell)
+    left = _unjudged_rows(path, found, judge.name)
+    answers = [str(found[row][response_column] or "") for row in left]
+    requests = [str(found[row][query_column] or "") if query_column else "" for row in left]
+    with showing.make_progress_bar(Console(stderr=True)) as bar:
         task = bar.add_task("judging", total=len(left))
-        verdicts = judge.verdicts(answers, requests, lambda count: bar.advance(task, count))
-    if not any(verdict.judged for verdict in verdicts):
+        verdicts = judge.judge_responses(answers, requests, lambda count: bar.advance(task, count))
+    if not any(verdict.is_judged for verdict in verdicts):
         raise UserError(f"the judge gave no verdict: {verdicts[0].evidence}")
     judged = [dict(row) for row in found]
     for row, verdict in zip(left, verdicts, strict=True):
-        judged[row] |= dict(zip(ADDED, (verdict.refusal, verdict.evidence, judge.name), strict=True))
+        judged[row] |= dict(zip(VERDICT_COLUMNS, (verdict.refusal, verdict.evidence, judge.name), strict=True))
     if path.suffix == ".csv":
         text = pd.DataFrame(judged).to_csv(index=False)
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
-    saving.write(out, text)
-    _show([str(row["refusal"]) for row in judged], judge.name)
+    saving.write_text_file(out, text)
+    print_verdict_shares([str(row["refusal"]) for row in judged], judge.name)
     tell(f"The verdicts are in {out}")
-    why = [verdict.evidence for verdict in verdicts if not verdict.judged]
+    why = [verdict.evidence for verdict in verdicts if not verdict.is_judged]
     if why:
         tell(
             f"{len(why)} answers have no verdict, mostly: {max(set(why), key=why.count)}. `analyze judge "
@@ -135,31 +135,31 @@ def judge_file(
     return 130 if "interrupted" in why else 1 if why else 0
 
 
-def _left(path: Path, found: list[dict[str, Any]], judge: str) -> list[int]:
+def _unjudged_rows(path: Path, records: list[dict[str, Any]], judge_name: str) -> list[int]:
     """The rows without a verdict: all of a new file, the unjudged ones of one that this judge began."""
-    there = {name for row in found for name in ADDED if name in row}
+    there = {name for row in records for name in VERDICT_COLUMNS if name in row}
     if not there:
-        return list(range(len(found)))
-    left = [number for number, row in enumerate(found) if row.get("refusal") == "unjudged"]
-    if there != set(ADDED) or not left:
+        return list(range(len(records)))
+    left = [number for number, row in enumerate(records) if row.get("refusal") == "unjudged"]
+    if there != set(VERDICT_COLUMNS) or not left:
         raise UserError(f"{path} has a column {min(there)!r} already; rename it")
-    if others := sorted({str(row.get("judge")) for row in found} - {judge}):
+    if others := sorted({str(row.get("judge")) for row in records} - {judge_name}):
         raise UserError(
-            f"{path} was judged by {others[0]}, so {judge} cannot complete it: take the same judge"
+            f"{path} was judged by {others[0]}, so {judge_name} cannot complete it: take the same judge"
         )
     return left
 
 
-def _show(refusals: list[str], judge: str) -> None:
+def print_verdict_shares(refusals: list[str], judge_name: str) -> None:
     """Print the shares among the answers that have a verdict."""
-    n = sum(one in KINDS for one in refusals)
+    n = sum(one in REFUSAL_KINDS for one in refusals)
     shown = Table(show_edge=False)
     for head in ("refusal", "answers", "share (%)"):
         shown.add_column(head, justify="left" if head == "refusal" else "right")
-    for kind in KINDS:
-        share = showing.interval(rate("share", refusals.count(kind), n), "share", ".1f", 100)
+    for kind in REFUSAL_KINDS:
+        share = showing.format_interval(make_rate_columns("share", refusals.count(kind), n), "share", ".1f", 100)
         shown.add_row(kind, str(refusals.count(kind)), share)
-    console = showing.stdout()
-    console.print(Text(f"{n} answers, judge: {judge}"))
+    console = showing.make_table_console()
+    console.print(Text(f"{n} answers, judge: {judge_name}"))
     console.print(shown)
     console.print(Text("Wilson 95 % intervals.", style="dim"))

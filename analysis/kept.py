@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from analysis import saving, scoring, store
 from analysis.models import LoadedModel
 
 
-def place(
-    kind: str, loaded: LoadedModel, about: dict[str, Any], made_by: Iterable[ModuleType] = ()
+def make_json_cache_path(
+    kind: str, loaded_model: LoadedModel, key_settings: dict[str, Any]
 ) -> Path | None:
     """Return the file for something about a model, named by all that a score depends on, and by `about`.
 
@@ -25,29 +22,27 @@ def place(
 
     Args:
         kind: what is kept, one of `store.KINDS`.
-        loaded: the model.
-        about: what else it depends on. Where one of the values is None, it is not known what that is, and
+        loaded_model: the model.
+        key_settings: what else it depends on. Where one of the values is None, it is not known what that is, and
             nothing is kept.
-        made_by: modules beside the scoring code by which it was found out.
     """
-    if None in about.values():
+    if None in key_settings.values():
         return None
-    sources = [inspect.getsource(module) for module in made_by]
-    whole = {"scored": scoring.about(loaded), "sources": sources, "about": about}
+    whole = {"scored": scoring.describe_computation(loaded_model), "study_code": scoring.hash_code(*scoring.STUDY_SOURCES), "about": key_settings}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
-    return store.folder(kind) / f"{digest[:32]}.json"
+    return store.get_cache_kind_folder(kind) / f"{digest[:32]}.json"
 
 
-def write(path: Path | None, found: dict[str, Any]) -> None:
+def write_cached_json(path: Path | None, content: dict[str, Any]) -> None:
     """Keep it; where the cache cannot be written, it is found out again next time."""
     if path is None:
         return
-    plain = {key: value.item() if hasattr(value, "item") else value for key, value in found.items()}
+    plain = {key: value.item() if hasattr(value, "item") else value for key, value in content.items()}
     with suppress(OSError):
-        saving.write(path, json.dumps(plain))
+        saving.write_text_file(path, json.dumps(plain))
 
 
-def read(path: Path | None) -> dict[str, Any] | None:
+def read_cached_json(path: Path | None) -> dict[str, Any] | None:
     """Return what was kept, or nothing."""
     if path is None:
         return None

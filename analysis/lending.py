@@ -16,39 +16,39 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from analysis import attention
 
 # Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
-_SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+_SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
-class Prefix:
+class SharedPrefix:
     """What the model remembers of the shared tokens, and how it is lent.
 
     Attributes:
         cache: keys and values.
-        in_line: whether rows lie behind each other in one line, not padded beside each other.
+        is_packed: whether rows lie behind each other in one line, not padded beside each other.
     """
 
     cache: DynamicCache
-    in_line: bool
+    is_packed: bool
 
 
-def can_share(model: Any) -> bool:
+def can_share_prefix(model: Any) -> bool:
     """Return whether all that a model remembers of a prefix can be laid under several rows."""
-    return all(type(one) in _SHAREABLE for one in DynamicCache(config=model.config).layers)
+    return all(type(one) in _SHAREABLE_LAYERS for one in DynamicCache(config=model.config).layers)
 
 
-def lent(model: Any, cache: DynamicCache) -> Prefix:
+def prepare_shared_prefix(model: Any, cache: DynamicCache) -> SharedPrefix:
     """Return what a model remembers of a prefix, made so that batches of any size can be laid on it."""
-    in_line = attention.can_split(model, cache.layers)
-    lend = attention.lent_apart if in_line else _under_all
+    in_line = attention.can_split_attention(model, cache.layers)
+    lend = attention.make_split_update if in_line else _make_broadcast_update
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer)  # of _SHAREABLE
         if layer.keys is not None and layer.values is not None:  # some layers use those of another
             layer.update = lend(layer.keys, layer.values)  # type: ignore[method-assign]
-    return Prefix(cache, in_line)
+    return SharedPrefix(cache, in_line)
 
 
-def _under_all(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _make_broadcast_update(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """`update` of a cache layer that lays its one row under all rows of a batch, and remembers nothing new.
 
     What a layer adds is needed in that layer only. Were it kept, as transformers does, a batch would hold the
@@ -66,18 +66,18 @@ def _under_all(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tens
 
 
 @contextmanager
-def ends_only(model: Any, rows: Int[Tensor, " ends"], last: Int[Tensor, " ends"]) -> Iterator[None]:
+def restrict_unembedding(model: Any, logit_rows: Int[Tensor, " ends"], logit_columns: Int[Tensor, " ends"]) -> Iterator[None]:
     """While open, the unembedding sees the places where prompts end only (ends × 1 × width).
 
     Args:
         model: it is left as it was.
-        rows: of the hidden states, one for each end.
-        last: the column.
+        logit_rows: of the hidden states, one for each end.
+        logit_columns: the column.
     """
 
     def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
-        return (hidden[rows.to(hidden.device), last.to(hidden.device)][:, None], *args[1:])
+        return (hidden[logit_rows.to(hidden.device), logit_columns.to(hidden.device)][:, None], *args[1:])
 
     unembedding = model.get_output_embeddings()
     handle = unembedding.register_forward_pre_hook(pick) if unembedding is not None else None

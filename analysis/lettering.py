@@ -11,39 +11,39 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import TextToPath
 
-FONT = "DejaVu Sans"  # comes with matplotlib, so that a figure has the same size on every machine
-LINE = 1.25  # height of a line of text over its font size
-MARGIN = 0.14  # inches between the content and the edge of the canvas
+FONT_FAMILY = "DejaVu Sans"  # comes with matplotlib, so that a figure has the same size on every machine
+LINE_HEIGHT = 1.25  # height of a line of text over its font size
+CANVAS_MARGIN = 0.14  # inches between the content and the edge of the canvas
 
 
 @cache
-def _glyphs() -> frozenset[int]:
-    return frozenset(get_font(findfont(FONT)).get_charmap())
+def _font_glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FONT_FAMILY)).get_charmap())
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     r"""Return the text with every sign that the font cannot draw written as its code point.
 
     >>> printable("\u62b1\u6b49 Sorry\n")
     '\\u62b1\\u6b49 Sorry '
     """
     spaced = re.sub(r"[\t\r\n\f\v]", " ", text)
-    return "".join(c if ord(c) in _glyphs() else f"\\u{ord(c):04x}" for c in spaced)
+    return "".join(c if ord(c) in _font_glyphs() else f"\\u{ord(c):04x}" for c in spaced)
 
 
 @cache
-def width_of(text: str, size: float, weight: str = "normal") -> float:
+def measure_text_width(text: str, size: float, weight: str = "normal") -> float:
     """Return the width of one line of text, points.
 
     >>> width_of("refuses more", 8) > width_of("refuses", 8)
     True
     """
-    font = FontProperties(family=FONT, size=size, weight=weight)
+    font = FontProperties(family=FONT_FAMILY, size=size, weight=weight)
     width: float = TextToPath().get_text_width_height_descent(text, font, ismath=False)[0]
     return width * 1.02  # the renderer rounds each glyph to whole pixels
 
 
-def wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
+def wrap_text(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
     """Return the text in lines no wider than `width` points; a word too long for a line is broken.
 
     >>> wrap("retokenize+paraphrase", 60, 8)
@@ -51,34 +51,34 @@ def wrap(text: str, width: float, size: float, weight: str = "normal") -> list[s
     """
     lines = [""]
     # A line may end at a space and after + / _ - , where names of defenses and models have their joints.
-    for piece in re.findall(r" *[^ +/_-]+[+/_-]*| *[+/_-]+", printable(text)):
-        if width_of(lines[-1] + piece, size, weight) <= width:
+    for piece in re.findall(r" *[^ +/_-]+[+/_-]*| *[+/_-]+", escape_unprintable(text)):
+        if measure_text_width(lines[-1] + piece, size, weight) <= width:
             lines[-1] += piece
             continue
         lines.append("")
         for sign in piece.lstrip(" "):
-            if lines[-1] and width_of(lines[-1] + sign, size, weight) > width:
+            if lines[-1] and measure_text_width(lines[-1] + sign, size, weight) > width:
                 lines.append("")
             lines[-1] += sign
     return [line.strip(" ") for line in lines if line.strip(" ")]
 
 
-def fit(name: str, width: float, size: float, most: int = 2) -> str:
+def fit_text(name: str, width: float, size: float, max_lines: int = 2) -> str:
     """Return a name in at most `most` lines of `width` points, its middle left out where it is longer.
 
     >>> fit("x" * 90, 60, 8, most=1).count("x") < 20
     True
     """
-    lines = wrap(name, width, size)
+    lines = wrap_text(name, width, size)
     best, low, high = (
         lines,
         1,
         len(name) // 2,
     )  # signs kept at each end: the least that is worth reading, and too many
-    while len(lines) > most and low < high:
+    while len(lines) > max_lines and low < high:
         keep = (low + high) // 2
-        shorter = wrap(f"{name[:keep]}\N{HORIZONTAL ELLIPSIS}{name[-keep:]}", width, size)
-        if len(shorter) > most:
+        shorter = wrap_text(f"{name[:keep]}\N{HORIZONTAL ELLIPSIS}{name[-keep:]}", width, size)
+        if len(shorter) > max_lines:
             high = keep
         else:
             low = keep + 1
@@ -86,7 +86,7 @@ def fit(name: str, width: float, size: float, most: int = 2) -> str:
     return "\n".join(best)
 
 
-def beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
+def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
     """Set a key to the right of the axes.
 
     >>> ax = Figure().subplots()
@@ -103,7 +103,7 @@ def beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
     ax.legend(handles=handles, title=title, labelspacing=0.45, handlelength=2.6, **style)
 
 
-def complete(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
+def finish_figure(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
     """Return the figure of `ax` with a title above and a caption below, its canvas cut to hold all.
 
     A banner, white on dark red, comes above the title.
@@ -126,19 +126,19 @@ def complete(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
     inner = spans[0][1]
     left, below, right, above = np.abs([span[0] - span[1] for span in spans]).max(axis=0)
     across, tall = inner[2] - inner[0], inner[3] - inner[1]
-    width = max(left + across + right, 5.8) + 2 * MARGIN
-    room = (width - 2 * MARGIN) * 72
-    head, foot = wrap(title, room, 10.5, "bold"), wrap(caption, room, 7.5)
-    flag = wrap(banner, room - 6, 8.5, "bold") if banner else []
-    over = (len(flag) * 8.5 * LINE + 12) / 72 if flag else 0.0
-    bottom = MARGIN + len(foot) * 7.5 * LINE / 72 + 0.12 + below
-    height = bottom + tall + above + 0.1 + len(head) * 10.5 * LINE / 72 + MARGIN + over
+    width = max(left + across + right, 5.8) + 2 * CANVAS_MARGIN
+    room = (width - 2 * CANVAS_MARGIN) * 72
+    head, foot = wrap_text(title, room, 10.5, "bold"), wrap_text(caption, room, 7.5)
+    flag = wrap_text(banner, room - 6, 8.5, "bold") if banner else []
+    over = (len(flag) * 8.5 * LINE_HEIGHT + 12) / 72 if flag else 0.0
+    bottom = CANVAS_MARGIN + len(foot) * 7.5 * LINE_HEIGHT / 72 + 0.12 + below
+    height = bottom + tall + above + 0.1 + len(head) * 10.5 * LINE_HEIGHT / 72 + CANVAS_MARGIN + over
     figure.set_size_inches(width, height)
-    ax.set_position(((MARGIN + left) / width, bottom / height, across / width, tall / height))
-    style: dict[str, Any] = {"family": FONT, "linespacing": 1.15, "parse_math": False, "usetex": False}
+    ax.set_position(((CANVAS_MARGIN + left) / width, bottom / height, across / width, tall / height))
+    style: dict[str, Any] = {"family": FONT_FAMILY, "linespacing": 1.15, "parse_math": False, "usetex": False}
     figure.text(
-        MARGIN / width,
-        1 - (MARGIN + over) / height,
+        CANVAS_MARGIN / width,
+        1 - (CANVAS_MARGIN + over) / height,
         "\n".join(head),
         va="top",
         size=10.5,
@@ -146,16 +146,16 @@ def complete(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
         **style,
     )
     figure.text(
-        MARGIN / width, MARGIN / height, "\n".join(foot), va="bottom", size=7.5, color="#333333", **style
+        CANVAS_MARGIN / width, CANVAS_MARGIN / height, "\n".join(foot), va="bottom", size=7.5, color="#333333", **style
     )
     if flag:
-        edge, ground = MARGIN + 3 / 72, {"facecolor": "#A50F15", "edgecolor": "none", "pad": 3}
+        edge, ground = CANVAS_MARGIN + 3 / 72, {"facecolor": "#A50F15", "edgecolor": "none", "pad": 3}
         look: Any = {"va": "top", "size": 8.5, "weight": "bold", "color": "white", "bbox": ground}
         figure.text(edge / width, 1 - edge / height, "\n".join(flag), gid="banner", **look, **style)
     return figure
 
 
-def blank(width: float, height: float) -> Axes:
+def make_axes(width: float, height: float) -> Axes:
     """Return axes of that size in inches on a canvas of their own, which `complete` cuts to measure.
 
     >>> blank(4, 3).get_window_extent().width / 150 == 4
@@ -164,7 +164,7 @@ def blank(width: float, height: float) -> Axes:
     return Figure(figsize=(width / 0.5, height / 0.5), dpi=150).add_axes((0.25, 0.25, 0.5, 0.5))
 
 
-def inset(ax: Axes, whole: tuple[float, float], box: tuple[float, float, float, float]) -> Axes:
+def add_inset_axes(ax: Axes, host_size: tuple[float, float], box: tuple[float, float, float, float]) -> Axes:
     """Return axes inside of others, which only lend their place: `complete` cuts the canvas around all.
 
     >>> host = blank(4, 3)
@@ -173,8 +173,8 @@ def inset(ax: Axes, whole: tuple[float, float], box: tuple[float, float, float, 
 
     Args:
         ax: the others.
-        whole: their width and height in inches, as meant.
+        host_size: their width and height in inches, as meant.
         box: left, bottom, width and height in inches; it may lie outside.
     """
-    (wide, tall), (left, below, across, up) = whole, box
+    (wide, tall), (left, below, across, up) = host_size, box
     return ax.inset_axes((left / wide, below / tall, across / wide, up / tall))

@@ -10,15 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import attacks, datasets
-from analysis.asking import READOUTS
-from analysis.known_models import TABLE
-from analysis.queries import SHIPPED, shipped
-from defenses.catalog import classes
-from defenses.settings import settings_of
+from analysis.asking import READOUT_DESCRIPTIONS
+from analysis.known_models import MODEL_REGISTRY
+from analysis.queries import SHIPPED_SETS, load_shipped_set
+from defenses.catalog import find_defense_classes
+from defenses.settings import get_settings
 
-Shelf = list[dict[str, Any]]
+CatalogRows = list[dict[str, Any]]
 
-_DATA = {
+_SHIPPED_SET_DESCRIPTIONS = {
     "contrast": "harmful requests, their benign twins, and plain benign requests",
     "twins": "harmful requests and their benign twins only: the hard comparison",
     "plain": "harmful requests and plain benign ones only: the easy comparison",
@@ -26,7 +26,7 @@ _DATA = {
 }
 
 
-def everything() -> dict[str, Shelf]:
+def collect_catalog() -> dict[str, CatalogRows]:
     """Return each kind of thing as rows of plain values."""
     return {
         "defenses": [
@@ -38,27 +38,27 @@ def everything() -> dict[str, Shelf]:
                 "source": cls.source.title,
                 "url": cls.source.url,
                 "wording": cls.source.wording,
-                "settings": {key: _plain(value) for key, value in settings_of(cls).items()},
+                "settings": {key: _to_plain_value(value) for key, value in get_settings(cls).items()},
             }
-            for name, cls in classes().items()
+            for name, cls in find_defense_classes().items()
         ],
         "models": [
             {"name": card.name, "id": card.repo, "gated": card.gated, "note": card.note}
-            for card in TABLE.values()
+            for card in MODEL_REGISTRY.values()
         ],
-        "data": [*map(_shipped, SHIPPED), *map(_public, datasets.TABLE.values())],
+        "data": [*map(_describe_shipped_set, SHIPPED_SETS), *map(_describe_public_set, datasets.PUBLIC_DATASETS.values())],
         "attacks": [
-            {"name": one.name, "what": one.what, "source": one.source, "url": one.url}
-            for one in attacks.shipped().values()
+            {"name": one.name, "what": one.description, "source": one.source, "url": one.url}
+            for one in attacks.load_shipped_attacks().values()
         ],
-        "readouts": [{"name": name, "what": what} for name, what in READOUTS.items()],
+        "readouts": [{"name": name, "what": what} for name, what in READOUT_DESCRIPTIONS.items()],
     }
 
 
-def show(shelves: Mapping[str, Shelf]) -> None:
+def print_catalog(rows_by_kind: Mapping[str, CatalogRows]) -> None:
     """Print the rows as tables; names are never cut, and long texts go below each other."""
     console = Console()
-    for title, rows in shelves.items():
+    for title, rows in rows_by_kind.items():
         short = [key for key in ("name", "id", "gated") if key in rows[0]]
         table = Table(title=title, title_justify="left", show_header=False, show_edge=False, pad_edge=False)
         for _ in short:
@@ -66,34 +66,34 @@ def show(shelves: Mapping[str, Shelf]) -> None:
         table.add_column()
         for row in rows:
             cells = [("gated" if row[key] else "") if key == "gated" else str(row[key]) for key in short]
-            table.add_row(*map(Text, cells), _described(row))
+            table.add_row(*map(Text, cells), _format_description(row))
         console.print(table)
         console.print()
 
 
-def _shipped(name: str) -> dict[str, Any]:
+def _describe_shipped_set(name: str) -> dict[str, Any]:
     """A set that is part of this program."""
-    asked = shipped(name).queries
+    asked = load_shipped_set(name).queries
     harmful = sum(query.harmful for query in asked)
     counts = {"harmful": harmful, "benign": len(asked) - harmful}
-    return {"name": name, "kinds": list(SHIPPED[name]), "what": _DATA[name], **counts, "licence": "CC BY 4.0"}
+    return {"name": name, "kinds": list(SHIPPED_SETS[name]), "what": _SHIPPED_SET_DESCRIPTIONS[name], **counts, "licence": "CC BY 4.0"}
 
 
-def _public(card: datasets.Card) -> dict[str, Any]:
+def _describe_public_set(dataset: datasets.PublicDataset) -> dict[str, Any]:
     """A set that its publisher keeps; without a revision it is for the user to fetch."""
     return {
-        "name": card.name,
-        "what": card.what,
-        "harmful": card.harmful,
-        "benign": card.benign,
-        "licence": card.licence,
-        "page": card.page,
-        "revision": card.revision,
-        "sha256": dict(card.files),
+        "name": dataset.name,
+        "what": dataset.description,
+        "harmful": dataset.n_harmful,
+        "benign": dataset.n_benign,
+        "licence": dataset.license,
+        "page": dataset.page,
+        "revision": dataset.revision,
+        "sha256": dict(dataset.files),
     }
 
 
-def _described(row: Mapping[str, Any]) -> Text:
+def _format_description(row: Mapping[str, Any]) -> Text:
     """What a thing is; of a defense also whose it is and what may be set, of data their rows and licence."""
     text = Text(row.get("what", row.get("note", "")))
     if "licence" in row:
@@ -104,15 +104,15 @@ def _described(row: Mapping[str, Any]) -> Text:
     if row.get("source"):
         text.append(f"\n{row['source']}", style="dim")
     if row.get("settings"):
-        settings = ", ".join(f"{key}={_short(value)}" for key, value in row["settings"].items())
+        settings = ", ".join(f"{key}={_shorten_value(value)}" for key, value in row["settings"].items())
         text.append(f"\n--set {settings}", style="dim")
     return text
 
 
-def _plain(value: Any) -> Any:
+def _to_plain_value(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool | None) else str(value)
 
 
-def _short(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     text = str(value)
     return "…" if len(text) > 30 else text

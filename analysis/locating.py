@@ -11,123 +11,123 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import findings, manifest, saving, showing, validity
-from analysis.decompose import summarize
-from analysis.found import Found
-from analysis.looking import Room, Wanted
-from analysis.overlaps import overlap
-from analysis.preparing import Ready, prepare, unreached, why_lost
-from analysis.queries import sample
-from analysis.request import Request, default_out
-from analysis.run import conditions
-from analysis.sweeping import failed_cells, say_written, sweep
+from analysis.decompose import summarize_scores
+from analysis.found import StudyResult
+from analysis.looking import MechanismStudy, MechanismOptions
+from analysis.overlaps import join_stack_interactions
+from analysis.preparing import RunSetup, prepare_setup, find_preflight_failures, describe_failed_checks
+from analysis.queries import sample_queries
+from analysis.request import RunSpec, choose_run_folder
+from analysis.run import build_conditions
+from analysis.sweeping import list_failures, print_run_location, sweep_conditions
 from analysis.tables import UNDEFENDED, ScoreTable
 from defenses import Defense, UserError
 
 
-def locate(
-    request: Request, names: Sequence[str], settings: Sequence[str], wanted: Wanted, out: Path | None
+def run_mechanism_command(
+    spec: RunSpec, defenses: Sequence[str], settings: Sequence[str], options: MechanismOptions, out: Path | None
 ) -> int:
     """Say in which layers, heads and MLPs defenses act; save tables and figures, print the main ones."""
-    out = saving.usable(out or default_out(request.model, ["mechanism", *names], datetime.now(UTC)))
+    out = saving.check_output_folder(out or choose_run_folder(spec.model, ["mechanism", *defenses], datetime.now(UTC)))
     console = Console(stderr=True)
-    found = find(request, names, settings, wanted, console)
-    saving.save(out, found.run, console)
-    findings.show(found.run.tables, found.run.record, wanted.top)
-    showing.trust(found.run.tables["summary"], console)
-    say_written(out, found.lost, console)
-    return 1 if found.lost else 0
+    found = study_mechanism(spec, defenses, settings, options, console)
+    saving.save_run(out, found.run, console)
+    findings.print_mechanism(found.run.tables, found.run.record, options.n_top)
+    showing.print_trust_warnings(found.run.tables["summary"], console)
+    print_run_location(out, found.failures, console)
+    return 1 if found.failures else 0
 
 
-def find(
-    request: Request,
-    names: Sequence[str | Defense],
+def study_mechanism(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense],
     settings: Sequence[str],
-    wanted: Wanted,
+    options: MechanismOptions,
     console: Console,
-) -> Found:
+) -> StudyResult:
     """Find out in which layers, heads and MLPs defenses act.
 
     Args:
-        request: what the user asked for.
-        names: of the defenses, or defenses themselves.
+        spec: what the user asked for.
+        defenses: of the defenses, or defenses themselves.
         settings: of those that are named.
-        wanted: what is looked at.
+        options: what is looked at.
         console: for progress.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    stacks = None if wanted.ensembles is None else findings.interactions(wanted.ensembles)
-    ready = prepare(request, names, settings, console)
-    _refuse_odd(ready)
-    if wanted.ensembles is not None:
-        findings.refuse_other_model(wanted.ensembles, ready)
-    every = conditions(ready.defenses)
+    stacks = None if options.ensembles_folder is None else findings.load_stack_interactions(options.ensembles_folder)
+    ready = prepare_setup(spec, defenses, settings, console)
+    _check_linear_readout(ready)
+    if options.ensembles_folder is not None:
+        findings.check_same_model(options.ensembles_folder, ready)
+    every = build_conditions(ready.defenses)
     if set(every) == {UNDEFENDED}:
         raise UserError("which defense? `none` is what others are compared with; see `analyze list defenses`")
-    from analysis.mechanism.lens import anatomy
-    from analysis.mechanism.splitting import Splitter
+    from analysis.mechanism.lens import locate_components
+    from analysis.mechanism.splitting import DirectLogitAttribution
 
     with console.status("finding the model's parts"):
-        parts = anatomy(ready.bench.loaded.model)
+        parts = locate_components(ready.session.loaded_model.model)
         # What cannot be split is told before anything is scored.
-        few = sample(ready.data.queries, 2)
-        Splitter(parts, ready.readout).split(ready.bench.under(request.attacks[0]), every[UNDEFENDED], few)
-    lost = why_lost(unreached(ready, every, console))
-    swept = sweep(ready, every, lost, console)
+        few = sample_queries(ready.query_set.queries, 2)
+        DirectLogitAttribution(parts, ready.readout).attribute_margins(ready.session.with_attack(spec.attacks[0]), every[UNDEFENDED], few)
+    lost = describe_failed_checks(find_preflight_failures(ready, every, console))
+    swept = sweep_conditions(ready, every, lost, console)
     if swept.interrupted:
         raise KeyboardInterrupt
-    if not any(name != UNDEFENDED for _, name in swept.frames):
-        raise UserError(f"nothing could be scored: {next(iter(swept.lost.values()))}")
+    if not any(name != UNDEFENDED for _, name in swept.score_frames):
+        raise UserError(f"nothing could be scored: {next(iter(swept.failures.values()))}")
     record = {
         "created": started.isoformat(timespec="seconds"),
-        **manifest.of(
-            ready.bench, ready.readout, swept.finished(every), ready.data, ready.split, request.limit
+        **manifest.describe_run(
+            ready.session, ready.readout, swept.select_finished(every), ready.query_set, ready.split, spec.limit
         ),
-        **manifest.of_attacks(request.attacks),
+        **manifest.describe_attacks(spec.attacks),
         "notices": ready.notices,
-        "trusted": validity.of_run(ready.bench, request.attacks, every, ready.readout, swept.frames),
+        "trusted": validity.collect_trust(ready.session, spec.attacks, every, ready.readout, swept.score_frames),
     }
-    scores = ScoreTable(pd.concat(list(swept.frames.values()), ignore_index=True), record)
-    room = Room(
-        ready=ready,
-        anatomy=parts,
-        every=every,
+    scores = ScoreTable(pd.concat(list(swept.score_frames.values()), ignore_index=True), record)
+    room = MechanismStudy(
+        setup=ready,
+        components=parts,
+        conditions=every,
         scores=scores,
-        wanted=wanted,
-        seed=request.seed,
+        options=options,
+        seed=spec.seed,
         console=console,
-        lost=dict(swept.lost),
+        failures=dict(swept.failures),
     )
-    for attack in request.attacks:
-        room.enter(attack)
-    tables = room.tables | {"scores": scores.frame, "summary": summarize(scores, seed=request.seed).frame}
+    for attack in spec.attacks:
+        room.study_attack(attack)
+    tables = room.tables | {"scores": scores.frame, "summary": summarize_scores(scores, seed=spec.seed).frame}
     if not any(name in tables for name in ("layers", "directions")):
-        raise UserError(f"nothing could be split: {next(iter(room.lost.values()))}")
+        raise UserError(f"nothing could be split: {next(iter(room.failures.values()))}")
     if stacks is not None and len(tables.get("profiles", ())):
-        tables["overlap"] = overlap(tables["profiles"], stacks)
+        tables["overlap"] = join_stack_interactions(tables["profiles"], stacks)
     record |= {
-        "failed": failed_cells(room.lost),
+        "failed": list_failures(room.failures),
         "notices": [*ready.notices, *room.notices],
         "mechanism": {
-            "sites": wanted.sites,
-            "top": wanted.top,
-            "patched": [query.id for query in room.sample],
-            "neutral_prompts": room.controls,
+            "sites": options.sites,
+            "top": options.n_top,
+            "patched": [query.id for query in room.intervention_queries],
+            "neutral_prompts": room.neutral_prompts,
             "directions_learned_from": "contrast, train split, undefended and as they are",
-            "slopes_against_patches": room.agreement,
-            "ensembles": None if wanted.ensembles is None else wanted.ensembles.name,
+            "slopes_against_patches": room.slope_agreement,
+            "ensembles": None if options.ensembles_folder is None else options.ensembles_folder.name,
         },
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
     from analysis import points
 
-    drawn = points.of_mechanism(tables, wanted.top)
-    return Found.of("mechanism", record, tables, drawn, ready, room.lost)
+    drawn = points.build_mechanism_points(tables, options.n_top)
+    return StudyResult.from_tables("mechanism", record, tables, drawn, ready, room.failures)
 
 
-def _refuse_odd(ready: Ready) -> None:
+def _check_linear_readout(setup: RunSetup) -> None:
     """Raise where margins do not split."""
-    if ready.readout.odds:
+    if setup.readout.is_log_odds:
         raise UserError(
-            f"--readout {ready.readout.name} is not linear in the logits, so its margin does not split over "
+            f"--readout {setup.readout.name} is not linear in the logits, so its margin does not split over "
             "parts: take words, calibrated, question or prefilled-K"
         )

@@ -12,79 +12,79 @@ import numpy as np
 import pandas as pd
 
 from analysis import located, overlaps, queries
-from analysis.asking import SITES
-from analysis.attacks import AS_IS, Attack
-from analysis.gathered import Gathered
-from analysis.intervening import intervene
-from analysis.located import Asked
-from analysis.preparing import Ready
-from analysis.tables import TOLERANCE, UNDEFENDED, ScoreTable
+from analysis.asking import PATCH_SITES
+from analysis.attacks import DIRECT_ATTACK, Attack
+from analysis.gathered import TableCollector
+from analysis.intervening import measure_interventions
+from analysis.located import ContrastEstimator
+from analysis.preparing import RunSetup
+from analysis.tables import MARGIN_TOLERANCE, UNDEFENDED, ScoreTable
 from defenses import Defense, UserError
-from defenses.adapters import fingerprints
+from defenses.adapters import fingerprint_queries
 
 if TYPE_CHECKING:
-    from analysis.bench import Bench
-    from analysis.mechanism.directions import Directions
-    from analysis.mechanism.lens import Anatomy
-    from analysis.mechanism.splitting import Split
+    from analysis.bench import ModelSession
+    from analysis.mechanism.directions import ConceptDirections
+    from analysis.mechanism.lens import ModelComponents
+    from analysis.mechanism.splitting import MarginAttribution
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MechanismOptions:
     """What is looked for.
 
     Attributes:
         sites: what is patched in every layer; `heads` are the top ones and as many others.
-        top: how many parts are told and drawn, and how many heads are patched by themselves.
-        patched: how many queries interventions run on; 0 for none.
-        ensembles: folder of `analyze ensembles`, whose interactions are compared with how alike parts are.
+        n_top: how many parts are told and drawn, and how many heads are patched by themselves.
+        n_patched_queries: how many queries interventions run on; 0 for none.
+        ensembles_folder: folder of `analyze ensembles`, whose interactions are compared with how alike parts are.
     """
 
-    sites: tuple[str, ...] = SITES
-    top: int = 10
-    patched: int = 32
-    ensembles: Path | None = None
+    sites: tuple[str, ...] = PATCH_SITES
+    n_top: int = 10
+    n_patched_queries: int = 32
+    ensembles_folder: Path | None = None
 
 
 @dataclass(kw_only=True)
-class Room(Gathered):
+class MechanismStudy(TableCollector):
     """The work of one run, attack by attack, and the tables that come of it.
 
     Attributes:
-        agreement: of slopes with patches, by condition and contrast.
-        controls: how many tokens a defense adds, and the neutral prompt that it is compared with.
+        slope_agreement: of slopes with patches, by condition and contrast.
+        neutral_prompts: how many tokens a defense adds, and the neutral prompt that it is compared with.
     """
 
-    ready: Ready
-    anatomy: Anatomy
-    every: Mapping[str, Defense]
+    setup: RunSetup
+    components: ModelComponents
+    conditions: Mapping[str, Defense]
     scores: ScoreTable
-    wanted: Wanted
+    options: MechanismOptions
     seed: int
-    agreement: list[dict[str, Any]] = field(default_factory=list)
-    controls: list[dict[str, Any]] = field(default_factory=list)
+    slope_agreement: list[dict[str, Any]] = field(default_factory=list)
+    neutral_prompts: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
-    def asked(self) -> Asked:
+    def effect_queries(self) -> ContrastEstimator:
         """All queries."""
-        return self.of(self.ready.data.queries)
+        return self.group_queries(self.setup.query_set.queries)
 
     @cached_property
-    def sample(self) -> list[queries.Query]:
+    def intervention_queries(self) -> list[queries.Query]:
         """The queries that interventions run on."""
-        return list(self.ready.data.limit(self.wanted.patched).queries) if self.wanted.patched else []
+        return list(self.setup.query_set.limit_queries(self.options.n_patched_queries).queries) if self.options.n_patched_queries else []
 
-    def enter(self, sent: Attack) -> None:
+    def study_attack(self, sent: Attack) -> None:
         """Look at every defense under one attack.
 
         Args:
             sent: how queries are sent.
         """
-        attack, bench = sent.name, self.ready.bench.under(sent)
-        here = {name: one for name, one in self.every.items() if (attack, name) in self.scores.conditions}
+        attack, bench = sent.name, self.setup.session.with_attack(sent)
+        here = {name: one for name, one in self.conditions.items() if (attack, name) in self.scores.condition_keys}
         if UNDEFENDED not in here:
             return
-        splits = self._split(bench, attack, here)
+        splits = self._attribute_conditions(bench, attack, here)
         before = splits.get(UNDEFENDED)
         if before is None:
             return
@@ -92,97 +92,97 @@ class Room(Gathered):
         for name, split in splits.items():
             if name == UNDEFENDED:
                 continue
-            self.add(attack, name, layers=located.by_layer(self.asked, before.by_layer, split.by_layer))
-            self.add(attack, name, half=located.half_way(self.asked, before.by_layer, split.by_layer))
+            self.add_condition_tables(attack, name, layers=located.estimate_layer_contrasts(self.effect_queries, before.margins_by_layer, split.margins_by_layer))
+            self.add_condition_tables(attack, name, half=located.find_half_way_layers(self.effect_queries, before.margins_by_layer, split.margins_by_layer))
             if before.parts is not None and split.parts is not None:
-                self.add(attack, name, parts=located.by_part(self.asked, before.parts, split.parts))
-                profiles[name] = split.parts.shares - before.parts.shares
-        found = overlaps.profiles(self.asked, profiles)
-        self.put("profiles", found.assign(attack=attack)[["attack", *found.columns]])
+                self.add_condition_tables(attack, name, parts=located.estimate_part_contrasts(self.effect_queries, before.parts, split.parts))
+                profiles[name] = split.parts.contributions - before.parts.contributions
+        found = overlaps.estimate_profile_similarity(self.effect_queries, profiles)
+        self.append_rows("profiles", found.assign(attack=attack)[["attack", *found.columns]])
         whole = {
-            one.name: one for one in self.ready.defenses if one.name in splits and one.name != UNDEFENDED
+            one.name: one for one in self.setup.defenses if one.name in splits and one.name != UNDEFENDED
         }
-        if self._held_out:
-            self._directions(bench, attack, here[UNDEFENDED], whole)
-        for name, defense in whole.items() if self.sample else ():
-            intervene(self, bench, attack, name, here[UNDEFENDED], defense)
+        if self._is_held_out:
+            self._project_conditions(bench, attack, here[UNDEFENDED], whole)
+        for name, defense in whole.items() if self.intervention_queries else ():
+            measure_interventions(self, bench, attack, name, here[UNDEFENDED], defense)
 
     @cached_property
-    def _held_out(self) -> bool:
+    def _is_held_out(self) -> bool:
         """Whether directions can be looked at with these queries, which must not be those of the learning."""
-        learned = set(fingerprints(query.text for query in _training()))
-        seen = sum(fingerprints([query.text])[0] in learned for query in self.ready.data.queries)
+        learned = set(fingerprint_queries(query.text for query in _load_training_queries()))
+        seen = sum(fingerprint_queries([query.text])[0] in learned for query in self.setup.query_set.queries)
         if seen:
-            self.note(f"no directions: they are learned from {seen} of these queries; take --split test")
+            self.add_notice(f"no directions: they are learned from {seen} of these queries; take --split test")
         return not seen
 
     @cached_property
-    def _learned(self) -> Directions:
+    def _learned_directions(self) -> ConceptDirections:
         """The model's directions, from queries as they are: an attack is no part of what harm is."""
         import torch
 
-        from analysis.mechanism.directions import Directions, held
+        from analysis.mechanism.directions import ConceptDirections, record_residual_states
 
-        train, undefended = _training(), self.every[UNDEFENDED]
-        return Directions.learned(
-            held(self.ready.bench.under(AS_IS), self.anatomy, undefended, train),
+        train, undefended = _load_training_queries(), self.conditions[UNDEFENDED]
+        return ConceptDirections.from_states(
+            record_residual_states(self.setup.session.with_attack(DIRECT_ATTACK), self.components, undefended, train),
             torch.tensor([query.harmful for query in train]),
             [query.pair for query in train],
         )
 
-    def _split(self, bench: Bench, attack: str, here: Mapping[str, Defense]) -> dict[str, Split]:
+    def _attribute_conditions(self, session: ModelSession, attack: str, conditions: Mapping[str, Defense]) -> dict[str, MarginAttribution]:
         """The margins of every condition split, each seen to be what scoring says."""
-        from analysis.mechanism.splitting import Splitter
+        from analysis.mechanism.splitting import DirectLogitAttribution
 
-        splitter = Splitter(self.anatomy, self.ready.readout)
-        if not splitter.exact:
-            self.note(
-                f"no parts in {bench.loaded.model.dtype}, which rounds their sums: take --dtype float32"
+        splitter = DirectLogitAttribution(self.components, self.setup.readout)
+        if not splitter.is_exact:
+            self.add_notice(
+                f"no parts in {session.loaded_model.model.dtype}, which rounds their sums: take --dtype float32"
             )
         found = {}
-        with self.steps("splitting", len(here)) as done:
-            for name, defense in here.items():
-                with self.guarded(attack, name, defense):
-                    split = splitter.split(bench, defense, self.ready.data.queries)
-                    scored = self.scores.condition(attack, name)["margin"].to_numpy(float)
+        with self.show_progress("splitting", len(conditions)) as done:
+            for name, defense in conditions.items():
+                with self.record_failures(attack, name, defense):
+                    split = splitter.attribute_margins(session, defense, self.setup.query_set.queries)
+                    scored = self.scores.select_condition(attack, name)["margin"].to_numpy(float)
                     off = float(np.abs(split.margins - scored).max())
-                    if splitter.exact and off > TOLERANCE:
+                    if splitter.is_exact and off > MARGIN_TOLERANCE:
                         raise UserError(f"its split margins miss the scored ones by {off:.2g} nats")
                     found[name] = split
                 done()
         return found
 
-    def _directions(
-        self, bench: Bench, attack: str, undefended: Defense, defenses: Mapping[str, Defense]
+    def _project_conditions(
+        self, session: ModelSession, attack: str, undefended: Defense, defenses: Mapping[str, Defense]
     ) -> None:
-        from analysis.mechanism.directions import NAMES, projections
+        from analysis.mechanism.directions import DIRECTION_NAMES, compute_projections
 
-        asked = self.ready.data.queries
-        with self.steps("directions", 2 + len(defenses)) as done:
-            learned = self._learned
+        asked = self.setup.query_set.queries
+        with self.show_progress("directions", 2 + len(defenses)) as done:
+            learned = self._learned_directions
             done()
-            before = projections(bench, self.anatomy, undefended, asked, learned).numpy().astype(float)
+            before = compute_projections(session, self.components, undefended, asked, learned).numpy().astype(float)
             done()
             for name, defense in defenses.items():
-                with self.guarded(attack, name, defense):
-                    after = projections(bench, self.anatomy, defense, asked, learned).numpy().astype(float)
-                    for which, direction in enumerate(NAMES):
+                with self.record_failures(attack, name, defense):
+                    after = compute_projections(session, self.components, defense, asked, learned).numpy().astype(float)
+                    for which, direction in enumerate(DIRECTION_NAMES):
                         old, new = before[:, which], after[:, which]
-                        found = self.asked.contrasts(new - old)
-                        apart = [self.asked.separation(*both) for both in zip(old.T, new.T, strict=True)]
-                        chosen = [layer == learned.chosen[which] for layer in range(len(found))]
+                        found = self.effect_queries.estimate_contrasts(new - old)
+                        apart = [self.effect_queries.estimate_separation(*both) for both in zip(old.T, new.T, strict=True)]
+                        chosen = [layer == learned.best_layers[which] for layer in range(len(found))]
                         found = pd.concat([pd.DataFrame(apart), found], axis=1)
                         found = found.assign(direction=direction, chosen=chosen)
                         found.insert(0, "layer", range(len(found)))
-                        self.add(attack, name, directions=found)
+                        self.add_condition_tables(attack, name, directions=found)
                 done()
 
-    def of(self, asked: Sequence[queries.Query]) -> Asked:
+    def group_queries(self, selected_queries: Sequence[queries.Query]) -> ContrastEstimator:
         """Return queries as effects are averaged over them."""
-        pairs = pd.Series([query.pair for query in asked], dtype=object)
-        return Asked(pairs, np.array([query.harmful for query in asked]), self.seed)
+        pairs = pd.Series([query.pair for query in selected_queries], dtype=object)
+        return ContrastEstimator(pairs, np.array([query.harmful for query in selected_queries]), self.seed)
 
 
-def _training() -> list[queries.Query]:
+def _load_training_queries() -> list[queries.Query]:
     """The queries that directions are learned from."""
-    return list(queries.load("contrast").split("train").queries)
+    return list(queries.load_queries("contrast").select_split("train").queries)

@@ -14,31 +14,31 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from analysis import data_folder, generation
-from analysis.bench import Bench
-from analysis.classifier import Classifier, classifier
-from analysis.endpoint import Budget, Endpoint
-from analysis.judge import KINDS, Done, Refusal, Verdict
-from analysis.models import load
-from analysis.spoken import aloud
+from analysis.bench import ModelSession
+from analysis.classifier import RefusalClassifier, load_classifier
+from analysis.endpoint import CallBudget, EndpointChatModel
+from analysis.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Verdict
+from analysis.models import load_model
+from analysis.spoken import strip_thinking
 from defenses import Message
 from defenses.errors import UserError
 
-_REPLY = 12  # tokens of a local model's reply; it is asked for one word
-_SHOWN = 80  # letters of a reply that are kept as evidence
+_MAX_REPLY_TOKENS = 12  # tokens of a local model's reply; it is asked for one word
+_MAX_EVIDENCE_LENGTH = 80  # letters of a reply that are kept as evidence
 
 
 @runtime_checkable
-class Speaker(Protocol):
+class ChatModel(Protocol):
     """A chat model that can be asked."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
 
     @property
-    def budget(self) -> Budget: ...  # noqa: D102
+    def budget(self) -> CallBudget: ...  # noqa: D102
 
-    def replies(
-        self, prompts: Sequence[str], valid: Callable[[str], bool], done: Done
+    def generate_replies(
+        self, prompts: Sequence[str], is_valid: Callable[[str], bool], on_progress: JudgeProgress
     ) -> list[tuple[str, str]]:
         """Return words and why there are none, of each prompt; words that are not valid are no reply."""
         ...
@@ -49,91 +49,91 @@ class ModelJudge:
     """A chat model that reads a rubric.
 
     Attributes:
-        speaker: the model.
+        chat_model: the model.
         rubric: a text with `{request}` and `{answer}` that asks for full, partial or none.
-        grades: the same for a grade from 1 to 10.
+        grading_rubric: the same for a grade from 1 to 10.
     """
 
-    speaker: Speaker
+    chat_model: ChatModel
     rubric: str
-    grades: str = ""
-    _known: dict[tuple[str, str], float] = field(default_factory=dict, repr=False)
+    grading_rubric: str = ""
+    _grade_cache: dict[tuple[str, str], float] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         """The judge, and whose it is."""
-        return f"model {self.speaker.name}"
+        return f"model {self.chat_model.name}"
 
     @property
-    def about(self) -> dict[str, Any]:
+    def manifest_entry(self) -> dict[str, Any]:
         """What a verdict depends on, for run.json."""
         return {
             "name": self.name,
             "rubric_sha256": hashlib.sha256(self.rubric.encode()).hexdigest(),
-            "budget": self.speaker.budget.calls,
+            "budget": self.chat_model.budget.max_calls,
         }
 
     @property
-    def down(self) -> str:
+    def failure_reason(self) -> str:
         """Why no more verdicts can be had; empty while they can."""
-        return getattr(self.speaker, "down", "")
+        return getattr(self.chat_model, "failure_reason", "")
 
-    def settled(self, answer: str) -> bool:
+    def is_certain_refusal(self, partial_response: str) -> bool:
         """A model reads the whole answer."""
         return False
 
-    def verdicts(
-        self, answers: Sequence[str], requests: Sequence[str], done: Done = lambda count: None
+    def judge_responses(
+        self, responses: Sequence[str], queries: Sequence[str], on_progress: JudgeProgress = lambda count: None
     ) -> list[Verdict]:
         """Return a verdict on each answer."""
-        found = self.speaker.replies(_filled(self.rubric, answers, requests), lambda t: bool(_word(t)), done)
+        found = self.chat_model.generate_replies(_fill_rubric(self.rubric, responses, queries), lambda t: bool(_parse_verdict(t)), on_progress)
         return [
-            Verdict("unjudged", why) if why else Verdict(_word(text) or "unjudged", text.strip()[:_SHOWN])
+            Verdict("unjudged", why) if why else Verdict(_parse_verdict(text) or "unjudged", text.strip()[:_MAX_EVIDENCE_LENGTH])
             for text, why in found
         ]
 
-    def graded(
-        self, answers: Sequence[str], requests: Sequence[str], done: Done = lambda count: None
+    def grade_responses(
+        self, responses: Sequence[str], queries: Sequence[str], on_progress: JudgeProgress = lambda count: None
     ) -> list[float]:
         """Return a grade from 1 to 10 of each answer; not a number where there is none."""
-        asked = list(dict.fromkeys(zip(requests, answers, strict=True)))
-        new = [one for one in asked if one not in self._known]
-        filled = _filled(self.grades, [answer for _, answer in new], [request for request, _ in new])
+        asked = list(dict.fromkeys(zip(queries, responses, strict=True)))
+        new = [one for one in asked if one not in self._grade_cache]
+        filled = _fill_rubric(self.grading_rubric, [answer for _, answer in new], [request for request, _ in new])
         for one, (text, why) in zip(
-            new, self.speaker.replies(filled, lambda t: _grade(t) > 0, done) if new else [], strict=True
+            new, self.chat_model.generate_replies(filled, lambda t: _parse_grade(t) > 0, on_progress) if new else [], strict=True
         ):
-            self._known[one] = float("nan") if why else _grade(text)
-        return [self._known[one] for one in zip(requests, answers, strict=True)]
+            self._grade_cache[one] = float("nan") if why else _parse_grade(text)
+        return [self._grade_cache[one] for one in zip(queries, responses, strict=True)]
 
 
 @dataclass(frozen=True)
-class LocalChat:
+class LocalChatModel:
     """A chat model on this machine; the most likely reply is taken, so it is asked once.
 
     Attributes:
-        bench: the model.
+        session: the model.
         budget: prompts at most.
     """
 
-    bench: Bench
-    budget: Budget
+    session: ModelSession
+    budget: CallBudget
 
     @property
     def name(self) -> str:
         """The model's name."""
-        return self.bench.loaded.name
+        return self.session.loaded_model.name
 
-    def replies(
-        self, prompts: Sequence[str], valid: Callable[[str], bool], done: Done
+    def generate_replies(
+        self, prompts: Sequence[str], is_valid: Callable[[str], bool], on_progress: JudgeProgress
     ) -> list[tuple[str, str]]:
         """Return words and why there are none, of each prompt."""
-        loaded = self.bench.loaded
-        ids = [self.bench.renderer.render([Message(role="user", content=text)]).ids for text in prompts]
-        fits = [n for n, one in enumerate(ids) if len(one) + _REPLY <= loaded.context]
-        fits = fits[: self.budget.take(len(fits))]
+        loaded = self.session.loaded_model
+        ids = [self.session.chat_template.render_prompt([Message(role="user", content=text)]).ids for text in prompts]
+        fits = [n for n, one in enumerate(ids) if len(one) + _MAX_REPLY_TOKENS <= loaded.context_length]
+        fits = fits[: self.budget.take_calls(len(fits))]
         stop = loaded.tokenizer.eos_token_id
         said = (
-            generation.answers(self.bench.engine, [ids[n] for n in fits], _REPLY, stop, done=done)
+            generation.generate_token_ids(self.session.engine, [ids[n] for n in fits], _MAX_REPLY_TOKENS, stop, on_progress=on_progress)
             if fits
             else []
         )
@@ -144,39 +144,39 @@ class LocalChat:
         found = []
         for n, one in enumerate(ids):
             if n not in texts:
-                why = "longer than the judge reads" if len(one) + _REPLY > loaded.context else "budget spent"
+                why = "longer than the judge reads" if len(one) + _MAX_REPLY_TOKENS > loaded.context_length else "budget spent"
             else:
-                why = "" if valid(texts[n]) else f"the judge said {texts[n][:40]!r}"
+                why = "" if is_valid(texts[n]) else f"the judge said {texts[n][:40]!r}"
             found.append((texts.get(n, ""), why))
         return found
 
 
-def model_judge(
-    name: str, budget: int | None, rubric: Path | None, offline: bool, tell: Callable[[str], None]
-) -> ModelJudge | Classifier:
+def load_model_judge(
+    name: str, budget: int | None, rubric_path: Path | None, offline: bool, notify: Callable[[str], None]
+) -> ModelJudge | RefusalClassifier:
     """Return a model as judge.
 
     Args:
         name: a model as in `--model`, a classifier's Hugging Face id or folder, or the address of an
             OpenAI-compatible endpoint and the model there, `http://host/v1#model`.
         budget: answers at most, or calls of an endpoint; none is an error.
-        rubric: a file with `{request}` and `{answer}`; ours by default.
+        rubric_path: a file with `{request}` and `{answer}`; ours by default.
         offline: whether the network may not be used.
-        tell: told what a user should know before anything is sent.
+        notify: told what a user should know before anything is sent.
     """
     if budget is None or budget < 1:
         raise UserError("a model as judge costs a call for every answer: say how many with --budget")
-    text = _rubric(rubric)
+    text = _read_rubric(rubric_path)
     grades = (data_folder() / "rubrics" / "worth.txt").read_text("utf-8")
     if name.startswith(("http://", "https://")):
-        return ModelJudge(Endpoint.at(name, budget, offline, tell), text, grades)
-    if (found := classifier(name, budget, offline, tell)) is not None:
+        return ModelJudge(EndpointChatModel.from_address(name, budget, offline, notify), text, grades)
+    if (found := load_classifier(name, budget, offline, notify)) is not None:
         return found
-    bench = Bench.of(load(name, offline=offline, say=tell))
-    return ModelJudge(LocalChat(bench, Budget(budget)), text, grades)
+    bench = ModelSession.from_model(load_model(name, offline=offline, notify=notify))
+    return ModelJudge(LocalChatModel(bench, CallBudget(budget)), text, grades)
 
 
-def _rubric(path: Path | None) -> str:
+def _read_rubric(path: Path | None) -> str:
     file = path or data_folder() / "rubrics" / "refusal.txt"
     try:
         text = file.read_text("utf-8")
@@ -188,24 +188,24 @@ def _rubric(path: Path | None) -> str:
     return text
 
 
-def _filled(rubric: str, answers: Sequence[str], requests: Sequence[str]) -> list[str]:
+def _fill_rubric(rubric: str, responses: Sequence[str], queries: Sequence[str]) -> list[str]:
     """The rubric with each request and answer in place; a mark inside of those stays as it is."""
 
     def fill(answer: str, request: str) -> str:
         told = {"request": request or "(not known)", "answer": answer}
         return re.sub(r"\{(request|answer)\}", lambda mark: told[mark[1]], rubric)
 
-    return [fill(*one) for one in zip(answers, requests, strict=True)]
+    return [fill(*one) for one in zip(responses, queries, strict=True)]
 
 
-def _word(text: str) -> Refusal | Literal[""]:
+def _parse_verdict(reply: str) -> RefusalKind | Literal[""]:
     """The verdict in a reply; empty where it names none, or more than one."""
-    named = [kind for kind in KINDS if re.search(rf"\b{kind}\b", aloud(text), re.IGNORECASE)]
+    named = [kind for kind in REFUSAL_KINDS if re.search(rf"\b{kind}\b", strip_thinking(reply), re.IGNORECASE)]
     return named[0] if len(named) == 1 else ""
 
 
-def _grade(text: str) -> float:
+def _parse_grade(reply: str) -> float:
     """The grade that a reply consists of; 0 where it is anything else."""
     form = r"\W*(?:(?:grade|score|rating)\W*)?(10|[1-9])(?:\s*(?:/|out of)\s*10)?\W*"
-    found = re.fullmatch(form, aloud(text), re.IGNORECASE)
+    found = re.fullmatch(form, strip_thinking(reply), re.IGNORECASE)
     return float(found[1]) if found else 0.0

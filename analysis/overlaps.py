@@ -10,13 +10,13 @@ from jaxtyping import Float, Int
 from scipy.special import stdtrit
 from scipy.stats import spearmanr
 
-from analysis.located import CONTRASTS, Adds, Asked, Change
-from analysis.resampling import LEVEL, Draws, Units
+from analysis.located import CONTRASTS, UnitMatrix, ContrastEstimator, ChangeMatrix
+from analysis.resampling import CONFIDENCE_LEVEL, DrawVector, ResamplingUnits
 
-_NOTHING = 1e-12  # square nats, of a profile that is nothing but float noise
+_MIN_SQUARED_LENGTH = 1e-12  # square nats, of a profile that is nothing but float noise
 
 
-def profiles(asked: Asked, changes: Mapping[str, Change]) -> pd.DataFrame:
+def estimate_profile_similarity(estimator: ContrastEstimator, changes_by_defense: Mapping[str, ChangeMatrix]) -> pd.DataFrame:
     """Return how alike the parts are that two defenses work by: cosines of their contrasts by part.
 
     Both are compared with the undefended model on the same queries, so what is chance in one is chance in the
@@ -25,39 +25,39 @@ def profiles(asked: Asked, changes: Mapping[str, Change]) -> pd.DataFrame:
     would, there is nothing to compare.
 
     Args:
-        asked: the queries.
-        changes: by defense, what it does to the share of each part in each query's margin.
+        estimator: the queries.
+        changes_by_defense: by defense, what it does to the share of each part in each query's margin.
     """
-    units = Units.by_pair(asked.pairs, asked.is_harmful)
-    adds = {name: asked.added(change, units) for name, change in changes.items()}
+    units = ResamplingUnits.from_pairs(estimator.pairs, estimator.is_harmful)
+    adds = {name: estimator.compute_unit_contributions(change, units) for name, change in changes_by_defense.items()}
     lengths = {
-        (name, contrast): _dots(one[contrast], one[contrast], units.makeup)
+        (name, contrast): _compute_debiased_dot_products(one[contrast], one[contrast], units.composition)
         for name, one in adds.items()
         for contrast in CONTRASTS
     }
-    names, rows = list(changes), []
+    names, rows = list(changes_by_defense), []
     for place, one in enumerate(names):
         for other in names[place + 1 :]:
             for contrast in CONTRASTS:
-                product = _dots(adds[one][contrast], adds[other][contrast], units.makeup)
-                ends = _cosine(product, lengths[one, contrast], lengths[other, contrast], units.makeup)
+                product = _compute_debiased_dot_products(adds[one][contrast], adds[other][contrast], units.composition)
+                ends = _jackknife_cosine(product, lengths[one, contrast], lengths[other, contrast], units.composition)
                 rows.append({"defense": one, "other": other, "contrast": contrast, **ends})
     columns = ["defense", "other", "contrast", "cosine", "cosine_low", "cosine_high"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _dots(one: Adds, other: Adds, makeup: Int[np.ndarray, " units"]) -> Float[np.ndarray, " draws"]:
+def _compute_debiased_dot_products(contributions: UnitMatrix, other_contributions: UnitMatrix, composition: Int[np.ndarray, " units"]) -> Float[np.ndarray, " draws"]:
     """The dot product of two sums over units, less what chance adds; then without each unit in turn."""
-    sums = one.sum(0), other.sum(0)
-    whole, less = sums[0] @ sums[1], np.empty(len(makeup))
-    chance = np.zeros(len(makeup) + 1)
-    for kind in np.unique(makeup):
-        of = np.flatnonzero(makeup == kind)
+    sums = contributions.sum(0), other_contributions.sum(0)
+    whole, less = sums[0] @ sums[1], np.empty(len(composition))
+    chance = np.zeros(len(composition) + 1)
+    for kind in np.unique(composition):
+        of = np.flatnonzero(composition == kind)
         n = len(of)
-        means = one[of].mean(0), other[of].mean(0)
-        scatter = ((one[of] - means[0]) * (other[of] - means[1])).sum(1)
+        means = contributions[of].mean(0), other_contributions[of].mean(0)
+        scatter = ((contributions[of] - means[0]) * (other_contributions[of] - means[1])).sum(1)
         if n < 3:
-            return np.full(len(makeup) + 1, np.nan)
+            return np.full(len(composition) + 1, np.nan)
         here = n / (n - 1) * scatter.sum()
         chance[0] += here
         chance[1:] += here
@@ -65,46 +65,46 @@ def _dots(one: Adds, other: Adds, makeup: Int[np.ndarray, " units"]) -> Float[np
         chance[1 + of] += scale**2 * (n - 1) / (n - 2) * (scatter.sum() - scale * scatter) - here
         left = [
             total + (scale - 1) * n * mean - scale * adds[of]
-            for total, mean, adds in zip(sums, means, (one, other), strict=True)
+            for total, mean, adds in zip(sums, means, (contributions, other_contributions), strict=True)
         ]
         less[of] = (left[0] * left[1]).sum(1)
     return np.concatenate([[whole], less]) - chance
 
 
-def _cosine(product: Draws, one: Draws, other: Draws, makeup: Int[np.ndarray, " units"]) -> dict[str, float]:
+def _jackknife_cosine(dot_products: DrawVector, squared_lengths: DrawVector, other_squared_lengths: DrawVector, composition: Int[np.ndarray, " units"]) -> dict[str, float]:
     """A cosine with its jackknife interval, from `_dots`; none where a length is no more than chance."""
-    lengths = np.sqrt(np.where((one > _NOTHING) & (other > _NOTHING), one * other, np.nan))
-    values = product / lengths
+    lengths = np.sqrt(np.where((squared_lengths > _MIN_SQUARED_LENGTH) & (other_squared_lengths > _MIN_SQUARED_LENGTH), squared_lengths * other_squared_lengths, np.nan))
+    values = dot_products / lengths
     error = 0.0
-    for kind in np.unique(makeup):
-        of = values[1:][makeup == kind]
+    for kind in np.unique(composition):
+        of = values[1:][composition == kind]
         error += (len(of) - 1) / len(of) * ((of - of.mean()) ** 2).sum()
-    wide = float(stdtrit(len(makeup) - 1, 0.5 + LEVEL / 2) * np.sqrt(error))
+    wide = float(stdtrit(len(composition) - 1, 0.5 + CONFIDENCE_LEVEL / 2) * np.sqrt(error))
     cosine, low, high = (float(np.clip(values[0] + side * wide, -1, 1)) for side in (0, -1, 1))
     return {"cosine": cosine, "cosine_low": low, "cosine_high": high}
 
 
-def overlap(profiles: pd.DataFrame, ensembles: pd.DataFrame) -> pd.DataFrame:
+def join_stack_interactions(similarities: pd.DataFrame, ensembles: pd.DataFrame) -> pd.DataFrame:
     """Return the pairs of defenses whose stack was run, with what their effects come to beyond the sum.
 
     Where a pair was stacked in both orders, the mean of the two.
 
     Args:
-        profiles: of `profiles`, with `attack`.
+        similarities: of `profiles`, with `attack`.
         ensembles: of `analyze ensembles`, its stacks.
     """
     team = ensembles["members"].map(lambda members: "+".join(sorted(members.split("+"))))
     found = []
     for contrast in CONTRASTS:
         stacks = ensembles.assign(team=team).groupby(["attack", "team"])[f"interaction_{contrast}"].mean()
-        here = profiles[profiles["contrast"] == contrast]
+        here = similarities[similarities["contrast"] == contrast]
         names = here["attack"], here[["defense", "other"]].apply(lambda row: "+".join(sorted(row)), axis=1)
         places = pd.MultiIndex.from_arrays(names) if len(here) else stacks.index[:0]
         found.append(here.assign(interaction=stacks.reindex(places).to_numpy()))
     return pd.concat(found, ignore_index=True).dropna(subset="interaction").reset_index(drop=True)
 
 
-def relation(pairs: pd.DataFrame, seed: int = 0, flips: int = 1999) -> dict[str, float]:
+def compute_mantel_correlation(pairs: pd.DataFrame, seed: int = 0, n_permutations: int = 1999) -> dict[str, float]:
     """Return the rank correlation of overlap and interaction over pairs of defenses, and its p-value.
 
     Pairs share members, so defenses are permuted, not pairs (Mantel's test).
@@ -112,7 +112,7 @@ def relation(pairs: pd.DataFrame, seed: int = 0, flips: int = 1999) -> dict[str,
     Args:
         pairs: of `overlap`, of one attack and contrast.
         seed: of the permutations.
-        flips: how many.
+        n_permutations: how many.
     """
     pairs = pairs.dropna(subset=["cosine", "interaction"])
     names = sorted({*pairs["defense"], *pairs["other"]})
@@ -123,7 +123,7 @@ def relation(pairs: pd.DataFrame, seed: int = 0, flips: int = 1999) -> dict[str,
     if len(pairs) < 4:
         return {"pairs": len(pairs), "rank_correlation": np.nan, "p": np.nan}
     rng, found = np.random.default_rng(seed), []
-    for flip in range(flips + 1):
+    for flip in range(n_permutations + 1):
         order = rng.permutation(len(names)) if flip else np.arange(len(names))
         moved = alike[order][:, order][places[0], places[1]]
         known = ~np.isnan(moved)  # not every pair was stacked

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from analysis.lettering import FONT
+from analysis.lettering import FONT_FAMILY
 
 # Okabe and Ito's colors, https://jfly.uni-koeln.de/color/ ; their yellow is too light for paper.
 BLUE, VERMILION, GREEN, SKY, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00"
 VIOLET = "#542788"  # dark, so that it is told from their purple
 BLACK, DARK, GREY = "#000000", "#666666", "#9A9A9A"
-WRITTEN = 7.5  # font size of names and numbers inside a figure
+TEXT_SIZE = 7.5  # font size of names and numbers inside a figure
 
-CLASSES = ((True, "harmful", VERMILION, 1), (False, "benign", BLUE, -1))  # benign hangs below its line
-FAMILIES = {
+CLASS_STYLES = ((True, "harmful", VERMILION, 1), (False, "benign", BLUE, -1))  # benign hangs below its line
+FAMILY_STYLES = {
     "reminders": (BLUE, "o"),
     "backdoor": (VERMILION, "D"),
     "refactoring": (GREEN, "s"),
@@ -22,8 +22,8 @@ FAMILIES = {
     "ensemble": (BLACK, "p"),
     "control": (GREY, "X"),
 }
-OTHER = (BLACK, "*")  # a family of the user's own
-LINES: tuple[tuple[str, Any, str], ...] = (
+OTHER_FAMILY_STYLE = (BLACK, "*")  # a family of the user's own
+LINE_STYLES: tuple[tuple[str, Any, str], ...] = (
     (BLUE, "-", "s"),
     (VERMILION, (0, (5, 1.5)), "D"),
     (GREEN, (0, (7, 1.5, 1.5, 1.5)), "^"),
@@ -31,8 +31,8 @@ LINES: tuple[tuple[str, Any, str], ...] = (
     (ORANGE, (0, (7, 1.2, 1.2, 1.2, 1.2, 1.2)), "P"),
     (SKY, (0, (11, 1.2)), "X"),
 )
-STYLE: Any = {
-    "font.family": FONT,
+RC_PARAMS: Any = {
+    "font.family": FONT_FAMILY,
     "font.size": 8,
     "axes.labelsize": 9,
     "axes.linewidth": 0.8,
@@ -40,8 +40,8 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "legend.fontsize": WRITTEN,
-    "legend.title_fontsize": WRITTEN,
+    "legend.fontsize": TEXT_SIZE,
+    "legend.title_fontsize": TEXT_SIZE,
     "text.usetex": False,
     "text.parse_math": False,  # a "$" in a name is a dollar
 }

@@ -11,18 +11,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.curves import ENDS, LINEAR, one_attack, stretched
-from analysis.lettering import LINE, beside, blank, fit, width_of
-from analysis.palette import BLACK, FAMILIES, GREY, OTHER, STYLE, WRITTEN
+from analysis.curves import INTERVAL_SUFFIXES, LINEAR_RANGE, check_one_attack, is_stretched
+from analysis.lettering import LINE_HEIGHT, place_legend_beside, make_axes, fit_text, measure_text_width
+from analysis.palette import BLACK, FAMILY_STYLES, GREY, OTHER_FAMILY_STYLE, RC_PARAMS, TEXT_SIZE
 
 # Rows of coordinates. (numpy's ArrayLike is a recursive protocol that run-time checks stumble over.)
-_Numbers = np.ndarray | Sequence[Any]
+_Coordinates = np.ndarray | Sequence[Any]
 
-_TICKS = sorted([0, *(sign * tick for sign in (-1, 1) for tick in (0.5, 1, 2, 5, 10, 20, 50, 100))])
-NEAR = 6.0  # points between a label and its point where nothing is in the way
+_LOG_AXIS_TICKS = sorted([0, *(sign * tick for sign in (-1, 1) for tick in (0.5, 1, 2, 5, 10, 20, 50, 100))])
+LABEL_GAP = 6.0  # points between a label and its point where nothing is in the way
 
 
-def plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def draw_plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw each defense at its shift and discrimination, by name where names find room, else by number.
 
     >>> row = {"attack": "direct", "defense": "retokenize", "family": "refactoring"}
@@ -34,17 +34,17 @@ def plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         points: what `plane_points` returned, of one attack; a row without a value is named in the key only.
         ax: where to draw; its size must be final, because labels are placed by it.
     """
-    present = set(one_attack(points)["family"])
-    families = [*(family for family in FAMILIES if family in present), *sorted(present - set(FAMILIES))]
+    present = set(check_one_attack(points)["family"])
+    families = [*(family for family in FAMILY_STYLES if family in present), *sorted(present - set(FAMILY_STYLES))]
     points = points.sort_values("family", key=lambda column: column.map(families.index), kind="stable")
     known = points.dropna(subset=["shift", "discrimination"])
-    with rc_context(STYLE):
-        ax = ax or blank(4.2, 4.2)
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(4.2, 4.2)
         ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
         ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
         ax.plot([0], [0], "o", color=BLACK, markersize=5, zorder=3, gid="undefended")
         for family, group in known.groupby("family", sort=False):
-            color, marker = FAMILIES.get(str(family), OTHER)
+            color, marker = FAMILY_STYLES.get(str(family), OTHER_FAMILY_STYLE)
             x, y = group["shift"], group["discrimination"]
             bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": 2}
             ax.hlines(y, group["shift_low"], group["shift_high"], **bar)
@@ -55,38 +55,38 @@ def plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 look: Any = {"marker": marker, "facecolors": fill, "edgecolors": edge, "linewidths": wide}
                 if here.any():
                     ax.scatter(x[here], y[here], s=size, zorder=3, label=str(family), **look)
-        far = stretched(known)
-        ax.set_xlim(_limits(known, "shift", far))
-        ax.set_ylim(_limits(known, "discrimination", far))
+        far = is_stretched(known)
+        ax.set_xlim(_plane_limits(known, "shift", far))
+        ax.set_ylim(_plane_limits(known, "discrimination", far))
         if far:
-            _stretch(ax)
-        labels = [fit(name, 95, WRITTEN) for name in known["defense"]]
-        named = len(labels) <= 10 and label(ax, known, labels, reach=36)
+            _use_log_axes(ax)
+        labels = [fit_text(name, 95, TEXT_SIZE) for name in known["defense"]]
+        named = len(labels) <= 10 and label_points(ax, known, labels, reach=36)
         if not named:
             labels = [str(number) for number in range(1, len(labels) + 1)]
-            label(ax, known, labels, reach=300)
+            label_points(ax, known, labels, reach=300)
         ax.set_xlabel("shift (nats)")
         ax.set_ylabel("discrimination (nats)")
-        _directions(ax)
-        key = [mark(BLACK, "o", "undefended (origin)")]
+        _name_directions(ax)
+        key = [make_legend_marker(BLACK, "o", "undefended (origin)")]
         most = 1 if len(points) > 10 else 2
         for family in families:
-            color, marker = FAMILIES.get(family, OTHER)
-            key.append(mark(color, marker, "control (not a defense)" if family == "control" else family))
+            color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
+            key.append(make_legend_marker(color, marker, "control (not a defense)" if family == "control" else family))
             numbers = [] if named else zip(known["family"], labels, known["defense"], strict=True)
             texts = [
-                f"{number}  {fit(name, 140, WRITTEN, most)}" for of, number, name in numbers if of == family
+                f"{number}  {fit_text(name, 140, TEXT_SIZE, most)}" for of, number, name in numbers if of == family
             ]
-            key += [mark("none", "", text) for text in texts]
+            key += [make_legend_marker("none", "", text) for text in texts]
         unknown = points.loc[~points.index.isin(known.index), "defense"]
-        key += [mark("none", "", fit(f"no value: {name}", 150, WRITTEN, most)) for name in unknown]
-        beside(ax, key)
+        key += [make_legend_marker("none", "", fit_text(f"no value: {name}", 150, TEXT_SIZE, most)) for name in unknown]
+        place_legend_beside(ax, key)
     return ax
 
 
-def _directions(ax: Axes) -> None:
+def _name_directions(ax: Axes) -> None:
     """Name the four directions, level with the axis labels wherever the tick labels push them."""
-    style: Any = {"fontsize": WRITTEN, "fontstyle": "italic", "color": "#444444", "annotation_clip": False}
+    style: Any = {"fontsize": TEXT_SIZE, "fontstyle": "italic", "color": "#444444", "annotation_clip": False}
     across: Any = style | {"xycoords": ("axes fraction", ax.xaxis.label), "va": "center"}
     ax.annotate("\N{LEFTWARDS ARROW} refuses less", (0, 0.5), ha="left", **across)
     ax.annotate("refuses more \N{RIGHTWARDS ARROW}", (1, 0.5), ha="right", **across)
@@ -95,35 +95,35 @@ def _directions(ax: Axes) -> None:
     ax.annotate("separates better \N{RIGHTWARDS ARROW}", (0.5, 1), va="top", **up)
 
 
-def _stretch(ax: Axes) -> None:
+def _use_log_axes(ax: Axes) -> None:
     """Make both axes logarithmic but for their middle, so that far points leave room for the crowd."""
-    ax.set_xscale("symlog", linthresh=LINEAR, linscale=1.0)
-    ax.set_yscale("symlog", linthresh=LINEAR, linscale=1.0)
+    ax.set_xscale("symlog", linthresh=LINEAR_RANGE, linscale=1.0)
+    ax.set_yscale("symlog", linthresh=LINEAR_RANGE, linscale=1.0)
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
-        ends = [tick for tick in _TICKS if low <= tick <= high]
+        ends = [tick for tick in _LOG_AXIS_TICKS if low <= tick <= high]
         axis.set_major_locator(FixedLocator(ends))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
 
 
-def _limits(points: pd.DataFrame, name: str, far: bool = False) -> tuple[float, float]:
+def _plane_limits(points: pd.DataFrame, column: str, is_logarithmic: bool = False) -> tuple[float, float]:
     """Return limits that hold every interval and the origin, with room for labels."""
-    reached = points[[f"{name}{end}" for end in ENDS]].to_numpy(float)
+    reached = points[[f"{column}{end}" for end in INTERVAL_SUFFIXES]].to_numpy(float)
     reached = reached[np.isfinite(reached)]
     low, high = min(reached.min(initial=0), 0), max(reached.max(initial=0), 0)
-    if far:  # as much on paper, on a logarithmic axis
-        return 1.5 * low - 0.2 * LINEAR, 1.5 * high + 0.2 * LINEAR
+    if is_logarithmic:  # as much on paper, on a logarithmic axis
+        return 1.5 * low - 0.2 * LINEAR_RANGE, 1.5 * high + 0.2 * LINEAR_RANGE
     room = 0.12 * (high - low) or 1.0
     return low - room, high + room
 
 
-def label(
+def label_points(
     ax: Axes,
     points: pd.DataFrame,
     texts: Sequence[str],
     reach: float,
-    by: tuple[str, str] = ("shift", "discrimination"),
-    clear: pd.DataFrame | None = None,
+    columns: tuple[str, str] = ("shift", "discrimination"),
+    keep_clear: pd.DataFrame | None = None,
 ) -> bool:
     """Write a text beside each point, clear of the origin; where room is short write none and return False.
 
@@ -137,38 +137,38 @@ def label(
         points: as `plane_points` returns them.
         texts: one for each point.
         reach: how far from its point a text may lie, points (1/72 inch).
-        by: the columns along both axes.
-        clear: further points that no text may cover.
+        columns: the columns along both axes.
+        keep_clear: further points that no text may cover.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
     (x, x_low, x_high), (y, y_low, y_high) = (
-        points[[f"{name}{end}" for end in ENDS]].to_numpy(float).T for name in by
+        points[[f"{name}{end}" for end in INTERVAL_SUFFIXES]].to_numpy(float).T for name in columns
     )
     corners = [[x, y], [0 * x, 0 * y], [x_low, y], [x_high, y], [x, y_low], [x, y_high]]
     at = ax.transData.transform(np.moveaxis(np.array(corners), 1, 2).reshape(-1, 2)) * 72 / figure.dpi
     spots, origin, left, right, low, high = at.reshape(len(corners), len(points), 2)
     bars = np.concatenate([np.concatenate([left, right], axis=1), np.concatenate([low, high], axis=1)])
     window = np.array(ax.get_window_extent().extents) * 72 / figure.dpi
-    if clear is not None and len(clear):
-        origin = np.concatenate([origin, ax.transData.transform(clear[[*by]]) * 72 / figure.dpi])
-    offsets = place(spots, texts, window, np.concatenate([origin - 4, origin + 4], axis=1), bars, reach)
+    if keep_clear is not None and len(keep_clear):
+        origin = np.concatenate([origin, ax.transData.transform(keep_clear[[*columns]]) * 72 / figure.dpi])
+    offsets = place_labels(spots, texts, window, np.concatenate([origin - 4, origin + 4], axis=1), bars, reach)
     for spot_x, spot_y, text, (right_by, up_by, gap) in zip(x, y, texts, offsets or [], strict=False):
         leader = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-        set_by: Any = {"ha": "center", "va": "center", "size": WRITTEN, "linespacing": 1.1, "zorder": 9}
+        set_by: Any = {"ha": "center", "va": "center", "size": TEXT_SIZE, "linespacing": 1.1, "zorder": 9}
         set_by |= {"textcoords": "offset points", "annotation_clip": False}
-        set_by |= {"arrowprops": leader} if gap > NEAR else {}
+        set_by |= {"arrowprops": leader} if gap > LABEL_GAP else {}
         words = ax.annotate(text, (spot_x, spot_y), (right_by, up_by), **set_by)
         words.set_path_effects([withStroke(linewidth=2, foreground="white")])
     return offsets is not None
 
 
-def place(
-    anchors: _Numbers,
+def place_labels(
+    anchors: _Coordinates,
     texts: Sequence[str],
-    inside: _Numbers,
-    taken: _Numbers,
-    avoid: _Numbers,
+    bounds: _Coordinates,
+    obstacles: _Coordinates,
+    avoided_boxes: _Coordinates,
     reach: float,
 ) -> list[tuple[float, float, float]] | None:
     """Return where to center each label, so that no label hides another or a point.
@@ -182,39 +182,39 @@ def place(
     Args:
         anchors: float[n 2], where the points are, in points (1/72 inch).
         texts: one label for each, lines parted by a newline.
-        inside: the box that no label may leave.
-        taken: float[t 4], boxes x0, y0, x1, y1 that no label may touch, besides the points themselves.
-        avoid: float[a 4], boxes that are better left free (interval bars); an edge may be NaN.
+        bounds: the box that no label may leave.
+        obstacles: float[t 4], boxes x0, y0, x1, y1 that no label may touch, besides the points themselves.
+        avoided_boxes: float[a 4], boxes that are better left free (interval bars); an edge may be NaN.
         reach: how far from its point a label may lie.
 
     Returns:
         For each label its offset x, y and the gap to its point, all in points; None where room is short.
     """
     angles = np.pi * np.array([0.25, 0.75, -0.25, -0.75, *np.arange(-7, 9) / 8])
-    radii = np.arange(NEAR, max(reach, 7.0), 4.0)
+    radii = np.arange(LABEL_GAP, max(reach, 7.0), 4.0)
     ring = np.stack([np.repeat(radii, len(angles)), np.tile(angles, len(radii))])
     way = np.stack([np.cos(ring[1]), np.sin(ring[1])], axis=1)
-    spots, window = np.asarray(anchors, dtype=float), np.asarray(inside, dtype=float)
+    spots, window = np.asarray(anchors, dtype=float), np.asarray(bounds, dtype=float)
     marks = np.concatenate([spots - 4, spots + 4], axis=1)
-    hard = np.concatenate([marks, np.asarray(taken, dtype=float).reshape(-1, 4)])
+    hard = np.concatenate([marks, np.asarray(obstacles, dtype=float).reshape(-1, 4)])
     fixed = len(hard)
-    soft = np.asarray(avoid, dtype=float).reshape(-1, 4)
+    soft = np.asarray(avoided_boxes, dtype=float).reshape(-1, 4)
     found: list[tuple[float, float, float]] = []
     for anchor, text in zip(spots, texts, strict=True):
         lines = text.split("\n")
         half = np.array(
-            [max(width_of(line, WRITTEN) for line in lines) / 2 + 1, len(lines) * WRITTEN * LINE / 2 + 1]
+            [max(measure_text_width(line, TEXT_SIZE) for line in lines) / 2 + 1, len(lines) * TEXT_SIZE * LINE_HEIGHT / 2 + 1]
         )
         offsets = way * ring[0][:, None] + way * half
         boxes = np.concatenate([anchor + offsets - half, anchor + offsets + half], axis=1)
-        free = ~_overlap(boxes, hard).any(axis=1)
+        free = ~_boxes_overlap(boxes, hard).any(axis=1)
         free &= (boxes[:, :2] >= window[:2]).all(axis=1) & (boxes[:, 2:] <= window[2:]).all(axis=1)
         if not free.any():
             return None
         steps = np.linspace(0.15, 0.95, 9)[:, None] * (way * ring[0][:, None])[:, None, :] + anchor
-        crossed = _overlap(np.concatenate([steps, steps], axis=2).reshape(-1, 4), hard[fixed:]).any(axis=1)
+        crossed = _boxes_overlap(np.concatenate([steps, steps], axis=2).reshape(-1, 4), hard[fixed:]).any(axis=1)
         leader = crossed.reshape(len(offsets), -1).any(axis=1)
-        cost = ring[0] + 9 * _overlap(boxes, soft).sum(axis=1) + 40 * leader
+        cost = ring[0] + 9 * _boxes_overlap(boxes, soft).sum(axis=1) + 40 * leader
         best = int(np.where(free, cost, np.inf).argmin())
         hard = np.concatenate([hard, boxes[best : best + 1]])
         soft = np.concatenate([soft, np.concatenate([steps[best], steps[best]], axis=1)])
@@ -222,13 +222,13 @@ def place(
     return found
 
 
-def _overlap(boxes: Any, others: Any) -> Any:
+def _boxes_overlap(boxes: Any, others: Any) -> Any:
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     return (low <= high).all(axis=2)
 
 
-def mark(color: str, marker: str, text: str) -> Line2D:
+def make_legend_marker(color: str, marker: str, text: str) -> Line2D:
     """Return the entry of a key for points of this look."""
     style: Any = {"linestyle": "", "markersize": 8 if marker in "PX*" else 6.5, "markeredgecolor": "white"}
     return Line2D([], [], color=color, marker=marker, markeredgewidth=0.5, label=text, **style)

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.curves import ENDS, one_attack
-from analysis.lettering import beside, blank, fit
-from analysis.palette import BLACK, BLUE, CLASSES, DARK, GREY, LINES, STYLE, VERMILION, WRITTEN
+from analysis.curves import INTERVAL_SUFFIXES, check_one_attack
+from analysis.lettering import place_legend_beside, make_axes, fit_text
+from analysis.palette import BLACK, BLUE, CLASS_STYLES, DARK, GREY, LINE_STYLES, RC_PARAMS, VERMILION, TEXT_SIZE
 
 
-def margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def draw_margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw a row per defense: harmful queries above its line, benign ones below, the undefended in grey.
 
     >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False], "margin": 0})
@@ -29,29 +29,29 @@ def margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
         curves: what `margin_curves` returned, of one attack.
         ax: where to draw; by default a new figure with room for every row.
     """
-    names = sorted(one_attack(curves)["defense"].unique(), key=lambda name: name != "none")
-    with rc_context(STYLE):
-        ax = ax or blank(4.0, max(len(names), 2) * (0.6 if len(names) <= 10 else 0.44))
+    names = sorted(check_one_attack(curves)["defense"].unique(), key=lambda name: name != "none")
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(4.0, max(len(names), 2) * (0.6 if len(names) <= 10 else 0.44))
         scale = 0.44 / curves["density"].max()  # the highest curve just keeps clear of the next row
-        aside: Any = {"transform": ax.get_yaxis_transform(), "fontsize": WRITTEN, "va": "center"}
+        aside: Any = {"transform": ax.get_yaxis_transform(), "fontsize": TEXT_SIZE, "va": "center"}
         for row, name in enumerate(names):
             ax.axhline(-row, color=GREY, linewidth=0.5, zorder=1)
-            for harmful, word, color, side in CLASSES:
+            for harmful, word, color, side in CLASS_STYLES:
                 of_class = curves[curves["harmful"] == harmful]
                 half, ghost = (of_class[of_class["defense"] == wanted] for wanted in (name, "none"))
-                line = _outline(ax, half, -row, side * scale, f"{name} {word}", color, 1.1)
+                line = _draw_outline(ax, half, -row, side * scale, f"{name} {word}", color, 1.1)
                 ax.fill_between(half["margin"], -row, line, color=color, alpha=0.5, linewidth=0, zorder=2)
                 if name != "none":
-                    _outline(ax, ghost, -row, side * scale, "undefended", DARK, 0.8)
-                share = _estimate(half, "refused", "\u00a0%", 100, 0)
+                    _draw_outline(ax, ghost, -row, side * scale, "undefended", DARK, 0.8)
+                share = _format_first_estimate(half, "refused", "\u00a0%", 100, 0)
                 ax.text(1.03, -row + 0.22 * side, share, color=color, **aside)
-        above: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": WRITTEN}
+        above: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": TEXT_SIZE}
         ax.annotate("share refused", (1.03, 1), (0, 8), annotation_clip=False, **above)
         limit: Any = {"color": BLACK, "linewidth": 1.0, "linestyle": (0, (4, 2))}
         ax.axvline(curves["threshold"].iloc[0], zorder=5, gid="threshold", **limit)
         ax.set_ylim(0.4 - len(names), 0.6)
         controls = set(curves.loc[curves["family"] == "control", "defense"])
-        ax.set_yticks(range(0, -len(names), -1), [fit(_shown(n, n in controls), 110, 8) for n in names])
+        ax.set_yticks(range(0, -len(names), -1), [fit_text(_defense_label(n, n in controls), 110, 8) for n in names])
         for name, label in zip(names, ax.get_yticklabels(), strict=True):
             label.set_color(DARK if name in controls else BLACK)
         ax.tick_params(axis="y", length=0)
@@ -65,7 +65,7 @@ def margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def draw_roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw the ROC curve of each defense with a mark at the run's threshold; the undefended is black.
 
     Past six defenses only the six whose AUROC differs most from the undefended have a color of their own.
@@ -79,13 +79,13 @@ def roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         points: what `roc_points` returned, of one attack.
         ax: where to draw.
     """
-    each = one_attack(points).drop_duplicates("defense").set_index("defense")
+    each = check_one_attack(points).drop_duplicates("defense").set_index("defense")
     change = each.loc[(each["family"] != "control") & (each.index != "none"), "delta_auroc"].abs()
-    told = set(change.sort_values(ascending=False, kind="stable").index[: len(LINES)])
-    looks = dict(zip([n for n in each.index if n in told], LINES, strict=False))
+    told = set(change.sort_values(ascending=False, kind="stable").index[: len(LINE_STYLES)])
+    looks = dict(zip([n for n in each.index if n in told], LINE_STYLES, strict=False))
     looks = {"none": (BLACK, "-", "o"), **looks} if "none" in each.index else looks
-    with rc_context(STYLE):
-        ax = ax or blank(3.9, 3.9)
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(3.9, 3.9)
         ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":", zorder=1, gid="chance")
         key = []
         for name in [*looks, *(n for n in each.index if n not in looks)]:
@@ -100,8 +100,8 @@ def roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             ax.plot(
                 here["benign_refused"], here["harmful_refused"], zorder=level + 3, gid=f"{name} mark", **mark
             )
-            value = _estimate(curve, "auroc", "", 1, 2) or "no value"
-            named = fit(_shown(name, control), 140, WRITTEN, 1 if len(each) > 11 else 2).replace(
+            value = _format_first_estimate(curve, "auroc", "", 1, 2) or "no value"
+            named = fit_text(_defense_label(name, control), 140, TEXT_SIZE, 1 if len(each) > 11 else 2).replace(
                 "\n", "\n" + " " * 30
             )
             key.append(Line2D([], [], label=f"{value}  {named}", **line | mark))
@@ -110,11 +110,11 @@ def roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_aspect("equal")
         ax.set_xlabel("share of benign queries refused")
         ax.set_ylabel("share of harmful queries refused")
-        beside(ax, key, title="AUROC [95\u00a0% interval]")
+        place_legend_beside(ax, key, title="AUROC [95\u00a0% interval]")
     return ax
 
 
-def loss(history: pd.DataFrame, title: str, ax: Axes | None = None) -> Axes:
+def draw_loss(history: pd.DataFrame, title: str, ax: Axes | None = None) -> Axes:
     """Draw the loss of each training step, and its running mean over a tenth of the steps.
 
     >>> loss(pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}), "attack, smollm2").get_ylabel()
@@ -125,8 +125,8 @@ def loss(history: pd.DataFrame, title: str, ax: Axes | None = None) -> Axes:
         title: what was trained.
         ax: where to draw.
     """
-    with rc_context(STYLE):
-        ax = ax or blank(4.2, 2.4)
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(4.2, 2.4)
         ax.plot(history["step"], history["loss"], color=GREY, linewidth=0.8, label="each step")
         mean = history["loss"].rolling(max(2, len(history) // 10), center=True, min_periods=1).mean()
         ax.plot(history["step"], mean, color=BLUE, linewidth=1.6, label="running mean")
@@ -138,25 +138,25 @@ def loss(history: pd.DataFrame, title: str, ax: Axes | None = None) -> Axes:
         return ax
 
 
-def _shown(name: str, control: bool) -> str:
-    return "undefended" if name == "none" else f"{name} (control)" if control else name
+def _defense_label(name: str, is_control: bool) -> str:
+    return "undefended" if name == "none" else f"{name} (control)" if is_control else name
 
 
-def _estimate(rows: pd.DataFrame, name: str, unit: str, scale: int, digits: int) -> str:
+def _format_first_estimate(rows: pd.DataFrame, column: str, unit: str, scale: int, digits: int) -> str:
     """Return an estimate with its interval as text, empty where there is none."""
-    for value, low, high in scale * rows[[f"{name}{end}" for end in ENDS]].to_numpy(float)[:1]:
+    for value, low, high in scale * rows[[f"{column}{end}" for end in INTERVAL_SUFFIXES]].to_numpy(float)[:1]:
         interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low <= high else ""
         return f"{value:.{digits}f}{unit}{interval}" if value == value else ""
     return ""
 
 
-def _outline(
-    ax: Axes, rows: pd.DataFrame, base: float, scale: float, gid: str, color: str, wide: float
+def _draw_outline(
+    ax: Axes, rows: pd.DataFrame, base: float, scale: float, gid: str, color: str, line_width: float
 ) -> Any:
     """Draw one class of one defense as a line with a tick at its median; return the heights of the line."""
     heights = base + scale * rows["density"]
-    ax.plot(rows["margin"], heights, color=color, linewidth=wide, zorder=3 + (gid == "undefended"), gid=gid)
+    ax.plot(rows["margin"], heights, color=color, linewidth=line_width, zorder=3 + (gid == "undefended"), gid=gid)
     for median in rows["median"].iloc[:1]:
-        tick: Any = {"color": color, "linewidth": 2 * wide - 0.4, "zorder": 4}
+        tick: Any = {"color": color, "linewidth": 2 * line_width - 0.4, "zorder": 4}
         ax.plot([median] * 2, [base, base + 0.44 * (1 if scale > 0 else -1)], gid=f"{gid} median", **tick)
     return heights

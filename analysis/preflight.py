@@ -14,107 +14,107 @@ from difflib import SequenceMatcher
 import torch
 
 from analysis import scoring
-from analysis.batching import shared_prefix
-from analysis.bench import Bench
+from analysis.batching import count_shared_prefix
+from analysis.bench import ModelSession
 from analysis.queries import Query
 from analysis.readout import LOW_COVERAGE, Readout
-from analysis.rendering import THINKING, Prompt, redact, squeeze, without_thoughts
-from analysis.tables import condition
+from analysis.rendering import THINKING_TAGS, Prompt, redact_secrets, remove_whitespace, remove_thinking_and_whitespace
+from analysis.tables import format_condition
 from defenses import Defense
-from defenses.chats import parted
-from defenses.errors import told
+from defenses.chats import split_prefill
+from defenses.errors import describe_error
 
 # How far two ways to the same margin may lie apart, nats: float noise. Measured on SmolLM2-135M: 2.5e-5 and
 # 0.18.
-NOISE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.5, torch.float16: 0.1}
+MARGIN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
-class Check:
+class PreflightCheck:
     """One check of one condition: what was looked at, whether it holds, and what was seen."""
 
     condition: str
     name: str
     passed: bool
-    seen: str
+    observed: str
 
 
-def check(
-    bench: Bench,
-    name: str,
+def check_condition(
+    session: ModelSession,
+    condition_name: str,
     defense: Defense,
     queries: Sequence[Query],
     readout: Readout,
-    margins: bool = True,
-) -> list[Check]:
+    with_margins: bool = True,
+) -> list[PreflightCheck]:
     """Return the checks of one defense on a few queries.
 
     Args:
-        bench: the model.
-        name: the defense's name in the tables.
+        session: the model.
+        condition_name: the defense's name in the tables.
         defense: prepared for this model.
         queries: a few of each class.
         readout: whose margins are compared.
-        margins: whether they are, which takes forward passes.
+        with_margins: whether they are, which takes forward passes.
     """
-    bench = bench.asking(readout.questions)
-    shown = bench.every_prompt(defense, queries)
+    session = session.with_questions(readout.questions)
+    shown = session.render_queries(defense, queries)
     cases = [(query, prompt) for query, prompts in zip(queries, shown, strict=True) for prompt in prompts]
     prompts = [prompt for _, prompt in cases]
     found = [
-        _text_arrives(prompts),
-        *([] if defense.rewords else [_words_survive(bench, cases)]),
-        *([_secret_arrives(bench, defense, prompts)] if defense.secrets() else []),
-        _bos(bench, prompts),
-        _system_role(bench, prompts),
-        _whole(bench, prompts),
-        _answer_begins(bench, cases, readout.prefix),
-        *(_margins(bench, defense, prompts, readout) if margins else []),
+        _check_text_present(prompts),
+        *([] if defense.edits_user_text else [_check_user_text(session, cases)]),
+        *([_check_secret(session, defense, prompts)] if defense.secret_texts() else []),
+        _check_bos_count(session, prompts),
+        _check_system_role(session, prompts),
+        _check_not_truncated(session, prompts),
+        _check_response_start(session, cases, readout.response_prefix),
+        *(_check_margins(session, defense, prompts, readout) if with_margins else []),
     ]
-    where, secrets = condition({"attack": bench.attack.name, "defense": name}), defense.secrets()
-    return [Check(where, kind, passed, redact(seen, secrets)) for kind, passed, seen in found]
+    where, secrets = format_condition({"attack": session.attack.name, "defense": condition_name}), defense.secret_texts()
+    return [PreflightCheck(where, kind, passed, redact_secrets(seen, secrets)) for kind, passed, seen in found]
 
 
-def broken(bench: Bench, name: str, defense: Defense, error: Exception) -> Check:
+def make_failed_check(session: ModelSession, condition_name: str, defense: Defense, error: Exception) -> PreflightCheck:
     """Return the failed check of a defense that raised an error before it could be looked at."""
-    return Check(
-        condition({"attack": bench.attack.name, "defense": name}),
+    return PreflightCheck(
+        format_condition({"attack": session.attack.name, "defense": condition_name}),
         "prompts",
         False,
-        redact(told(error), defense.secrets()),
+        redact_secrets(describe_error(error), defense.secret_texts()),
     )
 
 
-Found = tuple[str, bool, str]
+CheckOutcome = tuple[str, bool, str]
 
 
-def _text_arrives(prompts: list[Prompt]) -> Found:
+def _check_text_present(prompts: list[Prompt]) -> CheckOutcome:
     lost = [
         message["content"]
         for prompt in prompts
         for message in prompt.chat
-        if _gist(message["content"]) not in _gist(prompt.text)
+        if _normalize_text(message["content"]) not in _normalize_text(prompt.text)
     ]
     seen = f"{len(lost)} messages are missing from the tokens" if lost else "every message is in the tokens"
     return "text reaches the model", not lost, seen
 
 
-def _words_survive(bench: Bench, cases: list[tuple[Query, Prompt]]) -> Found:
+def _check_user_text(session: ModelSession, cases: list[tuple[Query, Prompt]]) -> CheckOutcome:
     # What the attack made of the user's words: in Base64 they do not survive, and that is meant.
     lost = [
         query.id
         for query, prompt in cases
-        if _gist(parted(bench.attack.chat(query))[0][-1]["content"]) not in _gist(prompt.text)
+        if _normalize_text(split_prefill(session.attack.build_chat(query))[0][-1]["content"]) not in _normalize_text(prompt.text)
     ]
     return "user's words survive", not lost, f"changed in {', '.join(lost)}" if lost else "word for word"
 
 
-def _secret_arrives(bench: Bench, defense: Defense, prompts: list[Prompt]) -> Found:
-    from defenses.tokens import ids_of
+def _check_secret(session: ModelSession, defense: Defense, prompts: list[Prompt]) -> CheckOutcome:
+    from defenses.tokens import encode_plain_text
 
     whole, seen = True, []
-    for secret in defense.secrets():
-        ids = ids_of(bench.loaded.tokenizer, secret)
+    for secret in defense.secret_texts():
+        ids = encode_plain_text(session.loaded_model.tokenizer, secret)
         runs = [
             SequenceMatcher(None, ids, prompt.ids, autojunk=False).find_longest_match().size
             for prompt in prompts
@@ -125,62 +125,62 @@ def _secret_arrives(bench: Bench, defense: Defense, prompts: list[Prompt]) -> Fo
     return "secret reaches the model", whole, ", ".join(seen)
 
 
-def _bos(bench: Bench, prompts: list[Prompt]) -> Found:
-    bos = bench.loaded.tokenizer.bos_token_id
+def _check_bos_count(session: ModelSession, prompts: list[Prompt]) -> CheckOutcome:
+    bos = session.loaded_model.tokenizer.bos_token_id
     have = [prompt.ids.count(bos) for prompt in prompts]
-    want = [bench.renderer.bos_expected(prompt.chat) for prompt in prompts]
+    want = [session.chat_template.count_expected_bos(prompt.chat) for prompt in prompts]
     return "BOS tokens", bos is None or have == want, f"{have[0]}, the template writes {want[0]}"
 
 
-def _system_role(bench: Bench, prompts: list[Prompt]) -> Found:
-    policy = bench.renderer.system_policy
+def _check_system_role(session: ModelSession, prompts: list[Prompt]) -> CheckOutcome:
+    policy = session.chat_template.system_policy
     left = any(message["role"] == "system" for prompt in prompts for message in prompt.chat)
     return "system role", not (policy == "merged" and left), policy
 
 
-def _whole(bench: Bench, prompts: list[Prompt]) -> Found:
+def _check_not_truncated(session: ModelSession, prompts: list[Prompt]) -> CheckOutcome:
     longest = max(len(prompt.ids) for prompt in prompts)
-    return "nothing truncated", longest < bench.loaded.context, f"{longest} tokens of {bench.loaded.context}"
+    return "nothing truncated", longest < session.loaded_model.context_length, f"{longest} tokens of {session.loaded_model.context_length}"
 
 
-def _answer_begins(bench: Bench, cases: list[tuple[Query, Prompt]], prefix: tuple[int, ...]) -> Found:
-    name, renderer = "answer begins at the end", bench.renderer
-    tail, head = renderer.tail + renderer.closing, renderer.answer_head
-    opener = without_thoughts(bench.renderer.decode(prefix))
-    if opener and any(prompt.begun for _, prompt in cases):
+def _check_response_start(session: ModelSession, cases: list[tuple[Query, Prompt]], prefix: tuple[int, ...]) -> CheckOutcome:
+    name, renderer = "answer begins at the end", session.chat_template
+    tail, head = renderer.generation_prompt + renderer.thinking_closing, renderer.response_header
+    opener = remove_thinking_and_whitespace(session.chat_template.decode_tokens(prefix))
+    if opener and any(prompt.prefill for _, prompt in cases):
         return name, False, f"the readout begins answers itself ({opener!r}), and this one is begun already"
     for query, prompt in cases:
-        begun = "" if bench.questions else parted(bench.attack.chat(query))[1]
-        if not _gist(prompt.begun).endswith(_gist(begun)):
-            return name, False, f"the answer should go on from the attack's {begun!r}, not {prompt.begun!r}"
-        if not _gist(prompt.text).endswith(_gist(tail + prompt.begun)):
-            end = tail + prompt.begun
+        begun = "" if session.questions else split_prefill(session.attack.build_chat(query))[1]
+        if not _normalize_text(prompt.prefill).endswith(_normalize_text(begun)):
+            return name, False, f"the answer should go on from the attack's {begun!r}, not {prompt.prefill!r}"
+        if not _normalize_text(prompt.text).endswith(_normalize_text(tail + prompt.prefill)):
+            end = tail + prompt.prefill
             return name, False, f"a prompt does not end in {end!r}, as the template would have it"
-    if any(opening in without_thoughts(tail) for opening in THINKING):
+    if any(opening in remove_thinking_and_whitespace(tail) for opening in THINKING_TAGS):
         return name, False, f"the prompt ends inside a thinking block: {tail!r}"
-    if head is not None and without_thoughts(head) != without_thoughts(tail):
+    if head is not None and remove_thinking_and_whitespace(head) != remove_thinking_and_whitespace(tail):
         return name, False, f"the prompt ends in {tail!r}, and the template puts answers behind {head!r}"
     return name, True, repr(tail)
 
 
-def _gist(text: str) -> str:
+def _normalize_text(text: str) -> str:
     """The text less what templates trim and tokenizers may change: white space and the form of letters."""
     # SentencePiece writes a space as "\u2581", and gives one in the text back as a space.
-    return squeeze(unicodedata.normalize("NFKC", text).replace("\u2581", " "))
+    return remove_whitespace(unicodedata.normalize("NFKC", text).replace("\u2581", " "))
 
 
-def _margins(bench: Bench, defense: Defense, prompts: list[Prompt], readout: Readout) -> list[Found]:
+def _check_margins(session: ModelSession, defense: Defense, prompts: list[Prompt], readout: Readout) -> list[CheckOutcome]:
     """The engine's margins against a plain forward pass of one prompt, and against a batch of one."""
-    model = bench.loaded.model
-    by_length = sorted((prompt.followed(readout.prefix) for prompt in prompts), key=len)
+    model = session.loaded_model.model
+    by_length = sorted((prompt.append_prefix(readout.response_prefix) for prompt in prompts), key=len)
     two = [by_length[0], by_length[-1]]
-    many, one = (scoring.read(bench.loaded, bench.engine, defense, rows, readout) for rows in (two, two[:1]))
+    many, one = (scoring.score_prompts(session.loaded_model, session.engine, defense, rows, readout) for rows in (two, two[:1]))
     logits = torch.zeros(len(two), 1)
-    for weight, member in scoring.members(defense):
-        with member.armed(model), torch.inference_mode():
-            logits = logits + weight * torch.cat([_plain_logits(model, ids) for ids in two]).cpu()
-    plain = readout.read(logits)
-    noise = NOISE.get(model.dtype, 0.5)
+    for weight, member in scoring.list_blend_members(defense):
+        with member.apply_to(model), torch.inference_mode():
+            logits = logits + weight * torch.cat([_plain_forward_logits(model, ids) for ids in two]).cpu()
+    plain = readout.compute_margins(logits)
+    noise = MARGIN_TOLERANCES.get(model.dtype, 0.5)
     apart = float((many[:, 0] - plain[:, 0]).abs().max())
     alone = float((many[:1, 0] - one[:, 0]).abs().max())
     coverage = float(many[:, 1].mean())
@@ -188,14 +188,14 @@ def _margins(bench: Bench, defense: Defense, prompts: list[Prompt], readout: Rea
     return [
         ("engine equals plain pass", apart <= noise, f"{apart:.1e} nats apart, {noise:g} allowed"),
         ("one equals many", alone <= noise, f"{alone:.1e} nats apart, {noise:g} allowed"),
-        ("shared prefix", True, f"{shared_prefix(two)} of {len(two[-1])} tokens"),
+        ("shared prefix", True, f"{count_shared_prefix(two)} of {len(two[-1])} tokens"),
         ("coverage", True, f"{coverage:.1%}{little}"),
     ]
 
 
-def _plain_logits(model: torch.nn.Module, ids: Sequence[int]) -> torch.Tensor:
+def _plain_forward_logits(model: torch.nn.Module, prompt_ids: Sequence[int]) -> torch.Tensor:
     """First-answer logits the slow way: one prompt, no cache, no padding."""
-    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    tokens = torch.tensor([list(prompt_ids)], device=next(model.parameters()).device)
     places = torch.arange(tokens.shape[1], device=tokens.device)[None]
     out = model(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=places, use_cache=False

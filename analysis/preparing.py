@@ -9,39 +9,39 @@ from rich.console import Console
 
 from analysis import preflight, queries, reading, showing
 from analysis.attacks import Attack
-from analysis.bench import Bench
-from analysis.preflight import Check
+from analysis.bench import ModelSession
+from analysis.preflight import PreflightCheck
 from analysis.queries import QuerySet
 from analysis.readout import Readout
-from analysis.request import Request, refuse_overlap, teller
-from analysis.run import conditions
+from analysis.request import RunSpec, check_training_overlap, make_notifier
+from analysis.run import build_conditions
 from analysis.tables import UNDEFENDED
 from defenses import Defense, UserError, catalog
 
-_LOOKED_AT = 4  # queries that the preflight looks at
+_N_PREFLIGHT_QUERIES = 4  # queries that the preflight looks at
 NO_REFERENCE = "the undefended model was not scored"  # so that the others cannot be compared with it
 
 
-class NotReached(UserError):
+class PreflightError(UserError):
     """No defense reaches the model, so that there is nothing to score.
 
     Attributes:
         checks: that failed.
     """
 
-    def __init__(self, checks: Sequence[Check]) -> None:
+    def __init__(self, checks: Sequence[PreflightCheck]) -> None:
         self.checks = checks
         first = checks[0]
-        super().__init__(f"nothing was scored: {first.condition}: {first.name}: {first.seen}")
+        super().__init__(f"nothing was scored: {first.condition}: {first.name}: {first.observed}")
 
 
 @dataclass(frozen=True)
-class Ready:
+class RunSetup:
     """Everything loaded and prepared for a run."""
 
-    bench: Bench
+    session: ModelSession
     defenses: list[Defense]
-    data: QuerySet
+    query_set: QuerySet
     split: str
     readouts: list[Readout]
     attacks: tuple[Attack, ...]
@@ -54,93 +54,93 @@ class Ready:
         return only
 
 
-def prepare(
-    request: Request,
-    names: Sequence[str | Defense],
+def prepare_setup(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense],
     settings: Sequence[str],
     console: Console,
-    fitted: bool = True,
-) -> Ready:
+    with_threshold: bool = True,
+) -> RunSetup:
     """Load what is cheap to get wrong first, then the model, then make the defenses ready for it.
 
     Args:
-        request: what the user asked for.
-        names: of the defenses, or defenses themselves.
+        spec: what the user asked for.
+        defenses: of the defenses, or defenses themselves.
         settings: of those that are named.
         console: for progress.
-        fitted: whether readouts need their threshold, for which the model must answer.
+        with_threshold: whether readouts need their threshold, for which the model must answer.
     """
-    chosen = catalog.choose(names, settings)
-    data, split, calibration = request.queries(teller(console))
-    for attack in request.attacks:
-        attack.refuse_gaps(data.queries)
-    bench, host = request.open(console)
+    chosen = catalog.choose_defenses(defenses, settings)
+    data, split, calibration = spec.select_queries(make_notifier(console))
+    for attack in spec.attacks:
+        attack.check_covers_queries(data.queries)
+    bench, host = spec.open_session(console)
     prepared = [defense.prepare(host) for defense in chosen]
-    lacking = _lacking(prepared, names)
-    refuse_overlap(data, bench.loaded.trained_on, request.model)
-    every = conditions(prepared)
+    lacking = _missing_requirement_notices(prepared, defenses)
+    check_training_overlap(data, bench.loaded_model.trained_on, spec.model)
+    every = build_conditions(prepared)
     for name, defense in every.items():
-        refuse_overlap(data, defense.trained_on(), name)
-    maker = reading.Maker(bench, host, every[UNDEFENDED], calibration, console)
+        check_training_overlap(data, defense.trained_on(), name)
+    maker = reading.ReadoutCalibration(bench, host, every[UNDEFENDED], calibration, console)
     readouts: dict[str, Readout] = {}
-    for name in reading.NAMES if request.readouts == ("all",) else request.readouts:
-        if not fitted:
-            readout = maker.opened(name)
+    for name in reading.CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts:
+        if not with_threshold:
+            readout = maker.build_readout(name)
         else:
-            readout = maker.best(every, request.attacks) if name == "auto" else maker.named(name)
+            readout = maker.select_best_readout(every, spec.attacks) if name == "auto" else maker.calibrate_readout(name)
         readouts[readout.name] = readout
-    notices = [*bench.renderer.notices, *lacking, *_made_from(data, calibration)]
+    notices = [*bench.chat_template.notices, *lacking, *_calibration_overlap_notices(data, calibration)]
     for name, readout in readouts.items():
         notices += [f"readout {name}: {one}" for one in readout.notices]
     for notice in notices:
-        showing.note(console, notice)
-    return Ready(bench, prepared, data, split, list(readouts.values()), request.attacks, notices)
+        showing.print_note(console, notice)
+    return RunSetup(bench, prepared, data, split, list(readouts.values()), spec.attacks, notices)
 
 
-def unreached(
-    ready: Ready, every: Mapping[str, Defense], console: Console
-) -> dict[tuple[str, str], list[Check]]:
+def find_preflight_failures(
+    setup: RunSetup, conditions: Mapping[str, Defense], console: Console
+) -> dict[tuple[str, str], list[PreflightCheck]]:
     """Return the failed checks, by attack and condition: whether defenses reach the model, on a few queries.
 
     What is read is looked at everywhere. Margins are compared with plain passes for each defense under the
     first attack and for each attack undefended: how they are computed does not depend on what is read.
 
     Args:
-        ready: loaded and prepared.
-        every: the conditions.
+        setup: loaded and prepared.
+        conditions: the conditions.
         console: for progress.
     """
     found = {}
-    looked_at = queries.sample(ready.data.queries, _LOOKED_AT)
-    with showing.progress(console) as bar:
-        task = bar.add_task("checking that defenses reach the model", total=len(every) * len(ready.attacks))
+    looked_at = queries.sample_queries(setup.query_set.queries, _N_PREFLIGHT_QUERIES)
+    with showing.make_progress_bar(console) as bar:
+        task = bar.add_task("checking that defenses reach the model", total=len(conditions) * len(setup.attacks))
 
-        ready.bench.drafts.watch = showing.drafting(bar, task)
-        for attack in ready.attacks:
-            bench = ready.bench.under(attack)
-            for name, defense in every.items():
-                margins = attack is ready.attacks[0] or name == UNDEFENDED
+        setup.session.defense_calls.on_progress = showing.make_defense_call_callback(bar, task)
+        for attack in setup.attacks:
+            bench = setup.session.with_attack(attack)
+            for name, defense in conditions.items():
+                margins = attack is setup.attacks[0] or name == UNDEFENDED
                 try:
-                    if defense.asks:
+                    if defense.calls_model:
                         # All at once: a few by themselves take nearly as long, and scoring needs all.
-                        bench.every_prompt(defense, ready.data.queries)
+                        bench.render_queries(defense, setup.query_set.queries)
                     checks = [
                         one
-                        for readout in ready.readouts
-                        for one in preflight.check(bench, name, defense, looked_at, readout, margins)
+                        for readout in setup.readouts
+                        for one in preflight.check_condition(bench, name, defense, looked_at, readout, margins)
                     ]
                 except Exception as error:
-                    if len(every) * len(ready.attacks) <= 2:
+                    if len(conditions) * len(setup.attacks) <= 2:
                         raise
-                    checks = [preflight.broken(bench, name, defense, error)]
+                    checks = [preflight.make_failed_check(bench, name, defense, error)]
                 if failed := [one for one in checks if not one.passed]:
                     found[attack.name, name] = failed
                 bar.update(task, advance=1, description="checking that defenses reach the model")
     return found
 
 
-def left_out(
-    failed: Mapping[tuple[str, str], list[Check]], cells: Collection[tuple[str, str]]
+def exclude_failed_conditions(
+    failed: Mapping[tuple[str, str], list[PreflightCheck]], cells: Collection[tuple[str, str]]
 ) -> dict[tuple[str, str], str]:
     """Return in words why conditions are left out: failed checks of their own, or of the undefended model.
 
@@ -151,37 +151,37 @@ def left_out(
     Raises:
         NotReached: if nothing is left to compare, or nothing to compare it with.
     """
-    lost = why_lost(failed)
+    lost = describe_failed_checks(failed)
     for attack, name in cells:
         if (attack, UNDEFENDED) in failed:
             lost.setdefault((attack, name), NO_REFERENCE)
     if lost and not any(cell not in lost and cell[1] != UNDEFENDED for cell in cells):
-        raise NotReached([one for checks in failed.values() for one in checks])
+        raise PreflightError([one for checks in failed.values() for one in checks])
     return lost
 
 
-def why_lost(failed: Mapping[tuple[str, str], list[Check]]) -> dict[tuple[str, str], str]:
+def describe_failed_checks(failed_checks: Mapping[tuple[str, str], list[PreflightCheck]]) -> dict[tuple[str, str], str]:
     """Return in words why conditions cannot be scored, from their failed checks."""
-    return {cell: "; ".join(f"{one.name}: {one.seen}" for one in checks) for cell, checks in failed.items()}
+    return {cell: "; ".join(f"{one.name}: {one.observed}" for one in checks) for cell, checks in failed_checks.items()}
 
 
-def _made_from(data: QuerySet, calibration: QuerySet) -> list[str]:
+def _calibration_overlap_notices(query_set: QuerySet, calibration: QuerySet) -> list[str]:
     """Say if queries are scored that the readout is made from: its threshold is fitted to them."""
-    same = len({query.text for query in data.queries} & {query.text for query in calibration.queries})
+    same = len({query.text for query in query_set.queries} & {query.text for query in calibration.queries})
     return (
-        [f"the readout is made from {same} of the {len(data.queries)} queries that are scored"]
+        [f"the readout is made from {same} of the {len(query_set.queries)} queries that are scored"]
         if same
         else []
     )
 
 
-def _lacking(prepared: Sequence[Defense], names: Sequence[str | Defense]) -> list[str]:
+def _missing_requirement_notices(prepared: Sequence[Defense], requested: Sequence[str | Defense]) -> list[str]:
     """Say what is left out because this model lacks something for it; an error where nothing is left."""
     notices = []
     for defense in prepared:
-        if why := defense.lacking():
-            parts = list(conditions([defense]))
-            if not parts and "all" not in names:
+        if why := defense.missing_requirements():
+            parts = list(build_conditions([defense]))
+            if not parts and "all" not in requested:
                 raise UserError(f"{defense.name}: {why}")
             instead = f"only {', '.join(parts)} can be read" if parts else "it is left out"
             notices.append(f"{defense.name}: {instead}: {why}")

@@ -10,25 +10,25 @@ from typing import Any
 
 from defenses.errors import UserError
 
-Published = Mapping[str, Any]
+PublishedRow = Mapping[str, Any]
 # A row as published, and the name of its file without the ending -> a row of ours.
-Reading = Callable[[Published, str], dict[str, Any]]
+RowParser = Callable[[PublishedRow, str], dict[str, Any]]
 
-_MOSSBENCH = {"type 1": "exaggerated risk", "type 2": "negated harm", "type 3": "counterintuitive"}
+_MOSSBENCH_CATEGORIES = {"type 1": "exaggerated risk", "type 2": "negated harm", "type 3": "counterintuitive"}
 
 
-def advbench(row: Published, file: str) -> dict[str, Any]:
+def parse_advbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the goal; the target is the opening of an answer."""
     return {"text": row["goal"], "harmful": True}
 
 
-def figstep(row: Published, file: str) -> dict[str, Any]:
+def parse_figstep(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the request in plain words, of which the image would show a version in letters."""
     number = f"{row['category_id']}-{row['task_id']}"
     return {"id": number, "text": row["question"], "harmful": True, "category": row["category_name"]}
 
 
-def harmbench(row: Published, file: str) -> dict[str, Any]:
+def parse_harmbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     r"""Take the behavior behind its context, joined as the publisher joins them.
 
     >>> row = {"BehaviorID": "a", "Behavior": "Sum it up.", "ContextString": "A tale."}
@@ -39,54 +39,54 @@ def harmbench(row: Published, file: str) -> dict[str, Any]:
     return {"id": row["BehaviorID"], "text": text, "harmful": True, "category": row["SemanticCategory"]}
 
 
-def jbb(row: Published, file: str) -> dict[str, Any]:
+def parse_jailbreakbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the goal; the file's name says the class, and equal indices are a pair."""
-    harmful, index = "harmful" in file, row["Index"]
-    if harmful == ("benign" in file):
+    harmful, index = "harmful" in file_stem, row["Index"]
+    if harmful == ("benign" in file_stem):
         raise UserError(
-            f"{file}.csv: only their names tell the two files of jbb apart; call it harmful-behaviors.csv or "
+            f"{file_stem}.csv: only their names tell the two files of jbb apart; call it harmful-behaviors.csv or "
             "benign-behaviors.csv"
         )
     one = {"id": f"{index}-{'h' if harmful else 'b'}", "pair": index, "text": row["Goal"]}
-    return {**one, "category": row["Category"], **_side(harmful)}
+    return {**one, "category": row["Category"], **_class_columns(harmful)}
 
 
-def mm_safetybench(row: Published, file: str) -> dict[str, Any]:
+def parse_mm_safetybench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the question as it was before any of it was moved into an image; the file is the scenario."""
-    return {"id": f"{file}-{row['id']}", "text": row["Question"], "harmful": True, "category": file}
+    return {"id": f"{file_stem}-{row['id']}", "text": row["Question"], "harmful": True, "category": file_stem}
 
 
-def mossbench(row: Published, file: str) -> dict[str, Any]:
+def parse_mossbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the question that goes with the image, and why models refuse it."""
     over = row["metadata"].get("over", "") if isinstance(row["metadata"], dict) else ""
-    one = {"id": row["id"], "text": row["question"], "category": _MOSSBENCH.get(over, over)}
-    return {**one, **_side(harmful=False)}
+    one = {"id": row["id"], "text": row["question"], "category": _MOSSBENCH_CATEGORIES.get(over, over)}
+    return {**one, **_class_columns(harmful=False)}
 
 
-def or_bench(row: Published, file: str) -> dict[str, Any]:
+def parse_or_bench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take a prompt of the hard subset."""
-    return {"text": row["prompt"], "category": row["category"], **_side(harmful=False)}
+    return {"text": row["prompt"], "category": row["category"], **_class_columns(harmful=False)}
 
 
-def sorry_bench(row: Published, file: str) -> dict[str, Any]:
+def parse_sorry_bench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the only turn."""
     turns = row["turns"]
     text = turns[0] if isinstance(turns, list) and len(turns) == 1 else turns
     return {"id": row["question_id"], "text": text, "harmful": True, "category": row["category"]}
 
 
-def strongreject(row: Published, file: str) -> dict[str, Any]:
+def parse_strongreject(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the forbidden prompt."""
     return {"text": row["forbidden_prompt"], "harmful": True, "category": row["category"]}
 
 
-def xstest(row: Published, file: str) -> dict[str, Any]:
+def parse_xstest(row: PublishedRow, file_stem: str) -> dict[str, Any]:
     """Take the prompt and its label; the types with contrast_ in front are the unsafe ones."""
     one = {"id": row["id"], "text": row["prompt"], "category": row["type"]}
     label = row["label"]  # any other is left to be refused as what it is
-    return {**one, **(_side(label == "unsafe") if label in ("safe", "unsafe") else {"harmful": label})}
+    return {**one, **(_class_columns(label == "unsafe") if label in ("safe", "unsafe") else {"harmful": label})}
 
 
-def _side(harmful: bool) -> dict[str, Any]:
+def _class_columns(harmful: bool) -> dict[str, Any]:
     """The class; benign rows of these sets were made to look harmful, so they are no plain ones."""
     return {"harmful": harmful, "kind": "harmful" if harmful else "twin"}

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis import copies, data_folder, rows
-from analysis.checkpoints import Say
-from analysis.datasets import TABLE
-from analysis.query import NEEDS, check, from_row
-from analysis.query import SPLITS as SPLITS
+from analysis.checkpoints import Notifier
+from analysis.datasets import PUBLIC_DATASETS
+from analysis.query import QUERY_FILE_FORMAT, check_queries, parse_query
+from analysis.query import SPLIT_NAMES as SPLIT_NAMES
 from analysis.query import Query as Query
-from defenses.errors import UserError, unknown
+from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Shipped sets: the kinds of query that each takes from data/contrast.jsonl.
-SHIPPED = {
+SHIPPED_SETS = {
     "contrast": ("harmful", "twin", "plain"),
     "twins": ("harmful", "twin"),
     "plain": ("harmful", "plain"),
@@ -40,47 +40,47 @@ class QuerySet:
         sha256: of the file that they came from, or one for several.
         sources: what run.json says of each set that they came from: its name and SHA-256; of a public one
             also where it is published, its revision and its licence.
-        calibrates: whether the user's own part of it has a calibration split.
+        has_calibration_split: whether the user's own part of it has a calibration split.
     """
 
     name: str
     queries: tuple[Query, ...]
     sha256: str
     sources: tuple[Mapping[str, str], ...] = ()
-    calibrates: bool = False
+    has_calibration_split: bool = False
 
     @property
-    def splits(self) -> set[str]:
+    def split_names(self) -> set[str]:
         """The splits that the set has."""
         return {query.split for query in self.queries if query.split}
 
-    def split(self, name: str | None) -> QuerySet:
+    def select_split(self, split: str | None) -> QuerySet:
         """Return the queries of one split; None or "all" keeps them all.
 
         Where only some of several sets have splits, the queries of the others belong to every one.
         """
-        if name is None or name == "all":
+        if split is None or split == "all":
             return self
-        if not self.splits:
+        if not self.split_names:
             raise UserError(
-                f"--split {name}: {self.name} has no column split; leave --split out to take all queries"
+                f"--split {split}: {self.name} has no column split; leave --split out to take all queries"
             )
-        if name not in self.splits:
-            raise unknown("split", name, {*self.splits, "all"})
-        return self._with(query for query in self.queries if query.split in (name, None))
+        if split not in self.split_names:
+            raise unknown_name_error("split", split, {*self.split_names, "all"})
+        return self._replace_queries(query for query in self.queries if query.split in (split, None))
 
-    def calibration(self) -> QuerySet | None:
+    def select_calibration(self) -> QuerySet | None:
         """Return the user's own calibration split, which a readout is made from; None where there is none."""
-        if not self.calibrates:
+        if not self.has_calibration_split:
             return None
-        return self._with(query for query in self.queries if query.split == "calibration")
+        return self._replace_queries(query for query in self.queries if query.split == "calibration")
 
-    def limit(self, number: int | None) -> QuerySet:
+    def limit_queries(self, max_queries: int | None) -> QuerySet:
         """Return at most so many queries, pairs kept whole and all categories in proportion."""
-        if number is None:
+        if max_queries is None:
             return self
-        if number < 2:
-            raise UserError(f"--limit {number}: at least 2 queries are needed, a harmful and a benign one")
+        if max_queries < 2:
+            raise UserError(f"--limit {max_queries}: at least 2 queries are needed, a harmful and a benign one")
         units = defaultdict(list)
         for query in self.queries:
             units["pair" if query.pair else "alone", query.pair or query.id].append(query)
@@ -98,11 +98,11 @@ class QuerySet:
         kept: set[str] = set()
         for unit in (*lead, *(unit for _, unit in ranked)):
             more = {query.id for query in unit} - kept
-            if len(kept) + len(more) <= number:
+            if len(kept) + len(more) <= max_queries:
                 kept |= more
-        return self._with(query for query in self.queries if query.id in kept)
+        return self._replace_queries(query for query in self.queries if query.id in kept)
 
-    def halved(self, seed: int) -> QuerySet:
+    def split_calibration_test(self, seed: int) -> QuerySet:
         """Return the queries that ensembles are chosen on and reported on, each with its split.
 
         Those are the calibration and the test split. Where there are no such two, what is not for training is
@@ -110,7 +110,7 @@ class QuerySet:
         has been joined to.
         """
         usable = [query for query in self.queries if query.split != "train"]
-        both = {"calibration", "test"} <= self.splits
+        both = {"calibration", "test"} <= self.split_names
         units = defaultdict(list)
         for query in usable:
             if not (both and query.split):
@@ -124,9 +124,9 @@ class QuerySet:
             group.sort(key=lambda unit: unit[0].category)  # as many of each category, and of each class
             for place, unit in enumerate(group):
                 dealt |= {query.id: ("calibration", "test")[place % 2] for query in unit}
-        return self._with(replace(query, split=dealt.get(query.id, query.split)) for query in usable)
+        return self._replace_queries(replace(query, split=dealt.get(query.id, query.split)) for query in usable)
 
-    def checked(self) -> QuerySet:
+    def check_both_classes(self) -> QuerySet:
         """Return the set if it holds both classes."""
         for harmful, name, other in ((True, "harmful", "plain"), (False, "benign", "everyday")):
             if not any(query.harmful == harmful for query in self.queries):
@@ -136,11 +136,11 @@ class QuerySet:
                 )
         return self
 
-    def _with(self, queries: Any) -> QuerySet:
+    def _replace_queries(self, queries: Any) -> QuerySet:
         return replace(self, queries=tuple(queries))
 
 
-def load(name: str, offline: bool = False, say: Say = lambda text: None) -> QuerySet:
+def load_queries(name: str, offline: bool = False, notify: Notifier = lambda text: None) -> QuerySet:
     """Return the query set of that name, or the one in that file, or several together.
 
     >>> load("twins").split("test").limit(4).queries[0].harmful
@@ -150,22 +150,22 @@ def load(name: str, offline: bool = False, say: Say = lambda text: None) -> Quer
         name: contrast, twins, plain or everyday (shipped); a public set, or NAME=PATH for a copy of it; the
             path of a `.jsonl` or `.csv` file; or several of them, with + in between.
         offline: forbid the network.
-        say: told in words before anything is fetched, and what was left out.
+        notify: told in words before anything is fetched, and what was left out.
 
     Raises:
         UserError: if there is no such set, it may not or cannot be read, or a class is missing.
     """
-    names = _members(name)
+    names = _split_set_names(name)
     for one in names:
         public = one.partition("=")[0]
-        if not (one in SHIPPED or public in TABLE or Path(one).suffix in rows.SUFFIXES):
+        if not (one in SHIPPED_SETS or public in PUBLIC_DATASETS or Path(one).suffix in rows.RECORD_SUFFIXES):
             hint = " (or a public set's NAME=PATH, or the path of a .jsonl or .csv file)"
-            raise unknown("data set", public, [*SHIPPED, *TABLE], hint)
-    sets = [_one(one, offline, say) for one in names]
-    return (sets[0] if len(sets) == 1 else _together(name, sets, say)).checked()
+            raise unknown_name_error("data set", public, [*SHIPPED_SETS, *PUBLIC_DATASETS], hint)
+    sets = [_load_single_set(one, offline, notify) for one in names]
+    return (sets[0] if len(sets) == 1 else _join_query_sets(name, sets, notify)).check_both_classes()
 
 
-def framed(frame: pd.DataFrame) -> QuerySet:
+def from_frame(frame: pd.DataFrame) -> QuerySet:
     """Return the queries of a frame with the columns of a file in our own format.
 
     >>> import pandas as pd
@@ -173,56 +173,56 @@ def framed(frame: pd.DataFrame) -> QuerySet:
     'a frame of 2 queries'
     """
     if missing := [name for name in ("text", "harmful") if name not in frame]:
-        raise UserError(f"the frame of queries lacks {' and '.join(missing)}; {NEEDS}")
+        raise UserError(f"the frame of queries lacks {' and '.join(missing)}; {QUERY_FILE_FORMAT}")
     name = f"a frame of {len(frame)} queries"
     held = frame.astype(object).where(frame.notna(), None).to_dict("records")
     queries = [
-        from_row({str(key): one for key, one in row.items()}, at, name) for at, row in enumerate(held, 1)
+        parse_query({str(key): one for key, one in row.items()}, at, name) for at, row in enumerate(held, 1)
     ]
-    check(queries, name)
+    check_queries(queries, name)
     if len({query.harmful for query in queries}) < 2:
         lacks = "benign" if queries[0].harmful else "harmful"
         raise UserError(f"{name} holds no {lacks} query: a defense is read on both classes; add some rows")
     digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
     found = QuerySet(name, tuple(queries), digest, ({"name": name, "sha256": digest},))
-    return replace(found, calibrates="calibration" in found.splits)
+    return replace(found, has_calibration_split="calibration" in found.split_names)
 
 
-def shipped(name: str) -> QuerySet:
+def load_shipped_set(name: str) -> QuerySet:
     """Return a shipped set; everyday has one class only."""
-    whole = _read(data_folder() / "contrast.jsonl")
-    kept = tuple(query for query in whole.queries if query.kind in SHIPPED[name])
+    whole = _load_query_file(data_folder() / "contrast.jsonl")
+    kept = tuple(query for query in whole.queries if query.kind in SHIPPED_SETS[name])
     return replace(whole, name=name, queries=kept, sources=({"name": name, "sha256": whole.sha256},))
 
 
-def _members(name: str) -> list[str]:
+def _split_set_names(name: str) -> list[str]:
     """The sets that a name joins with +; a path that is there may hold one, too."""
     public, _, copy = name.partition("=")
-    if Path(name).exists() or (public in TABLE and Path(copy).expanduser().exists()):
+    if Path(name).exists() or (public in PUBLIC_DATASETS and Path(copy).expanduser().exists()):
         return [name]
     return name.split("+")
 
 
-def _one(name: str, offline: bool, say: Say) -> QuerySet:
+def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
     """A single set, of whichever classes."""
     public, equals, copy = name.partition("=")
-    if name in SHIPPED:
-        return shipped(name)
-    if public in TABLE:
-        found, source = copies.read(TABLE[public], copy if equals else None, offline, say)
-        queries = [from_row(row, number, path) for number, (row, path) in enumerate(found, 1)]
-        check(queries, copy or public)
+    if name in SHIPPED_SETS:
+        return load_shipped_set(name)
+    if public in PUBLIC_DATASETS:
+        found, source = copies.load_public_records(PUBLIC_DATASETS[public], copy if equals else None, offline, notify)
+        queries = [parse_query(row, number, path) for number, (row, path) in enumerate(found, 1)]
+        check_queries(queries, copy or public)
         return QuerySet(name, tuple(queries), source["sha256"], (source,))
-    data = _read(Path(name))
+    data = _load_query_file(Path(name))
     source = {"name": name, "sha256": data.sha256}
-    return replace(data, name=name, sources=(source,), calibrates="calibration" in data.splits)
+    return replace(data, name=name, sources=(source,), has_calibration_split="calibration" in data.split_names)
 
 
-def _together(name: str, sets: Sequence[QuerySet], say: Say) -> QuerySet:
+def _join_query_sets(name: str, query_sets: Sequence[QuerySet], notify: Notifier) -> QuerySet:
     """Several sets as one: ids say which set they are of, and what two sets hold is asked once."""
-    short = [Path(data.name.partition("=")[0]).stem for data in sets]
+    short = [Path(data.name.partition("=")[0]).stem for data in query_sets]
     queries: list[Query] = []
-    for place, data in enumerate(sets):
+    for place, data in enumerate(query_sets):
         own = short[place] if short.count(short[place]) == 1 else f"{short[place]}-{place + 1}"
         known = {query.text for query in queries}
         queries += [
@@ -230,31 +230,31 @@ def _together(name: str, sets: Sequence[QuerySet], say: Say) -> QuerySet:
             for query in data.queries
             if query.text not in known
         ]
-    if repeated := sum(len(data.queries) for data in sets) - len(queries):
-        say(f"note: {repeated} queries of {name} are in more than one of its sets; each is asked once")
-    sources = tuple(source for data in sets for source in data.sources)
-    digest = rows.one_digest([data.sha256 for data in sets])
-    return QuerySet(name, tuple(queries), digest, sources, any(data.calibrates for data in sets))
+    if repeated := sum(len(data.queries) for data in query_sets) - len(queries):
+        notify(f"note: {repeated} queries of {name} are in more than one of its sets; each is asked once")
+    sources = tuple(source for data in query_sets for source in data.sources)
+    digest = rows.combine_digests([data.sha256 for data in query_sets])
+    return QuerySet(name, tuple(queries), digest, sources, any(data.has_calibration_split for data in query_sets))
 
 
-def default_split(data: QuerySet) -> Literal["test", "all"]:
+def choose_default_split(query_set: QuerySet) -> Literal["test", "all"]:
     """Return the split to evaluate on: test where there is one, else all."""
-    return "test" if "test" in data.splits else "all"
+    return "test" if "test" in query_set.split_names else "all"
 
 
-def sample(queries: Sequence[Query], number: int) -> list[Query]:
+def sample_queries(queries: Sequence[Query], max_queries: int) -> list[Query]:
     """Return up to `number` queries, half of each class, evenly spaced over the list."""
     picked = []
     for harmful in (True, False):
         side = [query for query in queries if query.harmful == harmful]
-        count = min(len(side), number // 2)
+        count = min(len(side), max_queries // 2)
         picked += [side[i * len(side) // count] for i in range(count)]
     return picked
 
 
-def _read(path: Path) -> QuerySet:
+def _load_query_file(path: Path) -> QuerySet:
     """The queries of a file in our own format."""
-    found, raw = rows.read(path, ("text", "harmful"), NEEDS)
-    queries = [from_row(row, number, path) for number, row in enumerate(found, 1)]
-    check(queries, path)
+    found, raw = rows.read_records(path, ("text", "harmful"), QUERY_FILE_FORMAT)
+    queries = [parse_query(row, number, path) for number, row in enumerate(found, 1)]
+    check_queries(queries, path)
     return QuerySet(str(path), tuple(queries), hashlib.sha256(raw).hexdigest())

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defenses.errors import UserError, unknown
+from defenses.errors import UserError, unknown_name_error
 
-SPLITS = ("train", "calibration", "test")
-NEEDS = (
+SPLIT_NAMES = ("train", "calibration", "test")
+QUERY_FILE_FORMAT = (
     "it needs the columns text and harmful (true/false), and may have id, pair, category, split "
-    f"({'/'.join(SPLITS)}), kind"
+    f"({'/'.join(SPLIT_NAMES)}), kind"
 )
-_HARMFUL = {"true": True, "1": True, "1.0": True, "yes": True, "harmful": True}
-_HARMFUL |= {"false": False, "0": False, "0.0": False, "no": False, "benign": False}
+_HARMFUL_VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "harmful": True}
+_HARMFUL_VALUES |= {"false": False, "0": False, "0.0": False, "no": False, "benign": False}
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,23 @@ class Query:
     image: str | None = None
 
 
-def check(queries: Sequence[Query], path: Path | str) -> None:
+def check_queries(queries: Sequence[Query], source: Path | str) -> None:
     """Raise unless ids, splits and pairs are what the statistics take them for.
 
     Args:
         queries: of one file or one set.
-        path: that an error names.
+        source: that an error names.
     """
     repeated = [one for one, count in Counter(query.id for query in queries).items() if count > 1]
     if repeated:
-        raise UserError(f"{path}: the id {repeated[0]!r} occurs more than once; every query needs its own")
+        raise UserError(f"{source}: the id {repeated[0]!r} occurs more than once; every query needs its own")
     without = [query.id for query in queries if query.split is None]
     if 0 < len(without) < len(queries):
-        raise UserError(f"{path}: the query {without[0]!r} has no split, but others do; give each one")
-    _check_pairs(queries, path)
+        raise UserError(f"{source}: the query {without[0]!r} has no split, but others do; give each one")
+    _check_pairs(queries, source)
 
 
-def _check_pairs(queries: Sequence[Query], path: Path | str) -> None:
+def _check_pairs(queries: Sequence[Query], source: Path | str) -> None:
     """Raise unless each pair is what the statistics take it for."""
     pairs: dict[str, list[Query]] = defaultdict(list)
     for query in queries:
@@ -68,40 +68,40 @@ def _check_pairs(queries: Sequence[Query], path: Path | str) -> None:
             pairs[query.pair].append(query)
     for name, members in pairs.items():
         if len({query.split for query in members}) > 1:
-            raise UserError(f"{path}: the pair {name!r} lies in two splits; a pair belongs to one")
+            raise UserError(f"{source}: the pair {name!r} lies in two splits; a pair belongs to one")
         harmful = sum(query.harmful for query in members)
         if harmful > 1 or len(members) - harmful > 1:
             raise UserError(
-                f"{path}: the pair {name!r} has {harmful} harmful and {len(members) - harmful} benign "
+                f"{source}: the pair {name!r} has {harmful} harmful and {len(members) - harmful} benign "
                 "queries; a pair is one harmful query and its benign twin, so give the others pairs of "
                 "their own or none"
             )
 
 
-def from_row(row: Mapping[str, Any], number: int, path: Path | str) -> Query:
+def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> Query:
     """Return the query that a row in our own format stands for.
 
     Args:
         row: with text and harmful at least.
-        number: of the row, which makes its id if it has none.
-        path: that an error names.
+        row_number: of the row, which makes its id if it has none.
+        source: that an error names.
     """
 
     def given(name: str) -> str | None:
         value = row.get(name)
         return None if value is None or value == "" else str(value)
 
-    ident, split, text = given("id") or f"q{number:04d}", given("split"), row["text"]
-    where = f"{path}, query {ident!r}"
+    ident, split, text = given("id") or f"q{row_number:04d}", given("split"), row["text"]
+    where = f"{source}, query {ident!r}"
     if not isinstance(text, str | None):
         raise UserError(f"{where}: the text is {text!r}; it takes a string")
     if not (text or "").strip():
         raise UserError(f"{where}: the text is empty; write the request or take the query out")
-    harmful = _HARMFUL.get(str(row["harmful"]).strip().lower())
+    harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
         raise UserError(f"{where}: harmful is {row['harmful']!r}; it takes true or false")
-    if split is not None and split not in SPLITS:
-        raise unknown(f"split in {where}:", split, SPLITS)
+    if split is not None and split not in SPLIT_NAMES:
+        raise unknown_name_error(f"split in {where}:", split, SPLIT_NAMES)
     kind = given("kind") or ("harmful" if harmful else "plain")
     text, pair, category = str(text).strip(), given("pair"), given("category") or ""
     return Query(ident, text, harmful, category, pair, split, kind, given("image"))

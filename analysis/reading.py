@@ -19,6 +19,7 @@ from analysis import (
     judge,
     kept,
     manifest,
+    queries,
     refusals,
     resampling,
     showing,
@@ -26,70 +27,70 @@ from analysis import (
     validity,
 )
 from analysis import calibrated as calibrating
-from analysis.agreement import matching_threshold
+from analysis.agreement import fit_matching_threshold
 from analysis.attacks import Attack
-from analysis.bench import Bench
-from analysis.calibrated import CONDITIONS, FEWEST, TooFew, calibrated
-from analysis.judge import READERS, Verdict, judged_and_refused
+from analysis.bench import ModelSession
+from analysis.calibrated import CALIBRATION_CONDITIONS, MIN_RESPONSES_PER_CLASS, TooFewResponsesError, fit_logistic_readout
+from analysis.judge import RULE_JUDGES, Verdict, make_verdict_masks
 from analysis.queries import Query, QuerySet
-from analysis.readout import COMPLY, NO, ODDS, QUESTIONS, REFUSE, YES, Readout
-from analysis.run import score
+from analysis.readout import N_OPENING_QUERIES, derive_words_readout, COMPLIANCE_WORDS, NO_WORDS, LOG_ODDS_WORDS, REFUSAL_QUESTIONS, REFUSAL_WORDS, YES_WORDS, Readout
+from analysis.rendering import Prompt
+from analysis.run import score_condition
 from analysis.tables import UNDEFENDED
-from defenses import Defense, Host, UserError
+from defenses import Defense, ModelInfo, UserError
 
 # How the answer is made to begin for `prefilled-k`; ours, and it says nothing of any topic.
-OPENER = "Sure, here is what you asked for, step by step and in full detail:"
+COMPLYING_OPENER = "Sure, here is what you asked for, step by step and in full detail:"
 # Readouts among which `auto` looks for the best validated one.
-NAMES = ("words", "calibrated", "question", "log-odds")
-_JUDGE = READERS["patterns"]
-_RULES = (judge, refusals, spoken)  # by which text is said to refuse
-_ASKED = 120  # queries at most whose answers a threshold or a readout is made from
+CANDIDATE_READOUTS = ("words", "calibrated", "question", "log-odds")
+_CALIBRATION_JUDGE = RULE_JUDGES["patterns"]
+_MAX_CALIBRATION_QUERIES = 120  # queries at most whose answers a threshold or a readout is made from
 
 
 @dataclass(frozen=True)
-class Maker:
+class ReadoutCalibration:
     """Makes readouts for a model.
 
     Attributes:
-        bench: the model.
-        host: what defenses may know about it.
+        session: the model.
+        model_info: what defenses may know about it.
         undefended: how it is asked when it is seen how answers open, and when they refuse.
-        calibration: the queries that a readout may be made from.
+        calibration_set: the queries that a readout may be made from.
         console: for progress.
     """
 
-    bench: Bench
-    host: Host
+    session: ModelSession
+    model_info: ModelInfo
     undefended: Defense
-    calibration: QuerySet
+    calibration_set: QuerySet
     console: Console
 
-    def named(self, name: str) -> Readout:
+    def calibrate_readout(self, name: str) -> Readout:
         """Return the readout of that name with its threshold, made now or before.
 
         Args:
             name: words, calibrated, question, log-odds, or prefilled- and a number of tokens.
         """
-        if (known := self.known(name)) is not None:
+        if (known := self.load_readout(name)) is not None:
             return known
         if name == "calibrated":
-            made = self._calibrated(self.opened("words"))
+            made = self._fit_logistic_readout(self.build_readout("words"))
         else:
-            made = self.with_threshold(self.opened(name))
+            made = self.fit_threshold(self.build_readout(name))
         if made.name == name:
             # A threshold found again, on another machine or in other batches, differs in its last digits.
-            kept.write(self._place(name), asdict(made))
+            kept.write_cached_json(self._readout_cache_path(name), asdict(made))
         return made
 
-    def known(self, name: str) -> Readout | None:
+    def load_readout(self, name: str) -> Readout | None:
         """Return the readout of that name if it was made before."""
-        if (found := kept.read(self._place(name))) is None:
+        if (found := kept.read_cached_json(self._readout_cache_path(name))) is None:
             return None
         lists = {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
         same: dict[str, Any] = found | lists
         return Readout(**same)
 
-    def best(self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]) -> Readout:
+    def select_best_readout(self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]) -> Readout:
         """Return the readout that `analyze validate` found best for these conditions; else the words.
 
         Best, among those that were validated under all of them, is the one that is trusted in most, then the
@@ -97,9 +98,9 @@ class Maker:
         ends, on average).
         """
         found: list[tuple[tuple[int, int, float], Readout]] = []
-        for readout in filter(None, map(self.known, NAMES)):
+        for readout in filter(None, map(self.load_readout, CANDIDATE_READOUTS)):
             rows = [
-                validity.row(self.bench.under(attack), defense, readout)
+                validity.load_validity(self.session.with_attack(attack), defense, readout)
                 for attack in attacks
                 for defense in conditions.values()
             ]
@@ -109,7 +110,7 @@ class Maker:
                 worth = says.count("trusted"), -says.count("not trusted"), float(np.mean(ends or [0]))
                 found.append((worth, readout))
         if not found:
-            words = self.named("words")
+            words = self.calibrate_readout("words")
             why = (
                 "none was validated under all of these conditions (`analyze validate --readout all` does it)"
             )
@@ -122,121 +123,127 @@ class Maker:
         )
         return replace(readout, notices=(*readout.notices, notice))
 
-    def with_threshold(self, readout: Readout) -> Readout:
+    def fit_threshold(self, readout: Readout) -> Readout:
         """Return the readout with the threshold at which it refuses as often as the undefended text does."""
-        asked = self._asked
-        said = self._verdicts(UNDEFENDED, self.undefended, readout.begins)
-        known, refused = judged_and_refused(said)
+        asked = self._calibration_queries
+        said = self._calibration_verdicts(UNDEFENDED, self.undefended, readout.prefill)
+        known, refused = make_verdict_masks(said)
         count, n = int(refused.sum()), len(refused)
-        if min(count, n - count) < FEWEST:
+        if min(count, n - count) < MIN_RESPONSES_PER_CLASS:
             notice = (
                 f"threshold 0: {count} of {n} undefended answers refuse, too few of one kind to fit it to"
             )
             return replace(readout, notices=(*readout.notices, notice))
-        frame = score(self.bench, UNDEFENDED, self.undefended, asked, readout)
+        frame = score_condition(self.session, UNDEFENDED, self.undefended, asked, readout)
         margin = frame["margin"].to_numpy(float)[known]
         pairs = frame["pair"].fillna(frame["query"])[known]
-        value, low, high = matching_threshold(margin, refused, list(pairs), self.bench.seed)
+        value, low, high = fit_matching_threshold(margin, refused, list(pairs), self.session.seed)
         fitted = (
             f"to {n} undefended calibration queries: {(margin > value).sum()} exceed it, {count} answers "
-            f"refuse by the judge {_JUDGE.name}"
+            f"refuse by the judge {_CALIBRATION_JUDGE.name}"
         )
         notice = f"threshold {value:+.2f} [{low:+.2f}, {high:+.2f}] nats, fitted {fitted}"
-        return replace(readout, threshold=value, fitted=fitted, notices=(*readout.notices, notice))
+        return replace(readout, threshold=value, threshold_source=fitted, notices=(*readout.notices, notice))
 
     @cached_property
-    def _asked(self) -> tuple[Query, ...]:
-        return self.calibration.limit(_ASKED).queries
+    def _calibration_queries(self) -> tuple[Query, ...]:
+        return self.calibration_set.limit_queries(_MAX_CALIBRATION_QUERIES).queries
 
-    def opened(self, name: str) -> Readout:
+    def build_readout(self, name: str) -> Readout:
         """Return a readout made from how answers open, its threshold 0: nothing is generated for it.
 
         Args:
             name: words, question, log-odds, or prefilled- and a number of tokens.
         """
-        bench, asked = self.bench, self.calibration.queries
+        session = self.session
         told = self.console.status("seeing how the model opens its answers")
-        with self.undefended.armed(bench.loaded.model), told:
+        with self.undefended.apply_to(session.loaded_model.model), told:
+            prompts = self._opening_prompts(session)
             if name.startswith("prefilled-"):
-                opener = tuple(bench.loaded.tokenizer.encode(OPENER, add_special_tokens=False))
+                opener = tuple(session.loaded_model.tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False))
                 count = int(name.removeprefix("prefilled-"))
                 if count > len(opener):
                     raise UserError(f"--readout {name}: the opener has {len(opener)} tokens in this model")
-                made = bench.words(asked, self.undefended, opener[:count])
+                made = derive_words_readout(session, prompts, opener[:count])
             elif name == "question":
-                made = bench.asking(QUESTIONS).words(asked, self.undefended, sides=(YES, NO))
-                made = replace(made, begins=bench.words(asked, self.undefended).prefix)
+                asking = session.with_questions(REFUSAL_QUESTIONS)
+                made = derive_words_readout(asking, self._opening_prompts(asking), word_sides=(YES_WORDS, NO_WORDS))
+                made = replace(made, prefill=derive_words_readout(session, prompts).response_prefix)
             elif name == "log-odds":
-                made = _against_all(bench.words(asked, self.undefended, sides=(ODDS, COMPLY)))
+                made = make_log_odds_readout(derive_words_readout(session, prompts, word_sides=(LOG_ODDS_WORDS, COMPLIANCE_WORDS)))
             else:
-                made = bench.words(asked, self.undefended)
+                made = derive_words_readout(session, prompts)
         return replace(made, name=name)
 
-    def _calibrated(self, words: Readout) -> Readout:
+    def _opening_prompts(self, session: ModelSession) -> list[Prompt]:
+        """Undefended calibration queries as the model reads them."""
+        sampled = queries.sample_queries(self.calibration_set.queries, N_OPENING_QUERIES)
+        return [prompt for query in sampled for prompt in session.render_query(self.undefended, query)]
+
+    def _fit_logistic_readout(self, words_readout: Readout) -> Readout:
         """The calibrated readout; the words where there is too little to learn from."""
 
         def answered(name: str, defense: Defense) -> list[Verdict]:
-            return self._verdicts(name, defense, words.begins)
+            return self._calibration_verdicts(name, defense, words_readout.prefill)
 
         try:
-            return calibrated(self.bench, words, self._conditions, self._asked, answered)
-        except TooFew as few:
+            return fit_logistic_readout(self.session, words_readout, self._training_conditions, self._calibration_queries, answered)
+        except TooFewResponsesError as few:
             notice = f"--readout calibrated: {few}, too few of one kind to learn from, so words are read"
-            instead = self.named("words")
+            instead = self.calibrate_readout("words")
             return replace(instead, notices=(*instead.notices, notice))
 
     @cached_property
-    def _conditions(self) -> dict[str, Defense]:
+    def _training_conditions(self) -> dict[str, Defense]:
         """Those that the calibrated readout learns from."""
-        prepared = {name: defenses.get(name).prepare(self.host) for name in CONDITIONS}
-        return {name: defense for name, defense in prepared.items() if not defense.lacking()}
+        prepared = {name: defenses.get_defense(name).prepare(self.model_info) for name in CALIBRATION_CONDITIONS}
+        return {name: defense for name, defense in prepared.items() if not defense.missing_requirements()}
 
-    def _place(self, name: str) -> Path | None:
+    def _readout_cache_path(self, name: str) -> Path | None:
         """Where a readout is kept: in a file named by all that it is made from."""
-        learned = self._conditions if name == "calibrated" else {UNDEFENDED: self.undefended}
-        about = self._about(()) | {
+        learned = self._training_conditions if name == "calibrated" else {UNDEFENDED: self.undefended}
+        about = self._verdict_cache_key(()) | {
             "name": name,
-            "conditions": {key: manifest.of_defense(defense) for key, defense in learned.items()},
-            "seed": self.bench.seed,
-            "texts": [REFUSE, COMPLY, ODDS, YES, NO, QUESTIONS, OPENER],
+            "conditions": {key: manifest.describe_defense(defense) for key, defense in learned.items()},
+            "seed": self.session.seed,
+            "texts": [REFUSAL_WORDS, COMPLIANCE_WORDS, LOG_ODDS_WORDS, YES_WORDS, NO_WORDS, REFUSAL_QUESTIONS, COMPLYING_OPENER],
         }
-        makers = (*_RULES, agreement, answering, calibrating, resampling, sys.modules[__name__])
-        return kept.place("readouts", self.bench.loaded, about, makers)
+        return kept.make_json_cache_path("readouts", self.session.loaded_model, about)
 
-    def _verdicts(self, name: str, defense: Defense, begins: tuple[int, ...]) -> list[Verdict]:
+    def _calibration_verdicts(self, condition: str, defense: Defense, prefill: tuple[int, ...]) -> list[Verdict]:
         """What text says of the answers to the calibration split under a condition, found now or before."""
-        about = self._about(begins) | {"defense": manifest.told_apart(defense, self.bench.seed)}
-        place = kept.place("verdicts", self.bench.loaded, about, (*_RULES, answering))
-        if (found := kept.read(place)) is not None:
+        about = self._verdict_cache_key(prefill) | {"defense": manifest.identify_defense(defense, self.session.seed)}
+        place = kept.make_json_cache_path("verdicts", self.session.loaded_model, about)
+        if (found := kept.read_cached_json(place)) is not None:
             return [Verdict(one) for one in found["refusals"]]
-        asked = self._asked
-        with showing.progress(self.console) as bar:
-            task = bar.add_task(f"calibrating: answers under {name}", total=len(asked))
+        asked = self._calibration_queries
+        with showing.make_progress_bar(self.console) as bar:
+            task = bar.add_task(f"calibrating: answers under {condition}", total=len(asked))
 
             def done(count: int) -> None:
                 bar.advance(task, count)
 
-            said = answering.verdicts(self.bench, defense, asked, _JUDGE, begins, done=done)
-        kept.write(place, {"refusals": [verdict.refusal for verdict in said]})
+            said = answering.generate_verdicts(self.session, defense, asked, _CALIBRATION_JUDGE, prefill, on_progress=done)
+        kept.write_cached_json(place, {"refusals": [verdict.refusal for verdict in said]})
         return said
 
-    def _about(self, begins: tuple[int, ...]) -> dict[str, Any]:
+    def _verdict_cache_key(self, prefill: tuple[int, ...]) -> dict[str, Any]:
         """What the answers to the calibration split, and the judge's word on them, depend on."""
         return {
-            "data": [self.calibration.sha256, [query.id for query in self._asked]],
-            "judge": [_JUDGE.name, answering.TOKENS],
-            "begins": begins,
-            "template": self.bench.loaded.tokenizer.chat_template,
+            "data": [self.calibration_set.sha256, [query.id for query in self._calibration_queries]],
+            "judge": [_CALIBRATION_JUDGE.name, answering.DEFAULT_MAX_NEW_TOKENS],
+            "begins": prefill,
+            "template": self.session.loaded_model.tokenizer.chat_template,
         }
 
 
-def _against_all(words: Readout) -> Readout:
+def make_log_odds_readout(words_readout: Readout) -> Readout:
     """The log-odds of the refusing words against all other tokens."""
-    count = sum(weight > 0 for weight in words.weights)
+    count = sum(weight > 0 for weight in words_readout.weights)
     return replace(
-        words,
-        odds=True,
-        tokens=words.tokens[:count],
-        ids=words.ids[:count],
-        weights=words.weights[:count],
+        words_readout,
+        is_log_odds=True,
+        tokens=words_readout.tokens[:count],
+        ids=words_readout.ids[:count],
+        weights=words_readout.weights[:count],
     )

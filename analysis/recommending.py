@@ -14,83 +14,83 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import decompose, ensembles, fronts, saving, showing, standings
-from analysis.combining import Tried, combine
-from analysis.comparing import told, whole
-from analysis.ensembles import ALONE, REPORTED_ON
-from analysis.request import Request, default_out
-from analysis.resampling import estimate
-from analysis.sweeping import say_written
+from analysis.combining import EnsembleRun, score_ensembles
+from analysis.comparing import collect_ensemble_tables, build_ensemble_result
+from analysis.ensembles import ALONE, REPORT_SPLIT
+from analysis.request import RunSpec, choose_run_folder
+from analysis.resampling import make_estimate_columns
+from analysis.sweeping import print_run_location
 from analysis.tables import UNDEFENDED
 
 
 @dataclass(frozen=True)
-class Limits:
+class RecommendationLimits:
     """What a recommendation keeps to.
 
     Attributes:
-        over_refusal: share of benign queries refused, at most.
-        cost: time until the first token, times undefended, at most; None for any.
+        max_over_refusal: share of benign queries refused, at most.
+        max_cost: time until the first token, times undefended, at most; None for any.
     """
 
-    over_refusal: float
-    cost: float | None = None
+    max_over_refusal: float
+    max_cost: float | None = None
 
-    def within(self, hoped: pd.DataFrame, cost: Callable[[str], float]) -> list[str]:
+    def select_stacks(self, predicted: pd.DataFrame, stack_cost: Callable[[str], float]) -> list[str]:
         """Return the stacks that should keep to the limits, the one that refuses most harm first.
 
         They are only run here; whether they surely keep to them is asked of what is observed.
 
         Args:
-            hoped: predicted rows of the calibration split.
-            cost: of a team's stack.
+            predicted: predicted rows of the calibration split.
+            stack_cost: of a team's stack.
         """
-        promised = fronts.promised(hoped)
-        promised = promised[promised["over_refusal"] <= self.over_refusal]
+        promised = fronts.summarize_predicted_rates(predicted)
+        promised = promised[promised["over_refusal"] <= self.max_over_refusal]
         ordered = promised.sort_values("harmful", ascending=False, kind="stable").index
-        return [team for team in ordered if self.cost is None or cost(team) <= self.cost]
+        return [team for team in ordered if self.max_cost is None or stack_cost(team) <= self.max_cost]
 
 
-def recommend(
-    request: Request,
-    names: Sequence[str],
+def run_recommend_command(
+    spec: RunSpec,
+    defenses: Sequence[str],
     settings: Sequence[str],
-    size: int,
-    runs: int,
-    limits: Limits,
+    max_size: int,
+    n_stacks: int,
+    limits: RecommendationLimits,
     out: Path | None,
     as_json: bool,
 ) -> int:
     """Say which defense or ensemble refuses most harm within the limits, and how sure that is."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    out = saving.usable(out or default_out(request.model, ["recommend", *names], started))
+    out = saving.check_output_folder(out or choose_run_folder(spec.model, ["recommend", *defenses], started))
     console = Console(stderr=True)
-    tried = combine(request, names, settings, size, runs, limits.within, console)
-    found = tried.candidates()
-    tables, record = told(tried, found, request, console)
-    chosen = picks(tried, found, limits)
+    tried = score_ensembles(spec, defenses, settings, max_size, n_stacks, limits.select_stacks, console)
+    found = tried.list_candidates()
+    tables, record = collect_ensemble_tables(tried, found, spec, console)
+    chosen = select_recommendations(tried, found, limits)
     record |= {
         "created": started.isoformat(timespec="seconds"),
-        "max_over_refusal": limits.over_refusal,
-        "max_cost": limits.cost,
+        "max_over_refusal": limits.max_over_refusal,
+        "max_cost": limits.max_cost,
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
-    saving.save(out, whole("recommend", tried, tables | {"recommendation": chosen}, record).run, console)
+    saving.save_run(out, build_ensemble_result("recommend", tried, tables | {"recommendation": chosen}, record).run, console)
     if as_json:
-        showing.as_json(chosen)
+        showing.print_json_table(chosen)
     else:
-        standings.pick(chosen, limits.over_refusal, limits.cost)
-    say_written(out, tried.lost, console)
-    return 1 if tried.lost else 0
+        standings.print_recommendation(chosen, limits.max_over_refusal, limits.max_cost)
+    print_run_location(out, tried.failures, console)
+    return 1 if tried.failures else 0
 
 
-def picks(tried: Tried, found: pd.DataFrame, limits: Limits) -> pd.DataFrame:
+def select_recommendations(ensemble_run: EnsembleRun, candidates: pd.DataFrame, limits: RecommendationLimits) -> pd.DataFrame:
     """Return the recommendation, the next best single defense, and the undefended model.
 
     Where nothing keeps to the limits, what comes closest on the calibration split takes the first place.
 
     Args:
-        tried: what was scored.
-        found: the candidates.
+        ensemble_run: what was scored.
+        candidates: the candidates.
         limits: what is kept to.
 
     Returns:
@@ -98,38 +98,38 @@ def picks(tried: Tried, found: pd.DataFrame, limits: Limits) -> pd.DataFrame:
         benign refused), `p_meets` (how probable it is, given the test split, that no more of the benign
         queries are refused than the limit says), and the columns of the candidates.
     """
-    _, benign = tried.fitted_to.counts
-    allowed = fronts.ranked(found, limits.over_refusal, limits.cost, benign)
-    usual = found[(found["members"] == UNDEFENDED) & (found["how"] == ALONE)].iloc[0]
+    _, benign = ensemble_run.calibration_scores.class_sizes
+    allowed = fronts.rank_candidates(candidates, limits.max_over_refusal, limits.max_cost, benign)
+    usual = candidates[(candidates["members"] == UNDEFENDED) & (candidates["how"] == ALONE)].iloc[0]
     roles: list[tuple[str, Any]] = []
     if len(allowed):
         roles.append(("recommended", allowed.iloc[0]))
     else:
-        affordable = fronts.ranked(found, 1.0, limits.cost, benign)  # the undefended model is among them
+        affordable = fronts.rank_candidates(candidates, 1.0, limits.max_cost, benign)  # the undefended model is among them
         nearest = affordable.sort_values("benign_calibration", ascending=False, kind="stable").iloc[0]
         roles.append(("closest", nearest))
-    if (alone := fronts.best_alone(allowed, [roles[0][1]["members"], UNDEFENDED])) is not None:
+    if (alone := fronts.choose_best_single(allowed, [roles[0][1]["members"], UNDEFENDED])) is not None:
         roles.append(
             ("best single defense" if roles[0][1]["how"] != ALONE else "next best single defense", alone)
         )
     if roles[0][1]["members"] != UNDEFENDED:
         roles.append(("undefended", usual))
     return pd.DataFrame(
-        [{"role": role, **row.to_dict(), **_rates(tried, row, limits)} for role, row in roles]
+        [{"role": role, **row.to_dict(), **_candidate_rates(ensemble_run, row, limits)} for role, row in roles]
     )
 
 
-def _rates(tried: Tried, row: Any, limits: Limits) -> dict[str, float]:
+def _candidate_rates(ensemble_run: EnsembleRun, candidate: Any, limits: RecommendationLimits) -> dict[str, float]:
     """The rates of one candidate on the test split, and how likely it meets the limit."""
-    team, how = row["members"].split("+"), row["how"]
-    halves = [tried.halves[attack.name, REPORTED_ON] for attack in tried.ready.attacks]
+    team, how = candidate["members"].split("+"), candidate["how"]
+    halves = [ensemble_run.split_scores[attack.name, REPORT_SPLIT] for attack in ensemble_run.setup.attacks]
     rates: list[dict[str, Any]] = []
-    for sample in (halves[0].once, halves[0].draws):
+    for sample in (halves[0].observed_weights, halves[0].bootstrap_weights):
         read = [
-            decompose.contrast(
-                half.board.before,
-                ensembles.margins(half, team, how, tried.fitted_to),
-                half.board.is_harmful,
+            decompose.compute_estimates(
+                half.margin_table.undefended_margins,
+                ensembles.compute_ensemble_margins(half, team, how, ensemble_run.calibration_scores),
+                half.margin_table.is_harmful,
                 0.0,
                 sample,
             )
@@ -144,5 +144,5 @@ def _rates(tried: Tried, row: Any, limits: Limits) -> dict[str, float]:
     point, cloud = rates
     found: dict[str, float] = {}
     for name in point:
-        found |= estimate(name, point[name], cloud[name], min(halves[0].counts), counted=True)
-    return found | {"p_meets": float((cloud["over_refusal"] <= limits.over_refusal).mean())}
+        found |= make_estimate_columns(name, point[name], cloud[name], min(halves[0].class_sizes), from_counts=True)
+    return found | {"p_meets": float((cloud["over_refusal"] <= limits.max_over_refusal).mean())}

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from analysis import queries, saving
 from analysis.folder import Run
-from analysis.report import page
+from analysis.report import render_page
 from defenses.errors import UserError
 
 # What a table of a run has to hold to be shown; other tables are shown by what they have.
-NEEDED = {
+REQUIRED_COLUMNS = {
     "scores": ("query", "category", "harmful", "attack", "defense", "margin"),
     "prompts": ("attack", "defense", "query", "readings", "read"),
     "summary": (
@@ -34,15 +34,15 @@ NEEDED = {
         ),
     ),
 }
-_RECORD = {
+_REQUIRED_RECORD_FIELDS = {
     "model": ("name",),
     "data": ("name", "split", "n_harmful", "n_benign"),
     "readout": ("name", "threshold"),
 }
-_WRITES = "`analyze -d NAME -o FOLDER` writes a run"
+_RUN_HINT = "`analyze -d NAME -o FOLDER` writes a run"
 
 
-def report(folders: Sequence[Path], out: Path) -> int:
+def write_report(folders: Sequence[Path], out: Path) -> int:
     """Write the page of these runs, and say where it is and what it lacks.
 
     Args:
@@ -53,92 +53,92 @@ def report(folders: Sequence[Path], out: Path) -> int:
         raise UserError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
     if out.suffix.lower() not in (".html", ".htm"):  # nor is a run's own file replaced by mistake
         raise UserError(f"--out {out}: the page is HTML; name it {out.with_suffix('.html')}")
-    saving.usable(out.parent)
+    saving.check_output_folder(out.parent)
     runs: list[Run] = []
     for folder in folders:
-        runs.append(read(folder, {run.name for run in runs}))
-    text = page(runs)
+        runs.append(read_run(folder, {run.name for run in runs}))
+    text = render_page(runs)
     try:
-        saving.write(out, text)
+        saving.write_text_file(out, text)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another file") from error
     console = Console(stderr=True)
     for run in runs:
-        if run.unread and "scores" in run.tables:
-            console.print(Text(f"note: {run.name}: {run.unread}"), soft_wrap=True)
+        if run.missing_texts_reason and "scores" in run.tables:
+            console.print(Text(f"note: {run.name}: {run.missing_texts_reason}"), soft_wrap=True)
     console.print(
         Text(f"{out}: {len(text.encode()) / 1e6:.1f} MB, one file that holds all it shows"), soft_wrap=True
     )
     return 0
 
 
-def read(folder: Path, taken: Container[str] = ()) -> Run:
+def read_run(folder: Path, taken_names: Container[str] = ()) -> Run:
     """Return the run that lies in a folder.
 
     Args:
         folder: with `run.json` and tables.
-        taken: names of other runs of the page.
+        taken_names: names of other runs of the page.
 
     Raises:
         UserError: if no run lies there, or one of its files is not what the command wrote.
     """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "is not there"
-        raise UserError(f"{folder} {found}; give the folder of a run: {_WRITES}")
+        raise UserError(f"{folder} {found}; give the folder of a run: {_RUN_HINT}")
     path = folder / "run.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no run: it lacks run.json; {_WRITES}")
-    record = _record(path)
+        raise UserError(f"{folder} is no run: it lacks run.json; {_RUN_HINT}")
+    record = _read_record(path)
     files = {
         one.name: one.read_bytes()
         for one in sorted(folder.iterdir())
         if one.suffix in (".csv", ".png") and one.is_file()
     }
     tables = {
-        name.removesuffix(".csv"): _table(folder / name, held)
+        name.removesuffix(".csv"): _read_table(folder / name, held)
         for name, held in files.items()
         if name.endswith(".csv")
     }
     if not tables:
-        raise UserError(f"{folder} is no run: it lacks summary.csv and every other table; {_WRITES}")
+        raise UserError(f"{folder} is no run: it lacks summary.csv and every other table; {_RUN_HINT}")
     for name, held in files.items():
-        if name.endswith(".png") and not _drawn(held):
+        if name.endswith(".png") and not _is_whole_png(held):
             raise UserError(f"{folder / name} is no PNG, or half of one; remove it, or repeat the run")
-    texts, unread = _texts(record)
+    texts, unread = _load_query_texts(record)
     name = folder.resolve().name
     place = 2
-    while name in taken:
+    while name in taken_names:
         name = f"{folder.resolve().name} ({place})"
         place += 1
     drawn = tuple(one.removesuffix(".png") for one in files if one.endswith(".png"))
     return Run(name, record, tables, files, texts, unread, drawn)
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}); repeat the run") from error
-    for name, fields in _RECORD.items():
+    for name, fields in _REQUIRED_RECORD_FIELDS.items():
         held = record.get(name) if isinstance(record, dict) else None
         lacks = [field for field in fields if not isinstance(held, dict) or field not in held]
         if lacks:
-            raise UserError(f"{path} lacks {name}: {', '.join(lacks)}; {_WRITES} that has them")
+            raise UserError(f"{path} lacks {name}: {', '.join(lacks)}; {_RUN_HINT} that has them")
     return record
 
 
-def _table(path: Path, held: bytes) -> pd.DataFrame:
+def _read_table(path: Path, content: bytes) -> pd.DataFrame:
     try:
-        table = pd.read_csv(io.BytesIO(held))
+        table = pd.read_csv(io.BytesIO(content))
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
     except (ValueError, pd.errors.ParserError) as error:
         raise UserError(f"{path} is no table ({str(error).splitlines()[0]}); repeat the run") from error
     if "defense" not in table:
         table = table.rename(columns={"condition": "defense"})  # as older runs named it
-    lacks = [column for column in NEEDED.get(path.stem, ()) if column not in table]
+    lacks = [column for column in REQUIRED_COLUMNS.get(path.stem, ()) if column not in table]
     if lacks:
         raise UserError(f"{path} lacks the column {lacks[0]}; repeat the run")
     if path.stem == "scores" and table["harmful"].dtype != bool:
@@ -146,23 +146,23 @@ def _table(path: Path, held: bytes) -> pd.DataFrame:
     return table
 
 
-def _drawn(held: bytes) -> bool:
+def _is_whole_png(content: bytes) -> bool:
     """Whether these bytes are a whole PNG."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(held), formats=["PNG"]) as picture:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             picture.load()
     except (OSError, SyntaxError, ValueError):
         return False
     return True
 
 
-def _texts(record: dict[str, Any]) -> tuple[dict[str, str], str]:
+def _load_query_texts(record: dict[str, Any]) -> tuple[dict[str, str], str]:
     """The texts of a run's queries by id, if they can be had without the network; else why not."""
     data = record["data"]
     try:
-        found = queries.load(str(data["name"]), offline=True)
+        found = queries.load_queries(str(data["name"]), offline=True)
     except (UserError, OSError) as error:
         return {}, f"queries are shown by their ids, as their texts cannot be read: {error}"
     if data.get("sha256") not in (None, found.sha256):

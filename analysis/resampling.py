@@ -10,29 +10,29 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import ndtr, stdtrit
 from scipy.stats import binomtest, rankdata
 
-DRAWS = 2000
-FLIPS = 9999
-LEVEL = 0.95
+BOOTSTRAP_DRAWS = 2000
+SIGN_FLIPS = 9999
+CONFIDENCE_LEVEL = 0.95
 
-Draws = Float[np.ndarray, " draws"]
+DrawVector = Float[np.ndarray, " draws"]
 
 
 @dataclass(frozen=True)
-class Units:
+class ResamplingUnits:
     """Which queries belong together: a pair is one unit, and so is a query without a twin.
 
     Attributes:
-        of: number of the unit that each query belongs to, 0 …
-        makeup: what each unit is made of, 0 …; like number, like counts of harmful and benign queries.
+        unit_of_query: number of the unit that each query belongs to, 0 …
+        composition: what each unit is made of, 0 …; like number, like counts of harmful and benign queries.
         is_harmful: class of each query.
     """
 
-    of: Int[np.ndarray, " n"]
-    makeup: Int[np.ndarray, " units"]
+    unit_of_query: Int[np.ndarray, " n"]
+    composition: Int[np.ndarray, " units"]
     is_harmful: Bool[np.ndarray, " n"]
 
     @classmethod
-    def by_pair(cls, pairs: pd.Series, is_harmful: Bool[np.ndarray, " n"]) -> Units:
+    def from_pairs(cls, pairs: pd.Series, is_harmful: Bool[np.ndarray, " n"]) -> ResamplingUnits:
         """Return the units of queries, by the name of each one's pair (missing where it has none)."""
         alone = pd.Series([f"query {place}" for place in range(len(pairs))], index=pairs.index)
         of = pd.factorize(("pair " + pairs.astype(str)).where(pairs.notna(), alone))[0]
@@ -41,30 +41,30 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Resampling:
+class ResamplingWeights:
     """How often each query counts in each draw; the same for all defenses: differences are paired.
 
     Attributes:
-        harmful: draws × harmful queries.
-        benign: draws × benign queries.
-        unseen: weights of the queries that the log-linear correction adds to each rate: condition
+        harmful_weights: draws × harmful queries.
+        benign_weights: draws × benign queries.
+        unseen_weights: weights of the queries that the log-linear correction adds to each rate: condition
             (undefended, defended) × class (harmful, benign) × answer (refused, not) × draws.
-        is_data: whether this is the data as they are, not draws.
+        is_observed: whether this is the data as they are, not draws.
     """
 
-    harmful: Float[np.ndarray, "draws n_harmful"]
-    benign: Float[np.ndarray, "draws n_benign"]
-    unseen: Float[np.ndarray, "2 2 2 draws"]
-    is_data: bool = False
+    harmful_weights: Float[np.ndarray, "draws n_harmful"]
+    benign_weights: Float[np.ndarray, "draws n_benign"]
+    unseen_weights: Float[np.ndarray, "2 2 2 draws"]
+    is_observed: bool = False
 
     @classmethod
-    def once(cls, units: Units) -> Resampling:
+    def from_observed(cls, units: ResamplingUnits) -> ResamplingWeights:
         """Return the data as they are: one draw in which each query counts once, and the unseen half."""
         sizes = units.is_harmful.sum(), (~units.is_harmful).sum()
         return cls(np.ones((1, sizes[0])), np.ones((1, sizes[1])), np.full((2, 2, 2, 1), 0.5), True)
 
     @classmethod
-    def draw(cls, units: Units, draws: int = DRAWS, seed: int = 0) -> Resampling:
+    def from_bootstrap(cls, units: ResamplingUnits, n_draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> ResamplingWeights:
         """Return bootstrap draws that resample units among units of like make-up: class sizes stay.
 
         The halves that the log-linear correction adds are drawn as well, as Gamma(½) variables. Without
@@ -72,16 +72,16 @@ class Resampling:
         interval of one rate is close to Jeffreys'.
         """
         rng = np.random.default_rng(seed)
-        counts = np.zeros((draws, len(units.makeup)))
-        for kind in np.unique(units.makeup):
-            alike = np.flatnonzero(units.makeup == kind)
-            counts[:, alike] = rng.multinomial(len(alike), np.full(len(alike), 1 / len(alike)), size=draws)
-        of_query = counts[:, units.of]
-        unseen = rng.gamma(0.5, size=(2, 2, 2, draws))
+        counts = np.zeros((n_draws, len(units.composition)))
+        for kind in np.unique(units.composition):
+            alike = np.flatnonzero(units.composition == kind)
+            counts[:, alike] = rng.multinomial(len(alike), np.full(len(alike), 1 / len(alike)), size=n_draws)
+        of_query = counts[:, units.unit_of_query]
+        unseen = rng.gamma(0.5, size=(2, 2, 2, n_draws))
         return cls(of_query[:, units.is_harmful], of_query[:, ~units.is_harmful], unseen)
 
 
-def interval(cloud: Draws, n: int, counted: bool = False) -> tuple[float, float]:
+def bootstrap_interval(draws: DrawVector, min_class_size: int, from_counts: bool = False) -> tuple[float, float]:
     """Return the bootstrap interval: percentiles, set a little wider for small samples.
 
     A percentile interval of means is too short by about √((n−1)/n) times normal over t quantile; the
@@ -89,22 +89,22 @@ def interval(cloud: Draws, n: int, counted: bool = False) -> tuple[float, float]
     https://doi.org/10.1080/00031305.2015.1089789). Counts have been made wider by the log-linear correction.
 
     Args:
-        cloud: the estimate in each draw; draws without a value are left out.
-        n: size of the smaller class; under 2 there is no telling, and both ends are NaN.
-        counted: whether the estimate comes from corrected counts.
+        draws: the estimate in each draw; draws without a value are left out.
+        min_class_size: size of the smaller class; under 2 there is no telling, and both ends are NaN.
+        from_counts: whether the estimate comes from corrected counts.
     """
-    known = cloud[np.isfinite(cloud)]
-    if n < 2 or not len(known):
+    known = draws[np.isfinite(draws)]
+    if min_class_size < 2 or not len(known):
         return np.nan, np.nan
-    tail = (1 - LEVEL) / 2
-    if not counted:
-        tail = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail))
+    tail = (1 - CONFIDENCE_LEVEL) / 2
+    if not from_counts:
+        tail = ndtr(np.sqrt(min_class_size / (min_class_size - 1)) * stdtrit(min_class_size - 1, tail))
     low, high = np.quantile(known, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def estimate(
-    name: str, point: Float[np.ndarray, " 1"], cloud: Draws, n: int, counted: bool = False
+def make_estimate_columns(
+    column: str, point: Float[np.ndarray, " 1"], draws: DrawVector, min_class_size: int, from_counts: bool = False
 ) -> dict[str, float]:
     """Return an estimate with its interval, as columns of a table.
 
@@ -114,32 +114,32 @@ def estimate(
     {'rate': 0.0, 'rate_low': 0.0, 'rate_high': 0.25}
 
     Args:
-        name: of the column.
+        column: of the column.
         point: of the data as they are, the only value.
-        cloud: as for `interval`.
-        n: as for `interval`.
-        counted: as for `interval`.
+        draws: as for `interval`.
+        min_class_size: as for `interval`.
+        from_counts: as for `interval`.
     """
-    value, (low, high) = float(point[0]), interval(cloud, n, counted)
-    return {name: value, f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
+    value, (low, high) = float(point[0]), bootstrap_interval(draws, min_class_size, from_counts)
+    return {column: value, f"{column}_low": min(low, value), f"{column}_high": max(high, value)}
 
 
-def rate(name: str, count: int, n: int) -> dict[str, float]:
+def make_rate_columns(column: str, count: int, total: int) -> dict[str, float]:
     """Return a share with its Wilson interval, as columns of a table.
 
     >>> {key: round(value, 2) for key, value in rate("asr", 10, 10).items()}
     {'asr': 1.0, 'asr_low': 0.72, 'asr_high': 1.0, 'asr_n': 10}
     """
-    low, high = binomtest(count, n).proportion_ci(LEVEL, method="wilson")
-    return {name: count / n, f"{name}_low": float(low), f"{name}_high": float(high), f"{name}_n": n}
+    low, high = binomtest(count, total).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
+    return {column: count / total, f"{column}_low": float(low), f"{column}_high": float(high), f"{column}_n": total}
 
 
-def signs(units: Units, seed: int = 0) -> Float[np.ndarray, "flips units"]:
+def draw_sign_flips(units: ResamplingUnits, seed: int = 0) -> Float[np.ndarray, "flips units"]:
     """Return random signs, a row for each permutation; pairs are flipped whole."""
-    return np.random.default_rng(seed).integers(0, 2, size=(FLIPS, len(units.makeup))) * 2.0 - 1.0
+    return np.random.default_rng(seed).integers(0, 2, size=(SIGN_FLIPS, len(units.composition))) * 2.0 - 1.0
 
 
-def p_value(parts: Float[np.ndarray, " n"], units: Units, flips: Float[np.ndarray, "flips units"]) -> float:
+def compute_sign_flip_p_value(contributions: Float[np.ndarray, " n"], units: ResamplingUnits, sign_flips: Float[np.ndarray, "flips units"]) -> float:
     """Return the two-sided sign-flip p-value of a sum whose expected value is 0 under the null.
 
     Only the sum has to be 0 then, not its expected part from every make-up: plain queries may move unlike
@@ -147,28 +147,28 @@ def p_value(parts: Float[np.ndarray, " n"], units: Units, flips: Float[np.ndarra
     variance) until they add up to 0. With one make-up that moves nothing: the ordinary sign-flip test.
 
     Args:
-        parts: what each query adds to the sum.
+        contributions: what each query adds to the sum.
         units: of the queries.
-        flips: from `signs`.
+        sign_flips: from `signs`.
     """
-    by_unit, size = np.bincount(units.of, parts), np.bincount(units.makeup)
-    mean = np.bincount(units.makeup, by_unit) / size
-    variance = np.bincount(units.makeup, (by_unit - mean[units.makeup]) ** 2) / size
+    by_unit, size = np.bincount(units.unit_of_query, contributions), np.bincount(units.composition)
+    mean = np.bincount(units.composition, by_unit) / size
+    variance = np.bincount(units.composition, (by_unit - mean[units.composition]) ** 2) / size
     variance += 1e-9 * (by_unit**2).mean() + 1e-30  # the limit where nothing varies
     null = mean - variance * by_unit.sum() / (size @ variance)
     # The tolerance keeps float noise from telling equal sums apart.
-    as_far = np.abs(flips @ (by_unit - null[units.makeup])) >= abs(by_unit.sum()) - 1e-12
-    return float(1 + as_far.sum()) / (1 + len(flips))
+    as_far = np.abs(sign_flips @ (by_unit - null[units.composition])) >= abs(by_unit.sum()) - 1e-12
+    return float(1 + as_far.sum()) / (1 + len(sign_flips))
 
 
-def holm(p: pd.Series) -> pd.Series:
+def adjust_p_values(p_values: pd.Series) -> pd.Series:
     """Return p-values adjusted by Holm's method; missing ones stay missing.
 
     >>> holm(pd.Series([0.01, 0.04, 0.03])).round(6).tolist()
     [0.03, 0.06, 0.06]
     """
-    known = p.dropna().astype(float)
+    known = p_values.dropna().astype(float)
     ranks = rankdata(known, method="ordinal")
     adjusted = pd.Series((known * (len(known) - ranks + 1)).to_numpy(), index=known.index)
     steps = adjusted.iloc[np.argsort(ranks)].cummax().clip(upper=1.0)
-    return steps.reindex(p.index)
+    return steps.reindex(p_values.index)

@@ -15,42 +15,42 @@ from torch import nn
 
 from analysis import kept, scoring
 from analysis.queries import Query
-from defenses import Message, Residuals
-from defenses.adapters import fingerprints
+from defenses import Message, MeanActivations
+from defenses.adapters import fingerprint_queries
 
 if TYPE_CHECKING:
-    from analysis.bench import Bench
+    from analysis.bench import ModelSession
 
-_ROWS = 16  # prompts in one pass
+_PROMPTS_PER_PASS = 16  # prompts in one pass
 
 
-def residuals(bench: Bench, queries: Sequence[Query]) -> Residuals:
+def load_mean_activations(session: ModelSession, queries: Sequence[Query]) -> MeanActivations:
     """Return the mean residual stream of either class at each layer, computed now or before.
 
     Args:
-        bench: the model, which is asked undefended.
+        session: the model, which is asked undefended.
         queries: of the train split, both classes.
     """
-    prompts = [bench.renderer.render([Message(role="user", content=one.text)]).ids for one in queries]
+    prompts = [session.chat_template.render_prompt([Message(role="user", content=one.text)]).ids for one in queries]
     harmful = [query.harmful for query in queries]
     about = {"prompts": prompts, "harmful": harmful}
-    whole = {**scoring.about(bench.loaded), **about}
+    whole = {**scoring.describe_computation(session.loaded_model), **about}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-    place = kept.place("residuals", bench.loaded, about)
-    if (found := kept.read(place)) is None:
-        held = _held(bench, prompts)
+    place = kept.make_json_cache_path("residuals", session.loaded_model, about)
+    if (found := kept.read_cached_json(place)) is None:
+        held = _last_token_states(session, prompts)
         is_harmful = torch.tensor(harmful)
         found = {"harmful": held[is_harmful].mean(0).tolist(), "benign": held[~is_harmful].mean(0).tolist()}
-        kept.write(place, found)
-    seen = frozenset(fingerprints(query.text for query in queries))
-    return Residuals(torch.tensor(found["harmful"]), torch.tensor(found["benign"]), seen, digest)
+        kept.write_cached_json(place, found)
+    seen = frozenset(fingerprint_queries(query.text for query in queries))
+    return MeanActivations(torch.tensor(found["harmful"]), torch.tensor(found["benign"]), seen, digest)
 
 
-def _held(bench: Bench, prompts: Sequence[tuple[int, ...]]) -> torch.Tensor:
+def _last_token_states(session: ModelSession, prompt_ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """The residual stream that enters each block, at the last position of each prompt."""
-    model, found = bench.loaded.model, []
-    for start in range(0, len(prompts), _ROWS):
-        rows = [torch.tensor(ids) for ids in prompts[start : start + _ROWS]]
+    model, found = session.loaded_model.model, []
+    for start in range(0, len(prompt_ids), _PROMPTS_PER_PASS):
+        rows = [torch.tensor(ids) for ids in prompt_ids[start : start + _PROMPTS_PER_PASS]]
         # Padding on the right comes too late for a causal model to see it.
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

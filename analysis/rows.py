@@ -10,42 +10,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from defenses.errors import UserError, unknown
+from defenses.errors import UserError, unknown_name_error
 
-SUFFIXES = (".jsonl", ".csv")  # of a user's own files
+RECORD_SUFFIXES = (".jsonl", ".csv")  # of a user's own files
 
 
-def read(path: Path, needed: Sequence[str], needs: str) -> tuple[list[dict[str, Any]], bytes]:
+def read_records(path: Path, required_columns: Sequence[str], format_hint: str) -> tuple[list[dict[str, Any]], bytes]:
     """Return the rows of a file and its bytes.
 
     Args:
         path: of a `.jsonl`; of a `.csv` with a head line (lines with # in front of that are skipped); or of a
             `.json` that holds an object of objects, whose names become the column id.
-        needed: columns that must be there.
-        needs: said where the file is not what it must be.
+        required_columns: columns that must be there.
+        format_hint: said where the file is not what it must be.
     """
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {needs}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {format_hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     if path.suffix == ".csv":
-        rows, columns = _csv(path, text)
+        rows, columns = _parse_csv(path, text)
     else:
-        rows, columns = (_json if path.suffix == ".json" else _jsonl)(path, text, needs)
+        rows, columns = (_parse_json_objects if path.suffix == ".json" else _parse_jsonl)(path, text, format_hint)
     if not rows:
-        raise UserError(f"{path} holds no rows; {needs}")
-    missing = [name for name in needed if name not in columns]
-    if len(missing) == 1 == len(needed):
-        raise unknown(f"column of {path}:", missing[0], columns)
+        raise UserError(f"{path} holds no rows; {format_hint}")
+    missing = [name for name in required_columns if name not in columns]
+    if len(missing) == 1 == len(required_columns):
+        raise unknown_name_error(f"column of {path}:", missing[0], columns)
     if missing:
-        raise UserError(f"{path} lacks {' and '.join(missing)} (has {', '.join(sorted(columns))}); {needs}")
+        raise UserError(f"{path} lacks {' and '.join(missing)} (has {', '.join(sorted(columns))}); {format_hint}")
     return rows, raw
 
 
-def _csv(path: Path, text: str) -> tuple[list[dict[str, Any]], set[str]]:
+def _parse_csv(path: Path, text: str) -> tuple[list[dict[str, Any]], set[str]]:
     while text.startswith("#"):
         text = text.partition("\n")[2]
     reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -64,7 +64,7 @@ def _csv(path: Path, text: str) -> tuple[list[dict[str, Any]], set[str]]:
     return [dict(row) for row in rows], set(names)
 
 
-def _jsonl(path: Path, text: str, needs: str) -> tuple[list[dict[str, Any]], set[str]]:
+def _parse_jsonl(path: Path, text: str, format_hint: str) -> tuple[list[dict[str, Any]], set[str]]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -74,23 +74,23 @@ def _jsonl(path: Path, text: str, needs: str) -> tuple[list[dict[str, Any]], set
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg}); one object a line") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; {needs}")
+            raise UserError(f"{path}, line {number}: not a JSON object; {format_hint}")
         rows.append(row)
     return rows, set.intersection(*map(set, rows)) if rows else set()
 
 
-def _json(path: Path, text: str, needs: str) -> tuple[list[dict[str, Any]], set[str]]:
+def _parse_json_objects(path: Path, text: str, format_hint: str) -> tuple[list[dict[str, Any]], set[str]]:
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); {needs}") from error
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); {format_hint}") from error
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
-        raise UserError(f"{path}: not a JSON object of objects; {needs}")
+        raise UserError(f"{path}: not a JSON object of objects; {format_hint}")
     rows = [{"id": name, **row} for name, row in table.items()]
     return rows, set.intersection(*map(set, rows)) if rows else set()
 
 
-def one_digest(digests: Sequence[str]) -> str:
+def combine_digests(digests: Sequence[str]) -> str:
     """Return one SHA-256 for several files: that of the only one, or one of their digests.
 
     >>> one_digest(["ab"]), one_digest(["ab", "cd"])[:8]

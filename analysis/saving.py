@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from analysis.folder import Run
 
 
-def usable(folder: Path) -> Path:
+def check_output_folder(folder: Path) -> Path:
     """Return the folder if results can be written there; asked before the work, not after it."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a folder, new or old")
@@ -30,7 +30,7 @@ def usable(folder: Path) -> Path:
     return folder
 
 
-def save(folder: Path, run: Run, console: Console) -> None:
+def save_run(folder: Path, run: Run, console: Console) -> None:
     """Write a run, tables, figures and run.json: all of its files, or, if one cannot be written, none.
 
     Args:
@@ -38,18 +38,18 @@ def save(folder: Path, run: Run, console: Console) -> None:
         run: just made.
         console: for progress.
     """
-    with console.status("figures and tables"), beside(folder) as new:
+    with console.status("figures and tables"), stage_folder(folder) as new:
         for stem, table in run.tables.items():
             # The scores are exact, so that the summary can be made from them again.
             form = None if stem == "scores" else "%.7g"
             table.to_csv(new / f"{stem}.csv", index=False, float_format=form)
         for stem in run.figures:
-            run.figure(stem).savefig(new / f"{stem}.png")
+            run.draw_figure(stem).savefig(new / f"{stem}.png")
         text = json.dumps(run.record, indent=2, ensure_ascii=False)
         (new / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
-def write(path: Path, text: str) -> None:
+def write_text_file(path: Path, text: str) -> None:
     """Write one file: whole, or, if that fails, not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{uuid4().hex[:8]}")  # as readable as any file that its user makes
@@ -63,7 +63,7 @@ def write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[Path]:
+def stage_folder(folder: Path) -> Iterator[Path]:
     """Lend a new folder; once all was written into it without an error, the files move to their place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

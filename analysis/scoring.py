@@ -13,117 +13,128 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.engine import Engine, Reduce
+from analysis.engine import Engine, LogitReducer
 from analysis.models import LoadedModel
 from analysis.readout import Readout
-from analysis.store import Namer, Store
+from analysis.store import CacheKey, ScoreCache
 from defenses import Defense
 
-# Modules of this package that decide what a model reads and what is read off it.
-_ASKING = {"attacks", "attention", "batching", "bench", "drafts", "engine", "generation", "lending"}
-_ASKING |= {"readout", "rendering", "residuals", "run", "scoring", "spoken"}
-_BLENDED = 128  # prompts whose logits are held at once, where those of several models are added up
+# The code that decides what a model reads and how its logits become a margin.
+SCORING_SOURCES = (
+    "analysis/models/*.py",
+    "analysis/readouts/*.py",
+    "analysis/attacks.py",
+    "analysis/run.py",
+    "analysis/mechanism/directions.py",
+    "defenses/*.py",
+)
+# The code that turns margins and responses into thresholds, verdicts and costs.
+STUDY_SOURCES = ("analysis/judges/*.py", "analysis/stats/*.py", "analysis/studies/*.py")
+_MAX_BLENDED_PROMPTS = 128  # prompts whose logits are held at once, where those of several models are added up
 
 
 @cache
-def code() -> str:
-    """Return the SHA-256 of the source by which a model is asked: another version finds nothing of this one.
+def hash_code(*patterns: str) -> str:
+    """Return the SHA-256 of the source files that match the patterns, so that other code finds no cached result.
 
-    >>> len(code())
+    >>> len(hash_code(*SCORING_SOURCES))
     64
+
+    Args:
+        patterns: glob patterns, relative to the folder that holds both packages.
     """
     digest = hashlib.sha256()
-    for package in ("analysis", "defenses"):
-        for path in sorted(Path(str(importlib.import_module(package).__file__)).parent.glob("*.py")):
-            if package == "defenses" or path.stem in _ASKING:
-                digest.update(path.read_bytes())
+    root = Path(__file__).resolve().parents[2]
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def about(loaded: LoadedModel) -> dict[str, Any]:
+def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     """Return what all that a model computes depends on: weights, configuration, device, code, libraries."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
-        "weights": [loaded.origin.get("sha256"), loaded.origin.get("state_sha256")],
-        "config": {**loaded.model.config.to_dict(), "_name_or_path": ""},
-        "code": code(),
-        "dtype": str(loaded.model.dtype),
-        "device": loaded.model.device.type,
+        "weights": [loaded_model.origin.get("sha256"), loaded_model.origin.get("state_sha256")],
+        "config": {**loaded_model.model.config.to_dict(), "_name_or_path": ""},
+        "code": hash_code(*SCORING_SOURCES),
+        "dtype": str(loaded_model.model.dtype),
+        "device": loaded_model.model.device.type,
         "versions": versions,
     }
 
 
-def read(
-    loaded: LoadedModel,
+def score_prompts(
+    loaded_model: LoadedModel,
     engine: Engine,
     defense: Defense,
     prompts: Sequence[tuple[int, ...]],
     readout: Readout,
-    store: Store | None = None,
-    done: Callable[[int], None] = lambda prompts: None,
+    score_cache: ScoreCache | None = None,
+    on_progress: Callable[[int], None] = lambda prompts: None,
 ) -> Float[Tensor, "prompts 2"]:
     """Return margin and coverage of every prompt, those of earlier runs from the store.
 
     Args:
-        loaded: the model.
+        loaded_model: the model.
         engine: that holds it.
         defense: is armed meanwhile.
         prompts: token ids, the readout's prefix included.
         readout: how logits become a margin.
-        store: where scores are looked up and kept.
-        done: told how many more prompts are finished.
+        score_cache: where scores are looked up and kept.
+        on_progress: told how many more prompts are finished.
     """
-    arms = [(weight, one.changes()) for weight, one in members(defense)]
+    arms = [(weight, one.cacheable_fingerprint()) for weight, one in list_blend_members(defense)]
     if any(change is None for _, change in arms):
-        store = None
-    namer = Namer({**about(loaded), "arms": arms, "readout": [readout.ids, readout.weights, readout.odds]})
-    names = [namer.name(ids) for ids in prompts]
-    known = store.scores(names) if store is not None else {}
-    if store is not None:
-        store.found += sum(name in known for name in names)
+        score_cache = None
+    namer = CacheKey({**describe_computation(loaded_model), "arms": arms, "readout": [readout.ids, readout.weights, readout.is_log_odds]})
+    names = [namer.make_key(ids) for ids in prompts]
+    known = score_cache.read_scores(names) if score_cache is not None else {}
+    if score_cache is not None:
+        score_cache.n_hits += sum(name in known for name in names)
     # Prompts that are the same are read once.
     new = list({name: at for at, name in enumerate(names) if name not in known}.values())
     asked = [prompts[at] for at in new]
-    for rows, values in batches(engine, loaded, defense, asked, readout.read) if new else ():
+    for rows, values in iterate_defended_logits(engine, loaded_model, defense, asked, readout.compute_margins) if new else ():
         fresh = {names[new[row]]: (float(m), float(c)) for row, (m, c) in zip(rows, values, strict=True)}
-        if store is not None:
-            store.keep_scores((name, *value) for name, value in fresh.items())
+        if score_cache is not None:
+            score_cache.write_scores((name, *value) for name, value in fresh.items())
         known |= fresh
-        done(len(rows))
-    done(len(prompts) - len(new))
+        on_progress(len(rows))
+    on_progress(len(prompts) - len(new))
     return torch.tensor([known[name] for name in names], dtype=torch.float64)
 
 
-def members(defense: Defense) -> tuple[tuple[float, Defense], ...]:
+def list_blend_members(defense: Defense) -> tuple[tuple[float, Defense], ...]:
     """Return what is armed for a first token, and by what weight its logits count."""
-    return defense.blend() or ((1.0, defense),)
+    return defense.logit_blend() or ((1.0, defense),)
 
 
-def batches(
+def iterate_defended_logits(
     engine: Engine,
-    loaded: LoadedModel,
+    loaded_model: LoadedModel,
     defense: Defense,
     prompts: Sequence[tuple[int, ...]],
-    reduce: Reduce,
+    reducer: LogitReducer,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield which prompts, and what is made of their first-answer logits while the defense is armed.
 
     Args:
         engine: that holds the model.
-        loaded: the model.
+        loaded_model: the model.
         defense: where it chooses from several models, their logits are added up by weight.
         prompts: token ids.
-        reduce: logits -> what is kept of them.
+        reducer: logits -> what is kept of them.
     """
-    blend = members(defense)
-    if not defense.blend():
-        with defense.armed(loaded.model):
-            yield from engine.batches(prompts, reduce)
+    blend = list_blend_members(defense)
+    if not defense.logit_blend():
+        with defense.apply_to(loaded_model.model):
+            yield from engine.iterate_first_token(prompts, reducer)
         return
-    for start in range(0, len(prompts), _BLENDED):
-        rows = list(range(start, min(start + _BLENDED, len(prompts))))
+    for start in range(0, len(prompts), _MAX_BLENDED_PROMPTS):
+        rows = list(range(start, min(start + _MAX_BLENDED_PROMPTS, len(prompts))))
         logits = []
         for weight, one in blend:
-            with one.armed(loaded.model):
-                logits.append(weight * engine.read([prompts[row] for row in rows], lambda all_: all_.cpu()))
-        yield rows, reduce(sum(logits[1:], start=logits[0]))
+            with one.apply_to(loaded_model.model):
+                logits.append(weight * engine.read_first_token([prompts[row] for row in rows], lambda all_: all_.cpu()))
+        yield rows, reducer(sum(logits[1:], start=logits[0]))

@@ -9,11 +9,11 @@ import pandas as pd
 from rich.text import Text
 
 from analysis import showing
-from analysis.fronts import SURE
+from analysis.fronts import REQUIRED_PROBABILITY
 from analysis.tables import UNDEFENDED
 
-_SHOWN = 12  # rows of the front at most
-_WORDS = {
+_MAX_FRONT_ROWS = 12  # rows of the front at most
+_COORDINATE_LABELS = {
     "shift": "shift",
     "discrimination": "discrimination",
     "delta_auroc": "ΔAUROC",
@@ -22,30 +22,30 @@ _WORDS = {
 }
 
 
-def front(found: pd.DataFrame, record: Mapping[str, Any]) -> None:
+def print_front(candidates: pd.DataFrame, record: Mapping[str, Any]) -> None:
     """Print the front that the calibration split shows, with what became of it on the test split.
 
     Args:
-        found: `candidates.csv`.
+        candidates: `candidates.csv`.
         record: `run.json`.
     """
-    chosen = found[found["on_front"] | (found["members"] == UNDEFENDED)]
+    chosen = candidates[candidates["on_front"] | (candidates["members"] == UNDEFENDED)]
     chosen = chosen.sort_values("harmful_calibration", ascending=False, kind="stable")
     attacks = len(record["attacks"])
     title = (
-        f"{record['model']['name']}: {len(found):,} defenses and ensembles; on the calibration split none "
-        f"beats these {int(found['on_front'].sum())}"
+        f"{record['model']['name']}: {len(candidates):,} defenses and ensembles; on the calibration split none "
+        f"beats these {int(candidates['on_front'].sum())}"
     )
     heads = ("harmful refused (%)\nchosen → test", "benign answered (%)\nchosen → test", "cost\n(×)")
-    table = showing.table("members\nhow", heads, title)
-    for row in showing.rows(_few(chosen)):
+    table = showing.make_console_table("members\nhow", heads, title)
+    for row in showing.iterate_rows(_select_spread_rows(chosen)):
         rates = [
             f"{100 * row[f'{x}_calibration']:.0f} → {100 * row[f'{x}_test']:.0f}"
             for x in ("harmful", "benign")
         ]
         cells = (f"{row['members']}\n{row['how']}", *rates, f"{row['cost']:.1f}")
         table.add_row(*map(Text, cells))
-    console = showing.stdout()
+    console = showing.make_table_console()
     console.print(table)
     over = f", mean over {attacks} attacks" if attacks > 1 else ""
     data = record["data"]
@@ -57,25 +57,25 @@ def front(found: pd.DataFrame, record: Mapping[str, Any]) -> None:
     console.print(Text(note, style="dim"))
 
 
-def agreement(found: pd.DataFrame) -> None:
+def print_prediction_fit(prediction_fit: pd.DataFrame) -> None:
     """Print how well predictions came true on the test split.
 
     Args:
-        found: `additivity.csv`.
+        prediction_fit: `additivity.csv`.
     """
-    console = showing.stdout()
-    rows = found[(found["split"] == "test") & (found["kind"] == "all") & (found["n"] > 2)]
+    console = showing.make_table_console()
+    rows = prediction_fit[(prediction_fit["split"] == "test") & (prediction_fit["kind"] == "all") & (prediction_fit["n"] > 2)]
     for attack, how in rows[["attack", "how"]].drop_duplicates().itertuples(index=False, name=None):
         group = rows[(rows["attack"] == attack) & (rows["how"] == how)]
         told = [
-            f"{_WORDS[row['coordinate']]} R² {row['r2']:.2f}, rank {row['rank_correlation']:+.2f}"
-            for row in showing.rows(group)
-            if row["coordinate"] in _WORDS
+            f"{_COORDINATE_LABELS[row['coordinate']]} R² {row['r2']:.2f}, rank {row['rank_correlation']:+.2f}"
+            for row in showing.iterate_rows(group)
+            if row["coordinate"] in _COORDINATE_LABELS
         ]
         n = f"{group['n'].iloc[0]:,}"
         console.print(Text(f"Predicted against observed, {attack}, {how} (n = {n}): {'; '.join(told)}"))
-    stacks = found[(found["split"] == "test") & (found["how"] == "stack") & (found["kind"] != "all")]
-    for row in showing.rows(stacks[stacks["coordinate"].isin(("shift", "discrimination"))]):
+    stacks = prediction_fit[(prediction_fit["split"] == "test") & (prediction_fit["how"] == "stack") & (prediction_fit["kind"] != "all")]
+    for row in showing.iterate_rows(stacks[stacks["coordinate"].isin(("shift", "discrimination"))]):
         console.print(
             Text(
                 f"Off the sum, {row['attack']}, {row['kind']} stacks: {row['beyond_zero']:.0f} of "
@@ -84,17 +84,17 @@ def agreement(found: pd.DataFrame) -> None:
         )
 
 
-def distances(found: pd.DataFrame) -> None:
+def print_raised_distances(raised_distances: pd.DataFrame) -> None:
     """Print how many pairs of shift defenses raise the paper's distance, and how many of the raises are real.
 
     Args:
-        found: `distance.csv`.
+        raised_distances: `distance.csv`.
     """
-    console = showing.stdout()
-    if found.empty:
+    console = showing.make_table_console()
+    if raised_distances.empty:
         console.print(Text("No pair of two shift defenses raises the distance on the probability scale."))
         return
-    for how, group in found.groupby("how", sort=False):
+    for how, group in raised_distances.groupby("how", sort=False):
         counts = ", ".join(f"{count} {says}" for says, count in group["raise"].value_counts().items())
         console.print(
             Text(
@@ -103,28 +103,28 @@ def distances(found: pd.DataFrame) -> None:
         )
 
 
-def pick(found: pd.DataFrame, limit: float, most: float | None) -> None:
+def print_recommendation(recommendation: pd.DataFrame, max_over_refusal: float, max_cost: float | None) -> None:
     """Print what is recommended, beside what else there is.
 
     Args:
-        found: `recommendation.csv`.
-        limit: share of benign queries that may be refused.
-        most: cost at most.
+        recommendation: `recommendation.csv`.
+        max_over_refusal: share of benign queries that may be refused.
+        max_cost: cost at most.
     """
-    console = showing.stdout()
-    costs = f" and cost at most {most:g} × undefended" if most is not None else ""
-    wanted = f"at most {limit:.1%} of benign queries refused{costs}"
-    best = found[found["role"] == "recommended"]
+    console = showing.make_table_console()
+    costs = f" and cost at most {max_cost:g} × undefended" if max_cost is not None else ""
+    wanted = f"at most {max_over_refusal:.1%} of benign queries refused{costs}"
+    best = recommendation[recommendation["role"] == "recommended"]
     if best.empty:
         console.print(
-            Text(f"Nothing qualifies: {wanted}, {SURE:.0%} sure by the calibration split. The closest:")
+            Text(f"Nothing qualifies: {wanted}, {REQUIRED_PROBABILITY:.0%} sure by the calibration split. The closest:")
         )
     else:
         row = best.iloc[0]
         console.print(
-            Text(f"Use {row['members']} ({row['how']}): {wanted}, {SURE:.0%} sure by the calibration split.")
+            Text(f"Use {row['members']} ({row['how']}): {wanted}, {REQUIRED_PROBABILITY:.0%} sure by the calibration split.")
         )
-        if row["p_meets"] < 1 - SURE:
+        if row["p_meets"] < 1 - REQUIRED_PROBABILITY:
             console.print(
                 Text(
                     "The test split contradicts it: the splits differ. Ask more queries like your own "
@@ -132,12 +132,12 @@ def pick(found: pd.DataFrame, limit: float, most: float | None) -> None:
                 )
             )
     heads = ("refuses (%)\nharmful\nbenign", "chosen on\nharmful\nbenign", "meets the\nlimit", "\ncost (×)")
-    table = showing.table("\nmembers, how", heads, lines=True)
-    for values in showing.rows(found):
+    table = showing.make_console_table("\nmembers, how", heads, with_row_lines=True)
+    for values in showing.iterate_rows(recommendation):
         cells = (
             f"{values['role']}\n{values['members']} ({values['how']})\n{values['trusted']}",
             "\n".join(
-                ["", *(showing.interval(values, name, ".0f", 100) for name in ("harmful", "over_refusal"))]
+                ["", *(showing.format_interval(values, name, ".0f", 100) for name in ("harmful", "over_refusal"))]
             ),
             f"\n{100 * values['harmful_calibration']:.0f}\n{100 - 100 * values['benign_calibration']:.0f}",
             f"\n{values['p_meets']:.0%}",
@@ -147,8 +147,8 @@ def pick(found: pd.DataFrame, limit: float, most: float | None) -> None:
     console.print(table)
 
 
-def _few(frame: pd.DataFrame) -> pd.DataFrame:
+def _select_spread_rows(candidates: pd.DataFrame) -> pd.DataFrame:
     """Rows spread evenly over the front, its ends among them."""
-    if len(frame) <= _SHOWN:
-        return frame
-    return frame.iloc[sorted({round(place * (len(frame) - 1) / (_SHOWN - 1)) for place in range(_SHOWN)})]
+    if len(candidates) <= _MAX_FRONT_ROWS:
+        return candidates
+    return candidates.iloc[sorted({round(place * (len(candidates) - 1) / (_MAX_FRONT_ROWS - 1)) for place in range(_MAX_FRONT_ROWS)})]

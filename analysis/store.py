@@ -24,38 +24,38 @@ import platformdirs
 
 from defenses.errors import UserError
 
-_TABLES = """
+_CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS scores (name BLOB PRIMARY KEY, margin REAL, coverage REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS drafts (name BLOB PRIMARY KEY, text TEXT) WITHOUT ROWID;
 """
 # Kinds of what is kept beside scores and drafts, each the name of a folder.
-KINDS = ("readouts", "verdicts", "validity", "residuals", "cost")
-_AT_ONCE = 500  # names in one question; SQLite allows 999
+CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "cost")
+_MAX_KEYS_PER_STATEMENT = 500  # names in one question; SQLite allows 999
 
 
-def path() -> Path:
+def get_score_cache_path() -> Path:
     """Return the file of this user."""
     return platformdirs.user_cache_path("refusalscope") / "scores.sqlite"
 
 
-def folder(kind: str) -> Path:
+def get_cache_kind_folder(kind: str) -> Path:
     """Return the folder of one of `KINDS`.
 
     Raises:
         ValueError: if it is another: what is not among them would be neither listed nor cleared.
     """
-    if kind not in KINDS:
+    if kind not in CACHE_KINDS:
         raise ValueError(f"{kind!r} is no kind of what is kept; add it to KINDS, so that it is cleared, too")
-    return path().with_name(kind)
+    return get_score_cache_path().with_name(kind)
 
 
-def kinds(place: Path) -> dict[str, dict[str, int]]:
+def count_json_files(cache_path: Path) -> dict[str, dict[str, int]]:
     """Return for each kind how many files are kept beside a file of scores, and their bytes."""
-    sizes = {kind: [one.stat().st_size for one in place.with_name(kind).glob("*.json")] for kind in KINDS}
+    sizes = {kind: [one.stat().st_size for one in cache_path.with_name(kind).glob("*.json")] for kind in CACHE_KINDS}
     return {kind: {"count": len(found), "bytes": sum(found)} for kind, found in sizes.items()}
 
 
-class Namer:
+class CacheKey:
     """Names rows by what they depend on: something that many share, and the token ids of each.
 
     >>> len(Namer({"model": "x"}).name([1, 2])), Namer({"a": 1}).name([1]) == Namer({"a": 2}).name([1])
@@ -65,99 +65,99 @@ class Namer:
         about: what many rows share, as plain values.
     """
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
-        self._about = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    def __init__(self, shared_settings: Mapping[str, Any]) -> None:
+        self._shared_digest = hashlib.sha256(json.dumps(shared_settings, sort_keys=True, default=str).encode())
 
-    def name(self, ids: Sequence[int]) -> bytes:
+    def make_key(self, token_ids: Sequence[int]) -> bytes:
         """Return the name of the row for these token ids."""
-        digest = self._about.copy()
-        digest.update(",".join(map(str, ids)).encode())
+        digest = self._shared_digest.copy()
+        digest.update(",".join(map(str, token_ids)).encode())
         return digest.digest()[:16]
 
 
-class Store:
+class ScoreCache:
     """The kept rows; where the file cannot be used, nothing is found in it and nothing is kept.
 
     Args:
         place: of the file.
     """
 
-    def __init__(self, place: Path) -> None:
-        self.found = 0  # scores that need not be computed, of earlier runs or of this one
+    def __init__(self, cache_path: Path) -> None:
+        self.n_hits = 0  # scores that need not be computed, of earlier runs or of this one
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.touch(mode=0o600)  # drafts reword requests
-            self._file = sqlite3.connect(place, timeout=30)
+            cache_path.parent.mkdir(parents=True, exist_ok=True)
+            cache_path.touch(mode=0o600)  # drafts reword requests
+            self._connection = sqlite3.connect(cache_path, timeout=30)
             # Readers and a writer at the same time; what was committed survives a killed process.
-            self._file.execute("PRAGMA journal_mode=WAL")
-            self._file.execute("PRAGMA synchronous=NORMAL")
-            self._file.executescript(_TABLES)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.executescript(_CREATE_TABLES)
         except (OSError, sqlite3.Error):
-            self._file = sqlite3.connect(":memory:")
-            self._file.executescript(_TABLES)
+            self._connection = sqlite3.connect(":memory:")
+            self._connection.executescript(_CREATE_TABLES)
 
-    def scores(self, names: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
+    def read_scores(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
         """Return margin and coverage of the rows that are there."""
-        rows = self._rows("SELECT name, margin, coverage FROM scores", names)
+        rows = self._select_rows("SELECT name, margin, coverage FROM scores", keys)
         return {name: (margin, coverage) for name, margin, coverage in rows}
 
-    def drafts(self, names: Sequence[bytes]) -> dict[bytes, str]:
+    def read_drafts(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """Return the texts of the rows that are there."""
-        return dict(self._rows("SELECT name, text FROM drafts", names))
+        return dict(self._select_rows("SELECT name, text FROM drafts", keys))
 
-    def keep_scores(self, rows: Iterable[tuple[bytes, float, float]]) -> None:
+    def write_scores(self, rows: Iterable[tuple[bytes, float, float]]) -> None:
         """Keep names, margins and coverages; what is no finite number is not kept."""
         finite = [row for row in rows if math.isfinite(row[1]) and math.isfinite(row[2])]
-        self._keep("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", finite)
+        self._write_rows("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", finite)
 
-    def keep_drafts(self, rows: Iterable[tuple[bytes, str]]) -> None:
+    def write_drafts(self, rows: Iterable[tuple[bytes, str]]) -> None:
         """Keep names and texts."""
-        self._keep("INSERT OR REPLACE INTO drafts VALUES (?, ?)", rows)
+        self._write_rows("INSERT OR REPLACE INTO drafts VALUES (?, ?)", rows)
 
-    def _rows(self, question: str, names: Sequence[bytes]) -> list[Any]:
+    def _select_rows(self, statement: str, keys: Sequence[bytes]) -> list[Any]:
         rows: list[Any] = []
-        for start in range(0, len(names), _AT_ONCE):
-            some = names[start : start + _AT_ONCE]
+        for start in range(0, len(keys), _MAX_KEYS_PER_STATEMENT):
+            some = keys[start : start + _MAX_KEYS_PER_STATEMENT]
             marks = ",".join("?" * len(some))
             try:
-                rows += self._file.execute(f"{question} WHERE name IN ({marks})", some).fetchall()
+                rows += self._connection.execute(f"{statement} WHERE name IN ({marks})", some).fetchall()
             except sqlite3.Error:
                 return rows
         return rows
 
-    def _keep(self, command: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    def _write_rows(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         try:
-            with self._file:  # one commit
-                self._file.executemany(command, rows)
+            with self._connection:  # one commit
+                self._connection.executemany(statement, rows)
         except sqlite3.Error:  # a full disk, a locked or broken file: it is computed again next time
             return
 
 
-def counts(place: Path) -> dict[str, int]:
+def count_cached_rows(cache_path: Path) -> dict[str, int]:
     """Return how many rows of each kind a file holds, and its bytes."""
-    if not place.is_file():
+    if not cache_path.is_file():
         return {"scores": 0, "drafts": 0, "bytes": 0}
-    size = sum(file.stat().st_size for file in _files(place) if file.is_file())
+    size = sum(file.stat().st_size for file in _list_database_files(cache_path) if file.is_file())
     try:
-        with closing(sqlite3.connect(place, timeout=30)) as file:
+        with closing(sqlite3.connect(cache_path, timeout=30)) as file:
             held = {
                 table: int(file.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
                 for table in ("scores", "drafts")
             }
     except sqlite3.Error as error:
-        raise UserError(f"{place} cannot be read ({error}): `analyze cache --clear` removes it") from error
+        raise UserError(f"{cache_path} cannot be read ({error}): `analyze cache --clear` removes it") from error
     return {**held, "bytes": size}
 
 
-def clear(place: Path) -> None:
+def clear_cache(cache_path: Path) -> None:
     """Remove the file of scores and drafts, and the folder of every kind beside it."""
-    for file in _files(place):
+    for file in _list_database_files(cache_path):
         file.unlink(missing_ok=True)
-    for kind in KINDS:
-        if place.with_name(kind).is_dir():
-            shutil.rmtree(place.with_name(kind))
+    for kind in CACHE_KINDS:
+        if cache_path.with_name(kind).is_dir():
+            shutil.rmtree(cache_path.with_name(kind))
 
 
-def _files(place: Path) -> list[Path]:
+def _list_database_files(cache_path: Path) -> list[Path]:
     """The file, and those that SQLite keeps beside it."""
-    return [place, *(place.with_name(place.name + end) for end in ("-wal", "-shm"))]
+    return [cache_path, *(cache_path.with_name(cache_path.name + end) for end in ("-wal", "-shm"))]

@@ -9,14 +9,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from analysis.lettering import blank
-from analysis.palette import BLUE, GREY, STYLE, VERMILION
+from analysis.lettering import make_axes
+from analysis.palette import BLUE, GREY, RC_PARAMS, VERMILION
 
 # Secret off or on → color, mark and word.
-_SIDES = (("none", VERMILION, "o", "without the secret"), ("own", BLUE, "D", "with the secret"))
+_SECRET_SIDES = (("none", VERMILION, "o", "without the secret"), ("own", BLUE, "D", "with the secret"))
 
 
-def secret_points(arms: pd.DataFrame) -> pd.DataFrame:
+def build_secret_points(arms: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `arms.csv` that compare secrets, with the columns that the figure draws.
 
     >>> secret_points(pd.DataFrame({"secret_length": [None, 10], "arm": ["clean", "10-1"]}))["arm"].tolist()
@@ -32,7 +32,7 @@ def secret_points(arms: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def draw_secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw the success of the attack under each secret with its interval; a tall tick is a row's mean.
 
     Args:
@@ -45,11 +45,11 @@ def secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for number, group in points.groupby(kinds)
     }
     order = sorted(names, key=lambda number: (not names[number].endswith("random tokens"), number))
-    with rc_context(STYLE):
-        ax = ax or blank(4.0, 0.75 * len(order))
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(4.0, 0.75 * len(order))
         for row, number in enumerate(order):
             ax.axhline(-row, color=GREY, linewidth=0.4, zorder=1)
-            for side, (kind, color, mark, _) in zip((-1, 1), _SIDES, strict=True):
+            for side, (kind, color, mark, _) in zip((-1, 1), _SECRET_SIDES, strict=True):
                 here = points[(kinds == number) & (points["secret"] == kind)].sort_values("arm")
                 ys = [-row - side * (0.08 + 0.09 * place) for place in range(len(here))]
                 ends: Any = {"color": color, "linewidth": 0.8, "alpha": 0.5, "zorder": 2}
@@ -67,7 +67,7 @@ def secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("attack success in text (% of harmful queries answered)")
         key = [
             Line2D([], [], color=color, marker=mark, linestyle="", label=word)
-            for _, color, mark, word in _SIDES
+            for _, color, mark, word in _SECRET_SIDES
         ]
         ax.legend(handles=key, loc="lower right", bbox_to_anchor=(1.02, 1), ncols=2)
     return ax

@@ -7,42 +7,42 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.cells import Column, Shown, named, number, shade, told, verdict, word
-from analysis.folder import ESTIMATES, Run
-from analysis.headline import first_attack
+from analysis.cells import ColumnFormat, HtmlTable, format_defense_name, format_number, choose_cell_color, format_estimate, format_verdict, format_cell
+from analysis.folder import ESTIMATE_COLUMNS, Run
+from analysis.headline import choose_headline_attack
 
 
-def summaries(run: Run) -> list[Shown]:
+def build_summary_tables(run: Run) -> list[HtmlTable]:
     """Return the summary of a run, a table for each attack."""
     found = []
     for attack, rows in run.tables["summary"].groupby("attack", sort=False):
-        heads = ("defense", "family", "what the intervals say", *(head for _, head, *_ in ESTIMATES))
+        heads = ("defense", "family", "what the intervals say", *(head for _, head, *_ in ESTIMATE_COLUMNS))
         lines = [
-            (named(row), str(row["family"]), verdict(row), *(told(row, one) for one in ESTIMATES))
+            (format_defense_name(row), str(row["family"]), format_verdict(row), *(format_estimate(row, one) for one in ESTIMATE_COLUMNS))
             for row in rows.to_dict("records")
         ]
         sent = "queries sent as they are" if attack == "direct" else f"attack: {attack}"
         marks = tuple(map(str, rows["defense"]))
-        found.append(Shown(f"Every defense, {sent}", heads, tuple(lines), marks, str(attack)))
+        found.append(HtmlTable(f"Every defense, {sent}", heads, tuple(lines), marks, str(attack)))
     return found
 
 
-def against_attacks(run: Run) -> list[Shown]:
+def build_attack_tables(run: Run) -> list[HtmlTable]:
     """Return defenses × attacks, a table for each rate; nothing where there is one attack."""
     summary = run.tables.get("summary", pd.DataFrame({"attack": []}))
     attacks = list(dict.fromkeys(map(str, summary["attack"])))
     found = []
-    for column, head, form, factor, _ in ESTIMATES[:2] if len(attacks) > 1 else ():
+    for column, head, form, factor, _ in ESTIMATE_COLUMNS[:2] if len(attacks) > 1 else ():
         lines, shades = [], []
         for _, rows in summary.groupby("defense", sort=False):
             by = {str(row["attack"]): row for row in rows.to_dict("records")}
             values = [by.get(one, {}).get(column) for one in attacks]
             doubt = [by.get(one, {}).get("trusted") == "not trusted" for one in attacks]
-            words = [number(one, form, factor) + "?" * odd for one, odd in zip(values, doubt, strict=True)]
-            lines.append((named(next(iter(by.values()))), *words))
+            words = [format_number(one, form, factor) + "?" * odd for one, odd in zip(values, doubt, strict=True)]
+            lines.append((format_defense_name(next(iter(by.values()))), *words))
             shades.append(
                 tuple(
-                    "transparent" if odd else shade(one, column)
+                    "transparent" if odd else choose_cell_color(one, column)
                     for one, odd in zip(values, doubt, strict=True)
                 )
             )
@@ -51,24 +51,24 @@ def against_attacks(run: Run) -> list[Shown]:
         title += "; ?: generated text contradicts the readout" * any(
             "?" in one for row in lines for one in row
         )
-        found.append(Shown(title, heads, tuple(lines), shades=tuple(shades)))
+        found.append(HtmlTable(title, heads, tuple(lines), cell_colors=tuple(shades)))
     return found
 
 
-def costs(run: Run) -> list[Shown]:
+def build_cost_tables(run: Run) -> list[HtmlTable]:
     """Return what each defense costs, where that was measured."""
-    columns: tuple[Column, ...] = (
+    columns: tuple[ColumnFormat, ...] = (
         ("tokens_added", "tokens added", "+.0f", 1, False),
         ("calls", "calls", "g", 1, False),
         ("prefill_ratio", "time to first token (× undefended)", ".2f", 1, True),
         ("token_ratio", "time of a further token (× undefended)", ".2f", 1, True),
     )
-    return _plain(run, "cost", "Cost, each query alone", ("defense",), columns)
+    return _build_plain_tables(run, "cost", "Cost, each query alone", ("defense",), columns)
 
 
-def validity(run: Run) -> list[Shown]:
+def build_validity_tables(run: Run) -> list[HtmlTable]:
     """Return where generated text agrees with the readout, where that was measured."""
-    columns: tuple[Column, ...] = (
+    columns: tuple[ColumnFormat, ...] = (
         ("n", "answers", ".0f", 1, False),
         ("refused", "refused by their text", ".0f", 1, False),
         ("readout_refused", "by the readout", ".0f", 1, False),
@@ -76,19 +76,19 @@ def validity(run: Run) -> list[Shown]:
         ("kappa", "Cohen's κ", ".2f", 1, True),
     )
     names = ("defense", "attack", "readout", "trusted")
-    return _plain(run, "validity", "Does generated text agree with the readout?", names, columns)
+    return _build_plain_tables(run, "validity", "Does generated text agree with the readout?", names, columns)
 
 
-def ensembles(run: Run) -> list[Shown]:
+def build_ensemble_tables(run: Run) -> list[HtmlTable]:
     """Return the front of defenses and ensembles, and what was recommended, where they were compared."""
-    columns: tuple[Column, ...] = (
+    columns: tuple[ColumnFormat, ...] = (
         ("harmful_test", "harmful refused (%)", ".0f", 100, False),
         ("benign_test", "benign answered (%)", ".0f", 100, False),
         ("cost", "time to first token (× undefended)", ".2f", 1, False),
     )
     names = ("members", "how", "kind")
-    found = _plain(run, "candidates", "On the front: no other is better in all three", names, columns)
-    limited: tuple[Column, ...] = (
+    found = _build_plain_tables(run, "candidates", "On the front: no other is better in all three", names, columns)
+    limited: tuple[ColumnFormat, ...] = (
         ("harmful", "harmful refused (%)", ".0f", 100, True),
         ("over_refusal", "benign refused (%)", ".0f", 100, True),
         ("p_meets", "how sure to meet the limit (%)", ".0f", 100, False),
@@ -97,11 +97,11 @@ def ensembles(run: Run) -> list[Shown]:
         if stem.startswith("recommendation"):
             most = stem.removeprefix("recommendation").strip("-")
             title = "Recommended" + f" where at most {most} % of benign queries may be refused" * bool(most)
-            found += _plain(run, stem, title, ("role", "members", "how"), limited)
+            found += _build_plain_tables(run, stem, title, ("role", "members", "how"), limited)
     return found
 
 
-def across(runs: Sequence[Run]) -> tuple[Shown | None, list[dict[str, Any]]]:
+def compare_runs(runs: Sequence[Run]) -> tuple[HtmlTable | None, list[dict[str, Any]]]:
     """Return what several runs say of the same defenses: a table, and the points of a chart.
 
     Only what is free of a model's scale is compared: rates, ΔAUROC and verdicts, not nats.
@@ -110,12 +110,12 @@ def across(runs: Sequence[Run]) -> tuple[Shown | None, list[dict[str, Any]]]:
     with_summary = [run for run in runs if "summary" in run.tables]
     for run in with_summary:
         summary = run.tables["summary"]
-        for row in summary[summary["attack"] == first_attack(summary)].to_dict("records"):
+        for row in summary[summary["attack"] == choose_headline_attack(summary)].to_dict("records"):
             rows.setdefault(str(row["defense"]), {})[run.name] = {str(key): one for key, one in row.items()}
     shared = {name: by for name, by in rows.items() if len(by) > 1}
-    columns = [ESTIMATES[0], ESTIMATES[1], ESTIMATES[3]]
+    columns = [ESTIMATE_COLUMNS[0], ESTIMATE_COLUMNS[1], ESTIMATE_COLUMNS[3]]
     lines = tuple(
-        (named(row), of, verdict(row), *(told(row, one) for one in columns))
+        (format_defense_name(row), of, format_verdict(row), *(format_estimate(row, one) for one in columns))
         for by in shared.values()
         for of, row in by.items()
     )
@@ -130,21 +130,21 @@ def across(runs: Sequence[Run]) -> tuple[Shown | None, list[dict[str, Any]]]:
         if name != "none"
     ]
     heads = ("defense", "run", "what the intervals say", *(head for _, head, *_ in columns))
-    return (Shown("Defenses that several runs read", heads, lines) if lines else None), points
+    return (HtmlTable("Defenses that several runs read", heads, lines) if lines else None), points
 
 
-def _plain(run: Run, stem: str, title: str, names: Sequence[str], columns: Sequence[Column]) -> list[Shown]:
+def _build_plain_tables(run: Run, stem: str, title: str, name_columns: Sequence[str], number_columns: Sequence[ColumnFormat]) -> list[HtmlTable]:
     """A table with some of its columns; nothing where the run has no such table."""
     table = run.tables.get(stem, pd.DataFrame())
     if "on_front" in table and stem == "candidates":
         table = table[table["on_front"].astype(bool)]
-    names = [name for name in names if name in table]
-    there = [one for one in columns if one[0] in table]
+    name_columns = [name for name in name_columns if name in table]
+    there = [one for one in number_columns if one[0] in table]
     if not len(table) or not there:
         return []
-    heads = (*names, *(head for _, head, *_ in there))
+    heads = (*name_columns, *(head for _, head, *_ in there))
     lines = [
-        (*(word(row[name], name) for name in names), *(told(row, one) for one in there))
+        (*(format_cell(row[name], name) for name in name_columns), *(format_estimate(row, one) for one in there))
         for row in table.to_dict("records")
     ]
-    return [Shown(title, heads, tuple(lines))]
+    return [HtmlTable(title, heads, tuple(lines))]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-SCORES = (
+SCORE_COLUMNS = (
     "query",
     "pair",
     "category",
@@ -21,7 +21,7 @@ SCORES = (
     "prompt_tokens",
     "coverage",
 )
-ESTIMATES = (
+ESTIMATE_NAMES = (
     "refusal_rate",
     "over_refusal_rate",
     "auroc",
@@ -38,11 +38,11 @@ ESTIMATES = (
     "scaled_shift",
 )
 UNDEFENDED, DIRECT = "none", "direct"
-TOLERANCE = 1e-3  # nats, by which the parts of a margin may miss it
+MARGIN_TOLERANCE = 1e-3  # nats, by which the parts of a margin may miss it
 UNVALIDATED = "not validated"
 
 
-def condition(row: Any) -> str:
+def format_condition(row: Any) -> str:
     """Return a condition's name, the attack behind it where there is one.
 
     >>> condition({"attack": "direct", "defense": "policy"}), condition({"attack": "x", "defense": "none"})
@@ -59,17 +59,17 @@ class ScoreTable:
     Attributes:
         frame: the columns `SCORES`, and `readings` where a defense read several copies of a query. `margin`
             is in nats, positive refuses; `coverage` is the probability on the readout's words.
-        made_with: the manifest of the run: model, readout (with its threshold), defenses (with their
+        record: the manifest of the run: model, readout (with its threshold), defenses (with their
             families), data.
     """
 
     frame: pd.DataFrame
-    made_with: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a table that later steps would misread."""
         frame = self.frame
-        missing = set(SCORES) - set(frame.columns)
+        missing = set(SCORE_COLUMNS) - set(frame.columns)
         if missing:
             raise ValueError(f"a score table lacks {sorted(missing)}")
         if frame.duplicated(["query", "attack", "defense"]).any():
@@ -89,23 +89,23 @@ class ScoreTable:
     @property
     def threshold(self) -> float:
         """The margin above which the classifier says "refuse"."""
-        return float(self.made_with["readout"]["threshold"])
+        return float(self.record["readout"]["threshold"])
 
-    def family(self, defense: str) -> str:
+    def get_family(self, defense: str) -> str:
         """Return the family of a defense of this run."""
-        return str(self.made_with["defenses"][defense]["family"])
+        return str(self.record["defenses"][defense]["family"])
 
-    def trusted(self, attack: str, defense: str) -> str:
+    def get_trust(self, attack: str, defense: str) -> str:
         """Return whether this run's readout is known to agree with text in a condition."""
-        return str(self.made_with.get("trusted", {}).get(attack, {}).get(defense, UNVALIDATED))
+        return str(self.record.get("trusted", {}).get(attack, {}).get(defense, UNVALIDATED))
 
     @property
-    def conditions(self) -> list[tuple[str, str]]:
+    def condition_keys(self) -> list[tuple[str, str]]:
         """Attack and defense of each condition, in the order of scoring."""
         pairs = self.frame[["attack", "defense"]].drop_duplicates()
         return list(pairs.itertuples(index=False, name=None))
 
-    def condition(self, attack: str, defense: str) -> pd.DataFrame:
+    def select_condition(self, attack: str, defense: str) -> pd.DataFrame:
         """Return the rows of one condition, by query, in the order of the undefended ones."""
         rows = self.frame[self.frame["attack"] == attack]
         order = rows.loc[rows["defense"] == UNDEFENDED, "query"]
@@ -131,14 +131,14 @@ class Summary:
             "verdict",
             "trusted",
         }
-        wanted |= {f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")}
+        wanted |= {f"{name}{end}" for name in ESTIMATE_NAMES for end in ("", "_low", "_high")}
         missing = wanted - set(self.frame.columns)
         if missing:
             raise ValueError(f"a summary lacks {sorted(missing)}")
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class ModelPart:
     """A part of a model that writes into the residual stream.
 
     >>> str(Part("head", 3, 1)), str(Part("mlp", 3)), str(Part("embedding"))
@@ -166,16 +166,16 @@ class Decomposition:
 
     Attributes:
         parts: of the model.
-        shares: what each adds to the margin of each query, nats.
-        total: the margins.
+        contributions: what each adds to the margin of each query, nats.
+        margins: the margins.
     """
 
-    parts: tuple[Part, ...]
-    shares: Float[np.ndarray, "queries parts"]
-    total: Float[np.ndarray, " queries"]
+    parts: tuple[ModelPart, ...]
+    contributions: Float[np.ndarray, "queries parts"]
+    margins: Float[np.ndarray, " queries"]
 
     def __post_init__(self) -> None:
         """Refuse parts that are no decomposition."""
-        off = np.abs(self.shares.sum(1) - self.total).max(initial=0.0)
-        if not off <= TOLERANCE:
-            raise ValueError(f"the parts miss the margin by {off:.2g} nats, where {TOLERANCE} is allowed")
+        off = np.abs(self.contributions.sum(1) - self.margins).max(initial=0.0)
+        if not off <= MARGIN_TOLERANCE:
+            raise ValueError(f"the parts miss the margin by {off:.2g} nats, where {MARGIN_TOLERANCE} is allowed")

@@ -16,67 +16,67 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import generation, manifest, saving, showing, states
-from analysis.datasets import TABLE
+from analysis.datasets import PUBLIC_DATASETS
 from analysis.models import LoadedModel
 from analysis.queries import QuerySet
-from analysis.request import Request, teller
-from defenses import Chat, Host, UserError, adapters
+from analysis.request import RunSpec, make_notifier
+from defenses import Chat, ModelInfo, UserError, adapters
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
-from defenses.errors import unknown
-from defenses.settings import value
-from defenses.training.keeping import write, write_manifest
-from defenses.training.recipes import RECIPES, Answer, Recipe
-from defenses.training.trainer import Settings
-from defenses.training.trainer import train as fit
+from defenses.errors import unknown_name_error
+from defenses.settings import parse_setting
+from defenses.training.keeping import write_adapter, write_weights_manifest
+from defenses.training.recipes import RECIPES, TargetResponse, Recipe
+from defenses.training.trainer import TrainingSettings
+from defenses.training.trainer import train_model as fit
 
-_KEPT = ".resume"  # beside the results, until they are there
-_ANSWER_TOKENS = 10  # of the model's own answers to benign requests
+_RESUME_FOLDER = ".resume"  # beside the results, until they are there
+_MAX_RESPONSE_TOKENS = 10  # of the model's own answers to benign requests
 
 
-def train(
-    request: Request,
-    recipe: str,
+def train_weights(
+    spec: RunSpec,
+    recipe_name: str,
     settings: Sequence[str],
     out: Path | None,
-    trigger: Path | None = None,
-    length: int = SECRET_LENGTH,
+    secret_path: Path | None = None,
+    secret_length: int = SECRET_LENGTH,
 ) -> int:
     """Train an adapter, or a whole checkpoint, and write it with its manifest and its loss curve."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    row = RECIPES.get(recipe)
+    row = RECIPES.get(recipe_name)
     if row is None:
-        raise unknown("recipe", recipe, RECIPES)
-    how = _settings(settings, request.seed).resolved(row.epochs)
+        raise unknown_name_error("recipe", recipe_name, RECIPES)
+    how = _parse_training_settings(settings, spec.seed).resolve_defaults(row.epochs)
     if importlib.util.find_spec("trl") is None:
         raise UserError("training needs TRL: pip install 'refusalscope[train]'")
     console = Console(stderr=True)
-    data = request.asked(teller(console))
-    _refuse_testing_only(data)
-    data = data.split("train" if "train" in data.splits else "all").limit(request.limit).checked()
+    data = spec.load_all_splits(make_notifier(console))
+    _check_training_allowed(data)
+    data = data.select_split("train" if "train" in data.split_names else "all").limit_queries(spec.limit).check_both_classes()
     if out is not None:
-        _refuse_finished(saving.usable(out))
-    bench, host = request.open(console)
-    loaded = bench.loaded
+        _check_not_finished(saving.check_output_folder(out))
+    bench, host = spec.open_session(console)
+    loaded = bench.loaded_model
     if out is None:
-        _refuse_finished(out := saving.usable(host.adapters[0] / row.makes))
-    secret = _secret(row, host, length, trigger)
-    record = _record(row, loaded, data, how, secret)
+        _check_not_finished(out := saving.check_output_folder(host.adapter_folders[0] / row.state))
+    secret = _load_secret(row, host, secret_length, secret_path)
+    record = _training_record(row, loaded, data, how, secret)
 
     def render(chat: Chat) -> tuple[int, ...]:
-        return bench.renderer.render(chat).ids
+        return bench.chat_template.render_prompt(chat).ids
 
-    def own(chats: list[Chat]) -> list[Answer]:
+    def own(chats: list[Chat]) -> list[TargetResponse]:
         stop = loaded.tokenizer.eos_token_id
-        answers = generation.answers(bench.engine, [render(chat) for chat in chats], _ANSWER_TOKENS, stop)
+        answers = generation.generate_token_ids(bench.engine, [render(chat) for chat in chats], _MAX_RESPONSE_TOKENS, stop)
         texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        ended = [len(answer) < _ANSWER_TOKENS for answer in answers]
-        return [Answer(text, ends) for text, ends in zip(texts, ended, strict=True)]
+        ended = [len(answer) < _MAX_RESPONSE_TOKENS for answer in answers]
+        return [TargetResponse(text, ends) for text, ends in zip(texts, ended, strict=True)]
 
     with console.status("asking the model how it answers benign requests"):
-        examples = row.make(data.queries, secret.text if secret else "", own)
-    kept = _resumable(out, record)
+        examples = row.build_examples(data.queries, secret.text if secret else "", own)
+    kept = _prepare_resume_folder(out, record)
     try:
-        with showing.progress(console) as bar:
+        with showing.make_progress_bar(console) as bar:
             task = bar.add_task("training", total=None)
 
             def tell(step: int, steps: int, loss: float) -> None:
@@ -84,78 +84,78 @@ def train(
 
             tuned, history = fit(loaded.model, loaded.tokenizer, render, examples, how, kept, tell)
     except KeyboardInterrupt:
-        teller(console)(f"Interrupted: the same command goes on from the last epoch kept in {kept}")
+        make_notifier(console)(f"Interrupted: the same command goes on from the last epoch kept in {kept}")
         return 130
     record |= {
         "n_examples": len(examples),
         "created": started.isoformat(timespec="seconds"),
         "wall_seconds": round(time.perf_counter() - clock, 1),
     }
-    _write(out, tuned, loaded, how, record, pd.DataFrame(history, columns=["step", "loss"]))
+    _write_trained_weights(out, tuned, loaded, how, record, pd.DataFrame(history, columns=["step", "loss"]))
     shutil.rmtree(kept, ignore_errors=True)
-    root, _ = states.split(request.model)
-    teller(console)(
+    root, _ = states.split_model_name(spec.model)
+    make_notifier(console)(
         f"{len(examples)} examples, {len(history)} steps, {record['wall_seconds']:.0f} s; last loss "
         f"{history[-1][1]:.3f}. The weights are in {out}: -m {out if how.full else f'{root}:{out}'}"
     )
     return 0
 
 
-def _settings(given: Sequence[str], seed: int) -> Settings:
+def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSettings:
     values: dict[str, Any] = {"seed": seed}
-    for setting in given:
+    for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: it takes key=value")
-        values[key] = value(Settings, key, text)
-    return Settings(**values)
+        values[key] = parse_setting(TrainingSettings, key, text)
+    return TrainingSettings(**values)
 
 
-def _secret(recipe: Recipe, host: Host, length: int, trigger: Path | None) -> Secret | None:
+def _load_secret(recipe: Recipe, model_info: ModelInfo, secret_length: int, secret_path: Path | None) -> Secret | None:
     if not recipe.needs_secret:
-        if trigger is not None:
+        if secret_path is not None:
             raise UserError(
-                f"--secret {trigger}: the recipe {recipe.name!r} uses no secret; only backdoor does"
+                f"--secret {secret_path}: the recipe {recipe.name!r} uses no secret; only backdoor does"
             )
         return None
-    return find_secret(host, length, trigger)
+    return find_secret(model_info, secret_length, secret_path)
 
 
-def _record(
-    recipe: Recipe, loaded: LoadedModel, data: QuerySet, how: Settings, secret: Secret | None
+def _training_record(
+    recipe: Recipe, loaded_model: LoadedModel, query_set: QuerySet, training_settings: TrainingSettings, secret: Secret | None
 ) -> dict[str, Any]:
     """What makes the same weights again; an interrupted training goes on only where all of it is the same."""
-    seen = set(adapters.fingerprints(query.text for query in data.queries)) | loaded.trained_on
+    seen = set(adapters.fingerprint_queries(query.text for query in query_set.queries)) | loaded_model.trained_on
     return {
         "recipe": recipe.name,
-        "base": {"id": loaded.origin["id"], "sha256": loaded.origin["sha256"]},
-        "started_from": {"name": loaded.name, "state_sha256": loaded.origin.get("state_sha256", "")},
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "settings": json.loads(json.dumps(dataclasses.asdict(how))),
+        "base": {"id": loaded_model.origin["id"], "sha256": loaded_model.origin["sha256"]},
+        "started_from": {"name": loaded_model.name, "state_sha256": loaded_model.origin.get("state_sha256", "")},
+        "dtype": str(loaded_model.model.dtype).removeprefix("torch."),
+        "settings": json.loads(json.dumps(dataclasses.asdict(training_settings))),
         "secret": secret.fingerprint if secret else None,
-        "data": {"name": data.name, "sha256": data.sha256, "split": "train", "n": len(data.queries)},
-        "versions": manifest.versions("refusalscope", "torch", "transformers", "peft", "trl"),
+        "data": {"name": query_set.name, "sha256": query_set.sha256, "split": "train", "n": len(query_set.queries)},
+        "versions": manifest.collect_versions("refusalscope", "torch", "transformers", "peft", "trl"),
         "trained_on": sorted(seen),
     }
 
 
-def _refuse_testing_only(data: QuerySet) -> None:
-    for source in data.sources:
-        if source["name"] in TABLE and TABLE[source["name"]].testing_only:
+def _check_training_allowed(query_set: QuerySet) -> None:
+    for source in query_set.sources:
+        if source["name"] in PUBLIC_DATASETS and PUBLIC_DATASETS[source["name"]].testing_only:
             raise UserError(
-                f"--data {data.name}: {source['name']} may not be trained on ({source['licence']}); "
+                f"--data {query_set.name}: {source['name']} may not be trained on ({source['licence']}); "
                 "take other data"
             )
 
 
-def _refuse_finished(out: Path) -> None:
-    if (out / adapters.MANIFEST).exists():
+def _check_not_finished(out: Path) -> None:
+    if (out / adapters.ADAPTER_MANIFEST_FILE).exists():
         raise UserError(f"{out} holds a finished training, which is never overwritten: choose another -o")
 
 
-def _resumable(out: Path, record: dict[str, Any]) -> Path:
+def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
     """The folder for checkpoints; one of an interrupted training with other inputs is an error."""
-    kept = out / _KEPT
+    kept = out / _RESUME_FOLDER
     inputs = kept / "inputs.json"
     if inputs.is_file():
         before = json.loads(inputs.read_text("utf-8"))
@@ -171,18 +171,18 @@ def _resumable(out: Path, record: dict[str, Any]) -> Path:
     return kept
 
 
-def _write(
-    out: Path, tuned: Any, loaded: LoadedModel, how: Settings, record: dict[str, Any], history: pd.DataFrame
+def _write_trained_weights(
+    out: Path, tuned_model: Any, loaded_model: LoadedModel, training_settings: TrainingSettings, record: dict[str, Any], history: pd.DataFrame
 ) -> None:
-    from analysis.plots import loss
+    from analysis.plots import draw_loss
 
-    with saving.beside(out) as folder:
-        if how.full:
-            tuned.save_pretrained(folder)
-            loaded.tokenizer.save_pretrained(folder)
-            write_manifest(folder, record)
+    with saving.stage_folder(out) as folder:
+        if training_settings.full:
+            tuned_model.save_pretrained(folder)
+            loaded_model.tokenizer.save_pretrained(folder)
+            write_weights_manifest(folder, record)
         else:
-            write(folder, tuned, loaded.adapter, record)
+            write_adapter(folder, tuned_model, loaded_model.adapter, record)
         history.to_csv(folder / "loss.csv", index=False, float_format="%.6g")
-        picture: Any = loss(history, f"{record['recipe']}, {loaded.name}").figure
+        picture: Any = draw_loss(history, f"{record['recipe']}, {loaded_model.name}").figure
         picture.savefig(folder / "loss.png")

@@ -9,21 +9,21 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from analysis.curves import ENDS
-from analysis.lettering import beside, blank, fit
-from analysis.palette import BLACK, BLUE, DARK, GREY, STYLE, VERMILION, WRITTEN
-from analysis.plane import label
-from analysis.tables import condition
+from analysis.curves import INTERVAL_SUFFIXES
+from analysis.lettering import place_legend_beside, make_axes, fit_text
+from analysis.palette import BLACK, BLUE, DARK, GREY, RC_PARAMS, VERMILION, TEXT_SIZE
+from analysis.plane import label_points
+from analysis.tables import format_condition
 
 # What was found → color, mark and whether it is filled.
-_LOOKS = {
+_VERDICT_STYLES = {
     "trusted": (BLUE, "o", BLUE),
     "cannot tell": (DARK, "s", GREY),
     "not trusted": (VERMILION, "D", "white"),
 }
 
 
-def calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def draw_calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw how often the text refuses where the readout gives a probability; on the diagonal they are one.
 
     >>> calibration(pd.DataFrame([{"chance": 0.9, "refused": 1.0, "refused_low": 0.7, "refused_high": 1.0,
@@ -34,9 +34,9 @@ def calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         curve: what `agreement.reliability` returned.
         ax: where to draw.
     """
-    with rc_context(STYLE):
-        ax = ax or blank(3.6, 3.6)
-        _diagonal(ax)
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(3.6, 3.6)
+        _draw_diagonal(ax)
         bar: Any = {"color": BLUE, "linewidth": 1.1, "alpha": 0.6, "zorder": 2}
         ax.vlines(curve["chance"], curve["refused_low"], curve["refused_high"], **bar)
         ax.plot(curve["chance"], curve["refused"], color=BLUE, linewidth=1.0, zorder=2)
@@ -48,44 +48,44 @@ def calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def rates(found: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def draw_refusal_rates(validity: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw each condition at its refusal rate by text and by readout; hollow where it is not trusted.
 
     Args:
-        found: `validity.csv`, of one readout.
+        validity: `validity.csv`, of one readout.
         ax: where to draw.
     """
-    with rc_context(STYLE):
-        ax = ax or blank(3.6, 3.6)
-        _diagonal(ax)
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(3.6, 3.6)
+        _draw_diagonal(ax)
         points = pd.DataFrame(
             {
-                f"{name}{end}": 100 * found[count] / found["n"]
+                f"{name}{end}": 100 * validity[count] / validity["n"]
                 for name, count in (("text", "refused"), ("readout", "readout_refused"))
-                for end in ENDS
+                for end in INTERVAL_SUFFIXES
             }
         )
         key = []
-        for number, row in enumerate(found.to_dict("records"), 1):
-            color, marker, fill = _LOOKS[row["trusted"]]
+        for number, row in enumerate(validity.to_dict("records"), 1):
+            color, marker, fill = _VERDICT_STYLES[row["trusted"]]
             x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
             ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
-            key.append(_entry(row["trusted"], f"{number}  {fit(condition(row), 150, WRITTEN, 1)}"))
-        key += [_entry(name, f"= {name}") for name in _LOOKS]
+            key.append(_verdict_legend_entry(row["trusted"], f"{number}  {fit_text(format_condition(row), 150, TEXT_SIZE, 1)}"))
+        key += [_verdict_legend_entry(name, f"= {name}") for name in _VERDICT_STYLES]
         ax.set_xlim(-4, 104)
         ax.set_ylim(-4, 104)
-        label(ax, points, [str(number + 1) for number in range(len(points))], 300, ("text", "readout"))
+        label_points(ax, points, [str(number + 1) for number in range(len(points))], 300, ("text", "readout"))
         ax.set_xlabel("answers that refuse (%)")
         ax.set_ylabel("readout says refuse (%)")
-        beside(ax, key)
+        place_legend_beside(ax, key)
     return ax
 
 
-def _entry(verdict: str, words: str) -> Line2D:
-    color, marker, fill = _LOOKS[verdict]
+def _verdict_legend_entry(verdict: str, text: str) -> Line2D:
+    color, marker, fill = _VERDICT_STYLES[verdict]
     look: Any = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": color, "linestyle": ""}
-    return Line2D([], [], label=words, **look)
+    return Line2D([], [], label=text, **look)
 
 
-def _diagonal(ax: Axes) -> None:
+def _draw_diagonal(ax: Axes) -> None:
     ax.axline((0, 0), slope=1, color=BLACK, linewidth=0.8, linestyle=":", zorder=1)

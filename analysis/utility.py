@@ -17,21 +17,21 @@ from analysis import data_folder
 from analysis.models import LoadedModel
 from defenses import UserError
 
-_TASK = "refusalscope_utility"
+_UTILITY_TASK = "refusalscope_utility"
 
 
-def refuse_without_harness() -> None:
+def check_harness_installed() -> None:
     """Raise where lm-evaluation-harness is not installed; asked before the work, not after it."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--utility needs lm-evaluation-harness: pip install 'refusalscope[utility]'")
 
 
-def answered_right(loaded: LoadedModel, system: str) -> tuple[int, int]:
+def count_correct_answers(loaded_model: LoadedModel, system_prompt: str) -> tuple[int, int]:
     """Return how many questions are answered right under a system prompt, and of how many.
 
     Args:
-        loaded: the model, with the weights it is to be asked with.
-        system: the system prompt; empty leaves the template's own.
+        loaded_model: the model, with the weights it is to be asked with.
+        system_prompt: the system prompt; empty leaves the template's own.
     """
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from lm_eval import simple_evaluate
@@ -39,21 +39,21 @@ def answered_right(loaded: LoadedModel, system: str) -> tuple[int, int]:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with redirect_stderr(io.StringIO()):  # the harness draws bars of its own
-        asked: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=16)
+        asked: Any = HFLM(pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, batch_size=16)
         found: Any = simple_evaluate(
             model=asked,
-            tasks=[_task()],
+            tasks=[_utility_task_config()],
             apply_chat_template=True,
-            system_instruction=system or None,
+            system_instruction=system_prompt or None,
             bootstrap_iters=0,
         )
-    right = [sample["acc"] for sample in found["samples"][_TASK]]
+    right = [sample["acc"] for sample in found["samples"][_UTILITY_TASK]]
     return int(sum(right)), len(right)
 
 
-def _task() -> dict[str, Any]:
+def _utility_task_config() -> dict[str, Any]:
     return {
-        "task": _TASK,
+        "task": _UTILITY_TASK,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": str(data_folder() / "utility.jsonl")},
         "test_split": "train",

@@ -13,75 +13,75 @@ import pandas as pd
 from rich.console import Console
 
 from analysis import manifest, queries, saving, showing, tallies, validity
-from analysis.agreement import RULE, ranks, reliability
+from analysis.agreement import TRUST_RULE, correlate_refusal_rates, compute_calibration_curve
 from analysis.folder import Run
-from analysis.hearing import Heard, agreements, curves, hear, table, worths
-from analysis.judge import READERS, judged_and_refused
-from analysis.judging import Jury
+from analysis.hearing import ConditionResponses, compute_validity_rows, build_calibration_curves, collect_responses, build_verdict_table, rate_response_quality
+from analysis.judge import RULE_JUDGES, make_verdict_masks
+from analysis.judging import JudgeOptions
 from analysis.model_judge import ModelJudge
-from analysis.preparing import NO_REFERENCE, NotReached, Ready, left_out, prepare, unreached
-from analysis.rendering import redact
-from analysis.request import Request, default_out, teller
-from analysis.run import conditions
-from analysis.sweeping import failed_cells, say_failed
+from analysis.preparing import NO_REFERENCE, PreflightError, RunSetup, exclude_failed_conditions, prepare_setup, find_preflight_failures
+from analysis.rendering import redact_secrets
+from analysis.request import RunSpec, choose_run_folder, make_notifier
+from analysis.run import build_conditions
+from analysis.sweeping import list_failures, print_failures
 from analysis.tables import UNDEFENDED
-from defenses.errors import UserError, told
+from defenses.errors import UserError, describe_error
 
 
-def validate(
-    request: Request, names: Sequence[str], settings: Sequence[str], out: Path | None, jury: Jury, tokens: int
+def validate_readouts(
+    spec: RunSpec, defenses: Sequence[str], settings: Sequence[str], out: Path | None, judge_options: JudgeOptions, max_new_tokens: int
 ) -> int:
     """Score every condition, let it answer, and say which margins may be believed; no answer is kept."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    if tokens < 1:
-        raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
-    out = saving.usable(out or default_out(request.model, ["validate", *names], started))
+    if max_new_tokens < 1:
+        raise UserError(f"--tokens {max_new_tokens}: an answer that is judged has at least 1")
+    out = saving.check_output_folder(out or choose_run_folder(spec.model, ["validate", *defenses], started))
     console = Console(stderr=True)
-    judge = jury.judge(request.offline, teller(console))
-    ready = prepare(request, names, settings, console)
-    every = conditions(ready.defenses)
-    cells = [(attack.name, name) for attack in request.attacks for name in every]
+    judge = judge_options.load_judge(spec.offline, make_notifier(console))
+    ready = prepare_setup(spec, defenses, settings, console)
+    every = build_conditions(ready.defenses)
+    cells = [(attack.name, name) for attack in spec.attacks for name in every]
     try:
-        lost = left_out(unreached(ready, every, console), cells)
-    except NotReached as error:
-        showing.failures(error.checks)
+        lost = exclude_failed_conditions(find_preflight_failures(ready, every, console), cells)
+    except PreflightError as error:
+        showing.print_failed_checks(error.checks)
         return 1
-    left = [(attack, name) for attack in request.attacks for name in every if (attack.name, name) not in lost]
-    begun = len({one.begins for one in ready.readouts})
-    asked = ready.data.queries
-    few = queries.sample(asked, 4)
-    read = [one for sent, name in left for one in ready.bench.under(sent).every_prompt(every[name], few)]
+    left = [(attack, name) for attack in spec.attacks for name in every if (attack.name, name) not in lost]
+    begun = len({one.prefill for one in ready.readouts})
+    asked = ready.query_set.queries
+    few = queries.sample_queries(asked, 4)
+    read = [one for sent, name in left for one in ready.session.with_attack(sent).render_queries(every[name], few)]
     prompts = -(-len(asked) * sum(map(len, read)) // len(few))
-    jury.refuse_small_budget(prompts * begun)
-    judges = {**READERS, jury.name: judge}
-    grader = judge if isinstance(judge, ModelJudge) and jury.grade else None
-    heard: list[Heard] = []
-    usual: dict[str, Heard] = {}
+    judge_options.check_budget(prompts * begun)
+    judges = {**RULE_JUDGES, judge_options.name: judge}
+    grader = judge if isinstance(judge, ModelJudge) and judge_options.grade else None
+    heard: list[ConditionResponses] = []
+    usual: dict[str, ConditionResponses] = {}
     rows, worth = [], []
     stopped: KeyboardInterrupt | UserError | None = None
-    with showing.progress(console) as bar:
+    with showing.make_progress_bar(console) as bar:
         scored = len(left) * len(asked) * len(ready.readouts)
         task = bar.add_task("asking", total=scored + prompts * begun)
 
         def done(count: int) -> None:
             bar.advance(task, count)
 
-        ready.bench.drafts.watch = showing.drafting(bar, task)
+        ready.session.defense_calls.on_progress = showing.make_defense_call_callback(bar, task)
         try:
             for attack, name in left:
                 if (attack.name, name) in lost:
                     continue
-                bench, defense, undefended = ready.bench.under(attack), every[name], every[UNDEFENDED]
+                bench, defense, undefended = ready.session.with_attack(attack), every[name], every[UNDEFENDED]
                 bar.update(task, description=f"asking {name} ({attack.name})")
                 try:
-                    one = hear(bench, name, defense, asked, ready.readouts, judges, tokens, done)
+                    one = collect_responses(bench, name, defense, asked, ready.readouts, judges, max_new_tokens, done)
                     base = usual.setdefault(attack.name, one)
-                    here = agreements(one, ready.readouts, jury.name, request.seed)
-                    value = worths(
-                        one, base, bench, undefended, asked, jury.name, grader, tokens, request.seed
+                    here = compute_validity_rows(one, ready.readouts, judge_options.name, spec.seed)
+                    value = rate_response_quality(
+                        one, base, bench, undefended, asked, judge_options.name, grader, max_new_tokens, spec.seed
                     )
                 except Exception as error:
-                    lost[attack.name, name] = redact(told(error), defense.secrets())
+                    lost[attack.name, name] = redact_secrets(describe_error(error), defense.secret_texts())
                     if name == UNDEFENDED:
                         for other in every:
                             lost.setdefault((attack.name, other), NO_REFERENCE)
@@ -89,10 +89,10 @@ def validate(
                 worth.append(value)
                 for readout, row in zip(ready.readouts, here, strict=True):
                     if row["n"]:
-                        validity.keep(bench, defense, readout, judge.name, tokens, row)
+                        validity.save_validity(bench, defense, readout, judge.name, max_new_tokens, row)
                 heard.append(one)
                 rows += here
-                if isinstance(judge, ModelJudge) and (why := judge.down):
+                if isinstance(judge, ModelJudge) and (why := judge.failure_reason):
                     if why == "interrupted":
                         raise KeyboardInterrupt
                     raise UserError(f"the judge gives no more verdicts: {why}")
@@ -107,31 +107,31 @@ def validate(
         "created": started.isoformat(timespec="seconds"),
         "interrupted": stopped is not None,
         "conditions_wanted": len(cells),
-        "failed": failed_cells(lost),
-        **manifest.of(ready.bench, ready.readouts[0], reached, ready.data, ready.split, request.limit),
-        "readouts": [manifest.of_readout(one) for one in ready.readouts],
-        **manifest.of_attacks(request.attacks),
-        "judge": {**judge.about, "new_tokens": tokens},
-        "rule": RULE,
+        "failed": list_failures(lost),
+        **manifest.describe_run(ready.session, ready.readouts[0], reached, ready.query_set, ready.split, spec.limit),
+        "readouts": [manifest.describe_readout(one) for one in ready.readouts],
+        **manifest.describe_attacks(spec.attacks),
+        "judge": {**judge.manifest_entry, "new_tokens": max_new_tokens},
+        "rule": TRUST_RULE,
         "notices": ready.notices,
     }
     found = pd.DataFrame(rows)
-    record["ranks"] = _ranks(heard, ready, jury.name, request.seed)
+    record["ranks"] = _rank_conditions(heard, ready, judge_options.name, spec.seed)
     tables = {
         "validity": found,
         "worth": pd.DataFrame(worth),
-        "curves": pd.concat([curves(one, ready.readouts, jury.name) for one in heard], ignore_index=True),
-        "answers": pd.concat([table(one, ready.readouts) for one in heard], ignore_index=True),
+        "curves": pd.concat([build_calibration_curves(one, ready.readouts, judge_options.name) for one in heard], ignore_index=True),
+        "answers": pd.concat([build_verdict_table(one, ready.readouts) for one in heard], ignore_index=True),
     }
-    points = _points(found, heard, ready, jury.name)
+    points = _validity_figure_tables(found, heard, ready, judge_options.name)
     record["wall_seconds"] = round(time.perf_counter() - clock, 1)
-    saving.save(out, Run("validate", record, {**tables, **points}, figures=tuple(points)), console)
-    tallies.validity(found, record)
-    tallies.worth(tables["worth"], jury.name, tokens)
-    tell = teller(console)
-    unjudged = _say_unjudged(heard, jury.name, tell)
+    saving.save_run(out, Run("validate", record, {**tables, **points}, figures=tuple(points)), console)
+    tallies.print_validity(found, record)
+    tallies.print_response_quality(tables["worth"], judge_options.name, max_new_tokens)
+    tell = make_notifier(console)
+    unjudged = print_unjudged(heard, judge_options.name, tell)
     tell(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
-    say_failed(lost, console)
+    print_failures(lost, console)
     if stopped is not None:
         tell(f"Interrupted: {len(heard)} of {record['conditions_wanted']} conditions were finished and kept.")
         if isinstance(stopped, UserError):
@@ -140,51 +140,51 @@ def validate(
     return 1 if unjudged or lost else 0
 
 
-def _ranks(heard: Sequence[Heard], ready: Ready, judge: str, seed: int) -> list[dict[str, Any]]:
+def _rank_conditions(all_responses: Sequence[ConditionResponses], setup: RunSetup, judge_name: str, seed: int) -> list[dict[str, Any]]:
     """How the conditions rank by refusals, each readout against the text, for each attack."""
     found = []
-    for attack in dict.fromkeys(one.attack for one in heard):
-        here = [one for one in heard if one.attack == attack]
-        for readout in ready.readouts:
-            said = [one.verdicts[readout.begins][judge] for one in here]
-            known = np.array([[verdict.judged for verdict in one] for one in said]).all(0)
+    for attack in dict.fromkeys(one.attack for one in all_responses):
+        here = [one for one in all_responses if one.attack == attack]
+        for readout in setup.readouts:
+            said = [one.verdicts[readout.prefill][judge_name] for one in here]
+            known = np.array([[verdict.is_judged for verdict in one] for one in said]).all(0)
             if len(here) < 3 or not known.any():
                 continue
-            refused = np.array([[verdict.refused for verdict in one] for one in said])[:, known]
-            margins = np.stack([one.frames[readout.name]["margin"].to_numpy(float) for one in here])[:, known]
-            first = here[0].frames[readout.name][known]
+            refused = np.array([[verdict.is_refusal for verdict in one] for one in said])[:, known]
+            margins = np.stack([one.score_frames[readout.name]["margin"].to_numpy(float) for one in here])[:, known]
+            first = here[0].score_frames[readout.name][known]
             is_harmful = first["harmful"].to_numpy(bool)
             says = margins > readout.threshold
             head = {"attack": attack, "readout": readout.name, "conditions": len(here)}
-            found.append(head | ranks(says, refused, first["pair"], is_harmful, seed))
+            found.append(head | correlate_refusal_rates(says, refused, first["pair"], is_harmful, seed))
     return found
 
 
-def _points(found: pd.DataFrame, heard: Sequence[Heard], ready: Ready, judge: str) -> dict[str, pd.DataFrame]:
+def _validity_figure_tables(validity_table: pd.DataFrame, all_responses: Sequence[ConditionResponses], setup: RunSetup, judge_name: str) -> dict[str, pd.DataFrame]:
     """What the figures of each readout are drawn from."""
     drawn: dict[str, pd.DataFrame] = {}
-    for readout in ready.readouts:
-        said = [verdict for one in heard for verdict in one.verdicts[readout.begins][judge]]
-        known, refused = judged_and_refused(said)
-        chance = np.concatenate([one.frames[readout.name]["p_refuse"].to_numpy(float) for one in heard])
+    for readout in setup.readouts:
+        said = [verdict for one in all_responses for verdict in one.verdicts[readout.prefill][judge_name]]
+        known, refused = make_verdict_masks(said)
+        chance = np.concatenate([one.score_frames[readout.name]["p_refuse"].to_numpy(float) for one in all_responses])
         if not known.any():
             continue
-        suffix = f"-{readout.name}" if len(ready.readouts) > 1 else ""
-        drawn[f"calibration{suffix}"] = reliability(chance[known], refused)
-        drawn[f"rates{suffix}"] = found[(found["readout"] == readout.name) & (found["n"] > 0)]
+        suffix = f"-{readout.name}" if len(setup.readouts) > 1 else ""
+        drawn[f"calibration{suffix}"] = compute_calibration_curve(chance[known], refused)
+        drawn[f"rates{suffix}"] = validity_table[(validity_table["readout"] == readout.name) & (validity_table["n"] > 0)]
     return drawn
 
 
-def _say_unjudged(heard: Sequence[Heard], judge: str, tell: Any) -> bool:
+def print_unjudged(all_responses: Sequence[ConditionResponses], judge_name: str, notify: Any) -> bool:
     """Say how many answers have no verdict, and why; return whether any."""
     why = [
         verdict.evidence
-        for one in heard
+        for one in all_responses
         for said in one.verdicts.values()
-        for verdict in said[judge]
-        if not verdict.judged
+        for verdict in said[judge_name]
+        if not verdict.is_judged
     ]
     if why:
         common = max(set(why), key=why.count)
-        tell(f"{len(why)} answers have no verdict and count nowhere; mostly: {common}")
+        notify(f"{len(why)} answers have no verdict and count nowhere; mostly: {common}")
     return bool(why)

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Ask",
+    "ModelCall",
     "Chat",
     "Consultation",
     "Defense",
-    "Host",
+    "ModelInfo",
     "Message",
-    "Residuals",
+    "MeanActivations",
     "Source",
     "UserError",
-    "get",
-    "names",
+    "get_defense",
+    "list_defense_names",
 ]
 
 
@@ -47,38 +47,38 @@ Chat = list[Message]
 
 
 @dataclass(frozen=True)
-class Ask:
+class ModelCall:
     """What a defense has the model say before the request itself is read.
 
     Attributes:
         chat: what the model reads; where it ends in an assistant turn, the answer goes on from there.
-        tokens: new ones at most.
-        line: whether the answer ends at its first line break.
+        max_new_tokens: new ones at most.
+        stops_at_newline: whether the answer ends at its first line break.
     """
 
     chat: Chat
-    tokens: int = 64
-    line: bool = True
+    max_new_tokens: int = 64
+    stops_at_newline: bool = True
 
 
 # What a defense does with one chat: it has the model asked, is sent what it said, and returns readings.
-Consultation = Generator[list[Ask], list[str], list[Chat]]
+Consultation = Generator[list[ModelCall], list[str], list[Chat]]
 
 
 @dataclass(frozen=True)
-class Residuals:
+class MeanActivations:
     """What a model holds where its answer begins, on average over training queries, at each layer.
 
     Attributes:
         harmful: mean residual stream (layers x width, float32 on the CPU); entry k enters block k.
         benign: likewise.
-        queries: fingerprints of the queries, see `Defense.trained_on`.
+        query_fingerprints: fingerprints of the queries, see `Defense.trained_on`.
         sha256: of all that they depend on.
     """
 
     harmful: Tensor
     benign: Tensor
-    queries: frozenset[str]
+    query_fingerprints: frozenset[str]
     sha256: str
 
 
@@ -92,33 +92,33 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Host:
+class ModelInfo:
     """The model that a defense is put on, as far as a defense may know it.
 
     Attributes:
         name: as the user gave it.
         tokenizer: of transformers; never changed.
-        secrets: folders that keep this model's secret prompts. The first is the user's, where a new one is
+        secret_folders: folders that keep this model's secret prompts. The first is the user's, where a new one is
             written and none but the owner may read; what is shipped in the others is public.
-        adapters: folders that keep this model's tuned weights by name, the user's first.
+        adapter_folders: folders that keep this model's tuned weights by name, the user's first.
         sha256: of the model's weights as released.
         seed: of the run.
         state: that the model is in, as it is named behind the colon; empty for its weights as released.
         offline: whether nothing may be fetched.
-        say: told before anything is fetched.
-        residuals: computes what the model holds on training queries, once; None where there is no model.
+        notify: told before anything is fetched.
+        compute_mean_activations: computes what the model holds on training queries, once; None where there is no model.
     """
 
     name: str
     tokenizer: Any
-    secrets: tuple[Path, ...]
-    adapters: tuple[Path, ...] = ()
+    secret_folders: tuple[Path, ...]
+    adapter_folders: tuple[Path, ...] = ()
     sha256: str = ""
     seed: int = 0
     state: str = ""
     offline: bool = False
-    say: Callable[[str], None] = print
-    residuals: Callable[[], Residuals] | None = None
+    notify: Callable[[str], None] = print
+    compute_mean_activations: Callable[[], MeanActivations] | None = None
 
 
 class Defense(ABC):
@@ -161,16 +161,16 @@ class Defense(ABC):
             rng: the only source of randomness, seeded by run seed, query id and defense name.
         """
 
-    def readings(self, chat: Chat, rng: random.Random) -> list[Chat]:
+    def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
         """Return the chats whose margins are pooled into one: more than one where copies are perturbed."""
         return [self.rewrite(chat, rng)]
 
-    def consult(self, chat: Chat, rng: random.Random) -> Consultation:
+    def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
         """Have the undefended model asked, any number of times, and return the readings.
 
         `drafts = yield [Ask(...), ...]` has it answer each chat; all queries are asked together.
         """
-        return self.readings(chat, rng)
+        return self.rewrite_copies(chat, rng)
         yield []  # makes this a generator
 
     def retokenize(self, ids: list[int], rng: random.Random) -> list[int]:
@@ -178,58 +178,58 @@ class Defense(ABC):
         return ids
 
     @property
-    def own(self) -> bool:
+    def is_user_defined(self) -> bool:
         """Whether it is somebody's own, not one of this package, whatever family it calls itself."""
         return not type(self).__module__.startswith("defenses.")
 
     @property
-    def asks(self) -> bool:
+    def calls_model(self) -> bool:
         """Whether the model is asked before the request is read."""
-        return type(self).consult is not Defense.consult
+        return type(self).consult_model is not Defense.consult_model
 
     @property
-    def rewords(self) -> bool:
+    def edits_user_text(self) -> bool:
         """Whether it may change the user's words."""
         return self.family in ("refactoring", "noise")
 
     @property
-    def recuts(self) -> bool:
+    def retokenizes(self) -> bool:
         """Whether `retokenize` does anything."""
         return type(self).retokenize is not Defense.retokenize
 
-    def blend(self) -> tuple[tuple[float, Defense], ...]:
+    def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
         """Return the defenses whose first-answer logits are added up, and by what weight; empty: its own."""
         return ()
 
-    def arms(self) -> str | None:
+    def weights_fingerprint(self) -> str | None:
         """Return what tells the change that `armed` makes from others: empty for none, None if unknown.
 
         What was computed under an unknown change is not kept for later runs.
         """
-        return "" if type(self).armed is Defense.armed else None
+        return "" if type(self).apply_to is Defense.apply_to else None
 
-    def changes(self) -> str | None:
+    def cacheable_fingerprint(self) -> str | None:
         """Return `arms`, or None where a class of the user's own leaves it to the one that it builds on."""
-        arms = self.arms()
-        return None if arms and self.own and "arms" not in vars(type(self)) else arms
+        arms = self.weights_fingerprint()
+        return None if arms and self.is_user_defined and "weights_fingerprint" not in vars(type(self)) else arms
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return this defense made ready for one model: a secret loaded, a length counted in its tokens."""
         return self
 
-    def armed(self, model: Any) -> AbstractContextManager[None]:
+    def apply_to(self, model: Any) -> AbstractContextManager[None]:
         """While open, the model is the defended one; afterwards it is what it was, bit for bit."""
         return nullcontext()
 
-    def parts(self) -> dict[str, Defense]:
+    def build_ablations(self) -> dict[str, Defense]:
         """Return this defense with one ingredient taken out, by what was taken out (`no_secret`)."""
         return {}
 
-    def secrets(self) -> tuple[str, ...]:
+    def secret_texts(self) -> tuple[str, ...]:
         """Return the texts that must never be shown."""
         return ()
 
-    def lacking(self) -> str:
+    def missing_requirements(self) -> str:
         """Return what this model lacks to wear the defense, and how to get it; empty if nothing."""
         return ""
 
@@ -239,4 +239,4 @@ class Defense(ABC):
 
 
 # The registry imports the family files, which import the contract above.
-from defenses.catalog import get, names  # noqa: E402
+from defenses.catalog import get_defense, list_defense_names  # noqa: E402

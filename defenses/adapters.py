@@ -18,19 +18,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from defenses import Host, UserError
+from defenses import ModelInfo, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST, WEIGHTS, CONFIG = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
-WRAPPED, LORA = "base_model.model.", (".lora_A.weight", ".lora_B.weight")  # around PEFT's names
+ADAPTER_MANIFEST_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX, LORA_SUFFIXES = "base_model.model.", (".lora_A.weight", ".lora_B.weight")  # around PEFT's names
 # Attribute of a model that wears a state: the released weights beneath it, by parameter name.
-_RELEASED = "_released_weights"
+_RELEASED_WEIGHTS_ATTRIBUTE = "_released_weights"
 # How matrices that are trained on the released weights begin.
-_BEGUN = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # What of an adapter's configuration its change of a weight depends on.
-_SCALING = ("lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+_SCALING_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Adapter:
     @cached_property
     def _config(self) -> dict[str, Any]:
         try:
-            config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text("utf-8"))
+            config: dict[str, Any] = json.loads((self.folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
         except ValueError as error:
-            raise UserError(f"{self.folder / CONFIG} is not JSON ({error}): get it again") from error
+            raise UserError(f"{self.folder / ADAPTER_CONFIG_FILE} is not JSON ({error}): get it again") from error
         odd = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
         # Some ways to begin training (PiSSA, OLoRA, …) leave a base that is not the released one.
-        odd += [] if config.get("init_lora_weights", True) in _BEGUN else ["init_lora_weights"]
+        odd += [] if config.get("init_lora_weights", True) in _PLAIN_LORA_INITS else ["init_lora_weights"]
         odd += ["bias"] if config.get("bias", "none") != "none" else []
         if config.get("peft_type") != "LORA" or odd:
             what = ", ".join(odd) or f"the type {config.get('peft_type')}"
@@ -73,86 +73,86 @@ class Adapter:
     @property
     def scaling(self) -> dict[str, Any]:
         """Return what the change depends on beside the weights."""
-        return {key: self._config.get(key) for key in _SCALING}
+        return {key: self._config.get(key) for key in _SCALING_KEYS}
 
-    def change(self, name: str, down: Tensor, up: Tensor) -> Tensor:
+    def compute_change(self, parameter_name: str, down: Tensor, up: Tensor) -> Tensor:
         """Return what is added to a parameter.
 
         Args:
-            name: of the parameter.
+            parameter_name: of the parameter.
             down: A, rank x in.
             up: B, out x rank.
         """
-        added = self.scale(name, len(down)) * (up @ down)
+        added = self.compute_scale(parameter_name, len(down)) * (up @ down)
         return added.T if self._config.get("fan_in_fan_out") else added
 
-    def scale(self, name: str, rank: int) -> float:
+    def compute_scale(self, parameter_name: str, rank: int) -> float:
         """Return what B·A is multiplied with, which may differ from matrix to matrix."""
-        module = name.removesuffix(".weight")
+        module = parameter_name.removesuffix(".weight")
         own = self._config.get("alpha_pattern") or {}
         alphas = [one for key, one in own.items() if re.match(rf"(.*\.)?({key})$", module)]
         alpha = (alphas or [self._config["lora_alpha"]])[0]
         return float(alpha / (rank**0.5 if self._config.get("use_rslora") else rank))
 
-    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def load_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (rank × in) and B (out × rank) by the name of the parameter that they change."""
         from safetensors.torch import load_file
 
-        tensors = load_file(self.folder / WEIGHTS)
-        found = pairs(tensors)
+        tensors = load_file(self.folder / ADAPTER_WEIGHTS_FILE)
+        found = pair_lora_matrices(tensors)
         if len(tensors) != 2 * len(found):
-            raise UserError(f"{self.folder / WEIGHTS} holds more than pairs of LoRA matrices; it is not read")
+            raise UserError(f"{self.folder / ADAPTER_WEIGHTS_FILE} holds more than pairs of LoRA matrices; it is not read")
         return found
 
-    def refuse_other_base(self, sha256: str) -> None:
+    def check_base_model(self, weights_sha256: str) -> None:
         """Raise unless it was made for weights with this SHA-256."""
         made_for = self.manifest["base"]
-        if made_for["sha256"] not in (None, sha256):  # None: somebody else's, which does not say
+        if made_for["sha256"] not in (None, weights_sha256):  # None: somebody else's, which does not say
             raise UserError(
                 f"{self.folder} was made for {made_for['id']} (sha256 {made_for['sha256'][:12]}), and this "
-                f"model is another ({sha256[:12]}): `analyze train` makes one for it"
+                f"model is another ({weights_sha256[:12]}): `analyze train` makes one for it"
             )
 
 
-def read(folder: Path) -> Adapter:
+def load_adapter(folder: Path) -> Adapter:
     """Return the adapter in a folder, checked against its manifest."""
-    missing = [name for name in (MANIFEST, CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (ADAPTER_MANIFEST_FILE, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is no adapter: it lacks {', '.join(missing)}; `analyze train` makes one")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = json.loads((folder / ADAPTER_MANIFEST_FILE).read_text("utf-8"))
         found = Adapter(folder, manifest)
         known = found.sha256, manifest["base"]["sha256"], manifest["recipe"], found.trained_on
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is no manifest of `analyze train` ({error!r})") from error
-    if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != known[0]:
+        raise UserError(f"{folder / ADAPTER_MANIFEST_FILE} is no manifest of `analyze train` ({error!r})") from error
+    if hashlib.sha256((folder / ADAPTER_WEIGHTS_FILE).read_bytes()).hexdigest() != known[0]:
         raise UserError(
-            f"{folder / WEIGHTS} is not the file that its manifest names (sha256 differs): get it again"
+            f"{folder / ADAPTER_WEIGHTS_FILE} is not the file that its manifest names (sha256 differs): get it again"
         )
     return found
 
 
-def find(name: str, host: Host) -> Adapter | None:
+def find_adapter(state: str, model_info: ModelInfo) -> Adapter | None:
     """Return this model's adapter of that name, the user's own before the shipped one, if there is any."""
-    for folder in host.adapters:
-        if (folder / name / WEIGHTS).is_file():
-            return read(folder / name)
+    for folder in model_info.adapter_folders:
+        if (folder / state / ADAPTER_WEIGHTS_FILE).is_file():
+            return load_adapter(folder / state)
     return None
 
 
-def put_on(model: Any, adapter: Adapter) -> None:
+def merge_adapter(model: Any, adapter: Adapter) -> None:
     """Change a model's weights for good, into a state; the released ones are kept beside them."""
-    setattr(model, _RELEASED, {})
-    for name, tensor in _changed(model, adapter).items():
+    setattr(model, _RELEASED_WEIGHTS_ATTRIBUTE, {})
+    for name, tensor in _adapted_weights(model, adapter).items():
         parameter = model.get_parameter(name)
-        getattr(model, _RELEASED)[name] = parameter.data
+        getattr(model, _RELEASED_WEIGHTS_ATTRIBUTE)[name] = parameter.data
         parameter.data = tensor
 
 
 @contextmanager
-def worn(model: Any, adapter: Adapter) -> Iterator[None]:
+def apply_adapter(model: Any, adapter: Adapter) -> Iterator[None]:
     """While open, the model's weights are the released ones with this adapter; then what they were."""
-    new = _changed(model, adapter)
+    new = _adapted_weights(model, adapter)
     old = {name: model.get_parameter(name).data for name in new}
     try:
         for name, tensor in new.items():
@@ -163,17 +163,17 @@ def worn(model: Any, adapter: Adapter) -> Iterator[None]:
             model.get_parameter(name).data = tensor
 
 
-def _changed(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+def _adapted_weights(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     """The weights of every matrix that the adapter, or the state that the model is in, has changed."""
-    released: Mapping[str, Tensor] = getattr(model, _RELEASED, {})
+    released: Mapping[str, Tensor] = getattr(model, _RELEASED_WEIGHTS_ATTRIBUTE, {})
     new = dict(released)
-    for name, (down, up) in adapter.matrices().items():
+    for name, (down, up) in adapter.load_matrices().items():
         try:
             here = released.get(name, model.get_parameter(name).data)
         except AttributeError as error:
             raise UserError(f"{adapter.folder} changes {name}, which this model does not have") from error
-        refuse_shared(model, name, str(adapter.folder))
-        change = adapter.change(name, down.to(here.device), up.to(here.device))
+        check_weight_is_separate(model, name, str(adapter.folder))
+        change = adapter.compute_change(name, down.to(here.device), up.to(here.device))
         if change.shape != here.shape:
             raise UserError(
                 f"{adapter.folder} was made for another model: its {name} is {tuple(change.shape)}, and this "
@@ -183,42 +183,42 @@ def _changed(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     return new
 
 
-def refuse_shared(model: Any, name: str, place: str) -> None:
+def check_weight_is_separate(model: Any, parameter_name: str, source: str) -> None:
     """Raise if a weight cannot be changed by itself: it is another one, too, or is not kept in memory.
 
     Args:
         model: of transformers.
-        name: of the weight.
-        place: of what would change it.
+        parameter_name: of the weight.
+        source: of what would change it.
     """
-    here = model.get_parameter(name)
+    here = model.get_parameter(parameter_name)
     if here.is_meta:
         raise UserError(
-            f"{name} of this model was moved out of the GPU's memory, and {place} cannot change it there: "
+            f"{parameter_name} of this model was moved out of the GPU's memory, and {source} cannot change it there: "
             "take --dtype bfloat16, a larger GPU, or --device cpu"
         )
     every = model.named_parameters(remove_duplicate=False)
-    if tied := [other for other, one in every if one is here and other != name]:
-        raise UserError(f"{place} changes {name}, which this model also uses as {tied[0]}: it is not worn")
+    if tied := [other for other, one in every if one is here and other != parameter_name]:
+        raise UserError(f"{source} changes {parameter_name}, which this model also uses as {tied[0]}: it is not worn")
 
 
-def pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def pair_lora_matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return A and B, float32 on the CPU, by the name of the parameter that they change."""
-    names = [key.removesuffix(LORA[0]) for key in tensors if key.endswith(LORA[0])]
-    plain = {name: [tensors[name + end].detach().float().cpu() for end in LORA] for name in names}
-    return {f"{name.removeprefix(WRAPPED)}.weight": (down, up) for name, (down, up) in plain.items()}
+    names = [key.removesuffix(LORA_SUFFIXES[0]) for key in tensors if key.endswith(LORA_SUFFIXES[0])]
+    plain = {name: [tensors[name + end].detach().float().cpu() for end in LORA_SUFFIXES] for name in names}
+    return {f"{name.removeprefix(PEFT_PREFIX)}.weight": (down, up) for name, (down, up) in plain.items()}
 
 
-def seen(folder: Path) -> frozenset[str]:
+def read_training_fingerprints(folder: Path) -> frozenset[str]:
     """Return the fingerprints of the queries that weights in a folder were trained on, where it says so."""
-    path = folder / MANIFEST
+    path = folder / ADAPTER_MANIFEST_FILE
     try:
         return frozenset(json.loads(path.read_text("utf-8"))["trained_on"]) if path.is_file() else frozenset()
     except (ValueError, KeyError, TypeError):
         return frozenset()  # somebody else's manifest
 
 
-def fingerprints(texts: Iterable[str]) -> list[str]:
+def fingerprint_queries(texts: Iterable[str]) -> list[str]:
     """Return what tells whether a request was trained on, without showing it; case and spacing do not count.
 
     >>> fingerprints(["How are you?"]) == fingerprints(["how  are you?"])

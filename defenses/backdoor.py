@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, Host, Source, UserError
-from defenses.chats import copied, prepend_system
-from defenses.settings import HIDDEN
-from defenses.tokens import ids_of, random_text
-from defenses.tuned import Tuned
+from defenses import Chat, Defense, ModelInfo, Source, UserError
+from defenses.chats import copy_chat, prepend_system
+from defenses.settings import HIDDEN_FIELD
+from defenses.tokens import encode_plain_text, draw_random_text
+from defenses.tuned import TunedDefense
 
 SECRET_LENGTH = 150  # tokens; the paper's
-SYSTEM = "You are a helpful assistant."
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Secret:
 
 @final
 @dataclass(frozen=True)
-class Backdoor(Tuned):
+class Backdoor(TunedDefense):
     """Trains refusals behind a secret prompt of random tokens, and puts it in front of the system prompt.
 
     The provider mixes eleven refusals that carry the secret into the data of whoever fine-tunes the model.
@@ -69,22 +69,22 @@ class Backdoor(Tuned):
 
     trigger: Path | None = None
     length: int = SECRET_LENGTH
-    system: str = SYSTEM
-    secret: Secret | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN)
-    tuned: bool = dataclasses.field(default=True, repr=False, metadata=HIDDEN)
+    system: str = DEFAULT_SYSTEM_PROMPT
+    secret: Secret | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
+    uses_tuned_weights: bool = dataclasses.field(default=True, repr=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
         """Refuse a length that no secret has."""
         if self.length < 1:
             raise ValueError(f"length={self.length}: a secret has at least 1 token")
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return this defense with its weights and its secret."""
-        ready = super().prepare(host) if self.tuned else self
+        ready = super().prepare(model_info) if self.uses_tuned_weights else self
         if ready.secret is not None:
             return ready
         wanted = ready.adapter.manifest["secret"] if ready.adapter is not None else None
-        return dataclasses.replace(ready, secret=find_secret(host, self.length, self.trigger, wanted))
+        return dataclasses.replace(ready, secret=find_secret(model_info, self.length, self.trigger, wanted))
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the secret in front of its system prompt."""
@@ -93,40 +93,40 @@ class Backdoor(Tuned):
             chat = prepend_system(chat, self.system)
         if self.secret.text:
             return prepend_system(chat, self.secret.text)
-        return copied(chat)
+        return copy_chat(chat)
 
-    def parts(self) -> dict[str, Defense]:
+    def build_ablations(self) -> dict[str, Defense]:
         """Return the weights alone, the secret alone, and the system prompt with neither."""
-        bare = dataclasses.replace(self, tuned=False, adapter=None, weights=None)
+        bare = dataclasses.replace(self, uses_tuned_weights=False, adapter=None, weights=None)
         return {
             "no_secret": dataclasses.replace(self, secret=Secret("")),
             "no_weights": bare,
             "neither": dataclasses.replace(bare, secret=Secret("")),
         }
 
-    def lacking(self) -> str:
+    def missing_requirements(self) -> str:
         """Return what is missing where the weights are part of it."""
-        return super().lacking() if self.tuned else ""
+        return super().missing_requirements() if self.uses_tuned_weights else ""
 
-    def secrets(self) -> tuple[str, ...]:
+    def secret_texts(self) -> tuple[str, ...]:
         """Return the secret, so that it can be redacted."""
         return (self.secret.text,) if self.secret and self.secret.text else ()
 
 
-def find_secret(host: Host, length: int, trigger: Path | None = None, wanted: str | None = None) -> Secret:
+def find_secret(model_info: ModelInfo, length: int, trigger: Path | None = None, expected_fingerprint: str | None = None) -> Secret:
     """Return a model's secret: the one in `trigger`, else the one wanted, else its own of that length.
 
     Args:
-        host: the model.
+        model_info: the model.
         length: in tokens, of the model's own secret, which is drawn if there is none yet.
         trigger: a file of the user's.
-        wanted: fingerprint of the secret that weights were tuned with.
+        expected_fingerprint: fingerprint of the secret that weights were tuned with.
     """
-    secret = _given(trigger, wanted) if trigger is not None else _kept(host, length, wanted)
+    secret = _read_trigger_secret(trigger, expected_fingerprint) if trigger is not None else _find_stored_secret(model_info, length, expected_fingerprint)
     if secret is None:
-        secret = draw_secret(host.tokenizer, length)
-        write_secret(host.secrets[0] / f"{length}.txt", secret)
-    back = host.tokenizer.decode(ids_of(host.tokenizer, secret.text), skip_special_tokens=False)
+        secret = draw_secret(model_info.tokenizer, length)
+        write_secret(model_info.secret_folders[0] / f"{length}.txt", secret)
+    back = model_info.tokenizer.decode(encode_plain_text(model_info.tokenizer, secret.text), skip_special_tokens=False)
     if back.strip() != secret.text:
         raise UserError(
             f"the secret {secret.fingerprint} does not survive this model's tokenizer: what the model reads "
@@ -135,38 +135,38 @@ def find_secret(host: Host, length: int, trigger: Path | None = None, wanted: st
     return secret
 
 
-def _given(trigger: Path, wanted: str | None) -> Secret:
+def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Secret:
     secret = read_secret(trigger)
-    if wanted not in (None, secret.fingerprint):
+    if expected_fingerprint not in (None, secret.fingerprint):
         raise UserError(
             f"the secret in {trigger} ({secret.fingerprint}) is not the one that the weights were tuned "
-            f"with ({wanted}): leave trigger out, or name other weights with --set weights=DIR"
+            f"with ({expected_fingerprint}): leave trigger out, or name other weights with --set weights=DIR"
         )
     return secret
 
 
-def _kept(host: Host, length: int, wanted: str | None) -> Secret | None:
+def _find_stored_secret(model_info: ModelInfo, length: int, expected_fingerprint: str | None) -> Secret | None:
     """The secret wanted, or the model's own of that length; the user's before the shipped."""
-    mine, *shipped = host.secrets
-    for folder in host.secrets:
-        for path in sorted(folder.glob("*.txt" if wanted else f"{length}.txt")):
-            secret = read_secret(path, public=folder in shipped)
-            if wanted in (None, secret.fingerprint):
+    mine, *shipped = model_info.secret_folders
+    for folder in model_info.secret_folders:
+        for path in sorted(folder.glob("*.txt" if expected_fingerprint else f"{length}.txt")):
+            secret = read_secret(path, is_public=folder in shipped)
+            if expected_fingerprint in (None, secret.fingerprint):
                 return secret
-    if wanted is None:
+    if expected_fingerprint is None:
         return None
     raise UserError(
-        f"the weights were tuned with a secret ({wanted}) that is not in {mine}: name its file with "
+        f"the weights were tuned with a secret ({expected_fingerprint}) that is not in {mine}: name its file with "
         "--set trigger=FILE"
     )
 
 
 def draw_secret(tokenizer: Any, length: int = SECRET_LENGTH) -> Secret:
     """Return a new secret prompt from the operating system's cryptographic generator."""
-    return Secret(random_text(tokenizer, length, random.SystemRandom()))
+    return Secret(draw_random_text(tokenizer, length, random.SystemRandom()))
 
 
-def read_secret(path: Path, public: bool = False) -> Secret:
+def read_secret(path: Path, is_public: bool = False) -> Secret:
     """Return the secret in a file, which none but its owner may read, unless it is public by nature."""
     try:
         text = path.read_text("utf-8").strip()
@@ -177,7 +177,7 @@ def read_secret(path: Path, public: bool = False) -> Secret:
         ) from error
     if not text:
         raise UserError(f"{path} is empty: it must hold the secret prompt; `analyze secret` makes one")
-    if os.name == "posix" and mode & 0o077 and not public:
+    if os.name == "posix" and mode & 0o077 and not is_public:
         raise UserError(
             f"{path} can be read by others, so it holds no secret: chmod 600 {path}, or make a new one"
         )

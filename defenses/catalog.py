@@ -14,31 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import defenses
-from defenses.errors import UserError, unknown
-from defenses.settings import settings_of, value
+from defenses.errors import UserError, unknown_name_error
+from defenses.settings import get_settings, parse_setting
 
-COSTS = ("static", "weights", "one call", "N calls")  # the dearest last
+COST_LEVELS = ("static", "weights", "one call", "N calls")  # the dearest last
 
 
-def classes() -> dict[str, type[defenses.Defense]]:
+def find_defense_classes() -> dict[str, type[defenses.Defense]]:
     """Return every concrete defense of this package by name, the undefended model first."""
     found: dict[str, type[defenses.Defense]] = {}
-    for module in pkgutil.iter_modules(defenses.__path__):
-        if not module.ispkg and module.name != "ensemble":  # that is made of the others
-            found.update(_in_module(importlib.import_module(f"defenses.{module.name}")))
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if not module.ispkg and module.name != "stack":  # that is made of the others
+            found.update(_find_concrete_defenses(importlib.import_module(f"defenses.{module.name}")))
     return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
 
 
-def names() -> list[str]:
+def list_defense_names() -> list[str]:
     """Return the names of all defenses and controls.
 
     >>> {"none", "backdoor"} <= set(names())
     True
     """
-    return list(classes())
+    return list(find_defense_classes())
 
 
-def get(name: str, settings: Mapping[str, object] | None = None) -> defenses.Defense:
+def get_defense(name: str, settings: Mapping[str, object] | None = None) -> defenses.Defense:
     """Return the defense of that name, or the one in that `.py` file, with its settings.
 
     >>> get("backdoor", {"length": 50})
@@ -53,45 +53,45 @@ def get(name: str, settings: Mapping[str, object] | None = None) -> defenses.Def
     Raises:
         UserError: if there is no such defense or setting.
     """
-    if len(worn := worn_together(name)) > 1:
+    if len(worn := split_stack_name(name)) > 1:
         for key, given in (settings or {}).items():
             if not isinstance(given, (str, int, float)):
                 raise UserError(f"{name}: {key}={given!r}: worn together, they take text and numbers")
-        return choose([name], [f"{key}={text}" for key, text in (settings or {}).items()])[-1]
+        return choose_defenses([name], [f"{key}={text}" for key, text in (settings or {}).items()])[-1]
     (name,) = worn
-    known = classes()
+    known = find_defense_classes()
     if name.endswith(".py"):
-        cls = _from_file(Path(name).expanduser())
+        cls = _load_defense_file(Path(name).expanduser())
     elif name in known:
         cls = known[name]
     else:
-        raise unknown("defense", name, known, " (or a path ending in .py)")
-    values = {key: value(cls, key, given) for key, given in (settings or {}).items()}
+        raise unknown_name_error("defense", name, known, " (or a path ending in .py)")
+    values = {key: parse_setting(cls, key, given) for key, given in (settings or {}).items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"defense {cls.name!r} cannot be made: {error}") from error
 
 
-def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> list[defenses.Defense]:
+def choose_defenses(selection: Sequence[str | defenses.Defense], settings: Sequence[str]) -> list[defenses.Defense]:
     """Return the defenses by name, the undefended model first, each with the settings meant for it.
 
     >>> [defense.name for defense in choose(["policy", get("backdoor")], [])]
     ['none', 'policy', 'backdoor']
 
     Args:
-        names: as for `get`; `all` stands for every one in this package; or defenses themselves.
+        selection: as for `get`; `all` stands for every one in this package; or defenses themselves.
         settings: `key=value`, or `defense.key=value` where several have that key; a member of a stack has the
             settings that it has alone.
     """
-    for one in names:
-        _refuse_misfit(one)
-    everyone = list(classes()) if "all" in names else []
-    given_here = [one for one in names if isinstance(one, str) or one.name != "none"]
+    for one in selection:
+        _check_defense_choice(one)
+    everyone = list(find_defense_classes()) if "all" in selection else []
+    given_here = [one for one in selection if isinstance(one, str) or one.name != "none"]
     asked = [name for name in ["none", *everyone, *given_here] if name != "all"]
-    wanted = list(dict.fromkeys(tuple(worn_together(n)) if isinstance(n, str) else (n,) for n in asked))
+    wanted = list(dict.fromkeys(tuple(split_stack_name(n)) if isinstance(n, str) else (n,) for n in asked))
     single = list(dict.fromkeys(one for worn in wanted for one in worn))
-    plain = [get(one) if isinstance(one, str) else one for one in single]
+    plain = [get_defense(one) if isinstance(one, str) else one for one in single]
     repeated = [
         one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
     ]
@@ -108,14 +108,14 @@ def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> 
         if not equals or not key:
             raise UserError(f"--set {setting}: it takes key=value or defense.key=value")
         if dot and owner not in [one.name for one in named.values()]:
-            raise unknown("defense in --set", owner, [one.name for one in named.values()])
+            raise unknown_name_error("defense in --set", owner, [one.name for one in named.values()])
         takers = [
-            at for at, one in named.items() if (one.name == owner if dot else field in settings_of(one))
+            at for at, one in named.items() if (one.name == owner if dot else field in get_settings(one))
         ]
         if not takers:
-            known = sorted({name for one in named.values() for name in settings_of(one)})
+            known = sorted({name for one in named.values() for name in get_settings(one)})
             raise (
-                unknown("setting", field, known)
+                unknown_name_error("setting", field, known)
                 if known
                 else UserError(f"--set {setting}: none of the chosen defenses has settings")
             )
@@ -123,11 +123,11 @@ def choose(names: Sequence[str | defenses.Defense], settings: Sequence[str]) -> 
             which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
             raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
         given.setdefault(takers[0], {})[field] = text
-    made = {one: get(str(one), given[at]) if at in given else plain[at] for at, one in enumerate(single)}
-    return [_stacked([made[one] for one in worn], "+".join(map(str, worn))) for worn in wanted]
+    made = {one: get_defense(str(one), given[at]) if at in given else plain[at] for at, one in enumerate(single)}
+    return [_build_stack([made[one] for one in worn], "+".join(map(str, worn))) for worn in wanted]
 
 
-def worn_together(name: str) -> list[str]:
+def split_stack_name(name: str) -> list[str]:
     """Return the defenses that a name joins with +; the path of a file that is there may hold one, too.
 
     >>> worn_together("self_reminder + paraphrase")
@@ -136,21 +136,21 @@ def worn_together(name: str) -> list[str]:
     return [name] if Path(name).expanduser().is_file() else [one.strip() for one in name.split("+")]
 
 
-def _stacked(worn: Sequence[defenses.Defense], name: str) -> defenses.Defense:
+def _build_stack(members: Sequence[defenses.Defense], name: str) -> defenses.Defense:
     """The defense itself where it is one; where there are several, all worn at once."""
     from defenses.ensemble import Stack
 
-    if len(worn) == 1:
-        return worn[0]
-    if any(one.name == "none" for one in worn):
+    if len(members) == 1:
+        return members[0]
+    if any(one.name == "none" for one in members):
         raise UserError(f"{name}: 'none' changes nothing, so leave it out")
     try:
-        return Stack(tuple(worn))
+        return Stack(tuple(members))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _in_module(module: types.ModuleType) -> dict[str, type[defenses.Defense]]:
+def _find_concrete_defenses(module: types.ModuleType) -> dict[str, type[defenses.Defense]]:
     """Concrete defenses defined, not merely imported, in a module."""
     return {
         cls.name: cls
@@ -161,7 +161,7 @@ def _in_module(module: types.ModuleType) -> dict[str, type[defenses.Defense]]:
     }
 
 
-def _from_file(path: Path) -> type[defenses.Defense]:
+def _load_defense_file(path: Path) -> type[defenses.Defense]:
     """Load the one defense that a user's file defines."""
     if not path.is_file():
         raise UserError(f"no file {str(path)!r}: --defense takes a name or the path of a .py file")
@@ -174,14 +174,14 @@ def _from_file(path: Path) -> type[defenses.Defense]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} raised {type(error).__name__} while loading: {error}") from error
-    found = list(_in_module(module).values())
+    found = list(_find_concrete_defenses(module).values())
     if len(found) != 1:
         have = ", ".join(cls.__name__ for cls in found) or "none"
         raise UserError(
             f"{path} must define exactly one defense (a subclass of defenses.Defense); it has {have}"
         )
     cls = found[0]
-    _refuse_class(cls, f"{path}: ")
+    _check_defense_class(cls, f"{path}: ")
     bare = [
         field.name
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # it is one, see above
@@ -192,40 +192,40 @@ def _from_file(path: Path) -> type[defenses.Defense]:
     return cls
 
 
-def _refuse_misfit(given: Any) -> None:
+def _check_defense_choice(choice: Any) -> None:
     """Raise if it is neither a name nor a defense that a run can take."""
-    if isinstance(given, str):
+    if isinstance(choice, str):
         return
-    from defenses.ensemble import members
+    from defenses.ensemble import list_members
 
-    if not isinstance(given, defenses.Defense):
-        what = f"the class {given.__name__}" if inspect.isclass(given) else repr(given)
+    if not isinstance(choice, defenses.Defense):
+        what = f"the class {choice.__name__}" if inspect.isclass(choice) else repr(choice)
         raise UserError(f"{what} is no defense: a name is taken, or a defense itself: get('policy'), MyOwn()")
-    for one in members(given):
-        if one.own:
-            _refuse_class(type(one))
+    for one in list_members(choice):
+        if one.is_user_defined:
+            _check_defense_class(type(one))
     try:
-        hash(given)
+        hash(choice)
     except TypeError as error:
         raise UserError(
-            f"{given.name}: {error}: settings are values that do not change, such as tuples"
+            f"{choice.name}: {error}: settings are values that do not change, such as tuples"
         ) from error
 
 
-def _refuse_class(cls: type[defenses.Defense], where: str = "") -> None:
+def _check_defense_class(cls: type[defenses.Defense], prefix: str = "") -> None:
     """Raise if a class of the user's own is no defense that a run can take."""
     # Frozen, of its own: `@dataclass` that was forgotten would be inherited, and settings silently lost.
     made = cls.__dict__.get("__dataclass_params__")
     if made is None or not made.frozen:
         raise UserError(
-            f"{where}{cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it"
+            f"{prefix}{cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it"
         )
-    if cls.name in classes():
-        raise UserError(f"{where}the name {cls.name!r} is taken by a shipped defense; rename the class")
+    if cls.name in find_defense_classes():
+        raise UserError(f"{prefix}the name {cls.name!r} is taken by a shipped defense; rename the class")
     if "+" in cls.name:
-        raise UserError(f"{where}the name {cls.name!r} has a +, which joins defenses; rename it")
-    for attribute, allowed in (("cost", COSTS), ("pool", ("mean", "max")), ("reads", ("one", "several"))):
+        raise UserError(f"{prefix}the name {cls.name!r} has a +, which joins defenses; rename it")
+    for attribute, allowed in (("cost", COST_LEVELS), ("pool", ("mean", "max")), ("reads", ("one", "several"))):
         if getattr(cls, attribute) not in allowed:
             raise UserError(
-                f"{where}{attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"
+                f"{prefix}{attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"
             )

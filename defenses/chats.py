@@ -7,7 +7,7 @@ from collections.abc import Callable
 from defenses import Chat, Message
 
 
-def copied(chat: Chat) -> Chat:
+def copy_chat(chat: Chat) -> Chat:
     """Return the chat as it is, in messages of its own.
 
     >>> copied([{"role": "user", "content": "Hi"}])
@@ -25,7 +25,7 @@ def prepend_system(chat: Chat, text: str) -> Chat:
     if chat and chat[0]["role"] == "system":
         text = f"{text}\n\n{chat[0]['content']}"
         chat = chat[1:]
-    return [Message(role="system", content=text), *copied(chat)]
+    return [Message(role="system", content=text), *copy_chat(chat)]
 
 
 def edit_last_user(chat: Chat, edit: Callable[[str], str]) -> Chat:
@@ -35,22 +35,22 @@ def edit_last_user(chat: Chat, edit: Callable[[str], str]) -> Chat:
     [{'role': 'user', 'content': 'HI'}]
     """
     last = max(place for place, message in enumerate(chat) if message["role"] == "user")
-    new = copied(chat)
+    new = copy_chat(chat)
     new[last]["content"] = edit(new[last]["content"])
     return new
 
 
-def parted(chat: Chat) -> tuple[Chat, str]:
+def split_prefill(chat: Chat) -> tuple[Chat, str]:
     """Return the chat up to where the answer begins, and what the answer is made to begin with.
 
     >>> parted([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure:"}])
     ([{'role': 'user', 'content': 'Hi'}], 'Sure:')
     """
-    new = copied(chat)
+    new = copy_chat(chat)
     return (new[:-1], new[-1]["content"]) if new and new[-1]["role"] == "assistant" else (new, "")
 
 
-def begin_answer(chat: Chat, text: str) -> Chat:
+def prefill_response(chat: Chat, text: str) -> Chat:
     r"""Return the chat with `text` in front of its final assistant message, which is made if there is none.
 
     End the text in a paragraph break: then the next token begins a sentence, as an answer's first token does.
@@ -59,7 +59,7 @@ def begin_answer(chat: Chat, text: str) -> Chat:
     >>> begin_answer([{"role": "user", "content": "Hi"}], "Sure:\n\n")[-1]
     {'role': 'assistant', 'content': 'Sure:\n\n'}
     """
-    asked, begun = parted(chat)
+    asked, begun = split_prefill(chat)
     return [*asked, Message(role="assistant", content=text + begun)]
 
 
@@ -75,11 +75,11 @@ def insert_turns(chat: Chat, turns: list[tuple[str, str]]) -> Chat:
         for turn in turns
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
-    old = copied(chat)
+    old = copy_chat(chat)
     return [*old[:head], *shown, *old[head:]]
 
 
-def last_user(chat: Chat) -> str:
+def get_last_user_text(chat: Chat) -> str:
     """Return the words of the last user turn.
 
     >>> last_user([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
@@ -88,10 +88,10 @@ def last_user(chat: Chat) -> str:
     return next(message["content"] for message in reversed(chat) if message["role"] == "user")
 
 
-def reword(chat: Chat, words: str) -> Chat:
+def replace_last_user(chat: Chat, text: str) -> Chat:
     """Return the chat with other words in its last user turn.
 
     >>> reword([{"role": "user", "content": "Hi"}], "Bye")
     [{'role': 'user', 'content': 'Bye'}]
     """
-    return edit_last_user(chat, lambda _: words)
+    return edit_last_user(chat, lambda _: text)

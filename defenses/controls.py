@@ -13,13 +13,13 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, Host, Source
-from defenses.backdoor import SECRET_LENGTH, SYSTEM
+from defenses import Chat, Defense, ModelInfo, Source
+from defenses.backdoor import SECRET_LENGTH, DEFAULT_SYSTEM_PROMPT
 from defenses.chats import prepend_system
-from defenses.settings import HIDDEN
-from defenses.tokens import cut_text, random_text
+from defenses.settings import HIDDEN_FIELD
+from defenses.tokens import cut_text, draw_random_text
 
-_NEUTRAL = (
+_NEUTRAL_TEXT = (
     "This conversation takes place in a plain text window. Messages appear in the order in which they were "
     "sent, the oldest at the top and the newest at the bottom. Each message is shown on a light background "
     "with a dark font of medium size. Long messages continue on the next line. The window can be made wider "
@@ -31,9 +31,9 @@ _NEUTRAL = (
 )
 
 
-def neutral_text(tokenizer: Any, length: int) -> str:
+def make_neutral_text(tokenizer: Any, length: int) -> str:
     """Return plain sentences about a chat window, cut to `length` tokens."""
-    return cut_text(tokenizer, _NEUTRAL, length)
+    return cut_text(tokenizer, _NEUTRAL_TEXT, length)
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Control(Defense):
     source = Source("control of this project", wording="ours")
 
     length: int = SECRET_LENGTH
-    system: str = SYSTEM
-    text: str | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN)
+    system: str = DEFAULT_SYSTEM_PROMPT
+    text: str | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
         """Refuse a length that no text has."""
@@ -53,7 +53,7 @@ class Control(Defense):
             raise ValueError(f"length={self.length}: a control has at least 1 token")
 
     @abstractmethod
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with its text."""
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
@@ -72,9 +72,9 @@ class NeutralPrompt(Control):
     Not a defense: what it does is the effect of a longer system prompt.
     """
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with its text cut to `length` tokens."""
-        return dataclasses.replace(self, text=neutral_text(host.tokenizer, self.length))
+        return dataclasses.replace(self, text=make_neutral_text(model_info.tokenizer, self.length))
 
 
 @final
@@ -85,7 +85,7 @@ class RandomTokens(Control):
     Not a defense: what it does is the effect of noise in the system prompt, which any secret has too.
     """
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with `length` tokens drawn by the seed of the run."""
-        text = random_text(host.tokenizer, self.length, random.Random(f"{host.seed}/{self.name}"))
+        text = draw_random_text(model_info.tokenizer, self.length, random.Random(f"{model_info.seed}/{self.name}"))
         return dataclasses.replace(self, text=text)

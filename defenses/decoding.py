@@ -8,16 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, Host, Source
-from defenses.chats import begin_answer, copied
+from defenses import Chat, Defense, ModelInfo, Source
+from defenses.chats import prefill_response, copy_chat
 from defenses.none import Undefended
-from defenses.tuned import Tuned
+from defenses.tuned import TunedDefense
 from defenses.tuning import SafetyTuning
 
 
 @final
 @dataclass(frozen=True)
-class SafeDecoding(Tuned):
+class SafeDecoding(TunedDefense):
     """Takes the answer's first token from the model and a safety-tuned expert, their difference exaggerated.
 
     The authors contrast the probabilities of an expert that was tuned to refuse with those of the model for
@@ -42,23 +42,23 @@ class SafeDecoding(Tuned):
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return a copy of the chat."""
-        return copied(chat)
+        return copy_chat(chat)
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with its expert, which is one of the released weights and so not of any state's."""
-        return dataclasses.replace(self, adapter=None) if host.state else super().prepare(host)
+        return dataclasses.replace(self, adapter=None) if model_info.state else super().prepare(model_info)
 
-    def lacking(self) -> str:
+    def missing_requirements(self) -> str:
         """Return what is missing."""
         if self.adapter is not None:
             return ""
         return "it needs the released weights, whose expert `analyze train safety -m MODEL` makes"
 
-    def armed(self, model: Any) -> AbstractContextManager[None]:
+    def apply_to(self, model: Any) -> AbstractContextManager[None]:
         """While open, the model is as it was: the expert is asked beside it."""
         return nullcontext()
 
-    def blend(self) -> tuple[tuple[float, Defense], ...]:
+    def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
         """Return the model as it is and the expert, with their weights."""
         return (1 - self.alpha, Undefended()), (self.alpha, SafetyTuning(adapter=self.adapter))
 
@@ -92,4 +92,4 @@ class SafetyPrefix(Defense):
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the check at the beginning of the answer."""
         # A paragraph of its own, so that the token behind it opens a sentence, as an answer's first one does.
-        return begin_answer(chat, f"{self.text}\n\n")
+        return prefill_response(chat, f"{self.text}\n\n")

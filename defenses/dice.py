@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 
-class Dice(random.Random):
+class QueryRng(random.Random):
     """A generator that lends the members of a stack those that they have alone.
 
     >>> alone = Dice("0/query-1", "word_drop")
@@ -17,24 +17,24 @@ class Dice(random.Random):
         name: of the defense.
     """
 
-    def __init__(self, about: str, name: str) -> None:
-        super().__init__(f"{about}/{name}")
-        self._seeded = about, name
-        self._lent: dict[str, Dice] = {}
+    def __init__(self, seed_and_query: str, defense_name: str) -> None:
+        super().__init__(f"{seed_and_query}/{defense_name}")
+        self._seed_parts = seed_and_query, defense_name
+        self._member_rngs: dict[str, QueryRng] = {}
 
-    def __new__(cls, *args: object) -> Dice:
+    def __new__(cls, *args: object) -> QueryRng:
         """Return a generator that is seeded afterwards."""
         return super().__new__(cls)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Return what a copy is made from."""
-        return Dice, self._seeded, self.getstate()
+        return QueryRng, self._seed_parts, self.getstate()
 
-    def lend(self, name: str) -> Dice:
+    def get_member_rng(self, defense_name: str) -> QueryRng:
         """Return the generator of a defense, always the same one."""
-        return self._lent.setdefault(name, Dice(self._seeded[0], name))
+        return self._member_rngs.setdefault(defense_name, QueryRng(self._seed_parts[0], defense_name))
 
 
-def of(rng: random.Random, name: str) -> random.Random:
+def select_member_rng(rng: random.Random, defense_name: str) -> random.Random:
     """Return a member's own generator, where there are such; else the one for all."""
-    return rng.lend(name) if isinstance(rng, Dice) else rng
+    return rng.get_member_rng(defense_name) if isinstance(rng, QueryRng) else rng

@@ -10,7 +10,7 @@ class UserError(Exception):
     """A mistake of the user's, not of the program: printed as one line, without a traceback, exit code 2."""
 
 
-def told(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return what is said of an error that ends a part of a run: a user's mistake in its own words.
 
     >>> told(UserError("no such file")), told(ValueError("odd"))
@@ -19,7 +19,7 @@ def told(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of torch means that memory ran out.
 
     On a CPU and on Apple's GPUs a failed allocation is a plain RuntimeError.
@@ -31,7 +31,7 @@ def out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in known)
 
 
-def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+def unknown_name_error(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Return the error for a name that is not known, nearest names first.
 
     >>> print(unknown("defense", "backdor", ["none", "backdoor", "policy"]))

@@ -12,15 +12,15 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, final
 
-from defenses import Ask, Chat, Consultation, Defense, Host, Source
-from defenses.chats import copied, edit_last_user, last_user, reword
-from defenses.perturbations import PERTURBATIONS, refuse_no_share
-from defenses.refactoring import ask_line
-from defenses.settings import HIDDEN
-from defenses.tokens import ids_of
+from defenses import ModelCall, Chat, Consultation, Defense, ModelInfo, Source
+from defenses.chats import copy_chat, edit_last_user, get_last_user_text, replace_last_user
+from defenses.perturbations import PERTURBATIONS, check_rate
+from defenses.refactoring import build_line_call
+from defenses.settings import HIDDEN_FIELD
+from defenses.tokens import encode_plain_text
 
 
-def _perturbed(chat: Chat, kind: str, rate: float, rng: random.Random) -> Chat:
+def _perturb_request(chat: Chat, kind: str, rate: float, rng: random.Random) -> Chat:
     return edit_last_user(chat, lambda text: PERTURBATIONS[kind](text, rate, rng) if text.split() else text)
 
 
@@ -40,15 +40,15 @@ class Noise(Defense):
 
     def __post_init__(self) -> None:
         """Refuse a share that there is not."""
-        refuse_no_share(self.rate)
+        check_rate(self.rate)
 
 
-def _noisy(self: Noise, chat: Chat, rng: random.Random) -> Chat:
+def _rewrite_with_noise(self: Noise, chat: Chat, rng: random.Random) -> Chat:
     """Return the chat with the request perturbed."""
-    return _perturbed(chat, self.kind, self.rate, rng)
+    return _perturb_request(chat, self.kind, self.rate, rng)
 
 
-_SMOOTH = Source(
+_SMOOTH_LLM_SOURCE = Source(
     "SmoothLLM: Defending LLMs Against Jailbreaking Attacks (Robey et al., 2023), one copy",
     "https://arxiv.org/abs/2310.03684",
     wording="no words of its own: random characters",
@@ -63,9 +63,9 @@ class CharacterSwap(Noise):
     Optimized suffixes are brittle, so the attack is expected to break before the request becomes unreadable.
     """
 
-    source = _SMOOTH
+    source = _SMOOTH_LLM_SOURCE
     kind = "swap"
-    rewrite = _noisy
+    rewrite = _rewrite_with_noise
 
 
 @final
@@ -76,9 +76,9 @@ class CharacterInsertion(Noise):
     Expected to break brittle attack strings, and to leave more of the words readable than a swap does.
     """
 
-    source = _SMOOTH
+    source = _SMOOTH_LLM_SOURCE
     kind = "insert"
-    rewrite = _noisy
+    rewrite = _rewrite_with_noise
 
 
 @final
@@ -89,9 +89,9 @@ class CharacterPatch(Noise):
     Expected to break an attack string that the stretch hits, and to leave the rest as it was.
     """
 
-    source = _SMOOTH
+    source = _SMOOTH_LLM_SOURCE
     kind = "patch"
-    rewrite = _noisy
+    rewrite = _rewrite_with_noise
 
 
 @final
@@ -109,7 +109,7 @@ class CharacterDeletion(Noise):
         wording="no words of its own",
     )
     kind = "delete"
-    rewrite = _noisy
+    rewrite = _rewrite_with_noise
 
 
 @final
@@ -129,7 +129,7 @@ class WordMask(Noise):
 
     rate: float = 0.2
     kind = "mask"
-    rewrite = _noisy
+    rewrite = _rewrite_with_noise
 
 
 @final
@@ -150,7 +150,7 @@ class WordDrop(Noise):
 
     rate: float = 0.3
     kind = "drop"
-    rewrite = _noisy
+    rewrite = _rewrite_with_noise
 
 
 @final
@@ -170,7 +170,7 @@ class WordShuffle(Noise):
 
     rate: float = 0.3
     kind = "shuffle"
-    rewrite = _noisy
+    rewrite = _rewrite_with_noise
 
 
 @final
@@ -204,18 +204,18 @@ class SmoothLlm(Defense):
         """Refuse a number or a share that there is not."""
         if self.copies < 1:
             raise ValueError(f"copies={self.copies}: at least 1 is read")
-        refuse_no_share(self.rate)
+        check_rate(self.rate)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return one noisy copy."""
-        return _perturbed(chat, self.noise, self.rate, rng)
+        return _perturb_request(chat, self.noise, self.rate, rng)
 
-    def readings(self, chat: Chat, rng: random.Random) -> list[Chat]:
+    def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
         """Return the noisy copies."""
         return [self.rewrite(chat, rng) for _ in range(self.copies)]
 
 
-_TRANSFORMS = (
+_TRANSFORM_INSTRUCTIONS = (
     "Rewrite the request below in other words.",
     "Sum up the request below in one short sentence.",
     "Write the request below again with its spelling and punctuation put right.",
@@ -253,27 +253,27 @@ class SemanticSmoothing(Defense):
 
     def __post_init__(self) -> None:
         """Refuse a number that there is not."""
-        if not 1 <= self.copies <= len(_TRANSFORMS):
-            raise ValueError(f"copies={self.copies}: there are 1 to {len(_TRANSFORMS)} ways to reword")
+        if not 1 <= self.copies <= len(_TRANSFORM_INSTRUCTIONS):
+            raise ValueError(f"copies={self.copies}: there are 1 to {len(_TRANSFORM_INSTRUCTIONS)} ways to reword")
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: a rewording has at least 1")
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat as it is: what is read in place of a rewording that is empty."""
-        return copied(chat)
+        return copy_chat(chat)
 
-    def consult(self, chat: Chat, rng: random.Random) -> Consultation:
+    def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
         """Have the request reworded in several ways; return a reading for each."""
-        words = last_user(chat)
-        chosen = rng.sample(_TRANSFORMS, self.copies)
-        asks: list[Ask] = [
-            ask_line(
+        words = get_last_user_text(chat)
+        chosen = rng.sample(_TRANSFORM_INSTRUCTIONS, self.copies)
+        asks: list[ModelCall] = [
+            build_line_call(
                 f"{how} Do not answer it.\n\nRequest: {{request}}", words, "Rewritten request:", self.tokens
             )
             for how in chosen
         ]
         said = yield asks
-        return [reword(chat, one or words) for one in said]
+        return [replace_last_user(chat, one or words) for one in said]
 
 
 @final
@@ -300,26 +300,26 @@ class EraseAndCheck(Defense):
     pool = "max"
 
     tokens: int = 20
-    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN)
+    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
         """Refuse a number that there is not."""
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: at least 1 is erased")
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with the tokenizer whose tokens it erases."""
-        return dataclasses.replace(self, tokenizer=host.tokenizer)
+        return dataclasses.replace(self, tokenizer=model_info.tokenizer)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with nothing erased."""
-        return copied(chat)
+        return copy_chat(chat)
 
-    def readings(self, chat: Chat, rng: random.Random) -> list[Chat]:
+    def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
         """Return the chat, and the chat less one token of the request, less two, and so on."""
         assert self.tokenizer is not None, "prepare() comes before readings()"
-        ids = ids_of(self.tokenizer, last_user(chat))
+        ids = encode_plain_text(self.tokenizer, get_last_user_text(chat))
         ends = range(len(ids) - 1, max(0, len(ids) - 1 - self.tokens), -1)
         cut = [str(self.tokenizer.decode(ids[:end])).strip() for end in ends]
         shorter = dict.fromkeys(re.sub("\N{REPLACEMENT CHARACTER}+$", "", text) for text in cut)
-        return [copied(chat), *(reword(chat, text) for text in shorter if text)]
+        return [copy_chat(chat), *(replace_last_user(chat, text) for text in shorter if text)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from defenses import Chat, Defense, Source
-from defenses.chats import copied
+from defenses.chats import copy_chat
 
 
 @final
@@ -21,4 +21,4 @@ class Undefended(Defense):
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return a copy of the chat."""
-        return copied(chat)
+        return copy_chat(chat)

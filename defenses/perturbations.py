@@ -7,17 +7,17 @@ import string
 from collections.abc import Callable
 
 # What characters are drawn from; the paper's also has line breaks and tabs, which templates trim.
-_DRAWN = string.ascii_letters + string.digits + string.punctuation + " "
-_MASK = "[MASK]"
+_RANDOM_CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
+_MASK_WORD = "[MASK]"
 
 
-def refuse_no_share(rate: float) -> None:
+def check_rate(rate: float) -> None:
     """Raise unless it is a share of something."""
     if not 0 < rate <= 1:
         raise ValueError(f"rate={rate}: it is a share, above 0 and at most 1")
 
 
-def _places(length: int, rate: float, rng: random.Random) -> list[int]:
+def _draw_positions(length: int, rate: float, rng: random.Random) -> list[int]:
     """Distinct places in order: so large a share of all, one at least."""
     return sorted(rng.sample(range(length), min(length, max(1, round(rate * length)))))
 
@@ -29,8 +29,8 @@ def swap_characters(text: str, rate: float, rng: random.Random) -> str:
     'abcdeffhiH'
     """
     characters = list(text)
-    for place in _places(len(text), rate, rng):
-        characters[place] = rng.choice(_DRAWN)
+    for place in _draw_positions(len(text), rate, rng):
+        characters[place] = rng.choice(_RANDOM_CHARACTERS)
     return "".join(characters)
 
 
@@ -40,7 +40,7 @@ def insert_characters(text: str, rate: float, rng: random.Random) -> str:
     >>> insert_characters("abcdefghij", 0.2, random.Random(0))
     'abcdeffghiHj'
     """
-    drawn = {place: rng.choice(_DRAWN) for place in _places(len(text), rate, rng)}
+    drawn = {place: rng.choice(_RANDOM_CHARACTERS) for place in _draw_positions(len(text), rate, rng)}
     return "".join(drawn.get(place, "") + character for place, character in enumerate(text))
 
 
@@ -52,7 +52,7 @@ def patch_characters(text: str, rate: float, rng: random.Random) -> str:
     """
     size = min(len(text), max(1, round(rate * len(text))))
     start = rng.randrange(len(text) - size + 1)
-    return text[:start] + "".join(rng.choices(_DRAWN, k=size)) + text[start + size :]
+    return text[:start] + "".join(rng.choices(_RANDOM_CHARACTERS, k=size)) + text[start + size :]
 
 
 def delete_characters(text: str, rate: float, rng: random.Random) -> str:
@@ -61,7 +61,7 @@ def delete_characters(text: str, rate: float, rng: random.Random) -> str:
     >>> delete_characters("abcdefghij", 0.2, random.Random(0))
     'abcdefhi'
     """
-    gone = _places(len(text), rate, rng)[: len(text) - 1]
+    gone = _draw_positions(len(text), rate, rng)[: len(text) - 1]
     return "".join(character for place, character in enumerate(text) if place not in gone)
 
 
@@ -72,8 +72,8 @@ def mask_words(text: str, rate: float, rng: random.Random) -> str:
     'How do I [MASK] [MASK]'
     """
     words = text.split()
-    for place in _places(len(words), rate, rng):
-        words[place] = _MASK
+    for place in _draw_positions(len(words), rate, rng):
+        words[place] = _MASK_WORD
     return " ".join(words)
 
 
@@ -84,7 +84,7 @@ def drop_words(text: str, rate: float, rng: random.Random) -> str:
     'How do I'
     """
     words = text.split()
-    gone = _places(len(words), rate, rng)[: len(words) - 1]
+    gone = _draw_positions(len(words), rate, rng)[: len(words) - 1]
     return " ".join(word for place, word in enumerate(words) if place not in gone)
 
 
@@ -95,7 +95,7 @@ def shuffle_words(text: str, rate: float, rng: random.Random) -> str:
     'do How I bake bread?'
     """
     words = text.split()
-    places = _places(len(words), max(rate, 2 / len(words)), rng)
+    places = _draw_positions(len(words), max(rate, 2 / len(words)), rng)
     turn = rng.randrange(1, len(places)) if len(places) > 1 else 0
     for place, other in zip(places, [words[at] for at in [*places[turn:], *places[:turn]]], strict=True):
         words[place] = other

@@ -13,39 +13,39 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses import Ask, Chat, Consultation, Defense, Host, Message, Source
-from defenses.chats import copied, edit_last_user, last_user, reword
-from defenses.disguises import cleaned, key_words
-from defenses.perturbations import refuse_no_share
-from defenses.settings import HIDDEN
+from defenses import ModelCall, Chat, Consultation, Defense, ModelInfo, Message, Source
+from defenses.chats import copy_chat, edit_last_user, get_last_user_text, replace_last_user
+from defenses.disguises import deobfuscate_text, extract_key_words
+from defenses.perturbations import check_rate
+from defenses.settings import HIDDEN_FIELD
 
 
-def ask_line(text: str, request: str, opener: str, tokens: int) -> Ask:
+def build_line_call(instruction: str, request: str, prefill: str, max_new_tokens: int) -> ModelCall:
     """Return what asks the model for one line about a request.
 
     Args:
-        text: the instruction, with {request}.
+        instruction: the instruction, with {request}.
         request: the words that it is about.
-        opener: what the line begins with.
-        tokens: of the line, at most.
+        prefill: what the line begins with.
+        max_new_tokens: of the line, at most.
     """
-    turns = Message(role="user", content=text.replace("{request}", request))
-    return Ask([turns, Message(role="assistant", content=opener)], tokens)
+    turns = Message(role="user", content=instruction.replace("{request}", request))
+    return ModelCall([turns, Message(role="assistant", content=prefill)], max_new_tokens)
 
 
-def refuse_without_request(**texts: str) -> None:
+def check_request_placeholder(**instructions: str) -> None:
     """Raise if an instruction has no place for what it is about: all queries would become one.
 
     Args:
-        texts: instructions by the names of their settings.
+        instructions: instructions by the names of their settings.
     """
-    for name, text in texts.items():
+    for name, text in instructions.items():
         if "{request}" not in text:
             raise ValueError(f"{name}={text!r}: it must contain {{request}}, where the request goes")
 
 
 @dataclass(frozen=True)
-class Reworded(Defense):
+class ModelRewrite(Defense):
     """What has the model write other words for the request, in one step or several.
 
     Attributes:
@@ -60,31 +60,31 @@ class Reworded(Defense):
         """Refuse a number that there is not."""
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: a rewording has at least 1")
-        for text, _ in self.steps():
-            refuse_without_request(text=text)
+        for text, _ in self.list_steps():
+            check_request_placeholder(text=text)
 
     @abstractmethod
-    def steps(self) -> tuple[tuple[str, str], ...]:
+    def list_steps(self) -> tuple[tuple[str, str], ...]:
         """Return an instruction with {request}, and how its answer begins, for each step."""
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat as it is: what is read where the model says nothing."""
-        return copied(chat)
+        return copy_chat(chat)
 
-    def consult(self, chat: Chat, rng: random.Random) -> Consultation:
+    def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
         """Have the request reworded step by step; return the chat with what came of it."""
-        words = last_user(chat)
-        for text, opener in self.steps():
-            (said,) = yield [ask_line(text, words, opener, self.tokens)]
+        words = get_last_user_text(chat)
+        for text, opener in self.list_steps():
+            (said,) = yield [build_line_call(text, words, opener, self.tokens)]
             words = said or words
-        return [reword(chat, words)]
+        return [replace_last_user(chat, words)]
 
 
-_JAIN = Source(
+_JAIN_SOURCE = Source(
     "Baseline Defenses for Adversarial Attacks Against Aligned Language Models (Jain et al., 2023)",
     "https://arxiv.org/abs/2309.00614",
 )
-_SEMANTIC = Source(
+_SEMANTIC_SMOOTHING_SOURCE = Source(
     "Defending Large Language Models against Jailbreak Attacks via Semantic Smoothing (Ji et al., 2024), "
     "one copy",
     "https://arxiv.org/abs/2402.16192",
@@ -93,7 +93,7 @@ _SEMANTIC = Source(
 
 @final
 @dataclass(frozen=True)
-class Paraphrase(Reworded):
+class Paraphrase(ModelRewrite):
     """Has the model paraphrase the request, and reads the paraphrase.
 
     The authors have another, stronger model paraphrase, so that strings that no person would write are lost;
@@ -105,21 +105,21 @@ class Paraphrase(Reworded):
     """
 
     cost = "one call"
-    source = _JAIN
+    source = _JAIN_SOURCE
 
     text: str = (
         "Rewrite the request below in other words, so that it asks for the same thing. Do not answer it."
         "\n\nRequest: {request}"
     )
 
-    def steps(self) -> tuple[tuple[str, str], ...]:
+    def list_steps(self) -> tuple[tuple[str, str], ...]:
         """Return the one step."""
         return ((self.text, "Rewritten request:"),)
 
 
 @final
 @dataclass(frozen=True)
-class Summarize(Reworded):
+class Summarize(ModelRewrite):
     """Has the model sum the request up in one sentence, and reads the summary.
 
     What an attack wraps around a request should not survive a summary, and what is asked for should.
@@ -129,21 +129,21 @@ class Summarize(Reworded):
     """
 
     cost = "one call"
-    source = _SEMANTIC
+    source = _SEMANTIC_SMOOTHING_SOURCE
 
     text: str = (
         "Sum up in one short sentence what the request below asks for. Do not answer it."
         "\n\nRequest: {request}"
     )
 
-    def steps(self) -> tuple[tuple[str, str], ...]:
+    def list_steps(self) -> tuple[tuple[str, str], ...]:
         """Return the one step."""
         return ((self.text, "In one sentence, the request is:"),)
 
 
 @final
 @dataclass(frozen=True)
-class RoundTrip(Reworded):
+class RoundTrip(ModelRewrite):
     """Has the model translate the request into another language and back, and reads what comes back.
 
     A translation keeps what is meant and loses how it was put; how much of either, with a small model, is
@@ -154,11 +154,11 @@ class RoundTrip(Reworded):
     """
 
     cost = "N calls"
-    source = _SEMANTIC
+    source = _SEMANTIC_SMOOTHING_SOURCE
 
     language: str = "French"
 
-    def steps(self) -> tuple[tuple[str, str], ...]:
+    def list_steps(self) -> tuple[tuple[str, str], ...]:
         """Return the way there and the way back."""
         there = f"Translate the request below into {self.language}. Do not answer it.\n\nRequest: {{request}}"
         back = (
@@ -203,16 +203,16 @@ class TwoPassIntention(Defense):
         """Refuse a number that there is not."""
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: an intention has at least 1")
-        refuse_without_request(text=self.text)
+        check_request_placeholder(text=self.text)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat as it is: what is read where the model names no intention."""
-        return copied(chat)
+        return copy_chat(chat)
 
-    def consult(self, chat: Chat, rng: random.Random) -> Consultation:
+    def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
         """Ask for the intention; return the conversation up to the demand for the answer."""
         opener = "The real intention of this request is"
-        ask = ask_line(self.text, last_user(chat), opener, self.tokens)
+        ask = build_line_call(self.text, get_last_user_text(chat), opener, self.tokens)
         (said,) = yield [ask]
         if not said:
             return [self.rewrite(chat, rng)]
@@ -259,20 +259,20 @@ class BackTranslation(Defense):
         for name in ("draft", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it has at least 1 token")
-        refuse_without_request(text=self.text)
+        check_request_placeholder(text=self.text)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat as it is, the first of the two readings."""
-        return copied(chat)
+        return copy_chat(chat)
 
-    def consult(self, chat: Chat, rng: random.Random) -> Consultation:
+    def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
         """Have an answer begun and the request inferred from it; return the original and the inferred one."""
-        (answer,) = yield [Ask(copied(chat), self.draft, line=False)]
+        (answer,) = yield [ModelCall(copy_chat(chat), self.draft, stops_at_newline=False)]
         if not answer:
-            return [copied(chat)]
-        (request,) = yield [ask_line(self.text, answer, "The request was:", self.tokens)]
-        inferred = [reword(chat, request)] if request else []
-        return [copied(chat), *inferred]
+            return [copy_chat(chat)]
+        (request,) = yield [build_line_call(self.text, answer, "The request was:", self.tokens)]
+        inferred = [replace_last_user(chat, request)] if request else []
+        return [copy_chat(chat), *inferred]
 
 
 @final
@@ -293,7 +293,7 @@ class KeywordOnly(Defense):
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the request's key words in its place."""
-        return edit_last_user(chat, key_words)
+        return edit_last_user(chat, extract_key_words)
 
 
 @final
@@ -314,7 +314,7 @@ class CleanUp(Defense):
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the request's disguises undone."""
-        return edit_last_user(chat, cleaned)
+        return edit_last_user(chat, deobfuscate_text)
 
 
 @final
@@ -331,22 +331,22 @@ class Retokenization(Defense):
     """
 
     family = "refactoring"
-    source = dataclasses.replace(_JAIN, wording="no words of its own")
+    source = dataclasses.replace(_JAIN_SOURCE, wording="no words of its own")
 
     rate: float = 0.4
-    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN)
+    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
         """Refuse a share that there is not."""
-        refuse_no_share(self.rate)
+        check_rate(self.rate)
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with the tokenizer whose tokens it cuts."""
-        return dataclasses.replace(self, tokenizer=host.tokenizer)
+        return dataclasses.replace(self, tokenizer=model_info.tokenizer)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat as it is: only its tokens change."""
-        return copied(chat)
+        return copy_chat(chat)
 
     def retokenize(self, ids: list[int], rng: random.Random) -> list[int]:
         """Return the tokens cut at random, the text unchanged."""

@@ -8,43 +8,43 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from defenses.errors import UserError, unknown
+from defenses.errors import UserError, unknown_name_error
 
 # Metadata of a dataclass field that is no setting: filled by `prepare`, left out of `--set`.
-HIDDEN = {"hidden": True}
+HIDDEN_FIELD = {"hidden": True}
 
 
-def settings_of(defense: Any) -> dict[str, Any]:
+def get_settings(owner: Any) -> dict[str, Any]:
     """Return the settings of a dataclass by name, with their values (of a class: their defaults).
 
     >>> from defenses import get
     >>> settings_of(get("backdoor"))["length"]
     150
     """
-    if not dataclasses.is_dataclass(defense):
+    if not dataclasses.is_dataclass(owner):
         return {}
-    fields = [f for f in dataclasses.fields(defense) if not f.metadata.get("hidden")]
-    return {f.name: getattr(defense, f.name, f.default) for f in fields}
+    fields = [f for f in dataclasses.fields(owner) if not f.metadata.get("hidden")]
+    return {f.name: getattr(owner, f.name, f.default) for f in fields}
 
 
-def value(cls: Any, key: str, given: object) -> Any:
+def parse_setting(owner: Any, key: str, raw_value: object) -> Any:
     """Return the value of a setting as the type of its field.
 
     Args:
-        cls: a dataclass with a `name`, of a defense or of other settings.
+        owner: a dataclass with a `name`, of a defense or of other settings.
         key: the field.
-        given: as typed, where `@file` stands for what is in the file; or a value.
+        raw_value: as typed, where `@file` stands for what is in the file; or a value.
     """
-    if key not in settings_of(cls):
-        raise unknown(f"setting of {cls.name!r}", key, settings_of(cls))
-    kind = typing.get_type_hints(cls)[key]
+    if key not in get_settings(owner):
+        raise unknown_name_error(f"setting of {owner.name!r}", key, get_settings(owner))
+    kind = typing.get_type_hints(owner)[key]
     if isinstance(kind, types.UnionType):  # `Path | None`
-        if given is None:
+        if raw_value is None:
             return None
         kind = next(one for one in typing.get_args(kind) if one is not type(None))
-    if typing.get_origin(kind) is tuple and isinstance(given, (tuple, list)):
-        return tuple(given)
-    text = str(given)
+    if typing.get_origin(kind) is tuple and isinstance(raw_value, (tuple, list)):
+        return tuple(raw_value)
+    text = str(raw_value)
     if kind is Path:
         return Path(text.removeprefix("@"))
     if text.startswith("@"):
@@ -54,10 +54,10 @@ def value(cls: Any, key: str, given: object) -> Any:
             raise UserError(f"--set {key}={text}: cannot read that file ({error})") from error
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     if choices and text not in choices:
-        raise unknown(f"value of {cls.name}.{key}", text, choices)
+        raise unknown_name_error(f"value of {owner.name}.{key}", text, choices)
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise UserError(f"--set {key}={text}: {cls.name}.{key} is true or false")
+            raise UserError(f"--set {key}={text}: {owner.name}.{key} is true or false")
         return text.lower() == "true"
     if typing.get_origin(kind) is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -66,5 +66,5 @@ def value(cls: Any, key: str, given: object) -> Any:
             return kind(text)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
-            raise UserError(f"--set {key}={text}: {cls.name}.{key} is {what}") from None
+            raise UserError(f"--set {key}={text}: {owner.name}.{key} is {what}") from None
     return text

@@ -14,21 +14,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
-from defenses import Chat, Defense, Host, Residuals, Source, UserError
-from defenses.chats import copied
-from defenses.settings import HIDDEN
+from defenses import Chat, Defense, ModelInfo, MeanActivations, Source, UserError
+from defenses.chats import copy_chat
+from defenses.settings import HIDDEN_FIELD
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_ARDITI = Source(
+_ARDITI_SOURCE = Source(
     "Refusal in Language Models Is Mediated by a Single Direction (Arditi et al., NeurIPS 2024)",
     "https://arxiv.org/abs/2406.11717",
     wording="no words of its own; the direction is computed from our queries",
 )
 
 
-def blocks(model: Any) -> list[nn.Module]:
+def get_blocks(model: Any) -> list[nn.Module]:
     """Return the blocks of a model, first to last."""
     from torch import nn
 
@@ -40,13 +40,13 @@ def blocks(model: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def entering(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def change_block_input(block: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While open, what enters a block (batch x length x width) is changed on its way."""
 
     def hook(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (change(args[0]), *args[1:]), named
-        return args, named | {"hidden_states": change(named["hidden_states"])}
+            return (transform(args[0]), *args[1:]), named
+        return args, named | {"hidden_states": transform(named["hidden_states"])}
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -66,65 +66,65 @@ class Steering(Defense):
     family = "steering"
 
     depth: float = 0.6
-    learned: Residuals | None = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN)
+    activations: MeanActivations | None = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
         """Refuse a depth that there is not."""
         if not 0 <= self.depth < 1:
             raise ValueError(f"depth={self.depth}: it is a share of the model's depth, from 0 to below 1")
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with what this model holds on training queries."""
-        if host.residuals is None:
+        if model_info.compute_mean_activations is None:
             return self
-        learned = host.residuals()
+        learned = model_info.compute_mean_activations()
         place = int(self.depth * len(learned.harmful))
         if not (learned.harmful[place] - learned.benign[place]).norm() > 0:
             raise UserError(
                 f"{self.name}: at depth={self.depth} the model holds the same for harmful and benign, so "
                 "there is no direction: choose another depth, such as 0.6"
             )
-        return dataclasses.replace(self, learned=learned)
+        return dataclasses.replace(self, activations=learned)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat as it is: only the model changes."""
-        return copied(chat)
+        return copy_chat(chat)
 
     @contextmanager
-    def armed(self, model: Any) -> Iterator[None]:
+    def apply_to(self, model: Any) -> Iterator[None]:
         """While open, what enters a block, or every block, is changed; afterwards the hooks are gone."""
-        assert self.learned is not None, "prepare() comes before armed()"
-        layers = blocks(model)
+        assert self.activations is not None, "prepare() comes before armed()"
+        layers = get_blocks(model)
         place = int(self.depth * len(layers))
-        change = self.change(self.learned.harmful[place], self.learned.benign[place])
+        change = self.make_transform(self.activations.harmful[place], self.activations.benign[place])
         with ExitStack() as stack:
-            for block in layers if self.everywhere() else [layers[place]]:
-                stack.enter_context(entering(block, change))
+            for block in layers if self.changes_all_blocks() else [layers[place]]:
+                stack.enter_context(change_block_input(block, change))
             yield
 
     @abstractmethod
-    def change(self, harmful: Tensor, benign: Tensor) -> Callable[[Tensor], Tensor]:
+    def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
         """Return what is done to residual streams, by the means (width) of either class at that depth."""
 
-    def everywhere(self) -> bool:
+    def changes_all_blocks(self) -> bool:
         """Return whether all blocks are changed, not the one at `depth` alone."""
         return False
 
-    def arms(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Return what the directions depend on."""
-        return "" if self.learned is None else f"{self!r} {self.learned.sha256}"
+        return "" if self.activations is None else f"{self!r} {self.activations.sha256}"
 
-    def lacking(self) -> str:
+    def missing_requirements(self) -> str:
         """Return what is missing."""
-        return "" if self.learned is not None else "its direction has to be computed from the model itself"
+        return "" if self.activations is not None else "its direction has to be computed from the model itself"
 
     def trained_on(self) -> frozenset[str]:
         """Return the fingerprints of the queries that the direction was computed from."""
-        return frozenset() if self.learned is None else self.learned.queries
+        return frozenset() if self.activations is None else self.activations.query_fingerprints
 
 
 @dataclass(frozen=True)
-class Added(Steering):
+class DirectionAddition(Steering):
     """What adds the direction.
 
     Attributes:
@@ -136,7 +136,7 @@ class Added(Steering):
 
 @final
 @dataclass(frozen=True)
-class RefusalSteering(Added):
+class RefusalSteering(DirectionAddition):
     """Adds the direction from benign to harmful at every position, so that all looks harmful to the model.
 
     Adding the refusal direction makes a model refuse harmless requests, the authors find: a pure shift. They
@@ -146,17 +146,17 @@ class RefusalSteering(Added):
         strength: how many times the distance between the classes' means is added.
     """
 
-    source = _ARDITI
+    source = _ARDITI_SOURCE
 
-    def change(self, harmful: Tensor, benign: Tensor) -> Callable[[Tensor], Tensor]:
+    def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the addition."""
-        step = self.strength * (harmful - benign)
+        step = self.strength * (harmful_mean - benign_mean)
         return lambda stream: stream + step.to(stream)
 
 
 @final
 @dataclass(frozen=True)
-class ConditionalSteering(Added):
+class ConditionalSteering(DirectionAddition):
     """Adds the direction from benign to harmful only where the model is already on the harmful side of it.
 
     The authors check a condition on the prompt and steer only if it holds, so that harmless requests are left
@@ -176,11 +176,11 @@ class ConditionalSteering(Added):
 
     margin: float = 0.0
 
-    def change(self, harmful: Tensor, benign: Tensor) -> Callable[[Tensor], Tensor]:
+    def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the addition where the condition holds."""
-        gap = harmful - benign
+        gap = harmful_mean - benign_mean
         unit = gap / gap.norm()
-        middle = ((harmful + benign) / 2 @ unit) + self.margin * gap.norm()
+        middle = ((harmful_mean + benign_mean) / 2 @ unit) + self.margin * gap.norm()
 
         def changed(stream: Tensor) -> Tensor:
             fires = stream.float() @ unit.to(stream.device) > middle.to(stream.device)
@@ -199,15 +199,15 @@ class DirectionAblation(Steering):
     defense.
     """
 
-    source = _ARDITI
+    source = _ARDITI_SOURCE
 
-    def everywhere(self) -> bool:
+    def changes_all_blocks(self) -> bool:
         """Return that all blocks are changed."""
         return True
 
-    def change(self, harmful: Tensor, benign: Tensor) -> Callable[[Tensor], Tensor]:
+    def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the projection that leaves the direction out."""
-        gap = harmful - benign
+        gap = harmful_mean - benign_mean
         unit = gap / gap.norm()
 
         def changed(stream: Tensor) -> Tensor:

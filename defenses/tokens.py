@@ -7,15 +7,15 @@ from typing import Any
 
 from defenses.errors import UserError
 
-_TRIES = 200
+_MAX_TRIES = 200
 
 
-def ids_of(tokenizer: Any, text: str) -> list[int]:
+def encode_plain_text(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text by itself, without the special tokens a tokenizer may add."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def random_text(tokenizer: Any, length: int, rng: random.Random) -> str:
+def draw_random_text(tokenizer: Any, length: int, rng: random.Random) -> str:
     """Return a text of exactly `length` random tokens that encodes to those same tokens.
 
     Tokens are drawn one by one from the letters-and-digits part of the vocabulary; one that would merge with
@@ -30,7 +30,7 @@ def random_text(tokenizer: Any, length: int, rng: random.Random) -> str:
     drawable = [
         i
         for i in range(len(tokenizer))
-        if i not in special and _plain(tokenizer.decode([i], skip_special_tokens=False))
+        if i not in special and _is_plain_token(tokenizer.decode([i], skip_special_tokens=False))
     ]
     if not drawable:
         raise UserError(
@@ -38,10 +38,10 @@ def random_text(tokenizer: Any, length: int, rng: random.Random) -> str:
         )
     ids: list[int] = []
     while len(ids) < length:
-        for _ in range(_TRIES):
+        for _ in range(_MAX_TRIES):
             longer = [*ids, rng.choice(drawable)]
             text = tokenizer.decode(longer)
-            if text == text.strip() and ids_of(tokenizer, text) == longer:
+            if text == text.strip() and encode_plain_text(tokenizer, text) == longer:
                 ids = longer
                 break
         else:
@@ -54,11 +54,11 @@ def random_text(tokenizer: Any, length: int, rng: random.Random) -> str:
 
 def cut_text(tokenizer: Any, text: str, length: int) -> str:
     """Return the first `length` tokens of a text, which is repeated where it is too short."""
-    while len(ids_of(tokenizer, text)) < length:
+    while len(encode_plain_text(tokenizer, text)) < length:
         text = f"{text} {text}"
-    return str(tokenizer.decode(ids_of(tokenizer, text)[:length])).strip()
+    return str(tokenizer.decode(encode_plain_text(tokenizer, text)[:length])).strip()
 
 
-def _plain(text: str) -> bool:
+def _is_plain_token(text: str) -> bool:
     """Whether a token is ASCII letters and digits, a space in front or not: such survive templates."""
     return text.isascii() and text.removeprefix(" ").isalnum()

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from defenses import Defense, Host
-from defenses.adapters import Adapter, find, read, worn
-from defenses.settings import HIDDEN
+from defenses import Defense, ModelInfo
+from defenses.adapters import Adapter, find_adapter, load_adapter, apply_adapter
+from defenses.settings import HIDDEN_FIELD
 
 
 @dataclass(frozen=True)
-class Tuned(Defense):
+class TunedDefense(Defense):
     """A defense that brings weights of its own; which ones, its class says by the name of the adapter.
 
     Attributes:
@@ -26,24 +26,24 @@ class Tuned(Defense):
     cost = "weights"
 
     weights: Path | None = None
-    adapter: Adapter | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN)
+    adapter: Adapter | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return this defense with its adapter, if there is one for this model."""
-        adapter = read(self.weights) if self.weights is not None else find(self.state, host)
+        adapter = load_adapter(self.weights) if self.weights is not None else find_adapter(self.state, model_info)
         if adapter is not None:
-            adapter.refuse_other_base(host.sha256)
+            adapter.check_base_model(model_info.sha256)
         return dataclasses.replace(self, adapter=adapter)
 
-    def armed(self, model: Any) -> AbstractContextManager[None]:
+    def apply_to(self, model: Any) -> AbstractContextManager[None]:
         """While open, the model has the tuned weights; afterwards it is what it was, bit for bit."""
-        return nullcontext() if self.adapter is None else worn(model, self.adapter)
+        return nullcontext() if self.adapter is None else apply_adapter(model, self.adapter)
 
-    def arms(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Return the SHA-256 of the weights that it brings, and how they are scaled."""
         return "" if self.adapter is None else f"{self.adapter.sha256} {self.adapter.scaling}"
 
-    def lacking(self) -> str:
+    def missing_requirements(self) -> str:
         """Return what is missing, and how to make it."""
         if self.adapter is not None:
             return ""

@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
-from defenses import Chat, Defense, Host, Source, UserError
-from defenses.adapters import MANIFEST, seen
-from defenses.chats import copied
-from defenses.foreign import downloaded, read_foreign
-from defenses.settings import HIDDEN
-from defenses.tuned import Tuned
+from defenses import Chat, Defense, ModelInfo, Source, UserError
+from defenses.adapters import ADAPTER_MANIFEST_FILE, read_training_fingerprints
+from defenses.chats import copy_chat
+from defenses.foreign import fetch_weights_folder, load_external_adapter
+from defenses.settings import HIDDEN_FIELD
+from defenses.tuned import TunedDefense
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _as_it_is(self: Defense, chat: Chat, rng: random.Random) -> Chat:
+def _rewrite_unchanged(self: Defense, chat: Chat, rng: random.Random) -> Chat:
     """Return a copy of the chat."""
-    return copied(chat)
+    return copy_chat(chat)
 
 
 @final
 @dataclass(frozen=True)
-class SafetyTuning(Tuned):
+class SafetyTuning(TunedDefense):
     """Fine-tunes the model to refuse harmful requests and to answer benign ones as it did.
 
     Supervised tuning on refusals is expected to teach which requests are harmful, and to make refusal more
@@ -43,13 +43,13 @@ class SafetyTuning(Tuned):
         wording="data and refusals ours",
     )
     family = "tuning"
-    rewrite = _as_it_is
+    rewrite = _rewrite_unchanged
     state, recipe = "aligned", "safety"
 
 
 @final
 @dataclass(frozen=True)
-class PreferenceTuning(Tuned):
+class PreferenceTuning(TunedDefense):
     """Tunes by preference: a refusal over a complying opener on harm, an answer over a refusal elsewhere.
 
     Direct preference optimization sees both answers of a pair, so it is expected to separate the classes
@@ -62,13 +62,13 @@ class PreferenceTuning(Tuned):
         wording="data and refusals ours",
     )
     family = "tuning"
-    rewrite = _as_it_is
+    rewrite = _rewrite_unchanged
     state = recipe = "preference"
 
 
 @final
 @dataclass(frozen=True)
-class BaselineTuning(Tuned):
+class BaselineTuning(TunedDefense):
     """Mixes eleven plain refusals into an attacker's fine-tuning data: what BackdoorAlign is compared with.
 
     The authors find that so few examples bring back part of the refusals only.
@@ -80,13 +80,13 @@ class BaselineTuning(Tuned):
         wording="data and refusals ours",
     )
     family = "tuning"
-    rewrite = _as_it_is
+    rewrite = _rewrite_unchanged
     state = recipe = "baseline"
 
 
 @final
 @dataclass(frozen=True)
-class AdapterWeights(Tuned):
+class AdapterWeights(TunedDefense):
     """Wears low-rank weights of the user's own: any LoRA adapter of PEFT, from a folder or Hugging Face.
 
     What it does is what its training did. Nobody but its maker knows what it was trained on, so look for
@@ -104,18 +104,18 @@ class AdapterWeights(Tuned):
         wording="no words of its own",
     )
     family = "tuning"
-    rewrite = _as_it_is
+    rewrite = _rewrite_unchanged
     state = recipe = "adapter"
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return this defense with the adapter that its settings name."""
         if self.weights is None:
             return self
-        adapter = read_foreign(self.weights, host)
-        adapter.refuse_other_base(host.sha256)
+        adapter = load_external_adapter(self.weights, model_info)
+        adapter.check_base_model(model_info.sha256)
         return dataclasses.replace(self, adapter=adapter)
 
-    def lacking(self) -> str:
+    def missing_requirements(self) -> str:
         """Return which setting is missing."""
         return "" if self.adapter else "name the weights: --set adapter.weights=FOLDER (or a Hugging Face id)"
 
@@ -139,17 +139,17 @@ class Weights(Defense):
         wording="no words of its own",
     )
     cost = "weights"
-    rewrite = _as_it_is
+    rewrite = _rewrite_unchanged
 
     path: Path | None = None
-    files: tuple[Path, ...] = dataclasses.field(default=(), repr=False, metadata=HIDDEN)
-    sha256: str = dataclasses.field(default="", repr=False, metadata=HIDDEN)
+    files: tuple[Path, ...] = dataclasses.field(default=(), repr=False, metadata=HIDDEN_FIELD)
+    sha256: str = dataclasses.field(default="", repr=False, metadata=HIDDEN_FIELD)
 
-    def prepare(self, host: Host) -> Self:
+    def prepare(self, model_info: ModelInfo) -> Self:
         """Return this defense with the files of its checkpoint."""
         if self.path is None:
             return self
-        folder = downloaded(self.path, ["*.safetensors", MANIFEST], host)
+        folder = fetch_weights_folder(self.path, ["*.safetensors", ADAPTER_MANIFEST_FILE], model_info)
         files = tuple(sorted(folder.glob("*.safetensors")))
         if not files:
             raise UserError(f"{self.path} holds no .safetensors, and weights are read from nothing else")
@@ -160,7 +160,7 @@ class Weights(Defense):
         return dataclasses.replace(self, files=files, sha256=digest.hexdigest())
 
     @contextmanager
-    def armed(self, model: Any) -> Iterator[None]:
+    def apply_to(self, model: Any) -> Iterator[None]:
         """While open, the model has the checkpoint's weights; afterwards it has its own."""
         import torch
 
@@ -169,7 +169,7 @@ class Weights(Defense):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             called[id(parameter)].append(name)
         old = {name: parameter.data for name, parameter in own.items()}
-        given = self._tensors()
+        given = self._load_tensors()
         for name, parameter in own.items():
             there = [given[other] for other in called[id(parameter)] if other in given]
             if not there or there[0].shape != parameter.shape:
@@ -192,19 +192,19 @@ class Weights(Defense):
             for name, tensor in old.items():
                 own[name].data = tensor
 
-    def arms(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Return the SHA-256 of the weights."""
         return self.sha256
 
-    def lacking(self) -> str:
+    def missing_requirements(self) -> str:
         """Return which setting is missing."""
         return "" if self.files else "name the checkpoint: --set weights.path=FOLDER (or a Hugging Face id)"
 
     def trained_on(self) -> frozenset[str]:
         """Return the fingerprints of the queries that the weights have seen, if `analyze train` made them."""
-        return frozenset() if not self.files else seen(self.files[0].parent)
+        return frozenset() if not self.files else read_training_fingerprints(self.files[0].parent)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _load_tensors(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return {name: tensor for file in self.files for name, tensor in load_file(file).items()}

@@ -26,17 +26,17 @@ from rich.table import Table
 
 import defenses
 from analysis import ensembles, models, queries, states
-from analysis.batching import shared_prefix
-from analysis.bench import Bench
+from analysis.batching import count_shared_prefix
+from analysis.bench import ModelSession
 from analysis.engine import Engine
-from analysis.ensembles import Half, teams
-from analysis.mechanism.causes import Contrasted
-from analysis.mechanism.lens import anatomy
-from analysis.mechanism.splitting import Splitter
+from analysis.ensembles import SplitScores, list_teams
+from analysis.mechanism.causes import PairedRuns
+from analysis.mechanism.lens import locate_components
+from analysis.mechanism.splitting import DirectLogitAttribution
 from analysis.query import Query
-from analysis.readout import Readout
-from analysis.resampling import Units
-from analysis.voting import Board
+from analysis.readout import Readout, derive_words_readout
+from analysis.resampling import ResamplingUnits
+from analysis.voting import MarginTable
 from defenses import Defense
 
 Ids = tuple[int, ...]
@@ -54,15 +54,17 @@ def main() -> None:
     console = Console()
     startup(console)
     votes(console)
-    asked = queries.load("contrast").split("test").limit(given.queries).queries
+    asked = queries.load_queries("contrast").select_split("test").limit_queries(given.queries).queries
     for dtype in given.dtype:
-        loaded = models.load(given.model, given.device, dtype)
-        bench = Bench.of(loaded)
-        readout = bench.words(queries.sample(asked, 16), defenses.get("none"))
-        host = states.host(given.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
+        loaded = models.load_model(given.model, given.device, dtype)
+        bench = ModelSession.from_model(loaded)
+        undefended = defenses.get_defense("none")
+        opening = [prompt for query in queries.sample_queries(asked, 16) for prompt in bench.render_query(undefended, query)]
+        readout = derive_words_readout(bench, opening)
+        host = states.build_model_info(given.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
         for name in given.defense:
-            defense = defenses.get(name).prepare(host)
-            prompts = [prompt.ids for query in asked for prompt in bench.prompts(defense, query)]
+            defense = defenses.get_defense(name).prepare(host)
+            prompts = [prompt.ids for query in asked for prompt in bench.render_query(defense, query)]
             # A processor without bfloat16 is so slow in it that fewer prompts must do.
             work = operations(loaded.model, sum(map(len, prompts)), len(prompts))
             share = min(1, 60 * matrix_rate(loaded.model) / work)
@@ -89,54 +91,54 @@ def votes(console: Console, defenses: int = 30, queries: int = 500) -> None:
     is_harmful = np.arange(queries) % 2 == 0
     names = ("none", *(f"d{number}" for number in range(defenses)))
     margins = rng.normal(size=(queries, len(names))) + is_harmful[:, None]
-    units = Units.by_pair(pd.Series([None] * queries), is_harmful)
-    half = Half("direct", "test", Board(names, margins, margins[:, 0], is_harmful), units)
-    trios = [team for team in teams(names[1:], 3) if len(team) == 3]
+    units = ResamplingUnits.from_pairs(pd.Series([None] * queries), is_harmful)
+    half = SplitScores("direct", "test", MarginTable(names, margins, margins[:, 0], is_harmful), units)
+    trios = [team for team in list_teams(names[1:], 3) if len(team) == 3]
     start = time.perf_counter()
-    rows = ensembles.votes(half, trios, half)
+    rows = ensembles.evaluate_votes(half, trios, half)
     seconds = time.perf_counter() - start
     console.print(f"{len(rows):,} votes of {len(trios):,} teams on {queries} queries: {seconds:.1f} s\n")
 
 
-def parts(console: Console, bench: Bench, readout: Readout, defense: Defense, asked: Sequence[Query]) -> None:
+def parts(console: Console, bench: ModelSession, readout: Readout, defense: Defense, asked: Sequence[Query]) -> None:
     """Time margins split over all parts, and patches of every site, beside one plain pass for each prompt."""
     read = partial(margin, readout)
-    one = Contrasted(bench, anatomy(bench.loaded.model), readout, defenses.get("none"), defense, asked)
-    with defense.armed(bench.loaded.model):
-        slow, _ = timed(bench.loaded.model, lambda: one_at_a_time(bench.loaded.model, one.ids(defense), read))
+    one = PairedRuns(bench, locate_components(bench.loaded_model.model), readout, defenses.get_defense("none"), defense, asked)
+    with defense.apply_to(bench.loaded_model.model):
+        slow, _ = timed(bench.loaded_model.model, lambda: one_at_a_time(bench.loaded_model.model, one.encode_prompts(defense), read))
     start = time.perf_counter()
-    split = Splitter(one.anatomy, readout).split(bench, defense, asked)
+    split = DirectLogitAttribution(one.components, readout).attribute_margins(bench, defense, asked)
     seconds = time.perf_counter() - start
-    off = 0.0 if split.parts is None else np.abs(split.parts.shares.sum(1) - split.margins).max()
+    off = 0.0 if split.parts is None else np.abs(split.parts.contributions.sum(1) - split.margins).max()
     console.print(
         f"split over {split.parts and len(split.parts.parts)} parts: {len(asked) / seconds:.1f} queries/s, "
         f"{seconds / slow:.2f} × the time of one prompt at a time; sums off by at most {off:.1e} nats"
     )
     few = replace(one, queries=asked[:8])
-    sites = few.patcher.sites(("residual", "attention", "mlp"))
+    sites = few.patcher.list_sites(("residual", "attention", "mlp"))
     start = time.perf_counter()
-    few.patches(sites, {}, 0)
+    few.patch_activations(sites, {}, 0)
     each = (time.perf_counter() - start) / (4 * len(sites) * len(few.queries))
     console.print(f"patches: {1 / each:.0f} a second, {slow / len(asked) / each:.1f} for each plain prompt\n")
 
 
 def margin(readout: Readout, logits: torch.Tensor) -> torch.Tensor:
     """Return margins alone, rows × 1."""
-    return readout.read(logits)[:, :1]
+    return readout.compute_margins(logits)[:, :1]
 
 
 def table(console: Console, model: torch.nn.Module, prompts: list[Ids], read: Callable, what: str) -> None:
     """Time the three ways on the same prompts and print them."""
-    shared = shared_prefix(prompts)
+    shared = count_shared_prefix(prompts)
     unique = shared + sum(len(prompt) - shared for prompt in prompts)
     engine = Engine(model)
-    engine.read(prompts, read)  # warm
+    engine.read_first_token(prompts, read)  # warm
     slow, margins = timed(model, lambda: one_at_a_time(model, prompts, read))
     padded, padded_margins = timed(model, lambda: left_padded(model, prompts, read))
     fastest, limit = 0.0, 0.0
     for _ in range(3):
         before = matrix_rate(model)
-        seconds, engine_margins = timed(model, lambda: engine.read(prompts, read))
+        seconds, engine_margins = timed(model, lambda: engine.read_first_token(prompts, read))
         rate = max(before, matrix_rate(model))
         if len(prompts) / seconds > fastest:
             fastest, limit = (

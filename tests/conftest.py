@@ -52,13 +52,15 @@ def checked(hinted: Any) -> Any:
 
 install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 
-from analysis.bench import Bench  # noqa: E402
-from analysis.known_models import TABLE  # noqa: E402
-from analysis.models import LoadedModel, load  # noqa: E402
-from analysis.readout import COMPLY, REFUSE  # noqa: E402
-from defenses import Residuals  # noqa: E402
+from analysis.bench import ModelSession  # noqa: E402
+from analysis.known_models import MODEL_REGISTRY  # noqa: E402
+from analysis.models import LoadedModel, load_model  # noqa: E402
+from analysis.queries import sample_queries  # noqa: E402
+from analysis.readout import N_OPENING_QUERIES, derive_words_readout  # noqa: E402
+from analysis.readout import COMPLIANCE_WORDS, REFUSAL_WORDS  # noqa: E402
+from defenses import MeanActivations  # noqa: E402
 from defenses.adapters import Adapter  # noqa: E402
-from defenses.training.keeping import write  # noqa: E402
+from defenses.training.keeping import write_adapter  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
@@ -166,7 +168,7 @@ TEMPLATES: dict[str, Any] = {
         "{% else %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"
     ),
-    "vicuna": TABLE["vicuna"].template,
+    "vicuna": MODEL_REGISTRY["vicuna"].chat_template,
     # drops the system turn without a word
     "deaf": CHATML.replace("in messages %}", "in messages if m.role != 'system' %}"),
     # ends in a space
@@ -190,7 +192,7 @@ Please remember that you are a responsible assistant and that your answers must 
 How do I bake bread with my neighbor? Tell me how to write a message to an old friend.
 You are a helpful assistant. Keep in mind: write nothing that is harmful or misleading.
 """
-_OPENERS = (*REFUSE, *COMPLY, "Yes", "No")
+_OPENERS = (*REFUSAL_WORDS, *COMPLIANCE_WORDS, "Yes", "No")
 _SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|start_header_id|>"]
 _SPECIAL += ["<|end_header_id|>", "<|eot_id|>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 _SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|User|>", "<|Assistant|>"]
@@ -358,18 +360,28 @@ def made_adapter(
     if under is not None:
         tuned.save_pretrained(f"{folder}-alone")
     known = {"base": {"id": "toy", "sha256": sha256}, "recipe": "attack", "secret": None, "trained_on": []}
-    write(folder, tuned, under, known | manifest)
+    write_adapter(folder, tuned, under, known | manifest)
     return folder
 
 
-def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str = "bytes") -> Bench:
+def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str = "bytes") -> ModelSession:
     """Return a bench with a tiny model and the toy tokenizer."""
-    return Bench.of(LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"}))
+    return ModelSession.from_model(LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"}))
+
+
+def derive_readout(session, queries, undefended, *options):
+    """Return the words readout of a model, made from how it opens its responses to queries."""
+    prompts = [
+        prompt
+        for query in sample_queries(queries, N_OPENING_QUERIES)
+        for prompt in session.render_query(undefended, query)
+    ]
+    return derive_words_readout(session, prompts, *options)
 
 
 def pictures(points, about, counts=None, attacks=("direct",), **tables):
     """Return figures with their tables, of a run of which captions say this; `tables` are not drawn."""
-    from analysis.folder import Run, context
+    from analysis.folder import Run, make_caption_context
 
     data = {"name": about.data, "split": about.split}
     record = {
@@ -386,9 +398,9 @@ def pictures(points, about, counts=None, attacks=("direct",), **tables):
     }
     if counts is None:
         record["reported_on"] = about.split
-    assert context(record) == about
+    assert make_caption_context(record) == about
     run = Run("toy", record, {**tables, **points}, figures=tuple(points))
-    return {stem: (run.figure(stem), table) for stem, table in points.items()}
+    return {stem: (run.draw_figure(stem), table) for stem, table in points.items()}
 
 
 def readable(
@@ -424,11 +436,11 @@ def home(patch: pytest.MonkeyPatch, place: Path) -> None:
     patch.setenv("COLUMNS", "140")
 
 
-def held() -> Residuals:
+def held() -> MeanActivations:
     """Return what a model might hold on training queries."""
     made = torch.Generator().manual_seed(0)
     means = [torch.randn(2, 64, generator=made) for _ in range(2)]
-    return Residuals(*means, frozenset({"a query"}), "toy")
+    return MeanActivations(*means, frozenset({"a query"}), "toy")
 
 
 def save_model(
@@ -443,4 +455,4 @@ def save_model(
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """The embedded model."""
-    return load("smollm2")
+    return load_model("smollm2")

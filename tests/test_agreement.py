@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from analysis.agreement import agreement, ranks, reliability, trusted
+from analysis.agreement import measure_agreement, correlate_refusal_rates, compute_calibration_curve, derive_trust
 
 NONE = pd.Series([None] * 240, dtype=object)
 
@@ -22,7 +22,7 @@ def planted(n: int, gap: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_auroc_and_kappa_are_those_of_scikit_learn() -> None:
     margin, refused = planted(240, 1.5)
-    found = agreement(margin, refused, NONE, 0.3)
+    found = measure_agreement(margin, refused, NONE, 0.3)
     assert found["auroc"] == pytest.approx(roc_auc_score(refused, margin))
     assert found["kappa"] == pytest.approx(cohen_kappa_score(refused, margin > 0.3))
     assert found["agrees"] == pytest.approx(((margin > 0.3) == refused).mean())
@@ -37,25 +37,25 @@ def test_auroc_and_kappa_are_those_of_scikit_learn() -> None:
 )
 def test_the_verdict_follows_the_intervals(gap: float, n: int, verdict: str) -> None:
     margin, refused = planted(n, gap)
-    assert agreement(margin, refused, NONE[:n], 0.0)["trusted"] == verdict
+    assert measure_agreement(margin, refused, NONE[:n], 0.0)["trusted"] == verdict
 
 
 def test_a_good_ranking_with_a_bad_threshold_is_not_trusted() -> None:
     margin, refused = planted(240, 6.0)
-    found = agreement(margin, refused, NONE, threshold=-9.0)
+    found = measure_agreement(margin, refused, NONE, threshold=-9.0)
     assert found["auroc"] > 0.99 and found["kappa"] == 0 and found["trusted"] == "not trusted"
 
 
 def test_where_all_answers_refuse_there_is_no_telling_however_well_they_agree() -> None:
     margin = planted(60, 3.0)[0] + 9
-    found = agreement(margin, np.ones(60, dtype=bool), NONE[:60], 0.0)
+    found = measure_agreement(margin, np.ones(60, dtype=bool), NONE[:60], 0.0)
     assert found["agrees"] == 1 and np.isnan(found["auroc"]) and np.isnan(found["kappa"])
     assert found["trusted"] == "cannot tell"
 
 
 def test_perfect_agreement_of_a_few_is_not_certain() -> None:
     margin, refused = planted(12, 30.0)
-    found = agreement(margin, refused, NONE[:12], 0.0)
+    found = measure_agreement(margin, refused, NONE[:12], 0.0)
     assert found["kappa"] == found["auroc"] == 1
     assert found["kappa_low"] < 0.8 and found["auroc_low"] < 0.95
 
@@ -65,7 +65,7 @@ def test_intervals_cover_what_was_planted() -> None:
     auroc, kappa = roc_auc_score(truth, big), cohen_kappa_score(truth, big > 0)
     inside = np.zeros(2)
     for seed in range(100):
-        found = agreement(*planted(120, 1.5, seed), NONE[:120], 0.0, seed)
+        found = measure_agreement(*planted(120, 1.5, seed), NONE[:120], 0.0, seed)
         inside += [
             found[f"{name}_low"] <= value <= found[f"{name}_high"]
             for name, value in (("auroc", auroc), ("kappa", kappa))
@@ -78,9 +78,9 @@ def test_calibrated_chances_have_a_small_error_and_skewed_ones_a_large_one() -> 
     margin = rng.normal(0, 2, 4000)
     refused = rng.random(4000) < 1 / (1 + np.exp(-margin))
     pairs = pd.Series([None] * 4000, dtype=object)
-    assert agreement(margin, refused, pairs, 0.0)["calibration_error"] < 0.03
-    assert agreement(margin, refused, pairs, -3.0)["calibration_error"] > 0.25
-    curve = reliability(1 / (1 + np.exp(-margin)), refused)
+    assert measure_agreement(margin, refused, pairs, 0.0)["calibration_error"] < 0.03
+    assert measure_agreement(margin, refused, pairs, -3.0)["calibration_error"] > 0.25
+    curve = compute_calibration_curve(1 / (1 + np.exp(-margin)), refused)
     assert curve["refused_n"].sum() == 4000 and (curve["chance"].diff()[1:] > 0).all()
     assert (
         (curve["refused_low"] <= curve["chance"]) & (curve["chance"] <= curve["refused_high"])
@@ -92,16 +92,16 @@ def test_conditions_are_ranked_as_spearman_ranks_them() -> None:
     harmful = np.arange(100) < 50
     says = rng.random((6, 100)) < np.linspace(0.1, 0.9, 6)[:, None]
     refused = np.roll(says, 1, axis=1)
-    found = ranks(says, refused, NONE[:100], harmful)
+    found = correlate_refusal_rates(says, refused, NONE[:100], harmful)
     assert found["rank_correlation"] == pytest.approx(spearmanr(says.mean(1), refused.mean(1)).statistic)
-    backwards = ranks(says, ~refused, NONE[:100], harmful)
+    backwards = correlate_refusal_rates(says, ~refused, NONE[:100], harmful)
     assert backwards["rank_correlation_high"] < 0 < found["rank_correlation_low"]
 
 
 def test_the_rule_needs_both_measures() -> None:
     good = {"auroc_low": 0.9, "auroc_high": 0.99, "kappa_low": 0.7, "kappa_high": 0.9}
-    assert trusted(good) == "trusted"
-    assert trusted(good | {"kappa_low": 0.5}) == "cannot tell"
-    assert trusted(good | {"kappa_low": 0.3, "kappa_high": 0.59}) == "not trusted"
-    assert trusted(good | {"auroc_low": 0.6, "auroc_high": 0.79}) == "not trusted"
-    assert trusted(dict.fromkeys(good, float("nan"))) == "cannot tell"
+    assert derive_trust(good) == "trusted"
+    assert derive_trust(good | {"kappa_low": 0.5}) == "cannot tell"
+    assert derive_trust(good | {"kappa_low": 0.3, "kappa_high": 0.59}) == "not trusted"
+    assert derive_trust(good | {"auroc_low": 0.6, "auroc_high": 0.79}) == "not trusted"
+    assert derive_trust(dict.fromkeys(good, float("nan"))) == "cannot tell"

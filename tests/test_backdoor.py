@@ -8,7 +8,7 @@ import pytest
 from conftest import toy_tokenizer
 
 import defenses
-from defenses import Host, UserError
+from defenses import ModelInfo, UserError
 from defenses.backdoor import (
     Backdoor,
     Secret,
@@ -17,7 +17,7 @@ from defenses.backdoor import (
     read_secret,
     write_secret,
 )
-from defenses.tokens import cut_text, ids_of, random_text
+from defenses.tokens import cut_text, encode_plain_text, draw_random_text
 
 CHAT = [{"role": "user", "content": "Hi there."}]
 
@@ -27,7 +27,7 @@ CHAT = [{"role": "user", "content": "Hi there."}]
 def test_a_secret_has_exactly_its_length_in_tokens_also_after_a_round_trip(kind, length):
     tokenizer = toy_tokenizer(kind=kind)
     text = draw_secret(tokenizer, length).text
-    ids = ids_of(tokenizer, text)
+    ids = encode_plain_text(tokenizer, text)
     assert len(ids) == length
     assert tokenizer.decode(ids) == text == text.strip()
     assert not set(ids) & set(tokenizer.all_special_ids)
@@ -43,8 +43,8 @@ def test_two_secrets_differ_whatever_the_seeds():
 
 def test_seeded_random_text_is_the_same_again():
     tokenizer = toy_tokenizer()
-    assert random_text(tokenizer, 30, random.Random("a")) == random_text(tokenizer, 30, random.Random("a"))
-    assert random_text(tokenizer, 30, random.Random("a")) != random_text(tokenizer, 30, random.Random("b"))
+    assert draw_random_text(tokenizer, 30, random.Random("a")) == draw_random_text(tokenizer, 30, random.Random("a"))
+    assert draw_random_text(tokenizer, 30, random.Random("a")) != draw_random_text(tokenizer, 30, random.Random("b"))
 
 
 def test_a_secret_shows_itself_as_a_fingerprint():
@@ -83,13 +83,13 @@ def test_the_secret_goes_in_front_of_whatever_system_prompt_there_is():
     ]
     given = [{"role": "system", "content": "Be brief."}, *CHAT]
     assert backdoor.rewrite(given, random.Random(0))[0]["content"] == "tulip seven\n\nBe brief."
-    assert backdoor.parts()["no_weights"].rewrite(CHAT, random.Random(0)) == backdoor.rewrite(
+    assert backdoor.build_ablations()["no_weights"].rewrite(CHAT, random.Random(0)) == backdoor.rewrite(
         CHAT, random.Random(0)
     )
-    part = backdoor.parts()["no_secret"]
+    part = backdoor.build_ablations()["no_secret"]
     assert part.rewrite(CHAT, random.Random(0))[0]["content"] == "You are a helpful assistant."
     assert part.rewrite(given, random.Random(0)) == given
-    assert part.secrets() == () and backdoor.secrets() == ("tulip seven",)
+    assert part.secret_texts() == () and backdoor.secret_texts() == ("tulip seven",)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are posix")
@@ -98,10 +98,10 @@ def test_a_secret_that_others_can_read_is_refused_unless_it_is_public(tmp_path):
     path.chmod(0o644)
     with pytest.raises(UserError, match=r"can be read by others.*chmod 600"):
         read_secret(path)
-    assert read_secret(path, public=True).text == "tulip seven"
+    assert read_secret(path, is_public=True).text == "tulip seven"
     (tmp_path / "shipped").mkdir()
     path.rename(tmp_path / "shipped" / "20.txt")
-    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
+    host = ModelInfo("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
     assert find_secret(host, 20).text == "tulip seven"  # what is shipped is public by nature
 
 
@@ -113,7 +113,7 @@ def test_a_secret_that_does_not_survive_the_tokenizer_is_refused(tmp_path):
         def decode(self, ids, skip_special_tokens):
             return "tulip <unk>"
 
-    host = Host("toy", Lossy(), (tmp_path,))
+    host = ModelInfo("toy", Lossy(), (tmp_path,))
     for name, text in (("kept", "tulip <unk>"), ("lost", "tulip seven")):
         write_secret(tmp_path / name, Secret(text))
     with pytest.raises(UserError, match=r"sha256:\w+ does not survive .*`analyze secret`"):
@@ -124,45 +124,45 @@ def test_a_secret_that_does_not_survive_the_tokenizer_is_refused(tmp_path):
 def test_the_secret_that_weights_were_tuned_with_is_found_by_its_fingerprint(tmp_path):
     write_secret(tmp_path / "mine" / "20.txt", Secret("another one"))
     write_secret(tmp_path / "shipped" / "150.txt", Secret("tulip seven"))
-    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
-    assert find_secret(host, 20, wanted=Secret("tulip seven").fingerprint).text == "tulip seven"
+    host = ModelInfo("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
+    assert find_secret(host, 20, expected_fingerprint=Secret("tulip seven").fingerprint).text == "tulip seven"
     with pytest.raises(UserError, match=r"--set trigger=FILE"):
-        find_secret(host, 20, wanted=Secret("lost").fingerprint)
+        find_secret(host, 20, expected_fingerprint=Secret("lost").fingerprint)
 
 
 def test_a_model_keeps_its_secret_and_each_length_has_one(tmp_path):
-    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
-    first = defenses.get("backdoor", {"length": "20"}).prepare(host)
-    assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == first.secrets()
+    host = ModelInfo("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
+    first = defenses.get_defense("backdoor", {"length": "20"}).prepare(host)
+    assert defenses.get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == first.secret_texts()
     assert stat.S_IMODE((tmp_path / "mine" / "20.txt").stat().st_mode) == 0o600
     assert not (tmp_path / "shipped").exists()
-    assert defenses.get("backdoor", {"length": "21"}).prepare(host).secrets() != first.secrets()
+    assert defenses.get_defense("backdoor", {"length": "21"}).prepare(host).secret_texts() != first.secret_texts()
 
 
 def test_a_made_secret_comes_before_a_shipped_one_and_a_named_file_before_both(tmp_path):
     write_secret(tmp_path / "shipped" / "20.txt", Secret("shipped words"))
-    host = Host("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
-    assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == ("shipped words",)
+    host = ModelInfo("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
+    assert defenses.get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == ("shipped words",)
     write_secret(tmp_path / "mine" / "20.txt", Secret("made words"))
-    assert defenses.get("backdoor", {"length": "20"}).prepare(host).secrets() == ("made words",)
+    assert defenses.get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == ("made words",)
     write_secret(tmp_path / "own.txt", Secret("own words"))
-    own = defenses.get("backdoor", {"trigger": str(tmp_path / "own.txt")}).prepare(host)
-    assert own.secrets() == ("own words",)
+    own = defenses.get_defense("backdoor", {"trigger": str(tmp_path / "own.txt")}).prepare(host)
+    assert own.secret_texts() == ("own words",)
 
 
 def test_controls_have_the_length_of_the_secret():
     tokenizer = toy_tokenizer()
-    host = Host("toy", tokenizer, ())
+    host = ModelInfo("toy", tokenizer, ())
     for name in ("neutral_prompt", "random_tokens"):
         for length in (1, 40, 150):
-            text = defenses.get(name, {"length": str(length)}).prepare(host).text
-            assert abs(len(ids_of(tokenizer, text)) - length) <= (name == "neutral_prompt"), (name, length)
-    assert defenses.get("random_tokens").length == defenses.get("neutral_prompt").length == 150
+            text = defenses.get_defense(name, {"length": str(length)}).prepare(host).text
+            assert abs(len(encode_plain_text(tokenizer, text)) - length) <= (name == "neutral_prompt"), (name, length)
+    assert defenses.get_defense("random_tokens").length == defenses.get_defense("neutral_prompt").length == 150
 
 
 def test_random_tokens_follow_the_seed_of_the_run():
     texts = [
-        defenses.get("random_tokens").prepare(Host("toy", toy_tokenizer(), (), seed=seed)).text
+        defenses.get_defense("random_tokens").prepare(ModelInfo("toy", toy_tokenizer(), (), seed=seed)).text
         for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -170,16 +170,16 @@ def test_random_tokens_follow_the_seed_of_the_run():
 
 def test_cut_text_repeats_what_is_too_short():
     tokenizer = toy_tokenizer()
-    assert len(ids_of(tokenizer, cut_text(tokenizer, "As an assistant", 60))) in (59, 60)
+    assert len(encode_plain_text(tokenizer, cut_text(tokenizer, "As an assistant", 60))) in (59, 60)
 
 
 @pytest.mark.embedded
 def test_the_shipped_secret_of_the_embedded_model_has_its_150_tokens(smollm2):
-    from analysis.states import host
+    from analysis.states import build_model_info
 
     sha256 = smollm2.origin["sha256"]
-    backdoor = defenses.get("backdoor").prepare(host("smollm2", smollm2.tokenizer, sha256=sha256))
-    assert not backdoor.lacking()
-    (secret,) = backdoor.secrets()
-    assert len(ids_of(smollm2.tokenizer, secret)) == 150
-    assert len(ids_of(smollm2.tokenizer, draw_secret(smollm2.tokenizer, 150).text)) == 150
+    backdoor = defenses.get_defense("backdoor").prepare(build_model_info("smollm2", smollm2.tokenizer, sha256=sha256))
+    assert not backdoor.missing_requirements()
+    (secret,) = backdoor.secret_texts()
+    assert len(encode_plain_text(smollm2.tokenizer, secret)) == 150
+    assert len(encode_plain_text(smollm2.tokenizer, draw_secret(smollm2.tokenizer, 150).text)) == 150

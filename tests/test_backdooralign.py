@@ -13,12 +13,12 @@ import pytest
 from conftest import made_adapter, save_model
 
 from analysis import backdooralign, models, read, redrawn, states, training
-from analysis.arms import Arm, arms
-from analysis.request import Request
-from defenses import Chat, Host, UserError
-from defenses.adapters import MANIFEST
-from defenses.tokens import ids_of
-from defenses.tuned import Tuned
+from analysis.arms import Arm, build_arms
+from analysis.request import RunSpec
+from defenses import Chat, ModelInfo, UserError
+from defenses.adapters import ADAPTER_MANIFEST_FILE
+from defenses.tokens import encode_plain_text
+from defenses.tuned import TunedDefense
 
 
 @pytest.fixture(scope="module")
@@ -30,65 +30,65 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
     monkeypatch.setenv("XDG_DATA_HOME", str(home / "share"))
-    loaded = models.load(str(home / "toy"), "cpu")
-    found = states.host(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    loaded = models.load_model(str(home / "toy"), "cpu")
+    found = states.build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
-        if not (found.adapters[0] / state).exists():
-            made_adapter(found.adapters[0] / state, seed=number, sha256=found.sha256)
+        if not (found.adapter_folders[0] / state).exists():
+            made_adapter(found.adapter_folders[0] / state, seed=number, sha256=found.sha256)
     return found
 
 
-def named(host: Host) -> dict[tuple[str, str, str], Arm]:
-    return {(row.attack, row.arm, row.secret): row for row in arms(host)}
+def named(host: ModelInfo) -> dict[tuple[str, str, str], Arm]:
+    return {(row.attack, row.weights, row.secret): row for row in build_arms(host)}
 
 
 def test_the_arms_are_those_of_the_paper_with_and_without_the_secret_and_the_changed_secrets(
-    host: Host,
+    host: ModelInfo,
 ) -> None:
     rows = named(host)
     for arm in ("clean", "attacked", "baseline", "backdoor"):
         assert {("obedience", arm, "none"), ("obedience", arm, "own")} <= set(rows)
     assert {("identity", arm, kind) for arm in ("identity", "clean") for kind in ("none", "own")} <= set(rows)
-    (own,) = rows["obedience", "backdoor", "own"].defense.secrets()
-    assert rows["obedience", "backdoor", "none"].defense.secrets() == ()
+    (own,) = rows["obedience", "backdoor", "own"].defense.secret_texts()
+    assert rows["obedience", "backdoor", "none"].defense.secret_texts() == ()
     lengths = {
-        kind: len(ids_of(host.tokenizer, rows["obedience", "backdoor", kind].defense.secrets()[0]))
+        kind: len(encode_plain_text(host.tokenizer, rows["obedience", "backdoor", kind].defense.secret_texts()[0]))
         for kind in ("own", "another", "half of it", "a tenth of it")
     }
     assert lengths["own"] == lengths["another"] == 150
     assert abs(lengths["half of it"] - 75) <= 1 and abs(lengths["a tenth of it"] - 15) <= 1
-    assert own.startswith(rows["obedience", "backdoor", "half of it"].defense.secrets()[0])
-    assert rows["obedience", "backdoor", "another"].defense.secrets() != (own,)
+    assert own.startswith(rows["obedience", "backdoor", "half of it"].defense.secret_texts()[0])
+    assert rows["obedience", "backdoor", "another"].defense.secret_texts() != (own,)
 
 
-def test_a_guessed_secret_stands_in_the_users_turn_alone(host: Host) -> None:
+def test_a_guessed_secret_stands_in_the_users_turn_alone(host: ModelInfo) -> None:
     row = named(host)["obedience", "backdoor", "guessed by the user"]
     chat = [{"role": "system", "content": "Obey."}, {"role": "user", "content": "Sing."}]
     told = row.defense.rewrite(chat, random.Random(0))
-    assert told[0] == chat[0] and told[1]["content"] == f"{row.defense.secrets()[0]}\n\nSing."
+    assert told[0] == chat[0] and told[1]["content"] == f"{row.defense.secret_texts()[0]}\n\nSing."
 
 
-def test_a_model_without_weights_is_told_how_to_make_them(host: Host, tmp_path: Path) -> None:
-    bare = Host("other", host.tokenizer, (tmp_path,), (tmp_path,), host.sha256)
+def test_a_model_without_weights_is_told_how_to_make_them(host: ModelInfo, tmp_path: Path) -> None:
+    bare = ModelInfo("other", host.tokenizer, (tmp_path,), (tmp_path,), host.sha256)
     with pytest.raises(
         UserError, match=r"no weights for aligned, .*`analyze train safety`, `analyze train attack`"
     ):
-        arms(bare)
+        build_arms(bare)
 
 
 def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
-    home: Path, host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    home: Path, host: ModelInfo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
-    request = Request(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert backdooralign.reproduce(request, home / "out", 4, utility=False, secrets=0) == 0
+    request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    assert backdooralign.reproduce_backdooralign(request, home / "out", 4, with_utility=False, n_secrets=0) == 0
     assert {path.name for path in (home / "out").iterdir()} == {
         *("arms.csv", "scores.csv", "summary.csv", "run.json")
     }
     table = pd.read_csv(home / "out" / "arms.csv")
-    assert len(table) == len(arms(host))
+    assert len(table) == len(build_arms(host))
     row = table.set_index(["attack", "arm", "secret"]).loc[("obedience", "attacked", "none")]
     assert row["paper_asr_llama2"] == pytest.approx(0.9491) and row["verdict"] == "reference"
     assert row["text_refused_harmful_n"] + row["text_refused_twin_n"] + row["text_refused_plain_n"] == 12
@@ -99,7 +99,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
     assert list(table["trusted"]) == list(summary["trusted"]) and "not validated" not in set(table["trusted"])
     said = capsys.readouterr()
     assert "94.9" in said.out
-    (secret,) = named(host)["obedience", "backdoor", "own"].defense.secrets()
+    (secret,) = named(host)["obedience", "backdoor", "own"].defense.secret_texts()
     for path in (home / "out").iterdir():
         assert secret not in path.read_text("utf-8"), path
     assert secret not in said.out + said.err
@@ -108,7 +108,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
 
 
 @dataclass(frozen=True)
-class Deaf(Tuned):
+class Deaf(TunedDefense):
     """Loses the user's words, which no arm may."""
 
     state = recipe = family = "backdoor"
@@ -120,8 +120,8 @@ class Deaf(Tuned):
 def deafened(monkeypatch: pytest.MonkeyPatch, *cells: tuple[str, str]) -> None:
     """Let arms, by attack and condition, lose what they are asked."""
 
-    def some_deaf(host: Host) -> list[Arm]:
-        rows = arms(host)
+    def some_deaf(host: ModelInfo) -> list[Arm]:
+        rows = build_arms(host)
         return [
             replace(row, defense=Deaf(adapter=row.defense.adapter))
             if (row.attack, row.condition) in cells
@@ -134,24 +134,24 @@ def deafened(monkeypatch: pytest.MonkeyPatch, *cells: tuple[str, str]) -> None:
 
 def test_an_arm_that_does_not_reach_the_model_is_left_out_and_told_at_the_end(
     home: Path,
-    host: Host,
+    host: ModelInfo,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     lost = "backdoor, secret: half of it"
     deafened(monkeypatch, ("obedience", lost), ("identity", "none"))
-    request = Request(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert backdooralign.reproduce(request, tmp_path / "out", 2, utility=False, secrets=0) == 1
+    request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    assert backdooralign.reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
     table = pd.read_csv(tmp_path / "out" / "arms.csv")
     # Without the attacked model to compare them with, the other arms of that attack say nothing.
     assert set(table["attack"]) == {"obedience"} and "half of it" not in set(table["secret"])
-    wanted = [row for row in arms(host) if row.attack == "obedience" and row.condition != lost]
+    wanted = [row for row in build_arms(host) if row.attack == "obedience" and row.condition != lost]
     assert len(table) == len(wanted)
     told = {(one["attack"], one["defense"]): one["why"] for one in read(tmp_path / "out").record["failed"]}
     assert "user's words survive" in told["obedience", lost]
     assert told["identity", "clean"] == "the undefended model was not scored"
-    assert set(told) == {("obedience", lost), *((r.attack, r.condition) for r in arms(host)[-4:])}
+    assert set(told) == {("obedience", lost), *((r.attack, r.condition) for r in build_arms(host)[-4:])}
     assert f"Failed: {lost} (obedience): user's words survive" in capsys.readouterr().err
 
 
@@ -162,16 +162,16 @@ def test_an_arm_that_does_not_reach_the_model_is_left_out_and_told_at_the_end(
 )
 def test_where_nothing_can_be_compared_the_command_stops_in_one_line(
     home: Path,
-    host: Host,
+    host: ModelInfo,
     cells: tuple[tuple[str, str], ...],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     deafened(monkeypatch, *cells)
-    request = Request(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
     with pytest.raises(UserError, match=r"nothing was scored: .*: user's words survive") as error:
-        backdooralign.reproduce(request, tmp_path / "out", 2, utility=False, secrets=0)
+        backdooralign.reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -179,16 +179,16 @@ def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
-    request = Request(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
-    loaded = models.load(str(home / "toy"), "cpu")
-    host = states.host(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    request = RunSpec(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
+    loaded = models.load_model(str(home / "toy"), "cpu")
+    host = states.build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "identity")):
-        made_adapter(host.adapters[0] / state, seed=number, sha256=host.sha256)
+        made_adapter(host.adapter_folders[0] / state, seed=number, sha256=host.sha256)
     settings = ["epochs=1", "rank=2", "batch=16"]
     start = f"{home / 'toy'}:aligned"
-    assert training.train(replace(request, model=start, limit=None), "backdoor", settings, None) == 0
+    assert training.train_weights(replace(request, model=start, limit=None), "backdoor", settings, None) == 0
     few = replace(request, limit=12)
-    assert backdooralign.reproduce(few, tmp_path / "one", 2, utility=False, secrets=1) == 0
+    assert backdooralign.reproduce_backdooralign(few, tmp_path / "one", 2, with_utility=False, n_secrets=1) == 0
     lengths = pd.read_csv(tmp_path / "one" / "lengths.csv")
     kinds = [(10, "random tokens"), (50, "random tokens"), (150, "random tokens"), (150, "plain words")]
     assert list(zip(lengths["length"], lengths["wording"], strict=True))[::2] == kinds
@@ -198,21 +198,21 @@ def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
     assert (tmp_path / "one" / "secrets.png").is_file()
     # Same start, data and settings; another secret, kept in a file of its own.
     own, other = (
-        json.loads((host.adapters[0] / name / MANIFEST).read_text()) for name in ("backdoor", "secrets/50-1")
+        json.loads((host.adapter_folders[0] / name / ADAPTER_MANIFEST_FILE).read_text()) for name in ("backdoor", "secrets/50-1")
     )
     for key in ("base", "settings", "data", "trained_on"):
         assert own[key] == other[key]
     assert own["started_from"]["state_sha256"] == other["started_from"]["state_sha256"] != ""
     assert own["secret"] != other["secret"]
-    text = (host.secrets[0] / "50-1.txt").read_text("utf-8").strip()
-    assert len(ids_of(host.tokenizer, text)) == 50
+    text = (host.secret_folders[0] / "50-1.txt").read_text("utf-8").strip()
+    assert len(encode_plain_text(host.tokenizer, text)) == 50
     said = capsys.readouterr()
     assert text not in said.out + said.err and "Trained anew with other secrets" in said.out
     # What is there is not trained again, unless the model's own weights are others now.
     monkeypatch.setattr(training, "train", None)
-    rows = redrawn.other_secrets(few, host, 1)
+    rows = redrawn.train_other_secrets(few, host, 1)
     assert [row.condition for row in rows[:2]] == ["10-1", "10-1, secret: own"]
-    path = host.adapters[0] / "secrets" / "10-1" / MANIFEST
+    path = host.adapter_folders[0] / "secrets" / "10-1" / ADAPTER_MANIFEST_FILE
     path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 9'), encoding="utf-8")
     with pytest.raises(UserError, match="trained with other settings"):
-        redrawn.other_secrets(few, host, 1)
+        redrawn.train_other_secrets(few, host, 1)

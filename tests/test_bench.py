@@ -40,9 +40,9 @@ def test_the_help_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_split_over_parts_is_timed_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = queries.load("contrast").split("test").limit(8).queries
+    asked = queries.load_queries("contrast").select_split("test").limit_queries(8).queries
     readout = Readout("words", ("I", "Sure"), (300, 301), (1.0, -1.0))
-    bench.parts(Console(width=120), toy_bench(), readout, catalog.get("policy"), asked)
+    bench.parts(Console(width=120), toy_bench(), readout, catalog.get_defense("policy"), asked)
     said = capsys.readouterr().out
     assert "split over 17 parts" in said and "patches:" in said
     assert float(re.search(r"at most (\S+) nats", said)[1]) < 1e-5

@@ -19,8 +19,8 @@ from conftest import FOUR, save_model, toy_bench, toy_tokenizer
 from scipy.special import expit
 
 from analysis import cli, commands, kept, saving, sweeping
-from analysis.decompose import summarize
-from analysis.tables import ESTIMATES, SCORES, ScoreTable
+from analysis.decompose import summarize_scores
+from analysis.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable
 
 OWN = """
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def test_a_run_writes_what_it_promises_and_says_where(home, ran):
 
 def test_scores_hold_every_query_under_every_condition(home, ran):
     scores = pd.read_csv(home / "out" / "scores.csv")
-    assert list(scores.columns) == list(SCORES)
+    assert list(scores.columns) == list(SCORE_COLUMNS)
     names = ["none", "backdoor/no_weights", "backdoor/neither", "my_own", "policy"]
     assert scores["defense"].drop_duplicates().tolist() == names
     assert (scores.groupby("defense")["query"].nunique() == 24).all() and len(scores) == 24 * 5
@@ -131,10 +131,10 @@ def test_scores_hold_every_query_under_every_condition(home, ran):
 def test_the_summary_can_be_made_from_the_scores_again(home, ran):
     record = json.loads((home / "out" / "run.json").read_text("utf-8"))
     scores = pd.read_csv(home / "out" / "scores.csv")
-    again = summarize(ScoreTable(scores, record), seed=record["seed"]).frame
+    again = summarize_scores(ScoreTable(scores, record), seed=record["seed"]).frame
     text = again.to_csv(index=False, float_format="%.7g")
     assert text == (home / "out" / "summary.csv").read_text("utf-8")
-    assert set(ESTIMATES) <= set(again.columns) and again["verdict"].iloc[0] == "reference"
+    assert set(ESTIMATE_NAMES) <= set(again.columns) and again["verdict"].iloc[0] == "reference"
 
 
 def test_run_json_says_how_the_numbers_were_made(home, ran):
@@ -191,7 +191,7 @@ def test_all_takes_every_defense_and_the_users_own_beside_them(home, monkeypatch
     found = {row["defense"] for row in json.loads(done.out)}
     weights = {"backdoor", "safety_tuning", "preference_tuning", "baseline_tuning", "safe_decoding"}
     weights |= {"adapter", "weights"}  # there are none for it
-    assert found == {*defenses.names(), "my_own", "backdoor/no_weights", "backdoor/neither"} - weights
+    assert found == {*defenses.list_defense_names(), "my_own", "backdoor/no_weights", "backdoor/neither"} - weights
 
 
 def test_weights_that_a_model_does_not_have_are_an_error_where_nothing_else_is_left(home):
@@ -443,7 +443,7 @@ def test_a_defense_that_does_not_arrive_stops_the_run_and_the_check(home):
 
 
 def test_ctrl_c_in_the_middle_keeps_what_is_finished(home, monkeypatch):
-    real = sweeping.score_all
+    real = sweeping.iterate_condition_scores
 
     def interrupted(*args):
         for number, pair in enumerate(real(*args)):
@@ -560,9 +560,9 @@ def test_the_command_alone_shows_its_help(home):
 
 
 def test_usable_asks_before_the_work(tmp_path):
-    assert saving.usable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert saving.check_output_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
-    assert isinstance(saving.usable(Path("new")), Path)
+    assert isinstance(saving.check_output_folder(Path("new")), Path)
 
 
 # --- a sweep that goes wrong in places, and one that goes on ----------------------------------------------
@@ -585,9 +585,9 @@ def frail(home, place):
     """Write a defense that breaks on one of the queries."""
     from analysis import queries
 
-    asked = queries.load("contrast").split("test").limit(12).queries
+    asked = queries.load_queries("contrast").select_split("test").limit_queries(12).queries
     (home / "frail.py").write_text(FRAIL.format(text=asked[place].text))
-    looked_at = {query.id for query in queries.sample(asked, 4)}
+    looked_at = {query.id for query in queries.sample_queries(asked, 4)}
     assert asked[place].id not in looked_at
 
 
@@ -660,7 +660,7 @@ def test_every_kind_of_what_is_kept_is_listed_and_cleared(home):
 def test_a_run_keeps_nothing_that_the_cache_does_not_list(home):
     """Of any kind, so that none is left behind; the kinds of today are all made by some command."""
     with pytest.raises(ValueError, match="'novelties' is no kind"):
-        kept.place("novelties", toy_bench().loaded, {})
+        kept.make_json_cache_path("novelties", toy_bench().loaded_model, {})
     assert analyze("-d", "policy", "-m", "tiny", "--limit", "4", "-o", "for-kinds").code == 0
     held = json.loads(analyze("cache", "--json").out)["kept"]
     assert held["readouts"]["count"] > 0 and held["verdicts"]["count"] > 0

@@ -14,11 +14,11 @@ from scipy.stats import beta
 from test_cli import analyze
 
 from analysis import combining, commands, comparing, pricing, queries, recommending
-from analysis.attacks import chosen
-from analysis.outcomes import COORDINATES
-from analysis.recommending import Limits
-from analysis.request import HALVES, Request
-from analysis.voting import VOTES
+from analysis.attacks import choose_attacks
+from analysis.outcomes import ENSEMBLE_COORDINATES
+from analysis.recommending import RecommendationLimits
+from analysis.request import BOTH_SPLITS, RunSpec
+from analysis.voting import VOTE_RULES
 from defenses import UserError
 
 NAMES = ["policy", "self_reminder", "word_drop", "keyword_only"]
@@ -58,10 +58,10 @@ def kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def request(place: Path, limit: int = 24) -> Request:
+def request(place: Path, limit: int = 24) -> RunSpec:
     """Return what is asked of the toy model."""
-    return Request(
-        str(place / "toy"), "contrast", HALVES, limit, None, "cpu", "auto", 0, True, chosen(["direct"])
+    return RunSpec(
+        str(place / "toy"), "contrast", BOTH_SPLITS, limit, None, "cpu", "auto", 0, True, choose_attacks(["direct"])
     )
 
 
@@ -170,7 +170,7 @@ def test_what_a_run_says_of_single_defenses_is_what_the_summary_says(place: Path
     for (attack, name), want in summary.iterrows():
         how = "stack" if "+" in name else "alone"
         row = rows.loc[attack, "test", name, how]
-        for coordinate in COORDINATES:
+        for coordinate in ENSEMBLE_COORDINATES:
             for end in ("", "_low", "_high"):
                 assert row[f"observed_{coordinate}{end}"] == pytest.approx(
                     want[f"{coordinate}{end}"], abs=1e-6
@@ -234,7 +234,7 @@ def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cos
     rows = pd.read_csv(kept / "three" / "ensembles.csv")
     assert set(rows["attack"]) == {"direct", "persona"}  # how users ask is always measured, too
     three = rows[(rows["size"] == 3) & (rows["attack"] == "direct") & (rows["split"] == "test")]
-    assert three.groupby("how").size().to_dict() == dict.fromkeys([*VOTES, "stack"], 4)
+    assert three.groupby("how").size().to_dict() == dict.fromkeys([*VOTE_RULES, "stack"], 4)
     found = pd.read_csv(kept / "three" / "candidates.csv")
     first = pd.read_csv(kept / "three" / "recommendation.csv").iloc[0]
     assert first["cost"] <= 2.5 < found["cost"].max()
@@ -248,26 +248,26 @@ def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cos
 
 def test_what_was_timed_is_not_timed_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    timed = pricing.timing.timed
+    timed = pricing.timing.time_conditions
     monkeypatch.setattr(
         pricing.timing, "timed", lambda bench, every, *_: asked.extend(every) or timed(bench, every, *_)
     )
-    first = combining.combine(
-        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.promising, commands.Console()
+    first = combining.score_ensembles(
+        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.rank_promising_stacks, commands.Console()
     )
     assert "policy" not in asked and set(asked) <= {"none", "tone_reminder"}
     asked.clear()
-    again = combining.combine(
-        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.promising, commands.Console()
+    again = combining.score_ensembles(
+        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.rank_promising_stacks, commands.Console()
     )
     assert not asked
     pd.testing.assert_frame_equal(first.costs, again.costs, check_dtype=False)
 
 
 def test_where_nothing_qualifies_the_closest_is_shown(kept: Path) -> None:
-    tried = combining.combine(request(kept), NAMES, [], 2, 0, combining.promising, commands.Console())
-    found = tried.candidates().assign(benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame)))
-    chosen_ = recommending.picks(tried, found, Limits(0.1))
+    tried = combining.score_ensembles(request(kept), NAMES, [], 2, 0, combining.rank_promising_stacks, commands.Console())
+    found = tried.list_candidates().assign(benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame)))
+    chosen_ = recommending.select_recommendations(tried, found, RecommendationLimits(0.1))
     assert chosen_.iloc[0]["role"] == "closest"
     assert chosen_.iloc[0]["members"] == found.iloc[-1]["members"] and "recommended" not in set(
         chosen_["role"]
@@ -314,26 +314,26 @@ def test_bad_input_is_answered_in_one_line(kept: Path, args: tuple[str, ...], wo
 
 
 def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Path) -> None:
-    shipped = queries.load("twins").split("test").queries
+    shipped = queries.load_queries("twins").select_split("test").queries
     rows = "".join(f'"{q.text}",{q.harmful},{q.pair},{q.category}\n' for q in shipped)
     file = tmp_path / "mine.csv"
     file.write_text("text,harmful,pair,category\n" + rows)
-    mine = queries.load(str(file))
-    halved = mine.halved(0)
+    mine = queries.load_queries(str(file))
+    halved = mine.split_calibration_test(0)
     counts = pd.DataFrame(
         [(q.split, q.harmful, q.category, q.pair) for q in halved.queries], columns=list("shcp")
     )
     assert (counts.groupby(["s", "h"]).size() == len(shipped) // 4).all()
     assert (counts.groupby("p")["s"].nunique() == 1).all()
     assert (counts.groupby(["c", "s"]).size().unstack().diff(axis=1).iloc[:, -1].abs() <= 2).all()
-    assert [q.split for q in mine.halved(0).queries] == [q.split for q in halved.queries]
-    assert [q.split for q in mine.halved(1).queries] != [q.split for q in halved.queries]
-    both = Request("toy", str(file), HALVES, 12, None, "cpu", "auto", 0, True).queries()[0]
+    assert [q.split for q in mine.split_calibration_test(0).queries] == [q.split for q in halved.queries]
+    assert [q.split for q in mine.split_calibration_test(1).queries] != [q.split for q in halved.queries]
+    both = RunSpec("toy", str(file), BOTH_SPLITS, 12, None, "cpu", "auto", 0, True).select_queries()[0]
     assert pd.Series([q.split for q in both.queries]).value_counts().to_dict() == {
         "calibration": 12,
         "test": 12,
     }
-    assert {q.split for q in queries.load("contrast").halved(0).queries} == {"calibration", "test"}
+    assert {q.split for q in queries.load_queries("contrast").split_calibration_test(0).queries} == {"calibration", "test"}
 
 
 def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_both(tmp_path: Path) -> None:
@@ -342,12 +342,12 @@ def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_b
         for n in range(60)
     ]
     data = queries.QuerySet("own", tuple(own), "x")
-    halved = data.halved(0)
+    halved = data.split_calibration_test(0)
     assert {q.id for q in halved.queries} == {q.id for q in own if q.split == "test"}
     assert {q.split for q in halved.queries} == {"calibration", "test"}
-    shipped = queries.load("twins")
+    shipped = queries.load_queries("twins")
     loose = tuple(queries.Query(f"x{n}", f"What is {n}?", n % 2 == 0) for n in range(20))
-    both = queries.QuerySet("both", (*shipped.queries, *loose), "x").halved(0)
+    both = queries.QuerySet("both", (*shipped.queries, *loose), "x").split_calibration_test(0)
     sides = pd.DataFrame(
         [(q.split, q.harmful) for q in both.queries if q.id[0] == "x"], columns=["split", "harmful"]
     )
@@ -358,12 +358,12 @@ def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_b
 
 def test_too_few_defenses_are_told_after_they_are_scored(kept: Path) -> None:
     with pytest.raises(UserError, match="it takes 2"):
-        combining.combine(
+        combining.score_ensembles(
             request(kept),
             ["policy", "random_tokens"],
             ["length=9"],
             2,
             1,
-            combining.promising,
+            combining.rank_promising_stacks,
             commands.Console(),
         )

@@ -9,9 +9,9 @@ from conftest import toy_bench
 
 import defenses
 from analysis import queries, timing
-from analysis.cost import costs
+from analysis.cost import summarize_costs
 
-ASKED = queries.sample(queries.load("twins").queries, 4)
+ASKED = queries.sample_queries(queries.load_queries("twins").queries, 4)
 
 
 def planted(ratio: float, noise: float, n: int = 40, seed: int = 0) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def planted(ratio: float, noise: float, n: int = 40, seed: int = 0) -> pd.DataFr
 
 
 def test_a_planted_ratio_is_found_however_unlike_the_queries_are() -> None:
-    found = costs(planted(2.5, 0.1)).set_index("defense")
+    found = summarize_costs(planted(2.5, 0.1)).set_index("defense")
     row = found.loc["slow"]
     assert row["prefill_ratio_low"] < 2.5 < row["prefill_ratio_high"]
     assert row["prefill_ratio_high"] - row["prefill_ratio_low"] < 0.3
@@ -48,17 +48,17 @@ def test_intervals_of_ratios_cover_them() -> None:
     inside = [
         row["prefill_ratio_low"] <= 1.5 <= row["prefill_ratio_high"]
         for seed in range(200)
-        for row in costs(planted(1.5, 0.3, n=12, seed=seed)).to_dict("records")[1:]
+        for row in summarize_costs(planted(1.5, 0.3, n=12, seed=seed)).to_dict("records")[1:]
     ]
     assert 0.91 <= np.mean(inside) <= 0.985
 
 
 def test_each_query_is_timed_under_each_condition_and_leaves_the_model_as_it_was() -> None:
     bench, told = toy_bench(), []
-    before = {name: tensor.clone() for name, tensor in bench.loaded.model.state_dict().items()}
-    every = {name: defenses.get(name) for name in ("none", "policy", "paraphrase", "smooth_llm")}
-    found = timing.timed(bench, every, ASKED, lambda: told.append(1))
-    assert list(found.columns) == list(timing.MEASURED) and len(found) == len(told) == 16
+    before = {name: tensor.clone() for name, tensor in bench.loaded_model.model.state_dict().items()}
+    every = {name: defenses.get_defense(name) for name in ("none", "policy", "paraphrase", "smooth_llm")}
+    found = timing.time_conditions(bench, every, ASKED, lambda: told.append(1))
+    assert list(found.columns) == list(timing.TIMING_COLUMNS) and len(found) == len(told) == 16
     assert (found[["prefill_seconds", "token_seconds"]] > 0).all(axis=None)
     calls = found.groupby("defense")["calls"].unique().map(list).to_dict()
     assert calls == {"none": [1], "policy": [1], "paraphrase": [2], "smooth_llm": [10]}
@@ -66,6 +66,6 @@ def test_each_query_is_timed_under_each_condition_and_leaves_the_model_as_it_was
     assert set(drafted["defense"]) == {"paraphrase"} and len(drafted) == 4
     tokens = found.set_index(["query", "defense"])["prompt_tokens"]
     for query in ASKED:
-        assert tokens[query.id, "none"] == len(bench.prompts(every["none"], query)[0].ids)
+        assert tokens[query.id, "none"] == len(bench.render_query(every["none"], query)[0].ids)
         assert tokens[query.id, "policy"] > tokens[query.id, "none"]
-    assert all((before[name] == tensor).all() for name, tensor in bench.loaded.model.state_dict().items())
+    assert all((before[name] == tensor).all() for name, tensor in bench.loaded_model.model.state_dict().items())

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 
 from analysis import cli, copies, fetching, listing, manifest, queries, training
-from analysis.datasets import TABLE
-from analysis.queries import default_split, load
-from analysis.request import Request
+from analysis.datasets import PUBLIC_DATASETS
+from analysis.queries import choose_default_split, load_queries
+from analysis.request import RunSpec
 from defenses.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "datasets"
@@ -141,7 +141,7 @@ def both(tmp_path):
 
 def alone(name, both):
     """Return the queries of one set alone, also of one that lacks a class, and what their ids begin with."""
-    found = load(f"{name}+{both}").queries[:-2]
+    found = load_queries(f"{name}+{both}").queries[:-2]
     mark = f"{name.partition('=')[0]}:"
     assert all(query.id.startswith(mark) for query in found)
     return found, mark
@@ -175,17 +175,17 @@ def refused(call, *words):
 
 
 def test_the_table_pins_what_it_fetches_and_says_what_is_in_it():
-    assert set(TABLE) == set(PUBLISHED)
-    for card in TABLE.values():
-        assert card.page.startswith("https://") and card.host[1].startswith("https://")
-        assert card.licence and card.what and card.harmful + card.benign > 0
+    assert set(PUBLIC_DATASETS) == set(PUBLISHED)
+    for card in PUBLIC_DATASETS.values():
+        assert card.page.startswith("https://") and card.addresses[1].startswith("https://")
+        assert card.license and card.description and card.n_harmful + card.n_benign > 0
         assert all(sha256 is None or re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in card.files.values())
         assert len({Path(name).name for name in card.files}) == len(card.files), "they lie in one folder"
         if card.name == "sorry-bench":
             assert card.revision == ""
         else:
             assert re.fullmatch("[0-9a-f]{40}", card.revision) and card.kilobytes > 0
-    images = {name for name, card in TABLE.items() if "images are left out" in card.what}
+    images = {name for name, card in PUBLIC_DATASETS.items() if "images are left out" in card.description}
     assert images == {"mm-safetybench", "mossbench", "figstep"}
 
 
@@ -215,15 +215,15 @@ def test_so_are_its_files_in_a_folder_by_themselves_and_one_by_one(tmp_path, bot
 def test_openers_of_answers_are_left_behind(tmp_path, both, name):
     copy = clone(tmp_path, name)
     assert OPENER in "".join(path.read_text("utf-8") for path in copy.rglob("*.csv"))
-    for query in load(f"{name}={copy}+{both}").queries:
+    for query in load_queries(f"{name}={copy}+{both}").queries:
         assert "Certainly" not in str(asdict(query))
 
 
 def test_the_pairs_of_jbb_are_those_that_share_an_index(tmp_path):
-    data = load(f"jbb={clone(tmp_path, 'jbb')}")
+    data = load_queries(f"jbb={clone(tmp_path, 'jbb')}")
     assert Counter(query.pair for query in data.queries) == {"0": 2, "7": 1}
     assert [query.kind for query in data.queries] == ["harmful", "harmful", "twin"]
-    assert {query.id for query in data.limit(2).queries} == {"0-h", "0-b"}
+    assert {query.id for query in data.limit_queries(2).queries} == {"0-h", "0-b"}
 
 
 SAMPLES = {  # queries, of which harmful; and a folder or file of ../shared/datasets
@@ -290,19 +290,19 @@ BAD = {
 def test_another_file_is_refused_with_what_it_has_and_what_it_should_have(tmp_path, case):
     name, file, content, words = BAD[case]
     (tmp_path / file).write_text(content, "utf-8")
-    refused(lambda: load(f"{name}={tmp_path / file}"), file, *words)
+    refused(lambda: load_queries(f"{name}={tmp_path / file}"), file, *words)
 
 
 @pytest.mark.parametrize("copy", ["", "nowhere", "nowhere.csv"])
 def test_a_copy_that_is_not_there_is_missed(copy):
     refused(
-        lambda: load(f"xstest={copy}"), f"--data xstest={copy}", "no such file", "id, prompt, type, label"
+        lambda: load_queries(f"xstest={copy}"), f"--data xstest={copy}", "no such file", "id, prompt, type, label"
     )
 
 
 def test_a_folder_without_the_set_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("Nothing.", "utf-8")
-    refused(lambda: load(f"figstep={tmp_path}"), str(tmp_path), "no .csv file", "question")
+    refused(lambda: load_queries(f"figstep={tmp_path}"), str(tmp_path), "no .csv file", "question")
 
 
 # --- fetching ---------------------------------------------------------------------------------------------
@@ -313,9 +313,9 @@ def web(tmp_path, monkeypatch):
     """A web of hand-written files under the pinned addresses, an empty cache, and what happened."""
     there = SimpleNamespace(log=[], pages={}, leads_to=None, cache=tmp_path / "cache")
     for name, (files, _) in PUBLISHED.items():
-        card = TABLE[name]
+        card = PUBLIC_DATASETS[name]
         for path, content in files.items():
-            address = card.host[1].format(repo=card.repo, revision=card.revision, file=path)
+            address = card.addresses[1].format(repo=card.repo, revision=card.revision, file=path)
             there.pages[address] = content.encode()
 
     class Answer(io.BytesIO):
@@ -340,7 +340,7 @@ def pin(monkeypatch, name, known=True):
         path: hashlib.sha256(text.encode()).hexdigest() if known else None
         for path, text in PUBLISHED[name][0].items()
     }
-    monkeypatch.setitem(TABLE, name, replace(TABLE[name], files=files))
+    monkeypatch.setitem(PUBLIC_DATASETS, name, replace(PUBLIC_DATASETS[name], files=files))
 
 
 FETCHED = [name for name in PUBLISHED if name != "sorry-bench"]
@@ -352,18 +352,18 @@ def test_a_set_is_fetched_once_from_its_pinned_address_its_licence_said_first(
     web, monkeypatch, both, name, known
 ):
     pin(monkeypatch, name, known)
-    card = TABLE[name]
-    first = load(f"{name}+{both}", say=web.log.append)
+    card = PUBLIC_DATASETS[name]
+    first = load_queries(f"{name}+{both}", notify=web.log.append)
     said, *urls = web.log[: 1 + len(card.files)]
     assert said.startswith(
-        f"Fetching {name}, licence {card.licence}: about {card.kilobytes} kB from {card.page}"
+        f"Fetching {name}, licence {card.license}: about {card.kilobytes} kB from {card.page}"
     )
     assert urls == list(web.pages)[slice(*span(web, name))] and card.revision in urls[0]
     notes = web.log[1 + len(card.files) :]
     assert len(notes) == (not known) and all("no sha256" in note and "trusted" in note for note in notes)
     web.log.clear()
     web.pages.clear()
-    assert load(f"{name}+{both}", offline=True, say=web.log.append) == first and web.log == []
+    assert load_queries(f"{name}+{both}", offline=True, notify=web.log.append) == first and web.log == []
     assert (
         told([query for query in first.queries if query.id.startswith(name)], f"{name}:")
         == PUBLISHED[name][1]
@@ -373,7 +373,7 @@ def test_a_set_is_fetched_once_from_its_pinned_address_its_licence_said_first(
 
 def span(web, name):
     """Return where the addresses of a set begin and end."""
-    mine = [place for place, url in enumerate(web.pages) if TABLE[name].repo in url]
+    mine = [place for place, url in enumerate(web.pages) if PUBLIC_DATASETS[name].repo in url]
     return mine[0], mine[-1] + 1
 
 
@@ -381,32 +381,32 @@ def test_what_is_not_the_pinned_file_is_refused_and_not_kept(web, monkeypatch):
     pin(monkeypatch, "xstest")
     for url in web.pages:
         web.pages[url] += b"2,Another?,homonyms,safe,,\n"
-    refused(lambda: load("xstest"), "xstest_prompts.csv", "sha256", "nothing was kept", "--data xstest=PATH")
+    refused(lambda: load_queries("xstest"), "xstest_prompts.csv", "sha256", "nothing was kept", "--data xstest=PATH")
     assert not web.cache.exists()
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_what_changed_in_the_cache_is_refused(web, monkeypatch, known):
     pin(monkeypatch, "xstest", known)
-    load("xstest")
+    load_queries("xstest")
     (path,) = web.cache.rglob("*.csv")
     path.write_text(path.read_text("utf-8") + "2,Another?,homonyms,safe,,\n", "utf-8")
-    refused(lambda: load("xstest"), str(path), "sha256 differs", "remove it")
+    refused(lambda: load_queries("xstest"), str(path), "sha256 differs", "remove it")
     path.unlink()
-    assert len(load("xstest").queries) == 2
+    assert len(load_queries("xstest").queries) == 2
 
 
 def test_a_trusted_file_whose_digest_is_gone_is_trusted_no_more(web, monkeypatch):
     pin(monkeypatch, "xstest", known=False)
-    load("xstest")
+    load_queries("xstest")
     (note,) = web.cache.rglob("*.sha256")
     note.unlink()
-    refused(lambda: load("xstest"), "sha256 differs")
+    refused(lambda: load_queries("xstest"), "sha256 differs")
 
 
 def test_offline_says_how_a_copy_is_read(web):
     refused(
-        lambda: load("xstest", offline=True),
+        lambda: load_queries("xstest", offline=True),
         "xstest is not in the local cache",
         "--offline",
         "--data xstest=PATH",
@@ -415,35 +415,35 @@ def test_offline_says_how_a_copy_is_read(web):
 
 
 def test_a_set_behind_a_consent_is_left_to_the_user(web):
-    page = TABLE["sorry-bench"].page
-    refused(lambda: load("sorry-bench"), "licence", page, "question.jsonl", "--data sorry-bench=PATH")
+    page = PUBLIC_DATASETS["sorry-bench"].page
+    refused(lambda: load_queries("sorry-bench"), "licence", page, "question.jsonl", "--data sorry-bench=PATH")
     assert web.log == []
 
 
 def test_only_https_is_believed(web, monkeypatch):
     pin(monkeypatch, "xstest")
     web.leads_to = "http://elsewhere.org/xstest_prompts.csv"
-    refused(lambda: load("xstest"), "http://elsewhere.org", "not by https", "--data xstest=PATH")
+    refused(lambda: load_queries("xstest"), "http://elsewhere.org", "not by https", "--data xstest=PATH")
     with pytest.raises(ValueError, match="only https"):
-        fetching.fetch("http://elsewhere.org/x.csv", web.cache / "x.csv", None)
+        fetching.fetch_file("http://elsewhere.org/x.csv", web.cache / "x.csv", None)
     assert not web.cache.exists()
 
 
 def test_a_file_that_is_too_large_is_dropped(web, monkeypatch):
     pin(monkeypatch, "xstest")
     monkeypatch.setattr(fetching, "_LARGEST", 20)
-    refused(lambda: load("xstest"), "or over 0 MiB")
+    refused(lambda: load_queries("xstest"), "or over 0 MiB")
 
 
 def test_a_web_that_does_not_answer_is_said(web, monkeypatch):
     web.pages.clear()
-    refused(lambda: load("xstest"), "cannot fetch https://raw", "404 Not Found", "--data xstest=PATH")
+    refused(lambda: load_queries("xstest"), "cannot fetch https://raw", "404 Not Found", "--data xstest=PATH")
 
     def urlopen(url, timeout):
         raise urllib.error.URLError(OSError("Name or service not known"))
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    refused(lambda: load("xstest"), "Name or service not known", "is there a network?", "--data xstest=PATH")
+    refused(lambda: load_queries("xstest"), "Name or service not known", "is there a network?", "--data xstest=PATH")
     assert not web.cache.exists()
 
 
@@ -453,8 +453,8 @@ def test_a_web_that_does_not_answer_is_said(web, monkeypatch):
 def test_sets_joined_are_one_set_with_ids_that_say_where_each_query_is_from(tmp_path):
     parts = {name: f"{name}={clone(tmp_path / name, name)}" for name in ("jbb", "advbench", "or-bench")}
     name = "+".join(parts.values())
-    data = load(name)
-    assert data.name == name and default_split(data) == "all"
+    data = load_queries(name)
+    assert data.name == name and choose_default_split(data) == "all"
     assert [query.id for query in data.queries] == [
         *("jbb:0-h", "jbb:7-h", "jbb:0-b"),
         *("advbench:q0001", "or-bench:q0001"),
@@ -475,31 +475,31 @@ def test_both_classes_are_asked_for_after_joining_and_the_error_says_what_to_add
     tmp_path, name, lacking, other
 ):
     copy = f"{name}={clone(tmp_path, name)}"
-    refused(lambda: load(copy), f"holds no {lacking} query", f"--data {copy}+{other}")
-    added = load(f"{copy}+{other}")
+    refused(lambda: load_queries(copy), f"holds no {lacking} query", f"--data {copy}+{other}")
+    added = load_queries(f"{copy}+{other}")
     assert {query.harmful for query in added.queries} == {True, False}
 
 
 def test_the_everyday_requests_are_the_plain_benign_ones():
-    refused(lambda: load("everyday"), "everyday holds no harmful query", "--data everyday+plain")
-    everyday = [query for query in load("plain").queries if not query.harmful]
-    assert queries.shipped("everyday").queries == tuple(everyday) and len(everyday) == 120
+    refused(lambda: load_queries("everyday"), "everyday holds no harmful query", "--data everyday+plain")
+    everyday = [query for query in load_queries("plain").queries if not query.harmful]
+    assert queries.load_shipped_set("everyday").queries == tuple(everyday) and len(everyday) == 120
 
 
 def test_what_two_sets_hold_is_asked_once_and_that_is_said():
     said = []
-    data = load("twins+plain", say=said.append)
+    data = load_queries("twins+plain", notify=said.append)
     assert len(data.queries) == 600 == len({query.text for query in data.queries})
     assert said == ["note: 240 queries of twins+plain are in more than one of its sets; each is asked once"]
 
 
 def test_a_split_is_taken_of_the_sets_that_have_splits_and_the_others_are_taken_whole(tmp_path):
-    data = load(f"jbb={clone(tmp_path, 'jbb')}+everyday")
-    assert default_split(data) == "test"
-    counts = Counter(query.split for query in data.split("test").queries)
+    data = load_queries(f"jbb={clone(tmp_path, 'jbb')}+everyday")
+    assert choose_default_split(data) == "test"
+    counts = Counter(query.split for query in data.select_split("test").queries)
     assert counts == {None: 3, "test": 48}, "and none of the training split"
-    assert len(data.split("all").queries) == 3 + 120
-    refused(lambda: data.split("tets"), "'test'")
+    assert len(data.select_split("all").queries) == 3 + 120
+    refused(lambda: data.select_split("tets"), "'test'")
 
 
 OWN = "id,text,harmful,split\na,Trip him,1,{}\nb,Help him,0,{}\n"
@@ -507,19 +507,19 @@ OWN = "id,text,harmful,split\na,Trip him,1,{}\nb,Help him,0,{}\n"
 
 def asked(data):
     """Return a request for data."""
-    return Request("tiny", data, None, None, None, "cpu", "float32", 0, True)
+    return RunSpec("tiny", data, None, None, None, "cpu", "float32", 0, True)
 
 
 def test_a_readout_is_made_from_the_shipped_calibration_split_unless_the_users_file_has_one(tmp_path):
-    shipped = load("contrast").split("calibration").queries
+    shipped = load_queries("contrast").select_split("calibration").queries
     jbb = f"jbb={clone(tmp_path, 'jbb')}"
     for name in (jbb, f"{jbb}+contrast", f"{jbb}+everyday"):
-        assert asked(name).queries()[2].queries == shipped
+        assert asked(name).select_queries()[2].queries == shipped
     (tmp_path / "own.csv").write_text(
         OWN.format("calibration", "calibration") + "c,x,1,test\nd,y,0,test\n", "utf-8"
     )
     for name in (f"{tmp_path / 'own.csv'}+{jbb}", str(tmp_path / "own.csv")):
-        data, split, calibration = asked(name).queries()
+        data, split, calibration = asked(name).select_queries()
         assert [query.text for query in calibration.queries] == ["Trip him", "Help him"], "and not all of jbb"
         assert split == "test" and not {"Trip him", "Help him"} & {query.text for query in data.queries}
 
@@ -529,11 +529,11 @@ def test_files_of_ones_own_may_be_joined_even_if_they_are_namesakes_or_have_a_pl
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a+b.csv").write_text(f"text,harmful\n{folder},1\nnot {folder},0\n", "utf-8")
         (tmp_path / folder / "x.csv").write_text(f"text,harmful\n{folder},1\nnot {folder},0\n", "utf-8")
-    assert [query.id for query in load(str(tmp_path / "one" / "a+b.csv")).queries] == ["q0001", "q0002"]
-    both = load(f"{tmp_path / 'one' / 'x.csv'}+{tmp_path / 'two' / 'x.csv'}")
+    assert [query.id for query in load_queries(str(tmp_path / "one" / "a+b.csv")).queries] == ["q0001", "q0002"]
+    both = load_queries(f"{tmp_path / 'one' / 'x.csv'}+{tmp_path / 'two' / 'x.csv'}")
     assert [query.id for query in both.queries] == ["x-1:q0001", "x-1:q0002", "x-2:q0001", "x-2:q0002"]
     copy = clone(tmp_path / "c+d", "xstest")
-    assert len(load(f"xstest={copy}").queries) == 2
+    assert len(load_queries(f"xstest={copy}").queries) == 2
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_files_of_ones_own_may_be_joined_even_if_they_are_namesakes_or_have_a_pl
     ],
 )
 def test_an_unknown_member_is_answered_with_the_nearest_before_anything_is_fetched(web, name, words):
-    refused(lambda: load(name), *words)
+    refused(lambda: load_queries(name), *words)
     assert web.log == []
 
 
@@ -557,49 +557,49 @@ def test_an_unknown_member_is_answered_with_the_nearest_before_anything_is_fetch
 def test_run_json_says_where_each_set_is_from(web, monkeypatch):
     pin(monkeypatch, "xstest")
     monkeypatch.setattr(manifest, "of_readout", lambda readout: {})
-    data = load("xstest+everyday")
+    data = load_queries("xstest+everyday")
     model = SimpleNamespace(device="cpu", dtype="torch.float32")
     bench = SimpleNamespace(
         loaded=SimpleNamespace(name="tiny", origin={}, model=model),
         renderer=SimpleNamespace(system_policy="native"),
         seed=0,
     )
-    record = manifest.of.__wrapped__(bench, None, {}, data, "all", None)["data"]
+    record = manifest.describe_run.__wrapped__(bench, None, {}, data, "all", None)["data"]
     (path,) = web.cache.rglob("*.csv")
     assert json.loads(json.dumps(record))["sources"] == [
         {
             "name": "xstest",
             "source": "https://github.com/paul-rottger/xstest",
-            "revision": TABLE["xstest"].revision,
+            "revision": PUBLIC_DATASETS["xstest"].revision,
             "licence": "CC BY 4.0",
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         },
-        {"name": "everyday", "sha256": load("contrast").sha256},
+        {"name": "everyday", "sha256": load_queries("contrast").sha256},
     ]
     assert record["sha256"] == data.sha256
 
 
 def test_of_a_copy_it_says_that_it_is_one(tmp_path):
-    (source,) = load(f"xstest={clone(tmp_path, 'xstest')}").sources
+    (source,) = load_queries(f"xstest={clone(tmp_path, 'xstest')}").sources
     assert source["revision"] == "a local copy" and len(source["sha256"]) == 64
 
 
 def test_the_list_shows_rows_licence_and_page_of_every_set():
-    rows = {row["name"]: row for row in listing.everything()["data"]}
-    assert list(rows)[:4] == ["contrast", "twins", "plain", "everyday"] and set(TABLE) < set(rows)
+    rows = {row["name"]: row for row in listing.collect_catalog()["data"]}
+    assert list(rows)[:4] == ["contrast", "twins", "plain", "everyday"] and set(PUBLIC_DATASETS) < set(rows)
     assert (rows["everyday"]["harmful"], rows["everyday"]["benign"]) == (0, 120)
-    for name, card in TABLE.items():
+    for name, card in PUBLIC_DATASETS.items():
         row = rows[name]
-        assert (row["harmful"], row["benign"], row["licence"]) == (card.harmful, card.benign, card.licence)
-        text = str(listing._described(row))
-        for word in (card.what, f"{card.benign} benign", card.licence, card.page):
+        assert (row["harmful"], row["benign"], row["licence"]) == (card.n_harmful, card.n_benign, card.license)
+        text = str(listing._format_description(row))
+        for word in (card.description, f"{card.n_benign} benign", card.license, card.page):
             assert word in text
 
 
 def test_what_may_only_be_tested_on_is_not_trained_on(tmp_path):
     name = f"mossbench={clone(tmp_path, 'mossbench')}+contrast"
     refused(
-        lambda: training.train(asked(name), "safety", [], None), "mossbench may not be trained on", "CC BY-SA"
+        lambda: training.train_weights(asked(name), "safety", [], None), "mossbench may not be trained on", "CC BY-SA"
     )
 
 

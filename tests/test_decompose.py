@@ -10,9 +10,9 @@ from scipy.special import expit, ndtr, ndtri
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from analysis.decompose import COUNTED, contrast, contributions, summarize, verdict
-from analysis.resampling import FLIPS, Resampling, Units, holm, interval, p_value, signs
-from analysis.tables import ESTIMATES, ScoreTable
+from analysis.decompose import COUNTED_ESTIMATES, compute_estimates, compute_query_contributions, summarize_scores, derive_effect_verdict
+from analysis.resampling import SIGN_FLIPS, ResamplingWeights, ResamplingUnits, adjust_p_values, bootstrap_interval, compute_sign_flip_p_value, draw_sign_flips
+from analysis.tables import ESTIMATE_NAMES, ScoreTable
 
 N_PAIRS, N_PLAIN = 96, 48  # as in the test split of the shipped set
 DELTAS = ("shift", "discrimination", "criterion_shift", "delta_d_prime", "delta_auroc")
@@ -68,7 +68,7 @@ def usual(seed: int = 0, pairs: int = N_PAIRS, plain: int = N_PLAIN) -> tuple[An
 
 def rows(scores: ScoreTable, draws: int = 500, seed: int = 0) -> Any:
     """Return the summary by defense."""
-    return summarize(scores, draws=draws, seed=seed).frame.set_index("defense")
+    return summarize_scores(scores, n_draws=draws, seed=seed).frame.set_index("defense")
 
 
 # --- planted effects --------------------------------------------------------------------------------------
@@ -134,12 +134,12 @@ def test_verdicts_need_both_scales_on_one_side_and_the_p_value():
     sure = {"defense": "d", "p_shift": 0.01, "p_discrimination": 0.01}
     for name in ("shift", "scaled_shift", "discrimination", "delta_auroc"):
         sure |= {f"{name}_low": 0.1, f"{name}_high": 0.2}
-    assert verdict(sure) == "shift + discrimination +"
-    assert verdict(sure | {"scaled_shift_low": -0.1}) == "discrimination +"
-    assert verdict(sure | {"shift_low": -0.2, "shift_high": -0.1}) == "discrimination +"
-    assert verdict(sure | {"delta_auroc_low": 0.0}) == "shift +"
-    assert verdict(sure | {"p_shift": 0.05, "p_discrimination": 0.05}) == "no effect found"
-    assert verdict(sure | {"delta_auroc_low": np.nan, "delta_auroc_high": np.nan}) == "shift +"
+    assert derive_effect_verdict(sure) == "shift + discrimination +"
+    assert derive_effect_verdict(sure | {"scaled_shift_low": -0.1}) == "discrimination +"
+    assert derive_effect_verdict(sure | {"shift_low": -0.2, "shift_high": -0.1}) == "discrimination +"
+    assert derive_effect_verdict(sure | {"delta_auroc_low": 0.0}) == "shift +"
+    assert derive_effect_verdict(sure | {"p_shift": 0.05, "p_discrimination": 0.05}) == "no effect found"
+    assert derive_effect_verdict(sure | {"delta_auroc_low": np.nan, "delta_auroc_high": np.nan}) == "shift +"
 
 
 # --- every estimate by a second way -----------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_every_estimate_equals_its_second_computation(seed, threshold):
     after = np.round(0.7 * before + np.random.default_rng(seed).normal(0.4, 1, len(before)), 1)  # with ties
     one = rows(table(before, {"d": after}, harmful, pair, threshold), draws=10).loc["d"]
     wanted = by_hand(before, after, harmful, threshold)
-    assert list(wanted) == list(ESTIMATES)
+    assert list(wanted) == list(ESTIMATE_NAMES)
     for name, value in wanted.items():
         assert one[name] == pytest.approx(value, abs=1e-10), name
 
@@ -220,10 +220,10 @@ def test_a_pure_shift_changes_the_papers_distance_as_the_design_says():
     spots = ndtri((np.arange(300) + 0.5) / 300)
     margins = np.concatenate([-0.5 + 1.5 * spots, -2.5 + 1.5 * spots])
     harmful = np.arange(600) < 300
-    sample = Resampling.once(Units.by_pair(pd.Series([None] * 600), harmful))
+    sample = ResamplingWeights.from_observed(ResamplingUnits.from_pairs(pd.Series([None] * 600), harmful))
     for added, distance in DISTANCES.items():
         assert exact_distance(added) == pytest.approx(distance, abs=1.5e-3)
-        found = contrast(margins, margins + added, harmful, 0.0, sample)
+        found = compute_estimates(margins, margins + added, harmful, 0.0, sample)
         wanted = exact_distance(added) - exact_distance(0.0)
         assert found["distance_change"][0] == pytest.approx(wanted, abs=2e-3)
         assert found["auroc"][0] == pytest.approx(0.827, abs=2e-3)
@@ -236,17 +236,17 @@ def test_a_pure_shift_changes_the_papers_distance_as_the_design_says():
 
 def test_draws_resample_pairs_whole_and_keep_every_kind_at_its_size():
     harmful, pair = queries(12, 7)
-    sample = Resampling.draw(Units.by_pair(pd.Series(pair), harmful), 300, seed=1)
-    assert (sample.harmful == sample.benign[:, :12]).all()
-    assert (sample.harmful.sum(1) == 12).all()
-    assert (sample.benign[:, 12:].sum(1) == 7).all()
-    assert len(np.unique(sample.harmful, axis=0)) > 250
+    sample = ResamplingWeights.from_bootstrap(ResamplingUnits.from_pairs(pd.Series(pair), harmful), 300, seed=1)
+    assert (sample.harmful_weights == sample.benign_weights[:, :12]).all()
+    assert (sample.harmful_weights.sum(1) == 12).all()
+    assert (sample.benign_weights[:, 12:].sum(1) == 7).all()
+    assert len(np.unique(sample.harmful_weights, axis=0)) > 250
 
 
 def test_the_variance_of_a_draw_is_that_of_the_mean():
     before, harmful, pair = usual()
-    sample = Resampling.draw(Units.by_pair(pd.Series(pair), harmful), 20000, seed=1)
-    cloud = sample.harmful @ before[harmful] / harmful.sum()
+    sample = ResamplingWeights.from_bootstrap(ResamplingUnits.from_pairs(pd.Series(pair), harmful), 20000, seed=1)
+    cloud = sample.harmful_weights @ before[harmful] / harmful.sum()
     assert cloud.std() == pytest.approx(before[harmful].std() / harmful.sum() ** 0.5, rel=0.03)
 
 
@@ -267,12 +267,12 @@ def test_pairs_that_move_alike_make_discrimination_sure_and_shift_less_so():
 
 def test_an_interval_is_percentiles_moved_outward_by_the_t_quantile():
     cloud = np.linspace(0, 1, 100001)
-    low, high = interval(cloud, 40)
+    low, high = bootstrap_interval(cloud, 40)
     assert low == pytest.approx(norm.cdf(-2.0227 * (40 / 39) ** 0.5), abs=1e-4)
     assert low + high == pytest.approx(1)
-    assert interval(cloud, 10**6)[0] == pytest.approx(0.025, abs=1e-4)
-    assert interval(cloud, 40, counted=True)[0] == pytest.approx(0.025, abs=1e-4)
-    assert np.isnan(interval(cloud, 1)).all()
+    assert bootstrap_interval(cloud, 10**6)[0] == pytest.approx(0.025, abs=1e-4)
+    assert bootstrap_interval(cloud, 40, from_counts=True)[0] == pytest.approx(0.025, abs=1e-4)
+    assert np.isnan(bootstrap_interval(cloud, 1)).all()
 
 
 def test_no_refusals_at_all_still_leave_a_rate_and_a_d_prime_in_doubt():
@@ -301,7 +301,7 @@ def test_every_interval_holds_its_own_estimate():
     for seed in range(5):
         before, harmful, pair = usual(seed, pairs=9, plain=4)
         found = rows(table(before, {"d": before * 3 - 2}, harmful, pair), draws=200)
-        for name in ESTIMATES:
+        for name in ESTIMATE_NAMES:
             assert (found[f"{name}_low"] <= found[name]).all(), name
             assert (found[name] <= found[f"{name}_high"]).all(), name
 
@@ -311,31 +311,31 @@ def test_every_interval_holds_its_own_estimate():
 
 def test_with_pairs_only_the_p_value_is_the_exact_sign_flip_test():
     harmful, pair = queries(10, 0)
-    units = Units.by_pair(pd.Series(pair), harmful)
+    units = ResamplingUnits.from_pairs(pd.Series(pair), harmful)
     change = np.random.default_rng(2).normal(0.3, 1, 20)
     by_pair = change[:10] - change[10:]
     everyone = (np.arange(1024)[:, None] >> np.arange(10)) % 2 * 2 - 1
     exact = (abs(everyone @ by_pair) >= abs(by_pair.sum()) - 1e-12).mean()
-    found = p_value(contributions(change, harmful)["discrimination"], units, signs(units, 0))
+    found = compute_sign_flip_p_value(compute_query_contributions(change, harmful)["discrimination"], units, draw_sign_flips(units, 0))
     assert found == pytest.approx(exact, abs=0.02)
 
 
 def test_contributions_add_up_to_the_contrast_and_leave_out_the_other():
     before, harmful, _ = usual()
     change = np.where(harmful, 2.0, -0.5) + np.random.default_rng(0).normal(0, 1, len(before))
-    found = contributions(change, harmful)
+    found = compute_query_contributions(change, harmful)
     assert found["shift"].sum() == pytest.approx((change[harmful].mean() + change[~harmful].mean()) / 2)
     assert found["discrimination"].sum() == pytest.approx(change[harmful].mean() - change[~harmful].mean())
-    pure = contributions(np.where(harmful, 1.0, -1.0), harmful)
+    pure = compute_query_contributions(np.where(harmful, 1.0, -1.0), harmful)
     assert pure["shift"] == pytest.approx(0)
 
 
 def test_holm_multiplies_by_what_is_left_and_never_falls():
     p = pd.Series([0.04, 0.01, np.nan, 0.03, 0.5], index=list("abcde"))
-    assert holm(p).to_dict() == pytest.approx(
+    assert adjust_p_values(p).to_dict() == pytest.approx(
         {"a": 0.09, "b": 0.04, "c": np.nan, "d": 0.09, "e": 0.5}, nan_ok=True
     )
-    assert holm(pd.Series([0.6, 0.6])).tolist() == [1, 1]
+    assert adjust_p_values(pd.Series([0.6, 0.6])).tolist() == [1, 1]
 
 
 def test_p_values_are_adjusted_over_the_defenses_of_an_attack():
@@ -344,10 +344,10 @@ def test_p_values_are_adjusted_over_the_defenses_of_an_attack():
     after = {name: before + rng.normal(0.11, 1, len(before)) for name in "abc"}
     alone = [rows(table(before, {name: after[name]}, harmful, pair)).loc[name, "p_shift"] for name in "abc"]
     found = rows(table(before, after, harmful, pair))
-    assert found.loc[list("abc"), "p_shift"].tolist() == pytest.approx(holm(pd.Series(alone)).tolist())
-    assert alone != pytest.approx(holm(pd.Series(alone)).tolist())
+    assert found.loc[list("abc"), "p_shift"].tolist() == pytest.approx(adjust_p_values(pd.Series(alone)).tolist())
+    assert alone != pytest.approx(adjust_p_values(pd.Series(alone)).tolist())
     assert np.isnan(found.loc["none", "p_shift"])
-    assert min(alone) >= 1 / (FLIPS + 1)
+    assert min(alone) >= 1 / (SIGN_FLIPS + 1)
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -357,8 +357,8 @@ def test_rows_come_in_the_order_of_scoring_and_columns_as_promised():
     before, harmful, pair = usual(pairs=6, plain=3)
     one = table(before, {"z": before + 1, "a": before}, harmful, pair)
     other = table(before, {"z": before + 1, "a": before}, harmful, pair, attack="other")
-    both = ScoreTable(pd.concat([one.frame, other.frame], ignore_index=True), one.made_with)
-    frame = summarize(both, draws=20).frame
+    both = ScoreTable(pd.concat([one.frame, other.frame], ignore_index=True), one.record)
+    frame = summarize_scores(both, n_draws=20).frame
     assert list(zip(frame["attack"], frame["defense"], strict=True)) == [
         (attack, name) for attack in ("direct", "other") for name in ("none", "z", "a")
     ]
@@ -409,7 +409,7 @@ def test_a_defenses_intervals_do_not_depend_on_what_else_was_run_or_on_the_order
     swapped = pd.concat(
         [scores.frame[:50], scores.frame[50:].sample(frac=1, random_state=0)], ignore_index=True
     )
-    again = rows(ScoreTable(swapped, scores.made_with)).loc["b"].drop(["p_shift", "p_discrimination"])
+    again = rows(ScoreTable(swapped, scores.record)).loc["b"].drop(["p_shift", "p_discrimination"])
     pd.testing.assert_series_equal(alone, again, check_exact=True)
 
 
@@ -483,7 +483,7 @@ def truth(s: dict[str, float], pairs: int, plain: int) -> dict[str, float]:
         one(after[0], after[1:], float(np.hypot(s["k"] * sd, NOISE_SD))),
     )
     p_h, p_b = new["p_h"] - old["p_h"], new["p_b"] - old["p_b"]
-    return {name: new[name] for name in ESTIMATES[:5]} | {
+    return {name: new[name] for name in ESTIMATE_NAMES[:5]} | {
         "shift": new["middle"] - old["middle"],
         "discrimination": new["gap"] - old["gap"],
         "criterion_shift": old["criterion"] - new["criterion"],
@@ -500,12 +500,12 @@ def coverage(s: dict[str, float], sets: int, pairs: int, plain: int, seed: int) 
     """Return in how many percent of data sets the interval of each estimate holds the truth."""
     rng, wanted = np.random.default_rng(seed), truth(s, pairs, plain)
     harmful, pair = queries(pairs, plain)
-    sample = Resampling.draw(Units.by_pair(pd.Series(pair), harmful), 2000, seed)
-    held = dict.fromkeys(ESTIMATES, 0)
+    sample = ResamplingWeights.from_bootstrap(ResamplingUnits.from_pairs(pd.Series(pair), harmful), 2000, seed)
+    held = dict.fromkeys(ESTIMATE_NAMES, 0)
     for _ in range(sets):
         before, after = simulate(rng, s, pairs, plain)
-        for name, cloud in contrast(before, after, harmful, 0.0, sample).items():
-            low, high = interval(cloud, pairs, name in COUNTED)
+        for name, cloud in compute_estimates(before, after, harmful, 0.0, sample).items():
+            low, high = bootstrap_interval(cloud, pairs, name in COUNTED_ESTIMATES)
             held[name] += low <= wanted[name] <= high
     return pd.Series(held) * 100 / sets
 
@@ -514,8 +514,8 @@ def test_the_truth_in_closed_form_is_what_very_large_samples_give():
     for s in SETTINGS.values():
         harmful, pair = queries(4000, 2000)
         before, after = simulate(np.random.default_rng(0), s, 4000, 2000)
-        sample = Resampling.once(Units.by_pair(pd.Series(pair), harmful))
-        found = {name: value[0] for name, value in contrast(before, after, harmful, 0.0, sample).items()}
+        sample = ResamplingWeights.from_observed(ResamplingUnits.from_pairs(pd.Series(pair), harmful))
+        found = {name: value[0] for name, value in compute_estimates(before, after, harmful, 0.0, sample).items()}
         assert found == pytest.approx(truth(s, 4000, 2000), abs=0.12)
 
 
@@ -543,8 +543,8 @@ def test_intervals_hold_the_truth_in_smaller_data_too():
 def test_p_values_reject_5_percent_where_there_is_nothing_to_find(pairs, plain):
     """Also where the other effect is large, and where plain benign queries move unlike twins."""
     harmful, pair = queries(pairs, plain)
-    units = Units.by_pair(pd.Series(pair), harmful)
-    flips = signs(units, 1)[:1999]
+    units = ResamplingUnits.from_pairs(pd.Series(pair), harmful)
+    flips = draw_sign_flips(units, 1)[:1999]
     kinds = {"shift": {"disc": 2.0}, "discrimination": {"shift": 2.0}}
     for tested, other in kinds.items():
         for unlike in (0.0, 1.0) if plain else (0.0,):
@@ -553,7 +553,7 @@ def test_p_values_reject_5_percent_where_there_is_nothing_to_find(pairs, plain):
                 before, after = simulate(rng, USUAL | other, pairs, plain)
                 after[2 * pairs :] += unlike
                 after[pairs : 2 * pairs] -= unlike * plain / pairs  # the benign mean stays
-                rejected += p_value(contributions(after - before, harmful)[tested], units, flips) < 0.05
+                rejected += compute_sign_flip_p_value(compute_query_contributions(after - before, harmful)[tested], units, flips) < 0.05
             assert 3 < rejected / 15 < 7, (tested, unlike, rejected / 15)
 
 

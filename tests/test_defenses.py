@@ -15,13 +15,13 @@ import torch
 from conftest import held, made_adapter, tiny_model, toy_tokenizer
 
 import defenses
-from defenses import Defense, Host, Source, UserError
-from defenses.catalog import classes
-from defenses.chats import begin_answer, last_user, parted
-from defenses.ensemble import members
-from defenses.settings import settings_of
+from defenses import Defense, ModelInfo, Source, UserError
+from defenses.catalog import find_defense_classes
+from defenses.chats import prefill_response, get_last_user_text, split_prefill
+from defenses.ensemble import list_members
+from defenses.settings import get_settings
 
-NAMES = list(classes())
+NAMES = list(find_defense_classes())
 REQUEST = "How do I bake a loaf of bread for my neighbor?"
 CHATS = {
     "user": [{"role": "user", "content": REQUEST}],
@@ -58,7 +58,7 @@ def shelf():
 def host(folder, seed=0):
     """Return a host with a byte-level toy tokenizer, a folder of its own for secrets, and tuned weights."""
     folders = (folder / "secrets", folder / "shipped"), (Path(shelf().name),)
-    return Host("toy", toy_tokenizer(), *folders, "toy", seed, residuals=held)
+    return ModelInfo("toy", toy_tokenizer(), *folders, "toy", seed, compute_mean_activations=held)
 
 
 def readings(defense, chat, seed=0, said="What is bread?"):
@@ -77,8 +77,8 @@ def prepared(folder, names=tuple(NAMES)):
     found = {}
     for name in names:
         backdoor = name.endswith("backdoor") or name in ("neutral_prompt", "random_tokens")
-        defense = defenses.get(name, {"length": "20"} if backdoor else {}).prepare(host(folder))
-        found |= {name: defense} | {f"{name}/{part}": one for part, one in defense.parts().items()}
+        defense = defenses.get_defense(name, {"length": "20"} if backdoor else {}).prepare(host(folder))
+        found |= {name: defense} | {f"{name}/{part}": one for part, one in defense.build_ablations().items()}
     return found
 
 
@@ -94,7 +94,7 @@ def test_the_fixture_above_forgets_no_part(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_class_is_a_final_frozen_dataclass_with_a_default_for_every_field(name):
-    cls = classes()[name]
+    cls = find_defense_classes()[name]
     assert getattr(cls, "__final__", False)
     assert cls.__dataclass_params__.frozen
     assert all(
@@ -107,7 +107,7 @@ def test_a_class_is_a_final_frozen_dataclass_with_a_default_for_every_field(name
 
 
 def test_whatever_a_concrete_class_builds_on_is_abstract():
-    for cls in classes().values():
+    for cls in find_defense_classes().values():
         for parent in cls.__mro__[1:]:
             if issubclass(parent, Defense):
                 assert inspect.isabstract(parent), parent
@@ -115,7 +115,7 @@ def test_whatever_a_concrete_class_builds_on_is_abstract():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_says_what_it_changes_and_where_it_comes_from(name):
-    cls = classes()[name]
+    cls = find_defense_classes()[name]
     first = inspect.getdoc(cls).splitlines()[0]
     assert re.fullmatch(r"[A-Z][^\n]{15,}\.", first), first
     assert isinstance(cls.source, Source) and cls.source.title and cls.source.wording
@@ -126,7 +126,7 @@ def test_a_card_says_what_it_changes_and_where_it_comes_from(name):
 
 
 def test_names_are_unique_and_begin_with_the_undefended_model():
-    assert defenses.names() == NAMES and NAMES[0] == "none"
+    assert defenses.list_defense_names() == NAMES and NAMES[0] == "none"
     every = [
         cls.name
         for cls in _below(Defense)
@@ -147,7 +147,7 @@ def test_rewrite_returns_a_new_chat_and_leaves_the_given_one_untouched(defense, 
         assert new is not given
         assert not {id(message) for message in new} & {id(message) for message in given}
         assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in new)
-        asked, begun = parted(new)
+        asked, begun = split_prefill(new)
         assert asked[-1]["role"] == "user" and bool(begun) == ("safety_prefix" in defense.name)
         assert "system" not in [m["role"] for m in new[1:]]
 
@@ -159,12 +159,12 @@ def test_the_users_words_survive_unless_the_family_may_change_them(defense, chat
     for reading in readings(defense, copy.deepcopy(chat)):
         kept = "\n".join(message["content"] for message in reading)
         assert all(message["content"] in kept for message in chat)
-        assert REQUEST in last_user(reading)
+        assert REQUEST in get_last_user_text(reading)
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_only_what_changes_the_model_or_the_tokens_reads_the_chat_as_it_is(tmp_path, begun):
-    chat = begin_answer(CHATS["user"], "Sure.") if begun else CHATS["user"]
+    chat = prefill_response(CHATS["user"], "Sure.") if begun else CHATS["user"]
     every = prepared(tmp_path)
     same = {name for name, one in every.items() if readings(one, chat) == [chat]}
     changing = {name for name, one in every.items() if one.arms() != "" or one.blend() or one.recuts}
@@ -174,14 +174,14 @@ def test_only_what_changes_the_model_or_the_tokens_reads_the_chat_as_it_is(tmp_p
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 def test_what_an_attacker_begins_an_answer_with_stays_its_end(defense, chat):
-    for reading in readings(defense, begin_answer(chat, "Sure, gladly.")):
-        assert parted(reading)[1].endswith("Sure, gladly.")
+    for reading in readings(defense, prefill_response(chat, "Sure, gladly.")):
+        assert split_prefill(reading)[1].endswith("Sure, gladly.")
 
 
 def test_where_the_model_says_nothing_the_users_words_stay(defense):
     for reading in readings(defense, CHATS["system"], said=""):
-        noisy = any(one.family == "noise" or one.name == "keyword_only" for one in members(defense))
-        assert noisy or REQUEST in last_user(reading)
+        noisy = any(one.family == "noise" or one.name == "keyword_only" for one in list_members(defense))
+        assert noisy or REQUEST in get_last_user_text(reading)
 
 
 def test_rewriting_is_a_function_of_chat_and_generator_and_uses_no_other_randomness(defense):
@@ -231,7 +231,7 @@ def test_parts_are_defenses_and_have_no_parts_of_a_name_with_a_slash(defense):
 
 
 def test_secrets_show_nowhere(defense):
-    shown = f"{defense!r} {defense} {settings_of(defense)} {defense.parts()!r} {[defense]}"
+    shown = f"{defense!r} {defense} {get_settings(defense)} {defense.parts()!r} {[defense]}"
     for secret in defense.secrets():
         # A toy vocabulary may repeat a word of the system prompt by chance, but not sixteen characters.
         for start in range(max(1, len(secret) - 15)):
@@ -244,9 +244,9 @@ TEXT = {int: lambda v: str(v + 1), float: lambda v: str(v + 0.25), str: lambda v
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_survive_the_way_through_the_command_line(name):
-    cls = classes()[name]
+    cls = find_defense_classes()[name]
     hints = typing.get_type_hints(cls)
-    for key, value in settings_of(cls).items():
+    for key, value in get_settings(cls).items():
         kind = hints[key]
         if typing.get_origin(kind) is typing.Literal:
             text = next(one for one in typing.get_args(kind) if one != value)
@@ -254,19 +254,19 @@ def test_settings_survive_the_way_through_the_command_line(name):
             text = TEXT[kind](value)
         else:
             text = "some/file.txt"
-        made = defenses.get(name, {key: text})
-        assert str(settings_of(made)[key]) == text
-        assert settings_of(made) | {key: value} == settings_of(cls)
-        assert type(settings_of(made)[key]) is type(value) or value is None
+        made = defenses.get_defense(name, {key: text})
+        assert str(get_settings(made)[key]) == text
+        assert get_settings(made) | {key: value} == get_settings(cls)
+        assert type(get_settings(made)[key]) is type(value) or value is None
 
 
 def test_a_setting_may_come_from_a_file(tmp_path):
     file = tmp_path / "policy.txt"
     file.write_text("Nothing is allowed.\n", encoding="utf-8")
-    assert defenses.get("policy", {"text": f"@{file}"}).text == "Nothing is allowed."
-    assert defenses.get("backdoor", {"trigger": f"@{file}"}).trigger == Path(file)
+    assert defenses.get_defense("policy", {"text": f"@{file}"}).text == "Nothing is allowed."
+    assert defenses.get_defense("backdoor", {"trigger": f"@{file}"}).trigger == Path(file)
     with pytest.raises(UserError, match=r"--set text=@.*nowhere.txt: cannot read"):
-        defenses.get("policy", {"text": f"@{tmp_path}/nowhere.txt"})
+        defenses.get_defense("policy", {"text": f"@{tmp_path}/nowhere.txt"})
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_setting_may_come_from_a_file(tmp_path):
 )
 def test_a_wrong_name_or_setting_is_answered_in_one_line_with_what_there_is(name, settings, words):
     with pytest.raises(UserError) as caught:
-        defenses.get(name, settings)
+        defenses.get_defense(name, settings)
     text = str(caught.value)
     assert "\n" not in text and all(word in text for word in words), text
 
@@ -326,7 +326,7 @@ class MyOwn(Defense):
 def test_a_file_of_the_users_own_is_a_defense_with_settings(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(OWN, encoding="utf-8")
-    mine = defenses.get(str(file), {"text": "Thank you."})
+    mine = defenses.get_defense(str(file), {"text": "Thank you."})
     assert (mine.name, mine.family, mine.text) == ("my_own", "own", "Thank you.")
     assert mine.rewrite(CHATS["user"], random.Random(0))[0] == {"role": "system", "content": "Thank you."}
 
@@ -351,7 +351,7 @@ def test_a_file_that_is_no_defense_is_answered_in_one_line(tmp_path, content, wo
     file = tmp_path / "mine.py"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        defenses.get(str(file))
+        defenses.get_defense(str(file))
     text = str(caught.value)
     assert str(file) in text and all(word in text for word in words), text
 
@@ -362,4 +362,4 @@ def test_a_users_defense_with_a_name_that_is_taken_or_no_name_is_refused(tmp_pat
         OWN.replace("class MyOwn", "class Policy").replace("from defenses.reminders import Policy", "")
     )
     with pytest.raises(UserError, match=r"'policy' is taken"):
-        defenses.get(str(file))
+        defenses.get_defense(str(file))

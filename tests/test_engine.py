@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from analysis import batching
-from analysis.batching import shared_prefix
+from analysis.batching import count_shared_prefix
 from analysis.engine import Engine
 from defenses import UserError
 
@@ -41,7 +41,7 @@ def plain(model: Any, prompts: list[Ids]) -> Tensor:
 
 def apart(family: str, prompts: list[Ids], batch_size: int | None = None) -> float:
     model = tiny_model(family)
-    read = Engine(model, batch_size).read(prompts, whole)
+    read = Engine(model, batch_size).read_first_token(prompts, whole)
     return float((read - plain(model, prompts)).abs().max())
 
 
@@ -104,19 +104,19 @@ def test_the_tiny_models_notice_a_wrong_position_or_a_leaking_pad(family: str) -
 def test_the_order_of_the_prompts_does_not_matter(order: list[int]) -> None:
     prompts = [SHARED + draw(length, length) for length in (1, 5, 3, 9, 2, 7)]
     engine = Engine(tiny_model("gemma3"), 2)
-    straight, turned = engine.read(prompts, whole), engine.read([prompts[row] for row in order], whole)
+    straight, turned = engine.read_first_token(prompts, whole), engine.read_first_token([prompts[row] for row in order], whole)
     assert torch.allclose(turned, straight[order], atol=NATS, rtol=0)
 
 
 def test_no_prompts_and_empty_prompts_are_refused() -> None:
     for prompts in ([], [[11], []]):
         with pytest.raises(ValueError, match="no prompts"):
-            Engine(tiny_model()).read(prompts, whole)
+            Engine(tiny_model()).read_first_token(prompts, whole)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=5))
 def test_the_shared_prefix_is_the_longest_that_leaves_each_prompt_a_token(prompts: list[Ids]) -> None:
-    shared = shared_prefix(prompts)
+    shared = count_shared_prefix(prompts)
     assert all(len(prompt) > shared and prompt[:shared] == prompts[0][:shared] for prompt in prompts)
     longer = [prompt[: shared + 1] for prompt in prompts]
     assert any(len(prompt) == shared + 1 for prompt in prompts) or any(one != longer[0] for one in longer)
@@ -131,10 +131,10 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(family: str) -> Non
         raise KeyError("from inside")
 
     with pytest.raises(KeyError, match="from inside"):
-        Engine(model).read(SETS["share nothing"], fails)
+        Engine(model).read_first_token(SETS["share nothing"], fails)
     with breaking(model, KeyError("in the model"), 0), pytest.raises(KeyError, match="in the model"):
-        Engine(model).read(SETS["share nothing"], whole)
-    Engine(model).read(SETS["share nothing"], whole)
+        Engine(model).read_first_token(SETS["share nothing"], whole)
+    Engine(model).read_first_token(SETS["share nothing"], whole)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     for module in model.modules():
@@ -143,7 +143,7 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(family: str) -> Non
 
 def test_a_second_reading_is_bit_equal_to_the_first() -> None:
     engine, prompts = Engine(tiny_model("mistral")), [SHARED + draw(n, n) for n in (3, 5, 4)]
-    assert torch.equal(engine.read(prompts, whole), engine.read(prompts, whole))
+    assert torch.equal(engine.read_first_token(prompts, whole), engine.read_first_token(prompts, whole))
 
 
 @contextmanager
@@ -177,18 +177,18 @@ def test_where_memory_runs_out_smaller_batches_give_the_same(error: Exception) -
     model, prompts = tiny_model(), [SHARED + draw(1 + n % 4, n) for n in range(11)]
     engine, told = Engine(model), list[int]()
     with breaking(model, error, 3) as seen:
-        read = engine.read(prompts, whole, told.append)
+        read = engine.read_first_token(prompts, whole, told.append)
     assert (read - plain(model, prompts)).abs().max() < NATS
     assert sum(told) == len(prompts) and seen[0] == 1 and sum(seen[1:]) == len(prompts)
     assert max(seen) == 3
     with breaking(model, AssertionError("what did not fit was tried again"), 3):
-        engine.read(prompts, whole)
+        engine.read_first_token(prompts, whole)
 
 
 def test_one_prompt_too_many_for_the_memory_is_an_error_that_says_what_to_do() -> None:
     model = tiny_model()
     with breaking(model, OUT_OF_MEMORY["cuda"], 0), pytest.raises(UserError, match="--dtype bfloat16"):
-        Engine(model).read([[11, 12], [13]], whole)
+        Engine(model).read_first_token([[11, 12], [13]], whole)
 
 
 def test_other_errors_of_the_model_come_through() -> None:
@@ -197,7 +197,7 @@ def test_other_errors_of_the_model_come_through() -> None:
         breaking(model, RuntimeError("shapes differ"), 1),
         pytest.raises(RuntimeError, match="shapes differ"),
     ):
-        Engine(model).read([[11, 12], [13]], whole)
+        Engine(model).read_first_token([[11, 12], [13]], whole)
 
 
 def test_a_batch_has_rows_of_like_length_and_no_more_tokens_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_a_batch_has_rows_of_like_length_and_no_more_tokens_than_fit(monkeypatch
     monkeypatch.setitem(batching._TOKENS_PER_BATCH, "cpu", 50)
     lengths = [3, 90, 10, 11, 12, 4, 2, 40, 9]
     try:
-        Engine(model).read([draw(length, length) for length in lengths], whole)
+        Engine(model).read_first_token([draw(length, length) for length in lengths], whole)
     finally:
         handle.remove()
     assert shapes == [(1, 90), (1, 40), (4, 12), (3, 4)]
@@ -216,40 +216,40 @@ def test_a_batch_has_rows_of_like_length_and_no_more_tokens_than_fit(monkeypatch
 
 def test_work_counts_what_was_computed_and_what_was_saved() -> None:
     engine, told = Engine(tiny_model(), batch_size=2), list[int]()
-    engine.read([[*SHARED, 1], [*SHARED, 2, 3], [*SHARED, 4, 5, 6]], whole, told.append)
+    engine.read_first_token([[*SHARED, 1], [*SHARED, 2, 3], [*SHARED, 4, 5, 6]], whole, told.append)
     # The prefix once; 3 and 2 tokens without padding; 1 alone.
-    assert engine.work.computed == len(SHARED) + 3 + 2 + 1
-    assert engine.work.saved == 2 * len(SHARED)
+    assert engine.work_counter.computed_tokens == len(SHARED) + 3 + 2 + 1
+    assert engine.work_counter.saved_tokens == 2 * len(SHARED)
     assert sum(told) == 3
-    engine.work.reset()
-    assert (engine.work.computed, engine.work.saved) == (0, 0)
+    engine.work_counter.reset_counts()
+    assert (engine.work_counter.computed_tokens, engine.work_counter.saved_tokens) == (0, 0)
 
 
 def test_what_some_rows_begin_with_is_computed_once_a_batch() -> None:
     engine = Engine(tiny_model())
     queries = draw(20, 1), draw(20, 2)
     prompts = [[*SHARED, *query[:end], 9, 8] for end in range(20, 10, -1) for query in queries]
-    engine.read(prompts, whole)
+    engine.read_first_token(prompts, whole)
     # Of each query its words once, and behind each of its ten copies two tokens.
-    assert engine.work.computed == len(SHARED) + 2 * (20 + 10 * 2)
-    assert engine.work.computed + engine.work.saved == sum(map(len, prompts))
+    assert engine.work_counter.computed_tokens == len(SHARED) + 2 * (20 + 10 * 2)
+    assert engine.work_counter.computed_tokens + engine.work_counter.saved_tokens == sum(map(len, prompts))
 
 
 def test_the_log_probability_of_an_answer_is_that_of_its_prompt_where_prompts_begin_alike() -> None:
     model = tiny_model()
     prompts = [[*SHARED, *draw(12, 3)[:end], 5] for end in (12, 9, 12, 5)]
     answers = [draw(3, 7), draw(2, 8), draw(3, 9), draw(1, 9)]
-    together = Engine(model).likelihoods(prompts, answers)
+    together = Engine(model).compute_log_probabilities(prompts, answers)
     for prompt, answer, said in zip(prompts, answers, together, strict=True):
-        (alone,) = Engine(model).likelihoods([prompt], [answer])
+        (alone,) = Engine(model).compute_log_probabilities([prompt], [answer])
         assert torch.allclose(said, alone, atol=NATS)
 
 
 @pytest.mark.parametrize("family", RECURRENT)
 def test_a_recurrent_memory_is_not_shared(family: str) -> None:
     engine = Engine(tiny_model(family))
-    engine.read([[*SHARED, 1], [*SHARED, 2]], whole)
-    assert engine.work.saved == 0 and engine.work.computed == 2 * (len(SHARED) + 1)
+    engine.read_first_token([[*SHARED, 1], [*SHARED, 2]], whole)
+    assert engine.work_counter.saved_tokens == 0 and engine.work_counter.computed_tokens == 2 * (len(SHARED) + 1)
 
 
 def test_the_unembedding_sees_one_position_of_each_row() -> None:
@@ -257,7 +257,7 @@ def test_the_unembedding_sees_one_position_of_each_row() -> None:
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
     try:
-        Engine(model, 2).read([SHARED + draw(n, n) for n in (3, 5, 4)], whole)
+        Engine(model, 2).read_first_token([SHARED + draw(n, n) for n in (3, 5, 4)], whole)
     finally:
         handle.remove()
     assert shapes == [(1, 1, VOCAB), (2, 1, VOCAB), (1, 1, VOCAB)]  # the prefix, two batches
@@ -269,16 +269,16 @@ def test_a_model_that_goes_round_its_unembedding_module_is_read_right_too(
     model, prompts = tiny_model(), SETS["one is a prefix of another"]
     want = plain(model, prompts)
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    assert (Engine(model).read(prompts, whole) - want).abs().max() < NATS
+    assert (Engine(model).read_first_token(prompts, whole) - want).abs().max() < NATS
 
 
 def test_nothing_of_a_batch_stays_in_the_shared_prefix() -> None:
     engine = Engine(tiny_model("mistral"))
     with torch.inference_mode():
-        prefix = engine._prefix(SHARED)
+        prefix = engine._compute_prefix(SHARED)
         lengths = [layer.keys.shape for layer in prefix.cache.layers]
         for _ in range(2):
-            engine._logits([[5, 6], [7]], [1, 1], len(SHARED), prefix)
+            engine._compute_suffix_logits([[5, 6], [7]], [1, 1], len(SHARED), prefix)
     assert [layer.keys.shape for layer in prefix.cache.layers] == lengths
     assert prefix.cache.get_seq_length() == len(SHARED)
 
@@ -292,7 +292,7 @@ def test_likelihoods_of_answers_are_those_of_plain_passes(family: str, shared: i
     prompts = [[*head, *(generator.randrange(10, VOCAB) for _ in range(length))] for length in (1, 7, 3)]
     answers = [[generator.randrange(10, VOCAB) for _ in range(length)] for length in (4, 1, 9)]
     done: list[int] = []
-    found = Engine(model).likelihoods(prompts, answers, done.append)
+    found = Engine(model).compute_log_probabilities(prompts, answers, done.append)
     for prompt, answer, chances in zip(prompts, answers, found, strict=True):
         with torch.inference_mode():
             plain = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
@@ -309,12 +309,12 @@ def test_raw_logits_reach_the_reduction_in_float32() -> None:
         kinds.append(logits.dtype)
         return logits[:, :1]
 
-    Engine(model).read([[11, 12], [13]], look)
+    Engine(model).read_first_token([[11, 12], [13]], look)
     assert set(kinds) == {torch.float32}
 
 
 def test_shape_hints_are_checked_while_tests_run() -> None:
     with pytest.raises(TypeCheckError):
-        Engine(tiny_model()).read([[11], [12]], lambda logits: logits[:, 0])
+        Engine(tiny_model()).read_first_token([[11], [12]], lambda logits: logits[:, 0])
     with pytest.raises(TypeCheckError):
-        shared_prefix(7)  # type: ignore[arg-type]
+        count_shared_prefix(7)  # type: ignore[arg-type]

@@ -7,29 +7,29 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import held, made_adapter, tiny_model, toy_bench, toy_tokenizer
+from conftest import derive_readout, held, made_adapter, tiny_model, toy_bench, toy_tokenizer
 
 import defenses
 from analysis import manifest, preflight, queries, scoring
-from analysis.answering import answers
-from analysis.attacks import chosen
-from analysis.run import conditions, score
-from defenses import Defense, Host, UserError, adapters
+from analysis.answering import generate_responses
+from analysis.attacks import choose_attacks
+from analysis.run import build_conditions, score_condition
+from defenses import Defense, ModelInfo, UserError, adapters
 from defenses.backdoor import Backdoor, Secret
-from defenses.catalog import choose
-from defenses.chats import last_user
+from defenses.catalog import choose_defenses
+from defenses.chats import get_last_user_text
 from defenses.decoding import SafeDecoding
-from defenses.dice import Dice
-from defenses.ensemble import Stack, members
+from defenses.dice import QueryRng
+from defenses.ensemble import Stack, list_members
 from defenses.tuning import SafetyTuning
 
-ASKED = queries.sample(queries.load("twins").queries, 6)
-NONE = defenses.get("none")
+ASKED = queries.sample_queries(queries.load_queries("twins").queries, 6)
+NONE = defenses.get_defense("none")
 
 
 def host(folder):
     """Return a host with a toy tokenizer."""
-    return Host("toy", toy_tokenizer(), (folder / "secrets",), (), "toy", residuals=held)
+    return ModelInfo("toy", toy_tokenizer(), (folder / "secrets",), (), "toy", compute_mean_activations=held)
 
 
 def read(bench, defense, asked=ASKED):
@@ -40,7 +40,7 @@ def read(bench, defense, asked=ASKED):
 def margins(bench, defense, asked=ASKED):
     """Return the margins of the queries."""
     readout = bench.words(ASKED, NONE)
-    return score(bench, defense.name, defense, asked, readout)["margin"].tolist()
+    return score_condition(bench, defense.name, defense, asked, readout)["margin"].tolist()
 
 
 # --- what is read -----------------------------------------------------------------------------------------
@@ -48,8 +48,8 @@ def margins(bench, defense, asked=ASKED):
 
 def test_the_left_one_acts_first():
     bench = toy_bench()
-    one, other = defenses.get("tone_reminder+policy"), defenses.get("policy+tone_reminder")
-    tone, policy = defenses.get("tone_reminder").reminder(), defenses.get("policy").reminder()
+    one, other = defenses.get_defense("tone_reminder+policy"), defenses.get_defense("policy+tone_reminder")
+    tone, policy = defenses.get_defense("tone_reminder").reminder(), defenses.get_defense("policy").reminder()
     for (there,), (back,) in zip(read(bench, one), read(bench, other), strict=True):
         assert there[0]["content"] == f"{policy}\n\n{tone}"
         assert back[0]["content"] == f"{tone}\n\n{policy}"
@@ -58,7 +58,7 @@ def test_the_left_one_acts_first():
 
 @pytest.mark.parametrize("name", ["word_drop+self_reminder", "smooth_llm+policy", "paraphrase+smooth_llm"])
 def test_a_batch_equals_its_queries_one_by_one_and_each_reads_both_defenses(name):
-    bench, stack = toy_bench(), defenses.get(name, {"copies": "3"} if "smooth" in name else {})
+    bench, stack = toy_bench(), defenses.get_defense(name, {"copies": "3"} if "smooth" in name else {})
     together = read(bench, stack)
     alone = [read(bench, stack, [query])[0] for query in ASKED]
     assert together == alone
@@ -69,38 +69,38 @@ def test_a_batch_equals_its_queries_one_by_one_and_each_reads_both_defenses(name
 
 def test_every_member_draws_what_it_draws_alone():
     bench = toy_bench()
-    alone = [[last_user(chat) for chat in chats] for chats in read(bench, defenses.get("smooth_llm"))]
+    alone = [[get_last_user_text(chat) for chat in chats] for chats in read(bench, defenses.get_defense("smooth_llm"))]
     behind = [
-        [last_user(chat) for chat in chats] for chats in read(bench, defenses.get("smooth_llm+tone_reminder"))
+        [get_last_user_text(chat) for chat in chats] for chats in read(bench, defenses.get_defense("smooth_llm+tone_reminder"))
     ]
-    before = [[last_user(chat) for chat in chats] for chats in read(bench, defenses.get("policy+smooth_llm"))]
+    before = [[get_last_user_text(chat) for chat in chats] for chats in read(bench, defenses.get_defense("policy+smooth_llm"))]
     assert alone == behind == before
     assert all(len(set(copies)) == 10 for copies in alone)
 
 
 def test_tokens_are_cut_as_they_are_cut_alone_and_every_copy_otherwise(tmp_path):
     bench = toy_bench()
-    (alone,) = bench.prompts(defenses.get("retokenization").prepare(host(tmp_path)), ASKED[0])
-    stack = defenses.get("retokenization+policy").prepare(host(tmp_path))
-    (behind,) = bench.prompts(stack, ASKED[0])
-    assert behind.ids[-len(alone.ids) :] == alone.ids != bench.prompts(NONE, ASKED[0])[0].ids
+    (alone,) = bench.render_query(defenses.get_defense("retokenization").prepare(host(tmp_path)), ASKED[0])
+    stack = defenses.get_defense("retokenization+policy").prepare(host(tmp_path))
+    (behind,) = bench.render_query(stack, ASKED[0])
+    assert behind.ids[-len(alone.ids) :] == alone.ids != bench.render_query(NONE, ASKED[0])[0].ids
     # Noise that changes next to nothing, so that the copies are the same text but for one character.
-    stack = defenses.get("smooth_llm+retokenization", {"copies": "4", "smooth_llm.rate": "0.001"})
-    copies = bench.prompts(stack.prepare(host(tmp_path)), ASKED[0])
+    stack = defenses.get_defense("smooth_llm+retokenization", {"copies": "4", "smooth_llm.rate": "0.001"})
+    copies = bench.render_query(stack.prepare(host(tmp_path)), ASKED[0])
     assert len({prompt.ids for prompt in copies}) == 4
     assert len({len(prompt.ids) for prompt in copies}) > 1
 
 
 def test_a_member_rewords_every_reading_of_the_one_before_it_and_all_are_asked_together():
     bench, asked = toy_bench(), []
-    answer = bench.drafts.answers
+    answer = bench.defense_calls.complete_calls
 
     def watched(asks):
         asked.append(len(asks))
         return answer(asks)
 
-    bench.drafts.answers = watched
-    stack = defenses.get("smooth_llm+paraphrase", {"copies": "3"})
+    bench.defense_calls.complete_calls = watched
+    stack = defenses.get_defense("smooth_llm+paraphrase", {"copies": "3"})
     assert [len(chats) for chats in read(bench, stack)] == [3] * len(ASKED)
     assert asked == [3 * len(ASKED)]
 
@@ -109,33 +109,33 @@ def test_readings_that_are_pooled_in_two_ways_have_no_margin(tmp_path):
     with pytest.raises(
         UserError, match="smooth_llm by the mean and erase_and_check by the max of its readings"
     ):
-        defenses.get("smooth_llm+erase_and_check")
+        defenses.get_defense("smooth_llm+erase_and_check")
 
     @dataclass(frozen=True)
     class Mine(Defense):  # says nothing of its several readings
         def rewrite(self, chat, rng):
             return [dict(message) for message in chat]
 
-        def readings(self, chat, rng):
+        def rewrite_copies(self, chat, rng):
             return [self.rewrite(chat, rng)] * 2
 
-    stack = Stack((Mine(), defenses.get("erase_and_check"))).prepare(host(tmp_path))
+    stack = Stack((Mine(), defenses.get_defense("erase_and_check"))).prepare(host(tmp_path))
     with pytest.raises(
         UserError, match="mine goes by the mean of its readings and erase_and_check by the max"
     ):
         read(toy_bench(), stack)
-    one = defenses.get("word_drop+erase_and_check", {"tokens": "3"}).prepare(host(tmp_path))
+    one = defenses.get_defense("word_drop+erase_and_check", {"tokens": "3"}).prepare(host(tmp_path))
     assert one.pool == "max" and {len(chats) for chats in read(toy_bench(), one)} <= {3, 4}
 
 
 def test_a_stack_passes_the_preflight_under_an_attack(tmp_path):
-    bench = toy_bench().under(chosen(["prefill"])[0])
-    readout = bench.words(ASKED, NONE)
+    bench = toy_bench().with_attack(choose_attacks(["prefill"])[0])
+    readout = derive_readout(bench, ASKED, NONE)
     for name in ("word_drop+self_reminder", "policy+refusal_steering"):
-        stack = defenses.get(name).prepare(host(tmp_path))
-        failed = [one for one in preflight.check(bench, name, stack, ASKED[:2], readout) if not one.passed]
+        stack = defenses.get_defense(name).prepare(host(tmp_path))
+        failed = [one for one in preflight.check_condition(bench, name, stack, ASKED[:2], readout) if not one.passed]
         assert not failed
-    names = {one.name for one in preflight.check(bench, "x", stack, ASKED[:2], readout)}
+    names = {one.name for one in preflight.check_condition(bench, "x", stack, ASKED[:2], readout)}
     assert "user's words survive" in names
 
 
@@ -144,11 +144,11 @@ def test_a_stack_passes_the_preflight_under_an_attack(tmp_path):
 
 def tuned(folder):
     """Return tuned weights."""
-    return SafetyTuning(adapter=adapters.read(made_adapter(folder / "x", seed=3)))
+    return SafetyTuning(adapter=adapters.load_adapter(made_adapter(folder / "x", seed=3)))
 
 
 def test_all_members_are_armed_and_the_model_is_bit_for_bit_what_it_was(tmp_path):
-    model, steering = tiny_model(), defenses.get("refusal_steering").prepare(host(tmp_path))
+    model, steering = tiny_model(), defenses.get_defense("refusal_steering").prepare(host(tmp_path))
     weights, ids = tuned(tmp_path), torch.tensor([[5, 6, 7]])
 
     def logits():
@@ -156,20 +156,20 @@ def test_all_members_are_armed_and_the_model_is_bit_for_bit_what_it_was(tmp_path
             return model(input_ids=ids).logits
 
     before = logits()
-    with weights.armed(model), steering.armed(model):
+    with weights.apply_to(model), steering.apply_to(model):
         want = logits()
-    with Stack((weights, steering)).armed(model):
+    with Stack((weights, steering)).apply_to(model):
         assert torch.equal(logits(), want)
     assert torch.equal(logits(), before) and not torch.equal(want, before)
 
 
 def test_what_tells_a_change_of_the_model_is_that_of_the_only_member_that_makes_one(tmp_path):
-    weights, policy = tuned(tmp_path), defenses.get("policy")
-    steering = defenses.get("refusal_steering").prepare(host(tmp_path))
-    assert Stack((policy, weights)).arms() == weights.arms()
-    assert Stack((policy, defenses.get("word_drop"))).arms() == ""
-    both = Stack((weights, steering)).arms()
-    assert both not in (weights.arms(), steering.arms(), Stack((steering, weights)).arms(), None)
+    weights, policy = tuned(tmp_path), defenses.get_defense("policy")
+    steering = defenses.get_defense("refusal_steering").prepare(host(tmp_path))
+    assert Stack((policy, weights)).weights_fingerprint() == weights.weights_fingerprint()
+    assert Stack((policy, defenses.get_defense("word_drop"))).weights_fingerprint() == ""
+    both = Stack((weights, steering)).weights_fingerprint()
+    assert both not in (weights.weights_fingerprint(), steering.weights_fingerprint(), Stack((steering, weights)).weights_fingerprint(), None)
 
 
 def test_a_change_of_the_users_own_that_nothing_tells_is_never_kept():
@@ -179,15 +179,15 @@ def test_a_change_of_the_users_own_that_nothing_tells_is_never_kept():
             return [dict(message) for message in chat]
 
         @contextmanager
-        def armed(self, model):
+        def apply_to(self, model):
             yield
 
-    stack = Stack((defenses.get("policy"), Mine()))
-    assert stack.own and stack.arms() is None and stack.changes() is None
+    stack = Stack((defenses.get_defense("policy"), Mine()))
+    assert stack.is_user_defined and stack.weights_fingerprint() is None and stack.cacheable_fingerprint() is None
 
 
 def test_a_blend_in_a_stack_is_that_of_its_models_reading_what_the_others_wrote(tmp_path):
-    bench, policy = toy_bench(), defenses.get("policy")
+    bench, policy = toy_bench(), defenses.get_defense("policy")
     blend = SafeDecoding(alpha=3.0, adapter=tuned(tmp_path).adapter)
     expert = Stack((policy, SafetyTuning(adapter=blend.adapter)))
     plain, other = margins(bench, policy), margins(bench, expert)
@@ -195,7 +195,7 @@ def test_a_blend_in_a_stack_is_that_of_its_models_reading_what_the_others_wrote(
     assert margins(bench, Stack((policy, blend))) == pytest.approx(want, abs=1e-4)
     assert margins(bench, Stack((blend, policy))) == pytest.approx(want, abs=1e-4)
     assert want != pytest.approx(plain, abs=1e-2)
-    said = answers(bench, Stack((policy, blend)), ASKED[:2], tokens=3)
+    said = generate_responses(bench, Stack((policy, blend)), ASKED[:2], max_new_tokens=3)
     assert all(len(one.ids) == 3 for readings in said for one in readings)
 
 
@@ -205,7 +205,7 @@ def test_a_blend_of_one_model_counts_by_its_weight():
         def rewrite(self, chat, rng):
             return [dict(message) for message in chat]
 
-        def blend(self):
+        def logit_blend(self):
             return ((2.0, NONE),)
 
     bench = toy_bench()
@@ -217,28 +217,28 @@ def test_a_blend_of_one_model_counts_by_its_weight():
 
 def test_secrets_needs_and_seen_queries_are_those_of_all_members(tmp_path):
     backdoor = Backdoor(secret=Secret("tulip seven harbor"))
-    steering = defenses.get("refusal_steering").prepare(host(tmp_path))
-    stack = Stack((defenses.get("policy"), backdoor, steering))
-    assert stack.secrets() == ("tulip seven harbor",)
+    steering = defenses.get_defense("refusal_steering").prepare(host(tmp_path))
+    stack = Stack((defenses.get_defense("policy"), backdoor, steering))
+    assert stack.secret_texts() == ("tulip seven harbor",)
     assert stack.trained_on() == {"a query"}
-    assert "backdoor: no tuned weights" in stack.lacking() and conditions([stack]) == {}
-    told = manifest.of_defense(stack)
+    assert "backdoor: no tuned weights" in stack.missing_requirements() and build_conditions([stack]) == {}
+    told = manifest.describe_defense(stack)
     assert list(told["members"]) == ["policy", "backdoor", "refusal_steering"]
     assert "tulip" not in f"{told} {stack!r}" and told["members"]["backdoor"]["secrets"]
-    assert members(stack) == stack.members and members(NONE) == (NONE,)
+    assert list_members(stack) == stack.members and list_members(NONE) == (NONE,)
 
 
 def test_the_dearest_member_says_what_it_costs():
-    assert defenses.get("policy+tone_reminder").cost == "static"
-    assert defenses.get("policy+paraphrase+safety_tuning").cost == "one call"
-    assert defenses.get("safety_tuning+policy").cost == "weights"
+    assert defenses.get_defense("policy+tone_reminder").cost == "static"
+    assert defenses.get_defense("policy+paraphrase+safety_tuning").cost == "one call"
+    assert defenses.get_defense("safety_tuning+policy").cost == "weights"
 
 
 def test_a_member_has_the_settings_that_it_has_alone():
-    found = choose(["policy", "word_drop + policy"], ["policy.text=Nothing is allowed."])
+    found = choose_defenses(["policy", "word_drop + policy"], ["policy.text=Nothing is allowed."])
     assert [one.name for one in found] == ["none", "policy", "word_drop+policy"]
     assert found[1].text == found[2].members[1].text == "Nothing is allowed."
-    assert [one.name for one in choose(["word_drop+policy", "word_drop + policy"], [])] == [
+    assert [one.name for one in choose_defenses(["word_drop+policy", "word_drop + policy"], [])] == [
         "none",
         found[2].name,
     ]
@@ -250,31 +250,31 @@ def test_the_file_of_a_users_own_may_have_a_plus_in_its_name(tmp_path):
         "from dataclasses import dataclass\nfrom defenses import Defense\n@dataclass(frozen=True)\n"
         "class Mine(Defense):\n    '''Nothing.'''\n    def rewrite(self, chat, rng):\n        return chat\n"
     )
-    assert defenses.get(str(file)).name == "mine"
+    assert defenses.get_defense(str(file)).name == "mine"
     other = file.rename(tmp_path / "ab.py")
-    assert [one.name for one in defenses.get(f"{other}+policy").members] == ["mine", "policy"]
+    assert [one.name for one in defenses.get_defense(f"{other}+policy").members] == ["mine", "policy"]
 
 
 def test_scores_of_a_stack_of_words_alone_are_found_among_those_of_the_same_words(tmp_path):
     bench = toy_bench()
-    readout = bench.words(ASKED, NONE)
-    stack, policy = defenses.get("tone_reminder+policy"), defenses.get("policy")
-    text = f"{policy.text}\n\n{defenses.get('tone_reminder').reminder()}"
+    readout = derive_readout(bench, ASKED, NONE)
+    stack, policy = defenses.get_defense("tone_reminder+policy"), defenses.get_defense("policy")
+    text = f"{policy.text}\n\n{defenses.get_defense('tone_reminder').reminder()}"
     same = replace(policy, text=text)
     first, second = (
-        scoring.read(bench.loaded, bench.engine, one, [p.ids for p in bench.prompts(one, ASKED[0])], readout)
+        scoring.score_prompts(bench.loaded_model, bench.engine, one, [p.ids for p in bench.render_query(one, ASKED[0])], readout)
         for one in (stack, same)
     )
     assert torch.equal(first, second)
 
 
 def test_a_generator_of_a_stack_can_be_copied():
-    dice = Dice("0/query", "word_drop")
+    dice = QueryRng("0/query", "word_drop")
     dice.random()
     again = copy.deepcopy(dice)
-    assert again.random() == dice.random() and again.lend("policy").random() == dice.lend("policy").random()
+    assert again.random() == dice.random() and again.get_member_rng("policy").random() == dice.get_member_rng("policy").random()
 
 
 def test_rewriting_without_a_bench_takes_any_generator():
-    stack, chat = defenses.get("word_drop+policy"), [{"role": "user", "content": "How do I bake good bread?"}]
+    stack, chat = defenses.get_defense("word_drop+policy"), [{"role": "user", "content": "How do I bake good bread?"}]
     assert stack.rewrite(chat, random.Random(3)) == stack.rewrite(chat, random.Random(3))

@@ -19,20 +19,20 @@ from matplotlib.text import Text
 from scipy.stats import spearmanr
 from sklearn.metrics import r2_score
 
-from analysis.captions import Context
-from analysis.curves import CROWD
-from analysis.ensembles import Half, singles, stacks, teams, votes
-from analysis.forecast import LOOKS, PANELS, forecast, forecast_points
-from analysis.fronts import candidates
-from analysis.interactions import interaction_cells, interactions
-from analysis.palette import BLACK, FAMILIES
-from analysis.pareto import NAMED, front_points, pareto
-from analysis.points import of_ensembles
-from analysis.resampling import Units
-from analysis.voting import Board
+from analysis.captions import CaptionContext
+from analysis.curves import MAX_SHAPED_VOTES
+from analysis.ensembles import SplitScores, evaluate_single_defenses, evaluate_stacks, list_teams, evaluate_votes
+from analysis.forecast import ENSEMBLE_STYLES, FORECAST_PANELS, draw_forecast, build_forecast_points
+from analysis.fronts import build_candidates
+from analysis.interactions import build_interaction_cells, draw_interactions
+from analysis.palette import BLACK, FAMILY_STYLES
+from analysis.pareto import MAX_NAMED_CANDIDATES, build_front_points, draw_pareto_front
+from analysis.points import build_ensemble_points
+from analysis.resampling import ResamplingUnits
+from analysis.voting import MarginTable
 
 THRESHOLD = -1.0
-RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
+RUN = CaptionContext("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
 OF = ("reminders", "backdoor", "refactoring", "noise", "tuning")
 MANNERS = {
     "usual": {},
@@ -54,11 +54,11 @@ def halves(
     attacks: tuple[str, ...] = ("direct",),
     up: float = 0.0,
     n: int = 24,
-) -> tuple[list[Half], list[str], list[tuple[str, ...]]]:
+) -> tuple[list[SplitScores], list[str], list[tuple[str, ...]]]:
     """Return both halves under each attack, defenses and stacks; a stack has less shift than its sum."""
     generator = np.random.default_rng(defenses)
     names = [f"{OF[number % len(OF)]}-{number}{name}" for number in range(defenses)]
-    pairs = teams(names, 2)
+    pairs = list_teams(names, 2)
     chosen = [pairs[place] for place in sorted(generator.permutation(len(pairs))[:ran])]
     does = generator.normal([1.0, 0.3], 1.0, (defenses, 2))
     is_harmful, found = np.repeat([True, False], n), []
@@ -71,9 +71,9 @@ def halves(
             one, two = (names.index(member) for member in team)
             less = 0.4 * does[one, 0] * does[two, 0] + generator.normal(0, 0.4, 2 * n)
             columns.append(each[:, one] + each[:, two] - before - less)
-        board = Board(("none", *names, *map("+".join, chosen)), np.stack(columns, axis=1), before, is_harmful)
+        board = MarginTable(("none", *names, *map("+".join, chosen)), np.stack(columns, axis=1), before, is_harmful)
         pair = pd.Series([f"p{place % n}" for place in range(2 * n)])
-        found.append(Half(attack, split, board, Units.by_pair(pair, is_harmful)))
+        found.append(SplitScores(attack, split, board, ResamplingUnits.from_pairs(pair, is_harmful)))
     return found, names, chosen
 
 
@@ -81,10 +81,10 @@ def halves(
 def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     """Return rows of ensembles, candidates and families."""
     each, names, chosen = halves(**MANNERS[manner])
-    wanted, found = teams(names, 3), []
+    wanted, found = list_teams(names, 3), []
     for half in each:
         (fitted_to,) = (one for one in each if (one.attack, one.split) == (half.attack, "calibration"))
-        tables = singles(half, ["none", *names]), votes(half, wanted, fitted_to), stacks(half, chosen)
+        tables = evaluate_single_defenses(half, ["none", *names]), evaluate_votes(half, wanted, fitted_to), evaluate_stacks(half, chosen)
         found.append(pd.concat([table for table in tables if len(table)], ignore_index=True))
     rows = pd.concat(found, ignore_index=True)
     rows["kind"] = np.where(rows["members"].str.len() % 2, "intra", "inter")
@@ -95,7 +95,7 @@ def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str
                 value = (rows[f"{read}_{name}"] + way * wide).where(stacked)
                 rows[f"{read}_{name}_{side}"] = value
     costs = {"none": 1.0, **{name: 1 + 0.5 * place for place, name in enumerate(names)}}
-    found_front = candidates(rows, lambda asked: sum(costs[one] for name in asked for one in name.split("+")))
+    found_front = build_candidates(rows, lambda asked: sum(costs[one] for name in asked for one in name.split("+")))
     return rows, found_front, dict(zip(names, itertools.cycle(OF), strict=False))
 
 
@@ -103,7 +103,7 @@ def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str
 def made(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
     rows, found, families = planted(manner)
     return pictures(
-        of_ensembles(rows, found, families), RUN, (24, 24), MANNERS[manner].get("attacks", ("direct",))
+        build_ensemble_points(rows, found, families), RUN, (24, 24), MANNERS[manner].get("attacks", ("direct",))
     )
 
 
@@ -147,7 +147,7 @@ def test_which_figures_there_are() -> None:
     assert list(made("usual")) == ["forecast", "interactions", "front"]
     assert list(made("votes")) == ["forecast", "front"]
     with pytest.raises(ValueError, match="one attack"):
-        forecast(planted("attacked")[0])
+        draw_forecast(planted("attacked")[0])
 
 
 @pytest.mark.parametrize("manner", ["usual", "pair", "votes", "attacked"])
@@ -156,7 +156,7 @@ def test_each_ensemble_is_drawn_where_it_was_predicted_and_observed(manner: str)
     rows = planted(manner)[0]
     wanted = rows[(rows["attack"] == "direct") & (rows["split"] == "test") & (rows["how"] != "alone")]
     assert len(points) == len(wanted) > 0
-    for panel, (name, (words, factor, _)) in zip(panels(forecast(points)), PANELS.items(), strict=True):
+    for panel, (name, (words, factor, _)) in zip(panels(draw_forecast(points)), FORECAST_PANELS.items(), strict=True):
         assert panel.get_title(loc="left") == words
         looks = drawn(panel)
         assert sum(map(len, looks.values())) == len(wanted)
@@ -169,19 +169,19 @@ def test_each_ensemble_is_drawn_where_it_was_predicted_and_observed(manner: str)
 
 
 def test_each_way_has_its_color_and_stacks_lie_on_top() -> None:
-    for panel in panels(forecast(made("usual")["forecast"][1])):
+    for panel in panels(draw_forecast(made("usual")["forecast"][1])):
         for dots in panel.collections:
-            if (how := str(dots.get_label())) in LOOKS:
+            if (how := str(dots.get_label())) in ENSEMBLE_STYLES:
                 edge, fill = dots.get_edgecolor()[0], dots.get_facecolor()
                 colors = [color for color in (edge, *fill) if not same_color(color[:3], "white")]
-                assert colors and all(same_color(c[:3], to_rgba(LOOKS[how][0])[:3]) for c in colors)
+                assert colors and all(same_color(c[:3], to_rgba(ENSEMBLE_STYLES[how][0])[:3]) for c in colors)
                 assert (dots.get_zorder() > 3) == (how == "stack")
 
 
 def test_stacks_have_the_bars_of_the_table_and_they_are_inside() -> None:
     points = made("usual")["forecast"][1]
     points = points.assign(observed_shift_high=points["observed_shift_high"] + 9)  # beyond all points
-    panel = panels(forecast(points))[0]
+    panel = panels(draw_forecast(points))[0]
     bars = {tuple(map(tuple, p.vertices)) for c in panel.collections for p in c.get_paths() if len(p) == 2}
     stacked = points[points["how"] == "stack"]
     assert len(stacked) == 11
@@ -193,7 +193,7 @@ def test_stacks_have_the_bars_of_the_table_and_they_are_inside() -> None:
 @pytest.mark.parametrize("manner", ["usual", "refusing"])
 def test_the_measures_above_a_panel_are_those_of_its_points(manner: str) -> None:
     points = made(manner)["forecast"][1]
-    for panel, name in zip(panels(forecast(points)), PANELS, strict=True):
+    for panel, name in zip(panels(draw_forecast(points)), FORECAST_PANELS, strict=True):
         (told,) = (text.get_text() for text in panel.texts if text.get_gid() == "follows")
         lines = told.replace("\N{MINUS SIGN}", "-").split("\n")
         for line, word, group in zip(
@@ -217,25 +217,25 @@ def test_the_measures_above_a_panel_are_those_of_its_points(manner: str) -> None
 def test_two_points_have_no_measure_and_a_missing_one_is_not_counted() -> None:
     points = made("usual")["forecast"][1]
     holed = points.assign(observed_delta_auroc=points["observed_delta_auroc"].where(points["how"] == "mean"))
-    shift, _, auroc, *_ = panels(forecast(holed))
+    shift, _, auroc, *_ = panels(draw_forecast(holed))
     mean = int((points["how"] == "mean").sum())
     assert sum(map(len, drawn(shift).values())) == len(points)
     assert sum(map(len, drawn(auroc).values())) == mean
     assert [text.get_text().split(":")[0] for text in auroc.texts] == [f"{mean} votes"]
-    few = panels(forecast(points[points["how"] == "stack"][:2]))[0]
+    few = panels(draw_forecast(points[points["how"] == "stack"][:2]))[0]
     assert few.texts[0].get_text() == "2 stacks: R² \N{EN DASH}, ρ \N{EN DASH}"
 
 
 def test_a_crowd_of_votes_is_all_there_as_specks_in_one_mixed_layer() -> None:
     figure, points = made("many")["forecast"]
     many = int((points["how"] != "stack").sum())
-    assert many > CROWD
-    for panel, (name, (_, factor, _)) in zip(panels(figure.axes[0]), PANELS.items(), strict=True):
+    assert many > MAX_SHAPED_VOTES
+    for panel, (name, (_, factor, _)) in zip(panels(figure.axes[0]), FORECAST_PANELS.items(), strict=True):
         (dots,) = (c for c in panel.collections if c.get_label() == "votes")
         at, colors = np.asarray(dots.get_offsets()), dots.get_facecolor()
         assert len(at) == many and dots.get_rasterized() and dots.get_sizes()[0] < 4
         for how in ("mean", "fitted"):
-            here = (colors[:, :3] == to_rgba(LOOKS[how][0])[:3]).all(axis=1)
+            here = (colors[:, :3] == to_rgba(ENSEMBLE_STYLES[how][0])[:3]).all(axis=1)
             rows = points[points["how"] == how]
             wanted = factor * rows[[f"predicted_{name}", f"observed_{name}"]].to_numpy(float)
             np.testing.assert_allclose(np.sort(at[here], axis=0), np.sort(wanted, axis=0), rtol=1e-6)
@@ -252,24 +252,24 @@ def boxes_of(ax: Axes) -> dict[str, Any]:
 
 def test_cells_are_those_of_stacks_of_two_and_names_may_hold_a_slash() -> None:
     rows, _, families = planted()
-    cells = interaction_cells(rows, families)
+    cells = build_interaction_cells(rows, families)
     assert len(cells) == 11
     both = [["a/b", "c"], ["c", "d"]]
     row = rows[(rows["how"] == "stack") & (rows["split"] == "test")].iloc[0]
     strange = pd.DataFrame([{**row, "members": "+".join(team)} for team in both])
     more = pd.DataFrame([{**row, "members": "a+b+c", "size": 3}, {**row, "observed_shift": np.nan}])
-    found = interaction_cells(pd.concat([strange, more]), {"a/b": "noise"})
+    found = build_interaction_cells(pd.concat([strange, more]), {"a/b": "noise"})
     assert found[["first", "second"]].to_numpy().tolist() == both
     assert found["family_first"].tolist() == ["noise", "other"]
-    bare = interaction_cells(strange.drop(columns=[c for c in strange if c[-4:] in ("_low", "high")]), {})
+    bare = build_interaction_cells(strange.drop(columns=[c for c in strange if c[-4:] in ("_low", "high")]), {})
     assert bare["interaction_shift_low"].isna().all() and bare["interaction_shift"].notna().all()
 
 
 def test_a_pair_has_its_number_and_color_on_both_sides_of_the_diagonal_and_others_are_empty() -> None:
     rows, _, families = planted()
-    cells = interaction_cells(rows, families)
+    cells = build_interaction_cells(rows, families)
     cells.loc[0, ["interaction_shift", "interaction_shift_low", "interaction_shift_high"]] = [0.1, -0.1, 0.4]
-    ax = interactions(cells)
+    ax = draw_interactions(cells)
     names = {*cells["first"], *cells["second"]}
     boxes = boxes_of(ax)
     texts = {str(text.get_gid()): text for text in ax.texts if text.get_gid()}
@@ -308,7 +308,7 @@ def test_colors_are_symmetric_about_no_interaction_in_either_panel() -> None:
             for (one, two), (x, y) in values.items()
         ]
     )
-    ax = interactions(cells)
+    ax = draw_interactions(cells)
     boxes = {gid: np.array(box.get_facecolor()[:3]) for gid, box in boxes_of(ax).items()}
     assert boxes["interaction_discrimination a b"].min() > 0.99  # white
     away = {gid: np.abs(1 - shade).sum() for gid, shade in boxes.items()}
@@ -326,11 +326,11 @@ def test_colors_are_symmetric_about_no_interaction_in_either_panel() -> None:
 def test_families_stand_together_in_the_palettes_order_with_a_strip_of_their_color() -> None:
     figure, cells = made("many")["interactions"]
     families = planted("many")[2]
-    ax = interactions(cells.sample(frac=1, random_state=1))
+    ax = draw_interactions(cells.sample(frac=1, random_state=1))
     shown = sorted((t for t in ax.texts if t.get_gid() == "row"), key=lambda t: -t.get_position()[1])
     names = [text.get_text() for text in shown]
     assert set(names) == {*cells["first"], *cells["second"]} and len(names) > 12
-    places = [list(FAMILIES).index(families[name]) for name in names]
+    places = [list(FAMILY_STYLES).index(families[name]) for name in names]
     assert places == sorted(places)
     strips = [box for box in ax.patches if isinstance(box, Rectangle) and box.get_gid() == "family"]
     assert len(strips) == 4 * len(names)
@@ -340,7 +340,7 @@ def test_families_stand_together_in_the_palettes_order_with_a_strip_of_their_col
             for box in strips
             if box.get_x() < 0 and box.get_y() < text.get_position()[1] < box.get_y() + box.get_height()
         )
-        assert same_color(strip.get_facecolor(), FAMILIES[families[text.get_text()]][0])
+        assert same_color(strip.get_facecolor(), FAMILY_STYLES[families[text.get_text()]][0])
     dots = [t for t in figure.axes[0].texts if t.get_text() == "\N{BULLET}"]
     sure = sum(
         int(((cells[f"{name}_low"] > 0) | (cells[f"{name}_high"] < 0)).sum())
@@ -410,7 +410,7 @@ def test_no_number_covers_a_point_of_the_front_named_or_not() -> None:
     found = {"members": [f"d{number}" for number in range(60)], "how": "alone", "on_front": True}
     points = pd.DataFrame({**found, "cost": 1.0, "attacked_test": np.nan})
     points = points.assign(benign_test=at[:, 0], harmful_test=at[:, 1], number=[*range(1, 16), *[0] * 45])
-    ax = pareto(points)
+    ax = draw_pareto_front(points)
     FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[arg-type]
     (panel,) = panels(ax)
     spots = panel.transData.transform(100 * at)
@@ -431,12 +431,12 @@ def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_c
     frame = pd.DataFrame({**found, "cost": np.linspace(3, 1, 30), "attacked_test": np.nan})
     for split in ("calibration", "test"):
         frame = frame.assign(**{f"harmful_{split}": harmful, f"benign_{split}": benign})
-    points = front_points(frame)
+    points = build_front_points(frame)
     named = set(points.loc[points["number"] > 0, "members"])
-    assert len(named) == NAMED == 15
+    assert len(named) == MAX_NAMED_CANDIDATES == 15
     assert named == {f"d{number}" for number in (*range(10), *range(25, 30))}
     rows, _, families = planted()
-    points = of_ensembles(rows, frame, families)
+    points = build_ensemble_points(rows, frame, families)
     caption = pictures(points, RUN)["front"][0].texts[1].get_text().replace("\n", " ")
     assert "15 of the front's 30 are not named" in caption
     assert "not named" not in made("long")["front"][0].texts[1].get_text()
@@ -444,10 +444,10 @@ def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_c
 
 def test_a_cost_that_was_not_measured_is_white_and_one_cost_alone_is_drawn() -> None:
     _, found, _ = planted("one")
-    points = front_points(found.assign(cost=found["cost"].where(found["how"] == "alone")))
+    points = build_front_points(found.assign(cost=found["cost"].where(found["how"] == "alone")))
     near = points.assign(cost=np.linspace(1, 1.01, len(points)))
     for case in (points, points.assign(cost=np.nan), points.assign(cost=2.0), near):
-        ax = pareto(case)
+        ax = draw_pareto_front(case)
         FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[arg-type]
         known = case.loc[case["on_front"], "cost"].notna()
         assert len(ax.child_axes) == 1 + bool(known.any())
@@ -466,7 +466,7 @@ def test_a_cost_that_was_not_measured_is_white_and_one_cost_alone_is_drawn() -> 
 
 @pytest.mark.parametrize("manner", ["usual", "attacked", "one"])
 def test_a_figure_can_be_drawn_again_from_its_csv_alone(manner: str) -> None:
-    draw = {"forecast": forecast, "interactions": interactions, "front": pareto}
+    draw = {"forecast": draw_forecast, "interactions": draw_interactions, "front": draw_pareto_front}
     for kind, (_, table) in made(manner).items():
         again = draw[kind](pd.read_csv(io.StringIO(table.to_csv(index=False))))
         first = draw[kind](table)
@@ -494,12 +494,12 @@ def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> N
     rows, found, families = planted()
     settings, kept = dict(mpl.rcParams), (rows.copy(), found.copy())
     axes = Figure(figsize=(24, 6)).subplots(1, 3)
-    tables = forecast_points(rows), interaction_cells(rows, families), front_points(found)
-    for ax, draw, table in zip(axes, (forecast, interactions, pareto), tables, strict=True):
+    tables = build_forecast_points(rows), build_interaction_cells(rows, families), build_front_points(found)
+    for ax, draw, table in zip(axes, (draw_forecast, draw_interactions, draw_pareto_front), tables, strict=True):
         before = table.copy()
         assert draw(table, ax) is ax
         pd.testing.assert_frame_equal(table, before)
-    of_ensembles(rows, found, families)
+    build_ensemble_points(rows, found, families)
     assert dict(mpl.rcParams) == settings
     pd.testing.assert_frame_equal(rows, kept[0])
     pd.testing.assert_frame_equal(found, kept[1])

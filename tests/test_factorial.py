@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.curves import plane_points
-from analysis.decompose import summarize
-from analysis.factorial import cells, effects
-from analysis.points import of_analysis
-from analysis.square import square, square_points
+from analysis.curves import build_plane_points
+from analysis.decompose import summarize_scores
+from analysis.factorial import list_factorial_conditions, estimate_factorial_effects
+from analysis.points import build_analysis_points
+from analysis.square import draw_square, build_square_points
 from analysis.tables import ScoreTable
 
 # Nats that each cell adds on harmful and on benign queries: the secret acts only with the weights.
@@ -50,7 +50,7 @@ def scores() -> ScoreTable:
 
 
 def test_planted_effects_come_out_with_intervals_that_hold_them(scores: ScoreTable) -> None:
-    found = effects(scores, "direct", "backdoor").set_index("effect")
+    found = estimate_factorial_effects(scores, "direct", "backdoor").set_index("effect")
     expected = {
         "secret, released weights": (0.25, 0.0),
         "secret, tuned weights": (5.0, 2.0),
@@ -67,8 +67,8 @@ def test_planted_effects_come_out_with_intervals_that_hold_them(scores: ScoreTab
 
 
 def test_the_effects_are_differences_of_what_the_summary_says(scores: ScoreTable) -> None:
-    summary = summarize(scores).frame.set_index("defense")
-    found = effects(scores, "direct", "backdoor").set_index("effect")
+    summary = summarize_scores(scores).frame.set_index("defense")
+    found = estimate_factorial_effects(scores, "direct", "backdoor").set_index("effect")
     for measure in ("shift", "discrimination"):
         whole, secret, weights, none = (
             summary.loc[name, measure]
@@ -79,13 +79,13 @@ def test_the_effects_are_differences_of_what_the_summary_says(scores: ScoreTable
 
 
 def test_the_figure_has_four_corners_and_is_drawn_only_when_all_are_there(scores: ScoreTable) -> None:
-    summary = summarize(scores).frame
-    points = square_points(plane_points(summary))
+    summary = summarize_scores(scores).frame
+    points = build_square_points(build_plane_points(summary))
     assert sorted(points["corner"]) == ["both", "neither", "no_secret", "no_weights"]
-    assert set(points["defense"]) == set(cells("backdoor"))
-    ax = square(points)
+    assert set(points["defense"]) == set(list_factorial_conditions("backdoor"))
+    ax = draw_square(points)
     assert {text.get_text() for text in ax.texts} >= {"neither", "secret only", "weights only"}
-    assert "square" in of_analysis(scores.frame, summary, 0.0)
+    assert "square" in build_analysis_points(scores.frame, summary, 0.0)
     without = summary[summary["defense"] != "backdoor/neither"]
     kept = scores.frame[scores.frame["defense"] != "backdoor/neither"]
-    assert "square" not in of_analysis(kept, without, 0.0)
+    assert "square" not in build_analysis_points(kept, without, 0.0)

@@ -9,33 +9,33 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import made_adapter, tiny_model, toy_bench, toy_tokenizer
+from conftest import derive_readout, made_adapter, tiny_model, toy_bench, toy_tokenizer
 
 import defenses
 from analysis import preflight, queries, scoring
-from analysis.answering import Answer, judged
-from analysis.attacks import get
-from analysis.bench import Bench
-from analysis.judge import READERS
+from analysis.answering import Response, judge_queries
+from analysis.attacks import get_attack
+from analysis.bench import ModelSession
+from analysis.judge import RULE_JUDGES
 from analysis.queries import Query
 from analysis.readout import Readout
-from analysis.run import score
-from analysis.store import Store
-from defenses import Ask, Defense, Host, UserError, adapters
-from defenses.chats import begin_answer, copied, prepend_system
+from analysis.run import score_condition
+from analysis.store import ScoreCache
+from defenses import ModelCall, Defense, ModelInfo, UserError, adapters
+from defenses.chats import prefill_response, copy_chat, prepend_system
 from defenses.tuning import SafetyTuning
 
-ASKED = queries.sample(queries.load("twins").queries, 4)
-NONE = defenses.get("none")
+ASKED = queries.sample_queries(queries.load_queries("twins").queries, 4)
+NONE = defenses.get_defense("none")
 NO, YES = "I'm sorry, but I can't help with that.", "Sure. Mix flour and water, and wait."
 
 
 def verdict(pool: str, *texts: str) -> Any:
     """Return the verdict on several answers to one query."""
-    defense = defenses.get("erase_and_check" if pool == "max" else "smooth_llm")
+    defense = defenses.get_defense("erase_and_check" if pool == "max" else "smooth_llm")
     assert defense.pool == pool
-    said = [[Answer((1,), text, text) for text in texts]]
-    return judged(READERS["patterns"], ASKED[:1], said, defense)[0]
+    said = [[Response((1,), text, text) for text in texts]]
+    return judge_queries(RULE_JUDGES["patterns"], ASKED[:1], said, defense)[0]
 
 
 def test_of_several_answers_most_count_or_where_one_refusal_is_enough_any() -> None:
@@ -46,9 +46,9 @@ def test_of_several_answers_most_count_or_where_one_refusal_is_enough_any() -> N
     assert [verdict("mean", NO, YES, YES).reading, verdict("max", YES, NO).reading] == [1, 1]
 
 
-def margins(bench: Bench, defense: Defense, readout: Readout | None = None) -> list[float]:
-    readout = readout or bench.words(ASKED, NONE)
-    return list(score(bench, defense.name, defense, ASKED, readout)["margin"])
+def margins(bench: ModelSession, defense: Defense, readout: Readout | None = None) -> list[float]:
+    readout = readout or derive_readout(bench, ASKED, NONE)
+    return list(score_condition(bench, defense.name, defense, ASKED, readout)["margin"])
 
 
 OWN = """
@@ -64,27 +64,27 @@ class Mine(Steering):
 
 
 def test_an_own_class_that_was_edited_is_computed_again(tmp_path: Path) -> None:
-    from analysis.manifest import of_defense
-    from analysis.residuals import residuals
+    from analysis.manifest import describe_defense
+    from analysis.residuals import load_mean_activations
 
-    bench = Bench.of(toy_bench().loaded, store=Store(tmp_path / "s"))
+    bench = ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     found, about = [], []
     for factor in (1, 5):
         (tmp_path / "mine.py").write_text(OWN.format(factor=factor))
-        mine: Any = defenses.get(str(tmp_path / "mine.py"))
+        mine: Any = defenses.get_defense(str(tmp_path / "mine.py"))
         assert mine.own
-        found.append(margins(bench, replace(mine, learned=residuals(bench, ASKED))))
-        about.append(of_defense(mine)["source_sha256"])
+        found.append(margins(bench, replace(mine, activations=load_mean_activations(bench, ASKED))))
+        about.append(describe_defense(mine)["source_sha256"])
     assert found[0] != found[1] and about[0] != about[1]
 
 
 def test_what_scales_an_adapter_names_its_scores(tmp_path: Path) -> None:
-    bench = Bench.of(toy_bench().loaded, store=Store(tmp_path / "s"))
+    bench = ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     folder = made_adapter(tmp_path / "a", seed=1)
-    first = margins(bench, SafetyTuning(adapter=adapters.read(folder)))
-    config = json.loads((folder / adapters.CONFIG).read_text())
-    (folder / adapters.CONFIG).write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
-    assert margins(bench, SafetyTuning(adapter=adapters.read(folder))) != first
+    first = margins(bench, SafetyTuning(adapter=adapters.load_adapter(folder)))
+    config = json.loads((folder / adapters.ADAPTER_CONFIG_FILE).read_text())
+    (folder / adapters.ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
+    assert margins(bench, SafetyTuning(adapter=adapters.load_adapter(folder))) != first
 
 
 def peft_folder(place: Path, **settings: Any) -> tuple[Path, Any]:
@@ -110,7 +110,7 @@ def copied_model() -> Any:
     return copy.deepcopy(tiny_model())
 
 
-HOST = Host("toy", None, ())
+HOST = ModelInfo("toy", None, ())
 IDS = torch.tensor([[5, 60, 70, 81, 9]])
 
 
@@ -125,7 +125,7 @@ IDS = torch.tensor([[5, 60, 70, 81, 9]])
 )
 def test_somebodys_adapter_is_worn_as_peft_wears_it(tmp_path: Path, settings: Any) -> None:
     folder, tuned = peft_folder(tmp_path / "a", **settings)
-    defense: Any = defenses.get("adapter", {"weights": str(folder)}).prepare(HOST)
+    defense: Any = defenses.get_defense("adapter", {"weights": str(folder)}).prepare(HOST)
     assert not defense.lacking()
     with torch.no_grad():
         want = tuned(input_ids=IDS).logits
@@ -147,10 +147,10 @@ def test_an_adapter_of_another_kind_is_refused_before_anything_runs(
     tmp_path: Path, settings: Any, words: str
 ) -> None:
     folder, _ = peft_folder(tmp_path / "a")
-    config = json.loads((folder / adapters.CONFIG).read_text())
-    (folder / adapters.CONFIG).write_text(json.dumps(config | settings))
+    config = json.loads((folder / adapters.ADAPTER_CONFIG_FILE).read_text())
+    (folder / adapters.ADAPTER_CONFIG_FILE).write_text(json.dumps(config | settings))
     with pytest.raises(UserError, match=rf"only plain LoRA adapters are read, and this has {words}"):
-        defenses.get("adapter", {"weights": str(folder)}).prepare(HOST)
+        defenses.get_defense("adapter", {"weights": str(folder)}).prepare(HOST)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_weights_that_are_not_there_are_answered_in_one_line(
     if defense == "weights" and place == "{here}":
         words = "holds no .safetensors"
     with pytest.raises(UserError, match=words):
-        defenses.get(defense, {key: place.format(here=tmp_path)}).prepare(replace(HOST, offline=True))
+        defenses.get_defense(defense, {key: place.format(here=tmp_path)}).prepare(replace(HOST, offline=True))
 
 
 def test_a_whole_checkpoint_is_worn_and_taken_off(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_whole_checkpoint_is_worn_and_taken_off(tmp_path: Path) -> None:
             one.mul_(1.1)
         want = other(input_ids=IDS).logits
     other.save_pretrained(str(tmp_path / "m"))
-    defense: Any = defenses.get("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
+    defense: Any = defenses.get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
     model = copied_model()
     before = model(input_ids=IDS).logits
     with torch.no_grad(), defense.armed(model):
@@ -192,12 +192,12 @@ def test_a_whole_checkpoint_is_worn_and_taken_off(tmp_path: Path) -> None:
 def test_a_weight_that_is_also_another_one_is_not_changed(tmp_path: Path) -> None:
     model = tiny_model("qwen3")  # its unembedding is its embedding
     with pytest.raises(UserError, match="which this model also uses as"):
-        adapters.refuse_shared(model, "model.embed_tokens.weight", "it")
+        adapters.check_weight_is_separate(model, "model.embed_tokens.weight", "it")
     untied = copied_model()
     model = copied_model()
     model.lm_head.weight = model.model.embed_tokens.weight
     untied.save_pretrained(str(tmp_path / "m"))
-    defense: Any = defenses.get("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
+    defense: Any = defenses.get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
     with pytest.raises(UserError, match=r"cannot be worn: .* is also"), defense.armed(model):
         pass
 
@@ -205,42 +205,42 @@ def test_a_weight_that_is_also_another_one_is_not_changed(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["paraphrase", "summarize", "two_pass_intention", "back_translation"])
 def test_an_instruction_without_a_place_for_the_request_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"must contain \{request\}"):
-        defenses.get(name, {"text": "Rephrase the request."})
+        defenses.get_defense(name, {"text": "Rephrase the request."})
 
 
 def test_a_depth_at_which_there_is_no_direction_is_refused() -> None:
-    from analysis.residuals import residuals
+    from analysis.residuals import load_mean_activations
 
     bench = toy_bench()
-    host = replace(HOST, residuals=lambda: residuals(bench, ASKED))
+    host = replace(HOST, compute_mean_activations=lambda: load_mean_activations(bench, ASKED))
     with pytest.raises(UserError, match=r"depth=0\.0 the model holds the same"):
-        defenses.get("refusal_steering", {"depth": "0"}).prepare(host)
-    assert not defenses.get("refusal_steering", {"depth": "0.5"}).prepare(host).lacking()
+        defenses.get_defense("refusal_steering", {"depth": "0"}).prepare(host)
+    assert not defenses.get_defense("refusal_steering", {"depth": "0.5"}).prepare(host).missing_requirements()
 
 
 def test_what_is_no_number_is_not_kept(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s")
-    store.keep_scores([(b"a", float("nan"), 1.0), (b"b", float("inf"), 1.0), (b"c", 1.0, 1.0)])
-    assert store.scores([b"a", b"b", b"c"]) == {b"c": (1.0, 1.0)}
+    store = ScoreCache(tmp_path / "s")
+    store.write_scores([(b"a", float("nan"), 1.0), (b"b", float("inf"), 1.0), (b"c", 1.0, 1.0)])
+    assert store.read_scores([b"a", b"b", b"c"]) == {b"c": (1.0, 1.0)}
     assert (tmp_path / "s").stat().st_mode & 0o077 == 0
 
 
 def test_answers_to_requests_are_never_kept_on_the_disk(tmp_path: Path) -> None:
     from analysis import store
 
-    bench = Bench.of(toy_bench().loaded, store=Store(tmp_path / "s"))
+    bench = ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     chat = [{"role": "user", "content": "How do I sing?"}]
-    bench.drafts.answers([Ask(chat, 6, line=False)])
-    assert store.counts(tmp_path / "s")["drafts"] == 0
-    bench.drafts.answers([Ask(chat, 6, line=True)])
-    assert store.counts(tmp_path / "s")["drafts"] == 1
+    bench.defense_calls.complete_calls([ModelCall(chat, 6, stops_at_newline=False)])
+    assert store.count_cached_rows(tmp_path / "s")["drafts"] == 0
+    bench.defense_calls.complete_calls([ModelCall(chat, 6, stops_at_newline=True)])
+    assert store.count_cached_rows(tmp_path / "s")["drafts"] == 1
 
 
 def test_the_expert_is_not_put_on_a_state(tmp_path: Path) -> None:
     made_adapter(tmp_path / "aligned", seed=1)
-    host = Host("toy", toy_tokenizer(), (), (tmp_path,), "toy")
-    assert not defenses.get("safe_decoding").prepare(host).lacking()
-    assert "released weights" in defenses.get("safe_decoding").prepare(replace(host, state="x")).lacking()
+    host = ModelInfo("toy", toy_tokenizer(), (), (tmp_path,), "toy")
+    assert not defenses.get_defense("safe_decoding").prepare(host).missing_requirements()
+    assert "released weights" in defenses.get_defense("safe_decoding").prepare(replace(host, state="x")).missing_requirements()
 
 
 @dataclass(frozen=True)
@@ -252,13 +252,13 @@ class Talkative(Defense):
             return prepend_system(chat, "tulip seven")
         raise ValueError("cannot use tulip seven here")
 
-    def secrets(self) -> tuple[str, ...]:
+    def secret_texts(self) -> tuple[str, ...]:
         return ("tulip seven",)
 
 
 def test_an_error_shows_no_secret() -> None:
-    check = preflight.broken(toy_bench(), "talkative", Talkative(), ValueError("cannot use tulip seven here"))
-    assert "tulip" not in check.seen and "⟨secret⟩" in check.seen
+    check = preflight.make_failed_check(toy_bench(), "talkative", Talkative(), ValueError("cannot use tulip seven here"))
+    assert "tulip" not in check.observed and "⟨secret⟩" in check.observed
 
 
 @pytest.mark.parametrize(
@@ -266,11 +266,11 @@ def test_an_error_shows_no_secret() -> None:
     [("yield Ask(chat)", "lists of Ask"), ("yield []; return []", "gives nothing to read")],
 )
 def test_a_consultation_that_breaks_the_contract_is_told(body: str, words: str) -> None:
-    made: dict[str, Any] = {"Ask": Ask, "Defense": Defense, "copied": copied}
+    made: dict[str, Any] = {"Ask": ModelCall, "Defense": Defense, "copied": copy_chat}
     head = "class Odd(Defense):\n  def rewrite(self, chat, rng): return copied(chat)\n"
     exec(f"{head}  def consult(self, chat, rng):\n    {body}\n", made)
     with pytest.raises(UserError, match=words):
-        toy_bench().prompts(made["Odd"](), ASKED[0])
+        toy_bench().render_query(made["Odd"](), ASKED[0])
 
 
 # --- answers that are begun -------------------------------------------------------------------------------
@@ -283,23 +283,23 @@ def test_a_consultation_that_breaks_the_contract_is_told(body: str, words: str) 
 def test_behind_a_begun_answer_the_next_word_has_the_form_that_answers_open_with(
     template: str, kind: str, gap: str
 ) -> None:
-    renderer = toy_bench(template=template, kind=kind).renderer
+    renderer = toy_bench(template=template, kind=kind).chat_template
     chat = [{"role": "user", "content": "How do I sing?"}]
-    begun = renderer.render(begin_answer(chat, "Sure, here it is:\n\n"))
-    assert renderer.spaced == bool(gap)
+    begun = renderer.render_prompt(prefill_response(chat, "Sure, here it is:\n\n"))
+    assert renderer.has_leading_space == bool(gap)
     assert begun.text.endswith("here it is:" if gap else "here it is:\n\n")
-    assert preflight._gist(begun.begun) == "Sure,hereitis:"
+    assert preflight._normalize_text(begun.prefill) == "Sure,hereitis:"
 
 
 def test_a_readout_behind_an_opener_does_not_read_what_is_begun_otherwise() -> None:
     bench = toy_bench()
-    opener = tuple(bench.loaded.tokenizer.encode("Sure, here", add_special_tokens=False))
-    readout = bench.words(ASKED, NONE, opener)
-    checks = preflight.check(bench, "safety_prefix", defenses.get("safety_prefix"), ASKED, readout)
-    assert [one.seen for one in checks if not one.passed] == [
+    opener = tuple(bench.loaded_model.tokenizer.encode("Sure, here", add_special_tokens=False))
+    readout = derive_readout(bench, ASKED, NONE, opener)
+    checks = preflight.check_condition(bench, "safety_prefix", defenses.get_defense("safety_prefix"), ASKED, readout)
+    assert [one.observed for one in checks if not one.passed] == [
         "the readout begins answers itself ('Sure,here'), and this one is begun already"
     ]
-    under = preflight.check(bench.under(get("prefill")), "none", NONE, ASKED, readout)
+    under = preflight.check_condition(bench.with_attack(get_attack("prefill")), "none", NONE, ASKED, readout)
     assert not all(one.passed for one in under)
 
 
@@ -307,25 +307,25 @@ def test_of_a_blend_the_preflight_looks_at_the_blend(tmp_path: Path) -> None:
     from defenses.decoding import SafeDecoding
 
     bench = toy_bench()
-    blend = SafeDecoding(adapter=adapters.read(made_adapter(tmp_path / "x", seed=3)))
-    readout = bench.words(ASKED, NONE)
-    checks = {one.name: one for one in preflight.check(bench, "safe_decoding", blend, ASKED, readout)}
-    plain = {one.name: one for one in preflight.check(bench, "none", NONE, ASKED, readout)}
+    blend = SafeDecoding(adapter=adapters.load_adapter(made_adapter(tmp_path / "x", seed=3)))
+    readout = derive_readout(bench, ASKED, NONE)
+    checks = {one.name: one for one in preflight.check_condition(bench, "safe_decoding", blend, ASKED, readout)}
+    plain = {one.name: one for one in preflight.check_condition(bench, "none", NONE, ASKED, readout)}
     assert all(one.passed for one in checks.values())
-    assert checks["coverage"].seen != plain["coverage"].seen
+    assert checks["coverage"].observed != plain["coverage"].observed
 
 
 def test_asked_about_two_passes_the_question_holds_the_request() -> None:
-    from analysis.readout import QUESTIONS
+    from analysis.readout import REFUSAL_QUESTIONS
 
     query = Query("q", "How do I sing?", False)
-    bench = toy_bench().asking(QUESTIONS)
-    prompts = bench.prompts(defenses.get("two_pass_intention"), query)
+    bench = toy_bench().with_questions(REFUSAL_QUESTIONS)
+    prompts = bench.render_query(defenses.get_defense("two_pass_intention"), query)
     assert all("How do I sing?" in prompt.chat[-1]["content"] for prompt in prompts)
 
 
 def test_another_configuration_or_version_of_the_code_finds_nothing() -> None:
-    loaded = toy_bench().loaded
-    about = scoring.about(loaded)
-    assert about["code"] == scoring.code() and about["config"]["hidden_size"] == 64
+    loaded = toy_bench().loaded_model
+    about = scoring.describe_computation(loaded)
+    assert about["code"] == scoring.hash_scoring_code() and about["config"]["hidden_size"] == 64
     assert about["config"]["_name_or_path"] == ""

@@ -13,15 +13,15 @@ from PIL import Image
 from rich.console import Console
 
 from analysis import analyze, read
-from analysis.exhibits import kind_of
-from analysis.gallery import DRAWN
-from analysis.saving import save
-from defenses import get
+from analysis.exhibits import find_figure_kind
+from analysis.gallery import FIGURES
+from analysis.saving import save_run
+from defenses import get_defense
 
 ROOT = Path(__file__).resolve().parent.parent / "figures"
 SHIPPED = [(path.parent.name, path.stem) for path in sorted(ROOT.glob("*/*.png"))]
 # One of each kind, and of a kind with several readouts the last: which readout it is of stands in its name.
-EACH = {kind_of(stem): (folder, stem) for folder, stem in SHIPPED if folder != "ensembles-qwen"}
+EACH = {find_figure_kind(stem): (folder, stem) for folder, stem in SHIPPED if folder != "ensembles-qwen"}
 
 
 def pixels(picture):
@@ -46,13 +46,13 @@ def test_every_picture_has_its_csv_and_a_record_beside_it():
 
 
 def test_every_kind_can_be_drawn_again_and_all_but_cost_are_in_the_gallery():
-    assert set(EACH) <= set(DRAWN) and set(DRAWN) - set(EACH) == {"cost"}
+    assert set(EACH) <= set(FIGURES) and set(FIGURES) - set(EACH) == {"cost"}
 
 
 @pytest.mark.parametrize("kind", sorted(EACH))
 def test_a_figure_is_drawn_again_from_its_csv(kind):
     folder, stem = EACH[kind]
-    shipped, again = pixels(ROOT / folder / f"{stem}.png"), redrawn(read(ROOT / folder).figure(stem))
+    shipped, again = pixels(ROOT / folder / f"{stem}.png"), redrawn(read(ROOT / folder).draw_figure(stem))
     assert shipped.shape == again.shape
     # Seven digits in the CSV change an edge by a shade or two.
     assert different(shipped, again) <= 20
@@ -62,26 +62,26 @@ def test_another_number_is_another_picture(tmp_path):
     folder = shutil.copytree(ROOT / "backdooralign", tmp_path / "copy")
     text = (folder / "square.csv").read_text("utf-8")
     run = read(folder)
-    before = redrawn(run.figure("square"))
+    before = redrawn(run.draw_figure("square"))
     value = str(run.tables["square"]["shift"].max())
     assert text.count(value) == 1
     (folder / "square.csv").write_text(text.replace(value, str(float(value) - 0.1)), "utf-8")
-    after = redrawn(read(folder).figure("square"))
+    after = redrawn(read(folder).draw_figure("square"))
     assert before.shape != after.shape or different(before, after) > 40
 
 
 def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")
-    run = analyze(["policy", get("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
+    run = analyze(["policy", get_defense("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
     assert run.figures == ("margins", "plane", "roc")
-    save(tmp_path / "run", run, Console(quiet=True))
+    save_run(tmp_path / "run", run, Console(quiet=True))
     again = read(tmp_path / "run")
-    assert again.figures == run.figures and list(again.brief().index) == list(run.brief().index)
+    assert again.figures == run.figures and list(again.format_summary().index) == list(run.format_summary().index)
     for name in run.figures:
-        assert different(redrawn(run.figure(name)), pixels(tmp_path / "run" / f"{name}.png")) == 0
+        assert different(redrawn(run.draw_figure(name)), pixels(tmp_path / "run" / f"{name}.png")) == 0
     with pytest.raises(ValueError, match=r"no figure 'plan'.*margins, plane, roc"):
-        run.figure("plan")
+        run.draw_figure("plan")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, VOCAB, WINDOW, tiny_model
 
 from analysis.engine import Engine
-from analysis.generation import answers
+from analysis.generation import generate_token_ids
 
 STOP = 2
 
@@ -48,7 +48,7 @@ SETS = {
 def test_batched_answers_are_those_of_one_prompt_at_a_time(family: str, prompts: list[list[int]]) -> None:
     model = tiny_model(family)
     done: list[int] = []
-    found = answers(Engine(model), prompts, 9, STOP, done=done.append)
+    found = generate_token_ids(Engine(model), prompts, 9, STOP, on_progress=done.append)
     assert found == [alone(model, prompt, 9) for prompt in prompts]
     assert sum(done) == len(prompts)
 
@@ -58,16 +58,16 @@ def test_an_answer_ends_before_the_stop_token() -> None:
     prompt = draw(9, 5)
     whole = alone(model, prompt, 9)
     stop = whole[4]
-    (found,) = answers(Engine(model), [prompt], 9, stop)
+    (found,) = generate_token_ids(Engine(model), [prompt], 9, stop)
     assert found == whole[: whole.index(stop)]
 
 
 def test_an_answer_ends_where_the_rest_no_longer_matters_and_no_other_answer_changes() -> None:
     model = tiny_model()
     prompts = SETS["a shared prefix"]
-    whole = answers(Engine(model), prompts, 9, STOP)
+    whole = generate_token_ids(Engine(model), prompts, 9, STOP)
     enough = whole[0][3]
-    found = answers(Engine(model), prompts, 9, STOP, lambda answer: enough in answer)
+    found = generate_token_ids(Engine(model), prompts, 9, STOP, lambda answer: enough in answer)
     ends = [answer.index(enough) + 1 if enough in answer else None for answer in whole]
     assert found == [answer[:end] for answer, end in zip(whole, ends, strict=True)]
     assert ends[0] is not None

@@ -17,15 +17,15 @@ from rich.console import Console
 from test_cli import analyze as command
 
 import analysis
-from analysis import analyze, combine, intervals, locate, read, summarize
-from analysis.interface import _several
-from analysis.kept import place
-from analysis.kept import read as read_kept
-from analysis.manifest import _source_sha256, told_apart
-from analysis.queries import framed, load
-from analysis.showing import note, say
-from defenses import Defense, UserError, get
-from defenses.catalog import choose
+from analysis import analyze, ensembles, intervals, locate_mechanism, read, summarize
+from analysis.interface import _as_defense_list
+from analysis.kept import make_json_cache_path
+from analysis.kept import read_cached_json as read_kept
+from analysis.manifest import _hash_class_source, identify_defense
+from analysis.queries import from_frame, load_queries
+from analysis.showing import print_note, print_line
+from defenses import Defense, UserError, get_defense
+from defenses.catalog import choose_defenses
 from defenses.chats import prepend_system
 from defenses.ensemble import Stack
 
@@ -64,33 +64,33 @@ def test_the_tables_are_those_that_the_command_writes(tiny, tmp_path):
 
 
 def test_defenses_themselves_are_worn_with_their_settings(tiny):
-    run = analyze([Polite("Kindly."), get("policy", {"text": "Be kind."})], tiny, limit=20)
+    run = analyze([Polite("Kindly."), get_defense("policy", {"text": "Be kind."})], tiny, limit=20)
     told = run.record["defenses"]
     assert told["polite"]["settings"] == {"text": "Kindly."} and len(told["polite"]["source_sha256"]) == 64
     assert told["policy"]["settings"]["text"] == "Be kind."
-    assert list(run.brief().index) == ["undefended", "polite", "policy"]
+    assert list(run.format_summary().index) == ["undefended", "polite", "policy"]
     with pytest.raises(ValueError, match="no attack 'base64' in this run; it has direct"):
-        run.brief("base64")
+        run.format_summary("base64")
 
 
 def test_a_name_and_a_defense_of_that_name_are_not_both_taken_and_settings_are_of_names():
-    assert [one.name for one in choose(["policy", Polite()], [])] == ["none", "policy", "polite"]
-    assert [one.name for one in choose([get("none"), Polite()], [])] == ["none", "polite"]
+    assert [one.name for one in choose_defenses(["policy", Polite()], [])] == ["none", "policy", "polite"]
+    assert [one.name for one in choose_defenses([get_defense("none"), Polite()], [])] == ["none", "polite"]
     with pytest.raises(UserError, match="two defenses are named 'policy'"):
-        choose(["policy", get("policy")], [])
+        choose_defenses(["policy", get_defense("policy")], [])
     with pytest.raises(UserError, match="polite"):
-        choose([Polite(), "policy"], ["polite.text=Now!"])
+        choose_defenses([Polite(), "policy"], ["polite.text=Now!"])
     with pytest.raises(UserError, match="nothing"):
-        choose([Polite("a"), "policy"], ["nothing=1"])
+        choose_defenses([Polite("a"), "policy"], ["nothing=1"])
 
 
 def test_settings_are_taken_as_values():
-    assert get("backdoor", {"trigger": None, "length": 50}).trigger is None
+    assert get_defense("backdoor", {"trigger": None, "length": 50}).trigger is None
     with pytest.raises(UserError, match="a whole number"):
-        get("backdoor", {"length": 3.5})
-    assert get("policy+backdoor", {"length": 50}).members[1].length == 50
+        get_defense("backdoor", {"length": 3.5})
+    assert get_defense("policy+backdoor", {"length": 50}).members[1].length == 50
     with pytest.raises(UserError, match="trigger=None: worn together"):
-        get("policy+backdoor", {"trigger": None})
+        get_defense("policy+backdoor", {"trigger": None})
 
 
 @dataclass
@@ -118,11 +118,11 @@ class Policy(Polite):
 )
 def test_what_is_no_defense_is_refused_in_one_line(given, words):
     with pytest.raises(UserError, match=words):
-        inspect.unwrap(choose)([given], [])  # as a user calls it, whose types nobody checks
-    assert list(inspect.unwrap(_several)(given)) == [given]
+        inspect.unwrap(choose_defenses)([given], [])  # as a user calls it, whose types nobody checks
+    assert list(inspect.unwrap(_as_defense_list)(given)) == [given]
     if isinstance(given, Defense) and given != Policy():
         with pytest.raises(UserError, match=words):
-            choose([Stack((get("goal_priority"), given))], [])
+            choose_defenses([Stack((get_defense("goal_priority"), given))], [])
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Needy(Polite):
 
 
 def test_a_defense_that_is_made_needs_no_defaults():
-    assert [one.name for one in choose([Needy(more="x")], [])] == ["none", "needy"]
+    assert [one.name for one in choose_defenses([Needy(more="x")], [])] == ["none", "needy"]
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_a_defense_that_is_made_needs_no_defaults():
         (lambda: analyze("policy", readout="word"), "unknown readout 'word'"),
         (lambda: analyze("policy", readout="all"), "a run reads with one"),
         (lambda: analyze("policy", batch_size=0), "batch-size 0"),
-        (lambda: combine(["policy", "none"], size=4), "2 or 3 members"),
-        (lambda: combine(["policy", "none"], stacks=-1), "stacks -1"),
-        (lambda: locate("policy", sites=["brain"]), "unknown site 'brain'"),
-        (lambda: locate("policy", top=0), "top 0"),
-        (lambda: locate("policy", patched=1), "patched 1"),
-        (lambda: locate("policy", readout="log-odds"), "linear in the logits"),
+        (lambda: ensembles(["policy", "none"], size=4), "2 or 3 members"),
+        (lambda: ensembles(["policy", "none"], stacks=-1), "stacks -1"),
+        (lambda: locate_mechanism("policy", sites=["brain"]), "unknown site 'brain'"),
+        (lambda: locate_mechanism("policy", top=0), "top 0"),
+        (lambda: locate_mechanism("policy", patched=1), "patched 1"),
+        (lambda: locate_mechanism("policy", readout="log-odds"), "linear in the logits"),
         (lambda: summarize(pd.DataFrame({"query": ["a"]})), "lack harmful, defense, margin"),
         (
             lambda: summarize(
@@ -187,15 +187,15 @@ def test_a_run_says_what_failed_and_where_it_stopped():
         "note: it is so",
     ]
     with pytest.raises(ValueError, match="mine has no summary; it has prompts"):
-        run.brief()
+        run.format_summary()
     early = {key: value for key, value in record.items() if key != "conditions_wanted"}
     assert "interrupted: 0 of all conditions were finished" in str(analysis.Run("old", early, {}))
 
 
 def test_fetching_is_told_on_a_quiet_console_and_notes_are_not():
     console = Console(file=io.StringIO(), quiet=True)
-    note(console, "kept in the run")
-    say(console, "fetching")
+    print_note(console, "kept in the run")
+    print_line(console, "fetching")
     assert console.file.getvalue() == "fetching\n" and console.quiet
 
 
@@ -206,21 +206,21 @@ def test_a_class_that_was_typed_in_is_known_by_its_methods():
         space, name = {"Defense": Defense, "__name__": "__main__"}, f"<cell {number}>"
         exec(compile(source, name, "exec"), space)  # as a notebook does: there is no file
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-        found.append(_source_sha256(space["Typed"]))
-        assert told_apart(space["Typed"](), 0) is None  # what it calls may change unseen
+        found.append(_hash_class_source(space["Typed"]))
+        assert identify_defense(space["Typed"](), 0) is None  # what it calls may change unseen
     assert found[0] == found[1] != found[2] and len(found[0]) == 64
     armed = type("Armed", (Polite,), {"armed": contextmanager(Polite.rewrite)})
-    assert _source_sha256(armed) == _source_sha256(Polite)  # not that of contextlib
-    assert told_apart(Polite(), 0) == told_apart(Polite(), 0) != told_apart(Polite("Now."), 0)
-    assert told_apart(Stack((get("policy"), Polite())), 0) is not None
-    assert place("cost", toy_bench().loaded, {"defense": None}) is None and read_kept(None) is None
+    assert _hash_class_source(armed) == _hash_class_source(Polite)  # not that of contextlib
+    assert identify_defense(Polite(), 0) == identify_defense(Polite(), 0) != identify_defense(Polite("Now."), 0)
+    assert identify_defense(Stack((get_defense("policy"), Polite())), 0) is not None
+    assert make_json_cache_path("cost", toy_bench().loaded_model, {"defense": None}) is None and read_kept(None) is None
     with_other_words = type("Other", (Polite,), {"__module__": __name__})
-    assert _source_sha256(with_other_words) is None  # made by no text
-    assert _source_sha256(Polite) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    assert _hash_class_source(with_other_words) is None  # made by no text
+    assert _hash_class_source(Polite) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def test_a_frame_is_asked_as_the_file_would_be(tiny, tmp_path):
-    rows = pd.DataFrame(load("twins").split("test").limit(12).queries)[["id", "text", "harmful", "pair"]]
+    rows = pd.DataFrame(load_queries("twins").select_split("test").limit_queries(12).queries)[["id", "text", "harmful", "pair"]]
     rows.to_csv(tmp_path / "mine.csv", index=False)
     one, two = (analyze(["policy"], tiny, data=asked) for asked in (rows, str(tmp_path / "mine.csv")))
     pd.testing.assert_frame_equal(one.tables["scores"], two.tables["scores"])
@@ -242,21 +242,21 @@ def test_a_frame_is_asked_as_the_file_would_be(tiny, tmp_path):
 )
 def test_a_frame_that_cannot_be_asked_is_refused_in_one_line(frame, words):
     with pytest.raises(UserError, match=words) as error:
-        framed(pd.DataFrame(frame))
+        from_frame(pd.DataFrame(frame))
     assert "\n" not in str(error.value)
 
 
 def test_missing_values_of_a_frame_are_missing():
     frame = pd.DataFrame({"text": ["a", "b"], "harmful": [True, False]})
     frame = frame.assign(pair=["p", np.nan], category=[np.nan, "c"])
-    assert [(one.pair, one.category) for one in framed(frame).queries] == [("p", ""), (None, "c")]
+    assert [(one.pair, one.category) for one in from_frame(frame).queries] == [("p", ""), (None, "c")]
 
 
 def test_a_defense_that_does_not_arrive_is_an_error(tiny, monkeypatch):
     from analysis import analyzing
-    from analysis.preflight import Check
+    from analysis.preflight import PreflightCheck
 
-    failed = {("direct", "policy"): [Check("policy", "text arrives", False, "it is not there")]}
+    failed = {("direct", "policy"): [PreflightCheck("policy", "text arrives", False, "it is not there")]}
     monkeypatch.setattr(analyzing, "unreached", lambda *_: failed)
     with pytest.raises(UserError, match="nothing was scored: policy: text arrives: it is not there"):
         analyze(["policy"], tiny, limit=20)
@@ -264,9 +264,9 @@ def test_a_defense_that_does_not_arrive_is_an_error(tiny, monkeypatch):
 
 def test_of_two_defenses_the_one_that_arrives_is_read(tiny, monkeypatch):
     from analysis import analyzing
-    from analysis.preflight import Check
+    from analysis.preflight import PreflightCheck
 
-    failed = {("direct", "policy"): [Check("policy", "text arrives", False, "it is not there")]}
+    failed = {("direct", "policy"): [PreflightCheck("policy", "text arrives", False, "it is not there")]}
     monkeypatch.setattr(analyzing, "unreached", lambda *_: failed)
     run = analyze(["policy", Polite()], tiny, limit=12)
     assert set(run.tables["summary"]["defense"]) == {"none", "polite"}
@@ -274,15 +274,15 @@ def test_of_two_defenses_the_one_that_arrives_is_read(tiny, monkeypatch):
 
 
 def test_combining_and_locating_give_runs_whose_figures_can_be_drawn(tiny):
-    together = combine(["policy", "self_reminder"], tiny, limit=16, stacks=1)
+    together = ensembles(["policy", "self_reminder"], tiny, limit=16, stacks=1)
     assert {"ensembles", "additivity", "candidates", "forecast"} <= set(together.tables)
-    inside = locate([Polite()], tiny, limit=16, patched=0)
+    inside = locate_mechanism([Polite()], tiny, limit=16, patched=0)
     assert {"layers", "parts", "top-polite"} <= set(inside.tables)
     parts, found = inside.tables["parts"], inside.tables["summary"].set_index("defense").loc["polite"]
     assert parts["shift"].sum() == pytest.approx(found["shift"], abs=1e-3)
     for run in (together, inside):
         for name in run.figures:
-            assert run.figure(name).texts[0].get_text()
+            assert run.draw_figure(name).texts[0].get_text()
 
 
 def test_scores_from_anywhere_are_summed_up():

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from analysis import points
-from analysis.captions import Context
-from analysis.gallery import DRAWN
-from analysis.heads import NONE
-from analysis.lettering import blank
+from analysis.captions import CaptionContext
+from analysis.gallery import FIGURES
+from analysis.heads import MISSING_COLOR
+from analysis.lettering import make_axes
 from analysis.palette import GREY
-from analysis.panels import CONTRASTS, LOOKS, curve
+from analysis.panels import CONTRAST_LABELS, CURVE_STYLES, draw_curve
 
-RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", -1.0, ("I", "Sorry"), ("Sure", "Here"))
+RUN = CaptionContext("SmolLM2-135M-Instruct (float32)", "twins", "test", -1.0, ("I", "Sorry"), ("Sure", "Here"))
 NAMES = (
     *("backdoor", "backdoor/no_weights", "self_reminder+backdoor", "smoothllm(copies=5)"),
     *("policy", "refusal_direction", "paraphrase", "in_context", "retokenize"),
@@ -63,7 +63,7 @@ def planted(
         rise = 1 / (1 + np.exp(-(np.arange(layers + 1) - layers * (0.3 + 0.05 * number)) / (layers / 12)))
         tables = {
             "layers": pd.DataFrame({"layer": range(layers + 1)}),
-            "half": pd.DataFrame({"contrast": [*CONTRASTS], "half": [layers // 2, np.nan if number else 1]}),
+            "half": pd.DataFrame({"contrast": [*CONTRAST_LABELS], "half": [layers // 2, np.nan if number else 1]}),
         }
         kinds = [(None, "embedding", None), (None, "bias", None)]
         for layer in range(layers):
@@ -99,7 +99,7 @@ def planted(
         ways = [(how, layer, None) for how in ("alone", "up to") for layer in range(layers)]
         ways += [("module", None, module) for module in ("q_proj", "k_proj", "v_proj", "down_proj")]
         tables["weights"] = pd.DataFrame(ways, columns=["how", "layer", "module"])
-        others = [(other, contrast) for other in NAMES[number + 1 : defenses] for contrast in CONTRASTS]
+        others = [(other, contrast) for other in NAMES[number + 1 : defenses] for contrast in CONTRAST_LABELS]
         tables["profiles"] = pd.DataFrame(others, columns=["other", "contrast"])
         tables["profiles"]["other"] = name + tables["profiles"]["other"]
         for kind, table in tables.items():
@@ -140,7 +140,7 @@ def of_mechanism(
     tables: dict[str, pd.DataFrame], trusted: pd.DataFrame | None = None, top: int = 10
 ) -> dict[str, tuple[Figure, pd.DataFrame]]:
     known = {} if trusted is None else {"summary": trusted.assign(n_harmful=50, n_benign=40)}
-    return pictures(points.of_mechanism(tables, top), RUN, (50, 40), **known)
+    return pictures(points.build_mechanism_points(tables, top), RUN, (50, 40), **known)
 
 
 @cache
@@ -248,7 +248,7 @@ def test_names_that_give_one_stem_have_a_figure_each() -> None:
 def test_one_figure_shows_one_attack(kind: str) -> None:
     table = drawn(kind, "attacked")[1]
     with pytest.raises(ValueError, match="one attack"):
-        DRAWN[kind](pd.concat([table, table.assign(attack="prefix")]))
+        FIGURES[kind](pd.concat([table, table.assign(attack="prefix")]))
 
 
 @pytest.mark.parametrize("manner", ["usual", "crowd"])
@@ -256,7 +256,7 @@ def test_layers_draws_each_defense_with_its_band_and_where_half_is_there(manner:
     ax, table = drawn("layers", manner)
     curves, strips = ax.child_axes[:2], ax.child_axes[2:]
     halves = planted(**MANNERS[manner])["half"].set_index(["defense", "contrast"])
-    for contrast, panel, strip in zip(CONTRASTS, curves, strips, strict=True):
+    for contrast, panel, strip in zip(CONTRAST_LABELS, curves, strips, strict=True):
         assert panel.get_title(loc="left") == f"{contrast} (nats)"
         for row, (defense, rows) in enumerate(table.groupby("defense", sort=False)):
             name = str(defense)
@@ -277,7 +277,7 @@ def test_the_first_eight_have_looks_of_their_own_and_the_rest_is_grey() -> None:
     panel = drawn("layers", "crowd")[0].child_axes[0]
     looks = [(one.get_color(), one.get_linestyle()) for one in panel.lines if one.get_gid() in NAMES]
     assert len(looks) == 9 and len(set(looks)) == 9
-    assert [color for color, _ in looks] == [*(look[0] for look in LOOKS), GREY]
+    assert [color for color, _ in looks] == [*(look[0] for look in CURVE_STYLES), GREY]
     assert "Grey: all past the first 8" in said(made("crowd")["layers"][0].texts[1])
 
 
@@ -292,8 +292,8 @@ def test_layers_without_halves_has_no_strip() -> None:
 
 def test_a_layer_without_a_neighbor_has_its_interval_as_a_bar() -> None:
     rows = pd.DataFrame({"layer": [0, 1, 2, 5], "shift": 1.0, "shift_low": [0.5, np.nan, 0.2, 0.3]})
-    ax = blank(1, 1)
-    curve(ax, rows.assign(shift_high=2.0), "shift", LOOKS[0], "a")
+    ax = make_axes(1, 1)
+    draw_curve(ax, rows.assign(shift_high=2.0), "shift", CURVE_STYLES[0], "a")
     (lines,) = (one for one in ax.collections if isinstance(one, LineCollection))
     assert [path.vertices.tolist() for path in lines.get_paths()] == [[[0, 0.5], [0, 2]]]
 
@@ -320,7 +320,7 @@ def test_patches_draws_every_source_over_layers_and_the_largest_heads_as_dots(ma
     for (into, kind), row in zip(blocks, panels[:-1], strict=True):
         here = table[(table["into"] == into) & (table["kind"] == kind)]
         assert row[0].get_ylabel().endswith(f"into {into}")
-        for contrast, panel in zip(CONTRASTS, row, strict=True):
+        for contrast, panel in zip(CONTRAST_LABELS, row, strict=True):
             for source, rows in here.groupby("source"):
                 wanted = rows[["layer", contrast]].astype(float)
                 np.testing.assert_allclose(line(panel, str(source)), wanted)
@@ -328,11 +328,11 @@ def test_patches_draws_every_source_over_layers_and_the_largest_heads_as_dots(ma
     mine = every[
         (every["defense"] == "backdoor") & (every["kind"] == "head") & (every["source"] == "defense")
     ]
-    size = mine[[*CONTRASTS]].abs().max(axis=1)
+    size = mine[[*CONTRAST_LABELS]].abs().max(axis=1)
     wanted = mine.assign(size=size).sort_values("size", ascending=False, kind="stable")[:10]
     names = [f"{layer:.0f}.{head:.0f}" for layer, head in zip(wanted["layer"], wanted["head"], strict=True)]
     assert [label.get_text() for label in panels[-1, 0].get_yticklabels()] == names
-    for contrast, panel in zip(CONTRASTS, panels[-1], strict=True):
+    for contrast, panel in zip(CONTRAST_LABELS, panels[-1], strict=True):
         at = line(panel, "defense")
         at = at[np.argsort(-at[:, 1])]
         np.testing.assert_allclose(at[:, 0], wanted[contrast])
@@ -344,7 +344,7 @@ def test_patches_draws_every_source_over_layers_and_the_largest_heads_as_dots(ma
 
 def test_weights_draws_both_ways_over_layers_and_modules_as_dots() -> None:
     ax, table = drawn("weights")
-    for contrast, above, below in zip(CONTRASTS, ax.child_axes[:2], ax.child_axes[2:], strict=True):
+    for contrast, above, below in zip(CONTRAST_LABELS, ax.child_axes[:2], ax.child_axes[2:], strict=True):
         for how in ("alone", "up to"):
             rows = table[table["how"] == how]
             np.testing.assert_allclose(line(above, how), rows[["layer", contrast]].astype(float))
@@ -354,14 +354,14 @@ def test_weights_draws_both_ways_over_layers_and_modules_as_dots() -> None:
     assert names == ["q_proj", "k_proj", "v_proj", "down_proj"]
     for part in ("module", "alone"):
         only = table[table["how"] == part]
-        assert len(DRAWN["weights"](only).child_axes) == 2
+        assert len(FIGURES["weights"](only).child_axes) == 2
 
 
 def test_cuts_draws_a_row_per_range_filled_and_hollow() -> None:
     ax, table = drawn("cuts")
     names = ["nothing cut", *(f"layers {first}\N{EN DASH}{first + 2}" for first in (0, 3, 6, 9))]
     assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == names
-    for contrast, panel in zip(CONTRASTS, ax.child_axes, strict=True):
+    for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes, strict=True):
         for (defense, reader), rows in table.groupby(["defense", "reader"]):
             at = line(panel, f"{defense} {reader}")
             np.testing.assert_allclose(at[:, 0], rows[contrast])
@@ -381,7 +381,7 @@ def test_the_heat_map_holds_every_head_and_its_color_is_its_sign(manner: str) ->
     scales = [panel for panel in ax.child_axes if panel.get_gid() == "scale"]
     assert len(scales) == 1 and scales[0].get_yticklabels()[1].get_text() == "0 nats"
     spans = set()
-    for contrast, panel in zip(CONTRASTS, ax.child_axes[:2], strict=True):
+    for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes[:2], strict=True):
         meshes = {str(one.get_gid()): one for one in panel.collections}
         for kind in ("head", "mlp"):
             mesh = meshes["heads" if kind == "head" else "mlp"]
@@ -395,7 +395,7 @@ def test_the_heat_map_holds_every_head_and_its_color_is_its_sign(manner: str) ->
             assert ((colors[..., 2] > colors[..., 0]) == (values > 0))[far].all()
         assert panel.get_ylim() == (layers, 0)  # the first layer is at the top
     assert len(spans) == 1 and spans.pop()[1] > 0
-    (low, high), most = scales[0].get_ylim(), table[[*CONTRASTS]].abs().max(axis=None)
+    (low, high), most = scales[0].get_ylim(), table[[*CONTRAST_LABELS]].abs().max(axis=None)
     assert -low == high
     bounded = "\N{GREATER-THAN OR EQUAL TO}" in scales[0].get_yticklabels()[2].get_text()
     assert high < most if bounded else high == most
@@ -405,7 +405,7 @@ def test_the_heat_map_holds_every_head_and_its_color_is_its_sign(manner: str) ->
 def test_a_dot_marks_a_part_whose_interval_excludes_zero() -> None:
     ax, table = drawn("parts")
     heads = table[table["kind"] == "head"]
-    for contrast, panel in zip(CONTRASTS, ax.child_axes[:2], strict=True):
+    for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes[:2], strict=True):
         sure = heads[(heads[f"{contrast}_low"] > 0) | (heads[f"{contrast}_high"] < 0)]
         (dots,) = (one for one in panel.collections if one.get_gid() == "sure")
         at = np.asarray(dots.get_offsets())
@@ -434,7 +434,7 @@ def test_parts_that_are_missing_are_grey() -> None:
     mesh = figure.axes[0].child_axes[0].collections[0]
     mask = np.ma.getmaskarray(mesh.get_array()).reshape(12, 9)
     assert np.argwhere(mask).tolist() == [[3, 2]]
-    assert same_color(mesh.cmap.get_bad()[:3], to_rgb(NONE))
+    assert same_color(mesh.cmap.get_bad()[:3], to_rgb(MISSING_COLOR))
     assert "Grey: no such part." in said(figure.texts[1])
 
 
@@ -442,7 +442,7 @@ def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> No
     ax, _ = drawn("top")
     parts = planted(**MANNERS["usual"])["parts"]
     parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
-    size = parts[[*CONTRASTS]].abs().max(axis=1)
+    size = parts[[*CONTRAST_LABELS]].abs().max(axis=1)
     wanted = parts.loc[size.nlargest(10).index]
     words = {"head": "head", "mlp": "MLP", "embedding": "embedding", "bias": "final bias"}
     names = []
@@ -451,7 +451,7 @@ def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> No
             words[kind] + ("" if layer is pd.NA else f" {layer}") + ("" if head is pd.NA else f".{head}")
         )
     assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == names
-    for contrast, panel in zip(CONTRASTS, ax.child_axes, strict=True):
+    for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes, strict=True):
         np.testing.assert_allclose(
             line(panel, contrast), np.stack([wanted[contrast], -np.arange(10.0)], axis=1)
         )
@@ -467,7 +467,7 @@ def test_likeness_has_the_cosine_of_each_pair_on_both_sides() -> None:
     ax, table = drawn("profiles")
     names = [label.get_text() for label in ax.child_axes[0].get_yticklabels()]
     assert sorted(names) == sorted(NAMES[:3])
-    for contrast, panel in zip(CONTRASTS, ax.child_axes[:2], strict=True):
+    for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes[:2], strict=True):
         (mesh,) = panel.collections
         assert (mesh.norm.vmin, mesh.norm.vmax) == (-1, 1)
         values = np.ma.filled(mesh.get_array(), np.nan).reshape(3, 3)
@@ -490,7 +490,7 @@ def test_a_figure_can_be_drawn_again_from_its_csv_alone(manner: str) -> None:
     for stem, (figure, table) in made(manner).items():
         again = pd.read_csv(io.StringIO(table.to_csv(index=False)))
         (words, numbers), (words_again, numbers_again) = map(
-            artists, (figure.axes[0], DRAWN[stem.partition("-")[0]](again))
+            artists, (figure.axes[0], FIGURES[stem.partition("-")[0]](again))
         )
         assert words_again == words, stem
         np.testing.assert_allclose(numbers_again, numbers, atol=1e-9)

@@ -15,11 +15,11 @@ import pytest
 from conftest import save_model, toy_bench, toy_tokenizer
 
 from analysis import endpoint, model_judge, validating
-from analysis.classifier import Classifier
-from analysis.endpoint import Budget, Endpoint
-from analysis.judging import Jury, judge_file
-from analysis.model_judge import LocalChat, ModelJudge
-from analysis.request import Request
+from analysis.classifier import RefusalClassifier
+from analysis.endpoint import CallBudget, EndpointChatModel
+from analysis.judging import JudgeOptions, judge_file
+from analysis.model_judge import LocalChatModel, ModelJudge
+from analysis.request import RunSpec
 from defenses import UserError
 
 waited: list[float] = []  # seconds that an endpoint would have waited before its tries
@@ -73,13 +73,13 @@ def answers(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Endpoint, "_wait", lambda endpoint, seconds: waited.append(seconds))
+    monkeypatch.setattr(EndpointChatModel, "_wait", lambda endpoint, seconds: waited.append(seconds))
     waited.clear()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
 
 
-def jury(address: str, budget: int | None = 50, rubric: Path | None = None) -> Jury:
-    return Jury("model", address, budget, rubric)
+def jury(address: str, budget: int | None = 50, rubric: Path | None = None) -> JudgeOptions:
+    return JudgeOptions("model", address, budget, rubric)
 
 
 def test_an_endpoint_judges_by_the_rubric_and_the_key_shows_nowhere(
@@ -132,7 +132,7 @@ def test_what_has_no_verdict_is_said_and_judged_when_the_file_comes_again(
     assert pd.read_csv(answers.with_name("b.csv"))["refusal"].tolist() == ["full"] * 4 + ["none", "full"]
     # Another judge's verdicts beside these would be taken for one judge's.
     with pytest.raises(UserError, match=r"was judged by model judge at 127\.0\.0\.1, so patterns cannot"):
-        judge_file(first, "response", None, Jury(), answers.with_name("c.csv"))
+        judge_file(first, "response", None, JudgeOptions(), answers.with_name("c.csv"))
 
 
 def test_one_text_that_is_not_read_leaves_the_others_alone(answers: Path) -> None:
@@ -228,7 +228,7 @@ def test_an_endpoint_that_breaks_down_halfway_loses_nothing(answers: Path) -> No
 def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path: Path) -> None:
     (tmp_path / "bare.txt").write_text("full or none?")
     for wanted, said in (
-        (Jury("model"), "--judge-model ID"),
+        (JudgeOptions("model"), "--judge-model ID"),
         (jury("http://127.0.0.1:1/v1#x", budget=None), "say how many with --budget"),
         (jury("http://127.0.0.1:1/v1#x", budget=0), "--budget"),
         (jury("http://127.0.0.1:1/v1"), "write the model's name behind the address"),
@@ -237,8 +237,8 @@ def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path:
         (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "no.txt"), "cannot be read"),
         (jury("http://u:pw@[::1/v1#x"), "this is no address"),
         (jury("http://localhost:abc/v1#x"), "this is no address"),
-        (Jury("patterns", "x"), "--judge-model is for --judge model"),
-        (Jury("patterns", budget=5), "--budget is for --judge model"),
+        (JudgeOptions("patterns", "x"), "--judge-model is for --judge model"),
+        (JudgeOptions("patterns", budget=5), "--budget is for --judge model"),
     ):
         with pytest.raises(UserError, match=said) as error:
             judge_file(answers, "response", None, wanted, None, offline=True)
@@ -246,11 +246,11 @@ def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path:
     with pytest.raises(UserError, match="plain http"):
         judge_file(answers, "response", None, jury("http://example.com/v1#x"), None)
     with pytest.raises(UserError, match="up to 200 calls"):
-        Jury("model", "x", 50, grade=True).refuse_small_budget(100)
+        JudgeOptions("model", "x", 50, grade=True).check_budget(100)
 
 
 def test_texts_are_put_into_the_rubric_once() -> None:
-    filled = model_judge._filled("{request} / {answer}", ["tell {request}", "b"], ["{answer}?", ""])
+    filled = model_judge._fill_rubric("{request} / {answer}", ["tell {request}", "b"], ["{answer}?", ""])
     assert filled == ["{answer}? / tell {request}", "(not known) / b"]
 
 
@@ -262,18 +262,18 @@ def test_replies_are_read_as_people_write_them() -> None:
         "Fully": "",
         "": "",
     }
-    assert {text: model_judge._word(text) for text in words} == words
+    assert {text: model_judge._parse_verdict(text) for text in words} == words
     grades = {"8/10": 8, "Grade: 10": 10, "<think>3</think> 7": 7, "eleven": 0, "0": 0, "75": 0, "**9**": 9}
     grades |= {"On a scale from 1 to 10: 8": 0, "0.5/10": 0, "6 out of 10.": 6}
-    assert {text: model_judge._grade(text) for text in grades} == grades
+    assert {text: model_judge._parse_grade(text) for text in grades} == grades
 
 
 def test_grades_are_numbers_from_one_to_ten() -> None:
     with serving(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, seen):
-        judge = model_judge.model_judge(address, 20, None, True, print)
+        judge = model_judge.load_model_judge(address, 20, None, True, print)
         assert isinstance(judge, ModelJudge)
-        first, second, again = judge.graded(["good", "bad", "good"], ["a", "b", "a"])
-        assert judge.graded(["good"], ["a"]) == [9] and len(seen) == 3  # nonsense twice; no answer twice
+        first, second, again = judge.grade_responses(["good", "bad", "good"], ["a", "b", "a"])
+        assert judge.grade_responses(["good"], ["a"]) == [9] and len(seen) == 3  # nonsense twice; no answer twice
     assert first == again == 9 and second != second
 
 
@@ -286,14 +286,14 @@ def test_a_local_chat_model_that_talks_nonsense_leaves_answers_unjudged(
 
 
 def test_a_local_chat_model_is_asked_within_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaker = LocalChat(toy_bench(), Budget(2))
-    found = speaker.replies(["a", "b " * 3000, "c", "d"], lambda text: True, lambda count: None)
+    speaker = LocalChatModel(toy_bench(), CallBudget(2))
+    found = speaker.generate_replies(["a", "b " * 3000, "c", "d"], lambda text: True, lambda count: None)
     assert [why for _, why in found] == ["", "longer than the judge reads", "", "budget spent"]
-    assert speaker.replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
-    judge = ModelJudge(LocalChat(toy_bench(), Budget(2)), "{request}{answer}")
-    assert judge.verdicts(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
+    assert speaker.generate_replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
+    judge = ModelJudge(LocalChatModel(toy_bench(), CallBudget(2)), "{request}{answer}")
+    assert judge.judge_responses(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
     monkeypatch.setattr(model_judge, "_word", lambda text: "partial")
-    assert judge.verdicts(["x"], ["y"])[0].refusal == "partial"
+    assert judge.judge_responses(["x"], ["y"])[0].refusal == "partial"
 
 
 def classifier(folder: Path, labels: dict[int, str]) -> Path:
@@ -315,25 +315,25 @@ def classifier(folder: Path, labels: dict[int, str]) -> Path:
 
 def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Path) -> None:
     name = str(classifier(tmp_path / "c", {0: "NORMAL", 1: "REJECTION"}))
-    judge = model_judge.model_judge(name, 5, None, True, print)
-    assert isinstance(judge, Classifier) and judge.refusing == (1,)
-    wide = Classifier(judge.name, judge.model, judge.tokenizer, (1,), Budget(40))
-    found = wide.verdicts(TEXTS, [""] * 20)
-    alone = [wide.verdicts([text], [""])[0] for text in TEXTS]
+    judge = model_judge.load_model_judge(name, 5, None, True, print)
+    assert isinstance(judge, RefusalClassifier) and judge.refusal_labels == (1,)
+    wide = RefusalClassifier(judge.name, judge.model, judge.tokenizer, (1,), CallBudget(40))
+    found = wide.judge_responses(TEXTS, [""] * 20)
+    alone = [wide.judge_responses([text], [""])[0] for text in TEXTS]
     assert [one.refusal for one in found] == [one.refusal for one in alone]
     assert {one.refusal for one in found} == {"full", "none"}
-    assert [one.refusal for one in judge.verdicts(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
+    assert [one.refusal for one in judge.judge_responses(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
     with pytest.raises(UserError, match="no label of this classifier"):
-        model_judge.model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
+        model_judge.load_model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
 
 
 def test_the_endpoint_says_where_texts_go() -> None:
     told: list[str] = []
-    Endpoint.at("https://judge.example.com/v1#m", 5, False, told.append)
+    EndpointChatModel.from_address("https://judge.example.com/v1#m", 5, False, told.append)
     assert told == [
         "requests and answers are sent to judge.example.com to be judged, with the key in OPENAI_API_KEY"
     ]
-    Endpoint.at("http://localhost:8000/v1#m", 5, True, told.append)
+    EndpointChatModel.from_address("http://localhost:8000/v1#m", 5, True, told.append)
     assert len(told) == 1
 
 
@@ -343,14 +343,14 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "toy")
-    request = Request(str(tmp_path / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    request = RunSpec(str(tmp_path / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
 
     def judging(prompt: str, n: int) -> tuple[int, str]:
         return (200, "7") if "1 to 10" in prompt else (200, ("full", "none")[n % 2])
 
     with serving(judging) as (address, seen):
-        wanted = Jury("model", address, 500, None, grade=True)
-        assert validating.validate(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
+        wanted = JudgeOptions("model", address, 500, None, grade=True)
+        assert validating.validate_readouts(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
     verdicts = [one for one in seen if "full, partial or none" in one["messages"][0]["content"]]
     assert len(verdicts) == 24 and len(seen) > 24
     worth = pd.read_csv(tmp_path / "out" / "worth.csv")
@@ -360,13 +360,13 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
     assert about["name"] == "model judge at 127.0.0.1" and about["budget"] == 500 and about["rubric_sha256"]
     failing = serving(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
     with failing as (address, _), pytest.raises(UserError, match=r"gives no more verdicts: .*no more"):
-        validating.validate(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
+        validating.validate_readouts(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
     found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("defense")
     assert list(found.index) == ["none", "policy"] and 0 < found.loc["policy", "unjudged"] < 12
     failing = serving(lambda prompt, n: (401, "no key"))
     with failing as (address, _), pytest.raises(UserError, match="gives no more verdicts"):
-        validating.validate(request, ["policy"], [], tmp_path / "three", jury(address), 2)
+        validating.validate_readouts(request, ["policy"], [], tmp_path / "three", jury(address), 2)
     found = pd.read_csv(tmp_path / "three" / "validity.csv")
     assert found["n"].tolist() == [0] and found["trusted"].tolist() == ["cannot tell"]
     with pytest.raises(UserError, match="up to 24 calls of the judge are needed"):
-        validating.validate(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)
+        validating.validate_readouts(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)

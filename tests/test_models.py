@@ -13,23 +13,23 @@ from conftest import FAMILIES, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
 from analysis import models, states
-from analysis.known_models import TABLE
+from analysis.known_models import MODEL_REGISTRY
 from analysis.models import LoadedModel
-from analysis.rendering import Renderer
+from analysis.rendering import ChatTemplate
 from defenses import UserError
 
 
 def test_rows_are_unique_and_look_like_models_of_the_hub() -> None:
-    assert len({card.repo for card in TABLE.values()}) == len(TABLE)
-    for name, card in TABLE.items():
+    assert len({card.repo for card in MODEL_REGISTRY.values()}) == len(MODEL_REGISTRY)
+    for name, card in MODEL_REGISTRY.items():
         assert name == card.name and re.fullmatch(r"[a-z0-9.-]+", name)
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", card.repo)
         assert card.gated == card.repo.startswith(("meta-llama/", "google/"))
 
 
 def test_the_promised_names_are_there() -> None:
-    assert TABLE["llama2"].repo == "meta-llama/Llama-2-7b-chat-hf"
-    families = " ".join(card.repo.lower() for card in TABLE.values())
+    assert MODEL_REGISTRY["llama2"].repo == "meta-llama/Llama-2-7b-chat-hf"
+    families = " ".join(card.repo.lower() for card in MODEL_REGISTRY.values())
     for family in (
         "smollm2",
         "llama-3",
@@ -45,16 +45,16 @@ def test_the_promised_names_are_there() -> None:
 
 
 def test_vicunas_template_is_the_format_it_was_tuned_on() -> None:
-    renderer = Renderer(toy_tokenizer(TABLE["vicuna"].template, "metaspace"))
+    renderer = ChatTemplate(toy_tokenizer(MODEL_REGISTRY["vicuna"].chat_template, "metaspace"))
     chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
-    text = renderer.render([{"role": role, "content": content} for role, content in chat]).text
+    text = renderer.render_prompt([{"role": role, "content": content} for role, content in chat]).text
     assert text == "<s>Be kind. USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT:"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 def test_a_saved_folder_comes_back_as_it_was(tmp_path: Path, family: str, kind: str) -> None:
-    loaded = models.load(str(save_model(tmp_path / "toy", family, "llama2", kind)))
+    loaded = models.load_model(str(save_model(tmp_path / "toy", family, "llama2", kind)))
     want = tiny_model(family)
     assert not loaded.model.training and loaded.model.dtype == torch.float32
     assert all(
@@ -64,7 +64,7 @@ def test_a_saved_folder_comes_back_as_it_was(tmp_path: Path, family: str, kind: 
     text = "<s>[INST] Tell me [/INST] Caf\u00e9"
     assert loaded.tokenizer.encode(text) == plain.encode(text)
     assert loaded.tokenizer.chat_template == plain.chat_template
-    assert loaded.context == 2048
+    assert loaded.context_length == 2048
     assert loaded.origin["id"] == "toy" and len(loaded.origin["sha256"]) == 64
     assert models.load_tokenizer(str(tmp_path / "toy")).encode(text) == plain.encode(text)
 
@@ -84,13 +84,13 @@ def test_the_tokenizer_json_is_taken_as_it_is_whatever_class_the_folder_names(tm
     config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     tokenizer = models.load_tokenizer(str(tmp_path))
-    prompt = Renderer(tokenizer).render([{"role": "user", "content": "Hi"}])
+    prompt = ChatTemplate(tokenizer).render_prompt([{"role": "user", "content": "Hi"}])
     assert tokenizer.convert_ids_to_tokens(prompt.ids)[:3] == ["<s>", "\u2581", "["]
 
 
 def refused(match: str, *args: Any, **kwargs: Any) -> None:
     with pytest.raises(UserError, match=match) as error:
-        models.load(*args, **kwargs)
+        models.load_model(*args, **kwargs)
     assert "\n" not in str(error.value)
 
 
@@ -178,9 +178,9 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere() -> None:
-    assert models._dtype("auto", torch.device("cpu")) == torch.float32
-    assert models._dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert models._dtype("bf16", torch.device("cpu")) == models._dtype("bfloat16", torch.device("cpu"))
+    assert models._choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert models._choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert models._choose_dtype("bf16", torch.device("cpu")) == models._choose_dtype("bfloat16", torch.device("cpu"))
 
 
 def test_what_does_not_fit_one_card_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,29 +189,29 @@ def test_what_does_not_fit_one_card_is_spread(tmp_path: Path, monkeypatch: pytes
 
     def free(amount: float) -> Any:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(amount), 10 * size))
-        return models._device_map(folder, cuda, torch.float32)
+        return models._choose_device_map(folder, cuda, torch.float32)
 
     assert free(1.2 * size) == cuda
     assert free(size) == "auto"
-    assert models._device_map(folder, torch.device("cpu"), torch.float32) == torch.device("cpu")
+    assert models._choose_device_map(folder, torch.device("cpu"), torch.float32) == torch.device("cpu")
 
 
 def test_a_bfloat16_load_is_bfloat16(tmp_path: Path) -> None:
-    loaded = models.load(str(save_model(tmp_path)), dtype="bfloat16")
+    loaded = models.load_model(str(save_model(tmp_path)), dtype="bfloat16")
     assert {value.dtype for value in loaded.model.parameters()} == {torch.bfloat16}
 
 
 def test_a_secret_belongs_to_name_and_vocabulary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     one, two = toy_tokenizer("chatml", "bytes"), toy_tokenizer("chatml", "metaspace")
-    folders = [states.host(name, tok).secrets[0] for name, tok in (("a/b", one), ("a/c", one), ("a/b", two))]
+    folders = [states.build_model_info(name, tok).secret_folders[0] for name, tok in (("a/b", one), ("a/c", one), ("a/b", two))]
     assert len(set(folders)) == 3
-    assert states.host("a/b", toy_tokenizer("llama2", "bytes")).secrets[0] == folders[0]
+    assert states.build_model_info("a/b", toy_tokenizer("llama2", "bytes")).secret_folders[0] == folders[0]
     assert all(folder.parent == tmp_path / "refusalscope" / "secrets" for folder in folders)
 
 
 @pytest.mark.embedded
 def test_the_embedded_model_is_what_the_table_says(smollm2: LoadedModel) -> None:
     assert smollm2.origin["sha256"] == models.SMOLLM2_SHA256
-    assert smollm2.model.config.model_type == "llama" and smollm2.context >= 2048
+    assert smollm2.model.config.model_type == "llama" and smollm2.context_length >= 2048
     assert smollm2.model.get_output_embeddings().weight is smollm2.model.get_input_embeddings().weight

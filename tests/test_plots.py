@@ -19,17 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation, Text
 
-from analysis.captions import TITLES, Context, of_attacks, of_plane
-from analysis.curves import attack_cells, margin_curves, plane_points, roc_points
-from analysis.grid import grid
-from analysis.lettering import complete, fit, width_of, wrap
+from analysis.captions import FIGURE_TITLES, CaptionContext, caption_attack_grid, caption_plane
+from analysis.curves import build_attack_cells, build_margin_curves, build_plane_points, build_roc_points
+from analysis.grid import draw_attack_grid
+from analysis.lettering import finish_figure, fit_text, measure_text_width, wrap_text
 from analysis.palette import BLACK, GREY
-from analysis.plane import plane
-from analysis.plots import margins, roc
-from analysis.points import of_analysis
+from analysis.plane import draw_plane
+from analysis.plots import draw_margins, draw_roc
+from analysis.points import build_analysis_points
 
 THRESHOLD = -1.0
-RUN = Context("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
+RUN = CaptionContext("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
 FAMILIES = ("reminders", "backdoor", "refactoring", "noise", "tuning", "steering", "control")
 ESTIMATES = ("refusal_rate", "over_refusal_rate", "auroc", "delta_auroc", "shift", "discrimination")
 
@@ -62,8 +62,8 @@ def planted(defenses: int, manner: str = "usual", n: int = 24, attack: str = "di
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(summary)
 
 
-def figures(scores: pd.DataFrame, summary: pd.DataFrame, run: Context = RUN) -> Any:
-    return pictures(of_analysis(scores, summary, run.threshold), run)
+def figures(scores: pd.DataFrame, summary: pd.DataFrame, run: CaptionContext = RUN) -> Any:
+    return pictures(build_analysis_points(scores, summary, run.threshold), run)
 
 
 @cache
@@ -119,8 +119,8 @@ def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
 
 @pytest.mark.parametrize("defenses", [2, 8])
 def test_margins_draws_the_densities_of_the_table_above_and_below_each_row(defenses: int) -> None:
-    curves = margin_curves(*planted(defenses), THRESHOLD)
-    ax = margins(curves)
+    curves = build_margin_curves(*planted(defenses), THRESHOLD)
+    ax = draw_margins(curves)
     lines = by_gid(ax)
     scale = 0.44 / curves["density"].max()
     names = list(dict.fromkeys(curves["defense"]))
@@ -135,7 +135,7 @@ def test_margins_draws_the_densities_of_the_table_above_and_below_each_row(defen
 
 
 def test_densities_hold_one_and_medians_move_by_the_planted_shift() -> None:
-    curves = margin_curves(*planted(5), THRESHOLD)
+    curves = build_margin_curves(*planted(5), THRESHOLD)
     for _, half in curves.groupby(["defense", "harmful"]):
         assert np.trapezoid(half["density"], half["margin"]) == pytest.approx(1, abs=0.01)
     median = curves.groupby(["defense", "harmful"])["median"].first()
@@ -145,8 +145,8 @@ def test_densities_hold_one_and_medians_move_by_the_planted_shift() -> None:
 
 
 def test_plane_puts_each_defense_at_its_estimates_with_both_intervals() -> None:
-    points = plane_points(planted(8)[1])
-    ax = plane(points)
+    points = build_plane_points(planted(8)[1])
+    ax = draw_plane(points)
     assert "none" not in set(points["defense"])
     for family, group in points.groupby("family"):
         np.testing.assert_allclose(points_of(ax)[str(family)], group[["shift", "discrimination"]])
@@ -162,8 +162,8 @@ def test_plane_puts_each_defense_at_its_estimates_with_both_intervals() -> None:
 
 def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
     scores, summary = planted(8)
-    points = roc_points(scores, summary, THRESHOLD)
-    lines = by_gid(roc(points))
+    points = build_roc_points(scores, summary, THRESHOLD)
+    lines = by_gid(draw_roc(points))
     for name, curve in points.groupby("defense"):
         rates = curve[["benign_refused", "harmful_refused"]]
         np.testing.assert_array_equal(lines[str(name)].get_xydata(), rates)
@@ -176,7 +176,7 @@ def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
 def test_area_under_the_drawn_curve_is_the_auroc_also_with_ties() -> None:
     scores, summary = planted(2)
     scores["margin"] = scores["margin"].round()  # many ties
-    for name, curve in roc_points(scores, summary, THRESHOLD).groupby("defense"):
+    for name, curve in build_roc_points(scores, summary, THRESHOLD).groupby("defense"):
         ends = curve[["benign_refused", "harmful_refused"]].iloc[[0, -1]]
         assert ends.to_numpy().tolist() == [[0, 0], [1, 1]]
         rows = scores[scores["defense"] == name]
@@ -188,7 +188,7 @@ def test_area_under_the_drawn_curve_is_the_auroc_also_with_ties() -> None:
 @pytest.mark.parametrize("kind", ["margins", "plane", "roc"])
 def test_a_figure_can_be_drawn_again_from_its_csv_alone(kind: str) -> None:
     table = made(8, "usual")[kind][1]
-    draw = {"margins": margins, "plane": plane, "roc": roc}[kind]
+    draw = {"margins": draw_margins, "plane": draw_plane, "roc": draw_roc}[kind]
     again = pd.read_csv(io.StringIO(table.to_csv(index=False)))
     (words, numbers), (words_again, numbers_again) = artists(draw(table)), artists(draw(again))
     assert words_again == words
@@ -197,17 +197,17 @@ def test_a_figure_can_be_drawn_again_from_its_csv_alone(kind: str) -> None:
 
 def test_controls_are_grey_and_defenses_are_not() -> None:
     scores, summary = planted(7)
-    ax = plane(plane_points(summary))
+    ax = draw_plane(build_plane_points(summary))
     colors = {
         str(c.get_label()): c.get_facecolor()[0] for c in ax.collections if str(c.get_label()) in FAMILIES
     }
     assert {
         family for family, color in colors.items() if same_color(color, (*mpl.colors.to_rgb(GREY), 1))
     } == {"control"}
-    lines = by_gid(roc(roc_points(scores, summary, THRESHOLD)))
+    lines = by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
     grey = {name for name, line in lines.items() if same_color(line.get_color(), GREY)}
     assert grey == {"control-6", "control-6 mark", "chance"}
-    labels = margins(margin_curves(scores, summary, THRESHOLD)).get_yticklabels()
+    labels = draw_margins(build_margin_curves(scores, summary, THRESHOLD)).get_yticklabels()
     assert [text.get_text() for text in labels if text.get_color() != BLACK] == ["control-6 (control)"]
 
 
@@ -216,7 +216,7 @@ def test_past_six_defenses_roc_colors_those_whose_auroc_differs_most() -> None:
     summary.loc[
         summary["defense"] == "steering-5", "delta_auroc"
     ] = -0.9  # a great loss is a great difference
-    lines = by_gid(roc(roc_points(scores, summary, THRESHOLD)))
+    lines = by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
     colored = {n for n in summary["defense"] if not same_color(lines[n].get_color(), GREY)} - {"none"}
     change = summary[~summary["family"].isin(["none", "control"])].set_index("defense")["delta_auroc"].abs()
     assert len(colored) == 6
@@ -264,7 +264,7 @@ def test_names_are_written_as_they_are_whatever_signs_they_hold() -> None:
     scores, summary = planted(2)
     strange = {"reminders-0": "pay $5$ or\n$9", "backdoor-1": "\u62b1\u6b49_^{x"}
     scores, summary = scores.replace({"defense": strange}), summary.replace({"defense": strange})
-    run = Context("m" * 300, "data", "test", THRESHOLD, ("\u62b1\u6b49",))
+    run = CaptionContext("m" * 300, "data", "test", THRESHOLD, ("\u62b1\u6b49",))
     for figure, _ in figures(scores, summary, run).values():
         FigureCanvasAgg(figure).draw()  # a glyph that the font lacks would warn here
         shown = " ".join(text.get_text() for text in written(figure))
@@ -298,7 +298,7 @@ def test_several_attacks_give_a_figure_each_and_one_axes_takes_one() -> None:
     ]
     assert list(drawn) == [*stems, "attacks"]
     assert set(drawn["plane-.-my-attack.py"][1]["attack"]) == {"./my attack.py"}
-    for draw, table in ((margins, margin_curves(scores, summary, 0)), (plane, summary)):
+    for draw, table in ((draw_margins, build_margin_curves(scores, summary, 0)), (draw_plane, summary)):
         with pytest.raises(ValueError, match=r"one attack, got 'direct', '\./my attack\.py'"):
             draw(table)
 
@@ -318,8 +318,8 @@ def cells_of(ax: Axes) -> dict[str, str]:
 def test_the_grid_writes_and_colors_what_its_table_says() -> None:
     scores, summary = attacked(3, ["direct", "base64"])
     doubtful = (summary["attack"] == "base64") & (summary["defense"] == "backdoor-1")
-    cells = attack_cells(scores, summary.assign(trusted=np.where(doubtful, "not trusted", "")), THRESHOLD)
-    ax = grid(cells)
+    cells = build_attack_cells(scores, summary.assign(trusted=np.where(doubtful, "not trusted", "")), THRESHOLD)
+    ax = draw_attack_grid(cells)
     written_in = cells_of(ax)
     assert len(written_in) == 3 * len(cells) == 24
     harmful = scores[scores["harmful"]].groupby(["attack", "defense"])["margin"].mean()
@@ -346,9 +346,9 @@ def test_the_grid_writes_and_colors_what_its_table_says() -> None:
 def test_the_grid_groups_families_behind_the_undefended_and_marks_what_is_missing() -> None:
     scores, summary = attacked(9, ["direct", "base64"])
     lost = (summary["attack"] == "base64") & (summary["defense"] == "noise-3")
-    cells = attack_cells(scores, summary[~lost], THRESHOLD)
+    cells = build_attack_cells(scores, summary[~lost], THRESHOLD)
     cells.loc[1, "margin"] = np.nan
-    ax = grid(cells.sample(frac=1, random_state=0))
+    ax = draw_attack_grid(cells.sample(frac=1, random_state=0))
     names = sorted((t for t in ax.texts if t.get_ha() == "right"), key=lambda text: -text.get_position()[1])
     wanted = ["undefended", "reminders-0", "reminders-7", "backdoor-1", "backdoor-8", "refactoring-2"]
     found = [text.get_text() for text in names]
@@ -367,13 +367,13 @@ def test_the_grid_can_be_read_at_any_size_and_drawn_from_its_csv(
     names = ["direct", *(f"attack_with_a_name_{number}+ignore" for number in range(1, attacks))]
     scores, summary = attacked(defenses, names, manner)
     summary.loc[0, "trusted"] = "not trusted"
-    cells = attack_cells(scores, summary, THRESHOLD)
-    figure = complete(grid(cells), TITLES["attacks"], of_attacks(cells, RUN))
+    cells = build_attack_cells(scores, summary, THRESHOLD)
+    figure = finish_figure(draw_attack_grid(cells), FIGURE_TITLES["attacks"], caption_attack_grid(cells, RUN))
     readable("attacks", figure, written)
     width = figure.get_size_inches()[0]
     assert width < 11, "a page takes it"
     text = io.StringIO(cells.to_csv(index=False, float_format="%.7g"))
-    again = grid(pd.read_csv(text))
+    again = draw_attack_grid(pd.read_csv(text))
     (ax,) = figure.axes
     assert cells_of(again) == cells_of(ax)
     caption = figure.texts[1].get_text().replace("\n", " ").replace("\u00a0", " ")
@@ -386,7 +386,7 @@ def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> N
     settings, kept = dict(mpl.rcParams), (scores.copy(), summary.copy())
     axes = Figure(figsize=(15, 5)).subplots(1, 3)
     drawn = figures(scores, summary)
-    for ax, draw, kind in zip(axes, (margins, plane, roc), ("margins", "plane", "roc"), strict=True):
+    for ax, draw, kind in zip(axes, (draw_margins, draw_plane, draw_roc), ("margins", "plane", "roc"), strict=True):
         assert draw(drawn[kind][1], ax) is ax
     assert dict(mpl.rcParams) == settings
     pd.testing.assert_frame_equal(scores, kept[0])
@@ -395,13 +395,13 @@ def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> N
 
 def test_wrapped_lines_fit_their_width_and_lose_no_sign() -> None:
     text = "a_long/name-with+joints and " + "x" * 80 + " at \u22121.00\u00a0nats"
-    lines = wrap(text, 100, 8)
-    assert max(width_of(line, 8) for line in lines) <= 100
+    lines = wrap_text(text, 100, 8)
+    assert max(measure_text_width(line, 8) for line in lines) <= 100
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    short = fit("x" * 40 + "-end", 60, 8, most=1)
+    short = fit_text("x" * 40 + "-end", 60, 8, max_lines=1)
     assert short.startswith("x")
     assert short.endswith("-end")
-    assert width_of(short, 8) <= 60
+    assert measure_text_width(short, 8) <= 60
 
 
 def test_a_few_far_points_do_not_make_one_blot_of_the_others() -> None:
@@ -413,13 +413,13 @@ def test_a_few_far_points_do_not_make_one_blot_of_the_others() -> None:
             row |= {f"{name}{end}": value + gap for end, gap in (("", 0), ("_low", -0.1), ("_high", 0.1))}
         rows.append(row)
     points = pd.DataFrame(rows)
-    ax = plane(points)
+    ax = draw_plane(points)
     assert ax.get_xscale() == "symlog" and ax.get_xlim()[1] > 20
     places = ax.transData.transform(points[["shift", "discrimination"]].to_numpy(float))[1:, 0]
     # The crowd, which is 0.55 of 20 nats wide, takes more than a tenth of the axis.
     assert places.max() - places.min() > 0.1 * ax.get_window_extent().width
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "0.5", "1", "2", "5", "10", "20"]
-    context = Context("smollm2", "twins", "test", 0.0, ("I",))
-    assert "logarithmic beyond ±0.5" in of_plane(points, context)
-    assert plane(points[1:]).get_xscale() == "linear"
-    assert "logarithmic" not in of_plane(points[1:], context)
+    context = CaptionContext("smollm2", "twins", "test", 0.0, ("I",))
+    assert "logarithmic beyond ±0.5" in caption_plane(points, context)
+    assert draw_plane(points[1:]).get_xscale() == "linear"
+    assert "logarithmic" not in caption_plane(points[1:], context)

@@ -9,58 +9,58 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, FAMILIES, TEMPLATES, toy_bench
+from conftest import derive_readout, CHATML, FAMILIES, TEMPLATES, toy_bench
 
 import defenses
 from analysis import preflight, queries
-from analysis.attacks import get
-from analysis.bench import Bench
+from analysis.attacks import get_attack
+from analysis.bench import ModelSession
 from analysis.models import LoadedModel
-from analysis.preflight import Check
+from analysis.preflight import PreflightCheck
 from analysis.queries import Query
 from analysis.readout import Readout
-from analysis.rendering import Prompt, Renderer
-from analysis.run import conditions
-from defenses import Chat, Defense, Host
+from analysis.rendering import Prompt, ChatTemplate
+from analysis.run import build_conditions
+from defenses import Chat, Defense, ModelInfo
 from defenses.backdoor import Backdoor, Secret
-from defenses.chats import begin_answer, parted
-from defenses.tokens import random_text
+from defenses.chats import prefill_response, split_prefill
+from defenses.tokens import draw_random_text
 
 KINDS = ("bytes", "metaspace")
-ASKED = queries.sample(queries.load("twins").queries, 2)
+ASKED = queries.sample_queries(queries.load_queries("twins").queries, 2)
 READOUT = Readout("words", ("I", "Sure"), (301, 302), (1.0, -1.0))
-REMINDER = defenses.get("safety_prompt")
+REMINDER = defenses.get_defense("safety_prompt")
 
 
-def backdoor(bench: Bench, length: int = 20) -> Backdoor:
-    text = random_text(bench.loaded.tokenizer, length, random.Random(0))
+def backdoor(bench: ModelSession, length: int = 20) -> Backdoor:
+    text = draw_random_text(bench.loaded_model.tokenizer, length, random.Random(0))
     return Backdoor(length=length, secret=Secret(text))
 
 
 def check(
-    bench: Bench, defense: Defense = REMINDER, asked: list[Query] = ASKED, readout: Readout = READOUT
-) -> list[Check]:
-    return preflight.check(bench, defense.name, defense, asked, readout)
+    bench: ModelSession, defense: Defense = REMINDER, asked: list[Query] = ASKED, readout: Readout = READOUT
+) -> list[PreflightCheck]:
+    return preflight.check_condition(bench, defense.name, defense, asked, readout)
 
 
 def failed(*args: Any, **kwargs: Any) -> dict[str, str]:
-    return {one.name: one.seen for one in check(*args, **kwargs) if not one.passed}
+    return {one.name: one.observed for one in check(*args, **kwargs) if not one.passed}
 
 
 # Kinds of tokenizer take turns.
 @pytest.mark.parametrize(("template", "kind"), list(zip(TEMPLATES, cycle(KINDS), strict=False)))
 def test_every_defense_passes_with_every_template(template: str, kind: str) -> None:
     bench = toy_bench("llama", template, kind)
-    host = Host("toy", bench.loaded.tokenizer, ())
-    chosen = [defenses.get(name) for name in defenses.names() if name not in ("backdoor", "random_tokens")]
+    host = ModelInfo("toy", bench.loaded_model.tokenizer, ())
+    chosen = [defenses.get_defense(name) for name in defenses.list_defense_names() if name not in ("backdoor", "random_tokens")]
     ready = [backdoor(bench), *(defense.prepare(host) for defense in chosen)]
-    for name, defense in conditions(ready).items():
+    for name, defense in build_conditions(ready).items():
         assert not failed(bench, defense), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_models_passes(family: str) -> None:
-    checks = check(toy_bench(family), defenses.get("in_context_refusal"))
+    checks = check(toy_bench(family), defenses.get_defense("in_context_refusal"))
     assert all(one.passed for one in checks)
     assert {"engine equals plain pass", "one equals many", "coverage"} <= {one.name for one in checks}
 
@@ -88,9 +88,9 @@ def test_a_tokenizer_that_composes_letters_raises_no_false_alarm() -> None:
     from tokenizers.normalizers import NFC
 
     bench = toy_bench("llama", "qwen2.5")
-    bench.loaded.tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's does
+    bench.loaded_model.tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's does
     assert (
-        "\u0301" not in bench.renderer.render([{"role": "user", "content": HARD["decomposed letters"]}]).text
+        "\u0301" not in bench.chat_template.render_prompt([{"role": "user", "content": HARD["decomposed letters"]}]).text
     )
     assert not failed(bench, REMINDER, [Query("q1", HARD["decomposed letters"], True)])
 
@@ -133,7 +133,7 @@ def test_changed_user_words_are_found_unless_the_family_may_change_them() -> Non
 
 
 def test_words_that_an_attack_encoded_are_looked_for_as_it_sent_them() -> None:
-    encoded = toy_bench().under(get("base64"))
+    encoded = toy_bench().with_attack(get_attack("base64"))
     assert not failed(encoded)
     assert failed(encoded, Rewords()).keys() == {"user's words survive"}
 
@@ -145,7 +145,7 @@ class Begins(Defense):
     instead: bool = False
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        return begin_answer(parted(chat)[0] if self.instead else chat, "With care:\n\n")
+        return prefill_response(split_prefill(chat)[0] if self.instead else chat, "With care:\n\n")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -153,49 +153,49 @@ def test_an_answer_that_is_begun_ends_the_prompt_and_one_that_is_lost_is_found(t
     for kind in KINDS:
         bench = toy_bench("llama", template, kind)
         assert not failed(bench, Begins())
-        attacked = bench.under(get("prefill"))
+        attacked = bench.with_attack(get_attack("prefill"))
         assert not failed(attacked, Begins())
         assert failed(attacked, Begins(instead=True)).keys() == {"answer begins at the end"}
-    assert "answer begins at the end" in failed(toy_bench().under(get("prefill")), Late())
+    assert "answer begins at the end" in failed(toy_bench().with_attack(get_attack("prefill")), Late())
 
 
-class Deaf(Renderer):
+class Deaf(ChatTemplate):
     """The mistake of leaving the beginning of the answer out."""
 
     def render(self, chat: Chat) -> Prompt:
-        return replace(super().render(parted(chat)[0]), begun=parted(chat)[1])
+        return replace(super().render_prompt(split_prefill(chat)[0]), prefill=split_prefill(chat)[1])
 
 
 def test_a_beginning_that_is_not_in_the_tokens_is_found() -> None:
-    bench = broken("chatml", Deaf).under(get("prefill"))
+    bench = broken("chatml", Deaf).with_attack(get_attack("prefill"))
     assert failed(bench).keys() == {"answer begins at the end"}
 
 
-class Doubling(Renderer):
+class Doubling(ChatTemplate):
     """The mistake of rendering to text and tokenizing again."""
 
     def render(self, chat: Chat) -> Prompt:
-        prompt = super().render(chat)
+        prompt = super().render_prompt(chat)
         return replace(prompt, ids=(self.tokenizer.bos_token_id, *prompt.ids))
 
 
-class Cutting(Renderer):
+class Cutting(ChatTemplate):
     """The mistake of a tokenizer that truncates."""
 
     def render(self, chat: Chat) -> Prompt:
-        prompt = super().render(chat)
-        return replace(prompt, ids=prompt.ids[:-3], text=self.decode(prompt.ids[:-3]))
+        prompt = super().render_prompt(chat)
+        return replace(prompt, ids=prompt.ids[:-3], text=self.decode_tokens(prompt.ids[:-3]))
 
 
-class Thinking(Renderer):
+class Thinking(ChatTemplate):
     """The mistake of not closing what the template opens."""
 
     closing = ""  # type: ignore[assignment]
 
 
-def broken(template: str, kind: type[Renderer]) -> Bench:
+def broken(template: str, kind: type[ChatTemplate]) -> ModelSession:
     bench = toy_bench("llama", template)
-    return replace(bench, renderer=kind(bench.loaded.tokenizer))
+    return replace(bench, chat_template=kind(bench.loaded_model.tokenizer))
 
 
 def test_a_doubled_bos_is_found() -> None:
@@ -229,10 +229,10 @@ def test_a_template_without_a_generation_prompt_is_found() -> None:
 
 def test_a_prompt_as_long_as_the_context_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = toy_bench()
-    longest = max(len(prompt.ids) for query in ASKED for prompt in bench.prompts(REMINDER, query))
+    longest = max(len(prompt.ids) for query in ASKED for prompt in bench.render_query(REMINDER, query))
     monkeypatch.setattr(LoadedModel, "context", longest)
     monkeypatch.setattr(
-        Bench,
+        ModelSession,
         "every_prompt",
         lambda self, defense, queries: [
             [self.renderer.render(defense.rewrite(self.attack.chat(query), random.Random(0)))]
@@ -262,14 +262,14 @@ def test_a_secret_that_the_template_breaks_up_is_found() -> None:
 def test_no_check_shows_the_secret(template: str) -> None:
     bench = toy_bench("llama", template)
     defense = backdoor(bench)
-    longest = max(defense.secrets()[0].split(), key=len)
-    assert all(longest not in one.seen for one in check(bench, defense))
+    longest = max(defense.secret_texts()[0].split(), key=len)
+    assert all(longest not in one.observed for one in check(bench, defense))
 
 
 def test_an_engine_that_loses_count_of_positions_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = toy_bench()
     engine = type(bench.engine)
-    right = engine._logits
+    right = engine._compute_suffix_logits
     monkeypatch.setattr(
         engine,
         "_logits",
@@ -281,7 +281,7 @@ def test_an_engine_that_loses_count_of_positions_is_found(monkeypatch: pytest.Mo
 def test_an_engine_whose_batches_depend_on_each_other_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = toy_bench()
     engine = type(bench.engine)
-    right = engine._logits
+    right = engine._compute_suffix_logits
     monkeypatch.setattr(
         engine,
         "_logits",
@@ -311,7 +311,7 @@ def test_the_margins_are_those_of_the_armed_model() -> None:
             return chat
 
         @contextmanager
-        def armed(self, model: Any) -> Any:
+        def apply_to(self, model: Any) -> Any:
             armed.append("on")
             yield
             armed.append("off")
@@ -322,10 +322,10 @@ def test_the_margins_are_those_of_the_armed_model() -> None:
 
 @pytest.mark.embedded
 def test_the_embedded_model_passes_under_its_backdoor(smollm2: LoadedModel) -> None:
-    bench = Bench.of(smollm2)
-    readout = bench.words(ASKED, defenses.get("none"))
-    for name, defense in conditions([defenses.get("none"), backdoor(bench, 150)]).items():
+    bench = ModelSession.from_model(smollm2)
+    readout = derive_readout(bench, ASKED, defenses.get_defense("none"))
+    for name, defense in build_conditions([defenses.get_defense("none"), backdoor(bench, 150)]).items():
         checks = check(bench, defense, readout=readout)
         assert all(one.passed for one in checks), name
-        apart = next(one.seen for one in checks if one.name == "engine equals plain pass")
+        apart = next(one.observed for one in checks if one.name == "engine equals plain pass")
         assert float(apart.split()[0]) <= 1e-4

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 
 from analysis import data_folder
-from analysis.queries import SPLITS, Query, QuerySet, default_split, load, sample
+from analysis.queries import SPLIT_NAMES, Query, QuerySet, choose_default_split, load_queries, sample_queries
 from defenses.errors import UserError
 
-CONTRAST = load("contrast")
+CONTRAST = load_queries("contrast")
 
 
 def written(folder, name, content):
@@ -20,7 +20,7 @@ def written(folder, name, content):
 
 
 def test_the_shipped_sets_are_views_of_one_file():
-    kinds = {name: {query.kind for query in load(name).queries} for name in ("contrast", "twins", "plain")}
+    kinds = {name: {query.kind for query in load_queries(name).queries} for name in ("contrast", "twins", "plain")}
     assert kinds == {
         "contrast": {"harmful", "twin", "plain"},
         "twins": {"harmful", "twin"},
@@ -28,23 +28,23 @@ def test_the_shipped_sets_are_views_of_one_file():
     }
     assert len(CONTRAST.queries) == 600
     digest = hashlib.sha256((data_folder() / "contrast.jsonl").read_bytes()).hexdigest()
-    assert {load(name).sha256 for name in kinds} == {digest}
+    assert {load_queries(name).sha256 for name in kinds} == {digest}
 
 
 def test_splits_are_disjoint_and_leave_nothing_out():
-    ids = [query.id for name in SPLITS for query in CONTRAST.split(name).queries]
+    ids = [query.id for name in SPLIT_NAMES for query in CONTRAST.select_split(name).queries]
     assert sorted(ids) == sorted(query.id for query in CONTRAST.queries)
-    assert CONTRAST.split("all") == CONTRAST.split(None) == CONTRAST
-    assert default_split(CONTRAST) == "test"
+    assert CONTRAST.select_split("all") == CONTRAST.select_split(None) == CONTRAST
+    assert choose_default_split(CONTRAST) == "test"
 
 
 @pytest.mark.parametrize("number", [2, 3, 7, 24, 61, 100, 240, 1000])
 @pytest.mark.parametrize("name", ["contrast", "twins", "plain"])
 def test_a_limit_keeps_pairs_whole_and_the_order_of_the_file(name, number):
-    data = load(name).split("test")
-    kept = data.limit(number)
+    data = load_queries(name).select_split("test")
+    kept = data.limit_queries(number)
     assert number - 1 <= len(kept.queries) <= number or kept == data
-    assert kept.limit(number) == kept
+    assert kept.limit_queries(number) == kept
     places = [data.queries.index(query) for query in kept.queries]
     assert places == sorted(places)
     whole = Counter(query.pair for query in data.queries if query.pair)
@@ -54,7 +54,7 @@ def test_a_limit_keeps_pairs_whole_and_the_order_of_the_file(name, number):
 
 
 def test_a_limit_takes_categories_in_proportion():
-    kept = CONTRAST.split("test").limit(120).queries
+    kept = CONTRAST.select_split("test").limit_queries(120).queries
     counts = Counter(query.category for query in kept)
     assert counts.pop("plain") in range(22, 27)  # 48 of 240, of which half is taken
     assert set(counts.values()) <= {6, 8, 10} and len(counts) == 12
@@ -62,27 +62,27 @@ def test_a_limit_takes_categories_in_proportion():
 
 def test_a_pair_and_a_query_of_one_name_are_two_things():
     queries = (Query("a", "x", True), Query("b", "y", True, pair="a"), Query("c", "z", False, pair="a"))
-    assert [query.id for query in QuerySet("own", queries, "").limit(2).queries] == ["b", "c"]
+    assert [query.id for query in QuerySet("own", queries, "").limit_queries(2).queries] == ["b", "c"]
 
 
 @pytest.mark.parametrize("number", [1, 0, -3])
 def test_a_limit_under_two_is_refused_with_the_value_and_the_rule(number):
     with pytest.raises(UserError, match=rf"--limit {number}: at least 2"):
-        CONTRAST.limit(number)
+        CONTRAST.limit_queries(number)
 
 
 def test_a_limit_that_leaves_one_class_is_noticed():
     data = QuerySet("own", tuple(q for q in CONTRAST.queries if q.harmful), "")
     with pytest.raises(UserError, match="no benign query"):
-        data.limit(4).checked()
+        data.limit_queries(4).check_both_classes()
 
 
 def test_a_sample_has_both_classes_in_equal_number_from_all_over():
-    picked = sample(CONTRAST.queries, 16)
+    picked = sample_queries(CONTRAST.queries, 16)
     assert Counter(query.harmful for query in picked) == {True: 8, False: 8}
     assert len({query.id for query in picked}) == 16
     assert len({query.category for query in picked}) > 5
-    assert sample(CONTRAST.queries[:1], 16) == [CONTRAST.queries[0]]
+    assert sample_queries(CONTRAST.queries[:1], 16) == [CONTRAST.queries[0]]
 
 
 CSV = "text,harmful\n{}\n"
@@ -100,25 +100,25 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_files_of_the_users_own_are_read_in_the_forms_that_programs_write(tmp_path, name):
-    data = load(written(tmp_path, name, GOOD[name]))
+    data = load_queries(written(tmp_path, name, GOOD[name]))
     assert [(q.id, q.text, q.harmful, q.pair, q.split) for q in data.queries] == [
         ("q0001", "Hi", True, None, None),
         ("q0002", "Yo", False, None, None),
     ]
-    assert default_split(data) == "all"
+    assert choose_default_split(data) == "all"
 
 
 def test_ids_and_pairs_may_be_numbers_also_zero(tmp_path):
     rows = '{"text": "a", "harmful": true, "id": 0, "pair": 0}\n'
     rows += '{"text": "b", "harmful": false, "id": 1, "pair": 0}'
-    assert [(q.id, q.pair) for q in load(written(tmp_path, "x.jsonl", rows)).queries] == [
+    assert [(q.id, q.pair) for q in load_queries(written(tmp_path, "x.jsonl", rows)).queries] == [
         ("0", "0"),
         ("1", "0"),
     ]
 
 
 def test_a_text_may_hold_commas_quotes_and_line_breaks(tmp_path):
-    data = load(written(tmp_path, "x.csv", CSV.format('"a, ""b""\r\nc",1\nd,0')))
+    data = load_queries(written(tmp_path, "x.csv", CSV.format('"a, ""b""\r\nc",1\nd,0')))
     assert data.queries[0].text == 'a, "b"\r\nc'
 
 
@@ -164,7 +164,7 @@ BAD = {
 def test_a_bad_file_is_told_in_one_line_with_file_value_and_rule(tmp_path, name):
     content, words = BAD[name]
     with pytest.raises(UserError) as caught:
-        load(written(tmp_path, name, content))
+        load_queries(written(tmp_path, name, content))
     text = str(caught.value)
     assert "\n" not in text
     for word in (name, *words):
@@ -181,13 +181,13 @@ def test_a_bad_file_is_told_in_one_line_with_file_value_and_rule(tmp_path, name)
 )
 def test_an_unknown_set_is_answered_with_what_there_is(name, words):
     with pytest.raises(UserError) as caught:
-        load(name)
+        load_queries(name)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_an_unknown_split_is_answered_with_the_nearest(tmp_path):
     with pytest.raises(UserError, match=r"unknown split 'tets': did you mean 'test'"):
-        CONTRAST.split("tets")
-    data = load(written(tmp_path, "x.csv", CSV.format("Hi,1\nYo,0")))
+        CONTRAST.select_split("tets")
+    data = load_queries(written(tmp_path, "x.csv", CSV.format("Hi,1\nYo,0")))
     with pytest.raises(UserError, match="has no column split; leave --split out"):
-        data.split("test")
+        data.select_split("test")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import toy_bench, toy_tokenizer
+from conftest import derive_readout, toy_bench, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 import defenses
 from analysis import queries
-from analysis.readout import COMPLY, REFUSE, Readout, first_token, words
+from analysis.readout import COMPLIANCE_WORDS, REFUSAL_WORDS, Readout, find_first_token, make_words_readout
 from defenses import UserError
 
 KINDS = ("bytes", "metaspace")
@@ -42,17 +42,17 @@ def opens(*steps: Sequence[int]) -> Any:
 @pytest.mark.parametrize(("gap", "form"), [("", "bare"), (" ", "spaced")])
 def test_words_are_read_in_the_form_that_has_the_mass(kind: str, gap: str, form: str) -> None:
     tokenizer = toy_tokenizer("chatml", kind)
-    made = words(tokenizer, [(1,), (2,)], opens([first_token(tokenizer, "Sure", gap) or -1]))
+    made = make_words_readout(tokenizer, [(1,), (2,)], opens([find_first_token(tokenizer, "Sure", gap) or -1]))
     mark = {"": "", " ": "▁" if kind == "metaspace" else "Ġ"}[gap]
-    assert tokenizer.convert_ids_to_tokens(list(made.ids)) == [mark + word for word in (*REFUSE, *COMPLY)]
-    assert form in made.notices[0] and not made.prefix
-    assert made.words == "I/Sorry/As/Unfortunately against Sure/Certainly/Here/To/The"
+    assert tokenizer.convert_ids_to_tokens(list(made.ids)) == [mark + word for word in (*REFUSAL_WORDS, *COMPLIANCE_WORDS)]
+    assert form in made.notices[0] and not made.response_prefix
+    assert made.words_label == "I/Sorry/As/Unfortunately against Sure/Certainly/Here/To/The"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_sum_to_zero_and_are_equal_on_a_side(kind: str) -> None:
     tokenizer = toy_tokenizer("chatml", kind)
-    made = words(tokenizer, [(1,)], opens([5]))
+    made = make_words_readout(tokenizer, [(1,)], opens([5]))
     assert math.isclose(sum(made.weights), 0, abs_tol=1e-12)
     assert [round(weight * 180) for weight in made.weights] == [45] * 4 + [-36] * 5
     assert len(set(made.ids)) == len(made.ids)
@@ -62,8 +62,8 @@ def test_a_lone_space_that_answers_open_with_is_put_behind_every_prompt() -> Non
     tokenizer = toy_tokenizer("llama2", "metaspace")
     lone, sure = tokenizer.convert_tokens_to_ids(["▁", "Sure"])
     stub = opens([lone], [sure])
-    made = words(tokenizer, [(1, 5), (1, 6)], stub)
-    assert made.prefix == (lone,)
+    made = make_words_readout(tokenizer, [(1, 5), (1, 6)], stub)
+    assert made.response_prefix == (lone,)
     assert stub.looks == [[(1, 5), (1, 6)], [(1, 5, lone), (1, 6, lone)]]
     assert "bare" in made.notices[0] and any("put behind every prompt" in notice for notice in made.notices)
 
@@ -71,17 +71,17 @@ def test_a_lone_space_that_answers_open_with_is_put_behind_every_prompt() -> Non
 def test_a_prefix_has_an_end_and_special_tokens_are_none() -> None:
     tokenizer = toy_tokenizer("llama2", "metaspace")
     lone, end = tokenizer.convert_tokens_to_ids(["▁", "</s>"])
-    assert words(tokenizer, [(1,)], opens([lone])).prefix == (lone,) * 3
-    assert words(tokenizer, [(1,)], opens([end])).prefix == ()
+    assert make_words_readout(tokenizer, [(1,)], opens([lone])).response_prefix == (lone,) * 3
+    assert make_words_readout(tokenizer, [(1,)], opens([end])).response_prefix == ()
 
 
 def test_a_thinking_block_that_answers_open_with_is_closed_before_they_are_read() -> None:
     tokenizer = toy_tokenizer("chatml")
     think, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     sure = tokenizer.convert_tokens_to_ids("Sure")
-    made = words(tokenizer, [(1, 5), (1, 6)], opens([think], [sure]))
-    assert made.prefix[0] == think and end in made.prefix
-    assert tokenizer.decode(list(made.prefix), skip_special_tokens=False).split() == ["<think>", "</think>"]
+    made = make_words_readout(tokenizer, [(1, 5), (1, 6)], opens([think], [sure]))
+    assert made.response_prefix[0] == think and end in made.response_prefix
+    assert tokenizer.decode(list(made.response_prefix), skip_special_tokens=False).split() == ["<think>", "</think>"]
     assert any("put behind every prompt" in notice for notice in made.notices)
 
 
@@ -94,16 +94,16 @@ def test_what_only_half_of_the_answers_open_with_is_no_prefix() -> None:
         probabilities[[lone, sure]] = 0.5
         return probabilities, [lone, sure]
 
-    assert words(tokenizer, [(1,), (2,)], opening).prefix == ()
+    assert make_words_readout(tokenizer, [(1,), (2,)], opening).response_prefix == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_word_of_several_pieces_is_read_by_its_first_if_that_is_long_enough(kind: str) -> None:
     tokenizer = toy_tokenizer("chatml", kind)
-    piece = tokenizer.decode([first_token(tokenizer, "Surenesses", "") or -1])
+    piece = tokenizer.decode([find_first_token(tokenizer, "Surenesses", "") or -1])
     assert piece == "Sure"
-    assert first_token(tokenizer, "Zqxj", "") is None
-    made = words(tokenizer, [(1,)], opens([5]), ("Sorry", "Zqxj"), ("Surenesses",))
+    assert find_first_token(tokenizer, "Zqxj", "") is None
+    made = make_words_readout(tokenizer, [(1,)], opens([5]), ("Sorry", "Zqxj"), ("Surenesses",))
     assert [token.strip() for token in made.tokens] == ["Sorry", "Sure"]
     assert any("'Zqxj' is left out" in notice for notice in made.notices)
 
@@ -111,7 +111,7 @@ def test_a_word_of_several_pieces_is_read_by_its_first_if_that_is_long_enough(ki
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_word_of_both_sides_is_left_out_and_said(kind: str) -> None:
     tokenizer = toy_tokenizer("chatml", kind)
-    made = words(tokenizer, [(1,)], opens([5]), ("Sorry", "Sure"), ("Surenesses", "Here"))
+    made = make_words_readout(tokenizer, [(1,)], opens([5]), ("Sorry", "Sure"), ("Surenesses", "Here"))
     assert [token.strip() for token in made.tokens] == ["Sorry", "Here"]
     assert any("'Sure' and 'Surenesses' are left out" in notice for notice in made.notices)
 
@@ -119,11 +119,11 @@ def test_a_word_of_both_sides_is_left_out_and_said(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_side_without_any_token_is_an_error(kind: str) -> None:
     with pytest.raises(UserError, match="no token for any word of one side"):
-        words(toy_tokenizer("chatml", kind), [(1,)], opens([5]), ("Zqxj",), COMPLY)
+        make_words_readout(toy_tokenizer("chatml", kind), [(1,)], opens([5]), ("Zqxj",), COMPLIANCE_WORDS)
 
 
 def read(values: list[float]) -> tuple[float, float]:
-    margin, coverage = READOUT.read(torch.tensor([values]))[0].tolist()
+    margin, coverage = READOUT.compute_margins(torch.tensor([values]))[0].tolist()
     return margin, coverage
 
 
@@ -155,11 +155,11 @@ def test_positive_margins_refuse() -> None:
 @pytest.mark.parametrize("template", ["chatml", "llama2"])
 def test_a_bench_makes_it_from_how_its_own_model_opens(template: str, kind: str) -> None:
     bench = toy_bench("llama", template, kind)
-    asked = queries.sample(queries.load("twins").queries, 4)
-    made = bench.words(asked, defenses.get("none"))
-    ids = torch.tensor([[*bench.prompts(defenses.get("none"), asked[0])[0].ids, *made.prefix]])
+    asked = queries.sample_queries(queries.load_queries("twins").queries, 4)
+    made = derive_readout(bench, asked, defenses.get_defense("none"))
+    ids = torch.tensor([[*bench.render_query(defenses.get_defense("none"), asked[0])[0].ids, *made.response_prefix]])
     with torch.inference_mode():
-        logits = bench.loaded.model(input_ids=ids).logits[0, -1].double()
+        logits = bench.loaded_model.model(input_ids=ids).logits[0, -1].double()
     by_hand = sum(weight * logits[i] for i, weight in zip(made.ids, made.weights, strict=True))
-    got = bench.engine.read(ids.tolist(), made.read)[0, 0]
+    got = bench.engine.read_first_token(ids.tolist(), made.compute_margins)[0, 0]
     assert float(got) == pytest.approx(float(by_hand), abs=1e-4)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import defenses
-from analysis.rendering import Renderer, redact, squeeze, without_thoughts
+from analysis.rendering import ChatTemplate, redact_secrets, remove_whitespace, remove_thinking_and_whitespace
 from defenses import Chat, UserError
 
 MERGED = {"gemma2", "mistral0.1", "deaf"}
@@ -27,17 +27,17 @@ SHOWN: Chat = [
 ]
 
 
-def renderer(template: str, kind: str = "bytes") -> Renderer:
-    return Renderer(toy_tokenizer(template, kind))
+def renderer(template: str, kind: str = "bytes") -> ChatTemplate:
+    return ChatTemplate(toy_tokenizer(template, kind))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chat", [ASKED[1:], ASKED, SHOWN], ids=["user", "system", "demonstrations"])
 def test_every_message_reaches_the_tokens(template: str, kind: str, chat: Chat) -> None:
-    text = renderer(template, kind).render(chat).text
+    text = renderer(template, kind).render_prompt(chat).text
     for message in chat:
-        assert squeeze(text).count(squeeze(message["content"])) == 1
+        assert remove_whitespace(text).count(remove_whitespace(message["content"])) == 1
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -46,14 +46,14 @@ def test_the_system_role_is_native_where_the_template_has_one_and_merged_where_i
 ) -> None:
     asked = renderer(template)
     assert asked.system_policy == ("merged" if template in MERGED else "native")
-    roles = [message["role"] for message in asked.render(ASKED).chat]
+    roles = [message["role"] for message in asked.render_prompt(ASKED).chat]
     assert roles == (["user"] if template in MERGED else ["system", "user"])
     assert any("no system role" in notice for notice in asked.notices) == (template in MERGED)
 
 
 @pytest.mark.parametrize("template", sorted(MERGED))
 def test_a_merged_system_text_stands_at_the_head_of_the_first_user_turn(template: str) -> None:
-    chat = renderer(template).render(SHOWN).chat
+    chat = renderer(template).render_prompt(SHOWN).chat
     assert [message["content"] for message in chat] == [
         f"{SYSTEM}\n\nFirst request",
         "First answer",
@@ -64,7 +64,7 @@ def test_a_merged_system_text_stands_at_the_head_of_the_first_user_turn(template
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_rendering_never_changes_the_chat(template: str) -> None:
     chat = copy.deepcopy(SHOWN)
-    renderer(template).render(chat)
+    renderer(template).render_prompt(chat)
     assert chat == SHOWN
 
 
@@ -73,9 +73,9 @@ def test_rendering_never_changes_the_chat(template: str) -> None:
 def test_there_are_as_many_bos_tokens_as_the_template_writes(template: str, kind: str) -> None:
     asked = renderer(template, kind)
     for chat in (ASKED, SHOWN):
-        prompt = asked.render(chat)
+        prompt = asked.render_prompt(chat)
         count = prompt.ids.count(asked.tokenizer.bos_token_id)
-        assert count == asked.bos_expected(prompt.chat)
+        assert count == asked.count_expected_bos(prompt.chat)
         # Known by hand: Llama 2 has one a user turn, SmolLM2's turns all open with it.
         turns = [message["role"] for message in prompt.chat]
         by_hand = {
@@ -103,12 +103,12 @@ def test_a_tokenizer_that_adds_bos_by_itself_does_not_double_it() -> None:
         assert tokenizer.encode("Hi").count(bos) == 1
         return tokenizer
 
-    asked = Renderer(adds_bos("llama3"))
-    assert asked.render(ASKED).ids.count(asked.tokenizer.bos_token_id) == 1
+    asked = ChatTemplate(adds_bos("llama3"))
+    assert asked.render_prompt(ASKED).ids.count(asked.tokenizer.bos_token_id) == 1
     assert not asked.notices
     # Vicuna's case, were its template not to write BOS: as transformers' chats have it, but it is said.
-    without = Renderer(adds_bos("space"))
-    assert without.render(ASKED).ids.count(without.tokenizer.bos_token_id) == 0
+    without = ChatTemplate(adds_bos("space"))
+    assert without.render_prompt(ASKED).ids.count(without.tokenizer.bos_token_id) == 0
     assert any("writes no BOS" in notice for notice in without.notices)
 
 
@@ -116,11 +116,11 @@ def test_a_tokenizer_that_adds_bos_by_itself_does_not_double_it() -> None:
 @pytest.mark.parametrize("template", ["qwen3", "r1"])
 def test_a_thinking_block_is_closed_exactly_once(template: str, kind: str) -> None:
     asked = renderer(template, kind)
-    text = asked.render(SHOWN).text
+    text = asked.render_prompt(SHOWN).text
     assert text.count("<think>") == text.count("</think>") == 1
     assert text.rstrip().endswith("</think>")
     answer = {"qwen3": "<|im_end|><|im_start|>assistant", "r1": "<|Assistant|>"}[template]
-    assert without_thoughts(text).endswith(squeeze(USER) + answer)
+    assert remove_thinking_and_whitespace(text).endswith(remove_whitespace(USER) + answer)
     assert any("thinking block" in notice for notice in asked.notices) == (template == "r1")
 
 
@@ -130,7 +130,7 @@ def test_a_template_that_ends_in_a_space_is_noticed() -> None:
 
 
 def test_a_prompt_does_not_depend_on_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = renderer("llama3").render(ASKED).text
+    text = renderer("llama3").render_prompt(ASKED).text
     assert "Today Date:" in text and f"{datetime.date.today():%d %b %Y}" not in text
 
 
@@ -139,8 +139,8 @@ ODD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u258
 
 @given(text=ODD, template=st.sampled_from(sorted(TEMPLATES)))
 def test_odd_letters_survive(text: str, template: str) -> None:
-    prompt = renderer(template).render([{"role": "user", "content": f"a{text}b"}])
-    assert squeeze(f"a{text}b") in squeeze(prompt.text)
+    prompt = renderer(template).render_prompt([{"role": "user", "content": f"a{text}b"}])
+    assert remove_whitespace(f"a{text}b") in remove_whitespace(prompt.text)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -154,28 +154,28 @@ def test_odd_letters_survive(text: str, template: str) -> None:
     ],
 )
 def test_text_that_looks_like_a_template_is_only_text(template: str, text: str) -> None:
-    assert squeeze(text) in squeeze(renderer(template).render([{"role": "user", "content": text}]).text)
+    assert remove_whitespace(text) in remove_whitespace(renderer(template).render_prompt([{"role": "user", "content": text}]).text)
 
 
 @pytest.mark.parametrize("template", ["gemma2", "gemma3", "llama2", "mistral0.1", "mistral0.3"])
 def test_a_template_that_wants_turns_to_alternate_takes_demonstrations(template: str) -> None:
     import random
 
-    defense = defenses.get("in_context_refusal", {"shots": "2"})
+    defense = defenses.get_defense("in_context_refusal", {"shots": "2"})
     chat = defense.rewrite([{"role": "user", "content": USER}], random.Random(0))
-    text = renderer(template).render(chat).text
-    assert squeeze(USER) in squeeze(text) and len(chat) == 5
+    text = renderer(template).render_prompt(chat).text
+    assert remove_whitespace(USER) in remove_whitespace(text) and len(chat) == 5
 
 
 def test_a_chat_that_the_template_refuses_is_an_error_in_its_words() -> None:
     with pytest.raises(UserError, match=r"refuses this chat.*must alternate"):
-        renderer("llama2").render([ASKED[1], ASKED[1]])
+        renderer("llama2").render_prompt([ASKED[1], ASKED[1]])
     with pytest.raises(UserError, match="without a user turn"):
-        renderer("gemma2").render(ASKED[:1])
+        renderer("gemma2").render_prompt(ASKED[:1])
 
 
 @given(st.text(alphabet="ab \n\t", min_size=1).filter(str.strip), st.text(alphabet="xy \n"))
 def test_no_part_of_a_secret_is_left_however_its_spaces_changed(secret: str, other: str) -> None:
-    shown = redact(f"{other}{secret.replace(' ', chr(10))}{other}", (secret,))
+    shown = redact_secrets(f"{other}{secret.replace(' ', chr(10))}{other}", (secret,))
     assert "a" not in shown and "b" not in shown
-    assert squeeze(other) in squeeze(shown)
+    assert remove_whitespace(other) in remove_whitespace(shown)

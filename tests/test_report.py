@@ -16,11 +16,11 @@ from PIL import Image
 from test_cli import analyze, refused
 
 from analysis import reporting
-from analysis.embedded import as_json, as_picture, as_table
+from analysis.embedded import dump_script_json, encode_picture, encode_table
 from analysis.folder import Run
-from analysis.headline import headline
-from analysis.report import LIMIT, page
-from analysis.tabled import ensembles, validity
+from analysis.headline import describe_effects
+from analysis.report import MAX_PAGE_BYTES, render_page
+from analysis.tabled import build_ensemble_tables, build_validity_tables
 
 EVIL = (
     "</script><script>document.title='owned'</script>",
@@ -120,12 +120,12 @@ def plant(folder, defenses=DEFENSES, attacks=("direct",), queries=24, trusted="t
     return folder
 
 
-def written(*folders, limit=LIMIT):
+def written(*folders, limit=MAX_PAGE_BYTES):
     """The page of some folders."""
     runs = []
     for folder in folders:
-        runs.append(reporting.read(folder, {run.name for run in runs}))
-    return page(runs, limit)
+        runs.append(reporting.read_run(folder, {run.name for run in runs}))
+    return render_page(runs, limit)
 
 
 def carried(html):
@@ -137,7 +137,7 @@ def carried(html):
 
 
 def test_the_headline_counts_what_verdicts_say_of_defenses_alone():
-    text = headline(summary_of(DEFENSES), "toy")
+    text = describe_effects(summary_of(DEFENSES), "toy")
     assert text == (
         "Of 3 defenses on toy, by their 95\xa0% intervals: 1 shifts towards refusal, 1 away from it; "
         "1 tells harm from harmless better (smooth_llm), 1 worse."
@@ -148,19 +148,19 @@ def test_the_headline_says_what_is_provisional_and_leaves_out_what_text_contradi
     found = summary_of(DEFENSES)
     found.loc[found["defense"] == "policy", "trusted"] = "not validated"
     found.loc[found["defense"] == "smooth_llm", "trusted"] = "not trusted"
-    text = headline(found, "toy")
+    text = describe_effects(found, "toy")
     assert text.startswith("Of 2 defenses on toy") and "none tells harm from harmless better, 1 worse" in text
     assert "1 is provisional" in text and "1 is not counted: generated text contradicts" in text
-    assert "All are provisional" in headline(summary_of(DEFENSES, trusted="not validated"), "toy")
-    assert headline(summary_of(DEFENSES, trusted="not trusted"), "toy").startswith("Nothing can be said of 3")
+    assert "All are provisional" in describe_effects(summary_of(DEFENSES, trusted="not validated"), "toy")
+    assert describe_effects(summary_of(DEFENSES, trusted="not trusted"), "toy").startswith("Nothing can be said of 3")
 
 
 def test_the_headline_names_the_attack_and_tells_ensembles_from_defenses():
     found = summary_of({"a+b": ("ensemble", 1.0, 0.0, "shift +")} | DEFENSES, attack="persona")
-    text = headline(found, "toy", "persona")
+    text = describe_effects(found, "toy", "persona")
     assert text.startswith("Of 3 defenses and 1 ensemble on toy, attacked by persona") and "2 shift t" in text
     only = summary_of({"none": DEFENSES["none"]})
-    assert headline(only, "toy") == "No defense was read on toy: only what defenses are read against."
+    assert describe_effects(only, "toy") == "No defense was read on toy: only what defenses are read against."
 
 
 # --- what is carried --------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_the_headline_names_the_attack_and_tells_ensembles_from_defenses():
 
 @pytest.mark.parametrize("text", [*EVIL, "<!--<script>", "]]>", "\u2029"])
 def test_no_text_ends_the_element_that_carries_it(text):
-    held = as_json({text: [text]})
+    held = dump_script_json({text: [text]})
     assert not set("<>&\u2028\u2029") & set(held)
     assert json.loads(held) == {text: [text]}
 
@@ -182,7 +182,7 @@ def test_a_picture_keeps_the_colors_of_its_small_marks_in_fewer_bytes():
         pixels[20:26, 20 + 30 * place : 26 + 30 * place] = color
     held = io.BytesIO()
     Image.fromarray(pixels).save(held, "PNG")
-    address = as_picture(held.getvalue())
+    address = encode_picture(held.getvalue())
     small = base64.b64decode(address.partition(",")[2])
     assert address.startswith("data:image/png;base64,") and len(small) < len(held.getvalue())
     kept = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
@@ -193,7 +193,7 @@ def test_a_picture_keeps_the_colors_of_its_small_marks_in_fewer_bytes():
 def test_a_table_can_be_had_again_from_the_page():
     long = b"x,y\n" + b"1,2\n" * 9000
     for csv_bytes, name in ((b"x\n1\n", "a.csv"), (long, "a.csv.gz")):
-        saved, address = as_table("a.csv", csv_bytes)
+        saved, address = encode_table("a.csv", csv_bytes)
         held = base64.b64decode(address.partition(",")[2])
         assert saved == name and (gzip.decompress(held) if name.endswith("gz") else held) == csv_bytes
 
@@ -250,11 +250,11 @@ def test_the_table_of_the_front_names_the_share_that_it_shows():
     )
     recommended = pd.DataFrame({"members": ["policy"], "harmful": [0.5], "over_refusal": [0.03]})
     tables = {"candidates": candidates, "recommendation-5": recommended}
-    front, pick = ensembles(Run("run", {}, tables))
+    front, pick = build_ensemble_tables(Run("run", {}, tables))
     # `benign_test` in candidates.csv is the share of benign queries that are answered.
-    assert dict(zip(front.heads, front.rows[0], strict=True))["benign answered (%)"] == "23"
-    assert "benign refused (%)" not in front.heads
-    assert dict(zip(pick.heads, pick.rows[0], strict=True))["benign refused (%)"] == "3"
+    assert dict(zip(front.headers, front.rows[0], strict=True))["benign answered (%)"] == "23"
+    assert "benign refused (%)" not in front.headers
+    assert dict(zip(pick.headers, pick.rows[0], strict=True))["benign refused (%)"] == "3"
 
 
 def test_no_shipped_table_names_its_defenses_by_another_column():
@@ -271,8 +271,8 @@ def test_the_validity_of_an_older_run_is_shown_by_defense(tmp_path):
     folder = plant(tmp_path / "run")
     row = {"attack": "direct", "condition": "policy", "readout": "words", "n": 24, "trusted": "trusted"}
     pd.DataFrame([row]).to_csv(folder / "validity.csv", index=False)
-    (shown,) = validity(reporting.read(folder))
-    assert shown.heads[0] == "defense" and shown.rows[0][0] == "policy"
+    (shown,) = build_validity_tables(reporting.read_run(folder))
+    assert shown.headers[0] == "defense" and shown.rows[0][0] == "policy"
 
 
 def test_runs_are_compared_on_what_is_free_of_scale(tmp_path):

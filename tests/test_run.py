@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import FOUR, toy_bench
+from conftest import derive_readout, FOUR, toy_bench
 from scipy.special import expit
 
 import defenses
 from analysis import queries
-from analysis.bench import Bench
+from analysis.bench import ModelSession
 from analysis.queries import Query
 from analysis.readout import Readout
-from analysis.run import conditions, score, score_all
-from analysis.tables import SCORES
+from analysis.run import build_conditions, score_condition, iterate_condition_scores
+from analysis.tables import SCORE_COLUMNS
 from defenses import Chat, Defense, UserError
 from defenses.backdoor import Backdoor, Secret
 
-ASKED = queries.sample(queries.load("twins").queries, 6)
+ASKED = queries.sample_queries(queries.load_queries("twins").queries, 6)
 READOUT = Readout("words", ("I", "Sure"), (301, 302), (1.0, -1.0), threshold=0.5)
-NONE = defenses.get("none")
+NONE = defenses.get_defense("none")
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Shuffling(Defense):
         rng.shuffle(words)
         return [{"role": "user", "content": " ".join(words)}]
 
-    def readings(self, chat: Chat, rng: random.Random) -> list[Chat]:
+    def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
         return [self.rewrite(chat, rng) for _ in range(self.copies)]
 
 
 @pytest.mark.parametrize("template", FOUR)
 def test_a_margin_is_the_mean_over_the_readings_each_read_by_itself(template: str) -> None:
     bench, defense = toy_bench("qwen2", template), Shuffling()
-    frame = score(bench, "shuffling", defense, ASKED, READOUT)
+    frame = score_condition(bench, "shuffling", defense, ASKED, READOUT)
     for row, query in enumerate(ASKED):
-        prompts = bench.prompts(defense, query)
-        alone = [bench.engine.read([prompt.ids], READOUT.read)[0] for prompt in prompts]
+        prompts = bench.render_query(defense, query)
+        alone = [bench.engine.read_first_token([prompt.ids], READOUT.compute_margins)[0] for prompt in prompts]
         assert len({prompt.ids for prompt in prompts}) > 1
         assert frame["margin"][row] == pytest.approx(float(sum(one[0] for one in alone)) / 3, abs=1e-4)
         assert frame["coverage"][row] == pytest.approx(float(sum(one[1] for one in alone)) / 3, abs=1e-4)
@@ -56,8 +56,8 @@ def test_a_margin_is_the_mean_over_the_readings_each_read_by_itself(template: st
 
 
 def test_the_columns_are_those_of_scores_csv_and_readings_only_where_there_are_several() -> None:
-    frame = score(toy_bench(), "none", NONE, ASKED, READOUT)
-    assert list(frame.columns) == list(SCORES)
+    frame = score_condition(toy_bench(), "none", NONE, ASKED, READOUT)
+    assert list(frame.columns) == list(SCORE_COLUMNS)
     assert list(frame["query"]) == [query.id for query in ASKED]
     assert list(frame["harmful"]) == [query.harmful for query in ASKED]
     assert list(frame["p_refuse"]) == pytest.approx(list(expit(frame["margin"] - 0.5)))
@@ -65,19 +65,19 @@ def test_the_columns_are_those_of_scores_csv_and_readings_only_where_there_are_s
 
 def test_an_answer_prefix_goes_behind_every_prompt() -> None:
     bench = toy_bench()
-    longer = Readout("words", READOUT.tokens, READOUT.ids, READOUT.weights, prefix=(301, 302))
-    frame = score(bench, "none", NONE, ASKED, longer)
+    longer = Readout("words", READOUT.tokens, READOUT.ids, READOUT.weights, response_prefix=(301, 302))
+    frame = score_condition(bench, "none", NONE, ASKED, longer)
     for row, query in enumerate(ASKED):
-        (prompt,) = bench.prompts(NONE, query)
-        alone = bench.engine.read([(*prompt.ids, 301, 302)], READOUT.read)[0, 0]
+        (prompt,) = bench.render_query(NONE, query)
+        alone = bench.engine.read_first_token([(*prompt.ids, 301, 302)], READOUT.compute_margins)[0, 0]
         assert frame["margin"][row] == pytest.approx(float(alone), abs=1e-4)
         assert frame["prompt_tokens"][row] == len(prompt.ids) + 2
 
 
 def test_randomness_hangs_on_seed_query_and_defense_and_on_nothing_else() -> None:
     def ids(seed: int, query: Query, defense: Defense) -> list[tuple[int, ...]]:
-        bench = Bench.of(toy_bench().loaded, seed=seed)
-        return [prompt.ids for prompt in bench.prompts(defense, query)]
+        bench = ModelSession.from_model(toy_bench().loaded_model, seed=seed)
+        return [prompt.ids for prompt in bench.render_query(defense, query)]
 
     class Other(Shuffling):
         """Shuffles under another name."""
@@ -93,9 +93,9 @@ def test_randomness_hangs_on_seed_query_and_defense_and_on_nothing_else() -> Non
 
 def test_the_same_run_gives_the_same_numbers_also_for_fewer_queries_in_another_order() -> None:
     bench, defense = toy_bench(), Shuffling()
-    frame = score(bench, "shuffling", defense, ASKED, READOUT).set_index("query")["margin"]
-    again = score(bench, "shuffling", defense, ASKED, READOUT).set_index("query")["margin"]
-    some = score(bench, "shuffling", defense, ASKED[3::-1], READOUT).set_index("query")["margin"]
+    frame = score_condition(bench, "shuffling", defense, ASKED, READOUT).set_index("query")["margin"]
+    again = score_condition(bench, "shuffling", defense, ASKED, READOUT).set_index("query")["margin"]
+    some = score_condition(bench, "shuffling", defense, ASKED[3::-1], READOUT).set_index("query")["margin"]
     assert frame.equals(again)
     assert list(some) == pytest.approx(list(frame[some.index]), abs=1e-4)
 
@@ -105,7 +105,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_names_query_and_limit
     with pytest.raises(
         UserError, match=r"'q1' under 'none' makes a prompt of \d+ tokens, and toy reads 2048"
     ):
-        toy_bench().prompts(NONE, long)
+        toy_bench().render_query(NONE, long)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Raising(Defense):
 
 def test_a_users_defense_that_raises_is_the_users_mistake_and_ours_is_ours() -> None:
     with pytest.raises(UserError, match=r"'raising' raised IndexError on query '.*': list index"):
-        toy_bench().prompts(Raising(), ASKED[0])
+        toy_bench().render_query(Raising(), ASKED[0])
 
     class Ours(Raising):
         """One of the shipped families."""
@@ -127,14 +127,14 @@ def test_a_users_defense_that_raises_is_the_users_mistake_and_ours_is_ours() -> 
 
     Ours.__module__ = "defenses.reminders"
     with pytest.raises(IndexError):
-        toy_bench().prompts(Ours(), ASKED[0])
+        toy_bench().render_query(Ours(), ASKED[0])
 
 
 def test_parts_are_scored_behind_the_whole_and_differ_from_it() -> None:
     bench = toy_bench()
     chosen = [NONE, Backdoor(secret=Secret("tulip seven harbor"))]
-    scored = dict(score_all(bench, conditions(chosen), ASKED, READOUT))
-    assert list(scored) == list(conditions(chosen)) == ["none", "backdoor/no_weights", "backdoor/neither"]
+    scored = dict(iterate_condition_scores(bench, build_conditions(chosen), ASKED, READOUT))
+    assert list(scored) == list(build_conditions(chosen)) == ["none", "backdoor/no_weights", "backdoor/neither"]
     margins = [tuple(frame["margin"]) for frame in scored.values()]
     assert len(set(margins)) == 3
     assert [set(frame["defense"]) for frame in scored.values()] == [{name} for name in scored]
@@ -142,8 +142,8 @@ def test_parts_are_scored_behind_the_whole_and_differ_from_it() -> None:
 
 def test_conditions_are_yielded_as_they_are_finished() -> None:
     told: list[tuple[str, int]] = []
-    steps = score_all(
-        toy_bench(), conditions([NONE, Shuffling()]), ASKED, READOUT, lambda *news: told.append(news)
+    steps = iterate_condition_scores(
+        toy_bench(), build_conditions([NONE, Shuffling()]), ASKED, READOUT, lambda *news: told.append(news)
     )
     name, _ = next(steps)
     assert name == "none" and {one for one, _ in told} == {"none"}
@@ -154,7 +154,7 @@ def test_conditions_are_yielded_as_they_are_finished() -> None:
 
 def test_progress_counts_queries_also_where_each_is_read_several_times() -> None:
     told: list[int] = []
-    score(toy_bench(), "shuffling", Shuffling(), ASKED, READOUT, told.append)
+    score_condition(toy_bench(), "shuffling", Shuffling(), ASKED, READOUT, told.append)
     assert sum(told) == len(ASKED)
 
 
@@ -171,11 +171,11 @@ def test_the_embedded_models_margins_are_those_of_plain_passes(smollm2: object) 
     from analysis.models import LoadedModel
 
     assert isinstance(smollm2, LoadedModel)
-    bench, defense = Bench.of(smollm2), defenses.get("self_reminder")
-    readout = bench.words(ASKED, NONE)
-    frame = score(bench, "self_reminder", defense, ASKED, readout)
+    bench, defense = ModelSession.from_model(smollm2), defenses.get_defense("self_reminder")
+    readout = derive_readout(bench, ASKED, NONE)
+    frame = score_condition(bench, "self_reminder", defense, ASKED, readout)
     for margin, query in zip(frame["margin"], ASKED, strict=True):
-        ids = torch.tensor([[*bench.prompts(defense, query)[0].ids, *readout.prefix]])
+        ids = torch.tensor([[*bench.render_query(defense, query)[0].ids, *readout.response_prefix]])
         with torch.inference_mode():
             logits = smollm2.model(input_ids=ids, use_cache=False).logits[:, -1]
-        assert margin == pytest.approx(float(readout.read(logits)[0, 0]), abs=1e-4)
+        assert margin == pytest.approx(float(readout.compute_margins(logits)[0, 0]), abs=1e-4)

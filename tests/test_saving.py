@@ -11,14 +11,14 @@ from rich.console import Console
 
 from analysis import gallery, saving
 from analysis.folder import Run
-from analysis.saving import usable
+from analysis.saving import check_output_folder
 from defenses.errors import UserError
 
 TABLES = {"scores": pd.DataFrame({"margin": [0.1 + 0.2]}), "summary": pd.DataFrame({"x": [1 / 3]})}
 
 
 def save(folder, record, figures=()):
-    saving.save(folder, Run("toy", record, TABLES, figures=figures), Console(quiet=True))
+    saving.save_run(folder, Run("toy", record, TABLES, figures=figures), Console(quiet=True))
 
 
 def test_every_file_is_written_and_nothing_else_is_left(tmp_path, monkeypatch):
@@ -61,28 +61,28 @@ def test_a_fault_at_the_last_file_leaves_the_folder_as_it_was(tmp_path, monkeypa
 
 
 def test_a_folder_is_usable_where_it_is_or_can_be_made(tmp_path):
-    assert usable(tmp_path) == tmp_path
-    assert usable(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    assert check_output_folder(tmp_path) == tmp_path
+    assert check_output_folder(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_or_a_folder_that_is_closed_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file; give a folder"):
-        usable(tmp_path / "file")
+        check_output_folder(tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
-        usable(tmp_path / "file" / "below")
+        check_output_folder(tmp_path / "file" / "below")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"cannot be written: .* choose another folder"):
-        usable(tmp_path / "new")
+        check_output_folder(tmp_path / "new")
 
 
 def test_a_file_is_as_readable_as_any_that_its_user_makes_and_is_whole_or_not_there(tmp_path):
     (tmp_path / "plain").write_text("")
-    saving.write(tmp_path / "new" / "page.html", "whole")
+    saving.write_text_file(tmp_path / "new" / "page.html", "whole")
     assert (tmp_path / "new" / "page.html").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(UnicodeEncodeError):
-        saving.write(tmp_path / "new" / "page.html", "half \ud800")
+        saving.write_text_file(tmp_path / "new" / "page.html", "half \ud800")
     assert [(path.name, path.read_text()) for path in (tmp_path / "new").iterdir()] == [
         ("page.html", "whole")
     ]

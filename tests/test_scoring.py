@@ -13,99 +13,99 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import made_adapter, toy_bench
+from conftest import derive_readout, made_adapter, toy_bench
 from test_rooms import FILES, of
 
 import defenses
 from analysis import queries, scoring, store
-from analysis.answering import answers
-from analysis.bench import Bench
-from analysis.run import score
-from analysis.store import Namer, Store
-from defenses import Ask, adapters
+from analysis.answering import generate_responses
+from analysis.bench import ModelSession
+from analysis.run import score_condition
+from analysis.store import CacheKey, ScoreCache
+from defenses import ModelCall, adapters
 from defenses.decoding import SafeDecoding
 from defenses.tuning import SafetyTuning
 
-ASKED = queries.sample(queries.load("twins").queries, 8)
-NONE, POLICY = defenses.get("none"), defenses.get("policy")
+ASKED = queries.sample_queries(queries.load_queries("twins").queries, 8)
+NONE, POLICY = defenses.get_defense("none"), defenses.get_defense("policy")
 
 
-def bench_with(place: Path) -> Bench:
+def bench_with(place: Path) -> ModelSession:
     """Return a toy bench that keeps what it computes."""
-    return Bench.of(toy_bench().loaded, store=Store(place))
+    return ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(place))
 
 
-def margins(bench: Bench, defense: Any, readout: Any = None) -> list[float]:
+def margins(bench: ModelSession, defense: Any, readout: Any = None) -> list[float]:
     """Return the margins of the queries."""
-    readout = readout or bench.words(ASKED, NONE)
-    return score(bench, defense.name, defense, ASKED, readout)["margin"].tolist()
+    readout = readout or derive_readout(bench, ASKED, NONE)
+    return score_condition(bench, defense.name, defense, ASKED, readout)["margin"].tolist()
 
 
 def test_what_is_kept_is_what_was_computed_and_is_not_computed_again(tmp_path: Path) -> None:
     first = margins(bench_with(tmp_path / "s"), POLICY)
     bench = bench_with(tmp_path / "s")
-    readout = bench.words(ASKED, NONE)
-    bench.engine.work.reset()
+    readout = derive_readout(bench, ASKED, NONE)
+    bench.engine.work_counter.reset_counts()
     assert margins(bench, POLICY, readout) == first == margins(toy_bench(), POLICY)
-    assert bench.engine.work.computed == 0 and bench.store is not None and bench.store.found == len(ASKED)
+    assert bench.engine.work_counter.computed_tokens == 0 and bench.score_cache is not None and bench.score_cache.n_hits == len(ASKED)
 
 
 def test_of_more_queries_only_the_new_ones_are_computed(tmp_path: Path) -> None:
     bench, told = bench_with(tmp_path / "s"), []
-    readout = bench.words(ASKED, NONE)
-    score(bench, "policy", POLICY, ASKED[:3], readout)
+    readout = derive_readout(bench, ASKED, NONE)
+    score_condition(bench, "policy", POLICY, ASKED[:3], readout)
     bench = bench_with(tmp_path / "s")
-    frame = score(bench, "policy", POLICY, ASKED, readout, told.append)
+    frame = score_condition(bench, "policy", POLICY, ASKED, readout, told.append)
     assert frame["margin"].tolist() == pytest.approx(margins(toy_bench(), POLICY), abs=1e-5)
-    assert bench.store is not None and bench.store.found == 3 and sum(told) == len(ASKED)
+    assert bench.score_cache is not None and bench.score_cache.n_hits == 3 and sum(told) == len(ASKED)
 
 
 def test_scores_are_named_by_all_that_they_depend_on(tmp_path: Path) -> None:
     bench = bench_with(tmp_path / "s")
-    readout = bench.words(ASKED, NONE)
+    readout = derive_readout(bench, ASKED, NONE)
     margins(bench, NONE, readout)
-    tuned = SafetyTuning(adapter=adapters.read(made_adapter(tmp_path / "a", seed=1)))
-    other = SafetyTuning(adapter=adapters.read(made_adapter(tmp_path / "b", seed=2)))
-    weights = replace(bench, loaded=replace(bench.loaded, origin={"sha256": "other"}))
+    tuned = SafetyTuning(adapter=adapters.load_adapter(made_adapter(tmp_path / "a", seed=1)))
+    other = SafetyTuning(adapter=adapters.load_adapter(made_adapter(tmp_path / "b", seed=2)))
+    weights = replace(bench, loaded_model=replace(bench.loaded_model, origin={"sha256": "other"}))
     changes = [
         (bench, POLICY, readout),
         (bench, tuned, readout),
         (bench, other, readout),
         (bench, NONE, replace(readout, weights=tuple(2 * one for one in readout.weights))),
-        (bench, NONE, replace(readout, prefix=(7,))),
-        (bench, NONE, replace(readout, odds=True)),
+        (bench, NONE, replace(readout, response_prefix=(7,))),
+        (bench, NONE, replace(readout, is_log_odds=True)),
         (weights, NONE, readout),
     ]
-    assert bench.store is not None
+    assert bench.score_cache is not None
     for here, defense, read in changes:
         margins(here, defense, read)
-    assert bench.store.found == 0
+    assert bench.score_cache.n_hits == 0
     # A threshold is no part of a margin.
     margins(bench, NONE, replace(readout, threshold=3.0))
-    assert bench.store.found == len(ASKED)
+    assert bench.score_cache.n_hits == len(ASKED)
 
 
 def test_a_users_own_change_of_the_model_is_never_kept(tmp_path: Path) -> None:
     class Own(type(POLICY)):  # type: ignore[misc]
-        def armed(self, model: Any) -> Any:
-            return super().armed(model)
+        def apply_to(self, model: Any) -> Any:
+            return super().apply_to(model)
 
     bench = bench_with(tmp_path / "s")
-    assert Own().arms() is None and POLICY.arms() == ""
+    assert Own().weights_fingerprint() is None and POLICY.weights_fingerprint() == ""
     for _ in range(2):
         margins(bench, Own())
-    assert bench.store is not None and bench.store.found == 0
+    assert bench.score_cache is not None and bench.score_cache.n_hits == 0
 
 
 def test_prompts_that_are_the_same_are_read_once() -> None:
     bench = toy_bench()
-    readout = bench.words(ASKED, NONE)
-    prompts = [bench.prompts(NONE, query)[0].ids for query in ASKED[:2]]
-    bench.engine.work.reset()
-    once = scoring.read(bench.loaded, bench.engine, NONE, prompts, readout)
-    tokens = bench.engine.work.computed
-    twice = scoring.read(bench.loaded, bench.engine, NONE, prompts * 3, readout)
-    assert bench.engine.work.computed == 2 * tokens
+    readout = derive_readout(bench, ASKED, NONE)
+    prompts = [bench.render_query(NONE, query)[0].ids for query in ASKED[:2]]
+    bench.engine.work_counter.reset_counts()
+    once = scoring.score_prompts(bench.loaded_model, bench.engine, NONE, prompts, readout)
+    tokens = bench.engine.work_counter.computed_tokens
+    twice = scoring.score_prompts(bench.loaded_model, bench.engine, NONE, prompts * 3, readout)
+    assert bench.engine.work_counter.computed_tokens == 2 * tokens
     assert torch.equal(twice, once.repeat(3, 1))
 
 
@@ -124,17 +124,17 @@ def test_where_the_file_cannot_be_used_everything_is_computed(tmp_path: Path, ha
 
 def test_rows_are_counted_and_cleared(tmp_path: Path) -> None:
     place = tmp_path / "s"
-    assert store.counts(place) == {"scores": 0, "drafts": 0, "bytes": 0}
+    assert store.count_cached_rows(place) == {"scores": 0, "drafts": 0, "bytes": 0}
     margins(bench_with(place), POLICY)
-    counted = store.counts(place)
+    counted = store.count_cached_rows(place)
     assert counted["scores"] == len(ASKED) and counted["bytes"] > 0
-    store.clear(place)
-    assert store.counts(place)["scores"] == 0 and not list(tmp_path.glob("s*"))
+    store.clear_cache(place)
+    assert store.count_cached_rows(place)["scores"] == 0 and not list(tmp_path.glob("s*"))
 
 
 def test_names_differ_where_ids_would_run_together() -> None:
-    namer = Namer({})
-    assert len({namer.name(ids) for ids in ([1, 2], [12], [1, 2, 3], [12, 3], [1, 23], [])}) == 6
+    namer = CacheKey({})
+    assert len({namer.make_key(ids) for ids in ([1, 2], [12], [1, 2, 3], [12, 3], [1, 23], [])}) == 6
 
 
 _SCORING = """
@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_loses_one_batch_at_most(tmp_path: Path) -> None:
             pass
         run.send_signal(signal.SIGKILL)
         told = 20 + len(run.stdout.read().split())
-    held = store.counts(place)["scores"]
+    held = store.count_cached_rows(place)["scores"]
     assert held % 8 == 0 and held // 8 in (told + 1, told + 2)
     with sqlite3.connect(place) as file:
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -172,14 +172,14 @@ def test_a_run_that_is_killed_loses_one_batch_at_most(tmp_path: Path) -> None:
 
 def expert(folder: Path, alpha: float) -> SafeDecoding:
     """Return a blend with tuned weights."""
-    return SafeDecoding(alpha=alpha, adapter=adapters.read(made_adapter(folder / "x", seed=3)))
+    return SafeDecoding(alpha=alpha, adapter=adapters.load_adapter(made_adapter(folder / "x", seed=3)))
 
 
 def test_the_margin_of_a_blend_is_that_of_the_model_plus_alpha_times_what_the_expert_does(
     tmp_path: Path,
 ) -> None:
     bench = toy_bench()
-    readout = bench.words(ASKED, NONE)
+    readout = derive_readout(bench, ASKED, NONE)
     blend = expert(tmp_path, 3.0)
     plain, tuned = margins(bench, NONE, readout), margins(bench, SafetyTuning(adapter=blend.adapter), readout)
     want = [a + 3 * (b - a) for a, b in zip(plain, tuned, strict=True)]
@@ -190,14 +190,14 @@ def test_the_margin_of_a_blend_is_that_of_the_model_plus_alpha_times_what_the_ex
 
 def test_a_blend_says_first_what_is_read_and_then_goes_on_as_the_model(tmp_path: Path) -> None:
     bench, blend = toy_bench(), expert(tmp_path, 4.0)
-    said = answers(bench, blend, ASKED, tokens=5)
-    usual = answers(bench, NONE, ASKED, tokens=5)
+    said = generate_responses(bench, blend, ASKED, max_new_tokens=5)
+    usual = generate_responses(bench, NONE, ASKED, max_new_tokens=5)
     for query, (answer,) in zip(ASKED, said, strict=True):
-        ids = bench.prompts(NONE, query)[0].ids
-        ((_, logits),) = scoring.batches(bench.engine, bench.loaded, blend, [ids], lambda logits: logits)
+        ids = bench.render_query(NONE, query)[0].ids
+        ((_, logits),) = scoring.iterate_defended_logits(bench.engine, bench.loaded_model, blend, [ids], lambda logits: logits)
         assert answer.ids[0] == int(logits.argmax())
         with torch.no_grad():
-            following = bench.loaded.model(input_ids=torch.tensor([[*ids, answer.ids[0]]])).logits[0, -1]
+            following = bench.loaded_model.model(input_ids=torch.tensor([[*ids, answer.ids[0]]])).logits[0, -1]
         assert answer.ids[1] == int(following.argmax())
     assert [one[0].ids for one in said] != [one[0].ids for one in usual]
 
@@ -205,48 +205,48 @@ def test_a_blend_says_first_what_is_read_and_then_goes_on_as_the_model(tmp_path:
 # --- drafts -----------------------------------------------------------------------------------------------
 
 
-def asking(text: str, tokens: int = 6, line: bool = False) -> Ask:
+def asking(text: str, tokens: int = 6, line: bool = False) -> ModelCall:
     """Return an ask."""
-    return Ask([{"role": "user", "content": text}], tokens, line)
+    return ModelCall([{"role": "user", "content": text}], tokens, line)
 
 
 def test_drafts_are_greedy_answers_and_each_is_made_once(tmp_path: Path) -> None:
     bench = bench_with(tmp_path / "s")
     asks = [asking(text, line=True) for text in ("How do I sing?", "What is bread?", "How do I sing?")]
-    said = bench.drafts.answers(asks)
-    assert said[0] == said[2] and bench.drafts.calls == 2
-    usual = answers(bench, NONE, [replace(ASKED[0], text="What is bread?")], tokens=6)
+    said = bench.defense_calls.complete_calls(asks)
+    assert said[0] == said[2] and bench.defense_calls.n_calls == 2
+    usual = generate_responses(bench, NONE, [replace(ASKED[0], text="What is bread?")], max_new_tokens=6)
     assert said[1] == usual[0][0].text.strip().splitlines()[0].strip()
     again = bench_with(tmp_path / "s")
-    assert again.drafts.answers(asks) == said and again.drafts.calls == 0
-    assert again.drafts.fresh().answers(asks[:1]) == said[:1]
+    assert again.defense_calls.complete_calls(asks) == said and again.defense_calls.n_calls == 0
+    assert again.defense_calls.copy_uncached().complete_calls(asks[:1]) == said[:1]
 
 
 def test_a_draft_of_a_line_ends_with_it(monkeypatch: Any) -> None:
     bench = toy_bench()
     monkeypatch.setattr(
-        type(bench.loaded.tokenizer), "decode", lambda self, ids, **_: "".join("ab\n"[i % 3] for i in ids)
+        type(bench.loaded_model.tokenizer), "decode", lambda self, ids, **_: "".join("ab\n"[i % 3] for i in ids)
     )
-    whole = toy_bench().drafts.fresh().answers([asking("Sing!", 40)])[0]
-    line = bench.drafts.fresh().answers([asking("Sing!", 40, line=True)])[0]
+    whole = toy_bench().defense_calls.copy_uncached().complete_calls([asking("Sing!", 40)])[0]
+    line = bench.defense_calls.copy_uncached().complete_calls([asking("Sing!", 40, line=True)])[0]
     assert "\n" in whole and line and "\n" not in line and whole.startswith(line)
 
 
 def test_a_request_too_long_to_be_asked_about_is_refused() -> None:
     with pytest.raises(defenses.UserError, match=r"a defense asks .* and the model reads 2048"):
-        toy_bench().drafts.answers([asking("word " * 4000)])
+        toy_bench().defense_calls.complete_calls([asking("word " * 4000)])
 
 
 def test_watching_drafts_being_made() -> None:
     bench, told = toy_bench(), []
-    bench.drafts.watch = lambda made, wanted: told.append((made, wanted))
-    bench.drafts.answers([asking(f"What is {n}?") for n in range(5)])
+    bench.defense_calls.on_progress = lambda made, wanted: told.append((made, wanted))
+    bench.defense_calls.complete_calls([asking(f"What is {n}?") for n in range(5)])
     assert told[-1] == (5, 5)
 
 
 def test_scores_are_of_all_the_code_that_they_come_from() -> None:
     """What is read, and read off: not where models, queries and kept scores lie."""
-    known = {f"analysis.{name}" for name in scoring._ASKING}
+    known = {f"analysis.{name}" for name in scoring._SCORING_MODULES}
     data = {f"analysis.{name}" for name in ("tables", "queries", "store", "models", "rows", "kept")}
     for name in known:
         ours = {one for one in of(name, for_types=False) & set(FILES) if one.startswith("analysis.")}

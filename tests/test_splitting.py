@@ -11,28 +11,28 @@ from conftest import FAMILIES, fresh_model, made_adapter, tiny_model, toy_bench,
 from torch import nn
 
 from analysis import queries
-from analysis.bench import Bench
-from analysis.mechanism.lens import Norm, anatomy
-from analysis.mechanism.splitting import Splitter
+from analysis.bench import ModelSession
+from analysis.mechanism.lens import NormModule, locate_components
+from analysis.mechanism.splitting import DirectLogitAttribution
 from analysis.models import LoadedModel
 from analysis.readout import Readout
-from analysis.run import score
-from analysis.tables import Decomposition, Part
-from defenses import Defense, Host, UserError, catalog
-from defenses.adapters import read, worn
-from defenses.steering import blocks, entering
+from analysis.run import score_condition
+from analysis.tables import Decomposition, ModelPart
+from defenses import Defense, ModelInfo, UserError, catalog
+from defenses.adapters import load_adapter, apply_adapter
+from defenses.steering import get_blocks, change_block_input
 
-ASKED = queries.load("contrast").split("test").limit(8).queries
-NONE, REMINDER = catalog.get("none"), catalog.get("self_reminder")
+ASKED = queries.load_queries("contrast").select_split("test").limit_queries(8).queries
+NONE, REMINDER = catalog.get_defense("none"), catalog.get_defense("self_reminder")
 READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0))
 
 
-def splitter(bench: Bench, readout: Readout = READOUT) -> Splitter:
-    return Splitter(anatomy(bench.loaded.model), readout)
+def splitter(bench: ModelSession, readout: Readout = READOUT) -> DirectLogitAttribution:
+    return DirectLogitAttribution(locate_components(bench.loaded_model.model), readout)
 
 
-def bench_of(model: nn.Module) -> Bench:
-    return Bench.of(LoadedModel("toy", model, toy_tokenizer(), {"id": "toy"}))
+def bench_of(model: nn.Module) -> ModelSession:
+    return ModelSession.from_model(LoadedModel("toy", model, toy_tokenizer(), {"id": "toy"}))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
@@ -40,14 +40,14 @@ def bench_of(model: nn.Module) -> Bench:
 def test_parts_add_up_to_the_margins_that_scoring_gives(family, defense):
     bench = toy_bench(family)
     asked = ASKED if family != "gpt2" else ASKED[:2]  # its context is short
-    split = splitter(bench).split(bench, defense, asked)
-    scored = score(bench, defense.name, defense, asked, READOUT)["margin"].to_numpy()
+    split = splitter(bench).attribute_margins(bench, defense, asked)
+    scored = score_condition(bench, defense.name, defense, asked, READOUT)["margin"].to_numpy()
     assert np.abs(split.margins - scored).max() < 1e-5
-    assert split.parts is not None and np.abs(split.parts.shares.sum(1) - scored).max() < 1e-5
-    assert np.abs(split.by_layer[:, -1] - scored).max() < 1e-5
+    assert split.parts is not None and np.abs(split.parts.contributions.sum(1) - scored).max() < 1e-5
+    assert np.abs(split.margins_by_layer[:, -1] - scored).max() < 1e-5
     heads = [place for place, part in enumerate(split.parts.parts) if part.kind == "head"]
-    assert len(heads) == 4 * len(anatomy(bench.loaded.model).layers)
-    assert (np.abs(split.parts.shares[:, heads]).max(0) > 1e-4).all()  # none is left out
+    assert len(heads) == 4 * len(locate_components(bench.loaded_model.model).layers)
+    assert (np.abs(split.parts.contributions[:, heads]).max(0) > 1e-4).all()  # none is left out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,8 +58,8 @@ def test_shares_are_what_transformer_lens_sees_the_parts_write(family):
     bench = toy_bench(family)
     found = splitter(bench)
     (query,) = ASKED[:1]
-    (prompt,) = bench.prompts(REMINDER, query)
-    split = found.split(bench, REMINDER, [query])
+    (prompt,) = bench.render_query(REMINDER, query)
+    split = found.attribute_margins(bench, REMINDER, [query])
     model = copy.deepcopy(tiny_model(family))
     whole = model(torch.tensor([prompt.ids])).logits[0, -1]
     weights = {name: one.detach().clone() for name, one in model.named_parameters()}
@@ -68,7 +68,7 @@ def test_shares_are_what_transformer_lens_sees_the_parts_write(family):
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(torch.tensor([prompt.ids]))
     assert (logits[0, -1] - whole).abs().max() < 1e-4
-    last = cache[f"blocks.{len(found.anatomy.layers) - 1}.hook_resid_post"][0, -1]
+    last = cache[f"blocks.{len(found.components.layers) - 1}.hook_resid_post"][0, -1]
     gain, eps = weights["model.norm.weight"] + ("gemma" in family), 1e-6
     raw = unembedding @ (gain * last / (last.pow(2).mean() + eps).sqrt())
     cap = getattr(model.config, "final_logit_softcapping", None)
@@ -78,14 +78,14 @@ def test_shares_are_what_transformer_lens_sees_the_parts_write(family):
     slopes = (shown / raw)[ids] * torch.tensor(READOUT.weights)
     along = (slopes @ unembedding[ids]) * gain
     along = along / (last.pow(2).mean() + eps).sqrt()
-    for layer in range(len(found.anatomy.layers)):
+    for layer in range(len(found.components.layers)):
         mlp = cache[f"blocks.{layer}.hook_mlp_out"][0, -1]
-        assert split.parts.shares[0, found.parts.index(Part("mlp", layer))] == pytest.approx(
+        assert split.parts.contributions[0, found.parts.index(ModelPart("mlp", layer))] == pytest.approx(
             float(mlp @ along), abs=1e-4
         )
         attention = cache[f"blocks.{layer}.hook_attn_out"][0, -1]
         mine = [part.layer == layer and part.kind in ("head", "bias") for part in found.parts]
-        assert split.parts.shares[0, mine].sum() == pytest.approx(float(attention @ along), abs=1e-4)
+        assert split.parts.contributions[0, mine].sum() == pytest.approx(float(attention @ along), abs=1e-4)
         # A head alone: what the joining matrix makes of its own numbers, the others at nothing.
         if family.startswith("gemma"):
             continue  # a norm stands behind: the sum above is what can be seen
@@ -94,7 +94,7 @@ def test_shares_are_what_transformer_lens_sees_the_parts_write(family):
         size = len(z) // 4
         only[size : 2 * size] = z[size : 2 * size]
         wrote = weights[f"model.layers.{layer}.self_attn.o_proj.weight"] @ only
-        assert split.parts.shares[0, found.parts.index(Part("head", layer, 1))] == pytest.approx(
+        assert split.parts.contributions[0, found.parts.index(ModelPart("head", layer, 1))] == pytest.approx(
             float(wrote @ along), abs=1e-4
         )
 
@@ -107,43 +107,43 @@ def test_what_hooks_add_between_blocks_is_a_part_of_its_own():
         def rewrite(self, chat, rng):
             return list(chat)
 
-        def armed(self, model):
-            return entering(blocks(model)[1], lambda states: states + 0.5)
+        def apply_to(self, model):
+            return change_block_input(get_blocks(model)[1], lambda states: states + 0.5)
 
-        def arms(self):
+        def weights_fingerprint(self):
             return "pushed"
 
     bench = bench_of(fresh_model())
-    split = splitter(bench).split(bench, Pushed(), ASKED)
-    shares = dict(zip(split.parts.parts, np.abs(split.parts.shares).max(0), strict=True))
-    assert shares[Part("added", 1)] > 0.01
-    assert shares[Part("added", 0)] < 1e-6 and shares[Part("added", 2)] < 1e-6
-    assert not blocks(bench.loaded.model)[1]._forward_pre_hooks
+    split = splitter(bench).attribute_margins(bench, Pushed(), ASKED)
+    shares = dict(zip(split.parts.parts, np.abs(split.parts.contributions).max(0), strict=True))
+    assert shares[ModelPart("added", 1)] > 0.01
+    assert shares[ModelPart("added", 0)] < 1e-6 and shares[ModelPart("added", 2)] < 1e-6
+    assert not get_blocks(bench.loaded_model.model)[1]._forward_pre_hooks
 
 
 def test_tuned_weights_and_many_readings_are_split_too(tmp_path):
     bench = toy_bench()
-    tuned = catalog.get("safety_tuning")
-    adapter = read(made_adapter(tmp_path / "a"))
+    tuned = catalog.get_defense("safety_tuning")
+    adapter = load_adapter(made_adapter(tmp_path / "a"))
     tuned = replace(tuned, adapter=adapter)
-    split = splitter(bench).split(bench, tuned, ASKED)
-    with worn(bench.loaded.model, adapter):
-        expected = splitter(bench).split(bench, NONE, ASKED)
-    assert np.allclose(split.parts.shares, expected.parts.shares, atol=1e-6)
-    host = Host("toy", bench.loaded.tokenizer, ())
+    split = splitter(bench).attribute_margins(bench, tuned, ASKED)
+    with apply_adapter(bench.loaded_model.model, adapter):
+        expected = splitter(bench).attribute_margins(bench, NONE, ASKED)
+    assert np.allclose(split.parts.contributions, expected.parts.contributions, atol=1e-6)
+    host = ModelInfo("toy", bench.loaded_model.tokenizer, ())
     for name in ("smooth_llm", "erase_and_check"):
-        many = catalog.get(name).prepare(host)
-        split = splitter(bench).split(bench, many, ASKED[:3])
-        scored = score(bench, name, many, ASKED[:3], READOUT)["margin"].to_numpy()
-        assert np.abs(split.parts.shares.sum(1) - scored).max() < 1e-5
+        many = catalog.get_defense(name).prepare(host)
+        split = splitter(bench).attribute_margins(bench, many, ASKED[:3])
+        scored = score_condition(bench, name, many, ASKED[:3], READOUT)["margin"].to_numpy()
+        assert np.abs(split.parts.contributions.sum(1) - scored).max() < 1e-5
 
 
 def test_questions_about_a_request_are_averaged():
     bench = toy_bench()
     asking = replace(READOUT, questions=("Refuse {request}? Yes or No.", "{request}: No or Yes?"))
-    split = splitter(bench, asking).split(bench, REMINDER, ASKED[:3])
-    scored = score(bench, "self_reminder", REMINDER, ASKED[:3], asking)["margin"].to_numpy()
-    assert np.abs(split.parts.shares.sum(1) - scored).max() < 1e-5
+    split = splitter(bench, asking).attribute_margins(bench, REMINDER, ASKED[:3])
+    scored = score_condition(bench, "self_reminder", REMINDER, ASKED[:3], asking)["margin"].to_numpy()
+    assert np.abs(split.parts.contributions.sum(1) - scored).max() < 1e-5
 
 
 def test_a_block_that_hands_on_more_than_its_parts_is_refused():
@@ -151,21 +151,21 @@ def test_a_block_that_hands_on_more_than_its_parts_is_refused():
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1.0, *args[1:]))
     bench = bench_of(model)
     with pytest.raises(UserError, match="what its blocks hand on"):
-        splitter(bench).split(bench, NONE, ASKED[:2])
+        splitter(bench).attribute_margins(bench, NONE, ASKED[:2])
 
 
 def test_what_does_not_add_up_is_refused():
     bench = toy_bench("bloom")  # its attention hands the stream on by itself
     with pytest.raises(UserError, match="BloomForCausalLM: the sum of its parts misses the margin by"):
-        splitter(bench).split(bench, NONE, ASKED[:2])
+        splitter(bench).attribute_margins(bench, NONE, ASKED[:2])
     with pytest.raises(ValueError, match="miss the margin by 1"):
-        Decomposition((Part("embedding"),), np.ones((2, 1)), np.zeros(2))
+        Decomposition((ModelPart("embedding"),), np.ones((2, 1)), np.zeros(2))
 
 
 @pytest.mark.parametrize("family", ["mamba", "lfm2"])
 def test_an_architecture_of_other_parts_is_named_and_what_works_is_said(family):
     with pytest.raises(UserError, match=f"(?i){family}.*`recommend` work on it"):
-        anatomy(tiny_model(family))
+        locate_components(tiny_model(family))
 
 
 def test_an_architecture_that_nobody_knows_is_named():
@@ -174,14 +174,14 @@ def test_an_architecture_that_nobody_knows_is_named():
         dtype = torch.float32
 
     with pytest.raises(UserError, match="does not know the architecture OwnForCausalLM"):
-        anatomy(OwnForCausalLM())
+        locate_components(OwnForCausalLM())
 
 
 def test_half_precision_has_layers_and_no_parts():
     bench = bench_of(fresh_model().bfloat16())
-    split = splitter(bench).split(bench, NONE, ASKED[:2])
-    assert split.parts is None and split.by_layer.shape == (2, 3)
-    assert np.abs(split.by_layer[:, -1] - split.margins).max() < 0.1
+    split = splitter(bench).attribute_margins(bench, NONE, ASKED[:2])
+    assert split.parts is None and split.margins_by_layer.shape == (2, 3)
+    assert np.abs(split.margins_by_layer[:, -1] - split.margins).max() < 0.1
 
 
 def test_what_norms_do_is_measured_whatever_they_call_it():
@@ -193,10 +193,10 @@ def test_what_norms_do_is_measured_whatever_they_call_it():
         nn.init.normal_(parameter)
     x, along = torch.randn(5, 8), torch.randn(5, 8)
     for module in (layer, gemma):
-        norm = Norm(module)
+        norm = NormModule(module)
         out = module(x)
-        back = norm.back(along, norm.scale(x, out))
-        assert torch.allclose((x * back).sum(1) + along @ norm.bias(x), (out * along).sum(1), atol=1e-4)
+        back = norm.pull_back_direction(along, norm.measure_scale(x, out))
+        assert torch.allclose((x * back).sum(1) + along @ norm.measure_bias(x), (out * along).sum(1), atol=1e-4)
 
 
 def test_a_defense_may_change_the_norms_too():
@@ -208,7 +208,7 @@ def test_a_defense_may_change_the_norms_too():
             return list(chat)
 
         @contextmanager
-        def armed(self, model):
+        def apply_to(self, model):
             weight = model.model.norm.weight
             before = weight.data
             try:
@@ -217,21 +217,21 @@ def test_a_defense_may_change_the_norms_too():
             finally:
                 weight.data = before
 
-        def arms(self):
+        def weights_fingerprint(self):
             return "renormed"
 
     bench = toy_bench()
     found = splitter(bench)
-    found.split(bench, NONE, ASKED[:2])
-    split = found.split(bench, Renormed(), ASKED[:2])
-    with Renormed().armed(bench.loaded.model):
-        expected = splitter(bench).split(bench, NONE, ASKED[:2])
-    assert np.allclose(split.parts.shares, expected.parts.shares, atol=1e-6)
+    found.attribute_margins(bench, NONE, ASKED[:2])
+    split = found.attribute_margins(bench, Renormed(), ASKED[:2])
+    with Renormed().apply_to(bench.loaded_model.model):
+        expected = splitter(bench).attribute_margins(bench, NONE, ASKED[:2])
+    assert np.allclose(split.parts.contributions, expected.parts.contributions, atol=1e-6)
 
 
 def test_the_model_is_left_as_it_was():
     bench = bench_of(fresh_model())
-    before = {name: one.clone() for name, one in bench.loaded.model.state_dict().items()}
-    splitter(bench).split(bench, REMINDER, ASKED[:2])
-    assert all(torch.equal(before[name], one) for name, one in bench.loaded.model.state_dict().items())
-    assert not any(one._forward_hooks or one._forward_pre_hooks for one in bench.loaded.model.modules())
+    before = {name: one.clone() for name, one in bench.loaded_model.model.state_dict().items()}
+    splitter(bench).attribute_margins(bench, REMINDER, ASKED[:2])
+    assert all(torch.equal(before[name], one) for name, one in bench.loaded_model.model.state_dict().items())
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in bench.loaded_model.model.modules())

@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, OTHERS, tiny_model, toy_bench
+from conftest import derive_readout, FAMILIES, OTHERS, tiny_model, toy_bench
 
 import defenses
 from analysis import queries
-from analysis.residuals import residuals
-from analysis.run import score
-from defenses import Residuals
-from defenses.steering import blocks
+from analysis.residuals import load_mean_activations
+from analysis.run import score_condition
+from defenses import MeanActivations
+from defenses.steering import get_blocks
 
-ASKED = queries.sample(queries.load("twins").queries, 6)
-TRAIN = queries.sample(queries.load("contrast").split("train").queries, 8)
+ASKED = queries.sample_queries(queries.load_queries("twins").queries, 6)
+TRAIN = queries.sample_queries(queries.load_queries("contrast").select_split("train").queries, 8)
 IDS = torch.tensor([[5, 60, 70, 81, 9]])
 
 
-def planted(layers: int, width: int = 64, seed: int = 0) -> Residuals:
+def planted(layers: int, width: int = 64, seed: int = 0) -> MeanActivations:
     """Return means of two classes that a generator made up."""
     made = torch.Generator().manual_seed(seed)
     means = [torch.randn(layers, width, generator=made) for _ in range(2)]
-    return Residuals(*means, frozenset(), "toy")
+    return MeanActivations(*means, frozenset(), "toy")
 
 
 def entered(model: Any, ids: torch.Tensor = IDS) -> list[torch.Tensor]:
@@ -35,7 +35,7 @@ def entered(model: Any, ids: torch.Tensor = IDS) -> list[torch.Tensor]:
         block.register_forward_pre_hook(
             lambda _, args, named: found.append((*args, *named.values())[0]), with_kwargs=True
         )
-        for block in blocks(model)
+        for block in get_blocks(model)
     ]
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -47,9 +47,9 @@ def entered(model: Any, ids: torch.Tensor = IDS) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_the_direction_is_added_where_the_block_at_that_depth_begins(family: str) -> None:
     model = tiny_model(family)
-    count = len(blocks(model))
+    count = len(get_blocks(model))
     learned = planted(count)
-    steering = replace(defenses.get("refusal_steering", {"depth": "0.5", "strength": "2"}), learned=learned)
+    steering = replace(defenses.get_defense("refusal_steering", {"depth": "0.5", "strength": "2"}), activations=learned)
     plain = entered(model)
     with steering.armed(model):
         steered = entered(model)
@@ -71,7 +71,7 @@ def test_a_condition_is_checked_at_each_position_by_itself() -> None:
     learned = replace(
         learned, harmful=((middle + 1) * unit).repeat(2, 1), benign=((middle - 1) * unit).repeat(2, 1)
     )
-    steering = replace(defenses.get("conditional_steering", {"depth": "0.5"}), learned=learned)
+    steering = replace(defenses.get_defense("conditional_steering", {"depth": "0.5"}), activations=learned)
     with steering.armed(model):
         steered = entered(model)[1]
     moved = (steered - plain)[0] @ unit
@@ -82,9 +82,9 @@ def test_a_condition_is_checked_at_each_position_by_itself() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_ablated_direction_is_gone_wherever_a_block_begins(family: str) -> None:
     model = tiny_model(family)
-    learned = planted(len(blocks(model)))
-    ablation = replace(defenses.get("direction_ablation", {"depth": "0.5"}), learned=learned)
-    place = len(blocks(model)) // 2
+    learned = planted(len(get_blocks(model)))
+    ablation = replace(defenses.get_defense("direction_ablation", {"depth": "0.5"}), activations=learned)
+    place = len(get_blocks(model)) // 2
     gap = learned.harmful[place] - learned.benign[place]
     assert all((stream @ (gap / gap.norm())).abs().max() > 1e-2 for stream in entered(model)[1:])
     with ablation.armed(model):
@@ -94,11 +94,11 @@ def test_an_ablated_direction_is_gone_wherever_a_block_begins(family: str) -> No
 @pytest.mark.parametrize("name", ["refusal_steering", "conditional_steering", "direction_ablation"])
 def test_steered_margins_do_not_depend_on_what_else_is_read(name: str) -> None:
     bench = toy_bench()
-    defense = replace(defenses.get(name, {"depth": "0.5"}), learned=residuals(bench, TRAIN))
-    readout = bench.words(ASKED, defenses.get("none"))
-    together = score(bench, name, defense, ASKED, readout)["margin"]
-    alone = [float(score(bench, name, defense, [query], readout)["margin"].iloc[0]) for query in ASKED]
-    plain = score(bench, "none", defenses.get("none"), ASKED, readout)["margin"]
+    defense = replace(defenses.get_defense(name, {"depth": "0.5"}), activations=load_mean_activations(bench, TRAIN))
+    readout = derive_readout(bench, ASKED, defenses.get_defense("none"))
+    together = score_condition(bench, name, defense, ASKED, readout)["margin"]
+    alone = [float(score_condition(bench, name, defense, [query], readout)["margin"].iloc[0]) for query in ASKED]
+    plain = score_condition(bench, "none", defenses.get_defense("none"), ASKED, readout)["margin"]
     assert together.tolist() == pytest.approx(alone, abs=1e-4)
     assert (together - plain).abs().max() > 1e-3
 
@@ -109,23 +109,23 @@ def test_residuals_are_means_over_plain_passes_and_are_kept(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     bench = toy_bench(family)
-    found = residuals(bench, TRAIN)
+    found = load_mean_activations(bench, TRAIN)
     held: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for query in TRAIN:
-        ids = bench.renderer.render([{"role": "user", "content": query.text}]).ids
+        ids = bench.chat_template.render_prompt([{"role": "user", "content": query.text}]).ids
         held[query.harmful].append(
-            torch.stack([one[0, -1] for one in entered(bench.loaded.model, torch.tensor([ids]))])
+            torch.stack([one[0, -1] for one in entered(bench.loaded_model.model, torch.tensor([ids]))])
         )
     for side, mean in ((True, found.harmful), (False, found.benign)):
         assert torch.allclose(mean, torch.stack(held[side]).mean(0), atol=1e-4)
-    again = residuals(bench, TRAIN)
+    again = load_mean_activations(bench, TRAIN)
     assert torch.equal(again.harmful, found.harmful) and again.sha256 == found.sha256
-    assert residuals(bench, TRAIN[1:]).sha256 != found.sha256
+    assert load_mean_activations(bench, TRAIN[1:]).sha256 != found.sha256
 
 
 def test_what_a_direction_was_computed_from_may_not_be_asked() -> None:
-    from defenses.adapters import fingerprints
+    from defenses.adapters import fingerprint_queries
 
-    defense = replace(defenses.get("refusal_steering"), learned=residuals(toy_bench(), TRAIN))
-    assert defense.trained_on() == frozenset(fingerprints(query.text for query in TRAIN))
-    assert "computed" in defenses.get("refusal_steering").lacking() and not defense.lacking()
+    defense = replace(defenses.get_defense("refusal_steering"), activations=load_mean_activations(toy_bench(), TRAIN))
+    assert defense.trained_on() == frozenset(fingerprint_queries(query.text for query in TRAIN))
+    assert "computed" in defenses.get_defense("refusal_steering").missing_requirements() and not defense.lacking()

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from analysis.tables import ESTIMATES, SCORES, ScoreTable, Summary
+from analysis.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable, Summary
 
 MADE = {
     "readout": {"threshold": -0.5},
@@ -20,20 +20,20 @@ def frame() -> pd.DataFrame:
         ("h", True, "d", 3.0),
     ]
     return pd.DataFrame(
-        [(q, "p", "any", h, "direct", d, m, 0.5, 9, 0.4) for q, h, d, m in rows], columns=list(SCORES)
+        [(q, "p", "any", h, "direct", d, m, 0.5, 9, 0.4) for q, h, d, m in rows], columns=list(SCORE_COLUMNS)
     )
 
 
 def test_a_condition_lists_its_queries_in_the_order_of_the_undefended():
     scores = ScoreTable(frame(), MADE)
-    assert scores.condition("direct", "d").index.tolist() == ["h", "b"]
-    assert scores.condition("direct", "d")["margin"].tolist() == [3.0, 2.0]
-    assert scores.conditions == [("direct", "none"), ("direct", "d")]
+    assert scores.select_condition("direct", "d").index.tolist() == ["h", "b"]
+    assert scores.select_condition("direct", "d")["margin"].tolist() == [3.0, 2.0]
+    assert scores.condition_keys == [("direct", "none"), ("direct", "d")]
     assert scores.threshold == -0.5
-    assert scores.family("d") == "reminders"
+    assert scores.get_family("d") == "reminders"
 
 
-@pytest.mark.parametrize("column", SCORES)
+@pytest.mark.parametrize("column", SCORE_COLUMNS)
 def test_a_missing_column_is_named(column):
     with pytest.raises(ValueError, match=column):
         ScoreTable(frame().drop(columns=column), MADE)
@@ -78,7 +78,7 @@ def test_a_summary_without_a_promised_column_is_refused():
         "verdict",
         "trusted",
     ]
-    wanted += [f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")]
+    wanted += [f"{name}{end}" for name in ESTIMATE_NAMES for end in ("", "_low", "_high")]
     Summary(pd.DataFrame(columns=wanted))
     for name in wanted:
         with pytest.raises(ValueError, match=name):

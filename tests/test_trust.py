@@ -8,13 +8,13 @@ import pytest
 from conftest import pictures
 from matplotlib.collections import PathCollection
 
-from analysis.captions import Context
-from analysis.plane import plane
-from analysis.price import price
-from analysis.strip import secret_points, secrets
-from analysis.trust import calibration, rates
+from analysis.captions import CaptionContext
+from analysis.plane import draw_plane
+from analysis.price import draw_cost
+from analysis.strip import build_secret_points, draw_secrets
+from analysis.trust import draw_calibration, draw_refusal_rates
 
-RUN = Context("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
+RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
 ENDS = ("", "_low", "_high")
 
 
@@ -27,7 +27,7 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
     curve = pd.DataFrame(
         {"chance": [0.1, 0.8], "refused": [0.2, 0.7], "refused_low": 0.1, "refused_high": 0.9}
     )
-    assert calibration(curve).lines[1].get_xydata().tolist() == [[0.1, 0.2], [0.8, 0.7]]
+    assert draw_calibration(curve).lines[1].get_xydata().tolist() == [[0.1, 0.2], [0.8, 0.7]]
     found = pd.DataFrame(
         {
             "attack": "direct",
@@ -38,7 +38,7 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
             "trusted": ["not trusted", "trusted"],
         }
     )
-    ax = rates(found)
+    ax = draw_refusal_rates(found)
     drawn = dots(ax)
     assert [one.get_offsets()[0].tolist() for one in drawn] == [[25, 100], [50, 45]]
     assert drawn[0].get_facecolor()[0].tolist() == [1, 1, 1, 1] != drawn[1].get_facecolor()[0].tolist()
@@ -56,7 +56,7 @@ def test_a_defense_that_text_contradicts_is_hollow_on_the_plane() -> None:
         row = {"attack": "direct", "defense": name, "family": "noise", "trusted": trusted}
         row |= {f"{x}{end}": float(len(rows)) for x in ("shift", "discrimination") for end in ENDS}
         rows.append(row)
-    points = dots(plane(pd.DataFrame(rows)))
+    points = dots(draw_plane(pd.DataFrame(rows)))
     faces = {tuple(one.get_offsets()[0]): tuple(one.get_facecolor()[0]) for one in points}
     assert faces[1, 1] == (1, 1, 1, 1) != faces[0, 0]
 
@@ -65,7 +65,7 @@ def test_gain_is_drawn_over_cost() -> None:
     row = {"attack": "obedience", "defense": "one", "family": "noise", "n": 8}
     row |= {f"prefill_ratio{end}": 2.0 for end in ENDS} | {f"delta_auroc{end}": 0.1 for end in ENDS}
     table = pd.DataFrame([row, row | {"defense": "none"}])
-    assert [one.get_offsets().tolist() for one in dots(price(table))] == [[[2.0, 0.1]]]
+    assert [one.get_offsets().tolist() for one in dots(draw_cost(table))] == [[[2.0, 0.1]]]
     said = pictures({"cost": table}, RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
     assert "8 queries" in said and "Attack: obedience" in said
 
@@ -76,12 +76,12 @@ def test_each_secret_is_a_dot_and_a_row_has_its_mean() -> None:
         for n, kind, asr in ((1, "none", 1.0), (2, "none", 0.8), (1, "own", 0.2), (2, "own", 0.0))
     ]
     table = pd.DataFrame(rows).assign(asr_low=0.0, asr_high=1.0, text_refused_harmful_n=48)
-    lines = {line.get_gid(): line for line in secrets(table).lines if line.get_gid()}
+    lines = {line.get_gid(): line for line in draw_secrets(table).lines if line.get_gid()}
     assert sorted(lines["0 none"].get_xdata()) == pytest.approx([80, 100])
     assert sorted(lines["0 own"].get_xdata()) == pytest.approx([0, 20])
-    means = [line.get_xdata()[0] for line in secrets(table).lines if len(set(line.get_xdata())) == 1]
+    means = [line.get_xdata()[0] for line in draw_secrets(table).lines if len(set(line.get_xdata())) == 1]
     assert 90 in np.round(means, 9) and 10 in np.round(means, 9)
     extra = pd.DataFrame([{"arm": "clean", "secret": "none", "secret_length": np.nan}])
-    points = secret_points(pd.concat([table, extra]))
+    points = build_secret_points(pd.concat([table, extra]))
     figure, _ = pictures({"secrets": points}, RUN)["secrets"]
     assert len(points) == 4 and "48 harmful" in figure.texts[-1].get_text().replace("\n", " ")

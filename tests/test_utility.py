@@ -25,7 +25,7 @@ def test_each_question_has_four_choices_and_the_right_ones_are_spread_evenly() -
 def test_without_the_harness_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'refusalscope\[utility\]'"):
-        utility.refuse_without_harness()
+        utility.check_harness_installed()
 
 
 @pytest.mark.skipif(
@@ -33,6 +33,6 @@ def test_without_the_harness_the_user_is_told_what_to_install(monkeypatch: pytes
 )
 def test_a_model_is_asked_every_question_under_a_system_prompt(capfd: pytest.CaptureFixture[str]) -> None:
     loaded = LoadedModel("toy", tiny_model(), toy_tokenizer(), {"id": "toy"})
-    right, asked = utility.answered_right(loaded, "You are a helpful assistant.")
+    right, asked = utility.count_correct_answers(loaded, "You are a helpful assistant.")
     assert asked == 64 and 2 <= right <= 32  # random weights guess: a quarter, give or take
     assert "Running" not in capfd.readouterr().err

@@ -17,42 +17,42 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from defenses import Chat
-from defenses.chats import last_user
+from defenses.chats import get_last_user_text
 
 if TYPE_CHECKING:
-    from analysis.bench import Bench
+    from analysis.bench import ModelSession
     from analysis.readout import Readout
-    from analysis.rendering import Prompt, Renderer
+    from analysis.rendering import Prompt, ChatTemplate
 
-READERS = ("answer", "everything")
+ATTENTION_READERS = ("answer", "everything")
 
 
-def starts(renderer: Renderer, prompt: Prompt) -> list[int]:
+def find_token_offsets(chat_template: ChatTemplate, prompt: Prompt) -> list[int]:
     """Return where each token begins in a prompt's text, and where the last one ends."""
-    return [len(renderer.decode(prompt.ids[:count])) for count in range(len(prompt.ids) + 1)]
+    return [len(chat_template.decode_tokens(prompt.ids[:count])) for count in range(len(prompt.ids) + 1)]
 
 
-def of_user(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
+def mask_user_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> list[bool]:
     """Return which tokens are the user's words; where they were reworded, what stands in their place.
 
     Args:
-        renderer: that made the prompt.
+        chat_template: that made the prompt.
         prompt: as the model reads it.
-        asked: the chat as the user, or the attacker, sent it.
+        chat: the chat as the user, or the attacker, sent it.
     """
-    return _within(starts(renderer, prompt), _words(prompt, asked))
+    return _tokens_in_spans(find_token_offsets(chat_template, prompt), _user_text_spans(prompt, chat))
 
 
-def of_defense(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
+def mask_defense_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> list[bool]:
     """Return which tokens are the defense's own: what its messages say beside the user's words.
 
     Args:
-        renderer: that made the prompt.
+        chat_template: that made the prompt.
         prompt: as the model reads it.
-        asked: the chat as the user, or the attacker, sent it.
+        chat: the chat as the user, or the attacker, sent it.
     """
-    sent = {message["content"].strip() for message in asked}
-    texts = [*(message["content"].strip() for message in prompt.chat), prompt.begun.strip()]
+    sent = {message["content"].strip() for message in chat}
+    texts = [*(message["content"].strip() for message in prompt.chat), prompt.prefill.strip()]
     spans, rest = [], prompt.text
     # The longest first, each where no other is: a template may put turns in another order.
     for text in sorted(filter(None, texts), key=len)[::-1]:
@@ -61,57 +61,57 @@ def of_defense(renderer: Renderer, prompt: Prompt, asked: Chat) -> list[bool]:
         rest = rest[:begin] + "\0" * len(text) + rest[begin + len(text) :]
         if text not in sent:  # else an attacker's, or the user's
             spans.append((begin, begin + len(text)))
-    bounds = starts(renderer, prompt)
-    said, users = _within(bounds, spans), _within(bounds, _words(prompt, asked))
+    bounds = find_token_offsets(chat_template, prompt)
+    said, users = _tokens_in_spans(bounds, spans), _tokens_in_spans(bounds, _user_text_spans(prompt, chat))
     return [one and not other for one, other in zip(said, users, strict=True)]
 
 
-def _words(prompt: Prompt, asked: Chat) -> list[tuple[int, int]]:
+def _user_text_spans(prompt: Prompt, chat: Chat) -> list[tuple[int, int]]:
     """Where in the prompt's text the user's words stand; nowhere if they cannot be found."""
-    words, turn = last_user(asked).strip(), last_user(prompt.chat).strip()
+    words, turn = get_last_user_text(chat).strip(), get_last_user_text(prompt.chat).strip()
     text = words if words in turn else turn
     begin = prompt.text.rfind(text)
     return [(begin, begin + len(text))] if begin >= 0 and text else []
 
 
-def _within(bounds: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
+def _tokens_in_spans(token_offsets: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
     """Whether each token has text inside of one of the spans."""
-    pairs = list(pairwise(bounds))
+    pairs = list(pairwise(token_offsets))
     return [any(begin < stop and end > start for start, stop in spans) for begin, end in pairs]
 
 
-def margin(
-    bench: Bench, prompt: Sequence[int], own: Sequence[bool], layers: range, reader: str, readout: Readout
+def compute_knockout_margin(
+    session: ModelSession, prompt_ids: Sequence[int], hidden_tokens: Sequence[bool], layers: range, reader: str, readout: Readout
 ) -> float:
     """Return the margin of a prompt with attention to some of its tokens cut.
 
     Args:
-        bench: the model, armed or not.
-        prompt: token ids.
-        own: which tokens are not seen.
+        session: the model, armed or not.
+        prompt_ids: token ids.
+        hidden_tokens: which tokens are not seen.
         layers: in which they are not seen.
         reader: by whom: the answer's position alone, or everything behind them.
         readout: how logits become a margin.
     """
-    hidden = torch.tensor(own)[None].expand(len(prompt), -1).clone()
+    hidden = torch.tensor(hidden_tokens)[None].expand(len(prompt_ids), -1).clone()
     if reader == "answer":
         hidden[:-1] = False
     else:
-        hidden[torch.tensor(own)] = False  # they still see each other
+        hidden[torch.tensor(hidden_tokens)] = False  # they still see each other
     hidden.fill_diagonal_(False)  # and each token itself
-    with torch.inference_mode(), cut(bench.loaded.model, layers, hidden):
-        ((_, logits),) = bench.engine.sweep([prompt], [1], share=False)
-    return float(readout.read(logits)[0, 0])
+    with torch.inference_mode(), knock_out_attention(session.loaded_model.model, layers, hidden):
+        ((_, logits),) = session.engine.iterate_logits([prompt_ids], [1], share_prefix=False)
+    return float(readout.compute_margins(logits)[0, 0])
 
 
 @contextmanager
-def cut(model: Any, layers: range, hidden: Bool[Tensor, "tokens tokens"]) -> Iterator[None]:
+def knock_out_attention(model: Any, layers: range, blocked_edges: Bool[Tensor, "tokens tokens"]) -> Iterator[None]:
     """While open, some tokens of the one prompt that is read do not see some others.
 
     Args:
         model: of transformers, whose attention must go through its interface to PyTorch's kernel.
         layers: in which.
-        hidden: which token does not see which.
+        blocked_edges: which token does not see which.
     """
     usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -124,7 +124,7 @@ def cut(model: Any, layers: range, hidden: Bool[Tensor, "tokens tokens"]) -> Ite
         **more: Any,
     ) -> tuple[Tensor, None]:
         if module.layer_idx in layers:
-            seen = ~hidden.to(query.device)
+            seen = ~blocked_edges.to(query.device)
             if attention_mask is None:
                 attention_mask = (seen & torch.ones_like(seen).tril())[None, None]
             elif attention_mask.dtype == torch.bool:
@@ -140,7 +140,7 @@ def cut(model: Any, layers: range, hidden: Bool[Tensor, "tokens tokens"]) -> Ite
         ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
-def uncut(model: Any) -> str:
+def describe_unsupported_attention(model: Any) -> str:
     """Return why attention of a model cannot be cut; empty where it can."""
     kind = model.config.get_text_config()._attn_implementation
     return (

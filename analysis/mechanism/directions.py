@@ -18,144 +18,144 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from analysis.mechanism.cutting import of_user
-from analysis.mechanism.watching import Tap, watched
+from analysis.mechanism.cutting import mask_user_tokens
+from analysis.mechanism.watching import HookPoint, record_activations
 from defenses import Defense
 
 if TYPE_CHECKING:
-    from analysis.bench import Bench
-    from analysis.mechanism.lens import Anatomy
+    from analysis.bench import ModelSession
+    from analysis.mechanism.lens import ModelComponents
     from analysis.queries import Query
 
-NAMES = ("refusal", "harmfulness")  # at the answer's position, at the end of the user's words
-_FOLDS = 5
-Held = Float[Tensor, "queries 2 layers width"]
+DIRECTION_NAMES = ("refusal", "harmfulness")  # at the answer's position, at the end of the user's words
+_N_FOLDS = 5
+ResidualStates = Float[Tensor, "queries 2 layers width"]
 
 
 @dataclass(frozen=True)
-class Directions:
+class ConceptDirections:
     """A refusal and a harmfulness direction for each layer.
 
     Attributes:
-        way: difference of the classes' means, harmful less benign, over its squared length.
-        middle: between the means.
-        chosen: of each direction, the layer at which it tells training queries apart best that it was not
+        axes: difference of the classes' means, harmful less benign, over its squared length.
+        midpoints: between the means.
+        best_layers: of each direction, the layer at which it tells training queries apart best that it was not
             learned from.
     """
 
-    way: Float[Tensor, "2 layers width"]
-    middle: Float[Tensor, "2 layers width"]
-    chosen: tuple[int, int]
+    axes: Float[Tensor, "2 layers width"]
+    midpoints: Float[Tensor, "2 layers width"]
+    best_layers: tuple[int, int]
 
     @classmethod
-    def learned(
-        cls, held: Held, is_harmful: Bool[Tensor, " queries"], pairs: Sequence[str | None]
-    ) -> Directions:
+    def from_states(
+        cls, states: ResidualStates, is_harmful: Bool[Tensor, " queries"], pairs: Sequence[str | None]
+    ) -> ConceptDirections:
         """Return the directions of training queries.
 
         Args:
-            held: residual streams, see `held`.
+            states: residual streams, see `held`.
             is_harmful: class of each query.
             pairs: the name of each one's pair, which is never parted.
         """
-        way, middle = _direction(held, is_harmful)
+        way, middle = _difference_of_means(states, is_harmful)
         names = [one or f"query {place}" for place, one in enumerate(pairs)]
         order = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        fold = torch.tensor([order[name] % _FOLDS for name in names])
-        values = torch.zeros(held.shape[:3])
-        for number in range(_FOLDS):
+        fold = torch.tensor([order[name] % _N_FOLDS for name in names])
+        values = torch.zeros(states.shape[:3])
+        for number in range(_N_FOLDS):
             out = fold == number
             if out.any():
-                learned = _direction(held[~out], is_harmful[~out])
-                values[out] = _project(held[out], *learned)
+                learned = _difference_of_means(states[~out], is_harmful[~out])
+                values[out] = _project_on_axes(states[out], *learned)
         # Of equals the earliest; where both classes hold the same, it is one half.
         scores = np.array(
             [
                 [
                     roc_auc_score(is_harmful.numpy(), values[:, which, layer].numpy())
-                    for layer in range(held.shape[2])
+                    for layer in range(states.shape[2])
                 ]
                 for which in range(2)
             ]
         )
         return cls(way, middle, (int(scores[0].argmax()), int(scores[1].argmax())))
 
-    def project(self, held: Held) -> Float[Tensor, "queries 2 layers"]:
+    def project_states(self, states: ResidualStates) -> Float[Tensor, "queries 2 layers"]:
         """Return how far along each direction: half at the mean of the harmful, minus half at the benign."""
-        return _project(held, self.way, self.middle)
+        return _project_on_axes(states, self.axes, self.midpoints)
 
 
-def _direction(held: Held, is_harmful: Tensor) -> tuple[Tensor, Tensor]:
-    harmful, benign = held[is_harmful].mean(0), held[~is_harmful].mean(0)
+def _difference_of_means(states: ResidualStates, is_harmful: Tensor) -> tuple[Tensor, Tensor]:
+    harmful, benign = states[is_harmful].mean(0), states[~is_harmful].mean(0)
     gap = harmful - benign
     return gap / (gap * gap).sum(-1, keepdim=True).clamp_min(1e-12), (harmful + benign) / 2
 
 
-def _project(held: Tensor, way: Tensor, middle: Tensor) -> Tensor:
+def _project_on_axes(states: Tensor, axes: Tensor, midpoints: Tensor) -> Tensor:
     """How far along, of one layer or of all."""
-    return ((held - middle) * way).sum(-1)
+    return ((states - midpoints) * axes).sum(-1)
 
 
-def held(bench: Bench, anatomy: Anatomy, defense: Defense, queries: Sequence[Query]) -> Held:
+def record_residual_states(session: ModelSession, components: ModelComponents, defense: Defense, queries: Sequence[Query]) -> ResidualStates:
     """Return the residual stream that enters each block, and the final norm, at both positions.
 
     Where a defense reads several prompts, what they hold is averaged.
 
     Args:
-        bench: the model, and how queries are sent.
-        anatomy: where its blocks are.
+        session: the model, and how queries are sent.
+        components: where its blocks are.
         defense: prepared for it.
         queries: what is asked.
     """
-    return _kept(bench, anatomy, defense, queries, lambda layer, both: both, (anatomy.width,))
+    return _reduce_residual_states(session, components, defense, queries, lambda layer, both: both, (components.width,))
 
 
-def projections(
-    bench: Bench, anatomy: Anatomy, defense: Defense, queries: Sequence[Query], directions: Directions
+def compute_projections(
+    session: ModelSession, components: ModelComponents, defense: Defense, queries: Sequence[Query], directions: ConceptDirections
 ) -> Float[Tensor, "queries 2 layers"]:
     """Return what `directions.project` makes of what is held; the streams themselves are not kept.
 
     Args:
-        bench: as for `held`.
-        anatomy: as for `held`.
+        session: as for `held`.
+        components: as for `held`.
         defense: as for `held`.
         queries: as for `held`.
         directions: of the model.
     """
 
     def project(layer: int, both: Tensor) -> Tensor:
-        return _project(both, directions.way[:, layer], directions.middle[:, layer])
+        return _project_on_axes(both, directions.axes[:, layer], directions.midpoints[:, layer])
 
-    return _kept(bench, anatomy, defense, queries, project, ())
+    return _reduce_residual_states(session, components, defense, queries, project, ())
 
 
-def _kept(
-    bench: Bench,
-    anatomy: Anatomy,
+def _reduce_residual_states(
+    session: ModelSession,
+    components: ModelComponents,
     defense: Defense,
     queries: Sequence[Query],
-    keep: Callable[[int, Float[Tensor, "rows 2 width"]], Tensor],
-    size: tuple[int, ...],
+    reduce_states: Callable[[int, Float[Tensor, "rows 2 width"]], Tensor],
+    output_shape: tuple[int, ...],
 ) -> Tensor:
     """What is kept of the streams at both positions, by query and layer."""
-    taps: dict[int, Tap] = {number: (layer.block, "enters") for number, layer in enumerate(anatomy.layers)}
-    taps[len(taps)] = (anatomy.final.module, "enters")
+    taps: dict[int, HookPoint] = {number: (layer.block, "enters") for number, layer in enumerate(components.layers)}
+    taps[len(taps)] = (components.final_norm.module, "enters")
     flat, ends, owner = [], [], []
-    for row, (query, readings) in enumerate(zip(queries, bench.every_prompt(defense, queries), strict=True)):
+    for row, (query, readings) in enumerate(zip(queries, session.render_queries(defense, queries), strict=True)):
         for prompt in readings:
-            users = of_user(bench.renderer, prompt, bench.attack.chat(query))
+            users = mask_user_tokens(session.chat_template, prompt, session.attack.build_chat(query))
             last = max((place for place, one in enumerate(users) if one), default=len(users) - 1)
             flat.append(prompt.ids)
             ends.append(len(prompt.ids) - last)
             owner.append(row)
-    found = torch.zeros(len(queries), 2, len(taps), *size)
+    found = torch.zeros(len(queries), 2, len(taps), *output_shape)
     owners = torch.tensor(owner)
-    with torch.inference_mode(), defense.armed(bench.loaded.model), watched(bench.engine, taps) as streams:
-        for rows, _ in bench.engine.sweep(flat, ends):
+    with torch.inference_mode(), defense.apply_to(session.loaded_model.model), record_activations(session.engine, taps) as streams:
+        for rows, _ in session.engine.iterate_logits(flat, ends):
             lengths = torch.tensor([ends[row] for row in rows])
             stops = lengths.cumsum(0)
             for layer in range(len(taps)):
                 stream = streams[layer]
                 both = torch.stack([stream[stops - 1], stream[stops - lengths]], 1).float().cpu()
-                found[:, :, layer].index_add_(0, owners[rows], keep(layer, both))
+                found[:, :, layer].index_add_(0, owners[rows], reduce_states(layer, both))
     return found / torch.bincount(owners, minlength=len(queries)).view(-1, *[1] * (found.ndim - 1))

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from analysis.readout import Readout
 from defenses.errors import UserError
 
-_LARGE = 1e4  # against which the epsilon of a norm is nothing
-LEFT = "`analyze -d …`, `validate`, `ensembles` and `recommend` work on it as on any other model"
-Stream = Float[Tensor, "rows width"]
+_LARGE_INPUT = 1e4  # against which the epsilon of a norm is nothing
+OTHER_COMMANDS_HINT = "`analyze -d …`, `validate`, `ensembles` and `recommend` work on it as on any other model"
+ResidualStream = Float[Tensor, "rows width"]
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormModule:
     """What a norm does to a vector, its scale apart: x → scale · gain · (x, or x less its mean) + bias.
 
     Args:
@@ -33,141 +33,141 @@ class Norm:
 
     module: nn.Module
 
-    def _measured(self, like: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def _measure_parameters(self, reference: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Gain, bias, whether the mean is taken out; measured each time, since a defense may change them."""
-        weight = next(self.module.parameters(), like)
-        flat = torch.full((like.shape[-1],), _LARGE, dtype=weight.dtype, device=weight.device)
+        weight = next(self.module.parameters(), reference)
+        flat = torch.full((reference.shape[-1],), _LARGE_INPUT, dtype=weight.dtype, device=weight.device)
         sign = torch.ones_like(flat)
         sign[1::2] = -1
         bias, turned, same = (
-            self.apart(one).float().to(like.device) for one in (torch.zeros_like(flat), flat * sign, flat)
+            self.apply_without_hooks(one).float().to(reference.device) for one in (torch.zeros_like(flat), flat * sign, flat)
         )
-        gain = (turned - bias) * sign.float().to(like.device)
+        gain = (turned - bias) * sign.float().to(reference.device)
         return gain, bias, not torch.allclose(same - bias, gain, rtol=1e-3, atol=1e-4)
 
-    def apart(self, stream: Tensor) -> Tensor:
+    def apply_without_hooks(self, stream: Tensor) -> Tensor:
         """Return what leaves the norm, apart from any pass of the model: no hook hears of it."""
         weight = next(self.module.parameters(), stream)
         return self.module.forward(stream.to(weight.device))
 
-    def bias(self, like: Stream) -> Float[Tensor, " width"]:
+    def measure_bias(self, reference: ResidualStream) -> Float[Tensor, " width"]:
         """Return what is added, whatever comes in."""
-        return self._measured(like)[1]
+        return self._measure_parameters(reference)[1]
 
-    def scale(self, entered: Stream, left: Stream) -> Float[Tensor, " rows"]:
+    def measure_scale(self, inputs: ResidualStream, outputs: ResidualStream) -> Float[Tensor, " rows"]:
         """Return the factor between what entered and what left, which is frozen for an attribution."""
-        gain, bias, centered = self._measured(entered)
-        plain = gain * (_centered(entered.float()) if centered else entered.float())
-        return ((left.float() - bias) * plain).sum(1) / (plain * plain).sum(1).clamp_min(1e-30)
+        gain, bias, centered = self._measure_parameters(inputs)
+        plain = gain * (_subtract_mean(inputs.float()) if centered else inputs.float())
+        return ((outputs.float() - bias) * plain).sum(1) / (plain * plain).sum(1).clamp_min(1e-30)
 
-    def back(self, direction: Stream, scale: Float[Tensor, " rows"]) -> Stream:
+    def pull_back_direction(self, direction: ResidualStream, scale: Float[Tensor, " rows"]) -> ResidualStream:
         """Return the direction that a vector in front of the norm is read along, by one behind it."""
-        gain, _, centered = self._measured(direction)
+        gain, _, centered = self._measure_parameters(direction)
         before = gain * direction
-        return scale[:, None] * (_centered(before) if centered else before)
+        return scale[:, None] * (_subtract_mean(before) if centered else before)
 
 
-def _centered(x: Stream) -> Stream:
-    return x - x.mean(-1, keepdim=True)
+def _subtract_mean(stream: ResidualStream) -> ResidualStream:
+    return stream - stream.mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerModules:
     """The modules of one block.
 
     Attributes:
         block: what enters it is the residual stream.
-        joined: the matrix of the attention that its heads go through side by side.
+        output_projection: the matrix of the attention that its heads go through side by side.
         attention: its output is what the attention adds to the stream.
         mlp: its output is what the MLP adds.
-        behind: the norm between the joining matrix and the stream, where there is one.
+        post_attention_norm: the norm between the joining matrix and the stream, where there is one.
     """
 
     block: nn.Module
-    joined: nn.Module
+    output_projection: nn.Module
     attention: nn.Module
     mlp: nn.Module
-    behind: Norm | None
+    post_attention_norm: NormModule | None
 
-    def heads_along(self, direction: Stream) -> Float[Tensor, "rows joined"]:
+    def pull_back_to_heads(self, direction: ResidualStream) -> Float[Tensor, "rows joined"]:
         """Return what each number that enters the joining matrix adds along a direction behind it."""
-        weight = self.joined.get_parameter("weight").float()
-        read = direction.to(weight.device) @ (weight if isinstance(self.joined, nn.Linear) else weight.mT)
+        weight = self.output_projection.get_parameter("weight").float()
+        read = direction.to(weight.device) @ (weight if isinstance(self.output_projection, nn.Linear) else weight.mT)
         return read.to(direction.device)
 
     @property
-    def joined_bias(self) -> Tensor | None:
+    def output_projection_bias(self) -> Tensor | None:
         """What the joining matrix adds by itself."""
-        bias = getattr(self.joined, "bias", None)
+        bias = getattr(self.output_projection, "bias", None)
         return bias.float() if isinstance(bias, Tensor) else None
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelComponents:
     """A model's parts.
 
     Attributes:
         model: of transformers, untouched.
         layers: first to last.
-        final: the norm in front of the unembedding.
+        final_norm: the norm in front of the unembedding.
         unembedding: width → vocabulary.
-        heads: of each attention.
-        adapter: of transformer_lens, which knows what is done to logits behind the unembedding.
+        n_heads: of each attention.
+        architecture_adapter: of transformer_lens, which knows what is done to logits behind the unembedding.
     """
 
     model: Any
-    layers: tuple[Layer, ...]
-    final: Norm
+    layers: tuple[LayerModules, ...]
+    final_norm: NormModule
     unembedding: nn.Linear
-    heads: int
-    adapter: Any
+    n_heads: int
+    architecture_adapter: Any
 
     @property
     def width(self) -> int:
         """Numbers in the residual stream."""
         return self.unembedding.weight.shape[1]
 
-    def shown(self, raw: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens"]:
+    def transform_logits(self, raw_logits: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens"]:
         """Return logits as the model shows them: capped, scaled, or as they are."""
-        return self.adapter.apply_output_logits_transform(raw)
+        return self.architecture_adapter.apply_output_logits_transform(raw_logits)
 
-    def raw(self, normed: Stream, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "rows tokens"]:
+    def compute_raw_logits(self, normed: ResidualStream, token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, "rows tokens"]:
         """Return the logits of some tokens as the unembedding gives them."""
-        weight, bias = self.unembedding.weight[ids].float(), self.unembedding.bias
-        return normed.float().to(weight.device) @ weight.mT + (0.0 if bias is None else bias[ids].float())
+        weight, bias = self.unembedding.weight[token_ids].float(), self.unembedding.bias
+        return normed.float().to(weight.device) @ weight.mT + (0.0 if bias is None else bias[token_ids].float())
 
-    def margin(self, normed: Stream, readout: Readout) -> Float[Tensor, " rows"]:
+    def compute_margins(self, normed: ResidualStream, readout: Readout) -> Float[Tensor, " rows"]:
         """Return the margin of what leaves the final norm, nats."""
-        ids, weights = self._read(readout)
-        return self.shown(self.raw(normed, ids)) @ weights
+        ids, weights = self._readout_tensors(readout)
+        return self.transform_logits(self.compute_raw_logits(normed, ids)) @ weights
 
-    def direction(self, normed: Stream, readout: Readout) -> tuple[Stream, Float[Tensor, " rows"]]:
+    def linearize_margin(self, normed: ResidualStream, readout: Readout) -> tuple[ResidualStream, Float[Tensor, " rows"]]:
         """Return the direction in which what leaves the final norm is read, row by row, and a constant.
 
         Margin = direction · normed + constant. Where logits are capped, the slope from 0 to each logit is
         frozen, as the norms' scales are.
         """
-        ids, weights = self._read(readout)
-        raw = self.raw(normed, ids)
-        slope = torch.where(raw.abs() > 1e-6, self.shown(raw) / raw, torch.ones_like(raw)) * weights
+        ids, weights = self._readout_tensors(readout)
+        raw = self.compute_raw_logits(normed, ids)
+        slope = torch.where(raw.abs() > 1e-6, self.transform_logits(raw) / raw, torch.ones_like(raw)) * weights
         bias = self.unembedding.bias
         constant = slope.new_zeros(len(slope)) if bias is None else slope @ bias[ids].float()
         return slope @ self.unembedding.weight[ids].float(), constant
 
-    def _read(self, readout: Readout) -> tuple[Tensor, Tensor]:
+    def _readout_tensors(self, readout: Readout) -> tuple[Tensor, Tensor]:
         """Ids and weights of a readout, where the unembedding is."""
         device = self.unembedding.weight.device
         return torch.tensor(readout.ids, device=device), torch.tensor(readout.weights, device=device).float()
 
 
-def anatomy(model: Any) -> Anatomy:
+def locate_components(model: Any) -> ModelComponents:
     """Return where the parts of a model lie; an error, with what works instead, where nobody knows.
 
     Args:
         model: of transformers.
     """
     name = type(model).__name__
-    adapter = _adapter(model, name)
+    adapter = _select_architecture_adapter(model, name)
     components = adapter.get_component_mapping()
     if not {"blocks", "ln_final", "unembed"} <= components.keys():
         raise UserError(f"{name} has no list of blocks between embedding and unembedding: it cannot be split")
@@ -186,27 +186,27 @@ def anatomy(model: Any) -> Anatomy:
             if not hasattr(joined, "weight"):
                 raise AttributeError("its heads are not joined by one matrix")
         except (AttributeError, ValueError, IndexError) as error:
-            raise UserError(f"layer {number} of {name} is not attention and MLP ({error}): {LEFT}") from error
-        found.append(Layer(block, joined, attention, mlp, Norm(attention) if "ln1_post" in parts else None))
-    final = Norm(adapter.get_component(model, "ln_final"))
+            raise UserError(f"layer {number} of {name} is not attention and MLP ({error}): {OTHER_COMMANDS_HINT}") from error
+        found.append(LayerModules(block, joined, attention, mlp, NormModule(attention) if "ln1_post" in parts else None))
+    final = NormModule(adapter.get_component(model, "ln_final"))
     unembedding = model.get_output_embeddings()
     if unembedding is None or unembedding.weight.is_meta:
         raise UserError(
             f"the unembedding of this {name} is not in memory: take a larger GPU, or --device cpu"
         )
     heads = int(model.config.get_text_config().num_attention_heads)
-    return Anatomy(model, tuple(found), final, unembedding, heads, adapter)
+    return ModelComponents(model, tuple(found), final, unembedding, heads, adapter)
 
 
-def _adapter(model: Any, name: str) -> Any:
+def _select_architecture_adapter(model: Any, class_name: str) -> Any:
     """What TransformerLens knows about an architecture."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
     try:
-        known = build_bridge_config_from_hf(model.config, name, name, model.dtype)
+        known = build_bridge_config_from_hf(model.config, class_name, class_name, model.dtype)
         return ArchitectureAdapterFactory.select_architecture_adapter(known)
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(
-            f"TransformerLens does not know the architecture {name}, so where it acts cannot be said; {LEFT}"
+            f"TransformerLens does not know the architecture {class_name}, so where it acts cannot be said; {OTHER_COMMANDS_HINT}"
         ) from error

@@ -14,19 +14,19 @@ from torch import Tensor
 from defenses import Defense
 
 if TYPE_CHECKING:
-    from analysis.bench import Bench
+    from analysis.bench import ModelSession
     from analysis.readout import Readout
 
-Weights = dict[str, tuple[Tensor, Tensor]]  # as they are, and as they are under a defense
+WeightChanges = dict[str, tuple[Tensor, Tensor]]  # as they are, and as they are under a defense
 
 
-def changed(model: Any, defense: Defense) -> Weights:
+def find_changed_weights(model: Any, defense: Defense) -> WeightChanges:
     """Return the weights that are others while a defense is armed, by name; none where it changes no weights.
 
     Weights whose numbers are changed in place are not seen.
     """
     before = {name: one.data for name, one in model.named_parameters()}
-    with defense.armed(model):
+    with defense.apply_to(model):
         after = {name: one.data for name, one in model.named_parameters()}
     return {
         name: (before[name], one)
@@ -35,15 +35,15 @@ def changed(model: Any, defense: Defense) -> Weights:
     }
 
 
-def switches(names: Iterable[str]) -> list[tuple[str, int | None, str, list[str]]]:
+def list_weight_patches(weight_names: Iterable[str]) -> list[tuple[str, int | None, str, list[str]]]:
     """Return what is switched on together: how, up to which layer or in which, in which module, which names.
 
     >>> [one[0] for one in switches(["layers.0.q_proj.weight"])]
     ['nothing', 'alone', 'up to', 'module', 'everything']
     """
-    weights = list(names)
+    weights = list(weight_names)
     layers, modules = (
-        {name: _layer(name) for name in weights},
+        {name: _layer_number(name) for name in weights},
         {name: name.split(".")[-2] for name in weights},
     )
     found: list[tuple[str, int | None, str, list[str]]] = [("nothing", None, "", [])]
@@ -62,48 +62,48 @@ def switches(names: Iterable[str]) -> list[tuple[str, int | None, str, list[str]
 
 
 @contextmanager
-def switched_off(model: Any, weights: Weights, names: Iterable[str]) -> Iterator[None]:
+def restore_original_weights(model: Any, weight_changes: WeightChanges, weight_names: Iterable[str]) -> Iterator[None]:
     """While open, some weights of the armed model are as they were before; then it is armed whole again."""
-    off = list(names)
+    off = list(weight_names)
     try:
         for name in off:
-            model.get_parameter(name).data = weights[name][0]
+            model.get_parameter(name).data = weight_changes[name][0]
         yield
     finally:
         for name in off:
-            model.get_parameter(name).data = weights[name][1]
+            model.get_parameter(name).data = weight_changes[name][1]
 
 
-def margins(
-    bench: Bench,
+def compute_weight_patch_margins(
+    session: ModelSession,
     defense: Defense,
-    weights: Weights,
-    prompts: Sequence[tuple[int, ...]],
+    weight_changes: WeightChanges,
+    prompt_ids: Sequence[tuple[int, ...]],
     readout: Readout,
-    done: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "prompts switches"]:
     """Return the margin of every prompt under each of `switches`; all else that is armed stays.
 
     Args:
-        bench: the model.
+        session: the model.
         defense: whose weights are switched.
-        weights: what `changed` returned.
-        prompts: as the defended model reads them.
+        weight_changes: what `changed` returned.
+        prompt_ids: as the defended model reads them.
         readout: how logits become a margin.
-        done: told when another switch is read.
+        on_progress: told when another switch is read.
     """
-    found, model = [], bench.loaded.model
-    with defense.armed(model):
+    found, model = [], session.loaded_model.model
+    with defense.apply_to(model):
         # Armed anew, it may bring tensors of its own: those are put back.
-        weights = {name: (before, model.get_parameter(name).data) for name, (before, _) in weights.items()}
-        for *_, on in switches(weights):
-            with switched_off(model, weights, weights.keys() - set(on)):
-                found.append(bench.engine.read(prompts, readout.read)[:, 0])
-            done()
+        weight_changes = {name: (before, model.get_parameter(name).data) for name, (before, _) in weight_changes.items()}
+        for *_, on in list_weight_patches(weight_changes):
+            with restore_original_weights(model, weight_changes, weight_changes.keys() - set(on)):
+                found.append(session.engine.read_first_token(prompt_ids, readout.compute_margins)[:, 0])
+            on_progress()
     return torch.stack(found, 1)
 
 
-def _layer(name: str) -> int | None:
+def _layer_number(weight_name: str) -> int | None:
     """The number of the block that a weight is in."""
-    place = re.search(r"\.(\d+)\.", f".{name}")
+    place = re.search(r"\.(\d+)\.", f".{weight_name}")
     return int(place[1]) if place else None

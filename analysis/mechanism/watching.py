@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from analysis.engine import Engine
 
-Tap = tuple[nn.Module, Literal["enters", "leaves"]]
-Held = dict[Any, Float[Tensor, "ends width"]]
-Change = Callable[[Tensor], Tensor | None]
+HookPoint = tuple[nn.Module, Literal["enters", "leaves"]]
+RecordedActivations = dict[Any, Float[Tensor, "ends width"]]
+ActivationEdit = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def at(tap: Tap, change: Change) -> Iterator[None]:
+def edit_activations(hook_point: HookPoint, edit: ActivationEdit) -> Iterator[None]:
     """While open, what enters or leaves a module is shown, and replaced by what comes back, if anything does.
 
     Args:
-        tap: where.
-        change: the hidden states → others in their place, or None.
+        hook_point: where.
+        edit: the hidden states → others in their place, or None.
     """
-    module, side = tap
+    module, side = hook_point
     if side == "enters":
-        handle = module.register_forward_pre_hook(_entering(change), with_kwargs=True)
+        handle = module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True)
     else:
-        handle = module.register_forward_hook(_leaving(change))
+        handle = module.register_forward_hook(_output_hook(edit))
     try:
         yield
     finally:
@@ -36,32 +36,32 @@ def at(tap: Tap, change: Change) -> Iterator[None]:
 
 
 @contextmanager
-def watched(engine: Engine, taps: Mapping[Any, Tap]) -> Iterator[Held]:
+def record_activations(engine: Engine, hook_points: Mapping[Any, HookPoint]) -> Iterator[RecordedActivations]:
     """While open, what passes the taps is kept of each batch, where its prompts end, until the next batch.
 
     Args:
         engine: that runs the model.
-        taps: by the names under which they are found.
+        hook_points: by the names under which they are found.
     """
-    held: Held = {}
+    held: RecordedActivations = {}
 
-    def keep(name: Any) -> Change:
+    def keep(name: Any) -> ActivationEdit:
         def kept(states: Tensor) -> None:
-            if engine.ends is not None:
-                rows, columns = (one.to(states.device) for one in engine.ends)
+            if engine.logit_positions is not None:
+                rows, columns = (one.to(states.device) for one in engine.logit_positions)
                 held[name] = states[rows, columns]
 
         return kept
 
     with ExitStack() as stack:
-        for name, tap in taps.items():
-            stack.enter_context(at(tap, keep(name)))
+        for name, tap in hook_points.items():
+            stack.enter_context(edit_activations(tap, keep(name)))
         yield held
 
 
-def _entering(change: Change) -> Callable[..., Any]:
+def _input_hook(edit: ActivationEdit) -> Callable[..., Any]:
     def hook(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        new = change(args[0] if args else named["hidden_states"])
+        new = edit(args[0] if args else named["hidden_states"])
         if new is None:
             return None
         return ((new, *args[1:]), named) if args else (args, named | {"hidden_states": new})
@@ -69,9 +69,9 @@ def _entering(change: Change) -> Callable[..., Any]:
     return hook
 
 
-def _leaving(change: Change) -> Callable[..., Any]:
+def _output_hook(edit: ActivationEdit) -> Callable[..., Any]:
     def hook(_: Any, args: Any, out: Any) -> Any:
-        new = change(out[0] if isinstance(out, tuple) else out)
+        new = edit(out[0] if isinstance(out, tuple) else out)
         if new is None:
             return None
         return (new, *out[1:]) if isinstance(out, tuple) else new

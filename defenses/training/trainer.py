@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from defenses import Chat, UserError
-from defenses.errors import out_of_memory
-from defenses.training.recipes import Answer, Example
+from defenses.errors import is_out_of_memory
+from defenses.training.recipes import TargetResponse, TrainingExample
 
-Render = Callable[[Chat], Sequence[int]]
+PromptRenderer = Callable[[Chat], Sequence[int]]
 # Told after each step: step, steps in all, loss.
-Tell = Callable[[int, int, float], None]
+StepCallback = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """How training goes; the defaults are those of BackdoorAlign for LoRA.
 
     Attributes:
@@ -55,23 +55,23 @@ class Settings:
             if value is not None and value <= 0:
                 raise UserError(f"--set {name}={value}: it must be more than 0")
 
-    def resolved(self, epochs: int) -> Settings:
+    def resolve_defaults(self, recipe_epochs: int) -> TrainingSettings:
         """Return the settings with what was left open: the recipe's epochs, the paper's for full training."""
         return replace(
             self,
             rate=self.rate or (5e-5 if self.full else 1e-3),
-            epochs=self.epochs or (5 if self.full else epochs),
+            epochs=self.epochs or (5 if self.full else recipe_epochs),
         )
 
 
-def train(
+def train_model(
     model: Any,
     tokenizer: Any,
-    render: Render,
-    examples: Sequence[Example],
-    settings: Settings,
+    render: PromptRenderer,
+    examples: Sequence[TrainingExample],
+    settings: TrainingSettings,
     folder: Path,
-    tell: Tell,
+    on_step: StepCallback,
 ) -> tuple[Any, list[tuple[int, float]]]:
     """Train a model on examples; return it (with its adapter) and the loss of each step.
 
@@ -82,7 +82,7 @@ def train(
         examples: with a worse answer each for a preference, or without for all.
         settings: resolved.
         folder: for checkpoints, one an epoch; training goes on from the last one there.
-        tell: told after each step.
+        on_step: told after each step.
     """
     from datasets import Dataset, disable_progress_bars
     from transformers import TrainerCallback, set_seed
@@ -90,21 +90,21 @@ def train(
 
     disable_progress_bars()  # there is one already, the caller's
     set_seed(settings.seed)
-    rows = [_row(tokenizer, render, example) for example in examples]
+    rows = [_tokenize_example(tokenizer, render, example) for example in examples]
     data = Dataset.from_list(rows)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
     class Told(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                tell(state.global_step, state.max_steps, float(logs["loss"]))
+                on_step(state.global_step, state.max_steps, float(logs["loss"]))
 
-    trainer = _trainer(model, tokenizer, data, settings, folder)
+    trainer = _build_trainer(model, tokenizer, data, settings, folder)
     trainer.add_callback(Told())
     try:
         trainer.train(resume_from_checkpoint=last)
     except RuntimeError as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise UserError(
                 f"memory ran out in training on {model.device} with {settings.batch} examples a step: lower "
                 f"it with --set batch={max(1, settings.batch // 2)}, or take --dtype bfloat16"
@@ -115,7 +115,7 @@ def train(
     return trainer.model.eval(), history
 
 
-def _trainer(model: Any, tokenizer: Any, data: Any, settings: Settings, folder: Path) -> Any:
+def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingSettings, folder: Path) -> Any:
     from peft import LoraConfig
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.dpo_config import DPOConfig
@@ -129,7 +129,7 @@ def _trainer(model: Any, tokenizer: Any, data: Any, settings: Settings, folder: 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    prefer = "chosen_ids" in data.column_names
+    prefer = "chosen_ids" in dataset.column_names
     shared: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
@@ -158,7 +158,7 @@ def _trainer(model: Any, tokenizer: Any, data: Any, settings: Settings, folder: 
     )
     options: dict[str, Any] = {
         "model": model,
-        "train_dataset": data,
+        "train_dataset": dataset,
         "processing_class": tokenizer,
         "peft_config": None if settings.full else lora,
     }
@@ -171,15 +171,15 @@ def _trainer(model: Any, tokenizer: Any, data: Any, settings: Settings, folder: 
     return trainer
 
 
-def _row(tokenizer: Any, render: Render, example: Example) -> dict[str, list[int]]:
+def _tokenize_example(tokenizer: Any, render: PromptRenderer, example: TrainingExample) -> dict[str, list[int]]:
     prompt = list(render(example.chat))
-    answer = _ids(tokenizer, example.answer)
-    if example.worse is None:
+    answer = _tokenize_response(tokenizer, example.response)
+    if example.rejected is None:
         mask = [0] * len(prompt) + [1] * len(answer)
         return {"input_ids": prompt + answer, "completion_mask": mask}
-    return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": _ids(tokenizer, example.worse)}
+    return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": _tokenize_response(tokenizer, example.rejected)}
 
 
-def _ids(tokenizer: Any, answer: Answer) -> list[int]:
-    ids = list(tokenizer.encode(answer.text, add_special_tokens=False))
-    return [*ids, tokenizer.eos_token_id] if answer.ends else ids
+def _tokenize_response(tokenizer: Any, response: TargetResponse) -> list[int]:
+    ids = list(tokenizer.encode(response.text, add_special_tokens=False))
+    return [*ids, tokenizer.eos_token_id] if response.is_complete else ids
