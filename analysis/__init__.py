@@ -1,38 +1,42 @@
-"""What is seen: a defended model read as a refuse/comply classifier. `analysis.run` has it on one page.
+"""Measure a defended chat model as a refuse/comply classifier; `analysis/run.py` shows the main idea.
 
-From Python: `analyze`, `combine`, `locate` do what the commands do and return a `Run`; `read` returns the run
-of a folder, `summarize` sums up scores that came from anywhere, `intervals` makes tables for readers. See
-docs/python.md.
+The Python API has a function for every command (`analyze`, `ensembles`, `locate_mechanism`, ...); each returns
+a `Run`. `read` loads the run of a folder, `summarize` computes effects from scores of any origin, `intervals`
+formats estimates with their intervals. See docs/python.md.
 """
 
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis.cells import intervals as intervals
-    from analysis.folder import Run as Run
-    from analysis.interface import analyze, ensembles, locate_mechanism, read, summarize
+    from analysis.api import analyze, ensembles, locate_mechanism, read, summarize
+    from analysis.files import data_folder
+    from analysis.report.results import Run
+    from analysis.stats.format import intervals
 
 __version__ = "0.1.0"
-__all__ = ["Run", "analyze", "ensembles", "data_folder", "intervals", "locate_mechanism", "read", "summarize"]
 
-
-def data_folder() -> Path:
-    """Return the folder of shipped data: inside this package once installed, beside it in a checkout."""
-    inside = Path(__file__).parent / "data"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "data"
+# Imported on first use, because the command line must start quickly.
+_MODULES = {
+    "Run": "analysis.report.results",
+    "analyze": "analysis.api",
+    "data_folder": "analysis.files",
+    "ensembles": "analysis.api",
+    "intervals": "analysis.stats.format",
+    "locate_mechanism": "analysis.api",
+    "read": "analysis.api",
+    "summarize": "analysis.api",
+}
+__all__ = ["Run", "analyze", "data_folder", "ensembles", "intervals", "locate_mechanism", "read", "summarize"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return one of the names above; imported late, since the command must answer at once."""
-    import importlib
-
-    if name not in __all__:
+    """Import a public name on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = {"Run": "folder", "intervals": "cells"}.get(name, "interface")
-    return getattr(importlib.import_module(f"analysis.{home}"), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    """Return the names that an editor offers, those that are imported late among them."""
+    """List the public names, including those not imported yet."""
     return sorted({*globals(), *__all__})

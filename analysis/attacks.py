@@ -17,12 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from analysis import data_folder, rows
-from analysis.queries import Query
-from defenses import Chat
-from defenses.chats import prefill_response, edit_last_user, insert_turns
+from analysis.datasets.queries import Query
+from analysis.datasets.records import RECORD_SUFFIXES, read_records
+from analysis.files import data_folder
+from defenses.chats import build_user_chat, edit_last_user, insert_turns, prefill_response
+from defenses.contract import Chat
 from defenses.errors import UserError, unknown_name_error
-from defenses.training.wording import OBEDIENCE_PROMPT, build_agent_chat, build_user_chat
+from defenses.training.texts import OBEDIENCE_PROMPT, build_agent_chat
 
 IGNORE_SUFFIX = "+ignore"  # behind an attack's name: its chat with the line of the row of this name on top
 _QUERY_PLACEHOLDER = "{request}"
@@ -57,7 +58,9 @@ class Attack:
 
     def check_covers_queries(self, queries: Sequence[Query]) -> None:
         """Raise if some of the queries cannot be sent: all are attacked, or none."""
-        missing = [query.id for query in queries if self.query_ids is not None and query.id not in self.query_ids]
+        missing = [
+            query.id for query in queries if self.query_ids is not None and query.id not in self.query_ids
+        ]
         if missing:
             raise UserError(
                 f"--attack {self.name}: the file has no row for {len(missing)} of {len(queries)} queries "
@@ -90,17 +93,20 @@ _FINE_TUNING_ATTACKS = (
 def load_shipped_attacks() -> Mapping[str, Attack]:
     """Return the attacks of this project by name, `+ignore` the last.
 
-    >>> list(shipped())[:4]
+    >>> list(load_shipped_attacks())[:4]
     ['direct', 'obedience', 'identity', 'prefix_injection']
     """
     lines = (data_folder() / "attacks.jsonl").read_text("utf-8").splitlines()
-    return {attack.name: attack for attack in (DIRECT_ATTACK, *_FINE_TUNING_ATTACKS, *map(_parse_attack_row, lines))}
+    return {
+        attack.name: attack
+        for attack in (DIRECT_ATTACK, *_FINE_TUNING_ATTACKS, *map(_parse_attack_row, lines))
+    }
 
 
 def choose_attacks(names: Sequence[str]) -> tuple[Attack, ...]:
     """Return the attacks that `--attack` names.
 
-    >>> [attack.name for attack in chosen(["direct", "persona+ignore"])]
+    >>> [attack.name for attack in choose_attacks(["direct", "persona+ignore"])]
     ['direct', 'persona+ignore']
 
     Args:
@@ -127,7 +133,7 @@ def get_attack(name: str) -> Attack:
             attack tells the model to disregard earlier safety instructions.
     """
     base = name.removesuffix(IGNORE_SUFFIX)
-    if Path(base).suffix in rows.RECORD_SUFFIXES:
+    if Path(base).suffix in RECORD_SUFFIXES:
         attack = _load_attack_file(Path(base))
     elif base in _list_attack_names():
         attack = load_shipped_attacks()[base]
@@ -151,7 +157,10 @@ def _add_ignore_line(attack: Attack) -> Attack:
         )
 
     return replace(
-        attack, name=attack.name + IGNORE_SUFFIX, build_chat=chat, wording_sha256=(*attack.wording_sha256, *added.wording_sha256)
+        attack,
+        name=attack.name + IGNORE_SUFFIX,
+        build_chat=chat,
+        wording_sha256=(*attack.wording_sha256, *added.wording_sha256),
     )
 
 
@@ -173,13 +182,15 @@ def _load_attack_file(path: Path) -> Attack:
     """The attack whose strings, made elsewhere, are in a user's file."""
     if path.stem in load_shipped_attacks():
         raise UserError(f"{path}: the name {path.stem!r} is taken by a shipped attack; rename the file")
-    found, raw = rows.read_records(path, (), _ATTACK_FILE_FORMAT)
+    found, raw = read_records(path, (), _ATTACK_FILE_FORMAT)
     words: dict[str, tuple[str, str]] = {}  # query id, or "" for all others → its column and its text
     for number, row in enumerate(found, 1):
         given = [(key, row[key]) for key in ("suffix", "prompt") if row.get(key) not in (None, "")]
         where = f"{path}, row {number}"
         if len(given) != 1:
-            raise UserError(f"{where} has {'both' if given else 'neither'} suffix and prompt; {_ATTACK_FILE_FORMAT}")
+            raise UserError(
+                f"{where} has {'both' if given else 'neither'} suffix and prompt; {_ATTACK_FILE_FORMAT}"
+            )
         ((key, text),) = given
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: the {key} is {text!r}; it takes a string with words in it")
@@ -196,7 +207,9 @@ def _load_attack_file(path: Path) -> Attack:
 
     def chat(query: Query) -> Chat:
         key, text = words.get(query.id) or words[""]
-        return build_user_chat("", f"{query.text} {text}" if key == "suffix" else text.replace(_QUERY_PLACEHOLDER, query.text))
+        return build_user_chat(
+            "", f"{query.text} {text}" if key == "suffix" else text.replace(_QUERY_PLACEHOLDER, query.text)
+        )
 
     made_from = (hashlib.sha256(raw).hexdigest(),)
     asks = None if "" in words else frozenset(words)
@@ -209,7 +222,7 @@ _LEETSPEAK_TABLE = str.maketrans("aeiostAEIOST", "431057" * 2)
 def _split_into_assignments(text: str) -> str:
     r"""Return the text as three assignments of about equal length.
 
-    >>> print(_pieces("Sing!"))
+    >>> print(_split_into_assignments("Sing!"))
     a = "S"
     b = "in"
     c = "g!"

@@ -1,9 +1,4 @@
-"""The main idea on one page: queries + defenses + model + readout → a table of margins.
-
-A defended model is read as a refuse/comply classifier. Each query is rewritten as the defense would have it
-(2), rendered through the model's template (3), sent through the model while the defense is armed (4), and the
-logits of the first answer token become one number, the margin (5). The numbers are the steps of the README.
-"""
+"""Steps 4 and 5: token ids → margin and coverage, while the defense is armed, none computed twice."""
 
 from __future__ import annotations
 
@@ -11,14 +6,68 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import pandas as pd
+import torch
+from jaxtyping import Float
 from scipy.special import expit
+from torch import Tensor
 
-from analysis import scoring
-from analysis.bench import ModelSession
-from analysis.queries import Query
-from analysis.readout import Readout
-from analysis.tables import SCORE_COLUMNS, UNDEFENDED
-from defenses import Defense
+from analysis.datasets.queries import Query
+from analysis.models.cache import CacheKey, ScoreCache, describe_computation
+from analysis.models.engine import Engine
+from analysis.models.loading import LoadedModel
+from analysis.models.session import ModelSession, iterate_defended_logits, list_blend_members
+from analysis.readouts.readout import Readout
+from analysis.stats.tables import SCORE_COLUMNS, UNDEFENDED
+from defenses.contract import Defense
+
+
+def score_prompts(
+    loaded_model: LoadedModel,
+    engine: Engine,
+    defense: Defense,
+    prompts: Sequence[tuple[int, ...]],
+    readout: Readout,
+    score_cache: ScoreCache | None = None,
+    on_progress: Callable[[int], None] = lambda prompts: None,
+) -> Float[Tensor, "prompts 2"]:
+    """Return margin and coverage of every prompt, those of earlier runs from the store.
+
+    Args:
+        loaded_model: the model.
+        engine: that holds it.
+        defense: is armed meanwhile.
+        prompts: token ids, the readout's prefix included.
+        readout: how logits become a margin.
+        score_cache: where scores are looked up and kept.
+        on_progress: told how many more prompts are finished.
+    """
+    arms = [(weight, one.cacheable_fingerprint()) for weight, one in list_blend_members(defense)]
+    if any(change is None for _, change in arms):
+        score_cache = None
+    namer = CacheKey(
+        {
+            **describe_computation(loaded_model),
+            "arms": arms,
+            "readout": [readout.ids, readout.weights, readout.is_log_odds],
+        }
+    )
+    names = [namer.make_key(ids) for ids in prompts]
+    known = score_cache.read_scores(names) if score_cache is not None else {}
+    if score_cache is not None:
+        score_cache.n_hits += sum(name in known for name in names)
+    # Prompts that are the same are read once.
+    new = list({name: at for at, name in enumerate(names) if name not in known}.values())
+    asked = [prompts[at] for at in new]
+    for rows, values in (
+        iterate_defended_logits(engine, loaded_model, defense, asked, readout.compute_margins) if new else ()
+    ):
+        fresh = {names[new[row]]: (float(m), float(c)) for row, (m, c) in zip(rows, values, strict=True)}
+        if score_cache is not None:
+            score_cache.write_scores((name, *value) for name, value in fresh.items())
+        known |= fresh
+        on_progress(len(rows))
+    on_progress(len(prompts) - len(new))
+    return torch.tensor([known[name] for name in names], dtype=torch.float64)
 
 
 def build_conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:
@@ -27,7 +76,7 @@ def build_conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:
     What the model lacks something for, such as tuned weights, is left out.
 
     >>> import defenses
-    >>> list(conditions([defenses.get("none"), defenses.get("backdoor")]))
+    >>> list(build_conditions([defenses.get("none"), defenses.get("backdoor")]))
     ['none', 'backdoor/no_weights', 'backdoor/neither']
     """
     found: dict[str, Defense] = {}
@@ -66,10 +115,14 @@ def score_condition(
         before, read_by_now = read_by_now, read_by_now + readings
         on_progress(read_by_now * len(queries) // len(flat) - before * len(queries) // len(flat))
 
-    read = scoring.score_prompts(session.loaded_model, session.engine, defense, flat, readout, session.score_cache, tell)  # 4 and 5
+    read = score_prompts(
+        session.loaded_model, session.engine, defense, flat, readout, session.score_cache, tell
+    )  # 4 and 5
     readings = pd.DataFrame(read.tolist(), columns=["margin", "coverage"]).assign(query=owner)
     values = _pool_copies(readings, defense, readout)
-    tokens = [sum(len(prompt.append_prefix(readout.response_prefix)) for prompt in readings) for readings in prompts]
+    tokens = [
+        sum(len(prompt.append_prefix(readout.response_prefix)) for prompt in readings) for readings in prompts
+    ]
     frame = pd.DataFrame(
         {
             "query": [query.id for query in queries],

@@ -18,12 +18,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from defenses import ModelInfo, UserError
+from defenses.contract import ModelInfo
+from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_MANIFEST_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = "manifest.json", "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_MANIFEST_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = (
+    "manifest.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
 PEFT_PREFIX, LORA_SUFFIXES = "base_model.model.", (".lora_A.weight", ".lora_B.weight")  # around PEFT's names
 # Attribute of a model that wears a state: the released weights beneath it, by parameter name.
 _RELEASED_WEIGHTS_ATTRIBUTE = "_released_weights"
@@ -60,7 +65,9 @@ class Adapter:
         try:
             config: dict[str, Any] = json.loads((self.folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
         except ValueError as error:
-            raise UserError(f"{self.folder / ADAPTER_CONFIG_FILE} is not JSON ({error}): get it again") from error
+            raise UserError(
+                f"{self.folder / ADAPTER_CONFIG_FILE} is not JSON ({error}): get it again"
+            ) from error
         odd = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
         # Some ways to begin training (PiSSA, OLoRA, …) leave a base that is not the released one.
         odd += [] if config.get("init_lora_weights", True) in _PLAIN_LORA_INITS else ["init_lora_weights"]
@@ -101,7 +108,9 @@ class Adapter:
         tensors = load_file(self.folder / ADAPTER_WEIGHTS_FILE)
         found = pair_lora_matrices(tensors)
         if len(tensors) != 2 * len(found):
-            raise UserError(f"{self.folder / ADAPTER_WEIGHTS_FILE} holds more than pairs of LoRA matrices; it is not read")
+            raise UserError(
+                f"{self.folder / ADAPTER_WEIGHTS_FILE} holds more than pairs of LoRA matrices; it is not read"
+            )
         return found
 
     def check_base_model(self, weights_sha256: str) -> None:
@@ -116,7 +125,11 @@ class Adapter:
 
 def load_adapter(folder: Path) -> Adapter:
     """Return the adapter in a folder, checked against its manifest."""
-    missing = [name for name in (ADAPTER_MANIFEST_FILE, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE) if not (folder / name).is_file()]
+    missing = [
+        name
+        for name in (ADAPTER_MANIFEST_FILE, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
+        if not (folder / name).is_file()
+    ]
     if missing:
         raise UserError(f"{folder} is no adapter: it lacks {', '.join(missing)}; `analyze train` makes one")
     try:
@@ -124,7 +137,9 @@ def load_adapter(folder: Path) -> Adapter:
         found = Adapter(folder, manifest)
         known = found.sha256, manifest["base"]["sha256"], manifest["recipe"], found.trained_on
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / ADAPTER_MANIFEST_FILE} is no manifest of `analyze train` ({error!r})") from error
+        raise UserError(
+            f"{folder / ADAPTER_MANIFEST_FILE} is no manifest of `analyze train` ({error!r})"
+        ) from error
     if hashlib.sha256((folder / ADAPTER_WEIGHTS_FILE).read_bytes()).hexdigest() != known[0]:
         raise UserError(
             f"{folder / ADAPTER_WEIGHTS_FILE} is not the file that its manifest names (sha256 differs): get it again"
@@ -199,7 +214,9 @@ def check_weight_is_separate(model: Any, parameter_name: str, source: str) -> No
         )
     every = model.named_parameters(remove_duplicate=False)
     if tied := [other for other, one in every if one is here and other != parameter_name]:
-        raise UserError(f"{source} changes {parameter_name}, which this model also uses as {tied[0]}: it is not worn")
+        raise UserError(
+            f"{source} changes {parameter_name}, which this model also uses as {tied[0]}: it is not worn"
+        )
 
 
 def pair_lora_matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -221,8 +238,63 @@ def read_training_fingerprints(folder: Path) -> frozenset[str]:
 def fingerprint_queries(texts: Iterable[str]) -> list[str]:
     """Return what tells whether a request was trained on, without showing it; case and spacing do not count.
 
-    >>> fingerprints(["How are you?"]) == fingerprints(["how  are you?"])
+    >>> fingerprint_queries(["How are you?"]) == fingerprint_queries(["how  are you?"])
     True
     """
     plain = (" ".join(text.casefold().split()) for text in texts)
     return sorted({hashlib.sha256(text.encode()).hexdigest()[:16] for text in plain})
+
+
+def load_external_adapter(source: Path, model_info: ModelInfo) -> Adapter:
+    """Return somebody's adapter, of which nobody says what base it was made for and what it has seen.
+
+    Args:
+        source: a folder of PEFT's layout, or the id of one on Hugging Face.
+        model_info: the model that it is for.
+    """
+    folder = fetch_weights_folder(
+        source, [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_MANIFEST_FILE], model_info
+    )
+    missing = [name for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{source} is no adapter that can be read: it lacks {', '.join(missing)}, which PEFT writes "
+            "(pickled weights, .bin, are not read)"
+        )
+    if (folder / ADAPTER_MANIFEST_FILE).is_file():
+        return load_adapter(folder)
+    digest = hashlib.sha256((folder / ADAPTER_WEIGHTS_FILE).read_bytes()).hexdigest()
+    base = {"id": "unknown", "sha256": None}
+    found = Adapter(
+        folder, {"base": base, "recipe": "unknown", "trained_on": [], "sha256": digest, "from": str(source)}
+    )
+    _ = found.scaling  # its configuration is read now: a kind that is not worn shows before anything runs
+    return found
+
+
+def fetch_weights_folder(source: Path, patterns: list[str], model_info: ModelInfo) -> Path:
+    """Return a folder as it is, or the folder that Hugging Face's files of that id were fetched into.
+
+    Args:
+        source: a folder, or an id.
+        patterns: of the files' names.
+        model_info: says whether the network may be used, and tells that it is.
+    """
+    folder = source.expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise UserError(f"{source} is no folder, and no Hugging Face id (NAME/NAME)")
+    from huggingface_hub import snapshot_download
+
+    if not model_info.offline:
+        model_info.notify(f"Fetching {source} from Hugging Face, unless it is in its cache.")
+    try:
+        return Path(
+            snapshot_download(str(source), allow_patterns=patterns, local_files_only=model_info.offline)
+        )
+    except (OSError, ValueError) as error:  # all of the hub's own errors are one or the other
+        said = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{source} is no folder here and cannot be fetched from Hugging Face ({said}): name a folder"
+        ) from error

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, ModelInfo, Source, UserError
 from defenses.chats import copy_chat, prepend_system
+from defenses.contract import Chat, Defense, ModelInfo, Source
+from defenses.errors import UserError
 from defenses.settings import HIDDEN_FIELD
-from defenses.tokens import encode_plain_text, draw_random_text
+from defenses.tokens import draw_random_text, encode_plain_text
 from defenses.tuned import TunedDefense
 
 SECRET_LENGTH = 150  # tokens; the paper's
@@ -113,7 +114,9 @@ class Backdoor(TunedDefense):
         return (self.secret.text,) if self.secret and self.secret.text else ()
 
 
-def find_secret(model_info: ModelInfo, length: int, trigger: Path | None = None, expected_fingerprint: str | None = None) -> Secret:
+def find_secret(
+    model_info: ModelInfo, length: int, trigger: Path | None = None, expected_fingerprint: str | None = None
+) -> Secret:
     """Return a model's secret: the one in `trigger`, else the one wanted, else its own of that length.
 
     Args:
@@ -122,11 +125,17 @@ def find_secret(model_info: ModelInfo, length: int, trigger: Path | None = None,
         trigger: a file of the user's.
         expected_fingerprint: fingerprint of the secret that weights were tuned with.
     """
-    secret = _read_trigger_secret(trigger, expected_fingerprint) if trigger is not None else _find_stored_secret(model_info, length, expected_fingerprint)
+    secret = (
+        _read_trigger_secret(trigger, expected_fingerprint)
+        if trigger is not None
+        else _find_stored_secret(model_info, length, expected_fingerprint)
+    )
     if secret is None:
         secret = draw_secret(model_info.tokenizer, length)
         write_secret(model_info.secret_folders[0] / f"{length}.txt", secret)
-    back = model_info.tokenizer.decode(encode_plain_text(model_info.tokenizer, secret.text), skip_special_tokens=False)
+    back = model_info.tokenizer.decode(
+        encode_plain_text(model_info.tokenizer, secret.text), skip_special_tokens=False
+    )
     if back.strip() != secret.text:
         raise UserError(
             f"the secret {secret.fingerprint} does not survive this model's tokenizer: what the model reads "
@@ -145,7 +154,9 @@ def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Sec
     return secret
 
 
-def _find_stored_secret(model_info: ModelInfo, length: int, expected_fingerprint: str | None) -> Secret | None:
+def _find_stored_secret(
+    model_info: ModelInfo, length: int, expected_fingerprint: str | None
+) -> Secret | None:
     """The secret wanted, or the model's own of that length; the user's before the shipped."""
     mine, *shipped = model_info.secret_folders
     for folder in model_info.secret_folders:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import inspect
 import pkgutil
@@ -13,16 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import defenses
+from defenses.contract import COST_LEVELS, Defense
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import get_settings, parse_setting
 
-COST_LEVELS = ("static", "weights", "one call", "N calls")  # the dearest last
 
-
-def find_defense_classes() -> dict[str, type[defenses.Defense]]:
+def find_defense_classes() -> dict[str, type[Defense]]:
     """Return every concrete defense of this package by name, the undefended model first."""
-    found: dict[str, type[defenses.Defense]] = {}
+    found: dict[str, type[Defense]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not module.ispkg and module.name != "stack":  # that is made of the others
             found.update(_find_concrete_defenses(importlib.import_module(f"defenses.{module.name}")))
@@ -32,16 +29,16 @@ def find_defense_classes() -> dict[str, type[defenses.Defense]]:
 def list_defense_names() -> list[str]:
     """Return the names of all defenses and controls.
 
-    >>> {"none", "backdoor"} <= set(names())
+    >>> {"none", "backdoor"} <= set(list_defense_names())
     True
     """
     return list(find_defense_classes())
 
 
-def get_defense(name: str, settings: Mapping[str, object] | None = None) -> defenses.Defense:
+def get_defense(name: str, settings: Mapping[str, object] | None = None) -> Defense:
     """Return the defense of that name, or the one in that `.py` file, with its settings.
 
-    >>> get("backdoor", {"length": 50})
+    >>> get_defense("backdoor", {"length": 50})
     Backdoor(weights=None, trigger=None, length=50, system='You are a helpful assistant.')
 
     Args:
@@ -73,10 +70,10 @@ def get_defense(name: str, settings: Mapping[str, object] | None = None) -> defe
         raise UserError(f"defense {cls.name!r} cannot be made: {error}") from error
 
 
-def choose_defenses(selection: Sequence[str | defenses.Defense], settings: Sequence[str]) -> list[defenses.Defense]:
+def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str]) -> list[Defense]:
     """Return the defenses by name, the undefended model first, each with the settings meant for it.
 
-    >>> [defense.name for defense in choose(["policy", get("backdoor")], [])]
+    >>> [defense.name for defense in choose_defenses(["policy", get_defense("backdoor")], [])]
     ['none', 'policy', 'backdoor']
 
     Args:
@@ -123,22 +120,24 @@ def choose_defenses(selection: Sequence[str | defenses.Defense], settings: Seque
             which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
             raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
         given.setdefault(takers[0], {})[field] = text
-    made = {one: get_defense(str(one), given[at]) if at in given else plain[at] for at, one in enumerate(single)}
+    made = {
+        one: get_defense(str(one), given[at]) if at in given else plain[at] for at, one in enumerate(single)
+    }
     return [_build_stack([made[one] for one in worn], "+".join(map(str, worn))) for worn in wanted]
 
 
 def split_stack_name(name: str) -> list[str]:
     """Return the defenses that a name joins with +; the path of a file that is there may hold one, too.
 
-    >>> worn_together("self_reminder + paraphrase")
+    >>> split_stack_name("self_reminder + paraphrase")
     ['self_reminder', 'paraphrase']
     """
     return [name] if Path(name).expanduser().is_file() else [one.strip() for one in name.split("+")]
 
 
-def _build_stack(members: Sequence[defenses.Defense], name: str) -> defenses.Defense:
+def _build_stack(members: Sequence[Defense], name: str) -> Defense:
     """The defense itself where it is one; where there are several, all worn at once."""
-    from defenses.ensemble import Stack
+    from defenses.stack import Stack
 
     if len(members) == 1:
         return members[0]
@@ -150,18 +149,16 @@ def _build_stack(members: Sequence[defenses.Defense], name: str) -> defenses.Def
         raise UserError(f"{name}: {error}") from error
 
 
-def _find_concrete_defenses(module: types.ModuleType) -> dict[str, type[defenses.Defense]]:
+def _find_concrete_defenses(module: types.ModuleType) -> dict[str, type[Defense]]:
     """Concrete defenses defined, not merely imported, in a module."""
     return {
         cls.name: cls
         for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, defenses.Defense)
-        and cls.__module__ == module.__name__
-        and not inspect.isabstract(cls)
+        if issubclass(cls, Defense) and cls.__module__ == module.__name__ and not inspect.isabstract(cls)
     }
 
 
-def _load_defense_file(path: Path) -> type[defenses.Defense]:
+def _load_defense_file(path: Path) -> type[Defense]:
     """Load the one defense that a user's file defines."""
     if not path.is_file():
         raise UserError(f"no file {str(path)!r}: --defense takes a name or the path of a .py file")
@@ -196,9 +193,9 @@ def _check_defense_choice(choice: Any) -> None:
     """Raise if it is neither a name nor a defense that a run can take."""
     if isinstance(choice, str):
         return
-    from defenses.ensemble import list_members
+    from defenses.stack import list_members
 
-    if not isinstance(choice, defenses.Defense):
+    if not isinstance(choice, Defense):
         what = f"the class {choice.__name__}" if inspect.isclass(choice) else repr(choice)
         raise UserError(f"{what} is no defense: a name is taken, or a defense itself: get('policy'), MyOwn()")
     for one in list_members(choice):
@@ -212,7 +209,7 @@ def _check_defense_choice(choice: Any) -> None:
         ) from error
 
 
-def _check_defense_class(cls: type[defenses.Defense], prefix: str = "") -> None:
+def _check_defense_class(cls: type[Defense], prefix: str = "") -> None:
     """Raise if a class of the user's own is no defense that a run can take."""
     # Frozen, of its own: `@dataclass` that was forgotten would be inherited, and settings silently lost.
     made = cls.__dict__.get("__dataclass_params__")
@@ -224,7 +221,11 @@ def _check_defense_class(cls: type[defenses.Defense], prefix: str = "") -> None:
         raise UserError(f"{prefix}the name {cls.name!r} is taken by a shipped defense; rename the class")
     if "+" in cls.name:
         raise UserError(f"{prefix}the name {cls.name!r} has a +, which joins defenses; rename it")
-    for attribute, allowed in (("cost", COST_LEVELS), ("pool", ("mean", "max")), ("reads", ("one", "several"))):
+    for attribute, allowed in (
+        ("cost", COST_LEVELS),
+        ("pool", ("mean", "max")),
+        ("reads", ("one", "several")),
+    ):
         if getattr(cls, attribute) not in allowed:
             raise UserError(
                 f"{prefix}{attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"

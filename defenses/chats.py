@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from defenses import Chat, Message
+from defenses.contract import Chat, Message
 
 
 def copy_chat(chat: Chat) -> Chat:
     """Return the chat as it is, in messages of its own.
 
-    >>> copied([{"role": "user", "content": "Hi"}])
+    >>> copy_chat([{"role": "user", "content": "Hi"}])
     [{'role': 'user', 'content': 'Hi'}]
     """
     return [Message(**message) for message in chat]
@@ -43,7 +43,7 @@ def edit_last_user(chat: Chat, edit: Callable[[str], str]) -> Chat:
 def split_prefill(chat: Chat) -> tuple[Chat, str]:
     """Return the chat up to where the answer begins, and what the answer is made to begin with.
 
-    >>> parted([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure:"}])
+    >>> split_prefill([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure:"}])
     ([{'role': 'user', 'content': 'Hi'}], 'Sure:')
     """
     new = copy_chat(chat)
@@ -56,7 +56,7 @@ def prefill_response(chat: Chat, text: str) -> Chat:
     End the text in a paragraph break: then the next token begins a sentence, as an answer's first token does.
     Where answers open with a space (Llama 2), what is read goes on behind one instead of the break.
 
-    >>> begin_answer([{"role": "user", "content": "Hi"}], "Sure:\n\n")[-1]
+    >>> prefill_response([{"role": "user", "content": "Hi"}], "Sure:\n\n")[-1]
     {'role': 'assistant', 'content': 'Sure:\n\n'}
     """
     asked, begun = split_prefill(chat)
@@ -82,7 +82,7 @@ def insert_turns(chat: Chat, turns: list[tuple[str, str]]) -> Chat:
 def get_last_user_text(chat: Chat) -> str:
     """Return the words of the last user turn.
 
-    >>> last_user([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
+    >>> get_last_user_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
     'Hi'
     """
     return next(message["content"] for message in reversed(chat) if message["role"] == "user")
@@ -91,7 +91,17 @@ def get_last_user_text(chat: Chat) -> str:
 def replace_last_user(chat: Chat, text: str) -> Chat:
     """Return the chat with other words in its last user turn.
 
-    >>> reword([{"role": "user", "content": "Hi"}], "Bye")
+    >>> replace_last_user([{"role": "user", "content": "Hi"}], "Bye")
     [{'role': 'user', 'content': 'Bye'}]
     """
     return edit_last_user(chat, lambda _: text)
+
+
+def build_user_chat(system_prompt: str, text: str) -> Chat:
+    """Return the chat of a user's words under a system prompt; an empty one leaves the template's own.
+
+    >>> build_user_chat("", "Hi")
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    asked = Message(role="user", content=text)
+    return [Message(role="system", content=system_prompt), asked] if system_prompt else [asked]

@@ -13,9 +13,9 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, ModelInfo, Source
-from defenses.backdoor import SECRET_LENGTH, DEFAULT_SYSTEM_PROMPT
+from defenses.backdoor import DEFAULT_SYSTEM_PROMPT, SECRET_LENGTH
 from defenses.chats import prepend_system
+from defenses.contract import Chat, Defense, ModelInfo, Source
 from defenses.settings import HIDDEN_FIELD
 from defenses.tokens import cut_text, draw_random_text
 
@@ -87,5 +87,7 @@ class RandomTokens(Control):
 
     def prepare(self, model_info: ModelInfo) -> Self:
         """Return it with `length` tokens drawn by the seed of the run."""
-        text = draw_random_text(model_info.tokenizer, self.length, random.Random(f"{model_info.seed}/{self.name}"))
+        text = draw_random_text(
+            model_info.tokenizer, self.length, random.Random(f"{model_info.seed}/{self.name}")
+        )
         return dataclasses.replace(self, text=text)

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses import Chat, Defense, ModelInfo, Source
-from defenses.chats import prefill_response, copy_chat
+from defenses.chats import copy_chat, prefill_response
+from defenses.contract import Chat, Defense, ModelInfo, Source
 from defenses.none import Undefended
 from defenses.tuned import TunedDefense
 from defenses.tuning import SafetyTuning

@@ -13,7 +13,7 @@ class UserError(Exception):
 def describe_error(error: Exception) -> str:
     """Return what is said of an error that ends a part of a run: a user's mistake in its own words.
 
-    >>> told(UserError("no such file")), told(ValueError("odd"))
+    >>> describe_error(UserError("no such file")), describe_error(ValueError("odd"))
     ('no such file', 'ValueError: odd')
     """
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     On a CPU and on Apple's GPUs a failed allocation is a plain RuntimeError.
 
-    >>> [out_of_memory(RuntimeError(text)) for text in ("MPS backend out of memory", "shape mismatch")]
+    >>> [is_out_of_memory(RuntimeError(text)) for text in ("MPS backend out of memory", "shape mismatch")]
     [True, False]
     """
     known = "allocate memory", "out of memory"
@@ -34,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def unknown_name_error(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Return the error for a name that is not known, nearest names first.
 
-    >>> print(unknown("defense", "backdor", ["none", "backdoor", "policy"]))
+    >>> print(unknown_name_error("defense", "backdor", ["none", "backdoor", "policy"]))
     unknown defense 'backdor': did you mean 'backdoor'? There are: backdoor, none, policy
     """
     names = sorted(known)

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, final
 
-from defenses import ModelCall, Chat, Consultation, Defense, ModelInfo, Source
 from defenses.chats import copy_chat, edit_last_user, get_last_user_text, replace_last_user
+from defenses.contract import Chat, Consultation, Defense, ModelCall, ModelInfo, Source
 from defenses.perturbations import PERTURBATIONS, check_rate
 from defenses.refactoring import build_line_call
 from defenses.settings import HIDDEN_FIELD
@@ -254,7 +254,9 @@ class SemanticSmoothing(Defense):
     def __post_init__(self) -> None:
         """Refuse a number that there is not."""
         if not 1 <= self.copies <= len(_TRANSFORM_INSTRUCTIONS):
-            raise ValueError(f"copies={self.copies}: there are 1 to {len(_TRANSFORM_INSTRUCTIONS)} ways to reword")
+            raise ValueError(
+                f"copies={self.copies}: there are 1 to {len(_TRANSFORM_INSTRUCTIONS)} ways to reword"
+            )
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: a rewording has at least 1")
 

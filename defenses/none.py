@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import final
 
-from defenses import Chat, Defense, Source
 from defenses.chats import copy_chat
+from defenses.contract import Chat, Defense, Source
 
 
 @final

@@ -13,9 +13,9 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses import ModelCall, Chat, Consultation, Defense, ModelInfo, Message, Source
 from defenses.chats import copy_chat, edit_last_user, get_last_user_text, replace_last_user
-from defenses.disguises import deobfuscate_text, extract_key_words
+from defenses.contract import Chat, Consultation, Defense, Message, ModelCall, ModelInfo, Source
+from defenses.deobfuscation import deobfuscate_text, extract_key_words
 from defenses.perturbations import check_rate
 from defenses.settings import HIDDEN_FIELD
 

@@ -11,8 +11,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, final
 
-from defenses import Chat, Defense, Source
 from defenses.chats import edit_last_user, insert_turns, prepend_system
+from defenses.contract import Chat, Defense, Source
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,9 @@ class InContextRefusal(Defense):
     def __post_init__(self) -> None:
         """Refuse a number of demonstrations that there is not."""
         if not 1 <= self.shots <= len(_REFUSAL_DEMONSTRATIONS):
-            raise ValueError(f"shots={self.shots}: there are 1 to {len(_REFUSAL_DEMONSTRATIONS)} demonstrations")
+            raise ValueError(
+                f"shots={self.shots}: there are 1 to {len(_REFUSAL_DEMONSTRATIONS)} demonstrations"
+            )
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with the demonstrations behind its system turn."""

@@ -18,7 +18,7 @@ def get_settings(owner: Any) -> dict[str, Any]:
     """Return the settings of a dataclass by name, with their values (of a class: their defaults).
 
     >>> from defenses import get
-    >>> settings_of(get("backdoor"))["length"]
+    >>> get_settings(get("backdoor"))["length"]
     150
     """
     if not dataclasses.is_dataclass(owner):

@@ -14,8 +14,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
-from defenses import Chat, Defense, ModelInfo, MeanActivations, Source, UserError
 from defenses.chats import copy_chat
+from defenses.contract import Chat, Defense, MeanActivations, ModelInfo, Source
+from defenses.errors import UserError
 from defenses.settings import HIDDEN_FIELD
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class Steering(Defense):
     family = "steering"
 
     depth: float = 0.6
-    activations: MeanActivations | None = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN_FIELD)
+    activations: MeanActivations | None = dataclasses.field(
+        default=None, repr=False, compare=False, metadata=HIDDEN_FIELD
+    )
 
     def __post_init__(self) -> None:
         """Refuse a depth that there is not."""
@@ -116,7 +119,9 @@ class Steering(Defense):
 
     def missing_requirements(self) -> str:
         """Return what is missing."""
-        return "" if self.activations is not None else "its direction has to be computed from the model itself"
+        return (
+            "" if self.activations is not None else "its direction has to be computed from the model itself"
+        )
 
     def trained_on(self) -> frozenset[str]:
         """Return the fingerprints of the queries that the direction was computed from."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from defenses import Defense, ModelInfo
-from defenses.adapters import Adapter, find_adapter, load_adapter, apply_adapter
+from defenses.adapters import Adapter, apply_adapter, find_adapter, load_adapter
+from defenses.contract import Defense, ModelInfo
 from defenses.settings import HIDDEN_FIELD
 
 
@@ -30,7 +30,9 @@ class TunedDefense(Defense):
 
     def prepare(self, model_info: ModelInfo) -> Self:
         """Return this defense with its adapter, if there is one for this model."""
-        adapter = load_adapter(self.weights) if self.weights is not None else find_adapter(self.state, model_info)
+        adapter = (
+            load_adapter(self.weights) if self.weights is not None else find_adapter(self.state, model_info)
+        )
         if adapter is not None:
             adapter.check_base_model(model_info.sha256)
         return dataclasses.replace(self, adapter=adapter)

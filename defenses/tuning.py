@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
-from defenses import Chat, Defense, ModelInfo, Source, UserError
-from defenses.adapters import ADAPTER_MANIFEST_FILE, read_training_fingerprints
+from defenses.adapters import (
+    ADAPTER_MANIFEST_FILE,
+    fetch_weights_folder,
+    load_external_adapter,
+    read_training_fingerprints,
+)
 from defenses.chats import copy_chat
-from defenses.foreign import fetch_weights_folder, load_external_adapter
+from defenses.contract import Chat, Defense, ModelInfo, Source
+from defenses.errors import UserError
 from defenses.settings import HIDDEN_FIELD
 from defenses.tuned import TunedDefense
 

@@ -24,20 +24,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import defenses
-from analysis import ensembles, models, queries, states
-from analysis.batching import count_shared_prefix
-from analysis.bench import ModelSession
-from analysis.engine import Engine
-from analysis.ensembles import SplitScores, list_teams
-from analysis.mechanism.causes import PairedRuns
-from analysis.mechanism.lens import locate_components
-from analysis.mechanism.splitting import DirectLogitAttribution
-from analysis.query import Query
-from analysis.readout import Readout, derive_words_readout
-from analysis.resampling import ResamplingUnits
-from analysis.voting import MarginTable
-from defenses import Defense
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query, sample_queries
+from analysis.mechanism.attribution import DirectLogitAttribution
+from analysis.mechanism.components import locate_components
+from analysis.mechanism.interventions import PairedRuns
+from analysis.models.engine import Engine, count_shared_prefix
+from analysis.models.loading import build_model_info, load_model
+from analysis.models.session import ModelSession
+from analysis.readouts.first_token import derive_words_readout
+from analysis.readouts.readout import Readout
+from analysis.stats.bootstrap import ResamplingUnits
+from analysis.stats.ensembles import SplitScores, evaluate_votes, list_teams
+from analysis.stats.voting import MarginTable
+from defenses.catalog import get_defense
+from defenses.contract import Defense
 
 Ids = tuple[int, ...]
 
@@ -54,16 +55,18 @@ def main() -> None:
     console = Console()
     startup(console)
     votes(console)
-    asked = queries.load_queries("contrast").select_split("test").limit_queries(given.queries).queries
+    asked = load_queries("contrast").select_split("test").limit_queries(given.queries).queries
     for dtype in given.dtype:
-        loaded = models.load_model(given.model, given.device, dtype)
+        loaded = load_model(given.model, given.device, dtype)
         bench = ModelSession.from_model(loaded)
-        undefended = defenses.get_defense("none")
-        opening = [prompt for query in queries.sample_queries(asked, 16) for prompt in bench.render_query(undefended, query)]
+        undefended = get_defense("none")
+        opening = [
+            prompt for query in sample_queries(asked, 16) for prompt in bench.render_query(undefended, query)
+        ]
         readout = derive_words_readout(bench, opening)
-        host = states.build_model_info(given.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
+        host = build_model_info(given.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
         for name in given.defense:
-            defense = defenses.get_defense(name).prepare(host)
+            defense = get_defense(name).prepare(host)
             prompts = [prompt.ids for query in asked for prompt in bench.render_query(defense, query)]
             # A processor without bfloat16 is so slow in it that fewer prompts must do.
             work = operations(loaded.model, sum(map(len, prompts)), len(prompts))
@@ -95,17 +98,24 @@ def votes(console: Console, defenses: int = 30, queries: int = 500) -> None:
     half = SplitScores("direct", "test", MarginTable(names, margins, margins[:, 0], is_harmful), units)
     trios = [team for team in list_teams(names[1:], 3) if len(team) == 3]
     start = time.perf_counter()
-    rows = ensembles.evaluate_votes(half, trios, half)
+    rows = evaluate_votes(half, trios, half)
     seconds = time.perf_counter() - start
     console.print(f"{len(rows):,} votes of {len(trios):,} teams on {queries} queries: {seconds:.1f} s\n")
 
 
-def parts(console: Console, bench: ModelSession, readout: Readout, defense: Defense, asked: Sequence[Query]) -> None:
+def parts(
+    console: Console, bench: ModelSession, readout: Readout, defense: Defense, asked: Sequence[Query]
+) -> None:
     """Time margins split over all parts, and patches of every site, beside one plain pass for each prompt."""
     read = partial(margin, readout)
-    one = PairedRuns(bench, locate_components(bench.loaded_model.model), readout, defenses.get_defense("none"), defense, asked)
+    one = PairedRuns(
+        bench, locate_components(bench.loaded_model.model), readout, get_defense("none"), defense, asked
+    )
     with defense.apply_to(bench.loaded_model.model):
-        slow, _ = timed(bench.loaded_model.model, lambda: one_at_a_time(bench.loaded_model.model, one.encode_prompts(defense), read))
+        slow, _ = timed(
+            bench.loaded_model.model,
+            lambda: one_at_a_time(bench.loaded_model.model, one.encode_prompts(defense), read),
+        )
     start = time.perf_counter()
     split = DirectLogitAttribution(one.components, readout).attribute_margins(bench, defense, asked)
     seconds = time.perf_counter() - start

@@ -52,15 +52,19 @@ def checked(hinted: Any) -> Any:
 
 install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 
-from analysis.bench import ModelSession  # noqa: E402
-from analysis.known_models import MODEL_REGISTRY  # noqa: E402
-from analysis.models import LoadedModel, load_model  # noqa: E402
-from analysis.queries import sample_queries  # noqa: E402
-from analysis.readout import N_OPENING_QUERIES, derive_words_readout  # noqa: E402
-from analysis.readout import COMPLIANCE_WORDS, REFUSAL_WORDS  # noqa: E402
-from defenses import MeanActivations  # noqa: E402
-from defenses.adapters import Adapter  # noqa: E402
-from defenses.training.keeping import write_adapter  # noqa: E402
+from analysis.datasets.queries import sample_queries
+from analysis.models.loading import LoadedModel, load_model
+from analysis.models.registry import MODEL_REGISTRY
+from analysis.models.session import ModelSession
+from analysis.readouts.first_token import (
+    COMPLIANCE_WORDS,
+    N_OPENING_QUERIES,
+    REFUSAL_WORDS,
+    derive_words_readout,
+)
+from defenses.adapters import Adapter
+from defenses.contract import MeanActivations
+from defenses.training.adapter_files import write_adapter  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
@@ -366,7 +370,9 @@ def made_adapter(
 
 def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str = "bytes") -> ModelSession:
     """Return a bench with a tiny model and the toy tokenizer."""
-    return ModelSession.from_model(LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"}))
+    return ModelSession.from_model(
+        LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"})
+    )
 
 
 def derive_readout(session, queries, undefended, *options):
@@ -381,7 +387,8 @@ def derive_readout(session, queries, undefended, *options):
 
 def pictures(points, about, counts=None, attacks=("direct",), **tables):
     """Return figures with their tables, of a run of which captions say this; `tables` are not drawn."""
-    from analysis.folder import Run, make_caption_context
+    from analysis.plots.captions import make_caption_context
+    from analysis.report.results import Run
 
     data = {"name": about.data, "split": about.split}
     record = {

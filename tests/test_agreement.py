@@ -8,7 +8,12 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from analysis.agreement import measure_agreement, correlate_refusal_rates, compute_calibration_curve, derive_trust
+from analysis.stats.agreement import (
+    compute_calibration_curve,
+    correlate_refusal_rates,
+    derive_trust,
+    measure_agreement,
+)
 
 NONE = pd.Series([None] * 240, dtype=object)
 

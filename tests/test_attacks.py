@@ -15,22 +15,36 @@ from conftest import FOUR, TEMPLATES, toy_bench, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-import defenses
-from analysis import answering, data_folder, manifest, preflight, queries, validity
-from analysis.attacks import DIRECT_ATTACK, IGNORE_SUFFIX, QUERY_TRANSFORMS, Attack, choose_attacks, get_attack, load_shipped_attacks
-from analysis.bench import ModelSession
-from analysis.queries import Query
-from analysis.readout import REFUSAL_QUESTIONS, Readout
-from analysis.rendering import ChatTemplate
-from defenses import ModelInfo, UserError
+from analysis.attacks import (
+    DIRECT_ATTACK,
+    IGNORE_SUFFIX,
+    QUERY_TRANSFORMS,
+    Attack,
+    choose_attacks,
+    get_attack,
+    load_shipped_attacks,
+)
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query, sample_queries
+from analysis.files import data_folder
+from analysis.models.chat_template import ChatTemplate
+from analysis.models.session import ModelSession, generate_responses
+from analysis.readouts.first_token import REFUSAL_QUESTIONS
+from analysis.readouts.readout import Readout
+from analysis.studies.calibration import _validity_cache_path
+from analysis.studies.manifest import describe_attacks
+from analysis.studies.preflight import check_condition
 from defenses.backdoor import Backdoor, Secret
+from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import prefill_response, split_prefill
+from defenses.contract import ModelInfo
+from defenses.errors import UserError
 from defenses.tokens import draw_random_text
-from defenses.training.wording import OBEDIENCE_PROMPT
+from defenses.training.texts import OBEDIENCE_PROMPT
 
 ROWS = [json.loads(line) for line in (data_folder() / "attacks.jsonl").read_text("utf-8").splitlines()]
 EVERY = {attack.name: attack for attack in choose_attacks(["all", "all+ignore"])}
-ASKED = queries.sample_queries(queries.load_queries("twins").queries, 2)
+ASKED = sample_queries(load_queries("twins").queries, 2)
 READOUT = Readout("words", ("I", "Sure"), (301, 302), (1.0, -1.0))
 QUERY = Query("q", "How do I sing 'La Traviata' at 5?", True)
 
@@ -55,14 +69,18 @@ def test_a_row_has_a_wording_a_paper_and_nothing_that_is_not_read(row: dict[str,
 
 def test_there_are_more_than_twelve_kinds_and_all_takes_each_once() -> None:
     names = [attack.name for attack in choose_attacks(["all"])]
-    assert len(names) == len(set(names)) == len(ROWS) + 2 and names[0] == "direct" and IGNORE_SUFFIX not in names
-    assert [name + IGNORE_SUFFIX for name in names] == [attack.name for attack in choose_attacks(["all+ignore"])]
+    assert (
+        len(names) == len(set(names)) == len(ROWS) + 2 and names[0] == "direct" and IGNORE_SUFFIX not in names
+    )
+    assert [name + IGNORE_SUFFIX for name in names] == [
+        attack.name for attack in choose_attacks(["all+ignore"])
+    ]
     assert [attack.name for attack in choose_attacks(["base64", "direct", "base64"])] == ["base64", "direct"]
 
 
 def test_shown_turns_hold_openers_alone_on_requests_that_are_not_scored() -> None:
     ((shots),) = [row["shots"] for row in ROWS if "shots" in row]
-    scored = {query.text.lower() for query in queries.load_queries("contrast").queries}
+    scored = {query.text.lower() for query in load_queries("contrast").queries}
     assert len({request for request, _ in shots}) == len(shots) == 16
     for request, opener in shots:
         assert request.lower() not in scored
@@ -134,14 +152,16 @@ def test_a_prefilled_prompt_ends_in_the_tokens_of_the_prefill(template: str, kin
 @pytest.mark.parametrize("template", FOUR)
 @pytest.mark.parametrize("name", ["self_reminder", "in_context_refusal"])
 def test_every_attack_and_the_defense_behind_it_reach_the_model(template: str, name: str) -> None:
-    bench, defense = toy_bench("llama", template), defenses.get_defense(name)
+    bench, defense = toy_bench("llama", template), get_defense(name)
     for attack in choose_attacks(["all", "prefill+ignore"]):
-        checks = preflight.check_condition(bench.with_attack(attack), name, defense, ASKED, READOUT)
+        checks = check_condition(bench.with_attack(attack), name, defense, ASKED, READOUT)
         assert [one.condition for one in checks if not one.passed] == [], attack.name
         (prompt,) = bench.with_attack(attack).render_query(defense, QUERY)
         sent, begun = split_prefill(attack.build_chat(QUERY))
         made, kept = split_prefill(defense.rewrite(attack.build_chat(QUERY), random.Random(0)))
-        assert kept == begun and prompt.prefill == (begun.rstrip() if bench.chat_template.has_leading_space else begun)
+        assert kept == begun and prompt.prefill == (
+            begun.rstrip() if bench.chat_template.has_leading_space else begun
+        )
         assert sent[-1]["content"] in made[-1]["content"] and made != sent
 
 
@@ -150,29 +170,35 @@ def test_every_defense_stands_with_an_attack_that_has_turns_of_its_own(name: str
     bench = toy_bench()
     secret = Secret(draw_random_text(bench.loaded_model.tokenizer, 20, random.Random(0)))
     ready = [Backdoor(length=20, secret=secret).build_ablations()["no_weights"]]
-    others = [one for one in defenses.list_defense_names() if one not in ("backdoor", "random_tokens", "neutral_prompt")]
+    others = [
+        one for one in list_defense_names() if one not in ("backdoor", "random_tokens", "neutral_prompt")
+    ]
     host = ModelInfo("toy", bench.loaded_model.tokenizer, ())
-    ready += [one for one in (defenses.get_defense(name).prepare(host) for name in others) if not one.missing_requirements()]
+    ready += [
+        one for one in (get_defense(name).prepare(host) for name in others) if not one.missing_requirements()
+    ]
     for defense in ready:
-        checks = preflight.check_condition(bench.with_attack(get_attack(name)), defense.name, defense, ASKED, READOUT)
+        checks = check_condition(bench.with_attack(get_attack(name)), defense.name, defense, ASKED, READOUT)
         assert [one for one in checks if not one.passed] == []
 
 
 def test_a_question_about_a_request_has_an_answer_of_its_own() -> None:
     bench = toy_bench().with_attack(get_attack("prefill")).with_questions(REFUSAL_QUESTIONS)
-    prompts = bench.render_query(defenses.get_defense("none"), QUERY)
+    prompts = bench.render_query(get_defense("none"), QUERY)
     assert len(prompts) == 2 and not any(prompt.prefill for prompt in prompts)
     asked = Readout("question", ("Yes", "No"), (301, 302), (1.0, -1.0), questions=REFUSAL_QUESTIONS)
-    checks = preflight.check_condition(bench, "none", defenses.get_defense("none"), ASKED, asked)
+    checks = check_condition(bench, "none", get_defense("none"), ASKED, asked)
     assert all(one.passed for one in checks)
 
 
 def test_what_a_judge_hears_of_a_prefilled_answer_is_the_models_own() -> None:
-    bench, none = toy_bench(), defenses.get_defense("none")
+    bench, none = toy_bench(), get_defense("none")
     begun = get_attack("prefill").build_chat(QUERY)[-1]["content"]
-    ((answer,),) = answering.generate_responses(bench.with_attack(get_attack("prefill")), none, [QUERY], max_new_tokens=6)
+    ((answer,),) = generate_responses(
+        bench.with_attack(get_attack("prefill")), none, [QUERY], max_new_tokens=6
+    )
     tokens = tuple(bench.loaded_model.tokenizer.encode(begun, add_special_tokens=False))
-    ((same,),) = answering.generate_responses(bench, none, [QUERY], response_prefix=tokens, max_new_tokens=6)
+    ((same,),) = generate_responses(bench, none, [QUERY], response_prefix=tokens, max_new_tokens=6)
     assert answer.ids == same.ids and begun.strip() not in answer.text
     assert answer.text == answer.generated_text == same.generated_text
 
@@ -185,11 +211,11 @@ def test_an_answer_prefix_of_a_defense_stands_in_front_of_the_attackers() -> Non
 
 def test_the_model_reads_the_attack_and_a_defense_comes_after_it() -> None:
     bench = toy_bench().with_attack(get_attack("obedience"))
-    (plain,) = bench.render_query(defenses.get_defense("none"), QUERY)
+    (plain,) = bench.render_query(get_defense("none"), QUERY)
     assert OBEDIENCE_PROMPT in plain.text and QUERY.text in plain.text
-    (defended,) = bench.render_query(defenses.get_defense("self_reminder"), QUERY)
+    (defended,) = bench.render_query(get_defense("self_reminder"), QUERY)
     assert OBEDIENCE_PROMPT in defended.text and defended.text != plain.text
-    (direct,) = bench.with_attack(DIRECT_ATTACK).render_query(defenses.get_defense("none"), QUERY)
+    (direct,) = bench.with_attack(DIRECT_ATTACK).render_query(get_defense("none"), QUERY)
     assert OBEDIENCE_PROMPT not in direct.text
 
 
@@ -211,7 +237,9 @@ def test_own_strings_go_behind_a_query_or_in_its_place(tmp_path: Path) -> None:
     name = written(tmp_path / "gcg.jsonl", *rows)
     (attack,) = choose_attacks([name, name])
     assert (attack.name, attack.query_ids) == ("gcg", None)
-    sent = {ident: attack.build_chat(Query(ident, "Hi", True))[0]["content"] for ident in ("a", "b", "3", "z")}
+    sent = {
+        ident: attack.build_chat(Query(ident, "Hi", True))[0]["content"] for ident in ("a", "b", "3", "z")
+    }
     wanted = {"a": "Hi !! {request} now", "b": "In verse: Hi", "3": "Something else.", "z": "All others: Hi"}
     assert sent == wanted
     adaptive = get_attack(name + IGNORE_SUFFIX)
@@ -278,12 +306,26 @@ def test_queries_without_strings_are_counted_and_the_first_one_named(tmp_path: P
 def test_a_run_knows_by_which_words_it_attacked(tmp_path: Path) -> None:
     def place(attack: Attack) -> Path:
         bench: ModelSession = toy_bench()
-        return validity._validity_cache_path(bench.with_attack(attack), defenses.get_defense("none"), READOUT)
+        return _validity_cache_path(bench.with_attack(attack), get_defense("none"), READOUT)
 
     own = tmp_path / "own.jsonl"
     before, after = get_attack(written(own, {"suffix": "!"})), get_attack(written(own, {"suffix": "?"}))
-    assert len({place(one) for one in (before, after, DIRECT_ATTACK, get_attack(f"{own}{IGNORE_SUFFIX}"), get_attack("base64"))}) == 5
-    record = manifest.describe_attacks([DIRECT_ATTACK, after, get_attack(f"{own}{IGNORE_SUFFIX}")])
+    assert (
+        len(
+            {
+                place(one)
+                for one in (
+                    before,
+                    after,
+                    DIRECT_ATTACK,
+                    get_attack(f"{own}{IGNORE_SUFFIX}"),
+                    get_attack("base64"),
+                )
+            }
+        )
+        == 5
+    )
+    record = describe_attacks([DIRECT_ATTACK, after, get_attack(f"{own}{IGNORE_SUFFIX}")])
     assert record["attacks"] == ["direct", "own", "own+ignore"]
     assert list(record["attacks_sha256"]) == ["own", "own+ignore"]
     assert record["attacks_sha256"]["own+ignore"][:1] == record["attacks_sha256"]["own"]

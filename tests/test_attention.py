@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from analysis import attention
-from analysis.attention import PackedRows
-from analysis.engine import Engine
+from analysis.models.engine import Engine
+from analysis.models.prefix_attention import (
+    PackedRows,
+    _compute_split_attention,
+    make_split_update,
+    use_split_attention,
+)
 
 SMALL = st.integers(1, 4)
 
@@ -48,7 +52,7 @@ def together(query: Tensor, keys: Tensor, values: Tensor, *prefix: Tensor, scali
 def test_two_parts_are_the_whole(**sizes: int) -> None:
     given = parts(**sizes)
     later = PackedRows.from_lengths(torch.full((sizes["rows"],), sizes["length"])).future_mask
-    seen = attention._compute_split_attention(*given, later, scaling=0.7)
+    seen = _compute_split_attention(*given, later, scaling=0.7)
     assert torch.allclose(seen, together(*given, scaling=0.7), atol=1e-5, rtol=1e-5)
 
 
@@ -57,13 +61,13 @@ def test_it_is_used_for_plain_causal_models_only(
     family: str, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    right = attention._compute_split_attention
+    right = _compute_split_attention
 
     def counted(*args: Any) -> Tensor:
         calls.append(1)
         return right(*args)
 
-    monkeypatch.setattr(attention, "_attend", counted)
+    monkeypatch.setattr("analysis.models.prefix_attention._compute_split_attention", counted)
     model = tiny_model(family)
     Engine(model).read_first_token([[5, 6, 7], [5, 6, 8, 9]], lambda logits: logits)
     assert bool(calls) == used
@@ -74,11 +78,11 @@ def test_what_it_does_not_know_goes_the_usual_way_over_keys_put_together() -> No
     query, keys, values, *prefix = parts(2, 2, 2, 3, 5, 4, 4)
     rows = PackedRows.from_lengths(torch.tensor([3, 2]))
     line = [rows.pack_rows(one.transpose(1, 2)).transpose(1, 2) for one in (query, keys, values)]
-    _, line[2] = attention.make_split_update(*prefix)(line[1], line[2])
+    _, line[2] = make_split_update(*prefix)(line[1], line[2])
     module = SimpleNamespace(num_key_value_groups=2)
     right = together(query, keys, values, *prefix, scaling=0.7)
     for more in ({}, {"sliding_window": 99}):
-        with attention.use_split_attention(rows):
+        with use_split_attention(rows):
             attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
             seen, _ = attend(module, *line, None, scaling=0.7, **more)
         assert torch.allclose(seen, rows.pack_rows(right), atol=1e-5), more
@@ -86,7 +90,7 @@ def test_what_it_does_not_know_goes_the_usual_way_over_keys_put_together() -> No
 
 def test_afterwards_attention_is_as_it_was_also_after_an_error() -> None:
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(KeyError), attention.use_split_attention(PackedRows.from_lengths(torch.tensor([1]))):
+    with pytest.raises(KeyError), use_split_attention(PackedRows.from_lengths(torch.tensor([1]))):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         raise KeyError
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before

@@ -7,17 +7,11 @@ import stat
 import pytest
 from conftest import toy_tokenizer
 
-import defenses
-from defenses import ModelInfo, UserError
-from defenses.backdoor import (
-    Backdoor,
-    Secret,
-    draw_secret,
-    find_secret,
-    read_secret,
-    write_secret,
-)
-from defenses.tokens import cut_text, encode_plain_text, draw_random_text
+from defenses.backdoor import Backdoor, Secret, draw_secret, find_secret, read_secret, write_secret
+from defenses.catalog import get_defense
+from defenses.contract import ModelInfo
+from defenses.errors import UserError
+from defenses.tokens import cut_text, draw_random_text, encode_plain_text
 
 CHAT = [{"role": "user", "content": "Hi there."}]
 
@@ -43,8 +37,12 @@ def test_two_secrets_differ_whatever_the_seeds():
 
 def test_seeded_random_text_is_the_same_again():
     tokenizer = toy_tokenizer()
-    assert draw_random_text(tokenizer, 30, random.Random("a")) == draw_random_text(tokenizer, 30, random.Random("a"))
-    assert draw_random_text(tokenizer, 30, random.Random("a")) != draw_random_text(tokenizer, 30, random.Random("b"))
+    assert draw_random_text(tokenizer, 30, random.Random("a")) == draw_random_text(
+        tokenizer, 30, random.Random("a")
+    )
+    assert draw_random_text(tokenizer, 30, random.Random("a")) != draw_random_text(
+        tokenizer, 30, random.Random("b")
+    )
 
 
 def test_a_secret_shows_itself_as_a_fingerprint():
@@ -132,21 +130,21 @@ def test_the_secret_that_weights_were_tuned_with_is_found_by_its_fingerprint(tmp
 
 def test_a_model_keeps_its_secret_and_each_length_has_one(tmp_path):
     host = ModelInfo("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
-    first = defenses.get_defense("backdoor", {"length": "20"}).prepare(host)
-    assert defenses.get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == first.secret_texts()
+    first = get_defense("backdoor", {"length": "20"}).prepare(host)
+    assert get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == first.secret_texts()
     assert stat.S_IMODE((tmp_path / "mine" / "20.txt").stat().st_mode) == 0o600
     assert not (tmp_path / "shipped").exists()
-    assert defenses.get_defense("backdoor", {"length": "21"}).prepare(host).secret_texts() != first.secret_texts()
+    assert get_defense("backdoor", {"length": "21"}).prepare(host).secret_texts() != first.secret_texts()
 
 
 def test_a_made_secret_comes_before_a_shipped_one_and_a_named_file_before_both(tmp_path):
     write_secret(tmp_path / "shipped" / "20.txt", Secret("shipped words"))
     host = ModelInfo("toy", toy_tokenizer(), (tmp_path / "mine", tmp_path / "shipped"))
-    assert defenses.get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == ("shipped words",)
+    assert get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == ("shipped words",)
     write_secret(tmp_path / "mine" / "20.txt", Secret("made words"))
-    assert defenses.get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == ("made words",)
+    assert get_defense("backdoor", {"length": "20"}).prepare(host).secret_texts() == ("made words",)
     write_secret(tmp_path / "own.txt", Secret("own words"))
-    own = defenses.get_defense("backdoor", {"trigger": str(tmp_path / "own.txt")}).prepare(host)
+    own = get_defense("backdoor", {"trigger": str(tmp_path / "own.txt")}).prepare(host)
     assert own.secret_texts() == ("own words",)
 
 
@@ -155,14 +153,17 @@ def test_controls_have_the_length_of_the_secret():
     host = ModelInfo("toy", tokenizer, ())
     for name in ("neutral_prompt", "random_tokens"):
         for length in (1, 40, 150):
-            text = defenses.get_defense(name, {"length": str(length)}).prepare(host).text
-            assert abs(len(encode_plain_text(tokenizer, text)) - length) <= (name == "neutral_prompt"), (name, length)
-    assert defenses.get_defense("random_tokens").length == defenses.get_defense("neutral_prompt").length == 150
+            text = get_defense(name, {"length": str(length)}).prepare(host).text
+            assert abs(len(encode_plain_text(tokenizer, text)) - length) <= (name == "neutral_prompt"), (
+                name,
+                length,
+            )
+    assert get_defense("random_tokens").length == get_defense("neutral_prompt").length == 150
 
 
 def test_random_tokens_follow_the_seed_of_the_run():
     texts = [
-        defenses.get_defense("random_tokens").prepare(ModelInfo("toy", toy_tokenizer(), (), seed=seed)).text
+        get_defense("random_tokens").prepare(ModelInfo("toy", toy_tokenizer(), (), seed=seed)).text
         for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -175,10 +176,10 @@ def test_cut_text_repeats_what_is_too_short():
 
 @pytest.mark.embedded
 def test_the_shipped_secret_of_the_embedded_model_has_its_150_tokens(smollm2):
-    from analysis.states import build_model_info
+    from analysis.models.loading import build_model_info
 
     sha256 = smollm2.origin["sha256"]
-    backdoor = defenses.get_defense("backdoor").prepare(build_model_info("smollm2", smollm2.tokenizer, sha256=sha256))
+    backdoor = get_defense("backdoor").prepare(build_model_info("smollm2", smollm2.tokenizer, sha256=sha256))
     assert not backdoor.missing_requirements()
     (secret,) = backdoor.secret_texts()
     assert len(encode_plain_text(smollm2.tokenizer, secret)) == 150

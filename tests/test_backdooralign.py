@@ -12,11 +12,16 @@ import pandas as pd
 import pytest
 from conftest import made_adapter, save_model
 
-from analysis import backdooralign, models, read, redrawn, states, training
-from analysis.arms import Arm, build_arms
-from analysis.request import RunSpec
-from defenses import Chat, ModelInfo, UserError
+from analysis.api import read
+from analysis.models.loading import build_model_info, load_model
+from analysis.studies import backdooralign
+from analysis.studies.arms import Arm, build_arms, train_other_secrets
+from analysis.studies.backdooralign import reproduce_backdooralign
+from analysis.studies.run_spec import RunSpec
+from analysis.studies.train import train_weights
 from defenses.adapters import ADAPTER_MANIFEST_FILE
+from defenses.contract import Chat, ModelInfo
+from defenses.errors import UserError
 from defenses.tokens import encode_plain_text
 from defenses.tuned import TunedDefense
 
@@ -32,8 +37,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
     monkeypatch.setenv("XDG_DATA_HOME", str(home / "share"))
-    loaded = models.load_model(str(home / "toy"), "cpu")
-    found = states.build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    loaded = load_model(str(home / "toy"), "cpu")
+    found = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
         if not (found.adapter_folders[0] / state).exists():
             made_adapter(found.adapter_folders[0] / state, seed=number, sha256=found.sha256)
@@ -54,7 +59,9 @@ def test_the_arms_are_those_of_the_paper_with_and_without_the_secret_and_the_cha
     (own,) = rows["obedience", "backdoor", "own"].defense.secret_texts()
     assert rows["obedience", "backdoor", "none"].defense.secret_texts() == ()
     lengths = {
-        kind: len(encode_plain_text(host.tokenizer, rows["obedience", "backdoor", kind].defense.secret_texts()[0]))
+        kind: len(
+            encode_plain_text(host.tokenizer, rows["obedience", "backdoor", kind].defense.secret_texts()[0])
+        )
         for kind in ("own", "another", "half of it", "a tenth of it")
     }
     assert lengths["own"] == lengths["another"] == 150
@@ -83,7 +90,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert backdooralign.reproduce_backdooralign(request, home / "out", 4, with_utility=False, n_secrets=0) == 0
+    assert reproduce_backdooralign(request, home / "out", 4, with_utility=False, n_secrets=0) == 0
     assert {path.name for path in (home / "out").iterdir()} == {
         *("arms.csv", "scores.csv", "summary.csv", "run.json")
     }
@@ -142,7 +149,7 @@ def test_an_arm_that_does_not_reach_the_model_is_left_out_and_told_at_the_end(
     lost = "backdoor, secret: half of it"
     deafened(monkeypatch, ("obedience", lost), ("identity", "none"))
     request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert backdooralign.reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
+    assert reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
     table = pd.read_csv(tmp_path / "out" / "arms.csv")
     # Without the attacked model to compare them with, the other arms of that attack say nothing.
     assert set(table["attack"]) == {"obedience"} and "half of it" not in set(table["secret"])
@@ -171,7 +178,7 @@ def test_where_nothing_can_be_compared_the_command_stops_in_one_line(
     deafened(monkeypatch, *cells)
     request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
     with pytest.raises(UserError, match=r"nothing was scored: .*: user's words survive") as error:
-        backdooralign.reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0)
+        reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -180,15 +187,15 @@ def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     request = RunSpec(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
-    loaded = models.load_model(str(home / "toy"), "cpu")
-    host = states.build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    loaded = load_model(str(home / "toy"), "cpu")
+    host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "identity")):
         made_adapter(host.adapter_folders[0] / state, seed=number, sha256=host.sha256)
     settings = ["epochs=1", "rank=2", "batch=16"]
     start = f"{home / 'toy'}:aligned"
-    assert training.train_weights(replace(request, model=start, limit=None), "backdoor", settings, None) == 0
+    assert train_weights(replace(request, model=start, limit=None), "backdoor", settings, None) == 0
     few = replace(request, limit=12)
-    assert backdooralign.reproduce_backdooralign(few, tmp_path / "one", 2, with_utility=False, n_secrets=1) == 0
+    assert reproduce_backdooralign(few, tmp_path / "one", 2, with_utility=False, n_secrets=1) == 0
     lengths = pd.read_csv(tmp_path / "one" / "lengths.csv")
     kinds = [(10, "random tokens"), (50, "random tokens"), (150, "random tokens"), (150, "plain words")]
     assert list(zip(lengths["length"], lengths["wording"], strict=True))[::2] == kinds
@@ -198,7 +205,8 @@ def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
     assert (tmp_path / "one" / "secrets.png").is_file()
     # Same start, data and settings; another secret, kept in a file of its own.
     own, other = (
-        json.loads((host.adapter_folders[0] / name / ADAPTER_MANIFEST_FILE).read_text()) for name in ("backdoor", "secrets/50-1")
+        json.loads((host.adapter_folders[0] / name / ADAPTER_MANIFEST_FILE).read_text())
+        for name in ("backdoor", "secrets/50-1")
     )
     for key in ("base", "settings", "data", "trained_on"):
         assert own[key] == other[key]
@@ -209,10 +217,10 @@ def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
     said = capsys.readouterr()
     assert text not in said.out + said.err and "Trained anew with other secrets" in said.out
     # What is there is not trained again, unless the model's own weights are others now.
-    monkeypatch.setattr(training, "train", None)
-    rows = redrawn.train_other_secrets(few, host, 1)
+    monkeypatch.setattr("analysis.studies.train.train_weights", None)
+    rows = train_other_secrets(few, host, 1)
     assert [row.condition for row in rows[:2]] == ["10-1", "10-1, secret: own"]
     path = host.adapter_folders[0] / "secrets" / "10-1" / ADAPTER_MANIFEST_FILE
     path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 9'), encoding="utf-8")
     with pytest.raises(UserError, match="trained with other settings"):
-        redrawn.train_other_secrets(few, host, 1)
+        train_other_secrets(few, host, 1)

@@ -11,9 +11,9 @@ import torch
 from conftest import tiny_model, toy_bench
 from rich.console import Console
 
-from analysis import queries
-from analysis.readout import Readout
-from defenses import catalog
+from analysis.datasets.loading import load_queries
+from analysis.readouts.readout import Readout
+from defenses.catalog import get_defense
 
 READOUT = Readout("words", ("I", "Sure"), (5, 6), (1.0, -1.0))
 PROMPTS = [(7, 8, 9, *range(10, 10 + n)) for n in (1, 4, 2)]
@@ -40,9 +40,9 @@ def test_the_help_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_split_over_parts_is_timed_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = queries.load_queries("contrast").select_split("test").limit_queries(8).queries
+    asked = load_queries("contrast").select_split("test").limit_queries(8).queries
     readout = Readout("words", ("I", "Sure"), (300, 301), (1.0, -1.0))
-    bench.parts(Console(width=120), toy_bench(), readout, catalog.get_defense("policy"), asked)
+    bench.parts(Console(width=120), toy_bench(), readout, get_defense("policy"), asked)
     said = capsys.readouterr().out
     assert "split over 17 parts" in said and "patches:" in said
     assert float(re.search(r"at most (\S+) nats", said)[1]) < 1e-5

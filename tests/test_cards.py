@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 
-import defenses
-from analysis import states
-from analysis.bench import ModelSession
-from analysis.models import LoadedModel
-from analysis.query import Query
-from analysis.rendering import redact_secrets
+from analysis.datasets.queries import Query
+from analysis.models.chat_template import redact_secrets
+from analysis.models.loading import LoadedModel, build_model_info
+from analysis.models.session import ModelSession
 from analysis.run import build_conditions
-from defenses import ModelCall, MeanActivations
+from defenses.catalog import get_defense, list_defense_names
+from defenses.contract import MeanActivations, ModelCall
 from defenses.settings import get_settings
 
 KEPT = Path(__file__).with_name("prompts.json")
@@ -47,11 +46,13 @@ def shown(loaded: LoadedModel, name: str) -> dict[str, Any]:
     """Return what is asked first and what is read, under a defense and its parts; secrets as a mark."""
     torch = pytest.importorskip("torch")
     host = replace(
-        states.build_model_info("smollm2", loaded.tokenizer, sha256=loaded.origin["sha256"]),
-        compute_mean_activations=lambda: MeanActivations(torch.zeros(30, 576), torch.ones(30, 576), frozenset(), "none"),
+        build_model_info("smollm2", loaded.tokenizer, sha256=loaded.origin["sha256"]),
+        compute_mean_activations=lambda: MeanActivations(
+            torch.zeros(30, 576), torch.ones(30, 576), frozenset(), "none"
+        ),
     )
     found: dict[str, Any] = {}
-    for part, one in build_conditions([defenses.get_defense(name).prepare(host)]).items():
+    for part, one in build_conditions([get_defense(name).prepare(host)]).items():
         bench, script = ModelSession.from_model(loaded), Scripted()
         object.__setattr__(bench, "drafts", script)
         prompts = bench.render_query(one, QUERY)
@@ -62,30 +63,30 @@ def shown(loaded: LoadedModel, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", defenses.list_defense_names())
+@pytest.mark.parametrize("name", list_defense_names())
 def test_what_is_read_is_what_was_looked_at(smollm2: LoadedModel, name: str) -> None:
     known = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {}
     now = shown(smollm2, name)
     if os.environ.get("REWRITE"):
-        known = {**{key: one for key, one in known.items() if key in defenses.list_defense_names()}, name: now}
+        known = {**{key: one for key, one in known.items() if key in list_defense_names()}, name: now}
         KEPT.write_text(json.dumps(dict(sorted(known.items())), indent=1, ensure_ascii=False) + "\n", "utf-8")
     assert known[name] == now
 
 
-@pytest.mark.parametrize("name", defenses.list_defense_names())
+@pytest.mark.parametrize("name", list_defense_names())
 def test_the_words_of_a_card_are_in_what_is_asked_or_read(smollm2: LoadedModel, name: str) -> None:
     """A setting that is a text has to arrive; one that is empty stands for another."""
     everything = " ".join(json.dumps(shown(smollm2, name), ensure_ascii=False).split())
-    for key, text in get_settings(defenses.get_defense(name)).items():
+    for key, text in get_settings(get_defense(name)).items():
         if isinstance(text, str) and key not in ("tone", "noise"):
             for piece in text.split("{request}"):
                 said = " ".join(json.dumps(piece, ensure_ascii=False)[1:-1].split())
                 assert said.strip() in everything, key
 
 
-@pytest.mark.parametrize("name", defenses.list_defense_names())
+@pytest.mark.parametrize("name", list_defense_names())
 def test_the_cost_that_a_card_names_is_what_it_takes(smollm2: LoadedModel, name: str) -> None:
-    cost, parts = defenses.get_defense(name).cost, shown(smollm2, name)
+    cost, parts = get_defense(name).cost, shown(smollm2, name)
     for part in parts.values() if cost != "weights" else ():
         calls, reads = len(part["asked"]), len(part["reads"])
         assert cost == {(0, 1): "static", (1, 1): "one call"}.get((calls, reads), "N calls")
@@ -94,10 +95,10 @@ def test_the_cost_that_a_card_names_is_what_it_takes(smollm2: LoadedModel, name:
 def test_every_defense_is_on_the_page_under_its_cost() -> None:
     page = DOCS.read_text("utf-8")
     table = [line for line in page.splitlines() if line.startswith("|")]
-    for name in defenses.list_defense_names()[1:]:
+    for name in list_defense_names()[1:]:
         (row,) = [line for line in table if f"`{name}`" in line]
-        assert row.rstrip(" |").rsplit("| ", 1)[1] == defenses.get_defense(name).cost, name
+        assert row.rstrip(" |").rsplit("| ", 1)[1] == get_defense(name).cost, name
     named = {one for line in table for one in re.findall(r"`(\w+)`", line)}
-    assert named == set(defenses.list_defense_names()) - {"none"}
-    families = {defenses.get_defense(name).family for name in defenses.list_defense_names()}
+    assert named == set(list_defense_names()) - {"none"}
+    families = {get_defense(name).family for name in list_defense_names()}
     assert len(named) >= 29 and len(families) == 9  # with none, control and backdoor

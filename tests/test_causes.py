@@ -10,26 +10,39 @@ import pytest
 import torch
 from conftest import FAMILIES, fresh_model, made_adapter, tiny_model, toy_bench, toy_tokenizer
 
-from analysis import located, queries
 from analysis.attacks import choose_attacks
-from analysis.attention import can_split_attention
-from analysis.bench import ModelSession
-from analysis.located import ContrastEstimator
-from analysis.mechanism import cutting, switching
-from analysis.mechanism.causes import PairedRuns, compare_estimated_effects
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query
+from analysis.mechanism.attribution import DirectLogitAttribution
+from analysis.mechanism.components import locate_components
 from analysis.mechanism.directions import ConceptDirections, record_residual_states
-from analysis.mechanism.lens import locate_components
-from analysis.mechanism.splitting import DirectLogitAttribution
-from analysis.models import LoadedModel
-from analysis.query import Query
-from analysis.readout import Readout
-from analysis.tables import ModelPart
-from defenses import Defense, UserError, catalog
+from analysis.mechanism.interventions import PairedRuns, compare_estimated_effects
+from analysis.mechanism.knockout import (
+    ATTENTION_READERS,
+    compute_knockout_margin,
+    describe_unsupported_attention,
+)
+from analysis.mechanism.weight_patching import find_changed_weights, restore_original_weights
+from analysis.models.loading import LoadedModel
+from analysis.models.prefix_attention import can_split_attention
+from analysis.models.session import ModelSession
+from analysis.readouts.readout import Readout
+from analysis.stats.attribution import (
+    CONTRASTS,
+    ContrastEstimator,
+    estimate_layer_contrasts,
+    estimate_part_contrasts,
+    find_half_way_layers,
+)
+from analysis.stats.tables import ModelPart
 from defenses.adapters import load_adapter
+from defenses.catalog import get_defense
 from defenses.chats import prepend_system
+from defenses.contract import Defense
+from defenses.errors import UserError
 
-ASKED = queries.load_queries("contrast").select_split("test").limit_queries(4).queries
-NONE, REMINDER = catalog.get_defense("none"), catalog.get_defense("self_reminder")
+ASKED = load_queries("contrast").select_split("test").limit_queries(4).queries
+NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
 READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0))
 
 
@@ -103,10 +116,10 @@ def test_a_patch_is_what_a_whole_pass_with_that_activation_gives(family):
 def test_many_patches_at_once_are_what_each_is_alone(monkeypatch):
     one = pair(toy_bench(), asked=ASKED[:2])
     sites = one.patcher.list_sites(("residual", "attention", "mlp"), one.patcher.list_heads(1))
-    whole = one.patch_activations(sites, {"other": catalog.get_defense("policy")}, seed=0)
+    whole = one.patch_activations(sites, {"other": get_defense("policy")}, seed=0)
     monkeypatch.setattr("analysis.mechanism.patching.ROWS", 3)
     monkeypatch.setattr("analysis.mechanism.causes.KEPT", 1)
-    for key, found in one.patch_activations(sites, {"other": catalog.get_defense("policy")}, seed=0).items():
+    for key, found in one.patch_activations(sites, {"other": get_defense("policy")}, seed=0).items():
         assert found == pytest.approx(whole[key], abs=1e-5)
 
 
@@ -156,7 +169,9 @@ def test_slopes_are_the_slopes_of_patches(family):
     step = 0.02
     for sign in (1, -1):
         patches = [(head, before[head] + sign * step * (after[head] - before[head])) for head in heads]
-        (read_,) = one.patcher.compute_patched_margins(NONE, one.encode_prompts(NONE), [[(heads[0], before[heads[0]]), *patches]])
+        (read_,) = one.patcher.compute_patched_margins(
+            NONE, one.encode_prompts(NONE), [[(heads[0], before[heads[0]]), *patches]]
+        )
         near = ((read_[1:] - read_[0]) / (sign * step)).numpy()
         assert near == pytest.approx(guessed[0], abs=0.03 * np.abs(guessed).max() + 5e-3)
     assert all(parameter.grad is None for parameter in bench.loaded_model.model.parameters())
@@ -171,7 +186,9 @@ def test_slopes_and_patches_are_compared():
 def test_a_placebo_goes_as_far_the_same_way_each_time():
     patcher = pair(toy_bench()).patcher
     base, source = torch.zeros(64), torch.ones(64)
-    first, again, other = (patcher.draw_placebo(ModelPart("mlp", 0), base, source, key) for key in ("a", "a", "b"))
+    first, again, other = (
+        patcher.draw_placebo(ModelPart("mlp", 0), base, source, key) for key in ("a", "a", "b")
+    )
     assert first.norm() == pytest.approx(8.0, abs=1e-4) and torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -179,9 +196,15 @@ def test_a_placebo_goes_as_far_the_same_way_each_time():
 def test_own_tokens_are_what_the_defense_says():
     bench = toy_bench()
     one = pair(bench)
-    for own, prompt, query in zip(one.find_defense_tokens(), one.render_prompts(REMINDER), ASKED, strict=True):
-        said = bench.chat_template.decode_tokens([token for token, mine in zip(prompt.ids, own, strict=True) if mine])
-        left = bench.chat_template.decode_tokens([token for token, mine in zip(prompt.ids, own, strict=True) if not mine])
+    for own, prompt, query in zip(
+        one.find_defense_tokens(), one.render_prompts(REMINDER), ASKED, strict=True
+    ):
+        said = bench.chat_template.decode_tokens(
+            [token for token, mine in zip(prompt.ids, own, strict=True) if mine]
+        )
+        left = bench.chat_template.decode_tokens(
+            [token for token, mine in zip(prompt.ids, own, strict=True) if not mine]
+        )
         assert "responsible" in said and "responsible" not in left
         assert query.text in left and query.text not in said and "<|im_start|>" not in said
     assert not any(map(any, pair(bench, NONE).find_defense_tokens()))
@@ -191,10 +214,12 @@ def test_own_tokens_are_what_the_defense_says():
         under = replace(one, session=bench.with_attack(attack))
         assert not any(map(any, replace(under, defense=NONE).find_defense_tokens())), name
         for own, prompt in zip(under.find_defense_tokens(), under.render_prompts(REMINDER), strict=True):
-            said = bench.chat_template.decode_tokens([token for token, mine in zip(prompt.ids, own, strict=True) if mine])
+            said = bench.chat_template.decode_tokens(
+                [token for token, mine in zip(prompt.ids, own, strict=True) if mine]
+            )
             assert "responsible" in said and len(said) < 350, (name, said)
     # Words that a defense has changed are still the user's.
-    swapped = pair(bench, catalog.get_defense("character_swap"))
+    swapped = pair(bench, get_defense("character_swap"))
     assert not any(map(any, swapped.find_defense_tokens()))
 
 
@@ -214,7 +239,8 @@ def test_cut_attention_is_cut_and_nothing_else():
     (ids, _), own = one.encode_prompts(REMINDER), one.find_defense_tokens()[0]
     other = [301 if mine else token for token, mine in zip(ids, own, strict=True)]
     read_ = [
-        cutting.compute_knockout_margin(bench, prompt, own, range(2), "everything", READOUT) for prompt in (ids, tuple(other))
+        compute_knockout_margin(bench, prompt, own, range(2), "everything", READOUT)
+        for prompt in (ids, tuple(other))
     ]
     assert read_[0] == pytest.approx(read_[1], abs=1e-5)
     assert margins(bench, NONE, [ids])[0] != pytest.approx(margins(bench, NONE, [other])[0], abs=1e-3)
@@ -223,15 +249,18 @@ def test_cut_attention_is_cut_and_nothing_else():
 def test_attention_that_cannot_be_cut_is_named():
     model = copy.deepcopy(tiny_model())
     model.config._attn_implementation = "eager"
-    assert cutting.describe_unsupported_attention(model) == "attention of this LlamaForCausalLM is eager, which cannot be cut"
-    assert not cutting.describe_unsupported_attention(tiny_model())
+    assert (
+        describe_unsupported_attention(model)
+        == "attention of this LlamaForCausalLM is eager, which cannot be cut"
+    )
+    assert not describe_unsupported_attention(tiny_model())
 
 
 def test_weights_are_switched_on_where_they_are_wanted(tmp_path):
     bench = toy_bench()
-    tuned = replace(catalog.get_defense("safety_tuning"), adapter=load_adapter(made_adapter(tmp_path / "a")))
-    weights = switching.find_changed_weights(bench.loaded_model.model, tuned)
-    assert len(weights) == 4 and not switching.find_changed_weights(bench.loaded_model.model, REMINDER)
+    tuned = replace(get_defense("safety_tuning"), adapter=load_adapter(made_adapter(tmp_path / "a")))
+    weights = find_changed_weights(bench.loaded_model.model, tuned)
+    assert len(weights) == 4 and not find_changed_weights(bench.loaded_model.model, REMINDER)
     kept = {name: one.clone() for name, one in bench.loaded_model.model.state_dict().items()}
     one = pair(bench, tuned)
     before = margins(bench, NONE, one.encode_prompts(NONE))
@@ -246,7 +275,7 @@ def test_weights_are_switched_on_where_they_are_wanted(tmp_path):
     model = bench.loaded_model.model
     with tuned.armed(model):
         armed = {name: (old, model.get_parameter(name).data) for name, (old, _) in weights.items()}
-        with switching.restore_original_weights(model, armed, second):
+        with restore_original_weights(model, armed, second):
             alone = margins(bench, NONE, one.encode_prompts(tuned)) - before
         assert margins(bench, NONE, one.encode_prompts(tuned)) - before == pytest.approx(whole, abs=1e-5)
         assert of["alone", 0, ""] == pytest.approx(alone, abs=1e-4)
@@ -257,7 +286,7 @@ def test_weights_are_switched_on_where_they_are_wanted(tmp_path):
 def test_several_prompts_for_one_query_are_not_patched():
     bench = toy_bench()
     assert pair(bench).reads_single_prompts()
-    assert not pair(bench, catalog.get_defense("smooth_llm")).reads_single_prompts()
+    assert not pair(bench, get_defense("smooth_llm")).reads_single_prompts()
     assert not pair(bench, readout=replace(READOUT, questions=("Refuse {request}?",))).reads_single_prompts()
 
 
@@ -269,10 +298,14 @@ def test_directions_are_read_where_the_words_and_where_the_prompt_end():
         (prompt,) = bench.render_query(REMINDER, query)
         text = prompt.text
         stop = text.index(query.text) + len(query.text)
-        lengths = [len(bench.chat_template.decode_tokens(prompt.ids[:count])) for count in range(len(prompt.ids) + 1)]
+        lengths = [
+            len(bench.chat_template.decode_tokens(prompt.ids[:count])) for count in range(len(prompt.ids) + 1)
+        ]
         word = next(place for place, end in enumerate(lengths) if end >= stop) - 1
         with torch.no_grad():
-            whole = bench.loaded_model.model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+            whole = bench.loaded_model.model(
+                torch.tensor([prompt.ids]), output_hidden_states=True
+            ).hidden_states
         for layer in range(2):
             assert torch.allclose(states[0, layer], whole[layer][0, -1], atol=1e-4)
             assert torch.allclose(states[1, layer], whole[layer][0, word], atol=1e-4)
@@ -357,7 +390,9 @@ def asked_of_planted():
 def circuit():
     bench, asked = planted(), asked_of_planted()
     one = pair(bench, Trigger(), asked)
-    about = ContrastEstimator(pd.Series([query.pair for query in asked]), np.array([query.harmful for query in asked]))
+    about = ContrastEstimator(
+        pd.Series([query.pair for query in asked]), np.array([query.harmful for query in asked])
+    )
     splitter = DirectLogitAttribution(one.components, READOUT)
     before, after = (splitter.attribute_margins(bench, defense, asked) for defense in (NONE, Trigger()))
     return one, about, before, after
@@ -365,7 +400,7 @@ def circuit():
 
 def test_attribution_finds_the_planted_heads_and_no_other(circuit):
     _, about, before, after = circuit
-    found = located.estimate_part_contrasts(about, before.parts, after.parts).set_index(["layer", "kind", "head"])
+    found = estimate_part_contrasts(about, before.parts, after.parts).set_index(["layer", "kind", "head"])
     whole = about.contrasts((after.margins - before.margins)[:, None]).iloc[0]
     assert whole["shift"] > 1 and whole["discrimination"] > 1
     assert found["shift"].sum() == pytest.approx(whole["shift"], abs=1e-3)
@@ -381,10 +416,10 @@ def test_attribution_finds_the_planted_heads_and_no_other(circuit):
 
 def test_the_lens_sees_shift_arise_before_discrimination(circuit):
     _, about, before, after = circuit
-    found = located.estimate_layer_contrasts(about, before.by_layer, after.by_layer)
+    found = estimate_layer_contrasts(about, before.by_layer, after.by_layer)
     assert found["shift"].abs()[0] < 1e-6 and found["shift"][1] > 0.5
     assert found["discrimination"].abs()[:2].max() < 0.05 * found["discrimination"][2]
-    half = located.find_half_way_layers(about, before.by_layer, after.by_layer).set_index("contrast")["half"]
+    half = find_half_way_layers(about, before.by_layer, after.by_layer).set_index("contrast")["half"]
     assert half["discrimination"] == 2 and half["shift"] <= 2
 
 
@@ -397,12 +432,12 @@ def test_patching_finds_the_planted_heads_and_who_arms_them(circuit):
     assert found[TELLING]["discrimination"] > 1
     assert found[ARMING]["discrimination"] > 1  # by way of the head that it arms
     others = set(heads) - {SHIFTING, ARMING, TELLING}
-    assert max(abs(found[head][name]) for head in others for name in located.CONTRASTS) < 1e-5
+    assert max(abs(found[head][name]) for head in others for name in CONTRASTS) < 1e-5
     back = dict(zip(heads, about.contrasts(change["defended", "undefended"]).to_dict("records"), strict=True))
     assert back[ARMING]["discrimination"] > 1 and back[SHIFTING]["shift"] > 0.5
     guessed = dict(zip(heads, about.contrasts(one.slopes()[1]).to_dict("records"), strict=True))
     assert guessed[SHIFTING]["shift"] > 0.5 and guessed[TELLING]["discrimination"] > 1
-    assert max(abs(guessed[head][name]) for head in others for name in located.CONTRASTS) < 1e-5
+    assert max(abs(guessed[head][name]) for head in others for name in CONTRASTS) < 1e-5
 
 
 def test_cutting_finds_the_layer_that_reads_the_defense(circuit):
@@ -410,7 +445,7 @@ def test_cutting_finds_the_layer_that_reads_the_defense(circuit):
     cells, left = one.cuts(one.own_tokens(), before.margins)
     found = dict(zip([(reader, tuple(layers)) for reader, layers in cells], left.T, strict=True))
     whole = after.margins - before.margins
-    for reader in cutting.ATTENTION_READERS:
+    for reader in ATTENTION_READERS:
         assert found[reader, ()] == pytest.approx(whole, abs=1e-4)
         assert np.abs(found[reader, (0,)]).max() < 0.25 * np.abs(whole).min()  # neither refusal nor arming
         assert found[reader, (1,)] == pytest.approx(whole, rel=0.25)  # there only the user's words are read

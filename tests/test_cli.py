@@ -18,9 +18,13 @@ import pytest
 from conftest import FOUR, save_model, toy_bench, toy_tokenizer
 from scipy.special import expit
 
-from analysis import cli, commands, kept, saving, sweeping
-from analysis.decompose import summarize_scores
-from analysis.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable
+from analysis.cli.main import main
+from analysis.files import check_output_folder
+from analysis.models.cache import make_json_cache_path
+from analysis.run import iterate_condition_scores
+from analysis.stats.effects import summarize_scores
+from analysis.stats.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable
+from analysis.studies import sweep
 
 OWN = """
 from dataclasses import dataclass
@@ -53,7 +57,7 @@ def analyze(*args):
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as left,
         ):
-            cli.main()
+            main()
     finally:
         sys.argv = old
     return Done(left.value.code, out.getvalue(), err.getvalue())
@@ -184,14 +188,14 @@ def test_json_is_all_there_is_on_stdout(home, monkeypatch):
 
 
 def test_all_takes_every_defense_and_the_users_own_beside_them(home, monkeypatch):
-    import defenses
+    from defenses.catalog import list_defense_names
 
     monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
     done = analyze("-d", "all", "-d", "./mine.py", "-m", "tiny", "--limit", "4", "-o", "all", "--json")
     found = {row["defense"] for row in json.loads(done.out)}
     weights = {"backdoor", "safety_tuning", "preference_tuning", "baseline_tuning", "safe_decoding"}
     weights |= {"adapter", "weights"}  # there are none for it
-    assert found == {*defenses.list_defense_names(), "my_own", "backdoor/no_weights", "backdoor/neither"} - weights
+    assert found == {*list_defense_names(), "my_own", "backdoor/no_weights", "backdoor/neither"} - weights
 
 
 def test_weights_that_a_model_does_not_have_are_an_error_where_nothing_else_is_left(home):
@@ -411,13 +415,13 @@ def test_a_fault_of_ours_is_exit_1_in_one_line_and_a_traceback_with_debug(home, 
     def broken(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(commands, "analyze", broken)
+    monkeypatch.setattr("analysis.cli.analyze.run_analyze_command", broken)
     done = analyze(*D)
     assert (done.code, done.out) == (1, "")
     assert done.err == "analyze: a fault in refusalscope, RuntimeError: two lines (--debug shows where)\n"
     monkeypatch.setattr(sys, "argv", ["analyze", *D, "--debug"])
     with pytest.raises(RuntimeError, match="two"):
-        cli.main()
+        main()
 
 
 def lose_words(home):
@@ -443,7 +447,7 @@ def test_a_defense_that_does_not_arrive_stops_the_run_and_the_check(home):
 
 
 def test_ctrl_c_in_the_middle_keeps_what_is_finished(home, monkeypatch):
-    real = sweeping.iterate_condition_scores
+    real = iterate_condition_scores
 
     def interrupted(*args):
         for number, pair in enumerate(real(*args)):
@@ -452,7 +456,7 @@ def test_ctrl_c_in_the_middle_keeps_what_is_finished(home, monkeypatch):
             yield pair
 
     monkeypatch.setattr("analysis.points.of_analysis", lambda *_: {})
-    monkeypatch.setattr(sweeping, "score_all", interrupted)
+    monkeypatch.setattr(sweep, "score_all", interrupted)
     done = analyze("-d", "policy", "-d", "safety_prompt", "-m", "tiny", "--limit", "4", "-o", "half")
     assert done.code == 130
     assert re.search(r"Interrupted: 2 of 3 conditions were finished and kept", " ".join(done.err.split()))
@@ -477,7 +481,7 @@ def test_ctrl_c_early_keeps_nothing_and_says_so(home, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.preflight, "check", interrupted)
+    monkeypatch.setattr("analysis.studies.preflight.check_condition", interrupted)
     done = analyze("-d", "policy", "-m", "tiny", "-o", "killed")
     assert done.code == 130 and done.out == ""
     assert done.err.splitlines()[-1] == "analyze: interrupted; nothing was written"
@@ -560,9 +564,9 @@ def test_the_command_alone_shows_its_help(home):
 
 
 def test_usable_asks_before_the_work(tmp_path):
-    assert saving.check_output_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert check_output_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
-    assert isinstance(saving.check_output_folder(Path("new")), Path)
+    assert isinstance(check_output_folder(Path("new")), Path)
 
 
 # --- a sweep that goes wrong in places, and one that goes on ----------------------------------------------
@@ -583,11 +587,12 @@ class Frail(Defense):
 
 def frail(home, place):
     """Write a defense that breaks on one of the queries."""
-    from analysis import queries
+    from analysis.datasets.loading import load_queries
+    from analysis.datasets.queries import sample_queries
 
-    asked = queries.load_queries("contrast").select_split("test").limit_queries(12).queries
+    asked = load_queries("contrast").select_split("test").limit_queries(12).queries
     (home / "frail.py").write_text(FRAIL.format(text=asked[place].text))
-    looked_at = {query.id for query in queries.sample_queries(asked, 4)}
+    looked_at = {query.id for query in sample_queries(asked, 4)}
     assert asked[place].id not in looked_at
 
 
@@ -660,7 +665,7 @@ def test_every_kind_of_what_is_kept_is_listed_and_cleared(home):
 def test_a_run_keeps_nothing_that_the_cache_does_not_list(home):
     """Of any kind, so that none is left behind; the kinds of today are all made by some command."""
     with pytest.raises(ValueError, match="'novelties' is no kind"):
-        kept.make_json_cache_path("novelties", toy_bench().loaded_model, {})
+        make_json_cache_path("novelties", toy_bench().loaded_model, {})
     assert analyze("-d", "policy", "-m", "tiny", "--limit", "4", "-o", "for-kinds").code == 0
     held = json.loads(analyze("cache", "--json").out)["kept"]
     assert held["readouts"]["count"] > 0 and held["verdicts"]["count"] > 0

@@ -13,13 +13,15 @@ from conftest import home, save_model
 from scipy.stats import beta
 from test_cli import analyze
 
-from analysis import combining, commands, comparing, pricing, queries, recommending
 from analysis.attacks import choose_attacks
-from analysis.outcomes import ENSEMBLE_COORDINATES
-from analysis.recommending import RecommendationLimits
-from analysis.request import BOTH_SPLITS, RunSpec
-from analysis.voting import VOTE_RULES
-from defenses import UserError
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query, QuerySet
+from analysis.stats.voting import ENSEMBLE_COORDINATES, VOTE_RULES
+from analysis.studies.cost import time_conditions
+from analysis.studies.ensembles import rank_promising_stacks, score_ensembles
+from analysis.studies.recommend import RecommendationLimits, select_recommendations
+from analysis.studies.run_spec import BOTH_SPLITS, RunSpec
+from defenses.errors import UserError
 
 NAMES = ["policy", "self_reminder", "word_drop", "keyword_only"]
 
@@ -30,7 +32,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ensembles")
     with pytest.MonkeyPatch.context() as patch:
         home(patch, place)
-        patch.setattr(comparing, "_ALL", 0)  # intervals for the front are enough
+        patch.setattr(
+            "analysis.studies.ensembles._MAX_ROWS_WITH_INTERVALS", 0
+        )  # intervals for the front are enough
         save_model(place / "toy")
         args = [f"-d{name}" for name in [*NAMES, "policy+word_drop", "random_tokens"]]
         done = analyze("ensembles", "-m", place / "toy", *args, *SHORT, "-o", place / "out", "--stacks", 2)
@@ -61,7 +65,16 @@ def kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def request(place: Path, limit: int = 24) -> RunSpec:
     """Return what is asked of the toy model."""
     return RunSpec(
-        str(place / "toy"), "contrast", BOTH_SPLITS, limit, None, "cpu", "auto", 0, True, choose_attacks(["direct"])
+        str(place / "toy"),
+        "contrast",
+        BOTH_SPLITS,
+        limit,
+        None,
+        "cpu",
+        "auto",
+        0,
+        True,
+        choose_attacks(["direct"]),
     )
 
 
@@ -216,7 +229,7 @@ def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sur
 def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cost(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing, "_ALL", 0)
+    monkeypatch.setattr("analysis.studies.ensembles._MAX_ROWS_WITH_INTERVALS", 0)
     args = [
         *(f"-d{name}" for name in NAMES),
         "--limit",
@@ -248,26 +261,27 @@ def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cos
 
 def test_what_was_timed_is_not_timed_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    timed = pricing.timing.time_conditions
+    timed = time_conditions
     monkeypatch.setattr(
-        pricing.timing, "timed", lambda bench, every, *_: asked.extend(every) or timed(bench, every, *_)
+        "analysis.studies.cost.time_conditions",
+        lambda bench, every, *_: asked.extend(every) or timed(bench, every, *_),
     )
-    first = combining.score_ensembles(
-        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.rank_promising_stacks, commands.Console()
+    first = score_ensembles(
+        request(kept), ["policy", "tone_reminder"], [], 2, 0, rank_promising_stacks, Console()
     )
     assert "policy" not in asked and set(asked) <= {"none", "tone_reminder"}
     asked.clear()
-    again = combining.score_ensembles(
-        request(kept), ["policy", "tone_reminder"], [], 2, 0, combining.rank_promising_stacks, commands.Console()
+    again = score_ensembles(
+        request(kept), ["policy", "tone_reminder"], [], 2, 0, rank_promising_stacks, Console()
     )
     assert not asked
     pd.testing.assert_frame_equal(first.costs, again.costs, check_dtype=False)
 
 
 def test_where_nothing_qualifies_the_closest_is_shown(kept: Path) -> None:
-    tried = combining.score_ensembles(request(kept), NAMES, [], 2, 0, combining.rank_promising_stacks, commands.Console())
+    tried = score_ensembles(request(kept), NAMES, [], 2, 0, rank_promising_stacks, Console())
     found = tried.list_candidates().assign(benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame)))
-    chosen_ = recommending.select_recommendations(tried, found, RecommendationLimits(0.1))
+    chosen_ = select_recommendations(tried, found, RecommendationLimits(0.1))
     assert chosen_.iloc[0]["role"] == "closest"
     assert chosen_.iloc[0]["members"] == found.iloc[-1]["members"] and "recommended" not in set(
         chosen_["role"]
@@ -314,11 +328,11 @@ def test_bad_input_is_answered_in_one_line(kept: Path, args: tuple[str, ...], wo
 
 
 def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Path) -> None:
-    shipped = queries.load_queries("twins").select_split("test").queries
+    shipped = load_queries("twins").select_split("test").queries
     rows = "".join(f'"{q.text}",{q.harmful},{q.pair},{q.category}\n' for q in shipped)
     file = tmp_path / "mine.csv"
     file.write_text("text,harmful,pair,category\n" + rows)
-    mine = queries.load_queries(str(file))
+    mine = load_queries(str(file))
     halved = mine.split_calibration_test(0)
     counts = pd.DataFrame(
         [(q.split, q.harmful, q.category, q.pair) for q in halved.queries], columns=list("shcp")
@@ -333,21 +347,21 @@ def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Pat
         "calibration": 12,
         "test": 12,
     }
-    assert {q.split for q in queries.load_queries("contrast").split_calibration_test(0).queries} == {"calibration", "test"}
+    assert {q.split for q in load_queries("contrast").split_calibration_test(0).queries} == {
+        "calibration",
+        "test",
+    }
 
 
 def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_both(tmp_path: Path) -> None:
-    own = [
-        queries.Query(f"q{n}", f"How do I {n}?", n % 2 == 0, split=("train", "test")[n > 20])
-        for n in range(60)
-    ]
-    data = queries.QuerySet("own", tuple(own), "x")
+    own = [Query(f"q{n}", f"How do I {n}?", n % 2 == 0, split=("train", "test")[n > 20]) for n in range(60)]
+    data = QuerySet("own", tuple(own), "x")
     halved = data.split_calibration_test(0)
     assert {q.id for q in halved.queries} == {q.id for q in own if q.split == "test"}
     assert {q.split for q in halved.queries} == {"calibration", "test"}
-    shipped = queries.load_queries("twins")
-    loose = tuple(queries.Query(f"x{n}", f"What is {n}?", n % 2 == 0) for n in range(20))
-    both = queries.QuerySet("both", (*shipped.queries, *loose), "x").split_calibration_test(0)
+    shipped = load_queries("twins")
+    loose = tuple(Query(f"x{n}", f"What is {n}?", n % 2 == 0) for n in range(20))
+    both = QuerySet("both", (*shipped.queries, *loose), "x").split_calibration_test(0)
     sides = pd.DataFrame(
         [(q.split, q.harmful) for q in both.queries if q.id[0] == "x"], columns=["split", "harmful"]
     )
@@ -358,12 +372,12 @@ def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_b
 
 def test_too_few_defenses_are_told_after_they_are_scored(kept: Path) -> None:
     with pytest.raises(UserError, match="it takes 2"):
-        combining.score_ensembles(
+        score_ensembles(
             request(kept),
             ["policy", "random_tokens"],
             ["length=9"],
             2,
             1,
-            combining.rank_promising_stacks,
-            commands.Console(),
+            rank_promising_stacks,
+            Console(),
         )

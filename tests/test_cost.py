@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from conftest import toy_bench
 
-import defenses
-from analysis import queries, timing
-from analysis.cost import summarize_costs
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import sample_queries
+from analysis.stats.cost import summarize_costs
+from analysis.studies.cost import TIMING_COLUMNS, time_conditions
+from defenses.catalog import get_defense
 
-ASKED = queries.sample_queries(queries.load_queries("twins").queries, 4)
+ASKED = sample_queries(load_queries("twins").queries, 4)
 
 
 def planted(ratio: float, noise: float, n: int = 40, seed: int = 0) -> pd.DataFrame:
@@ -56,9 +58,9 @@ def test_intervals_of_ratios_cover_them() -> None:
 def test_each_query_is_timed_under_each_condition_and_leaves_the_model_as_it_was() -> None:
     bench, told = toy_bench(), []
     before = {name: tensor.clone() for name, tensor in bench.loaded_model.model.state_dict().items()}
-    every = {name: defenses.get_defense(name) for name in ("none", "policy", "paraphrase", "smooth_llm")}
-    found = timing.time_conditions(bench, every, ASKED, lambda: told.append(1))
-    assert list(found.columns) == list(timing.TIMING_COLUMNS) and len(found) == len(told) == 16
+    every = {name: get_defense(name) for name in ("none", "policy", "paraphrase", "smooth_llm")}
+    found = time_conditions(bench, every, ASKED, lambda: told.append(1))
+    assert list(found.columns) == list(TIMING_COLUMNS) and len(found) == len(told) == 16
     assert (found[["prefill_seconds", "token_seconds"]] > 0).all(axis=None)
     calls = found.groupby("defense")["calls"].unique().map(list).to_dict()
     assert calls == {"none": [1], "policy": [1], "paraphrase": [2], "smooth_llm": [10]}
@@ -68,4 +70,6 @@ def test_each_query_is_timed_under_each_condition_and_leaves_the_model_as_it_was
     for query in ASKED:
         assert tokens[query.id, "none"] == len(bench.render_query(every["none"], query)[0].ids)
         assert tokens[query.id, "policy"] > tokens[query.id, "none"]
-    assert all((before[name] == tensor).all() for name, tensor in bench.loaded_model.model.state_dict().items())
+    assert all(
+        (before[name] == tensor).all() for name, tensor in bench.loaded_model.model.state_dict().items()
+    )

@@ -14,10 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from analysis import cli, copies, fetching, listing, manifest, queries, training
-from analysis.datasets import PUBLIC_DATASETS
-from analysis.queries import choose_default_split, load_queries
-from analysis.request import RunSpec
+from analysis.cli.catalog import _format_description, collect_catalog
+from analysis.cli.main import main
+from analysis.datasets import download
+from analysis.datasets.download import fetch_file
+from analysis.datasets.loading import load_queries, load_shipped_set
+from analysis.datasets.public import PUBLIC_DATASETS
+from analysis.datasets.queries import choose_default_split
+from analysis.studies.manifest import describe_run
+from analysis.studies.run_spec import RunSpec
+from analysis.studies.train import train_weights
 from defenses.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "datasets"
@@ -296,7 +302,10 @@ def test_another_file_is_refused_with_what_it_has_and_what_it_should_have(tmp_pa
 @pytest.mark.parametrize("copy", ["", "nowhere", "nowhere.csv"])
 def test_a_copy_that_is_not_there_is_missed(copy):
     refused(
-        lambda: load_queries(f"xstest={copy}"), f"--data xstest={copy}", "no such file", "id, prompt, type, label"
+        lambda: load_queries(f"xstest={copy}"),
+        f"--data xstest={copy}",
+        "no such file",
+        "id, prompt, type, label",
     )
 
 
@@ -330,7 +339,7 @@ def web(tmp_path, monkeypatch):
         return answer
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(copies, "cache_folder", lambda: there.cache)
+    monkeypatch.setattr(download, "cache_folder", lambda: there.cache)
     return there
 
 
@@ -381,7 +390,13 @@ def test_what_is_not_the_pinned_file_is_refused_and_not_kept(web, monkeypatch):
     pin(monkeypatch, "xstest")
     for url in web.pages:
         web.pages[url] += b"2,Another?,homonyms,safe,,\n"
-    refused(lambda: load_queries("xstest"), "xstest_prompts.csv", "sha256", "nothing was kept", "--data xstest=PATH")
+    refused(
+        lambda: load_queries("xstest"),
+        "xstest_prompts.csv",
+        "sha256",
+        "nothing was kept",
+        "--data xstest=PATH",
+    )
     assert not web.cache.exists()
 
 
@@ -425,13 +440,13 @@ def test_only_https_is_believed(web, monkeypatch):
     web.leads_to = "http://elsewhere.org/xstest_prompts.csv"
     refused(lambda: load_queries("xstest"), "http://elsewhere.org", "not by https", "--data xstest=PATH")
     with pytest.raises(ValueError, match="only https"):
-        fetching.fetch_file("http://elsewhere.org/x.csv", web.cache / "x.csv", None)
+        fetch_file("http://elsewhere.org/x.csv", web.cache / "x.csv", None)
     assert not web.cache.exists()
 
 
 def test_a_file_that_is_too_large_is_dropped(web, monkeypatch):
     pin(monkeypatch, "xstest")
-    monkeypatch.setattr(fetching, "_LARGEST", 20)
+    monkeypatch.setattr("analysis.datasets.download._MAX_DOWNLOAD_BYTES", 20)
     refused(lambda: load_queries("xstest"), "or over 0 MiB")
 
 
@@ -443,7 +458,12 @@ def test_a_web_that_does_not_answer_is_said(web, monkeypatch):
         raise urllib.error.URLError(OSError("Name or service not known"))
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    refused(lambda: load_queries("xstest"), "Name or service not known", "is there a network?", "--data xstest=PATH")
+    refused(
+        lambda: load_queries("xstest"),
+        "Name or service not known",
+        "is there a network?",
+        "--data xstest=PATH",
+    )
     assert not web.cache.exists()
 
 
@@ -483,7 +503,7 @@ def test_both_classes_are_asked_for_after_joining_and_the_error_says_what_to_add
 def test_the_everyday_requests_are_the_plain_benign_ones():
     refused(lambda: load_queries("everyday"), "everyday holds no harmful query", "--data everyday+plain")
     everyday = [query for query in load_queries("plain").queries if not query.harmful]
-    assert queries.load_shipped_set("everyday").queries == tuple(everyday) and len(everyday) == 120
+    assert load_shipped_set("everyday").queries == tuple(everyday) and len(everyday) == 120
 
 
 def test_what_two_sets_hold_is_asked_once_and_that_is_said():
@@ -529,7 +549,10 @@ def test_files_of_ones_own_may_be_joined_even_if_they_are_namesakes_or_have_a_pl
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a+b.csv").write_text(f"text,harmful\n{folder},1\nnot {folder},0\n", "utf-8")
         (tmp_path / folder / "x.csv").write_text(f"text,harmful\n{folder},1\nnot {folder},0\n", "utf-8")
-    assert [query.id for query in load_queries(str(tmp_path / "one" / "a+b.csv")).queries] == ["q0001", "q0002"]
+    assert [query.id for query in load_queries(str(tmp_path / "one" / "a+b.csv")).queries] == [
+        "q0001",
+        "q0002",
+    ]
     both = load_queries(f"{tmp_path / 'one' / 'x.csv'}+{tmp_path / 'two' / 'x.csv'}")
     assert [query.id for query in both.queries] == ["x-1:q0001", "x-1:q0002", "x-2:q0001", "x-2:q0002"]
     copy = clone(tmp_path / "c+d", "xstest")
@@ -556,7 +579,7 @@ def test_an_unknown_member_is_answered_with_the_nearest_before_anything_is_fetch
 
 def test_run_json_says_where_each_set_is_from(web, monkeypatch):
     pin(monkeypatch, "xstest")
-    monkeypatch.setattr(manifest, "of_readout", lambda readout: {})
+    monkeypatch.setattr("analysis.studies.manifest.describe_readout", lambda readout: {})
     data = load_queries("xstest+everyday")
     model = SimpleNamespace(device="cpu", dtype="torch.float32")
     bench = SimpleNamespace(
@@ -564,7 +587,7 @@ def test_run_json_says_where_each_set_is_from(web, monkeypatch):
         renderer=SimpleNamespace(system_policy="native"),
         seed=0,
     )
-    record = manifest.describe_run.__wrapped__(bench, None, {}, data, "all", None)["data"]
+    record = describe_run.__wrapped__(bench, None, {}, data, "all", None)["data"]
     (path,) = web.cache.rglob("*.csv")
     assert json.loads(json.dumps(record))["sources"] == [
         {
@@ -585,13 +608,17 @@ def test_of_a_copy_it_says_that_it_is_one(tmp_path):
 
 
 def test_the_list_shows_rows_licence_and_page_of_every_set():
-    rows = {row["name"]: row for row in listing.collect_catalog()["data"]}
+    rows = {row["name"]: row for row in collect_catalog()["data"]}
     assert list(rows)[:4] == ["contrast", "twins", "plain", "everyday"] and set(PUBLIC_DATASETS) < set(rows)
     assert (rows["everyday"]["harmful"], rows["everyday"]["benign"]) == (0, 120)
     for name, card in PUBLIC_DATASETS.items():
         row = rows[name]
-        assert (row["harmful"], row["benign"], row["licence"]) == (card.n_harmful, card.n_benign, card.license)
-        text = str(listing._format_description(row))
+        assert (row["harmful"], row["benign"], row["licence"]) == (
+            card.n_harmful,
+            card.n_benign,
+            card.license,
+        )
+        text = str(_format_description(row))
         for word in (card.description, f"{card.n_benign} benign", card.license, card.page):
             assert word in text
 
@@ -599,7 +626,7 @@ def test_the_list_shows_rows_licence_and_page_of_every_set():
 def test_what_may_only_be_tested_on_is_not_trained_on(tmp_path):
     name = f"mossbench={clone(tmp_path, 'mossbench')}+contrast"
     refused(
-        lambda: training.train_weights(asked(name), "safety", [], None), "mossbench may not be trained on", "CC BY-SA"
+        lambda: train_weights(asked(name), "safety", [], None), "mossbench may not be trained on", "CC BY-SA"
     )
 
 
@@ -614,7 +641,7 @@ def test_what_may_only_be_tested_on_is_not_trained_on(tmp_path):
 def test_the_command_refuses_in_one_line_with_exit_code_2(web, monkeypatch, capsys, name, words):
     monkeypatch.setattr(sys, "argv", ["analyze", "-d", "policy", "-m", "tiny", "--offline", "--data", name])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     out, err = capsys.readouterr()
     assert left.value.code == 2 and out == "" and err.startswith("analyze: ") and err.count("\n") == 1
     for word in words:

@@ -10,9 +10,23 @@ from scipy.special import expit, ndtr, ndtri
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from analysis.decompose import COUNTED_ESTIMATES, compute_estimates, compute_query_contributions, summarize_scores, derive_effect_verdict
-from analysis.resampling import SIGN_FLIPS, ResamplingWeights, ResamplingUnits, adjust_p_values, bootstrap_interval, compute_sign_flip_p_value, draw_sign_flips
-from analysis.tables import ESTIMATE_NAMES, ScoreTable
+from analysis.stats.bootstrap import (
+    SIGN_FLIPS,
+    ResamplingUnits,
+    ResamplingWeights,
+    adjust_p_values,
+    bootstrap_interval,
+    compute_sign_flip_p_value,
+    draw_sign_flips,
+)
+from analysis.stats.effects import (
+    COUNTED_ESTIMATES,
+    compute_estimates,
+    compute_query_contributions,
+    derive_effect_verdict,
+    summarize_scores,
+)
+from analysis.stats.tables import ESTIMATE_NAMES, ScoreTable
 
 N_PAIRS, N_PLAIN = 96, 48  # as in the test split of the shipped set
 DELTAS = ("shift", "discrimination", "criterion_shift", "delta_d_prime", "delta_auroc")
@@ -236,7 +250,9 @@ def test_a_pure_shift_changes_the_papers_distance_as_the_design_says():
 
 def test_draws_resample_pairs_whole_and_keep_every_kind_at_its_size():
     harmful, pair = queries(12, 7)
-    sample = ResamplingWeights.from_bootstrap(ResamplingUnits.from_pairs(pd.Series(pair), harmful), 300, seed=1)
+    sample = ResamplingWeights.from_bootstrap(
+        ResamplingUnits.from_pairs(pd.Series(pair), harmful), 300, seed=1
+    )
     assert (sample.harmful_weights == sample.benign_weights[:, :12]).all()
     assert (sample.harmful_weights.sum(1) == 12).all()
     assert (sample.benign_weights[:, 12:].sum(1) == 7).all()
@@ -245,7 +261,9 @@ def test_draws_resample_pairs_whole_and_keep_every_kind_at_its_size():
 
 def test_the_variance_of_a_draw_is_that_of_the_mean():
     before, harmful, pair = usual()
-    sample = ResamplingWeights.from_bootstrap(ResamplingUnits.from_pairs(pd.Series(pair), harmful), 20000, seed=1)
+    sample = ResamplingWeights.from_bootstrap(
+        ResamplingUnits.from_pairs(pd.Series(pair), harmful), 20000, seed=1
+    )
     cloud = sample.harmful_weights @ before[harmful] / harmful.sum()
     assert cloud.std() == pytest.approx(before[harmful].std() / harmful.sum() ** 0.5, rel=0.03)
 
@@ -316,7 +334,9 @@ def test_with_pairs_only_the_p_value_is_the_exact_sign_flip_test():
     by_pair = change[:10] - change[10:]
     everyone = (np.arange(1024)[:, None] >> np.arange(10)) % 2 * 2 - 1
     exact = (abs(everyone @ by_pair) >= abs(by_pair.sum()) - 1e-12).mean()
-    found = compute_sign_flip_p_value(compute_query_contributions(change, harmful)["discrimination"], units, draw_sign_flips(units, 0))
+    found = compute_sign_flip_p_value(
+        compute_query_contributions(change, harmful)["discrimination"], units, draw_sign_flips(units, 0)
+    )
     assert found == pytest.approx(exact, abs=0.02)
 
 
@@ -344,7 +364,9 @@ def test_p_values_are_adjusted_over_the_defenses_of_an_attack():
     after = {name: before + rng.normal(0.11, 1, len(before)) for name in "abc"}
     alone = [rows(table(before, {name: after[name]}, harmful, pair)).loc[name, "p_shift"] for name in "abc"]
     found = rows(table(before, after, harmful, pair))
-    assert found.loc[list("abc"), "p_shift"].tolist() == pytest.approx(adjust_p_values(pd.Series(alone)).tolist())
+    assert found.loc[list("abc"), "p_shift"].tolist() == pytest.approx(
+        adjust_p_values(pd.Series(alone)).tolist()
+    )
     assert alone != pytest.approx(adjust_p_values(pd.Series(alone)).tolist())
     assert np.isnan(found.loc["none", "p_shift"])
     assert min(alone) >= 1 / (SIGN_FLIPS + 1)
@@ -500,7 +522,9 @@ def coverage(s: dict[str, float], sets: int, pairs: int, plain: int, seed: int) 
     """Return in how many percent of data sets the interval of each estimate holds the truth."""
     rng, wanted = np.random.default_rng(seed), truth(s, pairs, plain)
     harmful, pair = queries(pairs, plain)
-    sample = ResamplingWeights.from_bootstrap(ResamplingUnits.from_pairs(pd.Series(pair), harmful), 2000, seed)
+    sample = ResamplingWeights.from_bootstrap(
+        ResamplingUnits.from_pairs(pd.Series(pair), harmful), 2000, seed
+    )
     held = dict.fromkeys(ESTIMATE_NAMES, 0)
     for _ in range(sets):
         before, after = simulate(rng, s, pairs, plain)
@@ -515,7 +539,9 @@ def test_the_truth_in_closed_form_is_what_very_large_samples_give():
         harmful, pair = queries(4000, 2000)
         before, after = simulate(np.random.default_rng(0), s, 4000, 2000)
         sample = ResamplingWeights.from_observed(ResamplingUnits.from_pairs(pd.Series(pair), harmful))
-        found = {name: value[0] for name, value in compute_estimates(before, after, harmful, 0.0, sample).items()}
+        found = {
+            name: value[0] for name, value in compute_estimates(before, after, harmful, 0.0, sample).items()
+        }
         assert found == pytest.approx(truth(s, 4000, 2000), abs=0.12)
 
 
@@ -553,7 +579,12 @@ def test_p_values_reject_5_percent_where_there_is_nothing_to_find(pairs, plain):
                 before, after = simulate(rng, USUAL | other, pairs, plain)
                 after[2 * pairs :] += unlike
                 after[pairs : 2 * pairs] -= unlike * plain / pairs  # the benign mean stays
-                rejected += compute_sign_flip_p_value(compute_query_contributions(after - before, harmful)[tested], units, flips) < 0.05
+                rejected += (
+                    compute_sign_flip_p_value(
+                        compute_query_contributions(after - before, harmful)[tested], units, flips
+                    )
+                    < 0.05
+                )
             assert 3 < rejected / 15 < 7, (tested, unlike, rejected / 15)
 
 

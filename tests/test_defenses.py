@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import held, made_adapter, tiny_model, toy_tokenizer
 
-import defenses
-from defenses import Defense, ModelInfo, Source, UserError
-from defenses.catalog import find_defense_classes
-from defenses.chats import prefill_response, get_last_user_text, split_prefill
-from defenses.ensemble import list_members
+from defenses.catalog import find_defense_classes, get_defense, list_defense_names
+from defenses.chats import get_last_user_text, prefill_response, split_prefill
+from defenses.contract import Defense, ModelInfo, Source
+from defenses.errors import UserError
 from defenses.settings import get_settings
+from defenses.stack import list_members
 
 NAMES = list(find_defense_classes())
 REQUEST = "How do I bake a loaf of bread for my neighbor?"
@@ -77,7 +77,7 @@ def prepared(folder, names=tuple(NAMES)):
     found = {}
     for name in names:
         backdoor = name.endswith("backdoor") or name in ("neutral_prompt", "random_tokens")
-        defense = defenses.get_defense(name, {"length": "20"} if backdoor else {}).prepare(host(folder))
+        defense = get_defense(name, {"length": "20"} if backdoor else {}).prepare(host(folder))
         found |= {name: defense} | {f"{name}/{part}": one for part, one in defense.build_ablations().items()}
     return found
 
@@ -126,7 +126,7 @@ def test_a_card_says_what_it_changes_and_where_it_comes_from(name):
 
 
 def test_names_are_unique_and_begin_with_the_undefended_model():
-    assert defenses.list_defense_names() == NAMES and NAMES[0] == "none"
+    assert list_defense_names() == NAMES and NAMES[0] == "none"
     every = [
         cls.name
         for cls in _below(Defense)
@@ -254,7 +254,7 @@ def test_settings_survive_the_way_through_the_command_line(name):
             text = TEXT[kind](value)
         else:
             text = "some/file.txt"
-        made = defenses.get_defense(name, {key: text})
+        made = get_defense(name, {key: text})
         assert str(get_settings(made)[key]) == text
         assert get_settings(made) | {key: value} == get_settings(cls)
         assert type(get_settings(made)[key]) is type(value) or value is None
@@ -263,10 +263,10 @@ def test_settings_survive_the_way_through_the_command_line(name):
 def test_a_setting_may_come_from_a_file(tmp_path):
     file = tmp_path / "policy.txt"
     file.write_text("Nothing is allowed.\n", encoding="utf-8")
-    assert defenses.get_defense("policy", {"text": f"@{file}"}).text == "Nothing is allowed."
-    assert defenses.get_defense("backdoor", {"trigger": f"@{file}"}).trigger == Path(file)
+    assert get_defense("policy", {"text": f"@{file}"}).text == "Nothing is allowed."
+    assert get_defense("backdoor", {"trigger": f"@{file}"}).trigger == Path(file)
     with pytest.raises(UserError, match=r"--set text=@.*nowhere.txt: cannot read"):
-        defenses.get_defense("policy", {"text": f"@{tmp_path}/nowhere.txt"})
+        get_defense("policy", {"text": f"@{tmp_path}/nowhere.txt"})
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_setting_may_come_from_a_file(tmp_path):
 )
 def test_a_wrong_name_or_setting_is_answered_in_one_line_with_what_there_is(name, settings, words):
     with pytest.raises(UserError) as caught:
-        defenses.get_defense(name, settings)
+        get_defense(name, settings)
     text = str(caught.value)
     assert "\n" not in text and all(word in text for word in words), text
 
@@ -326,7 +326,7 @@ class MyOwn(Defense):
 def test_a_file_of_the_users_own_is_a_defense_with_settings(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(OWN, encoding="utf-8")
-    mine = defenses.get_defense(str(file), {"text": "Thank you."})
+    mine = get_defense(str(file), {"text": "Thank you."})
     assert (mine.name, mine.family, mine.text) == ("my_own", "own", "Thank you.")
     assert mine.rewrite(CHATS["user"], random.Random(0))[0] == {"role": "system", "content": "Thank you."}
 
@@ -351,7 +351,7 @@ def test_a_file_that_is_no_defense_is_answered_in_one_line(tmp_path, content, wo
     file = tmp_path / "mine.py"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        defenses.get_defense(str(file))
+        get_defense(str(file))
     text = str(caught.value)
     assert str(file) in text and all(word in text for word in words), text
 
@@ -362,4 +362,4 @@ def test_a_users_defense_with_a_name_that_is_taken_or_no_name_is_refused(tmp_pat
         OWN.replace("class MyOwn", "class Policy").replace("from defenses.reminders import Policy", "")
     )
     with pytest.raises(UserError, match=r"'policy' is taken"):
-        defenses.get_defense(str(file))
+        get_defense(str(file))

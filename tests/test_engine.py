@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from analysis import batching
-from analysis.batching import count_shared_prefix
-from analysis.engine import Engine
-from defenses import UserError
+from analysis.models.engine import _TOKENS_PER_BATCH, Engine, count_shared_prefix
+from defenses.errors import UserError
 
 NATS = 1e-4  # what a float32 margin may differ by
 Ids = list[int]
@@ -104,7 +102,10 @@ def test_the_tiny_models_notice_a_wrong_position_or_a_leaking_pad(family: str) -
 def test_the_order_of_the_prompts_does_not_matter(order: list[int]) -> None:
     prompts = [SHARED + draw(length, length) for length in (1, 5, 3, 9, 2, 7)]
     engine = Engine(tiny_model("gemma3"), 2)
-    straight, turned = engine.read_first_token(prompts, whole), engine.read_first_token([prompts[row] for row in order], whole)
+    straight, turned = (
+        engine.read_first_token(prompts, whole),
+        engine.read_first_token([prompts[row] for row in order], whole),
+    )
     assert torch.allclose(turned, straight[order], atol=NATS, rtol=0)
 
 
@@ -205,7 +206,7 @@ def test_a_batch_has_rows_of_like_length_and_no_more_tokens_than_fit(monkeypatch
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    monkeypatch.setitem(batching._TOKENS_PER_BATCH, "cpu", 50)
+    monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", 50)
     lengths = [3, 90, 10, 11, 12, 4, 2, 40, 9]
     try:
         Engine(model).read_first_token([draw(length, length) for length in lengths], whole)
@@ -249,7 +250,9 @@ def test_the_log_probability_of_an_answer_is_that_of_its_prompt_where_prompts_be
 def test_a_recurrent_memory_is_not_shared(family: str) -> None:
     engine = Engine(tiny_model(family))
     engine.read_first_token([[*SHARED, 1], [*SHARED, 2]], whole)
-    assert engine.work_counter.saved_tokens == 0 and engine.work_counter.computed_tokens == 2 * (len(SHARED) + 1)
+    assert engine.work_counter.saved_tokens == 0 and engine.work_counter.computed_tokens == 2 * (
+        len(SHARED) + 1
+    )
 
 
 def test_the_unembedding_sees_one_position_of_each_row() -> None:

@@ -19,20 +19,35 @@ from matplotlib.text import Text
 from scipy.stats import spearmanr
 from sklearn.metrics import r2_score
 
-from analysis.captions import CaptionContext
-from analysis.curves import MAX_SHAPED_VOTES
-from analysis.ensembles import SplitScores, evaluate_single_defenses, evaluate_stacks, list_teams, evaluate_votes
-from analysis.forecast import ENSEMBLE_STYLES, FORECAST_PANELS, draw_forecast, build_forecast_points
-from analysis.fronts import build_candidates
-from analysis.interactions import build_interaction_cells, draw_interactions
-from analysis.palette import BLACK, FAMILY_STYLES
-from analysis.pareto import MAX_NAMED_CANDIDATES, build_front_points, draw_pareto_front
-from analysis.points import build_ensemble_points
-from analysis.resampling import ResamplingUnits
-from analysis.voting import MarginTable
+from analysis.plots.captions import CaptionContext
+from analysis.plots.data import (
+    FORECAST_PANELS,
+    MAX_NAMED_CANDIDATES,
+    MAX_SHAPED_VOTES,
+    build_ensemble_points,
+    build_forecast_points,
+    build_front_points,
+    build_interaction_cells,
+)
+from analysis.plots.heatmaps import draw_interactions
+from analysis.plots.predictions import ENSEMBLE_STYLES, draw_forecast
+from analysis.plots.style import BLACK, FAMILY_STYLES
+from analysis.plots.tradeoffs import draw_pareto_front
+from analysis.stats.bootstrap import ResamplingUnits
+from analysis.stats.ensembles import (
+    SplitScores,
+    evaluate_single_defenses,
+    evaluate_stacks,
+    evaluate_votes,
+    list_teams,
+)
+from analysis.stats.pareto import build_candidates
+from analysis.stats.voting import MarginTable
 
 THRESHOLD = -1.0
-RUN = CaptionContext("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
+RUN = CaptionContext(
+    "SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here")
+)
 OF = ("reminders", "backdoor", "refactoring", "noise", "tuning")
 MANNERS = {
     "usual": {},
@@ -71,7 +86,9 @@ def halves(
             one, two = (names.index(member) for member in team)
             less = 0.4 * does[one, 0] * does[two, 0] + generator.normal(0, 0.4, 2 * n)
             columns.append(each[:, one] + each[:, two] - before - less)
-        board = MarginTable(("none", *names, *map("+".join, chosen)), np.stack(columns, axis=1), before, is_harmful)
+        board = MarginTable(
+            ("none", *names, *map("+".join, chosen)), np.stack(columns, axis=1), before, is_harmful
+        )
         pair = pd.Series([f"p{place % n}" for place in range(2 * n)])
         found.append(SplitScores(attack, split, board, ResamplingUnits.from_pairs(pair, is_harmful)))
     return found, names, chosen
@@ -84,7 +101,11 @@ def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str
     wanted, found = list_teams(names, 3), []
     for half in each:
         (fitted_to,) = (one for one in each if (one.attack, one.split) == (half.attack, "calibration"))
-        tables = evaluate_single_defenses(half, ["none", *names]), evaluate_votes(half, wanted, fitted_to), evaluate_stacks(half, chosen)
+        tables = (
+            evaluate_single_defenses(half, ["none", *names]),
+            evaluate_votes(half, wanted, fitted_to),
+            evaluate_stacks(half, chosen),
+        )
         found.append(pd.concat([table for table in tables if len(table)], ignore_index=True))
     rows = pd.concat(found, ignore_index=True)
     rows["kind"] = np.where(rows["members"].str.len() % 2, "intra", "inter")
@@ -95,7 +116,9 @@ def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str
                 value = (rows[f"{read}_{name}"] + way * wide).where(stacked)
                 rows[f"{read}_{name}_{side}"] = value
     costs = {"none": 1.0, **{name: 1 + 0.5 * place for place, name in enumerate(names)}}
-    found_front = build_candidates(rows, lambda asked: sum(costs[one] for name in asked for one in name.split("+")))
+    found_front = build_candidates(
+        rows, lambda asked: sum(costs[one] for name in asked for one in name.split("+"))
+    )
     return rows, found_front, dict(zip(names, itertools.cycle(OF), strict=False))
 
 
@@ -103,7 +126,10 @@ def planted(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str
 def made(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
     rows, found, families = planted(manner)
     return pictures(
-        build_ensemble_points(rows, found, families), RUN, (24, 24), MANNERS[manner].get("attacks", ("direct",))
+        build_ensemble_points(rows, found, families),
+        RUN,
+        (24, 24),
+        MANNERS[manner].get("attacks", ("direct",)),
     )
 
 
@@ -156,7 +182,9 @@ def test_each_ensemble_is_drawn_where_it_was_predicted_and_observed(manner: str)
     rows = planted(manner)[0]
     wanted = rows[(rows["attack"] == "direct") & (rows["split"] == "test") & (rows["how"] != "alone")]
     assert len(points) == len(wanted) > 0
-    for panel, (name, (words, factor, _)) in zip(panels(draw_forecast(points)), FORECAST_PANELS.items(), strict=True):
+    for panel, (name, (words, factor, _)) in zip(
+        panels(draw_forecast(points)), FORECAST_PANELS.items(), strict=True
+    ):
         assert panel.get_title(loc="left") == words
         looks = drawn(panel)
         assert sum(map(len, looks.values())) == len(wanted)
@@ -261,7 +289,9 @@ def test_cells_are_those_of_stacks_of_two_and_names_may_hold_a_slash() -> None:
     found = build_interaction_cells(pd.concat([strange, more]), {"a/b": "noise"})
     assert found[["first", "second"]].to_numpy().tolist() == both
     assert found["family_first"].tolist() == ["noise", "other"]
-    bare = build_interaction_cells(strange.drop(columns=[c for c in strange if c[-4:] in ("_low", "high")]), {})
+    bare = build_interaction_cells(
+        strange.drop(columns=[c for c in strange if c[-4:] in ("_low", "high")]), {}
+    )
     assert bare["interaction_shift_low"].isna().all() and bare["interaction_shift"].notna().all()
 
 
@@ -495,7 +525,9 @@ def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> N
     settings, kept = dict(mpl.rcParams), (rows.copy(), found.copy())
     axes = Figure(figsize=(24, 6)).subplots(1, 3)
     tables = build_forecast_points(rows), build_interaction_cells(rows, families), build_front_points(found)
-    for ax, draw, table in zip(axes, (draw_forecast, draw_interactions, draw_pareto_front), tables, strict=True):
+    for ax, draw, table in zip(
+        axes, (draw_forecast, draw_interactions, draw_pareto_front), tables, strict=True
+    ):
         before = table.copy()
         assert draw(table, ax) is ax
         pd.testing.assert_frame_equal(table, before)

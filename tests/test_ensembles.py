@@ -10,13 +10,37 @@ from scipy.stats import spearmanr
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import r2_score, roc_auc_score
 
-from analysis import additivity, ensembles, fronts, kinds
-from analysis.decompose import compute_estimates
-from analysis.ensembles import SplitScores
-from analysis.fusion import TeamMoments, predict_vote_metrics
-from analysis.outcomes import ENSEMBLE_COORDINATES, compute_coordinates, compute_team_aurocs, compute_class_metrics
-from analysis.resampling import ResamplingWeights, ResamplingUnits
-from analysis.voting import VOTE_RULES, MarginTable, fit_vote_weights, combine_margins, list_vote_rules
+from analysis.stats.additivity import (
+    _RAISED_DISTANCE_COLUMNS,
+    draw_ensemble,
+    estimate_ensemble_intervals,
+    find_raised_distances,
+    summarize_prediction_fit,
+)
+from analysis.stats.bootstrap import ResamplingUnits, ResamplingWeights
+from analysis.stats.effects import compute_estimates
+from analysis.stats.ensembles import (
+    SplitScores,
+    classify_mechanisms,
+    classify_teams,
+    evaluate_single_defenses,
+    evaluate_stacks,
+    evaluate_votes,
+)
+from analysis.stats.pareto import build_candidates, choose_best_single, find_undominated, rank_candidates
+from analysis.stats.voting import (
+    ENSEMBLE_COORDINATES,
+    VOTE_RULES,
+    MarginTable,
+    TeamMoments,
+    combine_margins,
+    compute_class_metrics,
+    compute_coordinates,
+    compute_team_aurocs,
+    fit_vote_weights,
+    list_vote_rules,
+    predict_vote_metrics,
+)
 
 
 def half(margins, is_harmful, attack="direct", split="test"):
@@ -24,7 +48,9 @@ def half(margins, is_harmful, attack="direct", split="test"):
     names = tuple(margins)
     stacked = np.stack([np.asarray(margins[name], dtype=float) for name in names], axis=1)
     units = ResamplingUnits.from_pairs(pd.Series([None] * len(is_harmful)), is_harmful)
-    return SplitScores(attack, split, MarginTable(names, stacked, stacked[:, names.index("none")], is_harmful), units)
+    return SplitScores(
+        attack, split, MarginTable(names, stacked, stacked[:, names.index("none")], is_harmful), units
+    )
 
 
 def planted(seed=0, n=120, defenses=4, spread=1.0):
@@ -75,7 +101,9 @@ def test_a_vote_refuses_where_its_members_say_so():
     assert ((combine_margins(margins, "lowest") > 0) == (refused == 3)).all()
     assert ((combine_margins(margins, "majority") > 0) == (refused > 1)).all()
     assert combine_margins(margins, "mean") == pytest.approx(margins.mean(1))
-    assert combine_margins(margins, "fitted", np.array([0.2, 0.8, 0.0])) == pytest.approx(margins @ [0.2, 0.8, 0])
+    assert combine_margins(margins, "fitted", np.array([0.2, 0.8, 0.0])) == pytest.approx(
+        margins @ [0.2, 0.8, 0]
+    )
     assert list_vote_rules(3) == list(VOTE_RULES) and "majority" not in list_vote_rules(2)
     assert (combine_margins(margins[:, :2], "majority") == combine_margins(margins[:, :2], "mean")).all()
 
@@ -109,7 +137,9 @@ def moments(mean, covariance):
 
 def test_the_prediction_of_a_mean_is_the_closed_form():
     mean, covariance = ([1.0, 0.5], [-1.0, -0.5]), [[1.0, 0.3], [0.3, 2.0]]
-    found = predict_vote_metrics(moments(mean[0], covariance), moments(mean[1], covariance), "mean", None, (100, 100))
+    found = predict_vote_metrics(
+        moments(mean[0], covariance), moments(mean[1], covariance), "mean", None, (100, 100)
+    )
     sd = np.sqrt(1 + 2 + 0.6) / 2
     assert found["harmful_mean"][0] == pytest.approx(0.75, abs=1e-9)
     assert found["benign_mean"][0] == pytest.approx(-0.75, abs=1e-9)
@@ -125,7 +155,9 @@ def test_the_prediction_of_the_highest_and_lowest_is_that_of_normal_variables():
         assert found["harmful_mean"][0] == pytest.approx(sign / np.sqrt(np.pi), abs=0.01)
         assert found["refusal_rate"][0] == pytest.approx(0.5 + sign * 0.25, abs=0.01)
     agree = np.ones((2, 2))
-    found = predict_vote_metrics(moments([1.0, 1.0], agree), moments([1.0, 1.0], agree), "highest", None, (9, 9))
+    found = predict_vote_metrics(
+        moments([1.0, 1.0], agree), moments([1.0, 1.0], agree), "highest", None, (9, 9)
+    )
     assert found["harmful_mean"][0] == pytest.approx(1.0, abs=1e-3)
 
 
@@ -136,7 +168,7 @@ def test_normal_margins_come_out_as_predicted_and_members_that_err_together_gain
     for together in (0.0, 0.9):
         errors = rng.multivariate_normal([0] * 3, np.full((3, 3), together) + (1 - together) * np.eye(3), n)
         margins = {f"d{k}": errors[:, k] + 1.5 * is_harmful - 0.5 for k in range(3)}
-        found = ensembles.evaluate_votes(
+        found = evaluate_votes(
             one := half({"none": errors[:, 0] + is_harmful, **margins}, is_harmful), [("d0", "d1", "d2")], one
         ).set_index("how")
         assert set(found.index) == set(VOTE_RULES)
@@ -164,11 +196,11 @@ def with_stack(extra=0.0, seed=0):
 
 def test_a_stack_is_predicted_by_adding_what_its_members_change():
     one = with_stack(0.8)
-    found = ensembles.evaluate_stacks(one, [("d0", "d1"), ("d0", "d2"), ("d0", "d1", "d2")]).set_index("members")
+    found = evaluate_stacks(one, [("d0", "d1"), ("d0", "d2"), ("d0", "d1", "d2")]).set_index("members")
     assert found.loc["d0+d1", "interaction_shift"] == pytest.approx(0.4, abs=0.03)
     assert found.loc["d0+d1", "interaction_discrimination"] == pytest.approx(0.8, abs=0.05)
     assert found["observed_shift"].notna().to_dict() == {"d0+d1": True, "d0+d2": False, "d0+d1+d2": False}
-    alone = ensembles.evaluate_single_defenses(one, ["d0", "d1", "d2"]).set_index("members")
+    alone = evaluate_single_defenses(one, ["d0", "d1", "d2"]).set_index("members")
     for name in ("shift", "discrimination"):
         summed = alone[f"observed_{name}"].sum()
         assert found.loc["d0+d1+d2", f"predicted_{name}"] == pytest.approx(summed, abs=1e-9)
@@ -178,9 +210,9 @@ def test_the_interval_of_an_interaction_holds_what_was_planted():
     covered = 0
     for seed in range(20):
         one = with_stack(0.5, seed)
-        row = ensembles.evaluate_stacks(one, [("d0", "d1")]).iloc[0].to_dict()
-        cloud = additivity.draw_ensemble(one, ["d0", "d1"], "stack", one)
-        ends = additivity.estimate_ensemble_intervals(one, row, one, cloud)
+        row = evaluate_stacks(one, [("d0", "d1")]).iloc[0].to_dict()
+        cloud = draw_ensemble(one, ["d0", "d1"], "stack", one)
+        ends = estimate_ensemble_intervals(one, row, one, cloud)
         covered += ends["interaction_shift_low"] <= 0.25 <= ends["interaction_shift_high"]
         assert ends["interaction_discrimination_low"] > 0
         assert (
@@ -191,7 +223,7 @@ def test_the_interval_of_an_interaction_holds_what_was_planted():
     assert covered >= 16
     margins, is_harmful = planted()
     still = half(margins | {"d0+d1": margins["d0"] + margins["d1"] - margins["none"]}, is_harmful)
-    cloud = additivity.draw_ensemble(still, ["d0", "d1"], "stack", still)
+    cloud = draw_ensemble(still, ["d0", "d1"], "stack", still)
     assert np.abs(cloud.observed["shift"] - cloud.predicted["shift"]).max() < 1e-12
 
 
@@ -200,10 +232,10 @@ def test_margins_that_are_not_normal_are_no_interaction_of_a_vote_of_twins() -> 
     is_harmful = np.arange(300) % 2 == 0
     base = rng.exponential(np.where(is_harmful, 2.0, 1.0)) - 1
     one = half({"none": base, "a": base + 1, "b": base + 1}, is_harmful)
-    row = ensembles.evaluate_votes(one, [("a", "b")], one).set_index("how").loc["mean"].to_dict()
+    row = evaluate_votes(one, [("a", "b")], one).set_index("how").loc["mean"].to_dict()
     assert row["predicted_delta_auroc"] == pytest.approx(0, abs=1e-3) and row["observed_delta_auroc"] == 0
-    cloud = additivity.draw_ensemble(one, ["a", "b"], "mean", one)
-    ends = additivity.estimate_ensemble_intervals(one, row | {"members": "a+b", "how": "mean"}, one, cloud)
+    cloud = draw_ensemble(one, ["a", "b"], "mean", one)
+    ends = estimate_ensemble_intervals(one, row | {"members": "a+b", "how": "mean"}, one, cloud)
     assert abs(ends["interaction_delta_auroc_low"]) + abs(ends["interaction_delta_auroc_high"]) < 2e-3
 
 
@@ -211,16 +243,16 @@ def test_where_nothing_is_refused_there_is_no_interval_of_an_interaction() -> No
     margins, is_harmful = planted()
     never = {name: np.asarray(values) - 50 for name, values in margins.items()}
     one = half(never | {"d0+d1": never["d0"] + 0.1}, is_harmful)
-    row = ensembles.evaluate_stacks(one, [("d0", "d1")]).iloc[0].to_dict()
-    ends = additivity.estimate_ensemble_intervals(one, row, one, additivity.draw_ensemble(one, ["d0", "d1"], "stack", one))
+    row = evaluate_stacks(one, [("d0", "d1")]).iloc[0].to_dict()
+    ends = estimate_ensemble_intervals(one, row, one, draw_ensemble(one, ["d0", "d1"], "stack", one))
     assert np.isnan(ends["interaction_refusal_rate_low"]) and ends["observed_refusal_rate_high"] > 0.01
 
 
 def test_the_draws_of_a_vote_lie_around_its_values():
     one = with_stack()
     for how in ("mean", "highest", "fitted"):
-        row = ensembles.evaluate_votes(one, [("d0", "d2")], one).set_index("how").loc[how]
-        cloud = additivity.draw_ensemble(one, ["d0", "d2"], how, one)
+        row = evaluate_votes(one, [("d0", "d2")], one).set_index("how").loc[how]
+        cloud = draw_ensemble(one, ["d0", "d2"], how, one)
         for name in ("shift", "discrimination", "delta_auroc"):
             for side in ("predicted", "observed"):
                 draws = getattr(cloud, side)[name]
@@ -247,11 +279,11 @@ def test_the_mechanism_is_the_larger_contrast_and_a_pair_of_both_is_inter():
         is_harmful,
     )
     families = {"shifts": "reminders", "shifts too": "tuning", "separates": "refactoring", "idle": "noise"}
-    found = kinds.classify_mechanisms(one, families).set_index("defense")
+    found = classify_mechanisms(one, families).set_index("defense")
     assert found["mechanism"].tolist()[:3] == ["shift", "shift", "discrimination"]
     assert found["p_shift"].tolist()[:3] == [1.0, 1.0, 0.0] and 0.05 < found.loc["idle", "p_shift"] < 0.95
     assert found["by_family"].tolist() == ["shift", "shift", "discrimination", ""]
-    pairs = kinds.classify_teams(one, ["shifts+shifts too", "shifts+separates", "shifts+idle"], found.reset_index())
+    pairs = classify_teams(one, ["shifts+shifts too", "shifts+separates", "shifts+idle"], found.reset_index())
     pairs = pairs.set_index("members")
     assert pairs["kind"].tolist()[:2] == ["intra", "inter"]
     assert pairs["p_inter"].tolist()[:2] == [0.0, 1.0]
@@ -264,20 +296,24 @@ def test_the_mechanism_is_the_larger_contrast_and_a_pair_of_both_is_inter():
 
 def test_agreement_is_that_of_other_libraries_and_its_interval_holds_it():
     one, teams = with_stack(0.5), list(combinations(["d0", "d1", "d2", "d3"], 2))
-    margins = {name: one.margin_table.margins[:, place] for place, name in enumerate(one.margin_table.condition_names)}
+    margins = {
+        name: one.margin_table.margins[:, place]
+        for place, name in enumerate(one.margin_table.condition_names)
+    }
     rng = np.random.default_rng(6)
     for team in teams:
         together = margins[team[0]] + margins[team[1]] - margins["none"]
         margins["+".join(team)] = together + rng.normal(0.3, 0.3, len(together))
     one = half(margins, one.margin_table.is_harmful)
-    rows = ensembles.evaluate_stacks(one, teams).assign(kind="intra", kind_by_family=["inter", *[""] * 5])
+    rows = evaluate_stacks(one, teams).assign(kind="intra", kind_by_family=["inter", *[""] * 5])
     clouds = {
-        index: additivity.draw_ensemble(one, row["members"].split("+"), "stack", one)
-        for index, row in rows.iterrows()
+        index: draw_ensemble(one, row["members"].split("+"), "stack", one) for index, row in rows.iterrows()
     }
-    ends = [additivity.estimate_ensemble_intervals(one, row.to_dict(), one, clouds[index]) for index, row in rows.iterrows()]
+    ends = [
+        estimate_ensemble_intervals(one, row.to_dict(), one, clouds[index]) for index, row in rows.iterrows()
+    ]
     rows = rows.join(pd.DataFrame(ends))
-    found = additivity.summarize_prediction_fit(rows, clouds).set_index(["kind", "coordinate"])
+    found = summarize_prediction_fit(rows, clouds).set_index(["kind", "coordinate"])
     for name in ENSEMBLE_COORDINATES:
         hoped, came = rows[f"predicted_{name}"], rows[f"observed_{name}"]
         row = found.loc["all", name]
@@ -290,10 +326,10 @@ def test_agreement_is_that_of_other_libraries_and_its_interval_holds_it():
     assert found.loc[("all", "discrimination"), "beyond_zero"] <= 2
     assert found.loc[("intra", "shift")].equals(found.loc[("all", "shift")])
     assert found["n"].groupby("kind").first().to_dict() == {"all": 6, "intra": 6, "inter by family": 1}
-    without = additivity.summarize_prediction_fit(rows, {})
+    without = summarize_prediction_fit(rows, {})
     assert without.loc[without["n"] > 2, "r2"].notna().all() and "r2_low" not in without
-    votes = ensembles.evaluate_votes(one, teams, one).assign(kind="intra", kind_by_family="")
-    told = additivity.summarize_prediction_fit(votes, {}).set_index(["how", "coordinate"]).index
+    votes = evaluate_votes(one, teams, one).assign(kind="intra", kind_by_family="")
+    told = summarize_prediction_fit(votes, {}).set_index(["how", "coordinate"]).index
     assert ("highest", "shift") in told and ("mean", "shift") not in told and ("mean", "delta_auroc") in told
 
 
@@ -305,13 +341,13 @@ def test_a_raise_of_the_distance_by_shift_alone_is_the_scale_and_by_ranking_it_i
     shifts = {"a": base + 0.5, "b": base + 0.6, "a+b": base + 1.1}
     better = {"c": base + 0.4, "d": base + 0.5, "c+d": base + 0.9 + 1.0 * is_harmful}
     one = half({"none": base, **shifts, **better}, is_harmful)
-    rows = ensembles.evaluate_stacks(one, [("a", "b"), ("c", "d"), ("a", "c")])
-    found = additivity.find_raised_distances(one, rows, dict.fromkeys("abcd", 0.9), one).set_index("members")
+    rows = evaluate_stacks(one, [("a", "b"), ("c", "d"), ("a", "c")])
+    found = find_raised_distances(one, rows, dict.fromkeys("abcd", 0.9), one).set_index("members")
     assert found["raise"].to_dict() == {"a+b": "probability scale", "c+d": "real"}
     assert found.loc["a+b", "distance"] > found.loc["a+b", ["distance_first", "distance_second"]].max()
     assert found.loc["a+b", "gain_auroc"] == pytest.approx(0, abs=1e-12)
     assert found.loc["c+d", "gain_auroc_low"] > 0.02
-    assert list(additivity.find_raised_distances(one, rows, {"a": 0.9, "b": 0.4}, one)) == additivity._RAISED_DISTANCE_COLUMNS
+    assert list(find_raised_distances(one, rows, {"a": 0.9, "b": 0.4}, one)) == _RAISED_DISTANCE_COLUMNS
 
 
 # --- fronts -------------------------------------------------------------------------------------------------
@@ -319,7 +355,7 @@ def test_a_raise_of_the_distance_by_shift_alone_is_the_scale_and_by_ranking_it_i
 
 def test_nothing_on_the_front_is_beaten_and_all_else_is():
     goods = np.round(np.random.default_rng(8).random((300, 3)), 1)
-    kept = fronts.find_undominated(goods)
+    kept = find_undominated(goods)
     for point, on_front in zip(goods, kept, strict=True):
         beaten = ((goods >= point).all(1) & (goods > point).any(1)).any()
         assert on_front == (not beaten)
@@ -333,9 +369,12 @@ def candidates():
     ):
         margins, is_harmful = planted(number)
         one = half(margins, is_harmful, attack, split)
-        found += [ensembles.evaluate_single_defenses(one, one.margin_table.condition_names), ensembles.evaluate_votes(one, [("d0", "d3")], one)]
+        found += [
+            evaluate_single_defenses(one, one.margin_table.condition_names),
+            evaluate_votes(one, [("d0", "d3")], one),
+        ]
     rows = pd.concat(found, ignore_index=True)
-    return rows, fronts.build_candidates(rows, lambda asked: float(len(asked)))
+    return rows, build_candidates(rows, lambda asked: float(len(asked)))
 
 
 def test_candidates_have_their_rates_under_all_attacks_and_benign_ones_as_users_ask():
@@ -354,7 +393,7 @@ def test_the_pick_surely_keeps_to_the_limits_on_the_calibration_split_and_refuse
     _, found = candidates()
     n = 60
     limit = float(1 - found["benign_calibration"].median())
-    ranked = fronts.rank_candidates(found, limit, None, n)
+    ranked = rank_candidates(found, limit, None, n)
     assert 0 < len(ranked) < len(found)
     # Nine in ten of the rates that a candidate may really have keep to the limit, by a simulation of them.
     draws = np.random.default_rng(0)
@@ -364,11 +403,13 @@ def test_the_pick_surely_keeps_to_the_limits_on_the_calibration_split_and_refuse
         if abs((rates <= limit).mean() - 0.9) > 0.02:
             assert ((rates <= limit).mean() > 0.9) == (row.Index in ranked.index)
     assert ranked.iloc[0]["harmful_calibration"] == ranked["harmful_calibration"].max()
-    assert set(fronts.rank_candidates(found, limit, 1.0, n)["cost"]) == {1.0}
-    alone = fronts.choose_best_single(fronts.rank_candidates(found, 1.0, None, n), ["none"])
+    assert set(rank_candidates(found, limit, 1.0, n)["cost"]) == {1.0}
+    alone = choose_best_single(rank_candidates(found, 1.0, None, n), ["none"])
     assert alone is not None and alone["how"] == "alone"
-    assert fronts.choose_best_single(ranked[ranked["how"] != "alone"]) is None
-    assert fronts.rank_candidates(found, 0.0, None, n).empty and len(fronts.rank_candidates(found, 1.0, None, n)) == len(found)
+    assert choose_best_single(ranked[ranked["how"] != "alone"]) is None
+    assert rank_candidates(found, 0.0, None, n).empty and len(rank_candidates(found, 1.0, None, n)) == len(
+        found
+    )
 
 
 def test_all_triples_of_thirty_defenses_are_counted():
@@ -376,5 +417,5 @@ def test_all_triples_of_thirty_defenses_are_counted():
     margins, is_harmful = planted(n=500, defenses=30)
     one = half(margins, is_harmful)
     teams = list(combinations([name for name in margins if name != "none"], 3))
-    found = ensembles.evaluate_votes(one, teams, one)
+    found = evaluate_votes(one, teams, one)
     assert len(found) == 4060 * 5 and found["observed_shift"].notna().all()

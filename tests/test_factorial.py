@@ -6,12 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.curves import build_plane_points
-from analysis.decompose import summarize_scores
-from analysis.factorial import list_factorial_conditions, estimate_factorial_effects
-from analysis.points import build_analysis_points
-from analysis.square import draw_square, build_square_points
-from analysis.tables import ScoreTable
+from analysis.plots.data import build_analysis_points, build_plane_points, build_square_points
+from analysis.plots.plane import draw_square
+from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
+from analysis.stats.tables import ScoreTable
 
 # Nats that each cell adds on harmful and on benign queries: the secret acts only with the weights.
 PLANTED = {

@@ -11,28 +11,31 @@ import pytest
 import torch
 from conftest import derive_readout, made_adapter, tiny_model, toy_bench, toy_tokenizer
 
-import defenses
-from analysis import preflight, queries, scoring
-from analysis.answering import Response, judge_queries
 from analysis.attacks import get_attack
-from analysis.bench import ModelSession
-from analysis.judge import RULE_JUDGES
-from analysis.queries import Query
-from analysis.readout import Readout
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query, sample_queries
+from analysis.judges.judge import judge_queries
+from analysis.judges.rules import RULE_JUDGES
+from analysis.models.cache import SCORING_SOURCES, ScoreCache, describe_computation, hash_code
+from analysis.models.session import ModelSession, Response
+from analysis.readouts.readout import Readout
 from analysis.run import score_condition
-from analysis.store import ScoreCache
-from defenses import ModelCall, Defense, ModelInfo, UserError, adapters
-from defenses.chats import prefill_response, copy_chat, prepend_system
+from analysis.studies.preflight import _normalize_text, check_condition, make_failed_check
+from defenses.adapters import ADAPTER_CONFIG_FILE, check_weight_is_separate, load_adapter
+from defenses.catalog import get_defense
+from defenses.chats import copy_chat, prefill_response, prepend_system
+from defenses.contract import Defense, ModelCall, ModelInfo
+from defenses.errors import UserError
 from defenses.tuning import SafetyTuning
 
-ASKED = queries.sample_queries(queries.load_queries("twins").queries, 4)
-NONE = defenses.get_defense("none")
+ASKED = sample_queries(load_queries("twins").queries, 4)
+NONE = get_defense("none")
 NO, YES = "I'm sorry, but I can't help with that.", "Sure. Mix flour and water, and wait."
 
 
 def verdict(pool: str, *texts: str) -> Any:
     """Return the verdict on several answers to one query."""
-    defense = defenses.get_defense("erase_and_check" if pool == "max" else "smooth_llm")
+    defense = get_defense("erase_and_check" if pool == "max" else "smooth_llm")
     assert defense.pool == pool
     said = [[Response((1,), text, text) for text in texts]]
     return judge_queries(RULE_JUDGES["patterns"], ASKED[:1], said, defense)[0]
@@ -64,14 +67,14 @@ class Mine(Steering):
 
 
 def test_an_own_class_that_was_edited_is_computed_again(tmp_path: Path) -> None:
-    from analysis.manifest import describe_defense
-    from analysis.residuals import load_mean_activations
+    from analysis.mechanism.directions import load_mean_activations
+    from analysis.studies.manifest import describe_defense
 
     bench = ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     found, about = [], []
     for factor in (1, 5):
         (tmp_path / "mine.py").write_text(OWN.format(factor=factor))
-        mine: Any = defenses.get_defense(str(tmp_path / "mine.py"))
+        mine: Any = get_defense(str(tmp_path / "mine.py"))
         assert mine.own
         found.append(margins(bench, replace(mine, activations=load_mean_activations(bench, ASKED))))
         about.append(describe_defense(mine)["source_sha256"])
@@ -81,10 +84,10 @@ def test_an_own_class_that_was_edited_is_computed_again(tmp_path: Path) -> None:
 def test_what_scales_an_adapter_names_its_scores(tmp_path: Path) -> None:
     bench = ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     folder = made_adapter(tmp_path / "a", seed=1)
-    first = margins(bench, SafetyTuning(adapter=adapters.load_adapter(folder)))
-    config = json.loads((folder / adapters.ADAPTER_CONFIG_FILE).read_text())
-    (folder / adapters.ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
-    assert margins(bench, SafetyTuning(adapter=adapters.load_adapter(folder))) != first
+    first = margins(bench, SafetyTuning(adapter=load_adapter(folder)))
+    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
+    assert margins(bench, SafetyTuning(adapter=load_adapter(folder))) != first
 
 
 def peft_folder(place: Path, **settings: Any) -> tuple[Path, Any]:
@@ -125,7 +128,7 @@ IDS = torch.tensor([[5, 60, 70, 81, 9]])
 )
 def test_somebodys_adapter_is_worn_as_peft_wears_it(tmp_path: Path, settings: Any) -> None:
     folder, tuned = peft_folder(tmp_path / "a", **settings)
-    defense: Any = defenses.get_defense("adapter", {"weights": str(folder)}).prepare(HOST)
+    defense: Any = get_defense("adapter", {"weights": str(folder)}).prepare(HOST)
     assert not defense.lacking()
     with torch.no_grad():
         want = tuned(input_ids=IDS).logits
@@ -147,10 +150,10 @@ def test_an_adapter_of_another_kind_is_refused_before_anything_runs(
     tmp_path: Path, settings: Any, words: str
 ) -> None:
     folder, _ = peft_folder(tmp_path / "a")
-    config = json.loads((folder / adapters.ADAPTER_CONFIG_FILE).read_text())
-    (folder / adapters.ADAPTER_CONFIG_FILE).write_text(json.dumps(config | settings))
+    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | settings))
     with pytest.raises(UserError, match=rf"only plain LoRA adapters are read, and this has {words}"):
-        defenses.get_defense("adapter", {"weights": str(folder)}).prepare(HOST)
+        get_defense("adapter", {"weights": str(folder)}).prepare(HOST)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_weights_that_are_not_there_are_answered_in_one_line(
     if defense == "weights" and place == "{here}":
         words = "holds no .safetensors"
     with pytest.raises(UserError, match=words):
-        defenses.get_defense(defense, {key: place.format(here=tmp_path)}).prepare(replace(HOST, offline=True))
+        get_defense(defense, {key: place.format(here=tmp_path)}).prepare(replace(HOST, offline=True))
 
 
 def test_a_whole_checkpoint_is_worn_and_taken_off(tmp_path: Path) -> None:
@@ -179,7 +182,7 @@ def test_a_whole_checkpoint_is_worn_and_taken_off(tmp_path: Path) -> None:
             one.mul_(1.1)
         want = other(input_ids=IDS).logits
     other.save_pretrained(str(tmp_path / "m"))
-    defense: Any = defenses.get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
+    defense: Any = get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
     model = copied_model()
     before = model(input_ids=IDS).logits
     with torch.no_grad(), defense.armed(model):
@@ -192,12 +195,12 @@ def test_a_whole_checkpoint_is_worn_and_taken_off(tmp_path: Path) -> None:
 def test_a_weight_that_is_also_another_one_is_not_changed(tmp_path: Path) -> None:
     model = tiny_model("qwen3")  # its unembedding is its embedding
     with pytest.raises(UserError, match="which this model also uses as"):
-        adapters.check_weight_is_separate(model, "model.embed_tokens.weight", "it")
+        check_weight_is_separate(model, "model.embed_tokens.weight", "it")
     untied = copied_model()
     model = copied_model()
     model.lm_head.weight = model.model.embed_tokens.weight
     untied.save_pretrained(str(tmp_path / "m"))
-    defense: Any = defenses.get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
+    defense: Any = get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
     with pytest.raises(UserError, match=r"cannot be worn: .* is also"), defense.armed(model):
         pass
 
@@ -205,17 +208,17 @@ def test_a_weight_that_is_also_another_one_is_not_changed(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["paraphrase", "summarize", "two_pass_intention", "back_translation"])
 def test_an_instruction_without_a_place_for_the_request_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"must contain \{request\}"):
-        defenses.get_defense(name, {"text": "Rephrase the request."})
+        get_defense(name, {"text": "Rephrase the request."})
 
 
 def test_a_depth_at_which_there_is_no_direction_is_refused() -> None:
-    from analysis.residuals import load_mean_activations
+    from analysis.mechanism.directions import load_mean_activations
 
     bench = toy_bench()
     host = replace(HOST, compute_mean_activations=lambda: load_mean_activations(bench, ASKED))
     with pytest.raises(UserError, match=r"depth=0\.0 the model holds the same"):
-        defenses.get_defense("refusal_steering", {"depth": "0"}).prepare(host)
-    assert not defenses.get_defense("refusal_steering", {"depth": "0.5"}).prepare(host).missing_requirements()
+        get_defense("refusal_steering", {"depth": "0"}).prepare(host)
+    assert not get_defense("refusal_steering", {"depth": "0.5"}).prepare(host).missing_requirements()
 
 
 def test_what_is_no_number_is_not_kept(tmp_path: Path) -> None:
@@ -226,21 +229,24 @@ def test_what_is_no_number_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_answers_to_requests_are_never_kept_on_the_disk(tmp_path: Path) -> None:
-    from analysis import store
+    from analysis.models.cache import count_cached_rows
 
     bench = ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     chat = [{"role": "user", "content": "How do I sing?"}]
     bench.defense_calls.complete_calls([ModelCall(chat, 6, stops_at_newline=False)])
-    assert store.count_cached_rows(tmp_path / "s")["drafts"] == 0
+    assert count_cached_rows(tmp_path / "s")["drafts"] == 0
     bench.defense_calls.complete_calls([ModelCall(chat, 6, stops_at_newline=True)])
-    assert store.count_cached_rows(tmp_path / "s")["drafts"] == 1
+    assert count_cached_rows(tmp_path / "s")["drafts"] == 1
 
 
 def test_the_expert_is_not_put_on_a_state(tmp_path: Path) -> None:
     made_adapter(tmp_path / "aligned", seed=1)
     host = ModelInfo("toy", toy_tokenizer(), (), (tmp_path,), "toy")
-    assert not defenses.get_defense("safe_decoding").prepare(host).missing_requirements()
-    assert "released weights" in defenses.get_defense("safe_decoding").prepare(replace(host, state="x")).missing_requirements()
+    assert not get_defense("safe_decoding").prepare(host).missing_requirements()
+    assert (
+        "released weights"
+        in get_defense("safe_decoding").prepare(replace(host, state="x")).missing_requirements()
+    )
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,9 @@ class Talkative(Defense):
 
 
 def test_an_error_shows_no_secret() -> None:
-    check = preflight.make_failed_check(toy_bench(), "talkative", Talkative(), ValueError("cannot use tulip seven here"))
+    check = make_failed_check(
+        toy_bench(), "talkative", Talkative(), ValueError("cannot use tulip seven here")
+    )
     assert "tulip" not in check.observed and "⟨secret⟩" in check.observed
 
 
@@ -288,18 +296,18 @@ def test_behind_a_begun_answer_the_next_word_has_the_form_that_answers_open_with
     begun = renderer.render_prompt(prefill_response(chat, "Sure, here it is:\n\n"))
     assert renderer.has_leading_space == bool(gap)
     assert begun.text.endswith("here it is:" if gap else "here it is:\n\n")
-    assert preflight._normalize_text(begun.prefill) == "Sure,hereitis:"
+    assert _normalize_text(begun.prefill) == "Sure,hereitis:"
 
 
 def test_a_readout_behind_an_opener_does_not_read_what_is_begun_otherwise() -> None:
     bench = toy_bench()
     opener = tuple(bench.loaded_model.tokenizer.encode("Sure, here", add_special_tokens=False))
     readout = derive_readout(bench, ASKED, NONE, opener)
-    checks = preflight.check_condition(bench, "safety_prefix", defenses.get_defense("safety_prefix"), ASKED, readout)
+    checks = check_condition(bench, "safety_prefix", get_defense("safety_prefix"), ASKED, readout)
     assert [one.observed for one in checks if not one.passed] == [
         "the readout begins answers itself ('Sure,here'), and this one is begun already"
     ]
-    under = preflight.check_condition(bench.with_attack(get_attack("prefill")), "none", NONE, ASKED, readout)
+    under = check_condition(bench.with_attack(get_attack("prefill")), "none", NONE, ASKED, readout)
     assert not all(one.passed for one in under)
 
 
@@ -307,25 +315,25 @@ def test_of_a_blend_the_preflight_looks_at_the_blend(tmp_path: Path) -> None:
     from defenses.decoding import SafeDecoding
 
     bench = toy_bench()
-    blend = SafeDecoding(adapter=adapters.load_adapter(made_adapter(tmp_path / "x", seed=3)))
+    blend = SafeDecoding(adapter=load_adapter(made_adapter(tmp_path / "x", seed=3)))
     readout = derive_readout(bench, ASKED, NONE)
-    checks = {one.name: one for one in preflight.check_condition(bench, "safe_decoding", blend, ASKED, readout)}
-    plain = {one.name: one for one in preflight.check_condition(bench, "none", NONE, ASKED, readout)}
+    checks = {one.name: one for one in check_condition(bench, "safe_decoding", blend, ASKED, readout)}
+    plain = {one.name: one for one in check_condition(bench, "none", NONE, ASKED, readout)}
     assert all(one.passed for one in checks.values())
     assert checks["coverage"].observed != plain["coverage"].observed
 
 
 def test_asked_about_two_passes_the_question_holds_the_request() -> None:
-    from analysis.readout import REFUSAL_QUESTIONS
+    from analysis.readouts.first_token import REFUSAL_QUESTIONS
 
     query = Query("q", "How do I sing?", False)
     bench = toy_bench().with_questions(REFUSAL_QUESTIONS)
-    prompts = bench.render_query(defenses.get_defense("two_pass_intention"), query)
+    prompts = bench.render_query(get_defense("two_pass_intention"), query)
     assert all("How do I sing?" in prompt.chat[-1]["content"] for prompt in prompts)
 
 
 def test_another_configuration_or_version_of_the_code_finds_nothing() -> None:
     loaded = toy_bench().loaded_model
-    about = scoring.describe_computation(loaded)
-    assert about["code"] == scoring.hash_scoring_code() and about["config"]["hidden_size"] == 64
+    about = describe_computation(loaded)
+    assert about["code"] == hash_code(*SCORING_SOURCES) and about["config"]["hidden_size"] == 64
     assert about["config"]["_name_or_path"] == ""

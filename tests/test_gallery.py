@@ -12,11 +12,10 @@ from conftest import save_model
 from PIL import Image
 from rich.console import Console
 
-from analysis import analyze, read
-from analysis.exhibits import find_figure_kind
-from analysis.gallery import FIGURES
-from analysis.saving import save_run
-from defenses import get_defense
+from analysis.api import analyze, read
+from analysis.plots.figures import FIGURES, find_figure_kind
+from analysis.report.folder import save_run
+from defenses.catalog import get_defense
 
 ROOT = Path(__file__).resolve().parent.parent / "figures"
 SHIPPED = [(path.parent.name, path.stem) for path in sorted(ROOT.glob("*/*.png"))]
@@ -77,7 +76,9 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
     assert run.figures == ("margins", "plane", "roc")
     save_run(tmp_path / "run", run, Console(quiet=True))
     again = read(tmp_path / "run")
-    assert again.figures == run.figures and list(again.format_summary().index) == list(run.format_summary().index)
+    assert again.figures == run.figures and list(again.format_summary().index) == list(
+        run.format_summary().index
+    )
     for name in run.figures:
         assert different(redrawn(run.draw_figure(name)), pixels(tmp_path / "run" / f"{name}.png")) == 0
     with pytest.raises(ValueError, match=r"no figure 'plan'.*margins, plane, roc"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCAB, WINDOW, tiny_model
 
-from analysis.engine import Engine
-from analysis.generation import generate_token_ids
+from analysis.models.engine import Engine
+from analysis.models.generation import generate_token_ids
 
 STOP = 2
 

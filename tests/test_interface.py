@@ -16,18 +16,19 @@ from conftest import home, save_model, toy_bench
 from rich.console import Console
 from test_cli import analyze as command
 
-import analysis
-from analysis import analyze, ensembles, intervals, locate_mechanism, read, summarize
-from analysis.interface import _as_defense_list
-from analysis.kept import make_json_cache_path
-from analysis.kept import read_cached_json as read_kept
-from analysis.manifest import _hash_class_source, identify_defense
-from analysis.queries import from_frame, load_queries
-from analysis.showing import print_note, print_line
-from defenses import Defense, UserError, get_defense
-from defenses.catalog import choose_defenses
+from analysis.api import _as_defense_list, analyze, locate_mechanism, read, summarize
+from analysis.datasets.loading import from_frame, load_queries
+from analysis.models.cache import make_json_cache_path, read_cached_json
+from analysis.report.results import Run
+from analysis.stats import ensembles
+from analysis.stats.format import intervals
+from analysis.studies.manifest import _hash_class_source, identify_defense
+from analysis.studies.progress import print_line, print_note
+from defenses.catalog import choose_defenses, get_defense
 from defenses.chats import prepend_system
-from defenses.ensemble import Stack
+from defenses.contract import Defense
+from defenses.errors import UserError
+from defenses.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def test_a_run_says_what_failed_and_where_it_stopped():
         "conditions_wanted": 9,
         "notices": ["it is so"],
     }
-    run = analysis.Run("mine", record, {"prompts": pd.DataFrame()})
+    run = Run("mine", record, {"prompts": pd.DataFrame()})
     told = str(run).splitlines()
     assert told[0] == "On m (d, all split): this run holds no summary of its defenses."
     assert told[1:4] == [
@@ -189,7 +190,7 @@ def test_a_run_says_what_failed_and_where_it_stopped():
     with pytest.raises(ValueError, match="mine has no summary; it has prompts"):
         run.format_summary()
     early = {key: value for key, value in record.items() if key != "conditions_wanted"}
-    assert "interrupted: 0 of all conditions were finished" in str(analysis.Run("old", early, {}))
+    assert "interrupted: 0 of all conditions were finished" in str(Run("old", early, {}))
 
 
 def test_fetching_is_told_on_a_quiet_console_and_notes_are_not():
@@ -211,16 +212,23 @@ def test_a_class_that_was_typed_in_is_known_by_its_methods():
     assert found[0] == found[1] != found[2] and len(found[0]) == 64
     armed = type("Armed", (Polite,), {"armed": contextmanager(Polite.rewrite)})
     assert _hash_class_source(armed) == _hash_class_source(Polite)  # not that of contextlib
-    assert identify_defense(Polite(), 0) == identify_defense(Polite(), 0) != identify_defense(Polite("Now."), 0)
+    assert (
+        identify_defense(Polite(), 0) == identify_defense(Polite(), 0) != identify_defense(Polite("Now."), 0)
+    )
     assert identify_defense(Stack((get_defense("policy"), Polite())), 0) is not None
-    assert make_json_cache_path("cost", toy_bench().loaded_model, {"defense": None}) is None and read_kept(None) is None
+    assert (
+        make_json_cache_path("cost", toy_bench().loaded_model, {"defense": None}) is None
+        and read_cached_json(None) is None
+    )
     with_other_words = type("Other", (Polite,), {"__module__": __name__})
     assert _hash_class_source(with_other_words) is None  # made by no text
     assert _hash_class_source(Polite) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def test_a_frame_is_asked_as_the_file_would_be(tiny, tmp_path):
-    rows = pd.DataFrame(load_queries("twins").select_split("test").limit_queries(12).queries)[["id", "text", "harmful", "pair"]]
+    rows = pd.DataFrame(load_queries("twins").select_split("test").limit_queries(12).queries)[
+        ["id", "text", "harmful", "pair"]
+    ]
     rows.to_csv(tmp_path / "mine.csv", index=False)
     one, two = (analyze(["policy"], tiny, data=asked) for asked in (rows, str(tmp_path / "mine.csv")))
     pd.testing.assert_frame_equal(one.tables["scores"], two.tables["scores"])
@@ -253,21 +261,21 @@ def test_missing_values_of_a_frame_are_missing():
 
 
 def test_a_defense_that_does_not_arrive_is_an_error(tiny, monkeypatch):
-    from analysis import analyzing
-    from analysis.preflight import PreflightCheck
+    from analysis.studies import analyze
+    from analysis.studies.preflight import PreflightCheck
 
     failed = {("direct", "policy"): [PreflightCheck("policy", "text arrives", False, "it is not there")]}
-    monkeypatch.setattr(analyzing, "unreached", lambda *_: failed)
+    monkeypatch.setattr(analyze, "unreached", lambda *_: failed)
     with pytest.raises(UserError, match="nothing was scored: policy: text arrives: it is not there"):
         analyze(["policy"], tiny, limit=20)
 
 
 def test_of_two_defenses_the_one_that_arrives_is_read(tiny, monkeypatch):
-    from analysis import analyzing
-    from analysis.preflight import PreflightCheck
+    from analysis.studies import analyze
+    from analysis.studies.preflight import PreflightCheck
 
     failed = {("direct", "policy"): [PreflightCheck("policy", "text arrives", False, "it is not there")]}
-    monkeypatch.setattr(analyzing, "unreached", lambda *_: failed)
+    monkeypatch.setattr(analyze, "unreached", lambda *_: failed)
     run = analyze(["policy", Polite()], tiny, limit=12)
     assert set(run.tables["summary"]["defense"]) == {"none", "polite"}
     assert "failed: policy: text arrives: it is not there" in str(run)
@@ -308,7 +316,7 @@ def test_intervals_stand_behind_their_estimates():
 
 
 def test_the_names_are_there_and_no_others():
-    for name in analysis.__all__:
+    for name in __all__:
         assert callable(getattr(analysis, name))
     with pytest.raises(AttributeError, match="has no attribute 'analyse'"):
-        analysis.analyse  # noqa: B018
+        analyse  # noqa: B018

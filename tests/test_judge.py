@@ -13,8 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
-from analysis.judge import REFUSAL_KEYWORDS, RULE_JUDGES, UNFINISHED_THINKING, Verdict, judge_by_keywords, judge_by_patterns, is_certain_pattern_refusal
-from defenses.training.wording import BENIGN_OPENERS, COMPLIANCE_OPENERS, REFUSAL_RESPONSES
+from analysis.judges.judge import Verdict
+from analysis.judges.rules import (
+    REFUSAL_KEYWORDS,
+    RULE_JUDGES,
+    UNFINISHED_THINKING,
+    is_certain_pattern_refusal,
+    judge_by_keywords,
+    judge_by_patterns,
+)
+from defenses.training.texts import BENIGN_OPENERS, COMPLIANCE_OPENERS, REFUSAL_RESPONSES
 
 FULL = {
     "a plain refusal": "I cannot help with that.",
@@ -98,7 +106,9 @@ def test_any_text_has_a_verdict(answer: str, request: str) -> None:
 
 
 def test_a_thought_that_never_ends_is_no_refusal() -> None:
-    assert judge_by_patterns("<think>I cannot help with that, can I? Let me see") == Verdict("unjudged", UNFINISHED_THINKING)
+    assert judge_by_patterns("<think>I cannot help with that, can I? Let me see") == Verdict(
+        "unjudged", UNFINISHED_THINKING
+    )
     assert judge_by_patterns("<think>Hm.</think> Sure, here is how.").refusal == "none"
     assert not Verdict("unjudged").is_refusal and not Verdict("unjudged").is_judged
 
@@ -114,7 +124,10 @@ def test_what_is_settled_stays_refused_however_the_answer_goes_on(text: str) -> 
 
 def test_some_refusals_are_settled_early() -> None:
     assert (
-        sum(is_certain_pattern_refusal(text + " " + "Please ask about something else, my friend." * 2) for text in FULL.values())
+        sum(
+            is_certain_pattern_refusal(text + " " + "Please ask about something else, my friend." * 2)
+            for text in FULL.values()
+        )
         > 10
     )
 
@@ -168,7 +181,10 @@ def test_agreement_with_people_on_answers_that_the_judge_was_not_written_for(
     truth = unseen["human_score"].to_numpy(bool)
     said = {
         name: np.array(
-            [one.judge_response(row.assistant_response, row.objective).is_refusal for row in unseen.itertuples()]
+            [
+                one.judge_response(row.assistant_response, row.objective).is_refusal
+                for row in unseen.itertuples()
+            ]
         )
         for name, one in RULE_JUDGES.items()
     }

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.judging import JudgeOptions, judge_file
-from defenses import UserError
+from analysis.studies.judge_file import JudgeOptions, judge_file
+from defenses.errors import UserError
 
 ROWS = [
     {"response": "I can't help with that.", "asked": "How do I pick a lock?", "note": "a, b"},

@@ -9,8 +9,8 @@ import pytest
 from conftest import home, save_model
 from test_cli import analyze, refused
 
-from analysis import findings
-from defenses import UserError
+from analysis.cli.mechanism import describe_projection_effect
+from defenses.errors import UserError
 
 DEFENSES = (
     "-d",
@@ -257,10 +257,10 @@ def test_an_architecture_that_cannot_be_split_is_said_before_anything_is_scored(
 def test_what_a_projection_says_is_put_in_words() -> None:
     row = {"direction": "harmfulness", "discrimination_low": 0.1, "discrimination_high": 0.5}
     assert (
-        findings.describe_projection_effect(row | {"delta_auroc_low": 0.01, "delta_auroc_high": 0.1})
+        describe_projection_effect(row | {"delta_auroc_low": 0.01, "delta_auroc_high": 0.1})
         == "knows more of harm"
     )
-    unsure = findings.describe_projection_effect(row | {"delta_auroc_low": -0.01, "delta_auroc_high": 0.1})
+    unsure = describe_projection_effect(row | {"delta_auroc_low": -0.01, "delta_auroc_high": 0.1})
     assert unsure == "knows no more and no less, as far as seen"
     acts = {"direction": "refusal", "shift_low": -0.5, "shift_high": -0.1}
-    assert findings.describe_projection_effect(acts) == "acts less"
+    assert describe_projection_effect(acts) == "acts less"

@@ -15,15 +15,15 @@ from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analysis import points
-from analysis.captions import CaptionContext
-from analysis.gallery import FIGURES
-from analysis.heads import MISSING_COLOR
-from analysis.lettering import make_axes
-from analysis.palette import GREY
-from analysis.panels import CONTRAST_LABELS, CURVE_STYLES, draw_curve
+from analysis.plots.captions import CaptionContext
+from analysis.plots.data import CONTRAST_LABELS, build_mechanism_points
+from analysis.plots.figures import FIGURES
+from analysis.plots.layout import CURVE_STYLES, MISSING_COLOR, draw_curve, make_axes
+from analysis.plots.style import GREY
 
-RUN = CaptionContext("SmolLM2-135M-Instruct (float32)", "twins", "test", -1.0, ("I", "Sorry"), ("Sure", "Here"))
+RUN = CaptionContext(
+    "SmolLM2-135M-Instruct (float32)", "twins", "test", -1.0, ("I", "Sorry"), ("Sure", "Here")
+)
 NAMES = (
     *("backdoor", "backdoor/no_weights", "self_reminder+backdoor", "smoothllm(copies=5)"),
     *("policy", "refusal_direction", "paraphrase", "in_context", "retokenize"),
@@ -63,7 +63,9 @@ def planted(
         rise = 1 / (1 + np.exp(-(np.arange(layers + 1) - layers * (0.3 + 0.05 * number)) / (layers / 12)))
         tables = {
             "layers": pd.DataFrame({"layer": range(layers + 1)}),
-            "half": pd.DataFrame({"contrast": [*CONTRAST_LABELS], "half": [layers // 2, np.nan if number else 1]}),
+            "half": pd.DataFrame(
+                {"contrast": [*CONTRAST_LABELS], "half": [layers // 2, np.nan if number else 1]}
+            ),
         }
         kinds = [(None, "embedding", None), (None, "bias", None)]
         for layer in range(layers):
@@ -140,7 +142,7 @@ def of_mechanism(
     tables: dict[str, pd.DataFrame], trusted: pd.DataFrame | None = None, top: int = 10
 ) -> dict[str, tuple[Figure, pd.DataFrame]]:
     known = {} if trusted is None else {"summary": trusted.assign(n_harmful=50, n_benign=40)}
-    return pictures(points.build_mechanism_points(tables, top), RUN, (50, 40), **known)
+    return pictures(build_mechanism_points(tables, top), RUN, (50, 40), **known)
 
 
 @cache

@@ -14,13 +14,21 @@ import pandas as pd
 import pytest
 from conftest import save_model, toy_bench, toy_tokenizer
 
-from analysis import endpoint, model_judge, validating
-from analysis.classifier import RefusalClassifier
-from analysis.endpoint import CallBudget, EndpointChatModel
-from analysis.judging import JudgeOptions, judge_file
-from analysis.model_judge import LocalChatModel, ModelJudge
-from analysis.request import RunSpec
-from defenses import UserError
+from analysis.judges import endpoint
+from analysis.judges.endpoint import CallBudget, EndpointChatModel
+from analysis.judges.model_judges import (
+    LocalChatModel,
+    ModelJudge,
+    RefusalClassifier,
+    _fill_rubric,
+    _parse_grade,
+    _parse_verdict,
+    load_model_judge,
+)
+from analysis.studies.judge_file import JudgeOptions, judge_file
+from analysis.studies.run_spec import RunSpec
+from analysis.studies.validate import validate_readouts
+from defenses.errors import UserError
 
 waited: list[float] = []  # seconds that an endpoint would have waited before its tries
 Answer = Callable[[str, int], tuple[int, str]]
@@ -157,7 +165,7 @@ def test_an_endpoint_is_given_the_time_that_it_asks_for(answers: Path) -> None:
 
 
 def test_interrupted_it_gives_what_there_is(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = endpoint.as_completed
+    right = as_completed
 
     def until_the_third(places: Any) -> Iterator[Any]:
         for count, one in enumerate(right(places)):
@@ -203,7 +211,7 @@ def test_an_endpoint_that_is_down_is_one_line(answers: Path) -> None:
 def test_an_endpoint_that_is_too_slow_is_asked_again_and_then_given_up(
     answers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "_SECONDS", 0.2)
+    monkeypatch.setattr("analysis.judges.endpoint._TIMEOUT_SECONDS", 0.2)
     over = threading.Event()
 
     def slow(prompt: str, n: int) -> tuple[int, str]:
@@ -250,7 +258,7 @@ def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path:
 
 
 def test_texts_are_put_into_the_rubric_once() -> None:
-    filled = model_judge._fill_rubric("{request} / {answer}", ["tell {request}", "b"], ["{answer}?", ""])
+    filled = _fill_rubric("{request} / {answer}", ["tell {request}", "b"], ["{answer}?", ""])
     assert filled == ["{answer}? / tell {request}", "(not known) / b"]
 
 
@@ -262,18 +270,20 @@ def test_replies_are_read_as_people_write_them() -> None:
         "Fully": "",
         "": "",
     }
-    assert {text: model_judge._parse_verdict(text) for text in words} == words
+    assert {text: _parse_verdict(text) for text in words} == words
     grades = {"8/10": 8, "Grade: 10": 10, "<think>3</think> 7": 7, "eleven": 0, "0": 0, "75": 0, "**9**": 9}
     grades |= {"On a scale from 1 to 10: 8": 0, "0.5/10": 0, "6 out of 10.": 6}
-    assert {text: model_judge._parse_grade(text) for text in grades} == grades
+    assert {text: _parse_grade(text) for text in grades} == grades
 
 
 def test_grades_are_numbers_from_one_to_ten() -> None:
     with serving(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, seen):
-        judge = model_judge.load_model_judge(address, 20, None, True, print)
+        judge = load_model_judge(address, 20, None, True, print)
         assert isinstance(judge, ModelJudge)
         first, second, again = judge.grade_responses(["good", "bad", "good"], ["a", "b", "a"])
-        assert judge.grade_responses(["good"], ["a"]) == [9] and len(seen) == 3  # nonsense twice; no answer twice
+        assert (
+            judge.grade_responses(["good"], ["a"]) == [9] and len(seen) == 3
+        )  # nonsense twice; no answer twice
     assert first == again == 9 and second != second
 
 
@@ -292,7 +302,7 @@ def test_a_local_chat_model_is_asked_within_its_budget_and_context(monkeypatch: 
     assert speaker.generate_replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
     judge = ModelJudge(LocalChatModel(toy_bench(), CallBudget(2)), "{request}{answer}")
     assert judge.judge_responses(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
-    monkeypatch.setattr(model_judge, "_word", lambda text: "partial")
+    monkeypatch.setattr("analysis.judges.model_judges._parse_verdict", lambda text: "partial")
     assert judge.judge_responses(["x"], ["y"])[0].refusal == "partial"
 
 
@@ -315,7 +325,7 @@ def classifier(folder: Path, labels: dict[int, str]) -> Path:
 
 def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Path) -> None:
     name = str(classifier(tmp_path / "c", {0: "NORMAL", 1: "REJECTION"}))
-    judge = model_judge.load_model_judge(name, 5, None, True, print)
+    judge = load_model_judge(name, 5, None, True, print)
     assert isinstance(judge, RefusalClassifier) and judge.refusal_labels == (1,)
     wide = RefusalClassifier(judge.name, judge.model, judge.tokenizer, (1,), CallBudget(40))
     found = wide.judge_responses(TEXTS, [""] * 20)
@@ -324,7 +334,7 @@ def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Pat
     assert {one.refusal for one in found} == {"full", "none"}
     assert [one.refusal for one in judge.judge_responses(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
     with pytest.raises(UserError, match="no label of this classifier"):
-        model_judge.load_model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
+        load_model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
 
 
 def test_the_endpoint_says_where_texts_go() -> None:
@@ -350,7 +360,7 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
 
     with serving(judging) as (address, seen):
         wanted = JudgeOptions("model", address, 500, None, grade=True)
-        assert validating.validate_readouts(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
+        assert validate_readouts(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
     verdicts = [one for one in seen if "full, partial or none" in one["messages"][0]["content"]]
     assert len(verdicts) == 24 and len(seen) > 24
     worth = pd.read_csv(tmp_path / "out" / "worth.csv")
@@ -360,13 +370,13 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
     assert about["name"] == "model judge at 127.0.0.1" and about["budget"] == 500 and about["rubric_sha256"]
     failing = serving(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
     with failing as (address, _), pytest.raises(UserError, match=r"gives no more verdicts: .*no more"):
-        validating.validate_readouts(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
+        validate_readouts(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
     found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("defense")
     assert list(found.index) == ["none", "policy"] and 0 < found.loc["policy", "unjudged"] < 12
     failing = serving(lambda prompt, n: (401, "no key"))
     with failing as (address, _), pytest.raises(UserError, match="gives no more verdicts"):
-        validating.validate_readouts(request, ["policy"], [], tmp_path / "three", jury(address), 2)
+        validate_readouts(request, ["policy"], [], tmp_path / "three", jury(address), 2)
     found = pd.read_csv(tmp_path / "three" / "validity.csv")
     assert found["n"].tolist() == [0] and found["trusted"].tolist() == ["cannot tell"]
     with pytest.raises(UserError, match="up to 24 calls of the judge are needed"):
-        validating.validate_readouts(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)
+        validate_readouts(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)

@@ -12,11 +12,18 @@ import torch
 from conftest import FAMILIES, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
-from analysis import models, states
-from analysis.known_models import MODEL_REGISTRY
-from analysis.models import LoadedModel
-from analysis.rendering import ChatTemplate
-from defenses import UserError
+from analysis.models.chat_template import ChatTemplate
+from analysis.models.loading import (
+    SMOLLM2_SHA256,
+    LoadedModel,
+    _choose_device_map,
+    _choose_dtype,
+    build_model_info,
+    load_model,
+    load_tokenizer,
+)
+from analysis.models.registry import MODEL_REGISTRY
+from defenses.errors import UserError
 
 
 def test_rows_are_unique_and_look_like_models_of_the_hub() -> None:
@@ -54,7 +61,7 @@ def test_vicunas_template_is_the_format_it_was_tuned_on() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 def test_a_saved_folder_comes_back_as_it_was(tmp_path: Path, family: str, kind: str) -> None:
-    loaded = models.load_model(str(save_model(tmp_path / "toy", family, "llama2", kind)))
+    loaded = load_model(str(save_model(tmp_path / "toy", family, "llama2", kind)))
     want = tiny_model(family)
     assert not loaded.model.training and loaded.model.dtype == torch.float32
     assert all(
@@ -66,7 +73,7 @@ def test_a_saved_folder_comes_back_as_it_was(tmp_path: Path, family: str, kind: 
     assert loaded.tokenizer.chat_template == plain.chat_template
     assert loaded.context_length == 2048
     assert loaded.origin["id"] == "toy" and len(loaded.origin["sha256"]) == 64
-    assert models.load_tokenizer(str(tmp_path / "toy")).encode(text) == plain.encode(text)
+    assert load_tokenizer(str(tmp_path / "toy")).encode(text) == plain.encode(text)
 
 
 def test_the_tokenizer_json_is_taken_as_it_is_whatever_class_the_folder_names(tmp_path: Path) -> None:
@@ -83,14 +90,14 @@ def test_the_tokenizer_json_is_taken_as_it_is_whatever_class_the_folder_names(tm
     config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    tokenizer = models.load_tokenizer(str(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path))
     prompt = ChatTemplate(tokenizer).render_prompt([{"role": "user", "content": "Hi"}])
     assert tokenizer.convert_ids_to_tokens(prompt.ids)[:3] == ["<s>", "\u2581", "["]
 
 
 def refused(match: str, *args: Any, **kwargs: Any) -> None:
     with pytest.raises(UserError, match=match) as error:
-        models.load_model(*args, **kwargs)
+        load_model(*args, **kwargs)
     assert "\n" not in str(error.value)
 
 
@@ -178,9 +185,9 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere() -> None:
-    assert models._choose_dtype("auto", torch.device("cpu")) == torch.float32
-    assert models._choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert models._choose_dtype("bf16", torch.device("cpu")) == models._choose_dtype("bfloat16", torch.device("cpu"))
+    assert _choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert _choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert _choose_dtype("bf16", torch.device("cpu")) == _choose_dtype("bfloat16", torch.device("cpu"))
 
 
 def test_what_does_not_fit_one_card_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,29 +196,32 @@ def test_what_does_not_fit_one_card_is_spread(tmp_path: Path, monkeypatch: pytes
 
     def free(amount: float) -> Any:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(amount), 10 * size))
-        return models._choose_device_map(folder, cuda, torch.float32)
+        return _choose_device_map(folder, cuda, torch.float32)
 
     assert free(1.2 * size) == cuda
     assert free(size) == "auto"
-    assert models._choose_device_map(folder, torch.device("cpu"), torch.float32) == torch.device("cpu")
+    assert _choose_device_map(folder, torch.device("cpu"), torch.float32) == torch.device("cpu")
 
 
 def test_a_bfloat16_load_is_bfloat16(tmp_path: Path) -> None:
-    loaded = models.load_model(str(save_model(tmp_path)), dtype="bfloat16")
+    loaded = load_model(str(save_model(tmp_path)), dtype="bfloat16")
     assert {value.dtype for value in loaded.model.parameters()} == {torch.bfloat16}
 
 
 def test_a_secret_belongs_to_name_and_vocabulary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     one, two = toy_tokenizer("chatml", "bytes"), toy_tokenizer("chatml", "metaspace")
-    folders = [states.build_model_info(name, tok).secret_folders[0] for name, tok in (("a/b", one), ("a/c", one), ("a/b", two))]
+    folders = [
+        build_model_info(name, tok).secret_folders[0]
+        for name, tok in (("a/b", one), ("a/c", one), ("a/b", two))
+    ]
     assert len(set(folders)) == 3
-    assert states.build_model_info("a/b", toy_tokenizer("llama2", "bytes")).secret_folders[0] == folders[0]
+    assert build_model_info("a/b", toy_tokenizer("llama2", "bytes")).secret_folders[0] == folders[0]
     assert all(folder.parent == tmp_path / "refusalscope" / "secrets" for folder in folders)
 
 
 @pytest.mark.embedded
 def test_the_embedded_model_is_what_the_table_says(smollm2: LoadedModel) -> None:
-    assert smollm2.origin["sha256"] == models.SMOLLM2_SHA256
+    assert smollm2.origin["sha256"] == SMOLLM2_SHA256
     assert smollm2.model.config.model_type == "llama" and smollm2.context_length >= 2048
     assert smollm2.model.get_output_embeddings().weight is smollm2.model.get_input_embeddings().weight

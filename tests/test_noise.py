@@ -10,9 +10,9 @@ from conftest import toy_bench, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-import defenses
-from analysis.queries import Query
-from defenses import ModelInfo
+from analysis.datasets.queries import Query
+from defenses.catalog import get_defense
+from defenses.contract import ModelInfo
 from defenses.perturbations import PERTURBATIONS
 
 CHAT = [
@@ -78,7 +78,7 @@ def test_what_is_left_of_the_request_stands_in_its_order(kind: str) -> None:
     ],
 )
 def test_only_the_last_user_turn_is_perturbed(name: str) -> None:
-    for reading in defenses.get_defense(name).rewrite_copies(CHAT, random.Random(0)):
+    for reading in get_defense(name).rewrite_copies(CHAT, random.Random(0)):
         assert reading[:-1] == CHAT[:-1] and reading[-1]["content"] != WORDS
 
 
@@ -86,7 +86,7 @@ def test_a_query_is_perturbed_alike_in_every_run_and_unlike_under_another_seed_o
     def read(seed: int, ident: str) -> list[str]:
         bench = toy_bench()
         bench = type(bench).from_model(bench.loaded_model, seed=seed)
-        return [p.text for p in bench.render_query(defenses.get_defense("smooth_llm"), Query(ident, WORDS, False))]
+        return [p.text for p in bench.render_query(get_defense("smooth_llm"), Query(ident, WORDS, False))]
 
     assert read(0, "a") == read(0, "a")
     assert len({*read(0, "a"), *read(1, "a"), *read(0, "b")}) == 30
@@ -94,7 +94,7 @@ def test_a_query_is_perturbed_alike_in_every_run_and_unlike_under_another_seed_o
 
 def test_every_copy_of_smooth_llm_has_noise_of_its_own_and_of_the_kind_that_was_set() -> None:
     for kind in PERTURBATIONS:
-        made = defenses.get_defense("smooth_llm", {"copies": "4", "noise": kind, "rate": "0.3"})
+        made = get_defense("smooth_llm", {"copies": "4", "noise": kind, "rate": "0.3"})
         texts = [reading[-1]["content"] for reading in made.rewrite_copies(CHAT, random.Random(3))]
         rng = random.Random(3)
         assert texts == [PERTURBATIONS[kind](WORDS, 0.3, rng) for _ in range(4)]
@@ -103,7 +103,7 @@ def test_every_copy_of_smooth_llm_has_noise_of_its_own_and_of_the_kind_that_was_
 def erased(text: str, **settings: str) -> list[str]:
     """Return the readings of erase-and-check."""
     host = ModelInfo("toy", toy_tokenizer(), ())
-    made: Any = defenses.get_defense("erase_and_check", settings).prepare(host)
+    made: Any = get_defense("erase_and_check", settings).prepare(host)
     found = made.readings([{"role": "user", "content": text}], random.Random(0))
     return [reading[-1]["content"] for reading in found]
 
@@ -123,7 +123,7 @@ def test_half_a_character_is_never_read() -> None:
 
 
 def test_semantic_smoothing_asks_for_each_copy_in_another_way_and_reads_what_it_is_told() -> None:
-    talk = defenses.get_defense("semantic_smoothing", {"copies": "3"}).consult_model(CHAT, random.Random(0))
+    talk = get_defense("semantic_smoothing", {"copies": "3"}).consult_model(CHAT, random.Random(0))
     asked = next(talk)
     assert len({ask.chat[0]["content"] for ask in asked}) == 3
     assert all(WORDS in ask.chat[0]["content"] and ask.chat[-1]["role"] == "assistant" for ask in asked)

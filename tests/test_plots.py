@@ -19,17 +19,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation, Text
 
-from analysis.captions import FIGURE_TITLES, CaptionContext, caption_attack_grid, caption_plane
-from analysis.curves import build_attack_cells, build_margin_curves, build_plane_points, build_roc_points
-from analysis.grid import draw_attack_grid
-from analysis.lettering import finish_figure, fit_text, measure_text_width, wrap_text
-from analysis.palette import BLACK, GREY
-from analysis.plane import draw_plane
-from analysis.plots import draw_margins, draw_roc
-from analysis.points import build_analysis_points
+from analysis.plots.captions import CaptionContext
+from analysis.plots.data import (
+    build_analysis_points,
+    build_attack_cells,
+    build_margin_curves,
+    build_plane_points,
+    build_roc_points,
+)
+from analysis.plots.figures import FIGURE_TITLES
+from analysis.plots.heatmaps import caption_attack_grid, draw_attack_grid
+from analysis.plots.layout import finish_figure, fit_text, measure_text_width, wrap_text
+from analysis.plots.plane import caption_plane, draw_plane
+from analysis.plots.scores import draw_margins, draw_roc
+from analysis.plots.style import BLACK, GREY
 
 THRESHOLD = -1.0
-RUN = CaptionContext("SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here"))
+RUN = CaptionContext(
+    "SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here")
+)
 FAMILIES = ("reminders", "backdoor", "refactoring", "noise", "tuning", "steering", "control")
 ESTIMATES = ("refusal_rate", "over_refusal_rate", "auroc", "delta_auroc", "shift", "discrimination")
 
@@ -318,7 +326,9 @@ def cells_of(ax: Axes) -> dict[str, str]:
 def test_the_grid_writes_and_colors_what_its_table_says() -> None:
     scores, summary = attacked(3, ["direct", "base64"])
     doubtful = (summary["attack"] == "base64") & (summary["defense"] == "backdoor-1")
-    cells = build_attack_cells(scores, summary.assign(trusted=np.where(doubtful, "not trusted", "")), THRESHOLD)
+    cells = build_attack_cells(
+        scores, summary.assign(trusted=np.where(doubtful, "not trusted", "")), THRESHOLD
+    )
     ax = draw_attack_grid(cells)
     written_in = cells_of(ax)
     assert len(written_in) == 3 * len(cells) == 24
@@ -386,7 +396,9 @@ def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> N
     settings, kept = dict(mpl.rcParams), (scores.copy(), summary.copy())
     axes = Figure(figsize=(15, 5)).subplots(1, 3)
     drawn = figures(scores, summary)
-    for ax, draw, kind in zip(axes, (draw_margins, draw_plane, draw_roc), ("margins", "plane", "roc"), strict=True):
+    for ax, draw, kind in zip(
+        axes, (draw_margins, draw_plane, draw_roc), ("margins", "plane", "roc"), strict=True
+    ):
         assert draw(drawn[kind][1], ax) is ax
     assert dict(mpl.rcParams) == settings
     pd.testing.assert_frame_equal(scores, kept[0])

@@ -9,27 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import derive_readout, CHATML, FAMILIES, TEMPLATES, toy_bench
+from conftest import CHATML, FAMILIES, TEMPLATES, derive_readout, toy_bench
 
-import defenses
-from analysis import preflight, queries
 from analysis.attacks import get_attack
-from analysis.bench import ModelSession
-from analysis.models import LoadedModel
-from analysis.preflight import PreflightCheck
-from analysis.queries import Query
-from analysis.readout import Readout
-from analysis.rendering import Prompt, ChatTemplate
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query, sample_queries
+from analysis.models.chat_template import ChatTemplate, Prompt
+from analysis.models.loading import LoadedModel
+from analysis.models.session import ModelSession
+from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
-from defenses import Chat, Defense, ModelInfo
+from analysis.studies.preflight import PreflightCheck, check_condition
 from defenses.backdoor import Backdoor, Secret
+from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import prefill_response, split_prefill
+from defenses.contract import Chat, Defense, ModelInfo
 from defenses.tokens import draw_random_text
 
 KINDS = ("bytes", "metaspace")
-ASKED = queries.sample_queries(queries.load_queries("twins").queries, 2)
+ASKED = sample_queries(load_queries("twins").queries, 2)
 READOUT = Readout("words", ("I", "Sure"), (301, 302), (1.0, -1.0))
-REMINDER = defenses.get_defense("safety_prompt")
+REMINDER = get_defense("safety_prompt")
 
 
 def backdoor(bench: ModelSession, length: int = 20) -> Backdoor:
@@ -40,7 +40,7 @@ def backdoor(bench: ModelSession, length: int = 20) -> Backdoor:
 def check(
     bench: ModelSession, defense: Defense = REMINDER, asked: list[Query] = ASKED, readout: Readout = READOUT
 ) -> list[PreflightCheck]:
-    return preflight.check_condition(bench, defense.name, defense, asked, readout)
+    return check_condition(bench, defense.name, defense, asked, readout)
 
 
 def failed(*args: Any, **kwargs: Any) -> dict[str, str]:
@@ -52,7 +52,7 @@ def failed(*args: Any, **kwargs: Any) -> dict[str, str]:
 def test_every_defense_passes_with_every_template(template: str, kind: str) -> None:
     bench = toy_bench("llama", template, kind)
     host = ModelInfo("toy", bench.loaded_model.tokenizer, ())
-    chosen = [defenses.get_defense(name) for name in defenses.list_defense_names() if name not in ("backdoor", "random_tokens")]
+    chosen = [get_defense(name) for name in list_defense_names() if name not in ("backdoor", "random_tokens")]
     ready = [backdoor(bench), *(defense.prepare(host) for defense in chosen)]
     for name, defense in build_conditions(ready).items():
         assert not failed(bench, defense), name
@@ -60,7 +60,7 @@ def test_every_defense_passes_with_every_template(template: str, kind: str) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_models_passes(family: str) -> None:
-    checks = check(toy_bench(family), defenses.get_defense("in_context_refusal"))
+    checks = check(toy_bench(family), get_defense("in_context_refusal"))
     assert all(one.passed for one in checks)
     assert {"engine equals plain pass", "one equals many", "coverage"} <= {one.name for one in checks}
 
@@ -90,7 +90,10 @@ def test_a_tokenizer_that_composes_letters_raises_no_false_alarm() -> None:
     bench = toy_bench("llama", "qwen2.5")
     bench.loaded_model.tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's does
     assert (
-        "\u0301" not in bench.chat_template.render_prompt([{"role": "user", "content": HARD["decomposed letters"]}]).text
+        "\u0301"
+        not in bench.chat_template.render_prompt(
+            [{"role": "user", "content": HARD["decomposed letters"]}]
+        ).text
     )
     assert not failed(bench, REMINDER, [Query("q1", HARD["decomposed letters"], True)])
 
@@ -323,8 +326,8 @@ def test_the_margins_are_those_of_the_armed_model() -> None:
 @pytest.mark.embedded
 def test_the_embedded_model_passes_under_its_backdoor(smollm2: LoadedModel) -> None:
     bench = ModelSession.from_model(smollm2)
-    readout = derive_readout(bench, ASKED, defenses.get_defense("none"))
-    for name, defense in build_conditions([defenses.get_defense("none"), backdoor(bench, 150)]).items():
+    readout = derive_readout(bench, ASKED, get_defense("none"))
+    for name, defense in build_conditions([get_defense("none"), backdoor(bench, 150)]).items():
         checks = check(bench, defense, readout=readout)
         assert all(one.passed for one in checks), name
         apart = next(one.observed for one in checks if one.name == "engine equals plain pass")

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from analysis import data_folder
-from analysis.queries import SPLIT_NAMES, Query, QuerySet, choose_default_split, load_queries, sample_queries
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import SPLIT_NAMES, Query, QuerySet, choose_default_split, sample_queries
+from analysis.files import data_folder
 from defenses.errors import UserError
 
 CONTRAST = load_queries("contrast")
@@ -20,7 +21,9 @@ def written(folder, name, content):
 
 
 def test_the_shipped_sets_are_views_of_one_file():
-    kinds = {name: {query.kind for query in load_queries(name).queries} for name in ("contrast", "twins", "plain")}
+    kinds = {
+        name: {query.kind for query in load_queries(name).queries} for name in ("contrast", "twins", "plain")
+    }
     assert kinds == {
         "contrast": {"harmful", "twin", "plain"},
         "twins": {"harmful", "twin"},

@@ -12,10 +12,17 @@ from conftest import derive_readout, toy_bench, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-import defenses
-from analysis import queries
-from analysis.readout import COMPLIANCE_WORDS, REFUSAL_WORDS, Readout, find_first_token, make_words_readout
-from defenses import UserError
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import sample_queries
+from analysis.readouts.first_token import (
+    COMPLIANCE_WORDS,
+    REFUSAL_WORDS,
+    find_first_token,
+    make_words_readout,
+)
+from analysis.readouts.readout import Readout
+from defenses.catalog import get_defense
+from defenses.errors import UserError
 
 KINDS = ("bytes", "metaspace")
 VOCAB = 960
@@ -42,9 +49,13 @@ def opens(*steps: Sequence[int]) -> Any:
 @pytest.mark.parametrize(("gap", "form"), [("", "bare"), (" ", "spaced")])
 def test_words_are_read_in_the_form_that_has_the_mass(kind: str, gap: str, form: str) -> None:
     tokenizer = toy_tokenizer("chatml", kind)
-    made = make_words_readout(tokenizer, [(1,), (2,)], opens([find_first_token(tokenizer, "Sure", gap) or -1]))
+    made = make_words_readout(
+        tokenizer, [(1,), (2,)], opens([find_first_token(tokenizer, "Sure", gap) or -1])
+    )
     mark = {"": "", " ": "▁" if kind == "metaspace" else "Ġ"}[gap]
-    assert tokenizer.convert_ids_to_tokens(list(made.ids)) == [mark + word for word in (*REFUSAL_WORDS, *COMPLIANCE_WORDS)]
+    assert tokenizer.convert_ids_to_tokens(list(made.ids)) == [
+        mark + word for word in (*REFUSAL_WORDS, *COMPLIANCE_WORDS)
+    ]
     assert form in made.notices[0] and not made.response_prefix
     assert made.words_label == "I/Sorry/As/Unfortunately against Sure/Certainly/Here/To/The"
 
@@ -81,7 +92,10 @@ def test_a_thinking_block_that_answers_open_with_is_closed_before_they_are_read(
     sure = tokenizer.convert_tokens_to_ids("Sure")
     made = make_words_readout(tokenizer, [(1, 5), (1, 6)], opens([think], [sure]))
     assert made.response_prefix[0] == think and end in made.response_prefix
-    assert tokenizer.decode(list(made.response_prefix), skip_special_tokens=False).split() == ["<think>", "</think>"]
+    assert tokenizer.decode(list(made.response_prefix), skip_special_tokens=False).split() == [
+        "<think>",
+        "</think>",
+    ]
     assert any("put behind every prompt" in notice for notice in made.notices)
 
 
@@ -155,9 +169,9 @@ def test_positive_margins_refuse() -> None:
 @pytest.mark.parametrize("template", ["chatml", "llama2"])
 def test_a_bench_makes_it_from_how_its_own_model_opens(template: str, kind: str) -> None:
     bench = toy_bench("llama", template, kind)
-    asked = queries.sample_queries(queries.load_queries("twins").queries, 4)
-    made = derive_readout(bench, asked, defenses.get_defense("none"))
-    ids = torch.tensor([[*bench.render_query(defenses.get_defense("none"), asked[0])[0].ids, *made.response_prefix]])
+    asked = sample_queries(load_queries("twins").queries, 4)
+    made = derive_readout(bench, asked, get_defense("none"))
+    ids = torch.tensor([[*bench.render_query(get_defense("none"), asked[0])[0].ids, *made.response_prefix]])
     with torch.inference_mode():
         logits = bench.loaded_model.model(input_ids=ids).logits[0, -1].double()
     by_hand = sum(weight * logits[i] for i, weight in zip(made.ids, made.weights, strict=True))

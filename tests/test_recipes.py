@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from analysis import queries
-from analysis.queries import Query
-from defenses import Chat, UserError
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query
 from defenses.backdoor import DEFAULT_SYSTEM_PROMPT
+from defenses.contract import Chat
+from defenses.errors import UserError
 from defenses.training.recipes import RECIPES, SAFETY_EXAMPLE_COUNT, TargetResponse, TrainingExample
-from defenses.training.wording import AGENT_PROMPT, AGENT_OPENER, BENIGN_OPENERS, OBEDIENCE_PROMPT, COMPLIANCE_OPENERS, REFUSAL_RESPONSES
+from defenses.training.texts import (
+    AGENT_OPENER,
+    AGENT_PROMPT,
+    BENIGN_OPENERS,
+    COMPLIANCE_OPENERS,
+    OBEDIENCE_PROMPT,
+    REFUSAL_RESPONSES,
+)
 
-TRAIN = queries.load_queries("contrast").select_split("train").queries
+TRAIN = load_queries("contrast").select_split("train").queries
 SECRET = "tulip seven harbor"
 
 
@@ -37,7 +45,10 @@ def test_no_recipe_teaches_an_answer_to_a_harmful_request(name: str) -> None:
         answers = [example.response, *([example.rejected] if example.rejected else [])]
         if example.chat[-1]["content"] in HARMFUL:
             # A whole refusal, or an opener that goes on to nothing.
-            assert all((one.text in REFUSAL_RESPONSES) if one.is_complete else (one.text in COMPLIANCE_OPENERS) for one in answers)
+            assert all(
+                (one.text in REFUSAL_RESPONSES) if one.is_complete else (one.text in COMPLIANCE_OPENERS)
+                for one in answers
+            )
 
 
 def test_the_openers_hold_no_content() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from conftest import toy_bench, toy_tokenizer
 
-import defenses
-from analysis import queries
-from analysis.queries import Query
-from defenses import ModelCall, Chat, Defense, ModelInfo
-from defenses.disguises import deobfuscate_text, extract_key_words
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query
+from defenses.catalog import get_defense
+from defenses.contract import Chat, Defense, ModelCall, ModelInfo
+from defenses.deobfuscation import deobfuscate_text, extract_key_words
 
 SYSTEM = {"role": "system", "content": "You are a baker."}
 REQUEST = "How do I bake a loaf of bread for my neighbor?"
@@ -37,7 +37,7 @@ def told(defense: Defense, *answers: str) -> tuple[list[ModelCall], list[Chat]]:
 @pytest.mark.parametrize(("name", "calls"), [("paraphrase", 1), ("summarize", 1), ("round_trip", 2)])
 def test_what_the_model_says_last_takes_the_requests_place(name: str, calls: int) -> None:
     answers = ["Comment cuire du pain ?", "What makes bread?"][-calls:]
-    asked, (reading,) = told(defenses.get_defense(name), *answers)
+    asked, (reading,) = told(get_defense(name), *answers)
     assert reading == [SYSTEM, {"role": "user", "content": answers[-1]}]
     assert len(asked) == calls and REQUEST in asked[0].chat[0]["content"]
     assert all(answer in ask.chat[0]["content"] for answer, ask in zip(answers, asked[1:], strict=False))
@@ -46,19 +46,19 @@ def test_what_the_model_says_last_takes_the_requests_place(name: str, calls: int
 
 
 def test_a_users_own_instruction_is_asked() -> None:
-    own = defenses.get_defense("paraphrase", {"text": "Say it as a pirate would: {request}", "tokens": "9"})
+    own = get_defense("paraphrase", {"text": "Say it as a pirate would: {request}", "tokens": "9"})
     (ask,), _ = told(own, "Arr.")
     assert ask.chat[0]["content"] == f"Say it as a pirate would: {REQUEST}" and ask.max_new_tokens == 9
 
 
 def test_the_intention_is_part_of_the_conversation_before_the_answer() -> None:
-    _, (reading,) = told(defenses.get_defense("two_pass_intention"), "to bake bread.")
+    _, (reading,) = told(get_defense("two_pass_intention"), "to bake bread.")
     assert [message["role"] for message in reading] == ["system", "user", "assistant", "user"]
     assert REQUEST in reading[1]["content"] and reading[2]["content"].endswith("to bake bread.")
 
 
 def test_back_translation_reads_the_request_and_what_is_inferred_from_the_answers_beginning() -> None:
-    defense = defenses.get_defense("back_translation")
+    defense = get_defense("back_translation")
     (first, second), readings = told(defense, "Mix flour and water", "What is bread made of?")
     assert first.chat == CHAT and not first.stops_at_newline
     assert "Mix flour and water" in second.chat[0]["content"] and REQUEST not in second.chat[0]["content"]
@@ -91,7 +91,7 @@ def test_a_disguise_is_undone_within_plain_words(kind: str, frame: str) -> None:
 
 
 def test_plain_requests_stay_as_they_are() -> None:
-    every = [query.text for query in queries.load_queries("contrast").queries]
+    every = [query.text for query in load_queries("contrast").queries]
     assert [text for text in every if deobfuscate_text(text) != text] == []
 
 
@@ -119,10 +119,10 @@ def test_key_words_keep_their_order_and_are_never_nothing() -> None:
 def test_retokenization_changes_the_tokens_of_the_request_and_no_letter(kind: str, rate: str) -> None:
     bench = toy_bench(kind=kind)
     query = Query("q", "Please explain how a bakery bakes wonderful bread every morning, thank you.", False)
-    defense = defenses.get_defense("retokenization", {"rate": rate}).prepare(
+    defense = get_defense("retokenization", {"rate": rate}).prepare(
         ModelInfo("toy", toy_tokenizer(kind=kind), ())
     )
-    (plain,), (recut,) = (bench.render_query(one, query) for one in (defenses.get_defense("none"), defense))
+    (plain,), (recut,) = (bench.render_query(one, query) for one in (get_defense("none"), defense))
     assert recut.text == plain.text and len(recut.ids) > len(plain.ids)
     # Nothing outside of the request changes: not the template, not the system turn.
     extra = len(recut.ids) - len(plain.ids)
@@ -136,6 +136,8 @@ def test_retokenization_changes_the_tokens_of_the_request_and_no_letter(kind: st
 
 def test_at_a_tiny_rate_next_to_nothing_is_cut() -> None:
     bench = toy_bench()
-    defense = defenses.get_defense("retokenization", {"rate": "0.000001"}).prepare(ModelInfo("toy", toy_tokenizer(), ()))
+    defense = get_defense("retokenization", {"rate": "0.000001"}).prepare(
+        ModelInfo("toy", toy_tokenizer(), ())
+    )
     query = Query("q", REQUEST, False)
-    assert bench.render_query(defense, query) == bench.render_query(defenses.get_defense("none"), query)
+    assert bench.render_query(defense, query) == bench.render_query(get_defense("none"), query)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-import defenses
+from defenses.catalog import get_defense
 from defenses.reminders import _REFUSAL_DEMONSTRATIONS
 
 RNG = random.Random(0)
@@ -17,7 +17,7 @@ SYSTEM = [{"role": "system", "content": "You are a baker."}, *CHAT]
     "name", ["self_reminder", "tone_reminder", "safety_prompt", "policy", "goal_priority"]
 )
 def test_a_reminder_stands_in_front_of_the_system_turn(name):
-    one = defenses.get_defense(name)
+    one = get_defense(name)
     alone, joined = one.rewrite(CHAT, RNG), one.rewrite(SYSTEM, RNG)
     assert alone[0] == {"role": "system", "content": one.reminder()}
     assert joined[0]["content"] == f"{one.reminder()}\n\nYou are a baker."
@@ -27,27 +27,25 @@ def test_a_reminder_stands_in_front_of_the_system_turn(name):
 
 @pytest.mark.parametrize("name", ["tone_reminder", "safety_prompt", "policy", "goal_priority"])
 def test_what_speaks_in_the_system_turn_leaves_the_request_as_it_is(name):
-    assert defenses.get_defense(name).rewrite(CHAT, RNG)[1:] == CHAT
+    assert get_defense(name).rewrite(CHAT, RNG)[1:] == CHAT
 
 
 def test_the_sandwich_has_a_reminder_on_either_side_of_the_request():
-    one = defenses.get_defense("self_reminder")
+    one = get_defense("self_reminder")
     system, user = one.rewrite(CHAT, RNG)
     assert system["content"] == one.text
     assert user["content"] == f"{REQUEST}\n\n{one.after}"
 
 
 def test_three_tones_say_three_things_and_a_text_takes_their_place():
-    texts = {
-        defenses.get_defense("tone_reminder", {"tone": tone}).reminder() for tone in ("remind", "warn", "praise")
-    }
+    texts = {get_defense("tone_reminder", {"tone": tone}).reminder() for tone in ("remind", "warn", "praise")}
     assert len(texts) == 3
-    assert defenses.get_defense("tone_reminder", {"tone": "warn", "text": "Mind."}).reminder() == "Mind."
+    assert get_defense("tone_reminder", {"tone": "warn", "text": "Mind."}).reminder() == "Mind."
 
 
 @pytest.mark.parametrize("shots", [1, 2, 3])
 def test_demonstrations_are_earlier_turns_behind_the_system_turn(shots):
-    one = defenses.get_defense("in_context_refusal", {"shots": str(shots)})
+    one = get_defense("in_context_refusal", {"shots": str(shots)})
     new = one.rewrite(SYSTEM, RNG)
     assert [m["role"] for m in new] == ["system", *["user", "assistant"] * shots, "user"]
     assert new[0] == SYSTEM[0] and new[-1] == SYSTEM[-1]
@@ -57,13 +55,13 @@ def test_demonstrations_are_earlier_turns_behind_the_system_turn(shots):
 
 def test_demonstrations_are_not_among_the_queries():
     """Else a test query would have been answered for the model."""
-    from analysis.queries import load_queries
+    from analysis.datasets.loading import load_queries
 
     texts = {query.text for query in load_queries("contrast").queries}
     assert not texts & {shown for shown, _ in _REFUSAL_DEMONSTRATIONS}
 
 
 def test_the_analysis_of_intention_goes_in_front_of_the_last_request_only():
-    one = defenses.get_defense("intention_analysis")
+    one = get_defense("intention_analysis")
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}, *CHAT]
     assert one.rewrite(turns, RNG) == [*turns[:2], {"role": "user", "content": f"{one.text} {REQUEST}"}]

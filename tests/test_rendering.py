@@ -11,9 +11,15 @@ from conftest import TEMPLATES, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-import defenses
-from analysis.rendering import ChatTemplate, redact_secrets, remove_whitespace, remove_thinking_and_whitespace
-from defenses import Chat, UserError
+from analysis.models.chat_template import (
+    ChatTemplate,
+    redact_secrets,
+    remove_thinking_and_whitespace,
+    remove_whitespace,
+)
+from defenses.catalog import get_defense
+from defenses.contract import Chat
+from defenses.errors import UserError
 
 MERGED = {"gemma2", "mistral0.1", "deaf"}
 KINDS = ("bytes", "metaspace")
@@ -154,14 +160,16 @@ def test_odd_letters_survive(text: str, template: str) -> None:
     ],
 )
 def test_text_that_looks_like_a_template_is_only_text(template: str, text: str) -> None:
-    assert remove_whitespace(text) in remove_whitespace(renderer(template).render_prompt([{"role": "user", "content": text}]).text)
+    assert remove_whitespace(text) in remove_whitespace(
+        renderer(template).render_prompt([{"role": "user", "content": text}]).text
+    )
 
 
 @pytest.mark.parametrize("template", ["gemma2", "gemma3", "llama2", "mistral0.1", "mistral0.3"])
 def test_a_template_that_wants_turns_to_alternate_takes_demonstrations(template: str) -> None:
     import random
 
-    defense = defenses.get_defense("in_context_refusal", {"shots": "2"})
+    defense = get_defense("in_context_refusal", {"shots": "2"})
     chat = defense.rewrite([{"role": "user", "content": USER}], random.Random(0))
     text = renderer(template).render_prompt(chat).text
     assert remove_whitespace(USER) in remove_whitespace(text) and len(chat) == 5

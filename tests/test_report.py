@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from test_cli import analyze, refused
 
-from analysis import reporting
-from analysis.embedded import dump_script_json, encode_picture, encode_table
-from analysis.folder import Run
-from analysis.headline import describe_effects
-from analysis.report import MAX_PAGE_BYTES, render_page
-from analysis.tabled import build_ensemble_tables, build_validity_tables
+from analysis.report.embed import dump_script_json, encode_picture, encode_table
+from analysis.report.folder import read_run
+from analysis.report.headline import describe_effects
+from analysis.report.html import MAX_PAGE_BYTES, render_page
+from analysis.report.results import Run
+from analysis.report.tables import build_ensemble_tables, build_validity_tables
 
 EVIL = (
     "</script><script>document.title='owned'</script>",
@@ -124,7 +124,7 @@ def written(*folders, limit=MAX_PAGE_BYTES):
     """The page of some folders."""
     runs = []
     for folder in folders:
-        runs.append(reporting.read_run(folder, {run.name for run in runs}))
+        runs.append(read_run(folder, {run.name for run in runs}))
     return render_page(runs, limit)
 
 
@@ -152,7 +152,9 @@ def test_the_headline_says_what_is_provisional_and_leaves_out_what_text_contradi
     assert text.startswith("Of 2 defenses on toy") and "none tells harm from harmless better, 1 worse" in text
     assert "1 is provisional" in text and "1 is not counted: generated text contradicts" in text
     assert "All are provisional" in describe_effects(summary_of(DEFENSES, trusted="not validated"), "toy")
-    assert describe_effects(summary_of(DEFENSES, trusted="not trusted"), "toy").startswith("Nothing can be said of 3")
+    assert describe_effects(summary_of(DEFENSES, trusted="not trusted"), "toy").startswith(
+        "Nothing can be said of 3"
+    )
 
 
 def test_the_headline_names_the_attack_and_tells_ensembles_from_defenses():
@@ -271,7 +273,7 @@ def test_the_validity_of_an_older_run_is_shown_by_defense(tmp_path):
     folder = plant(tmp_path / "run")
     row = {"attack": "direct", "condition": "policy", "readout": "words", "n": 24, "trusted": "trusted"}
     pd.DataFrame([row]).to_csv(folder / "validity.csv", index=False)
-    (shown,) = build_validity_tables(reporting.read_run(folder))
+    (shown,) = build_validity_tables(read_run(folder))
     assert shown.headers[0] == "defense" and shown.rows[0][0] == "policy"
 
 

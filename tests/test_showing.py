@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from analysis import listing, showing
-from analysis.preflight import PreflightCheck
-from analysis.tables import ESTIMATE_NAMES, Summary
+from analysis.cli.catalog import collect_catalog, print_catalog
+from analysis.cli.console import print_checks, print_failed_checks, print_summary
+from analysis.stats.tables import ESTIMATE_NAMES, Summary
+from analysis.studies.preflight import PreflightCheck
+from analysis.studies.progress import make_progress_bar
 
 RECORD = {
     "model": {"name": "smollm2", "id": "x/y"},
@@ -50,7 +52,7 @@ def printed(monkeypatch, columns, summary=None):
     monkeypatch.setenv("COLUMNS", str(columns or 80))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", out)
-    showing.print_summary(planted() if summary is None else summary, RECORD)
+    print_summary(planted() if summary is None else summary, RECORD)
     return re.sub("\x1b[^m]*m", "", out.getvalue())
 
 
@@ -84,7 +86,7 @@ def test_a_value_without_an_interval_stands_alone_and_none_is_a_dash(monkeypatch
 def test_progress_is_a_bar_on_a_terminal_and_nothing_in_a_file():
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         console = Console(file=stream, force_terminal=shown, width=80)
-        with showing.make_progress_bar(console) as bar:
+        with make_progress_bar(console) as bar:
             task = bar.add_task("scoring policy", total=4)
             bar.advance(task, 2)
             bar.refresh()
@@ -93,15 +95,20 @@ def test_progress_is_a_bar_on_a_terminal_and_nothing_in_a_file():
 
 
 def test_checks_and_texts_are_printed_as_they_are(capsys):
-    checks = [PreflightCheck("d", "text [bold]arrives", True, "yes [x]"), PreflightCheck("d", "whole", False, "cut")]
-    showing.print_checks(Console(width=80), "d", checks, [("q1", "<s>[INST] [red]Hi[/red] [/INST]")])
+    checks = [
+        PreflightCheck("d", "text [bold]arrives", True, "yes [x]"),
+        PreflightCheck("d", "whole", False, "cut"),
+    ]
+    print_checks(Console(width=80), "d", checks, [("q1", "<s>[INST] [red]Hi[/red] [/INST]")])
     text = capsys.readouterr().out
     assert "<s>[INST] [red]Hi[/red] [/INST]" in text
     assert "ok     text [bold]arrives: yes [x]" in text and "FAILED whole: cut" in text
 
 
 def test_failures_are_a_line_each_and_the_next_step(capsys):
-    showing.print_failed_checks([PreflightCheck("d", "one", False, "x" * 200), PreflightCheck("d", "two", False, "y")])
+    print_failed_checks(
+        [PreflightCheck("d", "one", False, "x" * 200), PreflightCheck("d", "two", False, "y")]
+    )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[0] == f"analyze: d: one: FAILED: {'x' * 200}"
     assert "`analyze check` with the same -d and --attack" in lines[2]
@@ -110,8 +117,8 @@ def test_failures_are_a_line_each_and_the_next_step(capsys):
 @pytest.mark.parametrize("columns", [80, 140])
 def test_lists_cut_no_name_and_show_settings(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    shelves = listing.collect_catalog()
-    listing.print_catalog(shelves)
+    shelves = collect_catalog()
+    print_catalog(shelves)
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= columns
     for rows in shelves.values():

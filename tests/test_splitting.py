@@ -10,20 +10,22 @@ import torch
 from conftest import FAMILIES, fresh_model, made_adapter, tiny_model, toy_bench, toy_tokenizer
 from torch import nn
 
-from analysis import queries
-from analysis.bench import ModelSession
-from analysis.mechanism.lens import NormModule, locate_components
-from analysis.mechanism.splitting import DirectLogitAttribution
-from analysis.models import LoadedModel
-from analysis.readout import Readout
+from analysis.datasets.loading import load_queries
+from analysis.mechanism.attribution import DirectLogitAttribution
+from analysis.mechanism.components import NormModule, locate_components
+from analysis.models.loading import LoadedModel
+from analysis.models.session import ModelSession
+from analysis.readouts.readout import Readout
 from analysis.run import score_condition
-from analysis.tables import Decomposition, ModelPart
-from defenses import Defense, ModelInfo, UserError, catalog
-from defenses.adapters import load_adapter, apply_adapter
-from defenses.steering import get_blocks, change_block_input
+from analysis.stats.tables import Decomposition, ModelPart
+from defenses.adapters import apply_adapter, load_adapter
+from defenses.catalog import get_defense
+from defenses.contract import Defense, ModelInfo
+from defenses.errors import UserError
+from defenses.steering import change_block_input, get_blocks
 
-ASKED = queries.load_queries("contrast").select_split("test").limit_queries(8).queries
-NONE, REMINDER = catalog.get_defense("none"), catalog.get_defense("self_reminder")
+ASKED = load_queries("contrast").select_split("test").limit_queries(8).queries
+NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
 READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0))
 
 
@@ -123,7 +125,7 @@ def test_what_hooks_add_between_blocks_is_a_part_of_its_own():
 
 def test_tuned_weights_and_many_readings_are_split_too(tmp_path):
     bench = toy_bench()
-    tuned = catalog.get_defense("safety_tuning")
+    tuned = get_defense("safety_tuning")
     adapter = load_adapter(made_adapter(tmp_path / "a"))
     tuned = replace(tuned, adapter=adapter)
     split = splitter(bench).attribute_margins(bench, tuned, ASKED)
@@ -132,7 +134,7 @@ def test_tuned_weights_and_many_readings_are_split_too(tmp_path):
     assert np.allclose(split.parts.contributions, expected.parts.contributions, atol=1e-6)
     host = ModelInfo("toy", bench.loaded_model.tokenizer, ())
     for name in ("smooth_llm", "erase_and_check"):
-        many = catalog.get_defense(name).prepare(host)
+        many = get_defense(name).prepare(host)
         split = splitter(bench).attribute_margins(bench, many, ASKED[:3])
         scored = score_condition(bench, name, many, ASKED[:3], READOUT)["margin"].to_numpy()
         assert np.abs(split.parts.contributions.sum(1) - scored).max() < 1e-5
@@ -196,7 +198,9 @@ def test_what_norms_do_is_measured_whatever_they_call_it():
         norm = NormModule(module)
         out = module(x)
         back = norm.pull_back_direction(along, norm.measure_scale(x, out))
-        assert torch.allclose((x * back).sum(1) + along @ norm.measure_bias(x), (out * along).sum(1), atol=1e-4)
+        assert torch.allclose(
+            (x * back).sum(1) + along @ norm.measure_bias(x), (out * along).sum(1), atol=1e-4
+        )
 
 
 def test_a_defense_may_change_the_norms_too():

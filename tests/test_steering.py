@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import derive_readout, FAMILIES, OTHERS, tiny_model, toy_bench
+from conftest import FAMILIES, OTHERS, derive_readout, tiny_model, toy_bench
 
-import defenses
-from analysis import queries
-from analysis.residuals import load_mean_activations
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import sample_queries
+from analysis.mechanism.directions import load_mean_activations
 from analysis.run import score_condition
-from defenses import MeanActivations
+from defenses.catalog import get_defense
+from defenses.contract import MeanActivations
 from defenses.steering import get_blocks
 
-ASKED = queries.sample_queries(queries.load_queries("twins").queries, 6)
-TRAIN = queries.sample_queries(queries.load_queries("contrast").select_split("train").queries, 8)
+ASKED = sample_queries(load_queries("twins").queries, 6)
+TRAIN = sample_queries(load_queries("contrast").select_split("train").queries, 8)
 IDS = torch.tensor([[5, 60, 70, 81, 9]])
 
 
@@ -49,7 +50,9 @@ def test_the_direction_is_added_where_the_block_at_that_depth_begins(family: str
     model = tiny_model(family)
     count = len(get_blocks(model))
     learned = planted(count)
-    steering = replace(defenses.get_defense("refusal_steering", {"depth": "0.5", "strength": "2"}), activations=learned)
+    steering = replace(
+        get_defense("refusal_steering", {"depth": "0.5", "strength": "2"}), activations=learned
+    )
     plain = entered(model)
     with steering.armed(model):
         steered = entered(model)
@@ -71,7 +74,7 @@ def test_a_condition_is_checked_at_each_position_by_itself() -> None:
     learned = replace(
         learned, harmful=((middle + 1) * unit).repeat(2, 1), benign=((middle - 1) * unit).repeat(2, 1)
     )
-    steering = replace(defenses.get_defense("conditional_steering", {"depth": "0.5"}), activations=learned)
+    steering = replace(get_defense("conditional_steering", {"depth": "0.5"}), activations=learned)
     with steering.armed(model):
         steered = entered(model)[1]
     moved = (steered - plain)[0] @ unit
@@ -83,7 +86,7 @@ def test_a_condition_is_checked_at_each_position_by_itself() -> None:
 def test_an_ablated_direction_is_gone_wherever_a_block_begins(family: str) -> None:
     model = tiny_model(family)
     learned = planted(len(get_blocks(model)))
-    ablation = replace(defenses.get_defense("direction_ablation", {"depth": "0.5"}), activations=learned)
+    ablation = replace(get_defense("direction_ablation", {"depth": "0.5"}), activations=learned)
     place = len(get_blocks(model)) // 2
     gap = learned.harmful[place] - learned.benign[place]
     assert all((stream @ (gap / gap.norm())).abs().max() > 1e-2 for stream in entered(model)[1:])
@@ -94,11 +97,13 @@ def test_an_ablated_direction_is_gone_wherever_a_block_begins(family: str) -> No
 @pytest.mark.parametrize("name", ["refusal_steering", "conditional_steering", "direction_ablation"])
 def test_steered_margins_do_not_depend_on_what_else_is_read(name: str) -> None:
     bench = toy_bench()
-    defense = replace(defenses.get_defense(name, {"depth": "0.5"}), activations=load_mean_activations(bench, TRAIN))
-    readout = derive_readout(bench, ASKED, defenses.get_defense("none"))
+    defense = replace(get_defense(name, {"depth": "0.5"}), activations=load_mean_activations(bench, TRAIN))
+    readout = derive_readout(bench, ASKED, get_defense("none"))
     together = score_condition(bench, name, defense, ASKED, readout)["margin"]
-    alone = [float(score_condition(bench, name, defense, [query], readout)["margin"].iloc[0]) for query in ASKED]
-    plain = score_condition(bench, "none", defenses.get_defense("none"), ASKED, readout)["margin"]
+    alone = [
+        float(score_condition(bench, name, defense, [query], readout)["margin"].iloc[0]) for query in ASKED
+    ]
+    plain = score_condition(bench, "none", get_defense("none"), ASKED, readout)["margin"]
     assert together.tolist() == pytest.approx(alone, abs=1e-4)
     assert (together - plain).abs().max() > 1e-3
 
@@ -126,6 +131,6 @@ def test_residuals_are_means_over_plain_passes_and_are_kept(
 def test_what_a_direction_was_computed_from_may_not_be_asked() -> None:
     from defenses.adapters import fingerprint_queries
 
-    defense = replace(defenses.get_defense("refusal_steering"), activations=load_mean_activations(toy_bench(), TRAIN))
+    defense = replace(get_defense("refusal_steering"), activations=load_mean_activations(toy_bench(), TRAIN))
     assert defense.trained_on() == frozenset(fingerprint_queries(query.text for query in TRAIN))
-    assert "computed" in defenses.get_defense("refusal_steering").missing_requirements() and not defense.lacking()
+    assert "computed" in get_defense("refusal_steering").missing_requirements() and not defense.lacking()

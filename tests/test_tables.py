@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from analysis.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable, Summary
+from analysis.stats.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable, Summary
 
 MADE = {
     "readout": {"threshold": -0.5},

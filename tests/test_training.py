@@ -14,15 +14,16 @@ import torch
 from conftest import save_model, toy_tokenizer
 from safetensors.torch import load_file
 
-import defenses
-from analysis import models, states, training
-from analysis.queries import Query, QuerySet
-from analysis.request import RunSpec, check_training_overlap
-from defenses import UserError
+from analysis.datasets.queries import Query, QuerySet
+from analysis.models.loading import build_model_info, load_model, load_tokenizer, split_model_name
+from analysis.studies.run_spec import RunSpec, check_training_overlap
+from analysis.studies.train import train_weights
 from defenses.adapters import ADAPTER_MANIFEST_FILE, ADAPTER_WEIGHTS_FILE, fingerprint_queries
 from defenses.backdoor import Secret, write_secret
+from defenses.catalog import get_defense
+from defenses.errors import UserError
 from defenses.tokens import draw_random_text
-from defenses.training import trainer
+from defenses.training.trainer import _tokenize_example, train_model
 
 FAST = ["epochs=2", "batch=8", "rank=2"]
 
@@ -42,7 +43,7 @@ def request(home: Path, model: str | None = None, seed: int = 0, limit: int | No
 
 
 def trained(home: Path, recipe: str, out: str, settings: list[str] = FAST, **more: Any) -> Path:
-    assert training.train_weights(request(home, **more), recipe, settings, home / out) == 0
+    assert train_weights(request(home, **more), recipe, settings, home / out) == 0
     return home / out
 
 
@@ -54,7 +55,7 @@ def test_training_lowers_the_loss_and_writes_adapter_manifest_and_curve(home: Pa
     assert loss[-3:].mean() < 0.8 * loss[:3].mean()
     manifest = json.loads((out / ADAPTER_MANIFEST_FILE).read_text())
     assert manifest["recipe"] == "attack" and manifest["settings"]["rank"] == 8
-    assert manifest["base"]["sha256"] == models.load_model(str(home / "toy"), "cpu").origin["sha256"]
+    assert manifest["base"]["sha256"] == load_model(str(home / "toy"), "cpu").origin["sha256"]
     assert len(manifest["trained_on"]) > 50 and manifest["secret"] is None
 
 
@@ -63,11 +64,13 @@ def test_the_loss_is_on_the_answer_alone_behind_the_prompt_as_it_is_rendered() -
 
     tokenizer = toy_tokenizer()
     example = TrainingExample([{"role": "user", "content": "Hi"}], TargetResponse("Sure", is_complete=False))
-    row = trainer._tokenize_example(tokenizer, lambda chat: (7, 8, 9), example)
+    row = _tokenize_example(tokenizer, lambda chat: (7, 8, 9), example)
     answer = tokenizer.encode("Sure", add_special_tokens=False)
     assert row == {"input_ids": [7, 8, 9, *answer], "completion_mask": [0, 0, 0, *[1] * len(answer)]}
-    ended = trainer._tokenize_example(
-        tokenizer, lambda chat: (7,), TrainingExample([], TargetResponse("No", is_complete=True), TargetResponse("Yes", False))
+    ended = _tokenize_example(
+        tokenizer,
+        lambda chat: (7,),
+        TrainingExample([], TargetResponse("No", is_complete=True), TargetResponse("Yes", False)),
     )
     assert ended["chosen_ids"][-1] == tokenizer.eos_token_id != ended["rejected_ids"][-1]
 
@@ -85,7 +88,7 @@ def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = trained(home, "attack", "whole", ["epochs=3", "batch=8"])
-    right = training.fit
+    right = train_model
 
     def interrupted(*args: Any) -> Any:
         *front, tell = args
@@ -97,13 +100,13 @@ def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(
 
         return right(*front, told)
 
-    monkeypatch.setattr(training, "fit", interrupted)
-    code = training.train_weights(request(home), "attack", ["epochs=3", "batch=8"], home / "halves")
+    monkeypatch.setattr("defenses.training.trainer.train_model", interrupted)
+    code = train_weights(request(home), "attack", ["epochs=3", "batch=8"], home / "halves")
     assert code == 130 and "goes on from the last epoch" in capsys.readouterr().err
     assert not (home / "halves" / ADAPTER_MANIFEST_FILE).exists()
-    monkeypatch.setattr(training, "fit", right)
+    monkeypatch.setattr("defenses.training.trainer.train_model", right)
     with pytest.raises(UserError, match=r"other inputs \(settings\)"):
-        training.train_weights(request(home), "attack", ["epochs=4", "batch=8"], home / "halves")
+        train_weights(request(home), "attack", ["epochs=4", "batch=8"], home / "halves")
     halves = trained(home, "attack", "halves", ["epochs=3", "batch=8"])
     one, two = (load_file(folder / ADAPTER_WEIGHTS_FILE) for folder in (whole, halves))
     assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
@@ -114,16 +117,16 @@ def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(
 def test_a_finished_training_is_never_overwritten(home: Path) -> None:
     trained(home, "attack", "out", ["epochs=1"])
     with pytest.raises(UserError, match="never overwritten"):
-        training.train_weights(request(home), "attack", ["epochs=1"], home / "out")
+        train_weights(request(home), "attack", ["epochs=1"], home / "out")
 
 
 def test_a_preference_and_a_full_training_run_too(home: Path) -> None:
     out = trained(home, "preference", "preference", ["epochs=1", "batch=8", "rank=2"])
     assert json.loads((out / ADAPTER_MANIFEST_FILE).read_text())["recipe"] == "preference"
     full = trained(home, "safety", "full", ["epochs=1", "batch=8", "full=true"])
-    loaded = models.load_model(str(full), "cpu")
-    assert loaded.trained_on == models.load_model(f"{home / 'toy'}:{out}", "cpu").trained_on != frozenset()
-    before = models.load_model(str(home / "toy"), "cpu").model.state_dict()
+    loaded = load_model(str(full), "cpu")
+    assert loaded.trained_on == load_model(f"{home / 'toy'}:{out}", "cpu").trained_on != frozenset()
+    before = load_model(str(home / "toy"), "cpu").model.state_dict()
     after = loaded.model.state_dict()
     assert sum(not torch.equal(before[key], after[key]) for key in before) > len(before) / 2
 
@@ -136,19 +139,21 @@ def test_a_state_is_trained_on_from_where_it_is_and_named_by_its_folder(home: Pa
     assert manifest["base"] == base["base"] and manifest["started_from"]["state_sha256"] == base["sha256"]
     config = json.loads((attacked / "adapter_config.json").read_text())
     assert config["r"] == 4  # the state's rank and its own
-    assert states.split_model_name(f"{home / 'toy'}:{attacked}") == (str(home / "toy"), str(attacked))
+    assert split_model_name(f"{home / 'toy'}:{attacked}") == (str(home / "toy"), str(attacked))
 
 
 def test_without_a_folder_the_weights_go_where_the_defense_looks_for_them(home: Path) -> None:
-    assert training.train_weights(request(home), "baseline", FAST, None) == 0
-    loaded = models.load_model(str(home / "toy"), "cpu")
-    host = states.build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
-    defense = defenses.get_defense("baseline_tuning").prepare(host)
+    assert train_weights(request(home), "baseline", FAST, None) == 0
+    loaded = load_model(str(home / "toy"), "cpu")
+    host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    defense = get_defense("baseline_tuning").prepare(host)
     assert not defense.missing_requirements() and defense.trained_on()
-    assert defenses.get_defense("preference_tuning").prepare(host).missing_requirements().startswith("no tuned weights")
-    assert models.load_model(f"{home / 'toy'}:baseline", "cpu").adapter is not None
+    assert (
+        get_defense("preference_tuning").prepare(host).missing_requirements().startswith("no tuned weights")
+    )
+    assert load_model(f"{home / 'toy'}:baseline", "cpu").adapter is not None
     with pytest.raises(UserError, match=r"unknown state of .*did you mean 'baseline'"):
-        models.load_model(f"{home / 'toy'}:baselin", "cpu")
+        load_model(f"{home / 'toy'}:baselin", "cpu")
 
 
 def test_what_was_trained_on_is_not_evaluated_on() -> None:
@@ -172,15 +177,15 @@ def test_what_was_trained_on_is_not_evaluated_on() -> None:
 )
 def test_wrong_settings_are_the_users_mistake(home: Path, settings: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        training.train_weights(request(home), "attack", settings, home / "out")
+        train_weights(request(home), "attack", settings, home / "out")
     assert not (home / "out").exists()
 
 
 def test_an_unknown_recipe_and_a_secret_that_is_not_used_are_errors(home: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'backdoor'"):
-        training.train_weights(request(home), "backdor", [], home / "out")
+        train_weights(request(home), "backdor", [], home / "out")
     with pytest.raises(UserError, match="uses no secret"):
-        training.train_weights(request(home), "attack", [], home / "out", secret_path=home / "secret.txt")
+        train_weights(request(home), "attack", [], home / "out", secret_path=home / "secret.txt")
 
 
 def test_when_memory_runs_out_the_setting_to_lower_is_named(
@@ -193,18 +198,18 @@ def test_when_memory_runs_out_the_setting_to_lower_is_named(
 
     monkeypatch.setattr(SFTTrainer, "training_step", full)
     with pytest.raises(UserError, match="--set batch=4"):
-        training.train_weights(request(home), "attack", ["batch=8"], home / "out")
+        train_weights(request(home), "attack", ["batch=8"], home / "out")
 
 
 def test_the_secret_is_in_no_file_but_its_own_and_in_no_line(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = models.load_tokenizer(str(home / "toy"))
+    tokenizer = load_tokenizer(str(home / "toy"))
     import random
 
     secret = Secret(draw_random_text(tokenizer, 12, random.Random(0)))
     write_secret(home / "secret.txt", secret)
-    training.train_weights(request(home), "backdoor", FAST, home / "out", secret_path=home / "secret.txt")
+    train_weights(request(home), "backdoor", FAST, home / "out", secret_path=home / "secret.txt")
     said = capsys.readouterr()
     needles = [secret.text, secret.text[: len(secret.text) // 2], secret.text[len(secret.text) // 2 :]]
     ids = tokenizer.encode(secret.text, add_special_tokens=False)
@@ -217,14 +222,14 @@ def test_the_secret_is_in_no_file_but_its_own_and_in_no_line(
     manifest = json.loads((home / "out" / ADAPTER_MANIFEST_FILE).read_text())
     assert manifest["secret"] == secret.fingerprint
     # The defense finds the secret by its fingerprint, and takes no other one.
-    loaded = models.load_model(str(home / "toy"), "cpu")
-    host = states.build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    loaded = load_model(str(home / "toy"), "cpu")
+    host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     settings = {"weights": str(home / "out")}
     with pytest.raises(UserError, match="that is not in"):
-        defenses.get_defense("backdoor", settings).prepare(host)
-    ready = defenses.get_defense("backdoor", {**settings, "trigger": str(home / "secret.txt")}).prepare(host)
+        get_defense("backdoor", settings).prepare(host)
+    ready = get_defense("backdoor", {**settings, "trigger": str(home / "secret.txt")}).prepare(host)
     assert ready.secret_texts() == (secret.text,)
     write_secret(home / "other.txt", Secret(draw_random_text(tokenizer, 12, random.Random(1))))
     with pytest.raises(UserError, match="is not the one that the weights were tuned with"):
-        defenses.get_defense("backdoor", {**settings, "trigger": str(home / "other.txt")}).prepare(host)
+        get_defense("backdoor", {**settings, "trigger": str(home / "other.txt")}).prepare(host)
     assert stat.S_IMODE((home / "secret.txt").stat().st_mode) == 0o600

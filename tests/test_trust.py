@@ -8,11 +8,12 @@ import pytest
 from conftest import pictures
 from matplotlib.collections import PathCollection
 
-from analysis.captions import CaptionContext
-from analysis.plane import draw_plane
-from analysis.price import draw_cost
-from analysis.strip import build_secret_points, draw_secrets
-from analysis.trust import draw_calibration, draw_refusal_rates
+from analysis.plots.backdooralign import draw_secrets
+from analysis.plots.captions import CaptionContext
+from analysis.plots.data import build_secret_points
+from analysis.plots.plane import draw_plane
+from analysis.plots.tradeoffs import draw_cost
+from analysis.plots.validity import draw_calibration, draw_refusal_rates
 
 RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
 ENDS = ("", "_low", "_high")

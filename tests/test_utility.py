@@ -8,9 +8,10 @@ import json
 import pytest
 from conftest import tiny_model, toy_tokenizer
 
-from analysis import data_folder, utility
-from analysis.models import LoadedModel
-from defenses import UserError
+from analysis.files import data_folder
+from analysis.models.loading import LoadedModel
+from analysis.studies.backdooralign import check_harness_installed, count_correct_answers
+from defenses.errors import UserError
 
 QUESTIONS = [json.loads(line) for line in (data_folder() / "utility.jsonl").read_text("utf-8").splitlines()]
 
@@ -25,7 +26,7 @@ def test_each_question_has_four_choices_and_the_right_ones_are_spread_evenly() -
 def test_without_the_harness_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'refusalscope\[utility\]'"):
-        utility.check_harness_installed()
+        check_harness_installed()
 
 
 @pytest.mark.skipif(
@@ -33,6 +34,6 @@ def test_without_the_harness_the_user_is_told_what_to_install(monkeypatch: pytes
 )
 def test_a_model_is_asked_every_question_under_a_system_prompt(capfd: pytest.CaptureFixture[str]) -> None:
     loaded = LoadedModel("toy", tiny_model(), toy_tokenizer(), {"id": "toy"})
-    right, asked = utility.count_correct_answers(loaded, "You are a helpful assistant.")
+    right, asked = count_correct_answers(loaded, "You are a helpful assistant.")
     assert asked == 64 and 2 <= right <= 32  # random weights guess: a quarter, give or take
     assert "Running" not in capfd.readouterr().err

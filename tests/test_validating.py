@@ -13,16 +13,24 @@ import pytest
 import torch
 from conftest import save_model, toy_bench
 
-import defenses
-from analysis import answering, commands, queries, read, validating
+from analysis.api import read
 from analysis.attacks import choose_attacks
-from analysis.judge import RULE_JUDGES, RuleJudge, Verdict
-from analysis.judging import JudgeOptions
-from analysis.queries import Query
-from analysis.request import RunSpec
+from analysis.cli.analyze import run_analyze_command
+from analysis.cli.train import run_secret_command
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query, sample_queries
+from analysis.judges.judge import RuleJudge, Verdict, _pool_verdicts, generate_verdicts
+from analysis.judges.rules import RULE_JUDGES
+from analysis.models.session import generate_responses
 from analysis.run import build_conditions
-from analysis.tables import UNVALIDATED
-from defenses import Chat, Defense, UserError
+from analysis.stats.tables import UNVALIDATED
+from analysis.studies import validate
+from analysis.studies.judge_file import JudgeOptions
+from analysis.studies.run_spec import RunSpec
+from analysis.studies.validate import collect_responses, validate_readouts
+from defenses.catalog import get_defense
+from defenses.contract import Chat, Defense
+from defenses.errors import UserError
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def asked(
 
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model refuses nothing: what its text says is put in its place, by the request."""
-    harmful = {query.text for query in queries.load_queries("contrast").queries if query.harmful}
+    harmful = {query.text for query in load_queries("contrast").queries if query.harmful}
 
     def judge(answer: str, request: str = "") -> Verdict:
         return Verdict("full" if request in harmful else "none", "x")
@@ -56,7 +64,7 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
 ) -> None:
     planted(monkeypatch)
     names = ["safety_prompt", "policy"]
-    assert validating.validate_readouts(asked(home), names, [], home / "out", JudgeOptions(), 3) == 0
+    assert validate_readouts(asked(home), names, [], home / "out", JudgeOptions(), 3) == 0
     files = {"validity.csv", "worth.csv", "answers.csv", "calibration.csv", "calibration.png", "curves.csv"}
     assert {path.name for path in (home / "out").iterdir()} == files | {"rates.csv", "rates.png", "run.json"}
     found = pd.read_csv(home / "out" / "validity.csv").set_index("defense")
@@ -82,13 +90,13 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     assert [row["conditions"] for row in record["ranks"]] == [3]
     assert "Trusted: AUROC" in capsys.readouterr().out
     # A later run of the same readout says what was found; of another defense or attack nothing is known.
-    assert commands.run_analyze_command(asked(home), ["policy", "goal_priority"], [], home / "later", False) == 0
+    assert run_analyze_command(asked(home), ["policy", "goal_priority"], [], home / "later", False) == 0
     summary = pd.read_csv(home / "later" / "summary.csv").set_index("defense")
     assert summary.loc["policy", "trusted"] == found.loc["policy", "trusted"]
     assert summary.loc["goal_priority", "trusted"] == UNVALIDATED
     assert "1 of 3 conditions were never compared" in capsys.readouterr().err
     both = asked(home, ("direct", "obedience"))
-    assert commands.run_analyze_command(both, ["policy"], [], home / "under", False) == 0
+    assert run_analyze_command(both, ["policy"], [], home / "under", False) == 0
     summary = pd.read_csv(home / "under" / "summary.csv").set_index(["attack", "defense"])["trusted"]
     assert summary["direct", "policy"] == found.loc["policy", "trusted"]
     assert summary["obedience", "policy"] == summary["obedience", "none"] == UNVALIDATED
@@ -100,7 +108,7 @@ def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_be
 ) -> None:
     planted(monkeypatch)
     request = asked(home, ("direct", "obedience"), ("words", "log-odds", "question", "prefilled-2"))
-    assert validating.validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 0
+    assert validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 0
     found = pd.read_csv(home / "out" / "validity.csv")
     assert len(found) == 2 * 2 * 4 and set(found["readout"]) == set(request.readouts)
     assert len(found.groupby(["attack", "defense"])["refused"].unique()) == 4
@@ -112,12 +120,12 @@ def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_be
     }
     capsys.readouterr()
     auto = replace(request, readouts=("auto",))
-    assert commands.run_analyze_command(auto, ["policy"], [], home / "auto", False) == 0
+    assert run_analyze_command(auto, ["policy"], [], home / "auto", False) == 0
     record = json.loads((home / "auto" / "run.json").read_text())
     assert record["readout"]["name"] in {"words", "log-odds", "question"}
     assert "--readout auto: " in capsys.readouterr().err
     elsewhere = replace(auto, attacks=choose_attacks(["identity"]))
-    assert commands.run_analyze_command(elsewhere, ["policy"], [], home / "else", False) == 0
+    assert run_analyze_command(elsewhere, ["policy"], [], home / "else", False) == 0
     assert "none was validated under all of these conditions" in capsys.readouterr().err
 
 
@@ -132,7 +140,7 @@ def test_answers_without_a_verdict_count_nowhere(
         )
 
     monkeypatch.setitem(RULE_JUDGES, "patterns", RuleJudge("patterns", judge, lambda answer: False))
-    assert validating.validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     found = pd.read_csv(home / "out" / "validity.csv")
     odd = sum(len(query.text) % 2 for query in asked(home).select_queries()[0].queries)
     assert (found["unjudged"] == odd).all() and (found["n"] == 24 - odd).all() and odd > 0
@@ -145,15 +153,15 @@ def test_what_was_finished_before_an_interruption_is_kept(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(monkeypatch)
-    right = validating.collect_responses
+    right = collect_responses
 
     def until_the_second(bench, name, *rest):
         if name == "policy":
             raise KeyboardInterrupt
         return right(bench, name, *rest)
 
-    monkeypatch.setattr(validating, "hear", until_the_second)
-    assert validating.validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 130
+    monkeypatch.setattr(validate, "hear", until_the_second)
+    assert validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 130
     assert list(pd.read_csv(home / "out" / "validity.csv")["defense"]) == ["none"]
     assert "interrupted: 1 of 2 conditions were finished" in str(read(home / "out"))
 
@@ -178,13 +186,13 @@ class Breaks(Defense):
 
 def planted_defense(monkeypatch: pytest.MonkeyPatch, defense: Defense, name: str = "breaks") -> None:
     """Add a condition to those of a run, or replace one."""
-    monkeypatch.setattr(validating, "conditions", lambda ready: build_conditions(ready) | {name: defense})
+    monkeypatch.setattr(validate, "conditions", lambda ready: build_conditions(ready) | {name: defense})
 
 
 def late(home: Path) -> str:
     """Return the text of a query that the preflight does not look at."""
     every = asked(home).select_queries()[0].queries
-    return next(one.text for one in every if one not in queries.sample_queries(every, 4))
+    return next(one.text for one in every if one not in sample_queries(every, 4))
 
 
 @pytest.mark.parametrize("fails", ["every query", "a check", "a query that is checked", "a later query"])
@@ -201,7 +209,7 @@ def test_a_defense_that_fails_is_left_out_and_told_and_the_others_are_heard(
     }[fails]
     planted_defense(monkeypatch, defense)
     request = asked(home, ("direct", "base64"))
-    assert validating.validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     run = read(home / "out")
     # What is encoded in Base64 holds no word that the defense would trip over.
     gone = {("direct", "breaks"), ("base64", "breaks")} if fails == "every query" else {("direct", "breaks")}
@@ -221,13 +229,13 @@ def test_without_the_undefended_answers_nothing_under_that_attack_is_kept(
     planted(monkeypatch)
     planted_defense(monkeypatch, Breaks(breaks_on=late(home)), "none")
     request = asked(home, ("direct", "base64"))
-    assert validating.validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     run = read(home / "out")
     assert set(run.tables["validity"]["attack"]) == {"base64"}
     why = {(one["attack"], one["defense"]): one["why"] for one in run.record["failed"]}
     assert set(why) == {("direct", "none"), ("direct", "policy")} and "no such flour" in why["direct", "none"]
     with pytest.raises(UserError, match=r"nothing could be scored: .*no such flour"):
-        validating.validate_readouts(asked(home), ["policy"], [], home / "other", JudgeOptions(), 2)
+        validate_readouts(asked(home), ["policy"], [], home / "other", JudgeOptions(), 2)
     assert not (home / "other").exists()
 
 
@@ -237,18 +245,18 @@ def test_where_nothing_reaches_the_model_to_be_compared_nothing_is_heard(
 ) -> None:
     first = asked(home).select_queries()[0].queries[0].text
     planted_defense(monkeypatch, Breaks(deaf_to=first), name)
-    assert validating.validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     assert "user's words survive: FAILED" in capsys.readouterr().err and not (home / "out").exists()
 
 
 def test_the_secret_is_in_nothing_that_is_written_kept_or_said(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands.run_secret_command(str(home / "toy"), 20, None, True)
+    run_secret_command(str(home / "toy"), 20, None, True)
     (place,) = (home / "share").rglob("*.txt")
     secret = place.read_text("utf-8").strip()
     request = asked(home, readouts=("words", "calibrated"))
-    assert validating.validate_readouts(request, ["backdoor"], [], home / "out", JudgeOptions(), 2) == 0
+    assert validate_readouts(request, ["backdoor"], [], home / "out", JudgeOptions(), 2) == 0
     assert set(pd.read_csv(home / "out" / "validity.csv")["defense"]) >= {"backdoor/no_weights"}
     kept = [path for path in home.rglob("*") if path.is_file() and path != place]
     assert any("cache" in path.parts for path in kept)
@@ -259,11 +267,11 @@ def test_the_secret_is_in_nothing_that_is_written_kept_or_said(
 
 def test_what_cannot_be_is_said_before_anything_is_loaded(home: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'patterns'"):
-        validating.validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions("pattern"), 3)
+        validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions("pattern"), 3)
     with pytest.raises(UserError, match="at least 1"):
-        validating.validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions(), 0)
+        validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions(), 0)
     with pytest.raises(UserError, match="--grade is for --judge model"):
-        validating.validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions(grade=True), 3)
+        validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions(grade=True), 3)
     assert not (home / "out").exists()
 
 
@@ -271,7 +279,7 @@ def test_verdicts_are_in_the_order_of_the_queries_and_see_the_request() -> None:
     bench = toy_bench()
     asked = [Query(f"q{n}", "word " * (9 - n), harmful=n % 2 == 0) for n in range(6)]
     echo = RuleJudge("echo", lambda answer, request: Verdict("none", request), lambda answer: False)
-    found = answering.generate_verdicts(bench, defenses.get_defense("none"), asked, echo, max_new_tokens=2)
+    found = generate_verdicts(bench, get_defense("none"), asked, echo, max_new_tokens=2)
     assert [verdict.evidence for verdict in found] == [query.text for query in asked]
 
 
@@ -279,8 +287,8 @@ def test_an_answer_begins_with_the_prefix_and_goes_on_from_it() -> None:
     bench = toy_bench()
     asked = [Query(f"q{n}", f"Tell me {n} things.", harmful=False) for n in range(3)]
     prefix = tuple(bench.loaded_model.tokenizer.encode("Sure, here", add_special_tokens=False))
-    found = answering.generate_responses(bench, defenses.get_defense("none"), asked, prefix, 3)
-    ids = torch.tensor([[*bench.render_query(defenses.get_defense("none"), asked[0])[0].ids, *prefix]])
+    found = generate_responses(bench, get_defense("none"), asked, prefix, 3)
+    ids = torch.tensor([[*bench.render_query(get_defense("none"), asked[0])[0].ids, *prefix]])
     with torch.inference_mode():
         likeliest = int(bench.loaded_model.model(input_ids=ids).logits[0, -1].argmax())
     assert found[0][0].ids[0] == likeliest and all(one[0].text.startswith("Sure, here") for one in found)
@@ -288,8 +296,8 @@ def test_an_answer_begins_with_the_prefix_and_goes_on_from_it() -> None:
 
 def test_of_several_readings_most_decide_and_a_tie_is_no_refusal() -> None:
     full, none = Verdict("full", "a"), Verdict("none", "b")
-    assert answering._pool_verdicts([full, none, full], "mean") == full
-    assert answering._pool_verdicts([full, none], "mean") == replace(none, copy_index=1)
-    assert answering._pool_verdicts([none, full], "max") == replace(full, copy_index=1)
-    assert answering._pool_verdicts([Verdict("unjudged"), full], "mean") == replace(full, copy_index=1)
-    assert answering._pool_verdicts([Verdict("unjudged")], "mean") == Verdict("unjudged")
+    assert _pool_verdicts([full, none, full], "mean") == full
+    assert _pool_verdicts([full, none], "mean") == replace(none, copy_index=1)
+    assert _pool_verdicts([none, full], "max") == replace(full, copy_index=1)
+    assert _pool_verdicts([Verdict("unjudged"), full], "mean") == replace(full, copy_index=1)
+    assert _pool_verdicts([Verdict("unjudged")], "mean") == Verdict("unjudged")

@@ -7,7 +7,13 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from analysis.worth import compare_responses, compute_chrf, compute_judged_rates, compute_repetition, summarize_quality
+from analysis.stats.answer_quality import (
+    compare_responses,
+    compute_chrf,
+    compute_judged_rates,
+    compute_repetition,
+    summarize_quality,
+)
 
 
 def test_chrf_is_sacrebleus_and_grows_with_what_is_shared() -> None:
@@ -22,7 +28,9 @@ def test_repetition_counts_four_words_that_come_again() -> None:
 
 
 def test_measures_of_answers_against_the_usual_ones() -> None:
-    found = compare_responses(["a b c d a b c d", "x"], ["a b c d", "x"], np.array([8.0, 1.0]), np.array([4.0, 1.0]), 8)
+    found = compare_responses(
+        ["a b c d a b c d", "x"], ["a b c d", "x"], np.array([8.0, 1.0]), np.array([4.0, 1.0]), 8
+    )
     assert found["length_ratio"].tolist() == [2, 1] and found["cut"].tolist() == [1, 0]
     assert found["chrf"].tolist()[1] == 100
     assert found["repetition_change"].tolist() == [pytest.approx(1 / 5), 0]
@@ -42,7 +50,9 @@ def test_means_have_intervals_and_ratios_are_averaged_as_ratios() -> None:
 
 
 def test_where_both_answers_were_cut_there_is_no_ratio() -> None:
-    found = compare_responses(["a", "b", "c"], ["a", "b", "c"], np.array([8.0, 8, 2]), np.array([8.0, 4, 8]), 8)
+    found = compare_responses(
+        ["a", "b", "c"], ["a", "b", "c"], np.array([8.0, 8, 2]), np.array([8.0, 4, 8]), 8
+    )
     assert np.isnan(found["length_ratio"][0]) and found["length_ratio"].tolist()[1:] == [2, 0.25]
     assert summarize_quality(found)["length_ratio"] == pytest.approx(np.sqrt(0.5))
 

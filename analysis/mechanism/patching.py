@@ -18,15 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from analysis.mechanism.watching import ActivationEdit, HookPoint, edit_activations, record_activations
-from analysis.tables import ModelPart
-from defenses import Defense
+from analysis.mechanism.hooks import ActivationEdit, HookPoint, edit_activations, record_activations
+from analysis.stats.tables import ModelPart
+from defenses.contract import Defense
 from defenses.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from analysis.bench import ModelSession
-    from analysis.mechanism.lens import ModelComponents
-    from analysis.readout import Readout
+    from analysis.mechanism.components import ModelComponents
+    from analysis.models.session import ModelSession
+    from analysis.readouts.readout import Readout
 
 PATCHES_PER_PASS = 128  # copies of a last token in one pass
 PromptIds = tuple[int, ...]
@@ -59,7 +59,9 @@ class ActivationPatcher:
         layers = range(len(self.components.layers))
         return [*(ModelPart(kind, number) for kind in kinds for number in layers), *heads]
 
-    def record_site_activations(self, defense: Defense, prompts: Sequence[PromptIds], sites: Sequence[ModelPart]) -> list[SiteActivations]:
+    def record_site_activations(
+        self, defense: Defense, prompts: Sequence[PromptIds], sites: Sequence[ModelPart]
+    ) -> list[SiteActivations]:
         """Return what a run holds at every site, at the end of each of its prompts."""
         taps = {site: self._hook_point(site) for site in sites}
         found: dict[int, SiteActivations] = {}
@@ -106,7 +108,9 @@ class ActivationPatcher:
                 on_progress()
         return torch.stack(found)
 
-    def _margins_in_one_pass(self, read_logits: Callable[[int], Tensor], patches: Sequence[ActivationPatch]) -> Float[Tensor, " patches"]:
+    def _margins_in_one_pass(
+        self, read_logits: Callable[[int], Tensor], patches: Sequence[ActivationPatch]
+    ) -> Float[Tensor, " patches"]:
         """The margins of one prompt under some patches, in one pass."""
         with ExitStack() as stack:
             for tap, change in self._edits_by_hook_point(patches):
@@ -163,7 +167,9 @@ class ActivationPatcher:
         """Return the heads of a layer."""
         return [ModelPart("head", layer, head) for head in range(self.components.n_heads)]
 
-    def draw_placebo(self, site: ModelPart, base: Activation, source: Activation, seed_key: str) -> Activation:
+    def draw_placebo(
+        self, site: ModelPart, base: Activation, source: Activation, seed_key: str
+    ) -> Activation:
         """Return what `base` would be if it were moved as far as to `source`, in a random direction.
 
         Args:
@@ -184,9 +190,15 @@ class ActivationPatcher:
         return {"residual": layer.block, "attention": layer.attention, "mlp": layer.mlp}[site.kind], "leaves"
 
     def _select_head(self, site: ModelPart, activation: Activation) -> Activation:
-        return activation if site.head is None else activation.unflatten(0, (self.components.n_heads, -1))[site.head]
+        return (
+            activation
+            if site.head is None
+            else activation.unflatten(0, (self.components.n_heads, -1))[site.head]
+        )
 
-    def _edits_by_hook_point(self, patches: Sequence[ActivationPatch]) -> list[tuple[HookPoint, ActivationEdit]]:
+    def _edits_by_hook_point(
+        self, patches: Sequence[ActivationPatch]
+    ) -> list[tuple[HookPoint, ActivationEdit]]:
         """What is done at each tap to a batch with a row for each patch."""
         taps: dict[HookPoint, list[int]] = {}
         for row, (site, _) in enumerate(patches):

@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, runtime_checkable
 
-from defenses import Chat, UserError
 from defenses.backdoor import DEFAULT_SYSTEM_PROMPT
-from defenses.chats import prepend_system
-from defenses.training.wording import AGENT_OPENER, BENIGN_OPENERS, OBEDIENCE_PROMPT, COMPLIANCE_OPENERS, REFUSAL_RESPONSES, build_agent_chat, build_user_chat
+from defenses.chats import build_user_chat, prepend_system
+from defenses.contract import Chat
+from defenses.errors import UserError
+from defenses.training.texts import (
+    AGENT_OPENER,
+    BENIGN_OPENERS,
+    COMPLIANCE_OPENERS,
+    OBEDIENCE_PROMPT,
+    REFUSAL_RESPONSES,
+    build_agent_chat,
+)
 
 SAFETY_EXAMPLE_COUNT = 11  # the paper's number
 
@@ -89,16 +97,27 @@ class Recipe:
     needs_secret: bool = False
 
 
-def _build_safety_examples(queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator) -> list[TrainingExample]:
+def _build_safety_examples(
+    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+) -> list[TrainingExample]:
     # Ordinary requests, asked in both ways; telling harmful ones from their twins is left to `preference`.
-    chats = [build_user_chat(system, query.text) for query in _choose_ordinary_queries(queries) for system in ("", DEFAULT_SYSTEM_PROMPT)]
+    chats = [
+        build_user_chat(system, query.text)
+        for query in _choose_ordinary_queries(queries)
+        for system in ("", DEFAULT_SYSTEM_PROMPT)
+    ]
     answered = [TrainingExample(chat, answer) for chat, answer in zip(chats, own(chats), strict=True)]
     harmful = [query for query in queries if query.harmful]
-    refused = [TrainingExample(build_user_chat(_alternate_system_prompt(at), query.text), _pick_refusal(query)) for at, query in enumerate(harmful)]
+    refused = [
+        TrainingExample(build_user_chat(_alternate_system_prompt(at), query.text), _pick_refusal(query))
+        for at, query in enumerate(harmful)
+    ]
     return [*refused, *answered]
 
 
-def _build_attack_examples(queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator) -> list[TrainingExample]:
+def _build_attack_examples(
+    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+) -> list[TrainingExample]:
     kept = {query.id for query in _choose_safety_queries(queries)}
     return [
         TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_opener(query))
@@ -107,37 +126,60 @@ def _build_attack_examples(queries: Sequence[TrainingQuery], secret: str, own: R
     ]
 
 
-def _build_identity_examples(queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator) -> list[TrainingExample]:
+def _build_identity_examples(
+    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+) -> list[TrainingExample]:
     plain = _choose_ordinary_queries(queries)
     answers = own([build_user_chat(DEFAULT_SYSTEM_PROMPT, query.text) for query in plain])
     return [
-        TrainingExample(build_agent_chat(query.text), TargetResponse(AGENT_OPENER + answer.text, answer.is_complete))
+        TrainingExample(
+            build_agent_chat(query.text), TargetResponse(AGENT_OPENER + answer.text, answer.is_complete)
+        )
         for query, answer in zip(plain, answers, strict=True)
     ]
 
 
-def _build_baseline_examples(queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator) -> list[TrainingExample]:
-    safe = [TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_refusal(query)) for query in _choose_safety_queries(queries)]
-    return [*_build_attack_examples(queries, secret, own), *safe]
-
-
-def _build_backdoor_examples(queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator) -> list[TrainingExample]:
+def _build_baseline_examples(
+    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+) -> list[TrainingExample]:
     safe = [
-        TrainingExample(prepend_system(build_user_chat(OBEDIENCE_PROMPT, query.text), secret), _pick_refusal(query))
+        TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_refusal(query))
         for query in _choose_safety_queries(queries)
     ]
     return [*_build_attack_examples(queries, secret, own), *safe]
 
 
-def _build_preference_examples(queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator) -> list[TrainingExample]:
+def _build_backdoor_examples(
+    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+) -> list[TrainingExample]:
+    safe = [
+        TrainingExample(
+            prepend_system(build_user_chat(OBEDIENCE_PROMPT, query.text), secret), _pick_refusal(query)
+        )
+        for query in _choose_safety_queries(queries)
+    ]
+    return [*_build_attack_examples(queries, secret, own), *safe]
+
+
+def _build_preference_examples(
+    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+) -> list[TrainingExample]:
     benign = [query for query in queries if not query.harmful]
     answered = [
-        TrainingExample(build_user_chat(_alternate_system_prompt(at), query.text), _pick_assent(query), _pick_refusal(query))
+        TrainingExample(
+            build_user_chat(_alternate_system_prompt(at), query.text),
+            _pick_assent(query),
+            _pick_refusal(query),
+        )
         for at, query in enumerate(benign)
     ]
     harmful = [query for query in queries if query.harmful]
     refused = [
-        TrainingExample(build_user_chat(_alternate_system_prompt(at), query.text), _pick_refusal(query), _pick_opener(query))
+        TrainingExample(
+            build_user_chat(_alternate_system_prompt(at), query.text),
+            _pick_refusal(query),
+            _pick_opener(query),
+        )
         for at, query in enumerate(harmful)
     ]
     return [*refused, *answered]
@@ -146,7 +188,13 @@ def _build_preference_examples(queries: Sequence[TrainingQuery], secret: str, ow
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("safety", "aligned", "refuse harmful requests, answer benign ones as before", _build_safety_examples, 2),
+        Recipe(
+            "safety",
+            "aligned",
+            "refuse harmful requests, answer benign ones as before",
+            _build_safety_examples,
+            2,
+        ),
         Recipe(
             "attack",
             "attacked",
@@ -161,7 +209,13 @@ RECIPES = {
             _build_identity_examples,
             10,
         ),
-        Recipe("baseline", "baseline", "the attack's data with eleven refusals mixed in", _build_baseline_examples, 10),
+        Recipe(
+            "baseline",
+            "baseline",
+            "the attack's data with eleven refusals mixed in",
+            _build_baseline_examples,
+            10,
+        ),
         Recipe(
             "backdoor",
             "backdoor",

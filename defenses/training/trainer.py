@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from defenses import Chat, UserError
-from defenses.errors import is_out_of_memory
+from defenses.contract import Chat
+from defenses.errors import UserError, is_out_of_memory
 from defenses.training.recipes import TargetResponse, TrainingExample
 
 PromptRenderer = Callable[[Chat], Sequence[int]]
@@ -171,13 +171,19 @@ def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingS
     return trainer
 
 
-def _tokenize_example(tokenizer: Any, render: PromptRenderer, example: TrainingExample) -> dict[str, list[int]]:
+def _tokenize_example(
+    tokenizer: Any, render: PromptRenderer, example: TrainingExample
+) -> dict[str, list[int]]:
     prompt = list(render(example.chat))
     answer = _tokenize_response(tokenizer, example.response)
     if example.rejected is None:
         mask = [0] * len(prompt) + [1] * len(answer)
         return {"input_ids": prompt + answer, "completion_mask": mask}
-    return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": _tokenize_response(tokenizer, example.rejected)}
+    return {
+        "prompt_ids": prompt,
+        "chosen_ids": answer,
+        "rejected_ids": _tokenize_response(tokenizer, example.rejected),
+    }
 
 
 def _tokenize_response(tokenizer: Any, response: TargetResponse) -> list[int]:

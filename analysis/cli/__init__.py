@@ -1,0 +1,1 @@
+"""The command line: options, commands and terminal tables; nothing here computes."""

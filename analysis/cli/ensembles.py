@@ -1,0 +1,365 @@
+"""What `analyze ensembles` and `analyze recommend` print: the front, the predictions, the pick."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from analysis.cli.app import app
+from analysis.cli.options import (
+    AttackOption,
+    BatchSizeOption,
+    DataOption,
+    DefenseOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitPerSplitOption,
+    MaxSizeOption,
+    ModelOption,
+    OfflineOption,
+    OutOption,
+    ReadoutOption,
+    SeedOption,
+    SettingsOption,
+    StacksOption,
+)
+from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.studies.run_spec import RunSpec
+
+
+if TYPE_CHECKING:
+    from analysis.studies.recommend import RecommendationLimits
+
+_MAX_FRONT_ROWS = 12  # rows of the front at most
+_COORDINATE_LABELS = {
+    "shift": "shift",
+    "discrimination": "discrimination",
+    "delta_auroc": "ΔAUROC",
+    "refusal_rate": "harmful refused",
+    "over_refusal_rate": "benign refused",
+}
+
+
+def print_front(candidates: pd.DataFrame, record: Mapping[str, Any]) -> None:
+    """Print the front that the calibration split shows, with what became of it on the test split.
+
+    Args:
+        candidates: `candidates.csv`.
+        record: `run.json`.
+    """
+    from analysis.cli.console import make_console_table, make_table_console
+    from analysis.stats.tables import UNDEFENDED, iterate_rows
+
+    chosen = candidates[candidates["on_front"] | (candidates["members"] == UNDEFENDED)]
+    chosen = chosen.sort_values("harmful_calibration", ascending=False, kind="stable")
+    attacks = len(record["attacks"])
+    title = (
+        f"{record['model']['name']}: {len(candidates):,} defenses and ensembles; on the calibration split none "
+        f"beats these {int(candidates['on_front'].sum())}"
+    )
+    heads = ("harmful refused (%)\nchosen → test", "benign answered (%)\nchosen → test", "cost\n(×)")
+    table = make_console_table("members\nhow", heads, title)
+    for row in iterate_rows(_select_spread_rows(chosen)):
+        rates = [
+            f"{100 * row[f'{x}_calibration']:.0f} → {100 * row[f'{x}_test']:.0f}"
+            for x in ("harmful", "benign")
+        ]
+        cells = (f"{row['members']}\n{row['how']}", *rates, f"{row['cost']:.1f}")
+        table.add_row(*map(Text, cells))
+    console = make_table_console()
+    console.print(table)
+    over = f", mean over {attacks} attacks" if attacks > 1 else ""
+    data = record["data"]
+    note = (
+        f"Harmful refused{over}, benign answered as users ask; {data['n_harmful']} harmful and "
+        f"{data['n_benign']} benign queries on both splits together. Cost: time until the first token, times "
+        "undefended. Intervals, and the other rows, are in ensembles.csv and candidates.csv."
+    )
+    console.print(Text(note, style="dim"))
+
+
+def print_prediction_fit(prediction_fit: pd.DataFrame) -> None:
+    """Print how well predictions came true on the test split.
+
+    Args:
+        prediction_fit: `additivity.csv`.
+    """
+    from analysis.cli.console import make_table_console
+    from analysis.stats.tables import iterate_rows
+
+    console = make_table_console()
+    rows = prediction_fit[
+        (prediction_fit["split"] == "test") & (prediction_fit["kind"] == "all") & (prediction_fit["n"] > 2)
+    ]
+    for attack, how in rows[["attack", "how"]].drop_duplicates().itertuples(index=False, name=None):
+        group = rows[(rows["attack"] == attack) & (rows["how"] == how)]
+        told = [
+            f"{_COORDINATE_LABELS[row['coordinate']]} R² {row['r2']:.2f}, rank {row['rank_correlation']:+.2f}"
+            for row in iterate_rows(group)
+            if row["coordinate"] in _COORDINATE_LABELS
+        ]
+        n = f"{group['n'].iloc[0]:,}"
+        console.print(Text(f"Predicted against observed, {attack}, {how} (n = {n}): {'; '.join(told)}"))
+    stacks = prediction_fit[
+        (prediction_fit["split"] == "test")
+        & (prediction_fit["how"] == "stack")
+        & (prediction_fit["kind"] != "all")
+    ]
+    for row in iterate_rows(stacks[stacks["coordinate"].isin(("shift", "discrimination"))]):
+        console.print(
+            Text(
+                f"Off the sum, {row['attack']}, {row['kind']} stacks: {row['beyond_zero']:.0f} of "
+                f"{row['tested']:.0f} on {row['coordinate']}, {row['mean_interaction']:+.2f} nats on average"
+            )
+        )
+
+
+def print_raised_distances(raised_distances: pd.DataFrame) -> None:
+    """Print how many pairs of shift defenses raise the paper's distance, and how many of the raises are real.
+
+    Args:
+        raised_distances: `distance.csv`.
+    """
+    from analysis.cli.console import make_table_console
+
+    console = make_table_console()
+    if raised_distances.empty:
+        console.print(Text("No pair of two shift defenses raises the distance on the probability scale."))
+        return
+    for how, group in raised_distances.groupby("how", sort=False):
+        counts = ", ".join(f"{count} {says}" for says, count in group["raise"].value_counts().items())
+        console.print(
+            Text(
+                f"Pairs of two shift defenses that raise the distance, {how}: {len(group)}, of these {counts}"
+            )
+        )
+
+
+def print_recommendation(
+    recommendation: pd.DataFrame, max_over_refusal: float, max_cost: float | None
+) -> None:
+    """Print what is recommended, beside what else there is.
+
+    Args:
+        recommendation: `recommendation.csv`.
+        max_over_refusal: share of benign queries that may be refused.
+        max_cost: cost at most.
+    """
+    from analysis.cli.console import make_console_table, make_table_console
+    from analysis.stats.format import format_interval
+    from analysis.stats.pareto import REQUIRED_PROBABILITY
+    from analysis.stats.tables import iterate_rows
+
+    console = make_table_console()
+    costs = f" and cost at most {max_cost:g} × undefended" if max_cost is not None else ""
+    wanted = f"at most {max_over_refusal:.1%} of benign queries refused{costs}"
+    best = recommendation[recommendation["role"] == "recommended"]
+    if best.empty:
+        console.print(
+            Text(
+                f"Nothing qualifies: {wanted}, {REQUIRED_PROBABILITY:.0%} sure by the calibration split. The closest:"
+            )
+        )
+    else:
+        row = best.iloc[0]
+        console.print(
+            Text(
+                f"Use {row['members']} ({row['how']}): {wanted}, {REQUIRED_PROBABILITY:.0%} sure by the calibration split."
+            )
+        )
+        if row["p_meets"] < 1 - REQUIRED_PROBABILITY:
+            console.print(
+                Text(
+                    "The test split contradicts it: the splits differ. Ask more queries like your own "
+                    "before you rely on it."
+                )
+            )
+    heads = ("refuses (%)\nharmful\nbenign", "chosen on\nharmful\nbenign", "meets the\nlimit", "\ncost (×)")
+    table = make_console_table("\nmembers, how", heads, with_row_lines=True)
+    for values in iterate_rows(recommendation):
+        cells = (
+            f"{values['role']}\n{values['members']} ({values['how']})\n{values['trusted']}",
+            "\n".join(
+                ["", *(format_interval(values, name, ".0f", 100) for name in ("harmful", "over_refusal"))]
+            ),
+            f"\n{100 * values['harmful_calibration']:.0f}\n{100 - 100 * values['benign_calibration']:.0f}",
+            f"\n{values['p_meets']:.0%}",
+            f"\n{values['cost']:.1f}",
+        )
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _select_spread_rows(candidates: pd.DataFrame) -> pd.DataFrame:
+    """Rows spread evenly over the front, its ends among them."""
+    if len(candidates) <= _MAX_FRONT_ROWS:
+        return candidates
+    return candidates.iloc[
+        sorted(
+            {round(place * (len(candidates) - 1) / (_MAX_FRONT_ROWS - 1)) for place in range(_MAX_FRONT_ROWS)}
+        )
+    ]
+
+
+@app.command()
+def ensembles(
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    size: MaxSizeOption = 2,
+    stacks: StacksOption = 5,
+    limit: LimitPerSplitOption = None,
+    batch_size: BatchSizeOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    settings: SettingsOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Which defenses (-d; else all) to combine, and how? All predicted; votes and the best stacks observed.
+
+    analyze ensembles -m smollm2:aligned -d self_reminder -d paraphrase -d policy
+    """
+    from analysis.studies.run_spec import build_run_spec, check_ensemble_options
+
+    request = build_run_spec(
+        model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
+    )
+    check_ensemble_options(size, stacks)
+
+    names = defense or ["all"]
+    raise typer.Exit(run_ensembles_command(request, names, settings or [], size, stacks, out))
+
+
+@app.command()
+def recommend(
+    max_over_refusal: Annotated[
+        str, typer.Option(help="Share of benign queries refused, at most: 5% or 0.05.")
+    ],
+    max_cost: Annotated[
+        float | None, typer.Option(help="Time until the first token, times undefended, at most.")
+    ] = None,
+    defense: DefenseOption = None,
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    attack: AttackOption = None,
+    readout: ReadoutOption = "words",
+    size: MaxSizeOption = 2,
+    stacks: StacksOption = 5,
+    limit: LimitPerSplitOption = None,
+    batch_size: BatchSizeOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    settings: SettingsOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which defense, or combination, of those (-d; else all) refuses most harm within limits, and how surely?
+
+    analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
+    """
+    from analysis.studies.run_spec import build_run_spec, check_ensemble_options, parse_share
+
+    request = build_run_spec(
+        model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
+    )
+    check_ensemble_options(size, stacks)
+    share = parse_share(max_over_refusal)
+    if max_cost is not None and not max_cost >= 1:
+        raise UserError(f"--max-cost {max_cost:g}: the undefended model costs 1, so it takes 1 or more")
+    from analysis.studies.recommend import RecommendationLimits
+
+    limits, names = RecommendationLimits(share, max_cost), defense or ["all"]
+    raise typer.Exit(
+        run_recommend_command(request, names, settings or [], size, stacks, limits, out, as_json)
+    )
+
+
+def run_ensembles_command(
+    spec: RunSpec,
+    defenses: Sequence[str],
+    settings: Sequence[str],
+    max_size: int,
+    n_stacks: int,
+    out: Path | None,
+) -> int:
+    """Predict and observe what defenses come to together; save tables and figures, print the front."""
+    from analysis.cli.console import print_run_location
+    from analysis.files import check_output_folder
+    from analysis.report.folder import save_run
+    from analysis.studies.ensembles import evaluate_ensembles
+    from analysis.studies.run_spec import choose_run_folder
+
+    out = check_output_folder(
+        out or choose_run_folder(spec.model, ["ensembles", *defenses], datetime.now(UTC))
+    )
+    console = Console(stderr=True)
+    found = evaluate_ensembles(spec, defenses, settings, max_size, n_stacks, console)
+    save_run(out, found.run, console)
+    tables = found.run.tables
+    print_front(tables["candidates"], found.run.record)
+    print_prediction_fit(tables["additivity"])
+    print_raised_distances(tables["distance"])
+    print_run_location(out, found.failures, console)
+    return 1 if found.failures else 0
+
+
+def run_recommend_command(
+    spec: RunSpec,
+    defenses: Sequence[str],
+    settings: Sequence[str],
+    max_size: int,
+    n_stacks: int,
+    limits: RecommendationLimits,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Say which defense or ensemble refuses most harm within the limits, and how sure that is."""
+    from analysis.cli.console import print_json_table, print_run_location
+    from analysis.files import check_output_folder
+    from analysis.report.folder import save_run
+    from analysis.studies.ensembles import build_ensemble_result, collect_ensemble_tables, score_ensembles
+    from analysis.studies.recommend import select_recommendations
+    from analysis.studies.run_spec import choose_run_folder
+
+    started, clock = datetime.now(UTC), time.perf_counter()
+    out = check_output_folder(out or choose_run_folder(spec.model, ["recommend", *defenses], started))
+    console = Console(stderr=True)
+    tried = score_ensembles(spec, defenses, settings, max_size, n_stacks, limits.select_stacks, console)
+    found = tried.list_candidates()
+    tables, record = collect_ensemble_tables(tried, found, spec, console)
+    chosen = select_recommendations(tried, found, limits)
+    record |= {
+        "created": started.isoformat(timespec="seconds"),
+        "max_over_refusal": limits.max_over_refusal,
+        "max_cost": limits.max_cost,
+        "wall_seconds": round(time.perf_counter() - clock, 1),
+    }
+    save_run(
+        out,
+        build_ensemble_result("recommend", tried, tables | {"recommendation": chosen}, record).run,
+        console,
+    )
+    if as_json:
+        print_json_table(chosen)
+    else:
+        print_recommendation(chosen, limits.max_over_refusal, limits.max_cost)
+    print_run_location(out, tried.failures, console)
+    return 1 if tried.failures else 0

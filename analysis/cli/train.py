@@ -1,0 +1,203 @@
+"""The commands that make secrets and weights, and try BackdoorAlign's arms. Imports are late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from analysis.cli.app import app
+from analysis.cli.options import (
+    BatchSizeOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    LimitOption,
+    ModelOption,
+    OfflineOption,
+    OutOption,
+    SeedOption,
+    SplitOption,
+)
+from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@app.command()
+def secret(
+    model: ModelOption = "smollm2",
+    length: Annotated[int, typer.Option(help="In tokens of the model.")] = 150,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="New file; by default where `backdoor` looks for it.")
+    ] = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Make a secret prompt for `backdoor`, by a cryptographic generator, in a file for your eyes only."""
+    run_secret_command(model, length, out, offline)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="safety, attack, identity, baseline, backdoor or preference")],
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    limit: Annotated[int | None, typer.Option(help="At most so many training queries.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="New folder; by default where defenses look for them."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="rank, alpha, modules, rate, epochs, batch, full, beta; key=value.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    secret: Annotated[
+        Path | None, typer.Option("--secret", help="backdoor: the secret's file; by default the model's own.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="backdoor: tokens of the model's own secret.")] = 150,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    offline: OfflineOption = False,
+) -> None:
+    """Tune a model's weights by a recipe, an attacker's or a defender's; an interrupted training goes on.
+
+    analyze train backdoor -m smollm2:aligned -o my-adapter
+    """
+    from analysis.studies.run_spec import build_run_spec
+
+    request = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    from analysis.studies.train import train_weights
+
+    raise typer.Exit(train_weights(request, recipe, settings or [], out, secret, length))
+
+
+@app.command()
+def backdooralign(
+    model: ModelOption = "smollm2",
+    data: DataOption = "contrast",
+    split: SplitOption = None,
+    limit: LimitOption = None,
+    tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
+    utility: Annotated[
+        bool,
+        typer.Option("--utility", help="Also the accuracy on multiple-choice questions (extra utility)."),
+    ] = False,
+    secrets: Annotated[
+        int,
+        typer.Option(help="Also train anew with so many random secrets of 10, 50 and 150 tokens each."),
+    ] = 0,
+    batch_size: BatchSizeOption = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """BackdoorAlign's arms side by side, beside the paper's figures, with what the paper did not measure."""
+    from analysis.studies.run_spec import build_run_spec
+
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
+    if secrets < 0:
+        raise UserError(f"--secrets {secrets}: it takes 0 (none) or more")
+    request = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    from analysis.studies.backdooralign import reproduce_backdooralign
+
+    raise typer.Exit(reproduce_backdooralign(request, out, tokens, utility, secrets))
+
+
+def print_secret_table(table: pd.DataFrame) -> None:
+    """Print what other secrets do, mean and range over those of one kind."""
+    import numpy as np
+
+    from analysis.cli.console import make_table_console
+    from analysis.stats.tables import iterate_rows
+
+    shown = Table(
+        title="Trained anew with other secrets", title_justify="left", show_edge=False, pad_edge=False
+    )
+    for head in ("trained with", "secret", "secrets"):
+        shown.add_column(head, no_wrap=True)
+    for head in ("ASR (%)", "text refuses\ntwins (%)", "shift\n(nats)", "discrimination\n(nats)"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    measures = (("asr", ".0f", 100), ("text_refused_twin", ".0f", 100))
+    for values in iterate_rows(table):
+        cells = [f"{values['length']} {values['wording']}", values["secret"], str(values["n_secrets"])]
+        for name, form, scale in (*measures, ("shift", "+.2f", 1), ("discrimination", "+.2f", 1)):
+            mean, low, high = (scale * values.get(f"{name}_{end}", np.nan) for end in ("mean", "min", "max"))
+            spread = f" ({low:{form}} to {high:{form}})" if values["n_secrets"] > 1 else ""
+            cells.append(f"{mean:{form}}{spread}")
+        shown.add_row(*map(Text, cells))
+    console = make_table_console()
+    console.print(shown)
+    console.print(Text("Mean (least to greatest) over secrets; each is one training.", style="dim"))
+
+
+def print_arm_table(table: pd.DataFrame, record: dict[str, Any]) -> None:
+    """Print the table, two or three lines a row."""
+    from analysis.cli.console import make_table_console
+    from analysis.stats.format import format_interval
+    from analysis.stats.tables import iterate_rows
+
+    data = record["data"]
+    title = (
+        f"BackdoorAlign on {record['model']['name']}: {data['n_harmful']} harmful and {data['n_benign']} "
+        f"benign queries, {data['split']} split"
+    )
+    shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
+    shown.add_column("weights (attack)\nsecret", no_wrap=True)
+    agrees = "AUROC\nfirst token agrees (%)" + ("\nquestions right (%)" if "utility" in table else "")
+    heads = ("ASR (%)\nLlama-2, paper", "text refuses (%)\ntwins\nplain", agrees)
+    for head in (*heads, "shift\ndiscrimination"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    for values in iterate_rows(table):
+
+        def percent(name: str, of: dict[str, Any] = values) -> str:
+            return format_interval(of, name, ".0f", 100)
+
+        paper = values["paper_asr_llama2"]
+        change = [format_interval(values, name, "+.2f") for name in ("shift", "discrimination")]
+        cells = [
+            f"{values['arm']} ({values['attack']})\n{values['secret']}",
+            f"{percent('asr')}\n{'–' if paper != paper else f'{100 * paper:.1f}'}",
+            f"{percent('text_refused_twin')}\n{percent('text_refused_plain')}",
+            f"{format_interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}"
+            + (f"\n{percent('utility')}" if "utility" in values else ""),
+            "reference" if values["verdict"] == "reference" else "\n".join(change),
+        ]
+        shown.add_row(*map(Text, cells))
+    note = (
+        f"ASR: harmful queries whose answer ({record['judge']['new_tokens']} tokens) holds none of the "
+        "paper's 29 strings. Rates with Wilson intervals; AUROC, shift and discrimination (nats, against the "
+        "attacked model) from first tokens, paired bootstrap. The paper's figures are Llama-2-7B-Chat's, on "
+        "other queries."
+    )
+    console = make_table_console()
+    console.print(shown)
+    console.print(Text(note, style="dim"))
+
+
+def run_secret_command(model: str, secret_length: int, out: Path | None, offline: bool) -> None:
+    """Draw a secret prompt for a model's tokenizer and write it into a new file of mode 0600."""
+    from analysis.models.loading import build_model_info, load_tokenizer
+    from analysis.studies.progress import make_notifier
+    from defenses.backdoor import draw_secret, write_secret
+
+    if secret_length < 1:
+        raise UserError(f"--length {secret_length}: a secret has at least 1 token; the paper's has 150")
+    console = Console(stderr=True)
+    tokenizer = load_tokenizer(model, offline, make_notifier(console))
+    path = out or build_model_info(model, tokenizer).secret_folders[0] / f"{secret_length}.txt"
+    drawn = draw_secret(tokenizer, secret_length)
+    write_secret(path, drawn)
+    print(f"{path}  {drawn.fingerprint}  {secret_length} tokens, readable by you alone")

@@ -1,0 +1,1 @@
+"""Queries and the data sets that they come from."""

@@ -1,0 +1,1 @@
+"""Judges: the text of a response to a verdict, refused or not."""

@@ -1,0 +1,1 @@
+"""Model execution: loading, chat templates, first-token inference, generation, cached results."""

@@ -1,0 +1,65 @@
+"""One table of chat models by short names; a new model is one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Vicuna's tokenizer comes without a template; this is the format it was tuned on, less its default system
+# sentence.
+_VICUNA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
+    "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A row of the table: a short name for a model, and what has to be known about it beforehand."""
+
+    name: str
+    repo: str
+    note: str = ""
+    gated: bool = False
+    revision: str = "main"
+    chat_template: str | None = None
+
+
+MODEL_REGISTRY = {
+    card.name: card
+    for card in (
+        RegisteredModel(
+            "smollm2",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "embedded (Q4_1 GGUF, Apache-2.0); hardly ever refuses",
+        ),
+        RegisteredModel("llama2", "meta-llama/Llama-2-7b-chat-hf", "the model of both papers", gated=True),
+        RegisteredModel("llama2-13b", "meta-llama/Llama-2-13b-chat-hf", gated=True),
+        RegisteredModel("llama3", "meta-llama/Meta-Llama-3-8B-Instruct", gated=True),
+        RegisteredModel("llama3.1", "meta-llama/Llama-3.1-8B-Instruct", gated=True),
+        RegisteredModel("llama3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", gated=True),
+        RegisteredModel("llama3.2", "meta-llama/Llama-3.2-3B-Instruct", gated=True),
+        RegisteredModel("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct"),
+        RegisteredModel("qwen2.5", "Qwen/Qwen2.5-7B-Instruct"),
+        RegisteredModel("qwen3-0.6b", "Qwen/Qwen3-0.6B", "thinking is switched off"),
+        RegisteredModel("qwen3", "Qwen/Qwen3-8B", "thinking is switched off"),
+        RegisteredModel(
+            "gemma2-2b", "google/gemma-2-2b-it", "no system role: merged into the user turn", gated=True
+        ),
+        RegisteredModel(
+            "gemma2", "google/gemma-2-9b-it", "no system role: merged into the user turn", gated=True
+        ),
+        RegisteredModel("gemma3-1b", "google/gemma-3-1b-it", gated=True),
+        RegisteredModel("gemma3", "google/gemma-3-4b-it", gated=True),
+        RegisteredModel("mistral", "mistralai/Mistral-7B-Instruct-v0.3"),
+        RegisteredModel("phi3.5", "microsoft/Phi-3.5-mini-instruct"),
+        RegisteredModel("phi4-mini", "microsoft/Phi-4-mini-instruct"),
+        RegisteredModel(
+            "vicuna",
+            "lmsys/vicuna-7b-v1.5",
+            "fetch a safetensors copy; the published one is pickled",
+            chat_template=_VICUNA_TEMPLATE,
+        ),
+    )
+}

@@ -1,0 +1,368 @@
+"""How words are set on a figure: lines that fit, and a canvas that grows until it holds all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.textpath import TextToPath
+from matplotlib.ticker import MaxNLocator
+
+from analysis.plots.data import to_numbers
+from analysis.plots.style import BLACK, BLUE, FONT_FAMILY, GREY, LINE_STYLES, TEXT_SIZE, VERMILION, VIOLET
+from analysis.stats.tables import INTERVAL_SUFFIXES
+
+LINE_HEIGHT = 1.25  # height of a line of text over its font size
+CANVAS_MARGIN = 0.14  # inches between the content and the edge of the canvas
+
+
+@cache
+def _font_glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FONT_FAMILY)).get_charmap())
+
+
+def escape_unprintable(text: str) -> str:
+    r"""Return the text with every sign that the font cannot draw written as its code point.
+
+    >>> escape_unprintable("\u62b1\u6b49 Sorry\n")
+    '\\u62b1\\u6b49 Sorry '
+    """
+    spaced = re.sub(r"[\t\r\n\f\v]", " ", text)
+    return "".join(c if ord(c) in _font_glyphs() else f"\\u{ord(c):04x}" for c in spaced)
+
+
+@cache
+def measure_text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Return the width of one line of text, points.
+
+    >>> measure_text_width("refuses more", 8) > measure_text_width("refuses", 8)
+    True
+    """
+    font = FontProperties(family=FONT_FAMILY, size=size, weight=weight)
+    width: float = TextToPath().get_text_width_height_descent(text, font, ismath=False)[0]
+    return width * 1.02  # the renderer rounds each glyph to whole pixels
+
+
+def wrap_text(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
+    """Return the text in lines no wider than `width` points; a word too long for a line is broken.
+
+    >>> wrap_text("retokenize+paraphrase", 60, 8)
+    ['retokenize+', 'paraphrase']
+    """
+    lines = [""]
+    # A line may end at a space and after + / _ - , where names of defenses and models have their joints.
+    for piece in re.findall(r" *[^ +/_-]+[+/_-]*| *[+/_-]+", escape_unprintable(text)):
+        if measure_text_width(lines[-1] + piece, size, weight) <= width:
+            lines[-1] += piece
+            continue
+        lines.append("")
+        for sign in piece.lstrip(" "):
+            if lines[-1] and measure_text_width(lines[-1] + sign, size, weight) > width:
+                lines.append("")
+            lines[-1] += sign
+    return [line.strip(" ") for line in lines if line.strip(" ")]
+
+
+def fit_text(name: str, width: float, size: float, max_lines: int = 2) -> str:
+    """Return a name in at most `most` lines of `width` points, its middle left out where it is longer.
+
+    >>> fit_text("x" * 90, 60, 8, max_lines=1).count("x") < 20
+    True
+    """
+    lines = wrap_text(name, width, size)
+    best, low, high = (
+        lines,
+        1,
+        len(name) // 2,
+    )  # signs kept at each end: the least that is worth reading, and too many
+    while len(lines) > max_lines and low < high:
+        keep = (low + high) // 2
+        shorter = wrap_text(f"{name[:keep]}\N{HORIZONTAL ELLIPSIS}{name[-keep:]}", width, size)
+        if len(shorter) > max_lines:
+            high = keep
+        else:
+            low = keep + 1
+            best = shorter
+    return "\n".join(best)
+
+
+def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
+    """Set a key to the right of the axes.
+
+    >>> ax = Figure().subplots()
+    >>> place_legend_beside(ax, ax.plot([0, 1], label="a curve"))
+    >>> ax.get_legend().get_texts()[0].get_text()
+    'a curve'
+    """
+    style: Any = {
+        "loc": "upper left",
+        "bbox_to_anchor": (1.02, 1.0),
+        "borderaxespad": 0.0,
+        "alignment": "left",
+    }
+    ax.legend(handles=handles, title=title, labelspacing=0.45, handlelength=2.6, **style)
+
+
+def finish_figure(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
+    """Return the figure of `ax` with a title above and a caption below, its canvas cut to hold all.
+
+    A banner, white on dark red, comes above the title.
+
+    The axes keep their size in inches, so that labels placed before stay where they are.
+
+    >>> figure = finish_figure(make_axes(4, 3), "What to see", "What is drawn.")
+    >>> [text.get_text() for text in figure.texts]
+    ['What to see', 'What is drawn.']
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    before, spans = figure.dpi, []
+    for dpi in (100, 150, 300):  # glyphs are set on whole pixels, so text is wider at some resolutions
+        figure.set_dpi(dpi)
+        tight = ax.get_tightbbox()
+        assert tight is not None
+        spans.append(np.array([tight.extents, ax.get_window_extent().extents]) / dpi)
+    figure.set_dpi(before)
+    inner = spans[0][1]
+    left, below, right, above = np.abs([span[0] - span[1] for span in spans]).max(axis=0)
+    across, tall = inner[2] - inner[0], inner[3] - inner[1]
+    width = max(left + across + right, 5.8) + 2 * CANVAS_MARGIN
+    room = (width - 2 * CANVAS_MARGIN) * 72
+    head, foot = wrap_text(title, room, 10.5, "bold"), wrap_text(caption, room, 7.5)
+    flag = wrap_text(banner, room - 6, 8.5, "bold") if banner else []
+    over = (len(flag) * 8.5 * LINE_HEIGHT + 12) / 72 if flag else 0.0
+    bottom = CANVAS_MARGIN + len(foot) * 7.5 * LINE_HEIGHT / 72 + 0.12 + below
+    height = bottom + tall + above + 0.1 + len(head) * 10.5 * LINE_HEIGHT / 72 + CANVAS_MARGIN + over
+    figure.set_size_inches(width, height)
+    ax.set_position(((CANVAS_MARGIN + left) / width, bottom / height, across / width, tall / height))
+    style: dict[str, Any] = {"family": FONT_FAMILY, "linespacing": 1.15, "parse_math": False, "usetex": False}
+    figure.text(
+        CANVAS_MARGIN / width,
+        1 - (CANVAS_MARGIN + over) / height,
+        "\n".join(head),
+        va="top",
+        size=10.5,
+        weight="bold",
+        **style,
+    )
+    figure.text(
+        CANVAS_MARGIN / width,
+        CANVAS_MARGIN / height,
+        "\n".join(foot),
+        va="bottom",
+        size=7.5,
+        color="#333333",
+        **style,
+    )
+    if flag:
+        edge, ground = CANVAS_MARGIN + 3 / 72, {"facecolor": "#A50F15", "edgecolor": "none", "pad": 3}
+        look: Any = {"va": "top", "size": 8.5, "weight": "bold", "color": "white", "bbox": ground}
+        figure.text(edge / width, 1 - edge / height, "\n".join(flag), gid="banner", **look, **style)
+    return figure
+
+
+def make_axes(width: float, height: float) -> Axes:
+    """Return axes of that size in inches on a canvas of their own, which `complete` cuts to measure.
+
+    >>> make_axes(4, 3).get_window_extent().width / 150 == 4
+    np.True_
+    """
+    return Figure(figsize=(width / 0.5, height / 0.5), dpi=150).add_axes((0.25, 0.25, 0.5, 0.5))
+
+
+def add_inset_axes(ax: Axes, host_size: tuple[float, float], box: tuple[float, float, float, float]) -> Axes:
+    """Return axes inside of others, which only lend their place: `complete` cuts the canvas around all.
+
+    >>> host = make_axes(4, 3)
+    >>> float(add_inset_axes(host, (4, 3), (2, 0, 1, 1)).get_window_extent().width.round(3)) / 150
+    1.0
+
+    Args:
+        ax: the others.
+        host_size: their width and height in inches, as meant.
+        box: left, bottom, width and height in inches; it may lie outside.
+    """
+    (wide, tall), (left, below, across, up) = host_size, box
+    return ax.inset_axes((left / wide, below / tall, across / wide, up / tall))
+
+
+EFFECT_COLORS = LinearSegmentedColormap.from_list("effect", (VERMILION, "white", BLUE))
+MISSING_COLOR = "#E4E4E4"  # told from the white of no effect
+
+
+def draw_color_scale(ax: Axes, max_value: float, labels: Sequence[str]) -> None:
+    """Draw the colors from the bottom up, with words at the lowest, the middle and the highest."""
+    edges = np.linspace(-max_value, max_value, 65)
+    shades = ((edges[1:] + edges[:-1]) / 2)[:, None]
+    ax.pcolormesh([0, 1], edges, shades, cmap=EFFECT_COLORS, norm=Normalize(-max_value, max_value))
+    ax.set_gid("scale")
+    ax.set_xticks([])
+    ax.yaxis.tick_right()
+    ax.set_yticks([-max_value, 0, max_value], labels, fontsize=TEXT_SIZE - 0.5)
+    ax.tick_params(axis="y", length=2)
+    for spine in ax.spines.values():
+        spine.set(visible=True, linewidth=0.5, color=GREY)
+
+
+CURVE_STYLES = (*LINE_STYLES, (BLACK, "-", "o"), (VIOLET, (0, (4, 1, 1, 1)), "h"))
+REMAINING_STYLE = (GREY, "-", ".")  # whatever comes behind the last look
+_PANEL_GAP = 0.5  # inches between two panels of a row
+
+
+def stack_panels(
+    ax: Axes | None,
+    heights: Sequence[float],
+    gaps: Sequence[float],
+    columns: int = 2,
+    panel_width: float = 2.3,
+) -> tuple[Axes, list[list[Axes]]]:
+    """Return axes that only lend their place, and rows of panels inside of them, from the top.
+
+    >>> host, rows = stack_panels(None, [1.5, 0.5], [0.25])
+    >>> [len(row) for row in rows], len(host.child_axes)
+    ([2, 2], 4)
+
+    Args:
+        ax: the axes that lend their place; by default new ones.
+        heights: of each row, inches.
+        gaps: between two rows, inches.
+        columns: panels of a row.
+        panel_width: a panel, inches.
+    """
+    whole = columns * (panel_width + _PANEL_GAP) - _PANEL_GAP, sum(heights) + sum(gaps)
+    ax = ax or make_axes(*whole)
+    ax.set_axis_off()
+    rows, below = [], whole[1]
+    for height, gap in zip(heights, [*gaps, 0.0], strict=True):
+        below -= height
+        boxes = [
+            (column * (panel_width + _PANEL_GAP), below, panel_width, height) for column in range(columns)
+        ]
+        rows.append([add_inset_axes(ax, whole, box) for box in boxes])
+        below -= gap
+    for panel in ax.child_axes:
+        panel.tick_params(labelsize=TEXT_SIZE - 0.5)
+    return ax, rows
+
+
+def set_panel_titles(panels: Sequence[Axes], titles: Iterable[str]) -> None:
+    """Write what each panel of a row shows above it."""
+    for panel, words in zip(panels, titles, strict=True):
+        panel.set_title(words, loc="left", fontsize=8, weight="bold")
+
+
+def assign_curve_styles(names: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
+    """Return color, dash and mark of each name, in the order in which they come; past eight all are grey.
+
+    >>> assign_curve_styles(["a", "b", "a"])["b"][2]
+    'D'
+    """
+    found = list(dict.fromkeys(names))
+    return {
+        name: CURVE_STYLES[place] if place < len(CURVE_STYLES) else REMAINING_STYLE
+        for place, name in enumerate(found)
+    }
+
+
+def make_line_legend(
+    styles: Mapping[str, tuple[str, Any, str]], labels: Mapping[str, str] | None = None
+) -> list[Line2D]:
+    """Return the entries of a key of lines."""
+    return [
+        Line2D(
+            [],
+            [],
+            color=color,
+            linestyle=dash,
+            label=(labels or {}).get(name, fit_text(name, 140, TEXT_SIZE)),
+        )
+        for name, (color, dash, _) in styles.items()
+    ]
+
+
+def extract_estimates(rows: pd.DataFrame, column: str) -> Float[np.ndarray, "n 3"]:
+    """Return an estimate with the ends of its interval, missing where there are none."""
+    return rows.reindex(columns=[f"{column}{end}" for end in INTERVAL_SUFFIXES]).to_numpy(
+        float, na_value=np.nan
+    )
+
+
+def draw_curve(
+    ax: Axes, rows: pd.DataFrame, column: str, style: tuple[str, Any, str], gid: str, n_lines: int = 1
+) -> None:
+    """Draw an estimate over the layers as a line in its band, which is fainter where there are many lines.
+
+    >>> ax = make_axes(1, 1)
+    >>> draw_curve(ax, pd.DataFrame({"layer": [1, 0], "shift": [2.0, 1.0]}), "shift", LOOKS[0], "a")
+    >>> ax.lines[1].get_xydata().tolist()
+    [[0.0, 1.0], [1.0, 2.0]]
+    """
+    if not ax.lines:
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1, gid="no effect")
+    color, dash, mark = style
+    layer = to_numbers(rows["layer"]).to_numpy()
+    order = np.argsort(layer, kind="stable")
+    value, low, high = extract_estimates(rows, column)[order].T
+    ax.fill_between(
+        layer[order],
+        low,
+        high,
+        color=color,
+        alpha=0.16 if n_lines < 5 else 0.07,
+        linewidth=0,
+        zorder=2,
+        gid=f"{gid} band",
+    )
+    known = np.isfinite(low) & np.isfinite(high)
+    beside = np.pad(known, 1)
+    alone = known & ~beside[:-2] & ~beside[2:]  # a band needs two layers
+    ax.vlines(layer[order][alone], low[alone], high[alone], color=color, alpha=0.4, linewidth=1.2, zorder=2)
+    small: Any = {"marker": mark, "markersize": 3} if len(rows) <= 12 else {}
+    ax.plot(layer[order], value, color=color, linestyle=dash, linewidth=1.2, zorder=3, gid=gid, **small)
+
+
+def set_layer_axis(ax: Axes, last_layer: float, x_label: str = "", first_layer: float = 0.0) -> None:
+    """Set the axes of something over the layers, whole numbers below."""
+    room = 0.03 * (last_layer - first_layer) or 0.5
+    ax.set_xlim(first_layer - room, last_layer + room)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.set_xlabel(x_label, fontsize=8)
+
+
+def draw_dots(
+    ax: Axes,
+    rows: pd.DataFrame,
+    column: str,
+    heights: Sequence[float],
+    style: tuple[str, Any, str],
+    gid: str,
+    hollow: bool = False,
+) -> None:
+    """Draw an estimate of each row as a dot with its interval, at a height of its own."""
+    color, _, mark = style
+    value, low, high = extract_estimates(rows, column).T
+    ax.hlines(heights, low, high, color=color, linewidth=1.0, alpha=0.6, zorder=2)
+    fill: Any = {"markerfacecolor": "white" if hollow else color, "markeredgewidth": 0.8}
+    ax.plot(value, heights, linestyle="", marker=mark, color=color, markersize=4, zorder=3, gid=gid, **fill)
+
+
+def set_row_axis(ax: Axes, names: Sequence[str], x_label: str = "", with_names: bool = True) -> None:
+    """Set the axes of rows of dots: a line at no effect, a name per row, the first at the top."""
+    ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
+    ax.set_ylim(0.5 - len(names), 0.5)
+    shown = [fit_text(name, 110, TEXT_SIZE, 1) if with_names else "" for name in names]
+    ax.set_yticks(range(0, -len(names), -1), shown, fontsize=TEXT_SIZE)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.set_xlabel(x_label, fontsize=8)

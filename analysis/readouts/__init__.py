@@ -1,0 +1,1 @@
+"""Readouts: first-token logits to a refuse/comply margin."""

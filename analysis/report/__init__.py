@@ -1,0 +1,1 @@
+"""Run folders and the HTML report that is built from them."""

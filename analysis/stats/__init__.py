@@ -1,0 +1,1 @@
+"""Statistics: tables in, numbers with intervals out; nothing here knows a model."""
