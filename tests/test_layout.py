@@ -1,8 +1,13 @@
-"""Who may import whom: the syntax trees are walked, imports inside functions included."""
+"""The layout of the packages: which package may import which, and what an import may load.
+
+Imports are read from the syntax trees, those inside functions and under `if TYPE_CHECKING` included.
+"""
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,288 +15,206 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for room in ("analysis", "defenses")
-    for path in sorted((ROOT / room).rglob("*.py"))
+    for package in ("analysis", "defenses")
+    for path in sorted((ROOT / package).rglob("*.py"))
 }
-HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
-DRAWING = {"matplotlib", "seaborn", "PIL"}
-STATISTICS = {
-    "analysis.tables",
-    "analysis.resampling",
-    "analysis.decompose",
-    "analysis.agreement",
-    "analysis.factorial",
-    "analysis.ensembles",
-    "analysis.voting",
-    "analysis.fusion",
-    "analysis.outcomes",
-    "analysis.kinds",
-    "analysis.additivity",
-    "analysis.fronts",
-    "analysis.cost",
-    "analysis.worth",
-    "analysis.located",
-    "analysis.overlaps",
+MODEL_LIBRARIES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
+PLOT_LIBRARIES = {"matplotlib", "seaborn", "PIL"}
+TERMINAL_LIBRARIES = {"rich", "typer", "click"}
+COMPUTING = {"stats", "files", "datasets", "models", "attacks", "readouts", "judges", "run", "mechanism"}
+
+# What each package (or single module) of `analysis` may import of the others.
+ALLOWED = {
+    "stats": set(),
+    "plots": {"stats"},
+    "files": set(),
+    "datasets": {"files"},
+    "models": {"files"},
+    "report": {"plots", "stats", "files"},
+    "attacks": {"datasets", "files"},
+    "readouts": {"models"},
+    "judges": {"models", "files"},
+    "run": {"datasets", "attacks", "models", "readouts", "stats"},
+    "mechanism": {"models", "readouts", "stats"},
 }
-PLOTS = {
-    f"analysis.{name}"
-    for name in (
-        "plots",
-        "plane",
-        "square",
-        "strip",
-        "trust",
-        "grid",
-        "price",
-        "forecast",
-        "interactions",
-        "pareto",
-        "panels",
-        "depth",
-        "transplants",
-        "heads",
-        "parts",
-        "likeness",
-        "cuts",
-        "wording",
-        "ensemble_captions",
-        "points",
-        "curves",
-        "captions",
-        "lettering",
-        "palette",
-        "report",
-        "headline",
-        "embedded",
-        "exhibits",
-        "folder",
-        "gallery",
-        "charted",
-        "tabled",
-        "cells",
-    )
-}
-ASKING = {
-    f"analysis.{n}"
-    for n in ("run", "engine", "attention", "models", "checkpoints", "rendering", "readout", "preflight")
-}
-ASKING |= {
-    "analysis.states",
-    "analysis.generation",
-    "analysis.utility",
-    "analysis.answering",
-    "analysis.calibrated",
-    "analysis.timing",
-    "analysis.queries",
-    "analysis.query",
-    "analysis.rows",
-    "analysis.datasets",
-    "analysis.published",
-    "analysis.copies",
-    "analysis.fetching",
-    "analysis.attacks",
-    "analysis.judge",
-    "analysis.refusals",
-    "analysis.model_judge",
-    "analysis.classifier",
-    "analysis.endpoint",
-    "analysis.store",
-    "analysis.bench",
-    "analysis.drafts",
-    "analysis.scoring",
-    "analysis.batching",
-    "analysis.lending",
-    "analysis.spoken",
-    "analysis.known_models",
-}
-FRONT = {
-    f"analysis.{n}"
-    for n in (
-        *(
-            "cli",
-            "commands",
-            "request",
-            "training",
-            "judging",
-            "validating",
-            "preparing",
-            "residuals",
-            "sweeping",
-            "explaining",
-            "validity",
-            "reading",
-            "kept",
-            "arms",
-            "backdooralign",
-            "redrawn",
-            "hearing",
-            "tallies",
-            "combining",
-            "comparing",
-            "recommending",
-            "pricing",
-            "standings",
-            "options",
-            "asking",
-            "cli_app",
-            "cli_everyday",
-            "cli_studies",
-            "cli_weights",
-            "reporting",
-            "locating",
-            "looking",
-            "gathered",
-            "intervening",
-            "findings",
-            "analyzing",
-            "found",
-            "interface",
-        ),
-        *("manifest", "showing", "saving", "listing"),
-    )
+ALLOWED["studies"] = set(ALLOWED)
+ALLOWED["api"] = {"studies", "report", "stats", "datasets"}
+ALLOWED["cli"] = {*ALLOWED}
+# Imports against the table that are still there: a session renders queries under an attack, so that models
+# know both, and what uses a session passes queries on.
+EXCEPTIONS = {
+    ("models", "attacks"),
+    ("models", "datasets"),
+    ("judges", "datasets"),
+    ("mechanism", "datasets"),
+    ("readouts", "datasets"),
+    ("readouts", "judges"),
 }
 
-COMMAND = {name for name in FRONT if name.startswith("analysis.cli")}
 
-
-def nodes(tree, inside_functions, for_types):
-    """Yield the nodes of a tree, without functions and without what only type checkers run, if so wished."""
+def iterate_nodes(tree: ast.AST, inside_functions: bool, type_only: bool):
+    """Yield the nodes of a tree, with or without function bodies and type-only blocks."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.FunctionDef) and not inside_functions:
             continue
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test) and not for_types:
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test) and not type_only:
             continue
         yield child
-        yield from nodes(child, inside_functions, for_types)
+        yield from iterate_nodes(child, inside_functions, type_only)
 
 
-def imports(source, inside_functions=True, for_types=True):
-    """Return what a module imports, dotted; `from a import b` gives a, and a.b where that is ours."""
-    found = set()
-    for node in nodes(ast.parse(source), inside_functions, for_types):
+def find_imports(source: str, inside_functions: bool = True, type_only: bool = True) -> set[str]:
+    """Return the dotted names that a source imports; of `from a import b` a, and a.b where it is ours."""
+    names = set()
+    for node in iterate_nodes(ast.parse(source), inside_functions, type_only):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, "a relative import"
-            found.add(node.module)
-            found |= {f"{node.module}.{a.name}" for a in node.names if f"{node.module}.{a.name}" in FILES}
-    return found
+            names.add(node.module)
+            names |= {f"{node.module}.{a.name}" for a in node.names if f"{node.module}.{a.name}" in FILES}
+    return names
 
 
-def of(name, **which):
+def imports_of(module: str, **options: bool) -> set[str]:
     """Return what one of our modules imports."""
-    return imports(FILES[name].read_text("utf-8"), **which)
+    return find_imports(FILES[module].read_text("utf-8"), **options)
 
 
-def tops(names):
+def top_packages(names: set[str]) -> set[str]:
     """Return the top-level packages of dotted names."""
     return {name.split(".")[0] for name in names}
 
 
-def test_the_walk_sees_imports_wherever_they_stand():
+def package_of(module: str) -> str:
+    """Return the package of a module of `analysis`: `analysis.stats.effects` is in stats."""
+    return module.split(".")[1]
+
+
+def list_modules(*packages: str) -> list[str]:
+    """Return the modules of packages of `analysis`."""
+    return [name for name in FILES if name.startswith("analysis.") and package_of(name) in packages]
+
+
+def package_imports() -> dict[tuple[str, str], set[str]]:
+    """Return which modules make one package of `analysis` import another."""
+    found = defaultdict(set)
+    for module in FILES:
+        if not module.startswith("analysis."):
+            continue
+        for name in imports_of(module):
+            if name.startswith("analysis.") and package_of(name) != package_of(module):
+                found[package_of(module), package_of(name)].add(module)
+    return found
+
+
+def test_the_walk_finds_imports_inside_functions_and_classes():
     source = "import a.b\ndef f():\n    from c import d\n    class E:\n        import e\n"
-    assert imports(source) == {"a.b", "c", "e"}
-    assert imports(source, inside_functions=False) == {"a.b"}
-    assert "analysis.tables" in of("analysis.run") and "torch" in of("analysis.models")
-    assert len(FILES) > 25
+    assert find_imports(source) == {"a.b", "c", "e"}
+    assert find_imports(source, inside_functions=False) == {"a.b"}
+    assert "analysis.stats.tables" in imports_of("analysis.run")
+    assert "torch" in imports_of("analysis.models.loading")
 
 
-def test_every_module_has_a_room_in_the_table():
-    ours = {
-        name for name in FILES if name.startswith("analysis.") and not name.startswith("analysis.mechanism")
+def test_every_module_belongs_to_a_package_of_the_table():
+    assert {package_of(name) for name in FILES if name.startswith("analysis.")} == set(ALLOWED)
+
+
+def test_packages_import_only_what_the_table_allows():
+    forbidden = {
+        pair: modules for pair, modules in package_imports().items() if pair[1] not in ALLOWED[pair[0]]
     }
-    assert ours <= STATISTICS | PLOTS | ASKING | FRONT, "give the new module a room, here and in DESIGN"
+    assert {pair: sorted(modules) for pair, modules in forbidden.items() if pair not in EXCEPTIONS} == {}
+    assert forbidden.keys() == EXCEPTIONS, "remove the exceptions that are no longer needed"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("defenses")])
-def test_defenses_know_nothing_of_analysis_tables_or_plots(name):
+def test_no_circle_between_packages():
+    graph = defaultdict(set)
+    for importer, imported in package_imports():
+        graph[importer].add(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"packages import each other: {error.args[1]}")
+
+
+def test_no_circle_between_modules():
+    """At import time; imports inside functions and type-only imports aside."""
+    options = {"inside_functions": False, "type_only": False}
+    packages = {name for name, path in FILES.items() if path.name == "__init__.py"}
+    graph = {name: (imports_of(name, **options) & set(FILES)) - packages for name in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {error.args[1]}")
+
+
+def test_a_package_holds_sixteen_modules_at_most():
+    counts = defaultdict(int)
+    for name, path in FILES.items():
+        if name.startswith("analysis.") and path.name != "__init__.py":
+            counts[package_of(name)] += 1
+    assert {package: count for package, count in counts.items() if count > 17} == {}
+
+
+def test_module_names_are_unique_nouns_without_gerunds():
+    stems = [path.stem for path in FILES.values()]
+    allowed = {"loading", "training", "steering", "tuning", "refactoring", "decoding", "voting"}
+    allowed |= {"patching", "weight_patching"}  # the field calls them so
+    assert {stem for stem in stems if stem.endswith("ing")} <= allowed
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("defenses")])
+def test_defenses_import_nothing_of_analysis(module):
     allowed = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "defenses"}
     allowed |= set(sys.stdlib_module_names)
-    if name.startswith("defenses.training"):
+    if module.startswith("defenses.training"):
         allowed |= {"trl", "datasets"}
-    assert tops(of(name)) <= allowed
+    assert top_packages(imports_of(module)) <= allowed
 
 
-@pytest.mark.parametrize("name", sorted(STATISTICS & set(FILES)))
-def test_statistics_take_tables_and_give_tables(name):
-    allowed = {"numpy", "pandas", "scipy", "sklearn", "sacrebleu", "jaxtyping"} | set(sys.stdlib_module_names)
-    names = of(name)
-    assert tops(names) - {"analysis"} <= allowed
-    assert {one for one in names if one.startswith("analysis")} <= STATISTICS
+def test_statistics_use_numeric_libraries_only():
+    allowed = {"numpy", "pandas", "scipy", "sklearn", "sacrebleu", "jaxtyping", "analysis"}
+    for module in list_modules("stats"):
+        assert top_packages(imports_of(module)) <= allowed | set(sys.stdlib_module_names), module
 
 
-@pytest.mark.parametrize("name", sorted(PLOTS & set(FILES)))
-def test_plots_know_no_model_and_no_defense(name):
-    names = of(name)
-    assert not tops(names) & (HEAVY | {"defenses", "transformer_lens"})
-    assert {one for one in names if one.startswith("analysis")} <= PLOTS | {
-        "analysis.tables",
-        "analysis.captions",
-        "analysis.ensembles",
-        "analysis.fronts",
-        "analysis.outcomes",
-    }
+def test_plots_and_reports_load_no_model():
+    for module in list_modules("plots", "report"):
+        assert not top_packages(imports_of(module)) & (MODEL_LIBRARIES | {"transformer_lens"}), module
+    for module in list_modules("plots"):
+        assert "defenses" not in top_packages(imports_of(module)), module
+    assert not top_packages(imports_of("analysis.plots.data")) & PLOT_LIBRARIES
 
 
-@pytest.mark.parametrize("name", sorted(ASKING & set(FILES)))
-def test_asking_a_model_draws_nothing_and_knows_no_statistics(name):
-    names = of(name)
-    assert not tops(names) & (DRAWING | {"transformer_lens", "rich", "typer"})
-    assert not names & (PLOTS | FRONT | STATISTICS - {"analysis.tables"})
+def test_computing_packages_draw_and_print_nothing():
+    for module in list_modules(*COMPUTING):
+        assert not top_packages(imports_of(module)) & (PLOT_LIBRARIES | TERMINAL_LIBRARIES), module
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_only_the_mechanism_room_imports_transformer_lens(name):
-    if not name.startswith("analysis.mechanism"):
-        assert "transformer_lens" not in tops(of(name))
-    else:
-        assert not of(name) & (PLOTS | FRONT)
-        assert ("transformer_lens" in tops(of(name))) == (name == "analysis.mechanism.lens")
+def test_only_the_components_of_mechanism_import_transformer_lens():
+    users = {name for name in FILES if "transformer_lens" in top_packages(imports_of(name))}
+    assert users == {"analysis.mechanism.components"}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_nothing_imports_the_command_or_the_data(name):
-    front = FRONT if name not in FRONT else COMMAND if name not in COMMAND else set()
-    front = front - {"analysis.interface"} if name == "analysis" else front  # late, for notebooks
-    assert not of(name) & front
-    assert not any(one.split(".")[0] == "data" for one in of(name))
-
-
-def test_the_command_imports_nothing_heavy_at_its_top():
-    light = {"typer", "click", "analysis", "defenses", "rich"} | set(sys.stdlib_module_names)
-    command = COMMAND | {"analysis.options", "analysis.asking"}
-    for name in command:
-        names = of(name, inside_functions=False, for_types=False)
-        assert tops(names) <= light
-        assert names & set(FILES) <= command | {"analysis", "defenses.errors"}
-
-
-def test_modules_import_each_other_in_one_direction():
-    """At module level, less the package `defenses` itself, whose last line loads its own catalog."""
-    left = {
-        name: {
-            one for one in of(name, inside_functions=False, for_types=False) & set(FILES) if one != "defenses"
-        }
-        for name in FILES
-        if name != "defenses"
-    }
-    while left:
-        free = [name for name, needs in left.items() if not needs & set(left)]
-        assert free, f"these import each other: {sorted(left)}"
-        left = {name: needs for name, needs in left.items() if name not in free}
+def test_nothing_imports_the_top_level_folder_of_data():
+    assert not any("data" in top_packages(imports_of(name)) for name in FILES)
 
 
 @pytest.mark.parametrize(
-    ("module", "without"),
+    ("module", "not_loaded"),
     [
-        ("analysis.plots", HEAVY | {"transformer_lens", "defenses"}),
-        ("analysis.validity", {"matplotlib", "seaborn", "transformer_lens"}),
-        ("analysis.decompose", HEAVY | DRAWING | {"transformer_lens", "defenses"}),
-        ("analysis.cli", HEAVY | DRAWING | {"transformer_lens", "pandas", "numpy", "scipy"}),
-        ("defenses", HEAVY | DRAWING | {"transformer_lens", "pandas", "analysis"}),
+        ("analysis.plots.scores", MODEL_LIBRARIES | {"transformer_lens", "defenses"}),
+        ("analysis.studies.analyze", {"matplotlib", "seaborn", "transformer_lens"}),
+        ("analysis.stats.effects", MODEL_LIBRARIES | PLOT_LIBRARIES | {"transformer_lens", "defenses"}),
+        (
+            "analysis.cli.main",
+            MODEL_LIBRARIES | PLOT_LIBRARIES | {"transformer_lens", "pandas", "numpy", "scipy"},
+        ),
+        ("defenses", MODEL_LIBRARIES | PLOT_LIBRARIES | {"transformer_lens", "pandas", "analysis"}),
     ],
 )
-def test_what_an_import_pulls_in(module, without):
+def test_an_import_loads_no_more_than_it_needs(module, not_loaded):
     code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not set(done.stdout.split()) & without
+    assert not set(done.stdout.split()) & not_loaded

@@ -195,7 +195,7 @@ def use_split_attention(packed_rows: PackedRows, hidden_mask: HiddenMask | None 
             packed_rows.unpack_rows(value),
         )
         if memory is not None:
-            key, value = memory.add(key, value)
+            key, value = memory.append_tokens(key, value)
         if all(given is None or name in _CAUSAL_ATTENTION_ARGUMENTS for name, given in more.items()):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             return packed_rows.pack_rows(
