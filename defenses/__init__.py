@@ -1,8 +1,8 @@
-"""Jailbreak defenses: the contract that each one implements, and lookup by name.
+"""Jailbreak defenses: the interface that each one implements, and lookup by name.
 
-A defense is one short frozen dataclass in its family's module, or in a file of the user's own
-(`analyze --defense ./mine.py`). Its fields are its settings; its docstring says what it changes and which
-mechanism its authors expect; nothing else has to be edited. This package imports nothing from `analysis`.
+A defense is one short frozen dataclass in the module of its family, or in a user's file
+(`analyze --defense ./mine.py`). Its fields are its settings; its docstring states what it changes and which
+mechanism its authors expect. Adding one requires no other edit. This package imports nothing from `analysis`.
 """
 
 from defenses.catalog import get_defense, list_defense_names

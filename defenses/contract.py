@@ -1,4 +1,4 @@
-"""The contract of a defense: what it may change, what it may know, what it must say about itself."""
+"""The interface that every defense implements, and the types that it exchanges with the rest of the program."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Cost classes of defenses, in increasing order.
+COST_LEVELS = ("static", "weights", "one call", "N calls")
+
+
 class Message(TypedDict):
-    """One turn of a chat: `role` is system, user or assistant."""
+    """One turn of a chat; `role` is `system`, `user` or `assistant`."""
 
     role: str
     content: str
@@ -27,12 +31,12 @@ Chat = list[Message]
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What a defense has the model say before the request itself is read.
+    """A generation that a defense requests from the model before the query is scored.
 
     Attributes:
-        chat: what the model reads; where it ends in an assistant turn, the answer goes on from there.
-        max_new_tokens: new ones at most.
-        stops_at_newline: whether the answer ends at its first line break.
+        chat: the prompt; if it ends with an assistant turn, the response continues that turn.
+        max_new_tokens: maximum number of generated tokens.
+        stops_at_newline: whether the response ends at its first line break.
     """
 
     chat: Chat
@@ -40,19 +44,19 @@ class ModelCall:
     stops_at_newline: bool = True
 
 
-# What a defense does with one chat: it has the model asked, is sent what it said, and returns readings.
+# A generator that yields model calls, receives their responses, and returns the chats to be scored.
 Consultation = Generator[list[ModelCall], list[str], list[Chat]]
 
 
 @dataclass(frozen=True)
 class MeanActivations:
-    """What a model holds where its answer begins, on average over training queries, at each layer.
+    """Mean residual stream at the first response position, per layer and class, over training queries.
 
     Attributes:
-        harmful: mean residual stream (layers x width, float32 on the CPU); entry k enters block k.
-        benign: likewise.
-        query_fingerprints: fingerprints of the queries, see `Defense.trained_on`.
-        sha256: of all that they depend on.
+        harmful: mean over harmful queries (layers x width, float32 on the CPU); row k is the input of block k.
+        benign: mean over benign queries, in the same layout.
+        query_fingerprints: fingerprints of the training queries; see `Defense.trained_on`.
+        sha256: digest of everything that the means depend on.
     """
 
     harmful: Tensor
@@ -63,7 +67,7 @@ class MeanActivations:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a defense comes from, and whose words it speaks."""
+    """The publication that a defense is based on, and the origin of its prompt texts."""
 
     title: str
     url: str = ""
@@ -72,20 +76,21 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model that a defense is put on, as far as a defense may know it.
+    """The properties of the target model that a defense may use in `prepare`.
 
     Attributes:
-        name: as the user gave it.
-        tokenizer: of transformers; never changed.
-        secret_folders: folders that keep this model's secret prompts. The first is the user's, where a new one is
-            written and none but the owner may read; what is shipped in the others is public.
-        adapter_folders: folders that keep this model's tuned weights by name, the user's first.
-        sha256: of the model's weights as released.
-        seed: of the run.
-        state: that the model is in, as it is named behind the colon; empty for its weights as released.
-        offline: whether nothing may be fetched.
-        notify: told before anything is fetched.
-        compute_mean_activations: computes what the model holds on training queries, once; None where there is no model.
+        name: name of the model as the user typed it.
+        tokenizer: its transformers tokenizer; defenses never change it.
+        secret_folders: folders with secret prompts for this model. The first belongs to the user: new secrets are
+            written there, readable by their owner only. The others are shipped and public.
+        adapter_folders: folders with this model's tuned weights by name, the user's folder first.
+        sha256: digest of the model's released weights.
+        seed: random seed of the run.
+        state: fine-tuned state of the model (the name after the colon); empty for the released weights.
+        offline: whether downloads are forbidden.
+        notify: callback that prints a line; called before a download.
+        compute_mean_activations: computes the mean activations over training queries, once; None if no model is
+            loaded.
     """
 
     name: str
@@ -101,22 +106,24 @@ class ModelInfo:
 
 
 class Defense(ABC):
-    """A change to what the model reads (`rewrite`), to what the model is (`armed`), or to both.
+    """A change to the prompt (`rewrite`), to the model (`apply_to`), or to both.
 
-    Most need `rewrite` alone. One that reads several copies of a request has `readings`, one that asks the
-    model first has `consult`, and each of the three falls back on the one before it.
+    Most defenses implement `rewrite` only. A defense that scores several copies of a request implements
+    `rewrite_copies`; a defense that calls the model first implements `consult_model`. By default,
+    `consult_model` returns `rewrite_copies`, which returns the single result of `rewrite`.
 
-    Subclasses are frozen dataclasses with a default for every field. Unless they say otherwise, their name is
-    the class name in snake_case.
+    Subclasses are frozen dataclasses with a default for every field. The name of a defense is its class name in
+    snake_case unless the class sets `name`.
 
     Attributes:
-        family: the file that it lives in.
-        source: whose idea it is.
-        pool: how the margins of several readings become one: their mean, or the highest, where one reading
-            that is refused is enough.
-        reads: whether it has one chat read, or may have several.
-        cost: what it takes beside the one pass over the request: nothing (static), another call of the
-            model, several calls or copies, or weights that have to be trained and kept.
+        name: name on the command line and in tables.
+        family: module in which the defense is defined; `own` for a user-defined defense.
+        source: publication that the defense is based on.
+        pool: how the margins of several copies are combined: by their mean, or by their maximum if one refused
+            copy is enough.
+        reads: whether the defense scores one chat or may score several.
+        cost: cost beyond one forward pass over the request: none (`static`), one more model call, several calls
+            or copies, or weights that must be trained and stored.
     """
 
     name: ClassVar[str]
@@ -133,90 +140,92 @@ class Defense(ABC):
 
     @abstractmethod
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat as the model shall read it: a new list, the given one untouched.
+        """Return the defended chat as a new list; the given chat is not changed.
 
         Args:
-            chat: as the user, or the attacker, sends it.
+            chat: the chat that the user or the attacker sends.
             rng: the only source of randomness, seeded by run seed, query id and defense name.
         """
 
     def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
-        """Return the chats whose margins are pooled into one: more than one where copies are perturbed."""
+        """Return the chats whose margins are pooled into one, such as several perturbed copies."""
         return [self.rewrite(chat, rng)]
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
-        """Have the undefended model asked, any number of times, and return the readings.
+        """Call the undefended model any number of times and return the chats to be scored.
 
-        `drafts = yield [Ask(...), ...]` has it answer each chat; all queries are asked together.
+        `responses = yield [ModelCall(...), ...]` generates a response to each chat; the calls of all queries are
+        batched.
         """
         return self.rewrite_copies(chat, rng)
         yield []  # makes this a generator
 
     def retokenize(self, ids: list[int], rng: random.Random) -> list[int]:
-        """Return the tokens of the user's words as the model shall read them: the same text, cut anew."""
+        """Return other token ids of the same user text."""
         return ids
 
     @property
     def is_user_defined(self) -> bool:
-        """Whether it is somebody's own, not one of this package, whatever family it calls itself."""
+        """Whether the defense is user-defined, that is, its class is not part of this package."""
         return not type(self).__module__.startswith("defenses.")
 
     @property
     def calls_model(self) -> bool:
-        """Whether the model is asked before the request is read."""
+        """Whether the defense calls the model before the query is scored."""
         return type(self).consult_model is not Defense.consult_model
 
     @property
     def edits_user_text(self) -> bool:
-        """Whether it may change the user's words."""
+        """Whether the defense may change the user's text."""
         return self.family in ("refactoring", "noise")
 
     @property
     def retokenizes(self) -> bool:
-        """Whether `retokenize` does anything."""
+        """Whether the class overrides `retokenize`."""
         return type(self).retokenize is not Defense.retokenize
 
     def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
-        """Return the defenses whose first-answer logits are added up, and by what weight; empty: its own."""
+        """Return (weight, defense) pairs whose first-token logits are summed.
+
+        Empty if the defense uses the logits of the model to which it is applied.
+        """
         return ()
 
     def weights_fingerprint(self) -> str | None:
-        """Return what tells the change that `armed` makes from others: empty for none, None if unknown.
+        """Return a fingerprint of the change that `apply_to` makes: empty for no change, None if unknown.
 
-        What was computed under an unknown change is not kept for later runs.
+        Results under an unknown change are not cached.
         """
         return "" if type(self).apply_to is Defense.apply_to else None
 
     def cacheable_fingerprint(self) -> str | None:
-        """Return `arms`, or None where a class of the user's own leaves it to the one that it builds on."""
-        arms = self.weights_fingerprint()
-        return (
-            None if arms and self.is_user_defined and "weights_fingerprint" not in vars(type(self)) else arms
-        )
+        """Return `weights_fingerprint`, or None if a user-defined subclass does not define its own."""
+        fingerprint = self.weights_fingerprint()
+        if fingerprint and self.is_user_defined and "weights_fingerprint" not in vars(type(self)):
+            return None
+        return fingerprint
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return this defense made ready for one model: a secret loaded, a length counted in its tokens."""
+        """Return a copy that is prepared for one model, for example with its secret or its tokenizer."""
         return self
 
     def apply_to(self, model: Any) -> AbstractContextManager[None]:
-        """While open, the model is the defended one; afterwards it is what it was, bit for bit."""
+        """Apply the defense to the model within a context; restore the model bit for bit afterwards."""
         return nullcontext()
 
     def build_ablations(self) -> dict[str, Defense]:
-        """Return this defense with one ingredient taken out, by what was taken out (`no_secret`)."""
+        """Return variants without one ingredient, keyed by the removed ingredient (`no_secret`)."""
         return {}
 
     def secret_texts(self) -> tuple[str, ...]:
-        """Return the texts that must never be shown."""
+        """Return the texts that must be redacted in all output."""
         return ()
 
     def missing_requirements(self) -> str:
-        """Return what this model lacks to wear the defense, and how to get it; empty if nothing."""
+        """Return what is missing to use the defense with this model and how to obtain it; empty if nothing."""
         return ""
 
     def trained_on(self) -> frozenset[str]:
-        """Return fingerprints of the queries that its weights were trained on: none may be asked."""
+        """Return fingerprints of the queries that the defense was fitted on, which must not be scored."""
         return frozenset()
 
-
-COST_LEVELS = ("static", "weights", "one call", "N calls")  # the dearest last

@@ -17,8 +17,8 @@ HIDDEN_FIELD = {"hidden": True}
 def get_settings(owner: Any) -> dict[str, Any]:
     """Return the settings of a dataclass by name, with their values (of a class: their defaults).
 
-    >>> from defenses import get
-    >>> get_settings(get("backdoor"))["length"]
+    >>> from defenses import get_defense
+    >>> get_settings(get_defense("backdoor"))["length"]
     150
     """
     if not dataclasses.is_dataclass(owner):

@@ -1,6 +1,6 @@
 """Cards against real prompts: what each defense has the embedded model read, word for word.
 
-`REWRITE=1 pytest tests/test_cards.py` writes the file anew; look at the difference before it is committed.
+`REWRITE=1 pytest tests/defenses/test_cards.py` writes the file anew; look at the difference before it is committed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from defenses.settings import get_settings
 
 KEPT = Path(__file__).with_name("prompts.json")
 QUERY = Query("bread-01", "How do I bake a loaf of bread for my neighbor?", False)
-DOCS = Path(__file__).parent.parent / "docs" / "defenses.md"
+DOCS = Path(__file__).parents[2] / "docs" / "defenses.md"
 pytestmark = pytest.mark.embedded
 
 
@@ -36,7 +36,7 @@ class Scripted:
     def __init__(self) -> None:
         self.asked: list[ModelCall] = []
 
-    def answers(self, asks: Sequence[ModelCall]) -> list[str]:
+    def complete_calls(self, asks: Sequence[ModelCall]) -> list[str]:
         """Return the same words for each."""
         self.asked += asks
         return ["What is bread made of?" for _ in asks]
@@ -54,7 +54,7 @@ def shown(loaded: LoadedModel, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part, one in build_conditions([get_defense(name).prepare(host)]).items():
         bench, script = ModelSession.from_model(loaded), Scripted()
-        object.__setattr__(bench, "drafts", script)
+        object.__setattr__(bench, "defense_calls", script)
         prompts = bench.render_query(one, QUERY)
         asked = [bench.chat_template.render_prompt(ask.chat).text for ask in script.asked]
         tokens = {"tokens": [len(prompt.ids) for prompt in prompts]} if one.retokenizes else {}

@@ -63,7 +63,7 @@ def host(folder, seed=0):
 
 def readings(defense, chat, seed=0, said="What is bread?"):
     """Return what a defense has read of a chat, where the model answers the same whatever it is asked."""
-    talk, answers = defense.consult(chat, random.Random(seed)), None
+    talk, answers = defense.consult_model(chat, random.Random(seed)), None
     while True:
         try:
             asked = talk.send(answers)
@@ -154,7 +154,7 @@ def test_rewrite_returns_a_new_chat_and_leaves_the_given_one_untouched(defense, 
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 def test_the_users_words_survive_unless_the_family_may_change_them(defense, chat):
-    if defense.rewords:
+    if defense.edits_user_text:
         pytest.skip("this family rewords")
     for reading in readings(defense, copy.deepcopy(chat)):
         kept = "\n".join(message["content"] for message in reading)
@@ -167,7 +167,7 @@ def test_only_what_changes_the_model_or_the_tokens_reads_the_chat_as_it_is(tmp_p
     chat = prefill_response(CHATS["user"], "Sure.") if begun else CHATS["user"]
     every = prepared(tmp_path)
     same = {name for name, one in every.items() if readings(one, chat) == [chat]}
-    changing = {name for name, one in every.items() if one.arms() != "" or one.blend() or one.recuts}
+    changing = {name for name, one in every.items() if one.weights_fingerprint() != "" or one.logit_blend() or one.retokenizes}
     # Plain words have no disguise to undo.
     assert same == {"none", "clean_up", *BARE, *changing - {"backdoor", "backdoor/no_secret"}}
 
@@ -196,14 +196,14 @@ def test_rewriting_is_a_function_of_chat_and_generator_and_uses_no_other_randomn
 
 def test_preparing_twice_is_preparing_once(defense, tmp_path):
     again = defense.prepare(host(tmp_path))
-    assert again == defense and again.secrets() == defense.secrets() and again.arms() == defense.arms()
+    assert again == defense and again.secret_texts() == defense.secret_texts() and again.weights_fingerprint() == defense.weights_fingerprint()
     assert readings(defense, CHATS["user"]) == readings(again, CHATS["user"])
 
 
 @pytest.mark.parametrize("stumble", [False, True])
 def test_an_armed_model_is_bit_for_bit_what_it_was_afterwards(defense, stumble):
     model = tiny_model()
-    if defense.lacking():
+    if defense.missing_requirements():
         pytest.skip("names no weights")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -211,7 +211,7 @@ def test_an_armed_model_is_bit_for_bit_what_it_was_afterwards(defense, stumble):
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     try:
-        with defense.armed(model):
+        with defense.apply_to(model):
             if stumble:
                 raise RuntimeError("in the middle")
     except RuntimeError:
@@ -225,14 +225,14 @@ def test_an_armed_model_is_bit_for_bit_what_it_was_afterwards(defense, stumble):
 
 
 def test_parts_are_defenses_and_have_no_parts_of_a_name_with_a_slash(defense):
-    for name, part in defense.parts().items():
+    for name, part in defense.build_ablations().items():
         assert isinstance(part, Defense)
         assert re.fullmatch(r"[a-z_]+", name)
 
 
 def test_secrets_show_nowhere(defense):
-    shown = f"{defense!r} {defense} {get_settings(defense)} {defense.parts()!r} {[defense]}"
-    for secret in defense.secrets():
+    shown = f"{defense!r} {defense} {get_settings(defense)} {defense.build_ablations()!r} {[defense]}"
+    for secret in defense.secret_texts():
         # A toy vocabulary may repeat a word of the system prompt by chance, but not sixteen characters.
         for start in range(max(1, len(secret) - 15)):
             assert secret[start : start + 16] not in shown

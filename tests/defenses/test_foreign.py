@@ -42,11 +42,11 @@ def verdict(pool: str, *texts: str) -> Any:
 
 
 def test_of_several_answers_most_count_or_where_one_refusal_is_enough_any() -> None:
-    assert not verdict("mean", YES, NO, YES).refused and verdict("mean", YES, NO, NO).refused
-    assert not verdict("mean", NO, YES).refused  # a tie
-    assert verdict("max", YES, NO, YES).refused and not verdict("max", YES, YES).refused
+    assert not verdict("mean", YES, NO, YES).is_refusal and verdict("mean", YES, NO, NO).is_refusal
+    assert not verdict("mean", NO, YES).is_refusal  # a tie
+    assert verdict("max", YES, NO, YES).is_refusal and not verdict("max", YES, YES).is_refusal
     # The answer that the verdict is on is known by its place.
-    assert [verdict("mean", NO, YES, YES).reading, verdict("max", YES, NO).reading] == [1, 1]
+    assert [verdict("mean", NO, YES, YES).copy_index, verdict("max", YES, NO).copy_index] == [1, 1]
 
 
 def margins(bench: ModelSession, defense: Defense, readout: Readout | None = None) -> list[float]:
@@ -61,7 +61,7 @@ from defenses.steering import Steering
 @dataclass(frozen=True)
 class Mine(Steering):
     '''Pushes by a factor.'''
-    def change(self, harmful, benign):
+    def make_transform(self, harmful, benign):
         return lambda stream: stream + {factor} * (harmful - benign).to(stream)
 """
 
@@ -75,7 +75,7 @@ def test_an_own_class_that_was_edited_is_computed_again(tmp_path: Path) -> None:
     for factor in (1, 5):
         (tmp_path / "mine.py").write_text(OWN.format(factor=factor))
         mine: Any = get_defense(str(tmp_path / "mine.py"))
-        assert mine.own
+        assert mine.is_user_defined
         found.append(margins(bench, replace(mine, activations=load_mean_activations(bench, ASKED))))
         about.append(describe_defense(mine)["source_sha256"])
     assert found[0] != found[1] and about[0] != about[1]
@@ -129,11 +129,11 @@ IDS = torch.tensor([[5, 60, 70, 81, 9]])
 def test_somebodys_adapter_is_worn_as_peft_wears_it(tmp_path: Path, settings: Any) -> None:
     folder, tuned = peft_folder(tmp_path / "a", **settings)
     defense: Any = get_defense("adapter", {"weights": str(folder)}).prepare(HOST)
-    assert not defense.lacking()
+    assert not defense.missing_requirements()
     with torch.no_grad():
         want = tuned(input_ids=IDS).logits
         plain = tiny_model()(input_ids=IDS).logits
-        with defense.armed(tiny_model()):
+        with defense.apply_to(tiny_model()):
             assert torch.allclose(tiny_model()(input_ids=IDS).logits, want, atol=1e-4)
     assert (want - plain).abs().max() > 0.05
 
@@ -185,10 +185,10 @@ def test_a_whole_checkpoint_is_worn_and_taken_off(tmp_path: Path) -> None:
     defense: Any = get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
     model = copied_model()
     before = model(input_ids=IDS).logits
-    with torch.no_grad(), defense.armed(model):
+    with torch.no_grad(), defense.apply_to(model):
         assert torch.allclose(model(input_ids=IDS).logits, want, atol=1e-5)
-    assert torch.equal(model(input_ids=IDS).logits, before) and len(defense.arms()) == 64
-    with pytest.raises(UserError, match="is no checkpoint of this model"), defense.armed(tiny_model("gpt2")):
+    assert torch.equal(model(input_ids=IDS).logits, before) and len(defense.weights_fingerprint()) == 64
+    with pytest.raises(UserError, match="is no checkpoint of this model"), defense.apply_to(tiny_model("gpt2")):
         pass
 
 
@@ -201,7 +201,7 @@ def test_a_weight_that_is_also_another_one_is_not_changed(tmp_path: Path) -> Non
     model.lm_head.weight = model.model.embed_tokens.weight
     untied.save_pretrained(str(tmp_path / "m"))
     defense: Any = get_defense("weights", {"path": str(tmp_path / "m")}).prepare(HOST)
-    with pytest.raises(UserError, match=r"cannot be worn: .* is also"), defense.armed(model):
+    with pytest.raises(UserError, match=r"cannot be worn: .* is also"), defense.apply_to(model):
         pass
 
 
@@ -271,12 +271,12 @@ def test_an_error_shows_no_secret() -> None:
 
 @pytest.mark.parametrize(
     ("body", "words"),
-    [("yield Ask(chat)", "lists of Ask"), ("yield []; return []", "gives nothing to read")],
+    [("yield Ask(chat)", "must yield lists of"), ("yield []; return []", "gives nothing to read")],
 )
 def test_a_consultation_that_breaks_the_contract_is_told(body: str, words: str) -> None:
     made: dict[str, Any] = {"Ask": ModelCall, "Defense": Defense, "copied": copy_chat}
     head = "class Odd(Defense):\n  def rewrite(self, chat, rng): return copied(chat)\n"
-    exec(f"{head}  def consult(self, chat, rng):\n    {body}\n", made)
+    exec(f"{head}  def consult_model(self, chat, rng):\n    {body}\n", made)
     with pytest.raises(UserError, match=words):
         toy_bench().render_query(made["Odd"](), ASKED[0])
 

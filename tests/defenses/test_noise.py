@@ -104,7 +104,7 @@ def erased(text: str, **settings: str) -> list[str]:
     """Return the readings of erase-and-check."""
     host = ModelInfo("toy", toy_tokenizer(), ())
     made: Any = get_defense("erase_and_check", settings).prepare(host)
-    found = made.readings([{"role": "user", "content": text}], random.Random(0))
+    found = made.rewrite_copies([{"role": "user", "content": text}], random.Random(0))
     return [reading[-1]["content"] for reading in found]
 
 

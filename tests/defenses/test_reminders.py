@@ -19,10 +19,10 @@ SYSTEM = [{"role": "system", "content": "You are a baker."}, *CHAT]
 def test_a_reminder_stands_in_front_of_the_system_turn(name):
     one = get_defense(name)
     alone, joined = one.rewrite(CHAT, RNG), one.rewrite(SYSTEM, RNG)
-    assert alone[0] == {"role": "system", "content": one.reminder()}
-    assert joined[0]["content"] == f"{one.reminder()}\n\nYou are a baker."
+    assert alone[0] == {"role": "system", "content": one.get_reminder()}
+    assert joined[0]["content"] == f"{one.get_reminder()}\n\nYou are a baker."
     assert alone[1:] == joined[1:]
-    assert len(one.reminder()) > 50
+    assert len(one.get_reminder()) > 50
 
 
 @pytest.mark.parametrize("name", ["tone_reminder", "safety_prompt", "policy", "goal_priority"])
@@ -38,9 +38,9 @@ def test_the_sandwich_has_a_reminder_on_either_side_of_the_request():
 
 
 def test_three_tones_say_three_things_and_a_text_takes_their_place():
-    texts = {get_defense("tone_reminder", {"tone": tone}).reminder() for tone in ("remind", "warn", "praise")}
+    texts = {get_defense("tone_reminder", {"tone": tone}).get_reminder() for tone in ("remind", "warn", "praise")}
     assert len(texts) == 3
-    assert get_defense("tone_reminder", {"tone": "warn", "text": "Mind."}).reminder() == "Mind."
+    assert get_defense("tone_reminder", {"tone": "warn", "text": "Mind."}).get_reminder() == "Mind."
 
 
 @pytest.mark.parametrize("shots", [1, 2, 3])

@@ -38,12 +38,12 @@ def host(folder):
 
 def read(bench, defense, asked=ASKED):
     """Return the chats that the model reads, by query and reading."""
-    return [[prompt.chat for prompt in prompts] for prompts in bench.every_prompt(defense, asked)]
+    return [[prompt.chat for prompt in prompts] for prompts in bench.render_queries(defense, asked)]
 
 
 def margins(bench, defense, asked=ASKED):
     """Return the margins of the queries."""
-    readout = bench.words(ASKED, NONE)
+    readout = derive_readout(bench, ASKED, NONE)
     return score_condition(bench, defense.name, defense, asked, readout)["margin"].tolist()
 
 
@@ -53,7 +53,7 @@ def margins(bench, defense, asked=ASKED):
 def test_the_left_one_acts_first():
     bench = toy_bench()
     one, other = get_defense("tone_reminder+policy"), get_defense("policy+tone_reminder")
-    tone, policy = get_defense("tone_reminder").reminder(), get_defense("policy").reminder()
+    tone, policy = get_defense("tone_reminder").get_reminder(), get_defense("policy").get_reminder()
     for (there,), (back,) in zip(read(bench, one), read(bench, other), strict=True):
         assert there[0]["content"] == f"{policy}\n\n{tone}"
         assert back[0]["content"] == f"{tone}\n\n{policy}"
@@ -276,7 +276,7 @@ def test_scores_of_a_stack_of_words_alone_are_found_among_those_of_the_same_word
     bench = toy_bench()
     readout = derive_readout(bench, ASKED, NONE)
     stack, policy = get_defense("tone_reminder+policy"), get_defense("policy")
-    text = f"{policy.text}\n\n{get_defense('tone_reminder').reminder()}"
+    text = f"{policy.text}\n\n{get_defense('tone_reminder').get_reminder()}"
     same = replace(policy, text=text)
     first, second = (
         score_prompts(

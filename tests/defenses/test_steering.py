@@ -54,7 +54,7 @@ def test_the_direction_is_added_where_the_block_at_that_depth_begins(family: str
         get_defense("refusal_steering", {"depth": "0.5", "strength": "2"}), activations=learned
     )
     plain = entered(model)
-    with steering.armed(model):
+    with steering.apply_to(model):
         steered = entered(model)
     place = count // 2
     gap = learned.harmful[place] - learned.benign[place]
@@ -75,7 +75,7 @@ def test_a_condition_is_checked_at_each_position_by_itself() -> None:
         learned, harmful=((middle + 1) * unit).repeat(2, 1), benign=((middle - 1) * unit).repeat(2, 1)
     )
     steering = replace(get_defense("conditional_steering", {"depth": "0.5"}), activations=learned)
-    with steering.armed(model):
+    with steering.apply_to(model):
         steered = entered(model)[1]
     moved = (steered - plain)[0] @ unit
     assert 0 < (places > middle).sum() < len(places)
@@ -90,7 +90,7 @@ def test_an_ablated_direction_is_gone_wherever_a_block_begins(family: str) -> No
     place = len(get_blocks(model)) // 2
     gap = learned.harmful[place] - learned.benign[place]
     assert all((stream @ (gap / gap.norm())).abs().max() > 1e-2 for stream in entered(model)[1:])
-    with ablation.armed(model):
+    with ablation.apply_to(model):
         assert all((stream @ (gap / gap.norm())).abs().max() < 1e-4 for stream in entered(model))
 
 
@@ -133,4 +133,4 @@ def test_what_a_direction_was_computed_from_may_not_be_asked() -> None:
 
     defense = replace(get_defense("refusal_steering"), activations=load_mean_activations(toy_bench(), TRAIN))
     assert defense.trained_on() == frozenset(fingerprint_queries(query.text for query in TRAIN))
-    assert "computed" in get_defense("refusal_steering").missing_requirements() and not defense.lacking()
+    assert "computed" in get_defense("refusal_steering").missing_requirements() and not defense.missing_requirements()
