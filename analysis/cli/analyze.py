@@ -1,4 +1,4 @@
-"""The commands of every day: `analyze` itself, what there is, what is read and kept. Imports are late."""
+"""`analyze` itself and `analyze check`; heavy libraries are imported inside the functions."""
 
 from __future__ import annotations
 
@@ -51,15 +51,17 @@ def analyze(
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Output folder; by default runs/TIME-MODEL-DEFENSE.")
+        Path | None, typer.Option("-o", "--out", help="Output folder. Default: runs/TIME-MODEL-DEFENSE.")
     ] = None,
     settings: SettingsOption = None,
-    cost: Annotated[bool, typer.Option("--cost", help="Also measure what each defense costs.")] = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Also measure the cost of each defense: tokens, calls, time.")
+    ] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """What does a jailbreak defense do: refuse more of everything, or tell harm from harmless better?
+    """Measure what a jailbreak defense does: refuse more, or separate harmful from benign queries better.
 
     analyze --defense backdoor --model smollm2
     """
@@ -71,12 +73,11 @@ def analyze(
         if len(sys.argv) == 1:
             typer.echo(context.get_help())
             raise typer.Exit
-        raise UserError("which defense? -d NAME (see `analyze list defenses`) or -d all")
-    request = build_run_spec(
+        raise UserError("no defense chosen: use -d NAME (see `analyze list defenses`) or -d all")
+    spec = build_run_spec(
         model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout
     )
-
-    code = run_analyze_command(request, defense, settings or [], out, as_json, cost)
+    code = run_analyze_command(spec, defense, settings or [], out, as_json, cost)
     raise typer.Exit(code)
 
 
@@ -92,14 +93,13 @@ def check(
     seed: SeedOption = 0,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
-    queries: Annotated[int, typer.Option(help="How many queries to look at.")] = 4,
+    queries: Annotated[int, typer.Option(help="Number of queries to show and check.")] = 4,
 ) -> None:
-    """Show what the model will read under a defense, and check that the defense reaches it (else exit 1)."""
+    """Show the prompts that the model reads and check that the defense reaches it (exit 1 if not)."""
     from analysis.studies.run_spec import build_run_spec
 
-    request = build_run_spec(model, data, split, None, None, device, dtype, seed, offline, attack)
-
-    raise typer.Exit(run_check_command(request, defense or ["none"], settings or [], queries))
+    spec = build_run_spec(model, data, split, None, None, device, dtype, seed, offline, attack)
+    raise typer.Exit(run_check_command(spec, defense or ["none"], settings or [], queries))
 
 
 def run_analyze_command(
@@ -110,7 +110,19 @@ def run_analyze_command(
     as_json: bool,
     with_cost: bool = False,
 ) -> int:
-    """Score every defense and the undefended model, save tables and figures, print the summary."""
+    """Score each defense and the undefended model, save tables and figures, and print the summary.
+
+    Args:
+        spec: model, data and options of the run.
+        defenses: names or .py files, as typed.
+        settings: `key=value` settings of the defenses.
+        out: output folder, or None for a new one under runs/.
+        as_json: whether to print the summary as JSON instead of a table.
+        with_cost: whether to measure the cost of each defense.
+
+    Returns:
+        The exit code: 0, 1 if a check or a condition failed, 130 if the run was interrupted.
+    """
     from analysis.cli.console import (
         print_costs,
         print_failed_checks,
@@ -129,12 +141,12 @@ def run_analyze_command(
     out = check_output_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)))
     console = Console(stderr=True)
     try:
-        found = analyze_defenses(spec, defenses, settings, console, with_cost)
+        result = analyze_defenses(spec, defenses, settings, console, with_cost)
     except PreflightError as error:
         print_failed_checks(error.checks)
         return 1
-    run = found.run
-    save_run(out, found.run, console)
+    run = result.run
+    save_run(out, run, console)
     summary = run.tables["summary"]
     if as_json:
         print_json_table(summary)
@@ -144,19 +156,29 @@ def run_analyze_command(
             print_costs(run.tables["cost"])
     _print_coverage_warning(summary, console)
     print_trust_warnings(summary, console)
-    print_run_location(out, found.failures, console)
+    print_run_location(out, result.failures, console)
     if run.record["interrupted"]:
-        wanted = run.record["conditions_wanted"]
+        n_conditions = run.record["conditions_wanted"]
         make_notifier(console)(
-            f"Interrupted: {len(summary)} of {wanted} conditions were finished and kept; the rest is "
-            "not. The same command goes on from here."
+            f"Interrupted: {len(summary)} of {n_conditions} conditions were finished and saved. "
+            "Run the same command again to continue."
         )
         return 130
-    return 1 if found.failures else 0
+    return 1 if result.failures else 0
 
 
 def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence[str], n_queries: int) -> int:
-    """Print what the model reads under each defense, and every check; 1 if one fails."""
+    """Print the prompts that the model reads under each defense and the result of every check.
+
+    Args:
+        spec: model, data and options of the run.
+        defenses: names or .py files, as typed.
+        settings: `key=value` settings of the defenses.
+        n_queries: number of queries to show and check.
+
+    Returns:
+        The exit code: 0, or 1 if a check failed.
+    """
     from analysis.cli.console import print_checks
     from analysis.datasets.queries import sample_queries
     from analysis.models.chat_template import redact_secrets
@@ -166,40 +188,40 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
     from analysis.studies.setup import prepare_setup
 
     if n_queries < 2:
-        raise UserError(f"--queries {n_queries}: at least 2 are needed, a harmful and a benign one")
+        raise UserError(f"--queries {n_queries}: at least 2 are needed, one harmful and one benign")
     console = Console()
-    ready = prepare_setup(spec, defenses, settings, Console(stderr=True), with_threshold=False)
-    looked_at = sample_queries(ready.query_set.queries, n_queries)
-    failed = 0
-    for bench in map(ready.session.with_attack, spec.attacks):
-        for name, defense in build_conditions(ready.defenses).items():
-            checks = check_condition(bench, name, defense, looked_at, ready.readout)
-            failed += sum(not one.passed for one in checks)
+    setup = prepare_setup(spec, defenses, settings, Console(stderr=True), with_threshold=False)
+    queries = sample_queries(setup.query_set.queries, n_queries)
+    n_failed = 0
+    for session in map(setup.session.with_attack, spec.attacks):
+        for name, defense in build_conditions(setup.defenses).items():
+            checks = check_condition(session, name, defense, queries, setup.readout)
+            n_failed += sum(not check.passed for check in checks)
             texts = [
                 (query.id, redact_secrets(prompt.text, defense.secret_texts()))
-                for query in looked_at
-                for prompt in bench.render_query(defense, query)
+                for query in queries
+                for prompt in session.render_query(defense, query)
             ]
             print_checks(console, checks[0].condition, checks, texts)
-    for notice in (*ready.session.chat_template.notices, *ready.readout.notices):
+    for notice in (*setup.session.chat_template.notices, *setup.readout.notices):
         print_note(console, notice)
-    return 1 if failed else 0
+    return 1 if n_failed else 0
 
 
 def _print_coverage_warning(summary: pd.DataFrame, console: Console) -> None:
-    """Warn where the readout's words are rarely what the model opens with."""
+    """Warn about conditions in which the readout's words hold little of the first-token probability."""
     from analysis.readouts.readout import LOW_COVERAGE
     from analysis.stats.tables import format_condition
     from analysis.studies.progress import join_first_texts
 
-    low = summary[summary["coverage"] < LOW_COVERAGE].sort_values("coverage", kind="stable")
-    if len(low):
+    low_rows = summary[summary["coverage"] < LOW_COVERAGE].sort_values("coverage", kind="stable")
+    if len(low_rows):
         worst = join_first_texts(
-            [f"{format_condition(row)} {row['coverage']:.0%}" for _, row in low.iterrows()]
+            [f"{format_condition(row)} {row['coverage']:.0%}" for _, row in low_rows.iterrows()]
         )
         console.print(
-            f"Warning: the readout's words are under {LOW_COVERAGE:.0%} of the first-token probability here "
-            f"({worst}): these margins see little of how the model answers.",
+            f"Warning: less than {LOW_COVERAGE:.0%} of the first-token probability falls on the readout's "
+            f"words ({worst}); treat these margins with caution.",
             style="yellow",
             highlight=False,
             markup=False,

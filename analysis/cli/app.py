@@ -1,4 +1,4 @@
-"""The frame of the command: one group, to which the other `cli_` modules add theirs."""
+"""The Typer application to which the modules of `analysis.cli` add their commands."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typer.core import TyperGroup
 
 
 class CommandInterrupted(Exception):
-    """Ctrl-C, on its way past typer."""
+    """Ctrl-C, wrapped so that typer does not handle it."""
 
 
 class _CommandGroup(TyperGroup):
-    """The commands, called with the context that typer's hints promise, with Ctrl-C left to `cli.main`."""
+    """Command group that passes a `typer.Context` to callbacks and leaves Ctrl-C to `cli.main`."""
 
     context_class = typer.Context
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; typer by itself would end an interrupted one without a word."""
+        """Run a command; typer alone would end an interrupted one without a message."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:

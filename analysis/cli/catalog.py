@@ -1,4 +1,4 @@
-"""What there is to choose from: defenses, models, data sets, attacks, readouts."""
+"""The commands `list`, `explain`, `cache` and `report`; heavy libraries are imported inside the functions."""
 
 from __future__ import annotations
 
@@ -29,28 +29,25 @@ from analysis.cli.options import (
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
+    from analysis.datasets.public import PublicDataset
     from analysis.datasets.queries import Query
     from analysis.models.session import ModelSession
     from analysis.report.results import Run
     from analysis.studies.run_spec import RunSpec
     from defenses.contract import Defense
 
-
-if TYPE_CHECKING:
-    from analysis.datasets.public import PublicDataset
-
 CatalogRows = list[dict[str, Any]]
 
 _SHIPPED_SET_DESCRIPTIONS = {
-    "contrast": "harmful requests, their benign twins, and plain benign requests",
-    "twins": "harmful requests and their benign twins only: the hard comparison",
-    "plain": "harmful requests and plain benign ones only: the easy comparison",
-    "everyday": "the plain benign requests alone, for a set that has none: --data advbench+everyday",
+    "contrast": "harmful requests, their matched benign twins, and plain benign requests",
+    "twins": "harmful requests and their matched benign twins only (the hard comparison)",
+    "plain": "harmful requests and plain benign ones only (the easy comparison)",
+    "everyday": "plain benign requests only, to complete a set without any: --data advbench+everyday",
 }
 
 
 def collect_catalog() -> dict[str, CatalogRows]:
-    """Return each kind of thing as rows of plain values."""
+    """Return what `analyze list` shows: for each kind, a list of rows of plain values."""
     from analysis.attacks import load_shipped_attacks
     from analysis.datasets.loading import SHIPPED_SETS
     from analysis.datasets.public import PUBLIC_DATASETS
@@ -82,36 +79,36 @@ def collect_catalog() -> dict[str, CatalogRows]:
             *map(_describe_public_set, PUBLIC_DATASETS.values()),
         ],
         "attacks": [
-            {"name": one.name, "what": one.description, "source": one.source, "url": one.url}
-            for one in load_shipped_attacks().values()
+            {"name": attack.name, "what": attack.description, "source": attack.source, "url": attack.url}
+            for attack in load_shipped_attacks().values()
         ],
         "readouts": [{"name": name, "what": what} for name, what in READOUT_DESCRIPTIONS.items()],
     }
 
 
 def print_catalog(rows_by_kind: Mapping[str, CatalogRows]) -> None:
-    """Print the rows as tables; names are never cut, and long texts go below each other."""
+    """Print one table per kind; names are never truncated, long descriptions wrap."""
     console = Console()
     for title, rows in rows_by_kind.items():
-        short = [key for key in ("name", "id", "gated") if key in rows[0]]
+        short_keys = [key for key in ("name", "id", "gated") if key in rows[0]]
         table = Table(title=title, title_justify="left", show_header=False, show_edge=False, pad_edge=False)
-        for _ in short:
+        for _ in short_keys:
             table.add_column(no_wrap=True)
         table.add_column()
         for row in rows:
-            cells = [("gated" if row[key] else "") if key == "gated" else str(row[key]) for key in short]
+            cells = [("gated" if row[key] else "") if key == "gated" else str(row[key]) for key in short_keys]
             table.add_row(*map(Text, cells), _format_description(row))
         console.print(table)
         console.print()
 
 
 def _describe_shipped_set(name: str) -> dict[str, Any]:
-    """A set that is part of this program."""
+    """Return the row of a query set that is shipped with the package."""
     from analysis.datasets.loading import SHIPPED_SETS, load_shipped_set
 
-    asked = load_shipped_set(name).queries
-    harmful = sum(query.harmful for query in asked)
-    counts = {"harmful": harmful, "benign": len(asked) - harmful}
+    queries = load_shipped_set(name).queries
+    n_harmful = sum(query.harmful for query in queries)
+    counts = {"harmful": n_harmful, "benign": len(queries) - n_harmful}
     return {
         "name": name,
         "kinds": list(SHIPPED_SETS[name]),
@@ -122,7 +119,7 @@ def _describe_shipped_set(name: str) -> dict[str, Any]:
 
 
 def _describe_public_set(dataset: PublicDataset) -> dict[str, Any]:
-    """A set that its publisher keeps; without a revision it is for the user to fetch."""
+    """Return the row of a public query set; without a revision, the user has to download it."""
     return {
         "name": dataset.name,
         "what": dataset.description,
@@ -136,7 +133,7 @@ def _describe_public_set(dataset: PublicDataset) -> dict[str, Any]:
 
 
 def _format_description(row: Mapping[str, Any]) -> Text:
-    """What a thing is; of a defense also whose it is and what may be set, of data their rows and licence."""
+    """Return a row's description; for data also size and license, for a defense also source and settings."""
     text = Text(row.get("what", row.get("note", "")))
     if "licence" in row:
         counts = f"{row['harmful']} harmful, {row['benign']} benign"
@@ -162,14 +159,16 @@ def _shorten_value(value: Any) -> str:
 
 @app.command("list")
 def list_(
-    what: Annotated[str | None, typer.Argument(help="defenses, models, data, attacks or readouts")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="defenses, models, data, attacks or readouts. Default: all.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what there is: defenses, models, data sets, attacks, readouts."""
-    shelves = collect_catalog()
-    if what is not None and what not in shelves:
-        raise unknown_name_error("list", what, shelves)
-    chosen = {what: shelves[what]} if what else shelves
+    """List the available defenses, models, data sets, attacks and readouts."""
+    rows_by_kind = collect_catalog()
+    if what is not None and what not in rows_by_kind:
+        raise unknown_name_error("list", what, rows_by_kind)
+    chosen = {what: rows_by_kind[what]} if what else rows_by_kind
     if as_json:
         typer.echo(json.dumps(chosen, indent=2, ensure_ascii=False))
     else:
@@ -178,10 +177,10 @@ def list_(
 
 @app.command()
 def explain(
-    defense: Annotated[str, typer.Argument(help="Name, or the path of a .py file.")],
+    defense: Annotated[str, typer.Argument(help="Defense name or path of a .py file.")],
     model: ModelOption = "smollm2",
     text: Annotated[
-        str | None, typer.Option("--text", help="The request; by default a harmless one of the shipped.")
+        str | None, typer.Option("--text", help="The query. Default: a shipped benign query.")
     ] = None,
     attack: AttackOption = None,
     device: DeviceOption = "auto",
@@ -190,50 +189,50 @@ def explain(
     settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Print a defense's card, and what the model would read of one request under it.
+    """Describe a defense and show the prompt that the model reads for one query under it.
 
     analyze explain smooth_llm --set copies=3
     """
     from analysis.studies.run_spec import build_run_spec
 
-    request = build_run_spec(model, "contrast", "test", None, None, device, dtype, seed, offline, attack)
-
-    raise typer.Exit(run_explain_command(request, defense, settings or [], text))
+    spec = build_run_spec(model, "contrast", "test", None, None, device, dtype, seed, offline, attack)
+    raise typer.Exit(run_explain_command(spec, defense, settings or [], text))
 
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove it.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete everything in the cache.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what earlier runs have found out and later ones need not, by kind; or clear it.
+    """Show or clear the cache of earlier results.
 
-    Scores and drafts; readouts with their thresholds; the verdicts they were made from; what `analyze
-    validate` found; residual means; costs. Converted models and data sets that were fetched stay.
+    It holds scores and drafts (generations that defenses request), readouts with their thresholds, verdicts
+    of judges, validity results, mean activations and costs. Converted models and downloaded data sets are
+    kept.
     """
     from analysis.models.cache import clear_cache, count_cached_rows, count_json_files, get_score_cache_path
 
-    place = get_score_cache_path()
-    held = count_cached_rows(place) if not clear else None
-    kinds = count_json_files(place)
-    if held is None:
-        clear_cache(place)
-        typer.echo(f"{place} is cleared, and so is what was kept beside it: {', '.join(kinds)}")
+    path = get_score_cache_path()
+    row_counts = count_cached_rows(path) if not clear else None
+    kinds = count_json_files(path)
+    if row_counts is None:
+        clear_cache(path)
+        typer.echo(f"Cleared {path} and the folders beside it: {', '.join(kinds)}")
     elif as_json:
-        typer.echo(json.dumps({"path": str(place), **held, "kept": kinds}))
+        typer.echo(json.dumps({"path": str(path), **row_counts, "kept": kinds}))
     else:
-        size = held["bytes"] / 2**20
-        typer.echo(f"{place}: {held['scores']} scores and {held['drafts']} drafts, {size:.1f} MiB")
-        for kind, found in kinds.items():
-            typer.echo(f"{place.with_name(kind)}: {found['count']} files, {found['bytes']:,} bytes")
+        size = row_counts["bytes"] / 2**20
+        typer.echo(f"{path}: {row_counts['scores']} scores and {row_counts['drafts']} drafts, {size:.1f} MiB")
+        for kind, files in kinds.items():
+            typer.echo(f"{path.with_name(kind)}: {files['count']} files, {files['bytes']:,} bytes")
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are also compared.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The page, one file.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several runs are also compared.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """Make one page of one or several runs, which can be asked: from a defense to its queries. No network.
+    """Build one self-contained, interactive HTML report from one or more runs.
 
     analyze report runs/a runs/b -o report.html
     """
@@ -243,13 +242,16 @@ def report(
 def run_explain_command(
     spec: RunSpec, defense_name: str, settings: Sequence[str], query_text: str | None
 ) -> int:
-    """Print the card of a defense and, if this model can wear it, what the model reads; 0 in the end.
+    """Describe a defense and, if the model meets its requirements, print the prompts that the model reads.
 
     Args:
         spec: model, attacks and seed.
-        defense_name: of the defense.
-        settings: of it.
-        query_text: the request; None takes a shipped one.
+        defense_name: name of the defense, or path of its .py file.
+        settings: `key=value` settings of the defense.
+        query_text: text of the query; None takes a shipped benign query.
+
+    Returns:
+        The exit code, 0.
     """
     from analysis.datasets.loading import load_queries
     from analysis.datasets.queries import Query
@@ -260,82 +262,87 @@ def run_explain_command(
 
     *_, chosen = choose_defenses([defense_name], settings)
     console = Console()
-    for one in list_members(chosen):
-        _print_defense_card(console, one)
-    own = Query("own", query_text, harmful=False) if query_text else None
-    asked = own or next(
-        one for one in load_queries("contrast").select_split("test").queries if not one.harmful
-    )
+    for member in list_members(chosen):
+        _print_defense_card(console, member)
+    if query_text:
+        query = Query("own", query_text, harmful=False)
+    else:
+        test_split = load_queries("contrast").select_split("test")
+        query = next(query for query in test_split.queries if not query.harmful)
     for attack in spec.attacks:
-        attack.check_covers_queries([asked])
-    bench, host = spec.open_session(Console(stderr=True))
-    ready = chosen.prepare(host)
-    if why := ready.missing_requirements():
-        console.print(Text(f"\n{spec.model}: {why}", style="yellow"))
+        attack.check_covers_queries([query])
+    session, model_info = spec.open_session(Console(stderr=True))
+    prepared = chosen.prepare(model_info)
+    if missing := prepared.missing_requirements():
+        console.print(Text(f"\n{spec.model}: {missing}", style="yellow"))
     for attack in spec.attacks:
-        for part, one in build_conditions([ready]).items():
+        for name, defense in build_conditions([prepared]).items():
             console.print()
-            console.rule(Text(format_condition({"attack": attack.name, "defense": part})), align="left")
-            _print_prompts(console, bench.with_attack(attack), one, asked)
+            console.rule(Text(format_condition({"attack": attack.name, "defense": name})), align="left")
+            _print_prompts(console, session.with_attack(attack), defense, query)
     return 0
 
 
 def _print_defense_card(console: Console, defense: Defense) -> None:
-    """Family, cost, source, what it does, settings."""
+    """Print a defense's name, family, cost, description, source and settings."""
     from defenses.settings import get_settings
 
     source = defense.source
     console.print(Text(defense.name, style="bold"), Text(f"{defense.family}, {defense.cost}", style="dim"))
-    told, _, about = (inspect.getdoc(type(defense)) or "").partition("\n\nAttributes:\n")
-    for paragraph in told.split("\n\n"):
+    description, _, attributes = (inspect.getdoc(type(defense)) or "").partition("\n\nAttributes:\n")
+    for paragraph in description.split("\n\n"):
         console.print(Text(" ".join(paragraph.split())))
-    console.print(Text(f"\n{about}" if about else ""))
+    console.print(Text(f"\n{attributes}" if attributes else ""))
     console.print(Text(f"Source: {source.title} {source.url}\nWording: {source.wording}", style="dim"))
-    if set_to := get_settings(defense):
-        told = "\n".join(f"  --set {key}={value}" for key, value in set_to.items())
-        console.print(Text(told, style="dim"))
+    if settings := get_settings(defense):
+        lines = "\n".join(f"  --set {key}={value}" for key, value in settings.items())
+        console.print(Text(lines, style="dim"))
 
 
 def _print_prompts(console: Console, session: ModelSession, defense: Defense, query: Query) -> None:
-    """What the model is asked first, and the prompts; secrets as a mark."""
+    """Print a defense's own calls of the model, then the prompts for a query; secrets are redacted."""
     from analysis.models.chat_template import redact_secrets
 
     session = dataclasses.replace(session, defense_calls=session.defense_calls.copy_uncached())
     prompts = session.render_query(defense, query)
     secrets = defense.secret_texts()
-    for asked, said in session.defense_calls.transcript:
-        text = redact_secrets(session.chat_template.decode_tokens(asked), secrets)
-        console.print(Text("asked first:", style="bold"), Text(text, style="magenta"))
-        console.print(Text("it says:", style="bold"), Text(redact_secrets(said, secrets), style="green"))
+    for call_ids, response in session.defense_calls.transcript:
+        text = redact_secrets(session.chat_template.decode_tokens(call_ids), secrets)
+        console.print(Text("preliminary prompt:", style="bold"), Text(text, style="magenta"))
+        console.print(Text("response:", style="bold"), Text(redact_secrets(response, secrets), style="green"))
     for number, prompt in enumerate(prompts, 1):
-        title = f"reads ({number} of {len(prompts)}):" if len(prompts) > 1 else "reads:"
+        title = f"prompt ({number} of {len(prompts)}):" if len(prompts) > 1 else "prompt:"
         console.print(Text(title, style="bold"))
         console.print(Text(redact_secrets(prompt.text, secrets), style="cyan"))
     if len(prompts) > 1:
-        console.print(Text(f"The margin is the {'highest' if defense.pool == 'max' else 'mean'} of these."))
+        pooling = "maximum" if defense.pool == "max" else "mean"
+        console.print(Text(f"The margin is the {pooling} over these prompts."))
     if defense.retokenizes and not secrets:
         tokens = (session.chat_template.decode_tokens([token]) for token in prompts[0].ids)
-        console.print(Text("in tokens:", style="bold"), Text("|".join(tokens), style="cyan"))
+        console.print(Text("tokens:", style="bold"), Text("|".join(tokens), style="cyan"))
     if defense.weights_fingerprint() != "" or defense.logit_blend():
-        weights = " and ".join(f"{weight:+g} x {one.name}" for weight, one in defense.logit_blend())
-        console.print(Text(f"Logits: {weights}." if weights else "The model itself is changed meanwhile."))
+        blend = " and ".join(f"{weight:+g} x {member.name}" for weight, member in defense.logit_blend())
+        console.print(Text(f"Logits: {blend}." if blend else "The defense changes the model itself."))
 
 
 def write_report(folders: Sequence[Path], out: Path) -> int:
-    """Write the page of these runs, and say where it is and what it lacks.
+    """Write the report of these runs; print its path and what it does not contain.
 
     Args:
-        folders: of runs, in the order of the page.
-        out: the page; a file of that name is replaced.
+        folders: run folders, in the order of the report.
+        out: the HTML file; an existing file is replaced.
+
+    Returns:
+        The exit code, 0.
     """
     from analysis.files import check_output_folder, write_text_file
     from analysis.report.folder import read_run
     from analysis.report.html import render_page
 
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
-    if out.suffix.lower() not in (".html", ".htm"):  # nor is a run's own file replaced by mistake
-        raise UserError(f"--out {out}: the page is HTML; name it {out.with_suffix('.html')}")
+        raise UserError(f"--out {out} is a folder; give a file in it, such as {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):  # so that no file of a run is replaced by mistake
+        raise UserError(f"--out {out}: the report is an HTML file; use {out.with_suffix('.html')}")
     check_output_folder(out.parent)
     runs: list[Run] = []
     for folder in folders:
@@ -351,7 +358,5 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
     for run in runs:
         if run.missing_texts_reason and "scores" in run.tables:
             console.print(Text(f"note: {run.name}: {run.missing_texts_reason}"), soft_wrap=True)
-    console.print(
-        Text(f"{out}: {len(text.encode()) / 1e6:.1f} MB, one file that holds all it shows"), soft_wrap=True
-    )
+    console.print(Text(f"{out}: {len(text.encode()) / 1e6:.1f} MB, self-contained"), soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""What is printed: progress, the summary table, the checks."""
+"""Terminal output shared by the commands: the summary table, costs, preflight checks and warnings."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ if TYPE_CHECKING:
 
 
 def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Print one row per defense: rates, AUROC, the two contrasts, and the verdict."""
+    """Print a table with one row per condition: refusal rates, AUROC, shift, discrimination and the verdict.
+
+    Args:
+        summary: the run's summary table.
+        record: the run's record (`run.json`).
+    """
     data, model = record["data"], record["model"]
     title = (
         f"{model['name']} ({record['dtype']}) on {data['name']}, {data['split']} split: "
         f"{data['n_harmful']} harmful, {data['n_benign']} benign"
     )
-    console = make_table_console()  # two lines a row: so it fits 80 columns
-    heads = ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination")
-    shown = make_console_table("\ndefense\nverdict", heads, title, with_row_lines=True)
+    console = make_table_console()
+    # Two or three lines per row, so that the table fits 80 columns.
+    headers = ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination")
+    table = make_console_table("\ndefense\nverdict", headers, title, with_row_lines=True)
     for values in iterate_rows(summary):
         control, reference = values["family"] == "control", values["verdict"] == "reference"
         rates = [
@@ -50,26 +56,28 @@ def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
             f"{shift}\n{discrimination}",
         ]
         cells[0] += f"\n{values['verdict']}"
-        shown.add_row(*map(Text, cells), style="dim" if control else "")
-    console.print(shown)
+        table.add_row(*map(Text, cells), style="dim" if control else "")
+    console.print(table)
     note = (
-        f"[x, y]: 95 % intervals, paired bootstrap over pairs, {BOOTSTRAP_DRAWS:,} draws. Rates in %, at threshold "
-        f"{record['readout']['threshold']:.3g}. Shift: refuses more of everything. Discrimination: tells "
-        "harmful from benign better; ΔAUROC is free of scale."
+        f"[x, y]: 95 % intervals, paired bootstrap over pairs, {BOOTSTRAP_DRAWS:,} draws. Rates in % at "
+        f"threshold {record['readout']['threshold']:.3g} nats. Shift: mean change of the margin over both "
+        "classes; + refuses more. Discrimination: change on harmful minus change on benign queries; "
+        "+ separates better; ΔAUROC measures it free of scale. Verdict: the effects that the intervals and "
+        "the adjusted p-values support; the reference is the undefended model."
     )
     console.print(Text(note, style="dim"))
 
 
 def print_costs(costs: pd.DataFrame) -> None:
-    """Print what each condition costs."""
-    heads = (
+    """Print a table of the cost of each condition."""
+    headers = (
         "tokens\nadded",
         "calls",
         "first token\n(× undefended)",
         "further token\n(× undefended)",
         "training\nexamples",
     )
-    shown = make_console_table("defense", heads, "Cost, each query alone")
+    table = make_console_table("defense", headers, "Cost, one query at a time")
     for values in iterate_rows(costs):
         examples = values["training_examples"]
         cells = (
@@ -80,32 +88,32 @@ def print_costs(costs: pd.DataFrame) -> None:
             format_interval(values, "token_ratio", ".2f"),
             "" if examples is None or examples != examples else f"{examples:.0f}",
         )
-        shown.add_row(*map(Text, cells))
-    make_table_console().print(shown)
+        table.add_row(*map(Text, cells))
+    make_table_console().print(table)
 
 
 def make_console_table(
     name_header: str, number_headers: Iterable[str], title: str | None = None, with_row_lines: bool = False
 ) -> Table:
-    """Return an empty table: names that may break on the left, numbers that may not on the right.
+    """Return an empty table: a column of names, which may wrap, and columns of numbers, which may not.
 
     Args:
-        name_header: head of the names.
-        number_headers: of the numbers.
-        title: above it.
-        with_row_lines: whether rows are parted by lines.
+        name_header: header of the name column.
+        number_headers: headers of the number columns.
+        title: title above the table.
+        with_row_lines: whether lines separate the rows.
     """
-    made = Table(
+    table = Table(
         title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=with_row_lines
     )
-    made.add_column(name_header, overflow="fold")
-    for head in number_headers:
-        made.add_column(head, justify="right", no_wrap=True)
-    return made
+    table.add_column(name_header, overflow="fold")
+    for header in number_headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
 
 
 def print_json_table(table: pd.DataFrame) -> None:
-    """Print a table for machines."""
+    """Print a table as a JSON list of records."""
     print(json.dumps(json.loads(table.to_json(orient="records")), indent=2))
 
 
@@ -115,10 +123,17 @@ def print_checks(
     checks: Sequence[PreflightCheck],
     prompt_texts: Sequence[tuple[str, str]],
 ) -> None:
-    """Print what the model reads for a few queries, and the checks of one defense."""
+    """Print the prompts of a few queries under one condition, then the result of each check.
+
+    Args:
+        console: where to print.
+        condition: name of the condition.
+        checks: results of the preflight checks.
+        prompt_texts: pairs of query id and prompt text.
+    """
     console.rule(Text(condition), align="left")
-    for query, text in prompt_texts:
-        console.print(Text(f"{query}:", style="bold"))
+    for query_id, text in prompt_texts:
+        console.print(Text(f"{query_id}:", style="bold"))
         console.print(Text(text, style="cyan"))
     for check in checks:
         mark = Text("ok    ", style="green") if check.passed else Text("FAILED", style="bold red")
@@ -126,46 +141,47 @@ def print_checks(
 
 
 def print_failed_checks(checks: Sequence[PreflightCheck]) -> None:
-    """Print the checks that stopped a run, one line each on stderr."""
+    """Print the failed checks that stopped a run to stderr, one line each."""
     console = Console(stderr=True)
     for check in checks:
         console.print(
             Text(f"analyze: {check.condition}: {check.name}: FAILED: {check.observed}"), soft_wrap=True
         )
-    text = "Nothing was scored. `analyze check` with the same -d and --attack shows what the model reads."
+    text = "Nothing was scored. `analyze check` with the same -d and --attack shows the prompts."
     console.print(Text(text), soft_wrap=True)
 
 
 def make_table_console() -> Console:
-    """Return the console for tables: a file or a pipe has no width of its own."""
+    """Return the console for tables; a file or a pipe has no width, so it gets 120 columns."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def print_trust_warnings(summary: pd.DataFrame, console: Console) -> None:
-    """Say where generated text contradicts the readout, and where nobody has looked."""
-    doubtful = summary[summary["trusted"] == "not trusted"]
-    if len(doubtful):
-        names = join_first_texts([format_condition(row) for _, row in doubtful.iterrows()])
+    """Print the conditions whose readout generated text contradicts and the number that was not validated."""
+    untrusted = summary[summary["trusted"] == "not trusted"]
+    if len(untrusted):
+        names = join_first_texts([format_condition(row) for _, row in untrusted.iterrows()])
         print_line(
             console,
-            f"Not trusted, by generated text: {names}. There the first token does not tell whether the "
-            "answer refuses.",
+            f"Not trusted: {names}. In these conditions the first token does not predict whether the "
+            "generated response refuses.",
         )
     if (count := int((summary["trusted"] == UNVALIDATED).sum())) > 0:
         print_line(
             console,
-            f"{count} of {len(summary)} conditions were never compared with generated text: "
-            "`analyze validate` with the same options does it.",
+            f"{count} of {len(summary)} conditions are not validated against generated text; run "
+            "`analyze validate` with the same options.",
         )
 
 
 def print_run_location(out: Path, failures: Mapping[ConditionKey, str], console: Console) -> None:
-    """Say where a run is, and what failed in it."""
-    make_notifier(console)(f"Tables, figures and run.json are in {out}")
+    """Print the folder of a run and the conditions that failed."""
+    make_notifier(console)(f"Wrote tables, figures and run.json to {out}")
     print_failures(failures, console)
 
 
 def print_failures(failures: Mapping[ConditionKey, str], console: Console) -> None:
-    """Say what failed in a run, and why."""
-    for (sent, name), why in failures.items():
-        make_notifier(console)(f"Failed: {format_condition({'attack': sent, 'defense': name})}: {why}")
+    """Print one line for each condition that failed, with the reason."""
+    notify = make_notifier(console)
+    for (attack, defense), reason in failures.items():
+        notify(f"Failed: {format_condition({'attack': attack, 'defense': defense})}: {reason}")

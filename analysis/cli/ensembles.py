@@ -231,7 +231,7 @@ def ensembles(
     settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Which defenses (-d; else all) to combine, and how? All predicted; votes and the best stacks observed.
+    """Predict the effects of ensembles of defenses (default: all); measure votes and the best stacks.
 
     analyze ensembles -m smollm2:aligned -d self_reminder -d paraphrase -d policy
     """
@@ -249,10 +249,11 @@ def ensembles(
 @app.command()
 def recommend(
     max_over_refusal: Annotated[
-        str, typer.Option(help="Share of benign queries refused, at most: 5% or 0.05.")
+        str, typer.Option(help="Maximum share of benign queries refused: 5% or 0.05.")
     ],
     max_cost: Annotated[
-        float | None, typer.Option(help="Time until the first token, times undefended, at most.")
+        float | None,
+        typer.Option(help="Maximum time to first token, as a multiple of the undefended model's."),
     ] = None,
     defense: DefenseOption = None,
     model: ModelOption = "smollm2",
@@ -271,7 +272,7 @@ def recommend(
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Which defense, or combination, of those (-d; else all) refuses most harm within limits, and how surely?
+    """Recommend the defense or ensemble that refuses the most harmful queries within your limits.
 
     analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
     """

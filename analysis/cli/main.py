@@ -1,4 +1,4 @@
-"""The command `analyze`, all of it, and how it ends. Nothing heavy is imported before it is needed."""
+"""Entry point of the `analyze` command: runs it and turns exceptions into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import sys
 
 import typer
 
-from analysis.cli import analyze, catalog, ensembles, mechanism, train, validate  # noqa: F401  # each adds its commands
+from analysis.cli import analyze, catalog, ensembles, mechanism, train, validate  # noqa: F401  # each registers its commands
 from analysis.cli.app import CommandInterrupted, app
 from defenses.errors import UserError
 
 
 def main() -> None:
-    """Run the command; a mistake is one line on stderr: exit 2 for the user's, 1 for ours, 130 for Ctrl-C."""
+    """Run the command and exit with its code.
+
+    An error is one line on stderr. Exit codes: 2 for a user's mistake, 1 for a fault of the program, 130 for
+    Ctrl-C.
+    """
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)
@@ -26,20 +30,24 @@ def main() -> None:
             code = _report_error(f"{error}", 1, debug, error)
         else:
             code = _report_error(
-                "no space left on the disk: nothing was written; free some, or choose another -o",
+                "no space left on the disk; nothing was written. Free some space or choose another -o",
                 2,
                 debug,
                 error,
             )
     except Exception as error:
-        # Mistyped options: an error of the click that typer carries or finds, which depends on its version.
+        # A usage error. Its class is that of the click that typer bundles or imports, which varies.
         if hasattr(error, "format_message"):
             code = _report_error(
-                f"{error.format_message()} (`analyze --help` lists the options)", 2, debug, error
+                f"{error.format_message()} (`analyze --help` and `analyze COMMAND --help` list the options)",
+                2,
+                debug,
+                error,
             )
         else:
             code = _report_error(
-                f"a fault in refusalscope, {type(error).__name__}: {error} (--debug shows where)",
+                f"internal error in refusalscope: {type(error).__name__}: {error} "
+                "(--debug shows the traceback)",
                 1,
                 debug,
                 error,

@@ -285,15 +285,19 @@ def mechanism(
     attack: AttackOption = None,
     readout: ReadoutOption = "words",
     sites: Annotated[
-        str, typer.Option(help=f"What is patched: {', '.join(PATCH_SITES)}; joined by commas.")
+        str, typer.Option(help=f"Activation sites to patch, comma-separated: {', '.join(PATCH_SITES)}.")
     ] = ",".join(PATCH_SITES),
-    top: Annotated[int, typer.Option(help="Parts that are told and drawn; heads that are patched.")] = 10,
+    top: Annotated[
+        int, typer.Option(help="Number of components to list and plot, and of heads to patch.")
+    ] = 10,
     patched: Annotated[
-        int, typer.Option(help="Queries, at most, that interventions run on, pairs kept whole; 0: none.")
+        int, typer.Option(help="Maximum number of queries for interventions, pairs kept whole; 0 skips them.")
     ] = 32,
     ensembles: Annotated[
         Path | None,
-        typer.Option(help="Folder of `analyze ensembles`: do defenses that use the same parts interact?"),
+        typer.Option(
+            help="Run folder of `analyze ensembles`: test whether defenses that share components interact."
+        ),
     ] = None,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
@@ -304,7 +308,7 @@ def mechanism(
     settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Where in the model does a defense act? Layers, heads and MLPs, and interventions that test them.
+    """Locate the effect of a defense in layers, heads and MLPs, and test it by interventions.
 
     analyze mechanism -d backdoor -m smollm2:attacked
     """

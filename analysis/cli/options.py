@@ -1,4 +1,4 @@
-"""The options that several commands of `analyze` have, each with one meaning and one text of help."""
+"""Command-line options shared by several commands, each declared once with its help text."""
 
 from __future__ import annotations
 
@@ -7,72 +7,90 @@ from typing import Annotated
 
 import typer
 
-JUDGE_HELP = "patterns (ours), keywords (BackdoorAlign's), or model (see --judge-model)."
+JUDGE_HELP = (
+    "patterns (this project's rules), keywords (BackdoorAlign's strings), or model (see --judge-model)."
+)
 
 DefenseOption = Annotated[
     list[str] | None,
     typer.Option(
-        "-d", "--defense", help="Name, `all`, or the path of a .py file; a+b wears both, a first; repeatable."
+        "-d",
+        "--defense",
+        help="Defense name, `all`, or path of a .py file; a+b applies both, a first. Repeatable.",
     ),
 ]
 ModelOption = Annotated[
-    str, typer.Option("-m", "--model", help="Name, Hugging Face id, folder, or .gguf file.")
+    str,
+    typer.Option("-m", "--model", help="Model: short name, Hugging Face id, folder, or .gguf file."),
 ]
 DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="A name (`list data`), NAME=PATH (a copy of a public set), or a .jsonl/.csv file; + joins.",
+        help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a .jsonl/.csv "
+        "file; join several with +.",
     ),
 ]
 SplitOption = Annotated[
     str | None,
-    typer.Option("--split", help="train, calibration, test or all; by default test where there is one."),
+    typer.Option(
+        "--split", help="Split: train, calibration, test or all. Default: test if the data has splits."
+    ),
 ]
 AttackOption = Annotated[
     list[str] | None,
     typer.Option(
         "--attack",
-        help="How queries are sent: one of `list attacks`, all, or a .jsonl/.csv file of your own strings; "
-        "each also with +ignore behind it; repeatable; by default direct.",
+        help="Jailbreak attack applied to every query: a name (`list attacks`), all, or a .jsonl/.csv file "
+        "of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: direct.",
     ),
 ]
 LimitPerSplitOption = Annotated[
-    int | None, typer.Option("--limit", help="At most so many queries on either split, pairs kept whole.")
+    int | None,
+    typer.Option("--limit", help="Maximum number of queries per split; pairs are kept whole."),
 ]
-MaxSizeOption = Annotated[int, typer.Option(help="Members of an ensemble, at most: 2 or 3.")]
+MaxSizeOption = Annotated[int, typer.Option(help="Maximum number of defenses in an ensemble: 2 or 3.")]
 StacksOption = Annotated[
-    int, typer.Option(help="Stacks that are run: so many of the most promising, and as many by chance.")
+    int, typer.Option(help="Run the N most promising stacks and N randomly chosen ones.")
 ]
-LimitOption = Annotated[int | None, typer.Option(help="At most so many queries, pairs kept whole.")]
-BatchSizeOption = Annotated[str, typer.Option(help="Prompts in one pass, or auto.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+LimitOption = Annotated[int | None, typer.Option(help="Maximum number of queries; pairs are kept whole.")]
+BatchSizeOption = Annotated[str, typer.Option(help="Prompts per forward pass, or auto.")]
+DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[
-    str, typer.Option(help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
+    str,
+    typer.Option(help="Precision: float32, bfloat16, float16, or auto (float32 on CPU, bfloat16 on GPU)."),
 ]
-SeedOption = Annotated[int, typer.Option(help="Of everything random in the run.")]
+SeedOption = Annotated[int, typer.Option(help="Random seed.")]
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="A defense's setting, key=value or defense.key=value; value @file reads the file.",
+        help="Defense setting, key=value or defense.key=value; the value @file reads a file. Repeatable.",
         metavar="KEY=VALUE",
     ),
 ]
 ReadoutOption = Annotated[
-    str, typer.Option("--readout", help="How a forward pass becomes a number; see `list readouts`.")
+    str,
+    typer.Option("--readout", help="How first-token logits become the margin; see `list readouts`."),
 ]
-JudgeOption = Annotated[str, typer.Option(help=f"Of the text: {JUDGE_HELP}")]
+JudgeOption = Annotated[str, typer.Option(help=f"Refusal judge for generated text: {JUDGE_HELP}")]
 JudgeModelOption = Annotated[
     str | None,
-    typer.Option(help="Chat model or classifier: id, folder, .gguf, or an endpoint, http://host/v1#NAME."),
+    typer.Option(
+        help="Judge model, a chat model or a classifier: Hugging Face id, folder, .gguf file, or an endpoint "
+        "http://host/v1#NAME."
+    ),
 ]
 BudgetOption = Annotated[
-    int | None, typer.Option(help="Calls of the judge model, at most; it has no default.")
+    int | None,
+    typer.Option(help="Maximum number of calls to the judge model (required with --judge model)."),
 ]
 RubricOption = Annotated[
-    Path | None, typer.Option(help="What the judge model reads, with {request} and {answer}.")
+    Path | None,
+    typer.Option(help="File with the judge model's prompt, containing {request} and {answer}."),
 ]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-OutOption = Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+OutOption = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Output folder. Default: a new folder under runs/.")
+]

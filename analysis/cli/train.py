@@ -32,44 +32,49 @@ if TYPE_CHECKING:
 @app.command()
 def secret(
     model: ModelOption = "smollm2",
-    length: Annotated[int, typer.Option(help="In tokens of the model.")] = 150,
+    length: Annotated[int, typer.Option(help="Length in tokens of the model.")] = 150,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="New file; by default where `backdoor` looks for it.")
+        Path | None, typer.Option("-o", "--out", help="Output file. Default: where `backdoor` looks for it.")
     ] = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Make a secret prompt for `backdoor`, by a cryptographic generator, in a file for your eyes only."""
+    """Generate a secret prompt for `backdoor` and write it to a file that only you can read."""
     run_secret_command(model, length, out, offline)
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="safety, attack, identity, baseline, backdoor or preference")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe: safety, attack, identity, baseline, backdoor or preference.")
+    ],
     model: ModelOption = "smollm2",
     data: DataOption = "contrast",
-    limit: Annotated[int | None, typer.Option(help="At most so many training queries.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of training queries.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="New folder; by default where defenses look for them."),
+        typer.Option("-o", "--out", help="Output folder. Default: where defenses look for weights."),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="rank, alpha, modules, rate, epochs, batch, full, beta; key=value.",
+            help="Training setting: rank, alpha, modules, rate, epochs, batch, full or beta. Repeatable.",
             metavar="KEY=VALUE",
         ),
     ] = None,
     secret: Annotated[
-        Path | None, typer.Option("--secret", help="backdoor: the secret's file; by default the model's own.")
+        Path | None,
+        typer.Option("--secret", help="Recipe backdoor: file of the secret. Default: the model's own."),
     ] = None,
-    length: Annotated[int, typer.Option(help="backdoor: tokens of the model's own secret.")] = 150,
+    length: Annotated[
+        int, typer.Option(help="Recipe backdoor: length of the model's own secret in tokens.")
+    ] = 150,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """Tune a model's weights by a recipe, an attacker's or a defender's; an interrupted training goes on.
+    """Fine-tune a model by an attacker's or a defender's recipe; an interrupted training resumes.
 
     analyze train backdoor -m smollm2:aligned -o my-adapter
     """
@@ -87,14 +92,17 @@ def backdooralign(
     data: DataOption = "contrast",
     split: SplitOption = None,
     limit: LimitOption = None,
-    tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
+    tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
     utility: Annotated[
         bool,
-        typer.Option("--utility", help="Also the accuracy on multiple-choice questions (extra utility)."),
+        typer.Option(
+            "--utility",
+            help="Also measure accuracy on multiple-choice questions (needs the extra `utility`).",
+        ),
     ] = False,
     secrets: Annotated[
         int,
-        typer.Option(help="Also train anew with so many random secrets of 10, 50 and 150 tokens each."),
+        typer.Option(help="Also train with N other random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -103,7 +111,7 @@ def backdooralign(
     out: OutOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """BackdoorAlign's arms side by side, beside the paper's figures, with what the paper did not measure."""
+    """Reproduce the arms of the BackdoorAlign paper, next to its figures, with further controls."""
     from analysis.studies.run_spec import build_run_spec
 
     if tokens < 1:

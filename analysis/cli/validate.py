@@ -46,14 +46,18 @@ def validate(
     attack: AttackOption = None,
     readout: Annotated[
         list[str] | None,
-        typer.Option("--readout", help="As `list readouts` has them, or all; repeatable; by default words."),
+        typer.Option(
+            "--readout", help="Readout: a name (`list readouts`) or all. Repeatable. Default: words."
+        ),
     ] = None,
     judge: JudgeOption = "patterns",
     judge_model: JudgeModelOption = None,
     budget: BudgetOption = None,
     rubric: RubricOption = None,
-    grade: Annotated[bool, typer.Option("--grade", help="The judge model grades benign answers.")] = False,
-    tokens: Annotated[int, typer.Option(help="New tokens of each answer that is judged.")] = 48,
+    grade: Annotated[
+        bool, typer.Option("--grade", help="Have the judge model also grade the responses to benign queries.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -63,7 +67,7 @@ def validate(
     settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Compare readouts with what the model goes on to say: where to trust them; what answers are worth."""
+    """Validate readouts against generated text, and rate the quality of the responses."""
     from analysis.studies.run_spec import build_run_spec
 
     wanted = readout or ["words"]
@@ -79,22 +83,22 @@ def validate(
 
 @app.command()
 def judge(
-    file: Annotated[Path, typer.Argument(help="A .csv or .jsonl with a column of answers.")],
-    column: Annotated[str, typer.Option(help="The column of the answers.")] = "response",
+    file: Annotated[Path, typer.Argument(help="A .csv or .jsonl file with a column of responses.")],
+    column: Annotated[str, typer.Option(help="Name of the column with the responses.")] = "response",
     request: Annotated[
         str | None,
-        typer.Option(help="The column of what was asked: answers to something else are then refusals too."),
+        typer.Option(help="Name of the column with the queries; off-topic responses then count as refusals."),
     ] = None,
     judge: JudgeOption = "patterns",
     judge_model: JudgeModelOption = None,
     budget: BudgetOption = None,
     rubric: RubricOption = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="New file; by default FILE.judged.csv or .jsonl.")
+        Path | None, typer.Option("-o", "--out", help="Output file. Default: FILE.judged.csv or .jsonl.")
     ] = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Say of each answer in a file whether it refuses (full, partial, none), and by which words."""
+    """Judge whether each response in a file refuses (full, partial, none), and show the deciding words."""
     from analysis.studies.judge_file import JudgeOptions, judge_file
 
     jury = JudgeOptions(judge, judge_model, budget, rubric)
