@@ -7,20 +7,26 @@ Functions (import them: `from conftest import tiny_model, ...`):
   kind is "bytes" (GPT-2, Llama 3, Qwen) or "metaspace" (Llama 2, Mistral: words begin with "▁").
 - `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
 - `readable(kind, figure, written)`: asserts that no text of a figure hides another.
+- `run_cli(*args)`: calls `analyze` in this process; `assert_user_error(result, *words)` checks its error.
 - `home(patch, place)`: has everything that the command keeps lie in a folder.
 - `held()`: what a model might hold on training queries, for a `Host`.
 - `toy_bench(family="llama", template="chatml", kind="bytes")`: an `analysis.bench.Bench` of both.
 
-Fixtures: `smollm2` (the embedded model, loaded once; such tests are marked `embedded`).
+Fixtures: `smollm2` (the embedded model, loaded once; such tests are marked `embedded`); `cli_home` (a folder
+to run commands in, with a tiny model); `no_figures` (`analyze` draws nothing).
 
 Shape hints (jaxtyping) and all other hints of both packages are checked (beartype) while tests run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -397,8 +403,8 @@ def pictures(points, about, counts=None, attacks=("direct",), **tables):
         "readout": {
             "name": "words",
             "threshold": about.threshold,
-            "refuse": about.refusing,
-            "comply": about.complying,
+            "refuse": about.refusal_words,
+            "comply": about.compliance_words,
         },
         "judge": {"name": "patterns", "new_tokens": 48},
         "attacks": list(attacks),
@@ -463,3 +469,78 @@ def save_model(
 def smollm2() -> LoadedModel:
     """The embedded model."""
     return load_model("smollm2")
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+# A defense in a file of the user's own.
+USER_DEFENSE = """
+from dataclasses import dataclass
+from defenses import Defense
+from defenses.chats import prepend_system
+
+@dataclass(frozen=True)
+class MyOwn(Defense):
+    '''Says please.'''
+    text: str = "Please."
+    def rewrite(self, chat, rng):
+        return prepend_system(chat, self.text)
+"""
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """Exit code and output of one call of the command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*args: Any) -> CommandResult:
+    """Call `analyze` in this process, as a shell would, and return its exit code and output."""
+    from analysis.cli.main import main
+
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["analyze", *map(str, args)]
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as stopped,
+        ):
+            main()
+    finally:
+        sys.argv = argv
+    return CommandResult(stopped.value.code, out.getvalue(), err.getvalue())
+
+
+def assert_user_error(result: CommandResult, *words: str) -> None:
+    """Assert that a call ended as a user's mistake: exit code 2, one line on stderr, which holds the words."""
+    assert result.code == 2, (result.code, result.err, result.out)
+    assert result.out == ""
+    announcements = ("note: ", "Converting ", "Fetching ")
+    lines = [line for line in result.err.splitlines() if not line.startswith(announcements)]
+    assert len(lines) == 1 and lines[0].startswith("analyze: "), result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def cli_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A current folder with a tiny model and a user's defense, and folders of its own for cache and secrets."""
+    folder = tmp_path_factory.mktemp("home")
+    save_model(folder / "tiny")
+    (folder / "mine.py").write_text(USER_DEFENSE, "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_DATA_HOME", str(folder / "share"))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # a test clears it
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `analyze` draw nothing, where a test is not about figures."""
+    monkeypatch.setattr("analysis.plots.data.build_analysis_points", lambda *_: {})
