@@ -58,18 +58,18 @@ def checked(hinted: Any) -> Any:
 
 install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 
-from analysis.datasets.queries import sample_queries
-from analysis.models.loading import LoadedModel, load_model
-from analysis.models.registry import MODEL_REGISTRY
-from analysis.models.session import ModelSession
-from analysis.readouts.first_token import (
+from analysis.datasets.queries import sample_queries  # noqa: E402
+from analysis.models.loading import LoadedModel, load_model  # noqa: E402
+from analysis.models.registry import MODEL_REGISTRY  # noqa: E402
+from analysis.models.session import ModelSession  # noqa: E402
+from analysis.readouts.first_token import (  # noqa: E402
     COMPLIANCE_WORDS,
     N_OPENING_QUERIES,
     REFUSAL_WORDS,
     derive_words_readout,
 )
-from defenses.adapters import Adapter
-from defenses.contract import MeanActivations
+from defenses.adapters import Adapter  # noqa: E402
+from defenses.contract import MeanActivations  # noqa: E402
 from defenses.training.adapter_files import write_adapter  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
@@ -516,7 +516,7 @@ def run_cli(*args: Any) -> CommandResult:
 
 
 def assert_user_error(result: CommandResult, *words: str) -> None:
-    """Assert that a call ended as a user's mistake: exit code 2, one line on stderr, which holds the words."""
+    """Assert that a call ended as a user's mistake: exit code 2 and one line, which holds the words."""
     assert result.code == 2, (result.code, result.err, result.out)
     assert result.out == ""
     announcements = ("note: ", "Converting ", "Fetching ")
@@ -528,7 +528,7 @@ def assert_user_error(result: CommandResult, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def cli_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A current folder with a tiny model and a user's defense, and folders of its own for cache and secrets."""
+    """A current folder with a tiny model and a user's defense, and its own folders for cache and secrets."""
     folder = tmp_path_factory.mktemp("home")
     save_model(folder / "tiny")
     (folder / "mine.py").write_text(USER_DEFENSE, "utf-8")
