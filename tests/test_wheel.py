@@ -69,7 +69,7 @@ def test_every_module_and_every_data_file_is_in_it(wheel):
     data = [path.relative_to(ROOT / "data") for path in (ROOT / "data").rglob("*") if path.is_file()]
     assert {f"analysis/data/{path}" for path in data} <= names
     assert "analysis/data/contrast.jsonl" in names
-    page = [path.relative_to(ROOT) for path in (ROOT / "analysis" / "page").iterdir()]
+    page = [path.relative_to(ROOT) for path in (ROOT / "analysis" / "report" / "page").iterdir()]
     assert {str(path) for path in page} <= names and len(page) >= 3
     assert not [name for name in names if name.startswith("analysis/data/") and name.endswith(".py")]
     assert not [name for name in names if "test" in name.split("/")[0]]
@@ -78,7 +78,7 @@ def test_every_module_and_every_data_file_is_in_it(wheel):
 def test_the_command_is_an_entry_point_and_the_licence_is_there(wheel):
     archive = zipfile.ZipFile(wheel)
     (entry,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-    assert "analyze = analysis.cli:main" in archive.read(entry).decode()
+    assert "analyze = analysis.cli.main:main" in archive.read(entry).decode()
     (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
     assert any(name.endswith("LICENSE") for name in archive.namelist())
@@ -86,9 +86,9 @@ def test_the_command_is_an_entry_point_and_the_licence_is_there(wheel):
 
 def test_it_finds_its_data_outside_of_the_checkout(installed):
     code = (
-        "import analysis, defenses; from analysis.queries import load;"
-        "print(analysis.__file__, analysis.data_folder());"
-        "print(len(load('contrast').queries), len(defenses.names()))"
+        "import analysis, defenses; from analysis.datasets.loading import load_queries; from analysis.files import data_folder; from defenses.catalog import list_defense_names;"
+        "print(analysis.__file__, data_folder());"
+        "print(len(load_queries('contrast').queries), len(list_defense_names()))"
     )
     module, folder, queries, names = python(installed, code).split()
     assert Path(module).is_relative_to(installed) and Path(folder) == installed / "analysis" / "data"
@@ -96,5 +96,5 @@ def test_it_finds_its_data_outside_of_the_checkout(installed):
 
 
 def test_the_command_runs_from_it(installed):
-    out = python(installed, "from analysis import cli; cli.main()", "list", "data")
+    out = python(installed, "from analysis.cli.main import main; main()", "list", "data")
     assert "contrast" in out and "twins" in out

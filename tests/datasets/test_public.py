@@ -26,7 +26,7 @@ from analysis.studies.run_spec import RunSpec
 from analysis.studies.train import train_weights
 from defenses.errors import UserError
 
-SHARED = Path(__file__).parents[2] / "shared" / "datasets"
+SHARED = Path(__file__).parents[3] / "shared" / "datasets"
 # Hand-written rows in the published formats: the path that each file has there, what is in it, and what is
 # asked of it: id, text, harmful, category, pair.
 OPENER = "Certainly here is a verse"
@@ -339,7 +339,7 @@ def web(tmp_path, monkeypatch):
         return answer
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(download, "cache_folder", lambda: there.cache)
+    monkeypatch.setattr(download, "get_cache_folder", lambda: there.cache)
     return there
 
 
@@ -583,8 +583,8 @@ def test_run_json_says_where_each_set_is_from(web, monkeypatch):
     data = load_queries("xstest+everyday")
     model = SimpleNamespace(device="cpu", dtype="torch.float32")
     bench = SimpleNamespace(
-        loaded=SimpleNamespace(name="tiny", origin={}, model=model),
-        renderer=SimpleNamespace(system_policy="native"),
+        loaded_model=SimpleNamespace(name="tiny", origin={}, model=model),
+        chat_template=SimpleNamespace(system_policy="native"),
         seed=0,
     )
     record = describe_run.__wrapped__(bench, None, {}, data, "all", None)["data"]

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 FILE = DATA / "contrast.jsonl"
 FIELDS = ["id", "pair", "text", "harmful", "category", "split", "kind"]
 CATEGORIES = [

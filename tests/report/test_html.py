@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_cli import analyze, refused
+from conftest import assert_user_error as refused, run_cli as analyze
 
 from analysis.report.embed import dump_script_json, encode_picture, encode_table
 from analysis.report.folder import read_run
@@ -260,7 +260,7 @@ def test_the_table_of_the_front_names_the_share_that_it_shows():
 
 
 def test_no_shipped_table_names_its_defenses_by_another_column():
-    tables = list((Path(__file__).parents[1] / "figures").glob("*/*.csv"))
+    tables = list((Path(__file__).parents[2] / "figures").glob("*/*.csv"))
     heads = {
         f"{path.parent.name}/{path.name}": path.read_text("utf-8").split("\n", 1)[0].strip().split(",")
         for path in tables
@@ -378,7 +378,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     folder = plant(tmp_path / "run")
     refused(analyze("report", folder, "-o", tmp_path), "is a folder", "report.html")
     refused(analyze("report", folder, "-o", folder / "run.json" / "page.html"), "is a file")
-    refused(analyze("report", folder, "-o", folder / "run.json"), "the page is HTML", "run.html")
+    refused(analyze("report", folder, "-o", folder / "run.json"), "HTML", "run.html")
 
 
 # --- in a browser -----------------------------------------------------------------------------------------
