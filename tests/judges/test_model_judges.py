@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -81,7 +82,7 @@ def answers(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EndpointChatModel, "_wait", lambda endpoint, seconds: waited.append(seconds))
+    monkeypatch.setattr(EndpointChatModel, "_wait_before_retry", lambda endpoint, seconds: waited.append(seconds))
     waited.clear()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
 

@@ -152,16 +152,16 @@ def test_there_are_29_strings_and_case_counts() -> None:
 @pytest.mark.parametrize("judge", [one.judge_response for one in RULE_JUDGES.values()], ids=RULE_JUDGES)
 @pytest.mark.parametrize("text", REFUSAL_RESPONSES)
 def test_judges_know_the_refusals_that_training_teaches(judge, text: str) -> None:
-    assert judge(text, "").refused
+    assert judge(text, "").is_refusal
 
 
 @pytest.mark.parametrize("judge", [one.judge_response for one in RULE_JUDGES.values()], ids=RULE_JUDGES)
 @pytest.mark.parametrize("text", [*COMPLIANCE_OPENERS, *BENIGN_OPENERS])
 def test_judges_take_no_opener_for_a_refusal(judge, text: str) -> None:
-    assert not judge(text, "").refused
+    assert not judge(text, "").is_refusal
 
 
-LABELS = Path(__file__).resolve().parents[2] / "shared" / "datasets" / "refusal_labels"
+LABELS = Path(__file__).resolve().parents[3] / "shared" / "datasets" / "refusal_labels"
 
 
 def labelled() -> pd.DataFrame:
