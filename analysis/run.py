@@ -1,4 +1,17 @@
-"""Steps 4 and 5: token ids → margin and coverage, while the defense is armed, none computed twice."""
+"""The main idea on one page: score a defended chat model as a refuse/comply classifier.
+
+The steps carry the numbers of the README:
+
+1. Queries: harmful and benign user requests (`analysis/datasets/`), sent as they are or through an attack.
+2. Defense: rewrites the chat, calls the model first, or changes the model while it is applied (`defenses/`).
+3. Chat template: chat → token ids (`analysis/models/chat_template.py`).
+4. First token: token ids → logits of the first response token (`analysis/models/engine.py`).
+5. Margin: logits → one number in nats, positive refuses (`analysis/readouts/`).
+6. Shift and discrimination: defended minus undefended margins (`analysis/stats/effects.py`).
+7. Figures (`analysis/plots/`).
+
+`score_condition` does steps 1 to 5 for one condition; `score_prompts` does steps 4 and 5, with a cache.
+"""
 
 from __future__ import annotations
 
@@ -21,108 +34,47 @@ from analysis.stats.tables import SCORE_COLUMNS, UNDEFENDED
 from defenses.contract import Defense
 
 
-def score_prompts(
-    loaded_model: LoadedModel,
-    engine: Engine,
-    defense: Defense,
-    prompts: Sequence[tuple[int, ...]],
-    readout: Readout,
-    score_cache: ScoreCache | None = None,
-    on_progress: Callable[[int], None] = lambda prompts: None,
-) -> Float[Tensor, "prompts 2"]:
-    """Return margin and coverage of every prompt, those of earlier runs from the store.
-
-    Args:
-        loaded_model: the model.
-        engine: that holds it.
-        defense: is armed meanwhile.
-        prompts: token ids, the readout's prefix included.
-        readout: how logits become a margin.
-        score_cache: where scores are looked up and kept.
-        on_progress: told how many more prompts are finished.
-    """
-    arms = [(weight, one.cacheable_fingerprint()) for weight, one in list_blend_members(defense)]
-    if any(change is None for _, change in arms):
-        score_cache = None
-    namer = CacheKey(
-        {
-            **describe_computation(loaded_model),
-            "arms": arms,
-            "readout": [readout.ids, readout.weights, readout.is_log_odds],
-        }
-    )
-    names = [namer.make_key(ids) for ids in prompts]
-    known = score_cache.read_scores(names) if score_cache is not None else {}
-    if score_cache is not None:
-        score_cache.n_hits += sum(name in known for name in names)
-    # Prompts that are the same are read once.
-    new = list({name: at for at, name in enumerate(names) if name not in known}.values())
-    asked = [prompts[at] for at in new]
-    for rows, values in (
-        iterate_defended_logits(engine, loaded_model, defense, asked, readout.compute_margins) if new else ()
-    ):
-        fresh = {names[new[row]]: (float(m), float(c)) for row, (m, c) in zip(rows, values, strict=True)}
-        if score_cache is not None:
-            score_cache.write_scores((name, *value) for name, value in fresh.items())
-        known |= fresh
-        on_progress(len(rows))
-    on_progress(len(prompts) - len(new))
-    return torch.tensor([known[name] for name in names], dtype=torch.float64)
-
-
-def build_conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:
-    """Return what is scored, by the name it has in the tables: each defense, and behind it its parts.
-
-    What the model lacks something for, such as tuned weights, is left out.
-
-    >>> import defenses
-    >>> list(build_conditions([defenses.get("none"), defenses.get("backdoor")]))
-    ['none', 'backdoor/no_weights', 'backdoor/neither']
-    """
-    found: dict[str, Defense] = {}
-    for defense in defenses:
-        parts = {f"{defense.name}/{missing}": part for missing, part in defense.build_ablations().items()}
-        found |= {defense.name: defense} | parts
-    return {name: defense for name, defense in found.items() if not defense.missing_requirements()}
-
-
 def score_condition(
     session: ModelSession,
     condition: str,
     defense: Defense,
     queries: Sequence[Query],
     readout: Readout,
-    on_progress: Callable[[int], None] = lambda prompts: None,
+    on_progress: Callable[[int], None] = lambda n_queries: None,
 ) -> pd.DataFrame:
     """Return the margins of all queries under one defense, in the columns of scores.csv.
 
     Args:
-        session: the model.
-        condition: the defense's name in the tables.
+        session: the model, and the attack through which queries are sent.
+        condition: name of the defense in the tables.
         defense: prepared for this model.
-        queries: what is asked.
-        readout: how a forward pass becomes a margin.
-        on_progress: told how many more queries are finished.
+        queries: harmful and benign user requests.
+        readout: reduces first-token logits to a margin.
+        on_progress: called with the number of queries finished since the last call.
     """
+    n_questions = max(1, len(readout.questions))
     session = session.with_questions(readout.questions)
-    prompts = session.render_queries(defense, queries)  # steps 2 and 3
-    owner = [row for row, readings in enumerate(prompts) for _ in readings]
-    flat = [prompt.append_prefix(readout.response_prefix) for readings in prompts for prompt in readings]
-    read_by_now = 0
 
-    def tell(readings: int) -> None:
-        nonlocal read_by_now
-        before, read_by_now = read_by_now, read_by_now + readings
-        on_progress(read_by_now * len(queries) // len(flat) - before * len(queries) // len(flat))
+    # Steps 1 to 3: query → attacked chat → defended chats → prompts. A query has several prompts if the
+    # defense reads several copies of it, or if the readout asks several questions about it.
+    prompts_by_query = session.render_queries(defense, queries)
+    prefix = readout.response_prefix
+    prompt_ids = [[prompt.append_prefix(prefix) for prompt in prompts] for prompts in prompts_by_query]
+    flat_ids = [ids for query_ids in prompt_ids for ids in query_ids]
+    flat_query = [row for row, query_ids in enumerate(prompt_ids) for _ in query_ids]
 
-    read = score_prompts(
-        session.loaded_model, session.engine, defense, flat, readout, session.score_cache, tell
-    )  # 4 and 5
-    readings = pd.DataFrame(read.tolist(), columns=["margin", "coverage"]).assign(query=owner)
-    values = _pool_copies(readings, defense, readout)
-    tokens = [
-        sum(len(prompt.append_prefix(readout.response_prefix)) for prompt in readings) for readings in prompts
-    ]
+    # Steps 4 and 5: prompts → first-token logits → margins.
+    on_prompts = _count_queries(on_progress, len(queries), len(flat_ids))
+    values = score_prompts(
+        session.loaded_model, session.engine, defense, flat_ids, readout, session.score_cache, on_prompts
+    )
+
+    # Scores of prompts → scores of copies (mean over questions) → scores of queries (by the defense's rule).
+    prompt_scores = pd.DataFrame(values.tolist(), columns=["margin", "coverage"]).assign(query=flat_query)
+    copy_scores = prompt_scores.groupby(prompt_scores.index // n_questions).mean()
+    copy_scores["vote"] = copy_scores["margin"] > readout.threshold
+    scores = copy_scores.groupby("query").agg({"margin": defense.pool, "coverage": "mean", "vote": "mean"})
+
     frame = pd.DataFrame(
         {
             "query": [query.id for query in queries],
@@ -131,23 +83,15 @@ def score_condition(
             "harmful": [query.harmful for query in queries],
             "attack": session.attack.name,
             "defense": condition,
-            "margin": values["margin"],
-            "p_refuse": expit(values["margin"] - readout.threshold),
-            "prompt_tokens": tokens,
-            "coverage": values["coverage"],
+            "margin": scores["margin"],
+            "p_refuse": expit(scores["margin"] - readout.threshold),
+            "prompt_tokens": [sum(map(len, query_ids)) for query_ids in prompt_ids],
+            "coverage": scores["coverage"],
         },
         columns=list(SCORE_COLUMNS),
     )
-    copies = [len(readings) // max(1, len(readout.questions)) for readings in prompts]
-    return frame.assign(readings=copies, vote=values["vote"]) if max(copies) > 1 else frame
-
-
-def _pool_copies(copy_scores: pd.DataFrame, defense: Defense, readout: Readout) -> pd.DataFrame:
-    """What becomes of the readings of each query: one margin, one coverage, and the share that refuses."""
-    # What is asked about a reading has one mean.
-    copy_scores = copy_scores.groupby(copy_scores.index // max(1, len(readout.questions))).mean()
-    copy_scores["vote"] = copy_scores["margin"] > readout.threshold
-    return copy_scores.groupby("query").agg({"margin": defense.pool, "coverage": "mean", "vote": "mean"})
+    n_copies = [len(query_ids) // n_questions for query_ids in prompt_ids]
+    return frame.assign(readings=n_copies, vote=scores["vote"]) if max(n_copies) > 1 else frame
 
 
 def iterate_condition_scores(
@@ -155,27 +99,101 @@ def iterate_condition_scores(
     conditions: Mapping[str, Defense],
     queries: Sequence[Query],
     readout: Readout,
-    on_progress: Callable[[str, int], None] = lambda name, prompts: None,
+    on_progress: Callable[[str, int], None] = lambda condition, n_queries: None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the margins of each condition as it is finished, so that an interrupted run keeps what it has.
+    """Yield each condition and its margins once they are computed, so that an interrupted run keeps them.
 
     Args:
-        session: the model.
-        conditions: by their names in the tables, the undefended one first.
-        queries: what is asked.
-        readout: how a forward pass becomes a margin.
-        on_progress: told how many more queries of a condition are finished.
-        on_failure: told of a condition that cannot be scored; the others go on, unless it is the undefended one.
+        session: the model, and the attack through which queries are sent.
+        conditions: prepared defenses by their names in the tables, the undefended condition first.
+        queries: harmful and benign user requests.
+        readout: reduces first-token logits to a margin.
+        on_progress: called with a condition and the number of its queries finished since the last call.
+        on_failure: called with a condition that failed and its exception; then the next one is scored, unless
+            it was the undefended one. None raises the exception.
     """
-    for name, defense in conditions.items():
+    for condition, defense in conditions.items():
+        on_queries = partial(on_progress, condition)
         try:
-            frame = score_condition(session, name, defense, queries, readout, partial(on_progress, name))
+            frame = score_condition(session, condition, defense, queries, readout, on_queries)
         except Exception as error:
             if on_failure is None:
                 raise
-            on_failure(name, error)
-            if name == UNDEFENDED:
+            on_failure(condition, error)
+            if condition == UNDEFENDED:
                 return
         else:
-            yield name, frame
+            yield condition, frame
+
+
+def build_conditions(defenses: Sequence[Defense]) -> dict[str, Defense]:
+    """Return the conditions to score by their names in the tables: each defense, followed by its ablations.
+
+    Conditions whose requirements the model does not meet, such as tuned weights, are left out.
+
+    >>> from defenses.catalog import get_defense
+    >>> list(build_conditions([get_defense("none"), get_defense("backdoor")]))
+    ['none', 'backdoor/no_weights', 'backdoor/neither']
+    """
+    conditions: dict[str, Defense] = {}
+    for defense in defenses:
+        ablations = {f"{defense.name}/{name}": part for name, part in defense.build_ablations().items()}
+        conditions |= {defense.name: defense} | ablations
+    return {name: defense for name, defense in conditions.items() if not defense.missing_requirements()}
+
+
+def score_prompts(
+    loaded_model: LoadedModel,
+    engine: Engine,
+    defense: Defense,
+    prompts: Sequence[tuple[int, ...]],
+    readout: Readout,
+    score_cache: ScoreCache | None = None,
+    on_progress: Callable[[int], None] = lambda n_prompts: None,
+) -> Float[Tensor, "prompts 2"]:
+    """Return margin (nats; positive refuses) and coverage of every prompt; cached scores are not recomputed.
+
+    Args:
+        loaded_model: the model.
+        engine: runs the model.
+        defense: applied to the model while it runs.
+        prompts: token ids, the readout's response prefix included.
+        readout: reduces first-token logits to a margin.
+        score_cache: scores of earlier runs, to which new ones are added; None disables caching.
+        on_progress: called with the number of prompts finished since the last call.
+    """
+    members = [(weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)]
+    if any(fingerprint is None for _, fingerprint in members):
+        score_cache = None  # a user-defined change of the model, of which nothing is known
+    readout_settings = [readout.ids, readout.weights, readout.is_log_odds]
+    cache_key = CacheKey({**describe_computation(loaded_model), "arms": members, "readout": readout_settings})
+    keys = [cache_key.make_key(ids) for ids in prompts]
+    scores = score_cache.read_scores(keys) if score_cache is not None else {}
+    if score_cache is not None:
+        score_cache.n_hits += sum(key in scores for key in keys)
+    # Identical prompts have the same key and are scored once.
+    new_rows = list({key: row for row, key in enumerate(keys) if key not in scores}.values())
+    new_prompts = [prompts[row] for row in new_rows]
+    batches = iterate_defended_logits(engine, loaded_model, defense, new_prompts, readout.compute_margins)
+    for batch_rows, values in batches if new_rows else ():
+        batch_keys = [keys[new_rows[row]] for row in batch_rows]
+        new_scores = dict(zip(batch_keys, map(tuple, values.tolist()), strict=True))
+        if score_cache is not None:
+            score_cache.write_scores((key, *score) for key, score in new_scores.items())
+        scores |= new_scores
+        on_progress(len(batch_rows))
+    on_progress(len(prompts) - len(new_rows))
+    return torch.tensor([scores[key] for key in keys], dtype=torch.float64)
+
+
+def _count_queries(report: Callable[[int], None], n_queries: int, n_prompts: int) -> Callable[[int], None]:
+    """Return a callback that takes numbers of finished prompts and reports numbers of finished queries."""
+    finished_prompts = 0
+
+    def report_queries(more_prompts: int) -> None:
+        nonlocal finished_prompts
+        before, finished_prompts = finished_prompts, finished_prompts + more_prompts
+        report(finished_prompts * n_queries // n_prompts - before * n_queries // n_prompts)
+
+    return report_queries

@@ -82,7 +82,7 @@ def startup(console: Console, times: int = 5) -> None:
     walls = []
     for _ in range(times):
         start = time.perf_counter()
-        code = "from analysis import cli; cli.main()"
+        code = "from analysis.cli.main import main; main()"
         subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, check=True)
         walls.append(time.perf_counter() - start)
     console.print(f"analyze --help: {min(walls):.2f} s, the fastest of {times}\n")

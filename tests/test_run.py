@@ -10,6 +10,7 @@ import pytest
 from conftest import FOUR, derive_readout, toy_bench
 from scipy.special import expit
 
+from analysis import run
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.models.session import ModelSession
@@ -164,8 +165,7 @@ def test_progress_counts_queries_also_where_each_is_read_several_times() -> None
 
 
 def test_the_page_stays_a_page() -> None:
-
-    assert len(Path(str(analysis.run.__file__)).read_text("utf-8").splitlines()) < 200
+    assert len(Path(str(run.__file__)).read_text("utf-8").splitlines()) < 200
 
 
 @pytest.mark.embedded

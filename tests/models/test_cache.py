@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import derive_readout, made_adapter, toy_bench
-from test_rooms import FILES, of
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
@@ -146,10 +145,10 @@ def test_names_differ_where_ids_would_run_together() -> None:
 _SCORING = """
 import sys, time
 from pathlib import Path
-from analysis.store import Namer, Store
-kept = Store(Path(sys.argv[1]))
+from analysis.models.cache import CacheKey, ScoreCache
+score_cache = ScoreCache(Path(sys.argv[1]))
 for batch in range(10_000):
-    kept.keep_scores((Namer({}).name([batch, row]), float(batch), 1.0) for row in range(8))
+    score_cache.write_scores((CacheKey({}).make_key([batch, row]), float(batch), 1.0) for row in range(8))
     print(batch, flush=True)
     time.sleep(0.01)
 """

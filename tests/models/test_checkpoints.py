@@ -35,7 +35,7 @@ from defenses.errors import UserError
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Keep what is made here out of the user's cache."""
     if "embedded" not in request.keywords:
-        monkeypatch.setattr("analysis.files.get_cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr("analysis.models.checkpoints.get_cache_folder", lambda: tmp_path / "cache")
 
 
 def said() -> Any:
