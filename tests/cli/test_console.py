@@ -1,4 +1,4 @@
-"""What is printed can be read at 80 columns and at 140, and in a file."""
+"""Terminal tables are readable at 80 and at 140 columns and in a file."""
 
 import io
 import re
@@ -25,7 +25,7 @@ LONG = "a_defense_of_the_users_own_with_quite_a_long_name"
 NAMES = ["none", "backdoor", "backdoor/no_secret", "neutral_prompt", LONG]
 
 
-def planted() -> pd.DataFrame:
+def make_summary() -> pd.DataFrame:
     """Return a summary of a few defenses."""
     rows = []
     for name in NAMES:
@@ -46,19 +46,19 @@ class Terminal(io.StringIO):
         return True
 
 
-def printed(monkeypatch, columns, summary=None):
-    """Return what is printed on a terminal of so many columns; of None, into a file."""
+def capture_summary(monkeypatch, columns, summary=None):
+    """Return the summary as printed on a terminal of this many columns, or into a file if None."""
     out = Terminal() if columns else io.StringIO()
     monkeypatch.setenv("COLUMNS", str(columns or 80))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", out)
-    print_summary(planted() if summary is None else summary, RECORD)
+    print_summary(make_summary() if summary is None else summary, RECORD)
     return re.sub("\x1b[^m]*m", "", out.getvalue())
 
 
 @pytest.mark.parametrize("columns", [80, 100, 140, None])
 def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(monkeypatch, columns):
-    text = printed(monkeypatch, columns)
+    text = capture_summary(monkeypatch, columns)
     assert max(map(len, text.splitlines())) <= (columns or 120)
     assert "…" not in text
     assert text.count("[-12, 150]") == 2 * len(NAMES) and text.count("[-0.12, 1.50]") == len(NAMES)
@@ -66,18 +66,18 @@ def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(monkeypatch, co
 
 
 @pytest.mark.parametrize("columns", [80, 140, None])
-def test_names_and_verdicts_are_all_there(monkeypatch, columns):
-    lines = printed(monkeypatch, columns).splitlines()
+def test_names_and_verdicts_are_complete(monkeypatch, columns):
+    lines = capture_summary(monkeypatch, columns).splitlines()
     first = "".join(line.split("│")[0].replace(" ", "") for line in lines if "│" in line)
     verdicts = ["reference", *["shift+discrimination+"] * (len(NAMES) - 1)]
-    wanted = "".join(name + verdict for name, verdict in zip(NAMES, verdicts, strict=True))
-    assert first == wanted.replace("neutral_prompt", "neutral_prompt(control)")
+    expected = "".join(name + verdict for name, verdict in zip(NAMES, verdicts, strict=True))
+    assert first == expected.replace("neutral_prompt", "neutral_prompt(control)")
 
 
-def test_a_value_without_an_interval_stands_alone_and_none_is_a_dash(monkeypatch):
-    frame = planted()
+def test_a_value_without_an_interval_is_printed_alone_and_a_missing_value_is_a_dash(monkeypatch):
+    frame = make_summary()
     frame[["shift_low", "shift_high", "auroc", "auroc_low", "auroc_high"]] = np.nan
-    text = printed(monkeypatch, None, Summary(frame).frame)
+    text = capture_summary(monkeypatch, None, Summary(frame).frame)
     row = next(line for line in text.splitlines() if line.startswith("backdoor "))
     cells = [cell.strip() for cell in row.split("│")]
     assert cells[2:] == ["–", "+0.25"]
@@ -94,7 +94,7 @@ def test_progress_is_a_bar_on_a_terminal_and_nothing_in_a_file():
         assert shown or stream.getvalue() == ""
 
 
-def test_checks_and_texts_are_printed_as_they_are(capsys):
+def test_checks_and_texts_are_printed_verbatim(capsys):
     checks = [
         PreflightCheck("d", "text [bold]arrives", True, "yes [x]"),
         PreflightCheck("d", "whole", False, "cut"),
@@ -105,7 +105,7 @@ def test_checks_and_texts_are_printed_as_they_are(capsys):
     assert "ok     text [bold]arrives: yes [x]" in text and "FAILED whole: cut" in text
 
 
-def test_failures_are_a_line_each_and_the_next_step(capsys):
+def test_failed_checks_are_one_line_each_and_name_the_next_step(capsys):
     print_failed_checks(
         [PreflightCheck("d", "one", False, "x" * 200), PreflightCheck("d", "two", False, "y")]
     )
@@ -114,14 +114,19 @@ def test_failures_are_a_line_each_and_the_next_step(capsys):
     assert "`analyze check` with the same -d and --attack" in lines[2]
 
 
+@pytest.fixture(scope="module")
+def rows_by_kind():
+    """What `analyze list` shows."""
+    return collect_catalog()
+
+
 @pytest.mark.parametrize("columns", [80, 140])
-def test_lists_cut_no_name_and_show_settings(monkeypatch, capsys, columns):
+def test_lists_truncate_no_name_and_show_settings(monkeypatch, capsys, columns, rows_by_kind):
     monkeypatch.setenv("COLUMNS", str(columns))
-    shelves = collect_catalog()
-    print_catalog(shelves)
+    print_catalog(rows_by_kind)
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= columns
-    for rows in shelves.values():
+    for rows in rows_by_kind.values():
         for row in rows:
             assert row["name"] in text
     assert "gated" in text and "tone=remind" in text and "(Xie et al." in text
