@@ -1,1 +1,1 @@
-"""Judges: the text of a response to a verdict, refused or not."""
+"""Judges: turn the text of a response into a verdict, refused or not."""

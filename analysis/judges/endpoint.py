@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible endpoint: a budget of calls, retries with back-off."""
+"""Client of a chat model behind an OpenAI-compatible endpoint, with a call budget and retries."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from urllib.parse import urlsplit
 
 from defenses.errors import UserError
 
-_MAX_CONCURRENT_CALLS = 8  # calls under way
-_TIMEOUT_SECONDS = 60.0  # for one call, and for one wait at most
-_MAX_REJECTED_TEXTS = 8  # texts in a row that the endpoint will not read, none that it did
-# HTTP statuses: what is wrong with every call, and with this text. Others may be over in a while.
+_MAX_CONCURRENT_CALLS = 8
+_TIMEOUT_SECONDS = 60.0  # limit of one call, and of one wait before a retry
+_MAX_REJECTED_TEXTS = 8  # texts rejected before the first reply, after which the endpoint counts as failed
+# HTTP statuses that mean: every call will fail; this text will always fail. Other errors may be transient.
 _FATAL_STATUSES, _REJECTED_TEXT_STATUSES = (401, 404, 405), (400, 403, 413, 415, 422)
 
 
 class CallBudget:
-    """Calls that are left.
+    """Thread-safe counter of the calls that remain.
 
     >>> budget = CallBudget(3)
     >>> budget.take_calls(2), budget.take_calls(2), budget.take_calls(2)
@@ -32,23 +32,45 @@ class CallBudget:
         self._lock = Lock()
 
     def take_calls(self, requested_calls: int = 1) -> int:
-        """Return how many of the calls that are wanted may be made; they count as made."""
+        """Return how many of the requested calls may be made, and count them as made."""
         with self._lock:
-            given = max(0, min(requested_calls, self._remaining_calls))
-            self._remaining_calls -= given
-            return given
+            granted_calls = max(0, min(requested_calls, self._remaining_calls))
+            self._remaining_calls -= granted_calls
+            return granted_calls
+
+
+@dataclass(frozen=True)
+class _CallResult:
+    """Outcome of one call.
+
+    Attributes:
+        text: the reply.
+        error: the reason for a failure, in one line; empty after a success.
+        status: the HTTP status if it rules out a retry, else 0.
+        retry_after: seconds that the endpoint asked to wait before the next call.
+    """
+
+    text: str = ""
+    error: str = ""
+    status: int = 0
+    retry_after: float = 0.0
 
 
 @dataclass
 class EndpointChatModel:
-    """An endpoint that is asked until the budget is spent or it fails for good; then `down` says why.
+    """Chat model behind an endpoint; it is called until the budget is spent or the endpoint fails for good.
+
+    The retries are this class's own. Those of the OpenAI client (`max_retries`) sleep in a way that neither
+    an interrupt nor a fatal error in another thread can end, back off for 8 seconds at most, and would
+    repeat calls that the budget forbids.
 
     Attributes:
-        client: of the package `openai`.
-        host: for people.
-        model: its name there.
-        budget: calls, retries included.
-        retry_delays: seconds before each further try; the endpoint may ask for more.
+        client: client of the package `openai`.
+        host: host name of the endpoint, for messages.
+        model: name of the model at the endpoint.
+        budget: budget of calls, retries included.
+        retry_delays: seconds before each retry; the endpoint may ask for longer ones.
+        failure_reason: why no further call is made; empty while calls are made.
     """
 
     client: Any
@@ -65,13 +87,17 @@ class EndpointChatModel:
     def from_address(
         cls, address: str, budget: int, offline: bool, notify: Callable[[str], None]
     ) -> EndpointChatModel:
-        """Return the endpoint at an address, `http://host/v1#model`; the key is read from OPENAI_API_KEY.
+        """Return the chat model at `http://host/v1#model`; the API key is read from OPENAI_API_KEY.
 
         Args:
-            address: of the endpoint, and the model behind `#`.
-            budget: calls at most.
-            offline: whether only this machine may be asked.
-            notify: told where the texts go.
+            address: URL of the endpoint, with the name of the model after `#`.
+            budget: maximum number of calls.
+            offline: whether only endpoints on this machine are allowed.
+            notify: callback that prints a line; it announces where texts are sent.
+
+        Raises:
+            UserError: if the address is invalid, `--offline` forbids it, the key would be sent unencrypted,
+                or the package `openai` is missing.
         """
         url, _, model = address.partition("#")
         try:
@@ -79,133 +105,134 @@ class EndpointChatModel:
             host, _ = parts.hostname or "", parts.port
         except ValueError as error:
             raise UserError(
-                f"--judge-model: this is no address ({error}): http://host:8000/v1#NAME"
+                f"--judge-model: invalid address ({error}); expected http://host:8000/v1#NAME"
             ) from error
         if not host or not model:
-            raise UserError("--judge-model: write the model's name behind the address: http://host/v1#NAME")
-        here, key = host in ("localhost", "127.0.0.1", "::1"), os.environ.get("OPENAI_API_KEY", "")
-        if offline and not here:
+            raise UserError("--judge-model: add the name of the model to the address: http://host/v1#NAME")
+        is_local, key = host in ("localhost", "127.0.0.1", "::1"), os.environ.get("OPENAI_API_KEY", "")
+        if offline and not is_local:
             raise UserError(f"--judge-model at {host}: --offline forbids it")
-        if key and parts.scheme == "http" and not here:
+        if key and parts.scheme == "http" and not is_local:
             raise UserError(
-                f"--judge-model at {host}: the key would go over plain http; take https, or unset it"
+                f"--judge-model at {host}: the API key would be sent over plain http; "
+                "use https, or unset OPENAI_API_KEY"
             )
         try:
             import openai
         except ImportError as error:
             raise UserError(
-                "an endpoint as judge needs the package openai: pip install 'refusalscope[judge]'"
+                "a judge behind an endpoint needs the package openai: pip install 'refusalscope[judge]'"
             ) from error
-        if not here:
+        if not is_local:
             with_key = ", with the key in OPENAI_API_KEY" if key else ""
-            notify(f"requests and answers are sent to {host} to be judged{with_key}")
+            notify(f"queries and responses are sent to {host} for judging{with_key}")
         client = openai.OpenAI(
             base_url=url,
             api_key=key or "none",
             max_retries=0,
             timeout=_TIMEOUT_SECONDS,
-            # A proxy would carry what is meant for this machine away from it.
-            http_client=openai.DefaultHttpxClient(trust_env=not here),
+            # A proxy would send texts meant for this machine to another one.
+            http_client=openai.DefaultHttpxClient(trust_env=not is_local),
         )
         return cls(client, host, model, CallBudget(budget))
 
     @property
     def name(self) -> str:
-        """The model and where it is."""
+        """Name of the model and host of the endpoint."""
         return f"{self.model} at {self.host}"
 
     def generate_replies(
         self, prompts: Sequence[str], is_valid: Callable[[str], bool], on_progress: Callable[[int], None]
     ) -> list[tuple[str, str]]:
-        """Return words and why there are none, of each prompt, in their order.
+        """Return (reply, reason for a missing reply) for each prompt, in the order of the prompts.
 
-        Interrupted, it returns what there is.
+        After a keyboard interrupt, the replies received so far are returned.
         """
-        found = [("", "interrupted")] * len(prompts)
+        replies = [("", "interrupted")] * len(prompts)
         pool = ThreadPoolExecutor(_MAX_CONCURRENT_CALLS)
-        places = {
-            pool.submit(self._generate_reply, prompt, is_valid): place for place, prompt in enumerate(prompts)
+        prompt_indices = {
+            pool.submit(self._generate_reply, prompt, is_valid): index for index, prompt in enumerate(prompts)
         }
         try:
-            for future in as_completed(places):
-                found[places[future]] = future.result()
+            for future in as_completed(prompt_indices):
+                replies[prompt_indices[future]] = future.result()
                 on_progress(1)
         except KeyboardInterrupt:
             self._stop_calls("interrupted")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return found
+        return replies
 
     def _generate_reply(self, prompt: str, is_valid: Callable[[str], bool]) -> tuple[str, str]:
-        said, why, good = "", "", self._n_replies
-        for wait in (0.0, *self.retry_delays):
-            self._wait_before_retry(max(wait, self._parse_retry_after(why)) if wait else 0)
+        """Call the endpoint until it returns a valid reply; an invalid reply is requested again once."""
+        invalid_reply, n_replies_before, result = "", self._n_replies, _CallResult()
+        for delay in (0.0, *self.retry_delays):
+            self._wait_before_retry(max(delay, result.retry_after) if delay else 0)
             if self.failure_reason:
                 return "", self.failure_reason
             if not self.budget.take_calls():
-                return "", f"budget spent{f' ({why})' if why else ''}"
-            text, why, status = self._call_endpoint(prompt)
-            if status in _FATAL_STATUSES:
-                self._stop_calls(why)
-                return "", why
-            if status in _REJECTED_TEXT_STATUSES:
+                return "", f"budget spent{f' ({result.error})' if result.error else ''}"
+            result = self._call_endpoint(prompt)
+            if result.status in _FATAL_STATUSES:
+                self._stop_calls(result.error)
+                return "", result.error
+            if result.status in _REJECTED_TEXT_STATUSES:
                 self._n_rejected_texts += 1
                 if self._n_rejected_texts >= _MAX_REJECTED_TEXTS and not self._n_replies:
-                    self._stop_calls(why)
-                return "", why
-            if why:
+                    self._stop_calls(result.error)
+                return "", result.error
+            if result.error:
                 continue
             self._n_replies += 1
-            if is_valid(text):
-                return text, ""
-            if said:
-                return "", f"the judge said {said[:40]!r}, then {text[:40]!r}"
-            said = text or "nothing"
-        if said:
-            return "", f"the judge said {said[:40]!r}"
-        if self._n_replies == good:  # nothing worked for anybody in the meantime
-            self._stop_calls(why)
-        return "", why
+            if is_valid(result.text):
+                return result.text, ""
+            if invalid_reply:
+                return "", f"the judge replied {invalid_reply[:40]!r}, then {result.text[:40]!r}"
+            invalid_reply = result.text or "nothing"
+        if invalid_reply:
+            return "", f"the judge replied {invalid_reply[:40]!r}"
+        if self._n_replies == n_replies_before:  # no thread got a reply in the meantime
+            self._stop_calls(result.error)
+        return "", result.error
 
-    def _call_endpoint(self, prompt: str) -> tuple[str, str, int]:
-        """Words, what went wrong, and the status that says for whom; 0 where there is none."""
+    def _call_endpoint(self, prompt: str) -> _CallResult:
+        """Make one call; errors of the endpoint are returned, not raised."""
         import openai
 
         try:
-            reply = self.client.chat.completions.create(
+            completion = self.client.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": prompt}], temperature=0
             )
-            return str(reply.choices[0].message.content or ""), "", 0
+            return _CallResult(str(completion.choices[0].message.content or ""))
         except openai.APIStatusError as error:
-            after = error.response.headers.get("retry-after", "")
-            asked = f" (retry after {after} s)" if after.isdecimal() else ""
-            known = error.status_code in (*_FATAL_STATUSES, *_REJECTED_TEXT_STATUSES)
-            return "", self._describe_api_error(error) + asked, error.status_code if known else 0
+            header = error.response.headers.get("retry-after", "")
+            retry_after = min(float(header), _TIMEOUT_SECONDS) if header.isdecimal() else 0.0
+            retry_note = f" (retry after {header} s)" if header.isdecimal() else ""
+            rules_out_retry = error.status_code in (*_FATAL_STATUSES, *_REJECTED_TEXT_STATUSES)
+            return _CallResult(
+                error=self._describe_api_error(error) + retry_note,
+                status=error.status_code if rules_out_retry else 0,
+                retry_after=retry_after,
+            )
         except openai.APIError as error:
-            return "", self._describe_api_error(error), 0
+            return _CallResult(error=self._describe_api_error(error))
         except (ValueError, IndexError, AttributeError, TypeError) as error:
-            return (
-                "",
-                f"no reply that can be read ({self._describe_api_error(error)})",
-                _REJECTED_TEXT_STATUSES[0],
+            return _CallResult(
+                error=f"unreadable reply ({self._describe_api_error(error)})",
+                status=_REJECTED_TEXT_STATUSES[0],
             )
 
-    @staticmethod
-    def _parse_retry_after(error_text: str) -> float:
-        """Seconds that the endpoint asked for in what went wrong."""
-        _, _, behind = error_text.rpartition("(retry after ")
-        number = behind.partition(" s)")[0]
-        return min(float(number), _TIMEOUT_SECONDS) if number.isdecimal() else 0.0
-
     def _wait_before_retry(self, seconds: float) -> None:
-        self._stop_event.wait(seconds)  # no longer than until all is over
+        """Wait, unless and until all calls are stopped."""
+        self._stop_event.wait(seconds)
 
     def _stop_calls(self, reason: str) -> None:
+        """Record the first reason for stopping and end all waits."""
         self.failure_reason = self.failure_reason or reason
         self._stop_event.set()
 
     def _describe_api_error(self, error: Exception) -> str:
-        """The error in one line, without the key."""
+        """Format an error in one line, without the API key."""
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         key = self.client.api_key
         return (text.replace(key, "…") if key != "none" else text)[:160]

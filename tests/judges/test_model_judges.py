@@ -82,7 +82,9 @@ def answers(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EndpointChatModel, "_wait_before_retry", lambda endpoint, seconds: waited.append(seconds))
+    monkeypatch.setattr(
+        EndpointChatModel, "_wait_before_retry", lambda endpoint, seconds: waited.append(seconds)
+    )
     waited.clear()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
 
@@ -133,7 +135,8 @@ def test_what_has_no_verdict_is_said_and_judged_when_the_file_comes_again(
     assert judged["refusal"].tolist() == ["full"] * 4 + ["unjudged", "full"]
     said = capsys.readouterr()
     assert (
-        "1 answers have no verdict, mostly: the judge said 'no idea'" in said.err and "5 answers" in said.out
+        "1 answers have no verdict, mostly: the judge replied 'no idea'" in said.err
+        and "5 answers" in said.out
     )
     with serving(lambda prompt, n: (200, "none")) as (address, seen):
         assert judge_file(first, "response", None, jury(address), answers.with_name("b.csv")) == 0
@@ -238,14 +241,14 @@ def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path:
     (tmp_path / "bare.txt").write_text("full or none?")
     for wanted, said in (
         (JudgeOptions("model"), "--judge-model ID"),
-        (jury("http://127.0.0.1:1/v1#x", budget=None), "say how many with --budget"),
+        (jury("http://127.0.0.1:1/v1#x", budget=None), "maximum number of calls with --budget"),
         (jury("http://127.0.0.1:1/v1#x", budget=0), "--budget"),
-        (jury("http://127.0.0.1:1/v1"), "write the model's name behind the address"),
+        (jury("http://127.0.0.1:1/v1"), "add the name of the model to the address"),
         (jury("https://example.com/v1#x"), "--offline forbids it"),
         (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "bare.txt"), r"lacks \{request\} and \{answer\}"),
         (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "no.txt"), "cannot be read"),
-        (jury("http://u:pw@[::1/v1#x"), "this is no address"),
-        (jury("http://localhost:abc/v1#x"), "this is no address"),
+        (jury("http://u:pw@[::1/v1#x"), "invalid address"),
+        (jury("http://localhost:abc/v1#x"), "invalid address"),
         (JudgeOptions("patterns", "x"), "--judge-model is for --judge model"),
         (JudgeOptions("patterns", budget=5), "--budget is for --judge model"),
     ):
@@ -292,14 +295,14 @@ def test_a_local_chat_model_that_talks_nonsense_leaves_answers_unjudged(
     tmp_path: Path, answers: Path
 ) -> None:
     save_model(tmp_path / "toy")
-    with pytest.raises(UserError, match="gave no verdict: the judge said"):
+    with pytest.raises(UserError, match="gave no verdict: the judge replied"):
         judge_file(answers, "response", "asked", jury(str(tmp_path / "toy")), None, offline=True)
 
 
 def test_a_local_chat_model_is_asked_within_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     speaker = LocalChatModel(toy_bench(), CallBudget(2))
     found = speaker.generate_replies(["a", "b " * 3000, "c", "d"], lambda text: True, lambda count: None)
-    assert [why for _, why in found] == ["", "longer than the judge reads", "", "budget spent"]
+    assert [why for _, why in found] == ["", "longer than the judge's context", "", "budget spent"]
     assert speaker.generate_replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
     judge = ModelJudge(LocalChatModel(toy_bench(), CallBudget(2)), "{request}{answer}")
     assert judge.judge_responses(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
@@ -334,7 +337,7 @@ def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Pat
     assert [one.refusal for one in found] == [one.refusal for one in alone]
     assert {one.refusal for one in found} == {"full", "none"}
     assert [one.refusal for one in judge.judge_responses(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
-    with pytest.raises(UserError, match="no label of this classifier"):
+    with pytest.raises(UserError, match="this classifier has no label"):
         load_model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
 
 
@@ -342,7 +345,7 @@ def test_the_endpoint_says_where_texts_go() -> None:
     told: list[str] = []
     EndpointChatModel.from_address("https://judge.example.com/v1#m", 5, False, told.append)
     assert told == [
-        "requests and answers are sent to judge.example.com to be judged, with the key in OPENAI_API_KEY"
+        "queries and responses are sent to judge.example.com for judging, with the key in OPENAI_API_KEY"
     ]
     EndpointChatModel.from_address("http://localhost:8000/v1#m", 5, True, told.append)
     assert len(told) == 1

@@ -93,7 +93,7 @@ def test_the_evidence_stands_in_the_answer() -> None:
 def test_an_answer_to_something_else_is_noticed_only_where_the_request_is_known() -> None:
     answer = "To make guacamole, mash three ripe avocados with lime and salt. " * 5
     assert judge_by_patterns(answer).refusal == "none"
-    assert judge_by_patterns(answer, "How do wind turbines work?").evidence == "speaks of something else"
+    assert judge_by_patterns(answer, "How do wind turbines work?").evidence == "answers a different question"
     assert judge_by_patterns(answer, "How is guacamole made?").refusal == "none"
     assert judge_by_patterns("Nuts and cheese.", "What do mice eat?").refusal == "none"  # too short to tell
 
