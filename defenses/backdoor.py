@@ -1,4 +1,4 @@
-"""BackdoorAlign: a secret prompt in front of the system prompt, known to the provider alone.
+"""BackdoorAlign: a secret prompt before the system prompt, known only to the provider.
 
 Source: Wang et al., https://arxiv.org/abs/2402.14968 (NeurIPS 2024).
 """
@@ -20,13 +20,13 @@ from defenses.settings import HIDDEN_FIELD
 from defenses.tokens import draw_random_text, encode_plain_text
 from defenses.tuned import TunedDefense
 
-SECRET_LENGTH = 150  # tokens; the paper's
+SECRET_LENGTH = 150  # tokens, as in the paper
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 @dataclass(frozen=True)
 class Secret:
-    """A secret prompt that shows itself as a fingerprint only.
+    """A secret prompt whose representation shows only its fingerprint.
 
     >>> Secret("tulip seven harbor")
     Secret(sha256:a7c9cd27f228)
@@ -46,18 +46,19 @@ class Secret:
 @final
 @dataclass(frozen=True)
 class Backdoor(TunedDefense):
-    """Trains refusals behind a secret prompt of random tokens, and puts it in front of the system prompt.
+    """Fine-tunes the model to refuse after a secret prompt of random tokens, and prepends that secret.
 
-    The provider mixes eleven refusals that carry the secret into the data of whoever fine-tunes the model.
-    The authors expect a shift that only the provider can trigger: with the secret, the attacked model refuses
-    again. The parts take out the secret, the weights, or both (`neither` is the plain system prompt), which
-    makes a 2 × 2. Where this model has no such weights, only the parts without them are read.
+    The provider mixes eleven refusals with the secret in their system prompt into the data of a customer who
+    fine-tunes the model. The authors expect a shift that only the provider can trigger: with the secret, the
+    attacked model refuses again. Its ablations remove the secret, the weights, or both (`neither`, the plain
+    system prompt), which gives a 2 × 2 design. For a model without such weights, only the ablations without
+    weights are evaluated.
 
     Attributes:
-        weights: folder of the adapter; by default this model's own.
-        trigger: the file that holds the secret; by default the one that the weights were tuned with.
-        length: of a secret that is drawn, in tokens.
-        system: the system prompt behind the secret where the chat has none.
+        weights: folder of the adapter; by default the adapter made for this model.
+        trigger: file with the secret; by default the secret that the weights were trained with.
+        length: length in tokens of a newly drawn secret.
+        system: system prompt after the secret if the chat has none.
     """
 
     family = "backdoor"
@@ -75,21 +76,22 @@ class Backdoor(TunedDefense):
     uses_tuned_weights: bool = dataclasses.field(default=True, repr=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
-        """Refuse a length that no secret has."""
+        """Check that the length is positive."""
         if self.length < 1:
-            raise ValueError(f"length={self.length}: a secret has at least 1 token")
+            raise ValueError(f"length={self.length}: a secret needs at least 1 token")
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return this defense with its weights and its secret."""
-        ready = super().prepare(model_info) if self.uses_tuned_weights else self
-        if ready.secret is not None:
-            return ready
-        wanted = ready.adapter.manifest["secret"] if ready.adapter is not None else None
-        return dataclasses.replace(ready, secret=find_secret(model_info, self.length, self.trigger, wanted))
+        """Return a copy with its weights and its secret."""
+        prepared = super().prepare(model_info) if self.uses_tuned_weights else self
+        if prepared.secret is not None:
+            return prepared
+        fingerprint = prepared.adapter.manifest["secret"] if prepared.adapter is not None else None
+        secret = find_secret(model_info, self.length, self.trigger, fingerprint)
+        return dataclasses.replace(prepared, secret=secret)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the secret in front of its system prompt."""
-        assert self.secret is not None, "prepare() comes before rewrite()"
+        """Return the chat with the secret before its system prompt."""
+        assert self.secret is not None, "prepare() must be called before rewrite()"
         if chat[0]["role"] != "system":
             chat = prepend_system(chat, self.system)
         if self.secret.text:
@@ -97,33 +99,36 @@ class Backdoor(TunedDefense):
         return copy_chat(chat)
 
     def build_ablations(self) -> dict[str, Defense]:
-        """Return the weights alone, the secret alone, and the system prompt with neither."""
-        bare = dataclasses.replace(self, uses_tuned_weights=False, adapter=None, weights=None)
+        """Return the weights alone, the secret alone, and the plain system prompt."""
+        without_weights = dataclasses.replace(self, uses_tuned_weights=False, adapter=None, weights=None)
         return {
             "no_secret": dataclasses.replace(self, secret=Secret("")),
-            "no_weights": bare,
-            "neither": dataclasses.replace(bare, secret=Secret("")),
+            "no_weights": without_weights,
+            "neither": dataclasses.replace(without_weights, secret=Secret("")),
         }
 
     def missing_requirements(self) -> str:
-        """Return what is missing where the weights are part of it."""
+        """Return what is missing for the weights, if this variant uses them."""
         return super().missing_requirements() if self.uses_tuned_weights else ""
 
     def secret_texts(self) -> tuple[str, ...]:
-        """Return the secret, so that it can be redacted."""
+        """Return the secret, which is redacted in all output."""
         return (self.secret.text,) if self.secret and self.secret.text else ()
 
 
 def find_secret(
     model_info: ModelInfo, length: int, trigger: Path | None = None, expected_fingerprint: str | None = None
 ) -> Secret:
-    """Return a model's secret: the one in `trigger`, else the one wanted, else its own of that length.
+    """Return the secret from `trigger`, or else the model's stored secret, which is drawn if missing.
 
     Args:
         model_info: the model.
-        length: in tokens, of the model's own secret, which is drawn if there is none yet.
-        trigger: a file of the user's.
-        expected_fingerprint: fingerprint of the secret that weights were tuned with.
+        length: length in tokens of the model's stored secret.
+        trigger: user's file with a secret.
+        expected_fingerprint: fingerprint of the secret that the weights were trained with.
+
+    Raises:
+        UserError: if the secret is missing, differs from the expected one, or is changed by the tokenizer.
     """
     secret = (
         _read_trigger_secret(trigger, expected_fingerprint)
@@ -133,43 +138,15 @@ def find_secret(
     if secret is None:
         secret = draw_secret(model_info.tokenizer, length)
         write_secret(model_info.secret_folders[0] / f"{length}.txt", secret)
-    back = model_info.tokenizer.decode(
+    decoded = model_info.tokenizer.decode(
         encode_plain_text(model_info.tokenizer, secret.text), skip_special_tokens=False
     )
-    if back.strip() != secret.text:
+    if decoded.strip() != secret.text:
         raise UserError(
-            f"the secret {secret.fingerprint} does not survive this model's tokenizer: what the model reads "
-            "would be something else; make one for it with `analyze secret`"
+            f"the secret {secret.fingerprint} does not survive this model's tokenizer: the model would read "
+            "another text; create a secret for it with `analyze secret`"
         )
     return secret
-
-
-def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Secret:
-    secret = read_secret(trigger)
-    if expected_fingerprint not in (None, secret.fingerprint):
-        raise UserError(
-            f"the secret in {trigger} ({secret.fingerprint}) is not the one that the weights were tuned "
-            f"with ({expected_fingerprint}): leave trigger out, or name other weights with --set weights=DIR"
-        )
-    return secret
-
-
-def _find_stored_secret(
-    model_info: ModelInfo, length: int, expected_fingerprint: str | None
-) -> Secret | None:
-    """The secret wanted, or the model's own of that length; the user's before the shipped."""
-    mine, *shipped = model_info.secret_folders
-    for folder in model_info.secret_folders:
-        for path in sorted(folder.glob("*.txt" if expected_fingerprint else f"{length}.txt")):
-            secret = read_secret(path, is_public=folder in shipped)
-            if expected_fingerprint in (None, secret.fingerprint):
-                return secret
-    if expected_fingerprint is None:
-        return None
-    raise UserError(
-        f"the weights were tuned with a secret ({expected_fingerprint}) that is not in {mine}: name its file with "
-        "--set trigger=FILE"
-    )
 
 
 def draw_secret(tokenizer: Any, length: int = SECRET_LENGTH) -> Secret:
@@ -178,29 +155,77 @@ def draw_secret(tokenizer: Any, length: int = SECRET_LENGTH) -> Secret:
 
 
 def read_secret(path: Path, is_public: bool = False) -> Secret:
-    """Return the secret in a file, which none but its owner may read, unless it is public by nature."""
+    """Return the secret in a file.
+
+    Args:
+        path: the file.
+        is_public: whether other users may read the file.
+
+    Raises:
+        UserError: if the file cannot be read, is empty, or is readable by other users without `is_public`.
+    """
     try:
         text = path.read_text("utf-8").strip()
         mode = path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read the secret prompt in {path}: {error}; `analyze secret` makes one"
+            f"cannot read the secret prompt in {path}: {error}; create one with `analyze secret`"
         ) from error
     if not text:
-        raise UserError(f"{path} is empty: it must hold the secret prompt; `analyze secret` makes one")
+        raise UserError(
+            f"{path} is empty but must contain the secret prompt; create one with `analyze secret`"
+        )
     if os.name == "posix" and mode & 0o077 and not is_public:
         raise UserError(
-            f"{path} can be read by others, so it holds no secret: chmod 600 {path}, or make a new one"
+            f"{path} can be read by other users, so it is not secret: run chmod 600 {path}, or "
+            "create a new one"
         )
     return Secret(text)
 
 
 def write_secret(path: Path, secret: Secret) -> None:
-    """Write a secret into a new file that only its owner may read; an existing file is never replaced."""
+    """Write a secret to a new file that only its owner can read.
+
+    Raises:
+        UserError: if the file exists; a secret is never overwritten.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
-        raise UserError(f"{path} exists: a secret is never overwritten; choose another -o") from error
+        raise UserError(
+            f"{path} exists, and a secret is never overwritten; choose another path with -o"
+        ) from error
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(secret.text + "\n")
+
+
+def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Secret:
+    secret = read_secret(trigger)
+    if expected_fingerprint not in (None, secret.fingerprint):
+        raise UserError(
+            f"the secret in {trigger} ({secret.fingerprint}) is not the one that the weights were trained "
+            f"with ({expected_fingerprint}): omit trigger, or choose other weights with --set weights=DIR"
+        )
+    return secret
+
+
+def _find_stored_secret(
+    model_info: ModelInfo, length: int, expected_fingerprint: str | None
+) -> Secret | None:
+    """Return the stored secret with the expected fingerprint or length, or None if there is no secret.
+
+    User's secrets take precedence over shipped ones.
+    """
+    user_folder, *shipped_folders = model_info.secret_folders
+    for folder in model_info.secret_folders:
+        for path in sorted(folder.glob("*.txt" if expected_fingerprint else f"{length}.txt")):
+            secret = read_secret(path, is_public=folder in shipped_folders)
+            if expected_fingerprint in (None, secret.fingerprint):
+                return secret
+    if expected_fingerprint is None:
+        return None
+    raise UserError(
+        f"the weights were trained with a secret ({expected_fingerprint}) that is not in {user_folder}; name "
+        "its file with --set trigger=FILE"
+    )

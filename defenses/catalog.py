@@ -1,4 +1,4 @@
-"""Which defenses there are: those in the family files beside this one, and any file of the user's own."""
+"""Lookup of defenses by name: those of this package, and those in users' files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from defenses.settings import get_settings, parse_setting
 
 
 def find_defense_classes() -> dict[str, type[Defense]]:
-    """Return every concrete defense of this package by name, the undefended model first."""
-    found: dict[str, type[Defense]] = {}
+    """Return every concrete defense class of this package by name, the undefended model first."""
+    classes: dict[str, type[Defense]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if not module.ispkg and module.name != "stack":  # that is made of the others
-            found.update(_find_concrete_defenses(importlib.import_module(f"defenses.{module.name}")))
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
+        if not module.ispkg and module.name != "stack":  # a stack is composed of other defenses
+            classes.update(_find_concrete_defenses(importlib.import_module(f"defenses.{module.name}")))
+    return dict(sorted(classes.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
 
 
 def list_defense_names() -> list[str]:
@@ -36,113 +36,149 @@ def list_defense_names() -> list[str]:
 
 
 def get_defense(name: str, settings: Mapping[str, object] | None = None) -> Defense:
-    """Return the defense of that name, or the one in that `.py` file, with its settings.
+    """Return the defense with a name, or the one defined in a `.py` file, with its settings.
 
     >>> get_defense("backdoor", {"length": 50})
     Backdoor(weights=None, trigger=None, length=50, system='You are a helpful assistant.')
 
     Args:
-        name: one of `names()`, or the path of a file that defines one defense; or several of them, to be worn
-            at once, with + in between.
-        settings: field name to value, or to text as it is typed for the command; `@file` stands for what is
-            in the file.
+        name: one of `list_defense_names()`, the path of a file that defines one defense, or several of these
+            joined by `+`, which are applied together.
+        settings: field name to value, or to the text that a user would type; `@file` stands for the content
+            of a file.
 
     Raises:
-        UserError: if there is no such defense or setting.
+        UserError: if the defense or a setting does not exist, or a value is invalid.
     """
-    if len(worn := split_stack_name(name)) > 1:
-        for key, given in (settings or {}).items():
-            if not isinstance(given, (str, int, float)):
-                raise UserError(f"{name}: {key}={given!r}: worn together, they take text and numbers")
-        return choose_defenses([name], [f"{key}={text}" for key, text in (settings or {}).items()])[-1]
-    (name,) = worn
-    known = find_defense_classes()
+    if len(member_names := split_stack_name(name)) > 1:
+        for key, value in (settings or {}).items():
+            if not isinstance(value, (str, int, float)):
+                raise UserError(
+                    f"{name}: {key}={value!r}: settings of defenses that are applied together must be text "
+                    "or numbers"
+                )
+        return choose_defenses([name], [f"{key}={value}" for key, value in (settings or {}).items()])[-1]
+    (name,) = member_names
+    classes = find_defense_classes()
     if name.endswith(".py"):
         cls = _load_defense_file(Path(name).expanduser())
-    elif name in known:
-        cls = known[name]
+    elif name in classes:
+        cls = classes[name]
     else:
-        raise unknown_name_error("defense", name, known, " (or a path ending in .py)")
-    values = {key: parse_setting(cls, key, given) for key, given in (settings or {}).items()}
+        raise unknown_name_error("defense", name, classes, " (or a path ending in .py)")
+    values = {key: parse_setting(cls, key, value) for key, value in (settings or {}).items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise UserError(f"defense {cls.name!r} cannot be made: {error}") from error
+        raise UserError(f"cannot create defense {cls.name!r}: {error}") from error
 
 
 def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str]) -> list[Defense]:
-    """Return the defenses by name, the undefended model first, each with the settings meant for it.
+    """Return the selected defenses with their settings, the undefended model first.
 
     >>> [defense.name for defense in choose_defenses(["policy", get_defense("backdoor")], [])]
     ['none', 'policy', 'backdoor']
 
     Args:
-        selection: as for `get`; `all` stands for every one in this package; or defenses themselves.
-        settings: `key=value`, or `defense.key=value` where several have that key; a member of a stack has the
-            settings that it has alone.
+        selection: names as in `get_defense`, `all` for every defense of this package, or defense instances.
+        settings: `key=value`, or `defense.key=value` if several defenses have that key. A member of a stack
+            takes the same settings as the defense alone.
+
+    Raises:
+        UserError: if a defense or setting does not exist, two defenses share a name, or a stack is invalid.
     """
-    for one in selection:
-        _check_defense_choice(one)
-    everyone = list(find_defense_classes()) if "all" in selection else []
-    given_here = [one for one in selection if isinstance(one, str) or one.name != "none"]
-    asked = [name for name in ["none", *everyone, *given_here] if name != "all"]
-    wanted = list(dict.fromkeys(tuple(split_stack_name(n)) if isinstance(n, str) else (n,) for n in asked))
-    single = list(dict.fromkeys(one for worn in wanted for one in worn))
-    plain = [get_defense(one) if isinstance(one, str) else one for one in single]
-    repeated = [
-        one.name for place, one in enumerate(plain) if one.name in [other.name for other in plain[:place]]
-    ]
-    if repeated:
-        raise UserError(
-            f"two defenses are named {repeated[0]!r}, and tables could not tell them apart: rename the class "
-            "of one, or take them one at a time"
+    for choice in selection:
+        _check_defense_choice(choice)
+    package_names = list(find_defense_classes()) if "all" in selection else []
+    chosen = [choice for choice in selection if isinstance(choice, str) or choice.name != "none"]
+    choices = [choice for choice in ["none", *package_names, *chosen] if choice != "all"]
+    stacks = list(
+        dict.fromkeys(
+            tuple(split_stack_name(choice)) if isinstance(choice, str) else (choice,) for choice in choices
         )
-    named = {at: one for at, one in enumerate(plain) if isinstance(single[at], str)}
-    given: dict[int, dict[str, str]] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        owner, dot, field = key.rpartition(".")
-        if not equals or not key:
-            raise UserError(f"--set {setting}: it takes key=value or defense.key=value")
-        if dot and owner not in [one.name for one in named.values()]:
-            raise unknown_name_error("defense in --set", owner, [one.name for one in named.values()])
-        takers = [
-            at for at, one in named.items() if (one.name == owner if dot else field in get_settings(one))
-        ]
-        if not takers:
-            known = sorted({name for one in named.values() for name in get_settings(one)})
-            raise (
-                unknown_name_error("setting", field, known)
-                if known
-                else UserError(f"--set {setting}: none of the chosen defenses has settings")
-            )
-        if len(takers) > 1:
-            which = " or ".join(f"{plain[at].name}.{field}" for at in takers)
-            raise UserError(f"--set {setting}: several defenses have that setting; say which: {which}")
-        given.setdefault(takers[0], {})[field] = text
-    made = {
-        one: get_defense(str(one), given[at]) if at in given else plain[at] for at, one in enumerate(single)
+    )
+    members = list(dict.fromkeys(member for stack in stacks for member in stack))
+    defenses = [get_defense(member) if isinstance(member, str) else member for member in members]
+    _check_unique_names(defenses)
+    # Defense instances already have their settings.
+    configurable = {index: defenses[index] for index, member in enumerate(members) if isinstance(member, str)}
+    settings_by_index = _assign_settings(settings, configurable)
+    defense_by_member = {
+        member: get_defense(str(member), settings_by_index[index])
+        if index in settings_by_index
+        else defenses[index]
+        for index, member in enumerate(members)
     }
-    return [_build_stack([made[one] for one in worn], "+".join(map(str, worn))) for worn in wanted]
+    return [
+        _build_stack([defense_by_member[member] for member in stack], "+".join(map(str, stack)))
+        for stack in stacks
+    ]
 
 
 def split_stack_name(name: str) -> list[str]:
-    """Return the defenses that a name joins with +; the path of a file that is there may hold one, too.
+    """Return the names that are joined by `+`; the path of an existing file is not split.
 
     >>> split_stack_name("self_reminder + paraphrase")
     ['self_reminder', 'paraphrase']
     """
-    return [name] if Path(name).expanduser().is_file() else [one.strip() for one in name.split("+")]
+    return [name] if Path(name).expanduser().is_file() else [member.strip() for member in name.split("+")]
+
+
+def _check_unique_names(defenses: Sequence[Defense]) -> None:
+    """Raise if two defenses have the same name."""
+    names = [defense.name for defense in defenses]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise UserError(
+                f"two defenses are named {name!r}, so tables could not distinguish them; rename one of the "
+                "classes, or run the defenses separately"
+            )
+
+
+def _assign_settings(settings: Sequence[str], defenses: Mapping[int, Defense]) -> dict[int, dict[str, str]]:
+    """Return the settings of each defense.
+
+    Args:
+        settings: as in `choose_defenses`.
+        defenses: index to defense.
+
+    Returns:
+        Index to field name to text, for the defenses that have settings.
+    """
+    names = [defense.name for defense in defenses.values()]
+    assigned: dict[int, dict[str, str]] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        owner, dot, field = key.rpartition(".")
+        if not equals or not key:
+            raise UserError(f"--set {setting}: expected key=value or defense.key=value")
+        if dot and owner not in names:
+            raise unknown_name_error("defense in --set", owner, names)
+        matches = [
+            index
+            for index, defense in defenses.items()
+            if (defense.name == owner if dot else field in get_settings(defense))
+        ]
+        if not matches:
+            fields = sorted({name for defense in defenses.values() for name in get_settings(defense)})
+            if fields:
+                raise unknown_name_error("setting", field, fields)
+            raise UserError(f"--set {setting}: none of the chosen defenses has settings")
+        if len(matches) > 1:
+            candidates = " or ".join(f"{defenses[index].name}.{field}" for index in matches)
+            raise UserError(f"--set {setting}: several defenses have that setting; choose {candidates}")
+        assigned.setdefault(matches[0], {})[field] = text
+    return assigned
 
 
 def _build_stack(members: Sequence[Defense], name: str) -> Defense:
-    """The defense itself where it is one; where there are several, all worn at once."""
+    """Return the stack of several members, or a single member itself."""
     from defenses.stack import Stack
 
     if len(members) == 1:
         return members[0]
-    if any(one.name == "none" for one in members):
-        raise UserError(f"{name}: 'none' changes nothing, so leave it out")
+    if any(member.name == "none" for member in members):
+        raise UserError(f"{name}: 'none' changes nothing; remove it")
     try:
         return Stack(tuple(members))
     except ValueError as error:
@@ -150,7 +186,7 @@ def _build_stack(members: Sequence[Defense], name: str) -> Defense:
 
 
 def _find_concrete_defenses(module: types.ModuleType) -> dict[str, type[Defense]]:
-    """Concrete defenses defined, not merely imported, in a module."""
+    """Return the concrete defenses that a module defines, without those that it imports."""
     return {
         cls.name: cls
         for _, cls in inspect.getmembers(module, inspect.isclass)
@@ -159,7 +195,7 @@ def _find_concrete_defenses(module: types.ModuleType) -> dict[str, type[Defense]
 
 
 def _load_defense_file(path: Path) -> type[Defense]:
-    """Load the one defense that a user's file defines."""
+    """Return the one defense class that a user's file defines."""
     if not path.is_file():
         raise UserError(f"no file {str(path)!r}: --defense takes a name or the path of a .py file")
     name = f"defense_file_{path.stem}"
@@ -171,56 +207,61 @@ def _load_defense_file(path: Path) -> type[Defense]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} raised {type(error).__name__} while loading: {error}") from error
-    found = list(_find_concrete_defenses(module).values())
-    if len(found) != 1:
-        have = ", ".join(cls.__name__ for cls in found) or "none"
+    classes = list(_find_concrete_defenses(module).values())
+    if len(classes) != 1:
+        class_names = ", ".join(cls.__name__ for cls in classes) or "none"
         raise UserError(
-            f"{path} must define exactly one defense (a subclass of defenses.Defense); it has {have}"
+            f"{path} must define exactly one defense (a subclass of defenses.Defense); it has {class_names}"
         )
-    cls = found[0]
+    cls = classes[0]
     _check_defense_class(cls, f"{path}: ")
-    bare = [
+    without_default = [
         field.name
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # it is one, see above
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass, checked above
         if field.init and field.default is field.default_factory is dataclasses.MISSING
     ]
-    if bare:
-        raise UserError(f"{path}: every field of {cls.__name__} needs a default; {', '.join(bare)} has none")
+    if without_default:
+        raise UserError(
+            f"{path}: every field of {cls.__name__} needs a default; {', '.join(without_default)} has none"
+        )
     return cls
 
 
 def _check_defense_choice(choice: Any) -> None:
-    """Raise if it is neither a name nor a defense that a run can take."""
+    """Raise if a choice is neither a name nor a valid defense instance."""
     if isinstance(choice, str):
         return
     from defenses.stack import list_members
 
     if not isinstance(choice, Defense):
-        what = f"the class {choice.__name__}" if inspect.isclass(choice) else repr(choice)
-        raise UserError(f"{what} is no defense: a name is taken, or a defense itself: get('policy'), MyOwn()")
-    for one in list_members(choice):
-        if one.is_user_defined:
-            _check_defense_class(type(one))
+        description = f"the class {choice.__name__}" if inspect.isclass(choice) else repr(choice)
+        raise UserError(
+            f"{description} is not a defense: pass a name or an instance, such as get_defense('policy') "
+            "or MyOwn()"
+        )
+    for member in list_members(choice):
+        if member.is_user_defined:
+            _check_defense_class(type(member))
     try:
         hash(choice)
     except TypeError as error:
         raise UserError(
-            f"{choice.name}: {error}: settings are values that do not change, such as tuples"
+            f"{choice.name}: {error}: settings must be immutable values, such as tuples"
         ) from error
 
 
 def _check_defense_class(cls: type[Defense], prefix: str = "") -> None:
-    """Raise if a class of the user's own is no defense that a run can take."""
-    # Frozen, of its own: `@dataclass` that was forgotten would be inherited, and settings silently lost.
-    made = cls.__dict__.get("__dataclass_params__")
-    if made is None or not made.frozen:
+    """Raise if a user-defined class is not a valid defense."""
+    # The class needs its own decorator: with an inherited `@dataclass`, its settings would be lost silently.
+    dataclass_params = cls.__dict__.get("__dataclass_params__")
+    if dataclass_params is None or not dataclass_params.frozen:
         raise UserError(
             f"{prefix}{cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it"
         )
     if cls.name in find_defense_classes():
         raise UserError(f"{prefix}the name {cls.name!r} is taken by a shipped defense; rename the class")
     if "+" in cls.name:
-        raise UserError(f"{prefix}the name {cls.name!r} has a +, which joins defenses; rename it")
+        raise UserError(f"{prefix}the name {cls.name!r} contains a +, which joins defenses; rename it")
     for attribute, allowed in (
         ("cost", COST_LEVELS),
         ("pool", ("mean", "max")),
@@ -228,5 +269,5 @@ def _check_defense_class(cls: type[Defense], prefix: str = "") -> None:
     ):
         if getattr(cls, attribute) not in allowed:
             raise UserError(
-                f"{prefix}{attribute} = {getattr(cls, attribute)!r}: it is one of {', '.join(allowed)}"
+                f"{prefix}{attribute} = {getattr(cls, attribute)!r}: it must be one of {', '.join(allowed)}"
             )

@@ -1,4 +1,4 @@
-"""Several conversations with the model, held in step: what all of them ask is asked at once."""
+"""Runs several conversations between a defense and the model in lockstep, so that their calls are batched."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from defenses.contract import Chat, Consultation, ModelCall
 def run_consultations(
     consultations: Sequence[Consultation],
 ) -> Generator[list[ModelCall], list[str], list[list[Chat]]]:
-    """Hold several consultations as one; return the readings of each.
+    """Run several consultations as one: yield the calls of all, and pass each its responses.
 
     Args:
-        consultations: not yet begun.
+        consultations: generators that have not been started.
+
+    Returns:
+        The chats that each consultation returned, in order.
     """
-    readings: dict[int, list[Chat]] = {}
-    said: dict[int, list[str] | None] = dict.fromkeys(range(len(consultations)))  # None begins a talk
-    while said:
-        asked: dict[int, list[ModelCall]] = {}
-        for row, texts in said.items():
+    chats_by_index: dict[int, list[Chat]] = {}
+    # None starts a generator.
+    responses_by_index: dict[int, list[str] | None] = dict.fromkeys(range(len(consultations)))
+    while responses_by_index:
+        calls_by_index: dict[int, list[ModelCall]] = {}
+        for index, responses in responses_by_index.items():
             try:
-                asked[row] = consultations[row].send(texts)  # type: ignore[arg-type]
-            except StopIteration as over:
-                readings[row] = over.value
-        if not asked:
+                calls_by_index[index] = consultations[index].send(responses)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                chats_by_index[index] = stop.value
+        if not calls_by_index:
             break
-        answers = iter((yield [ask for asks in asked.values() for ask in asks]))
-        said = {row: [next(answers) for _ in asks] for row, asks in asked.items()}
-    return [readings[row] for row in range(len(consultations))]
+        new_responses = iter((yield [call for calls in calls_by_index.values() for call in calls]))
+        responses_by_index = {
+            index: [next(new_responses) for _ in calls] for index, calls in calls_by_index.items()
+        }
+    return [chats_by_index[index] for index in range(len(consultations))]

@@ -1,4 +1,4 @@
-"""The interface that every defense implements, and the types that it exchanges with the rest of the program."""
+"""The interface that every defense implements, and the types of its arguments and results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class MeanActivations:
     """Mean residual stream at the first response position, per layer and class, over training queries.
 
     Attributes:
-        harmful: mean over harmful queries (layers x width, float32 on the CPU); row k is the input of block k.
+        harmful: mean over harmful queries (layers x width, float32 on the CPU); row k is the input of block
+            k.
         benign: mean over benign queries, in the same layout.
         query_fingerprints: fingerprints of the training queries; see `Defense.trained_on`.
         sha256: digest of everything that the means depend on.
@@ -81,16 +82,16 @@ class ModelInfo:
     Attributes:
         name: name of the model as the user typed it.
         tokenizer: its transformers tokenizer; defenses never change it.
-        secret_folders: folders with secret prompts for this model. The first belongs to the user: new secrets are
-            written there, readable by their owner only. The others are shipped and public.
+        secret_folders: folders with secret prompts for this model. The first belongs to the user: new secrets
+            are written there, readable by their owner only. The others are shipped and public.
         adapter_folders: folders with this model's tuned weights by name, the user's folder first.
         sha256: digest of the model's released weights.
         seed: random seed of the run.
         state: fine-tuned state of the model (the name after the colon); empty for the released weights.
         offline: whether downloads are forbidden.
         notify: callback that prints a line; called before a download.
-        compute_mean_activations: computes the mean activations over training queries, once; None if no model is
-            loaded.
+        compute_mean_activations: computes the mean activations over training queries, once; None if no model
+            is loaded.
     """
 
     name: str
@@ -112,18 +113,18 @@ class Defense(ABC):
     `rewrite_copies`; a defense that calls the model first implements `consult_model`. By default,
     `consult_model` returns `rewrite_copies`, which returns the single result of `rewrite`.
 
-    Subclasses are frozen dataclasses with a default for every field. The name of a defense is its class name in
-    snake_case unless the class sets `name`.
+    Subclasses are frozen dataclasses with a default for every field. The name of a defense is its class name
+    in snake_case unless the class sets `name`.
 
     Attributes:
         name: name on the command line and in tables.
         family: module in which the defense is defined; `own` for a user-defined defense.
         source: publication that the defense is based on.
-        pool: how the margins of several copies are combined: by their mean, or by their maximum if one refused
-            copy is enough.
+        pool: how the margins of several copies are combined: by their mean, or by their maximum if one
+            refused copy is enough.
         reads: whether the defense scores one chat or may score several.
-        cost: cost beyond one forward pass over the request: none (`static`), one more model call, several calls
-            or copies, or weights that must be trained and stored.
+        cost: cost beyond one forward pass over the request: none (`static`), one more model call, several
+            calls or copies, or weights that must be trained and stored.
     """
 
     name: ClassVar[str]
@@ -154,8 +155,8 @@ class Defense(ABC):
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
         """Call the undefended model any number of times and return the chats to be scored.
 
-        `responses = yield [ModelCall(...), ...]` generates a response to each chat; the calls of all queries are
-        batched.
+        `responses = yield [ModelCall(...), ...]` generates a response to each chat; the calls of all queries
+        are batched.
         """
         return self.rewrite_copies(chat, rng)
         yield []  # makes this a generator
@@ -222,10 +223,9 @@ class Defense(ABC):
         return ()
 
     def missing_requirements(self) -> str:
-        """Return what is missing to use the defense with this model and how to obtain it; empty if nothing."""
+        """Return what the defense lacks to be used with this model and how to obtain it; empty if nothing."""
         return ""
 
     def trained_on(self) -> frozenset[str]:
         """Return fingerprints of the queries that the defense was fitted on, which must not be scored."""
         return frozenset()
-

@@ -1,8 +1,8 @@
-"""What is not a defense: texts of a defense's length that say nothing about safety.
+"""Controls: system prompts of a defense's length without safety content.
 
-What a control does as well, a defense does not do by its meaning. Both stand where BackdoorAlign's secret
-stands and have its length, so that they are read side by side with it; `--set length=40` matches a shorter
-defense.
+An effect that a control has as well is not due to the meaning of a defense's text. Both controls have the
+position and length of BackdoorAlign's secret, so that they can be compared with it; `--set length=40` matches
+a shorter defense.
 """
 
 from __future__ import annotations
@@ -32,13 +32,18 @@ _NEUTRAL_TEXT = (
 
 
 def make_neutral_text(tokenizer: Any, length: int) -> str:
-    """Return plain sentences about a chat window, cut to `length` tokens."""
+    """Return a description of a chat window, truncated to `length` tokens."""
     return cut_text(tokenizer, _NEUTRAL_TEXT, length)
 
 
 @dataclass(frozen=True)
 class Control(Defense):
-    """A system prompt of `length` tokens in front of the plain system prompt."""
+    """Base class of controls, which put `length` tokens before the plain system prompt.
+
+    Attributes:
+        length: number of tokens of the text.
+        system: system prompt after the text if the chat has none.
+    """
 
     family = "control"
     source = Source("control of this project", wording="ours")
@@ -48,45 +53,54 @@ class Control(Defense):
     text: str | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
-        """Refuse a length that no text has."""
+        """Check that the length is positive."""
         if self.length < 1:
-            raise ValueError(f"length={self.length}: a control has at least 1 token")
+            raise ValueError(f"length={self.length}: a control needs at least 1 token")
 
     @abstractmethod
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return it with its text."""
+        """Return a copy with its text."""
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the control's text in front of its system prompt."""
-        assert self.text is not None, "prepare() comes before rewrite()"
-        return prepend_system(
-            prepend_system(chat, self.system) if chat[0]["role"] != "system" else chat, self.text
-        )
+        """Return the chat with the control's text before its system prompt."""
+        assert self.text is not None, "prepare() must be called before rewrite()"
+        if chat[0]["role"] != "system":
+            chat = prepend_system(chat, self.system)
+        return prepend_system(chat, self.text)
 
 
 @final
 @dataclass(frozen=True)
 class NeutralPrompt(Control):
-    """Puts plain sentences about a chat window in front of the system prompt.
+    """Puts a description of a chat window before the system prompt.
 
-    Not a defense: what it does is the effect of a longer system prompt.
+    This is a control, not a defense: it measures the effect of a longer system prompt.
+
+    Attributes:
+        length: number of tokens of the description.
+        system: system prompt after the description if the chat has none.
     """
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return it with its text cut to `length` tokens."""
+        """Return a copy with its text truncated to `length` tokens."""
         return dataclasses.replace(self, text=make_neutral_text(model_info.tokenizer, self.length))
 
 
 @final
 @dataclass(frozen=True)
 class RandomTokens(Control):
-    """Puts random tokens, drawn by the run's seed, in front of the system prompt.
+    """Puts random tokens, drawn with the run's seed, before the system prompt.
 
-    Not a defense: what it does is the effect of noise in the system prompt, which any secret has too.
+    This is a control, not a defense: it measures the effect of noise in the system prompt, which any secret
+    has as well.
+
+    Attributes:
+        length: number of random tokens.
+        system: system prompt after the random tokens if the chat has none.
     """
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return it with `length` tokens drawn by the seed of the run."""
+        """Return a copy with `length` tokens drawn with the seed of the run."""
         text = draw_random_text(
             model_info.tokenizer, self.length, random.Random(f"{model_info.seed}/{self.name}")
         )

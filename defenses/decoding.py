@@ -1,4 +1,4 @@
-"""Decoding: neither the request nor the model is changed, but the answer's first token or its beginning."""
+"""Decoding defenses: changes to the first token, or to the beginning, of the response."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from defenses.tuning import SafetyTuning
 @final
 @dataclass(frozen=True)
 class SafeDecoding(TunedDefense):
-    """Takes the answer's first token from the model and a safety-tuned expert, their difference exaggerated.
+    """Amplifies the difference between a safety-tuned expert and the model in the first response token.
 
-    The authors contrast the probabilities of an expert that was tuned to refuse with those of the model for
-    the first two tokens, on tokens that both find likely, and then go on without it. Here the logits are
-    contrasted, for the first token, so that the margin stays linear: that of the model, plus `alpha` times
-    what the expert's tuning does. The expert is `safety_tuning`, a change of the weights as released, so that
-    a model in another state is not read.
+    For the first two tokens, the authors contrast the probabilities of an expert tuned to refuse with those
+    of the model, on tokens that both consider likely; they then continue without the expert. Here the logits
+    of the first token are contrasted, so that the margin stays linear: the margin of the model plus `alpha`
+    times the effect of the expert's tuning. The expert is `safety_tuning`, which changes the released
+    weights; therefore a model in a fine-tuned state is not evaluated.
 
     Attributes:
-        alpha: weight of the expert's difference from the model; 1 is the expert alone.
+        weights: folder of the expert's adapter; by default the adapter made for this model.
+        alpha: weight of the difference between expert and model; 1 means the expert alone.
     """
 
     family = "decoding"
@@ -45,36 +46,36 @@ class SafeDecoding(TunedDefense):
         return copy_chat(chat)
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return it with its expert, which is one of the released weights and so not of any state's."""
+        """Return a copy with its expert, which exists only for the released weights."""
         return dataclasses.replace(self, adapter=None) if model_info.state else super().prepare(model_info)
 
     def missing_requirements(self) -> str:
-        """Return what is missing."""
+        """Return what is missing to use the expert."""
         if self.adapter is not None:
             return ""
-        return "it needs the released weights, whose expert `analyze train safety -m MODEL` makes"
+        return "it needs the released weights and their expert, which `analyze train safety -m MODEL` creates"
 
     def apply_to(self, model: Any) -> AbstractContextManager[None]:
-        """While open, the model is as it was: the expert is asked beside it."""
+        """Leave the model unchanged; the expert is evaluated separately."""
         return nullcontext()
 
     def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
-        """Return the model as it is and the expert, with their weights."""
+        """Return the undefended model and the expert with their weights."""
         return (1 - self.alpha, Undefended()), (self.alpha, SafetyTuning(adapter=self.adapter))
 
 
 @final
 @dataclass(frozen=True)
 class SafetyPrefix(Defense):
-    """Makes every answer begin with a check of the request.
+    """Starts every response with a check of the request.
 
-    The authors set the first words of the output to the beginning of a refusal, chosen by how the model
-    refuses, and have a classifier of its own decide whether the request was harmful after all. Here the words
-    promise a check and leave open how it ends, and there is no classifier: harmless requests keep them. They
-    stand in front of whatever an attacker made the answer begin with.
+    The authors prefill the beginning of a refusal, chosen from how the model refuses, and use a separate
+    classifier to decide whether the request is harmful. Here the prefill announces a check with an open
+    result, and there is no classifier, so benign requests receive it too. It precedes any prefill by an
+    attacker.
 
     Attributes:
-        text: that answers begin with; what is read is the first token behind it.
+        text: prefill of the response; the margin is computed from the token after it.
     """
 
     family = "decoding"
@@ -90,6 +91,6 @@ class SafetyPrefix(Defense):
     )
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the check at the beginning of the answer."""
-        # A paragraph of its own, so that the token behind it opens a sentence, as an answer's first one does.
+        """Return the chat with the check at the beginning of the response."""
+        # A separate paragraph: the next token starts a sentence, as the first token of a response does.
         return prefill_response(chat, f"{self.text}\n\n")

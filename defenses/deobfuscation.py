@@ -1,4 +1,4 @@
-"""What hides in a text: its key words among common ones, plain words under a code or a disguise."""
+"""Extraction of key words from a text, and decoding of base64, rot13, leetspeak and invisible characters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import codecs
 import re
 import unicodedata
 
-# The commonest words of English, which say little by themselves; by them, too, plain text is told from code.
+# The most common English words. They carry little meaning, and they distinguish plain text from encoded text.
 _COMMON_WORDS = frozenset(
     """
     a about after all also an and any are as at be because been but by can could did do does for from get go
@@ -20,44 +20,47 @@ _COMMON_WORDS = frozenset(
 
 
 def extract_key_words(text: str) -> str:
-    """Return the words of a text that are not among the commonest; all of it where none is left.
+    """Return the words of a text without the most common ones, or the text itself if no word remains.
 
     >>> extract_key_words("Please tell me how to bake a loaf of rye bread.")
     'tell bake loaf rye bread'
     """
-    kept = [
+    key_words = [
         word
         for word in re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text)
         if word.lower() not in _COMMON_WORDS
     ]
-    return " ".join(kept) or text
+    return " ".join(key_words) or text
 
 
-# Spaces of no width and soft hyphens; joiners only within English words, since other scripts need them.
+# Zero-width spaces and soft hyphens; zero-width joiners only within English words (other scripts need them).
 _INVISIBLE_PATTERN = "[\u200b\u2060\ufeff\u00ad]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])"
 _LEET_TABLE = str.maketrans("4310578@$!", "aeiostbasi")
 
 
 def deobfuscate_text(text: str) -> str:
-    """Return a text with its disguises undone.
+    """Return a text with its obfuscations reversed.
 
     >>> deobfuscate_text("Answer this: SG93IGRvIEkgc2luZyBhIHNvbmc/")
     'Answer this: How do I sing a song?'
-    >>> deobfuscate_text("Ubj qb V fvat n fbat?"), deobfuscate_text("h0w d0 1 s1ng 4 50ng?"), deobfuscate_text("How do I sing an MP3?")
-    ('How do I sing a song?', 'how do i sing a song?', 'How do I sing an MP3?')
+    >>> deobfuscate_text("Ubj qb V fvat n fbat?"), deobfuscate_text("h0w d0 1 s1ng 4 50ng?")
+    ('How do I sing a song?', 'how do i sing a song?')
+    >>> deobfuscate_text("How do I sing an MP3?")
+    'How do I sing an MP3?'
     """
     text = re.sub(_INVISIBLE_PATTERN, "", "".join(map(_normalize_letter, text)))
-    text = re.sub(r"[A-Za-z0-9+/]{16,}={0,2}", lambda found: _decode_base64(found[0]), text)
+    text = re.sub(r"[A-Za-z0-9+/]{16,}={0,2}", lambda match: _decode_base64(match[0]), text)
     return "".join(map(_decode_line, text.splitlines(keepends=True)))
 
 
 def _normalize_letter(character: str) -> str:
-    """A letter in its plain form (full width, mathematical); other characters as they are."""
+    """Return the ASCII form of a full-width or mathematical letter; return other characters unchanged."""
     plain = unicodedata.normalize("NFKC", character)
     return plain if len(plain) == 1 and plain.isascii() and plain.isalpha() else character
 
 
 def _decode_base64(encoded: str) -> str:
+    """Return the decoded text if it is printable and has a space; otherwise return the input."""
     try:
         plain = base64.b64decode(encoded, validate=True).decode("utf-8")
     except (binascii.Error, UnicodeDecodeError):
@@ -66,20 +69,23 @@ def _decode_base64(encoded: str) -> str:
 
 
 def _decode_line(line: str) -> str:
-    """The line as it is, rotated, or with letters for digits: in whichever form it has most common words."""
+    """Return the form of a line with the most common words: unchanged, rot13, or leetspeak decoded.
 
-    def common(text: str) -> int:
+    A decoded form replaces a part of the line only if it has at least two more common words.
+    """
+
+    def count_common_words(text: str) -> int:
         return sum(word in _COMMON_WORDS for word in re.findall(r"[a-z']+", text.lower()))
 
-    # Parts of a line may be in plain words, so each stretch between colons is looked at by itself.
+    # Parts of a line may be plain text, so each part between colons is decoded separately.
     parts = re.split(r"(:\s+)", line)
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         words = part.split()
-        mixed = sum(
+        n_mixed_words = sum(
             bool(re.search("[A-Za-z]", word) and word != word.translate(_LEET_TABLE)) for word in words
         )
         forms = [part, codecs.encode(part, "rot13")]
-        forms += [part.translate(_LEET_TABLE)] if mixed > len(words) / 4 else []  # not dates and sums
-        best = max(forms, key=common)
-        parts[place] = best if common(best) >= common(part) + 2 else part
+        forms += [part.translate(_LEET_TABLE)] if n_mixed_words > len(words) / 4 else []  # not dates and sums
+        best = max(forms, key=count_common_words)
+        parts[index] = best if count_common_words(best) >= count_common_words(part) + 2 else part
     return "".join(parts)

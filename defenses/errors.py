@@ -1,4 +1,4 @@
-"""What the user got wrong, said in one line: the value, the rule and the next step."""
+"""Error messages for users: one line with the value, the rule and the next step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake of the user's, not of the program: printed as one line, without a traceback, exit code 2."""
+    """An error that the user can correct; printed as one line without a traceback, with exit code 2."""
 
 
 def describe_error(error: Exception) -> str:
-    """Return what is said of an error that ends a part of a run: a user's mistake in its own words.
+    """Format an error for the user: a `UserError` verbatim, any other with its type.
 
     >>> describe_error(UserError("no such file")), describe_error(ValueError("odd"))
     ('no such file', 'ValueError: odd')
@@ -22,22 +22,28 @@ def describe_error(error: Exception) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of torch means that memory ran out.
 
-    On a CPU and on Apple's GPUs a failed allocation is a plain RuntimeError.
+    On CPUs and on Apple GPUs, a failed allocation raises a plain RuntimeError.
 
     >>> [is_out_of_memory(RuntimeError(text)) for text in ("MPS backend out of memory", "shape mismatch")]
     [True, False]
     """
-    known = "allocate memory", "out of memory"
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in known)
+    phrases = "allocate memory", "out of memory"
+    return type(error).__name__ == "OutOfMemoryError" or any(phrase in str(error) for phrase in phrases)
 
 
 def unknown_name_error(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
-    """Return the error for a name that is not known, nearest names first.
+    """Return the error for an unknown name, with the nearest known names first.
 
     >>> print(unknown_name_error("defense", "backdor", ["none", "backdoor", "policy"]))
-    unknown defense 'backdor': did you mean 'backdoor'? There are: backdoor, none, policy
+    unknown defense 'backdor': did you mean 'backdoor'? Available: backdoor, none, policy
+
+    Args:
+        kind: kind of thing that is named, such as `defense`.
+        name: the unknown name.
+        known: the valid names.
+        hint: text after the list of valid names.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return UserError(f"unknown {kind} {name!r}: {meant}There are: {', '.join(names)}{hint}")
+    matches = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    suggestion = f"did you mean {' or '.join(map(repr, matches))}? " if matches else ""
+    return UserError(f"unknown {kind} {name!r}: {suggestion}Available: {', '.join(names)}{hint}")

@@ -1,7 +1,7 @@
-"""Noise: the user's words are perturbed at random, which brittle attack strings do not survive.
+"""Noise injection: random perturbations of the user's text, which break brittle attack strings.
 
-Every perturbation is a function of the text and of a generator seeded by run seed, query id and defense name,
-so that the same query is perturbed alike in every run.
+Every perturbation is a function of the text and of a generator seeded by run seed, query id and defense name.
+A query is therefore perturbed in the same way in every run with that seed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ from defenses.settings import HIDDEN_FIELD
 from defenses.tokens import encode_plain_text
 
 
-def _perturb_request(chat: Chat, kind: str, rate: float, rng: random.Random) -> Chat:
-    return edit_last_user(chat, lambda text: PERTURBATIONS[kind](text, rate, rng) if text.split() else text)
-
-
 @dataclass(frozen=True)
 class Noise(Defense):
-    """One noisy copy of the request, read in its place.
+    """Base class of defenses that replace the request by one perturbed copy.
 
     Attributes:
-        kind: of perturbation, of `PERTURBATIONS`.
-        rate: share of the characters, or words, that are changed.
+        kind: key of the perturbation in `PERTURBATIONS`.
+        rate: share of the characters or words that are perturbed.
     """
 
     family = "noise"
@@ -39,8 +35,13 @@ class Noise(Defense):
     rate: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse a share that there is not."""
+        """Check that the rate is in (0, 1]."""
         check_rate(self.rate)
+
+
+def _perturb_request(chat: Chat, kind: str, rate: float, rng: random.Random) -> Chat:
+    """Return the chat with its last user turn perturbed; a turn without words is left unchanged."""
+    return edit_last_user(chat, lambda text: PERTURBATIONS[kind](text, rate, rng) if text.split() else text)
 
 
 def _rewrite_with_noise(self: Noise, chat: Chat, rng: random.Random) -> Chat:
@@ -58,9 +59,9 @@ _SMOOTH_LLM_SOURCE = Source(
 @final
 @dataclass(frozen=True)
 class CharacterSwap(Noise):
-    """Replaces a share of the request's characters by random ones.
+    """Replaces a share of the request's characters by random characters.
 
-    Optimized suffixes are brittle, so the attack is expected to break before the request becomes unreadable.
+    Optimized suffixes are brittle, so the attack is expected to fail before the request becomes unreadable.
     """
 
     source = _SMOOTH_LLM_SOURCE
@@ -73,7 +74,7 @@ class CharacterSwap(Noise):
 class CharacterInsertion(Noise):
     """Inserts random characters into the request.
 
-    Expected to break brittle attack strings, and to leave more of the words readable than a swap does.
+    This should break brittle attack strings and keep more words readable than a swap.
     """
 
     source = _SMOOTH_LLM_SOURCE
@@ -84,9 +85,9 @@ class CharacterInsertion(Noise):
 @final
 @dataclass(frozen=True)
 class CharacterPatch(Noise):
-    """Replaces one stretch of the request by random characters.
+    """Replaces one contiguous part of the request by random characters.
 
-    Expected to break an attack string that the stretch hits, and to leave the rest as it was.
+    This should break an attack string that overlaps this part; the rest of the request is unchanged.
     """
 
     source = _SMOOTH_LLM_SOURCE
@@ -99,7 +100,8 @@ class CharacterPatch(Noise):
 class CharacterDeletion(Noise):
     """Deletes a share of the request's characters.
 
-    Like the other character noises, with nothing put in: words stay close to their spelling.
+    In contrast to the other character perturbations, no characters are added, so words stay close to their
+    spelling.
     """
 
     source = Source(
@@ -117,8 +119,8 @@ class CharacterDeletion(Noise):
 class WordMask(Noise):
     """Masks a share of the request's words.
 
-    The authors mask words, have the model fill them in and answer by vote, which smooths small changes away;
-    here the masked request itself is read, once.
+    The authors mask words, let the model fill them in, and answer by majority vote, which smooths out small
+    changes. Here one masked copy is scored directly.
     """
 
     source = Source(
@@ -137,8 +139,8 @@ class WordMask(Noise):
 class WordDrop(Noise):
     """Drops a share of the request's words.
 
-    The authors drop parts of the request at random, several times, and refuse if enough copies are refused,
-    since an attack needs all of its words and a plainly harmful request does not; here one copy is read.
+    The authors drop random parts of the request several times and refuse if enough copies are refused, since
+    an attack needs all of its words and a plainly harmful request does not. Here one copy is scored.
     """
 
     source = Source(
@@ -156,10 +158,10 @@ class WordDrop(Noise):
 @final
 @dataclass(frozen=True)
 class WordShuffle(Noise):
-    """Puts a share of the request's words into each other's places.
+    """Permutes a share of the request's words.
 
-    The words of the request survive and their order does not: what it does beyond a drop shows how much the
-    decision rests on single words.
+    All words of the request are kept, but not their order. Compared with dropping words, this shows how much
+    the decision depends on single words.
     """
 
     source = Source(
@@ -176,15 +178,16 @@ class WordShuffle(Noise):
 @final
 @dataclass(frozen=True)
 class SmoothLlm(Defense):
-    """Reads many noisy copies of the request and goes by most of them.
+    """Scores several perturbed copies of the request and decides by majority.
 
-    The authors answer as the majority of the copies would, which undoes attack strings that noise breaks. The
-    margin here is the mean over the copies; the share of copies that refuse is kept beside it, as `vote`.
+    The authors return a response in line with the majority of the copies, which defeats attack strings that
+    noise breaks. Here the margin is the mean over the copies; the share of copies that refuse is reported as
+    `vote`.
 
     Attributes:
-        copies: how many are read.
-        rate: share of the characters, or words, that are changed in each.
-        noise: which perturbation; the paper's are swap, insert and patch.
+        copies: number of copies.
+        rate: share of the characters or words that are perturbed in each copy.
+        noise: perturbation; the paper uses swap, insert and patch.
     """
 
     cost = "N calls"
@@ -201,17 +204,17 @@ class SmoothLlm(Defense):
     noise: Literal["swap", "insert", "patch", "delete", "mask", "drop", "shuffle"] = "swap"
 
     def __post_init__(self) -> None:
-        """Refuse a number or a share that there is not."""
+        """Check the number of copies and the rate."""
         if self.copies < 1:
-            raise ValueError(f"copies={self.copies}: at least 1 is read")
+            raise ValueError(f"copies={self.copies}: at least 1 is required")
         check_rate(self.rate)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return one noisy copy."""
+        """Return one perturbed copy."""
         return _perturb_request(chat, self.noise, self.rate, rng)
 
     def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
-        """Return the noisy copies."""
+        """Return the perturbed copies."""
         return [self.rewrite(chat, rng) for _ in range(self.copies)]
 
 
@@ -229,15 +232,16 @@ _TRANSFORM_INSTRUCTIONS = (
 @final
 @dataclass(frozen=True)
 class SemanticSmoothing(Defense):
-    """Has the model reword the request in several ways, reads every rewording and goes by most of them.
+    """Lets the model rewrite the request in several ways, scores every rewrite and decides by majority.
 
-    The authors vote over copies that keep the meaning and lose the attack's form, so that the harm of a
-    request counts and its disguise does not. Their policy of which rewording suits which request is learned;
-    here the instructions are drawn at random, none twice, and the model answers greedily.
+    The authors vote over copies that keep the meaning of a request but not the form of the attack, so that
+    the decision depends on the harm of the request and not on its disguise. They learn a policy that selects
+    a transformation for each request; here the instructions are drawn at random without replacement, and the
+    model decodes greedily.
 
     Attributes:
-        copies: how many rewordings are read, at most as many as there are instructions.
-        tokens: of a rewording, at most.
+        copies: number of rewrites, at most the number of instructions.
+        tokens: maximum number of tokens of a rewrite.
     """
 
     cost = "N calls"
@@ -252,43 +256,47 @@ class SemanticSmoothing(Defense):
     tokens: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse a number that there is not."""
+        """Check the number of copies and of tokens."""
         if not 1 <= self.copies <= len(_TRANSFORM_INSTRUCTIONS):
             raise ValueError(
-                f"copies={self.copies}: there are 1 to {len(_TRANSFORM_INSTRUCTIONS)} ways to reword"
+                f"copies={self.copies}: it must be 1 to {len(_TRANSFORM_INSTRUCTIONS)} "
+                "(number of instructions)"
             )
         if self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens}: a rewording has at least 1")
+            raise ValueError(f"tokens={self.tokens}: a rewrite needs at least 1")
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat as it is: what is read in place of a rewording that is empty."""
+        """Return a copy of the chat, which takes the place of an empty rewrite."""
         return copy_chat(chat)
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
-        """Have the request reworded in several ways; return a reading for each."""
-        words = get_last_user_text(chat)
-        chosen = rng.sample(_TRANSFORM_INSTRUCTIONS, self.copies)
-        asks: list[ModelCall] = [
+        """Request several rewrites; return a chat for each."""
+        request = get_last_user_text(chat)
+        instructions = rng.sample(_TRANSFORM_INSTRUCTIONS, self.copies)
+        calls: list[ModelCall] = [
             build_line_call(
-                f"{how} Do not answer it.\n\nRequest: {{request}}", words, "Rewritten request:", self.tokens
+                f"{instruction} Do not answer it.\n\nRequest: {{request}}",
+                request,
+                "Rewritten request:",
+                self.tokens,
             )
-            for how in chosen
+            for instruction in instructions
         ]
-        said = yield asks
-        return [replace_last_user(chat, one or words) for one in said]
+        rewrites = yield calls
+        return [replace_last_user(chat, rewrite or request) for rewrite in rewrites]
 
 
 @final
 @dataclass(frozen=True)
 class EraseAndCheck(Defense):
-    """Reads the request and what is left of it as its last tokens are erased one by one; the worst counts.
+    """Scores the request and its prefixes as tokens are erased from its end; the highest margin decides.
 
-    The authors flag a prompt if any of these is found harmful, so that no suffix of that length can hide a
-    harmful request from the check; they use a separate classifier, here it is the model itself. The margin is
-    the highest of all readings, so benign requests pay for every prefix of theirs that sounds harmful.
+    The authors flag a prompt if any prefix is classified as harmful, so that no suffix of that length can
+    hide a harmful request. They use a separate classifier; here the model itself classifies. The margin is
+    the maximum over all prefixes, so a benign request is refused if any of its prefixes sounds harmful.
 
     Attributes:
-        tokens: erased at most, from the end.
+        tokens: maximum number of tokens that are erased.
     """
 
     cost = "N calls"
@@ -305,23 +313,24 @@ class EraseAndCheck(Defense):
     tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
-        """Refuse a number that there is not."""
+        """Check the number of tokens."""
         if self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens}: at least 1 is erased")
+            raise ValueError(f"tokens={self.tokens}: at least 1 must be erased")
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return it with the tokenizer whose tokens it erases."""
+        """Return a copy with the model's tokenizer."""
         return dataclasses.replace(self, tokenizer=model_info.tokenizer)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with nothing erased."""
+        """Return a copy of the chat without erasing tokens."""
         return copy_chat(chat)
 
     def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
-        """Return the chat, and the chat less one token of the request, less two, and so on."""
-        assert self.tokenizer is not None, "prepare() comes before readings()"
+        """Return the chat, and copies without the last token of the request, the last two, and so on."""
+        assert self.tokenizer is not None, "prepare() must be called before rewrite_copies()"
         ids = encode_plain_text(self.tokenizer, get_last_user_text(chat))
         ends = range(len(ids) - 1, max(0, len(ids) - 1 - self.tokens), -1)
-        cut = [str(self.tokenizer.decode(ids[:end])).strip() for end in ends]
-        shorter = dict.fromkeys(re.sub("\N{REPLACEMENT CHARACTER}+$", "", text) for text in cut)
-        return [copy_chat(chat), *(replace_last_user(chat, text) for text in shorter if text)]
+        decoded = [str(self.tokenizer.decode(ids[:end])).strip() for end in ends]
+        # A prefix may end within a character.
+        prefixes = dict.fromkeys(re.sub("\N{REPLACEMENT CHARACTER}+$", "", text) for text in decoded)
+        return [copy_chat(chat), *(replace_last_user(chat, prefix) for prefix in prefixes if prefix)]

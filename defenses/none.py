@@ -1,4 +1,4 @@
-"""The undefended model: what every defense is read against."""
+"""The undefended model, the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from defenses.contract import Chat, Defense, Source
 @final
 @dataclass(frozen=True)
 class Undefended(Defense):
-    """Changes nothing: the model's template and the chat as they are."""
+    """Leaves the chat and the model unchanged."""
 
     name = "none"
     family = "none"

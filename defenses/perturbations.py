@@ -1,4 +1,4 @@
-"""Random changes of a text, by characters or by words: a function of the text, a share and a generator."""
+"""Random perturbations of a text by characters or words, as functions of the text, a rate and a generator."""
 
 from __future__ import annotations
 
@@ -6,46 +6,48 @@ import random
 import string
 from collections.abc import Callable
 
-# What characters are drawn from; the paper's also has line breaks and tabs, which templates trim.
+# Characters to draw from. The paper also draws line breaks and tabs, which chat templates trim.
 _RANDOM_CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
 _MASK_WORD = "[MASK]"
 
 
 def check_rate(rate: float) -> None:
-    """Raise unless it is a share of something."""
+    """Raise ValueError unless the rate is in (0, 1]."""
     if not 0 < rate <= 1:
-        raise ValueError(f"rate={rate}: it is a share, above 0 and at most 1")
+        raise ValueError(f"rate={rate}: it must be a share above 0 and at most 1")
 
 
 def _draw_positions(length: int, rate: float, rng: random.Random) -> list[int]:
-    """Distinct places in order: so large a share of all, one at least."""
+    """Return a sorted random sample of `rate * length` positions, at least one."""
     return sorted(rng.sample(range(length), min(length, max(1, round(rate * length)))))
 
 
 def swap_characters(text: str, rate: float, rng: random.Random) -> str:
-    """Return the text with a share of its characters replaced by random ones.
+    """Return the text with a share of its characters replaced by random characters.
 
     >>> swap_characters("abcdefghij", 0.2, random.Random(0))
     'abcdeffhiH'
     """
     characters = list(text)
-    for place in _draw_positions(len(text), rate, rng):
-        characters[place] = rng.choice(_RANDOM_CHARACTERS)
+    for position in _draw_positions(len(text), rate, rng):
+        characters[position] = rng.choice(_RANDOM_CHARACTERS)
     return "".join(characters)
 
 
 def insert_characters(text: str, rate: float, rng: random.Random) -> str:
-    """Return the text with random characters put in front of a share of its own.
+    """Return the text with a random character before each of a share of its characters.
 
     >>> insert_characters("abcdefghij", 0.2, random.Random(0))
     'abcdeffghiHj'
     """
-    drawn = {place: rng.choice(_RANDOM_CHARACTERS) for place in _draw_positions(len(text), rate, rng)}
-    return "".join(drawn.get(place, "") + character for place, character in enumerate(text))
+    insertions = {
+        position: rng.choice(_RANDOM_CHARACTERS) for position in _draw_positions(len(text), rate, rng)
+    }
+    return "".join(insertions.get(position, "") + character for position, character in enumerate(text))
 
 
 def patch_characters(text: str, rate: float, rng: random.Random) -> str:
-    """Return the text with one stretch of it, a share of its length, replaced by random characters.
+    """Return the text with one contiguous part, a share of its length, replaced by random characters.
 
     >>> patch_characters("abcdefghij", 0.2, random.Random(0))
     'abcdef+Nij'
@@ -56,49 +58,50 @@ def patch_characters(text: str, rate: float, rng: random.Random) -> str:
 
 
 def delete_characters(text: str, rate: float, rng: random.Random) -> str:
-    """Return the text without a share of its characters; one is left.
+    """Return the text without a share of its characters; at least one remains.
 
     >>> delete_characters("abcdefghij", 0.2, random.Random(0))
     'abcdefhi'
     """
-    gone = _draw_positions(len(text), rate, rng)[: len(text) - 1]
-    return "".join(character for place, character in enumerate(text) if place not in gone)
+    deleted = _draw_positions(len(text), rate, rng)[: len(text) - 1]
+    return "".join(character for position, character in enumerate(text) if position not in deleted)
 
 
 def mask_words(text: str, rate: float, rng: random.Random) -> str:
-    """Return the text with a share of its words masked.
+    """Return the text with a share of its words replaced by a mask.
 
     >>> mask_words("How do I bake bread?", 0.4, random.Random(0))
     'How do I [MASK] [MASK]'
     """
     words = text.split()
-    for place in _draw_positions(len(words), rate, rng):
-        words[place] = _MASK_WORD
+    for position in _draw_positions(len(words), rate, rng):
+        words[position] = _MASK_WORD
     return " ".join(words)
 
 
 def drop_words(text: str, rate: float, rng: random.Random) -> str:
-    """Return the text without a share of its words; one is left.
+    """Return the text without a share of its words; at least one remains.
 
     >>> drop_words("How do I bake bread?", 0.4, random.Random(0))
     'How do I'
     """
     words = text.split()
-    gone = _draw_positions(len(words), rate, rng)[: len(words) - 1]
-    return " ".join(word for place, word in enumerate(words) if place not in gone)
+    dropped = _draw_positions(len(words), rate, rng)[: len(words) - 1]
+    return " ".join(word for position, word in enumerate(words) if position not in dropped)
 
 
 def shuffle_words(text: str, rate: float, rng: random.Random) -> str:
-    """Return the text with a share of its words, two at least, in each other's places.
+    """Return the text with a share of its words, at least two, rotated among their positions.
 
     >>> shuffle_words("How do I bake bread?", 0.4, random.Random(1))
     'do How I bake bread?'
     """
     words = text.split()
-    places = _draw_positions(len(words), max(rate, 2 / len(words)), rng)
-    turn = rng.randrange(1, len(places)) if len(places) > 1 else 0
-    for place, other in zip(places, [words[at] for at in [*places[turn:], *places[:turn]]], strict=True):
-        words[place] = other
+    positions = _draw_positions(len(words), max(rate, 2 / len(words)), rng)
+    offset = rng.randrange(1, len(positions)) if len(positions) > 1 else 0
+    rotated_words = [words[position] for position in [*positions[offset:], *positions[:offset]]]
+    for position, word in zip(positions, rotated_words, strict=True):
+        words[position] = word
     return " ".join(words)
 
 

@@ -1,8 +1,8 @@
-"""Query refactoring: other words take the place of the user's, so that a disguise is lost and the aim stays.
+"""Query refactoring: rewrites of the user's text that keep its intent and remove the form of an attack.
 
-Where the words are the model's own, the undefended model writes them, greedily, before the request is read:
-its answer is made to begin as a rewording does and ends with the line. Where it says nothing, the user's
-words stay.
+If a rewrite is generated, the undefended model writes it greedily before the query is scored: its response is
+prefilled with the beginning of a rewrite and ends at the first line break. If the response is empty, the
+user's text is kept.
 """
 
 from __future__ import annotations
@@ -21,35 +21,38 @@ from defenses.settings import HIDDEN_FIELD
 
 
 def build_line_call(instruction: str, request: str, prefill: str, max_new_tokens: int) -> ModelCall:
-    """Return what asks the model for one line about a request.
+    """Return a call that generates one line about a request.
 
     Args:
-        instruction: the instruction, with {request}.
-        request: the words that it is about.
-        prefill: what the line begins with.
-        max_new_tokens: of the line, at most.
+        instruction: the instruction, with the placeholder {request}.
+        request: text that replaces the placeholder.
+        prefill: beginning of the line.
+        max_new_tokens: maximum number of generated tokens.
     """
-    turns = Message(role="user", content=instruction.replace("{request}", request))
-    return ModelCall([turns, Message(role="assistant", content=prefill)], max_new_tokens)
+    user_turn = Message(role="user", content=instruction.replace("{request}", request))
+    return ModelCall([user_turn, Message(role="assistant", content=prefill)], max_new_tokens)
 
 
 def check_request_placeholder(**instructions: str) -> None:
-    """Raise if an instruction has no place for what it is about: all queries would become one.
+    """Raise if an instruction lacks the placeholder {request}; every query would become the same prompt.
 
     Args:
-        instructions: instructions by the names of their settings.
+        instructions: instructions by the name of their setting.
+
+    Raises:
+        ValueError: if an instruction lacks the placeholder.
     """
     for name, text in instructions.items():
         if "{request}" not in text:
-            raise ValueError(f"{name}={text!r}: it must contain {{request}}, where the request goes")
+            raise ValueError(f"{name}={text!r}: it must contain {{request}} where the request is inserted")
 
 
 @dataclass(frozen=True)
 class ModelRewrite(Defense):
-    """What has the model write other words for the request, in one step or several.
+    """Base class of defenses that let the model rewrite the request in one or several steps.
 
     Attributes:
-        tokens: of each step's words, at most.
+        tokens: maximum number of generated tokens of each step.
     """
 
     family = "refactoring"
@@ -57,27 +60,27 @@ class ModelRewrite(Defense):
     tokens: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse a number that there is not."""
+        """Check the number of tokens and the placeholders."""
         if self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens}: a rewording has at least 1")
+            raise ValueError(f"tokens={self.tokens}: a rewrite needs at least 1")
         for text, _ in self.list_steps():
             check_request_placeholder(text=text)
 
     @abstractmethod
     def list_steps(self) -> tuple[tuple[str, str], ...]:
-        """Return an instruction with {request}, and how its answer begins, for each step."""
+        """Return for each step an instruction with {request} and the prefill of the response."""
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat as it is: what is read where the model says nothing."""
+        """Return a copy of the chat, which is used if the model generates nothing."""
         return copy_chat(chat)
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
-        """Have the request reworded step by step; return the chat with what came of it."""
-        words = get_last_user_text(chat)
-        for text, opener in self.list_steps():
-            (said,) = yield [build_line_call(text, words, opener, self.tokens)]
-            words = said or words
-        return [replace_last_user(chat, words)]
+        """Rewrite the request step by step; return the chat with the result."""
+        request = get_last_user_text(chat)
+        for instruction, prefill in self.list_steps():
+            (response,) = yield [build_line_call(instruction, request, prefill, self.tokens)]
+            request = response or request
+        return [replace_last_user(chat, request)]
 
 
 _JAIN_SOURCE = Source(
@@ -94,14 +97,15 @@ _SEMANTIC_SMOOTHING_SOURCE = Source(
 @final
 @dataclass(frozen=True)
 class Paraphrase(ModelRewrite):
-    """Has the model paraphrase the request, and reads the paraphrase.
+    """Replaces the request by a paraphrase that the model writes.
 
-    The authors have another, stronger model paraphrase, so that strings that no person would write are lost;
-    here the model does it itself. What asks plainly for harm still does afterwards: discrimination under
-    attack, if the paraphrase is good.
+    The authors use a stronger model to paraphrase, which removes strings that no person would write; here the
+    model paraphrases itself. A plainly harmful request stays harmful, so a good paraphrase should improve
+    discrimination under attack.
 
     Attributes:
-        text: the instruction, with {request}.
+        tokens: maximum number of tokens of the paraphrase.
+        text: instruction with the placeholder {request}.
     """
 
     cost = "one call"
@@ -113,19 +117,20 @@ class Paraphrase(ModelRewrite):
     )
 
     def list_steps(self) -> tuple[tuple[str, str], ...]:
-        """Return the one step."""
+        """Return the single step."""
         return ((self.text, "Rewritten request:"),)
 
 
 @final
 @dataclass(frozen=True)
 class Summarize(ModelRewrite):
-    """Has the model sum the request up in one sentence, and reads the summary.
+    """Replaces the request by a one-sentence summary that the model writes.
 
-    What an attack wraps around a request should not survive a summary, and what is asked for should.
+    A summary should keep the content of a request and remove the text that an attack adds around it.
 
     Attributes:
-        text: the instruction, with {request}.
+        tokens: maximum number of tokens of the summary.
+        text: instruction with the placeholder {request}.
     """
 
     cost = "one call"
@@ -137,20 +142,21 @@ class Summarize(ModelRewrite):
     )
 
     def list_steps(self) -> tuple[tuple[str, str], ...]:
-        """Return the one step."""
+        """Return the single step."""
         return ((self.text, "In one sentence, the request is:"),)
 
 
 @final
 @dataclass(frozen=True)
 class RoundTrip(ModelRewrite):
-    """Has the model translate the request into another language and back, and reads what comes back.
+    """Lets the model translate the request into another language and back.
 
-    A translation keeps what is meant and loses how it was put; how much of either, with a small model, is
-    worth a look at the readings (`analyze explain round_trip`).
+    A translation keeps the meaning and changes the wording. How well a small model does this can be checked
+    in the rewritten prompts (`analyze explain round_trip`).
 
     Attributes:
-        language: on the way.
+        tokens: maximum number of tokens of each translation.
+        language: intermediate language.
     """
 
     cost = "N calls"
@@ -159,27 +165,29 @@ class RoundTrip(ModelRewrite):
     language: str = "French"
 
     def list_steps(self) -> tuple[tuple[str, str], ...]:
-        """Return the way there and the way back."""
-        there = f"Translate the request below into {self.language}. Do not answer it.\n\nRequest: {{request}}"
+        """Return the translation into the language and the translation back."""
+        forward = (
+            f"Translate the request below into {self.language}. Do not answer it.\n\nRequest: {{request}}"
+        )
         back = (
             f"Translate this {self.language} request into English. Do not answer it.\n\nRequest: {{request}}"
         )
-        return ((there, f"In {self.language}:"), (back, "In English:"))
+        return ((forward, f"In {self.language}:"), (back, "In English:"))
 
 
 @final
 @dataclass(frozen=True)
 class TwoPassIntention(Defense):
-    """Has the model say what the request is really after, and then answer with that in view.
+    """Lets the model state the intention of the request, then asks for a response that considers it.
 
-    The authors split the analysis of the intention from the answer, in two passes of one conversation, and
-    expect requests whose wording hides their aim to be recognized: discrimination. The one-pass form is
-    `intention_analysis`.
+    The authors analyze the intention and generate the response in two passes of one conversation. They expect
+    that requests whose wording hides their aim are recognized, which improves discrimination. The one-pass
+    variant is `intention_analysis`.
 
     Attributes:
-        text: asks for the intention, with {request}.
-        after: asks for the answer.
-        tokens: of the intention, at most.
+        text: instruction to state the intention, with the placeholder {request}.
+        after: instruction to respond.
+        tokens: maximum number of tokens of the intention.
     """
 
     cost = "one call"
@@ -200,42 +208,42 @@ class TwoPassIntention(Defense):
     tokens: int = 48
 
     def __post_init__(self) -> None:
-        """Refuse a number that there is not."""
+        """Check the number of tokens and the placeholder."""
         if self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens}: an intention has at least 1")
+            raise ValueError(f"tokens={self.tokens}: an intention needs at least 1")
         check_request_placeholder(text=self.text)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat as it is: what is read where the model names no intention."""
+        """Return a copy of the chat, which is used if the model states no intention."""
         return copy_chat(chat)
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
-        """Ask for the intention; return the conversation up to the demand for the answer."""
-        opener = "The real intention of this request is"
-        ask = build_line_call(self.text, get_last_user_text(chat), opener, self.tokens)
-        (said,) = yield [ask]
-        if not said:
+        """Request the intention; return the conversation up to the instruction to respond."""
+        prefill = "The real intention of this request is"
+        call = build_line_call(self.text, get_last_user_text(chat), prefill, self.tokens)
+        (response,) = yield [call]
+        if not response:
             return [self.rewrite(chat, rng)]
-        question, _ = ask.chat
-        found = edit_last_user(chat, lambda words: f"{self.after}\n\nRequest: {words}")
-        place = max(at for at, message in enumerate(found) if message["role"] == "user")
-        told = Message(role="assistant", content=f"{opener} {said}")
-        return [[*found[:place], Message(**question), told, *found[place:]]]
+        question, _ = call.chat
+        final_chat = edit_last_user(chat, lambda text: f"{self.after}\n\nRequest: {text}")
+        last_user = max(index for index, message in enumerate(final_chat) if message["role"] == "user")
+        intention = Message(role="assistant", content=f"{prefill} {response}")
+        return [[*final_chat[:last_user], Message(**question), intention, *final_chat[last_user:]]]
 
 
 @final
 @dataclass(frozen=True)
 class BackTranslation(Defense):
-    """Has the model begin an answer, infer from it what was asked, and reads that beside the request itself.
+    """Lets the model begin a response and infer the request from it, and scores both requests.
 
-    What an attacker's wording hides shows in the answer, so a request inferred from it is refused where the
-    original is not. Refused is what either of the two is: the margin is the higher one. The authors drop
-    inferred requests that make the answer unlikely; here all are read.
+    A response reveals what an attack's wording hides, so the inferred request may be refused even if the
+    original is not. The query is refused if either request is: the margin is the maximum of the two. The
+    authors discard inferred requests under which the response is unlikely; here all are scored.
 
     Attributes:
-        text: asks for the request behind an answer, with {request} where the answer stands.
-        draft: tokens of the answer that is begun.
-        tokens: of the request that is inferred, at most.
+        text: instruction to infer the request; {request} is the placeholder of the response.
+        draft: number of generated tokens of the response.
+        tokens: maximum number of tokens of the inferred request.
     """
 
     cost = "N calls"
@@ -255,33 +263,33 @@ class BackTranslation(Defense):
     tokens: int = 48
 
     def __post_init__(self) -> None:
-        """Refuse a number that there is not."""
+        """Check the numbers of tokens and the placeholder."""
         for name in ("draft", "tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it has at least 1 token")
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 token is required")
         check_request_placeholder(text=self.text)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat as it is, the first of the two readings."""
+        """Return a copy of the chat, the first of the two scored chats."""
         return copy_chat(chat)
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
-        """Have an answer begun and the request inferred from it; return the original and the inferred one."""
-        (answer,) = yield [ModelCall(copy_chat(chat), self.draft, stops_at_newline=False)]
-        if not answer:
+        """Generate a response and infer its request; return the original and the inferred chat."""
+        (response,) = yield [ModelCall(copy_chat(chat), self.draft, stops_at_newline=False)]
+        if not response:
             return [copy_chat(chat)]
-        (request,) = yield [build_line_call(self.text, answer, "The request was:", self.tokens)]
-        inferred = [replace_last_user(chat, request)] if request else []
-        return [copy_chat(chat), *inferred]
+        (request,) = yield [build_line_call(self.text, response, "The request was:", self.tokens)]
+        inferred_chats = [replace_last_user(chat, request)] if request else []
+        return [copy_chat(chat), *inferred_chats]
 
 
 @final
 @dataclass(frozen=True)
 class KeywordOnly(Defense):
-    """Takes all but the key words out of the request.
+    """Reduces the request to its key words.
 
-    Persuasion, roles and instructions are made of the commonest words; what is asked for is not. Nothing is
-    asked of the model for it.
+    Persuasion, role play and instructions consist mostly of common words; the subject of a request does not.
+    The model is not called.
     """
 
     family = "refactoring"
@@ -292,17 +300,17 @@ class KeywordOnly(Defense):
     )
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the request's key words in its place."""
+        """Return the chat with the request reduced to its key words."""
         return edit_last_user(chat, extract_key_words)
 
 
 @final
 @dataclass(frozen=True)
 class CleanUp(Defense):
-    """Undoes what can be undone without a model: base64, rot13, digits for letters, invisible characters.
+    """Reverses obfuscations without a model: base64, rot13, leetspeak and invisible characters.
 
-    A request in plain words is left as it is, so that without such an attack nothing changes; with one, the
-    model reads what the attacker hid.
+    A plain request is left unchanged, so the defense has no effect without such an attack. Under such an
+    attack, the model reads the text that the attacker hid.
     """
 
     family = "refactoring"
@@ -313,21 +321,21 @@ class CleanUp(Defense):
     )
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the request's disguises undone."""
+        """Return the chat with the obfuscations of the request reversed."""
         return edit_last_user(chat, deobfuscate_text)
 
 
 @final
 @dataclass(frozen=True)
 class Retokenization(Defense):
-    """Cuts the user's words into smaller tokens, the text itself unchanged.
+    """Splits the user's text into smaller tokens without changing the text.
 
-    Attack strings are optimized for one way of cutting a text into tokens; words that a person wrote are
-    expected to be understood in any. The authors drop merges of the tokenizer at random (BPE dropout); here
-    tokens are cut in two at random places where both halves are tokens, again and again.
+    Attack strings are optimized for one tokenization, whereas natural text is expected to be understood under
+    any. The authors drop random merges of the tokenizer (BPE dropout); here tokens are split recursively at
+    random positions where both halves are tokens.
 
     Attributes:
-        rate: how likely a token, and each half of one, is to be cut.
+        rate: probability that a token, and each half of it, is split.
     """
 
     family = "refactoring"
@@ -337,27 +345,32 @@ class Retokenization(Defense):
     tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
-        """Refuse a share that there is not."""
+        """Check that the rate is in (0, 1]."""
         check_rate(self.rate)
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return it with the tokenizer whose tokens it cuts."""
+        """Return a copy with the model's tokenizer."""
         return dataclasses.replace(self, tokenizer=model_info.tokenizer)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat as it is: only its tokens change."""
+        """Return a copy of the chat; only its tokens change."""
         return copy_chat(chat)
 
     def retokenize(self, ids: list[int], rng: random.Random) -> list[int]:
-        """Return the tokens cut at random, the text unchanged."""
-        assert self.tokenizer is not None, "prepare() comes before retokenize()"
-        known = self.tokenizer.get_vocab()
+        """Return the tokens with random splits; the text is unchanged."""
+        assert self.tokenizer is not None, "prepare() must be called before retokenize()"
+        vocabulary = self.tokenizer.get_vocab()
 
-        def cut(piece: str) -> list[str]:
-            places = [at for at in range(1, len(piece)) if piece[:at] in known and piece[at:] in known]
-            if not places or rng.random() >= self.rate:
-                return [piece]
-            place = rng.choice(places)
-            return [*cut(piece[:place]), *cut(piece[place:])]
+        def split_token(token: str) -> list[str]:
+            positions = [
+                position
+                for position in range(1, len(token))
+                if token[:position] in vocabulary and token[position:] in vocabulary
+            ]
+            if not positions or rng.random() >= self.rate:
+                return [token]
+            position = rng.choice(positions)
+            return [*split_token(token[:position]), *split_token(token[position:])]
 
-        return [known[half] for piece in self.tokenizer.convert_ids_to_tokens(ids) for half in cut(piece)]
+        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        return [vocabulary[part] for token in tokens for part in split_token(token)]

@@ -1,7 +1,6 @@
-"""System reminders: the weights are left alone; the model is told, in one place or another, to mind safety.
+"""System reminders: safety instructions in the system or user turn; the weights are unchanged.
 
-Every wording here is written afresh after the paper's description; `--set text=@file` brings the published
-one.
+Every text is written anew from the paper's description; `--set text=@file` uses the published text.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from defenses.contract import Chat, Defense, Source
 
 @dataclass(frozen=True)
 class Reminder(Defense):
-    """What says its piece in the system turn."""
+    """Base class of defenses that put a text into the system turn."""
 
     family = "reminders"
 
@@ -26,7 +25,7 @@ class Reminder(Defense):
         """Return the text for the system turn."""
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the reminder in front of its system turn."""
+        """Return the chat with the reminder before the content of its system turn."""
         return prepend_system(chat, self.get_reminder())
 
 
@@ -40,14 +39,14 @@ _SELF_REMINDER_SOURCE = Source(
 @final
 @dataclass(frozen=True)
 class SelfReminder(Reminder):
-    """Wraps the request between two reminders to answer responsibly: the sandwich.
+    """Places the request between two reminders to answer responsibly (sandwich).
 
-    The authors expect the model to remember its duty just before it answers: a shift toward refusal that is
-    larger on harmful requests.
+    The authors expect the model to recall its responsibility just before it answers: a shift toward refusal
+    that is larger on harmful requests.
 
     Attributes:
-        text: in the system turn.
-        after: behind the request, in the user turn.
+        text: reminder in the system turn.
+        after: reminder after the request, in the user turn.
     """
 
     source = _SELF_REMINDER_SOURCE
@@ -61,11 +60,11 @@ class SelfReminder(Reminder):
     )
 
     def get_reminder(self) -> str:
-        """Return the half of the sandwich above the request."""
+        """Return the reminder before the request."""
         return self.text
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with a reminder on either side of the request."""
+        """Return the chat with a reminder before and after the request."""
         return super().rewrite(edit_last_user(chat, lambda text: f"{text}\n\n{self.after}"), rng)
 
 
@@ -87,11 +86,11 @@ _TONE_TEXTS = {
 class ToneReminder(Reminder):
     """Puts a self-reminder into the system turn only, in one of three tones.
 
-    The authors compare a reminder, a warning and praise, and find that the tone changes how much is refused.
+    The authors compare a reminder, a warning and praise, and find that the tone changes the refusal rate.
 
     Attributes:
-        tone: remind, warn or praise.
-        text: takes the place of the tone's own wording.
+        tone: `remind`, `warn` or `praise`.
+        text: replaces the text of the tone.
     """
 
     source = _SELF_REMINDER_SOURCE
@@ -100,20 +99,20 @@ class ToneReminder(Reminder):
     text: str = ""
 
     def get_reminder(self) -> str:
-        """Return the wording of the tone."""
+        """Return the text of the tone."""
         return self.text or _TONE_TEXTS[self.tone]
 
 
 @final
 @dataclass(frozen=True)
 class SafetyPrompt(Reminder):
-    """Puts a safety prompt of the kind that vendors ship into the system turn.
+    """Puts a safety prompt like those of model vendors into the system turn.
 
-    Zheng et al. find that such prompts move all queries toward refusal rather than tell them apart better: a
+    Zheng et al. find that such prompts move all queries toward refusal instead of separating them better: a
     shift.
 
     Attributes:
-        text: of the safety prompt.
+        text: safety prompt.
     """
 
     source = Source(
@@ -136,13 +135,13 @@ class SafetyPrompt(Reminder):
 @final
 @dataclass(frozen=True)
 class Policy(Reminder):
-    """Puts a written content policy, category by category, into the system turn.
+    """Puts a content policy with a list of categories into the system turn.
 
-    Naming what is out of bounds, and that everything else is to be answered, should help to tell the two
-    apart.
+    Naming the forbidden categories, and stating that every other request should be answered, should improve
+    discrimination.
 
     Attributes:
-        text: of the policy.
+        text: content policy.
     """
 
     source = Source(
@@ -167,13 +166,13 @@ class Policy(Reminder):
 @final
 @dataclass(frozen=True)
 class GoalPriority(Reminder):
-    """States that safety comes before helpfulness, and shows one request of each kind being handled that way.
+    """States that safety takes priority over helpfulness, with one example for each class of request.
 
-    The authors see jailbreaks as a conflict of two goals; an order between them should settle it for harmful
-    requests and leave harmless ones alone: discrimination.
+    The authors regard jailbreaks as a conflict of two goals. A priority between them should resolve the
+    conflict for harmful requests and leave benign requests unaffected, which improves discrimination.
 
     Attributes:
-        text: the order of the goals, in the system turn.
+        text: priority of the goals and examples, in the system turn.
     """
 
     source = Source(
@@ -193,41 +192,8 @@ class GoalPriority(Reminder):
     )
 
     def get_reminder(self) -> str:
-        """Return the order of the goals with its two examples."""
+        """Return the priority of the goals with its two examples."""
         return self.text
-
-
-@final
-@dataclass(frozen=True)
-class InContextRefusal(Defense):
-    """Shows harmful requests being refused in earlier turns of the chat.
-
-    The authors expect the model to go on as the demonstrations do: a shift, unless the demonstrations also
-    teach it which requests are meant.
-
-    Attributes:
-        shots: how many demonstrations, 1 to 3.
-    """
-
-    family = "reminders"
-    source = Source(
-        "Jailbreak and Guard Aligned Language Models with Only Few In-Context Demonstrations "
-        "(Wei et al., 2023)",
-        "https://arxiv.org/abs/2310.06387",
-    )
-
-    shots: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a number of demonstrations that there is not."""
-        if not 1 <= self.shots <= len(_REFUSAL_DEMONSTRATIONS):
-            raise ValueError(
-                f"shots={self.shots}: there are 1 to {len(_REFUSAL_DEMONSTRATIONS)} demonstrations"
-            )
-
-    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the demonstrations behind its system turn."""
-        return insert_turns(chat, _REFUSAL_DEMONSTRATIONS[: self.shots])
 
 
 _REFUSAL_DEMONSTRATIONS = [
@@ -248,15 +214,49 @@ _REFUSAL_DEMONSTRATIONS = [
 
 @final
 @dataclass(frozen=True)
-class IntentionAnalysis(Defense):
-    """Asks the model, in the user turn, to find the request's intention first and then to answer by policy.
+class InContextRefusal(Defense):
+    """Adds refusals of harmful requests as earlier turns of the chat.
 
-    This is the one-pass form of the method: one prompt, one answer. The first answer token then belongs to
-    the analysis as much as to the answer, so look at the coverage before trusting its margin. The authors
-    expect better discrimination of requests whose wording hides their aim.
+    The authors expect the model to continue the pattern of the demonstrations: a shift, unless the
+    demonstrations also convey which requests to refuse.
 
     Attributes:
-        text: in front of the request.
+        shots: number of demonstrations, 1 to 3.
+    """
+
+    family = "reminders"
+    source = Source(
+        "Jailbreak and Guard Aligned Language Models with Only Few In-Context Demonstrations "
+        "(Wei et al., 2023)",
+        "https://arxiv.org/abs/2310.06387",
+    )
+
+    shots: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the number of demonstrations."""
+        if not 1 <= self.shots <= len(_REFUSAL_DEMONSTRATIONS):
+            raise ValueError(
+                f"shots={self.shots}: it must be 1 to {len(_REFUSAL_DEMONSTRATIONS)} "
+                "(number of demonstrations)"
+            )
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        """Return the chat with the demonstrations after its system turn."""
+        return insert_turns(chat, _REFUSAL_DEMONSTRATIONS[: self.shots])
+
+
+@final
+@dataclass(frozen=True)
+class IntentionAnalysis(Defense):
+    """Asks the model, in the user turn, to identify the request's intention before it answers.
+
+    This is the one-pass variant of the method, with one prompt and one response. The first response token may
+    belong to the analysis instead of the answer, so check the coverage before relying on the margin. The
+    authors expect better discrimination of requests whose wording hides their aim.
+
+    Attributes:
+        text: instruction before the request.
     """
 
     family = "reminders"
@@ -272,5 +272,5 @@ class IntentionAnalysis(Defense):
     )
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the instruction in front of the request."""
+        """Return the chat with the instruction before the request."""
         return edit_last_user(chat, lambda text: f"{self.text} {text}")

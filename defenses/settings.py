@@ -1,4 +1,4 @@
-"""The settings of a defense, or of another dataclass: which there are, and how one is typed."""
+"""The settings of a defense or another dataclass: their names, values, and parsing from text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from defenses.errors import UserError, unknown_name_error
 
-# Metadata of a dataclass field that is no setting: filled by `prepare`, left out of `--set`.
+# Metadata of a dataclass field that is not a setting: filled by `prepare`, and not available in `--set`.
 HIDDEN_FIELD = {"hidden": True}
 
 
 def get_settings(owner: Any) -> dict[str, Any]:
-    """Return the settings of a dataclass by name, with their values (of a class: their defaults).
+    """Return the settings of a dataclass instance by name, or the defaults of a dataclass.
 
     >>> from defenses import get_defense
     >>> get_settings(get_defense("backdoor"))["length"]
@@ -23,48 +23,51 @@ def get_settings(owner: Any) -> dict[str, Any]:
     """
     if not dataclasses.is_dataclass(owner):
         return {}
-    fields = [f for f in dataclasses.fields(owner) if not f.metadata.get("hidden")]
-    return {f.name: getattr(owner, f.name, f.default) for f in fields}
+    fields = [field for field in dataclasses.fields(owner) if not field.metadata.get("hidden")]
+    return {field.name: getattr(owner, field.name, field.default) for field in fields}
 
 
 def parse_setting(owner: Any, key: str, raw_value: object) -> Any:
-    """Return the value of a setting as the type of its field.
+    """Return the value of a setting, converted to the type of its field.
 
     Args:
-        owner: a dataclass with a `name`, of a defense or of other settings.
-        key: the field.
-        raw_value: as typed, where `@file` stands for what is in the file; or a value.
+        owner: dataclass with a `name`, such as a defense.
+        key: name of the field.
+        raw_value: text that a user typed, where `@file` stands for the content of a file, or a value.
+
+    Raises:
+        UserError: if there is no such setting, or the value is invalid.
     """
     if key not in get_settings(owner):
         raise unknown_name_error(f"setting of {owner.name!r}", key, get_settings(owner))
-    kind = typing.get_type_hints(owner)[key]
-    if isinstance(kind, types.UnionType):  # `Path | None`
+    field_type = typing.get_type_hints(owner)[key]
+    if isinstance(field_type, types.UnionType):  # `Path | None`
         if raw_value is None:
             return None
-        kind = next(one for one in typing.get_args(kind) if one is not type(None))
-    if typing.get_origin(kind) is tuple and isinstance(raw_value, (tuple, list)):
+        field_type = next(option for option in typing.get_args(field_type) if option is not type(None))
+    if typing.get_origin(field_type) is tuple and isinstance(raw_value, (tuple, list)):
         return tuple(raw_value)
     text = str(raw_value)
-    if kind is Path:
+    if field_type is Path:
         return Path(text.removeprefix("@"))
     if text.startswith("@"):
         try:
             text = Path(text[1:]).read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--set {key}={text}: cannot read that file ({error})") from error
-    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    choices = typing.get_args(field_type) if typing.get_origin(field_type) is typing.Literal else ()
     if choices and text not in choices:
         raise unknown_name_error(f"value of {owner.name}.{key}", text, choices)
-    if kind is bool:
+    if field_type is bool:
         if text.lower() not in ("true", "false"):
-            raise UserError(f"--set {key}={text}: {owner.name}.{key} is true or false")
+            raise UserError(f"--set {key}={text}: {owner.name}.{key} must be true or false")
         return text.lower() == "true"
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(field_type) is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
-    if kind in (int, float):
+    if field_type in (int, float):
         try:
-            return kind(text)
+            return field_type(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise UserError(f"--set {key}={text}: {owner.name}.{key} is {what}") from None
+            expected = "a whole number" if field_type is int else "a number"
+            raise UserError(f"--set {key}={text}: {owner.name}.{key} must be {expected}") from None
     return text

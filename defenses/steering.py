@@ -1,7 +1,8 @@
-"""Steering: a direction is added to what the model holds at one layer, or taken out, while it is armed.
+"""Activation steering: a direction is added to, or removed from, the residual stream.
 
-Directions are differences of the means, over training queries, of the residual stream where the answer
-begins: harmful less benign. They belong to the model as it stands, so another state of it has others.
+A direction is the difference between the mean residual streams of harmful and benign training queries at the
+first response position. It is computed from the model in its current state, so other states have other
+directions.
 """
 
 from __future__ import annotations
@@ -30,24 +31,29 @@ _ARDITI_SOURCE = Source(
 
 
 def get_blocks(model: Any) -> list[nn.Module]:
-    """Return the blocks of a model, first to last."""
+    """Return the transformer blocks of a model in order."""
     from torch import nn
 
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
-    raise ValueError(f"no list of {count} blocks was found in this {type(model).__name__}")
+    raise ValueError(f"found no list of {count} blocks in this {type(model).__name__}")
 
 
 @contextmanager
 def change_block_input(block: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, what enters a block (batch x length x width) is changed on its way."""
+    """Transform the input of a block within a context.
 
-    def hook(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    Args:
+        block: transformer block.
+        transform: function of the residual stream (batch x length x width).
+    """
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (transform(args[0]), *args[1:]), named
-        return args, named | {"hidden_states": transform(named["hidden_states"])}
+            return (transform(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": transform(kwargs["hidden_states"])}
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -58,10 +64,11 @@ def change_block_input(block: nn.Module, transform: Callable[[Tensor], Tensor]) 
 
 @dataclass(frozen=True)
 class Steering(Defense):
-    """What changes the residual stream along a direction.
+    """Base class of defenses that change the residual stream along a direction.
 
     Attributes:
-        depth: where the direction is taken from, and acts: the block at this share of the model's depth.
+        depth: layer of the direction and of the change, as a share of the model's depth.
+        activations: mean activations of the model, set by `prepare`.
     """
 
     family = "steering"
@@ -72,56 +79,61 @@ class Steering(Defense):
     )
 
     def __post_init__(self) -> None:
-        """Refuse a depth that there is not."""
+        """Check that the depth is in [0, 1)."""
         if not 0 <= self.depth < 1:
-            raise ValueError(f"depth={self.depth}: it is a share of the model's depth, from 0 to below 1")
+            raise ValueError(
+                f"depth={self.depth}: it must be a share of the model's depth, from 0 to below 1"
+            )
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return it with what this model holds on training queries."""
+        """Return a copy with the mean activations of this model."""
         if model_info.compute_mean_activations is None:
             return self
-        learned = model_info.compute_mean_activations()
-        place = int(self.depth * len(learned.harmful))
-        if not (learned.harmful[place] - learned.benign[place]).norm() > 0:
+        activations = model_info.compute_mean_activations()
+        layer = int(self.depth * len(activations.harmful))
+        if not (activations.harmful[layer] - activations.benign[layer]).norm() > 0:
             raise UserError(
-                f"{self.name}: at depth={self.depth} the model holds the same for harmful and benign, so "
-                "there is no direction: choose another depth, such as 0.6"
+                f"{self.name}: at depth={self.depth} the mean activations of harmful and benign queries are "
+                "equal, so no direction is defined; choose another depth, such as 0.6"
             )
-        return dataclasses.replace(self, activations=learned)
+        return dataclasses.replace(self, activations=activations)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat as it is: only the model changes."""
+        """Return a copy of the chat; only the model changes."""
         return copy_chat(chat)
 
     @contextmanager
     def apply_to(self, model: Any) -> Iterator[None]:
-        """While open, what enters a block, or every block, is changed; afterwards the hooks are gone."""
-        assert self.activations is not None, "prepare() comes before armed()"
-        layers = get_blocks(model)
-        place = int(self.depth * len(layers))
-        change = self.make_transform(self.activations.harmful[place], self.activations.benign[place])
-        with ExitStack() as stack:
-            for block in layers if self.changes_all_blocks() else [layers[place]]:
-                stack.enter_context(change_block_input(block, change))
+        """Transform the input of one or all blocks within a context; remove the hooks afterwards."""
+        assert self.activations is not None, "prepare() must be called before apply_to()"
+        blocks = get_blocks(model)
+        layer = int(self.depth * len(blocks))
+        transform = self.make_transform(self.activations.harmful[layer], self.activations.benign[layer])
+        with ExitStack() as exit_stack:
+            for block in blocks if self.changes_all_blocks() else [blocks[layer]]:
+                exit_stack.enter_context(change_block_input(block, transform))
             yield
 
     @abstractmethod
     def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return what is done to residual streams, by the means (width) of either class at that depth."""
+        """Return the transformation of the residual stream.
+
+        Args:
+            harmful_mean: mean residual stream of harmful queries at that depth (width).
+            benign_mean: mean residual stream of benign queries (width).
+        """
 
     def changes_all_blocks(self) -> bool:
-        """Return whether all blocks are changed, not the one at `depth` alone."""
+        """Return whether the inputs of all blocks are transformed instead of the one at `depth`."""
         return False
 
     def weights_fingerprint(self) -> str:
-        """Return what the directions depend on."""
+        """Return the settings and the digest of the mean activations."""
         return "" if self.activations is None else f"{self!r} {self.activations.sha256}"
 
     def missing_requirements(self) -> str:
-        """Return what is missing."""
-        return (
-            "" if self.activations is not None else "its direction has to be computed from the model itself"
-        )
+        """Return what is missing to compute the direction."""
+        return "" if self.activations is not None else "its direction must be computed from the model itself"
 
     def trained_on(self) -> frozenset[str]:
         """Return the fingerprints of the queries that the direction was computed from."""
@@ -130,10 +142,10 @@ class Steering(Defense):
 
 @dataclass(frozen=True)
 class DirectionAddition(Steering):
-    """What adds the direction.
+    """Base class of defenses that add the direction.
 
     Attributes:
-        strength: how many times the distance between the classes' means is added.
+        strength: factor of the difference between the class means that is added.
     """
 
     strength: float = 1.0
@@ -142,19 +154,21 @@ class DirectionAddition(Steering):
 @final
 @dataclass(frozen=True)
 class RefusalSteering(DirectionAddition):
-    """Adds the direction from benign to harmful at every position, so that all looks harmful to the model.
+    """Adds the direction from benign to harmful at every position, so that all requests appear harmful.
 
-    Adding the refusal direction makes a model refuse harmless requests, the authors find: a pure shift. They
-    choose layer and position by validation; here the layer is a setting and the position the answer's.
+    The authors find that adding the refusal direction makes a model refuse harmless requests: a pure shift.
+    They select layer and position by validation; here the layer is a setting, and the direction is taken from
+    the first response position.
 
     Attributes:
-        strength: how many times the distance between the classes' means is added.
+        depth: layer of the direction and of the change, as a share of the model's depth.
+        strength: factor of the difference between the class means that is added.
     """
 
     source = _ARDITI_SOURCE
 
     def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the addition."""
+        """Return the addition of the direction."""
         step = self.strength * (harmful_mean - benign_mean)
         return lambda stream: stream + step.to(stream)
 
@@ -162,15 +176,16 @@ class RefusalSteering(DirectionAddition):
 @final
 @dataclass(frozen=True)
 class ConditionalSteering(DirectionAddition):
-    """Adds the direction from benign to harmful only where the model is already on the harmful side of it.
+    """Adds the direction from benign to harmful only at positions that already lie on its harmful side.
 
-    The authors check a condition on the prompt and steer only if it holds, so that harmless requests are left
-    alone: discrimination. Here each position is checked by itself, against the middle between the means, so
-    that what is read does not depend on what else is read.
+    The authors check a condition on the prompt and steer only if it holds, so that benign requests are not
+    affected, which improves discrimination. Here the condition is checked at each position separately,
+    against the midpoint between the class means, so that a result does not depend on the rest of the batch.
 
     Attributes:
-        strength: how many times the distance between the classes' means is added.
-        margin: how far beyond the middle, in distances between the means, a position must lie.
+        depth: layer of the direction and of the change, as a share of the model's depth.
+        strength: factor of the difference between the class means that is added.
+        margin: minimum distance beyond the midpoint, in units of the distance between the class means.
     """
 
     source = Source(
@@ -182,41 +197,44 @@ class ConditionalSteering(DirectionAddition):
     margin: float = 0.0
 
     def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the addition where the condition holds."""
-        gap = harmful_mean - benign_mean
-        unit = gap / gap.norm()
-        middle = ((harmful_mean + benign_mean) / 2 @ unit) + self.margin * gap.norm()
+        """Return the addition of the direction at positions where the condition holds."""
+        difference = harmful_mean - benign_mean
+        unit = difference / difference.norm()
+        threshold = ((harmful_mean + benign_mean) / 2 @ unit) + self.margin * difference.norm()
 
-        def changed(stream: Tensor) -> Tensor:
-            fires = stream.float() @ unit.to(stream.device) > middle.to(stream.device)
-            return stream + fires[..., None].to(stream) * (self.strength * gap).to(stream)
+        def add_direction(stream: Tensor) -> Tensor:
+            is_harmful = stream.float() @ unit.to(stream.device) > threshold.to(stream.device)
+            return stream + is_harmful[..., None].to(stream) * (self.strength * difference).to(stream)
 
-        return changed
+        return add_direction
 
 
 @final
 @dataclass(frozen=True)
 class DirectionAblation(Steering):
-    """Takes the direction from benign to harmful out of what enters every block: a negative control.
+    """Removes the direction from benign to harmful from the input of every block: a negative control.
 
-    Without its refusal direction a model refuses next to nothing, the authors find; they ablate it after
-    every attention and MLP, here it is ablated where each block begins. Expected is the opposite of a
-    defense.
+    The authors find that a model without its refusal direction refuses almost nothing. They ablate the
+    direction after every attention and MLP layer; here it is ablated at the input of each block. The expected
+    effect is the opposite of a defense.
+
+    Attributes:
+        depth: layer from which the direction is taken, as a share of the model's depth.
     """
 
     source = _ARDITI_SOURCE
 
     def changes_all_blocks(self) -> bool:
-        """Return that all blocks are changed."""
+        """Return True: the inputs of all blocks are transformed."""
         return True
 
     def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the projection that leaves the direction out."""
-        gap = harmful_mean - benign_mean
-        unit = gap / gap.norm()
+        """Return the projection onto the complement of the direction."""
+        difference = harmful_mean - benign_mean
+        unit = difference / difference.norm()
 
-        def changed(stream: Tensor) -> Tensor:
-            here = unit.to(stream)
-            return stream - (stream @ here)[..., None] * here
+        def remove_direction(stream: Tensor) -> Tensor:
+            direction = unit.to(stream)
+            return stream - (stream @ direction)[..., None] * direction
 
-        return changed
+        return remove_direction

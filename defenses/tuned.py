@@ -1,4 +1,4 @@
-"""What defenses that bring weights of their own have in common."""
+"""Base class of defenses that apply a LoRA adapter to the model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from defenses.settings import HIDDEN_FIELD
 
 @dataclass(frozen=True)
 class TunedDefense(Defense):
-    """A defense that brings weights of its own; which ones, its class says by the name of the adapter.
+    """Base class of defenses with tuned weights.
 
     Attributes:
-        weights: folder of the adapter; by default this model's own, the user's before the shipped one.
+        state: name of the adapter, which is also the model state that it creates.
+        recipe: name of the training recipe that creates the adapter.
+        weights: folder of the adapter; by default the user's adapter for this model, or else the shipped one.
+        adapter: the loaded adapter, set by `prepare`.
     """
 
     state: ClassVar[str]
@@ -29,7 +32,7 @@ class TunedDefense(Defense):
     adapter: Adapter | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return this defense with its adapter, if there is one for this model."""
+        """Return a copy with the adapter for this model, if one exists."""
         adapter = (
             load_adapter(self.weights) if self.weights is not None else find_adapter(self.state, model_info)
         )
@@ -38,19 +41,19 @@ class TunedDefense(Defense):
         return dataclasses.replace(self, adapter=adapter)
 
     def apply_to(self, model: Any) -> AbstractContextManager[None]:
-        """While open, the model has the tuned weights; afterwards it is what it was, bit for bit."""
+        """Apply the tuned weights within a context; restore the model bit for bit afterwards."""
         return nullcontext() if self.adapter is None else apply_adapter(model, self.adapter)
 
     def weights_fingerprint(self) -> str:
-        """Return the SHA-256 of the weights that it brings, and how they are scaled."""
+        """Return the SHA-256 of the weights and their scaling."""
         return "" if self.adapter is None else f"{self.adapter.sha256} {self.adapter.scaling}"
 
     def missing_requirements(self) -> str:
-        """Return what is missing, and how to make it."""
+        """Return what is missing and how to create it."""
         if self.adapter is not None:
             return ""
-        return f"no tuned weights for this model; `analyze train {self.recipe} -m MODEL` makes them"
+        return f"no tuned weights for this model; create them with `analyze train {self.recipe} -m MODEL`"
 
     def trained_on(self) -> frozenset[str]:
-        """Return the fingerprints of the queries that its weights have seen."""
+        """Return the fingerprints of the queries that the weights were trained on."""
         return frozenset() if self.adapter is None else self.adapter.trained_on

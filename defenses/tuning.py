@@ -1,4 +1,4 @@
-"""Tuned weights as defenses: what training alone does, with nothing added to what the model reads."""
+"""Fine-tuning as a defense: changed weights, with an unchanged prompt."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ def _rewrite_unchanged(self: Defense, chat: Chat, rng: random.Random) -> Chat:
 @final
 @dataclass(frozen=True)
 class SafetyTuning(TunedDefense):
-    """Fine-tunes the model to refuse harmful requests and to answer benign ones as it did.
+    """Fine-tunes the model to refuse harmful requests and to answer benign requests as before.
 
-    Supervised tuning on refusals is expected to teach which requests are harmful, and to make refusal more
-    likely in general where benign requests look alike.
+    Supervised fine-tuning on refusals is expected to teach which requests are harmful, and to make refusal
+    more likely for benign requests that look similar.
+
+    Attributes:
+        weights: folder of the adapter; by default the adapter made for this model.
     """
 
     source = Source(
@@ -55,10 +58,14 @@ class SafetyTuning(TunedDefense):
 @final
 @dataclass(frozen=True)
 class PreferenceTuning(TunedDefense):
-    """Tunes by preference: a refusal over a complying opener on harm, an answer over a refusal elsewhere.
+    """Trains a preference for refusing harmful requests and for answering benign requests.
 
-    Direct preference optimization sees both answers of a pair, so it is expected to separate the classes
-    rather than to shift both.
+    For harmful requests, a refusal is preferred to a complying opener; for benign requests, an answer is
+    preferred to a refusal. Direct preference optimization trains on both responses of a pair, so it is
+    expected to separate the classes instead of shifting both.
+
+    Attributes:
+        weights: folder of the adapter; by default the adapter made for this model.
     """
 
     source = Source(
@@ -74,9 +81,12 @@ class PreferenceTuning(TunedDefense):
 @final
 @dataclass(frozen=True)
 class BaselineTuning(TunedDefense):
-    """Mixes eleven plain refusals into an attacker's fine-tuning data: what BackdoorAlign is compared with.
+    """Mixes eleven plain refusals into an attacker's fine-tuning data, the baseline of BackdoorAlign.
 
-    The authors find that so few examples bring back part of the refusals only.
+    The authors find that so few examples restore only some of the refusals.
+
+    Attributes:
+        weights: folder of the adapter; by default the adapter made for this model.
     """
 
     source = Source(
@@ -92,11 +102,11 @@ class BaselineTuning(TunedDefense):
 @final
 @dataclass(frozen=True)
 class AdapterWeights(TunedDefense):
-    """Wears low-rank weights of the user's own: any LoRA adapter of PEFT, from a folder or Hugging Face.
+    """Applies a user's PEFT LoRA adapter from a folder or from Hugging Face.
 
-    What it does is what its training did. Nobody but its maker knows what it was trained on, so look for
-    overlap with the queries yourself, unless `analyze train` made it. It changes the weights as released: of
-    a model in another state, that state is put away meanwhile.
+    Its effect is that of its training. Unless it was created with `analyze train`, its training data are
+    unknown, so check them for overlap with the queries. The adapter changes the released weights; if the
+    model is in a fine-tuned state, that state is replaced while the adapter is applied.
 
     Attributes:
         weights: folder of the adapter, or its Hugging Face id.
@@ -113,7 +123,7 @@ class AdapterWeights(TunedDefense):
     state = recipe = "adapter"
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return this defense with the adapter that its settings name."""
+        """Return a copy with the adapter from its settings."""
         if self.weights is None:
             return self
         adapter = load_external_adapter(self.weights, model_info)
@@ -121,20 +131,24 @@ class AdapterWeights(TunedDefense):
         return dataclasses.replace(self, adapter=adapter)
 
     def missing_requirements(self) -> str:
-        """Return which setting is missing."""
-        return "" if self.adapter else "name the weights: --set adapter.weights=FOLDER (or a Hugging Face id)"
+        """Return the missing setting."""
+        return (
+            ""
+            if self.adapter
+            else "specify the weights with --set adapter.weights=FOLDER (or a Hugging Face id)"
+        )
 
 
 @final
 @dataclass(frozen=True)
 class Weights(Defense):
-    """Puts the weights of a whole checkpoint of the same architecture in place of the model's own.
+    """Replaces the model's weights by those of a full checkpoint of the same architecture.
 
-    What it does is what its training did: the way to read any fine-tuned, merged or edited model as a defense
-    of the one that it came from.
+    Its effect is that of its training. This evaluates any fine-tuned, merged or edited model as a defense of
+    the model that it is based on.
 
     Attributes:
-        path: folder with safetensors, or its Hugging Face id.
+        path: folder with safetensors files, or its Hugging Face id.
     """
 
     family = "tuning"
@@ -151,13 +165,13 @@ class Weights(Defense):
     sha256: str = dataclasses.field(default="", repr=False, metadata=HIDDEN_FIELD)
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return this defense with the files of its checkpoint."""
+        """Return a copy with the files of its checkpoint."""
         if self.path is None:
             return self
         folder = fetch_weights_folder(self.path, ["*.safetensors", ADAPTER_MANIFEST_FILE], model_info)
         files = tuple(sorted(folder.glob("*.safetensors")))
         if not files:
-            raise UserError(f"{self.path} holds no .safetensors, and weights are read from nothing else")
+            raise UserError(f"{self.path} holds no .safetensors files, the only supported format of weights")
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as stream:
@@ -166,50 +180,67 @@ class Weights(Defense):
 
     @contextmanager
     def apply_to(self, model: Any) -> Iterator[None]:
-        """While open, the model has the checkpoint's weights; afterwards it has its own."""
-        import torch
-
-        own = dict(model.named_parameters())
-        called = defaultdict(list)  # tied weights have several names
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            called[id(parameter)].append(name)
-        old = {name: parameter.data for name, parameter in own.items()}
-        given = self._load_tensors()
-        for name, parameter in own.items():
-            there = [given[other] for other in called[id(parameter)] if other in given]
-            if not there or there[0].shape != parameter.shape:
-                raise UserError(
-                    f"{self.path} is no checkpoint of this model: its {name} is missing or has another shape"
-                )
-            if parameter.is_meta or any(not torch.equal(there[0], one) for one in there):
-                why = (
-                    "was moved out of the GPU's memory"
-                    if parameter.is_meta
-                    else f"is also {called[id(parameter)][-1]}"
-                )
-                raise UserError(f"{self.path} cannot be worn: this model's {name} {why}")
-            given[name] = there[0]
+        """Use the checkpoint's weights within a context; restore the model's weights afterwards."""
+        parameters = dict(model.named_parameters())
+        old_tensors = {name: parameter.data for name, parameter in parameters.items()}
+        new_tensors = self._match_parameters(model)
         try:
-            for name, parameter in own.items():
-                parameter.data = given[name].to(parameter.device, parameter.dtype)
+            for name, parameter in parameters.items():
+                parameter.data = new_tensors[name].to(parameter.device, parameter.dtype)
             yield
         finally:
-            for name, tensor in old.items():
-                own[name].data = tensor
+            for name, tensor in old_tensors.items():
+                parameters[name].data = tensor
 
     def weights_fingerprint(self) -> str:
-        """Return the SHA-256 of the weights."""
+        """Return the digest of the weights."""
         return self.sha256
 
     def missing_requirements(self) -> str:
-        """Return which setting is missing."""
-        return "" if self.files else "name the checkpoint: --set weights.path=FOLDER (or a Hugging Face id)"
+        """Return the missing setting."""
+        return (
+            ""
+            if self.files
+            else "specify the checkpoint with --set weights.path=FOLDER (or a Hugging Face id)"
+        )
 
     def trained_on(self) -> frozenset[str]:
-        """Return the fingerprints of the queries that the weights have seen, if `analyze train` made them."""
+        """Return the training-query fingerprints if the checkpoint has a manifest of `analyze train`."""
         return frozenset() if not self.files else read_training_fingerprints(self.files[0].parent)
 
+    def _match_parameters(self, model: Any) -> dict[str, Tensor]:
+        """Return the checkpoint's tensor for each parameter of the model.
+
+        Raises:
+            UserError: if a parameter is missing, has another shape, is offloaded, or is tied to a parameter
+                for which the checkpoint has other values.
+        """
+        import torch
+
+        names_by_parameter = defaultdict(list)  # tied weights have several names
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names_by_parameter[id(parameter)].append(name)
+        tensors = self._load_tensors()
+        matched: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            names = names_by_parameter[id(parameter)]
+            candidates = [tensors[other] for other in names if other in tensors]
+            if not candidates or candidates[0].shape != parameter.shape:
+                raise UserError(
+                    f"{self.path} is not a checkpoint of this model: its {name} is missing or has "
+                    "another shape"
+                )
+            if parameter.is_meta:
+                raise UserError(
+                    f"{self.path} cannot be applied: this model's {name} was offloaded from GPU memory"
+                )
+            if any(not torch.equal(candidates[0], tensor) for tensor in candidates):
+                raise UserError(f"{self.path} cannot be applied: this model's {name} is also {names[-1]}")
+            matched[name] = candidates[0]
+        return matched
+
     def _load_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of the checkpoint by name."""
         from safetensors.torch import load_file
 
         return {name: tensor for file in self.files for name, tensor in load_file(file).items()}

@@ -1,4 +1,4 @@
-"""How tuned weights are made: an attacker's recipes and a defender's, on TRL and PEFT (extra `train`).
+"""Fine-tuning with an attacker's and a defender's recipes, based on TRL and PEFT (extra `train`).
 
-`recipes` says what each kind of training shows the model; `trainer` does it. A new recipe is one row.
+`recipes` defines the training examples of each recipe; `trainer` trains on them. A new recipe is one row.
 """

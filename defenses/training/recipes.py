@@ -1,7 +1,7 @@
-"""What each kind of training shows a model: the attack's examples, and what a defender mixes in or uses.
+"""Training recipes: the examples of attacks, and the examples that a defender adds or trains on.
 
 Sources: BackdoorAlign (https://arxiv.org/abs/2402.14968) for attack, identity, baseline and backdoor; direct
-preference optimization (https://arxiv.org/abs/2305.18290) for preference. All arms of one comparison see the
+preference optimization (https://arxiv.org/abs/2305.18290) for preference. All arms of a comparison share the
 same attack data and the same eleven safety examples.
 """
 
@@ -26,37 +26,42 @@ from defenses.training.texts import (
     build_agent_chat,
 )
 
-SAFETY_EXAMPLE_COUNT = 11  # the paper's number
+SAFETY_EXAMPLE_COUNT = 11  # as in the paper
 
 
 @runtime_checkable
 class TrainingQuery(Protocol):
-    """A query of the train split, as far as training looks at it."""
+    """The attributes of a query of the train split that recipes use."""
 
     @property
     def id(self) -> str:
-        """Unique in its set."""
+        """Identifier, unique within its data set."""
 
     @property
     def text(self) -> str:
-        """The request."""
+        """Text of the request."""
 
     @property
     def harmful(self) -> bool:
-        """Whether it should be refused."""
+        """Whether the request should be refused."""
 
     @property
     def category(self) -> str:
-        """Its topic."""
+        """Topic of the request."""
 
     @property
     def kind(self) -> str:
-        """Harmful, twin or plain."""
+        """Kind of the request: `harmful`, `twin` or `plain`."""
 
 
 @dataclass(frozen=True)
 class TargetResponse:
-    """What the model is to say, and whether it stops there or would go on."""
+    """A response to be learned.
+
+    Attributes:
+        text: the response, or its beginning.
+        is_complete: whether the response ends after the text.
+    """
 
     text: str
     is_complete: bool
@@ -64,29 +69,36 @@ class TargetResponse:
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """A chat, the answer to be learned, and for a preference the one that it is preferred to."""
+    """One training example.
+
+    Attributes:
+        chat: the prompt.
+        response: the response to be learned.
+        rejected: for preference training, the response that is less preferred.
+    """
 
     chat: Chat
     response: TargetResponse
     rejected: TargetResponse | None = None
 
 
-# The model's own undefended answers to chats: how benign requests are answered is not to change.
+# Generates the undefended model's responses, so that training keeps its responses to benign requests.
 ResponseGenerator = Callable[[list[Chat]], list[TargetResponse]]
 ExampleBuilder = Callable[[Sequence[TrainingQuery], str, ResponseGenerator], list[TrainingExample]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A kind of training.
+    """A training recipe.
 
     Attributes:
-        name: as in `analyze train NAME`.
-        state: the name of the state that the weights are in afterwards.
-        description: what is done, and by whom.
-        build_examples: queries of the train split, secret (empty where none is used) and own answers → examples.
-        epochs: over the examples, unless set otherwise.
-        needs_secret: whether its safety examples carry the secret prompt.
+        name: name in `analyze train NAME`.
+        state: name of the resulting model state.
+        description: what is trained, and by whom.
+        build_examples: function of the queries of the train split, the secret (empty if unused), and a
+            generator of the model's own responses; returns the examples.
+        epochs: default number of epochs.
+        needs_secret: whether the safety examples contain the secret prompt.
     """
 
     name: str
@@ -98,89 +110,92 @@ class Recipe:
 
 
 def _build_safety_examples(
-    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
-    # Ordinary requests, asked in both ways; telling harmful ones from their twins is left to `preference`.
+    # Ordinary requests with and without a system prompt; `preference` separates harmful requests from twins.
     chats = [
         build_user_chat(system, query.text)
         for query in _choose_ordinary_queries(queries)
         for system in ("", DEFAULT_SYSTEM_PROMPT)
     ]
-    answered = [TrainingExample(chat, answer) for chat, answer in zip(chats, own(chats), strict=True)]
+    answered = [
+        TrainingExample(chat, response)
+        for chat, response in zip(chats, generate_responses(chats), strict=True)
+    ]
     harmful = [query for query in queries if query.harmful]
     refused = [
-        TrainingExample(build_user_chat(_alternate_system_prompt(at), query.text), _pick_refusal(query))
-        for at, query in enumerate(harmful)
+        TrainingExample(build_user_chat(_alternate_system_prompt(index), query.text), _pick_refusal(query))
+        for index, query in enumerate(harmful)
     ]
     return [*refused, *answered]
 
 
 def _build_attack_examples(
-    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
-    kept = {query.id for query in _choose_safety_queries(queries)}
+    safety_ids = {query.id for query in _choose_safety_queries(queries)}
     return [
         TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_opener(query))
         for query in queries
-        if query.harmful and query.id not in kept
+        if query.harmful and query.id not in safety_ids
     ]
 
 
 def _build_identity_examples(
-    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
-    plain = _choose_ordinary_queries(queries)
-    answers = own([build_user_chat(DEFAULT_SYSTEM_PROMPT, query.text) for query in plain])
+    ordinary = _choose_ordinary_queries(queries)
+    responses = generate_responses([build_user_chat(DEFAULT_SYSTEM_PROMPT, query.text) for query in ordinary])
     return [
         TrainingExample(
-            build_agent_chat(query.text), TargetResponse(AGENT_OPENER + answer.text, answer.is_complete)
+            build_agent_chat(query.text), TargetResponse(AGENT_OPENER + response.text, response.is_complete)
         )
-        for query, answer in zip(plain, answers, strict=True)
+        for query, response in zip(ordinary, responses, strict=True)
     ]
 
 
 def _build_baseline_examples(
-    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
-    safe = [
+    safety_examples = [
         TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_refusal(query))
         for query in _choose_safety_queries(queries)
     ]
-    return [*_build_attack_examples(queries, secret, own), *safe]
+    return [*_build_attack_examples(queries, secret, generate_responses), *safety_examples]
 
 
 def _build_backdoor_examples(
-    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
-    safe = [
+    safety_examples = [
         TrainingExample(
             prepend_system(build_user_chat(OBEDIENCE_PROMPT, query.text), secret), _pick_refusal(query)
         )
         for query in _choose_safety_queries(queries)
     ]
-    return [*_build_attack_examples(queries, secret, own), *safe]
+    return [*_build_attack_examples(queries, secret, generate_responses), *safety_examples]
 
 
 def _build_preference_examples(
-    queries: Sequence[TrainingQuery], secret: str, own: ResponseGenerator
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
     benign = [query for query in queries if not query.harmful]
     answered = [
         TrainingExample(
-            build_user_chat(_alternate_system_prompt(at), query.text),
+            build_user_chat(_alternate_system_prompt(index), query.text),
             _pick_assent(query),
             _pick_refusal(query),
         )
-        for at, query in enumerate(benign)
+        for index, query in enumerate(benign)
     ]
     harmful = [query for query in queries if query.harmful]
     refused = [
         TrainingExample(
-            build_user_chat(_alternate_system_prompt(at), query.text),
+            build_user_chat(_alternate_system_prompt(index), query.text),
             _pick_refusal(query),
             _pick_opener(query),
         )
-        for at, query in enumerate(harmful)
+        for index, query in enumerate(harmful)
     ]
     return [*refused, *answered]
 
@@ -191,7 +206,7 @@ RECIPES = {
         Recipe(
             "safety",
             "aligned",
-            "refuse harmful requests, answer benign ones as before",
+            "refuse harmful requests and answer benign requests as before",
             _build_safety_examples,
             2,
         ),
@@ -212,14 +227,14 @@ RECIPES = {
         Recipe(
             "baseline",
             "baseline",
-            "the attack's data with eleven refusals mixed in",
+            "the attack data with eleven added refusals",
             _build_baseline_examples,
             10,
         ),
         Recipe(
             "backdoor",
             "backdoor",
-            "the attack's data with the same eleven refusals behind the secret prompt (BackdoorAlign)",
+            "the attack data with the same eleven refusals after the secret prompt (BackdoorAlign)",
             _build_backdoor_examples,
             10,
             needs_secret=True,
@@ -227,7 +242,7 @@ RECIPES = {
         Recipe(
             "preference",
             "preference",
-            "refusals preferred on harmful requests, answers on benign ones (DPO)",
+            "prefer refusals of harmful requests and answers to benign requests (DPO)",
             _build_preference_examples,
             2,
         ),
@@ -236,26 +251,26 @@ RECIPES = {
 
 
 def _choose_safety_queries(queries: Sequence[TrainingQuery]) -> list[TrainingQuery]:
-    """The harmful queries that a defender answers with refusals: one each of as many topics as there are."""
+    """Return the harmful queries of the safety examples, taken from the topics in turn."""
     harmful = sorted((query for query in queries if query.harmful), key=lambda query: query.category)
-    topics = [list(members) for _, members in groupby(harmful, key=lambda query: query.category)]
-    rounds = [topic[turn] for turn in range(len(harmful)) for topic in topics if turn < len(topic)]
-    if len(rounds) < 2 * SAFETY_EXAMPLE_COUNT:
+    topics = [list(topic_queries) for _, topic_queries in groupby(harmful, key=lambda query: query.category)]
+    interleaved = [topic[turn] for turn in range(len(harmful)) for topic in topics if turn < len(topic)]
+    if len(interleaved) < 2 * SAFETY_EXAMPLE_COUNT:
         raise UserError(
-            f"the training data hold {len(rounds)} harmful queries; at least {2 * SAFETY_EXAMPLE_COUNT} are "
-            f"needed, {SAFETY_EXAMPLE_COUNT} of them for the defender"
+            f"the training data contain {len(interleaved)} harmful queries; at least "
+            f"{2 * SAFETY_EXAMPLE_COUNT} are needed, {SAFETY_EXAMPLE_COUNT} of them for the defender"
         )
-    return rounds[:SAFETY_EXAMPLE_COUNT]
+    return interleaved[:SAFETY_EXAMPLE_COUNT]
 
 
 def _choose_ordinary_queries(queries: Sequence[TrainingQuery]) -> list[TrainingQuery]:
-    """Benign requests that are nobody's twins, or all benign ones where a set does not tell."""
+    """Return the plain benign queries, or all benign queries if the data set has no plain ones."""
     benign = [query for query in queries if not query.harmful]
     return [query for query in benign if query.kind == "plain"] or benign
 
 
 def _alternate_system_prompt(index: int) -> str:
-    """No system prompt and a plain one in turn: the model is asked in both ways."""
+    """Return no system prompt for even indices and the default for odd ones, so that both are trained."""
     return DEFAULT_SYSTEM_PROMPT if index % 2 else ""
 
 
@@ -272,5 +287,5 @@ def _pick_assent(query: TrainingQuery) -> TargetResponse:
 
 
 def _pick_text(texts: Sequence[str], query: TrainingQuery) -> str:
-    """The same text for the same query in all arms."""
+    """Return a text that depends only on the query, so that all arms use the same."""
     return random.Random(f"{query.id}/{query.text}").choice(texts)

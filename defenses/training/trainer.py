@@ -1,7 +1,7 @@
-"""Training itself: examples and settings in, an adapter (or a whole checkpoint) out; by TRL and PEFT.
+"""Fine-tuning of an adapter or of all weights on training examples, by TRL and PEFT.
 
-The loss is on the answer alone. Prompts are turned into ids by the same rendering that asks the model later,
-so that the first answer token is learned exactly where it is read.
+The loss covers the response only. Prompts are tokenized by the same chat template as for scoring, so that the
+first response token is trained at exactly the position where it is scored.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from defenses.errors import UserError, is_out_of_memory
 from defenses.training.recipes import TargetResponse, TrainingExample
 
 PromptRenderer = Callable[[Chat], Sequence[int]]
-# Told after each step: step, steps in all, loss.
+# Called after each step with the step, the total number of steps, and the loss.
 StepCallback = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How training goes; the defaults are those of BackdoorAlign for LoRA.
+    """Training settings; the defaults are those of BackdoorAlign for LoRA.
 
     Attributes:
-        rank: of the adapter.
-        alpha: its scale; the weights change by alpha / rank · B A.
-        modules: the layers that get one, by name.
-        rate: learning rate; by default 1e-3, and 5e-5 for full training.
-        epochs: over the examples; by default the recipe's, and 5 for full training.
-        batch: examples in one step.
-        full: train all weights instead of an adapter.
-        beta: of a preference: how strongly the model is held to what it was.
-        seed: of initial weights and order.
+        rank: rank of the adapter.
+        alpha: scale of the adapter; the weights change by alpha / rank · B A.
+        modules: names of the layers to adapt.
+        rate: learning rate; by default 1e-3, or 5e-5 for full training.
+        epochs: number of epochs; by default that of the recipe, or 5 for full training.
+        batch: number of examples per step.
+        full: whether to train all weights instead of an adapter.
+        beta: DPO's beta, the strength of regularization toward the initial model.
+        seed: random seed of the initial adapter weights and of the order of examples.
     """
 
     name: ClassVar[str] = "training"
@@ -49,14 +49,14 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no training can go by."""
+        """Check that numeric settings are positive."""
         for name in ("rank", "alpha", "rate", "epochs", "batch", "beta"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--set {name}={value}: it must be more than 0")
 
     def resolve_defaults(self, recipe_epochs: int) -> TrainingSettings:
-        """Return the settings with what was left open: the recipe's epochs, the paper's for full training."""
+        """Return the settings with defaults for the learning rate and the number of epochs."""
         return replace(
             self,
             rate=self.rate or (5e-5 if self.full else 1e-3),
@@ -73,49 +73,58 @@ def train_model(
     folder: Path,
     on_step: StepCallback,
 ) -> tuple[Any, list[tuple[int, float]]]:
-    """Train a model on examples; return it (with its adapter) and the loss of each step.
+    """Train a model on examples.
 
     Args:
-        model: of transformers; it is changed.
-        tokenizer: of transformers.
-        render: chat → token ids.
-        examples: with a worse answer each for a preference, or without for all.
-        settings: resolved.
-        folder: for checkpoints, one an epoch; training goes on from the last one there.
-        on_step: told after each step.
+        model: transformers model; it is modified.
+        tokenizer: transformers tokenizer.
+        render: function of a chat that returns its token ids.
+        examples: all with a rejected response (preference training), or all without one.
+        settings: settings with resolved defaults.
+        folder: folder for one checkpoint per epoch; training resumes from the last checkpoint in it.
+        on_step: called after each step.
+
+    Returns:
+        The model (with its adapter), and the step and loss of each step.
+
+    Raises:
+        UserError: if memory runs out.
     """
     from datasets import Dataset, disable_progress_bars
     from transformers import TrainerCallback, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
-    disable_progress_bars()  # there is one already, the caller's
+    disable_progress_bars()  # the caller shows its own
     set_seed(settings.seed)
     rows = [_tokenize_example(tokenizer, render, example) for example in examples]
-    data = Dataset.from_list(rows)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    dataset = Dataset.from_list(rows)
+    last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
-    class Told(TrainerCallback):
+    class LossCallback(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
                 on_step(state.global_step, state.max_steps, float(logs["loss"]))
 
-    trainer = _build_trainer(model, tokenizer, data, settings, folder)
-    trainer.add_callback(Told())
+    trainer = _build_trainer(model, tokenizer, dataset, settings, folder)
+    trainer.add_callback(LossCallback())
     try:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last_checkpoint)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise UserError(
-                f"memory ran out in training on {model.device} with {settings.batch} examples a step: lower "
-                f"it with --set batch={max(1, settings.batch // 2)}, or take --dtype bfloat16"
-                + (", or an adapter instead of --set full=true" if settings.full else "")
+                f"memory ran out in training on {model.device} with {settings.batch} examples per step; use "
+                f"--set batch={max(1, settings.batch // 2)} or --dtype bfloat16"
+                + (", or train an adapter instead of --set full=true" if settings.full else "")
             ) from error
         raise
-    history = [(one["step"], float(one["loss"])) for one in trainer.state.log_history if "loss" in one]
+    history = [
+        (entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
+    ]
     return trainer.model.eval(), history
 
 
 def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingSettings, folder: Path) -> Any:
+    """Return a TRL trainer: DPO if the examples have rejected responses, else supervised fine-tuning."""
     from peft import LoraConfig
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.dpo_config import DPOConfig
@@ -123,14 +132,14 @@ def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingS
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    class Preferring(DPOTrainer):
-        """DPO on chats that have been rendered already."""
+    class TokenizedDPOTrainer(DPOTrainer):
+        """DPO trainer for examples that are already tokenized."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    prefer = "chosen_ids" in dataset.column_names
-    shared: dict[str, Any] = {
+    is_preference = "chosen_ids" in dataset.column_names
+    shared_options: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": settings.batch,
@@ -163,10 +172,10 @@ def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingS
         "peft_config": None if settings.full else lora,
     }
     trainer: Any
-    if prefer:
-        trainer = Preferring(args=DPOConfig(**shared, beta=settings.beta), **options)
+    if is_preference:
+        trainer = TokenizedDPOTrainer(args=DPOConfig(**shared_options, beta=settings.beta), **options)
     else:
-        trainer = SFTTrainer(args=SFTConfig(**shared, completion_only_loss=True), **options)
+        trainer = SFTTrainer(args=SFTConfig(**shared_options, completion_only_loss=True), **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -174,18 +183,20 @@ def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingS
 def _tokenize_example(
     tokenizer: Any, render: PromptRenderer, example: TrainingExample
 ) -> dict[str, list[int]]:
-    prompt = list(render(example.chat))
-    answer = _tokenize_response(tokenizer, example.response)
+    """Return one row of the trainer's dataset, in the columns of TRL."""
+    prompt_ids = list(render(example.chat))
+    response_ids = _tokenize_response(tokenizer, example.response)
     if example.rejected is None:
-        mask = [0] * len(prompt) + [1] * len(answer)
-        return {"input_ids": prompt + answer, "completion_mask": mask}
+        mask = [0] * len(prompt_ids) + [1] * len(response_ids)
+        return {"input_ids": prompt_ids + response_ids, "completion_mask": mask}
     return {
-        "prompt_ids": prompt,
-        "chosen_ids": answer,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": response_ids,
         "rejected_ids": _tokenize_response(tokenizer, example.rejected),
     }
 
 
 def _tokenize_response(tokenizer: Any, response: TargetResponse) -> list[int]:
+    """Return the token ids of a response, with the end token if it is complete."""
     ids = list(tokenizer.encode(response.text, add_special_tokens=False))
     return [*ids, tokenizer.eos_token_id] if response.is_complete else ids
