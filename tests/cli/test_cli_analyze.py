@@ -204,9 +204,9 @@ def test_costs_are_a_table_and_a_figure_of_the_run(cli_home, attacked_run_result
 def test_the_prompts_of_a_query_of_either_class_are_saved(cli_home, attacked_run_result):
     prompts = pd.read_csv(cli_home / "attacked" / "prompts.csv")
     keys = ["attack", "defense", "query"]
-    scores = pd.read_csv(cli_home / "attacked" / "scores.csv").set_index(keys)
+    scores = pd.read_csv(cli_home / "attacked" / "scores.csv").set_index(keys).sort_index()
     assert len(prompts) == 2 * 2 * 3 and (prompts["readings"] == 1).all()
-    texts = prompts.set_index(keys)
+    texts = prompts.set_index(keys).sort_index()
     assert (scores.loc[texts.index, "harmful"].groupby(["attack", "defense"]).sum() == 1).all()
     assert texts.loc[("mine", "my_own"), "read"].str.contains("Please.", regex=False).all()
     assert not texts.loc[("mine", "none"), "read"].str.contains("Please.", regex=False).any()

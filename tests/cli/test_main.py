@@ -63,7 +63,7 @@ MISTAKES = {
     ),
     "attack file without strings": (
         (*POLICY, "--attack", "typo.jsonl"),
-        ["row 1", "neither suffix and prompt"],
+        ["row 1", "neither suffix nor prompt"],
     ),
     "attack file of a taken name": ((*POLICY, "--attack", "base64.csv"), ["'base64' is taken", "rename"]),
     "attack file with gaps": (
@@ -209,7 +209,7 @@ print(*sys.modules, file=sys.stderr)
     loaded = {name.split(".")[0] for name in result.stderr.split()}
     heavy = {"torch", "transformers", "transformer_lens", "peft", "pandas", "matplotlib", "scipy", "sklearn"}
     assert "typer" in loaded and not loaded & heavy
-    for text in ("--defense", "check", "secret", "--judge-model", "self_reminder", "0 scores"):
+    for text in ("--defense", "check", "secret", "--judge-model", "self_reminder", "scores and"):
         assert text in result.stdout
 
 
@@ -223,7 +223,7 @@ def test_the_command_without_arguments_shows_its_help(cli_home):
 
 def test_train_validate_and_backdooralign_are_reached_by_their_commands(cli_home):
     settings = ("--set", "epochs=1", "--set", "batch=16", "--set", "rank=2")
-    assert run_cli("train", "attack", "-m", "tiny", "--limit", "16", "-o", "tuned", *settings).code == 0
+    assert run_cli("train", "attack", "-m", "tiny", "--limit", "60", "-o", "tuned", *settings).code == 0
     assert '"rank": 2' in (cli_home / "tuned" / "manifest.json").read_text("utf-8")
     args = ("-d", "policy", "-m", "tiny", "--limit", "8", "--tokens", "2", "-o", "validated")
     result = run_cli("validate", *args)
