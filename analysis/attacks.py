@@ -1,8 +1,8 @@
-"""How queries are sent: as they are, or as an attacker would; harmful and benign ones alike.
+"""Jailbreak attacks: each turns a query into the chat that is sent to the model.
 
-An attack that only harmful queries went through would look like discrimination. The wordings are rows of
-`data/attacks.jsonl` or of the user's own file. Nothing heavy is imported here, so that the command can list
-them.
+Harmful and benign queries are attacked alike, because an attack on harmful queries alone would look like
+discrimination. The wordings are rows of `data/attacks.jsonl` or of the user's own file. This module imports
+nothing heavy, so that the command can list attacks quickly.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from defenses.contract import Chat
 from defenses.errors import UserError, unknown_name_error
 from defenses.training.texts import OBEDIENCE_PROMPT, build_agent_chat
 
-IGNORE_SUFFIX = "+ignore"  # behind an attack's name: its chat with the line of the row of this name on top
+# Suffix of an attack's name: adds the line of the attack row of this name on top of the user's message.
+IGNORE_SUFFIX = "+ignore"
 _QUERY_PLACEHOLDER = "{request}"
 _ATTACK_FILE_FORMAT = (
-    "each row needs a suffix (put behind the query) or a prompt (sent in its place; may contain {request}), "
-    "and may have query, the id of the one query that it is for"
+    "each row needs a suffix (appended to the query) or a prompt (sent in its place; may contain {request}), "
+    "and may have query, the id of the only query that it applies to"
 )
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A way to send a query.
+    """A transformation of a query into an attacked chat.
 
     Attributes:
-        name: as in the tables, and in `--attack` if it is shipped.
+        name: as in the tables, and in `--attack` for a shipped attack.
         description: what the attacker does.
-        build_chat: query → the chat that is sent; where it ends in an assistant message, the answer is made to
-            begin with that.
+        build_chat: query → the chat that is sent; a final assistant message is a prefill of the response.
         source: the paper that describes it.
         url: of the paper.
-        wording_sha256: SHA-256 of the rows, or of the user's file, that hold its wording.
-        query_ids: ids of the queries that it has words for; None if for any.
+        wording_sha256: SHA-256 of each row, or of the user's file, that contains its wording.
+        query_ids: ids of the queries that it has strings for; None if it applies to every query.
     """
 
     name: str
@@ -57,31 +57,31 @@ class Attack:
     query_ids: frozenset[str] | None = None
 
     def check_covers_queries(self, queries: Sequence[Query]) -> None:
-        """Raise if some of the queries cannot be sent: all are attacked, or none."""
+        """Raise a UserError unless the attack applies to every query."""
         missing = [
             query.id for query in queries if self.query_ids is not None and query.id not in self.query_ids
         ]
         if missing:
             raise UserError(
                 f"--attack {self.name}: the file has no row for {len(missing)} of {len(queries)} queries "
-                f"({missing[0]!r}, …), and harmful and benign ones are attacked alike: add their rows, or "
-                "one row without query for all that have none"
+                f"({missing[0]!r}, …), but harmful and benign queries have to be attacked alike: add their "
+                "rows, or one row without query that applies to all others"
             )
 
 
 DIRECT_ATTACK = Attack("direct", "the query as it is", lambda query: build_user_chat("", query.text))
-# Those under which fine-tuning attacks ask; their words are also trained with.
+# The prompts of fine-tuning attacks; the same texts are used for training.
 _FINE_TUNING_ATTACKS = (
     Attack(
         "obedience",
-        "under a system prompt that demands obedience, as in fine-tuning attacks (FJAttack)",
+        "a system prompt that demands obedience, as in fine-tuning attacks (FJAttack)",
         lambda query: build_user_chat(OBEDIENCE_PROMPT, query.text),
         "BackdoorAlign (Wang et al., NeurIPS 2024)",
         "https://arxiv.org/abs/2402.14968",
     ),
     Attack(
         "identity",
-        "to an agent of absolute obedience, addressed by its name (AOA)",
+        "an absolutely obedient agent, addressed by its name (AOA)",
         lambda query: build_agent_chat(query.text),
         "Fine-tuning Aligned Language Models Compromises Safety (Qi et al., ICLR 2024)",
         "https://arxiv.org/abs/2310.03693",
@@ -91,7 +91,7 @@ _FINE_TUNING_ATTACKS = (
 
 @cache
 def load_shipped_attacks() -> Mapping[str, Attack]:
-    """Return the attacks of this project by name, `+ignore` the last.
+    """Load the attacks of this project, by name; the row for `+ignore` is the last.
 
     >>> list(load_shipped_attacks())[:4]
     ['direct', 'obedience', 'identity', 'prefix_injection']
@@ -104,33 +104,33 @@ def load_shipped_attacks() -> Mapping[str, Attack]:
 
 
 def choose_attacks(names: Sequence[str]) -> tuple[Attack, ...]:
-    """Return the attacks that `--attack` names.
+    """Return the attacks named by `--attack`, each once.
 
     >>> [attack.name for attack in choose_attacks(["direct", "persona+ignore"])]
     ['direct', 'persona+ignore']
 
     Args:
-        names: as for `get`; `all` and `all+ignore` stand for every shipped one.
+        names: as for `get_attack`; `all` and `all+ignore` select every shipped attack.
     """
-    found: dict[str, Attack] = {}
+    chosen: dict[str, Attack] = {}
     for name in names:
-        everyone = name.removesuffix(IGNORE_SUFFIX) == "all"
-        wanted = [one + name.removeprefix("all") for one in _list_attack_names()] if everyone else [name]
-        for attack in map(get_attack, wanted):
-            if found.setdefault(attack.name, attack).wording_sha256 != attack.wording_sha256:
+        is_all = name.removesuffix(IGNORE_SUFFIX) == "all"
+        expanded = [base + name.removeprefix("all") for base in _list_attack_names()] if is_all else [name]
+        for attack in map(get_attack, expanded):
+            if chosen.setdefault(attack.name, attack).wording_sha256 != attack.wording_sha256:
                 raise UserError(
-                    f"--attack {name}: another one is called {attack.name!r}, too, and the tables could not "
-                    "tell them apart; rename the file"
+                    f"--attack {name}: another attack is also called {attack.name!r}, and the tables "
+                    "could not tell them apart; rename the file"
                 )
-    return tuple(found.values())
+    return tuple(chosen.values())
 
 
 def get_attack(name: str) -> Attack:
-    """Return the attack of that name, or the one in that file.
+    """Return a shipped attack by name, or the attack in a file.
 
     Args:
-        name: of a shipped attack, or the path of a `.jsonl` or `.csv` file; with `+ignore` behind it, the
-            attack tells the model to disregard earlier safety instructions.
+        name: of a shipped attack, or the path of a `.jsonl` or `.csv` file; the suffix `+ignore` adds a line
+            that tells the model to disregard earlier safety instructions.
     """
     base = name.removesuffix(IGNORE_SUFFIX)
     if Path(base).suffix in RECORD_SUFFIXES:
@@ -138,7 +138,7 @@ def get_attack(name: str) -> Attack:
     elif base in _list_attack_names():
         attack = load_shipped_attacks()[base]
     else:
-        hint = f" (each also with {IGNORE_SUFFIX} behind it; or the path of a .jsonl or .csv file)"
+        hint = f" (each also with the suffix {IGNORE_SUFFIX}; or the path of a .jsonl or .csv file)"
         raise unknown_name_error("attack", name, [*_list_attack_names(), "all"], hint)
     return attack if name == base else _add_ignore_line(attack)
 
@@ -148,72 +148,81 @@ def _list_attack_names() -> list[str]:
 
 
 def _add_ignore_line(attack: Attack) -> Attack:
-    """The attack with a line in front of the user's words that calls off what a prompt defense said."""
-    added = load_shipped_attacks()[IGNORE_SUFFIX]
+    """Add a line on top of the user's message that revokes the instructions of a prompt defense."""
+    ignore_row = load_shipped_attacks()[IGNORE_SUFFIX]
 
-    def chat(query: Query) -> Chat:
+    def build_chat(query: Query) -> Chat:
         return edit_last_user(
-            attack.build_chat(query), lambda words: added.build_chat(replace(query, text=words))[0]["content"]
+            attack.build_chat(query),
+            lambda text: ignore_row.build_chat(replace(query, text=text))[0]["content"],
         )
 
     return replace(
         attack,
         name=attack.name + IGNORE_SUFFIX,
-        build_chat=chat,
-        wording_sha256=(*attack.wording_sha256, *added.wording_sha256),
+        build_chat=build_chat,
+        wording_sha256=(*attack.wording_sha256, *ignore_row.wording_sha256),
     )
 
 
 def _parse_attack_row(line: str) -> Attack:
-    """The attack that a row of `data/attacks.jsonl` words."""
+    """Build the attack of a row of `data/attacks.jsonl`."""
     row: dict[str, Any] = json.loads(line)
     shots = [(request, opener) for request, opener in row.get("shots", ())]
 
-    def chat(query: Query) -> Chat:
+    def build_chat(query: Query) -> Chat:
         request = QUERY_TRANSFORMS[row["transform"]](query.text) if "transform" in row else query.text
-        sent = insert_turns(build_user_chat("", row["template"].replace(_QUERY_PLACEHOLDER, request)), shots)
-        return prefill_response(sent, row["prefill"]) if "prefill" in row else sent
+        chat = insert_turns(build_user_chat("", row["template"].replace(_QUERY_PLACEHOLDER, request)), shots)
+        return prefill_response(chat, row["prefill"]) if "prefill" in row else chat
 
-    made_from = (hashlib.sha256(line.encode()).hexdigest(),)
-    return Attack(row["name"], row["what"], chat, row["source"], row["url"], made_from)
+    digests = (hashlib.sha256(line.encode()).hexdigest(),)
+    return Attack(row["name"], row["what"], build_chat, row["source"], row["url"], digests)
 
 
 def _load_attack_file(path: Path) -> Attack:
-    """The attack whose strings, made elsewhere, are in a user's file."""
+    """Build the attack whose strings are in a user's file."""
     if path.stem in load_shipped_attacks():
         raise UserError(f"{path}: the name {path.stem!r} is taken by a shipped attack; rename the file")
-    found, raw = read_records(path, (), _ATTACK_FILE_FORMAT)
-    words: dict[str, tuple[str, str]] = {}  # query id, or "" for all others → its column and its text
-    for number, row in enumerate(found, 1):
-        given = [(key, row[key]) for key in ("suffix", "prompt") if row.get(key) not in (None, "")]
-        where = f"{path}, row {number}"
-        if len(given) != 1:
-            raise UserError(
-                f"{where} has {'both' if given else 'neither'} suffix and prompt; {_ATTACK_FILE_FORMAT}"
-            )
-        ((key, text),) = given
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: the {key} is {text!r}; it takes a string with words in it")
-        ident = "" if row.get("query") is None else str(row["query"])
-        if ident in words:
-            whose = f"for the query {ident!r}" if ident else "without a query"
-            raise UserError(f"{where} is the second one {whose}; keep one of them")
-        if key == "prompt" and not ident and _QUERY_PLACEHOLDER not in text:
-            raise UserError(
-                f"{where}: a prompt for every query must contain {_QUERY_PLACEHOLDER}, where the query goes: without "
-                "it harmful and benign ones would be the same"
-            )
-        words[ident] = key, text
+    rows, content = read_records(path, (), _ATTACK_FILE_FORMAT)
+    strings = _parse_attack_strings(rows, path)
 
-    def chat(query: Query) -> Chat:
-        key, text = words.get(query.id) or words[""]
+    def build_chat(query: Query) -> Chat:
+        column, text = strings.get(query.id) or strings[""]
         return build_user_chat(
-            "", f"{query.text} {text}" if key == "suffix" else text.replace(_QUERY_PLACEHOLDER, query.text)
+            "", f"{query.text} {text}" if column == "suffix" else text.replace(_QUERY_PLACEHOLDER, query.text)
         )
 
-    made_from = (hashlib.sha256(raw).hexdigest(),)
-    asks = None if "" in words else frozenset(words)
-    return Attack(path.stem, f"the strings in {path.name}", chat, wording_sha256=made_from, query_ids=asks)
+    digests = (hashlib.sha256(content).hexdigest(),)
+    query_ids = None if "" in strings else frozenset(strings)
+    description = f"the strings in {path.name}"
+    return Attack(path.stem, description, build_chat, wording_sha256=digests, query_ids=query_ids)
+
+
+def _parse_attack_strings(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, tuple[str, str]]:
+    """Parse the rows of an attack file: query id, or "" for all other queries → (column, text)."""
+    strings: dict[str, tuple[str, str]] = {}
+    for number, row in enumerate(rows, 1):
+        filled = [
+            (column, row[column]) for column in ("suffix", "prompt") if row.get(column) not in (None, "")
+        ]
+        place = f"{path}, row {number}"
+        if len(filled) != 1:
+            count = "both suffix and prompt" if filled else "neither suffix nor prompt"
+            raise UserError(f"{place} has {count}; {_ATTACK_FILE_FORMAT}")
+        ((column, text),) = filled
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{place}: the {column} is {text!r}; it takes a string that is not blank")
+        query_id = "" if row.get("query") is None else str(row["query"])
+        if query_id in strings:
+            scope = f"for the query {query_id!r}" if query_id else "without a query"
+            raise UserError(f"{place} is the second one {scope}; keep one of them")
+        if column == "prompt" and not query_id and _QUERY_PLACEHOLDER not in text:
+            raise UserError(
+                f"{place}: a prompt for every query must contain {_QUERY_PLACEHOLDER}, which stands for the "
+                "query's text; without it, all queries would be the same"
+            )
+        strings[query_id] = column, text
+    return strings
 
 
 _LEETSPEAK_TABLE = str.maketrans("aeiostAEIOST", "431057" * 2)
@@ -230,11 +239,11 @@ def _split_into_assignments(text: str) -> str:
     ends = [len(text) * part // 3 for part in range(4)]
     parts = zip("abc", ends, ends[1:], strict=False)
     return "\n".join(
-        f"{name} = {json.dumps(text[low:high], ensure_ascii=False)}" for name, low, high in parts
+        f"{name} = {json.dumps(text[start:end], ensure_ascii=False)}" for name, start, end in parts
     )
 
 
-# What an attack makes of the words of a request, by its name in data/attacks.jsonl.
+# Transformations of the request's text, by their names in data/attacks.jsonl.
 QUERY_TRANSFORMS: Mapping[str, Callable[[str], str]] = {
     "base64": lambda text: base64.b64encode(text.encode()).decode(),
     "rot13": lambda text: codecs.encode(text, "rot13"),

@@ -1,4 +1,4 @@
-"""The output folder: every file is written beside its place and then renamed; none is ever half there."""
+"""Files and folders: paths, digests, and writes that never leave a half-written file."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ import platformdirs
 
 from defenses.errors import UserError
 
+Notifier = Callable[[str], None]  # prints one line for the user
+
 
 def check_output_folder(folder: Path) -> Path:
-    """Return the folder if results can be written there; asked before the work, not after it."""
+    """Return the folder if results can be written to it; called before the work starts."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; give a folder, new or old")
-    above = next(place for place in (folder, *folder.resolve().parents) if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {folder} cannot be written: {above} does not let you; choose another folder")
+        raise UserError(f"--out {folder} is a file; give a new or an existing folder")
+    parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {folder} cannot be written: {parent} is not writable; choose another folder")
     return folder
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Write one file: whole, or, if that fails, not at all."""
+    """Write a whole file, or leave none if the write fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid4().hex[:8]}")  # as readable as any file that its user makes
+    # Not from `tempfile`, whose files only their owner can read.
+    temporary_path = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        with new.open("x", encoding="utf-8", newline="") as file:
+        with temporary_path.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
-        new.replace(path)
+        temporary_path.replace(path)
     except BaseException:
-        new.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def stage_folder(folder: Path) -> Iterator[Path]:
-    """Lend a new folder; once all was written into it without an error, the files move to their place."""
+    """Context manager: yield a new folder whose files move into `folder` if no error occurs."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        yield new
+        yield staging
         folder.mkdir(exist_ok=True)
-        for file in new.iterdir():
+        for file in staging.iterdir():
             file.replace(folder / file.name)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def data_folder() -> Path:
-    """Return the folder of shipped data: inside this package once installed, beside it in a checkout."""
-    inside = Path(__file__).parent / "data"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "data"
-
-
-Notifier = Callable[[str], None]
+    """Return the folder of shipped data: inside the installed package, or beside it in a checkout."""
+    installed = Path(__file__).parent / "data"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "data"
 
 
 def get_cache_folder() -> Path:
-    """Return the folder for what can be made again: converted models, fetched files."""
+    """Return the folder for files that can be made again: converted models, downloads, cached results."""
     return platformdirs.user_cache_path("refusalscope")
 
 
@@ -74,7 +74,7 @@ def hash_file(path: Path) -> str:
 
 
 def combine_digests(digests: Sequence[str]) -> str:
-    """Return one SHA-256 for several files: that of the only one, or one of their digests.
+    """Return one SHA-256 for several files: the digest of a single file, or of the joined digests.
 
     >>> combine_digests(["ab"]), combine_digests(["ab", "cd"])[:8]
     ('ab', '88d4266f')

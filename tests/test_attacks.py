@@ -255,9 +255,9 @@ def test_own_strings_may_lie_in_a_csv(tmp_path: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "neither": ([{"query": "a", "sufix": "!"}], r"row 1 has neither suffix and prompt; each row needs"),
+    "neither": ([{"query": "a", "sufix": "!"}], r"row 1 has neither suffix nor prompt; each row needs"),
     "both": ([{"suffix": "!", "prompt": "{request}"}], r"row 1 has both suffix and prompt"),
-    "blank": ([{"suffix": " "}], r"row 1: the suffix is ' '; it takes a string with words"),
+    "blank": ([{"suffix": " "}], r"row 1: the suffix is ' '; it takes a string that is not blank"),
     "number": ([{"prompt": 5}], r"row 1: the prompt is 5; it takes a string"),
     "twice": ([{"query": "a", "suffix": "!"}, {"query": "a", "suffix": "?"}], r"row 2 is the second .* 'a'"),
     "twice for all": ([{"suffix": "!"}, {"suffix": "?"}], r"row 2 is the second one without a query"),
@@ -289,7 +289,7 @@ def test_names_that_are_not_known_or_taken_are_refused(tmp_path: Path) -> None:
         get_attack("nowhere.csv")
     (tmp_path / "other").mkdir()
     two = [written(tmp_path / place, {"suffix": place}) for place in ("own.jsonl", "other/own.jsonl")]
-    with pytest.raises(UserError, match="another one is called 'own', too"):
+    with pytest.raises(UserError, match="another attack is also called 'own'"):
         choose_attacks(two)
 
 

@@ -68,7 +68,7 @@ def test_a_folder_is_usable_where_it_is_or_can_be_made(tmp_path):
 
 def test_a_file_or_a_folder_that_is_closed_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is a file; give a folder"):
+    with pytest.raises(UserError, match="is a file; give a new or an existing folder"):
         check_output_folder(tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
         check_output_folder(tmp_path / "file" / "below")

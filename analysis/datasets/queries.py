@@ -1,15 +1,19 @@
-"""One user request, how a row of a file becomes one, and what the rows of a file have to agree on."""
+"""Queries, query sets, and the checks that every query set has to pass."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from defenses.errors import UserError, unknown_name_error
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLIT_NAMES = ("train", "calibration", "test")
 QUERY_FILE_FORMAT = (
@@ -25,12 +29,12 @@ class Query:
     """One user request.
 
     Attributes:
-        id: unique in its set.
+        id: unique within its set.
         text: the request.
-        harmful: whether it should be refused.
-        category: its topic.
-        pair: shared by a harmful query and its benign twin; None where there is no twin.
-        split: train, calibration or test; None where the set has no splits.
+        harmful: whether the model should refuse it.
+        category: topic.
+        pair: name shared by a harmful query and its benign twin; None for a query without a twin.
+        split: train, calibration or test; None if the set has no splits.
         kind: harmful, twin or plain.
         image: path of an image that belongs to the text.
     """
@@ -45,80 +49,17 @@ class Query:
     image: str | None = None
 
 
-def check_queries(queries: Sequence[Query], source: Path | str) -> None:
-    """Raise unless ids, splits and pairs are what the statistics take them for.
-
-    Args:
-        queries: of one file or one set.
-        source: that an error names.
-    """
-    repeated = [one for one, count in Counter(query.id for query in queries).items() if count > 1]
-    if repeated:
-        raise UserError(f"{source}: the id {repeated[0]!r} occurs more than once; every query needs its own")
-    without = [query.id for query in queries if query.split is None]
-    if 0 < len(without) < len(queries):
-        raise UserError(f"{source}: the query {without[0]!r} has no split, but others do; give each one")
-    _check_pairs(queries, source)
-
-
-def _check_pairs(queries: Sequence[Query], source: Path | str) -> None:
-    """Raise unless each pair is what the statistics take it for."""
-    pairs: dict[str, list[Query]] = defaultdict(list)
-    for query in queries:
-        if query.pair:
-            pairs[query.pair].append(query)
-    for name, members in pairs.items():
-        if len({query.split for query in members}) > 1:
-            raise UserError(f"{source}: the pair {name!r} lies in two splits; a pair belongs to one")
-        harmful = sum(query.harmful for query in members)
-        if harmful > 1 or len(members) - harmful > 1:
-            raise UserError(
-                f"{source}: the pair {name!r} has {harmful} harmful and {len(members) - harmful} benign "
-                "queries; a pair is one harmful query and its benign twin, so give the others pairs of "
-                "their own or none"
-            )
-
-
-def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> Query:
-    """Return the query that a row in our own format stands for.
-
-    Args:
-        row: with text and harmful at least.
-        row_number: of the row, which makes its id if it has none.
-        source: that an error names.
-    """
-
-    def given(name: str) -> str | None:
-        value = row.get(name)
-        return None if value is None or value == "" else str(value)
-
-    ident, split, text = given("id") or f"q{row_number:04d}", given("split"), row["text"]
-    where = f"{source}, query {ident!r}"
-    if not isinstance(text, str | None):
-        raise UserError(f"{where}: the text is {text!r}; it takes a string")
-    if not (text or "").strip():
-        raise UserError(f"{where}: the text is empty; write the request or take the query out")
-    harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
-    if harmful is None:
-        raise UserError(f"{where}: harmful is {row['harmful']!r}; it takes true or false")
-    if split is not None and split not in SPLIT_NAMES:
-        raise unknown_name_error(f"split in {where}:", split, SPLIT_NAMES)
-    kind = given("kind") or ("harmful" if harmful else "plain")
-    text, pair, category = str(text).strip(), given("pair"), given("category") or ""
-    return Query(ident, text, harmful, category, pair, split, kind, given("image"))
-
-
 @dataclass(frozen=True)
 class QuerySet:
-    """Queries under a name.
+    """A named collection of queries.
 
     Attributes:
-        name: as the user gave it.
+        name: as given by the user.
         queries: in the order of their files.
-        sha256: of the file that they came from, or one for several.
-        sources: what run.json says of each set that they came from: its name and SHA-256; of a public one
-            also where it is published, its revision and its licence.
-        has_calibration_split: whether the user's own part of it has a calibration split.
+        sha256: digest of the source file, or of the digests of several files.
+        sources: entries of run.json, one per source set: name and SHA-256; for a public set also its page,
+            revision and license.
+        has_calibration_split: whether a file or frame of the user has a calibration split.
     """
 
     name: str
@@ -127,111 +68,238 @@ class QuerySet:
     sources: tuple[Mapping[str, str], ...] = ()
     has_calibration_split: bool = False
 
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame) -> QuerySet:
+        """Build a query set from a data frame with the columns of a query file.
+
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"text": ["How do I pick a lock?", "Hi"], "harmful": [True, False]})
+        >>> QuerySet.from_frame(frame).name
+        'a frame of 2 queries'
+
+        Args:
+            frame: one row per query; the columns `text` and `harmful` are required.
+
+        Raises:
+            UserError: if a column, a value or a class is missing or invalid.
+        """
+        if missing := [name for name in ("text", "harmful") if name not in frame]:
+            raise UserError(f"the frame of queries lacks {' and '.join(missing)}; {QUERY_FILE_FORMAT}")
+        name = f"a frame of {len(frame)} queries"
+        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        queries = [
+            parse_query({str(column): value for column, value in row.items()}, number, name)
+            for number, row in enumerate(rows, 1)
+        ]
+        check_queries(queries, name)
+        if len({query.harmful for query in queries}) < 2:
+            missing_class = "benign" if queries[0].harmful else "harmful"
+            raise UserError(
+                f"{name} holds no {missing_class} query, and a defense is evaluated on both classes; add "
+                "some rows"
+            )
+        digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
+        query_set = cls(name, tuple(queries), digest, ({"name": name, "sha256": digest},))
+        return replace(query_set, has_calibration_split="calibration" in query_set.split_names)
+
     @property
     def split_names(self) -> set[str]:
-        """The splits that the set has."""
+        """The splits that occur in the set."""
         return {query.split for query in self.queries if query.split}
 
     def select_split(self, split: str | None) -> QuerySet:
-        """Return the queries of one split; None or "all" keeps them all.
+        """Return the queries of one split; None or "all" keeps every query.
 
-        Where only some of several sets have splits, the queries of the others belong to every one.
+        In a joined set, queries that come from a set without splits belong to every split.
         """
         if split is None or split == "all":
             return self
         if not self.split_names:
             raise UserError(
-                f"--split {split}: {self.name} has no column split; leave --split out to take all queries"
+                f"--split {split}: {self.name} has no column split; leave --split out to use all queries"
             )
         if split not in self.split_names:
             raise unknown_name_error("split", split, {*self.split_names, "all"})
         return self._replace_queries(query for query in self.queries if query.split in (split, None))
 
     def select_calibration(self) -> QuerySet | None:
-        """Return the user's own calibration split, which a readout is made from; None where there is none."""
+        """Return the user's own calibration split, for fitting a readout; None if there is none."""
         if not self.has_calibration_split:
             return None
         return self._replace_queries(query for query in self.queries if query.split == "calibration")
 
     def limit_queries(self, max_queries: int | None) -> QuerySet:
-        """Return at most so many queries, pairs kept whole and all categories in proportion."""
+        """Return at most `max_queries` queries, with whole pairs and proportional categories.
+
+        Args:
+            max_queries: 2 or more; None keeps every query.
+        """
         if max_queries is None:
             return self
         if max_queries < 2:
             raise UserError(
                 f"--limit {max_queries}: at least 2 queries are needed, a harmful and a benign one"
             )
-        units = defaultdict(list)
-        for query in self.queries:
-            units["pair" if query.pair else "alone", query.pair or query.id].append(query)
-        sizes = Counter(unit[0].category for unit in units.values())
-        seen: Counter[str] = Counter()
-        ranked = []
-        for unit in units.values():
-            category = unit[0].category
-            ranked.append(((seen[category] + 0.5) / sizes[category], unit))
-            seen[category] += 1
-        ranked.sort(key=lambda item: item[0])
-        # However few are taken, both classes are among them: a pair, or one query of each, goes first.
-        largest = sorted((unit for _, unit in ranked), key=len, reverse=True)
-        lead = [next((u for u in largest if any(q.harmful is side for q in u)), []) for side in (True, False)]
-        kept: set[str] = set()
-        for unit in (*lead, *(unit for _, unit in ranked)):
-            more = {query.id for query in unit} - kept
-            if len(kept) + len(more) <= max_queries:
-                kept |= more
-        return self._replace_queries(query for query in self.queries if query.id in kept)
+        ranked = _rank_units_by_category(_group_units(self.queries))
+        # A pair, or else one query of each class, comes first, so that a small limit covers both classes.
+        largest_first = sorted(ranked, key=len, reverse=True)
+        first_units = [
+            next((unit for unit in largest_first if any(query.harmful is harmful for query in unit)), [])
+            for harmful in (True, False)
+        ]
+        kept_ids: set[str] = set()
+        for unit in (*first_units, *ranked):
+            new_ids = {query.id for query in unit} - kept_ids
+            if len(kept_ids) + len(new_ids) <= max_queries:
+                kept_ids |= new_ids
+        return self._replace_queries(query for query in self.queries if query.id in kept_ids)
 
     def split_calibration_test(self, seed: int) -> QuerySet:
-        """Return the queries that ensembles are chosen on and reported on, each with its split.
+        """Return the queries on which ensembles are selected (calibration) and reported (test).
 
-        Those are the calibration and the test split. Where there are no such two, what is not for training is
-        parted by chance into two halves, pairs kept whole; so are queries without a split that another set
-        has been joined to.
+        A set that has both splits keeps them. Otherwise, all queries outside the training split are divided
+        at random into two halves, stratified by category and class, with whole pairs. Queries without a
+        split, from a set joined to one with splits, are divided in the same way.
         """
         usable = [query for query in self.queries if query.split != "train"]
-        both = {"calibration", "test"} <= self.split_names
-        units = defaultdict(list)
-        for query in usable:
-            if not (both and query.split):
-                units["pair" if query.pair else "alone", query.pair or query.id].append(query)
-        alike = defaultdict(list)
-        for unit in units.values():
-            alike[tuple(sorted(query.harmful for query in unit))].append(unit)
-        dealt: dict[str, str] = {}
-        for makeup, group in sorted(alike.items()):
-            random.Random(f"{seed}/{makeup}").shuffle(group)
-            group.sort(key=lambda unit: unit[0].category)  # as many of each category, and of each class
-            for place, unit in enumerate(group):
-                dealt |= {query.id: ("calibration", "test")[place % 2] for query in unit}
+        has_splits = {"calibration", "test"} <= self.split_names
+        strata = defaultdict(list)
+        for unit in _group_units(query for query in usable if not (has_splits and query.split)):
+            strata[tuple(sorted(query.harmful for query in unit))].append(unit)
+        assigned: dict[str, str] = {}
+        for classes, units in sorted(strata.items()):
+            random.Random(f"{seed}/{classes}").shuffle(units)
+            units.sort(key=lambda unit: unit[0].category)  # alternating then balances the categories
+            for index, unit in enumerate(units):
+                assigned |= {query.id: ("calibration", "test")[index % 2] for query in unit}
         return self._replace_queries(
-            replace(query, split=dealt.get(query.id, query.split)) for query in usable
+            replace(query, split=assigned.get(query.id, query.split)) for query in usable
         )
 
     def check_both_classes(self) -> QuerySet:
-        """Return the set if it holds both classes."""
+        """Return the set itself, or raise if a class is missing."""
         for harmful, name, other in ((True, "harmful", "plain"), (False, "benign", "everyday")):
             if not any(query.harmful == harmful for query in self.queries):
                 raise UserError(
-                    f"{self.name} holds no {name} query here: a defense is read on both classes; add some: "
-                    f"--data {self.name}+{other}"
+                    f"{self.name} holds no {name} query, and a defense is evaluated on both classes; add "
+                    f"some: --data {self.name}+{other}"
                 )
         return self
 
-    def _replace_queries(self, queries: Any) -> QuerySet:
+    def _replace_queries(self, queries: Iterable[Query]) -> QuerySet:
         return replace(self, queries=tuple(queries))
 
 
+def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> Query:
+    """Build a query from a row in the project's own format.
+
+    Args:
+        row: column → value, with at least `text` and `harmful`.
+        row_number: 1-based; makes the id of a row that has none.
+        source: file or set, for error messages.
+    """
+    query_id = _read_optional(row, "id") or f"q{row_number:04d}"
+    split, text = _read_optional(row, "split"), row["text"]
+    place = f"{source}, query {query_id!r}"
+    if not isinstance(text, str | None):
+        raise UserError(f"{place}: the text is {text!r}; it takes a string")
+    if not (text or "").strip():
+        raise UserError(f"{place}: the text is empty; write the request or remove the query")
+    harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
+    if harmful is None:
+        raise UserError(f"{place}: harmful is {row['harmful']!r}; it takes true or false")
+    if split is not None and split not in SPLIT_NAMES:
+        raise unknown_name_error(f"split in {place}:", split, SPLIT_NAMES)
+    return Query(
+        query_id,
+        str(text).strip(),
+        harmful,
+        category=_read_optional(row, "category") or "",
+        pair=_read_optional(row, "pair"),
+        split=split,
+        kind=_read_optional(row, "kind") or ("harmful" if harmful else "plain"),
+        image=_read_optional(row, "image"),
+    )
+
+
+def check_queries(queries: Sequence[Query], source: Path | str) -> None:
+    """Raise unless ids, splits and pairs are what the statistics assume.
+
+    Args:
+        queries: of one file or one set.
+        source: file or set, for error messages.
+
+    Raises:
+        UserError: if an id repeats, only some queries have a split, or a pair is no harmful-benign pair
+            within one split.
+    """
+    counts = Counter(query.id for query in queries)
+    repeated = [query_id for query_id, count in counts.items() if count > 1]
+    if repeated:
+        raise UserError(f"{source}: the id {repeated[0]!r} occurs more than once; ids have to be unique")
+    without_split = [query.id for query in queries if query.split is None]
+    if 0 < len(without_split) < len(queries):
+        raise UserError(
+            f"{source}: the query {without_split[0]!r} has no split, but others do; give each query one"
+        )
+    _check_pairs(queries, source)
+
+
 def choose_default_split(query_set: QuerySet) -> Literal["test", "all"]:
-    """Return the split to evaluate on: test where there is one, else all."""
+    """Return the split to evaluate on: test if the set has one, else all."""
     return "test" if "test" in query_set.split_names else "all"
 
 
 def sample_queries(queries: Sequence[Query], max_queries: int) -> list[Query]:
-    """Return up to `number` queries, half of each class, evenly spaced over the list."""
-    picked = []
+    """Return up to `max_queries` queries, half of each class, evenly spaced over the list."""
+    sample = []
     for harmful in (True, False):
-        side = [query for query in queries if query.harmful == harmful]
-        count = min(len(side), max_queries // 2)
-        picked += [side[i * len(side) // count] for i in range(count)]
-    return picked
+        members = [query for query in queries if query.harmful == harmful]
+        count = min(len(members), max_queries // 2)
+        sample += [members[index * len(members) // count] for index in range(count)]
+    return sample
+
+
+def _read_optional(row: Mapping[str, Any], column: str) -> str | None:
+    """Value of a column as text; None if it is missing or empty."""
+    value = row.get(column)
+    return None if value is None or value == "" else str(value)
+
+
+def _check_pairs(queries: Sequence[Query], source: Path | str) -> None:
+    pairs: dict[str, list[Query]] = defaultdict(list)
+    for query in queries:
+        if query.pair:
+            pairs[query.pair].append(query)
+    for name, members in pairs.items():
+        if len({query.split for query in members}) > 1:
+            raise UserError(f"{source}: the pair {name!r} is in two splits; put both queries into one split")
+        n_harmful = sum(query.harmful for query in members)
+        n_benign = len(members) - n_harmful
+        if n_harmful > 1 or n_benign > 1:
+            raise UserError(
+                f"{source}: the pair {name!r} has {n_harmful} harmful and {n_benign} benign queries; a pair "
+                "is one harmful query and its benign twin, so give the other queries other pair names or none"
+            )
+
+
+def _group_units(queries: Iterable[Query]) -> list[list[Query]]:
+    """Group queries into pairs and single queries, in the order of their first query."""
+    units = defaultdict(list)
+    for query in queries:
+        # A query's id may equal the name of a pair.
+        units["pair" if query.pair else "single", query.pair or query.id].append(query)
+    return list(units.values())
+
+
+def _rank_units_by_category(units: Sequence[list[Query]]) -> list[list[Query]]:
+    """Order units so that every leading part of the list holds the categories in proportion."""
+    sizes = Counter(unit[0].category for unit in units)
+    counts: Counter[str] = Counter()
+    positions = []
+    for unit in units:
+        category = unit[0].category
+        positions.append((counts[category] + 0.5) / sizes[category])
+        counts[category] += 1
+    order = sorted(range(len(units)), key=positions.__getitem__)
+    return [units[index] for index in order]

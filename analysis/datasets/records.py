@@ -1,4 +1,4 @@
-"""The rows of a .csv, .jsonl or .json file, as they stand in it; what is wrong is said in one line."""
+"""Read the rows of CSV, JSONL and JSON files, with one-line errors that name the place."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from typing import Any
 
 from defenses.errors import UserError, unknown_name_error
 
-RECORD_SUFFIXES = (".jsonl", ".csv")  # of a user's own files
+RECORD_SUFFIXES = (".jsonl", ".csv")  # formats of the user's own files
 
 
 def read_records(
     path: Path, required_columns: Sequence[str], format_hint: str
 ) -> tuple[list[dict[str, Any]], bytes]:
-    """Return the rows of a file and its bytes.
+    """Return the rows of a file, and its bytes.
 
     Args:
-        path: of a `.jsonl`; of a `.csv` with a head line (lines with # in front of that are skipped); or of a
-            `.json` that holds an object of objects, whose names become the column id.
-        required_columns: columns that must be there.
-        format_hint: said where the file is not what it must be.
+        path: a `.jsonl` file; a `.csv` file with a header (lines that start with # before it are skipped); or
+            a `.json` file with an object of objects, whose names become the column id.
+        required_columns: columns that the file must have.
+        format_hint: description of the expected format, for error messages.
+
+    Raises:
+        UserError: if the file cannot be read, holds no rows or lacks a column.
     """
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {format_hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     if path.suffix == ".csv":
         rows, columns = _parse_csv(path, text)
+    elif path.suffix == ".json":
+        rows, columns = _parse_json_objects(path, text, format_hint)
     else:
-        rows, columns = (_parse_json_objects if path.suffix == ".json" else _parse_jsonl)(
-            path, text, format_hint
-        )
+        rows, columns = _parse_jsonl(path, text, format_hint)
     if not rows:
         raise UserError(f"{path} holds no rows; {format_hint}")
     missing = [name for name in required_columns if name not in columns]
@@ -47,7 +50,7 @@ def read_records(
         raise UserError(
             f"{path} lacks {' and '.join(missing)} (has {', '.join(sorted(columns))}); {format_hint}"
         )
-    return rows, raw
+    return rows, content
 
 
 def _parse_csv(path: Path, text: str) -> tuple[list[dict[str, Any]], set[str]]:
@@ -57,14 +60,14 @@ def _parse_csv(path: Path, text: str) -> tuple[list[dict[str, Any]], set[str]]:
     try:
         names, rows = list(reader.fieldnames or ()), list(reader)
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: no CSV that can be read ({error})") from error
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
     if len(names) > len(set(names)):
-        raise UserError(f"{path} has two columns of one name ({', '.join(names)}); rename one")
+        raise UserError(f"{path} has two columns of the same name ({', '.join(names)}); rename one")
     for number, row in enumerate(rows, 1):
         if None in row:
             raise UserError(
-                f"{path}, row {number} has more values than {len(names)} columns; a text with commas goes "
-                "between double quotes"
+                f"{path}, row {number} has more values than the {len(names)} columns; put a text that "
+                "contains commas between double quotes"
             )
     return [dict(row) for row in rows], set(names)
 
@@ -77,11 +80,13 @@ def _parse_jsonl(path: Path, text: str, format_hint: str) -> tuple[list[dict[str
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); one object a line") from error
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error.msg}); write one object per line"
+            ) from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object; {format_hint}")
         rows.append(row)
-    return rows, set.intersection(*map(set, rows)) if rows else set()
+    return rows, _shared_columns(rows)
 
 
 def _parse_json_objects(path: Path, text: str, format_hint: str) -> tuple[list[dict[str, Any]], set[str]]:
@@ -92,4 +97,9 @@ def _parse_json_objects(path: Path, text: str, format_hint: str) -> tuple[list[d
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         raise UserError(f"{path}: not a JSON object of objects; {format_hint}")
     rows = [{"id": name, **row} for name, row in table.items()]
-    return rows, set.intersection(*map(set, rows)) if rows else set()
+    return rows, _shared_columns(rows)
+
+
+def _shared_columns(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """Columns that every row has."""
+    return set.intersection(*map(set, rows)) if rows else set()

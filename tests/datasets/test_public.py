@@ -266,7 +266,7 @@ BAD = {
         ["lacks goal", "has prompt, target", "goal, target"],
     ),
     "empty": ("xstest", "a.csv", "id,prompt,type,label\n", ["holds no rows", "id, prompt, type, label"]),
-    "kind": ("xstest", "a.parquet", "PAR1", ["a.parquet is no .csv file", "id, prompt, type, label"]),
+    "kind": ("xstest", "a.parquet", "PAR1", ["a.parquet is not a .csv file", "id, prompt, type, label"]),
     "label": ("xstest", "a.csv", "id,prompt,type,label\n1,Hi,t,maybe\n", ["query '1'", "harmful is 'maybe'"]),
     "ids": (
         "xstest",
@@ -274,7 +274,7 @@ BAD = {
         "id,prompt,type,label\n1,Hi,t,safe\n1,Yo,t,safe\n",
         ["id '1'", "more than once"],
     ),
-    "class": ("jbb", "a.csv", "Index,Goal,Category\n0,Hi,t\n", ["names tell", "harmful-behaviors.csv"]),
+    "class": ("jbb", "a.csv", "Index,Goal,Category\n0,Hi,t\n", ["known only from its name", "harmful-behaviors.csv"]),
     "turns": (
         "sorry-bench",
         "a.jsonl",
@@ -365,7 +365,7 @@ def test_a_set_is_fetched_once_from_its_pinned_address_its_licence_said_first(
     first = load_queries(f"{name}+{both}", notify=web.log.append)
     said, *urls = web.log[: 1 + len(card.files)]
     assert said.startswith(
-        f"Fetching {name}, licence {card.license}: about {card.kilobytes} kB from {card.page}"
+        f"Fetching {name}, license {card.license}: about {card.kilobytes} kB from {card.page}"
     )
     assert urls == list(web.pages)[slice(*span(web, name))] and card.revision in urls[0]
     notes = web.log[1 + len(card.files) :]
@@ -431,14 +431,14 @@ def test_offline_says_how_a_copy_is_read(web):
 
 def test_a_set_behind_a_consent_is_left_to_the_user(web):
     page = PUBLIC_DATASETS["sorry-bench"].page
-    refused(lambda: load_queries("sorry-bench"), "licence", page, "question.jsonl", "--data sorry-bench=PATH")
+    refused(lambda: load_queries("sorry-bench"), "license", page, "question.jsonl", "--data sorry-bench=PATH")
     assert web.log == []
 
 
 def test_only_https_is_believed(web, monkeypatch):
     pin(monkeypatch, "xstest")
     web.leads_to = "http://elsewhere.org/xstest_prompts.csv"
-    refused(lambda: load_queries("xstest"), "http://elsewhere.org", "not by https", "--data xstest=PATH")
+    refused(lambda: load_queries("xstest"), "http://elsewhere.org", "not https", "--data xstest=PATH")
     with pytest.raises(ValueError, match="only https"):
         fetch_file("http://elsewhere.org/x.csv", web.cache / "x.csv", None)
     assert not web.cache.exists()
@@ -447,12 +447,12 @@ def test_only_https_is_believed(web, monkeypatch):
 def test_a_file_that_is_too_large_is_dropped(web, monkeypatch):
     pin(monkeypatch, "xstest")
     monkeypatch.setattr("analysis.datasets.download._MAX_DOWNLOAD_BYTES", 20)
-    refused(lambda: load_queries("xstest"), "or over 0 MiB")
+    refused(lambda: load_queries("xstest"), "larger than 0 MiB")
 
 
 def test_a_web_that_does_not_answer_is_said(web, monkeypatch):
     web.pages.clear()
-    refused(lambda: load_queries("xstest"), "cannot fetch https://raw", "404 Not Found", "--data xstest=PATH")
+    refused(lambda: load_queries("xstest"), "cannot download https://raw", "404 Not Found", "--data xstest=PATH")
 
     def urlopen(url, timeout):
         raise urllib.error.URLError(OSError("Name or service not known"))
@@ -510,7 +510,7 @@ def test_what_two_sets_hold_is_asked_once_and_that_is_said():
     said = []
     data = load_queries("twins+plain", notify=said.append)
     assert len(data.queries) == 600 == len({query.text for query in data.queries})
-    assert said == ["note: 240 queries of twins+plain are in more than one of its sets; each is asked once"]
+    assert said == ["note: 240 queries of twins+plain occur in more than one of its sets; each is used once"]
 
 
 def test_a_split_is_taken_of_the_sets_that_have_splits_and_the_others_are_taken_whole(tmp_path):
