@@ -1,1 +1,1 @@
-"""Where in a model a defense acts: layers, parts, directions, causes. Token ids in, plain tables out."""
+"""Locate the effect of a defense in the network: layers, components, directions and interventions."""

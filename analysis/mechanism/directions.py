@@ -1,9 +1,9 @@
-"""What a model knows and how it acts: projections on a harmfulness and a refusal direction, layer by layer.
+"""Harmfulness and refusal directions of a model, and projections of queries on them, layer by layer.
 
-Models hold how harmful a request is at the last token of the user's words, and whether they will refuse where
-the answer begins (https://arxiv.org/abs/2507.11878). Both directions are differences of the classes' means
-over training queries (https://arxiv.org/abs/2406.11717); they are learned undefended, and held-out queries
-are projected on them undefended and defended.
+Models represent how harmful a request is at the last token of the user's text, and whether they will refuse
+at the position where the response begins (https://arxiv.org/abs/2507.11878). Both directions are differences
+of class means over training queries (https://arxiv.org/abs/2406.11717). They are learned without a defense;
+held-out queries are projected on them with and without the defense.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from analysis.mechanism.components import ModelComponents
     from analysis.models.session import ModelSession
 
-DIRECTION_NAMES = ("refusal", "harmfulness")  # at the answer's position, at the end of the user's words
+DIRECTION_NAMES = ("refusal", "harmfulness")  # at the response position, at the last token of the user's text
 _N_FOLDS = 5
+_PROMPTS_PER_PASS = 16
 ResidualStates = Float[Tensor, "queries 2 layers width"]
 
 
@@ -46,10 +47,10 @@ class ConceptDirections:
     """A refusal and a harmfulness direction for each layer.
 
     Attributes:
-        axes: difference of the classes' means, harmful less benign, over its squared length.
-        midpoints: between the means.
-        best_layers: of each direction, the layer at which it tells training queries apart best that it was not
-            learned from.
+        axes: difference of the class means, harmful minus benign, divided by its squared length.
+        midpoints: midpoint of the class means.
+        best_layers: for each direction, the layer with the highest cross-validated AUROC on the training
+            queries.
     """
 
     axes: Float[Tensor, "2 layers width"]
@@ -60,66 +61,57 @@ class ConceptDirections:
     def from_states(
         cls, states: ResidualStates, is_harmful: Bool[Tensor, " queries"], pairs: Sequence[str | None]
     ) -> ConceptDirections:
-        """Return the directions of training queries.
+        """Learn the directions from training queries.
 
         Args:
-            states: residual streams, see `held`.
+            states: residual streams from `record_residual_states`.
             is_harmful: class of each query.
-            pairs: the name of each one's pair, which is never parted.
+            pairs: pair of each query, or None; cross-validation never splits a pair.
         """
-        way, middle = _difference_of_means(states, is_harmful)
-        names = [one or f"query {place}" for place, one in enumerate(pairs)]
-        order = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        fold = torch.tensor([order[name] % _N_FOLDS for name in names])
-        values = torch.zeros(states.shape[:3])
-        for number in range(_N_FOLDS):
-            out = fold == number
-            if out.any():
-                learned = _difference_of_means(states[~out], is_harmful[~out])
-                values[out] = _project_on_axes(states[out], *learned)
-        # Of equals the earliest; where both classes hold the same, it is one half.
-        scores = np.array(
+        axes, midpoints = _difference_of_means(states, is_harmful)
+        groups = [pair or f"query {row}" for row, pair in enumerate(pairs)]
+        group_numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        fold_of_query = torch.tensor([group_numbers[group] % _N_FOLDS for group in groups])
+        projections = torch.zeros(states.shape[:3])
+        for fold in range(_N_FOLDS):
+            held_out = fold_of_query == fold
+            if held_out.any():
+                fold_axes, fold_midpoints = _difference_of_means(states[~held_out], is_harmful[~held_out])
+                projections[held_out] = _project_on_axes(states[held_out], fold_axes, fold_midpoints)
+        aurocs = np.array(
             [
                 [
-                    roc_auc_score(is_harmful.numpy(), values[:, which, layer].numpy())
+                    roc_auc_score(is_harmful.numpy(), projections[:, direction, layer].numpy())
                     for layer in range(states.shape[2])
                 ]
-                for which in range(2)
+                for direction in range(2)
             ]
         )
-        return cls(way, middle, (int(scores[0].argmax()), int(scores[1].argmax())))
+        # argmax takes the earliest of equal layers; identical states of both classes give an AUROC of one
+        # half.
+        return cls(axes, midpoints, (int(aurocs[0].argmax()), int(aurocs[1].argmax())))
 
     def project_states(self, states: ResidualStates) -> Float[Tensor, "queries 2 layers"]:
-        """Return how far along each direction: half at the mean of the harmful, minus half at the benign."""
+        """Project states on the directions: +½ is the mean of harmful queries, −½ that of benign ones."""
         return _project_on_axes(states, self.axes, self.midpoints)
-
-
-def _difference_of_means(states: ResidualStates, is_harmful: Tensor) -> tuple[Tensor, Tensor]:
-    harmful, benign = states[is_harmful].mean(0), states[~is_harmful].mean(0)
-    gap = harmful - benign
-    return gap / (gap * gap).sum(-1, keepdim=True).clamp_min(1e-12), (harmful + benign) / 2
-
-
-def _project_on_axes(states: Tensor, axes: Tensor, midpoints: Tensor) -> Tensor:
-    """How far along, of one layer or of all."""
-    return ((states - midpoints) * axes).sum(-1)
 
 
 def record_residual_states(
     session: ModelSession, components: ModelComponents, defense: Defense, queries: Sequence[Query]
 ) -> ResidualStates:
-    """Return the residual stream that enters each block, and the final norm, at both positions.
+    """Record the residual stream that enters each block and the final norm, at both positions.
 
-    Where a defense reads several prompts, what they hold is averaged.
+    The two positions are those of `DIRECTION_NAMES`. If a defense renders several prompts for a query, their
+    states are averaged.
 
     Args:
-        session: the model, and how queries are sent.
-        components: where its blocks are.
-        defense: prepared for it.
-        queries: what is asked.
+        session: the model and the attack.
+        components: components of the model.
+        defense: defense, prepared for the model.
+        queries: queries to read.
     """
     return _reduce_residual_states(
-        session, components, defense, queries, lambda layer, both: both, (components.width,)
+        session, components, defense, queries, lambda layer, states: states, (components.width,)
     )
 
 
@@ -130,20 +122,63 @@ def compute_projections(
     queries: Sequence[Query],
     directions: ConceptDirections,
 ) -> Float[Tensor, "queries 2 layers"]:
-    """Return what `directions.project` makes of what is held; the streams themselves are not kept.
+    """Project queries on the directions without keeping their residual streams.
 
     Args:
-        session: as for `held`.
-        components: as for `held`.
-        defense: as for `held`.
-        queries: as for `held`.
-        directions: of the model.
+        session: as in `record_residual_states`.
+        components: as in `record_residual_states`.
+        defense: as in `record_residual_states`.
+        queries: as in `record_residual_states`.
+        directions: directions of the model.
     """
 
-    def project(layer: int, both: Tensor) -> Tensor:
-        return _project_on_axes(both, directions.axes[:, layer], directions.midpoints[:, layer])
+    def project(layer: int, states: Tensor) -> Tensor:
+        return _project_on_axes(states, directions.axes[:, layer], directions.midpoints[:, layer])
 
     return _reduce_residual_states(session, components, defense, queries, project, ())
+
+
+def load_mean_activations(session: ModelSession, queries: Sequence[Query]) -> MeanActivations:
+    """Return the mean residual stream of each class at each layer, from the cache or newly computed.
+
+    Args:
+        session: the model; it is read undefended.
+        queries: training queries of both classes.
+    """
+    prompts = [
+        session.chat_template.render_prompt([Message(role="user", content=query.text)]).ids
+        for query in queries
+    ]
+    harmful = [query.harmful for query in queries]
+    inputs = {"prompts": prompts, "harmful": harmful}
+    computation = {**describe_computation(session.loaded_model), **inputs}
+    digest = hashlib.sha256(json.dumps(computation, sort_keys=True).encode()).hexdigest()
+    path = make_json_cache_path("residuals", session.loaded_model, inputs)
+    if (means := read_cached_json(path)) is None:
+        states = _last_token_states(session, prompts)
+        is_harmful = torch.tensor(harmful)
+        means = {
+            "harmful": states[is_harmful].mean(0).tolist(),
+            "benign": states[~is_harmful].mean(0).tolist(),
+        }
+        write_cached_json(path, means)
+    training_queries = frozenset(fingerprint_queries(query.text for query in queries))
+    return MeanActivations(
+        torch.tensor(means["harmful"]), torch.tensor(means["benign"]), training_queries, digest
+    )
+
+
+def _difference_of_means(states: ResidualStates, is_harmful: Tensor) -> tuple[Tensor, Tensor]:
+    """Axes and midpoints of the class means."""
+    harmful, benign = states[is_harmful].mean(0), states[~is_harmful].mean(0)
+    difference = harmful - benign
+    squared_length = (difference * difference).sum(-1, keepdim=True).clamp_min(1e-12)
+    return difference / squared_length, (harmful + benign) / 2
+
+
+def _project_on_axes(states: Tensor, axes: Tensor, midpoints: Tensor) -> Tensor:
+    """Projections of states on the axes of one layer or of all layers."""
+    return ((states - midpoints) * axes).sum(-1)
 
 
 def _reduce_residual_states(
@@ -154,85 +189,60 @@ def _reduce_residual_states(
     reduce_states: Callable[[int, Float[Tensor, "rows 2 width"]], Tensor],
     output_shape: tuple[int, ...],
 ) -> Tensor:
-    """What is kept of the streams at both positions, by query and layer."""
-    taps: dict[int, HookPoint] = {
+    """Apply `reduce_states` to each layer's stream at both positions; average over the prompts of a query."""
+    hook_points: dict[int, HookPoint] = {
         number: (layer.block, "enters") for number, layer in enumerate(components.layers)
     }
-    taps[len(taps)] = (components.final_norm.module, "enters")
-    flat, ends, owner = [], [], []
-    for row, (query, readings) in enumerate(
-        zip(queries, session.render_queries(defense, queries), strict=True)
-    ):
-        for prompt in readings:
-            users = mask_user_tokens(session.chat_template, prompt, session.attack.build_chat(query))
-            last = max((place for place, one in enumerate(users) if one), default=len(users) - 1)
-            flat.append(prompt.ids)
-            ends.append(len(prompt.ids) - last)
-            owner.append(row)
-    found = torch.zeros(len(queries), 2, len(taps), *output_shape)
-    owners = torch.tensor(owner)
+    hook_points[len(hook_points)] = (components.final_norm.module, "enters")
+    prompt_ids, n_positions, query_of_prompt = [], [], []
+    prompts_by_query = session.render_queries(defense, queries)
+    for row, (query, prompts) in enumerate(zip(queries, prompts_by_query, strict=True)):
+        for prompt in prompts:
+            user_mask = mask_user_tokens(session.chat_template, prompt, session.attack.build_chat(query))
+            last_user_token = max(
+                (position for position, is_user in enumerate(user_mask) if is_user),
+                default=len(user_mask) - 1,
+            )
+            prompt_ids.append(prompt.ids)
+            n_positions.append(len(prompt.ids) - last_user_token)
+            query_of_prompt.append(row)
+    sums = torch.zeros(len(queries), 2, len(hook_points), *output_shape)
+    owners = torch.tensor(query_of_prompt)
     with (
         torch.inference_mode(),
         defense.apply_to(session.loaded_model.model),
-        record_activations(session.engine, taps) as streams,
+        record_activations(session.engine, hook_points) as streams,
     ):
-        for rows, _ in session.engine.iterate_logits(flat, ends):
-            lengths = torch.tensor([ends[row] for row in rows])
+        for rows, _ in session.engine.iterate_logits(prompt_ids, n_positions):
+            lengths = torch.tensor([n_positions[row] for row in rows])
             stops = lengths.cumsum(0)
-            for layer in range(len(taps)):
+            for layer in range(len(hook_points)):
                 stream = streams[layer]
-                both = torch.stack([stream[stops - 1], stream[stops - lengths]], 1).float().cpu()
-                found[:, :, layer].index_add_(0, owners[rows], reduce_states(layer, both))
-    return found / torch.bincount(owners, minlength=len(queries)).view(-1, *[1] * (found.ndim - 1))
-
-
-_PROMPTS_PER_PASS = 16  # prompts in one pass
-
-
-def load_mean_activations(session: ModelSession, queries: Sequence[Query]) -> MeanActivations:
-    """Return the mean residual stream of either class at each layer, computed now or before.
-
-    Args:
-        session: the model, which is asked undefended.
-        queries: of the train split, both classes.
-    """
-    prompts = [
-        session.chat_template.render_prompt([Message(role="user", content=one.text)]).ids for one in queries
-    ]
-    harmful = [query.harmful for query in queries]
-    about = {"prompts": prompts, "harmful": harmful}
-    whole = {**describe_computation(session.loaded_model), **about}
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-    place = make_json_cache_path("residuals", session.loaded_model, about)
-    if (found := read_cached_json(place)) is None:
-        held = _last_token_states(session, prompts)
-        is_harmful = torch.tensor(harmful)
-        found = {"harmful": held[is_harmful].mean(0).tolist(), "benign": held[~is_harmful].mean(0).tolist()}
-        write_cached_json(place, found)
-    seen = frozenset(fingerprint_queries(query.text for query in queries))
-    return MeanActivations(torch.tensor(found["harmful"]), torch.tensor(found["benign"]), seen, digest)
+                states = torch.stack([stream[stops - 1], stream[stops - lengths]], 1).float().cpu()
+                sums[:, :, layer].index_add_(0, owners[rows], reduce_states(layer, states))
+    return sums / torch.bincount(owners, minlength=len(queries)).view(-1, *[1] * (sums.ndim - 1))
 
 
 def _last_token_states(session: ModelSession, prompt_ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """The residual stream that enters each block, at the last position of each prompt."""
-    model, found = session.loaded_model.model, []
+    model, batches = session.loaded_model.model, []
     for start in range(0, len(prompt_ids), _PROMPTS_PER_PASS):
         rows = [torch.tensor(ids) for ids in prompt_ids[start : start + _PROMPTS_PER_PASS]]
-        # Padding on the right comes too late for a causal model to see it.
+        # Padding goes on the right, where a causal model cannot attend to it from the prompt.
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        places = torch.arange(ids.shape[1], device=model.device).expand_as(ids)
+        positions = torch.arange(ids.shape[1], device=model.device).expand_as(ids)
         with torch.inference_mode():
-            out = model(
+            output = model(
                 input_ids=ids,
                 attention_mask=mask.to(model.device),
-                position_ids=places,
+                position_ids=positions,
                 output_hidden_states=True,
                 use_cache=False,
                 logits_to_keep=1,
             )
         last = [len(row) - 1 for row in rows]
-        # The last entry is what leaves the last block, behind the final norm: no block's input.
-        layers = [layer[range(len(rows)), last].float().cpu() for layer in out.hidden_states[:-1]]
-        found.append(torch.stack(layers, dim=1))
-    return torch.cat(found)
+        # The last hidden state is the output of the final norm, which no block reads.
+        layers = [layer[range(len(rows)), last].float().cpu() for layer in output.hidden_states[:-1]]
+        batches.append(torch.stack(layers, dim=1))
+    return torch.cat(batches)

@@ -1,4 +1,4 @@
-"""What a model holds where its prompts end: hooks on its own modules, while they are open."""
+"""Hooks on the model's own modules that record or edit hidden states."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ActivationEdit = Callable[[Tensor], Tensor | None]
 
 @contextmanager
 def edit_activations(hook_point: HookPoint, edit: ActivationEdit) -> Iterator[None]:
-    """While open, what enters or leaves a module is shown, and replaced by what comes back, if anything does.
+    """Call `edit` on the hidden states at a hook point within a context.
 
     Args:
-        hook_point: where.
-        edit: the hidden states → others in their place, or None.
+        hook_point: the module, and whether its input or its output is edited.
+        edit: maps the hidden states to their replacement, or returns None to leave them unchanged.
     """
     module, side = hook_point
     if side == "enters":
-        handle = module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True)
+        handle = module.register_forward_pre_hook(_make_input_hook(edit), with_kwargs=True)
     else:
-        handle = module.register_forward_hook(_output_hook(edit))
+        handle = module.register_forward_hook(_make_output_hook(edit))
     try:
         yield
     finally:
@@ -37,43 +37,45 @@ def edit_activations(hook_point: HookPoint, edit: ActivationEdit) -> Iterator[No
 
 @contextmanager
 def record_activations(engine: Engine, hook_points: Mapping[Any, HookPoint]) -> Iterator[RecordedActivations]:
-    """While open, what passes the taps is kept of each batch, where its prompts end, until the next batch.
+    """Record hidden states at the positions whose logits the engine reads, within a context.
+
+    The yielded mapping holds the activations of the current batch; the next batch overwrites them.
 
     Args:
-        engine: that runs the model.
-        hook_points: by the names under which they are found.
+        engine: engine that runs the model.
+        hook_points: hook points by the names under which their activations are recorded.
     """
-    held: RecordedActivations = {}
+    activations: RecordedActivations = {}
 
-    def keep(name: Any) -> ActivationEdit:
-        def kept(states: Tensor) -> None:
+    def make_recorder(name: Any) -> ActivationEdit:
+        def record(states: Tensor) -> None:
             if engine.logit_positions is not None:
-                rows, columns = (one.to(states.device) for one in engine.logit_positions)
-                held[name] = states[rows, columns]
+                rows, columns = (indices.to(states.device) for indices in engine.logit_positions)
+                activations[name] = states[rows, columns]
 
-        return kept
+        return record
 
     with ExitStack() as stack:
-        for name, tap in hook_points.items():
-            stack.enter_context(edit_activations(tap, keep(name)))
-        yield held
+        for name, hook_point in hook_points.items():
+            stack.enter_context(edit_activations(hook_point, make_recorder(name)))
+        yield activations
 
 
-def _input_hook(edit: ActivationEdit) -> Callable[..., Any]:
-    def hook(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        new = edit(args[0] if args else named["hidden_states"])
-        if new is None:
+def _make_input_hook(edit: ActivationEdit) -> Callable[..., Any]:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = edit(args[0] if args else kwargs["hidden_states"])
+        if states is None:
             return None
-        return ((new, *args[1:]), named) if args else (args, named | {"hidden_states": new})
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
     return hook
 
 
-def _output_hook(edit: ActivationEdit) -> Callable[..., Any]:
-    def hook(_: Any, args: Any, out: Any) -> Any:
-        new = edit(out[0] if isinstance(out, tuple) else out)
-        if new is None:
+def _make_output_hook(edit: ActivationEdit) -> Callable[..., Any]:
+    def hook(_: Any, args: Any, output: Any) -> Any:
+        states = edit(output[0] if isinstance(output, tuple) else output)
+        if states is None:
             return None
-        return (new, *out[1:]) if isinstance(out, tuple) else new
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
     return hook

@@ -1,4 +1,8 @@
-"""What interventions do to each margin: patches, their guess by slopes, cut attention, switched weights."""
+"""Interventions on paired runs: activation, attribution and weight patching, and attention knockout.
+
+`PairedRuns` computes the effect of each intervention on each margin; the functions after it average these
+effects into tables of shift and discrimination.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from torch import Tensor
 
 from analysis.mechanism.knockout import ATTENTION_READERS, compute_knockout_margin, mask_defense_tokens
-from analysis.mechanism.patching import ActivationPatch, ActivationPatcher, PromptIds, SiteActivations
+from analysis.mechanism.patching import (
+    LAYER_SITES,
+    ActivationPatch,
+    ActivationPatcher,
+    PromptIds,
+    SiteActivations,
+)
 from analysis.mechanism.weight_patching import compute_weight_patch_margins, list_weight_patches
 from analysis.models.loading import build_model_info
 from analysis.models.session import list_blend_members
 from analysis.stats.attribution import CONTRASTS, ContrastEstimator, make_part_columns
-from analysis.stats.tables import UNDEFENDED, ModelPart
-from analysis.studies.run_spec import PATCH_SITES
+from analysis.stats.tables import ModelPart
 from defenses.catalog import get_defense
 from defenses.contract import Defense
 
@@ -30,25 +40,55 @@ if TYPE_CHECKING:
     from analysis.models.chat_template import Prompt
     from analysis.models.session import ModelSession
     from analysis.readouts.readout import Readout
-    from analysis.studies.mechanism import MechanismStudy
 
 N_LAYER_RANGES = 4
-QUERIES_PER_CHUNK = 16  # queries whose activations are held at once
+QUERIES_PER_CHUNK = 16  # queries whose activations are held in memory together
+_NEUTRAL_CONTROL = "neutral_prompt"
 InterventionEffects = Float[np.ndarray, "queries columns"]
 QueryCallback = Callable[[], None]
 
 
 @dataclass(frozen=True)
+class PromptPatches:
+    """The patches of one prompt: a baseline, then one patch per site from each source.
+
+    Attributes:
+        baseline: the prompt's own activation at one site. It changes nothing, so its margin is the unpatched
+            one, computed in the same batch as the patched ones.
+        patches_by_source: by source, one patch per site; all sources have the same sites in the same order.
+    """
+
+    baseline: ActivationPatch
+    patches_by_source: Mapping[str, Sequence[ActivationPatch]]
+
+    def list_patches(self) -> list[ActivationPatch]:
+        """Return all patches in the order of the margins that `split_changes` takes."""
+        return [self.baseline, *(patch for patches in self.patches_by_source.values() for patch in patches)]
+
+    def split_changes(
+        self, margins: Float[Tensor, "prompts patches"]
+    ) -> dict[str, Float[Tensor, "prompts sites"]]:
+        """Return by how much each patch raises the margin above the baseline, by source.
+
+        Args:
+            margins: margins of several prompts, whose patches have the same sources and sites as these.
+        """
+        changes = margins[:, 1:] - margins[:, :1]
+        n_sites = [len(patches) for patches in self.patches_by_source.values()]
+        return dict(zip(self.patches_by_source, changes.split(n_sites, 1), strict=True))
+
+
+@dataclass(frozen=True)
 class PairedRuns:
-    """A defense beside the undefended model, on some queries, each of which is one prompt.
+    """The defended and the undefended run of some queries, each of which is a single prompt.
 
     Args:
-        session: the model, and how queries are sent.
-        components: where its parts lie.
-        readout: how logits become a margin.
-        undefended: nothing is done.
-        defense: prepared for the model.
-        queries: what is asked.
+        session: the model and the attack.
+        components: components of the model.
+        readout: readout that defines the margin.
+        undefended: defense of the undefended run, which changes nothing.
+        defense: defense of the defended run, prepared for the model.
+        queries: queries that both runs read.
     """
 
     session: ModelSession
@@ -59,56 +99,68 @@ class PairedRuns:
     queries: Sequence[Query]
 
     def reads_single_prompts(self) -> bool:
-        """Return whether each query is one prompt and one pass, which can be patched."""
-        several = any(len(one) > 1 for one in self._rendered_prompts[1])
-        return not several and not self.readout.questions and len(list_blend_members(self.defense)) == 1
+        """Return whether each query is one prompt and one forward pass, which interventions require."""
+        has_copies = any(len(prompts) > 1 for prompts in self._rendered_prompts[1])
+        return not has_copies and not self.readout.questions and len(list_blend_members(self.defense)) == 1
 
     @cached_property
     def _rendered_prompts(self) -> list[list[list[Prompt]]]:
-        """What the model reads for each query, undefended and defended: every step needs it."""
-        return [self.session.render_queries(one, self.queries) for one in (self.undefended, self.defense)]
+        """Prompts of each query, undefended and defended; cached because every intervention needs them."""
+        return [
+            self.session.render_queries(defense, self.queries) for defense in (self.undefended, self.defense)
+        ]
 
     def render_prompts(self, defense: Defense) -> list[Prompt]:
-        """Return what the model reads for each query."""
+        """Return the prompt of each query under a defense."""
         if defense is self.undefended or defense is self.defense:
-            readings = self._rendered_prompts[defense is self.defense]
+            prompts_by_query = self._rendered_prompts[defense is self.defense]
         else:
-            readings = self.session.render_queries(defense, self.queries)
-        return [one for (one,) in readings]
+            prompts_by_query = self.session.render_queries(defense, self.queries)
+        return [prompt for (prompt,) in prompts_by_query]
 
     def encode_prompts(self, defense: Defense) -> list[PromptIds]:
-        """Return the tokens of what the model reads for each query, up to where the answer is read."""
+        """Return the token ids of each query's prompt, up to the position where the response is read."""
         return [prompt.append_prefix(self.readout.response_prefix) for prompt in self.render_prompts(defense)]
 
     def count_added_tokens(self, defense: Defense) -> int:
-        """Return how many tokens a defense adds, by the median."""
-        both = zip(self.encode_prompts(defense), self.encode_prompts(self.undefended), strict=True)
-        return int(np.median([len(one) - len(other) for one, other in both]))
+        """Return the median number of tokens that a defense adds to a prompt."""
+        pairs = zip(self.encode_prompts(defense), self.encode_prompts(self.undefended), strict=True)
+        return int(np.median([len(defended) - len(undefended) for defended, undefended in pairs]))
 
     @property
     def patcher(self) -> ActivationPatcher:
-        """Who patches."""
+        """The activation patcher of this model and readout."""
         return ActivationPatcher(self.session, self.components, self.readout)
 
     def estimate_head_effects(
         self, on_progress: QueryCallback = lambda: None
     ) -> tuple[list[ModelPart], InterventionEffects]:
-        """Return every head, and what patching it into the undefended run would do by its slope there."""
+        """Estimate the effect of patching each head into the undefended run, by attribution patching.
+
+        Args:
+            on_progress: called after each query.
+
+        Returns:
+            All heads, and the estimated change of each margin (nats) by head.
+        """
         heads = [
             head for layer in range(len(self.components.layers)) for head in self.patcher.list_heads(layer)
         ]
-        both = [(one, self.encode_prompts(one)) for one in (self.undefended, self.defense)]
-        rows = []
-        for some in self._query_chunks():
-            before, after = (
-                self.patcher.record_site_activations(one, [ids[row] for row in some], heads)
-                for one, ids in both
+        undefended_ids = self.encode_prompts(self.undefended)
+        runs = [(self.undefended, undefended_ids), (self.defense, self.encode_prompts(self.defense))]
+        effects = []
+        for chunk in self._query_chunks():
+            undefended_states, defended_states = (
+                self.patcher.record_site_activations(defense, [ids[row] for row in chunk], heads)
+                for defense, ids in runs
             )
-            for row, old, new in zip(some, before, after, strict=True):
-                slope = self.patcher.compute_head_gradients(both[0][1][row])
-                rows.append([float((slope[head] * (new[head] - old[head])).sum()) for head in heads])
+            for row, before, after in zip(chunk, undefended_states, defended_states, strict=True):
+                gradients = self.patcher.compute_head_gradients(undefended_ids[row])
+                effects.append(
+                    [float((gradients[head] * (after[head] - before[head])).sum()) for head in heads]
+                )
                 on_progress()
-        return heads, np.array(rows)
+        return heads, np.array(effects)
 
     def patch_activations(
         self,
@@ -117,74 +169,95 @@ class PairedRuns:
         seed: int,
         on_progress: QueryCallback = lambda: None,
     ) -> dict[tuple[str, str], InterventionEffects]:
-        """Return by run that is patched and by source what each patch does to each margin.
+        """Return the effect of each patch on each margin, keyed by (patched run, activation source).
 
-        Into the undefended run: by how much the margin rises. Into the defended one: by how much it falls.
+        An effect is the rise of the margin (nats) if the undefended run is patched, and its fall if the
+        defended run is patched.
 
         Args:
-            sites: what is patched, each by itself.
-            controls: whose activations are put into the undefended run as well, by name.
-            seed: of the placebo.
-            on_progress: told when a query is finished in one of the two runs.
+            sites: sites that are patched one at a time.
+            controls: further defenses whose activations are patched into the undefended run, by name.
+            seed: seed of the placebo.
+            on_progress: called after each query of each of the two runs.
         """
-        runs = {"undefended": self.undefended, "defended": self.defense, **controls}
-        asked = {name: self.encode_prompts(defense) for name, defense in runs.items()}
-        found: dict[tuple[str, str], list[InterventionEffects]] = {}
-        for some in self._query_chunks():
-            ids = {name: [all_[row] for row in some] for name, all_ in asked.items()}
+        defense_by_run = {"undefended": self.undefended, "defended": self.defense, **controls}
+        ids_by_run = {name: self.encode_prompts(defense) for name, defense in defense_by_run.items()}
+        effects: dict[tuple[str, str], list[InterventionEffects]] = {}
+        for chunk in self._query_chunks():
+            ids = {name: [all_ids[row] for row in chunk] for name, all_ids in ids_by_run.items()}
             states = {
-                name: self.patcher.record_site_activations(one, ids[name], sites)
-                for name, one in runs.items()
+                name: self.patcher.record_site_activations(defense, ids[name], sites)
+                for name, defense in defense_by_run.items()
             }
-            for into, source in (("undefended", "defended"), ("defended", "undefended")):
-                others = tuple(controls) if into == "undefended" else ()
-                lists = [
-                    self._build_patches(sites, base, [held, *more], f"{seed}/{self.queries[row].id}/{into}")
-                    for row, base, held, *more in zip(
-                        some, states[into], states[source], *(states[name] for name in others), strict=True
+            for patched_run, source_run in (("undefended", "defended"), ("defended", "undefended")):
+                is_undefended = patched_run == "undefended"
+                source = "defense" if is_undefended else "undefended"
+                patches = [
+                    self._build_patches(
+                        sites,
+                        states[patched_run][position],
+                        source,
+                        states[source_run][position],
+                        {name: states[name][position] for name in (controls if is_undefended else ())},
+                        f"{seed}/{self.queries[row].id}/{patched_run}",
                     )
+                    for position, row in enumerate(chunk)
                 ]
-                read = self.patcher.compute_patched_margins(runs[into], ids[into], lists, on_progress)
-                change = (read[:, 1:] - read[:, :1]) * (1 if into == "undefended" else -1)
-                names = ("defense" if into == "undefended" else "undefended", "placebo", *others)
-                for name, values in zip(names, change.split(len(sites), 1), strict=True):
-                    found.setdefault((into, name), []).append(values.numpy())
-        return {key: np.concatenate(rows) for key, rows in found.items()}
+                margins = self.patcher.compute_patched_margins(
+                    defense_by_run[patched_run],
+                    ids[patched_run],
+                    [prompt_patches.list_patches() for prompt_patches in patches],
+                    on_progress,
+                )
+                sign = 1 if is_undefended else -1
+                for name, changes in patches[0].split_changes(margins).items():
+                    effects.setdefault((patched_run, name), []).append((changes * sign).numpy())
+        return {key: np.concatenate(chunks) for key, chunks in effects.items()}
 
     def _build_patches(
         self,
         sites: Sequence[ModelPart],
         base_activations: SiteActivations,
-        source_activations: Sequence[SiteActivations],
+        source: str,
+        source_activations: SiteActivations,
+        control_activations: Mapping[str, SiteActivations],
         seed_key: str,
-    ) -> list[ActivationPatch]:
-        """What is put into one prompt: its own (nothing changes), what others hold, the first's placebo."""
-        first, *more = source_activations
-        made = [(sites[0], base_activations[sites[0]]), *((site, first[site]) for site in sites)]
-        made += [
-            (site, self.patcher.draw_placebo(site, base_activations[site], first[site], seed_key))
-            for site in sites
-        ]
-        return made + [(site, other[site]) for other in more for site in sites]
+    ) -> PromptPatches:
+        """The patches of one prompt: from the source, a placebo of the same size, and from each control."""
+        patches_by_source = {
+            source: [(site, source_activations[site]) for site in sites],
+            "placebo": [
+                (
+                    site,
+                    self.patcher.draw_placebo(
+                        site, base_activations[site], source_activations[site], seed_key
+                    ),
+                )
+                for site in sites
+            ],
+        }
+        for name, activations in control_activations.items():
+            patches_by_source[name] = [(site, activations[site]) for site in sites]
+        return PromptPatches((sites[0], base_activations[sites[0]]), patches_by_source)
 
     def _query_chunks(self) -> list[range]:
-        """So many queries at once as what their runs hold may be kept of: arming weights takes time."""
-        count = len(self.queries)
+        """Chunks of queries whose activations fit in memory; larger chunks apply weights less often."""
+        n_queries = len(self.queries)
         return [
-            range(start, min(start + QUERIES_PER_CHUNK, count))
-            for start in range(0, count, QUERIES_PER_CHUNK)
+            range(start, min(start + QUERIES_PER_CHUNK, n_queries))
+            for start in range(0, n_queries, QUERIES_PER_CHUNK)
         ]
 
     def find_defense_tokens(self) -> list[list[bool]]:
-        """Return for each query which tokens of its prompt are the defense's own."""
-        behind = [False] * len(self.readout.response_prefix)
-        found = []
+        """Return for each query which tokens of its defended prompt the defense added."""
+        response_prefix = [False] * len(self.readout.response_prefix)
+        masks = []
         for query, prompt in zip(self.queries, self.render_prompts(self.defense), strict=True):
-            own = mask_defense_tokens(
+            mask = mask_defense_tokens(
                 self.session.chat_template, prompt, self.session.attack.build_chat(query)
             )
-            found.append(own if prompt.prefill else own + behind)
-        return found
+            masks.append(mask if prompt.prefill else mask + response_prefix)
+        return masks
 
     def measure_knockouts(
         self,
@@ -192,29 +265,34 @@ class PairedRuns:
         undefended_margins: Float[np.ndarray, " queries"],
         on_progress: QueryCallback = lambda: None,
     ) -> tuple[list[tuple[str, range]], InterventionEffects]:
-        """Return by reader and layers what is left of the change of each margin when attention is cut.
+        """Measure the effect of the defense that remains when attention to its tokens is blocked.
 
         Args:
-            defense_tokens: what `own_tokens` returned.
-            undefended_margins: the margins, undefended.
-            on_progress: told when a query is finished.
+            defense_tokens: result of `find_defense_tokens`.
+            undefended_margins: margins of the queries without the defense, nats.
+            on_progress: called after each query.
+
+        Returns:
+            The knockouts as (reader, layers), and the remaining change of each margin (nats) by knockout.
         """
         depth = len(self.components.layers)
-        edges = [round(depth * quarter / N_LAYER_RANGES) for quarter in range(N_LAYER_RANGES + 1)]
-        ranges = [range(start, stop) for start, stop in pairwise(edges) if stop > start]
-        ranges = [range(0), *ranges, range(depth)]
-        cells = [(reader, layers) for reader in ATTENTION_READERS for layers in ranges]
-        rows = []
+        edges = [round(depth * number / N_LAYER_RANGES) for number in range(N_LAYER_RANGES + 1)]
+        layer_ranges = [range(start, stop) for start, stop in pairwise(edges) if stop > start]
+        layer_ranges = [range(0), *layer_ranges, range(depth)]
+        knockouts = [(reader, layers) for reader in ATTENTION_READERS for layers in layer_ranges]
+        margins = []
         with self.defense.apply_to(self.session.loaded_model.model):
-            for ids, mine in zip(self.encode_prompts(self.defense), defense_tokens, strict=True):
-                rows.append(
+            for ids, hidden_tokens in zip(self.encode_prompts(self.defense), defense_tokens, strict=True):
+                margins.append(
                     [
-                        compute_knockout_margin(self.session, ids, mine, layers, reader, self.readout)
-                        for reader, layers in cells
+                        compute_knockout_margin(
+                            self.session, ids, hidden_tokens, layers, reader, self.readout
+                        )
+                        for reader, layers in knockouts
                     ]
                 )
                 on_progress()
-        return cells, np.array(rows) - undefended_margins[:, None]
+        return knockouts, np.array(margins) - undefended_margins[:, None]
 
     def measure_weight_patches(
         self,
@@ -222,28 +300,244 @@ class PairedRuns:
         undefended_margins: Float[np.ndarray, " queries"],
         on_progress: QueryCallback = lambda: None,
     ) -> tuple[list[tuple[str, int | None, str]], InterventionEffects]:
-        """Return what is switched on, and the change of each margin then, the prompt being the defended one.
+        """Measure the effect of the defended prompt with only some of the weight changes applied.
 
         Args:
-            weight_changes: what `switching.changed` returned.
-            undefended_margins: the margins, undefended.
-            on_progress: told when another switch is read.
+            weight_changes: result of `find_changed_weights`.
+            undefended_margins: margins of the queries without the defense, nats.
+            on_progress: called after each weight patch.
+
+        Returns:
+            The weight patches as (kind, layer, module), and the change of each margin (nats) by patch.
         """
         ids = self.encode_prompts(self.defense)
-        read = compute_weight_patch_margins(
+        margins = compute_weight_patch_margins(
             self.session, self.defense, weight_changes, ids, self.readout, on_progress
         )
-        named = [(how, layer, module) for how, layer, module, _ in list_weight_patches(weight_changes)]
-        return named, read.numpy() - undefended_margins[:, None]
+        patches = [(kind, layer, module) for kind, layer, module, _ in list_weight_patches(weight_changes)]
+        return patches, margins.numpy() - undefended_margins[:, None]
+
+
+@dataclass(frozen=True)
+class HeadEstimates:
+    """Effects of patching every head, estimated by attribution patching.
+
+    Attributes:
+        heads: all heads of the model.
+        contrasts: shift and discrimination of the estimated effects, one row per head.
+    """
+
+    heads: list[ModelPart]
+    contrasts: pd.DataFrame
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The contrasts with the columns that name each head."""
+        return pd.concat([make_part_columns(self.heads), self.contrasts], axis=1)
+
+    def choose_heads(self, n_top: int, seed: int) -> list[int]:
+        """Return the positions of the heads with the largest estimates, and of as many random others, sorted.
+
+        Args:
+            n_top: number of heads of either kind.
+            seed: seed of the random choice.
+        """
+        magnitudes = self.contrasts[list(CONTRASTS)].abs().max(axis=1).to_numpy()
+        order = list(np.argsort(-magnitudes))
+        random_heads = np.random.default_rng(seed).permutation(order[n_top:])[:n_top]
+        return sorted([*order[:n_top], *random_heads])
+
+    def compare_with_patches(self, positions: Sequence[int], patches: pd.DataFrame) -> list[dict[str, Any]]:
+        """Return the agreement of estimates and patches for each contrast.
+
+        Args:
+            positions: positions of the heads that were patched.
+            patches: table of `measure_patches` that contains these heads in this order.
+        """
+        patched = patches[
+            (patches["into"] == "undefended") & (patches["source"] == "defense") & (patches["kind"] == "head")
+        ]
+        return [
+            {
+                "contrast": contrast,
+                **compare_estimated_effects(
+                    self.contrasts[contrast].to_numpy()[positions], patched[contrast].to_numpy()
+                ),
+            }
+            for contrast in CONTRASTS
+        ]
+
+
+@dataclass(frozen=True)
+class LengthControl:
+    """A neutral system prompt that adds as many tokens as a defense.
+
+    Attributes:
+        name: name of the control defense, which is the activation source in the table of patches.
+        defense: the control, prepared for the model.
+        n_defense_tokens: median number of tokens that the defense adds.
+        n_control_tokens: median number of tokens that the control adds.
+    """
+
+    name: str
+    defense: Defense
+    n_defense_tokens: int
+    n_control_tokens: int
+
+
+def estimate_heads(
+    paired_runs: PairedRuns, estimator: ContrastEstimator, on_progress: QueryCallback = lambda: None
+) -> HeadEstimates:
+    """Estimate the effect of patching every head on shift and discrimination, by attribution patching.
+
+    Args:
+        paired_runs: the two runs.
+        estimator: estimator of contrasts over their queries.
+        on_progress: called after each query.
+    """
+    heads, effects = paired_runs.estimate_head_effects(on_progress)
+    return HeadEstimates(heads, estimator.estimate_contrasts(effects))
+
+
+def choose_patch_sites(
+    paired_runs: PairedRuns, sites: Sequence[str], heads: Sequence[ModelPart]
+) -> list[ModelPart]:
+    """Return the sites to patch: each selected kind in every layer, then single heads.
+
+    Args:
+        paired_runs: the two runs.
+        sites: kinds of site; those in `LAYER_SITES` count.
+        heads: heads that are patched one at a time.
+    """
+    return paired_runs.patcher.list_sites([kind for kind in LAYER_SITES if kind in sites], heads)
+
+
+def find_length_control(paired_runs: PairedRuns, seed: int) -> LengthControl | None:
+    """Return a neutral prompt that adds as many tokens as the defense; None if the defense adds none.
+
+    Args:
+        paired_runs: the two runs.
+        seed: seed of the control's text.
+    """
+    if (n_defense_tokens := paired_runs.count_added_tokens(paired_runs.defense)) < 1:
+        return None
+    loaded_model = paired_runs.session.loaded_model
+    model_info = build_model_info(loaded_model.name, loaded_model.tokenizer, seed)
+    length = n_defense_tokens
+    for _ in range(2):  # the system turn itself adds tokens, and may replace a default system turn
+        control = get_defense(_NEUTRAL_CONTROL, {"length": str(max(1, length))}).prepare(model_info)
+        n_control_tokens = paired_runs.count_added_tokens(control)
+        length += n_defense_tokens - n_control_tokens
+    return LengthControl(_NEUTRAL_CONTROL, control, n_defense_tokens, n_control_tokens)
+
+
+def measure_patches(
+    paired_runs: PairedRuns,
+    estimator: ContrastEstimator,
+    sites: Sequence[ModelPart],
+    controls: Mapping[str, Defense],
+    seed: int,
+    on_progress: QueryCallback = lambda: None,
+) -> pd.DataFrame:
+    """Patch activations and return shift and discrimination of each patch.
+
+    Args:
+        paired_runs: the two runs.
+        estimator: estimator of contrasts over their queries.
+        sites: sites that are patched one at a time.
+        controls: further defenses whose activations are patched into the undefended run, by name.
+        seed: seed of the placebo.
+        on_progress: called after each query of each of the two runs.
+
+    Returns:
+        One row per patched run (`into`), activation source (`source`) and site.
+    """
+    n_harmful, n_benign = estimator.class_sizes
+    effects = paired_runs.patch_activations(sites, controls, seed, on_progress)
+    tables = [
+        pd.concat([make_part_columns(sites), estimator.estimate_contrasts(changes)], axis=1).assign(
+            into=patched_run, source=source, n_harmful=n_harmful, n_benign=n_benign
+        )
+        for (patched_run, source), changes in effects.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def measure_knockout_table(
+    paired_runs: PairedRuns,
+    estimator: ContrastEstimator,
+    defense_tokens: Sequence[Sequence[bool]],
+    undefended_margins: Float[np.ndarray, " queries"],
+    on_progress: QueryCallback = lambda: None,
+) -> pd.DataFrame:
+    """Block attention to the defense's tokens and return the shift and discrimination that remain.
+
+    Args:
+        paired_runs: the two runs.
+        estimator: estimator of contrasts over their queries.
+        defense_tokens: result of `PairedRuns.find_defense_tokens`.
+        undefended_margins: margins of the queries without the defense, nats.
+        on_progress: called after each query.
+
+    Returns:
+        One row per reader and layer range, `first` to `last`; both are -1 if attention is blocked nowhere.
+    """
+    knockouts, effects = paired_runs.measure_knockouts(defense_tokens, undefended_margins, on_progress)
+    n_harmful, n_benign = estimator.class_sizes
+    return estimator.estimate_contrasts(effects).assign(
+        reader=[reader for reader, _ in knockouts],
+        first=[layers.start if layers else -1 for _, layers in knockouts],
+        last=[layers.stop - 1 for _, layers in knockouts],
+        n_harmful=n_harmful,
+        n_benign=n_benign,
+    )
+
+
+def measure_weight_patch_table(
+    paired_runs: PairedRuns,
+    estimator: ContrastEstimator,
+    weight_changes: WeightChanges,
+    undefended_margins: Float[np.ndarray, " queries"],
+    on_progress: QueryCallback = lambda: None,
+) -> pd.DataFrame:
+    """Apply parts of the defense's weight change and return shift and discrimination of each.
+
+    Args:
+        paired_runs: the two runs.
+        estimator: estimator of contrasts over their queries.
+        weight_changes: result of `find_changed_weights`.
+        undefended_margins: margins of the queries without the defense, nats.
+        on_progress: called after each weight patch.
+
+    Returns:
+        One row per weight patch: `how`, `layer` and `module` as in `list_weight_patches`.
+    """
+    patches, effects = paired_runs.measure_weight_patches(weight_changes, undefended_margins, on_progress)
+    n_harmful, n_benign = estimator.class_sizes
+    return estimator.estimate_contrasts(effects).assign(
+        how=[kind for kind, _, _ in patches],
+        layer=pd.array([layer for _, layer, _ in patches], dtype="Int64"),
+        module=[module for *_, module in patches],
+        n_harmful=n_harmful,
+        n_benign=n_benign,
+    )
 
 
 def compare_estimated_effects(
     estimated_effects: Float[np.ndarray, " heads"], patched_effects: Float[np.ndarray, " heads"]
 ) -> dict[str, float | None]:
-    """Return how well slopes rank and size the effects of patches.
+    """Return how well estimated effects rank and size the effects of patches.
 
     >>> compare_estimated_effects(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))["rank_correlation"]
     1.0
+
+    Args:
+        estimated_effects: effects from attribution patching, nats.
+        patched_effects: effects of the same heads from activation patching, nats.
+
+    Returns:
+        The number of heads, Spearman's rank correlation (None for fewer than 3 heads), the mean absolute
+        error and the mean absolute effect of a patch, both in nats.
     """
     from scipy.stats import spearmanr
 
@@ -255,136 +549,3 @@ def compare_estimated_effects(
         "mean_error": float(np.abs(estimated_effects - patched_effects).mean()),
         "mean_size": float(np.abs(patched_effects).mean()),
     }
-
-
-_NEUTRAL_CONTROL = "neutral_prompt"
-
-
-def measure_interventions(
-    study: MechanismStudy,
-    session: ModelSession,
-    attack: str,
-    condition: str,
-    undefended: Defense,
-    defense: Defense,
-) -> None:
-    """Patch, cut and switch one defense, on the sample.
-
-    Args:
-        study: of the run; what is found is added to it.
-        session: that asks under the attack.
-        attack: its name.
-        condition: of the defense.
-        undefended: what it is compared with.
-        defense: itself.
-    """
-    from analysis.mechanism.knockout import describe_unsupported_attention
-    from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
-
-    pair = PairedRuns(
-        session, study.components, study.setup.readout, undefended, defense, study.intervention_queries
-    )
-    if study.setup.readout.questions:
-        study.add_notice(
-            f"no interventions: --readout {study.setup.readout.name} asks several questions about a query"
-        )
-        return
-    if not pair.reads_single_prompts():
-        study.add_notice(
-            f"{condition} reads several prompts, or several models, for one query: it is not intervened on"
-        )
-        return
-    asked = study.group_queries(study.intervention_queries)
-    sizes = dict(zip(("n_harmful", "n_benign"), asked.class_sizes, strict=True))
-    ids = [query.id for query in study.intervention_queries]
-    before = study.scores.select_condition(attack, UNDEFENDED).loc[ids, "margin"].to_numpy(float)
-    with study.record_failures(attack, condition, defense):
-        _patch_condition(study, pair, asked, attack, condition)
-    with study.record_failures(attack, condition, defense):
-        own = pair.find_defense_tokens()
-        if why := describe_unsupported_attention(session.loaded_model.model):
-            study.add_notice(f"no cuts: {why}")
-        elif any(map(any, own)):
-            if not all(map(any, own)):
-                study.add_notice(
-                    f"{condition} has no tokens of its own in some prompts, which are left as they are"
-                )
-            with study.show_progress(f"cutting attention to {condition}", len(ids)) as done:
-                cells, left = pair.measure_knockouts(own, before, done)
-            found = asked.estimate_contrasts(left).assign(
-                reader=[reader for reader, _ in cells],
-                first=[layers.start if layers else -1 for _, layers in cells],
-                last=[layers.stop - 1 for _, layers in cells],
-            )
-            study.add_condition_tables(attack, condition, cuts=found.assign(**sizes))
-    with study.record_failures(attack, condition, defense):
-        if weights := find_changed_weights(session.loaded_model.model, defense):
-            with study.show_progress(f"switching {condition} on", len(list_weight_patches(weights))) as done:
-                named, change = pair.measure_weight_patches(weights, before, done)
-            found = asked.estimate_contrasts(change).assign(
-                how=[how for how, _, _ in named],
-                layer=pd.array([layer for _, layer, _ in named], dtype="Int64"),
-                module=[module for *_, module in named],
-            )
-            study.add_condition_tables(attack, condition, weights=found.assign(**sizes))
-
-
-def _patch_condition(
-    study: MechanismStudy,
-    paired_runs: PairedRuns,
-    effect_queries: ContrastEstimator,
-    attack: str,
-    condition: str,
-) -> None:
-    """Patch every layer and the top heads; compare heads with what their slopes say."""
-    wanted, heads = study.options, []
-    if "heads" in wanted.sites:
-        with study.show_progress(
-            f"slopes of heads under {condition}", len(study.intervention_queries)
-        ) as done:
-            every, guessed = paired_runs.estimate_head_effects(done)
-        slopes = effect_queries.estimate_contrasts(guessed)
-        size = slopes[list(CONTRASTS)].abs().max(axis=1).to_numpy()
-        order = list(np.argsort(-size))
-        chance = np.random.default_rng(study.seed).permutation(order[wanted.n_top :])[: wanted.n_top]
-        picked = sorted([*order[: wanted.n_top], *chance])
-        heads = [every[place] for place in picked]
-        study.add_condition_tables(
-            attack, condition, slopes=pd.concat([make_part_columns(every), slopes], axis=1)
-        )
-    sites = paired_runs.patcher.list_sites([kind for kind in PATCH_SITES[:-1] if kind in wanted.sites], heads)
-    if not sites:
-        return
-    controls = _prepare_neutral_control(study, paired_runs, condition)
-    with study.show_progress(f"patching {condition}", 2 * len(study.intervention_queries)) as done:
-        changes = paired_runs.patch_activations(sites, controls, study.seed, done)
-    harmful, benign = effect_queries.class_sizes
-    for (into, source), change in changes.items():
-        found = pd.concat([make_part_columns(sites), effect_queries.estimate_contrasts(change)], axis=1)
-        found = found.assign(into=into, source=source, n_harmful=harmful, n_benign=benign)
-        study.add_condition_tables(attack, condition, patches=found)
-        if heads and (into, source) == ("undefended", "defense"):
-            exact = found[found["kind"] == "head"]
-            for contrast in CONTRASTS:
-                both = slopes[contrast].to_numpy()[picked], exact[contrast].to_numpy()
-                about = {"attack": attack, "defense": condition, "contrast": contrast}
-                study.slope_agreement.append(about | compare_estimated_effects(*both))
-
-
-def _prepare_neutral_control(
-    study: MechanismStudy, paired_runs: PairedRuns, condition: str
-) -> dict[str, Defense]:
-    """A neutral prompt as long as the defense's."""
-    if (wanted := paired_runs.count_added_tokens(paired_runs.defense)) < 1:
-        study.add_notice(f"{condition} makes prompts no longer: no neutral prompt is patched for comparison")
-        return {}
-    host = build_model_info(
-        paired_runs.session.loaded_model.name, paired_runs.session.loaded_model.tokenizer, study.seed
-    )
-    length = wanted
-    for _ in range(2):  # turns and breaks come with it, and a default system turn may go
-        control = get_defense(_NEUTRAL_CONTROL, {"length": str(max(1, length))}).prepare(host)
-        adds = paired_runs.count_added_tokens(control)
-        length += wanted - adds
-    study.neutral_prompts.append({"defense": condition, "tokens": wanted, "control_tokens": adds})
-    return {_NEUTRAL_CONTROL: control}

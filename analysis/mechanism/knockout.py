@@ -1,7 +1,7 @@
-"""Causes: attention to a defense's own tokens is cut in some layers (attention knockout).
+"""Attention knockout: block attention to a defense's own tokens in a range of layers.
 
-After https://arxiv.org/abs/2304.14767: what an edge of attention carries is seen by taking the edge away.
-Which tokens are the defense's own shows in the chat: they are in its messages, and not in the user's words.
+After https://arxiv.org/abs/2304.14767: the effect of an attention edge is measured by removing it. A
+defense's own tokens are those of its messages that are not the user's text.
 """
 
 from __future__ import annotations
@@ -24,60 +24,49 @@ if TYPE_CHECKING:
     from analysis.models.session import ModelSession
     from analysis.readouts.readout import Readout
 
+# Positions from which attention is blocked: the response position only, or all positions after the tokens.
 ATTENTION_READERS = ("answer", "everything")
 
 
 def find_token_offsets(chat_template: ChatTemplate, prompt: Prompt) -> list[int]:
-    """Return where each token begins in a prompt's text, and where the last one ends."""
+    """Return where each token begins in the prompt's text, followed by where the last one ends."""
     return [len(chat_template.decode_tokens(prompt.ids[:count])) for count in range(len(prompt.ids) + 1)]
 
 
 def mask_user_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> list[bool]:
-    """Return which tokens are the user's words; where they were reworded, what stands in their place.
+    """Return which tokens belong to the user's text, or to the text that replaced it.
 
     Args:
-        chat_template: that made the prompt.
-        prompt: as the model reads it.
-        chat: the chat as the user, or the attacker, sent it.
+        chat_template: chat template that rendered the prompt.
+        prompt: prompt that the model reads.
+        chat: chat that the user or the attacker sent.
     """
     return _tokens_in_spans(find_token_offsets(chat_template, prompt), _user_text_spans(prompt, chat))
 
 
 def mask_defense_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> list[bool]:
-    """Return which tokens are the defense's own: what its messages say beside the user's words.
+    """Return which tokens the defense added: those of its messages that are not the user's text.
 
     Args:
-        chat_template: that made the prompt.
-        prompt: as the model reads it.
-        chat: the chat as the user, or the attacker, sent it.
+        chat_template: chat template that rendered the prompt.
+        prompt: prompt that the model reads.
+        chat: chat that the user or the attacker sent.
     """
-    sent = {message["content"].strip() for message in chat}
+    sent_texts = {message["content"].strip() for message in chat}
     texts = [*(message["content"].strip() for message in prompt.chat), prompt.prefill.strip()]
-    spans, rest = [], prompt.text
-    # The longest first, each where no other is: a template may put turns in another order.
+    defense_spans, unassigned_text = [], prompt.text
+    # Longest first, each text in a place of its own, because a template may change the order of the turns.
     for text in sorted(filter(None, texts), key=len)[::-1]:
-        if (begin := rest.find(text)) < 0:
+        if (start := unassigned_text.find(text)) < 0:
             continue
-        rest = rest[:begin] + "\0" * len(text) + rest[begin + len(text) :]
-        if text not in sent:  # else an attacker's, or the user's
-            spans.append((begin, begin + len(text)))
-    bounds = find_token_offsets(chat_template, prompt)
-    said, users = _tokens_in_spans(bounds, spans), _tokens_in_spans(bounds, _user_text_spans(prompt, chat))
-    return [one and not other for one, other in zip(said, users, strict=True)]
-
-
-def _user_text_spans(prompt: Prompt, chat: Chat) -> list[tuple[int, int]]:
-    """Where in the prompt's text the user's words stand; nowhere if they cannot be found."""
-    words, turn = get_last_user_text(chat).strip(), get_last_user_text(prompt.chat).strip()
-    text = words if words in turn else turn
-    begin = prompt.text.rfind(text)
-    return [(begin, begin + len(text))] if begin >= 0 and text else []
-
-
-def _tokens_in_spans(token_offsets: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each token has text inside of one of the spans."""
-    pairs = list(pairwise(token_offsets))
-    return [any(begin < stop and end > start for start, stop in spans) for begin, end in pairs]
+        stop = start + len(text)
+        unassigned_text = unassigned_text[:start] + "\0" * len(text) + unassigned_text[stop:]
+        if text not in sent_texts:  # texts in the chat are the user's or the attacker's
+            defense_spans.append((start, stop))
+    offsets = find_token_offsets(chat_template, prompt)
+    defense_mask = _tokens_in_spans(offsets, defense_spans)
+    user_mask = _tokens_in_spans(offsets, _user_text_spans(prompt, chat))
+    return [in_defense and not in_user for in_defense, in_user in zip(defense_mask, user_mask, strict=True)]
 
 
 def compute_knockout_margin(
@@ -88,39 +77,36 @@ def compute_knockout_margin(
     reader: str,
     readout: Readout,
 ) -> float:
-    """Return the margin of a prompt with attention to some of its tokens cut.
+    """Return the margin of a prompt with attention to some of its tokens blocked, in nats.
 
     Args:
-        session: the model, armed or not.
-        prompt_ids: token ids.
-        hidden_tokens: which tokens are not seen.
-        layers: in which they are not seen.
-        reader: by whom: the answer's position alone, or everything behind them.
-        readout: how logits become a margin.
+        session: the model, with or without a defense applied.
+        prompt_ids: token ids of the prompt.
+        hidden_tokens: whether attention to each token is blocked.
+        layers: layers in which attention is blocked.
+        reader: positions from which attention is blocked, one of `ATTENTION_READERS`.
+        readout: readout that defines the margin.
     """
-    hidden = torch.tensor(hidden_tokens)[None].expand(len(prompt_ids), -1).clone()
+    blocked_edges = torch.tensor(hidden_tokens)[None].expand(len(prompt_ids), -1).clone()
     if reader == "answer":
-        hidden[:-1] = False
+        blocked_edges[:-1] = False
     else:
-        hidden[torch.tensor(hidden_tokens)] = False  # they still see each other
-    hidden.fill_diagonal_(False)  # and each token itself
-    with torch.inference_mode(), knock_out_attention(session.loaded_model.model, layers, hidden):
+        blocked_edges[torch.tensor(hidden_tokens)] = False  # hidden tokens still attend to each other
+    blocked_edges.fill_diagonal_(False)  # every token attends to itself
+    with torch.inference_mode(), knock_out_attention(layers, blocked_edges):
         ((_, logits),) = session.engine.iterate_logits([prompt_ids], [1], share_prefix=False)
     return float(readout.compute_margins(logits)[0, 0])
 
 
 @contextmanager
-def knock_out_attention(
-    model: Any, layers: range, blocked_edges: Bool[Tensor, "tokens tokens"]
-) -> Iterator[None]:
-    """While open, some tokens of the one prompt that is read do not see some others.
+def knock_out_attention(layers: range, blocked_edges: Bool[Tensor, "tokens tokens"]) -> Iterator[None]:
+    """Block attention edges of a single prompt within a context, in every model with `sdpa` attention.
 
     Args:
-        model: of transformers, whose attention must go through its interface to PyTorch's kernel.
-        layers: in which.
-        blocked_edges: which token does not see which.
+        layers: layers in which the edges are blocked.
+        blocked_edges: whether the token of the row cannot attend to the token of the column.
     """
-    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    original_attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
         module: Any,
@@ -128,28 +114,43 @@ def knock_out_attention(
         key: Float[Tensor, "1 groups tokens size"],
         value: Float[Tensor, "1 groups tokens width"],
         attention_mask: Tensor | None,
-        **more: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if module.layer_idx in layers:
-            seen = ~blocked_edges.to(query.device)
+            allowed = ~blocked_edges.to(query.device)
             if attention_mask is None:
-                attention_mask = (seen & torch.ones_like(seen).tril())[None, None]
+                attention_mask = (allowed & torch.ones_like(allowed).tril())[None, None]
             elif attention_mask.dtype == torch.bool:
-                attention_mask = attention_mask & seen
+                attention_mask = attention_mask & allowed
             else:
-                attention_mask = attention_mask.masked_fill(~seen, torch.finfo(attention_mask.dtype).min)
-        return usual(module, query, key, value, attention_mask, **more)
+                attention_mask = attention_mask.masked_fill(~allowed, torch.finfo(attention_mask.dtype).min)
+        return original_attention(module, query, key, value, attention_mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original_attention
 
 
 def describe_unsupported_attention(model: Any) -> str:
-    """Return why attention of a model cannot be cut; empty where it can."""
+    """Return why attention of a model cannot be blocked; empty if it can."""
     kind = model.config.get_text_config()._attn_implementation
-    return (
-        "" if kind == "sdpa" else f"attention of this {type(model).__name__} is {kind}, which cannot be cut"
-    )
+    if kind == "sdpa":
+        return ""
+    return f"{type(model).__name__} uses {kind} attention, and attention knockout needs sdpa"
+
+
+def _user_text_spans(prompt: Prompt, chat: Chat) -> list[tuple[int, int]]:
+    """The span of the user's text in the prompt's text; empty if it is not in there."""
+    sent_text, read_text = get_last_user_text(chat).strip(), get_last_user_text(prompt.chat).strip()
+    text = sent_text if sent_text in read_text else read_text
+    start = prompt.text.rfind(text)
+    return [(start, start + len(text))] if start >= 0 and text else []
+
+
+def _tokens_in_spans(token_offsets: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token overlaps one of the spans."""
+    return [
+        any(begin < stop and end > start for start, stop in spans) for begin, end in pairwise(token_offsets)
+    ]

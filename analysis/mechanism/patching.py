@@ -1,8 +1,9 @@
-"""Causes: what one run holds where its answer begins is put into the other run (activation patching).
+"""Activation patching and attribution patching at the response position.
 
-Only the last position is patched, and nothing after it exists, so all that stands before it is computed once;
-then the last token is read for all sites at once, a row of the batch for each. Attribution patching
-(https://arxiv.org/abs/2310.10348) guesses the effect of every head from one backward pass through that token.
+Activations of one run replace those of another at the last position of the prompt. No token comes after it,
+so everything before it is computed once; then the last token is read for all sites in one batch, one row per
+site. Attribution patching (https://arxiv.org/abs/2310.10348) estimates the effect of every head from one
+backward pass through the last token.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ if TYPE_CHECKING:
     from analysis.models.session import ModelSession
     from analysis.readouts.readout import Readout
 
-PATCHES_PER_PASS = 128  # copies of a last token in one pass
+LAYER_SITES = ("residual", "attention", "mlp")  # sites that every layer has once
+PATCHES_PER_PASS = 128  # copies of the last token in one pass
 PromptIds = tuple[int, ...]
-Activation = Tensor  # what is held at one position: the stream's width, or that of a head
+Activation = Tensor  # at one position, of the width of the residual stream or of a head
 SiteActivations = dict[ModelPart, Activation]
 ActivationPatch = tuple[ModelPart, Activation]
 
 
 @dataclass(frozen=True)
 class ActivationPatcher:
-    """Who puts activations of one run into another, prompt by prompt.
+    """Patches activations from one run into another, prompt by prompt.
 
     Args:
         session: the model.
-        components: where its parts lie.
-        readout: how logits become a margin.
+        components: components of the model.
+        readout: readout that defines the margin.
     """
 
     session: ModelSession
@@ -50,28 +52,40 @@ class ActivationPatcher:
     readout: Readout
 
     def list_sites(self, kinds: Sequence[str], heads: Sequence[ModelPart] = ()) -> list[ModelPart]:
-        """Return the sites of some kinds in every layer, and some heads.
+        """Return the sites of the given kinds in every layer, followed by single heads.
 
         Args:
-            kinds: of residual (what leaves a block), attention, mlp.
-            heads: that are patched by themselves.
+            kinds: some of `LAYER_SITES`: the output of a block (residual), of its attention, or of its MLP.
+            heads: heads that are patched one at a time.
         """
         layers = range(len(self.components.layers))
-        return [*(ModelPart(kind, number) for kind in kinds for number in layers), *heads]
+        return [*(ModelPart(kind, layer) for kind in kinds for layer in layers), *heads]
+
+    def list_heads(self, layer: int) -> list[ModelPart]:
+        """Return the heads of a layer."""
+        return [ModelPart("head", layer, head) for head in range(self.components.n_heads)]
 
     def record_site_activations(
         self, defense: Defense, prompts: Sequence[PromptIds], sites: Sequence[ModelPart]
     ) -> list[SiteActivations]:
-        """Return what a run holds at every site, at the end of each of its prompts."""
-        taps = {site: self._hook_point(site) for site in sites}
-        found: dict[int, SiteActivations] = {}
+        """Return the activations of a run at every site, at the last position of each prompt.
+
+        Args:
+            defense: defense that is applied to the model.
+            prompts: token ids of the prompts under this defense.
+            sites: sites to record.
+        """
+        hook_points = {site: self._get_hook_point(site) for site in sites}
+        activations_by_row: dict[int, SiteActivations] = {}
         engine = self.session.engine
-        armed = defense.apply_to(self.session.loaded_model.model)
-        with torch.inference_mode(), armed, record_activations(engine, taps) as held:
+        applied = defense.apply_to(self.session.loaded_model.model)
+        with torch.inference_mode(), applied, record_activations(engine, hook_points) as recorded:
             for rows, _ in engine.iterate_logits(prompts, [1] * len(prompts)):
-                for place, row in enumerate(rows):
-                    found[row] = {site: self._select_head(site, held[site][place]) for site in sites}
-        return [found[row] for row in range(len(prompts))]
+                for batch_row, row in enumerate(rows):
+                    activations_by_row[row] = {
+                        site: self._select_head(site, recorded[site][batch_row]) for site in sites
+                    }
+        return [activations_by_row[row] for row in range(len(prompts))]
 
     def compute_patched_margins(
         self,
@@ -80,109 +94,108 @@ class ActivationPatcher:
         patches: Iterable[Sequence[ActivationPatch]],
         on_progress: Callable[[], None] = lambda: None,
     ) -> Float[Tensor, "prompts patches"]:
-        """Return the margin of each prompt under each of its patches, each by itself.
+        """Return the margin of each prompt under each of its patches, applied one at a time.
 
         Args:
-            defense: of the run that is patched.
-            prompts: of that run.
-            patches: for each prompt where, and what is held there instead.
-            on_progress: told when a prompt is finished.
+            defense: defense of the run that is patched.
+            prompts: token ids of the prompts in that run.
+            patches: patches of each prompt, equally many: the site and the activation that it receives.
+            on_progress: called after each prompt.
         """
-        found = []
-        size = PATCHES_PER_PASS
+        margins = []
+        pass_size = PATCHES_PER_PASS
         with torch.inference_mode(), defense.apply_to(self.session.loaded_model.model):
-            for prompt, mine in zip(prompts, patches, strict=True):
+            for prompt, prompt_patches in zip(prompts, patches, strict=True):
                 with _explain_out_of_memory(prompt):
-                    read = self.session.engine.make_last_token_reader(prompt)
-                rows: list[Tensor] = []
-                while (start := sum(map(len, rows))) < len(mine):
-                    some = mine[start : start + size]
+                    read_logits = self.session.engine.make_last_token_reader(prompt)
+                chunks: list[Tensor] = []
+                while (start := sum(map(len, chunks))) < len(prompt_patches):
+                    chunk = prompt_patches[start : start + pass_size]
                     try:
-                        rows.append(self._margins_in_one_pass(read, some))
+                        chunks.append(self._margins_in_one_pass(read_logits, chunk))
                     except RuntimeError as error:
-                        if not is_out_of_memory(error) or len(some) == 1:
+                        if not is_out_of_memory(error) or len(chunk) == 1:
                             with _explain_out_of_memory(prompt):
                                 raise
-                        size = len(some) // 2
-                found.append(torch.cat(rows))
+                        pass_size = len(chunk) // 2
+                margins.append(torch.cat(chunks))
                 on_progress()
-        return torch.stack(found)
-
-    def _margins_in_one_pass(
-        self, read_logits: Callable[[int], Tensor], patches: Sequence[ActivationPatch]
-    ) -> Float[Tensor, " patches"]:
-        """The margins of one prompt under some patches, in one pass."""
-        with ExitStack() as stack:
-            for tap, change in self._edits_by_hook_point(patches):
-                stack.enter_context(edit_activations(tap, change))
-            return self.readout.compute_margins(read_logits(len(patches)))[:, 0]
+        return torch.stack(margins)
 
     def compute_head_gradients(self, prompt: PromptIds) -> SiteActivations:
-        """Return how fast the margin changes with what each head holds at the end of a prompt.
+        """Return the gradient of the margin with respect to each head's output at the last position.
 
         Args:
-            prompt: of the model as it stands.
+            prompt: token ids, read by the model in its current state.
         """
-        model, number = self.session.loaded_model.model, len(prompt) - 1
+        model, last = self.session.loaded_model.model, len(prompt) - 1
         ids = torch.tensor([prompt], device=model.device)
-        places = torch.arange(len(prompt), device=model.device)[None]
+        positions = torch.arange(len(prompt), device=model.device)[None]
         cache = DynamicCache(config=model.config)
-        entered: dict[int, Tensor] = {}
+        head_outputs: dict[int, Tensor] = {}
 
-        def keep(layer: int) -> ActivationEdit:
-            return lambda states: entered.update({layer: states})
+        def make_recorder(layer: int) -> ActivationEdit:
+            return lambda states: head_outputs.update({layer: states})
 
         with ExitStack() as stack:
             stack.enter_context(_explain_out_of_memory(prompt))
             with torch.no_grad():
                 model(
-                    input_ids=ids[:, :number],
-                    attention_mask=torch.ones_like(ids[:, :number]),
-                    position_ids=places[:, :number],
+                    input_ids=ids[:, :last],
+                    attention_mask=torch.ones_like(ids[:, :last]),
+                    position_ids=positions[:, :last],
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
                 )
-            first: HookPoint = (self.components.layers[0].block, "enters")
-            stack.enter_context(edit_activations(first, lambda states: states.detach().requires_grad_()))
-            for layer, one in enumerate(self.components.layers):
-                stack.enter_context(edit_activations((one.output_projection, "enters"), keep(layer)))
+            first_input: HookPoint = (self.components.layers[0].block, "enters")
+            stack.enter_context(
+                edit_activations(first_input, lambda states: states.detach().requires_grad_())
+            )
+            for number, layer in enumerate(self.components.layers):
+                hook_point: HookPoint = (layer.output_projection, "enters")
+                stack.enter_context(edit_activations(hook_point, make_recorder(number)))
             with torch.enable_grad():
                 logits = model(
-                    input_ids=ids[:, number:],
+                    input_ids=ids[:, last:],
                     attention_mask=torch.ones_like(ids),
-                    position_ids=places[:, number:],
+                    position_ids=positions[:, last:],
                     past_key_values=cache,
                     use_cache=True,
                 ).logits[:, -1]
                 margin = self.readout.compute_margins(logits.float())[0, 0]
-                slopes = torch.autograd.grad(margin, list(entered.values()))
+                gradients = torch.autograd.grad(margin, list(head_outputs.values()))
         return {
-            head: self._select_head(head, slope[0, -1])
-            for layer, slope in zip(entered, slopes, strict=True)
+            head: self._select_head(head, gradient[0, -1])
+            for layer, gradient in zip(head_outputs, gradients, strict=True)
             for head in self.list_heads(layer)
         }
-
-    def list_heads(self, layer: int) -> list[ModelPart]:
-        """Return the heads of a layer."""
-        return [ModelPart("head", layer, head) for head in range(self.components.n_heads)]
 
     def draw_placebo(
         self, site: ModelPart, base: Activation, source: Activation, seed_key: str
     ) -> Activation:
-        """Return what `base` would be if it were moved as far as to `source`, in a random direction.
+        """Return `base` moved by the distance to `source`, but in a random direction.
 
         Args:
-            site: where.
-            base: what is held there.
-            source: what a patch would put there.
-            seed_key: what else the direction depends on, such as seed and query.
+            site: site of the activation, which the direction depends on.
+            base: activation of the patched run.
+            source: activation that the patch would put there.
+            seed_key: anything else that the direction depends on, such as seed and query.
         """
-        made = torch.Generator().manual_seed(random.Random(f"{seed_key}/{site}").getrandbits(62))
-        step = torch.randn(base.shape, generator=made).to(base)
+        generator = torch.Generator().manual_seed(random.Random(f"{seed_key}/{site}").getrandbits(62))
+        step = torch.randn(base.shape, generator=generator).to(base)
         return base + step * ((source - base).norm() / step.norm())
 
-    def _hook_point(self, site: ModelPart) -> HookPoint:
+    def _margins_in_one_pass(
+        self, read_logits: Callable[[int], Tensor], patches: Sequence[ActivationPatch]
+    ) -> Float[Tensor, " patches"]:
+        """The margins of one prompt under several patches, one row of the batch per patch."""
+        with ExitStack() as stack:
+            for hook_point, edit in self._edits_by_hook_point(patches):
+                stack.enter_context(edit_activations(hook_point, edit))
+            return self.readout.compute_margins(read_logits(len(patches)))[:, 0]
+
+    def _get_hook_point(self, site: ModelPart) -> HookPoint:
         assert site.layer is not None
         layer = self.components.layers[site.layer]
         if site.kind == "head":
@@ -190,43 +203,42 @@ class ActivationPatcher:
         return {"residual": layer.block, "attention": layer.attention, "mlp": layer.mlp}[site.kind], "leaves"
 
     def _select_head(self, site: ModelPart, activation: Activation) -> Activation:
-        return (
-            activation
-            if site.head is None
-            else activation.unflatten(0, (self.components.n_heads, -1))[site.head]
-        )
+        """The part of an activation that belongs to the site: one head's, or all of it."""
+        if site.head is None:
+            return activation
+        return activation.unflatten(0, (self.components.n_heads, -1))[site.head]
 
     def _edits_by_hook_point(
         self, patches: Sequence[ActivationPatch]
     ) -> list[tuple[HookPoint, ActivationEdit]]:
-        """What is done at each tap to a batch with a row for each patch."""
-        taps: dict[HookPoint, list[int]] = {}
+        """The edit at each hook point of a batch that has one row per patch."""
+        rows_by_hook_point: dict[HookPoint, list[int]] = {}
         for row, (site, _) in enumerate(patches):
-            taps.setdefault(self._hook_point(site), []).append(row)
+            rows_by_hook_point.setdefault(self._get_hook_point(site), []).append(row)
 
-        def changed(rows: list[int]) -> Callable[[Tensor], Tensor]:
-            def change(states: Tensor) -> Tensor:
-                new = states.clone()
-                flat = new.view(-1, new.shape[-1])  # a token for each row, in a line or not
+        def make_edit(rows: list[int]) -> Callable[[Tensor], Tensor]:
+            def edit(states: Tensor) -> Tensor:
+                edited = states.clone()
+                flat = edited.view(-1, edited.shape[-1])  # rows of tokens, whether packed into one row or not
                 for row in rows:
-                    site, held = patches[row]
-                    self._select_head(site, flat[row]).copy_(held)
-                return new
+                    site, activation = patches[row]
+                    self._select_head(site, flat[row]).copy_(activation)
+                return edited
 
-            return change
+            return edit
 
-        return [(tap, changed(rows)) for tap, rows in taps.items()]
+        return [(hook_point, make_edit(rows)) for hook_point, rows in rows_by_hook_point.items()]
 
 
 @contextmanager
 def _explain_out_of_memory(prompt_ids: PromptIds) -> Iterator[None]:
-    """While open, memory that runs out is told in words."""
+    """Turn an out-of-memory error into a UserError with advice, within a context."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out with a prompt of {len(prompt_ids)} tokens by itself: take --patched 0 (no "
+            f"out of memory with a single prompt of {len(prompt_ids)} tokens: use --patched 0 (no "
             "interventions), --device cpu, or a smaller model"
         ) from error

@@ -1,4 +1,4 @@
-"""Causes: the change that tuned weights bring, switched on in some matrices and not in others."""
+"""Weight patching: apply the weight change of a tuned defense to some matrices only."""
 
 from __future__ import annotations
 
@@ -17,62 +17,67 @@ if TYPE_CHECKING:
     from analysis.models.session import ModelSession
     from analysis.readouts.readout import Readout
 
-WeightChanges = dict[str, tuple[Tensor, Tensor]]  # as they are, and as they are under a defense
+WeightChanges = dict[str, tuple[Tensor, Tensor]]  # original and changed tensor, by weight name
 
 
 def find_changed_weights(model: Any, defense: Defense) -> WeightChanges:
-    """Return the weights that are others while a defense is armed, by name; none where it changes no weights.
+    """Return the weights that a defense replaces, by name; empty if it replaces none.
 
-    Weights whose numbers are changed in place are not seen.
+    Weights whose values are changed in place are not detected.
     """
-    before = {name: one.data for name, one in model.named_parameters()}
+    original = {name: parameter.data for name, parameter in model.named_parameters()}
     with defense.apply_to(model):
-        after = {name: one.data for name, one in model.named_parameters()}
+        changed = {name: parameter.data for name, parameter in model.named_parameters()}
     return {
-        name: (before[name], one)
-        for name, one in after.items()
-        if one.data_ptr() != before[name].data_ptr() and not torch.equal(one, before[name])
+        name: (original[name], tensor)
+        for name, tensor in changed.items()
+        if tensor.data_ptr() != original[name].data_ptr() and not torch.equal(tensor, original[name])
     }
 
 
 def list_weight_patches(weight_names: Iterable[str]) -> list[tuple[str, int | None, str, list[str]]]:
-    """Return what is switched on together: how, up to which layer or in which, in which module, which names.
+    """Return the weight patches: kind, layer, module, and the names of the weights that are changed together.
 
-    >>> [one[0] for one in list_weight_patches(["layers.0.q_proj.weight"])]
+    >>> [kind for kind, *_ in list_weight_patches(["layers.0.q_proj.weight"])]
     ['nothing', 'alone', 'up to', 'module', 'everything']
     """
-    weights = list(weight_names)
-    layers, modules = (
-        {name: _layer_number(name) for name in weights},
-        {name: name.split(".")[-2] for name in weights},
-    )
-    found: list[tuple[str, int | None, str, list[str]]] = [("nothing", None, "", [])]
-    numbers = sorted({layer for layer in layers.values() if layer is not None})
-    for how in ("alone", "up to"):
-        for number in numbers:
-            on = [
+    names = list(weight_names)
+    layer_by_name = {name: _layer_number(name) for name in names}
+    module_by_name = {name: name.split(".")[-2] for name in names}
+    patches: list[tuple[str, int | None, str, list[str]]] = [("nothing", None, "", [])]
+    layers = sorted({layer for layer in layer_by_name.values() if layer is not None})
+    for kind in ("alone", "up to"):
+        for number in layers:
+            changed = [
                 name
-                for name, layer in layers.items()
-                if layer is not None and (layer == number if how == "alone" else layer <= number)
+                for name, layer in layer_by_name.items()
+                if layer is not None and (layer == number if kind == "alone" else layer <= number)
             ]
-            found.append((how, number, "", on))
-    for module in sorted(set(modules.values())):
-        found.append(("module", None, module, [name for name, one in modules.items() if one == module]))
-    return [*found, ("everything", None, "", weights)]
+            patches.append((kind, number, "", changed))
+    for module in sorted(set(module_by_name.values())):
+        changed = [name for name, weight_module in module_by_name.items() if weight_module == module]
+        patches.append(("module", None, module, changed))
+    return [*patches, ("everything", None, "", names)]
 
 
 @contextmanager
 def restore_original_weights(
     model: Any, weight_changes: WeightChanges, weight_names: Iterable[str]
 ) -> Iterator[None]:
-    """While open, some weights of the armed model are as they were before; then it is armed whole again."""
-    off = list(weight_names)
+    """Restore some original weights of a defended model within a context; then reinstate the changed ones.
+
+    Args:
+        model: transformers model with the defense applied.
+        weight_changes: original and changed weights by name.
+        weight_names: weights that are restored.
+    """
+    restored_names = list(weight_names)
     try:
-        for name in off:
+        for name in restored_names:
             model.get_parameter(name).data = weight_changes[name][0]
         yield
     finally:
-        for name in off:
+        for name in restored_names:
             model.get_parameter(name).data = weight_changes[name][1]
 
 
@@ -83,31 +88,33 @@ def compute_weight_patch_margins(
     prompt_ids: Sequence[tuple[int, ...]],
     readout: Readout,
     on_progress: Callable[[], None] = lambda: None,
-) -> Float[Tensor, "prompts switches"]:
-    """Return the margin of every prompt under each of `switches`; all else that is armed stays.
+) -> Float[Tensor, "prompts patches"]:
+    """Return the margin of every prompt under each patch of `list_weight_patches`.
+
+    Everything else that the defense changes stays in place.
 
     Args:
         session: the model.
-        defense: whose weights are switched.
-        weight_changes: what `changed` returned.
-        prompt_ids: as the defended model reads them.
-        readout: how logits become a margin.
-        on_progress: told when another switch is read.
+        defense: defense whose weight change is patched.
+        weight_changes: result of `find_changed_weights`.
+        prompt_ids: token ids of the prompts under the defense.
+        readout: readout that defines the margin.
+        on_progress: called after each patch.
     """
-    found, model = [], session.loaded_model.model
+    margins, model = [], session.loaded_model.model
     with defense.apply_to(model):
-        # Armed anew, it may bring tensors of its own: those are put back.
+        # Applying the defense again may create new tensors; these are the ones to reinstate.
         weight_changes = {
-            name: (before, model.get_parameter(name).data) for name, (before, _) in weight_changes.items()
+            name: (original, model.get_parameter(name).data) for name, (original, _) in weight_changes.items()
         }
-        for *_, on in list_weight_patches(weight_changes):
-            with restore_original_weights(model, weight_changes, weight_changes.keys() - set(on)):
-                found.append(session.engine.read_first_token(prompt_ids, readout.compute_margins)[:, 0])
+        for *_, changed_names in list_weight_patches(weight_changes):
+            with restore_original_weights(model, weight_changes, weight_changes.keys() - set(changed_names)):
+                margins.append(session.engine.read_first_token(prompt_ids, readout.compute_margins)[:, 0])
             on_progress()
-    return torch.stack(found, 1)
+    return torch.stack(margins, 1)
 
 
 def _layer_number(weight_name: str) -> int | None:
-    """The number of the block that a weight is in."""
-    place = re.search(r"\.(\d+)\.", f".{weight_name}")
-    return int(place[1]) if place else None
+    """Number of the block that a weight belongs to."""
+    match = re.search(r"\.(\d+)\.", f".{weight_name}")
+    return int(match[1]) if match else None

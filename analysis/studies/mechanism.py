@@ -1,25 +1,41 @@
-"""The work of `analyze mechanism`, attack by attack: margins split, directions looked at, causes tried."""
+"""The study of `analyze mechanism`: attribute margins, project states on directions, and intervene."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
-from analysis.mechanism.interventions import measure_interventions
-from analysis.run import build_conditions
+from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution
+from analysis.mechanism.components import ModelComponents, locate_components
+from analysis.mechanism.directions import (
+    DIRECTION_NAMES,
+    ConceptDirections,
+    compute_projections,
+    record_residual_states,
+)
+from analysis.mechanism.interventions import (
+    PairedRuns,
+    choose_patch_sites,
+    estimate_heads,
+    find_length_control,
+    measure_knockout_table,
+    measure_patches,
+    measure_weight_patch_table,
+)
+from analysis.mechanism.knockout import describe_unsupported_attention
+from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
 from analysis.stats.attribution import (
     CONTRASTS,
     ContrastEstimator,
@@ -32,32 +48,30 @@ from analysis.stats.attribution import (
 from analysis.stats.effects import summarize_scores
 from analysis.stats.ensembles import REPORT_SPLIT, STACK
 from analysis.stats.tables import MARGIN_TOLERANCE, UNDEFENDED, ScoreTable
-from analysis.studies.calibration import collect_trust
-from analysis.studies.manifest import describe_attacks, describe_run
+from analysis.studies.manifest import RunTimer
 from analysis.studies.run_spec import PATCH_SITES, RunSpec
-from analysis.studies.setup import RunSetup, describe_failed_checks, find_preflight_failures, prepare_setup
-from analysis.studies.sweep import StudyResult, TableCollector, list_failures, sweep_conditions
+from analysis.studies.setup import RunSetup
+from analysis.studies.sweep import StudyResult, TableCollector, list_failures, score_conditions
 from defenses.adapters import fingerprint_queries
 from defenses.contract import Defense
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.datasets.queries import Query
-    from analysis.mechanism.attribution import MarginAttribution
-    from analysis.mechanism.components import ModelComponents
-    from analysis.mechanism.directions import ConceptDirections
     from analysis.models.session import ModelSession
 
 
 @dataclass(frozen=True)
 class MechanismOptions:
-    """What is looked for.
+    """Options of the study.
 
     Attributes:
-        sites: what is patched in every layer; `heads` are the top ones and as many others.
-        n_top: how many parts are told and drawn, and how many heads are patched by themselves.
-        n_patched_queries: how many queries interventions run on; 0 for none.
-        ensembles_folder: folder of `analyze ensembles`, whose interactions are compared with how alike parts are.
+        sites: activation sites that are patched in every layer; `heads` stands for the heads with the largest
+            estimated effects and as many random ones.
+        n_top: number of components to list and plot, and of heads to patch.
+        n_patched_queries: maximum number of queries for interventions; 0 for no interventions.
+        ensembles_folder: output folder of `analyze ensembles`, whose interactions of stacks are compared with
+            the similarity of attribution profiles.
     """
 
     sites: tuple[str, ...] = PATCH_SITES
@@ -68,11 +82,18 @@ class MechanismOptions:
 
 @dataclass(kw_only=True)
 class MechanismStudy(TableCollector):
-    """The work of one run, attack by attack, and the tables that come of it.
+    """Collects the tables of one run, attack by attack.
 
     Attributes:
-        slope_agreement: of slopes with patches, by condition and contrast.
-        neutral_prompts: how many tokens a defense adds, and the neutral prompt that it is compared with.
+        setup: what was loaded and prepared.
+        components: components of the model.
+        conditions: condition name → defense.
+        scores: scores of all conditions.
+        options: options of the study.
+        seed: seed of the bootstrap, the placebos and the random heads.
+        slope_agreement: agreement of attribution patching with activation patching, by condition and
+            contrast.
+        neutral_prompts: for each patched condition, the tokens that the defense and its neutral control add.
     """
 
     setup: RunSetup
@@ -86,210 +107,268 @@ class MechanismStudy(TableCollector):
 
     @cached_property
     def effect_queries(self) -> ContrastEstimator:
-        """All queries."""
+        """Estimator of contrasts over all queries."""
         return self.group_queries(self.setup.query_set.queries)
 
     @cached_property
     def intervention_queries(self) -> list[Query]:
-        """The queries that interventions run on."""
-        return (
-            list(self.setup.query_set.limit_queries(self.options.n_patched_queries).queries)
-            if self.options.n_patched_queries
-            else []
-        )
+        """Queries that interventions run on."""
+        if not self.options.n_patched_queries:
+            return []
+        return list(self.setup.query_set.limit_queries(self.options.n_patched_queries).queries)
 
-    def study_attack(self, sent: Attack) -> None:
-        """Look at every defense under one attack.
+    @cached_property
+    def _intervention_estimator(self) -> ContrastEstimator:
+        """Estimator of contrasts over the queries that interventions run on."""
+        return self.group_queries(self.intervention_queries)
+
+    def group_queries(self, selected_queries: Sequence[Query]) -> ContrastEstimator:
+        """Return an estimator of contrasts over some queries."""
+        pairs = pd.Series([query.pair for query in selected_queries], dtype=object)
+        return ContrastEstimator(pairs, np.array([query.harmful for query in selected_queries]), self.seed)
+
+    def study_attack(self, attack: Attack) -> None:
+        """Study every defense under one attack.
 
         Args:
-            sent: how queries are sent.
+            attack: attack that the queries are sent through.
         """
-        attack, bench = sent.name, self.setup.session.with_attack(sent)
-        here = {
-            name: one for name, one in self.conditions.items() if (attack, name) in self.scores.condition_keys
+        session = self.setup.session.with_attack(attack)
+        conditions = {
+            name: defense
+            for name, defense in self.conditions.items()
+            if (attack.name, name) in self.scores.condition_keys
         }
-        if UNDEFENDED not in here:
+        if UNDEFENDED not in conditions:
             return
-        splits = self._attribute_conditions(bench, attack, here)
-        before = splits.get(UNDEFENDED)
-        if before is None:
+        attributions = self._attribute_conditions(session, attack.name, conditions)
+        if UNDEFENDED not in attributions:
             return
-        profiles = {}
-        for name, split in splits.items():
-            if name == UNDEFENDED:
-                continue
-            self.add_condition_tables(
-                attack,
-                name,
-                layers=estimate_layer_contrasts(
-                    self.effect_queries, before.margins_by_layer, split.margins_by_layer
-                ),
-            )
-            self.add_condition_tables(
-                attack,
-                name,
-                half=find_half_way_layers(
-                    self.effect_queries, before.margins_by_layer, split.margins_by_layer
-                ),
-            )
-            if before.parts is not None and split.parts is not None:
-                self.add_condition_tables(
-                    attack,
-                    name,
-                    parts=estimate_part_contrasts(self.effect_queries, before.parts, split.parts),
-                )
-                profiles[name] = split.parts.contributions - before.parts.contributions
-        found = estimate_profile_similarity(self.effect_queries, profiles)
-        self.append_rows("profiles", found.assign(attack=attack)[["attack", *found.columns]])
-        whole = {
-            one.name: one for one in self.setup.defenses if one.name in splits and one.name != UNDEFENDED
+        self._add_attribution_tables(attack.name, attributions)
+        defenses = {
+            defense.name: defense
+            for defense in self.setup.defenses
+            if defense.name in attributions and defense.name != UNDEFENDED
         }
         if self._is_held_out:
-            self._project_conditions(bench, attack, here[UNDEFENDED], whole)
-        for name, defense in whole.items() if self.intervention_queries else ():
-            measure_interventions(self, bench, attack, name, here[UNDEFENDED], defense)
-
-    @cached_property
-    def _is_held_out(self) -> bool:
-        """Whether directions can be looked at with these queries, which must not be those of the learning."""
-        learned = set(fingerprint_queries(query.text for query in _load_training_queries()))
-        seen = sum(fingerprint_queries([query.text])[0] in learned for query in self.setup.query_set.queries)
-        if seen:
-            self.add_notice(
-                f"no directions: they are learned from {seen} of these queries; take --split test"
-            )
-        return not seen
-
-    @cached_property
-    def _learned_directions(self) -> ConceptDirections:
-        """The model's directions, from queries as they are: an attack is no part of what harm is."""
-        import torch
-
-        from analysis.mechanism.directions import ConceptDirections, record_residual_states
-
-        train, undefended = _load_training_queries(), self.conditions[UNDEFENDED]
-        return ConceptDirections.from_states(
-            record_residual_states(
-                self.setup.session.with_attack(DIRECT_ATTACK), self.components, undefended, train
-            ),
-            torch.tensor([query.harmful for query in train]),
-            [query.pair for query in train],
-        )
+            self._project_conditions(session, attack.name, conditions[UNDEFENDED], defenses)
+        if self.intervention_queries:
+            for name, defense in defenses.items():
+                self._intervene(session, attack.name, name, conditions[UNDEFENDED], defense)
 
     def _attribute_conditions(
         self, session: ModelSession, attack: str, conditions: Mapping[str, Defense]
     ) -> dict[str, MarginAttribution]:
-        """The margins of every condition split, each seen to be what scoring says."""
-        from analysis.mechanism.attribution import DirectLogitAttribution
-
-        splitter = DirectLogitAttribution(self.components, self.setup.readout)
-        if not splitter.is_exact:
+        """Attribute the margins of every condition, and check that they equal the scored margins."""
+        direct_attribution = DirectLogitAttribution(self.components, self.setup.readout)
+        if not direct_attribution.is_exact:
             self.add_notice(
-                f"no parts in {session.loaded_model.model.dtype}, which rounds their sums: take --dtype float32"
+                f"no attribution to components in {session.loaded_model.model.dtype}, which rounds their "
+                "sums: use --dtype float32"
             )
-        found = {}
-        with self.show_progress("splitting", len(conditions)) as done:
+        attributions = {}
+        with self.show_progress("attributing margins", len(conditions)) as on_progress:
             for name, defense in conditions.items():
                 with self.record_failures(attack, name, defense):
-                    split = splitter.attribute_margins(session, defense, self.setup.query_set.queries)
-                    scored = self.scores.select_condition(attack, name)["margin"].to_numpy(float)
-                    off = float(np.abs(split.margins - scored).max())
-                    if splitter.is_exact and off > MARGIN_TOLERANCE:
-                        raise UserError(f"its split margins miss the scored ones by {off:.2g} nats")
-                    found[name] = split
-                done()
-        return found
+                    attribution = direct_attribution.attribute_margins(
+                        session, defense, self.setup.query_set.queries
+                    )
+                    scored_margins = self.scores.select_condition(attack, name)["margin"].to_numpy(float)
+                    error = float(np.abs(attribution.margins - scored_margins).max())
+                    if direct_attribution.is_exact and error > MARGIN_TOLERANCE:
+                        raise UserError(f"the attributed margins miss the scored ones by {error:.2g} nats")
+                    attributions[name] = attribution
+                on_progress()
+        return attributions
+
+    def _add_attribution_tables(self, attack: str, attributions: Mapping[str, MarginAttribution]) -> None:
+        """Add contrasts by layer and by component, and the similarity of the defenses' profiles."""
+        undefended = attributions[UNDEFENDED]
+        profiles = {}
+        for name, attribution in attributions.items():
+            if name == UNDEFENDED:
+                continue
+            margins = self.effect_queries, undefended.margins_by_layer, attribution.margins_by_layer
+            self.add_condition_tables(attack, name, layers=estimate_layer_contrasts(*margins))
+            self.add_condition_tables(attack, name, half=find_half_way_layers(*margins))
+            if undefended.parts is not None and attribution.parts is not None:
+                self.add_condition_tables(
+                    attack,
+                    name,
+                    parts=estimate_part_contrasts(self.effect_queries, undefended.parts, attribution.parts),
+                )
+                profiles[name] = attribution.parts.contributions - undefended.parts.contributions
+        similarity = estimate_profile_similarity(self.effect_queries, profiles)
+        self.append_rows("profiles", similarity.assign(attack=attack)[["attack", *similarity.columns]])
+
+    @cached_property
+    def _is_held_out(self) -> bool:
+        """Whether no query was used to learn the directions; otherwise projections are omitted."""
+        training = set(fingerprint_queries(query.text for query in _load_training_queries()))
+        n_training = sum(
+            fingerprint_queries([query.text])[0] in training for query in self.setup.query_set.queries
+        )
+        if n_training:
+            self.add_notice(
+                f"no directions: {n_training} of these queries are used to learn them; use --split test"
+            )
+        return not n_training
+
+    @cached_property
+    def _learned_directions(self) -> ConceptDirections:
+        """The model's directions, learned without an attack, which is no part of what harm is."""
+        queries = _load_training_queries()
+        states = record_residual_states(
+            self.setup.session.with_attack(DIRECT_ATTACK),
+            self.components,
+            self.conditions[UNDEFENDED],
+            queries,
+        )
+        return ConceptDirections.from_states(
+            states, torch.tensor([query.harmful for query in queries]), [query.pair for query in queries]
+        )
 
     def _project_conditions(
         self, session: ModelSession, attack: str, undefended: Defense, defenses: Mapping[str, Defense]
     ) -> None:
-        from analysis.mechanism.directions import DIRECTION_NAMES, compute_projections
+        """Add what each defense changes of the projections on both directions."""
 
-        asked = self.setup.query_set.queries
-        with self.show_progress("directions", 2 + len(defenses)) as done:
-            learned = self._learned_directions
-            done()
-            before = (
-                compute_projections(session, self.components, undefended, asked, learned)
+        def project(defense: Defense) -> np.ndarray:
+            queries, directions = self.setup.query_set.queries, self._learned_directions
+            return (
+                compute_projections(session, self.components, defense, queries, directions)
                 .numpy()
                 .astype(float)
             )
-            done()
+
+        with self.show_progress("directions", 2 + len(defenses)) as on_progress:
+            best_layers = self._learned_directions.best_layers
+            on_progress()
+            before = project(undefended)
+            on_progress()
             for name, defense in defenses.items():
                 with self.record_failures(attack, name, defense):
-                    after = (
-                        compute_projections(session, self.components, defense, asked, learned)
-                        .numpy()
-                        .astype(float)
-                    )
-                    for which, direction in enumerate(DIRECTION_NAMES):
-                        old, new = before[:, which], after[:, which]
-                        found = self.effect_queries.estimate_contrasts(new - old)
-                        apart = [
-                            self.effect_queries.estimate_separation(*both)
-                            for both in zip(old.T, new.T, strict=True)
-                        ]
-                        chosen = [layer == learned.best_layers[which] for layer in range(len(found))]
-                        found = pd.concat([pd.DataFrame(apart), found], axis=1)
-                        found = found.assign(direction=direction, chosen=chosen)
-                        found.insert(0, "layer", range(len(found)))
-                        self.add_condition_tables(attack, name, directions=found)
-                done()
+                    after = project(defense)
+                    for number, direction in enumerate(DIRECTION_NAMES):
+                        table = self._estimate_projection_effects(before[:, number], after[:, number])
+                        is_best = [layer == best_layers[number] for layer in range(len(table))]
+                        table = table.assign(direction=direction, chosen=is_best)
+                        table.insert(0, "layer", range(len(table)))
+                        self.add_condition_tables(attack, name, directions=table)
+                on_progress()
 
-    def group_queries(self, selected_queries: Sequence[Query]) -> ContrastEstimator:
-        """Return queries as effects are averaged over them."""
-        pairs = pd.Series([query.pair for query in selected_queries], dtype=object)
-        return ContrastEstimator(pairs, np.array([query.harmful for query in selected_queries]), self.seed)
+    def _estimate_projection_effects(self, before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
+        """AUROC before and after, shift and discrimination of projections (queries × layers), by layer."""
+        contrasts = self.effect_queries.estimate_contrasts(after - before)
+        separations = [
+            self.effect_queries.estimate_separation(layer_before, layer_after)
+            for layer_before, layer_after in zip(before.T, after.T, strict=True)
+        ]
+        return pd.concat([pd.DataFrame(separations), contrasts], axis=1)
 
-
-def _load_training_queries() -> list[Query]:
-    """The queries that directions are learned from."""
-    return list(load_queries("contrast").select_split("train").queries)
-
-
-def load_stack_interactions(ensembles_folder: Path) -> pd.DataFrame:
-    """Return the stacks that a run of `analyze ensembles` has observed.
-
-    Args:
-        ensembles_folder: where it wrote.
-    """
-    path = ensembles_folder / "ensembles.csv" if ensembles_folder.is_dir() else ensembles_folder
-    if not path.is_file():
-        raise UserError(
-            f"--ensembles {ensembles_folder}: there is no ensembles.csv; `analyze ensembles` writes one"
-        )
-    found = pd.read_csv(path)
-    wanted = {"attack", "members", "how", "split", *(f"interaction_{name}" for name in CONTRASTS)}
-    if missing := sorted(wanted - set(found.columns)):
-        raise UserError(f"{path} lacks {', '.join(missing)}: it is not what `analyze ensembles` writes")
-    return found[(found["how"] == STACK) & (found["split"] == REPORT_SPLIT)]
-
-
-def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
-    """Raise if a run was made on another model, or read otherwise, than this one.
-
-    Args:
-        ensembles_folder: of `analyze ensembles`.
-        setup: what this run is made with.
-    """
-    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / "run.json"
-    if not path.is_file():
-        raise UserError(
-            f"--ensembles {ensembles_folder}: there is no run.json beside it, so whose it is cannot be seen"
-        )
-    record, origin = json.loads(path.read_text("utf-8")), setup.session.loaded_model.origin
-    for what, there, here in (
-        *(
-            (f"weights ({key})", record["model"].get(key), origin.get(key))
-            for key in ("sha256", "state_sha256")
-        ),
-        ("readout", record["readout"]["name"], setup.readout.name),
-    ):
-        if there != here:
-            raise UserError(
-                f"--ensembles {ensembles_folder} is of {record['model']['name']}: its {what} is {str(there)[:12]}, and "
-                f"this run's {str(here)[:12]}; `analyze ensembles` with the same -m and --readout makes one"
+    def _intervene(
+        self, session: ModelSession, attack: str, condition: str, undefended: Defense, defense: Defense
+    ) -> None:
+        """Patch activations, knock out attention and patch weights of one defense."""
+        readout = self.setup.readout
+        if readout.questions:
+            self.add_notice(
+                f"no interventions: --readout {readout.name} reads several prompts for each query"
             )
+            return
+        paired_runs = PairedRuns(
+            session, self.components, readout, undefended, defense, self.intervention_queries
+        )
+        if not paired_runs.reads_single_prompts():
+            self.add_notice(
+                f"no interventions on {condition}, which reads several prompts, or several models, for each "
+                "query"
+            )
+            return
+        query_ids = [query.id for query in self.intervention_queries]
+        undefended_scores = self.scores.select_condition(attack, UNDEFENDED)
+        undefended_margins = undefended_scores.loc[query_ids, "margin"].to_numpy(float)
+        with self.record_failures(attack, condition, defense):
+            self._patch_activations(paired_runs, attack, condition)
+        with self.record_failures(attack, condition, defense):
+            self._knock_out_attention(paired_runs, attack, condition, undefended_margins)
+        with self.record_failures(attack, condition, defense):
+            self._patch_weights(paired_runs, attack, condition, undefended_margins)
+
+    def _patch_activations(self, paired_runs: PairedRuns, attack: str, condition: str) -> None:
+        """Add the effects of patching every layer and selected heads, and of all heads as estimated."""
+        options, estimator, n_queries = self.options, self._intervention_estimator, len(paired_runs.queries)
+        estimates, positions = None, []
+        if "heads" in options.sites:
+            label = f"attribution patching, {condition}"
+            with self.show_progress(label, n_queries) as on_progress:
+                estimates = estimate_heads(paired_runs, estimator, on_progress)
+            positions = estimates.choose_heads(options.n_top, self.seed)
+            self.add_condition_tables(attack, condition, slopes=estimates.table)
+        heads = [] if estimates is None else [estimates.heads[position] for position in positions]
+        sites = choose_patch_sites(paired_runs, options.sites, heads)
+        if not sites:
+            return
+        controls = self._prepare_length_control(paired_runs, condition)
+        with self.show_progress(f"activation patching, {condition}", 2 * n_queries) as on_progress:
+            patches = measure_patches(paired_runs, estimator, sites, controls, self.seed, on_progress)
+        self.add_condition_tables(attack, condition, patches=patches)
+        if estimates is not None:
+            self.slope_agreement += [
+                {"attack": attack, "defense": condition, **agreement}
+                for agreement in estimates.compare_with_patches(positions, patches)
+            ]
+
+    def _prepare_length_control(self, paired_runs: PairedRuns, condition: str) -> dict[str, Defense]:
+        """Return the neutral prompt of the defense's length by name, and record its length; empty if none."""
+        control = find_length_control(paired_runs, self.seed)
+        if control is None:
+            self.add_notice(f"no neutral prompt as control of {condition}, which makes prompts no longer")
+            return {}
+        self.neutral_prompts.append(
+            {
+                "defense": condition,
+                "tokens": control.n_defense_tokens,
+                "control_tokens": control.n_control_tokens,
+            }
+        )
+        return {control.name: control.defense}
+
+    def _knock_out_attention(
+        self, paired_runs: PairedRuns, attack: str, condition: str, undefended_margins: np.ndarray
+    ) -> None:
+        """Add the effect that remains without attention to the defense's own tokens, if it has any."""
+        defense_tokens = paired_runs.find_defense_tokens()
+        if reason := describe_unsupported_attention(paired_runs.session.loaded_model.model):
+            self.add_notice(f"no attention knockout: {reason}")
+            return
+        has_tokens = [any(mask) for mask in defense_tokens]
+        if not any(has_tokens):
+            return
+        if not all(has_tokens):
+            self.add_notice(
+                f"attention knockout leaves some prompts of {condition} unchanged, to which it adds no tokens"
+            )
+        label = f"attention knockout, {condition}"
+        with self.show_progress(label, len(paired_runs.queries)) as on_progress:
+            table = measure_knockout_table(
+                paired_runs, self._intervention_estimator, defense_tokens, undefended_margins, on_progress
+            )
+        self.add_condition_tables(attack, condition, cuts=table)
+
+    def _patch_weights(
+        self, paired_runs: PairedRuns, attack: str, condition: str, undefended_margins: np.ndarray
+    ) -> None:
+        """Add the effects of parts of the defense's weight change, if it has one."""
+        model, defense = paired_runs.session.loaded_model.model, paired_runs.defense
+        if not (weight_changes := find_changed_weights(model, defense)):
+            return
+        label = f"weight patching, {condition}"
+        with self.show_progress(label, len(list_weight_patches(weight_changes))) as on_progress:
+            table = measure_weight_patch_table(
+                paired_runs, self._intervention_estimator, weight_changes, undefended_margins, on_progress
+            )
+        self.add_condition_tables(attack, condition, weights=table)
 
 
 def study_mechanism(
@@ -299,96 +378,145 @@ def study_mechanism(
     options: MechanismOptions,
     console: Console,
 ) -> StudyResult:
-    """Find out in which layers, heads and MLPs defenses act.
+    """Locate the effects of defenses in layers, heads and MLPs.
 
     Args:
-        spec: what the user asked for.
-        defenses: of the defenses, or defenses themselves.
-        settings: of those that are named.
-        options: what is looked at.
-        console: for progress.
-    """
-    started, clock = datetime.now(UTC), time.perf_counter()
-    stacks = None if options.ensembles_folder is None else load_stack_interactions(options.ensembles_folder)
-    ready = prepare_setup(spec, defenses, settings, console)
-    _check_linear_readout(ready)
-    if options.ensembles_folder is not None:
-        check_same_model(options.ensembles_folder, ready)
-    every = build_conditions(ready.defenses)
-    if set(every) == {UNDEFENDED}:
-        raise UserError("which defense? `none` is what others are compared with; see `analyze list defenses`")
-    from analysis.mechanism.attribution import DirectLogitAttribution
-    from analysis.mechanism.components import locate_components
-    from analysis.plots.data import build_mechanism_points
+        spec: options of the run.
+        defenses: names of defenses, or defenses.
+        settings: settings of the named defenses, `key=value`.
+        options: options of the study.
+        console: shows progress.
 
-    with console.status("finding the model's parts"):
-        parts = locate_components(ready.session.loaded_model.model)
-        # What cannot be split is told before anything is scored.
-        few = sample_queries(ready.query_set.queries, 2)
-        DirectLogitAttribution(parts, ready.readout).attribute_margins(
-            ready.session.with_attack(spec.attacks[0]), every[UNDEFENDED], few
-        )
-    lost = describe_failed_checks(find_preflight_failures(ready, every, console))
-    swept = sweep_conditions(ready, every, lost, console)
-    if swept.interrupted:
-        raise KeyboardInterrupt
-    if not any(name != UNDEFENDED for _, name in swept.score_frames):
-        raise UserError(f"nothing could be scored: {next(iter(swept.failures.values()))}")
-    record = {
-        "created": started.isoformat(timespec="seconds"),
-        **describe_run(
-            ready.session,
-            ready.readout,
-            swept.select_finished(every),
-            ready.query_set,
-            ready.split,
-            spec.limit,
-        ),
-        **describe_attacks(spec.attacks),
-        "notices": ready.notices,
-        "trusted": collect_trust(ready.session, spec.attacks, every, ready.readout, swept.score_frames),
-    }
-    scores = ScoreTable(pd.concat(list(swept.score_frames.values()), ignore_index=True), record)
-    room = MechanismStudy(
-        setup=ready,
-        components=parts,
-        conditions=every,
-        scores=scores,
+    Raises:
+        PreflightError: if no defense reaches the model.
+        UserError: if margins of this model or readout cannot be attributed, or nothing can be scored.
+    """
+    timer = RunTimer()
+    stacks = None if options.ensembles_folder is None else load_stack_interactions(options.ensembles_folder)
+
+    def check_setup(setup: RunSetup) -> None:
+        _check_linear_readout(setup)
+        if options.ensembles_folder is not None:
+            check_same_model(options.ensembles_folder, setup)
+        if set(setup.conditions) == {UNDEFENDED}:
+            raise UserError(
+                "no defense chosen except `none`, the undefended model; see `analyze list defenses`"
+            )
+        with console.status("locating the model's components"):
+            _check_attribution(setup)
+
+    scored = score_conditions(spec, defenses, settings, console, check_setup)
+    setup, sweep_result = scored.setup, scored.sweep_result
+    if not any(name != UNDEFENDED for _, name in sweep_result.score_frames):
+        raise UserError(f"nothing could be scored: {next(iter(sweep_result.failures.values()))}")
+    study = MechanismStudy(
+        setup=setup,
+        components=locate_components(setup.session.loaded_model.model),
+        conditions=setup.conditions,
+        scores=scored.scores,
         options=options,
         seed=spec.seed,
         console=console,
-        failures=dict(swept.failures),
+        failures=dict(sweep_result.failures),
     )
     for attack in spec.attacks:
-        room.study_attack(attack)
-    tables = room.tables | {"scores": scores.frame, "summary": summarize_scores(scores, seed=spec.seed).frame}
+        study.study_attack(attack)
+    summary = summarize_scores(scored.scores, seed=spec.seed).frame
+    tables = study.tables | {"scores": scored.scores.frame, "summary": summary}
     if not any(name in tables for name in ("layers", "directions")):
-        raise UserError(f"nothing could be split: {next(iter(room.failures.values()))}")
+        raise UserError(f"no margin could be attributed: {next(iter(study.failures.values()))}")
     if stacks is not None and len(tables.get("profiles", ())):
         tables["overlap"] = join_stack_interactions(tables["profiles"], stacks)
-    record |= {
-        "failed": list_failures(room.failures),
-        "notices": [*ready.notices, *room.notices],
-        "mechanism": {
-            "sites": options.sites,
-            "top": options.n_top,
-            "patched": [query.id for query in room.intervention_queries],
-            "neutral_prompts": room.neutral_prompts,
-            "directions_learned_from": "contrast, train split, undefended and as they are",
-            "slopes_against_patches": room.slope_agreement,
-            "ensembles": None if options.ensembles_folder is None else options.ensembles_folder.name,
-        },
-        "wall_seconds": round(time.perf_counter() - clock, 1),
-    }
+    record = scored.record | _describe_study(study) | timer.describe_time()
+    from analysis.plots.data import build_mechanism_points
 
-    drawn = build_mechanism_points(tables, options.n_top)
-    return StudyResult.from_tables("mechanism", record, tables, drawn, ready, room.failures)
+    figure_tables = build_mechanism_points(tables, options.n_top)
+    return StudyResult.from_tables("mechanism", record, tables, figure_tables, setup, study.failures)
+
+
+def load_stack_interactions(ensembles_folder: Path) -> pd.DataFrame:
+    """Load the observed stacks of a run of `analyze ensembles`.
+
+    Args:
+        ensembles_folder: output folder of the run, or its ensembles.csv.
+    """
+    path = ensembles_folder / "ensembles.csv" if ensembles_folder.is_dir() else ensembles_folder
+    if not path.is_file():
+        raise UserError(
+            f"--ensembles {ensembles_folder}: there is no ensembles.csv; `analyze ensembles` writes one"
+        )
+    table = pd.read_csv(path)
+    required = {"attack", "members", "how", "split", *(f"interaction_{name}" for name in CONTRASTS)}
+    if missing := sorted(required - set(table.columns)):
+        raise UserError(
+            f"{path} has no column {', '.join(missing)}: it was not written by this version of "
+            "`analyze ensembles`"
+        )
+    return table[(table["how"] == STACK) & (table["split"] == REPORT_SPLIT)]
+
+
+def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
+    """Raise if a run of `analyze ensembles` used another model or readout than this run.
+
+    Args:
+        ensembles_folder: output folder of the run, or its ensembles.csv.
+        setup: set-up of this run.
+    """
+    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / "run.json"
+    if not path.is_file():
+        raise UserError(
+            f"--ensembles {ensembles_folder}: there is no run.json beside it, so its model cannot be checked"
+        )
+    record, origin = json.loads(path.read_text("utf-8")), setup.session.loaded_model.origin
+    weights = [
+        (f"weights ({key})", record["model"].get(key), origin.get(key)) for key in ("sha256", "state_sha256")
+    ]
+    for name, other_value, value in (*weights, ("readout", record["readout"]["name"], setup.readout.name)):
+        if other_value != value:
+            raise UserError(
+                f"--ensembles {ensembles_folder} was made with {record['model']['name']}: its {name} is "
+                f"{str(other_value)[:12]}, and that of this run is {str(value)[:12]}; run `analyze "
+                "ensembles` with the same -m and --readout"
+            )
 
 
 def _check_linear_readout(setup: RunSetup) -> None:
-    """Raise where margins do not split."""
+    """Raise if the readout's margin is not linear in the logits."""
     if setup.readout.is_log_odds:
         raise UserError(
-            f"--readout {setup.readout.name} is not linear in the logits, so its margin does not split over "
-            "parts: take words, calibrated, question or prefilled-K"
+            f"--readout {setup.readout.name} is not linear in the logits, so its margin cannot be "
+            "attributed to components: use words, calibrated, question or prefilled-K"
         )
+
+
+def _check_attribution(setup: RunSetup) -> None:
+    """Raise if margins of the undefended model cannot be attributed; tried on two queries, before scoring."""
+    components = locate_components(setup.session.loaded_model.model)
+    DirectLogitAttribution(components, setup.readout).attribute_margins(
+        setup.session.with_attack(setup.attacks[0]),
+        setup.conditions[UNDEFENDED],
+        sample_queries(setup.query_set.queries, 2),
+    )
+
+
+def _describe_study(study: MechanismStudy) -> dict[str, Any]:
+    """Return the entries of run.json that only this study has, and those that it adds to."""
+    options = study.options
+    return {
+        "failed": list_failures(study.failures),
+        "notices": [*study.setup.notices, *study.notices],
+        "mechanism": {
+            "sites": options.sites,
+            "top": options.n_top,
+            "patched": [query.id for query in study.intervention_queries],
+            "neutral_prompts": study.neutral_prompts,
+            "directions_learned_from": "contrast, train split, undefended, without an attack",
+            "slopes_against_patches": study.slope_agreement,
+            "ensembles": None if options.ensembles_folder is None else options.ensembles_folder.name,
+        },
+    }
+
+
+def _load_training_queries() -> list[Query]:
+    """Return the queries that directions are learned from."""
+    return list(load_queries("contrast").select_split("train").queries)
