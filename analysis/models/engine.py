@@ -1,10 +1,10 @@
-"""How fast a model is asked: first-answer logits, with what the prompts share computed only once.
+"""Batched first-token inference with a shared prefix.
 
-Most of a defended prompt (system turn, demonstrations, the head of the user turn) is the same for every
-query. The engine runs that shared prefix once, lends its keys and values to batches of suffixes of like
-length, and applies the unembedding to the last position only. What only some suffixes begin with, such as the
-copies of one query, is computed once a batch on a CPU. The result is that of one prompt at a time, up to
-float noise.
+Most of a defended prompt (system turn, demonstrations, the start of the user turn) is the same for every
+query. The engine computes that shared prefix once, reuses its keys and values for batches of suffixes of
+similar length, and applies the unembedding at the last position only. On a CPU, tokens with which only some
+suffixes of a batch start, such as the copies of one query, are computed once per batch. The logits equal
+those of one prompt at a time, up to floating-point noise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,36 +32,47 @@ from defenses.errors import UserError, is_out_of_memory
 if TYPE_CHECKING:
     from analysis.models.prefix_attention import HiddenMask
 
+# Tokens per batch of suffixes. On a CPU, more only overflow its caches; 512 to 1,024 are equally fast.
+_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
+# Minimum share of tokens saved for which rows are ordered by their first tokens instead of by length.
+_MIN_MERGED_SHARE = 0.1
+# Cost of attending to a merged token from one more row, as a share of the cost of computing a token.
+_ATTENTION_COST = 0.125
+# Cache layers that hold keys and values only; a recurrent state advances and cannot be shared.
+_SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
 LogitReducer = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
 
 @dataclass
 class WorkCounter:
-    """What scoring cost: tokens sent through the model, and tokens that the shared prefix saved."""
+    """Counts of tokens run through the model, and of tokens that shared prefixes saved."""
 
     computed_tokens: int = 0
     saved_tokens: int = 0
 
     def reset_counts(self) -> None:
-        """Start counting again."""
+        """Set both counts to zero."""
         self.computed_tokens = self.saved_tokens = 0
 
 
 class Engine:
-    """A causal language model of transformers, read at the first token of its answer.
+    """Computes next-token logits of a transformers causal language model for many prompts.
 
     >>> engine = Engine(model)  # doctest: +SKIP
-    >>> engine.read_first_token([[1, 5, 9], [1, 5, 7, 2]], lambda logits: logits[:, :1]).shape  # doctest: +SKIP
+    >>> prompts = [[1, 5, 9], [1, 5, 7, 2]]  # doctest: +SKIP
+    >>> engine.read_first_token(prompts, lambda logits: logits[:, :1]).shape  # doctest: +SKIP
     torch.Size([2, 1])
 
     Args:
-        model: in evaluation mode, on its device; it is never changed.
-        batch_size: prompts in one pass; None lets the number of tokens decide.
+        model: in evaluation mode, on its device; never changed.
+        batch_size: prompts per forward pass; by default it follows from the number of tokens.
 
     Attributes:
-        ends: while prompts run, in which row and column of the hidden states (rows x columns x width) the
-            positions are whose logits are wanted, in the order of the logits; for hooks. None otherwise, and
-            while a shared prefix runs.
+        work_counter: counts of computed and saved tokens.
+        logit_positions: for hooks: while prompts run, rows and columns of the hidden states (rows × columns ×
+            width) at which logits are computed, in the order of the logits. None otherwise, and while a
+            shared prefix runs.
     """
 
     def __init__(self, model: Any, batch_size: int | None = None) -> None:
@@ -76,28 +87,27 @@ class Engine:
         reducer: LogitReducer,
         on_progress: Callable[[int], None] = lambda rows: None,
     ) -> Float[Tensor, "prompts values"]:
-        """Return `reduce` of the first-answer logits of every prompt, in the order of the prompts.
+        """Return the reduced first-token logits of every prompt, in the order of the prompts.
 
         Args:
-            prompts: token ids; they may share a prefix, all or nothing, and be of any length from 1 on.
-            reducer: called with raw float32 logits, rows × vocabulary; what it returns is kept, the logits are
-                not.
-            on_progress: told how many more prompts are finished, for a progress bar.
+            prompts: token ids, of any length from 1 on; they may share a prefix.
+            reducer: called with raw float32 logits, rows × vocabulary; only its result is stored.
+            on_progress: called with the number of prompts finished since the last call.
         """
         values: dict[int, Tensor] = {}
-        for rows, read in self.iterate_first_token(prompts, reducer):
-            values.update(zip(rows, read, strict=True))
+        for rows, batch_values in self.iterate_first_token(prompts, reducer):
+            values.update(zip(rows, batch_values, strict=True))
             on_progress(len(rows))
         return torch.stack([values[row] for row in range(len(prompts))])
 
     def iterate_first_token(
         self, prompts: Sequence[Sequence[int]], reducer: LogitReducer
     ) -> Iterator[tuple[list[int], Float[Tensor, "rows values"]]]:
-        """Yield what `read` returns batch by batch: which prompts, and their values.
+        """Yield the prompt indices and the reduced first-token logits of each batch.
 
         Args:
-            prompts: as for `read`.
-            reducer: as for `read`.
+            prompts: as for `read_first_token`.
+            reducer: as for `read_first_token`.
         """
         with torch.inference_mode():
             for rows, logits in self.iterate_logits(prompts, [1] * len(prompts)):
@@ -109,55 +119,55 @@ class Engine:
         responses: Sequence[Sequence[int]],
         on_progress: Callable[[int], None] = lambda rows: None,
     ) -> list[Float[Tensor, " tokens"]]:
-        """Return the log-probability of every token of an answer behind its prompt, nats.
+        """Return the log-probability (nats) of every token of each response after its prompt.
 
         Args:
             prompts: token ids.
-            responses: token ids, at least one each.
-            on_progress: told how many more answers are finished.
+            responses: token ids, at least one per response.
+            on_progress: called with the number of responses finished since the last call.
         """
-        whole = [(*prompt, *answer[:-1]) for prompt, answer in zip(prompts, responses, strict=True)]
+        sequences = [(*prompt, *ids[:-1]) for prompt, ids in zip(prompts, responses, strict=True)]
         values: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for rows, logits in self.iterate_logits(whole, [len(answer) for answer in responses]):
-                said = torch.tensor([token for row in rows for token in responses[row]], device=logits.device)
-                chances = logits.gather(1, said[:, None])[:, 0] - logits.logsumexp(1)
-                values.update(
-                    zip(rows, chances.cpu().split([len(responses[row]) for row in rows]), strict=True)
+            for rows, logits in self.iterate_logits(sequences, [len(ids) for ids in responses]):
+                targets = torch.tensor(
+                    [token for row in rows for token in responses[row]], device=logits.device
                 )
+                log_probabilities = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+                lengths = [len(responses[row]) for row in rows]
+                values.update(zip(rows, log_probabilities.cpu().split(lengths), strict=True))
                 on_progress(len(rows))
         return [values[row] for row in range(len(prompts))]
 
     def iterate_logits(
         self, prompts: Sequence[Sequence[int]], n_positions: Sequence[int], share_prefix: bool = True
     ) -> Iterator[tuple[list[int], Float[Tensor, "ends vocab"]]]:
-        """Yield which prompts, and the logits behind the last so many tokens of each, batch by batch.
+        """Yield the prompt indices and the next-token logits at each prompt's last positions, batch by batch.
 
         Args:
-            prompts: as for `read`.
-            n_positions: how many tokens of each, from 1 on.
-            share_prefix: whether what all prompts begin with is computed once, in a pass of its own.
+            prompts: as for `read_first_token`.
+            n_positions: number of last positions per prompt, from 1 on.
+            share_prefix: compute the common prefix of all prompts once, in a forward pass of its own.
         """
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
-        # A row's own part holds all its ends.
-        most = min(len(prompt) - end for prompt, end in zip(prompts, n_positions, strict=True))
-        shared = (
-            min(count_shared_prefix(prompts), most) if share_prefix and can_share_prefix(self.model) else 0
-        )
-        prefix = self._compute_prefix(prompts[0][:shared]) if shared else None
-        in_line = prefix is not None and prefix.is_packed
-        own, device = [prompt[shared:] for prompt in prompts], self.model.device.type
-        for rows in plan_batches(own, in_line, device, lambda: self.batch_size):
-            suffixes = [own[row] for row in rows]
+        # All positions of a prompt with logits belong to its own suffix.
+        max_shared = min(len(prompt) - n for prompt, n in zip(prompts, n_positions, strict=True))
+        can_share = share_prefix and can_share_prefix(self.model)
+        n_shared = min(count_shared_prefix(prompts), max_shared) if can_share else 0
+        prefix = self._compute_prefix(prompts[0][:n_shared]) if n_shared else None
+        is_packed = prefix is not None and prefix.is_packed
+        suffixes, device = [prompt[n_shared:] for prompt in prompts], self.model.device.type
+        for rows in plan_batches(suffixes, is_packed, device, lambda: self.batch_size):
+            batch = [suffixes[row] for row in rows]
             for part, logits in self._run_within_memory(
-                suffixes, [n_positions[row] for row in rows], shared, prefix
+                batch, [n_positions[row] for row in rows], n_shared, prefix
             ):
                 yield rows[part], logits
-        self.work_counter.saved_tokens += shared * (len(prompts) - 1)
+        self.work_counter.saved_tokens += n_shared * (len(prompts) - 1)
 
     def _compute_prefix(self, token_ids: Sequence[int]) -> SharedPrefix:
-        """Keys and values of the shared tokens, to be lent to batches of any size."""
+        """Return keys and values of the shared tokens, to be used by batches of any size."""
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([list(token_ids)], device=self.model.device)
         self.model(
@@ -178,7 +188,7 @@ class Engine:
         n_shared: int,
         prefix: SharedPrefix | None,
     ) -> Iterator[tuple[slice, Float[Tensor, "ends vocab"]]]:
-        """Logits of the last tokens of each suffix; where memory runs out, half the rows at a time."""
+        """Yield the logits of a whole batch, or of halves of it whenever memory runs out."""
         size, start = len(suffixes), 0
         while start < len(suffixes):
             part = slice(start, start + size)
@@ -190,11 +200,11 @@ class Engine:
                 if size == 1:
                     raise UserError(
                         f"memory ran out on {self.model.device} with one prompt of "
-                        f"{n_shared + len(suffixes[start])} tokens: take --dtype bfloat16, --device cpu, or a "
-                        "smaller model"
+                        f"{n_shared + len(suffixes[start])} tokens: use --dtype bfloat16, --device cpu, or "
+                        "a smaller model"
                     ) from error
                 size = (size + 1) // 2
-                # What fitted once is what later batches start from.
+                # Later batches start with the size that fits.
                 self.batch_size = size
                 continue
             yield part, logits
@@ -207,27 +217,31 @@ class Engine:
         n_shared: int,
         prefix: SharedPrefix | None,
     ) -> Float[Tensor, "ends vocab"]:
+        """Return the logits at the last positions of each suffix."""
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
         tokens = [torch.tensor(list(suffix)) for suffix in suffixes]
+        padded_ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         if prefix is not None and prefix.is_packed:
-            line = PackedRows.from_tokens(suffixes)
-            row, column = line.grid_index
-            ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)[row, column]
-            wanted = [
-                at[len(one) - n : len(one)]
-                for at, one, n in zip(line.packed_index, tokens, n_positions, strict=True)
+            packed_rows = PackedRows.from_tokens(suffixes)
+            row, column = packed_rows.grid_index
+            logit_index = [
+                index[length - n : length]
+                for index, length, n in zip(packed_rows.packed_index, lengths, n_positions, strict=True)
             ]
-            self.work_counter.saved_tokens += int(lengths.sum()) - len(ids)
-            return self.compute_packed_logits(prefix.cache, n_shared, ids, column, line, torch.cat(wanted))
-        # Padding on the right: index and position agree, so that sliding windows see what they would see
-        # alone, and what is computed at the padding comes too late for a causal model to see it.
-        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        seen = torch.ones(len(suffixes), n_shared, dtype=torch.long)
-        mask = torch.cat([seen, (positions < lengths[:, None]).long()], dim=1)
+            packed_ids = padded_ids[row, column]
+            self.work_counter.saved_tokens += int(lengths.sum()) - len(packed_ids)
+            return self.compute_packed_logits(
+                prefix.cache, n_shared, packed_ids, column, packed_rows, torch.cat(logit_index)
+            )
+        # Padding on the right: index and position agree, so that sliding windows cover the same tokens as
+        # without padding, and a causal model never attends to the padding.
+        positions = torch.arange(padded_ids.shape[1]).expand_as(padded_ids)
+        prefix_mask = torch.ones(len(suffixes), n_shared, dtype=torch.long)
+        mask = torch.cat([prefix_mask, (positions < lengths[:, None]).long()], dim=1)
         rows = torch.arange(len(suffixes)).repeat_interleave(torch.tensor(n_positions))
-        last = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, n_positions, strict=True)])
-        return self._run_model(prefix.cache if prefix else None, ids, mask, n_shared + positions, rows, last)
+        columns = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, n_positions, strict=True)])
+        cache = prefix.cache if prefix else None
+        return self._run_model(cache, padded_ids, mask, n_shared + positions, rows, columns)
 
     def compute_packed_logits(
         self,
@@ -239,20 +253,19 @@ class Engine:
         logit_index: Int[Tensor, " ends"],
         hidden_mask: HiddenMask | None = None,
     ) -> Float[Tensor, "ends vocab"]:
-        """Return the logits behind some tokens of a line of rows.
+        """Return the next-token logits at some tokens of packed rows.
 
         Args:
-            cache: of the shared tokens, lent apart.
-            n_shared: how many they are.
-            token_ids: ids, row behind row.
-            positions: of each token behind the shared ones.
-            packed_rows: of the line.
-            logit_index: where in the line logits are wanted, such as `rows.last`.
-            hidden_mask: see `attention.in_two_parts`.
+            cache: keys and values of the shared prefix, attended to separately.
+            n_shared: number of tokens of the shared prefix.
+            token_ids: packed token ids, row after row.
+            positions: position of each token, counted from the end of the shared prefix.
+            packed_rows: where the rows lie in the packed sequence.
+            logit_index: indices in the packed sequence at which logits are computed, such as
+                `packed_rows.last_index`.
+            hidden_mask: as for `use_split_attention`.
         """
-        mask = torch.ones(
-            1, n_shared + len(token_ids), dtype=torch.long
-        )  # the attention to a line has its own
+        mask = torch.ones(1, n_shared + len(token_ids), dtype=torch.long)  # split attention has its own mask
         with use_split_attention(packed_rows, hidden_mask):
             return self._run_model(
                 cache,
@@ -264,29 +277,30 @@ class Engine:
             )
 
     def make_last_token_reader(self, prompt: Sequence[int]) -> Callable[[int], Float[Tensor, "rows vocab"]]:
-        """Return what reads a prompt's end so many times at once, the tokens before it having been computed.
+        """Return a function that re-runs the prompt's last token for N rows, reusing the cached prefix.
 
-        Hooks may then change what each row holds there; nothing before it can see that.
+        Hooks may change the activations of each row at the last token; no earlier token depends on them.
 
         Args:
-            prompt: two tokens at least.
+            prompt: token ids, at least two.
         """
-        shared = len(prompt) - 1
-        prefix = self._compute_prefix(prompt[:shared])
+        n_shared = len(prompt) - 1
+        prefix = self._compute_prefix(prompt[:n_shared])
 
-        def read(rows: int) -> Float[Tensor, "rows vocab"]:
-            ids = torch.full((rows,), prompt[shared])
+        def read_last_token(n_rows: int) -> Float[Tensor, "rows vocab"]:
+            token_ids = torch.full((n_rows,), prompt[n_shared])
+            zeros = torch.zeros(n_rows, dtype=torch.long)
             if prefix.is_packed:
-                line = PackedRows.from_lengths(torch.ones(rows, dtype=torch.long))
-                places = torch.zeros(rows, dtype=torch.long)
-                return self.compute_packed_logits(prefix.cache, shared, ids, places, line, line.last_index)
-            mask = torch.ones(rows, shared + 1, dtype=torch.long)
-            last = torch.zeros(rows, dtype=torch.long)
+                packed_rows = PackedRows.from_lengths(torch.ones(n_rows, dtype=torch.long))
+                return self.compute_packed_logits(
+                    prefix.cache, n_shared, token_ids, zeros, packed_rows, packed_rows.last_index
+                )
+            mask = torch.ones(n_rows, n_shared + 1, dtype=torch.long)
             return self._run_model(
-                prefix.cache, ids[:, None], mask, last[:, None] + shared, torch.arange(rows), last
+                prefix.cache, token_ids[:, None], mask, zeros[:, None] + n_shared, torch.arange(n_rows), zeros
             )
 
-        return read
+        return read_last_token
 
     def _run_model(
         self,
@@ -297,11 +311,12 @@ class Engine:
         logit_rows: Int[Tensor, " ends"],
         logit_columns: Int[Tensor, " ends"],
     ) -> Float[Tensor, "ends vocab"]:
+        """Run one forward pass and return float32 logits at the given rows and columns."""
         device = self.model.device
         self.logit_positions = logit_rows.to(device), logit_columns.to(device)
         try:
             with restrict_unembedding(self.model, logit_rows, logit_columns):
-                out = self.model(
+                output = self.model(
                     input_ids=token_ids.to(device),
                     attention_mask=attention_mask.to(device),
                     position_ids=positions.to(device),
@@ -311,31 +326,26 @@ class Engine:
         finally:
             self.logit_positions = None
         self.work_counter.computed_tokens += token_ids.numel()
-        # One position of each row is left, or all of them where a model does not call its unembedding module.
-        logits = out.logits
+        # One position per logit is left, or all positions if the model does not call its unembedding module.
+        logits = output.logits
         return (logits[:, 0] if logits.shape[1] == 1 else logits[logit_rows, logit_columns]).float()
 
 
-# Tokens in one batch of suffixes. On a CPU more only overflow its caches (512 to 1,024 are alike).
-_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
-# Of all tokens, the share from which it is worth to lay rows by what they begin with, not by length.
-_MIN_MERGED_SHARE = 0.1
-_ATTENTION_COST = 0.125  # of a token's cost, what it costs to attend to it once more in a row that shares it
-
-
 def count_shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with, leaving each at least one token of its own.
+    """Return the number of tokens with which all prompts start, leaving at least one token of each prompt.
 
-    >>> count_shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), count_shared_prefix([[1, 2], [1, 2, 3]]), count_shared_prefix([[1]])
-    (2, 1, 0)
+    >>> count_shared_prefix([[1, 2, 3], [1, 2, 4, 5]])
+    2
+    >>> count_shared_prefix([[1, 2], [1, 2, 3]]), count_shared_prefix([[1]])
+    (1, 0)
     """
     rows = [list(prompt) for prompt in prompts]
-    # The two that differ soonest, in the order of lists.
+    # In lexicographic order, the first and the last row have the shortest common prefix.
     return min(count_common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1)
 
 
 def count_common_prefix(tokens: Sequence[int], other_tokens: Sequence[int]) -> int:
-    """Return how many tokens two rows begin with alike.
+    """Return the number of tokens with which both rows start.
 
     >>> count_common_prefix([1, 2, 3], [1, 2, 4, 5])
     2
@@ -346,51 +356,39 @@ def count_common_prefix(tokens: Sequence[int], other_tokens: Sequence[int]) -> i
 def plan_batches(
     suffixes: Sequence[Sequence[int]], is_packed: bool, device: str, get_batch_size: Callable[[], int | None]
 ) -> Iterator[list[int]]:
-    """Yield rows in batches, longest first: like lengths lie together, and too little memory shows at once.
+    """Yield batches of row indices.
 
-    In a line, rows that begin alike lie together instead, where that saves much: what several of them begin
-    with is computed once.
+    Rows are ordered by length, longest first: a batch has rows of similar length, and an out-of-memory error
+    shows at once. Packed rows are ordered by their tokens instead if that saves many: tokens with which
+    several rows of a batch start are computed once.
 
     >>> list(plan_batches([[1], [1, 2, 3], [1, 2]], False, "cpu", lambda: 2))
     [[1, 2], [0]]
 
     Args:
         suffixes: token ids.
-        is_packed: whether rows lie behind each other in one line, not padded beside each other.
+        is_packed: whether rows are packed into one sequence, not padded to one length.
         device: cpu or cuda.
-        get_batch_size: asked before each batch: rows in it; None lets the number of tokens decide.
+        get_batch_size: called before each batch; returns its number of rows, or None to let the number of
+            tokens decide.
     """
-    order = sorted(range(len(suffixes)), key=lambda row: -len(suffixes[row]))
-    cost = [len(suffixes[row]) for row in order]
-    if is_packed:
-        alike = sorted(order, key=lambda row: tuple(suffixes[row]))
-        begun = [0, *(count_common_prefix(suffixes[one], suffixes[other]) for one, other in pairwise(alike))]
-        if sum(begun) > _MIN_MERGED_SHARE * sum(cost):
-            order = alike
-            cost = [len(suffixes[row]) - known for row, known in zip(alike, begun, strict=True)]
-    most = _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH["cpu"])
-    while order:
-        tokens = accumulate(cost if is_packed else [cost[0]] * len(cost))  # padded to the longest
-        # Attention sees every row whole, whatever is computed once.
-        longest = accumulate((len(suffixes[row]) for row in order), max)
-        seen = (_ATTENTION_COST * rows * length for rows, length in enumerate(longest, 1))
-        within = takewhile(lambda two: max(two) <= most, zip(tokens, seen, strict=True))
-        number = get_batch_size() or max(1, sum(1 for _ in within))
-        yield order[:number]
-        order, cost = order[number:], cost[number:]
-
-
-# Layers that remember keys and values alone; a recurrent state goes on from where it is and is not shared.
-_SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+    order, costs = _order_rows(suffixes, is_packed)
+    lengths = [len(suffixes[row]) for row in order]
+    max_tokens = _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH["cpu"])
+    start = 0
+    while start < len(order):
+        size = get_batch_size() or _count_fitting_rows(costs[start:], lengths[start:], is_packed, max_tokens)
+        yield order[start : start + size]
+        start += size
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What the model remembers of the shared tokens, and how it is lent.
+    """Keys and values of a shared prefix.
 
     Attributes:
-        cache: keys and values.
-        is_packed: whether rows lie behind each other in one line, not padded beside each other.
+        cache: keys and values of all layers.
+        is_packed: whether rows are packed into one sequence, not padded to one length.
     """
 
     cache: DynamicCache
@@ -398,26 +396,86 @@ class SharedPrefix:
 
 
 def can_share_prefix(model: Any) -> bool:
-    """Return whether all that a model remembers of a prefix can be laid under several rows."""
-    return all(type(one) in _SHAREABLE_LAYERS for one in DynamicCache(config=model.config).layers)
+    """Return whether a model's state after a prefix is keys and values only, which several rows can reuse."""
+    return all(type(layer) in _SHAREABLE_LAYERS for layer in DynamicCache(config=model.config).layers)
 
 
 def prepare_shared_prefix(model: Any, cache: DynamicCache) -> SharedPrefix:
-    """Return what a model remembers of a prefix, made so that batches of any size can be laid on it."""
-    in_line = can_split_attention(model, cache.layers)
-    lend = make_split_update if in_line else _make_broadcast_update
+    """Return a prefix that batches of any size can use, after replacing the `update` of its cache layers.
+
+    Args:
+        model: that computed the prefix.
+        cache: keys and values of the prefix.
+    """
+    is_packed = can_split_attention(model, cache.layers)
+    make_update = make_split_update if is_packed else _make_broadcast_update
     for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)  # of _SHAREABLE
-        if layer.keys is not None and layer.values is not None:  # some layers use those of another
-            layer.update = lend(layer.keys, layer.values)  # type: ignore[method-assign]
-    return SharedPrefix(cache, in_line)
+        assert isinstance(layer, DynamicLayer)  # one of _SHAREABLE_LAYERS
+        if layer.keys is not None and layer.values is not None:  # some layers use those of another layer
+            layer.update = make_update(layer.keys, layer.values)  # type: ignore[method-assign]
+    return SharedPrefix(cache, is_packed)
+
+
+@contextmanager
+def restrict_unembedding(
+    model: Any, logit_rows: Int[Tensor, " ends"], logit_columns: Int[Tensor, " ends"]
+) -> Iterator[None]:
+    """Context manager: apply the unembedding only at the given positions (ends × 1 × width).
+
+    Args:
+        model: restored on exit.
+        logit_rows: row of the hidden states, one per position.
+        logit_columns: column of the hidden states, one per position.
+    """
+
+    def select_positions(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden[logit_rows.to(hidden.device), logit_columns.to(hidden.device)][:, None], *args[1:])
+
+    unembedding = model.get_output_embeddings()
+    handle = unembedding.register_forward_pre_hook(select_positions) if unembedding is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _order_rows(suffixes: Sequence[Sequence[int]], is_packed: bool) -> tuple[list[int], list[int]]:
+    """Return the order of the rows, and the number of tokens that each adds to those before it."""
+    by_length = sorted(range(len(suffixes)), key=lambda row: -len(suffixes[row]))
+    lengths = [len(suffixes[row]) for row in by_length]
+    if is_packed:
+        by_tokens = sorted(by_length, key=lambda row: tuple(suffixes[row]))
+        merged = [0, *(count_common_prefix(suffixes[a], suffixes[b]) for a, b in pairwise(by_tokens))]
+        if sum(merged) > _MIN_MERGED_SHARE * sum(lengths):
+            return by_tokens, [len(suffixes[row]) - n for row, n in zip(by_tokens, merged, strict=True)]
+    return by_length, lengths
+
+
+def _count_fitting_rows(
+    costs: Sequence[int], lengths: Sequence[int], is_packed: bool, max_tokens: int
+) -> int:
+    """Return the number of first rows that fit into a batch of that many tokens, at least one.
+
+    Two sums are bounded: computed tokens, where padded rows all count as long as the longest; and attention,
+    in which every row has its full length, also where its tokens are merged with those of other rows.
+    """
+    n_rows = computed_tokens = longest = 0
+    for cost, length in zip(costs, lengths, strict=True):
+        computed_tokens += cost if is_packed else costs[0]
+        longest = max(longest, length)
+        if max(computed_tokens, _ATTENTION_COST * (n_rows + 1) * longest) > max_tokens:
+            break
+        n_rows += 1
+    return max(1, n_rows)
 
 
 def _make_broadcast_update(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`update` of a cache layer that lays its one row under all rows of a batch, and remembers nothing new.
+    """Return a cache layer's `update` that repeats the prefix for all rows of a batch and stores nothing.
 
-    What a layer adds is needed in that layer only. Were it kept, as transformers does, a batch would hold the
-    keys and values of all layers at once: at 7B, tens of gigabytes instead of one.
+    New keys and values are needed in their own layer only. Stored, as transformers does, a batch would hold
+    those of all layers at once: at 7B parameters, tens of gigabytes instead of one.
     """
 
     def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -428,28 +486,3 @@ def _make_broadcast_update(keys: Tensor, values: Tensor) -> Callable[..., tuple[
         )
 
     return update
-
-
-@contextmanager
-def restrict_unembedding(
-    model: Any, logit_rows: Int[Tensor, " ends"], logit_columns: Int[Tensor, " ends"]
-) -> Iterator[None]:
-    """While open, the unembedding sees the places where prompts end only (ends × 1 × width).
-
-    Args:
-        model: it is left as it was.
-        logit_rows: of the hidden states, one for each end.
-        logit_columns: the column.
-    """
-
-    def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[logit_rows.to(hidden.device), logit_columns.to(hidden.device)][:, None], *args[1:])
-
-    unembedding = model.get_output_embeddings()
-    handle = unembedding.register_forward_pre_hook(pick) if unembedding is not None else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()

