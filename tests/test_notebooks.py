@@ -1,4 +1,4 @@
-"""Every notebook runs from the top and puts out what was saved in it; called as a program, this saves it."""
+"""Every notebook runs from the top and reproduces its saved outputs; run as a program, this saves them."""
 
 import os
 import re
@@ -8,53 +8,58 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-HERE = Path(__file__).resolve().parent.parent / "notebooks"
-NAMES = sorted(path.stem for path in HERE.glob("*.ipynb"))
+NOTEBOOK_FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOK_FOLDER.glob("*.ipynb"))
 NUMBER = re.compile(r"(?<![\w.-])[-−+]?\d+(?:\.\d+)?(?![\w.])")
 pytestmark = [pytest.mark.slow, pytest.mark.embedded, pytest.mark.timeout(600)]
 
 
-def shown(cell):
-    """What a cell has put out, as text; a picture stands for itself."""
-    found = []
+def format_outputs(cell):
+    """Return the outputs of a cell as text; "a picture" stands for a figure."""
+    texts = []
     for output in cell.get("outputs", []):
         assert output["output_type"] != "error", output
         assert output.get("name") != "stderr", output["text"]
         data = output.get("data", {"text/plain": output.get("text", "")})
-        found.append("a picture" if "image/png" in data else data["text/plain"])
-    return "\n".join(found)
+        texts.append("a picture" if "image/png" in data else data["text/plain"])
+    return "\n".join(texts)
 
 
-def executed(name):
-    """The notebook, run from the top."""
-    notebook = nbformat.read(HERE / f"{name}.ipynb", as_version=4)
-    where = {"metadata": {"path": str(HERE)}}
-    client = NotebookClient(notebook, timeout=500, record_timing=False, resources=where)
+def execute_notebook(name):
+    """Run a notebook from the top and return it with its new outputs."""
+    notebook = nbformat.read(NOTEBOOK_FOLDER / f"{name}.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(NOTEBOOK_FOLDER)}}
+    client = NotebookClient(notebook, timeout=500, record_timing=False, resources=resources)
     return client.execute(env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
-def numbers(text):
-    return [float(one.replace("−", "-")) for one in NUMBER.findall(text)]
+def find_numbers(text):
+    """Return the numbers in a text."""
+    return [float(number.replace("−", "-")) for number in NUMBER.findall(text)]
 
 
-def test_there_are_six_and_they_are_numbered():
+def test_there_are_six_notebooks_and_they_are_numbered():
     assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_from_the_top_and_says_what_was_saved(name, smollm2, monkeypatch):
-    assert smollm2.model is not None  # converted by now, so that no notebook shows how that goes
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two run at once
-    saved, fresh = nbformat.read(HERE / f"{name}.ipynb", as_version=4), executed(name)
-    pairs = [(shown(one), shown(two)) for one, two in zip(saved.cells, fresh.cells, strict=True)]
-    assert any("a picture" in old for old, _ in pairs)
-    for old, new in pairs:
-        # Words are the same; numbers as far as processors agree.
+def test_a_notebook_runs_from_the_top_and_reproduces_its_outputs(name, smollm2, monkeypatch):
+    assert smollm2.model is not None  # converted before, so that no notebook shows the conversion
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two notebooks run at once
+    saved = nbformat.read(NOTEBOOK_FOLDER / f"{name}.ipynb", as_version=4)
+    executed = execute_notebook(name)
+    outputs = [
+        (format_outputs(old_cell), format_outputs(new_cell))
+        for old_cell, new_cell in zip(saved.cells, executed.cells, strict=True)
+    ]
+    assert any("a picture" in old for old, _ in outputs)
+    for old, new in outputs:
+        # The words are equal; the numbers are equal as far as processors agree.
         assert NUMBER.sub("#", old).split() == NUMBER.sub("#", new).split()
-        for one, two in zip(numbers(old), numbers(new), strict=True):
-            assert two == pytest.approx(one, abs=0.03, rel=0.02)
+        for old_number, new_number in zip(find_numbers(old), find_numbers(new), strict=True):
+            assert new_number == pytest.approx(old_number, abs=0.03, rel=0.02)
 
 
 if __name__ == "__main__":
-    for each in NAMES:
-        nbformat.write(executed(each), HERE / f"{each}.ipynb")
+    for notebook_name in NAMES:
+        nbformat.write(execute_notebook(notebook_name), NOTEBOOK_FOLDER / f"{notebook_name}.ipynb")
