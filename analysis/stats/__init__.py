@@ -1,1 +1,1 @@
-"""Statistics: tables in, numbers with intervals out; nothing here knows a model."""
+"""Statistics: functions from tables to estimates with intervals; nothing in this package uses a model."""

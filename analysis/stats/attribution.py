@@ -1,7 +1,6 @@
-"""What layers, parts and sites do to shift and discrimination: many contrasts at once, with intervals.
+"""Attribution of shift and discrimination to layers, parts and sites: many contrasts at once, with intervals.
 
-Shift and discrimination are means of margins, so what holds for a margin holds for them: shares that add up
-to a margin add up to its contrasts.
+Both contrasts are linear in the margins, so contributions that add up to the margins add up to the contrasts.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -33,17 +33,19 @@ CONTRASTS = ("shift", "discrimination")
 ChangeMatrix = Float[np.ndarray, "queries columns"]
 DrawMatrix = Float[np.ndarray, "draws columns"]
 UnitMatrix = Float[np.ndarray, "units columns"]
+_MIN_SQUARED_LENGTH = 1e-12  # nats²; profiles below it are float noise
+_MIN_MANTEL_PAIRS = 4
 
 
 @dataclass(frozen=True)
 class ContrastEstimator:
-    """The queries that effects are averaged over.
+    """Estimates contrasts over one set of queries.
 
     Attributes:
-        pairs: the name of each one's pair, missing where it has none.
-        is_harmful: class of each.
-        seed: of the bootstrap.
-        n_draws: of the bootstrap.
+        pairs: name of each query's pair, missing for a query without a pair.
+        is_harmful: class of each query.
+        seed: seed of the bootstrap.
+        n_draws: number of bootstrap draws.
     """
 
     pairs: pd.Series
@@ -53,7 +55,7 @@ class ContrastEstimator:
 
     @cached_property
     def resamplings(self) -> tuple[ResamplingWeights, ResamplingWeights]:
-        """The data as they are, and bootstrap draws."""
+        """Weights of the observed data, and of the bootstrap draws."""
         units = ResamplingUnits.from_pairs(self.pairs, self.is_harmful)
         return ResamplingWeights.from_observed(units), ResamplingWeights.from_bootstrap(
             units, self.n_draws, self.seed
@@ -61,144 +63,158 @@ class ContrastEstimator:
 
     @property
     def class_sizes(self) -> tuple[int, int]:
-        """Harmful and benign queries."""
+        """Numbers of harmful and of benign queries."""
         return int(self.is_harmful.sum()), int((~self.is_harmful).sum())
 
     def draw_contrasts(self, changes: ChangeMatrix) -> list[dict[str, DrawMatrix]]:
-        """Return shift and discrimination of every column: of the data (one row), and of each draw."""
-        found = []
-        for sample in self.resamplings:
-            harmful = sample.harmful_weights @ changes[self.is_harmful] / self.class_sizes[0]
-            benign = sample.benign_weights @ changes[~self.is_harmful] / self.class_sizes[1]
-            found.append({"shift": (harmful + benign) / 2, "discrimination": harmful - benign})
-        return found
-
-    def estimate_contrasts(self, changes: ChangeMatrix) -> pd.DataFrame:
-        """Return a row per column: shift and discrimination with their intervals.
+        """Return shift and discrimination of every column, from the observed data and from each draw.
 
         Args:
-            changes: of something, by query and column.
+            changes: changes by query and column, nats.
+
+        Returns:
+            Two dictionaries keyed by contrast: the observed values (one row), and the draws.
         """
-        point, cloud = self.draw_contrasts(changes)
-        found: dict[str, Any] = {}
+        contrasts = []
+        for weights in self.resamplings:
+            harmful = weights.harmful_weights @ changes[self.is_harmful] / self.class_sizes[0]
+            benign = weights.benign_weights @ changes[~self.is_harmful] / self.class_sizes[1]
+            contrasts.append({"shift": (harmful + benign) / 2, "discrimination": harmful - benign})
+        return contrasts
+
+    def estimate_contrasts(self, changes: ChangeMatrix) -> pd.DataFrame:
+        """Return shift and discrimination with their intervals, one row per column of `changes`.
+
+        Args:
+            changes: changes by query and column, nats.
+        """
+        points, clouds = self.draw_contrasts(changes)
+        table: dict[str, Any] = {}
         for name in CONTRASTS:
-            values = point[name][0]
+            values = points[name][0]
             ends = np.array(
-                [bootstrap_interval(one, min(self.class_sizes)) for one in cloud[name].T]
+                [bootstrap_interval(draws, min(self.class_sizes)) for draws in clouds[name].T]
             ).reshape(-1, 2)
-            found[name] = values
-            found[f"{name}_low"] = np.minimum(ends[:, 0], values)
-            found[f"{name}_high"] = np.maximum(ends[:, 1], values)
-        return pd.DataFrame(found)
+            table[name] = values
+            table[f"{name}_low"] = np.minimum(ends[:, 0], values)
+            table[f"{name}_high"] = np.maximum(ends[:, 1], values)
+        return pd.DataFrame(table)
 
     def compute_unit_contributions(
         self, changes: ChangeMatrix, units: ResamplingUnits
     ) -> dict[str, UnitMatrix]:
-        """Return what each unit adds to shift and to discrimination of every column.
+        """Return the contribution of each resampling unit to the contrasts of every column.
 
         Args:
-            changes: of something, by query and column.
-            units: of the queries.
+            changes: changes by query and column, nats.
+            units: resampling units of the queries.
         """
         share = np.where(self.is_harmful, 1 / self.class_sizes[0], 1 / self.class_sizes[1])
-        side = np.where(self.is_harmful, 1.0, -1.0)
-        found = {}
-        for name, weights in (("shift", share / 2), ("discrimination", share * side)):
-            found[name] = np.zeros((len(units.composition), changes.shape[1]))
-            np.add.at(found[name], units.unit_of_query, weights[:, None] * changes)
-        return found
+        sign = np.where(self.is_harmful, 1.0, -1.0)
+        contributions = {}
+        for name, weights in (("shift", share / 2), ("discrimination", share * sign)):
+            contributions[name] = np.zeros((len(units.composition), changes.shape[1]))
+            np.add.at(contributions[name], units.unit_of_query, weights[:, None] * changes)
+        return contributions
 
     def estimate_separation(
         self, scores_before: Float[np.ndarray, " queries"], scores_after: Float[np.ndarray, " queries"]
     ) -> dict[str, float]:
-        """Return how well a number by query tells the classes apart before and after, and the difference."""
-        clouds: dict[str, list[Any]] = {"auroc": [], "auroc_after": [], "delta_auroc": []}
-        for sample in self.resamplings:
-            old, new = (
-                compute_auroc(values[self.is_harmful], values[~self.is_harmful], sample, which)
-                for which, values in enumerate((scores_before, scores_after))
+        """Return the AUROC of a score before and after a defense, and the difference, with intervals.
+
+        Args:
+            scores_before: score of each query, undefended.
+            scores_after: score of each query, defended.
+        """
+        estimates: dict[str, list[Any]] = {"auroc": [], "auroc_after": [], "delta_auroc": []}
+        for weights in self.resamplings:
+            before, after = (
+                compute_auroc(scores[self.is_harmful], scores[~self.is_harmful], weights, condition_index)
+                for condition_index, scores in enumerate((scores_before, scores_after))
             )
-            for name, values in zip(clouds, (old, new, new - old), strict=True):
-                clouds[name].append(values)
-        found: dict[str, float] = {}
-        for name, (point, cloud) in clouds.items():
-            found |= make_estimate_columns(name, point, cloud, min(self.class_sizes), from_counts=True)
-        return found
+            for name, values in zip(estimates, (before, after, after - before), strict=True):
+                estimates[name].append(values)
+        columns: dict[str, float] = {}
+        for name, (point, draws) in estimates.items():
+            columns |= make_estimate_columns(name, point, draws, min(self.class_sizes), from_counts=True)
+        return columns
 
 
 def estimate_layer_contrasts(
     estimator: ContrastEstimator, margins_before: ChangeMatrix, margins_after: ChangeMatrix
 ) -> pd.DataFrame:
-    """Return shift and discrimination as each layer's margin shows them.
+    """Return shift and discrimination of each layer's margin, with the class means behind them.
 
     Args:
-        estimator: the queries.
-        margins_before: margins by layer, undefended.
-        margins_after: the same, defended.
+        estimator: estimator of the queries.
+        margins_before: margins by query and layer, undefended, nats.
+        margins_after: margins by query and layer, defended, nats.
     """
-    found = estimator.estimate_contrasts(margins_after - margins_before)
-    found.insert(0, "layer", range(len(found)))
-    for name, values in (("undefended", margins_before), ("defended", margins_after)):
-        for side, of in (("harmful", estimator.is_harmful), ("benign", ~estimator.is_harmful)):
-            found[f"{side}_{name}"] = values[of].mean(0)
-    return found
+    table = estimator.estimate_contrasts(margins_after - margins_before)
+    table.insert(0, "layer", range(len(table)))
+    for condition, margins in (("undefended", margins_before), ("defended", margins_after)):
+        for class_name, in_class in (("harmful", estimator.is_harmful), ("benign", ~estimator.is_harmful)):
+            table[f"{class_name}_{condition}"] = margins[in_class].mean(0)
+    return table
 
 
 def find_half_way_layers(
     estimator: ContrastEstimator, margins_before: ChangeMatrix, margins_after: ChangeMatrix
 ) -> pd.DataFrame:
-    """Return the layer from which on each contrast stays beyond half of its final value.
+    """Return the first layer from which each contrast stays at half of its final value or more.
 
-    Where the final value's interval holds 0 there is nothing to be half of, and the layer is missing. The
-    interval of a layer is that of draws whose final value has the estimate's sign.
+    The layer is missing if the interval of the final value includes 0. Its own interval uses only the draws
+    whose final value has the sign of the estimate.
 
     Args:
-        estimator: the queries.
-        margins_before: margins by layer, undefended.
-        margins_after: the same, defended.
+        estimator: estimator of the queries.
+        margins_before: margins by query and layer, undefended, nats.
+        margins_after: margins by query and layer, defended, nats.
     """
-    point, cloud = estimator.draw_contrasts(margins_after - margins_before)
+    points, clouds = estimator.draw_contrasts(margins_after - margins_before)
     rows = []
     n = min(estimator.class_sizes)
     for name in CONTRASTS:
-        here, many = point[name], cloud[name]
-        final = make_estimate_columns("final", here[:, -1], many[:, -1], n)
+        point, draws = points[name], clouds[name]
+        final = make_estimate_columns("final", point[:, -1], draws[:, -1], n)
         half = {"half": np.nan, "half_low": np.nan, "half_high": np.nan}
         if final["final_low"] > 0 or final["final_high"] < 0:
-            same = many[np.sign(many[:, -1]) == np.sign(final["final"])]
-            half = make_estimate_columns("half", _find_lasting_layers(here), _find_lasting_layers(same), n)
+            same_sign_draws = draws[np.sign(draws[:, -1]) == np.sign(final["final"])]
+            half = make_estimate_columns(
+                "half", _find_lasting_layers(point), _find_lasting_layers(same_sign_draws), n
+            )
         rows.append({"contrast": name, **final, **half})
     return pd.DataFrame(rows)
 
 
 def _find_lasting_layers(layer_contrasts: DrawMatrix) -> Float[np.ndarray, " draws"]:
-    """The first column from which on each row is at least half of its last value."""
-    there = layer_contrasts / layer_contrasts[:, -1:] >= 0.5
-    return (layer_contrasts.shape[1] - np.cumprod(there[:, ::-1], axis=1).sum(1)).astype(float)
+    """Return, for each row, the first column from which all values are at least half of the last one."""
+    reaches_half = layer_contrasts / layer_contrasts[:, -1:] >= 0.5
+    return (layer_contrasts.shape[1] - np.cumprod(reaches_half[:, ::-1], axis=1).sum(1)).astype(float)
 
 
 def estimate_part_contrasts(
     estimator: ContrastEstimator, decomposition_before: Decomposition, decomposition_after: Decomposition
 ) -> pd.DataFrame:
-    """Return what every part adds to shift and discrimination; the rows add up to both.
+    """Return the contribution of every part to shift and discrimination; the rows add up to both.
 
-    What is added between blocks, and biases, are left out where they are nothing.
+    Biases and parts that a defense adds between blocks are left out if their contribution does not change.
 
     Args:
-        estimator: the queries.
-        decomposition_before: their margins, undefended.
-        decomposition_after: the same, defended.
+        estimator: estimator of the queries.
+        decomposition_before: decomposition of the queries' margins, undefended.
+        decomposition_after: decomposition of the queries' margins, defended.
     """
-    change = decomposition_after.contributions - decomposition_before.contributions
-    found = pd.concat(
-        [make_part_columns(decomposition_before.parts), estimator.estimate_contrasts(change)], axis=1
+    changes = decomposition_after.contributions - decomposition_before.contributions
+    table = pd.concat(
+        [make_part_columns(decomposition_before.parts), estimator.estimate_contrasts(changes)], axis=1
     )
-    nothing = found["kind"].isin(["added", "bias"]) & (np.abs(change).max(0) < 1e-5)
-    return found[~nothing].reset_index(drop=True)
+    is_unchanged = table["kind"].isin(["added", "bias"]) & (np.abs(changes).max(0) < 1e-5)
+    return table[~is_unchanged].reset_index(drop=True)
 
 
 def make_part_columns(parts: Sequence[ModelPart]) -> pd.DataFrame:
-    """Return the columns that name parts."""
+    """Return the columns that identify parts: layer, kind and head."""
     return pd.DataFrame(
         {
             "layer": pd.array([part.layer for part in parts], dtype="Int64"),
@@ -208,44 +224,46 @@ def make_part_columns(parts: Sequence[ModelPart]) -> pd.DataFrame:
     )
 
 
-_MIN_SQUARED_LENGTH = 1e-12  # square nats, of a profile that is nothing but float noise
-
-
 def estimate_profile_similarity(
     estimator: ContrastEstimator, changes_by_defense: Mapping[str, ChangeMatrix]
 ) -> pd.DataFrame:
-    """Return how alike the parts are that two defenses work by: cosines of their contrasts by part.
+    """Return the cosine similarity of every two defenses' attribution profiles, by contrast.
 
-    Both are compared with the undefended model on the same queries, so what is chance in one is chance in the
-    other, and would make any two seem alike. Dot products are therefore taken less what chance adds to them,
-    as the scatter over pairs has it; intervals are the jackknife's. Where a defense does no more than chance
-    would, there is nothing to compare.
+    A profile is the vector of contrasts over parts. Both profiles are differences from the undefended model
+    on the same queries, so they share its sampling noise, which would make any two defenses look similar.
+    Dot products and squared lengths are therefore corrected for the expected contribution of noise, estimated
+    from the scatter over resampling units; intervals are jackknife intervals. The cosine is missing if a
+    corrected squared length is not positive, because that profile is indistinguishable from noise.
 
     Args:
-        estimator: the queries.
-        changes_by_defense: by defense, what it does to the share of each part in each query's margin.
+        estimator: estimator of the queries.
+        changes_by_defense: defense → change of each part's contribution to each query's margin, nats.
     """
     units = ResamplingUnits.from_pairs(estimator.pairs, estimator.is_harmful)
-    adds = {
-        name: estimator.compute_unit_contributions(change, units)
-        for name, change in changes_by_defense.items()
+    contributions = {
+        defense: estimator.compute_unit_contributions(changes, units)
+        for defense, changes in changes_by_defense.items()
     }
-    lengths = {
-        (name, contrast): _compute_debiased_dot_products(one[contrast], one[contrast], units.composition)
-        for name, one in adds.items()
+    squared_lengths = {
+        (defense, contrast): _compute_debiased_dot_products(
+            by_contrast[contrast], by_contrast[contrast], units.composition
+        )
+        for defense, by_contrast in contributions.items()
         for contrast in CONTRASTS
     }
-    names, rows = list(changes_by_defense), []
-    for place, one in enumerate(names):
-        for other in names[place + 1 :]:
-            for contrast in CONTRASTS:
-                product = _compute_debiased_dot_products(
-                    adds[one][contrast], adds[other][contrast], units.composition
-                )
-                ends = _jackknife_cosine(
-                    product, lengths[one, contrast], lengths[other, contrast], units.composition
-                )
-                rows.append({"defense": one, "other": other, "contrast": contrast, **ends})
+    rows = []
+    for defense, other in combinations(changes_by_defense, 2):
+        for contrast in CONTRASTS:
+            dot_products = _compute_debiased_dot_products(
+                contributions[defense][contrast], contributions[other][contrast], units.composition
+            )
+            cosine_columns = _jackknife_cosine(
+                dot_products,
+                squared_lengths[defense, contrast],
+                squared_lengths[other, contrast],
+                units.composition,
+            )
+            rows.append({"defense": defense, "other": other, "contrast": contrast, **cosine_columns})
     columns = ["defense", "other", "contrast", "cosine", "cosine_low", "cosine_high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -253,28 +271,45 @@ def estimate_profile_similarity(
 def _compute_debiased_dot_products(
     contributions: UnitMatrix, other_contributions: UnitMatrix, composition: Int[np.ndarray, " units"]
 ) -> Float[np.ndarray, " draws"]:
-    """The dot product of two sums over units, less what chance adds; then without each unit in turn."""
+    """Return the noise-corrected dot product of two profiles, and its value without each unit in turn.
+
+    Let x_i and y_i be the contributions of unit i to the two profiles, X = Σ x_i and Y = Σ y_i. Units are
+    independent, so E[X·Y] = E[X]·E[Y] + Σ_i E[(x_i − E x_i)·(y_i − E y_i)]. The last term is the noise that
+    the profiles share. For the n units of one composition k, with means x̄ and ȳ, it is estimated without
+    bias by n/(n−1) · S_k, where S_k = Σ_i s_i and s_i = (x_i − x̄)·(y_i − ȳ). The estimate is
+
+        D = X·Y − Σ_k n_k/(n_k−1) · S_k.
+
+    Without unit j, the other n−1 units of its composition stand for all n: each is scaled by r = n/(n−1). The
+    sum of x over the composition, n x̄, becomes r (n x̄ − x_j), so X becomes X + (r−1) n x̄ − r x_j, and
+    likewise Y. Removing a value from a scatter gives S_k − r s_j, the scaling multiplies it by r², and the
+    correction factor n/(n−1) becomes (n−1)/(n−2):
+
+        D_j = X_j·Y_j − Σ_{l≠k} n_l/(n_l−1) · S_l − r² (n−1)/(n−2) · (S_k − r s_j).
+
+    Returns:
+        D, then D_j for every unit j; all NaN if a composition has fewer than three units.
+    """
     sums = contributions.sum(0), other_contributions.sum(0)
-    whole, less = sums[0] @ sums[1], np.empty(len(composition))
-    chance = np.zeros(len(composition) + 1)
+    noise = np.zeros(len(composition) + 1)
+    dot_products_without = np.empty(len(composition))
     for kind in np.unique(composition):
-        of = np.flatnonzero(composition == kind)
-        n = len(of)
-        means = contributions[of].mean(0), other_contributions[of].mean(0)
-        scatter = ((contributions[of] - means[0]) * (other_contributions[of] - means[1])).sum(1)
+        members = np.flatnonzero(composition == kind)
+        n = len(members)
         if n < 3:
             return np.full(len(composition) + 1, np.nan)
-        here = n / (n - 1) * scatter.sum()
-        chance[0] += here
-        chance[1:] += here
-        scale = n / (n - 1)  # those that are left stand for all
-        chance[1 + of] += scale**2 * (n - 1) / (n - 2) * (scatter.sum() - scale * scatter) - here
-        left = [
-            total + (scale - 1) * n * mean - scale * adds[of]
-            for total, mean, adds in zip(sums, means, (contributions, other_contributions), strict=True)
+        means = contributions[members].mean(0), other_contributions[members].mean(0)
+        scatter = ((contributions[members] - means[0]) * (other_contributions[members] - means[1])).sum(1)
+        scale = n / (n - 1)
+        member_noise = scale * scatter.sum()
+        noise += member_noise
+        noise[1 + members] += scale**2 * (n - 1) / (n - 2) * (scatter.sum() - scale * scatter) - member_noise
+        sums_without = [
+            total + (scale - 1) * n * mean - scale * values[members]
+            for total, mean, values in zip(sums, means, (contributions, other_contributions), strict=True)
         ]
-        less[of] = (left[0] * left[1]).sum(1)
-    return np.concatenate([[whole], less]) - chance
+        dot_products_without[members] = (sums_without[0] * sums_without[1]).sum(1)
+    return np.concatenate([[sums[0] @ sums[1]], dot_products_without]) - noise
 
 
 def _jackknife_cosine(
@@ -283,72 +318,76 @@ def _jackknife_cosine(
     other_squared_lengths: DrawVector,
     composition: Int[np.ndarray, " units"],
 ) -> dict[str, float]:
-    """A cosine with its jackknife interval, from `_dots`; none where a length is no more than chance."""
-    lengths = np.sqrt(
-        np.where(
-            (squared_lengths > _MIN_SQUARED_LENGTH) & (other_squared_lengths > _MIN_SQUARED_LENGTH),
-            squared_lengths * other_squared_lengths,
-            np.nan,
-        )
-    )
-    values = dot_products / lengths
-    error = 0.0
+    """Return a cosine with its jackknife interval, from values of `_compute_debiased_dot_products`."""
+    is_known = (squared_lengths > _MIN_SQUARED_LENGTH) & (other_squared_lengths > _MIN_SQUARED_LENGTH)
+    lengths = np.sqrt(np.where(is_known, squared_lengths * other_squared_lengths, np.nan))
+    cosines = dot_products / lengths
+    variance = 0.0
     for kind in np.unique(composition):
-        of = values[1:][composition == kind]
-        error += (len(of) - 1) / len(of) * ((of - of.mean()) ** 2).sum()
-    wide = float(stdtrit(len(composition) - 1, 0.5 + CONFIDENCE_LEVEL / 2) * np.sqrt(error))
-    cosine, low, high = (float(np.clip(values[0] + side * wide, -1, 1)) for side in (0, -1, 1))
+        values = cosines[1:][composition == kind]
+        variance += (len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum()
+    half_width = float(stdtrit(len(composition) - 1, 0.5 + CONFIDENCE_LEVEL / 2) * np.sqrt(variance))
+    cosine, low, high = (float(np.clip(cosines[0] + sign * half_width, -1, 1)) for sign in (0, -1, 1))
     return {"cosine": cosine, "cosine_low": low, "cosine_high": high}
 
 
 def join_stack_interactions(similarities: pd.DataFrame, ensembles: pd.DataFrame) -> pd.DataFrame:
-    """Return the pairs of defenses whose stack was run, with what their effects come to beyond the sum.
+    """Return the pairs of defenses whose stack was run, with the stack's interaction.
 
-    Where a pair was stacked in both orders, the mean of the two.
+    If a pair was stacked in both orders, the interaction is the mean of the two.
 
     Args:
-        similarities: of `profiles`, with `attack`.
-        ensembles: of `analyze ensembles`, its stacks.
+        similarities: table of `estimate_profile_similarity`, with the column `attack`.
+        ensembles: table of `analyze ensembles`, stacks only.
     """
     team = ensembles["members"].map(lambda members: "+".join(sorted(members.split("+"))))
-    found = []
+    tables = []
     for contrast in CONTRASTS:
-        stacks = ensembles.assign(team=team).groupby(["attack", "team"])[f"interaction_{contrast}"].mean()
-        here = similarities[similarities["contrast"] == contrast]
-        names = here["attack"], here[["defense", "other"]].apply(lambda row: "+".join(sorted(row)), axis=1)
-        places = pd.MultiIndex.from_arrays(names) if len(here) else stacks.index[:0]
-        found.append(here.assign(interaction=stacks.reindex(places).to_numpy()))
-    return pd.concat(found, ignore_index=True).dropna(subset="interaction").reset_index(drop=True)
+        interactions = (
+            ensembles.assign(team=team).groupby(["attack", "team"])[f"interaction_{contrast}"].mean()
+        )
+        rows = similarities[similarities["contrast"] == contrast]
+        teams = rows[["defense", "other"]].apply(lambda row: "+".join(sorted(row)), axis=1)
+        keys = pd.MultiIndex.from_arrays((rows["attack"], teams)) if len(rows) else interactions.index[:0]
+        tables.append(rows.assign(interaction=interactions.reindex(keys).to_numpy()))
+    joined = pd.concat(tables, ignore_index=True)
+    return joined.dropna(subset="interaction").reset_index(drop=True)
 
 
 def compute_mantel_correlation(
     pairs: pd.DataFrame, seed: int = 0, n_permutations: int = 1999
 ) -> dict[str, float]:
-    """Return the rank correlation of overlap and interaction over pairs of defenses, and its p-value.
+    """Return the rank correlation of similarity and interaction over pairs of defenses, with its p-value.
 
-    Pairs share members, so defenses are permuted, not pairs (Mantel's test).
+    Pairs share members, so the permutations exchange defenses, not pairs (Mantel's test).
 
     Args:
-        pairs: of `overlap`, of one attack and contrast.
-        seed: of the permutations.
-        n_permutations: how many.
+        pairs: table of `join_stack_interactions`, restricted to one attack and one contrast.
+        seed: seed of the permutations.
+        n_permutations: number of permutations.
     """
     pairs = pairs.dropna(subset=["cosine", "interaction"])
-    names = sorted({*pairs["defense"], *pairs["other"]})
-    places = [[names.index(name) for name in pairs[column]] for column in ("defense", "other")]
-    alike = np.full((len(names), len(names)), np.nan)
-    alike[places[0], places[1]] = alike[places[1], places[0]] = pairs["cosine"]
-    beyond = pairs["interaction"].to_numpy(float)
-    if len(pairs) < 4:
+    if len(pairs) < _MIN_MANTEL_PAIRS:
         return {"pairs": len(pairs), "rank_correlation": np.nan, "p": np.nan}
-    rng, found = np.random.default_rng(seed), []
-    for flip in range(n_permutations + 1):
-        order = rng.permutation(len(names)) if flip else np.arange(len(names))
-        moved = alike[order][:, order][places[0], places[1]]
-        known = ~np.isnan(moved)  # not every pair was stacked
-        few = known.sum() < 4 or np.ptp(moved[known]) == 0 or np.ptp(beyond[known]) == 0
-        found.append(np.nan if few else spearmanr(moved[known], beyond[known]).statistic)
-    ranks = np.array(found)
-    as_far = np.nansum(np.abs(ranks[1:]) >= abs(ranks[0]) - 1e-12)
-    p = (1 + as_far) / (1 + np.isfinite(ranks[1:]).sum()) if np.isfinite(ranks[0]) else np.nan
-    return {"pairs": len(pairs), "rank_correlation": float(ranks[0]), "p": float(p)}
+    names = sorted({*pairs["defense"], *pairs["other"]})
+    rows, columns = ([names.index(name) for name in pairs[column]] for column in ("defense", "other"))
+    similarity = np.full((len(names), len(names)), np.nan)
+    similarity[rows, columns] = similarity[columns, rows] = pairs["cosine"]
+    interaction = pairs["interaction"].to_numpy(float)
+    rng = np.random.default_rng(seed)
+    correlations = np.full(n_permutations + 1, np.nan)
+    for index in range(n_permutations + 1):
+        order = rng.permutation(len(names)) if index else np.arange(len(names))
+        permuted = similarity[order][:, order][rows, columns]
+        is_known = ~np.isnan(permuted)  # not every pair was stacked
+        if (
+            is_known.sum() >= _MIN_MANTEL_PAIRS
+            and np.ptp(permuted[is_known]) > 0
+            and np.ptp(interaction[is_known]) > 0
+        ):
+            correlations[index] = spearmanr(permuted[is_known], interaction[is_known]).statistic
+    observed, permuted_correlations = correlations[0], correlations[1:]
+    n_as_extreme = np.nansum(np.abs(permuted_correlations) >= abs(observed) - 1e-12)
+    n_known = np.isfinite(permuted_correlations).sum()
+    p_value = (1 + n_as_extreme) / (1 + n_known) if np.isfinite(observed) else np.nan
+    return {"pairs": len(pairs), "rank_correlation": float(observed), "p": float(p_value)}

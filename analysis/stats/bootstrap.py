@@ -1,4 +1,4 @@
-"""How sure an estimate is: bootstrap draws that keep pairs whole, and sign flips under "no effect"."""
+"""Paired bootstrap intervals, sign-flip permutation tests, Wilson intervals and Holm's adjustment."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ DrawVector = Float[np.ndarray, " draws"]
 
 @dataclass(frozen=True)
 class ResamplingUnits:
-    """Which queries belong together: a pair is one unit, and so is a query without a twin.
+    """Units of resampling: a pair of queries is one unit, and so is a query without a pair.
 
     Attributes:
-        unit_of_query: number of the unit that each query belongs to, 0 …
-        composition: what each unit is made of, 0 …; like number, like counts of harmful and benign queries.
+        unit_of_query: index of each query's unit, from 0.
+        composition: composition of each unit, from 0; units with the same number have the same counts of
+            harmful and of benign queries.
         is_harmful: class of each query.
     """
 
@@ -33,23 +34,32 @@ class ResamplingUnits:
 
     @classmethod
     def from_pairs(cls, pairs: pd.Series, is_harmful: Bool[np.ndarray, " n"]) -> ResamplingUnits:
-        """Return the units of queries, by the name of each one's pair (missing where it has none)."""
-        alone = pd.Series([f"query {place}" for place in range(len(pairs))], index=pairs.index)
-        of = pd.factorize(("pair " + pairs.astype(str)).where(pairs.notna(), alone))[0]
-        counts = np.stack([np.bincount(of, is_harmful), np.bincount(of, ~is_harmful)], axis=1)
-        return cls(of, np.unique(counts, axis=0, return_inverse=True)[1].ravel(), is_harmful)
+        """Return the units of queries.
+
+        Args:
+            pairs: name of each query's pair, missing for a query without a pair.
+            is_harmful: class of each query.
+        """
+        single_names = pd.Series([f"query {index}" for index in range(len(pairs))], index=pairs.index)
+        unit_names = ("pair " + pairs.astype(str)).where(pairs.notna(), single_names)
+        unit_of_query = pd.factorize(unit_names)[0]
+        class_counts = np.stack(
+            [np.bincount(unit_of_query, is_harmful), np.bincount(unit_of_query, ~is_harmful)], axis=1
+        )
+        composition = np.unique(class_counts, axis=0, return_inverse=True)[1].ravel()
+        return cls(unit_of_query, composition, is_harmful)
 
 
 @dataclass(frozen=True)
 class ResamplingWeights:
-    """How often each query counts in each draw; the same for all defenses: differences are paired.
+    """Weight of each query in each bootstrap draw; all defenses share the draws, so differences are paired.
 
     Attributes:
-        harmful_weights: draws × harmful queries.
-        benign_weights: draws × benign queries.
-        unseen_weights: weights of the queries that the log-linear correction adds to each rate: condition
-            (undefended, defended) × class (harmful, benign) × answer (refused, not) × draws.
-        is_observed: whether this is the data as they are, not draws.
+        harmful_weights: weights of the harmful queries, draws × queries.
+        benign_weights: weights of the benign queries, draws × queries.
+        unseen_weights: weights of the pseudo-observations that the log-linear correction adds to each rate:
+            condition (undefended, defended) × class (harmful, benign) × response (refused, not) × draws.
+        is_observed: whether these are the observed data instead of draws.
     """
 
     harmful_weights: Float[np.ndarray, "draws n_harmful"]
@@ -59,51 +69,61 @@ class ResamplingWeights:
 
     @classmethod
     def from_observed(cls, units: ResamplingUnits) -> ResamplingWeights:
-        """Return the data as they are: one draw in which each query counts once, and the unseen half."""
-        sizes = units.is_harmful.sum(), (~units.is_harmful).sum()
-        return cls(np.ones((1, sizes[0])), np.ones((1, sizes[1])), np.full((2, 2, 2, 1), 0.5), True)
+        """Return the weights of the observed data: 1 for each query, ½ for each pseudo-observation."""
+        n_harmful, n_benign = units.is_harmful.sum(), (~units.is_harmful).sum()
+        return cls(np.ones((1, n_harmful)), np.ones((1, n_benign)), np.full((2, 2, 2, 1), 0.5), True)
 
     @classmethod
     def from_bootstrap(
         cls, units: ResamplingUnits, n_draws: int = BOOTSTRAP_DRAWS, seed: int = 0
     ) -> ResamplingWeights:
-        """Return bootstrap draws that resample units among units of like make-up: class sizes stay.
+        """Return bootstrap draws that resample units within each composition, so that class sizes stay.
 
-        The halves that the log-linear correction adds are drawn as well, as Gamma(½) variables. Without
-        that, a defense that refused nothing would get a rate and a d′ without any uncertainty; with it the
-        interval of one rate is close to Jeffreys'.
+        The pseudo-observations of the log-linear correction, ½ each, are drawn as Gamma(½) variables.
+        Without that, a defense that refused nothing would get a rate and a d′ without any uncertainty; with
+        it, the interval of a rate is close to Jeffreys'.
+
+        Args:
+            units: units of the queries.
+            n_draws: number of bootstrap draws.
+            seed: random seed.
         """
         rng = np.random.default_rng(seed)
         counts = np.zeros((n_draws, len(units.composition)))
         for kind in np.unique(units.composition):
-            alike = np.flatnonzero(units.composition == kind)
-            counts[:, alike] = rng.multinomial(len(alike), np.full(len(alike), 1 / len(alike)), size=n_draws)
-        of_query = counts[:, units.unit_of_query]
-        unseen = rng.gamma(0.5, size=(2, 2, 2, n_draws))
-        return cls(of_query[:, units.is_harmful], of_query[:, ~units.is_harmful], unseen)
+            members = np.flatnonzero(units.composition == kind)
+            n = len(members)
+            counts[:, members] = rng.multinomial(n, np.full(n, 1 / n), size=n_draws)
+        query_weights = counts[:, units.unit_of_query]
+        unseen_weights = rng.gamma(0.5, size=(2, 2, 2, n_draws))
+        return cls(query_weights[:, units.is_harmful], query_weights[:, ~units.is_harmful], unseen_weights)
 
 
 def bootstrap_interval(
     draws: DrawVector, min_class_size: int, from_counts: bool = False
 ) -> tuple[float, float]:
-    """Return the bootstrap interval: percentiles, set a little wider for small samples.
+    """Return the 95 % percentile interval of bootstrap draws, expanded for small samples.
 
-    A percentile interval of means is too short by about √((n−1)/n) times normal over t quantile; the
-    percentiles are moved outward by that much (Hesterberg 2015, section 5.3,
-    https://doi.org/10.1080/00031305.2015.1089789). Counts have been made wider by the log-linear correction.
+    The percentile interval of a mean is too narrow by the factor √((n−1)/n) times the ratio of the normal to
+    the t quantile; the percentiles are moved outward accordingly (Hesterberg 2015, section 5.3,
+    https://doi.org/10.1080/00031305.2015.1089789). Estimates from counts are not expanded: the log-linear
+    correction has already widened them.
 
     Args:
-        draws: the estimate in each draw; draws without a value are left out.
-        min_class_size: size of the smaller class; under 2 there is no telling, and both ends are NaN.
+        draws: the estimate in each draw; non-finite draws are ignored.
+        min_class_size: size of the smaller class; below 2, both ends are NaN.
         from_counts: whether the estimate comes from corrected counts.
+
+    Returns:
+        The lower and the upper end.
     """
-    known = draws[np.isfinite(draws)]
-    if min_class_size < 2 or not len(known):
+    finite_draws = draws[np.isfinite(draws)]
+    if min_class_size < 2 or not len(finite_draws):
         return np.nan, np.nan
     tail = (1 - CONFIDENCE_LEVEL) / 2
     if not from_counts:
         tail = ndtr(np.sqrt(min_class_size / (min_class_size - 1)) * stdtrit(min_class_size - 1, tail))
-    low, high = np.quantile(known, [tail, 1 - tail])
+    low, high = np.quantile(finite_draws, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -114,26 +134,26 @@ def make_estimate_columns(
     min_class_size: int,
     from_counts: bool = False,
 ) -> dict[str, float]:
-    """Return an estimate with its interval, as columns of a table.
+    """Return an estimate and its interval as columns of a table.
 
-    An interval holds its own estimate, also at the end of its scale: no refusal, a rate of 0.
+    An interval always contains its estimate, also at the end of the scale: a rate of 0, for example.
 
     >>> make_estimate_columns("rate", np.array([0.0]), np.full(100, 0.25), 9, from_counts=True)
     {'rate': 0.0, 'rate_low': 0.0, 'rate_high': 0.25}
 
     Args:
-        column: of the column.
-        point: of the data as they are, the only value.
-        draws: as for `interval`.
-        min_class_size: as for `interval`.
-        from_counts: as for `interval`.
+        column: name of the estimate's column.
+        point: the estimate from the observed data, a single value.
+        draws: as for `bootstrap_interval`.
+        min_class_size: as for `bootstrap_interval`.
+        from_counts: as for `bootstrap_interval`.
     """
     value, (low, high) = float(point[0]), bootstrap_interval(draws, min_class_size, from_counts)
     return {column: value, f"{column}_low": min(low, value), f"{column}_high": max(high, value)}
 
 
 def make_rate_columns(column: str, count: int, total: int) -> dict[str, float]:
-    """Return a share with its Wilson interval, as columns of a table.
+    """Return a rate and its Wilson interval as columns of a table.
 
     >>> {key: round(value, 2) for key, value in make_rate_columns("asr", 10, 10).items()}
     {'asr': 1.0, 'asr_low': 0.72, 'asr_high': 1.0, 'asr_n': 10}
@@ -148,7 +168,7 @@ def make_rate_columns(column: str, count: int, total: int) -> dict[str, float]:
 
 
 def draw_sign_flips(units: ResamplingUnits, seed: int = 0) -> Float[np.ndarray, "flips units"]:
-    """Return random signs, a row for each permutation; pairs are flipped whole."""
+    """Return random signs, one row per permutation and one column per unit, so that pairs flip together."""
     return np.random.default_rng(seed).integers(0, 2, size=(SIGN_FLIPS, len(units.composition))) * 2.0 - 1.0
 
 
@@ -157,29 +177,37 @@ def compute_sign_flip_p_value(
     units: ResamplingUnits,
     sign_flips: Float[np.ndarray, "flips units"],
 ) -> float:
-    """Return the two-sided sign-flip p-value of a sum whose expected value is 0 under the null.
+    """Return the two-sided sign-flip p-value of a sum whose expected value is 0 under the null hypothesis.
 
-    Only the sum has to be 0 then, not its expected part from every make-up: plain queries may move unlike
-    twins. So the parts are first centered as the null lets them be: at the make-ups' means, moved (by
-    variance) until they add up to 0. With one make-up that moves nothing: the ordinary sign-flip test.
+    The null constrains only the sum, not the mean of each composition k of units: queries without a pair may
+    change differently from pairs. Before the signs are flipped, the units are therefore centered at null
+    means μ_k instead of 0. With n_k units of mean m_k and variance v_k, these are the means nearest to the
+    observed ones that the null allows, the solution of
+
+        minimize Σ_k n_k (μ_k − m_k)² / v_k   subject to   Σ_k n_k μ_k = 0,
+
+    which is μ_k = m_k − v_k · (Σ_j n_j m_j) / (Σ_j n_j v_j) by Lagrange's method. With a single composition,
+    μ = 0: the ordinary sign-flip test.
 
     Args:
-        contributions: what each query adds to the sum.
-        units: of the queries.
-        sign_flips: from `signs`.
+        contributions: contribution of each query to the sum.
+        units: units of the queries.
+        sign_flips: random signs from `draw_sign_flips`.
     """
-    by_unit, size = np.bincount(units.unit_of_query, contributions), np.bincount(units.composition)
-    mean = np.bincount(units.composition, by_unit) / size
-    variance = np.bincount(units.composition, (by_unit - mean[units.composition]) ** 2) / size
-    variance += 1e-9 * (by_unit**2).mean() + 1e-30  # the limit where nothing varies
-    null = mean - variance * by_unit.sum() / (size @ variance)
-    # The tolerance keeps float noise from telling equal sums apart.
-    as_far = np.abs(sign_flips @ (by_unit - null[units.composition])) >= abs(by_unit.sum()) - 1e-12
-    return float(1 + as_far.sum()) / (1 + len(sign_flips))
+    unit_sums, n_units = np.bincount(units.unit_of_query, contributions), np.bincount(units.composition)
+    mean = np.bincount(units.composition, unit_sums) / n_units
+    variance = np.bincount(units.composition, (unit_sums - mean[units.composition]) ** 2) / n_units
+    variance += 1e-9 * (unit_sums**2).mean() + 1e-30  # keeps the quotient defined if nothing varies
+    null_mean = mean - variance * unit_sums.sum() / (n_units @ variance)
+    # The tolerance keeps float noise from separating equal sums.
+    is_as_extreme = (
+        np.abs(sign_flips @ (unit_sums - null_mean[units.composition])) >= abs(unit_sums.sum()) - 1e-12
+    )
+    return float(1 + is_as_extreme.sum()) / (1 + len(sign_flips))
 
 
 def adjust_p_values(p_values: pd.Series) -> pd.Series:
-    """Return p-values adjusted by Holm's method; missing ones stay missing.
+    """Return p-values adjusted by Holm's method; missing values stay missing.
 
     >>> adjust_p_values(pd.Series([0.01, 0.04, 0.03])).round(6).tolist()
     [0.03, 0.06, 0.06]

@@ -1,4 +1,4 @@
-"""What a defense costs: tokens, calls and time against the undefended model on the same queries."""
+"""Cost of defenses: tokens, calls and time relative to the undefended model on the same queries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from analysis.stats.tables import UNDEFENDED
 
 
 def summarize_costs(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return a row per condition: means, and ratios to the undefended model with 95 % bootstrap intervals.
+    """Return means, and ratios to the undefended model with 95 % bootstrap intervals, one row per condition.
 
-    Ratios are geometric means over queries, each against the same query undefended.
+    Ratios are geometric means over queries; each query is compared with itself, undefended.
 
     >>> row = {"query": "a", "prompt_tokens": 9, "draft_tokens": 0, "calls": 1}
     >>> row |= {"token_seconds": 1.0, "peak_bytes": 0}
@@ -21,30 +21,33 @@ def summarize_costs(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     [1.0, 3.0]
 
     Args:
-        measurements: what `timing.timed` returned: seconds of one prompt alone, and of one further token.
-        seed: of the bootstrap.
+        measurements: table of `time_conditions`: seconds for a single prompt and for one further token.
+        seed: seed of the bootstrap.
     """
-    base = measurements[measurements["defense"] == UNDEFENDED].set_index("query")
+    undefended = measurements[measurements["defense"] == UNDEFENDED].set_index("query")
     rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(base), size=(BOOTSTRAP_DRAWS, len(base)))
+    draws = rng.integers(0, len(undefended), size=(BOOTSTRAP_DRAWS, len(undefended)))
     rows = []
-    for name, group in measurements.groupby("defense", sort=False):
-        here = group.set_index("query").loc[base.index]
+    for defense, group in measurements.groupby("defense", sort=False):
+        defended = group.set_index("query").loc[undefended.index]
         row: dict[str, object] = {
-            "defense": name,
-            "n": len(here),
-            "prompt_tokens": here["prompt_tokens"].mean(),
-            "tokens_added": (here["prompt_tokens"] - base["prompt_tokens"]).mean(),
-            "draft_tokens": here["draft_tokens"].mean(),
-            "calls": here["calls"].mean(),
+            "defense": defense,
+            "n": len(defended),
+            "prompt_tokens": defended["prompt_tokens"].mean(),
+            "tokens_added": (defended["prompt_tokens"] - undefended["prompt_tokens"]).mean(),
+            "draft_tokens": defended["draft_tokens"].mean(),
+            "calls": defended["calls"].mean(),
         }
         for kind in ("prefill", "token"):
-            ratio = here[f"{kind}_seconds"] / base[f"{kind}_seconds"]
-            logs = np.log(ratio.to_numpy(float))
-            low, high = bootstrap_interval(logs[draws].mean(1), len(logs))
-            row |= {f"{kind}_ratio": float(np.exp(logs.mean()))}
-            row |= {f"{kind}_ratio_low": float(np.exp(low)), f"{kind}_ratio_high": float(np.exp(high))}
-            row |= {f"{kind}_ms": 1000 * here[f"{kind}_seconds"].median()}
-        peak = here["peak_bytes"].max()
-        rows.append(row | {"peak_mib": peak / 2**20 if peak else np.nan})
+            ratios = defended[f"{kind}_seconds"] / undefended[f"{kind}_seconds"]
+            log_ratios = np.log(ratios.to_numpy(float))
+            low, high = bootstrap_interval(log_ratios[draws].mean(1), len(log_ratios))
+            row |= {
+                f"{kind}_ratio": float(np.exp(log_ratios.mean())),
+                f"{kind}_ratio_low": float(np.exp(low)),
+                f"{kind}_ratio_high": float(np.exp(high)),
+                f"{kind}_ms": 1000 * defended[f"{kind}_seconds"].median(),
+            }
+        peak_bytes = defended["peak_bytes"].max()
+        rows.append(row | {"peak_mib": peak_bytes / 2**20 if peak_bytes else np.nan})
     return pd.DataFrame(rows)

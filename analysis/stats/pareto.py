@@ -1,7 +1,7 @@
-"""Which ensembles are worth a look: the Pareto front of harm refused, benign answered and cost; and the pick.
+"""Trade-off between harmful queries refused, benign queries answered and cost; choice of an ensemble.
 
-What is chosen is chosen on the calibration split, and what is said of it comes from the test split: the best
-of thousands is lucky where it was picked.
+Ensembles are chosen on the calibration split and reported on the test split: the best of thousands looks
+better than it is on the data that it was chosen on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from scipy.stats import beta
 
 from analysis.stats.ensembles import ALONE, REPORT_SPLIT, SELECTION_SPLIT, STACK
 
-REQUIRED_PROBABILITY = 0.9  # that a limit is kept, before anything is recommended
+REQUIRED_PROBABILITY = 0.9  # of keeping to a limit, for a recommendation
 
 
 def list_member_conditions(members: str, combination: str) -> list[str]:
-    """Return the conditions that an ensemble is made of: each member of a vote is asked in turn.
+    """Return the conditions that an ensemble runs: the members of a vote in turn, a stack as one condition.
 
     >>> list_member_conditions("a+b", "mean"), list_member_conditions("a+b", "stack")
     (['a', 'b'], ['a+b'])
@@ -28,106 +28,119 @@ def list_member_conditions(members: str, combination: str) -> list[str]:
 
 
 def build_candidates(rows: pd.DataFrame, get_cost: Callable[[Sequence[str]], float]) -> pd.DataFrame:
-    """Return a row for each defense and ensemble that was observed: its rates on both splits, and its cost.
+    """Return a row with rates on both splits and cost for each observed defense and ensemble.
 
     Args:
-        rows: of single defenses and ensembles on all halves; the first attack is what users send.
-        get_cost: conditions that are asked in turn → time until the first token, times undefended.
+        rows: single defenses and ensembles on all splits and under all attacks; the first attack stands for
+            ordinary use.
+        get_cost: function from the conditions that run in turn to the time until the first token, as a
+            multiple of the undefended time.
 
     Returns:
-        By split `harmful_calibration`, `harmful_test` (share of harmful queries refused, the mean over all
-        attacks), `attacked_…` (likewise over all but the first, missing where there is one) and `benign_…`
-        (share of benign queries answered under the first), `cost`, and `on_front`: whether no other is at
-        least as good on the calibration split in all three and better in one.
+        By split, `harmful_calibration` and `harmful_test` (share of harmful queries refused, mean over all
+        attacks), `attacked_…` (mean over all attacks but the first; missing if there is only one) and
+        `benign_…` (share of benign queries answered under the first attack); `cost`; `on_front`: whether no
+        other row is at least as good in all three objectives on the calibration split and better in one.
     """
-    seen = rows[rows["observed_shift"].notna()]
+    observed_rows = rows[rows["observed_shift"].notna()]
     attacks = list(dict.fromkeys(rows["attack"]))
     key = ["members", "how"]
-    about = [name for name in ("size", "kind", "p_inter", "kind_by_family") if name in rows]
-    found = seen.drop_duplicates(key).set_index(key)[about]
+    description = [name for name in ("size", "kind", "p_inter", "kind_by_family") if name in rows]
+    candidates = observed_rows.drop_duplicates(key).set_index(key)[description]
     for split in (SELECTION_SPLIT, REPORT_SPLIT):
-        half = seen[seen["split"] == split]
-        refused = half.pivot_table("observed_refusal_rate", key, "attack")[attacks]
-        first = half[half["attack"] == attacks[0]].set_index(key)
-        found[f"harmful_{split}"] = refused.mean(axis=1)
-        found[f"attacked_{split}"] = refused[attacks[1:]].mean(axis=1) if len(attacks) > 1 else np.nan
-        found[f"benign_{split}"] = 1 - first["observed_over_refusal_rate"]
-    found = found.dropna(subset=[f"harmful_{SELECTION_SPLIT}", f"harmful_{REPORT_SPLIT}"]).reset_index()
-    found["cost"] = [get_cost(asked) for asked in map(list_member_conditions, found["members"], found["how"])]
-    goods = [found[f"harmful_{SELECTION_SPLIT}"], found[f"benign_{SELECTION_SPLIT}"], -found["cost"].round(1)]
-    return found.assign(on_front=find_undominated(np.stack(goods, axis=1)))
+        split_rows = observed_rows[observed_rows["split"] == split]
+        refusal_rates = split_rows.pivot_table("observed_refusal_rate", key, "attack")[attacks]
+        first_attack = split_rows[split_rows["attack"] == attacks[0]].set_index(key)
+        candidates[f"harmful_{split}"] = refusal_rates.mean(axis=1)
+        candidates[f"attacked_{split}"] = (
+            refusal_rates[attacks[1:]].mean(axis=1) if len(attacks) > 1 else np.nan
+        )
+        candidates[f"benign_{split}"] = 1 - first_attack["observed_over_refusal_rate"]
+    harmful_columns = [f"harmful_{split}" for split in (SELECTION_SPLIT, REPORT_SPLIT)]
+    candidates = candidates.dropna(subset=harmful_columns).reset_index()
+    candidates["cost"] = [
+        get_cost(list_member_conditions(members, combination))
+        for members, combination in zip(candidates["members"], candidates["how"], strict=True)
+    ]
+    objectives = [
+        candidates[f"harmful_{SELECTION_SPLIT}"],
+        candidates[f"benign_{SELECTION_SPLIT}"],
+        -candidates["cost"].round(1),
+    ]
+    return candidates.assign(on_front=find_undominated(np.stack(objectives, axis=1)))
 
 
 def find_undominated(objectives: Float[np.ndarray, "n goods"]) -> Bool[np.ndarray, " n"]:
-    """Return which points no other one beats: none is at least as good in everything and better in something.
+    """Return which points are on the Pareto front: no other is as good in every objective and better in one.
 
     >>> find_undominated(np.array([[1.0, 0.0], [0.5, 0.5], [0.4, 0.5], [0.5, 0.5]])).tolist()
     [True, True, False, True]
 
     Args:
-        objectives: more is better, in each column.
+        objectives: value of each objective by point; higher is better.
     """
-    kept = np.zeros(len(objectives), dtype=bool)
+    on_front = np.zeros(len(objectives), dtype=bool)
     front = np.empty((0, objectives.shape[1]))
-    # Best first, so that whatever beats a point stands before it.
-    for place in np.lexsort(objectives.T[::-1])[::-1]:
-        point = objectives[place]
-        beaten = (front >= point).all(1) & (front > point).any(1)
-        if not beaten.any():
-            kept[place] = True
+    # In descending order, so that every point that dominates another comes before it.
+    for index in np.lexsort(objectives.T[::-1])[::-1]:
+        point = objectives[index]
+        is_dominated = (front >= point).all(1) & (front > point).any(1)
+        if not is_dominated.any():
+            on_front[index] = True
             front = np.vstack([front, point])
-    return kept
+    return on_front
 
 
 def rank_candidates(
     candidates: pd.DataFrame, max_over_refusal: float, max_cost: float | None, n_benign: int
 ) -> pd.DataFrame:
-    """Return what surely keeps to the limits, the one that refuses most harm first.
+    """Return the candidates that keep to the limits, those that refuse most harmful queries first.
 
-    It does if, given the calibration split, the probability that its rate is within the limit is at least
-    `SURE`: whatever just keeps to it there has been picked for its luck. Of what refuses the same, the
-    cheaper one is first, then the smaller.
+    A candidate keeps to the limit if, given the calibration split, its over-refusal rate is within it with a
+    probability of at least `REQUIRED_PROBABILITY`; one whose observed rate is just within it may owe that to
+    selection. Ties are ordered by cost, then by size.
 
     Args:
-        candidates: what `candidates` returned.
-        max_over_refusal: share of benign queries that may be refused, at most.
-        max_cost: time until the first token, times undefended, at most.
-        n_benign: how many benign queries the calibration split has.
+        candidates: table of `build_candidates`.
+        max_over_refusal: highest allowed share of benign queries refused.
+        max_cost: highest allowed time until the first token, as a multiple of the undefended time.
+        n_benign: number of benign queries of the calibration split.
     """
     refused = ((1 - candidates[f"benign_{SELECTION_SPLIT}"]) * n_benign).round()
-    # The posterior of a rate from Jeffreys' prior, whose intervals the tables' are close to.
+    # The posterior of a rate under Jeffreys' prior, to whose intervals those of the tables are close.
     allowed = candidates[
         beta.cdf(max_over_refusal, refused + 0.5, n_benign - refused + 0.5) >= REQUIRED_PROBABILITY
     ]
     if max_cost is not None:
         allowed = allowed[allowed["cost"] <= max_cost]
-    order = [-allowed[f"harmful_{SELECTION_SPLIT}"], allowed["cost"], allowed["size"]]
-    return allowed.iloc[np.lexsort([np.asarray(column) for column in reversed(order)])]
+    sort_keys = [-allowed[f"harmful_{SELECTION_SPLIT}"], allowed["cost"], allowed["size"]]
+    return allowed.iloc[np.lexsort([np.asarray(column) for column in reversed(sort_keys)])]
 
 
 def choose_best_single(ranked_candidates: pd.DataFrame, excluded: Sequence[str] = ()) -> pd.Series | None:
-    """Return the first single defense among ranked candidates, or None.
+    """Return the highest-ranked single defense, or None.
 
     Args:
-        ranked_candidates: what `ranked` returned.
-        excluded: members that are left out.
+        ranked_candidates: table of `rank_candidates`.
+        excluded: names of defenses to skip.
     """
-    single = ranked_candidates[
+    single_defenses = ranked_candidates[
         (ranked_candidates["how"] == ALONE) & ~ranked_candidates["members"].isin(excluded)
     ]
-    return single.iloc[0] if len(single) else None
+    return single_defenses.iloc[0] if len(single_defenses) else None
 
 
 def summarize_predicted_rates(predicted_rows: pd.DataFrame) -> pd.DataFrame:
-    """Return by members what predicted rows of one split promise: the same rates as of `candidates`.
+    """Return the predicted rates of stacks by members, defined as those of `build_candidates`.
 
     Args:
-        predicted_rows: rows of stacks under every attack; the first attack is what users send.
+        predicted_rows: stacks of one split under every attack; the first attack stands for ordinary use.
     """
-    first = predicted_rows[predicted_rows["attack"] == predicted_rows["attack"].iloc[0]].set_index("members")
+    first_attack = predicted_rows["attack"].iloc[0]
+    first_rows = predicted_rows[predicted_rows["attack"] == first_attack].set_index("members")
     return pd.DataFrame(
         {
             "harmful": predicted_rows.groupby("members", sort=False)["predicted_refusal_rate"].mean(),
-            "over_refusal": first["predicted_over_refusal_rate"],
+            "over_refusal": first_rows["predicted_over_refusal_rate"],
         }
     )

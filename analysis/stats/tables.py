@@ -1,9 +1,10 @@
-"""Plain tables that check themselves when they are made: what was scored, and what it amounts to."""
+"""Tables of scores, summaries and decompositions; each validates itself when it is created."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,29 @@ ESTIMATE_NAMES = (
     "scaled_shift",
 )
 UNDEFENDED, DIRECT = "none", "direct"
-MARGIN_TOLERANCE = 1e-3  # nats, by which the parts of a margin may miss it
-UNVALIDATED = "not validated"
+INTERVAL_SUFFIXES = ("", "_low", "_high")  # column suffixes of an estimate and of its interval
+MARGIN_TOLERANCE = 1e-3  # nats; largest allowed difference between a margin and the sum of its parts
+
+
+class Trust(StrEnum):
+    """Whether a readout agrees with the judge in a condition; tables and files hold the value as text."""
+
+    TRUSTED = "trusted"
+    NOT_TRUSTED = "not trusted"
+    CANNOT_TELL = "cannot tell"
+    NOT_VALIDATED = "not validated"
+
+
+UNVALIDATED = Trust.NOT_VALIDATED.value
 
 
 def format_condition(row: Any) -> str:
-    """Return a condition's name, the attack behind it where there is one.
+    """Return the name of a condition: the defense, followed by the attack in parentheses if there is one.
 
-    >>> format_condition({"attack": "direct", "defense": "policy"}), format_condition({"attack": "x", "defense": "none"})
-    ('policy', 'none (x)')
+    >>> format_condition({"attack": "direct", "defense": "policy"})
+    'policy'
+    >>> format_condition({"attack": "base64", "defense": "none"})
+    'none (base64)'
     """
     name = str(row["defense"])
     return name if row["attack"] == DIRECT else f"{name} ({row['attack']})"
@@ -58,47 +73,48 @@ class ScoreTable:
     """One row per query × attack × defense.
 
     Attributes:
-        frame: the columns `SCORES`, and `readings` where a defense read several copies of a query. `margin`
-            is in nats, positive refuses; `coverage` is the probability on the readout's words.
-        record: the manifest of the run: model, readout (with its threshold), defenses (with their
-            families), data.
+        frame: the columns `SCORE_COLUMNS`, and `readings` if a defense reads several copies of a query.
+            `margin` is in nats, positive means refusing; `coverage` is the probability mass on the readout's
+            words.
+        record: manifest of the run: model, readout (with its threshold), defenses (with their families),
+            data.
     """
 
     frame: pd.DataFrame
     record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a table that later steps would misread."""
+        """Raise ValueError if later steps would misread the table."""
         frame = self.frame
         missing = set(SCORE_COLUMNS) - set(frame.columns)
         if missing:
-            raise ValueError(f"a score table lacks {sorted(missing)}")
+            raise ValueError(f"a score table lacks the columns {sorted(missing)}")
         if frame.duplicated(["query", "attack", "defense"]).any():
-            raise ValueError("a query is scored twice under one attack and defense")
+            raise ValueError("a query was scored twice under the same attack and defense")
         if frame["harmful"].dtype != bool or frame["margin"].isna().any():
-            raise ValueError("`harmful` must be true or false and every margin a number")
+            raise ValueError("`harmful` must be boolean, and every margin must be a number")
         if (frame.groupby("query")[["harmful", "pair"]].nunique() > 1).any(axis=None):
-            raise ValueError("a query has two classes or two pairs")
+            raise ValueError("a query has two values of its class or of its pair")
         for attack, rows in frame.groupby("attack"):
             if UNDEFENDED not in set(rows["defense"]):
                 raise ValueError(
-                    f"attack {attack!r} was not scored undefended, so there is nothing to compare with"
+                    f"attack {attack!r} was not scored on the undefended model, the reference of all effects"
                 )
             if rows.groupby("query")["defense"].nunique().nunique() != 1:
-                raise ValueError(f"under attack {attack!r} the defenses were not scored on the same queries")
+                raise ValueError(f"the defenses under attack {attack!r} were not scored on the same queries")
 
     @property
     def threshold(self) -> float:
-        """The margin above which the classifier says "refuse"."""
+        """Margin above which the classifier predicts a refusal."""
         return float(self.record["readout"]["threshold"])
 
     def get_family(self, defense: str) -> str:
         """Return the family of a defense of this run."""
         return str(self.record["defenses"][defense]["family"])
 
-    def get_trust(self, attack: str, defense: str) -> str:
-        """Return whether this run's readout is known to agree with text in a condition."""
-        return str(self.record.get("trusted", {}).get(attack, {}).get(defense, UNVALIDATED))
+    def get_trust(self, attack: str, defense: str) -> Trust:
+        """Return whether this run's readout agrees with the judge in a condition, as validated earlier."""
+        return Trust(self.record.get("trusted", {}).get(attack, {}).get(defense, Trust.NOT_VALIDATED))
 
     @property
     def condition_keys(self) -> list[tuple[str, str]]:
@@ -107,7 +123,7 @@ class ScoreTable:
         return list(pairs.itertuples(index=False, name=None))
 
     def select_condition(self, attack: str, defense: str) -> pd.DataFrame:
-        """Return the rows of one condition, by query, in the order of the undefended ones."""
+        """Return the rows of a condition, indexed by query, in the order of the undefended condition."""
         rows = self.frame[self.frame["attack"] == attack]
         order = rows.loc[rows["defense"] == UNDEFENDED, "query"]
         return rows[rows["defense"] == defense].set_index("query").loc[order]
@@ -115,13 +131,13 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Summary:
-    """One row per attack × defense: estimates `x` with `x_low`, `x_high`, two p-values and a verdict."""
+    """One row per attack × defense: estimates `x` with `x_low` and `x_high`, two p-values and a verdict."""
 
     frame: pd.DataFrame
 
     def __post_init__(self) -> None:
-        """Refuse a summary that lacks a promised column."""
-        wanted = {
+        """Raise ValueError if a documented column is missing."""
+        required_columns = {
             "attack",
             "defense",
             "family",
@@ -132,23 +148,24 @@ class Summary:
             "verdict",
             "trusted",
         }
-        wanted |= {f"{name}{end}" for name in ESTIMATE_NAMES for end in ("", "_low", "_high")}
-        missing = wanted - set(self.frame.columns)
+        required_columns |= {f"{name}{suffix}" for name in ESTIMATE_NAMES for suffix in INTERVAL_SUFFIXES}
+        missing = required_columns - set(self.frame.columns)
         if missing:
-            raise ValueError(f"a summary lacks {sorted(missing)}")
+            raise ValueError(f"a summary lacks the columns {sorted(missing)}")
 
 
 @dataclass(frozen=True, order=True)
 class ModelPart:
-    """A part of a model that writes into the residual stream.
+    """A component of a model that writes into the residual stream.
 
     >>> str(ModelPart("head", 3, 1)), str(ModelPart("mlp", 3)), str(ModelPart("embedding"))
     ('L3H1', 'L3 mlp', 'embedding')
 
     Attributes:
-        kind: embedding, head, attention, mlp, residual, bias, or added (between blocks, by a defense).
-        layer: 0 for the first; what is added stands in front of that layer; none has none.
-        head: of a head.
+        kind: embedding, head, attention, mlp, residual, bias, or added (by a defense, between blocks).
+        layer: index of the layer, from 0; for `added`, the layer before which it is added; None for parts
+            without a layer.
+        head: index of the head, from 0; None for other parts.
     """
 
     kind: str
@@ -163,12 +180,12 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Margins as sums over the parts of a model; it does not exist if they do not add up.
+    """Margins as sums over the parts of a model; the parts must add up to the margins.
 
     Attributes:
-        parts: of the model.
-        contributions: what each adds to the margin of each query, nats.
-        margins: the margins.
+        parts: parts of the model.
+        contributions: contribution of each part to the margin of each query, nats.
+        margins: margin of each query, nats.
     """
 
     parts: tuple[ModelPart, ...]
@@ -176,18 +193,15 @@ class Decomposition:
     margins: Float[np.ndarray, " queries"]
 
     def __post_init__(self) -> None:
-        """Refuse parts that are no decomposition."""
-        off = np.abs(self.contributions.sum(1) - self.margins).max(initial=0.0)
-        if not off <= MARGIN_TOLERANCE:
+        """Raise ValueError if the parts do not add up to the margins."""
+        error = np.abs(self.contributions.sum(1) - self.margins).max(initial=0.0)
+        if not error <= MARGIN_TOLERANCE:
             raise ValueError(
-                f"the parts miss the margin by {off:.2g} nats, where {MARGIN_TOLERANCE} is allowed"
+                f"the parts differ from the margin by {error:.2g} nats; at most {MARGIN_TOLERANCE} is allowed"
             )
 
 
-INTERVAL_SUFFIXES = ("", "_low", "_high")  # an estimate and its interval
-
-
 def iterate_rows(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table by the names of its columns."""
+    """Yield the rows of a table as dictionaries keyed by column name."""
     for row in frame.to_dict("records"):
         yield {str(name): value for name, value in row.items()}
