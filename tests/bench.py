@@ -1,11 +1,11 @@
-"""How fast is the engine? `make bench` prints queries per second, and how near that is to the limit.
+"""`make bench`: speed of the engine in queries per second, and relative to the machine's arithmetic limit.
 
-First comes what needs no model: how long `analyze --help` takes, and all votes of all teams of three among
-thirty defenses.
+Two benchmarks need no model: the time of `analyze --help`, and all votes of all teams of three among thirty
+defenses.
 
-One prompt at a time and left-padded batches of 32 are what a user would otherwise write with transformers.
-The limit is arithmetic: tokens that must be computed × floating-point operations per token ÷ the rate at
-which this machine multiplies matrices, measured right before and right after the engine runs.
+The baselines are one prompt at a time and left-padded batches of 32, as one would write them with
+transformers. The limit is arithmetic: tokens to compute × floating-point operations per token ÷ the rate at
+which this machine multiplies matrices, measured directly before and after the engine runs.
 """
 
 from __future__ import annotations
@@ -44,181 +44,198 @@ Ids = tuple[int, ...]
 
 
 def main() -> None:
-    """Print the table for each dtype."""
+    """Run the benchmarks and print a table per dtype and defense."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--defense", nargs="*", default=["backdoor", "in_context_refusal"])
     parser.add_argument("--queries", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    given = parser.parse_args()
+    args = parser.parse_args()
     console = Console()
-    startup(console)
-    votes(console)
-    asked = load_queries("contrast").select_split("test").limit_queries(given.queries).queries
-    for dtype in given.dtype:
-        loaded = load_model(given.model, given.device, dtype)
-        bench = ModelSession.from_model(loaded)
+    time_startup(console)
+    time_votes(console)
+    queries = load_queries("contrast").select_split("test").limit_queries(args.queries).queries
+    for dtype in args.dtype:
+        loaded = load_model(args.model, args.device, dtype)
+        session = ModelSession.from_model(loaded)
         undefended = get_defense("none")
-        opening = [
-            prompt for query in sample_queries(asked, 16) for prompt in bench.render_query(undefended, query)
+        sample_prompts = [
+            prompt
+            for query in sample_queries(queries, 16)
+            for prompt in session.render_query(undefended, query)
         ]
-        readout = derive_words_readout(bench, opening)
-        host = build_model_info(given.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
-        for name in given.defense:
-            defense = get_defense(name).prepare(host)
-            prompts = [prompt.ids for query in asked for prompt in bench.render_query(defense, query)]
-            # A processor without bfloat16 is so slow in it that fewer prompts must do.
-            work = operations(loaded.model, sum(map(len, prompts)), len(prompts))
-            share = min(1, 60 * matrix_rate(loaded.model) / work)
+        readout = derive_words_readout(session, sample_prompts)
+        model_info = build_model_info(args.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
+        for name in args.defense:
+            defense = get_defense(name).prepare(model_info)
+            prompts = [prompt.ids for query in queries for prompt in session.render_query(defense, query)]
+            # A processor without bfloat16 support is so slow that it gets fewer prompts.
+            work = count_operations(loaded.model, sum(map(len, prompts)), len(prompts))
+            share = min(1, 60 * measure_matrix_rate(loaded.model) / work)
             prompts = prompts[: max(32, int(len(prompts) * share))]
-            table(console, loaded.model, prompts, partial(margin, readout), f"{name}, {dtype}")
+            time_engine(console, loaded.model, prompts, partial(read_margin, readout), f"{name}, {dtype}")
             if dtype == "float32":
-                parts(console, bench, readout, defense, asked[: len(prompts)])
+                time_attribution(console, session, readout, defense, queries[: len(prompts)])
 
 
-def startup(console: Console, times: int = 5) -> None:
-    """Time `analyze --help` in new processes, where a user waits for nothing but imports."""
-    walls = []
-    for _ in range(times):
+def time_startup(console: Console, repeats: int = 5) -> None:
+    """Time `analyze --help` in new processes, where only imports take time."""
+    wall_times = []
+    for _ in range(repeats):
         start = time.perf_counter()
         code = "from analysis.cli.main import main; main()"
         subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, check=True)
-        walls.append(time.perf_counter() - start)
-    console.print(f"analyze --help: {min(walls):.2f} s, the fastest of {times}\n")
+        wall_times.append(time.perf_counter() - start)
+    console.print(f"analyze --help: {min(wall_times):.2f} s, the fastest of {repeats}\n")
 
 
-def votes(console: Console, defenses: int = 30, queries: int = 500) -> None:
-    """Time what all teams of three come to by every vote, predicted and observed, on random margins."""
+def time_votes(console: Console, n_defenses: int = 30, n_queries: int = 500) -> None:
+    """Time the prediction and evaluation of every vote of all teams of three, on random margins."""
     rng = np.random.default_rng(0)
-    is_harmful = np.arange(queries) % 2 == 0
-    names = ("none", *(f"d{number}" for number in range(defenses)))
-    margins = rng.normal(size=(queries, len(names))) + is_harmful[:, None]
-    units = ResamplingUnits.from_pairs(pd.Series([None] * queries), is_harmful)
-    half = SplitScores("direct", "test", MarginTable(names, margins, margins[:, 0], is_harmful), units)
+    is_harmful = np.arange(n_queries) % 2 == 0
+    names = ("none", *(f"d{number}" for number in range(n_defenses)))
+    margins = rng.normal(size=(n_queries, len(names))) + is_harmful[:, None]
+    units = ResamplingUnits.from_pairs(pd.Series([None] * n_queries), is_harmful)
+    split_scores = SplitScores(
+        "direct", "test", MarginTable(names, margins, margins[:, 0], is_harmful), units
+    )
     trios = [team for team in list_teams(names[1:], 3) if len(team) == 3]
     start = time.perf_counter()
-    rows = evaluate_votes(half, trios, half)
+    rows = evaluate_votes(split_scores, trios, split_scores)
     seconds = time.perf_counter() - start
-    console.print(f"{len(rows):,} votes of {len(trios):,} teams on {queries} queries: {seconds:.1f} s\n")
+    console.print(f"{len(rows):,} votes of {len(trios):,} teams on {n_queries} queries: {seconds:.1f} s\n")
 
 
-def parts(
-    console: Console, bench: ModelSession, readout: Readout, defense: Defense, asked: Sequence[Query]
+def time_attribution(
+    console: Console, session: ModelSession, readout: Readout, defense: Defense, queries: Sequence[Query]
 ) -> None:
-    """Time margins split over all parts, and patches of every site, beside one plain pass for each prompt."""
-    read = partial(margin, readout)
-    one = PairedRuns(
-        bench, locate_components(bench.loaded_model.model), readout, get_defense("none"), defense, asked
-    )
-    with defense.apply_to(bench.loaded_model.model):
-        slow, _ = timed(
-            bench.loaded_model.model,
-            lambda: one_at_a_time(bench.loaded_model.model, one.encode_prompts(defense), read),
+    """Time direct logit attribution and patching of every site, relative to one plain pass per prompt."""
+    read = partial(read_margin, readout)
+    model = session.loaded_model.model
+    runs = PairedRuns(session, locate_components(model), readout, get_defense("none"), defense, queries)
+    with defense.apply_to(model):
+        plain_seconds, _ = measure_time(
+            model, lambda: read_one_at_a_time(model, runs.encode_prompts(defense), read)
         )
     start = time.perf_counter()
-    split = DirectLogitAttribution(one.components, readout).attribute_margins(bench, defense, asked)
-    seconds = time.perf_counter() - start
-    off = 0.0 if split.parts is None else np.abs(split.parts.contributions.sum(1) - split.margins).max()
-    console.print(
-        f"split over {split.parts and len(split.parts.parts)} parts: {len(asked) / seconds:.1f} queries/s, "
-        f"{seconds / slow:.2f} × the time of one prompt at a time; sums off by at most {off:.1e} nats"
+    attribution = DirectLogitAttribution(runs.components, readout).attribute_margins(
+        session, defense, queries
     )
-    few = replace(one, queries=asked[:8])
-    sites = few.patcher.list_sites(("residual", "attention", "mlp"))
+    seconds = time.perf_counter() - start
+    parts = attribution.parts
+    error = 0.0 if parts is None else np.abs(parts.contributions.sum(1) - attribution.margins).max()
+    console.print(
+        f"attribution to {parts and len(parts.parts)} components: {len(queries) / seconds:.1f} queries/s, "
+        f"{seconds / plain_seconds:.2f} × the time of one prompt at a time; "
+        f"sums off by at most {error:.1e} nats"
+    )
+    few_runs = replace(runs, queries=queries[:8])
+    sites = few_runs.patcher.list_sites(("residual", "attention", "mlp"))
     start = time.perf_counter()
-    few.patch_activations(sites, {}, 0)
-    each = (time.perf_counter() - start) / (4 * len(sites) * len(few.queries))
-    console.print(f"patches: {1 / each:.0f} a second, {slow / len(asked) / each:.1f} for each plain prompt\n")
+    few_runs.patch_activations(sites, {}, 0)
+    patch_seconds = (time.perf_counter() - start) / (4 * len(sites) * len(few_runs.queries))
+    console.print(
+        f"patches: {1 / patch_seconds:.0f} per second, "
+        f"{plain_seconds / len(queries) / patch_seconds:.1f} per plain prompt\n"
+    )
 
 
-def margin(readout: Readout, logits: torch.Tensor) -> torch.Tensor:
-    """Return margins alone, rows × 1."""
+def read_margin(readout: Readout, logits: torch.Tensor) -> torch.Tensor:
+    """Return the margins without coverage, rows × 1."""
     return readout.compute_margins(logits)[:, :1]
 
 
-def table(console: Console, model: torch.nn.Module, prompts: list[Ids], read: Callable, what: str) -> None:
-    """Time the three ways on the same prompts and print them."""
-    shared = count_shared_prefix(prompts)
-    unique = shared + sum(len(prompt) - shared for prompt in prompts)
+def time_engine(
+    console: Console, model: torch.nn.Module, prompts: list[Ids], read: Callable, title: str
+) -> None:
+    """Time the engine and the two baselines on the same prompts and print a table."""
+    n_shared = count_shared_prefix(prompts)
+    n_unique = n_shared + sum(len(prompt) - n_shared for prompt in prompts)
     engine = Engine(model)
-    engine.read_first_token(prompts, read)  # warm
-    slow, margins = timed(model, lambda: one_at_a_time(model, prompts, read))
-    padded, padded_margins = timed(model, lambda: left_padded(model, prompts, read))
-    fastest, limit = 0.0, 0.0
+    engine.read_first_token(prompts, read)  # warm-up
+    single_seconds, margins = measure_time(model, lambda: read_one_at_a_time(model, prompts, read))
+    padded_seconds, padded_margins = measure_time(model, lambda: read_left_padded(model, prompts, read))
+    engine_rate, limit = 0.0, 0.0  # queries per second
     for _ in range(3):
-        before = matrix_rate(model)
-        seconds, engine_margins = timed(model, lambda: engine.read_first_token(prompts, read))
-        rate = max(before, matrix_rate(model))
-        if len(prompts) / seconds > fastest:
-            fastest, limit = (
-                len(prompts) / seconds,
-                len(prompts) * rate / operations(model, unique, len(prompts)),
-            )
+        rate_before = measure_matrix_rate(model)
+        seconds, engine_margins = measure_time(model, lambda: engine.read_first_token(prompts, read))
+        matrix_rate = max(rate_before, measure_matrix_rate(model))
+        if len(prompts) / seconds > engine_rate:
+            engine_rate = len(prompts) / seconds
+            limit = len(prompts) * matrix_rate / count_operations(model, n_unique, len(prompts))
     mean = sum(map(len, prompts)) / len(prompts)
-    title = f"{what}, {model.device}: {len(prompts)} prompts, {mean:.0f} tokens on average, {shared} shared"
-    shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for head in ("", "queries/s", "engine is faster by", "largest margin difference"):
-        shown.add_column(head, justify="right" if head else "left")
-    for name, rate, apart in (
-        ("one at a time", len(prompts) / slow, 0.0),
-        ("left-padded batches of 32", len(prompts) / padded, (padded_margins - margins).abs().max()),
-        ("engine", fastest, (engine_margins - margins).abs().max()),
+    title = (
+        f"{title}, {model.device}: {len(prompts)} prompts, {mean:.0f} tokens on average, {n_shared} shared"
+    )
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for header in ("", "queries/s", "engine is faster by", "largest margin difference"):
+        table.add_column(header, justify="right" if header else "left")
+    for name, rate, difference in (
+        ("one at a time", len(prompts) / single_seconds, 0.0),
+        (
+            "left-padded batches of 32",
+            len(prompts) / padded_seconds,
+            (padded_margins - margins).abs().max(),
+        ),
+        ("engine", engine_rate, (engine_margins - margins).abs().max()),
     ):
-        shown.add_row(name, f"{rate:.1f}", f"{fastest / rate:.1f} ×", f"{apart:.1e} nats")
-    shown.add_row("arithmetic limit", f"{limit:.1f}", f"engine reaches {fastest / limit:.0%}", "")
-    console.print(shown)
+        table.add_row(name, f"{rate:.1f}", f"{engine_rate / rate:.1f} ×", f"{difference:.1e} nats")
+    table.add_row("arithmetic limit", f"{limit:.1f}", f"engine reaches {engine_rate / limit:.0%}", "")
+    console.print(table)
     console.print()
 
 
-def timed(model: torch.nn.Module, work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
-    """Return the seconds that the work took, and its result."""
+def measure_time(model: torch.nn.Module, compute: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """Return the seconds that a computation took, and its result."""
     start = time.perf_counter()
     with torch.inference_mode():
-        result = work()
+        result = compute()
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - start, result.cpu()
 
 
-def one_at_a_time(model: torch.nn.Module, prompts: list[Ids], read: Callable) -> torch.Tensor:
-    """Margins, one prompt in a pass: the reference."""
+def read_one_at_a_time(model: torch.nn.Module, prompts: list[Ids], read: Callable) -> torch.Tensor:
+    """Return the margins from one prompt per forward pass, the reference."""
     rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
     return torch.cat(
         [read(model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()).cpu() for ids in rows]
     )
 
 
-def left_padded(model: torch.nn.Module, prompts: list[Ids], read: Callable, size: int = 32) -> torch.Tensor:
-    """Margins by left-padded batches, in the order of the prompts."""
-    found = []
-    for start in range(0, len(prompts), size):
-        rows = prompts[start : start + size]
+def read_left_padded(
+    model: torch.nn.Module, prompts: list[Ids], read: Callable, batch_size: int = 32
+) -> torch.Tensor:
+    """Return the margins from left-padded batches, in the order of the prompts."""
+    margins = []
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=model.device)
         mask = torch.tensor(
             [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device
         )
-        places = (mask.cumsum(1) - 1).clip(min=0)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=places, logits_to_keep=1)
-        found.append(read(out.logits[:, -1].float()).cpu())
-    return torch.cat(found)
+        positions = (mask.cumsum(1) - 1).clip(min=0)
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1)
+        margins.append(read(output.logits[:, -1].float()).cpu())
+    return torch.cat(margins)
 
 
-def operations(model: torch.nn.Module, tokens: int, queries: int) -> float:
-    """Return the floating-point operations of the matrix products, those of attention not counted."""
+def count_operations(model: torch.nn.Module, n_tokens: int, n_queries: int) -> float:
+    """Return the floating-point operations of the matrix products, without those of attention."""
     head = model.get_output_embeddings().weight.numel()
-    inside = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2) - head
+    body = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2) - head
     embedding = model.get_input_embeddings().weight
-    inside -= 0 if embedding is model.get_output_embeddings().weight else embedding.numel()
-    return 2.0 * (inside * tokens + head * queries)
+    body -= 0 if embedding is model.get_output_embeddings().weight else embedding.numel()
+    return 2.0 * (body * n_tokens + head * n_queries)
 
 
-def matrix_rate(model: torch.nn.Module) -> float:
-    """Return this machine's best floating-point operations per second, as a layer multiplies."""
+def measure_matrix_rate(model: torch.nn.Module) -> float:
+    """Return the machine's highest rate of floating-point operations per second in a linear layer."""
     size = 8192 if model.device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=model.device, dtype=model.dtype) for _ in range(2))
-    timings = [timed(model, partial(torch.nn.functional.linear, left, right))[0] for _ in range(8)]
+    timings = [measure_time(model, partial(torch.nn.functional.linear, left, right))[0] for _ in range(8)]
     return 2.0 * size**3 / min(timings)
 
 
