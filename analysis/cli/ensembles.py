@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +30,6 @@ from analysis.cli.options import (
     SettingsOption,
     StacksOption,
 )
-from defenses.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,15 +274,19 @@ def recommend(
 
     analyze recommend -m smollm2:aligned --max-over-refusal 5% --max-cost 1.5
     """
-    from analysis.studies.run_spec import build_run_spec, check_ensemble_options, parse_share
+    from analysis.studies.run_spec import (
+        build_run_spec,
+        check_ensemble_options,
+        check_max_cost,
+        parse_share,
+    )
 
     request = build_run_spec(
         model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
-    if max_cost is not None and not max_cost >= 1:
-        raise UserError(f"--max-cost {max_cost:g}: the undefended model costs 1, so it takes 1 or more")
+    check_max_cost(max_cost)
     from analysis.studies.recommend import RecommendationLimits
 
     limits, names = RecommendationLimits(share, max_cost), defense or ["all"]
@@ -336,31 +338,19 @@ def run_recommend_command(
     from analysis.cli.console import print_json_table, print_run_location
     from analysis.files import check_output_folder
     from analysis.report.folder import save_run
-    from analysis.studies.ensembles import build_ensemble_result, collect_ensemble_tables, score_ensembles
-    from analysis.studies.recommend import select_recommendations
+    from analysis.studies.recommend import recommend_defense
     from analysis.studies.run_spec import choose_run_folder
 
-    started, clock = datetime.now(UTC), time.perf_counter()
-    out = check_output_folder(out or choose_run_folder(spec.model, ["recommend", *defenses], started))
-    console = Console(stderr=True)
-    tried = score_ensembles(spec, defenses, settings, max_size, n_stacks, limits.select_stacks, console)
-    found = tried.list_candidates()
-    tables, record = collect_ensemble_tables(tried, found, spec, console)
-    chosen = select_recommendations(tried, found, limits)
-    record |= {
-        "created": started.isoformat(timespec="seconds"),
-        "max_over_refusal": limits.max_over_refusal,
-        "max_cost": limits.max_cost,
-        "wall_seconds": round(time.perf_counter() - clock, 1),
-    }
-    save_run(
-        out,
-        build_ensemble_result("recommend", tried, tables | {"recommendation": chosen}, record).run,
-        console,
+    out = check_output_folder(
+        out or choose_run_folder(spec.model, ["recommend", *defenses], datetime.now(UTC))
     )
+    console = Console(stderr=True)
+    result = recommend_defense(spec, defenses, settings, max_size, n_stacks, limits, console)
+    save_run(out, result.run, console)
+    recommendation = result.run.tables["recommendation"]
     if as_json:
-        print_json_table(chosen)
+        print_json_table(recommendation)
     else:
-        print_recommendation(chosen, limits.max_over_refusal, limits.max_cost)
-    print_run_location(out, tried.failures, console)
-    return 1 if tried.failures else 0
+        print_recommendation(recommendation, limits.max_over_refusal, limits.max_cost)
+    print_run_location(out, result.failures, console)
+    return 1 if result.failures else 0

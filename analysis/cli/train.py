@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,8 @@ from defenses.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.studies.run_spec import RunSpec
+
 
 @app.command()
 def secret(
@@ -39,7 +43,7 @@ def secret(
     offline: OfflineOption = False,
 ) -> None:
     """Generate a secret prompt for `backdoor` and write it to a file that only you can read."""
-    run_secret_command(model, length, out, offline)
+    raise typer.Exit(run_secret_command(model, length, out, offline))
 
 
 @app.command()
@@ -80,10 +84,8 @@ def train(
     """
     from analysis.studies.run_spec import build_run_spec
 
-    request = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
-    from analysis.studies.train import train_weights
-
-    raise typer.Exit(train_weights(request, recipe, settings or [], out, secret, length))
+    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    raise typer.Exit(run_train_command(spec, recipe, settings or [], out, secret, length))
 
 
 @app.command()
@@ -112,16 +114,106 @@ def backdooralign(
     offline: OfflineOption = False,
 ) -> None:
     """Reproduce the arms of the BackdoorAlign paper, next to its figures, with further controls."""
-    from analysis.studies.run_spec import build_run_spec
+    from analysis.studies.run_spec import build_run_spec, check_response_tokens, check_secret_count
 
-    if tokens < 1:
-        raise UserError(f"--tokens {tokens}: an answer that is judged has at least 1")
-    if secrets < 0:
-        raise UserError(f"--secrets {secrets}: it takes 0 (none) or more")
-    request = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    check_response_tokens(tokens)
+    check_secret_count(secrets)
+    spec = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets))
+
+
+def run_secret_command(model: str, secret_length: int, out: Path | None, offline: bool) -> int:
+    """Draw a secret prompt for a model's tokenizer and write it into a new file with mode 0600.
+
+    Args:
+        model: short name, Hugging Face id, folder, or file.
+        secret_length: length in tokens.
+        out: the file; None for the place where `backdoor` looks for it.
+        offline: whether the network may not be used.
+    """
+    from analysis.models.loading import build_model_info, load_tokenizer
+    from analysis.studies.progress import make_notifier
+    from defenses.backdoor import draw_secret, write_secret
+
+    if secret_length < 1:
+        raise UserError(f"--length {secret_length}: a secret has at least 1 token; the paper's has 150")
+    tokenizer = load_tokenizer(model, offline, make_notifier(Console(stderr=True)))
+    path = out or build_model_info(model, tokenizer).secret_folders[0] / f"{secret_length}.txt"
+    secret = draw_secret(tokenizer, secret_length)
+    write_secret(path, secret)
+    print(f"{path}  {secret.fingerprint}  {secret_length} tokens, readable only by you")
+    return 0
+
+
+def run_train_command(
+    spec: RunSpec,
+    recipe: str,
+    settings: Sequence[str],
+    out: Path | None,
+    secret_path: Path | None = None,
+    secret_length: int = 150,
+) -> int:
+    """Fine-tune a model by a recipe and print where the weights are; return the exit code.
+
+    Args:
+        spec: options of the run.
+        recipe: name of the recipe.
+        settings: settings of the training, `key=value`.
+        out: output folder; None for the one in which defenses look for weights.
+        secret_path: file of the secret, for the recipe `backdoor`.
+        secret_length: length of the model's own secret in tokens.
+    """
+    from analysis.studies.progress import make_notifier
+    from analysis.studies.train import TrainingInterrupted, train_weights
+
+    console = Console(stderr=True)
+    try:
+        weights = train_weights(spec, recipe, settings, out, console, secret_path, secret_length)
+    except TrainingInterrupted as interruption:
+        make_notifier(console)(str(interruption))
+        return 130
+    make_notifier(console)(str(weights))
+    return 0
+
+
+def run_backdooralign_command(
+    spec: RunSpec, out: Path | None, max_new_tokens: int, with_utility: bool, n_secrets: int
+) -> int:
+    """Reproduce BackdoorAlign, save tables and figures, print the tables; return the exit code.
+
+    Args:
+        spec: options of the run.
+        out: output folder; None for the default.
+        max_new_tokens: maximum number of tokens generated per response.
+        with_utility: whether to measure accuracy on multiple-choice questions.
+        n_secrets: number of other random secrets of each length.
+    """
+    from analysis.cli.console import print_failures, print_trust_warnings
+    from analysis.files import check_output_folder
+    from analysis.report.folder import save_run
     from analysis.studies.backdooralign import reproduce_backdooralign
+    from analysis.studies.progress import make_notifier
+    from analysis.studies.run_spec import choose_run_folder
+    from analysis.studies.train import TrainingInterrupted
 
-    raise typer.Exit(reproduce_backdooralign(request, out, tokens, utility, secrets))
+    out = check_output_folder(out or choose_run_folder(spec.model, ["backdooralign"], datetime.now(UTC)))
+    console = Console(stderr=True)
+    notify = make_notifier(console)
+    try:
+        result = reproduce_backdooralign(spec, max_new_tokens, with_utility, n_secrets, console)
+    except TrainingInterrupted as interruption:
+        notify(str(interruption))
+        raise
+    run = result.run
+    save_run(out, run, console)
+    arms = run.tables["arms"]
+    print_arm_table(arms[arms["secret_length"].isna()], run.record)
+    if "lengths" in run.tables:
+        print_secret_table(run.tables["lengths"])
+    print_trust_warnings(run.tables["summary"], console)
+    notify(f"Tables and run.json are in {out}; the responses themselves are not kept")
+    print_failures(result.failures, console)
+    return 1 if result.failures else 0
 
 
 def print_secret_table(table: pd.DataFrame) -> None:
@@ -151,7 +243,7 @@ def print_secret_table(table: pd.DataFrame) -> None:
     console.print(Text("Mean (least to greatest) over secrets; each is one training.", style="dim"))
 
 
-def print_arm_table(table: pd.DataFrame, record: dict[str, Any]) -> None:
+def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     """Print the table, two or three lines a row."""
     from analysis.cli.console import make_table_console
     from analysis.stats.format import format_interval
@@ -193,19 +285,3 @@ def print_arm_table(table: pd.DataFrame, record: dict[str, Any]) -> None:
     console = make_table_console()
     console.print(shown)
     console.print(Text(note, style="dim"))
-
-
-def run_secret_command(model: str, secret_length: int, out: Path | None, offline: bool) -> None:
-    """Draw a secret prompt for a model's tokenizer and write it into a new file of mode 0600."""
-    from analysis.models.loading import build_model_info, load_tokenizer
-    from analysis.studies.progress import make_notifier
-    from defenses.backdoor import draw_secret, write_secret
-
-    if secret_length < 1:
-        raise UserError(f"--length {secret_length}: a secret has at least 1 token; the paper's has 150")
-    console = Console(stderr=True)
-    tokenizer = load_tokenizer(model, offline, make_notifier(console))
-    path = out or build_model_info(model, tokenizer).secret_folders[0] / f"{secret_length}.txt"
-    drawn = draw_secret(tokenizer, secret_length)
-    write_secret(path, drawn)
-    print(f"{path}  {drawn.fingerprint}  {secret_length} tokens, readable by you alone")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -30,11 +32,13 @@ from analysis.cli.options import (
     SettingsOption,
     SplitOption,
 )
+from defenses.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.studies.validate import ConditionResponses
+    from analysis.studies.judge_file import JudgeOptions
+    from analysis.studies.run_spec import RunSpec
 
 
 @app.command()
@@ -68,17 +72,19 @@ def validate(
     offline: OfflineOption = False,
 ) -> None:
     """Validate readouts against generated text, and rate the quality of the responses."""
-    from analysis.studies.run_spec import build_run_spec
+    from analysis.studies.run_spec import build_run_spec, check_response_tokens
 
-    wanted = readout or ["words"]
-    request = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, wanted
+    readouts = readout or ["words"]
+    spec = build_run_spec(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readouts
     )
+    check_response_tokens(tokens)
     from analysis.studies.judge_file import JudgeOptions
-    from analysis.studies.validate import validate_readouts
 
-    jury = JudgeOptions(judge, judge_model, budget, rubric, grade)
-    raise typer.Exit(validate_readouts(request, defense or ["none"], settings or [], out, jury, tokens))
+    judge_options = JudgeOptions(judge, judge_model, budget, rubric, grade)
+    raise typer.Exit(
+        run_validate_command(spec, defense or ["none"], settings or [], out, judge_options, tokens)
+    )
 
 
 @app.command()
@@ -99,10 +105,107 @@ def judge(
     offline: OfflineOption = False,
 ) -> None:
     """Judge whether each response in a file refuses (full, partial, none), and show the deciding words."""
-    from analysis.studies.judge_file import JudgeOptions, judge_file
+    from analysis.studies.judge_file import JudgeOptions
 
-    jury = JudgeOptions(judge, judge_model, budget, rubric)
-    raise typer.Exit(judge_file(file, column, request, jury, out, offline))
+    judge_options = JudgeOptions(judge, judge_model, budget, rubric)
+    raise typer.Exit(run_judge_command(file, column, request, judge_options, out, offline))
+
+
+def run_validate_command(
+    spec: RunSpec,
+    defenses: Sequence[str],
+    settings: Sequence[str],
+    out: Path | None,
+    judge_options: JudgeOptions,
+    max_new_tokens: int,
+) -> int:
+    """Validate readouts, save tables and figures, print the tables; return the exit code.
+
+    Args:
+        spec: options of the run.
+        defenses: names of defenses.
+        settings: settings of the defenses, `key=value`.
+        out: output folder; None for the default.
+        judge_options: the judge of the responses.
+        max_new_tokens: maximum number of tokens generated per response.
+    """
+    from analysis.cli.console import print_failed_checks, print_failures
+    from analysis.files import check_output_folder
+    from analysis.report.folder import save_run
+    from analysis.studies.progress import make_notifier
+    from analysis.studies.run_spec import choose_run_folder
+    from analysis.studies.setup import PreflightError
+    from analysis.studies.validate import validate_readouts
+
+    out = check_output_folder(
+        out or choose_run_folder(spec.model, ["validate", *defenses], datetime.now(UTC))
+    )
+    console = Console(stderr=True)
+    try:
+        result = validate_readouts(spec, defenses, settings, judge_options, max_new_tokens, console)
+    except PreflightError as error:
+        print_failed_checks(error.checks)
+        return 1
+    run, notify = result.run, make_notifier(console)
+    save_run(out, run, console)
+    print_validity(run.tables["validity"], run.record)
+    print_response_quality(run.tables["worth"], judge_options.name, max_new_tokens)
+    if reasons := result.unjudged_reasons:
+        notify(f"{len(reasons)} responses have no verdict and count nowhere; mostly: {_most_common(reasons)}")
+    notify(f"Tables, figures and run.json are in {out}; the responses themselves are not kept")
+    print_failures(result.failures, console)
+    if result.stop_reason is not None:
+        n_finished = len(run.tables["worth"])
+        n_wanted = run.record["conditions_wanted"]
+        notify(f"Interrupted: {n_finished} of {n_wanted} conditions were finished and kept.")
+        if isinstance(result.stop_reason, UserError):
+            raise result.stop_reason
+        return 130
+    return 1 if result.unjudged_reasons or result.failures else 0
+
+
+def run_judge_command(
+    path: Path,
+    response_column: str,
+    query_column: str | None,
+    judge_options: JudgeOptions,
+    out: Path | None,
+    offline: bool = False,
+) -> int:
+    """Judge the responses in a file, write them with their verdicts, print the shares; return the exit code.
+
+    Responses that the judge left without a verdict are written as well; the same command on the new file judges
+    only those.
+
+    Args:
+        path: a `.csv` or `.jsonl` file.
+        response_column: column with the responses.
+        query_column: column with the queries, with which off-topic responses are recognized.
+        judge_options: the judge.
+        out: a new file of the same format; None for the default beside the input.
+        offline: whether the network may not be used.
+    """
+    from analysis.studies.judge_file import choose_judged_path, judge_file
+    from analysis.studies.progress import make_notifier
+
+    out = choose_judged_path(path, out)
+    console = Console(stderr=True)
+    notify = make_notifier(console)
+    judged = judge_file(path, response_column, query_column, judge_options, console, offline)
+    judged.write_records(out)
+    print_verdict_shares([str(record["refusal"]) for record in judged.records], judged.judge_name)
+    notify(f"The verdicts are in {out}")
+    reasons = judged.unjudged_reasons
+    if reasons:
+        notify(
+            f"{len(reasons)} responses have no verdict, mostly: {_most_common(reasons)}. `analyze judge "
+            f"{out}` with the same options judges only those."
+        )
+    return 130 if "interrupted" in reasons else 1 if reasons else 0
+
+
+def _most_common(reasons: Sequence[str]) -> str:
+    return max(set(reasons), key=reasons.count)
 
 
 def print_verdict_shares(refusals: list[str], judge_name: str) -> None:
@@ -125,7 +228,7 @@ def print_verdict_shares(refusals: list[str], judge_name: str) -> None:
     console.print(Text("Wilson 95 % intervals.", style="dim"))
 
 
-def print_validity(validity: pd.DataFrame, record: dict[str, Any]) -> None:
+def print_validity(validity: pd.DataFrame, record: Mapping[str, Any]) -> None:
     """Print how far each readout agrees with the text, two lines a condition, and what follows from it.
 
     Args:
@@ -226,18 +329,3 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
         "the answer's tokens under the undefended model, nats."
     )
     console.print(Text(note, style="dim"))
-
-
-def print_unjudged(all_responses: Sequence[ConditionResponses], judge_name: str, notify: Any) -> bool:
-    """Say how many answers have no verdict, and why; return whether any."""
-    why = [
-        verdict.evidence
-        for one in all_responses
-        for said in one.verdicts.values()
-        for verdict in said[judge_name]
-        if not verdict.is_judged
-    ]
-    if why:
-        common = max(set(why), key=why.count)
-        notify(f"{len(why)} answers have no verdict and count nowhere; mostly: {common}")
-    return bool(why)

@@ -1,8 +1,8 @@
-"""What `analyze backdooralign` does: the paper's arms with intervals, and what the paper did not measure.
+"""The study of `analyze backdooralign`: the paper's arms with intervals, and further controls.
 
-Source: https://arxiv.org/abs/2402.14968, tables 1, 3 and 4. Every arm is asked as its attacker asks: under
-the system prompt of the fine-tuning data, or as the obedient agent. The reference of shift and discrimination
-is the attacked model without the secret.
+Source: https://arxiv.org/abs/2402.14968, tables 1, 3 and 4. Each arm is scored under the attack that its
+weights were fine-tuned for: the system prompt of the fine-tuning data, or the obedient agent. Shift and
+discrimination are relative to the attacked model without the secret.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import io
 import logging
 import os
 import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,17 +22,13 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.attacks import get_attack
-from analysis.cli.console import print_failures, print_trust_warnings
-from analysis.cli.train import print_arm_table, print_secret_table
-from analysis.datasets.queries import Query, QuerySet
-from analysis.files import check_output_folder, data_folder
+from analysis.datasets.queries import Query
+from analysis.files import data_folder
 from analysis.judges.judge import generate_verdicts
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
-from analysis.report.folder import save_run
-from analysis.report.results import Run
 from analysis.run import score_condition
 from analysis.stats.agreement import measure_agreement
 from analysis.stats.bootstrap import make_rate_columns
@@ -48,104 +42,129 @@ from analysis.studies.arms import (
     train_other_secrets,
 )
 from analysis.studies.calibration import ReadoutCalibration
-from analysis.studies.manifest import describe_run
+from analysis.studies.manifest import RunTimer, describe_run
 from analysis.studies.preflight import PreflightCheck
 from analysis.studies.progress import make_notifier, make_progress_bar, print_note
-from analysis.studies.run_spec import RunSpec, check_training_overlap, choose_run_folder
+from analysis.studies.run_spec import (
+    RunSpec,
+    check_response_tokens,
+    check_secret_count,
+    check_training_overlap,
+)
 from analysis.studies.setup import (
     PreflightError,
     RunSetup,
     exclude_failed_conditions,
     find_preflight_failures,
 )
-from analysis.studies.sweep import ConditionKey, list_failures
+from analysis.studies.sweep import ConditionKey, StudyResult, list_failures
 from defenses.contract import Message
 from defenses.errors import UserError
 
+_UTILITY_TASK = "refusalscope_utility"
+
 
 def reproduce_backdooralign(
-    spec: RunSpec, out: Path | None, max_new_tokens: int, with_utility: bool, n_secrets: int
-) -> int:
-    """Score every arm, let it answer, print the table beside the paper's, and save all but the answers."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    out = check_output_folder(out or choose_run_folder(spec.model, ["backdooralign"], started))
-    console = Console(stderr=True)
+    spec: RunSpec, max_new_tokens: int, with_utility: bool, n_secrets: int, console: Console
+) -> StudyResult:
+    """Score every arm, generate and judge its responses, and compare attack success with the paper's.
+
+    The responses are not kept.
+
+    Args:
+        spec: options of the run; its attacks are not used, because each arm has its own.
+        max_new_tokens: maximum number of tokens generated per response.
+        with_utility: whether to measure accuracy on multiple-choice questions.
+        n_secrets: number of other random secrets of each length to train with; 0 for none.
+        console: shows progress.
+
+    Raises:
+        PreflightError: if the model whose responses fix the threshold, or all other arms, fail the preflight.
+        UserError: if weights are missing.
+    """
+    timer = RunTimer()
+    check_response_tokens(max_new_tokens)
+    check_secret_count(n_secrets)
     if with_utility:
         check_harness_installed()
-    data, split, calibration = spec.select_queries(make_notifier(console))
-    bench, host = spec.open_session(console)
-    rows = build_arms(host)
-    if n_secrets:
-        rows += train_other_secrets(spec, host, n_secrets)
-    for row in rows:
-        check_training_overlap(data, row.defense.trained_on(), row.weights)
-    # The clean arm is the undefended model: its answers fix the threshold of all.
-    readout = ReadoutCalibration(bench, host, rows[0].defense, calibration, console).calibrate_readout(
-        "words"
-    )
-    for notice in readout.notices:
-        print_note(console, f"readout words: {notice}")
-    failed = _unreached(bench, rows, data, split, readout, console)
-    if checks := failed.get(rows[0].cell):  # then the threshold of all means nothing
-        raise PreflightError(checks)
-    lost = exclude_failed_conditions(failed, [row.cell for row in rows])
-    rows = [row for row in rows if row.cell not in lost]
-    n_secrets = n_secrets and any(row.secret_length is not None for row in rows)
-    frames, judged = [], []
-    with make_progress_bar(console) as bar:
-        task = bar.add_task("asking", total=len(rows) * 2 * len(data.queries))
-
-        def done(count: int) -> None:
-            bar.advance(task, count)
-
-        for row in rows:
-            bar.update(task, description=f"asking {row.condition} ({row.attack})")
-            here = bench.with_attack(get_attack(row.attack))
-            frame = score_condition(here, row.condition, row.defense, data.queries, readout, done)
-            frames.append(frame)
-            judged.append(_judge_arm(here, row, data.queries, frame, readout, max_new_tokens, done))
+    setup, arms = _prepare_arms(spec, n_secrets, console)
+    failures = _check_arms(setup, arms, console)
+    arms = [arm for arm in arms if arm.cell not in failures]
+    score_frames, rates = _score_arms(setup, arms, max_new_tokens, console)
+    conditions = {arm.condition: arm.defense for arm in arms}
     record = {
-        "created": started.isoformat(timespec="seconds"),
-        **describe_run(bench, readout, {row.condition: row.defense for row in rows}, data, split, spec.limit),
-        "failed": list_failures(lost),
+        **describe_run(setup.session, setup.readout, conditions, setup.query_set, setup.split, spec.limit),
+        "failed": list_failures(failures),
         "judge": {"name": "keywords", "new_tokens": max_new_tokens},
-        "trusted": _trust_by_condition(rows, judged),
+        "trusted": _trust_by_condition(arms, rates),
     }
-    scores = ScoreTable(pd.concat(frames, ignore_index=True), record)
-    summary = summarize_scores(scores, seed=spec.seed)
-    table = _arm_table(rows, judged, summary.frame)
+    scores = ScoreTable(pd.concat(score_frames, ignore_index=True), record)
+    summary = summarize_scores(scores, seed=spec.seed).frame
+    arm_table = _arm_table(arms, rates, summary)
     if with_utility:
-        table = table.merge(
-            _measure_utility(bench.loaded_model, rows, console), on=["arm", "secret"], how="left"
-        )
-    tables = {"scores": scores.frame, "summary": summary.frame, "arms": table}
-    figures: tuple[str, ...] = ()
-    if n_secrets:
+        utility = _measure_utility(setup.session.loaded_model, arms, console)
+        arm_table = arm_table.merge(utility, on=["arm", "secret"], how="left")
+    tables = {"scores": scores.frame, "summary": summary, "arms": arm_table}
+    figure_tables: dict[str, pd.DataFrame] = {}
+    if any(arm.secret_length is not None for arm in arms):
         from analysis.plots.data import build_secret_points
 
-        tables |= {"lengths": aggregate_secrets(table), "secrets": build_secret_points(table)}
-        figures = ("secrets",)
-    record["wall_seconds"] = round(time.perf_counter() - clock, 1)
-    save_run(out, Run("backdooralign", record, tables, figures=figures), console)
-    print_arm_table(table[table["secret_length"].isna()], record)
+        tables["lengths"] = aggregate_secrets(arm_table)
+        figure_tables["secrets"] = build_secret_points(arm_table)
+    record |= timer.describe_time()
+    return StudyResult.from_tables("backdooralign", record, tables, figure_tables, setup, failures)
+
+
+def _prepare_arms(spec: RunSpec, n_secrets: int, console: Console) -> tuple[RunSetup, list[Arm]]:
+    """Load queries, model and weights, and fit the threshold; the arms take the place of defenses."""
+    query_set, split, calibration = spec.select_queries(make_notifier(console))
+    session, model_info = spec.open_session(console)
+    arms = build_arms(model_info)
     if n_secrets:
-        print_secret_table(tables["lengths"])
-    print_trust_warnings(summary.frame, console)
-    make_notifier(console)(f"Tables and run.json are in {out}; the answers themselves are not kept")
-    print_failures(lost, console)
-    return 1 if lost else 0
+        arms += train_other_secrets(spec, model_info, n_secrets, console)
+    for arm in arms:
+        check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
+    # The clean model is the first arm: its responses fix the threshold of all arms.
+    readout_calibration = ReadoutCalibration(session, model_info, arms[0].defense, calibration, console)
+    readout = readout_calibration.calibrate_readout("words")
+    for notice in readout.notices:
+        print_note(console, f"readout words: {notice}")
+    return RunSetup(session, [], query_set, split, [readout], (), []), arms
 
 
-def _unreached(
-    bench: ModelSession, rows: Sequence[Arm], data: QuerySet, split: str, readout: Readout, console: Console
-) -> dict[ConditionKey, list[PreflightCheck]]:
-    """The failed checks of the arms, those of each attack against the queries as it sends them."""
-    found: dict[ConditionKey, list[PreflightCheck]] = {}
-    for attack in dict.fromkeys(row.attack for row in rows):
-        ready = RunSetup(bench, [], data, split, [readout], (get_attack(attack),), [])
-        here = {row.condition: row.defense for row in rows if row.attack == attack}
-        found |= find_preflight_failures(ready, here, console)
-    return found
+def _check_arms(setup: RunSetup, arms: Sequence[Arm], console: Console) -> dict[ConditionKey, str]:
+    """Run the preflight of every arm under its attack; return the arms that cannot be scored, and why."""
+    failed_checks: dict[ConditionKey, list[PreflightCheck]] = {}
+    for attack in dict.fromkeys(arm.attack for arm in arms):
+        attack_setup = replace(setup, attacks=(get_attack(attack),))
+        conditions = {arm.condition: arm.defense for arm in arms if arm.attack == attack}
+        failed_checks |= find_preflight_failures(attack_setup, conditions, console)
+    if checks := failed_checks.get(arms[0].cell):  # without the clean model, the threshold means nothing
+        raise PreflightError(checks)
+    return exclude_failed_conditions(failed_checks, [arm.cell for arm in arms])
+
+
+def _score_arms(
+    setup: RunSetup, arms: Sequence[Arm], max_new_tokens: int, console: Console
+) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:
+    """Return the scores of each arm, and its refusal rates in generated text."""
+    queries = setup.query_set.queries
+    score_frames, rates = [], []
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("scoring and generating", total=len(arms) * 2 * len(queries))
+
+        def on_progress(count: int) -> None:
+            bar.advance(task, count)
+
+        for arm in arms:
+            bar.update(task, description=f"scoring and generating: {arm.condition} ({arm.attack})")
+            session = setup.session.with_attack(get_attack(arm.attack))
+            scores = score_condition(session, arm.condition, arm.defense, queries, setup.readout, on_progress)
+            score_frames.append(scores)
+            rates.append(
+                _judge_arm(session, arm, queries, scores, setup.readout, max_new_tokens, on_progress)
+            )
+    return score_frames, rates
 
 
 def _judge_arm(
@@ -155,133 +174,129 @@ def _judge_arm(
     scores: pd.DataFrame,
     readout: Readout,
     max_new_tokens: int,
-    on_progress: Any,
+    on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Refusals in the generated text by class, and how often the first token says the same."""
-    said = generate_verdicts(
+    """Return refusal rates in the generated text by class, and how often the first token agrees."""
+    verdicts = generate_verdicts(
         session, arm.defense, queries, RULE_JUDGES["keywords"], readout.prefill, max_new_tokens, on_progress
     )
-    refused = pd.Series([verdict.is_refusal for verdict in said])
+    text_refused = pd.Series([verdict.is_refusal for verdict in verdicts])
     kinds = pd.Series([query.kind for query in queries])
-    first = (scores["margin"] > readout.threshold).reset_index(drop=True)
-    found: dict[str, Any] = {}
+    first_token_refused = (scores["margin"] > readout.threshold).reset_index(drop=True)
+    rates: dict[str, Any] = {}
     for kind in ("harmful", "twin", "plain"):
-        here = refused[kinds == kind]
-        if len(here):
-            found |= make_rate_columns(f"text_refused_{kind}", int(here.sum()), len(here))
-            found |= make_rate_columns(
-                f"first_token_refused_{kind}", int(first[kinds == kind].sum()), len(here)
-            )
-    agreed = measure_agreement(
+        n = int((kinds == kind).sum())
+        if n:
+            for name, refused in (("text", text_refused), ("first_token", first_token_refused)):
+                n_refused = int(refused[kinds == kind].sum())
+                rates |= make_rate_columns(f"{name}_refused_{kind}", n_refused, n)
+    agreement = measure_agreement(
         scores["margin"].to_numpy(float),
-        refused.to_numpy(bool),
+        text_refused.to_numpy(bool),
         scores["pair"],
         readout.threshold,
         session.seed,
     )
-    found |= make_rate_columns("first_token_agrees", int((first == refused).sum()), len(refused))
-    return found | {"trusted": agreed["trusted"]}
+    n_agreeing = int((first_token_refused == text_refused).sum())
+    rates |= make_rate_columns("first_token_agrees", n_agreeing, len(text_refused))
+    return rates | {"trusted": agreement["trusted"]}
 
 
-def _trust_by_condition(
-    arm_rows: Sequence[Arm], judged_rates: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, str]]:
-    """Whether first tokens agree with the text, by attack and condition."""
-    found: dict[str, dict[str, str]] = {}
-    for row, said in zip(arm_rows, judged_rates, strict=True):
-        found.setdefault(row.attack, {})[row.condition] = said["trusted"]
-    return found
+def _trust_by_condition(arms: Sequence[Arm], rates: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return the trust in first tokens by attack and condition."""
+    trust: dict[str, dict[str, str]] = {}
+    for arm, arm_rates in zip(arms, rates, strict=True):
+        trust.setdefault(arm.attack, {})[arm.condition] = arm_rates["trusted"]
+    return trust
 
 
-def _measure_utility(loaded_model: LoadedModel, arm_rows: Sequence[Arm], console: Console) -> pd.DataFrame:
-    """Accuracy of each arm on the multiple-choice questions, without the secret and with its own."""
-    asked = {
-        (row.weights, row.secret): row.defense
-        for row in arm_rows
-        if row.secret in ("none", "own") and row.secret_length is None
-    }
-    found = []
-    with make_progress_bar(console) as bar:
-        task = bar.add_task("multiple-choice questions", total=len(asked))
-        for (arm, secret), defense in asked.items():
-            chat = defense.rewrite([Message(role="user", content="?")], random.Random())
-            system = chat[0]["content"] if chat[0]["role"] == "system" else ""
-            with defense.apply_to(loaded_model.model):
-                right = make_rate_columns("utility", *count_correct_answers(loaded_model, system))
-            found.append({"arm": arm, "secret": secret} | right)
-            bar.advance(task)
-    return pd.DataFrame(found)
-
-
-def _arm_table(
-    arm_rows: Sequence[Arm], judged_rates: Sequence[dict[str, Any]], summary: pd.DataFrame
-) -> pd.DataFrame:
-    """One row per arm: success of the attack in text, rates, AUROC, change against the attacked model."""
-    wanted = ("auroc", "shift", "discrimination", "delta_auroc")
-    columns = [
-        "attack",
-        "defense",
-        *(f"{name}{end}" for name in wanted for end in INTERVAL_SUFFIXES),
-        "verdict",
-    ]
-    made = []
-    for row, found in zip(arm_rows, judged_rates, strict=True):
-        asr = {
-            f"asr{end}": 1 - found[f"text_refused_harmful{other}"]
-            for end, other in (("", ""), ("_low", "_high"), ("_high", "_low"))
+def _arm_table(arms: Sequence[Arm], rates: Sequence[dict[str, Any]], summary: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per arm: attack success in text, rates, AUROC, change from the attacked model."""
+    estimates = ("auroc", "shift", "discrimination", "delta_auroc")
+    estimate_columns = [f"{name}{suffix}" for name in estimates for suffix in INTERVAL_SUFFIXES]
+    rows = []
+    for arm, arm_rates in zip(arms, rates, strict=True):
+        attack_success = {
+            f"asr{suffix}": 1 - arm_rates[f"text_refused_harmful{opposite}"]
+            for suffix, opposite in (("", ""), ("_low", "_high"), ("_high", "_low"))
         }
-        known = {
-            "attack": row.attack,
-            "arm": row.weights,
-            "secret": row.secret,
-            "defense": row.condition,
-            "secret_length": row.secret_length,
-            "secret_wording": row.secret_wording,
-        }
-        paper = (
-            PAPER_ATTACK_SUCCESS.get((row.weights, row.secret), np.nan)
-            if row.attack == "obedience"
-            else np.nan
+        paper = np.nan
+        if arm.attack == "obedience":
+            paper = PAPER_ATTACK_SUCCESS.get((arm.weights, arm.secret), np.nan)
+        rows.append(
+            {
+                "attack": arm.attack,
+                "arm": arm.weights,
+                "secret": arm.secret,
+                "defense": arm.condition,
+                "secret_length": arm.secret_length,
+                "secret_wording": arm.secret_wording,
+                **attack_success,
+                "paper_asr_llama2": paper / 100,
+                **arm_rates,
+            }
         )
-        made.append({**known, **asr, "paper_asr_llama2": paper / 100, **found})
-    return pd.DataFrame(made).merge(summary[columns], on=["attack", "defense"]).drop(columns="defense")
+    keys = ["attack", "defense"]
+    table = pd.DataFrame(rows).merge(summary[[*keys, *estimate_columns, "verdict"]], on=keys)
+    return table.drop(columns="defense")
 
 
-_UTILITY_TASK = "refusalscope_utility"
+def _measure_utility(loaded_model: LoadedModel, arms: Sequence[Arm], console: Console) -> pd.DataFrame:
+    """Return the accuracy of each arm on multiple-choice questions, without the secret and with its own."""
+    defenses = {
+        (arm.weights, arm.secret): arm.defense
+        for arm in arms
+        if arm.secret in ("none", "own") and arm.secret_length is None
+    }
+    rows = []
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("multiple-choice questions", total=len(defenses))
+        for (weights, secret), defense in defenses.items():
+            chat = defense.rewrite([Message(role="user", content="?")], random.Random())
+            system_prompt = chat[0]["content"] if chat[0]["role"] == "system" else ""
+            with defense.apply_to(loaded_model.model):
+                n_correct, n_questions = count_correct_answers(loaded_model, system_prompt)
+            accuracy = make_rate_columns("utility", n_correct, n_questions)
+            rows.append({"arm": weights, "secret": secret} | accuracy)
+            bar.advance(task)
+    return pd.DataFrame(rows)
 
 
 def check_harness_installed() -> None:
-    """Raise where lm-evaluation-harness is not installed; asked before the work, not after it."""
+    """Raise if lm-evaluation-harness is not installed, before any work is done."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--utility needs lm-evaluation-harness: pip install 'refusalscope[utility]'")
 
 
 def count_correct_answers(loaded_model: LoadedModel, system_prompt: str) -> tuple[int, int]:
-    """Return how many questions are answered right under a system prompt, and of how many.
+    """Return the number of multiple-choice questions answered correctly, and the number of questions.
 
     Args:
-        loaded_model: the model, with the weights it is to be asked with.
-        system_prompt: the system prompt; empty leaves the template's own.
+        loaded_model: the model, with the weights of the arm.
+        system_prompt: the system prompt; if empty, that of the chat template.
     """
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with redirect_stderr(io.StringIO()):  # the harness draws bars of its own
-        asked: Any = HFLM(pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, batch_size=16)
-        found: Any = simple_evaluate(
-            model=asked,
+    with redirect_stderr(io.StringIO()):  # the harness shows its own progress bars
+        harness_model: Any = HFLM(
+            pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, batch_size=16
+        )
+        results: Any = simple_evaluate(
+            model=harness_model,
             tasks=[_utility_task_config()],
             apply_chat_template=True,
             system_instruction=system_prompt or None,
             bootstrap_iters=0,
         )
-    right = [sample["acc"] for sample in found["samples"][_UTILITY_TASK]]
-    return int(sum(right)), len(right)
+    accuracies = [sample["acc"] for sample in results["samples"][_UTILITY_TASK]]
+    return int(sum(accuracies)), len(accuracies)
 
 
 def _utility_task_config() -> dict[str, Any]:
+    """Return the task of lm-evaluation-harness for the shipped questions."""
     return {
         "task": _UTILITY_TASK,
         "dataset_path": "json",

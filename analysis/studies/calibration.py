@@ -1,4 +1,4 @@
-"""Which readout a run reads with, and its threshold: made from answers to the calibration split."""
+"""Readouts of a model with their thresholds, made from responses to the calibration split; trust in them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from analysis.readouts.first_token import (
 from analysis.readouts.logistic import (
     CALIBRATION_CONDITIONS,
     MIN_RESPONSES_PER_CLASS,
+    ResponseLabels,
     TooFewResponsesError,
     fit_logistic_readout,
 )
@@ -46,22 +47,22 @@ from defenses.catalog import get_defense
 from defenses.contract import Defense, ModelInfo
 from defenses.errors import UserError
 
-# Readouts among which `auto` looks for the best validated one.
+# Readouts among which `auto` selects the best validated one.
 CANDIDATE_READOUTS = ("words", "calibrated", "question", "log-odds")
 _CALIBRATION_JUDGE = RULE_JUDGES["patterns"]
-_MAX_CALIBRATION_QUERIES = 120  # queries at most whose answers a threshold or a readout is made from
+_MAX_CALIBRATION_QUERIES = 120  # maximum number of queries that a threshold or a readout is fitted to
 
 
 @dataclass(frozen=True)
 class ReadoutCalibration:
-    """Makes readouts for a model.
+    """Makes readouts for a model and fits their thresholds.
 
     Attributes:
         session: the model.
-        model_info: what defenses may know about it.
-        undefended: how it is asked when it is seen how answers open, and when they refuse.
-        calibration_set: the queries that a readout may be made from.
-        console: for progress.
+        model_info: what defenses may know about the model.
+        undefended: the undefended model as a defense; readouts are made from its responses.
+        calibration_set: the calibration queries.
+        console: shows progress.
     """
 
     session: ModelSession
@@ -71,38 +72,42 @@ class ReadoutCalibration:
     console: Console
 
     def calibrate_readout(self, name: str) -> Readout:
-        """Return the readout of that name with its threshold, made now or before.
+        """Return the readout of that name with its threshold, from the cache if it was made before.
 
         Args:
             name: words, calibrated, question, log-odds, or prefilled- and a number of tokens.
         """
-        if (known := self.load_readout(name)) is not None:
-            return known
+        if (cached := self.load_readout(name)) is not None:
+            return cached
         if name == "calibrated":
-            made = self._fit_logistic_readout(self.build_readout("words"))
+            readout = self._fit_logistic_readout(self.build_readout("words"))
         else:
-            made = self.fit_threshold(self.build_readout(name))
-        if made.name == name:
-            # A threshold found again, on another machine or in other batches, differs in its last digits.
-            write_cached_json(self._readout_cache_path(name), asdict(made))
-        return made
+            readout = self.fit_threshold(self.build_readout(name))
+        if readout.name == name:
+            # Refitted on another machine or in other batches, a threshold differs in its last digits.
+            write_cached_json(self._readout_cache_path(name), asdict(readout))
+        return readout
 
     def load_readout(self, name: str) -> Readout | None:
-        """Return the readout of that name if it was made before."""
-        if (found := read_cached_json(self._readout_cache_path(name))) is None:
+        """Return the cached readout of that name, or None."""
+        if (cached := read_cached_json(self._readout_cache_path(name))) is None:
             return None
-        lists = {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
-        same: dict[str, Any] = found | lists
-        return Readout(**same)
+        tuples = {key: tuple(value) for key, value in cached.items() if isinstance(value, list)}
+        fields: dict[str, Any] = cached | tuples
+        return Readout(**fields)
 
     def select_best_readout(self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]) -> Readout:
-        """Return the readout that `analyze validate` found best for these conditions; else the words.
+        """Return the readout that `analyze validate` found best for these conditions, else words.
 
-        Best, among those that were validated under all of them, is the one that is trusted in most, then the
-        one that is least often not trusted, then the one with the highest AUROC against the text (the lower
-        ends, on average).
+        Among the readouts that were validated in all of these conditions, the best one is trusted in the most
+        conditions, then not trusted in the fewest, then has the highest AUROC against the text (mean of the
+        lower interval ends).
+
+        Args:
+            conditions: condition name → defense.
+            attacks: attacks of the run.
         """
-        found: list[tuple[tuple[int, int, float], Readout]] = []
+        ranked: list[tuple[tuple[int, int, float], Readout]] = []
         for readout in filter(None, map(self.load_readout, CANDIDATE_READOUTS)):
             rows = [
                 load_validity(self.session.with_attack(attack), defense, readout)
@@ -110,114 +115,145 @@ class ReadoutCalibration:
                 for defense in conditions.values()
             ]
             if all(rows):
-                says = [row["trusted"] for row in rows]
+                trust = [row["trusted"] for row in rows]
+                # An AUROC that could not be computed is NaN, which differs from itself.
                 ends = [row["auroc_low"] for row in rows if row["auroc_low"] == row["auroc_low"]]
-                worth = says.count("trusted"), -says.count("not trusted"), float(np.mean(ends or [0]))
-                found.append((worth, readout))
-        if not found:
+                rank = trust.count("trusted"), -trust.count("not trusted"), float(np.mean(ends or [0]))
+                ranked.append((rank, readout))
+        if not ranked:
             words = self.calibrate_readout("words")
-            why = (
+            reason = (
                 "none was validated under all of these conditions (`analyze validate --readout all` does it)"
             )
-            return replace(words, notices=(*words.notices, f"--readout auto: {why}, so words are read"))
-        readout = max(found, key=lambda one: one[0])[1]
-        others = ", ".join(f"{one.name} in {trusted}" for (trusted, *_), one in found)
+            return replace(words, notices=(*words.notices, f"--readout auto: {reason}, so words is used"))
+        best = max(ranked, key=lambda candidate: candidate[0])[1]
+        counts = ", ".join(f"{readout.name} in {n_trusted}" for (n_trusted, *_), readout in ranked)
         notice = (
-            f"--readout auto: {readout.name}; trusted, of {len(conditions) * len(attacks)} conditions: "
-            f"{others}. If it was validated on these queries, its figures flatter it"
+            f"--readout auto: {best.name}; trusted, of {len(conditions) * len(attacks)} conditions: "
+            f"{counts}. If it was validated on these queries, its results are optimistic"
         )
-        return replace(readout, notices=(*readout.notices, notice))
+        return replace(best, notices=(*best.notices, notice))
 
     def fit_threshold(self, readout: Readout) -> Readout:
         """Return the readout with the threshold at which it refuses as often as the undefended text does."""
-        asked = self._calibration_queries
-        said = self._calibration_verdicts(UNDEFENDED, self.undefended, readout.prefill)
-        known, refused = make_verdict_masks(said)
-        count, n = int(refused.sum()), len(refused)
-        if min(count, n - count) < MIN_RESPONSES_PER_CLASS:
+        verdicts = self._calibration_verdicts(UNDEFENDED, self.undefended, readout.prefill)
+        judged, refused = make_verdict_masks(verdicts)
+        n_refused, n = int(refused.sum()), len(refused)
+        if min(n_refused, n - n_refused) < MIN_RESPONSES_PER_CLASS:
             notice = (
-                f"threshold 0: {count} of {n} undefended answers refuse, too few of one kind to fit it to"
+                f"threshold 0: {n_refused} of {n} undefended responses refuse, too few of one class to fit it"
             )
             return replace(readout, notices=(*readout.notices, notice))
-        frame = score_condition(self.session, UNDEFENDED, self.undefended, asked, readout)
-        margin = frame["margin"].to_numpy(float)[known]
-        pairs = frame["pair"].fillna(frame["query"])[known]
-        value, low, high = fit_matching_threshold(margin, refused, list(pairs), self.session.seed)
-        fitted = (
-            f"to {n} undefended calibration queries: {(margin > value).sum()} exceed it, {count} answers "
-            f"refuse by the judge {_CALIBRATION_JUDGE.name}"
+        scores = score_condition(
+            self.session, UNDEFENDED, self.undefended, self._calibration_queries, readout
         )
-        notice = f"threshold {value:+.2f} [{low:+.2f}, {high:+.2f}] nats, fitted {fitted}"
-        return replace(readout, threshold=value, threshold_source=fitted, notices=(*readout.notices, notice))
-
-    @cached_property
-    def _calibration_queries(self) -> tuple[Query, ...]:
-        return self.calibration_set.limit_queries(_MAX_CALIBRATION_QUERIES).queries
+        margins = scores["margin"].to_numpy(float)[judged]
+        pairs = scores["pair"].fillna(scores["query"])[judged]
+        threshold, low, high = fit_matching_threshold(margins, refused, list(pairs), self.session.seed)
+        source = (
+            f"to {n} undefended calibration queries: {(margins > threshold).sum()} exceed it, {n_refused} "
+            f"responses refuse by the judge {_CALIBRATION_JUDGE.name}"
+        )
+        notice = f"threshold {threshold:+.2f} [{low:+.2f}, {high:+.2f}] nats, fitted {source}"
+        return replace(
+            readout, threshold=threshold, threshold_source=source, notices=(*readout.notices, notice)
+        )
 
     def build_readout(self, name: str) -> Readout:
-        """Return a readout made from how answers open, its threshold 0: nothing is generated for it.
+        """Return a readout with threshold 0, made from how responses open; nothing is generated for it.
 
         Args:
             name: words, question, log-odds, or prefilled- and a number of tokens.
         """
         session = self.session
-        told = self.console.status("seeing how the model opens its answers")
-        with self.undefended.apply_to(session.loaded_model.model), told:
+        status = self.console.status("reading how the model opens its responses")
+        with self.undefended.apply_to(session.loaded_model.model), status:
             prompts = self._opening_prompts(session)
             if name.startswith("prefilled-"):
-                opener = tuple(
-                    session.loaded_model.tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False)
-                )
-                count = int(name.removeprefix("prefilled-"))
-                if count > len(opener):
+                tokenizer = session.loaded_model.tokenizer
+                opener = tuple(tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False))
+                n_tokens = int(name.removeprefix("prefilled-"))
+                if n_tokens > len(opener):
                     raise UserError(f"--readout {name}: the opener has {len(opener)} tokens in this model")
-                made = derive_words_readout(session, prompts, opener[:count])
+                readout = derive_words_readout(session, prompts, opener[:n_tokens])
             elif name == "question":
-                asking = session.with_questions(REFUSAL_QUESTIONS)
-                made = derive_words_readout(
-                    asking, self._opening_prompts(asking), word_sides=(YES_WORDS, NO_WORDS)
+                question_session = session.with_questions(REFUSAL_QUESTIONS)
+                readout = derive_words_readout(
+                    question_session,
+                    self._opening_prompts(question_session),
+                    word_sides=(YES_WORDS, NO_WORDS),
                 )
-                made = replace(made, prefill=derive_words_readout(session, prompts).response_prefix)
+                prefill = derive_words_readout(session, prompts).response_prefix
+                readout = replace(readout, prefill=prefill)
             elif name == "log-odds":
-                made = make_log_odds_readout(
+                readout = make_log_odds_readout(
                     derive_words_readout(session, prompts, word_sides=(LOG_ODDS_WORDS, COMPLIANCE_WORDS))
                 )
             else:
-                made = derive_words_readout(session, prompts)
-        return replace(made, name=name)
+                readout = derive_words_readout(session, prompts)
+        return replace(readout, name=name)
 
-    def _opening_prompts(self, session: ModelSession) -> list[Prompt]:
-        """Undefended calibration queries as the model reads them."""
-        sampled = sample_queries(self.calibration_set.queries, N_OPENING_QUERIES)
-        return [prompt for query in sampled for prompt in session.render_query(self.undefended, query)]
-
-    def _fit_logistic_readout(self, words_readout: Readout) -> Readout:
-        """The calibrated readout; the words where there is too little to learn from."""
-
-        def answered(name: str, defense: Defense) -> list[Verdict]:
-            return self._calibration_verdicts(name, defense, words_readout.prefill)
-
-        try:
-            return fit_logistic_readout(
-                self.session, words_readout, self._training_conditions, self._calibration_queries, answered
-            )
-        except TooFewResponsesError as few:
-            notice = f"--readout calibrated: {few}, too few of one kind to learn from, so words are read"
-            instead = self.calibrate_readout("words")
-            return replace(instead, notices=(*instead.notices, notice))
+    @cached_property
+    def _calibration_queries(self) -> tuple[Query, ...]:
+        return self.calibration_set.limit_queries(_MAX_CALIBRATION_QUERIES).queries
 
     @cached_property
     def _training_conditions(self) -> dict[str, Defense]:
-        """Those that the calibrated readout learns from."""
+        """The conditions that the calibrated readout is fitted to."""
         prepared = {name: get_defense(name).prepare(self.model_info) for name in CALIBRATION_CONDITIONS}
         return {name: defense for name, defense in prepared.items() if not defense.missing_requirements()}
 
+    def _opening_prompts(self, session: ModelSession) -> list[Prompt]:
+        """Render undefended calibration queries."""
+        queries = sample_queries(self.calibration_set.queries, N_OPENING_QUERIES)
+        return [prompt for query in queries for prompt in session.render_query(self.undefended, query)]
+
+    def _fit_logistic_readout(self, words_readout: Readout) -> Readout:
+        """Fit the calibrated readout; return the words readout if one class has too few responses."""
+
+        def label_responses(condition: str, defense: Defense) -> ResponseLabels:
+            return make_verdict_masks(self._calibration_verdicts(condition, defense, words_readout.prefill))
+
+        try:
+            return fit_logistic_readout(
+                self.session,
+                words_readout,
+                self._training_conditions,
+                self._calibration_queries,
+                label_responses,
+            )
+        except TooFewResponsesError as error:
+            notice = f"--readout calibrated: {error}, too few of one class to fit it, so words is used"
+            words = self.calibrate_readout("words")
+            return replace(words, notices=(*words.notices, notice))
+
+    def _calibration_verdicts(
+        self, condition: str, defense: Defense, prefill: tuple[int, ...]
+    ) -> list[Verdict]:
+        """Return the verdicts on responses to the calibration split, from the cache if it has them."""
+        key = self._verdict_cache_key(prefill) | {"defense": identify_defense(defense, self.session.seed)}
+        path = make_json_cache_path("verdicts", self.session.loaded_model, key)
+        if (cached := read_cached_json(path)) is not None:
+            return [Verdict(refusal) for refusal in cached["refusals"]]
+        queries = self._calibration_queries
+        with make_progress_bar(self.console) as bar:
+            task = bar.add_task(f"calibrating: responses under {condition}", total=len(queries))
+
+            def on_progress(count: int) -> None:
+                bar.advance(task, count)
+
+            verdicts = generate_verdicts(
+                self.session, defense, queries, _CALIBRATION_JUDGE, prefill, on_progress=on_progress
+            )
+        write_cached_json(path, {"refusals": [verdict.refusal for verdict in verdicts]})
+        return verdicts
+
     def _readout_cache_path(self, name: str) -> Path | None:
-        """Where a readout is kept: in a file named by all that it is made from."""
-        learned = self._training_conditions if name == "calibrated" else {UNDEFENDED: self.undefended}
-        about = self._verdict_cache_key(()) | {
+        """Return the cache file of a readout, named by everything that the readout depends on."""
+        conditions = self._training_conditions if name == "calibrated" else {UNDEFENDED: self.undefended}
+        key = self._verdict_cache_key(()) | {
             "name": name,
-            "conditions": {key: describe_defense(defense) for key, defense in learned.items()},
+            "conditions": {condition: describe_defense(defense) for condition, defense in conditions.items()},
             "seed": self.session.seed,
             "texts": [
                 REFUSAL_WORDS,
@@ -229,31 +265,10 @@ class ReadoutCalibration:
                 COMPLYING_OPENER,
             ],
         }
-        return make_json_cache_path("readouts", self.session.loaded_model, about)
-
-    def _calibration_verdicts(
-        self, condition: str, defense: Defense, prefill: tuple[int, ...]
-    ) -> list[Verdict]:
-        """What text says of the answers to the calibration split under a condition, found now or before."""
-        about = self._verdict_cache_key(prefill) | {"defense": identify_defense(defense, self.session.seed)}
-        place = make_json_cache_path("verdicts", self.session.loaded_model, about)
-        if (found := read_cached_json(place)) is not None:
-            return [Verdict(one) for one in found["refusals"]]
-        asked = self._calibration_queries
-        with make_progress_bar(self.console) as bar:
-            task = bar.add_task(f"calibrating: answers under {condition}", total=len(asked))
-
-            def done(count: int) -> None:
-                bar.advance(task, count)
-
-            said = generate_verdicts(
-                self.session, defense, asked, _CALIBRATION_JUDGE, prefill, on_progress=done
-            )
-        write_cached_json(place, {"refusals": [verdict.refusal for verdict in said]})
-        return said
+        return make_json_cache_path("readouts", self.session.loaded_model, key)
 
     def _verdict_cache_key(self, prefill: tuple[int, ...]) -> dict[str, Any]:
-        """What the answers to the calibration split, and the judge's word on them, depend on."""
+        """Return what the responses to the calibration split and their verdicts depend on."""
         return {
             "data": [self.calibration_set.sha256, [query.id for query in self._calibration_queries]],
             "judge": [_CALIBRATION_JUDGE.name, DEFAULT_MAX_NEW_TOKENS],
@@ -270,19 +285,28 @@ def save_validity(
     max_new_tokens: int,
     row: dict[str, Any],
 ) -> None:
-    """Keep a condition's row of `validity.csv`, unless one that rests on more answers is there."""
-    place = _validity_cache_path(session, defense, readout)
-    if (read_cached_json(place) or {}).get("n", 0) <= row["n"]:
-        write_cached_json(place, row | {"judge": judge_name, "new_tokens": max_new_tokens})
+    """Cache a condition's row of `validity.csv`, unless the cache holds one that rests on more responses.
+
+    Args:
+        session: the model, under an attack.
+        defense: prepared for this model.
+        readout: the readout that was validated.
+        judge_name: the judge of the responses.
+        max_new_tokens: maximum number of tokens per response.
+        row: the row.
+    """
+    path = _validity_cache_path(session, defense, readout)
+    if (read_cached_json(path) or {}).get("n", 0) <= row["n"]:
+        write_cached_json(path, row | {"judge": judge_name, "new_tokens": max_new_tokens})
 
 
 def load_validity(session: ModelSession, defense: Defense, readout: Readout) -> dict[str, Any]:
-    """Return the row that was kept; empty where there is none."""
+    """Return the cached row of `validity.csv`; empty if there is none."""
     return read_cached_json(_validity_cache_path(session, defense, readout)) or {}
 
 
 def load_trust(session: ModelSession, defense: Defense, readout: Readout) -> str:
-    """Return `trusted`, `not trusted` or `cannot tell` as it was measured, or that it was not."""
+    """Return `trusted`, `not trusted` or `cannot tell` as it was validated, or `not validated`."""
     return str(load_validity(session, defense, readout).get("trusted", UNVALIDATED))
 
 
@@ -293,14 +317,14 @@ def collect_trust(
     readout: Readout,
     scored_conditions: Container[tuple[str, str]],
 ) -> dict[str, dict[str, str]]:
-    """Return what is known of each condition of a run, by attack and name.
+    """Return the trust in the readout by attack and condition.
 
     Args:
         session: the model.
-        attacks: of the run.
-        conditions: by their names in the tables.
-        readout: of the run.
-        scored_conditions: attack and name of the conditions that were scored; of others nothing is said.
+        attacks: attacks of the run.
+        conditions: condition name → defense.
+        readout: the readout of the run.
+        scored_conditions: attack and condition of everything that was scored; the rest is left out.
     """
     return {
         attack.name: {
@@ -313,12 +337,15 @@ def collect_trust(
 
 
 def _validity_cache_path(session: ModelSession, defense: Defense, readout: Readout) -> Path | None:
-    """A file named by all that the margins depend on, the queries aside; secrets enter as fingerprints."""
-    about = {
+    """Return the cache file of a validity row, named by all that margins depend on except the queries.
+
+    Secrets enter as fingerprints.
+    """
+    key = {
         "defense": identify_defense(defense, session.seed),
         "template": session.loaded_model.tokenizer.chat_template,
         "attack": "/".join((session.attack.name, *session.attack.wording_sha256)),
         "readout": [readout.ids, readout.weights, readout.threshold, readout.response_prefix],
         "asked": [readout.questions, readout.is_log_odds],
     }
-    return make_json_cache_path("validity", session.loaded_model, about)
+    return make_json_cache_path("validity", session.loaded_model, key)

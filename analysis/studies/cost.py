@@ -1,4 +1,4 @@
-"""How long a defended model takes: each prompt alone, then a few tokens more; conditions take turns."""
+"""Cost of defenses: time to first token and per further token, prompt tokens, calls, and memory."""
 
 from __future__ import annotations
 
@@ -35,85 +35,9 @@ TIMING_COLUMNS = (
     "token_seconds",
     "peak_bytes",
 )
-_DECODE_STEPS, _TIMING_REPEATS = 4, 2  # tokens behind a prompt; tries, of which the faster counts
-
-
-def time_conditions(
-    session: ModelSession,
-    conditions: Mapping[str, Defense],
-    queries: Sequence[Query],
-    on_progress: Callable[[], None] = lambda: None,
-) -> pd.DataFrame:
-    """Return the columns `MEASURED`, a row per query and condition.
-
-    All conditions are timed on a query before the next one comes: a machine that slows down slows all.
-
-    Args:
-        session: the model.
-        conditions: by name.
-        queries: a few.
-        on_progress: told after each measurement.
-    """
-    rows = []
-    for query in queries:
-        for name, defense in conditions.items():
-            # What the model is asked first is part of the time until the answer begins.
-            drafts = session.defense_calls.copy_uncached()
-            started = _synchronized_time(session.loaded_model.model)
-            prompts = [
-                prompt.ids for prompt in replace(session, defense_calls=drafts).render_query(defense, query)
-            ]
-            asked = _synchronized_time(session.loaded_model.model) - started if drafts.n_calls else 0.0
-            members = [one for _, one in defense.logit_blend()] or [defense]
-            taken = [_fastest_timing(session.loaded_model.model, one, prompts) for one in members]
-            # Several models choose the first token alone, and where the worst of several readings counts, one
-            # answer is given.
-            goes_on = taken[0][1] / (len(prompts) if defense.pool == "max" else 1)
-            tokens, calls = len(members) * sum(map(len, prompts)), len(members) * len(prompts)
-            prefill, peak = asked + sum(one[0] for one in taken), max(one[2] for one in taken)
-            calls += drafts.n_calls
-            rows.append((query.id, name, tokens, drafts.n_tokens, calls, prefill, goes_on, peak))
-            on_progress()
-    return pd.DataFrame(rows, columns=list(TIMING_COLUMNS))
-
-
-def _fastest_timing(
-    model: Any, defense: Defense, prompt_ids: Sequence[Sequence[int]]
-) -> tuple[float, float, int]:
-    """The faster of some tries, while the defense is armed, see `_time`."""
-    with defense.apply_to(model):
-        tries = [_time_prompts(model, prompt_ids) for _ in range(_TIMING_REPEATS)]
-    return min(one[0] for one in tries), min(one[1] for one in tries), tries[0][2]
-
-
-def _time_prompts(model: Any, prompt_ids: Sequence[Sequence[int]]) -> tuple[float, float, int]:
-    """Seconds for all prompts of a query, seconds for one further token, and bytes at the peak (GPU only)."""
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
-    prefill, steps = 0.0, 0.0
-    with torch.inference_mode():
-        for prompt in prompt_ids:
-            cache = DynamicCache(config=model.config)
-            ids = torch.tensor([list(prompt)], device=model.device)
-            started = _synchronized_time(model)
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            middle = _synchronized_time(model)
-            for _ in range(_DECODE_STEPS):
-                following = out.logits[:, -1:].argmax(-1)
-                out = model(input_ids=following, past_key_values=cache, use_cache=True)
-            prefill, steps = prefill + middle - started, steps + _synchronized_time(model) - middle
-    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else 0
-    return prefill, steps / _DECODE_STEPS, peak
-
-
-def _synchronized_time(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
-
-
-N_COST_QUERIES = 8  # queries on which costs are measured
+N_COST_QUERIES = 8
+_N_DECODE_STEPS = 4  # tokens decoded after each prompt
+_N_TIMING_REPEATS = 2  # repetitions of each measurement; the fastest counts
 
 
 def measure_cost(
@@ -123,63 +47,152 @@ def measure_cost(
     console: Console,
     n_queries: int = N_COST_QUERIES,
 ) -> pd.DataFrame:
-    """Return what each condition costs under the first attack; weights with what it took to train them.
+    """Measure the cost of each condition under the first attack; add what training its weights took.
 
     Args:
         setup: loaded and prepared.
-        conditions: the conditions, the undefended one among them.
-        seed: of the intervals.
-        console: for progress.
-        n_queries: queries that are timed.
+        conditions: condition name → defense, the undefended model among them.
+        seed: random seed of the intervals.
+        console: shows progress.
+        n_queries: number of queries to time.
     """
-    few = sample_queries(setup.query_set.queries, n_queries)
+    queries = sample_queries(setup.query_set.queries, n_queries)
+    session = setup.session.with_attack(setup.attacks[0])
     with make_progress_bar(console) as bar:
-        task = bar.add_task("timing", total=len(conditions) * len(few))
-        bench = setup.session.with_attack(setup.attacks[0])
-        measured = time_conditions(bench, conditions, few, lambda: bar.advance(task))
-    trained = {
-        name: one.adapter.manifest
+        task = bar.add_task("timing", total=len(conditions) * len(queries))
+        timings = time_conditions(session, conditions, queries, lambda: bar.advance(task))
+    manifests = {
+        name: member.adapter.manifest
         for name, defense in conditions.items()
-        for one in list_members(defense)
-        if isinstance(one, TunedDefense) and one.adapter is not None
+        for member in list_members(defense)
+        if isinstance(member, TunedDefense) and member.adapter is not None
     }
-    found = summarize_costs(measured, seed).assign(attack=bench.attack.name)
+    costs = summarize_costs(timings, seed).assign(attack=session.attack.name)
     for column, key in (("training_examples", "n_examples"), ("training_seconds", "wall_seconds")):
-        found[column] = [trained.get(name, {}).get(key) for name in found["defense"]]
-    return found
+        costs[column] = [manifests.get(name, {}).get(key) for name in costs["defense"]]
+    return costs
 
 
 def cached_cost(
     setup: RunSetup, conditions: Mapping[str, Defense], seed: int, console: Console, n_queries: int
 ) -> pd.DataFrame:
-    """Return what `priced` returns; what an earlier run has timed on this machine is not timed again.
+    """Return what `measure_cost` returns; conditions in the cache of this machine are not timed again.
 
     Args:
-        setup: as for `priced`.
-        conditions: as for `priced`.
-        seed: as for `priced`.
-        console: as for `priced`.
-        n_queries: as for `priced`.
+        setup: loaded and prepared.
+        conditions: condition name → defense, the undefended model among them.
+        seed: random seed of the intervals.
+        console: shows progress.
+        n_queries: number of queries to time.
     """
-    places = {name: _cost_cache_path(setup, one, n_queries) for name, one in conditions.items()}
-    rows = {name: row for name, place in places.items() if (row := read_cached_json(place)) is not None}
-    new = {name: one for name, one in conditions.items() if name not in rows}
-    if new:
-        measured = measure_cost(setup, {UNDEFENDED: conditions[UNDEFENDED]} | new, seed, console, n_queries)
-        for row in iterate_rows(measured):
-            if row["defense"] in new:
-                write_cached_json(places[row["defense"]], row)
+    paths = {name: _cost_cache_path(setup, defense, n_queries) for name, defense in conditions.items()}
+    rows = {name: row for name, path in paths.items() if (row := read_cached_json(path)) is not None}
+    untimed = {name: defense for name, defense in conditions.items() if name not in rows}
+    if untimed:
+        reference = {UNDEFENDED: conditions[UNDEFENDED]}
+        costs = measure_cost(setup, reference | untimed, seed, console, n_queries)
+        for row in iterate_rows(costs):
+            if row["defense"] in untimed:
+                write_cached_json(paths[row["defense"]], row)
                 rows[row["defense"]] = row
     return pd.DataFrame([rows[name] | {"defense": name} for name in conditions])
 
 
+def time_conditions(
+    session: ModelSession,
+    conditions: Mapping[str, Defense],
+    queries: Sequence[Query],
+    on_progress: Callable[[], None] = lambda: None,
+) -> pd.DataFrame:
+    """Time every condition on a few queries; return `TIMING_COLUMNS`, a row per query and condition.
+
+    All conditions are timed on one query before the next, so that a machine that slows down slows all.
+
+    Args:
+        session: the model, under an attack.
+        conditions: condition name → defense.
+        queries: the queries.
+        on_progress: called after each measurement.
+    """
+    rows = []
+    for query in queries:
+        for name, defense in conditions.items():
+            rows.append((query.id, name, *_time_condition(session, defense, query)))
+            on_progress()
+    return pd.DataFrame(rows, columns=list(TIMING_COLUMNS))
+
+
+def _time_condition(
+    session: ModelSession, defense: Defense, query: Query
+) -> tuple[int, int, int, float, float, int]:
+    """Return the columns of `TIMING_COLUMNS` after the first two."""
+    model = session.loaded_model.model
+    # Calls of the defense to the model are part of the time until the response begins.
+    defense_calls = session.defense_calls.copy_uncached()
+    started = _synchronized_time(model)
+    prompts = [
+        prompt.ids for prompt in replace(session, defense_calls=defense_calls).render_query(defense, query)
+    ]
+    call_seconds = _synchronized_time(model) - started if defense_calls.n_calls else 0.0
+    members = [member for _, member in defense.logit_blend()] or [defense]
+    timings = [_fastest_timing(model, member, prompts) for member in members]
+    # A blend of models chooses the first token only. With `max`, one of the copies is answered.
+    token_seconds = timings[0][1] / (len(prompts) if defense.pool == "max" else 1)
+    return (
+        len(members) * sum(map(len, prompts)),
+        defense_calls.n_tokens,
+        len(members) * len(prompts) + defense_calls.n_calls,
+        call_seconds + sum(prefill_seconds for prefill_seconds, _, _ in timings),
+        token_seconds,
+        max(peak_bytes for _, _, peak_bytes in timings),
+    )
+
+
+def _fastest_timing(
+    model: Any, defense: Defense, prompt_ids: Sequence[Sequence[int]]
+) -> tuple[float, float, int]:
+    """Return the fastest of several measurements with the defense applied."""
+    with defense.apply_to(model):
+        timings = [_time_prompts(model, prompt_ids) for _ in range(_N_TIMING_REPEATS)]
+    return min(prefill for prefill, _, _ in timings), min(token for _, token, _ in timings), timings[0][2]
+
+
+def _time_prompts(model: Any, prompt_ids: Sequence[Sequence[int]]) -> tuple[float, float, int]:
+    """Return seconds for all prompts of a query, seconds per further token, and peak bytes (GPU only)."""
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    prefill_seconds, decode_seconds = 0.0, 0.0
+    with torch.inference_mode():
+        for prompt in prompt_ids:
+            cache = DynamicCache(config=model.config)
+            ids = torch.tensor([list(prompt)], device=model.device)
+            started = _synchronized_time(model)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            first_token = _synchronized_time(model)
+            for _ in range(_N_DECODE_STEPS):
+                next_ids = out.logits[:, -1:].argmax(-1)
+                out = model(input_ids=next_ids, past_key_values=cache, use_cache=True)
+            prefill_seconds = prefill_seconds + first_token - started
+            decode_seconds = decode_seconds + _synchronized_time(model) - first_token
+    peak_bytes = torch.cuda.max_memory_allocated(model.device) if on_gpu else 0
+    return prefill_seconds, decode_seconds / _N_DECODE_STEPS, peak_bytes
+
+
+def _synchronized_time(model: Any) -> float:
+    """Return the clock in seconds, after the GPU has finished its work."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
 def _cost_cache_path(setup: RunSetup, defense: Defense, n_queries: int) -> Path | None:
-    """A file named by what the time depends on; secrets enter as fingerprints."""
-    bench = setup.session
-    about = {
-        "device": [str(bench.loaded_model.model.device), torch.get_num_threads()],
-        "defense": identify_defense(defense, bench.seed),
-        "attack": [setup.attacks[0].name, *setup.attacks[0].wording_sha256],
+    """Return the cache file of a cost, named by all that the time depends on; secrets as fingerprints."""
+    session, attack = setup.session, setup.attacks[0]
+    key = {
+        "device": [str(session.loaded_model.model.device), torch.get_num_threads()],
+        "defense": identify_defense(defense, session.seed),
+        "attack": [attack.name, *attack.wording_sha256],
         "queries": [query.text for query in sample_queries(setup.query_set.queries, n_queries)],
     }
-    return make_json_cache_path("cost", bench.loaded_model, about)
+    return make_json_cache_path("cost", session.loaded_model, key)

@@ -1,17 +1,15 @@
-"""Defenses tried together: members are asked once, and most combinations are worked out from that.
+"""Ensembles of defenses: score the members once, predict all ensembles, observe votes and selected stacks.
 
-Every defense is scored on the calibration and on the test split. Votes need no more than that. Stacks are
-predicted from their members, and those that the calibration split promises most of are run, with as many
-drawn by chance beside them, so that predictions are not judged by the most promising alone.
+Every defense is scored on the calibration and on the test split. Votes are computed from these scores. Stacks
+are predicted from their members; those with the best predictions on the calibration split are run, with as
+many random ones, so that the predictions are not judged by the most promising stacks alone.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
@@ -43,35 +41,65 @@ from analysis.stats.pareto import build_candidates, list_member_conditions, summ
 from analysis.stats.tables import UNDEFENDED, UNVALIDATED, ScoreTable, iterate_rows
 from analysis.studies.calibration import collect_trust
 from analysis.studies.cost import cached_cost
-from analysis.studies.manifest import describe_attacks, describe_readout, describe_run
+from analysis.studies.manifest import RunTimer, describe_readout
 from analysis.studies.progress import make_progress_bar
 from analysis.studies.run_spec import BOTH_SPLITS, RunSpec
-from analysis.studies.setup import RunSetup, describe_failed_checks, find_preflight_failures, prepare_setup
-from analysis.studies.sweep import ConditionKey, StudyResult, list_failures, sweep_conditions
+from analysis.studies.setup import RunSetup, prepare_setup
+from analysis.studies.sweep import ConditionKey, StudyResult, build_record, check_and_sweep
 from defenses.contract import Defense
 from defenses.errors import UserError
 from defenses.stack import Stack, list_members
 
+# Up to this number of rows, all have intervals; beyond it, single defenses, stacks and the Pareto front.
+_MAX_ROWS_WITH_INTERVALS = 1000
 _N_TIMED_QUERIES = 4  # queries on which costs are measured
-# What acts first in a stack: what changes the user's words, then what is said around them, then the model.
+# Order in a stack: first what changes the user's words, then the text around them, then the model.
 _STACKING_ORDER = ("refactoring", "noise", "reminders", "backdoor", "tuning", "steering", "decoding")
 
 StackSelector = Callable[[pd.DataFrame, Callable[[str], float]], list[str]]
+ScoreFrames = Mapping[ConditionKey, pd.DataFrame]
+
+
+def evaluate_ensembles(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense],
+    settings: Sequence[str],
+    max_size: int,
+    n_stacks: int,
+    console: Console,
+) -> StudyResult:
+    """Predict and observe the effects of ensembles of defenses.
+
+    Args:
+        spec: options of the run.
+        defenses: names of defenses, or defenses.
+        settings: settings of the named defenses, `key=value`.
+        max_size: maximum number of members of an ensemble.
+        n_stacks: number of most promising stacks to run, and of random ones.
+        console: shows progress.
+    """
+    timer = RunTimer()
+    ensemble_run = score_ensembles(
+        spec, defenses, settings, max_size, n_stacks, rank_promising_stacks, console
+    )
+    candidates = ensemble_run.list_candidates()
+    tables, record = collect_ensemble_tables(ensemble_run, candidates, spec, console)
+    return build_ensemble_result("ensembles", ensemble_run, tables, record | timer.describe_time())
 
 
 @dataclass(frozen=True)
 class EnsembleRun:
-    """What came of trying defenses together.
+    """Scores, effects and costs of single defenses and ensembles.
 
     Attributes:
         setup: loaded and prepared.
-        conditions: the conditions that were scored everywhere, stacks among them.
-        scores: of the queries of each split.
-        split_scores: by attack and split.
+        conditions: condition name → defense, for everything scored under all attacks, stacks included.
+        scores: split → scores of its queries.
+        split_scores: attack and split → scores arranged for ensembles.
         failures: what failed, and why.
-        mechanisms: of the defenses.
-        effect_rows: of single defenses and ensembles on every half, with kinds.
-        costs: of the conditions, on this machine.
+        mechanisms: mechanism of each defense.
+        effect_rows: a row per single defense or ensemble, attack and split.
+        costs: cost of the conditions on this machine.
     """
 
     setup: RunSetup
@@ -85,34 +113,31 @@ class EnsembleRun:
 
     @property
     def calibration_scores(self) -> SplitScores:
-        """The half that weights are fitted to."""
+        """Scores of the calibration split under the first attack: the weights of votes are fitted to them."""
         return self.split_scores[self.setup.attacks[0].name, SELECTION_SPLIT]
 
     def list_candidates(self) -> pd.DataFrame:
-        """Return all that was observed, with its cost, and whether its readout is known to be right."""
-        ratio = dict(zip(self.costs["defense"], self.costs["prefill_ratio"], strict=True))
-        known = {
+        """Return everything observed, with its cost and the trust in its readout; controls are left out."""
+        ratios = _cost_ratios(self.costs)
+        trust = {
             name: _least_trusted(
                 self.scores[REPORT_SPLIT].get_trust(attack.name, name) for attack in self.setup.attacks
             )
             for name in self.conditions
         }
-        controls = {
+        controls = [
             name
-            for name, one in self.conditions.items()
-            if any(x.family == "control" for x in list_members(one))
-        }
-        rows = self.effect_rows[
-            ~self.effect_rows["members"].isin(controls)
-        ]  # they are read, but nobody should wear them
-        found = build_candidates(rows, lambda asked: float(sum(ratio[name] for name in asked)))
-        rests_on = map(list_member_conditions, found["members"], found["how"])
-        return found.assign(trusted=[_least_trusted(known[name] for name in asked) for asked in rests_on])
-
-
-def _least_trusted(trust_values: Iterable[str]) -> str:
-    """The least good of what is known of several readouts."""
-    return min(trust_values, key=("not trusted", "cannot tell", UNVALIDATED, "trusted").index)
+            for name, defense in self.conditions.items()
+            if any(member.family == "control" for member in list_members(defense))
+        ]
+        rows = self.effect_rows[~self.effect_rows["members"].isin(controls)]
+        candidates = build_candidates(
+            rows, lambda conditions: float(sum(ratios[name] for name in conditions))
+        )
+        conditions_by_row = map(list_member_conditions, candidates["members"], candidates["how"])
+        return candidates.assign(
+            trusted=[_least_trusted(trust[name] for name in conditions) for conditions in conditions_by_row]
+        )
 
 
 def score_ensembles(
@@ -124,150 +149,304 @@ def score_ensembles(
     select_stacks: StackSelector,
     console: Console,
 ) -> EnsembleRun:
-    """Score defenses, work out what they come to together, and run the most promising stacks.
+    """Score single defenses, predict their ensembles, and run the most promising stacks and random ones.
 
     Args:
-        spec: what the user asked for; how queries are sent by themselves is always measured, too.
-        defenses: of the defenses, or defenses themselves; stacks among them are run in any case.
-        settings: of those that are named.
-        max_size: members of a team at most.
-        n_stacks: how many stacks are run that promise most, and how many that are drawn by chance.
-        select_stacks: predicted rows of the calibration split and the cost of a team's stack -> teams, the best first.
-        console: for progress.
+        spec: options of the run; queries are always scored without an attack as well.
+        defenses: names of defenses, or defenses; stacks among them are always run.
+        settings: settings of the named defenses, `key=value`.
+        max_size: maximum number of members of an ensemble.
+        n_stacks: number of most promising stacks to run, and of random ones.
+        select_stacks: maps the predicted rows of the calibration split, and a function from a stack to its
+            cost, to the stacks to run, the best first.
+        console: shows progress.
     """
-    attacks = (DIRECT_ATTACK, *(one for one in spec.attacks if one.name != DIRECT_ATTACK.name))
-    ready = prepare_setup(replace(spec, split=BOTH_SPLITS, attacks=attacks), defenses, settings, console)
-    single = {
-        part.name: part
-        for one in ready.defenses
-        for part in list_members(one)
-        if not part.missing_requirements()
-    }
-    frames, lost = _check_and_sweep(ready, single, console)
-    single = {name: one for name, one in single.items() if _is_scored_everywhere(name, frames, ready)}
-    if UNDEFENDED not in single:
-        why = next(why for (_, name), why in lost.items() if name == UNDEFENDED)
-        raise UserError(f"the undefended model could not be scored: {why}")
-    usual = [name for name, one in single.items() if name != UNDEFENDED and one.family != "control"]
-    usual.sort(
-        key=lambda name: (
-            _STACKING_ORDER.index(single[name].family) if single[name].family in _STACKING_ORDER else 99
-        )
-    )
-    if len(usual) < 2:
-        raise UserError(f"{len(usual)} defenses are left to combine, and it takes 2: name more, or -d all")
-    costs = cached_cost(ready, single, spec.seed, console, _N_TIMED_QUERIES)
-    threshold = {"readout": describe_readout(ready.readout)}  # all that predictions need of the manifest
-    halves = _scores_by_split(ready, _score_tables(ready, single, frames, threshold), spec.seed)
-    named = {
-        one.name: one for one in ready.defenses if isinstance(one, Stack) and not one.missing_requirements()
-    }
-    given = {
-        name: one for name, one in named.items() if all(part.name in single for part in list_members(one))
-    }
-    lost |= {(DIRECT_ATTACK.name, name): "a member of it failed" for name in named.keys() - given.keys()}
-    stacks = given | _composable_stacks(single, usual, max_size)
+    attacks = (DIRECT_ATTACK, *(attack for attack in spec.attacks if attack.name != DIRECT_ATTACK.name))
+    setup = prepare_setup(replace(spec, split=BOTH_SPLITS, attacks=attacks), defenses, settings, console)
+    single, score_frames, failures = _score_single_defenses(setup, console)
+    members = _list_stackable_members(single)
+    costs = cached_cost(setup, single, spec.seed, console, _N_TIMED_QUERIES)
+    named = _named_stacks(setup, single, failures)
+    stacks = named | _composable_stacks(single, members, max_size)
     teams = [tuple(name.split("+")) for name in stacks]
-    with console.status("predicting"):
-        hoped = pd.concat(
-            [evaluate_stacks(half, teams) for (_, split), half in halves.items() if split == SELECTION_SPLIT]
-        )
-        ratio = dict(zip(costs["defense"], costs["prefill_ratio"], strict=True))
-        best = select_stacks(hoped, lambda team: _estimate_stack_cost(ratio, team))[:n_stacks]
-    others = [name for name in stacks if name not in best and name not in given]
-    chance = random.Random(f"{spec.seed}/stacks").sample(others, min(n_stacks, len(others)))
-    run = {name: stacks[name] for name in dict.fromkeys([*given, *best, *chance])}
-    if run:
-        base = {UNDEFENDED: single[UNDEFENDED]}
-        more, failed = _check_and_sweep(ready, base | run, console)
-        frames, lost = frames | more, lost | failed
-        run = {name: one for name, one in run.items() if _is_scored_everywhere(name, frames, ready)}
-        timed = cached_cost(ready, base | run, spec.seed, console, _N_TIMED_QUERIES)
-        costs = pd.concat([costs, timed[timed["defense"] != UNDEFENDED]], ignore_index=True)
-    every = single | run
-    record = describe_run(ready.session, ready.readout, every, ready.query_set, ready.split, spec.limit)
-    record |= describe_attacks(ready.attacks)
-    record["trusted"] = collect_trust(ready.session, ready.attacks, every, ready.readout, frames)
-    tables = _score_tables(ready, every, frames, record)
-    halves = _scores_by_split(ready, tables, spec.seed)
-    found, rows = _ensemble_effects(halves, ready, single, usual, max_size, teams, console)
-    return EnsembleRun(ready, every, tables, halves, lost, found, rows, costs)
+    selected = _select_stacks(
+        setup,
+        single,
+        score_frames,
+        stacks,
+        named,
+        n_stacks,
+        select_stacks,
+        _cost_ratios(costs),
+        spec.seed,
+        console,
+    )
+    if selected:
+        reference = {UNDEFENDED: single[UNDEFENDED]}
+        stack_frames, stack_failures = _check_and_score(setup, reference | selected, console)
+        score_frames, failures = score_frames | stack_frames, failures | stack_failures
+        scored_stacks = _select_scored_everywhere(selected, score_frames, setup)
+        stack_costs = cached_cost(setup, reference | scored_stacks, spec.seed, console, _N_TIMED_QUERIES)
+        costs = pd.concat([costs, stack_costs[stack_costs["defense"] != UNDEFENDED]], ignore_index=True)
+        conditions = single | scored_stacks
+    else:
+        conditions = single
+    record = build_record(setup, conditions, spec, failures)
+    record["trusted"] = collect_trust(setup.session, setup.attacks, conditions, setup.readout, score_frames)
+    scores = _score_tables(setup, conditions, score_frames, record)
+    split_scores = _scores_by_split(setup, scores, spec.seed)
+    mechanisms, effect_rows = _ensemble_effects(
+        split_scores, setup, single, members, max_size, teams, console
+    )
+    return EnsembleRun(setup, conditions, scores, split_scores, failures, mechanisms, effect_rows, costs)
 
 
 def rank_promising_stacks(predicted: pd.DataFrame, stack_cost: Callable[[str], float]) -> list[str]:
-    """Return the stacks that promise most: harmful queries refused, over all attacks, less benign refused.
+    """Return stacks by their predicted rate on harmful queries (mean over attacks) less that on benign ones.
 
     Args:
         predicted: predicted rows of the calibration split.
-        stack_cost: not looked at.
+        stack_cost: cost of a stack; not used.
     """
-    told = summarize_predicted_rates(predicted)
-    return list((told["harmful"] - told["over_refusal"]).sort_values(ascending=False, kind="stable").index)
+    rates = summarize_predicted_rates(predicted)
+    return list((rates["harmful"] - rates["over_refusal"]).sort_values(ascending=False, kind="stable").index)
 
 
-def _check_and_sweep(
+def collect_ensemble_tables(
+    ensemble_run: EnsembleRun, candidates: pd.DataFrame, spec: RunSpec, console: Console
+) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """Return the tables of a run, with intervals, and the entries of run.json without times.
+
+    Args:
+        ensemble_run: the scored ensembles.
+        candidates: the result of `list_candidates`.
+        spec: options of the run.
+        console: shows progress.
+    """
+    effect_rows, calibration = ensemble_run.effect_rows, ensemble_run.calibration_scores
+    intervals, draws = _estimate_intervals(ensemble_run, candidates, console)
+    with console.status("comparing predictions with observations"):
+        p_shift = dict(
+            zip(ensemble_run.mechanisms["defense"], ensemble_run.mechanisms["p_shift"], strict=True)
+        )
+        raised_distances = [
+            find_raised_distances(
+                split_scores,
+                effect_rows[(effect_rows["attack"] == attack) & (effect_rows["split"] == split)],
+                p_shift,
+                calibration,
+            )
+            for (attack, split), split_scores in ensemble_run.split_scores.items()
+            if split == REPORT_SPLIT
+        ]
+        ensembles = effect_rows.join(pd.DataFrame.from_dict(intervals, orient="index"))
+        tables = {
+            "scores": pd.concat(
+                [table.frame.assign(split=split) for split, table in ensemble_run.scores.items()]
+            ),
+            "summary": summarize_scores(ensemble_run.scores[REPORT_SPLIT], seed=spec.seed).frame,
+            "mechanisms": ensemble_run.mechanisms,
+            "ensembles": ensembles,
+            "additivity": summarize_prediction_fit(ensembles, draws),
+            "distance": pd.concat(raised_distances, ignore_index=True),
+            "cost": ensemble_run.costs,
+            "candidates": candidates,
+        }
+    record = ensemble_run.scores[REPORT_SPLIT].record | {
+        "chosen_on": SELECTION_SPLIT,
+        "reported_on": REPORT_SPLIT,
+    }
+    return tables, record
+
+
+def build_ensemble_result(
+    name: str, ensemble_run: EnsembleRun, tables: dict[str, pd.DataFrame], record: dict[str, Any]
+) -> StudyResult:
+    """Return the result of a study of ensembles, with the tables of its figures.
+
+    Args:
+        name: name of the study.
+        ensemble_run: the scored ensembles.
+        tables: file stem → table.
+        record: content of run.json.
+    """
+    from analysis.plots.data import build_ensemble_points
+
+    families = {condition: defense.family for condition, defense in ensemble_run.conditions.items()}
+    figure_tables = build_ensemble_points(tables["ensembles"], tables["candidates"], families)
+    return StudyResult.from_tables(
+        name, record, tables, figure_tables, ensemble_run.setup, ensemble_run.failures
+    )
+
+
+def _least_trusted(trust_values: Iterable[str]) -> str:
+    """Return the lowest trust of several conditions."""
+    return min(trust_values, key=("not trusted", "cannot tell", UNVALIDATED, "trusted").index)
+
+
+def _cost_ratios(costs: pd.DataFrame) -> dict[str, float]:
+    """Return the time to first token of each condition as a multiple of the undefended model's."""
+    return dict(zip(costs["defense"], costs["prefill_ratio"], strict=True))
+
+
+def _score_single_defenses(
+    setup: RunSetup, console: Console
+) -> tuple[dict[str, Defense], dict[ConditionKey, pd.DataFrame], dict[ConditionKey, str]]:
+    """Score defenses and members of stacks; return those scored under all attacks, scores, failures."""
+    single = {
+        member.name: member
+        for defense in setup.defenses
+        for member in list_members(defense)
+        if not member.missing_requirements()
+    }
+    score_frames, failures = _check_and_score(setup, single, console)
+    scored = _select_scored_everywhere(single, score_frames, setup)
+    if UNDEFENDED not in scored:
+        reason = next(reason for (_, name), reason in failures.items() if name == UNDEFENDED)
+        raise UserError(f"the undefended model could not be scored: {reason}")
+    return scored, score_frames, failures
+
+
+def _check_and_score(
     setup: RunSetup, conditions: Mapping[str, Defense], console: Console
 ) -> tuple[dict[ConditionKey, pd.DataFrame], dict[ConditionKey, str]]:
-    """The scores of conditions under all attacks, and what failed; Ctrl-C ends it all: scores are kept."""
-    lost = describe_failed_checks(find_preflight_failures(setup, conditions, console))
-    swept = sweep_conditions(setup, conditions, lost, console)
-    if swept.interrupted:
+    """Return the scores of conditions under all attacks, and failures; an interruption ends the study."""
+    sweep_result = check_and_sweep(setup, conditions, console)
+    if sweep_result.interrupted:
         raise KeyboardInterrupt
-    return swept.score_frames, swept.failures
+    return sweep_result.score_frames, sweep_result.failures
 
 
-def _is_scored_everywhere(
-    condition: str, score_frames: Mapping[ConditionKey, pd.DataFrame], setup: RunSetup
-) -> bool:
-    return all((attack.name, condition) in score_frames for attack in setup.attacks)
-
-
-def _score_tables(
-    setup: RunSetup,
-    condition_names: Iterable[str],
-    score_frames: Mapping[ConditionKey, pd.DataFrame],
-    record: dict[str, Any],
-) -> dict[str, ScoreTable]:
-    """The scores of each split, in the order of the conditions."""
-    split = {query.id: query.split for query in setup.query_set.queries}
-    whole = pd.concat(
-        [score_frames[attack.name, name] for attack in setup.attacks for name in condition_names],
-        ignore_index=True,
-    )
-    parts = {
-        name: whole[whole["query"].map(split) == name].reset_index(drop=True)
-        for name in (SELECTION_SPLIT, REPORT_SPLIT)
-    }
-    return {name: ScoreTable(frame, record) for name, frame in parts.items()}
-
-
-def _scores_by_split(
-    setup: RunSetup, score_tables: Mapping[str, ScoreTable], seed: int
-) -> dict[tuple[str, str], SplitScores]:
+def _select_scored_everywhere(
+    conditions: Mapping[str, Defense], score_frames: ScoreFrames, setup: RunSetup
+) -> dict[str, Defense]:
+    """Return the conditions that were scored under all attacks."""
     return {
-        (attack.name, split): SplitScores.from_scores(table, attack.name, split, seed)
-        for attack in setup.attacks
-        for split, table in score_tables.items()
+        name: defense
+        for name, defense in conditions.items()
+        if all((attack.name, name) in score_frames for attack in setup.attacks)
     }
+
+
+def _list_stackable_members(single_defenses: Mapping[str, Defense]) -> list[str]:
+    """Return the names of the defenses to combine, in the order in which a stack applies them."""
+    members = [
+        name
+        for name, defense in single_defenses.items()
+        if name != UNDEFENDED and defense.family != "control"
+    ]
+
+    def position(name: str) -> int:
+        family = single_defenses[name].family
+        return _STACKING_ORDER.index(family) if family in _STACKING_ORDER else 99
+
+    members.sort(key=position)
+    if len(members) < 2:
+        found = f"only {members[0]} is left" if members else "no defense is left"
+        raise UserError(f"{found} to combine, and it takes 2: name more, or -d all")
+    return members
+
+
+def _named_stacks(
+    setup: RunSetup, single_defenses: Mapping[str, Defense], failures: dict[ConditionKey, str]
+) -> dict[str, Stack]:
+    """Return the stacks that the user named; record those with a member that failed."""
+    stacks = {
+        defense.name: defense
+        for defense in setup.defenses
+        if isinstance(defense, Stack) and not defense.missing_requirements()
+    }
+    complete = {
+        name: stack
+        for name, stack in stacks.items()
+        if all(member.name in single_defenses for member in list_members(stack))
+    }
+    for name in stacks:
+        if name not in complete:
+            failures[DIRECT_ATTACK.name, name] = "a member of it failed"
+    return complete
 
 
 def _composable_stacks(
     single_defenses: Mapping[str, Defense], names: Sequence[str], max_size: int
 ) -> dict[str, Stack]:
-    """The stacks of these defenses that can be worn."""
-    found = {}
+    """Return the stacks of these defenses that can be applied together."""
+    stacks = {}
     for team in list_teams(names, max_size):
         try:
             stack = Stack(tuple(single_defenses[name] for name in team))
-        except ValueError:  # two sets of weights, say
+        except ValueError:  # for instance two sets of weights
             continue
-        found[stack.name] = stack
-    return found
+        stacks[stack.name] = stack
+    return stacks
+
+
+def _select_stacks(
+    setup: RunSetup,
+    single_defenses: Mapping[str, Defense],
+    score_frames: ScoreFrames,
+    stacks: Mapping[str, Stack],
+    named_stacks: Mapping[str, Stack],
+    n_stacks: int,
+    select_stacks: StackSelector,
+    cost_ratios: Mapping[str, float],
+    seed: int,
+    console: Console,
+) -> dict[str, Stack]:
+    """Return the stacks to run: those that the user named, the most promising ones, and random ones."""
+    readout_record = {"readout": describe_readout(setup.readout)}  # predictions need no more of the record
+    scores = _score_tables(setup, single_defenses, score_frames, readout_record)
+    split_scores = _scores_by_split(setup, scores, seed)
+    teams = [tuple(name.split("+")) for name in stacks]
+    with console.status("predicting"):
+        predicted = pd.concat(
+            [
+                evaluate_stacks(half, teams)
+                for (_, split), half in split_scores.items()
+                if split == SELECTION_SPLIT
+            ]
+        )
+        promising = select_stacks(predicted, lambda stack: _estimate_stack_cost(cost_ratios, stack))[
+            :n_stacks
+        ]
+    others = [name for name in stacks if name not in promising and name not in named_stacks]
+    random_stacks = random.Random(f"{seed}/stacks").sample(others, min(n_stacks, len(others)))
+    return {name: stacks[name] for name in dict.fromkeys([*named_stacks, *promising, *random_stacks])}
 
 
 def _estimate_stack_cost(cost_ratios: Mapping[str, float], stack_name: str) -> float:
-    """What a stack costs at least: what each member adds to the time of the undefended model."""
+    """Return the lowest possible cost of a stack: each member adds what it adds to the undefended model."""
     return 1 + float(sum(cost_ratios[name] - 1 for name in stack_name.split("+")))
+
+
+def _score_tables(
+    setup: RunSetup,
+    condition_names: Iterable[str],
+    score_frames: ScoreFrames,
+    record: dict[str, Any],
+) -> dict[str, ScoreTable]:
+    """Return the scores of each split, in the order of the conditions."""
+    split_by_query = {query.id: query.split for query in setup.query_set.queries}
+    names = list(condition_names)
+    whole = pd.concat(
+        [score_frames[attack.name, name] for attack in setup.attacks for name in names], ignore_index=True
+    )
+    splits = whole["query"].map(split_by_query)
+    return {
+        split: ScoreTable(whole[splits == split].reset_index(drop=True), record)
+        for split in (SELECTION_SPLIT, REPORT_SPLIT)
+    }
+
+
+def _scores_by_split(
+    setup: RunSetup, score_tables: Mapping[str, ScoreTable], seed: int
+) -> dict[tuple[str, str], SplitScores]:
+    """Arrange scores for ensembles, by attack and split."""
+    return {
+        (attack.name, split): SplitScores.from_scores(table, attack.name, split, seed)
+        for attack in setup.attacks
+        for split, table in score_tables.items()
+    }
 
 
 def _ensemble_effects(
@@ -279,139 +458,51 @@ def _ensemble_effects(
     stack_members: Sequence[tuple[str, ...]],
     console: Console,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The mechanism of each defense, and a row for each of them and each ensemble on every half."""
-    first = setup.attacks[0].name
-    fitted_to, reported = split_scores[first, SELECTION_SPLIT], split_scores[first, REPORT_SPLIT]
+    """Return the mechanism of each defense, and the effect rows of single defenses, stacks and votes."""
+    first_attack = setup.attacks[0].name
+    calibration, reported = (
+        split_scores[first_attack, SELECTION_SPLIT],
+        split_scores[first_attack, REPORT_SPLIT],
+    )
     teams = list_teams(member_names, max_size)
     parts = []
     with make_progress_bar(console) as bar:
         task = bar.add_task("combining", total=len(split_scores))
         for half in split_scores.values():
-            parts += [evaluate_single_defenses(half, single_defenses), evaluate_stacks(half, stack_members)]
-            parts.append(evaluate_votes(half, teams, fitted_to))
+            parts += [
+                evaluate_single_defenses(half, single_defenses),
+                evaluate_stacks(half, stack_members),
+                evaluate_votes(half, teams, calibration),
+            ]
             bar.advance(task)
     rows = pd.concat(parts, ignore_index=True)
-    families = {name: one.family for name, one in single_defenses.items() if name != UNDEFENDED}
-    found = classify_mechanisms(reported, families)
-    of_team = classify_teams(reported, dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"]), found)
-    return found, rows.merge(of_team, on="members", how="left")
+    families = {name: defense.family for name, defense in single_defenses.items() if name != UNDEFENDED}
+    mechanisms = classify_mechanisms(reported, families)
+    ensemble_names = dict.fromkeys(rows.loc[rows["how"] != ALONE, "members"])
+    kinds = classify_teams(reported, ensemble_names, mechanisms)
+    return mechanisms, rows.merge(kinds, on="members", how="left")
 
 
-_MAX_ROWS_WITH_INTERVALS = (
-    1000  # rows up to which all have intervals; of more, single defenses, stacks and the front
-)
-
-
-def evaluate_ensembles(
-    spec: RunSpec,
-    defenses: Sequence[str | Defense],
-    settings: Sequence[str],
-    max_size: int,
-    n_stacks: int,
-    console: Console,
-) -> StudyResult:
-    """Predict and observe what defenses come to together.
-
-    Args:
-        spec: what the user asked for.
-        defenses: of the defenses, or defenses themselves.
-        settings: of those that are named.
-        max_size: members of a team at most.
-        n_stacks: how many stacks are run that promise most, and how many that are drawn by chance.
-        console: for progress.
-    """
-    started, clock = datetime.now(UTC), time.perf_counter()
-    tried = score_ensembles(spec, defenses, settings, max_size, n_stacks, rank_promising_stacks, console)
-    tables, record = collect_ensemble_tables(tried, tried.list_candidates(), spec, console)
-    record |= {
-        "created": started.isoformat(timespec="seconds"),
-        "wall_seconds": round(time.perf_counter() - clock, 1),
-    }
-    return build_ensemble_result("ensembles", tried, tables, record)
-
-
-def collect_ensemble_tables(
-    ensemble_run: EnsembleRun, candidates: pd.DataFrame, spec: RunSpec, console: Console
-) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-    """Return the tables of what was tried, intervals among them, and the beginning of run.json.
-
-    Args:
-        ensemble_run: what came of it.
-        candidates: the candidates.
-        spec: what the user asked for.
-        console: for progress.
-    """
-    rows = ensemble_run.effect_rows
+def _estimate_intervals(
+    ensemble_run: EnsembleRun, candidates: pd.DataFrame, console: Console
+) -> tuple[dict[int, dict[str, float]], dict[int, EnsembleDraws]]:
+    """Return intervals and bootstrap draws by row, for the observed rows of the test split."""
+    rows, calibration = ensemble_run.effect_rows, ensemble_run.calibration_scores
     front = pd.MultiIndex.from_frame(candidates.loc[candidates["on_front"], ["members", "how"]])
-    told_of = rows["how"].isin((ALONE, STACK)) | pd.MultiIndex.from_frame(rows[["members", "how"]]).isin(
-        front
-    )
-    known = (rows["split"] == REPORT_SPLIT) & rows["observed_shift"].notna()
-    told_of |= known.sum() <= _MAX_ROWS_WITH_INTERVALS
-    seen = rows[told_of & known]
-    wanted = dict(zip(map(int, seen.index), iterate_rows(seen), strict=True))
-    clouds: dict[int, EnsembleDraws] = {}
-    ends: dict[int, dict[str, float]] = {}
+    is_observed = (rows["split"] == REPORT_SPLIT) & rows["observed_shift"].notna()
+    is_selected = rows["how"].isin((ALONE, STACK))
+    is_selected |= pd.MultiIndex.from_frame(rows[["members", "how"]]).isin(front)
+    is_selected |= is_observed.sum() <= _MAX_ROWS_WITH_INTERVALS
+    selected = rows[is_selected & is_observed]
+    draws: dict[int, EnsembleDraws] = {}
+    intervals: dict[int, dict[str, float]] = {}
     with make_progress_bar(console) as bar:
-        task = bar.add_task("intervals", total=len(wanted))
-        for index, row in wanted.items():
-            half = ensemble_run.split_scores[row["attack"], REPORT_SPLIT]
+        task = bar.add_task("intervals", total=len(selected))
+        for index, row in zip(map(int, selected.index), iterate_rows(selected), strict=True):
+            split_scores = ensemble_run.split_scores[row["attack"], REPORT_SPLIT]
             if row["how"] != ALONE:
-                team = row["members"].split("+")
-                clouds[index] = draw_ensemble(half, team, row["how"], ensemble_run.calibration_scores)
-            ends[index] = estimate_ensemble_intervals(
-                half, row, ensemble_run.calibration_scores, clouds.get(index)
-            )
+                members = row["members"].split("+")
+                draws[index] = draw_ensemble(split_scores, members, row["how"], calibration)
+            intervals[index] = estimate_ensemble_intervals(split_scores, row, calibration, draws.get(index))
             bar.advance(task)
-    with console.status("comparing"):
-        shifting = dict(
-            zip(ensemble_run.mechanisms["defense"], ensemble_run.mechanisms["p_shift"], strict=True)
-        )
-        raised = [
-            find_raised_distances(
-                half,
-                rows[(rows["attack"] == attack) & (rows["split"] == split)],
-                shifting,
-                ensemble_run.calibration_scores,
-            )
-            for (attack, split), half in ensemble_run.split_scores.items()
-            if split == REPORT_SPLIT
-        ]
-        whole = rows.join(pd.DataFrame.from_dict(ends, orient="index"))
-        tables = {
-            "scores": pd.concat(
-                [table.frame.assign(split=name) for name, table in ensemble_run.scores.items()]
-            ),
-            "summary": summarize_scores(ensemble_run.scores[REPORT_SPLIT], seed=spec.seed).frame,
-            "mechanisms": ensemble_run.mechanisms,
-            "ensembles": whole,
-            "additivity": summarize_prediction_fit(whole, clouds),
-            "distance": pd.concat(raised, ignore_index=True),
-            "cost": ensemble_run.costs,
-            "candidates": candidates,
-        }
-    record = dict(ensemble_run.scores[REPORT_SPLIT].record) | {
-        "notices": ensemble_run.setup.notices,
-        "failed": list_failures(ensemble_run.failures),
-        "chosen_on": SELECTION_SPLIT,
-        "reported_on": REPORT_SPLIT,
-    }
-    return tables, record
-
-
-def build_ensemble_result(
-    name: str, ensemble_run: EnsembleRun, tables: dict[str, pd.DataFrame], record: dict[str, Any]
-) -> StudyResult:
-    """Return all of it, what figures are drawn from among it.
-
-    Args:
-        name: what was done.
-        ensemble_run: what came of it.
-        tables: by file stem.
-        record: for run.json.
-    """
-    from analysis.plots.data import build_ensemble_points
-
-    families = {name: one.family for name, one in ensemble_run.conditions.items()}
-    drawn = build_ensemble_points(tables["ensembles"], tables["candidates"], families)
-    return StudyResult.from_tables(name, record, tables, drawn, ensemble_run.setup, ensemble_run.failures)
+    return intervals, draws

@@ -1,8 +1,9 @@
-"""Which judge a user wants, and what `analyze judge` does: a verdict beside each answer in a file."""
+"""The study of `analyze judge`: a verdict for each response in a file; and the user's choice of a judge."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis.cli.validate import print_verdict_shares
 from analysis.datasets.records import RECORD_SUFFIXES, read_records
 from analysis.files import check_output_folder, write_text_file
 from analysis.judges.judge import Judge
@@ -24,14 +24,14 @@ VERDICT_COLUMNS = ("refusal", "evidence", "judge")
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """The judge that a user wants.
+    """The user's choice of a judge.
 
     Attributes:
         name: patterns, keywords, or model.
-        model: which model, see `model_judge`.
-        budget: its calls at most.
-        rubric: a file of the user's.
-        grade: whether it also grades benign answers.
+        model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
+        budget: maximum number of calls to the judge model.
+        rubric: file with the prompt of the judge model.
+        grade: whether the judge model also grades responses to benign queries.
     """
 
     name: str = "patterns"
@@ -41,18 +41,25 @@ class JudgeOptions:
     grade: bool = False
 
     def load_judge(self, offline: bool, notify: Any) -> Judge:
-        """Return the judge, loaded.
+        """Check the options and return the judge.
 
         Args:
             offline: whether the network may not be used.
-            notify: told what a user should know before anything is sent.
+            notify: prints a line that the user should read before anything is sent.
+
+        Raises:
+            UserError: if an option has no valid value, or does not belong to this judge.
         """
         if self.name not in (*RULE_JUDGES, "model"):
             raise unknown_name_error("judge", self.name, (*RULE_JUDGES, "model"))
         if self.name in RULE_JUDGES:
-            given = {"--judge-model": self.model, "--rubric": self.rubric, "--budget": self.budget}
-            given |= {"--grade": self.grade or None}
-            for option, value in given.items():
+            model_options = {
+                "--judge-model": self.model,
+                "--rubric": self.rubric,
+                "--budget": self.budget,
+                "--grade": self.grade or None,
+            }
+            for option, value in model_options.items():
                 if value is not None:
                     raise UserError(f"{option} is for --judge model; the judge is {self.name}")
             return RULE_JUDGES[self.name]
@@ -69,13 +76,58 @@ class JudgeOptions:
         return judge
 
     def check_budget(self, n_responses: int) -> None:
-        """Raise where a budget is smaller than what there is to judge, before anything is sent."""
-        needed = n_responses * (2 if self.grade else 1)  # at most a grade beside each verdict
+        """Raise if the budget is smaller than the number of calls that may be needed.
+
+        Args:
+            n_responses: number of responses to judge.
+        """
+        needed = n_responses * (2 if self.grade else 1)  # a verdict, and at most one grade
         if self.budget is not None and self.budget < needed:
             raise UserError(
-                f"--budget {self.budget}: up to {needed:,} calls of the judge are needed; raise it, or take "
+                f"--budget {self.budget}: up to {needed:,} calls of the judge are needed; raise it, or use "
                 "fewer queries (--limit) or conditions"
             )
+
+
+@dataclass(frozen=True)
+class JudgedResponses:
+    """Records with verdicts.
+
+    Attributes:
+        records: the records, with the columns `VERDICT_COLUMNS`.
+        judge_name: name of the judge.
+        unjudged_reasons: why responses have no verdict, one entry per response.
+    """
+
+    records: list[dict[str, Any]]
+    judge_name: str
+    unjudged_reasons: list[str]
+
+    def write_records(self, path: Path) -> None:
+        """Write the records as `.csv` or `.jsonl`, as the suffix says."""
+        if path.suffix == ".csv":
+            text = pd.DataFrame(self.records).to_csv(index=False)
+        else:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+        write_text_file(path, text)
+
+
+def choose_judged_path(path: Path, out: Path | None) -> Path:
+    """Return the file to write; raise if it cannot be written, or the input is of another kind.
+
+    Args:
+        path: the file with the responses.
+        out: the file that the user named, or None for the default beside the input.
+    """
+    if path.suffix not in RECORD_SUFFIXES:
+        raise UserError(f"{path}: `analyze judge` takes a .csv or .jsonl file with a column of responses")
+    out = out or path.with_suffix(f".judged{path.suffix}")
+    if out.suffix != path.suffix:
+        raise UserError(f"-o {out}: the output has the format of the input, so give a {path.suffix} file")
+    if out.exists():
+        raise UserError(f"{out} exists and is not overwritten: choose another -o")
+    check_output_folder(out.parent)
+    return out
 
 
 def judge_file(
@@ -83,76 +135,82 @@ def judge_file(
     response_column: str,
     query_column: str | None,
     judge_options: JudgeOptions,
-    out: Path | None,
+    console: Console,
     offline: bool = False,
-) -> int:
-    """Write the rows of a file again with each answer's verdict and its evidence; print the shares.
+) -> JudgedResponses:
+    """Judge each response in a file.
 
-    Rows that a judge left without a verdict are written, too; judged again, that file gets only those judged.
+    Of a file that this judge has judged before, only the responses without a verdict are judged again.
 
     Args:
-        path: a `.csv` or `.jsonl`.
-        response_column: holds the answers.
-        query_column: the column of what was asked, by which an answer to something else is noticed.
-        judge_options: which judge.
-        out: a new file of the same kind; by default beside the old one.
+        path: a `.csv` or `.jsonl` file.
+        response_column: column with the responses.
+        query_column: column with the queries, with which off-topic responses are recognized.
+        judge_options: the judge.
+        console: shows progress.
         offline: whether the network may not be used.
 
-    Returns:
-        The exit code: 1 where answers are left without a verdict.
+    Raises:
+        UserError: if the file has no such column, or the judge gives no verdict at all.
     """
-    if path.suffix not in RECORD_SUFFIXES:
-        raise UserError(f"{path}: `analyze judge` takes a .csv or .jsonl file with a column of answers")
-    out = out or path.with_suffix(f".judged{path.suffix}")
-    if out.suffix != path.suffix:
-        raise UserError(f"-o {out}: it is written as it is read, so give a {path.suffix} file")
-    if out.exists():
-        raise UserError(f"{out} exists and is not overwritten: choose another -o")
-    check_output_folder(out.parent)
-    found, _ = read_records(path, [response_column], "it needs a column of answers (--column)")
-    if query_column is not None and query_column not in found[0]:
-        raise unknown_name_error(f"column of {path}:", query_column, found[0])
-    tell = make_notifier(Console(stderr=True))
-    judge = judge_options.load_judge(offline, tell)
-    left = _unjudged_rows(path, found, judge.name)
-    answers = [str(found[row][response_column] or "") for row in left]
-    requests = [str(found[row][query_column] or "") if query_column else "" for row in left]
-    with make_progress_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("judging", total=len(left))
-        verdicts = judge.judge_responses(answers, requests, lambda count: bar.advance(task, count))
+    records, _ = read_records(path, [response_column], "it needs a column of responses (--column)")
+    return judge_records(records, str(path), response_column, query_column, judge_options, console, offline)
+
+
+def judge_records(
+    records: Sequence[dict[str, Any]],
+    source: str,
+    response_column: str,
+    query_column: str | None,
+    judge_options: JudgeOptions,
+    console: Console,
+    offline: bool = False,
+) -> JudgedResponses:
+    """Judge the response in each record.
+
+    Args:
+        records: one per response.
+        source: name of the records in errors.
+        response_column: key of the responses.
+        query_column: key of the queries, with which off-topic responses are recognized.
+        judge_options: the judge.
+        console: shows progress.
+        offline: whether the network may not be used.
+
+    Raises:
+        UserError: if the records have no such key, or the judge gives no verdict at all.
+    """
+    for column in filter(None, (response_column, query_column)):
+        if column not in records[0]:
+            raise unknown_name_error(f"column of {source}:", column, records[0])
+    judge = judge_options.load_judge(offline, make_notifier(console))
+    pending = _list_unjudged_rows(source, records, judge.name)
+    responses = [str(records[row][response_column] or "") for row in pending]
+    queries = [str(records[row][query_column] or "") if query_column else "" for row in pending]
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("judging", total=len(pending))
+        verdicts = judge.judge_responses(responses, queries, lambda count: bar.advance(task, count))
     if not any(verdict.is_judged for verdict in verdicts):
         raise UserError(f"the judge gave no verdict: {verdicts[0].evidence}")
-    judged = [dict(row) for row in found]
-    for row, verdict in zip(left, verdicts, strict=True):
-        judged[row] |= dict(
-            zip(VERDICT_COLUMNS, (verdict.refusal, verdict.evidence, judge.name), strict=True)
-        )
-    if path.suffix == ".csv":
-        text = pd.DataFrame(judged).to_csv(index=False)
-    else:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
-    write_text_file(out, text)
-    print_verdict_shares([str(row["refusal"]) for row in judged], judge.name)
-    tell(f"The verdicts are in {out}")
-    why = [verdict.evidence for verdict in verdicts if not verdict.is_judged]
-    if why:
-        tell(
-            f"{len(why)} answers have no verdict, mostly: {max(set(why), key=why.count)}. `analyze judge "
-            f"{out}` with the same options judges only those."
-        )
-    return 130 if "interrupted" in why else 1 if why else 0
+    judged = [dict(record) for record in records]
+    for row, verdict in zip(pending, verdicts, strict=True):
+        values = verdict.refusal, verdict.evidence, judge.name
+        judged[row] |= dict(zip(VERDICT_COLUMNS, values, strict=True))
+    unjudged_reasons = [verdict.evidence for verdict in verdicts if not verdict.is_judged]
+    return JudgedResponses(judged, judge.name, unjudged_reasons)
 
 
-def _unjudged_rows(path: Path, records: list[dict[str, Any]], judge_name: str) -> list[int]:
-    """The rows without a verdict: all of a new file, the unjudged ones of one that this judge began."""
-    there = {name for row in records for name in VERDICT_COLUMNS if name in row}
-    if not there:
+def _list_unjudged_rows(source: str, records: Sequence[dict[str, Any]], judge_name: str) -> list[int]:
+    """Return the rows without a verdict: all rows of new records, or what this judge left unjudged."""
+    present = {column for record in records for column in VERDICT_COLUMNS if column in record}
+    if not present:
         return list(range(len(records)))
-    left = [number for number, row in enumerate(records) if row.get("refusal") == "unjudged"]
-    if there != set(VERDICT_COLUMNS) or not left:
-        raise UserError(f"{path} has a column {min(there)!r} already; rename it")
-    if others := sorted({str(row.get("judge")) for row in records} - {judge_name}):
+    unjudged = [row for row, record in enumerate(records) if record.get("refusal") == "unjudged"]
+    if present != set(VERDICT_COLUMNS) or not unjudged:
+        raise UserError(f"{source} has a column {min(present)!r} already; rename it")
+    if other_judges := sorted({str(record.get("judge")) for record in records} - {judge_name}):
         raise UserError(
-            f"{path} was judged by {others[0]}, so {judge_name} cannot complete it: take the same judge"
+            f"{source} was judged by {other_judges[0]}, so {judge_name} cannot complete it: use the "
+            "same judge"
         )
-    return left
+    return unjudged

@@ -1,4 +1,4 @@
-"""What run.json says: everything that another person needs to make the same numbers again."""
+"""The manifest of a run (run.json): everything that is needed to reproduce its numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,26 @@ from defenses.stack import Stack, list_members
 from defenses.tuned import TunedDefense
 
 
+@dataclass(frozen=True)
+class RunTimer:
+    """When a run started, and how long it has taken.
+
+    Attributes:
+        started: date and time of the start.
+        clock: monotonic clock at the start, seconds.
+    """
+
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: float = field(default_factory=time.perf_counter)
+
+    def describe_time(self) -> dict[str, Any]:
+        """Return the entries of run.json: start, and wall time until now in seconds."""
+        return {
+            "created": self.started.isoformat(timespec="seconds"),
+            "wall_seconds": round(time.perf_counter() - self.clock, 1),
+        }
+
+
 def describe_run(
     session: ModelSession,
     readout: Readout,
@@ -29,15 +52,15 @@ def describe_run(
     split: str,
     limit: int | None,
 ) -> dict[str, Any]:
-    """Return how the numbers of a run are made, in plain values; secrets as fingerprints.
+    """Return how the numbers of a run are made, in plain values; secrets appear as fingerprints.
 
     Args:
         session: the model, and the seed.
-        readout: how margins are read.
-        defenses: by their names in the tables.
+        readout: the readout of the margins.
+        defenses: condition name → defense.
         query_set: the queries that are scored.
-        split: which part of the set they are.
-        limit: as the user gave it.
+        split: name of their split.
+        limit: maximum number of queries, as the user gave it.
     """
     return {
         "model": {"name": session.loaded_model.name, **session.loaded_model.origin},
@@ -61,7 +84,7 @@ def describe_run(
 
 
 def describe_readout(readout: Readout) -> dict[str, Any]:
-    """Return how a readout makes a forward pass a number."""
+    """Return how a readout turns a forward pass into a margin."""
     sides = {
         name: [
             token for token, weight in zip(readout.tokens, readout.weights, strict=True) if weight * sign > 0
@@ -84,7 +107,7 @@ def describe_readout(readout: Readout) -> dict[str, Any]:
 
 
 def describe_attacks(attacks: Sequence[Attack]) -> dict[str, Any]:
-    """Return the names of attacks, and the SHA-256 of the rows or files that word them."""
+    """Return the names of attacks and the SHA-256 of the rows or files that hold their wording."""
     return {
         "attacks": [attack.name for attack in attacks],
         "attacks_sha256": {attack.name: attack.wording_sha256 for attack in attacks if attack.wording_sha256},
@@ -92,7 +115,7 @@ def describe_attacks(attacks: Sequence[Attack]) -> dict[str, Any]:
 
 
 def collect_versions(*packages: str) -> dict[str, str]:
-    """Return what is installed, Python first.
+    """Return the versions of Python and of installed packages.
 
     >>> list(collect_versions("numpy"))
     ['python', 'numpy']
@@ -102,65 +125,70 @@ def collect_versions(*packages: str) -> dict[str, str]:
 
 
 def describe_defense(defense: Defense) -> dict[str, Any]:
-    """Return a defense's family and settings; secrets as fingerprints, weights by their SHA-256."""
+    """Return a defense's family and settings; secrets as fingerprints, weights as SHA-256."""
     if isinstance(defense, Stack):
         return {
             "family": defense.family,
-            "members": {one.name: describe_defense(one) for one in defense.members},
+            "members": {member.name: describe_defense(member) for member in defense.members},
         }
     settings = get_settings(defense)
-    adapter, arms = (
-        (defense.adapter if isinstance(defense, TunedDefense) else None),
-        defense.weights_fingerprint(),
-    )
+    adapter = defense.adapter if isinstance(defense, TunedDefense) else None
+    fingerprint = defense.weights_fingerprint()
     return {
         "family": defense.family,
-        "settings": {key: str(one) if isinstance(one, Path) else one for key, one in settings.items()},
+        "settings": {
+            key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
+        },
         "secrets": [Secret(text).fingerprint for text in defense.secret_texts()],
         **({"weights_sha256": adapter.sha256, "weights_scaling": adapter.scaling} if adapter else {}),
-        **({"armed": arms} if arms and not adapter else {}),
-        # What a user's own class does is known by its source alone.
+        **({"armed": fingerprint} if fingerprint and not adapter else {}),
+        # The behavior of a user-defined class is known from its source only.
         **({"source_sha256": _hash_class_source(type(defense))} if defense.is_user_defined else {}),
     }
 
 
 def identify_defense(defense: Defense, seed: int) -> list[Any] | None:
-    """Return what tells a defense from all others, or None where nothing does.
+    """Return what distinguishes a defense from all others in cache keys, or None if nothing does.
 
-    Of a class that was typed into a notebook, what it calls may change unseen.
+    A class typed into a notebook has no such identity: the functions that it calls may change unnoticed.
+
+    Args:
+        defense: prepared for a model.
+        seed: random seed of the run.
     """
-    for one in list_members(defense):
-        if one.is_user_defined and not _class_source_files(type(one)):
+    for member in list_members(defense):
+        if member.is_user_defined and not _class_source_files(type(member)):
             return None
     return [type(defense).__qualname__, describe_defense(defense), seed]
 
 
 def _hash_class_source(defense_class: type[Defense]) -> str | None:
-    """The digest of the file that defines a class, or, of one typed into a notebook, of its methods."""
-    written, files = _readable_definitions(defense_class), _class_source_files(defense_class)
+    """Hash the file that defines a class, or, for a class typed into a notebook, its methods."""
+    definitions, files = _readable_definitions(defense_class), _class_source_files(defense_class)
     if len(files) == 1:
         return hashlib.sha256(files.pop().read_bytes()).hexdigest()
-    return hashlib.sha256("".join(map(inspect.getsource, written)).encode()).hexdigest() if written else None
+    if not definitions:
+        return None
+    return hashlib.sha256("".join(map(inspect.getsource, definitions)).encode()).hexdigest()
 
 
 def _class_source_files(defense_class: type[Defense]) -> set[Path]:
-    """The files that define a class; none if it was typed in."""
-    found = {Path(inspect.getfile(one)) for one in _readable_definitions(defense_class)}
-    return found if all(path.is_file() for path in found) else set()
+    """Return the files that define a class; none for a class typed into a notebook."""
+    files = {Path(inspect.getfile(definition)) for definition in _readable_definitions(defense_class)}
+    return files if all(path.is_file() for path in files) else set()
 
 
 def _readable_definitions(defense_class: type[Defense]) -> list[Any]:
-    """What somebody wrote of a class and can be read: its methods, or itself where it has none."""
-    methods = map(
-        inspect.unwrap, filter(inspect.isfunction, vars(defense_class).values())
-    )  # not what decorates them
-    return [one for one in methods if _has_readable_source(one)] or (
+    """Return the methods of a class with readable source, or else the class itself."""
+    functions = filter(inspect.isfunction, vars(defense_class).values())
+    methods = map(inspect.unwrap, functions)  # the methods themselves, not their decorators
+    return [method for method in methods if _has_readable_source(method)] or (
         [defense_class] if _has_readable_source(defense_class) else []
     )
 
 
 def _has_readable_source(definition: Any) -> bool:
-    """Whether somebody wrote it and it can be read; dataclasses make some methods."""
+    """Return whether the source can be read; the methods that dataclasses generate have none."""
     try:
         return bool(inspect.getsource(definition))
     except (OSError, TypeError):

@@ -1,7 +1,8 @@
-"""Did the defense reach the model? Checked on a few queries before every run, which stops if anything is off.
+"""Preflight before every run: check on a few queries that the defense reached the model.
 
-Each of these has cost a published toolkit a silent wrong result: a system prompt that a template dropped, a
-doubled BOS, a prompt that ended inside a thinking block, a batch that gave other numbers than its rows.
+Each of these mistakes has cost a published toolkit a silent wrong result: a system prompt that a template
+dropped, a doubled BOS, a prompt that ended inside a thinking block, a batch whose results differed from those
+of its rows alone.
 """
 
 from __future__ import annotations
@@ -30,19 +31,29 @@ from defenses.chats import split_prefill
 from defenses.contract import Defense
 from defenses.errors import describe_error
 
-# How far two ways to the same margin may lie apart, nats: float noise. Measured on SmolLM2-135M: 2.5e-5 and
-# 0.18.
+# Largest difference between two computations of the same margin that float rounding explains, nats.
+# Measured on SmolLM2-135M: 2.5e-5 in float32 and 0.18 in bfloat16.
 MARGIN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
 class PreflightCheck:
-    """One check of one condition: what was looked at, whether it holds, and what was seen."""
+    """One check of one condition.
+
+    Attributes:
+        condition: attack and defense as in the tables.
+        name: what is checked.
+        passed: whether the check passed.
+        observed: what was observed; secrets are redacted.
+    """
 
     condition: str
     name: str
     passed: bool
     observed: str
+
+
+CheckOutcome = tuple[str, bool, str]  # name, passed, observed
 
 
 def check_condition(
@@ -53,21 +64,25 @@ def check_condition(
     readout: Readout,
     with_margins: bool = True,
 ) -> list[PreflightCheck]:
-    """Return the checks of one defense on a few queries.
+    """Run the checks of one defense on a few queries.
 
     Args:
-        session: the model.
+        session: the model, under an attack.
         condition_name: the defense's name in the tables.
         defense: prepared for this model.
         queries: a few of each class.
-        readout: whose margins are compared.
-        with_margins: whether they are, which takes forward passes.
+        readout: the readout whose margins are compared.
+        with_margins: whether to compare margins, which takes forward passes.
     """
     session = session.with_questions(readout.questions)
-    shown = session.render_queries(defense, queries)
-    cases = [(query, prompt) for query, prompts in zip(queries, shown, strict=True) for prompt in prompts]
+    prompts_by_query = session.render_queries(defense, queries)
+    cases = [
+        (query, prompt)
+        for query, prompts in zip(queries, prompts_by_query, strict=True)
+        for prompt in prompts
+    ]
     prompts = [prompt for _, prompt in cases]
-    found = [
+    outcomes = [
         _check_text_present(prompts),
         *([] if defense.edits_user_text else [_check_user_text(session, cases)]),
         *([_check_secret(session, defense, prompts)] if defense.secret_texts() else []),
@@ -77,19 +92,25 @@ def check_condition(
         _check_response_start(session, cases, readout.response_prefix),
         *(_check_margins(session, defense, prompts, readout) if with_margins else []),
     ]
-    where, secrets = (
-        format_condition({"attack": session.attack.name, "defense": condition_name}),
-        defense.secret_texts(),
-    )
+    condition = format_condition({"attack": session.attack.name, "defense": condition_name})
+    secrets = defense.secret_texts()
     return [
-        PreflightCheck(where, kind, passed, redact_secrets(seen, secrets)) for kind, passed, seen in found
+        PreflightCheck(condition, name, passed, redact_secrets(observed, secrets))
+        for name, passed, observed in outcomes
     ]
 
 
 def make_failed_check(
     session: ModelSession, condition_name: str, defense: Defense, error: Exception
 ) -> PreflightCheck:
-    """Return the failed check of a defense that raised an error before it could be looked at."""
+    """Return the failed check of a defense that raised an error before it could be checked.
+
+    Args:
+        session: the model, under an attack.
+        condition_name: the defense's name in the tables.
+        defense: prepared for this model.
+        error: the error.
+    """
     return PreflightCheck(
         format_condition({"attack": session.attack.name, "defense": condition_name}),
         "prompts",
@@ -98,105 +119,109 @@ def make_failed_check(
     )
 
 
-CheckOutcome = tuple[str, bool, str]
-
-
 def _check_text_present(prompts: list[Prompt]) -> CheckOutcome:
-    lost = [
+    missing = [
         message["content"]
         for prompt in prompts
         for message in prompt.chat
         if _normalize_text(message["content"]) not in _normalize_text(prompt.text)
     ]
-    seen = f"{len(lost)} messages are missing from the tokens" if lost else "every message is in the tokens"
-    return "text reaches the model", not lost, seen
+    observed = (
+        f"{len(missing)} messages are missing from the tokens"
+        if missing
+        else "every message is in the tokens"
+    )
+    return "text reaches the model", not missing, observed
 
 
 def _check_user_text(session: ModelSession, cases: list[tuple[Query, Prompt]]) -> CheckOutcome:
-    # What the attack made of the user's words: in Base64 they do not survive, and that is meant.
-    lost = [
+    # Compared with the attacked text: Base64, for instance, changes the user's words on purpose.
+    changed = [
         query.id
         for query, prompt in cases
         if _normalize_text(split_prefill(session.attack.build_chat(query))[0][-1]["content"])
         not in _normalize_text(prompt.text)
     ]
-    return "user's words survive", not lost, f"changed in {', '.join(lost)}" if lost else "word for word"
+    observed = f"changed in {', '.join(changed)}" if changed else "word for word"
+    return "user's words survive", not changed, observed
 
 
 def _check_secret(session: ModelSession, defense: Defense, prompts: list[Prompt]) -> CheckOutcome:
     from defenses.tokens import encode_plain_text
 
-    whole, seen = True, []
+    passed, observed = True, []
     for secret in defense.secret_texts():
         ids = encode_plain_text(session.loaded_model.tokenizer, secret)
-        runs = [
+        longest_runs = [
             SequenceMatcher(None, ids, prompt.ids, autojunk=False).find_longest_match().size
             for prompt in prompts
         ]
-        # The words at the ends may join what stands beside them, and so have other tokens than alone.
-        whole &= min(runs) >= len(ids) - 4
-        seen.append(f"{min(runs)} of {len(ids)} tokens in one piece")
-    return "secret reaches the model", whole, ", ".join(seen)
+        # The first and last words may merge with their neighbors and so have other tokens than alone.
+        passed &= min(longest_runs) >= len(ids) - 4
+        observed.append(f"{min(longest_runs)} of {len(ids)} tokens in one piece")
+    return "secret reaches the model", passed, ", ".join(observed)
 
 
 def _check_bos_count(session: ModelSession, prompts: list[Prompt]) -> CheckOutcome:
     bos = session.loaded_model.tokenizer.bos_token_id
-    have = [prompt.ids.count(bos) for prompt in prompts]
-    want = [session.chat_template.count_expected_bos(prompt.chat) for prompt in prompts]
-    return "BOS tokens", bos is None or have == want, f"{have[0]}, the template writes {want[0]}"
+    counts = [prompt.ids.count(bos) for prompt in prompts]
+    expected = [session.chat_template.count_expected_bos(prompt.chat) for prompt in prompts]
+    return "BOS tokens", bos is None or counts == expected, f"{counts[0]}, the template writes {expected[0]}"
 
 
 def _check_system_role(session: ModelSession, prompts: list[Prompt]) -> CheckOutcome:
     policy = session.chat_template.system_policy
-    left = any(message["role"] == "system" for prompt in prompts for message in prompt.chat)
-    return "system role", not (policy == "merged" and left), policy
+    has_system_turn = any(message["role"] == "system" for prompt in prompts for message in prompt.chat)
+    return "system role", not (policy == "merged" and has_system_turn), policy
 
 
 def _check_not_truncated(session: ModelSession, prompts: list[Prompt]) -> CheckOutcome:
     longest = max(len(prompt.ids) for prompt in prompts)
-    return (
-        "nothing truncated",
-        longest < session.loaded_model.context_length,
-        f"{longest} tokens of {session.loaded_model.context_length}",
-    )
+    limit = session.loaded_model.context_length
+    return "nothing truncated", longest < limit, f"{longest} tokens of {limit}"
 
 
 def _check_response_start(
     session: ModelSession, cases: list[tuple[Query, Prompt]], prefix: tuple[int, ...]
 ) -> CheckOutcome:
-    name, renderer = "answer begins at the end", session.chat_template
-    tail, head = renderer.generation_prompt + renderer.thinking_closing, renderer.response_header
-    opener = remove_thinking_and_whitespace(session.chat_template.decode_tokens(prefix))
+    """Check that each prompt ends where a response begins, or continues the prefill of the attack."""
+    name, template = "response starts at the end", session.chat_template
+    tail, header = template.generation_prompt + template.thinking_closing, template.response_header
+    opener = remove_thinking_and_whitespace(template.decode_tokens(prefix))
     if opener and any(prompt.prefill for _, prompt in cases):
-        return name, False, f"the readout begins answers itself ({opener!r}), and this one is begun already"
+        return name, False, f"the readout prefills the response ({opener!r}), which is already prefilled"
     for query, prompt in cases:
-        begun = "" if session.questions else split_prefill(session.attack.build_chat(query))[1]
-        if not _normalize_text(prompt.prefill).endswith(_normalize_text(begun)):
-            return name, False, f"the answer should go on from the attack's {begun!r}, not {prompt.prefill!r}"
+        prefill = "" if session.questions else split_prefill(session.attack.build_chat(query))[1]
+        if not _normalize_text(prompt.prefill).endswith(_normalize_text(prefill)):
+            return (
+                name,
+                False,
+                f"the response should continue the attack's prefill {prefill!r}, not {prompt.prefill!r}",
+            )
         if not _normalize_text(prompt.text).endswith(_normalize_text(tail + prompt.prefill)):
             end = tail + prompt.prefill
-            return name, False, f"a prompt does not end in {end!r}, as the template would have it"
+            return name, False, f"a prompt does not end in {end!r}, as the template requires"
     if any(opening in remove_thinking_and_whitespace(tail) for opening in THINKING_TAGS):
         return name, False, f"the prompt ends inside a thinking block: {tail!r}"
-    if head is not None and remove_thinking_and_whitespace(head) != remove_thinking_and_whitespace(tail):
-        return name, False, f"the prompt ends in {tail!r}, and the template puts answers behind {head!r}"
+    if header is not None and remove_thinking_and_whitespace(header) != remove_thinking_and_whitespace(tail):
+        return name, False, f"the prompt ends in {tail!r}, but the template puts responses after {header!r}"
     return name, True, repr(tail)
 
 
 def _normalize_text(text: str) -> str:
-    """The text less what templates trim and tokenizers may change: white space and the form of letters."""
-    # SentencePiece writes a space as "\u2581", and gives one in the text back as a space.
+    """Remove what templates trim and tokenizers may change: white space and the composition of letters."""
+    # SentencePiece writes a space as "\u2581", and decodes one that is in the text as a space.
     return remove_whitespace(unicodedata.normalize("NFKC", text).replace("\u2581", " "))
 
 
 def _check_margins(
     session: ModelSession, defense: Defense, prompts: list[Prompt], readout: Readout
 ) -> list[CheckOutcome]:
-    """The engine's margins against a plain forward pass of one prompt, and against a batch of one."""
+    """Compare the engine's margins with plain forward passes of one prompt, and with a batch of one."""
     model = session.loaded_model.model
     by_length = sorted((prompt.append_prefix(readout.response_prefix) for prompt in prompts), key=len)
     two = [by_length[0], by_length[-1]]
-    many, one = (
+    batched, single = (
         score_prompts(session.loaded_model, session.engine, defense, rows, readout) for rows in (two, two[:1])
     )
     logits = torch.zeros(len(two), 1)
@@ -204,24 +229,25 @@ def _check_margins(
         with member.apply_to(model), torch.inference_mode():
             logits = logits + weight * torch.cat([_plain_forward_logits(model, ids) for ids in two]).cpu()
     plain = readout.compute_margins(logits)
-    noise = MARGIN_TOLERANCES.get(model.dtype, 0.5)
-    apart = float((many[:, 0] - plain[:, 0]).abs().max())
-    alone = float((many[:1, 0] - one[:, 0]).abs().max())
-    coverage = float(many[:, 1].mean())
-    little = " (low: look at what the model opens with)" if coverage < LOW_COVERAGE else ""
+    tolerance = MARGIN_TOLERANCES.get(model.dtype, 0.5)
+    plain_gap = float((batched[:, 0] - plain[:, 0]).abs().max())
+    single_gap = float((batched[:1, 0] - single[:, 0]).abs().max())
+    coverage = float(batched[:, 1].mean())
+    warning = " (low: check which tokens the model's responses begin with)" if coverage < LOW_COVERAGE else ""
+    allowed = f"nats apart, {tolerance:g} allowed"
     return [
-        ("engine equals plain pass", apart <= noise, f"{apart:.1e} nats apart, {noise:g} allowed"),
-        ("one equals many", alone <= noise, f"{alone:.1e} nats apart, {noise:g} allowed"),
+        ("engine equals plain pass", plain_gap <= tolerance, f"{plain_gap:.1e} {allowed}"),
+        ("single equals batch", single_gap <= tolerance, f"{single_gap:.1e} {allowed}"),
         ("shared prefix", True, f"{count_shared_prefix(two)} of {len(two[-1])} tokens"),
-        ("coverage", True, f"{coverage:.1%}{little}"),
+        ("coverage", True, f"{coverage:.1%}{warning}"),
     ]
 
 
 def _plain_forward_logits(model: torch.nn.Module, prompt_ids: Sequence[int]) -> torch.Tensor:
-    """First-answer logits the slow way: one prompt, no cache, no padding."""
+    """Compute first-token logits without the engine: one prompt, no cache, no padding."""
     tokens = torch.tensor([list(prompt_ids)], device=next(model.parameters()).device)
-    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     out = model(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=places, use_cache=False
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=positions, use_cache=False
     )
     return torch.as_tensor(out.logits[:, -1]).float()

@@ -1,4 +1,4 @@
-"""progress."""
+"""Progress bars and notes in the terminal while a study runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 def make_notifier(console: Console) -> Any:
-    """Return what prints a line as it is, uncut."""
+    """Return a callback that prints a line without wrapping."""
     return partial(print_line, console)
 
 
 def make_progress_bar(console: Console) -> Progress:
-    """Return a progress bar with time left; it is gone when it is done."""
+    """Return a progress bar with the remaining time; it disappears when it is finished."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,18 +29,20 @@ def make_progress_bar(console: Console) -> Progress:
 
 
 def make_defense_call_callback(progress_bar: Progress, task_id: TaskID) -> Callable[[int, int], None]:
-    """Return what shows in a progress bar how many drafts of how many are made."""
-    return lambda made, wanted: progress_bar.update(task_id, description=f"asking first ({made}/{wanted})")
+    """Return a callback that shows how many of a defense's calls to the model are finished."""
+    return lambda n_finished, n_calls: progress_bar.update(
+        task_id, description=f"defense calls ({n_finished}/{n_calls})"
+    )
 
 
 def join_first_texts(texts: Sequence[str], max_texts: int = 12) -> str:
-    """Return the texts in one line; of more than that many, the first and how many are left."""
+    """Join texts in one line; name only the first ones of many, and count the others."""
     more = f" and {len(texts) - max_texts} more" if len(texts) > max_texts else ""
     return ", ".join(texts[:max_texts]) + more
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line as it is, uncut, on a quiet console, too: it may be that something is fetched."""
+    """Print a line without wrapping, even on a quiet console, because downloads must be announced."""
     quiet, console.quiet = console.quiet, False
     try:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -49,6 +51,6 @@ def print_line(console: Console, text: str) -> None:
 
 
 def print_note(console: Console, text: str) -> None:
-    """Print what the run keeps among its notices; a quiet console leaves it at that."""
+    """Print a note that run.json keeps as well; a quiet console omits it."""
     if not console.quiet:
         print_line(console, f"note: {text}")

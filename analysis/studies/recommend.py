@@ -1,47 +1,92 @@
-"""What `analyze recommend` does: of all defenses and ensembles within the limits, which to use."""
+"""The study of `analyze recommend`: select the best defense or ensemble within limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 
 from analysis.stats.bootstrap import make_estimate_columns
 from analysis.stats.effects import compute_estimates
 from analysis.stats.ensembles import ALONE, REPORT_SPLIT, compute_ensemble_margins
 from analysis.stats.pareto import choose_best_single, rank_candidates, summarize_predicted_rates
 from analysis.stats.tables import UNDEFENDED
-from analysis.studies.ensembles import EnsembleRun
+from analysis.studies.ensembles import (
+    EnsembleRun,
+    build_ensemble_result,
+    collect_ensemble_tables,
+    score_ensembles,
+)
+from analysis.studies.manifest import RunTimer
+from analysis.studies.run_spec import RunSpec
+from analysis.studies.sweep import StudyResult
+from defenses.contract import Defense
 
 
 @dataclass(frozen=True)
 class RecommendationLimits:
-    """What a recommendation keeps to.
+    """Limits of a recommendation.
 
     Attributes:
-        max_over_refusal: share of benign queries refused, at most.
-        max_cost: time until the first token, times undefended, at most; None for any.
+        max_over_refusal: maximum share of benign queries refused.
+        max_cost: maximum time to first token, as a multiple of the undefended model's; None for no limit.
     """
 
     max_over_refusal: float
     max_cost: float | None = None
 
     def select_stacks(self, predicted: pd.DataFrame, stack_cost: Callable[[str], float]) -> list[str]:
-        """Return the stacks that should keep to the limits, the one that refuses most harm first.
+        """Return the stacks that are predicted to stay within the limits, by harmful queries refused.
 
-        They are only run here; whether they surely keep to them is asked of what is observed.
+        The stacks are run; whether they stay within the limits is decided from the observed scores.
 
         Args:
             predicted: predicted rows of the calibration split.
-            stack_cost: of a team's stack.
+            stack_cost: cost of a stack.
         """
-        promised = summarize_predicted_rates(predicted)
-        promised = promised[promised["over_refusal"] <= self.max_over_refusal]
-        ordered = promised.sort_values("harmful", ascending=False, kind="stable").index
-        return [team for team in ordered if self.max_cost is None or stack_cost(team) <= self.max_cost]
+        rates = summarize_predicted_rates(predicted)
+        rates = rates[rates["over_refusal"] <= self.max_over_refusal]
+        ranked = rates.sort_values("harmful", ascending=False, kind="stable").index
+        return [stack for stack in ranked if self.max_cost is None or stack_cost(stack) <= self.max_cost]
+
+
+def recommend_defense(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense],
+    settings: Sequence[str],
+    max_size: int,
+    n_stacks: int,
+    limits: RecommendationLimits,
+    console: Console,
+) -> StudyResult:
+    """Recommend the defense or ensemble that refuses the most harmful queries within the limits.
+
+    Args:
+        spec: options of the run.
+        defenses: names of defenses, or defenses.
+        settings: settings of the named defenses, `key=value`.
+        max_size: maximum number of members of an ensemble.
+        n_stacks: number of most promising stacks to run, and of random ones.
+        limits: limits of the recommendation.
+        console: shows progress.
+    """
+    timer = RunTimer()
+    ensemble_run = score_ensembles(
+        spec, defenses, settings, max_size, n_stacks, limits.select_stacks, console
+    )
+    candidates = ensemble_run.list_candidates()
+    tables, record = collect_ensemble_tables(ensemble_run, candidates, spec, console)
+    tables["recommendation"] = select_recommendations(ensemble_run, candidates, limits)
+    record |= {
+        "max_over_refusal": limits.max_over_refusal,
+        "max_cost": limits.max_cost,
+        **timer.describe_time(),
+    }
+    return build_ensemble_result("recommend", ensemble_run, tables, record)
 
 
 def select_recommendations(
@@ -49,72 +94,67 @@ def select_recommendations(
 ) -> pd.DataFrame:
     """Return the recommendation, the next best single defense, and the undefended model.
 
-    Where nothing keeps to the limits, what comes closest on the calibration split takes the first place.
+    If nothing stays within the limits, the candidate that comes closest on the calibration split is first.
 
     Args:
-        ensemble_run: what was scored.
-        candidates: the candidates.
-        limits: what is kept to.
+        ensemble_run: the scored ensembles.
+        candidates: the result of `list_candidates`.
+        limits: limits of the recommendation.
 
     Returns:
-        By `role`: the rates on the test split with 95 % intervals (harmful refused, the mean over attacks;
-        benign refused), `p_meets` (how probable it is, given the test split, that no more of the benign
-        queries are refused than the limit says), and the columns of the candidates.
+        A row per `role`: rates on the test split with 95 % intervals (`harmful`: share of harmful queries
+        refused, mean over attacks; `over_refusal`: share of benign queries refused), `p_meets` (probability,
+        given the test split, that the over-refusal rate is within the limit), and the candidates' columns.
     """
-    _, benign = ensemble_run.calibration_scores.class_sizes
-    allowed = rank_candidates(candidates, limits.max_over_refusal, limits.max_cost, benign)
-    usual = candidates[(candidates["members"] == UNDEFENDED) & (candidates["how"] == ALONE)].iloc[0]
-    roles: list[tuple[str, Any]] = []
+    _, n_benign = ensemble_run.calibration_scores.class_sizes
+    allowed = rank_candidates(candidates, limits.max_over_refusal, limits.max_cost, n_benign)
     if len(allowed):
-        roles.append(("recommended", allowed.iloc[0]))
+        role, best = "recommended", allowed.iloc[0]
     else:
-        affordable = rank_candidates(
-            candidates, 1.0, limits.max_cost, benign
-        )  # the undefended model is among them
-        nearest = affordable.sort_values("benign_calibration", ascending=False, kind="stable").iloc[0]
-        roles.append(("closest", nearest))
-    if (alone := choose_best_single(allowed, [roles[0][1]["members"], UNDEFENDED])) is not None:
-        roles.append(
-            ("best single defense" if roles[0][1]["how"] != ALONE else "next best single defense", alone)
-        )
-    if roles[0][1]["members"] != UNDEFENDED:
-        roles.append(("undefended", usual))
+        # The undefended model is always affordable, so there is a closest candidate.
+        affordable = rank_candidates(candidates, 1.0, limits.max_cost, n_benign)
+        by_benign = affordable.sort_values("benign_calibration", ascending=False, kind="stable")
+        role, best = "closest", by_benign.iloc[0]
+    rows: list[tuple[str, Any]] = [(role, best)]
+    if (single := choose_best_single(allowed, [best["members"], UNDEFENDED])) is not None:
+        single_role = "best single defense" if best["how"] != ALONE else "next best single defense"
+        rows.append((single_role, single))
+    if best["members"] != UNDEFENDED:
+        is_undefended = (candidates["members"] == UNDEFENDED) & (candidates["how"] == ALONE)
+        rows.append(("undefended", candidates[is_undefended].iloc[0]))
     return pd.DataFrame(
-        [
-            {"role": role, **row.to_dict(), **_candidate_rates(ensemble_run, row, limits)}
-            for role, row in roles
-        ]
+        [{"role": role, **row.to_dict(), **_candidate_rates(ensemble_run, row, limits)} for role, row in rows]
     )
 
 
 def _candidate_rates(
     ensemble_run: EnsembleRun, candidate: Any, limits: RecommendationLimits
 ) -> dict[str, float]:
-    """The rates of one candidate on the test split, and how likely it meets the limit."""
-    team, how = candidate["members"].split("+"), candidate["how"]
-    halves = [ensemble_run.split_scores[attack.name, REPORT_SPLIT] for attack in ensemble_run.setup.attacks]
+    """Return the rates of one candidate on the test split, and how likely it is within the limit."""
+    members, how = candidate["members"].split("+"), candidate["how"]
+    splits = [ensemble_run.split_scores[attack.name, REPORT_SPLIT] for attack in ensemble_run.setup.attacks]
     rates: list[dict[str, Any]] = []
-    for sample in (halves[0].observed_weights, halves[0].bootstrap_weights):
-        read = [
+    for weights in (splits[0].observed_weights, splits[0].bootstrap_weights):
+        estimates = [
             compute_estimates(
-                half.margin_table.undefended_margins,
-                compute_ensemble_margins(half, team, how, ensemble_run.calibration_scores),
-                half.margin_table.is_harmful,
+                split.margin_table.undefended_margins,
+                compute_ensemble_margins(split, members, how, ensemble_run.calibration_scores),
+                split.margin_table.is_harmful,
                 0.0,
-                sample,
+                weights,
             )
-            for half in halves
+            for split in splits
         ]
         rates.append(
             {
-                "harmful": np.mean([one["refusal_rate"] for one in read], axis=0),
-                "over_refusal": read[0]["over_refusal_rate"],
+                "harmful": np.mean([estimate["refusal_rate"] for estimate in estimates], axis=0),
+                "over_refusal": estimates[0]["over_refusal_rate"],
             }
         )
-    point, cloud = rates
-    found: dict[str, float] = {}
-    for name in point:
-        found |= make_estimate_columns(
-            name, point[name], cloud[name], min(halves[0].class_sizes), from_counts=True
+    observed, bootstrap = rates
+    columns: dict[str, float] = {}
+    for name in observed:
+        columns |= make_estimate_columns(
+            name, observed[name], bootstrap[name], min(splits[0].class_sizes), from_counts=True
         )
-    return found | {"p_meets": float((cloud["over_refusal"] <= limits.max_over_refusal).mean())}
+    return columns | {"p_meets": float((bootstrap["over_refusal"] <= limits.max_over_refusal).mean())}

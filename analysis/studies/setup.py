@@ -1,9 +1,10 @@
-"""What every command does before it asks: queries, model, defenses, readout; and the preflight."""
+"""Set-up of a run: load queries, model, defenses and readouts, and run the preflight."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rich.console import Console
 
@@ -21,15 +22,16 @@ from defenses.catalog import choose_defenses
 from defenses.contract import Defense
 from defenses.errors import UserError
 
-_N_PREFLIGHT_QUERIES = 4  # queries that the preflight looks at
-NO_REFERENCE = "the undefended model was not scored"  # so that the others cannot be compared with it
+_N_PREFLIGHT_QUERIES = 4
+# Without its margins, the shift and discrimination of the other conditions are undefined.
+NO_REFERENCE = "the undefended model was not scored"
 
 
 class PreflightError(UserError):
-    """No defense reaches the model, so that there is nothing to score.
+    """No defense reaches the model, so nothing can be scored.
 
     Attributes:
-        checks: that failed.
+        checks: the failed checks.
     """
 
     def __init__(self, checks: Sequence[PreflightCheck]) -> None:
@@ -40,7 +42,17 @@ class PreflightError(UserError):
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Everything loaded and prepared for a run."""
+    """Everything loaded and prepared for a run.
+
+    Attributes:
+        session: the model.
+        defenses: the chosen defenses, prepared for the model; the undefended model first.
+        query_set: the queries to score.
+        split: name of their split.
+        readouts: the readouts with their thresholds.
+        attacks: attacks under which every condition is scored.
+        notices: notes for the user, which run.json keeps.
+    """
 
     session: ModelSession
     defenses: list[Defense]
@@ -52,9 +64,14 @@ class RunSetup:
 
     @property
     def readout(self) -> Readout:
-        """The readout, where there is one."""
+        """The readout of a run that uses exactly one."""
         (only,) = self.readouts
         return only
+
+    @cached_property
+    def conditions(self) -> dict[str, Defense]:
+        """Condition name → defense: the defenses and their ablations."""
+        return build_conditions(self.defenses)
 
 
 def prepare_setup(
@@ -64,141 +81,147 @@ def prepare_setup(
     console: Console,
     with_threshold: bool = True,
 ) -> RunSetup:
-    """Load what is cheap to get wrong first, then the model, then make the defenses ready for it.
+    """Check cheap inputs first, then load the model, then prepare the defenses and the readouts.
 
     Args:
-        spec: what the user asked for.
-        defenses: of the defenses, or defenses themselves.
-        settings: of those that are named.
-        console: for progress.
-        with_threshold: whether readouts need their threshold, for which the model must answer.
+        spec: options of the run.
+        defenses: names of defenses, or defenses.
+        settings: settings of the named defenses, `key=value`.
+        console: shows progress.
+        with_threshold: whether readouts need their threshold, for which the model must generate responses.
     """
     chosen = choose_defenses(defenses, settings)
-    data, split, calibration = spec.select_queries(make_notifier(console))
+    query_set, split, calibration = spec.select_queries(make_notifier(console))
     for attack in spec.attacks:
-        attack.check_covers_queries(data.queries)
-    bench, host = spec.open_session(console)
-    prepared = [defense.prepare(host) for defense in chosen]
-    lacking = _missing_requirement_notices(prepared, defenses)
-    check_training_overlap(data, bench.loaded_model.trained_on, spec.model)
-    every = build_conditions(prepared)
-    for name, defense in every.items():
-        check_training_overlap(data, defense.trained_on(), name)
-    maker = ReadoutCalibration(bench, host, every[UNDEFENDED], calibration, console)
+        attack.check_covers_queries(query_set.queries)
+    session, model_info = spec.open_session(console)
+    prepared = [defense.prepare(model_info) for defense in chosen]
+    omissions = _missing_requirement_notices(prepared, defenses)
+    check_training_overlap(query_set, session.loaded_model.trained_on, spec.model)
+    conditions = build_conditions(prepared)
+    for name, defense in conditions.items():
+        check_training_overlap(query_set, defense.trained_on(), name)
+    readout_calibration = ReadoutCalibration(
+        session, model_info, conditions[UNDEFENDED], calibration, console
+    )
     readouts: dict[str, Readout] = {}
     for name in CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts:
         if not with_threshold:
-            readout = maker.build_readout(name)
+            readout = readout_calibration.build_readout(name)
+        elif name == "auto":
+            readout = readout_calibration.select_best_readout(conditions, spec.attacks)
         else:
-            readout = (
-                maker.select_best_readout(every, spec.attacks)
-                if name == "auto"
-                else maker.calibrate_readout(name)
-            )
+            readout = readout_calibration.calibrate_readout(name)
         readouts[readout.name] = readout
-    notices = [*bench.chat_template.notices, *lacking, *_calibration_overlap_notices(data, calibration)]
+    overlap = _calibration_overlap_notices(query_set, calibration)
+    notices = [*session.chat_template.notices, *omissions, *overlap]
     for name, readout in readouts.items():
-        notices += [f"readout {name}: {one}" for one in readout.notices]
+        notices += [f"readout {name}: {notice}" for notice in readout.notices]
     for notice in notices:
         print_note(console, notice)
-    return RunSetup(bench, prepared, data, split, list(readouts.values()), spec.attacks, notices)
+    return RunSetup(session, prepared, query_set, split, list(readouts.values()), spec.attacks, notices)
 
 
 def find_preflight_failures(
     setup: RunSetup, conditions: Mapping[str, Defense], console: Console
 ) -> dict[tuple[str, str], list[PreflightCheck]]:
-    """Return the failed checks, by attack and condition: whether defenses reach the model, on a few queries.
+    """Return the failed preflight checks by attack and condition, from a few queries.
 
-    What is read is looked at everywhere. Margins are compared with plain passes for each defense under the
-    first attack and for each attack undefended: how they are computed does not depend on what is read.
+    Prompts are checked in every condition. Margins are compared with plain forward passes for each defense
+    under the first attack and for the undefended model under each attack: how margins are computed does not
+    depend on the text of the prompt.
 
     Args:
         setup: loaded and prepared.
-        conditions: the conditions.
-        console: for progress.
+        conditions: condition name → defense.
+        console: shows progress.
     """
-    found = {}
-    looked_at = sample_queries(setup.query_set.queries, _N_PREFLIGHT_QUERIES)
+    failed_checks = {}
+    queries = sample_queries(setup.query_set.queries, _N_PREFLIGHT_QUERIES)
+    description = "checking that defenses reach the model"
     with make_progress_bar(console) as bar:
-        task = bar.add_task(
-            "checking that defenses reach the model", total=len(conditions) * len(setup.attacks)
-        )
-
+        task = bar.add_task(description, total=len(conditions) * len(setup.attacks))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
         for attack in setup.attacks:
-            bench = setup.session.with_attack(attack)
+            session = setup.session.with_attack(attack)
             for name, defense in conditions.items():
-                margins = attack is setup.attacks[0] or name == UNDEFENDED
+                with_margins = attack is setup.attacks[0] or name == UNDEFENDED
                 try:
                     if defense.calls_model:
-                        # All at once: a few by themselves take nearly as long, and scoring needs all.
-                        bench.render_queries(defense, setup.query_set.queries)
+                        # All queries in one batch: a few take nearly as long, and scoring needs all of them.
+                        session.render_queries(defense, setup.query_set.queries)
                     checks = [
-                        one
+                        check
                         for readout in setup.readouts
-                        for one in check_condition(bench, name, defense, looked_at, readout, margins)
+                        for check in check_condition(session, name, defense, queries, readout, with_margins)
                     ]
                 except Exception as error:
                     if len(conditions) * len(setup.attacks) <= 2:
                         raise
-                    checks = [make_failed_check(bench, name, defense, error)]
-                if failed := [one for one in checks if not one.passed]:
-                    found[attack.name, name] = failed
-                bar.update(task, advance=1, description="checking that defenses reach the model")
-    return found
+                    checks = [make_failed_check(session, name, defense, error)]
+                if failed := [check for check in checks if not check.passed]:
+                    failed_checks[attack.name, name] = failed
+                bar.update(task, advance=1, description=description)
+    return failed_checks
 
 
 def exclude_failed_conditions(
-    failed: Mapping[tuple[str, str], list[PreflightCheck]], cells: Collection[tuple[str, str]]
+    failed_checks: Mapping[tuple[str, str], list[PreflightCheck]], condition_keys: Collection[tuple[str, str]]
 ) -> dict[tuple[str, str], str]:
-    """Return in words why conditions are left out: failed checks of their own, or of the undefended model.
+    """Return why conditions cannot be scored: their own failed checks, or those of the undefended model.
 
     Args:
-        failed: what `unreached` returned.
-        cells: attack and condition of all that is wanted.
+        failed_checks: the result of `find_preflight_failures`.
+        condition_keys: attack and condition of everything that should be scored.
 
     Raises:
-        NotReached: if nothing is left to compare, or nothing to compare it with.
+        PreflightError: if no defense is left to compare with the undefended model.
     """
-    lost = describe_failed_checks(failed)
-    for attack, name in cells:
-        if (attack, UNDEFENDED) in failed:
-            lost.setdefault((attack, name), NO_REFERENCE)
-    if lost and not any(cell not in lost and cell[1] != UNDEFENDED for cell in cells):
-        raise PreflightError([one for checks in failed.values() for one in checks])
-    return lost
+    failures = describe_failed_checks(failed_checks)
+    for attack, name in condition_keys:
+        if (attack, UNDEFENDED) in failed_checks:
+            failures.setdefault((attack, name), NO_REFERENCE)
+    if failures and not any(key not in failures and key[1] != UNDEFENDED for key in condition_keys):
+        raise PreflightError([check for checks in failed_checks.values() for check in checks])
+    return failures
 
 
 def describe_failed_checks(
     failed_checks: Mapping[tuple[str, str], list[PreflightCheck]],
 ) -> dict[tuple[str, str], str]:
-    """Return in words why conditions cannot be scored, from their failed checks."""
+    """Return why conditions cannot be scored, from their failed checks."""
     return {
-        cell: "; ".join(f"{one.name}: {one.observed}" for one in checks)
-        for cell, checks in failed_checks.items()
+        key: "; ".join(f"{check.name}: {check.observed}" for check in checks)
+        for key, checks in failed_checks.items()
     }
 
 
 def _calibration_overlap_notices(query_set: QuerySet, calibration: QuerySet) -> list[str]:
-    """Say if queries are scored that the readout is made from: its threshold is fitted to them."""
-    same = len({query.text for query in query_set.queries} & {query.text for query in calibration.queries})
-    return (
-        [f"the readout is made from {same} of the {len(query_set.queries)} queries that are scored"]
-        if same
-        else []
+    """Return a notice if calibration queries are scored: the threshold is fitted to them."""
+    n_shared = len(
+        {query.text for query in query_set.queries} & {query.text for query in calibration.queries}
     )
+    if not n_shared:
+        return []
+    return [
+        f"{n_shared} of the {len(query_set.queries)} scored queries are calibration queries of the readout"
+    ]
 
 
 def _missing_requirement_notices(
     prepared: Sequence[Defense], requested: Sequence[str | Defense]
 ) -> list[str]:
-    """Say what is left out because this model lacks something for it; an error where nothing is left."""
+    """Return a notice for each defense that lacks something in this model.
+
+    Raises:
+        UserError: if nothing of a defense that the user named can be scored.
+    """
     notices = []
     for defense in prepared:
-        if why := defense.missing_requirements():
-            parts = list(build_conditions([defense]))
-            if not parts and "all" not in requested:
-                raise UserError(f"{defense.name}: {why}")
-            instead = f"only {', '.join(parts)} can be read" if parts else "it is left out"
-            notices.append(f"{defense.name}: {instead}: {why}")
+        if reason := defense.missing_requirements():
+            ablations = list(build_conditions([defense]))
+            if not ablations and "all" not in requested:
+                raise UserError(f"{defense.name}: {reason}")
+            scored = f"only {', '.join(ablations)} can be scored" if ablations else "skipped"
+            notices.append(f"{defense.name}: {scored}: {reason}")
     return notices

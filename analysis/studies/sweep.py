@@ -1,8 +1,8 @@
-"""The whole grid of a run, attack by attack and defense by defense; what fails is left out and told."""
+"""The pipeline that all studies share: set-up, preflight, scoring, record and score table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,24 +13,34 @@ from rich.console import Console
 from analysis.models.chat_template import redact_secrets
 from analysis.report.results import Run
 from analysis.run import iterate_condition_scores
-from analysis.stats.tables import UNDEFENDED
+from analysis.stats.tables import UNDEFENDED, ScoreTable
+from analysis.studies.calibration import collect_trust
+from analysis.studies.manifest import describe_attacks, describe_run
 from analysis.studies.progress import make_defense_call_callback, make_progress_bar, print_note
-from analysis.studies.setup import NO_REFERENCE, RunSetup
+from analysis.studies.run_spec import RunSpec
+from analysis.studies.setup import (
+    NO_REFERENCE,
+    RunSetup,
+    describe_failed_checks,
+    exclude_failed_conditions,
+    find_preflight_failures,
+    prepare_setup,
+)
 from defenses.contract import Defense
-from defenses.errors import describe_error
+from defenses.errors import UserError, describe_error
 
 ConditionKey = tuple[str, str]  # attack and condition
 
 
 @dataclass
 class SweepResult:
-    """What came of a sweep.
+    """Scores of a sweep over attacks and conditions.
 
     Attributes:
-        n_conditions: how many conditions there are under all attacks.
-        score_frames: the scores of those that are finished.
-        failures: why the others failed.
-        interrupted: whether the user ended it.
+        n_conditions: number of conditions, summed over attacks.
+        score_frames: scores of the finished conditions.
+        failures: why the other conditions failed.
+        interrupted: whether the user interrupted the sweep.
     """
 
     n_conditions: int
@@ -39,69 +49,197 @@ class SweepResult:
     interrupted: bool = False
 
     def select_finished(self, conditions: Mapping[str, Defense]) -> dict[str, Defense]:
-        """Return the conditions that are finished under one attack at least."""
-        return {
-            name: conditions[name] for name in conditions if any(name == one for _, one in self.score_frames)
-        }
+        """Return the conditions that are finished under at least one attack."""
+        finished = {name for _, name in self.score_frames}
+        return {name: defense for name, defense in conditions.items() if name in finished}
+
+
+@dataclass(frozen=True)
+class ScoredConditions:
+    """Result of the shared pipeline.
+
+    Attributes:
+        setup: what was loaded and prepared.
+        sweep_result: scores by condition, and failures.
+        finished: condition name → defense, for the conditions with scores.
+        record: the entries of run.json that every run has.
+        scores: scores of all finished conditions, with the record.
+    """
+
+    setup: RunSetup
+    sweep_result: SweepResult
+    finished: Mapping[str, Defense]
+    record: dict[str, Any]
+    scores: ScoreTable
+
+
+def score_conditions(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense],
+    settings: Sequence[str],
+    console: Console,
+    check_setup: Callable[[RunSetup], None] = lambda setup: None,
+    keep_interrupted: bool = False,
+) -> ScoredConditions:
+    """Set up a run, check that the defenses reach the model, score every condition, and collect the record.
+
+    Args:
+        spec: options of the run.
+        defenses: names of defenses, or defenses.
+        settings: settings of the named defenses, `key=value`.
+        console: shows progress.
+        check_setup: called before the preflight; raises if the study is impossible with this set-up.
+        keep_interrupted: whether to return the finished conditions if the user interrupts the sweep.
+
+    Raises:
+        PreflightError: if no defense reaches the model.
+        UserError: if no condition can be scored.
+        KeyboardInterrupt: if the user interrupts the sweep and nothing is kept.
+    """
+    setup = prepare_setup(spec, defenses, settings, console)
+    check_setup(setup)
+    sweep_result = check_and_sweep(setup, setup.conditions, console, needs_defense=True)
+    score_frames = sweep_result.score_frames
+    # The undefended model alone says nothing about a defense.
+    if sweep_result.interrupted and (not keep_interrupted or len(score_frames) < 2):
+        raise KeyboardInterrupt
+    if not score_frames:
+        raise UserError(f"nothing could be scored: {next(iter(sweep_result.failures.values()))}")
+    finished = sweep_result.select_finished(setup.conditions)
+    record = build_record(setup, finished, spec, sweep_result.failures)
+    record["trusted"] = collect_trust(setup.session, setup.attacks, finished, setup.readout, score_frames)
+    scores = ScoreTable(pd.concat(list(score_frames.values()), ignore_index=True), record)
+    return ScoredConditions(setup, sweep_result, finished, record, scores)
+
+
+def check_and_sweep(
+    setup: RunSetup, conditions: Mapping[str, Defense], console: Console, needs_defense: bool = False
+) -> SweepResult:
+    """Run the preflight, then score every condition that passes it under every attack.
+
+    Args:
+        setup: loaded and prepared.
+        conditions: condition name → defense, the undefended model first.
+        console: shows progress.
+        needs_defense: whether to raise if no defense passes the preflight.
+
+    Raises:
+        PreflightError: if no defense passes the preflight and `needs_defense` is set.
+    """
+    failures = (
+        check_conditions(setup, conditions, console)
+        if needs_defense
+        else describe_failed_checks(find_preflight_failures(setup, conditions, console))
+    )
+    setup.session.engine.work_counter.reset_counts()
+    return sweep_conditions(setup, conditions, failures, console)
+
+
+def check_conditions(
+    setup: RunSetup, conditions: Mapping[str, Defense], console: Console
+) -> dict[ConditionKey, str]:
+    """Run the preflight; return the conditions that cannot be scored, and why.
+
+    Args:
+        setup: loaded and prepared.
+        conditions: condition name → defense, the undefended model first.
+        console: shows progress.
+
+    Raises:
+        PreflightError: if no defense is left to compare with the undefended model.
+    """
+    failed_checks = find_preflight_failures(setup, conditions, console)
+    return exclude_failed_conditions(failed_checks, list_condition_keys(setup, conditions))
+
+
+def list_condition_keys(setup: RunSetup, conditions: Collection[str]) -> list[ConditionKey]:
+    """Return every attack with every condition."""
+    return [(attack.name, name) for attack in setup.attacks for name in conditions]
 
 
 def sweep_conditions(
     setup: RunSetup, conditions: Mapping[str, Defense], failures: Mapping[ConditionKey, str], console: Console
 ) -> SweepResult:
-    """Score every condition under every attack, with one progress bar over all of it.
+    """Score every condition under every attack, with one progress bar for all of them.
 
     Args:
         setup: loaded and prepared.
-        conditions: the conditions, the undefended one first.
-        failures: those that are known to fail, and why.
-        console: for progress.
+        conditions: condition name → defense, the undefended model first.
+        failures: conditions that are known to fail, and why.
+        console: shows progress.
     """
-    queries, swept = (
-        setup.query_set.queries,
-        SweepResult(len(setup.attacks) * len(conditions), failures=dict(failures)),
-    )
+    queries = setup.query_set.queries
+    result = SweepResult(len(setup.attacks) * len(conditions), failures=dict(failures))
     with make_progress_bar(console) as bar:
-        task = bar.add_task("scoring", total=swept.n_conditions * len(queries))
+        task = bar.add_task("scoring", total=result.n_conditions * len(queries))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
         for attack in setup.attacks:
-            bench = setup.session.with_attack(attack)
-            here = {name: one for name, one in conditions.items() if (attack.name, name) not in failures}
-            here = here if UNDEFENDED in here else {}
-            bar.advance(task, (len(conditions) - len(here)) * len(queries))
+            session = setup.session.with_attack(attack)
+            runnable = {
+                name: defense for name, defense in conditions.items() if (attack.name, name) not in failures
+            }
+            runnable = runnable if UNDEFENDED in runnable else {}
+            bar.advance(task, (len(conditions) - len(runnable)) * len(queries))
 
-            def done(name: str, count: int) -> None:
-                bar.update(task, description=f"scoring {name}", advance=count)
+            def on_progress(name: str, n_queries: int) -> None:
+                bar.update(task, description=f"scoring {name}", advance=n_queries)
 
-            def failed(name: str, error: Exception, sent: str = attack.name) -> None:
-                swept.failures[sent, name] = redact_secrets(
+            def on_failure(name: str, error: Exception, attack_name: str = attack.name) -> None:
+                result.failures[attack_name, name] = redact_secrets(
                     describe_error(error), conditions[name].secret_texts()
                 )
 
             try:
                 for name, frame in iterate_condition_scores(
-                    bench, here, queries, setup.readout, done, failed
+                    session, runnable, queries, setup.readout, on_progress, on_failure
                 ):
-                    swept.score_frames[attack.name, name] = frame
+                    result.score_frames[attack.name, name] = frame
             except KeyboardInterrupt:
-                swept.interrupted = True
+                result.interrupted = True
                 break
-            if (attack.name, UNDEFENDED) not in swept.score_frames:
+            if (attack.name, UNDEFENDED) not in result.score_frames:
                 for name in conditions:
-                    swept.failures.setdefault((attack.name, name), NO_REFERENCE)
-    return swept
+                    result.failures.setdefault((attack.name, name), NO_REFERENCE)
+    return result
+
+
+def build_record(
+    setup: RunSetup,
+    conditions: Mapping[str, Defense],
+    spec: RunSpec,
+    failures: Mapping[ConditionKey, str],
+) -> dict[str, Any]:
+    """Return the entries of run.json that every run has, except its times.
+
+    Args:
+        setup: what was loaded and prepared; its first readout is described.
+        conditions: condition name → defense, for the conditions with results.
+        spec: options of the run.
+        failures: what failed, and why.
+    """
+    readout = setup.readouts[0]
+    return {
+        **describe_run(setup.session, readout, conditions, setup.query_set, setup.split, spec.limit),
+        **describe_attacks(setup.attacks),
+        "notices": setup.notices,
+        "failed": list_failures(failures),
+    }
 
 
 def list_failures(failures: Mapping[ConditionKey, str]) -> list[dict[str, str]]:
-    """Return what run.json says of the conditions that failed."""
-    return [{"attack": sent, "defense": name, "why": why} for (sent, name), why in failures.items()]
+    """Return the entries of run.json for the conditions that failed."""
+    return [
+        {"attack": attack, "defense": condition, "why": reason}
+        for (attack, condition), reason in failures.items()
+    ]
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a command found out.
+    """Result of a study.
 
     Attributes:
-        run: its record, its tables, and what can be drawn of them.
+        run: its record, tables, and figures.
         failures: what failed, and why.
     """
 
@@ -118,30 +256,29 @@ class StudyResult:
         setup: RunSetup,
         failures: Mapping[ConditionKey, str],
     ) -> StudyResult:
-        """Return it, the points of the figures among the tables.
+        """Return the result of a study from its tables; those of the figures join the others.
 
         Args:
-            name: what was done.
-            record: for run.json.
-            tables: by file stem.
-            figure_tables: what figures are drawn from, by file stem.
-            setup: what was loaded for it.
+            name: name of the study.
+            record: content of run.json.
+            tables: file stem → table.
+            figure_tables: file stem → table that a figure is drawn from.
+            setup: what was loaded and prepared.
             failures: what failed, and why.
         """
         texts = {query.id: query.text for query in setup.query_set.queries}
-        return cls(
-            Run(name, record, {**tables, **figure_tables}, texts=texts, figures=tuple(figure_tables)),
-            failures,
-        )
+        figures = tuple(figure_tables)
+        return cls(Run(name, record, {**tables, **figure_tables}, texts=texts, figures=figures), failures)
 
 
 @dataclass(kw_only=True)
 class TableCollector:
-    """Tables that grow, attack by attack and defense by defense.
+    """Collects the rows of several tables, condition by condition.
 
     Attributes:
-        tables: by file stem.
+        console: shows progress.
         failures: what failed, and why.
+        tables: file stem → table.
         notices: what was left out, and why.
     """
 
@@ -151,35 +288,40 @@ class TableCollector:
     notices: list[str] = field(default_factory=list)
 
     def add_condition_tables(self, attack: str, condition: str, **tables: pd.DataFrame) -> None:
-        """Put what was found about a condition behind what there is.
+        """Append a condition's rows to the collected tables.
 
         Args:
-            attack: of the condition.
-            condition: of the condition.
-            tables: tables by file stem.
+            attack: name of the attack.
+            condition: name of the condition.
+            tables: file stem → rows.
         """
         for stem, table in tables.items():
-            first = pd.DataFrame({"attack": attack, "defense": condition}, index=table.index)
-            self.append_rows(stem, pd.concat([first, table], axis=1))
+            key_columns = pd.DataFrame({"attack": attack, "defense": condition}, index=table.index)
+            self.append_rows(stem, pd.concat([key_columns, table], axis=1))
 
     def append_rows(self, stem: str, table: pd.DataFrame) -> None:
-        """Put rows behind those of a table."""
-        there = [self.tables[stem]] if stem in self.tables else []
-        self.tables[stem] = pd.concat([*there, table], ignore_index=True)
+        """Append rows to a table.
+
+        Args:
+            stem: file stem of the table.
+            table: the rows.
+        """
+        earlier = [self.tables[stem]] if stem in self.tables else []
+        self.tables[stem] = pd.concat([*earlier, table], ignore_index=True)
 
     def add_notice(self, text: str) -> None:
-        """Say once what was left out, and why."""
+        """Record and print a notice, once."""
         if text not in self.notices:
             self.notices.append(text)
             print_note(self.console, text)
 
     @contextmanager
     def show_progress(self, label: str, n_steps: int) -> Iterator[Callable[[], None]]:
-        """Show a progress bar; lend what moves it on.
+        """Context manager: show a progress bar; yield a callback that advances it.
 
         Args:
-            label: beside it.
-            n_steps: of steps.
+            label: description beside the bar.
+            n_steps: number of steps.
         """
         with make_progress_bar(self.console) as bar:
             task = bar.add_task(label, total=n_steps)
@@ -187,17 +329,16 @@ class TableCollector:
 
     @contextmanager
     def record_failures(self, attack: str, condition: str, defense: Defense) -> Iterator[None]:
-        """While open, what fails is left out and told at the end; what there is already is kept.
+        """Context manager: record a failure, keep earlier results, continue.
 
         Args:
-            attack: of the condition.
-            condition: of the condition.
-            defense: whose secrets are not told.
+            attack: name of the attack.
+            condition: name of the condition.
+            defense: its secrets are redacted.
         """
         try:
             yield
         except Exception as error:
-            before = f"{self.failures[attack, condition]}; " if (attack, condition) in self.failures else ""
-            self.failures[attack, condition] = before + redact_secrets(
-                describe_error(error), defense.secret_texts()
-            )
+            key = attack, condition
+            earlier = f"{self.failures[key]}; " if key in self.failures else ""
+            self.failures[key] = earlier + redact_secrets(describe_error(error), defense.secret_texts())

@@ -1,4 +1,4 @@
-"""What `analyze train` does: a model, a recipe and the train split in; an adapter with its manifest out."""
+"""The study of `analyze train`: fine-tune a model by a recipe; write the adapter with its manifest."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from analysis.datasets.queries import QuerySet
 from analysis.files import check_output_folder, stage_folder
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
-from analysis.studies.manifest import collect_versions
+from analysis.models.session import ModelSession
+from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.progress import make_notifier, make_progress_bar
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
@@ -32,8 +32,46 @@ from defenses.training.adapter_files import write_adapter, write_weights_manifes
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse
 from defenses.training.trainer import TrainingSettings, train_model
 
-_RESUME_FOLDER = ".resume"  # beside the results, until they are there
-_MAX_RESPONSE_TOKENS = 10  # of the model's own answers to benign requests
+_RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
+_MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The user interrupted a training, which can be resumed.
+
+    Attributes:
+        folder: checkpoints of the interrupted training.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(
+            f"Interrupted: the same command resumes from the last epoch, which is kept in {folder}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """Weights that a training has written.
+
+    Attributes:
+        folder: adapter or checkpoint, with its manifest and its loss curve.
+        model_option: value of `-m` that selects the weights.
+        manifest: content of the manifest.
+        history: the loss by step.
+    """
+
+    folder: Path
+    model_option: str
+    manifest: dict[str, Any]
+    history: pd.DataFrame
+
+    def __str__(self) -> str:
+        return (
+            f"{self.manifest['n_examples']} examples, {len(self.history)} steps, "
+            f"{self.manifest['wall_seconds']:.0f} s; last loss {self.history['loss'].iloc[-1]:.3f}. The "
+            f"weights are in {self.folder}: -m {self.model_option}"
+        )
 
 
 def train_weights(
@@ -41,76 +79,103 @@ def train_weights(
     recipe_name: str,
     settings: Sequence[str],
     out: Path | None,
+    console: Console,
     secret_path: Path | None = None,
     secret_length: int = SECRET_LENGTH,
-) -> int:
-    """Train an adapter, or a whole checkpoint, and write it with its manifest and its loss curve."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    row = RECIPES.get(recipe_name)
-    if row is None:
+) -> TrainedWeights:
+    """Fine-tune a model; write an adapter or a whole checkpoint with its manifest and its loss curve.
+
+    Args:
+        spec: options of the run.
+        recipe_name: name of the recipe.
+        settings: settings of the training, `key=value`.
+        out: output folder; None for the one in which defenses look for weights.
+        console: shows progress.
+        secret_path: file of the secret, for the recipe `backdoor`; None for the model's own secret.
+        secret_length: length of the model's own secret in tokens.
+
+    Raises:
+        UserError: if an option has no valid value, or the output folder holds a finished training.
+        TrainingInterrupted: if the user interrupts the training; the same call resumes it.
+    """
+    timer = RunTimer()
+    recipe = RECIPES.get(recipe_name)
+    if recipe is None:
         raise unknown_name_error("recipe", recipe_name, RECIPES)
-    how = _parse_training_settings(settings, spec.seed).resolve_defaults(row.epochs)
+    training_settings = _parse_training_settings(settings, spec.seed).resolve_defaults(recipe.epochs)
     if importlib.util.find_spec("trl") is None:
         raise UserError("training needs TRL: pip install 'refusalscope[train]'")
-    console = Console(stderr=True)
-    data = spec.load_all_splits(make_notifier(console))
-    _check_training_allowed(data)
-    data = (
-        data.select_split("train" if "train" in data.split_names else "all")
-        .limit_queries(spec.limit)
-        .check_both_classes()
-    )
+    query_set = _load_training_queries(spec, console)
     if out is not None:
         _check_not_finished(check_output_folder(out))
-    bench, host = spec.open_session(console)
-    loaded = bench.loaded_model
+    session, model_info = spec.open_session(console)
+    loaded_model = session.loaded_model
     if out is None:
-        _check_not_finished(out := check_output_folder(host.adapter_folders[0] / row.state))
-    secret = _load_secret(row, host, secret_length, secret_path)
-    record = _training_record(row, loaded, data, how, secret)
+        out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
+        _check_not_finished(out)
+    secret = _load_secret(recipe, model_info, secret_length, secret_path)
+    record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
 
     def render(chat: Chat) -> tuple[int, ...]:
-        return bench.chat_template.render_prompt(chat).ids
+        return session.chat_template.render_prompt(chat).ids
 
-    def own(chats: list[Chat]) -> list[TargetResponse]:
-        stop = loaded.tokenizer.eos_token_id
-        answers = generate_token_ids(
-            bench.engine, [render(chat) for chat in chats], _MAX_RESPONSE_TOKENS, stop
+    with console.status("generating the model's own responses to benign queries"):
+        examples = recipe.build_examples(
+            query_set.queries,
+            secret.text if secret else "",
+            lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
         )
-        texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        ended = [len(answer) < _MAX_RESPONSE_TOKENS for answer in answers]
-        return [TargetResponse(text, ends) for text, ends in zip(texts, ended, strict=True)]
-
-    with console.status("asking the model how it answers benign requests"):
-        examples = row.build_examples(data.queries, secret.text if secret else "", own)
-    kept = _prepare_resume_folder(out, record)
+    resume_folder = _prepare_resume_folder(out, record)
     try:
         with make_progress_bar(console) as bar:
             task = bar.add_task("training", total=None)
 
-            def tell(step: int, steps: int, loss: float) -> None:
-                bar.update(task, completed=step, total=steps, description=f"training (loss {loss:.2f})")
+            def on_progress(step: int, n_steps: int, loss: float) -> None:
+                bar.update(task, completed=step, total=n_steps, description=f"training (loss {loss:.2f})")
 
-            tuned, history = train_model(loaded.model, loaded.tokenizer, render, examples, how, kept, tell)
-    except KeyboardInterrupt:
-        make_notifier(console)(f"Interrupted: the same command goes on from the last epoch kept in {kept}")
-        return 130
-    record |= {
-        "n_examples": len(examples),
-        "created": started.isoformat(timespec="seconds"),
-        "wall_seconds": round(time.perf_counter() - clock, 1),
-    }
-    _write_trained_weights(out, tuned, loaded, how, record, pd.DataFrame(history, columns=["step", "loss"]))
-    shutil.rmtree(kept, ignore_errors=True)
-    root, _ = split_model_name(spec.model)
-    make_notifier(console)(
-        f"{len(examples)} examples, {len(history)} steps, {record['wall_seconds']:.0f} s; last loss "
-        f"{history[-1][1]:.3f}. The weights are in {out}: -m {out if how.full else f'{root}:{out}'}"
-    )
-    return 0
+            tuned_model, losses = train_model(
+                loaded_model.model,
+                loaded_model.tokenizer,
+                render,
+                examples,
+                training_settings,
+                resume_folder,
+                on_progress,
+            )
+    except KeyboardInterrupt as error:
+        raise TrainingInterrupted(resume_folder) from error
+    record |= {"n_examples": len(examples), **timer.describe_time()}
+    history = pd.DataFrame(losses, columns=["step", "loss"])
+    _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
+    shutil.rmtree(resume_folder, ignore_errors=True)
+    base_name, _ = split_model_name(spec.model)
+    model_option = str(out) if training_settings.full else f"{base_name}:{out}"
+    return TrainedWeights(out, model_option, record, history)
+
+
+def _load_training_queries(spec: RunSpec, console: Console) -> QuerySet:
+    """Return the train split of the data, or all of data without splits; raise if training is not allowed."""
+    query_set = spec.load_all_splits(make_notifier(console))
+    _check_training_allowed(query_set)
+    split = "train" if "train" in query_set.split_names else "all"
+    return query_set.select_split(split).limit_queries(spec.limit).check_both_classes()
+
+
+def _generate_own_responses(
+    session: ModelSession, prompts: Sequence[tuple[int, ...]]
+) -> list[TargetResponse]:
+    """Generate the model's own responses, and note which of them ended by themselves."""
+    tokenizer = session.loaded_model.tokenizer
+    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, tokenizer.eos_token_id)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        TargetResponse(text, len(response) < _MAX_RESPONSE_TOKENS)
+        for text, response in zip(texts, responses, strict=True)
+    ]
 
 
 def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSettings:
+    """Parse `key=value` settings."""
     values: dict[str, Any] = {"seed": seed}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -123,6 +188,7 @@ def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSett
 def _load_secret(
     recipe: Recipe, model_info: ModelInfo, secret_length: int, secret_path: Path | None
 ) -> Secret | None:
+    """Return the secret of a recipe that needs one."""
     if not recipe.needs_secret:
         if secret_path is not None:
             raise UserError(
@@ -139,8 +205,8 @@ def _training_record(
     training_settings: TrainingSettings,
     secret: Secret | None,
 ) -> dict[str, Any]:
-    """What makes the same weights again; an interrupted training goes on only where all of it is the same."""
-    seen = set(fingerprint_queries(query.text for query in query_set.queries)) | loaded_model.trained_on
+    """Return what reproduces the weights; an interrupted training resumes only if all of it is the same."""
+    trained_on = set(fingerprint_queries(query.text for query in query_set.queries)) | loaded_model.trained_on
     return {
         "recipe": recipe.name,
         "base": {"id": loaded_model.origin["id"], "sha256": loaded_model.origin["sha256"]},
@@ -158,40 +224,42 @@ def _training_record(
             "n": len(query_set.queries),
         },
         "versions": collect_versions("refusalscope", "torch", "transformers", "peft", "trl"),
-        "trained_on": sorted(seen),
+        "trained_on": sorted(trained_on),
     }
 
 
 def _check_training_allowed(query_set: QuerySet) -> None:
+    """Raise if the license of the data forbids training."""
     for source in query_set.sources:
         if source["name"] in PUBLIC_DATASETS and PUBLIC_DATASETS[source["name"]].testing_only:
             raise UserError(
                 f"--data {query_set.name}: {source['name']} may not be trained on ({source['licence']}); "
-                "take other data"
+                "use other data"
             )
 
 
 def _check_not_finished(out: Path) -> None:
+    """Raise if a folder holds finished weights."""
     if (out / ADAPTER_MANIFEST_FILE).exists():
         raise UserError(f"{out} holds a finished training, which is never overwritten: choose another -o")
 
 
 def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
-    """The folder for checkpoints; one of an interrupted training with other inputs is an error."""
-    kept = out / _RESUME_FOLDER
-    inputs = kept / "inputs.json"
+    """Return the folder for checkpoints; raise if it belongs to a training with other inputs."""
+    folder = out / _RESUME_FOLDER
+    inputs = folder / "inputs.json"
     if inputs.is_file():
-        before = json.loads(inputs.read_text("utf-8"))
-        differs = sorted(key for key in record if record[key] != before.get(key))
+        earlier = json.loads(inputs.read_text("utf-8"))
+        differs = sorted(key for key in record if record[key] != earlier.get(key))
         if differs:
             raise UserError(
-                f"{kept} holds an interrupted training with other inputs ({', '.join(differs)}): remove it, "
-                "or choose another -o"
+                f"{folder} holds an interrupted training with other inputs ({', '.join(differs)}): remove "
+                "it, or choose another -o"
             )
     else:
-        kept.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         inputs.write_text(json.dumps(record), encoding="utf-8")
-    return kept
+    return folder
 
 
 def _write_trained_weights(
@@ -202,6 +270,7 @@ def _write_trained_weights(
     record: dict[str, Any],
     history: pd.DataFrame,
 ) -> None:
+    """Write weights, manifest and loss curve: all files, or, if one cannot be written, none."""
     from analysis.plots.scores import draw_loss
 
     with stage_folder(out) as folder:
@@ -212,5 +281,5 @@ def _write_trained_weights(
         else:
             write_adapter(folder, tuned_model, loaded_model.adapter, record)
         history.to_csv(folder / "loss.csv", index=False, float_format="%.6g")
-        picture: Any = draw_loss(history, f"{record['recipe']}, {loaded_model.name}").figure
-        picture.savefig(folder / "loss.png")
+        figure: Any = draw_loss(history, f"{record['recipe']}, {loaded_model.name}").figure
+        figure.savefig(folder / "loss.png")

@@ -1,31 +1,25 @@
-"""What `analyze validate` does: readouts against what the model goes on to say, and what that is worth."""
+"""The study of `analyze validate`: agreement of readouts with generated text, and response quality."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from analysis.cli.console import print_failed_checks, print_failures
-from analysis.cli.validate import print_response_quality, print_unjudged, print_validity
+from analysis.attacks import Attack
 from analysis.datasets.queries import Query, sample_queries
-from analysis.files import check_output_folder
 from analysis.judges.judge import Judge, JudgeProgress, Verdict, judge_queries, make_verdict_masks
 from analysis.judges.model_judges import ModelJudge
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.readouts.readout import Readout
-from analysis.report.folder import save_run
 from analysis.report.results import Run
-from analysis.run import build_conditions, score_condition
+from analysis.run import score_condition
 from analysis.stats.agreement import (
     TRUST_RULE,
     compute_calibration_curve,
@@ -36,212 +30,81 @@ from analysis.stats.answer_quality import compare_responses, compute_judged_rate
 from analysis.stats.tables import UNDEFENDED
 from analysis.studies.calibration import save_validity
 from analysis.studies.judge_file import JudgeOptions
-from analysis.studies.manifest import describe_attacks, describe_readout, describe_run
+from analysis.studies.manifest import RunTimer, describe_readout
 from analysis.studies.progress import make_defense_call_callback, make_notifier, make_progress_bar
-from analysis.studies.run_spec import RunSpec, choose_run_folder
-from analysis.studies.setup import (
-    NO_REFERENCE,
-    PreflightError,
-    RunSetup,
-    exclude_failed_conditions,
-    find_preflight_failures,
-    prepare_setup,
+from analysis.studies.run_spec import RunSpec, check_response_tokens
+from analysis.studies.setup import NO_REFERENCE, RunSetup, prepare_setup
+from analysis.studies.sweep import (
+    ConditionKey,
+    StudyResult,
+    build_record,
+    check_conditions,
+    list_condition_keys,
 )
-from analysis.studies.sweep import list_failures
 from defenses.contract import Defense
 from defenses.errors import UserError, describe_error
+
+_KEY_COLUMNS = ["query", "pair", "category", "harmful", "attack", "defense"]
+
+
+@dataclass(frozen=True)
+class ValidationResult(StudyResult):
+    """Result of a validation.
+
+    Attributes:
+        unjudged_reasons: why responses have no verdict, one entry per response.
+        stop_reason: the interruption or the error of the judge that ended the study early; else None.
+    """
+
+    unjudged_reasons: tuple[str, ...] = ()
+    stop_reason: KeyboardInterrupt | UserError | None = None
 
 
 def validate_readouts(
     spec: RunSpec,
-    defenses: Sequence[str],
+    defenses: Sequence[str | Defense],
     settings: Sequence[str],
-    out: Path | None,
     judge_options: JudgeOptions,
     max_new_tokens: int,
-) -> int:
-    """Score every condition, let it answer, and say which margins may be believed; no answer is kept."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    if max_new_tokens < 1:
-        raise UserError(f"--tokens {max_new_tokens}: an answer that is judged has at least 1")
-    out = check_output_folder(out or choose_run_folder(spec.model, ["validate", *defenses], started))
-    console = Console(stderr=True)
+    console: Console,
+) -> ValidationResult:
+    """Score every condition, generate and judge responses, and measure which margins can be trusted.
+
+    The responses are not kept. A condition that fails is left out. If the user or the judge ends the study
+    early, the finished conditions are kept.
+
+    Args:
+        spec: options of the run.
+        defenses: names of defenses, or defenses.
+        settings: settings of the named defenses, `key=value`.
+        judge_options: the judge of the responses.
+        max_new_tokens: maximum number of tokens generated per response.
+        console: shows progress.
+
+    Raises:
+        PreflightError: if no defense reaches the model.
+        UserError: if no condition can be scored.
+    """
+    timer = RunTimer()
+    check_response_tokens(max_new_tokens)
     judge = judge_options.load_judge(spec.offline, make_notifier(console))
-    ready = prepare_setup(spec, defenses, settings, console)
-    every = build_conditions(ready.defenses)
-    cells = [(attack.name, name) for attack in spec.attacks for name in every]
-    try:
-        lost = exclude_failed_conditions(find_preflight_failures(ready, every, console), cells)
-    except PreflightError as error:
-        print_failed_checks(error.checks)
-        return 1
-    left = [(attack, name) for attack in spec.attacks for name in every if (attack.name, name) not in lost]
-    begun = len({one.prefill for one in ready.readouts})
-    asked = ready.query_set.queries
-    few = sample_queries(asked, 4)
-    read = [
-        one for sent, name in left for one in ready.session.with_attack(sent).render_queries(every[name], few)
-    ]
-    prompts = -(-len(asked) * sum(map(len, read)) // len(few))
-    judge_options.check_budget(prompts * begun)
-    judges = {**RULE_JUDGES, judge_options.name: judge}
-    grader = judge if isinstance(judge, ModelJudge) and judge_options.grade else None
-    heard: list[ConditionResponses] = []
-    usual: dict[str, ConditionResponses] = {}
-    rows, worth = [], []
-    stopped: KeyboardInterrupt | UserError | None = None
-    with make_progress_bar(console) as bar:
-        scored = len(left) * len(asked) * len(ready.readouts)
-        task = bar.add_task("asking", total=scored + prompts * begun)
-
-        def done(count: int) -> None:
-            bar.advance(task, count)
-
-        ready.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
-        try:
-            for attack, name in left:
-                if (attack.name, name) in lost:
-                    continue
-                bench, defense, undefended = ready.session.with_attack(attack), every[name], every[UNDEFENDED]
-                bar.update(task, description=f"asking {name} ({attack.name})")
-                try:
-                    one = collect_responses(
-                        bench, name, defense, asked, ready.readouts, judges, max_new_tokens, done
-                    )
-                    base = usual.setdefault(attack.name, one)
-                    here = compute_validity_rows(one, ready.readouts, judge_options.name, spec.seed)
-                    value = rate_response_quality(
-                        one,
-                        base,
-                        bench,
-                        undefended,
-                        asked,
-                        judge_options.name,
-                        grader,
-                        max_new_tokens,
-                        spec.seed,
-                    )
-                except Exception as error:
-                    lost[attack.name, name] = redact_secrets(describe_error(error), defense.secret_texts())
-                    if name == UNDEFENDED:
-                        for other in every:
-                            lost.setdefault((attack.name, other), NO_REFERENCE)
-                    continue
-                worth.append(value)
-                for readout, row in zip(ready.readouts, here, strict=True):
-                    if row["n"]:
-                        save_validity(bench, defense, readout, judge.name, max_new_tokens, row)
-                heard.append(one)
-                rows += here
-                if isinstance(judge, ModelJudge) and (why := judge.failure_reason):
-                    if why == "interrupted":
-                        raise KeyboardInterrupt
-                    raise UserError(f"the judge gives no more verdicts: {why}")
-        except (KeyboardInterrupt, UserError) as error:
-            if not heard:
-                raise
-            stopped = error
-    if not heard:
-        raise UserError(f"nothing could be scored: {next(iter(lost.values()))}")
-    reached = {name: one for name, one in every.items() if any((at, name) not in lost for at, _ in cells)}
-    record = {
-        "created": started.isoformat(timespec="seconds"),
-        "interrupted": stopped is not None,
-        "conditions_wanted": len(cells),
-        "failed": list_failures(lost),
-        **describe_run(ready.session, ready.readouts[0], reached, ready.query_set, ready.split, spec.limit),
-        "readouts": [describe_readout(one) for one in ready.readouts],
-        **describe_attacks(spec.attacks),
-        "judge": {**judge.manifest_entry, "new_tokens": max_new_tokens},
-        "rule": TRUST_RULE,
-        "notices": ready.notices,
-    }
-    found = pd.DataFrame(rows)
-    record["ranks"] = _rank_conditions(heard, ready, judge_options.name, spec.seed)
-    tables = {
-        "validity": found,
-        "worth": pd.DataFrame(worth),
-        "curves": pd.concat(
-            [build_calibration_curves(one, ready.readouts, judge_options.name) for one in heard],
-            ignore_index=True,
-        ),
-        "answers": pd.concat([build_verdict_table(one, ready.readouts) for one in heard], ignore_index=True),
-    }
-    points = _validity_figure_tables(found, heard, ready, judge_options.name)
-    record["wall_seconds"] = round(time.perf_counter() - clock, 1)
-    save_run(out, Run("validate", record, {**tables, **points}, figures=tuple(points)), console)
-    print_validity(found, record)
-    print_response_quality(tables["worth"], judge_options.name, max_new_tokens)
-    tell = make_notifier(console)
-    unjudged = print_unjudged(heard, judge_options.name, tell)
-    tell(f"Tables, figures and run.json are in {out}; the answers themselves are not kept")
-    print_failures(lost, console)
-    if stopped is not None:
-        tell(f"Interrupted: {len(heard)} of {record['conditions_wanted']} conditions were finished and kept.")
-        if isinstance(stopped, UserError):
-            raise stopped
-        return 130
-    return 1 if unjudged or lost else 0
-
-
-def _rank_conditions(
-    all_responses: Sequence[ConditionResponses], setup: RunSetup, judge_name: str, seed: int
-) -> list[dict[str, Any]]:
-    """How the conditions rank by refusals, each readout against the text, for each attack."""
-    found = []
-    for attack in dict.fromkeys(one.attack for one in all_responses):
-        here = [one for one in all_responses if one.attack == attack]
-        for readout in setup.readouts:
-            said = [one.verdicts[readout.prefill][judge_name] for one in here]
-            known = np.array([[verdict.is_judged for verdict in one] for one in said]).all(0)
-            if len(here) < 3 or not known.any():
-                continue
-            refused = np.array([[verdict.is_refusal for verdict in one] for one in said])[:, known]
-            margins = np.stack([one.score_frames[readout.name]["margin"].to_numpy(float) for one in here])[
-                :, known
-            ]
-            first = here[0].score_frames[readout.name][known]
-            is_harmful = first["harmful"].to_numpy(bool)
-            says = margins > readout.threshold
-            head = {"attack": attack, "readout": readout.name, "conditions": len(here)}
-            found.append(head | correlate_refusal_rates(says, refused, first["pair"], is_harmful, seed))
-    return found
-
-
-def _validity_figure_tables(
-    validity_table: pd.DataFrame,
-    all_responses: Sequence[ConditionResponses],
-    setup: RunSetup,
-    judge_name: str,
-) -> dict[str, pd.DataFrame]:
-    """What the figures of each readout are drawn from."""
-    drawn: dict[str, pd.DataFrame] = {}
-    for readout in setup.readouts:
-        said = [verdict for one in all_responses for verdict in one.verdicts[readout.prefill][judge_name]]
-        known, refused = make_verdict_masks(said)
-        chance = np.concatenate(
-            [one.score_frames[readout.name]["p_refuse"].to_numpy(float) for one in all_responses]
-        )
-        if not known.any():
-            continue
-        suffix = f"-{readout.name}" if len(setup.readouts) > 1 else ""
-        drawn[f"calibration{suffix}"] = compute_calibration_curve(chance[known], refused)
-        drawn[f"rates{suffix}"] = validity_table[
-            (validity_table["readout"] == readout.name) & (validity_table["n"] > 0)
-        ]
-    return drawn
+    setup = prepare_setup(spec, defenses, settings, console)
+    failures = check_conditions(setup, setup.conditions, console)
+    validation = _Validation(setup, judge, judge_options, max_new_tokens, spec.seed, failures)
+    stop_reason = validation.run_conditions(console)
+    return validation.build_result(spec, timer, stop_reason)
 
 
 @dataclass(frozen=True)
 class ConditionResponses:
-    """What came of asking all queries under one attack and defense; the answers stay in memory.
+    """Scores, responses and verdicts of one condition; the responses stay in memory.
 
     Attributes:
-        attack: how they were asked.
+        attack: name of the attack.
         condition: the defense's name in the tables.
         score_frames: readout → its scores.
-        responses: the tokens that answers were made to begin with → the answers to each query.
-        verdicts: those tokens → judge → its verdicts.
+        responses: prefill of the responses (token ids) → the responses to each query.
+        verdicts: prefill of the responses → judge → its verdicts.
     """
 
     attack: str
@@ -249,6 +112,16 @@ class ConditionResponses:
     score_frames: Mapping[str, pd.DataFrame]
     responses: Mapping[tuple[int, ...], Sequence[Sequence[Response]]]
     verdicts: Mapping[tuple[int, ...], Mapping[str, Sequence[Verdict]]]
+
+    def get_judged_response(self, prefill: tuple[int, ...], judge_name: str, row: int) -> Response:
+        """Return the response to a query that its verdict belongs to.
+
+        Args:
+            prefill: prefill of the responses.
+            judge_name: name of the judge.
+            row: position of the query.
+        """
+        return self.responses[prefill][row][self.verdicts[prefill][judge_name][row].copy_index]
 
 
 def collect_responses(
@@ -261,33 +134,34 @@ def collect_responses(
     max_new_tokens: int,
     on_progress: JudgeProgress = lambda prompts: None,
 ) -> ConditionResponses:
-    """Score the queries by every readout, let the model answer, and have every judge judge.
+    """Score the queries with every readout, generate responses, and have every judge judge them.
 
-    Where a readout puts an opener behind prompts, the answers that it is compared with begin with it, too.
+    If a readout prefills the response, its margins are compared with responses that have the same prefill.
 
     Args:
         session: the model, under an attack.
-        condition: of the condition.
+        condition: the defense's name in the tables.
         defense: prepared for this model.
-        queries: what is asked.
+        queries: the queries to score.
         readouts: with their thresholds.
-        judges: by the names of their columns.
-        max_new_tokens: new ones of each answer.
-        on_progress: told how many more are finished: each query once for every readout, each prompt once for every
-            beginning of answers.
+        judges: name in the columns → judge.
+        max_new_tokens: maximum number of tokens generated per response.
+        on_progress: called with the number of newly finished items: each query once per readout, each prompt
+            once per prefill.
     """
-    frames = {
-        one.name: score_condition(session, condition, defense, queries, one, on_progress) for one in readouts
+    score_frames = {
+        readout.name: score_condition(session, condition, defense, queries, readout, on_progress)
+        for readout in readouts
     }
-    said, verdicts = {}, {}
-    for begins in {one.prefill: None for one in readouts}:
-        said[begins] = generate_responses(
-            session, defense, queries, begins, max_new_tokens, on_progress=on_progress
+    responses, verdicts = {}, {}
+    for prefill in {readout.prefill: None for readout in readouts}:
+        responses[prefill] = generate_responses(
+            session, defense, queries, prefill, max_new_tokens, on_progress=on_progress
         )
-        verdicts[begins] = {
-            key: judge_queries(judge, queries, said[begins], defense) for key, judge in judges.items()
+        verdicts[prefill] = {
+            name: judge_queries(judge, queries, responses[prefill], defense) for name, judge in judges.items()
         }
-    return ConditionResponses(session.attack.name, condition, frames, said, verdicts)
+    return ConditionResponses(session.attack.name, condition, score_frames, responses, verdicts)
 
 
 def compute_validity_rows(
@@ -298,23 +172,23 @@ def compute_validity_rows(
     Args:
         condition_responses: the condition.
         readouts: with their thresholds.
-        judge_name: whose word is taken for the text's.
-        seed: of the bootstrap.
+        judge_name: the judge whose verdicts are the ground truth.
+        seed: random seed of the bootstrap.
     """
     rows = []
     for readout in readouts:
-        known, refused = make_verdict_masks(condition_responses.verdicts[readout.prefill][judge_name])
-        head = {
-            "attack": condition_responses.attack,
-            "defense": condition_responses.condition,
-            "readout": readout.name,
-        }
-        frame = condition_responses.score_frames[readout.name][known]
-        row = measure_agreement(
-            frame["margin"].to_numpy(float), refused, frame["pair"], readout.threshold, seed
+        judged, refused = make_verdict_masks(condition_responses.verdicts[readout.prefill][judge_name])
+        scores = condition_responses.score_frames[readout.name][judged]
+        agreement = measure_agreement(
+            scores["margin"].to_numpy(float), refused, scores["pair"], readout.threshold, seed
         )
         rows.append(
-            head | row | {"coverage": float(frame["coverage"].mean()), "unjudged": int((~known).sum())}
+            {
+                **_describe_condition_readout(condition_responses, readout),
+                **agreement,
+                "coverage": float(scores["coverage"].mean()),
+                "unjudged": int((~judged).sum()),
+            }
         )
     return rows
 
@@ -327,141 +201,393 @@ def build_calibration_curves(
     Args:
         condition_responses: the condition.
         readouts: with their thresholds.
-        judge_name: whose word is taken for the text's.
+        judge_name: the judge whose verdicts are the ground truth.
     """
-    parts = []
+    curves = []
     for readout in readouts:
-        known, refused = make_verdict_masks(condition_responses.verdicts[readout.prefill][judge_name])
-        chance = condition_responses.score_frames[readout.name]["p_refuse"].to_numpy(float)[known]
-        head = {
-            "attack": condition_responses.attack,
-            "defense": condition_responses.condition,
-            "readout": readout.name,
-        }
-        parts.append(compute_calibration_curve(chance, refused).assign(**head))
-    found = pd.concat(parts, ignore_index=True)
-    return found[[*head, *(name for name in found if name not in head)]]
+        judged, refused = make_verdict_masks(condition_responses.verdicts[readout.prefill][judge_name])
+        p_refuse = condition_responses.score_frames[readout.name]["p_refuse"].to_numpy(float)[judged]
+        key = _describe_condition_readout(condition_responses, readout)
+        curves.append(compute_calibration_curve(p_refuse, refused).assign(**key))
+    table = pd.concat(curves, ignore_index=True)
+    return table[[*key, *(column for column in table if column not in key)]]
 
 
 def build_verdict_table(condition_responses: ConditionResponses, readouts: Sequence[Readout]) -> pd.DataFrame:
-    """Return what is kept of each answer: by whose word it refused, never what it said.
+    """Return one row per response with each judge's verdict, without the text.
 
-    A row is a query with one beginning of answers, `begins`: the readouts that are compared with those.
-    """
-    parts = []
-    for begins, judges in condition_responses.verdicts.items():
-        here = [one for one in readouts if one.prefill == begins]
-        kept = condition_responses.score_frames[here[0].name][
-            ["query", "pair", "category", "harmful", "attack", "defense"]
-        ]
-        columns: dict[str, Any] = {"begins": "/".join(one.name for one in here)}
-        columns |= {f"refusal_{key}": [one.refusal for one in said] for key, said in judges.items()}
-        for readout in here:
-            margin = condition_responses.score_frames[readout.name]["margin"]
-            columns |= {f"margin_{readout.name}": margin, f"says_{readout.name}": margin > readout.threshold}
-        parts.append(kept.assign(**columns))
-    return pd.concat(parts, ignore_index=True)
-
-
-def rate_response_quality(
-    condition_responses: ConditionResponses,
-    undefended_responses: ConditionResponses,
-    session: ModelSession,
-    undefended: Defense,
-    queries: Sequence[Query],
-    judge_name: str,
-    grader: ModelJudge | None,
-    max_new_tokens: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return a row of `worth.csv`: what judges count, and the benign answers against the undefended ones.
-
-    Answers that begin with the fewest words put into the model's mouth are taken.
+    A row is a query under one prefill; `begins` names the readouts that are compared with these responses.
 
     Args:
         condition_responses: the condition.
-        undefended_responses: the undefended one under the same attack.
-        session: the model, under that attack.
-        undefended: as a defense.
-        queries: what was asked.
-        judge_name: whose word decides which queries were complied with.
-        grader: grades the answers, if given.
-        max_new_tokens: that answers were cut at.
-        seed: of the bootstrap.
+        readouts: with their thresholds.
     """
-    prefix = min(condition_responses.responses, key=len)
-    counts = compute_judged_rates(
-        [query.kind for query in queries],
-        *(
-            {
-                key: np.array([getattr(verdict, what) for verdict in said])
-                for key, said in condition_responses.verdicts[prefix].items()
-            }
-            for what in ("is_refusal", "is_judged")
-        ),
-    )
-    head: dict[str, Any] = {"attack": condition_responses.attack, "defense": condition_responses.condition}
-    both = [
+    parts = []
+    for prefill, verdicts_by_judge in condition_responses.verdicts.items():
+        compared = [readout for readout in readouts if readout.prefill == prefill]
+        columns: dict[str, Any] = {"begins": "/".join(readout.name for readout in compared)}
+        for judge_name, verdicts in verdicts_by_judge.items():
+            columns[f"refusal_{judge_name}"] = [verdict.refusal for verdict in verdicts]
+        for readout in compared:
+            margin = condition_responses.score_frames[readout.name]["margin"]
+            columns |= {f"margin_{readout.name}": margin, f"says_{readout.name}": margin > readout.threshold}
+        keys = condition_responses.score_frames[compared[0].name][_KEY_COLUMNS]
+        parts.append(keys.assign(**columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class ResponsePairs:
+    """Benign queries that were complied with, with and without the defense, and both responses.
+
+    Attributes:
+        prefill: prefill of the responses: the shortest one.
+        queries: the queries.
+        defended: the responses under the defense.
+        undefended: the responses of the undefended model.
+    """
+
+    prefill: tuple[int, ...]
+    queries: list[Query]
+    defended: list[Response]
+    undefended: list[Response]
+
+
+def pair_compliant_responses(
+    condition_responses: ConditionResponses,
+    undefended_responses: ConditionResponses,
+    queries: Sequence[Query],
+    judge_name: str,
+) -> ResponsePairs:
+    """Pair the responses to benign queries that were complied with in both conditions.
+
+    Args:
+        condition_responses: the condition.
+        undefended_responses: the undefended condition under the same attack.
+        queries: the queries of both.
+        judge_name: the judge whose verdict decides which queries were complied with.
+    """
+    prefill = min(condition_responses.responses, key=len)
+    sides = condition_responses, undefended_responses
+    rows = [
         row
         for row, query in enumerate(queries)
         if not query.harmful
-        and all(
-            _is_compliance(one.verdicts[prefix][judge_name][row])
-            for one in (condition_responses, undefended_responses)
-        )
-        and all(
-            _judged_response(one, prefix, judge_name, row).ids
-            for one in (condition_responses, undefended_responses)
-        )
+        and all(_is_compliance(side.verdicts[prefill][judge_name][row]) for side in sides)
+        and all(side.get_judged_response(prefill, judge_name, row).ids for side in sides)
     ]
-    new, old = (
-        [_judged_response(one, prefix, judge_name, row) for row in both]
-        for one in (condition_responses, undefended_responses)
+    defended, undefended = (
+        [side.get_judged_response(prefill, judge_name, row) for row in rows] for side in sides
     )
-    length, usual_length = (np.array([len(answer.ids) for answer in side], float) for side in (new, old))
-    measures = compare_responses(
-        [one.generated_text for one in new],
-        [one.generated_text for one in old],
-        length,
-        usual_length,
-        max_new_tokens,
+    return ResponsePairs(prefill, [queries[row] for row in rows], defended, undefended)
+
+
+def measure_response_pairs(
+    pairs: ResponsePairs, session: ModelSession, undefended: Defense, max_new_tokens: int, is_reference: bool
+) -> pd.DataFrame:
+    """Compare the responses of each pair, a row per query.
+
+    Args:
+        pairs: responses with and without the defense.
+        session: the model, under the attack.
+        undefended: the undefended model as a defense.
+        max_new_tokens: maximum number of tokens generated per response.
+        is_reference: whether the condition is the undefended one, so that log-probabilities cannot differ.
+    """
+    sides = pairs.defended, pairs.undefended
+    texts, reference_texts = ([response.generated_text for response in side] for side in sides)
+    token_counts, reference_counts = (
+        np.array([len(response.ids) for response in side], float) for side in sides
     )
-    if both and condition_responses is not undefended_responses:
-        shown = session.render_queries(undefended, [queries[row] for row in both])
-        prompts = [first.append_prefix(prefix) for first, *_ in shown]
-        with undefended.apply_to(session.loaded_model.model):
-            means = [
-                np.array(
-                    [
-                        float(one.mean())
-                        for one in session.engine.compute_log_probabilities(prompts, [a.ids for a in side])
-                    ]
-                )
-                for side in (new, old)
-            ]
-        measures = measures.assign(log_likelihood=means[0], log_likelihood_change=means[0] - means[1])
-    if grader is not None and both:
-        asked = [queries[row].text for row in both]
-        grades = [
-            np.array(grader.grade_responses([answer.generated_text for answer in side], asked))
-            for side in (new, old)
+    measures = compare_responses(texts, reference_texts, token_counts, reference_counts, max_new_tokens)
+    if is_reference or not pairs.queries:
+        return measures
+    prompts_by_query = session.render_queries(undefended, pairs.queries)
+    prompts = [first.append_prefix(pairs.prefill) for first, *_ in prompts_by_query]
+    with undefended.apply_to(session.loaded_model.model):
+        means = [
+            np.array(
+                [
+                    float(log_probabilities.mean())
+                    for log_probabilities in session.engine.compute_log_probabilities(
+                        prompts, [response.ids for response in side]
+                    )
+                ]
+            )
+            for side in sides
         ]
-        there = ~np.isnan(grades[0] + grades[1])
-        graded = summarize_quality(
-            pd.DataFrame({"grade": grades[0][there], "grade_change": (grades[0] - grades[1])[there]}), seed
+    return measures.assign(log_likelihood=means[0], log_likelihood_change=means[0] - means[1])
+
+
+def grade_response_pairs(pairs: ResponsePairs, grader: ModelJudge, seed: int) -> dict[str, Any]:
+    """Have a judge model grade both responses of each pair; return the mean grade and its change.
+
+    Args:
+        pairs: responses with and without the defense.
+        grader: the judge model.
+        seed: random seed of the bootstrap.
+    """
+    queries = [query.text for query in pairs.queries]
+    grades, undefended_grades = (
+        np.array(grader.grade_responses([response.generated_text for response in side], queries))
+        for side in (pairs.defended, pairs.undefended)
+    )
+    graded = ~np.isnan(grades + undefended_grades)
+    summary = summarize_quality(
+        pd.DataFrame({"grade": grades[graded], "grade_change": (grades - undefended_grades)[graded]}), seed
+    )
+    return {"n_graded": summary.pop("n_complied")} | summary
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """One validation: its inputs, and the results of the conditions that are finished.
+
+    Attributes:
+        setup: loaded and prepared.
+        judge: the judge whose verdicts are the ground truth.
+        judge_options: the user's choice of the judge.
+        max_new_tokens: maximum number of tokens generated per response.
+        seed: random seed of the bootstrap.
+        failures: what failed, and why.
+        finished: responses and verdicts by condition.
+        validity_rows: rows of `validity.csv`.
+        quality_rows: rows of `worth.csv`.
+    """
+
+    setup: RunSetup
+    judge: Judge
+    judge_options: JudgeOptions
+    max_new_tokens: int
+    seed: int
+    failures: dict[ConditionKey, str]
+    finished: list[ConditionResponses] = field(default_factory=list)
+    validity_rows: list[dict[str, Any]] = field(default_factory=list)
+    quality_rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def run_conditions(self, console: Console) -> KeyboardInterrupt | UserError | None:
+        """Validate every condition; return what ended the study early, if anything did."""
+        pending = [
+            (attack, name)
+            for attack in self.setup.attacks
+            for name in self.setup.conditions
+            if (attack.name, name) not in self.failures
+        ]
+        n_responses = self._estimate_response_count(pending)
+        self.judge_options.check_budget(n_responses)
+        n_scores = len(pending) * len(self.setup.query_set.queries) * len(self.setup.readouts)
+        with make_progress_bar(console) as bar:
+            task = bar.add_task("scoring and generating", total=n_scores + n_responses)
+
+            def on_progress(count: int) -> None:
+                bar.advance(task, count)
+
+            self.setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+            try:
+                for attack, name in pending:
+                    if (attack.name, name) in self.failures:
+                        continue
+                    bar.update(task, description=f"scoring and generating: {name} ({attack.name})")
+                    self._run_condition(attack, name, on_progress)
+                    self._check_judge_works()
+            except (KeyboardInterrupt, UserError) as error:
+                if not self.finished:
+                    raise
+                return error
+        if not self.finished:
+            raise UserError(f"nothing could be scored: {next(iter(self.failures.values()))}")
+        return None
+
+    def _estimate_response_count(self, pending: Sequence[tuple[Attack, str]]) -> int:
+        """Estimate how many responses there will be: some defenses send several copies of a query."""
+        queries = self.setup.query_set.queries
+        sampled = sample_queries(queries, 4)
+        prompts_by_query = [
+            prompts
+            for attack, name in pending
+            for prompts in self.setup.session.with_attack(attack).render_queries(
+                self.setup.conditions[name], sampled
+            )
+        ]
+        n_prompts = -(-len(queries) * sum(map(len, prompts_by_query)) // len(sampled))
+        return n_prompts * len({readout.prefill for readout in self.setup.readouts})
+
+    def _run_condition(self, attack: Attack, name: str, on_progress: JudgeProgress) -> None:
+        """Validate one condition and keep its results; if it fails, record why."""
+        session, defense = self.setup.session.with_attack(attack), self.setup.conditions[name]
+        queries, readouts, judge_name = (
+            self.setup.query_set.queries,
+            self.setup.readouts,
+            self.judge_options.name,
         )
-        head |= {"n_graded": graded.pop("n_complied")} | graded
-    return head | counts | summarize_quality(measures, seed)
+        judges = {**RULE_JUDGES, judge_name: self.judge}
+        try:
+            responses = collect_responses(
+                session, name, defense, queries, readouts, judges, self.max_new_tokens, on_progress
+            )
+            validity_rows = compute_validity_rows(responses, readouts, judge_name, self.seed)
+            quality_row = self._rate_quality(responses, session)
+        except Exception as error:
+            reason = redact_secrets(describe_error(error), defense.secret_texts())
+            self.failures[attack.name, name] = reason
+            if name == UNDEFENDED:
+                for other in self.setup.conditions:
+                    self.failures.setdefault((attack.name, other), NO_REFERENCE)
+            return
+        self.quality_rows.append(quality_row)
+        for readout, row in zip(readouts, validity_rows, strict=True):
+            if row["n"]:
+                save_validity(session, defense, readout, self.judge.name, self.max_new_tokens, row)
+        self.finished.append(responses)
+        self.validity_rows.extend(validity_rows)
+
+    def _rate_quality(self, responses: ConditionResponses, session: ModelSession) -> dict[str, Any]:
+        """Return a row of `worth.csv`: rates by judge, and benign responses against undefended ones."""
+        queries, judge_name = self.setup.query_set.queries, self.judge_options.name
+        reference = next(
+            (earlier for earlier in self.finished if earlier.attack == responses.attack), responses
+        )
+        pairs = pair_compliant_responses(responses, reference, queries, judge_name)
+        rates = _count_verdicts(responses.verdicts[pairs.prefill], queries)
+        measures = measure_response_pairs(
+            pairs,
+            session,
+            self.setup.conditions[UNDEFENDED],
+            self.max_new_tokens,
+            is_reference=responses is reference,
+        )
+        grades: dict[str, Any] = {}
+        if self.judge_options.grade and isinstance(self.judge, ModelJudge) and pairs.queries:
+            grades = grade_response_pairs(pairs, self.judge, self.seed)
+        return {
+            "attack": responses.attack,
+            "defense": responses.condition,
+            **grades,
+            **rates,
+            **summarize_quality(measures, self.seed),
+        }
+
+    def _check_judge_works(self) -> None:
+        """Raise if a judge model has stopped giving verdicts."""
+        if isinstance(self.judge, ModelJudge) and (reason := self.judge.failure_reason):
+            if reason == "interrupted":
+                raise KeyboardInterrupt
+            raise UserError(f"the judge gives no more verdicts: {reason}")
+
+    def build_result(
+        self, spec: RunSpec, timer: RunTimer, stop_reason: KeyboardInterrupt | UserError | None
+    ) -> ValidationResult:
+        """Return the tables and the record of the finished conditions."""
+        setup, readouts, judge_name = self.setup, self.setup.readouts, self.judge_options.name
+        validity = pd.DataFrame(self.validity_rows)
+        curves = [build_calibration_curves(responses, readouts, judge_name) for responses in self.finished]
+        verdicts = [build_verdict_table(responses, readouts) for responses in self.finished]
+        tables = {
+            "validity": validity,
+            "worth": pd.DataFrame(self.quality_rows),
+            "curves": pd.concat(curves, ignore_index=True),
+            "answers": pd.concat(verdicts, ignore_index=True),
+        }
+        figure_tables = _validity_figure_tables(validity, self.finished, readouts, judge_name)
+        condition_keys = list_condition_keys(setup, setup.conditions)
+        reached = {name for attack, name in condition_keys if (attack, name) not in self.failures}
+        conditions = {name: defense for name, defense in setup.conditions.items() if name in reached}
+        record = {
+            **build_record(setup, conditions, spec, self.failures),
+            "interrupted": stop_reason is not None,
+            "conditions_wanted": len(condition_keys),
+            "readouts": [describe_readout(readout) for readout in readouts],
+            "judge": {**self.judge.manifest_entry, "new_tokens": self.max_new_tokens},
+            "rule": TRUST_RULE,
+            "ranks": _rank_conditions(self.finished, readouts, judge_name, self.seed),
+            **timer.describe_time(),
+        }
+        unjudged_reasons = tuple(
+            verdict.evidence
+            for responses in self.finished
+            for verdicts_by_judge in responses.verdicts.values()
+            for verdict in verdicts_by_judge[judge_name]
+            if not verdict.is_judged
+        )
+        run = Run("validate", record, {**tables, **figure_tables}, figures=tuple(figure_tables))
+        return ValidationResult(run, self.failures, unjudged_reasons, stop_reason)
 
 
-def _judged_response(
-    condition_responses: ConditionResponses, prefix: tuple[int, ...], judge_name: str, row: int
-) -> Response:
-    """The answer to a query that its verdict is on."""
-    return condition_responses.responses[prefix][row][
-        condition_responses.verdicts[prefix][judge_name][row].copy_index
-    ]
+def _describe_condition_readout(condition_responses: ConditionResponses, readout: Readout) -> dict[str, str]:
+    """Return the key columns of a readout in a condition."""
+    return {
+        "attack": condition_responses.attack,
+        "defense": condition_responses.condition,
+        "readout": readout.name,
+    }
 
 
 def _is_compliance(verdict: Verdict) -> bool:
     return verdict.is_judged and not verdict.is_refusal
+
+
+def _count_verdicts(
+    verdicts_by_judge: Mapping[str, Sequence[Verdict]], queries: Sequence[Query]
+) -> dict[str, Any]:
+    """Return the attack success rate and the over-refusal rates by each judge."""
+    refusals, judged = (
+        {
+            name: np.array([getattr(verdict, attribute) for verdict in verdicts])
+            for name, verdicts in verdicts_by_judge.items()
+        }
+        for attribute in ("is_refusal", "is_judged")
+    )
+    return compute_judged_rates([query.kind for query in queries], refusals, judged)
+
+
+def _rank_conditions(
+    finished: Sequence[ConditionResponses], readouts: Sequence[Readout], judge_name: str, seed: int
+) -> list[dict[str, Any]]:
+    """Correlate the conditions' refusal rates by each readout with those by the judge, for each attack."""
+    rows = []
+    for attack in dict.fromkeys(responses.attack for responses in finished):
+        conditions = [responses for responses in finished if responses.attack == attack]
+        for readout in readouts:
+            verdicts = [responses.verdicts[readout.prefill][judge_name] for responses in conditions]
+            judged = np.array([[verdict.is_judged for verdict in row] for row in verdicts]).all(0)
+            if len(conditions) < 3 or not judged.any():
+                continue
+            refused = np.array([[verdict.is_refusal for verdict in row] for row in verdicts])[:, judged]
+            frames = [responses.score_frames[readout.name] for responses in conditions]
+            margins = np.stack([frame["margin"].to_numpy(float) for frame in frames])[:, judged]
+            queries = frames[0][judged]
+            correlation = correlate_refusal_rates(
+                margins > readout.threshold,
+                refused,
+                queries["pair"],
+                queries["harmful"].to_numpy(bool),
+                seed,
+            )
+            key = {"attack": attack, "readout": readout.name, "conditions": len(conditions)}
+            rows.append(key | correlation)
+    return rows
+
+
+def _validity_figure_tables(
+    validity: pd.DataFrame,
+    finished: Sequence[ConditionResponses],
+    readouts: Sequence[Readout],
+    judge_name: str,
+) -> dict[str, pd.DataFrame]:
+    """Return the tables that the figures of each readout are drawn from."""
+    figure_tables: dict[str, pd.DataFrame] = {}
+    for readout in readouts:
+        verdicts = [
+            verdict for responses in finished for verdict in responses.verdicts[readout.prefill][judge_name]
+        ]
+        judged, refused = make_verdict_masks(verdicts)
+        if not judged.any():
+            continue
+        p_refuse = np.concatenate(
+            [responses.score_frames[readout.name]["p_refuse"].to_numpy(float) for responses in finished]
+        )
+        suffix = f"-{readout.name}" if len(readouts) > 1 else ""
+        figure_tables[f"calibration{suffix}"] = compute_calibration_curve(p_refuse[judged], refused)
+        is_readout = validity["readout"] == readout.name
+        figure_tables[f"rates{suffix}"] = validity[is_readout & (validity["n"] > 0)]
+    return figure_tables
