@@ -25,7 +25,7 @@ import copy
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,7 +58,7 @@ def checked(hinted: Any) -> Any:
 
 install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
 
-from analysis.datasets.queries import sample_queries  # noqa: E402
+from analysis.datasets.queries import Query, sample_queries  # noqa: E402
 from analysis.models.loading import LoadedModel, load_model  # noqa: E402
 from analysis.models.registry import MODEL_REGISTRY  # noqa: E402
 from analysis.models.session import ModelSession  # noqa: E402
@@ -68,8 +68,10 @@ from analysis.readouts.first_token import (  # noqa: E402
     REFUSAL_WORDS,
     derive_words_readout,
 )
+from analysis.readouts.readout import Readout  # noqa: E402
 from defenses.adapters import Adapter  # noqa: E402
-from defenses.contract import MeanActivations  # noqa: E402
+from defenses.catalog import get_defense  # noqa: E402
+from defenses.contract import Defense, MeanActivations  # noqa: E402
 from defenses.training.adapter_files import write_adapter  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
@@ -393,6 +395,8 @@ def derive_readout(session, queries, undefended, *options):
 
 def pictures(points, about, counts=None, attacks=("direct",), **tables):
     """Return figures with their tables, of a run of which captions say this; `tables` are not drawn."""
+    from dataclasses import replace
+
     from analysis.plots.captions import make_caption_context
     from analysis.report.results import Run
 
@@ -411,7 +415,8 @@ def pictures(points, about, counts=None, attacks=("direct",), **tables):
     }
     if counts is None:
         record["reported_on"] = about.split
-    assert make_caption_context(record) == about
+    context = make_caption_context(record)
+    assert replace(context, attacks=about.attacks, judge_name="", max_new_tokens=0) == about
     run = Run("toy", record, {**tables, **points}, figures=tuple(points))
     return {stem: (run.draw_figure(stem), table) for stem, table in points.items()}
 
@@ -544,3 +549,32 @@ def cli_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `analyze` draw nothing, where a test is not about figures."""
     monkeypatch.setattr("analysis.plots.data.build_analysis_points", lambda *_: {})
+
+
+# --- of the mechanism package ---
+
+TOY_READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0))
+
+
+def pair_runs(
+    session: ModelSession, defense: Defense, queries: Sequence[Query], readout: Readout = TOY_READOUT
+) -> Any:
+    """Return the defended run of some queries, paired with the undefended one."""
+    from analysis.mechanism.components import locate_components
+    from analysis.mechanism.interventions import PairedRuns
+
+    components = locate_components(session.loaded_model.model)
+    return PairedRuns(session, components, readout, get_defense("none"), defense, tuple(queries))
+
+
+def read_plain_margins(
+    session: ModelSession,
+    defense: Defense,
+    prompt_ids: Sequence[Sequence[int]],
+    readout: Readout = TOY_READOUT,
+) -> Any:
+    """Return the margins of prompts from one plain forward pass each, without a shared prefix."""
+    model = session.loaded_model.model
+    with torch.no_grad(), defense.apply_to(model):
+        logits = [model(torch.tensor([ids])).logits[0, -1] for ids in prompt_ids]
+    return readout.compute_margins(torch.stack(logits))[:, 0].numpy()

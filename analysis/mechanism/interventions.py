@@ -345,7 +345,7 @@ class HeadEstimates:
         magnitudes = self.contrasts[list(CONTRASTS)].abs().max(axis=1).to_numpy()
         order = list(np.argsort(-magnitudes))
         random_heads = np.random.default_rng(seed).permutation(order[n_top:])[:n_top]
-        return sorted([*order[:n_top], *random_heads])
+        return sorted(int(position) for position in (*order[:n_top], *random_heads))
 
     def compare_with_patches(self, positions: Sequence[int], patches: pd.DataFrame) -> list[dict[str, Any]]:
         """Return the agreement of estimates and patches for each contrast.

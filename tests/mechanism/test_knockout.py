@@ -1,0 +1,93 @@
+"""Attention knockout blocks attention to the defense's own tokens and changes nothing else."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import TOY_READOUT, pair_runs, read_plain_margins, tiny_model, toy_bench
+
+from analysis.attacks import choose_attacks
+from analysis.datasets.loading import load_queries
+from analysis.mechanism.knockout import compute_knockout_margin, describe_unsupported_attention
+from defenses.catalog import get_defense
+
+QUERIES = load_queries("contrast").select_split("test").limit_queries(4).queries
+NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
+
+
+def decode_masked(session, prompt, mask, wanted=True):
+    """Return the text of the tokens that a mask selects, or leaves out."""
+    return session.chat_template.decode_tokens(
+        [token for token, selected in zip(prompt.ids, mask, strict=True) if selected == wanted]
+    )
+
+
+def test_the_tokens_of_a_defense_are_those_of_its_text():
+    session = toy_bench()
+    paired_runs = pair_runs(session, REMINDER, QUERIES)
+    masks, prompts = paired_runs.find_defense_tokens(), paired_runs.render_prompts(REMINDER)
+    for mask, prompt, query in zip(masks, prompts, QUERIES, strict=True):
+        defense_text = decode_masked(session, prompt, mask)
+        other_text = decode_masked(session, prompt, mask, wanted=False)
+        assert "responsible" in defense_text and "responsible" not in other_text
+        assert query.text in other_text
+        assert query.text not in defense_text and "<|im_start|>" not in defense_text
+    assert not any(map(any, pair_runs(session, NONE, QUERIES).find_defense_tokens()))
+
+
+@pytest.mark.parametrize("name", ["many_shot", "prefill", "system_override", "prefix_injection"])
+def test_the_text_of_an_attack_does_not_belong_to_the_defense(name):
+    (attack,) = choose_attacks([name])
+    session = toy_bench().with_attack(attack)
+    paired_runs = pair_runs(session, REMINDER, QUERIES[:2])
+    assert not any(map(any, replace(paired_runs, defense=NONE).find_defense_tokens()))
+    masks, prompts = paired_runs.find_defense_tokens(), paired_runs.render_prompts(REMINDER)
+    for mask, prompt in zip(masks, prompts, strict=True):
+        defense_text = decode_masked(session, prompt, mask)
+        assert "responsible" in defense_text and len(defense_text) < 350, defense_text
+
+
+def test_user_text_that_a_defense_has_changed_is_still_the_users():
+    paired_runs = pair_runs(toy_bench(), get_defense("character_swap"), QUERIES)
+    assert not any(map(any, paired_runs.find_defense_tokens()))
+
+
+def test_a_knockout_blocks_attention_in_its_layers_and_nothing_else():
+    session = toy_bench()
+    paired_runs = pair_runs(session, REMINDER, QUERIES[:2])
+    before, after = (
+        read_plain_margins(session, defense, paired_runs.encode_prompts(defense))
+        for defense in (NONE, REMINDER)
+    )
+    knockouts, effects = paired_runs.measure_knockouts(paired_runs.find_defense_tokens(), before)
+    without = [column for column, (_, layers) in enumerate(knockouts) if not layers]
+    assert effects[:, without] == pytest.approx(np.stack([after - before] * 2, 1), abs=1e-4)
+    blocked = [column for column in range(len(knockouts)) if column not in without]
+    assert (np.abs(effects[:, blocked] - (after - before)[:, None]) > 1e-4).all()
+    # If only the response position is blocked, the defense still acts through the other tokens.
+    all_layers = {reader: column for column, (reader, layers) in enumerate(knockouts) if layers == range(2)}
+    difference = effects[:, all_layers["answer"]] - effects[:, all_layers["everything"]]
+    assert (np.abs(difference) > 1e-4).all()
+
+
+def test_blocked_tokens_have_no_effect_apart_from_their_number():
+    session = toy_bench()
+    paired_runs = pair_runs(session, REMINDER, QUERIES[:1])
+    (ids,), (mask,) = paired_runs.encode_prompts(REMINDER), paired_runs.find_defense_tokens()
+    other_ids = tuple(301 if hidden else token for token, hidden in zip(ids, mask, strict=True))
+    margins = [
+        compute_knockout_margin(session, prompt_ids, mask, range(2), "everything", TOY_READOUT)
+        for prompt_ids in (ids, other_ids)
+    ]
+    assert margins[0] == pytest.approx(margins[1], abs=1e-5)
+    plain, other_plain = read_plain_margins(session, NONE, [ids, other_ids])
+    assert plain != pytest.approx(other_plain, abs=1e-3)
+
+
+def test_unsupported_attention_is_named():
+    model = copy.deepcopy(tiny_model())
+    model.config._attn_implementation = "eager"
+    reason = describe_unsupported_attention(model)
+    assert reason == "LlamaForCausalLM uses eager attention, and attention knockout needs sdpa"
+    assert not describe_unsupported_attention(tiny_model())

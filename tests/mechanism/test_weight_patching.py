@@ -1,0 +1,47 @@
+"""Weight patching applies a weight change to the selected matrices only, and restores the model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import made_adapter, pair_runs, read_plain_margins, toy_bench
+
+from analysis.datasets.loading import load_queries
+from analysis.mechanism.weight_patching import find_changed_weights, restore_original_weights
+from defenses.adapters import load_adapter
+from defenses.catalog import get_defense
+
+QUERIES = load_queries("contrast").select_split("test").limit_queries(4).queries
+NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
+
+
+def test_each_weight_patch_changes_the_selected_weights_only(tmp_path):
+    session = toy_bench()
+    model = session.loaded_model.model
+    tuned = replace(get_defense("safety_tuning"), adapter=load_adapter(made_adapter(tmp_path / "a")))
+    weight_changes = find_changed_weights(model, tuned)
+    assert len(weight_changes) == 4 and not find_changed_weights(model, REMINDER)
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    paired_runs = pair_runs(session, tuned, QUERIES)
+    before = read_plain_margins(session, NONE, paired_runs.encode_prompts(NONE))
+    defended_ids = paired_runs.encode_prompts(tuned)
+    patches, effects = paired_runs.measure_weight_patches(weight_changes, before)
+    effect_of = dict(zip(patches, effects.T, strict=True))
+    whole_effect = read_plain_margins(session, tuned, defended_ids) - before
+    assert effect_of["up to", 1, ""] == pytest.approx(whole_effect, abs=1e-4)
+    assert effect_of["everything", None, ""] == pytest.approx(whole_effect, abs=1e-4)
+    assert effect_of["up to", 0, ""] == pytest.approx(effect_of["alone", 0, ""], abs=1e-6)
+    assert effect_of["nothing", None, ""] == pytest.approx(0, abs=1e-5)
+    in_layer_1 = [name for name in weight_changes if "layers.1." in name]
+    with tuned.apply_to(model):
+        applied = {
+            name: (tensor, model.get_parameter(name).data) for name, (tensor, _) in weight_changes.items()
+        }
+        with restore_original_weights(model, applied, in_layer_1):
+            layer_0_only = read_plain_margins(session, NONE, defended_ids) - before
+        assert read_plain_margins(session, NONE, defended_ids) - before == pytest.approx(
+            whole_effect, abs=1e-5
+        )
+        assert effect_of["alone", 0, ""] == pytest.approx(layer_0_only, abs=1e-4)
+    assert {module for kind, _, module in patches if kind == "module"} == {"q_proj", "v_proj"}
+    assert all(torch.equal(original[name], tensor) for name, tensor in model.state_dict().items())
