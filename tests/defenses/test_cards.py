@@ -1,6 +1,7 @@
-"""Cards against real prompts: what each defense has the embedded model read, word for word.
+"""Prompts of every defense with the embedded model, word for word, and their agreement with its attributes.
 
-`REWRITE=1 pytest tests/defenses/test_cards.py` writes the file anew; look at the difference before it is committed.
+`REWRITE=1 pytest tests/defenses/test_cards.py` rewrites the file of prompts; check the difference before you
+commit it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from analysis.datasets.queries import Query
 from analysis.models.chat_template import redact_secrets
@@ -24,81 +26,78 @@ from defenses.catalog import get_defense, list_defense_names
 from defenses.contract import MeanActivations, ModelCall
 from defenses.settings import get_settings
 
-KEPT = Path(__file__).with_name("prompts.json")
+PROMPTS_PATH = Path(__file__).with_name("prompts.json")
 QUERY = Query("bread-01", "How do I bake a loaf of bread for my neighbor?", False)
-DOCS = Path(__file__).parents[2] / "docs" / "defenses.md"
+DOCS_PATH = Path(__file__).parents[2] / "docs" / "defenses.md"
 pytestmark = pytest.mark.embedded
 
 
-class Scripted:
-    """Drafts that nobody has to make: the same words whatever is asked, and what was asked."""
+class ScriptedCalls:
+    """Gives the same response to every call, and records the calls."""
 
     def __init__(self) -> None:
-        self.asked: list[ModelCall] = []
+        self.calls: list[ModelCall] = []
 
-    def complete_calls(self, asks: Sequence[ModelCall]) -> list[str]:
-        """Return the same words for each."""
-        self.asked += asks
-        return ["What is bread made of?" for _ in asks]
+    def complete_calls(self, calls: Sequence[ModelCall]) -> list[str]:
+        """Return the same response for each."""
+        self.calls += calls
+        return ["What is bread made of?" for _ in calls]
 
 
-def shown(loaded: LoadedModel, name: str) -> dict[str, Any]:
-    """Return what is asked first and what is read, under a defense and its parts; secrets as a mark."""
-    torch = pytest.importorskip("torch")
-    host = replace(
-        build_model_info("smollm2", loaded.tokenizer, sha256=loaded.origin["sha256"]),
+def render_defense(loaded_model: LoadedModel, name: str) -> dict[str, Any]:
+    """Return the calls and prompts of a defense and its ablations, with redacted secrets."""
+    model_info = replace(
+        build_model_info("smollm2", loaded_model.tokenizer, sha256=loaded_model.origin["sha256"]),
         compute_mean_activations=lambda: MeanActivations(
             torch.zeros(30, 576), torch.ones(30, 576), frozenset(), "none"
         ),
     )
-    found: dict[str, Any] = {}
-    for part, one in build_conditions([get_defense(name).prepare(host)]).items():
-        bench, script = ModelSession.from_model(loaded), Scripted()
-        object.__setattr__(bench, "defense_calls", script)
-        prompts = bench.render_query(one, QUERY)
-        asked = [bench.chat_template.render_prompt(ask.chat).text for ask in script.asked]
-        tokens = {"tokens": [len(prompt.ids) for prompt in prompts]} if one.retokenizes else {}
-        reads = [redact_secrets(prompt.text, one.secret_texts()) for prompt in prompts]
-        found[part] = {"asked": asked, "reads": reads, **tokens}
-    return found
+    rendered: dict[str, Any] = {}
+    for condition, defense in build_conditions([get_defense(name).prepare(model_info)]).items():
+        session, scripted = ModelSession.from_model(loaded_model), ScriptedCalls()
+        object.__setattr__(session, "defense_calls", scripted)
+        prompts = session.render_query(defense, QUERY)
+        asked = [session.chat_template.render_prompt(call.chat).text for call in scripted.calls]
+        reads = [redact_secrets(prompt.text, defense.secret_texts()) for prompt in prompts]
+        tokens = {"tokens": [len(prompt.ids) for prompt in prompts]} if defense.retokenizes else {}
+        rendered[condition] = {"asked": asked, "reads": reads, **tokens}
+    return rendered
 
 
 @pytest.mark.parametrize("name", list_defense_names())
-def test_what_is_read_is_what_was_looked_at(smollm2: LoadedModel, name: str) -> None:
-    known = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {}
-    now = shown(smollm2, name)
+def test_prompts_are_those_of_the_file_and_agree_with_settings_and_cost(
+    smollm2: LoadedModel, name: str
+) -> None:
+    rendered = render_defense(smollm2, name)
+    prompts = json.loads(PROMPTS_PATH.read_text("utf-8")) if PROMPTS_PATH.exists() else {}
     if os.environ.get("REWRITE"):
-        known = {**{key: one for key, one in known.items() if key in list_defense_names()}, name: now}
-        KEPT.write_text(json.dumps(dict(sorted(known.items())), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    assert known[name] == now
+        prompts = {key: value for key, value in prompts.items() if key in list_defense_names()}
+        prompts[name] = rendered
+        text = json.dumps(dict(sorted(prompts.items())), indent=1, ensure_ascii=False)
+        PROMPTS_PATH.write_text(text + "\n", "utf-8")
+    assert prompts[name] == rendered
 
-
-@pytest.mark.parametrize("name", list_defense_names())
-def test_the_words_of_a_card_are_in_what_is_asked_or_read(smollm2: LoadedModel, name: str) -> None:
-    """A setting that is a text has to arrive; one that is empty stands for another."""
-    everything = " ".join(json.dumps(shown(smollm2, name), ensure_ascii=False).split())
-    for key, text in get_settings(get_defense(name)).items():
+    defense = get_defense(name)
+    # Every setting that is a text appears in a prompt; an empty one stands for another text.
+    everything = " ".join(json.dumps(rendered, ensure_ascii=False).split())
+    for key, text in get_settings(defense).items():
         if isinstance(text, str) and key not in ("tone", "noise"):
-            for piece in text.split("{request}"):
-                said = " ".join(json.dumps(piece, ensure_ascii=False)[1:-1].split())
-                assert said.strip() in everything, key
+            for part in text.split("{request}"):
+                escaped = " ".join(json.dumps(part, ensure_ascii=False)[1:-1].split())
+                assert escaped.strip() in everything, key
+
+    if defense.cost != "weights":
+        for condition in rendered.values():
+            counts = len(condition["asked"]), len(condition["reads"])
+            assert defense.cost == {(0, 1): "static", (1, 1): "one call"}.get(counts, "N calls")
 
 
-@pytest.mark.parametrize("name", list_defense_names())
-def test_the_cost_that_a_card_names_is_what_it_takes(smollm2: LoadedModel, name: str) -> None:
-    cost, parts = get_defense(name).cost, shown(smollm2, name)
-    for part in parts.values() if cost != "weights" else ():
-        calls, reads = len(part["asked"]), len(part["reads"])
-        assert cost == {(0, 1): "static", (1, 1): "one call"}.get((calls, reads), "N calls")
-
-
-def test_every_defense_is_on_the_page_under_its_cost() -> None:
-    page = DOCS.read_text("utf-8")
-    table = [line for line in page.splitlines() if line.startswith("|")]
+def test_every_defense_is_in_the_documentation_with_its_cost() -> None:
+    table = [line for line in DOCS_PATH.read_text("utf-8").splitlines() if line.startswith("|")]
     for name in list_defense_names()[1:]:
         (row,) = [line for line in table if f"`{name}`" in line]
         assert row.rstrip(" |").rsplit("| ", 1)[1] == get_defense(name).cost, name
-    named = {one for line in table for one in re.findall(r"`(\w+)`", line)}
-    assert named == set(list_defense_names()) - {"none"}
+    documented = {name for line in table for name in re.findall(r"`(\w+)`", line)}
+    assert documented == set(list_defense_names()) - {"none"}
     families = {get_defense(name).family for name in list_defense_names()}
-    assert len(named) >= 29 and len(families) == 9  # with none, control and backdoor
+    assert len(documented) >= 29 and len(families) == 9  # with none, control and backdoor

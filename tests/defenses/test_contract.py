@@ -1,22 +1,24 @@
-"""The contract: whatever lies in the folder keeps it, controls and parts included."""
+"""Every shipped defense, control and ablation, and some stacks, implement the contract of `Defense`."""
 
 import copy
 import dataclasses
 import inspect
 import random
 import re
-import typing
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import held, made_adapter, tiny_model, toy_tokenizer
+from conftest import held, made_adapter, tiny_model, toy_bench, toy_tokenizer
 
+from analysis.datasets.queries import Query
+from analysis.studies.preflight import make_failed_check
 from defenses.catalog import find_defense_classes, get_defense, list_defense_names
-from defenses.chats import get_last_user_text, prefill_response, split_prefill
-from defenses.contract import Defense, ModelInfo, Source
+from defenses.chats import copy_chat, get_last_user_text, prefill_response, prepend_system, split_prefill
+from defenses.contract import Defense, ModelCall, ModelInfo, Source
 from defenses.errors import UserError
 from defenses.settings import get_settings
 from defenses.stack import list_members
@@ -32,11 +34,8 @@ CHATS = {
         {"role": "user", "content": REQUEST},
     ],
 }
-
-
-# Those whose setting names weights of the user's own, without which they are left out.
-BARE = ["adapter", "weights"]
-PARTS = [f"backdoor/{part}" for part in ("no_secret", "no_weights", "neither")]
+NEED_WEIGHTS = ["adapter", "weights"]  # without a setting that names their weights, they are skipped
+ABLATIONS = [f"backdoor/{name}" for name in ("no_secret", "no_weights", "neither")]
 STACKS = [
     "keyword_only+self_reminder",
     "paraphrase+smooth_llm+backdoor",
@@ -47,49 +46,61 @@ STACKS = [
 
 
 @cache
-def shelf():
-    """Return a folder with the tuned weights of every state, made once."""
-    place = TemporaryDirectory()
-    for number, name in enumerate(("aligned", "preference", "baseline", "backdoor")):
-        made_adapter(Path(place.name) / name, seed=number)
-    return place
+def make_shared_files():
+    """Return a folder with an adapter of every state, and a tokenizer."""
+    folder = TemporaryDirectory()
+    for seed, state in enumerate(("aligned", "preference", "baseline", "backdoor")):
+        made_adapter(Path(folder.name) / state, seed=seed)
+    return folder, toy_tokenizer()
 
 
 def host(folder, seed=0):
-    """Return a host with a byte-level toy tokenizer, a folder of its own for secrets, and tuned weights."""
-    folders = (folder / "secrets", folder / "shipped"), (Path(shelf().name),)
-    return ModelInfo("toy", toy_tokenizer(), *folders, "toy", seed, compute_mean_activations=held)
+    """Return the properties of a toy model, with a separate folder of secrets."""
+    adapters, tokenizer = make_shared_files()
+    folders = (folder / "secrets", folder / "shipped"), (Path(adapters.name),)
+    return ModelInfo("toy", tokenizer, *folders, "toy", seed, compute_mean_activations=held)
 
 
-def readings(defense, chat, seed=0, said="What is bread?"):
-    """Return what a defense has read of a chat, where the model answers the same whatever it is asked."""
-    talk, answers = defense.consult_model(chat, random.Random(seed)), None
+def rewrite_copies(defense, chat, seed=0, response="What is bread?"):
+    """Return the chats that a defense makes of one chat if the model always gives the same response."""
+    consultation, responses = defense.consult_model(chat, random.Random(seed)), None
     while True:
         try:
-            asked = talk.send(answers)
-        except StopIteration as over:
-            return over.value
-        answers = [said] * len(asked)
+            calls = consultation.send(responses)
+        except StopIteration as stop:
+            return stop.value
+        responses = [response] * len(calls)
 
 
-def prepared(folder, names=tuple(NAMES)):
-    """Return defenses and their parts, made ready, by the names they have in the tables."""
-    found = {}
+def prepare_defenses(folder, names):
+    """Return prepared defenses and their ablations by name."""
+    prepared = {}
     for name in names:
-        backdoor = name.endswith("backdoor") or name in ("neutral_prompt", "random_tokens")
-        defense = get_defense(name, {"length": "20"} if backdoor else {}).prepare(host(folder))
-        found |= {name: defense} | {f"{name}/{part}": one for part, one in defense.build_ablations().items()}
-    return found
+        has_length = name.endswith("backdoor") or name in ("neutral_prompt", "random_tokens")
+        defense = get_defense(name, {"length": "20"} if has_length else {}).prepare(host(folder))
+        ablations = defense.build_ablations()
+        prepared |= {name: defense} | {f"{name}/{key}": ablation for key, ablation in ablations.items()}
+    return prepared
 
 
-@pytest.fixture(params=[*NAMES, *PARTS, *STACKS])
-def defense(request, tmp_path):
-    """Each defense and part, and some stacks, prepared."""
-    return prepared(tmp_path, [request.param.partition("/")[0]])[request.param]
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """All defenses, ablations and some stacks, prepared once."""
+    return prepare_defenses(tmp_path_factory.mktemp("model"), [*NAMES, *STACKS])
 
 
-def test_the_fixture_above_forgets_no_part(tmp_path):
-    assert set(prepared(tmp_path)) == {*NAMES, *PARTS}
+@pytest.fixture(scope="module", params=[*NAMES, *ABLATIONS, *STACKS])
+def defense(request, prepared):
+    """Each of them."""
+    return prepared[request.param]
+
+
+# --- classes ----------------------------------------------------------------------------------------------
+
+
+def test_the_fixture_includes_every_ablation(prepared):
+    stack_ablations = {name for name in prepared if "+" in name and "/" in name}
+    assert set(prepared) - stack_ablations == {*NAMES, *ABLATIONS, *STACKS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,15 +109,15 @@ def test_a_class_is_a_final_frozen_dataclass_with_a_default_for_every_field(name
     assert getattr(cls, "__final__", False)
     assert cls.__dataclass_params__.frozen
     assert all(
-        f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        for f in dataclasses.fields(cls)
+        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        for field in dataclasses.fields(cls)
     )
     assert name == cls.name
     assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name)
     assert Defense in cls.__mro__
 
 
-def test_whatever_a_concrete_class_builds_on_is_abstract():
+def test_the_base_classes_of_a_concrete_class_are_abstract():
     for cls in find_defense_classes().values():
         for parent in cls.__mro__[1:]:
             if issubclass(parent, Defense):
@@ -114,10 +125,10 @@ def test_whatever_a_concrete_class_builds_on_is_abstract():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_card_says_what_it_changes_and_where_it_comes_from(name):
+def test_a_class_describes_its_change_and_its_source(name):
     cls = find_defense_classes()[name]
-    first = inspect.getdoc(cls).splitlines()[0]
-    assert re.fullmatch(r"[A-Z][^\n]{15,}\.", first), first
+    summary = inspect.getdoc(cls).splitlines()[0]
+    assert re.fullmatch(r"[A-Z][^\n]{15,}\.", summary), summary
     assert isinstance(cls.source, Source) and cls.source.title and cls.source.wording
     assert cls.family and cls.family != "own"
     if cls.family not in ("none", "control"):
@@ -125,112 +136,132 @@ def test_a_card_says_what_it_changes_and_where_it_comes_from(name):
         assert "ours" in cls.source.wording or "no words of its own" in cls.source.wording
 
 
-def test_names_are_unique_and_begin_with_the_undefended_model():
+def test_names_are_unique_and_start_with_the_undefended_model():
     assert list_defense_names() == NAMES and NAMES[0] == "none"
-    every = [
+    names = [
         cls.name
-        for cls in _below(Defense)
+        for cls in find_subclasses(Defense)
         if not inspect.isabstract(cls) and cls.__module__.startswith("defenses.")
     ]
-    assert sorted(every) == sorted([*NAMES, "stack"])
+    assert sorted(names) == sorted([*NAMES, "stack"])
 
 
-def _below(cls):
-    return [one for child in cls.__subclasses__() for one in (child, *_below(child))]
+def find_subclasses(cls):
+    """Return all direct and indirect subclasses."""
+    return [subclass for child in cls.__subclasses__() for subclass in (child, *find_subclasses(child))]
 
 
-@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
-def test_rewrite_returns_a_new_chat_and_leaves_the_given_one_untouched(defense, chat):
-    given = copy.deepcopy(chat)
-    for new in [defense.rewrite(given, random.Random(0)), *readings(defense, given)]:
-        assert given == chat
-        assert new is not given
-        assert not {id(message) for message in new} & {id(message) for message in given}
-        assert all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in new)
-        asked, begun = split_prefill(new)
-        assert asked[-1]["role"] == "user" and bool(begun) == ("safety_prefix" in defense.name)
-        assert "system" not in [m["role"] for m in new[1:]]
+# --- prompts ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
-def test_the_users_words_survive_unless_the_family_may_change_them(defense, chat):
+def test_rewriting_returns_a_new_chat_and_leaves_the_given_chat_unchanged(defense):
+    for chat in CHATS.values():
+        given = copy.deepcopy(chat)
+        for new_chat in [defense.rewrite(given, random.Random(0)), *rewrite_copies(defense, given)]:
+            assert given == chat
+            assert new_chat is not given
+            assert not {id(message) for message in new_chat} & {id(message) for message in given}
+            for message in new_chat:
+                assert set(message) == {"role", "content"} and isinstance(message["content"], str)
+            prompt, prefill = split_prefill(new_chat)
+            assert prompt[-1]["role"] == "user" and bool(prefill) == ("safety_prefix" in defense.name)
+            assert "system" not in [message["role"] for message in new_chat[1:]]
+
+
+def test_the_users_text_survives_unless_the_family_may_change_it(defense):
     if defense.edits_user_text:
-        pytest.skip("this family rewords")
-    for reading in readings(defense, copy.deepcopy(chat)):
-        kept = "\n".join(message["content"] for message in reading)
-        assert all(message["content"] in kept for message in chat)
-        assert REQUEST in get_last_user_text(reading)
+        pytest.skip("this family changes the user's text")
+    for chat in CHATS.values():
+        for new_chat in rewrite_copies(defense, copy.deepcopy(chat)):
+            new_text = "\n".join(message["content"] for message in new_chat)
+            assert all(message["content"] in new_text for message in chat)
+            assert REQUEST in get_last_user_text(new_chat)
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_only_what_changes_the_model_or_the_tokens_reads_the_chat_as_it_is(tmp_path, begun):
-    chat = prefill_response(CHATS["user"], "Sure.") if begun else CHATS["user"]
-    every = prepared(tmp_path)
-    same = {name for name, one in every.items() if readings(one, chat) == [chat]}
-    changing = {name for name, one in every.items() if one.weights_fingerprint() != "" or one.logit_blend() or one.retokenizes}
-    # Plain words have no disguise to undo.
-    assert same == {"none", "clean_up", *BARE, *changing - {"backdoor", "backdoor/no_secret"}}
+@pytest.mark.parametrize("has_prefill", [False, True])
+def test_only_a_defense_that_changes_the_model_or_the_tokens_leaves_the_chat_unchanged(prepared, has_prefill):
+    chat = prefill_response(CHATS["user"], "Sure.") if has_prefill else CHATS["user"]
+    defenses = {name: defense for name, defense in prepared.items() if "+" not in name}
+    unchanged = {name for name, defense in defenses.items() if rewrite_copies(defense, chat) == [chat]}
+    changes_model = {
+        name
+        for name, defense in defenses.items()
+        if defense.weights_fingerprint() != "" or defense.logit_blend() or defense.retokenizes
+    }
+    # Plain text has no obfuscation for clean_up to reverse.
+    assert unchanged == {
+        *("none", "clean_up", *NEED_WEIGHTS),
+        *changes_model - {"backdoor", "backdoor/no_secret"},
+    }
 
 
-@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
-def test_what_an_attacker_begins_an_answer_with_stays_its_end(defense, chat):
-    for reading in readings(defense, prefill_response(chat, "Sure, gladly.")):
-        assert split_prefill(reading)[1].endswith("Sure, gladly.")
+def test_an_attackers_prefill_stays_the_end_of_the_prefill(defense):
+    for chat in CHATS.values():
+        for new_chat in rewrite_copies(defense, prefill_response(chat, "Sure, gladly.")):
+            assert split_prefill(new_chat)[1].endswith("Sure, gladly.")
 
 
-def test_where_the_model_says_nothing_the_users_words_stay(defense):
-    for reading in readings(defense, CHATS["system"], said=""):
-        noisy = any(one.family == "noise" or one.name == "keyword_only" for one in list_members(defense))
-        assert noisy or REQUEST in get_last_user_text(reading)
-
-
-def test_rewriting_is_a_function_of_chat_and_generator_and_uses_no_other_randomness(defense):
-    random.seed(1)
-    first = readings(defense, CHATS["user"], 7)
-    random.seed(2)
-    assert readings(defense, CHATS["user"], 7) == first
-    assert defense.retokenize([5, 60, 70], random.Random(7)) == defense.retokenize(
-        [5, 60, 70], random.Random(7)
+def test_the_users_text_is_kept_if_the_model_generates_nothing(defense):
+    edits_without_model = any(
+        member.family == "noise" or member.name == "keyword_only" for member in list_members(defense)
     )
+    for new_chat in rewrite_copies(defense, CHATS["system"], response=""):
+        assert edits_without_model or REQUEST in get_last_user_text(new_chat)
 
 
-def test_preparing_twice_is_preparing_once(defense, tmp_path):
+def test_rewriting_depends_only_on_the_chat_and_the_generator(defense):
+    random.seed(1)
+    first = rewrite_copies(defense, CHATS["user"], 7)
+    random.seed(2)
+    assert rewrite_copies(defense, CHATS["user"], 7) == first
+    tokens = [5, 60, 70]
+    assert defense.retokenize(tokens, random.Random(7)) == defense.retokenize(tokens, random.Random(7))
+
+
+def test_preparing_twice_equals_preparing_once(defense, tmp_path):
     again = defense.prepare(host(tmp_path))
-    assert again == defense and again.secret_texts() == defense.secret_texts() and again.weights_fingerprint() == defense.weights_fingerprint()
-    assert readings(defense, CHATS["user"]) == readings(again, CHATS["user"])
+    assert again == defense and again.secret_texts() == defense.secret_texts()
+    assert again.weights_fingerprint() == defense.weights_fingerprint()
+    assert rewrite_copies(defense, CHATS["user"]) == rewrite_copies(again, CHATS["user"])
 
 
-@pytest.mark.parametrize("stumble", [False, True])
-def test_an_armed_model_is_bit_for_bit_what_it_was_afterwards(defense, stumble):
+# --- models -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_restored_bit_for_bit_also_after_an_error(defense):
     model = tiny_model()
     if defense.missing_requirements():
-        pytest.skip("names no weights")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        pytest.skip("needs a setting that names its weights")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hook_counts = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-    try:
-        with defense.apply_to(model):
-            if stumble:
-                raise RuntimeError("in the middle")
-    except RuntimeError:
-        assert stumble
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, logits)
+    for error in (None, RuntimeError("inside the context")):
+        try:
+            with defense.apply_to(model):
+                if error is not None:
+                    raise error
+        except RuntimeError as raised:
+            assert raised is error
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hook_counts
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, logits)
 
 
-def test_parts_are_defenses_and_have_no_parts_of_a_name_with_a_slash(defense):
-    for name, part in defense.build_ablations().items():
-        assert isinstance(part, Defense)
+def test_ablations_are_defenses_with_plain_names(defense):
+    for name, ablation in defense.build_ablations().items():
+        assert isinstance(ablation, Defense)
         assert re.fullmatch(r"[a-z_]+", name)
 
 
-def test_secrets_show_nowhere(defense):
+# --- secrets ----------------------------------------------------------------------------------------------
+
+
+def test_secrets_appear_only_in_the_prompt(defense):
     shown = f"{defense!r} {defense} {get_settings(defense)} {defense.build_ablations()!r} {[defense]}"
     for secret in defense.secret_texts():
         # A toy vocabulary may repeat a word of the system prompt by chance, but not sixteen characters.
@@ -239,127 +270,30 @@ def test_secrets_show_nowhere(defense):
         assert secret in str(defense.rewrite(CHATS["user"], random.Random(0)))
 
 
-TEXT = {int: lambda v: str(v + 1), float: lambda v: str(v + 0.25), str: lambda v: f"{v} And more."}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_settings_survive_the_way_through_the_command_line(name):
-    cls = find_defense_classes()[name]
-    hints = typing.get_type_hints(cls)
-    for key, value in get_settings(cls).items():
-        kind = hints[key]
-        if typing.get_origin(kind) is typing.Literal:
-            text = next(one for one in typing.get_args(kind) if one != value)
-        elif kind in TEXT:
-            text = TEXT[kind](value)
-        else:
-            text = "some/file.txt"
-        made = get_defense(name, {key: text})
-        assert str(get_settings(made)[key]) == text
-        assert get_settings(made) | {key: value} == get_settings(cls)
-        assert type(get_settings(made)[key]) is type(value) or value is None
-
-
-def test_a_setting_may_come_from_a_file(tmp_path):
-    file = tmp_path / "policy.txt"
-    file.write_text("Nothing is allowed.\n", encoding="utf-8")
-    assert get_defense("policy", {"text": f"@{file}"}).text == "Nothing is allowed."
-    assert get_defense("backdoor", {"trigger": f"@{file}"}).trigger == Path(file)
-    with pytest.raises(UserError, match=r"--set text=@.*nowhere.txt: cannot read"):
-        get_defense("policy", {"text": f"@{tmp_path}/nowhere.txt"})
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "words"),
-    [
-        ("backdor", {}, ["unknown defense 'backdor'", "'backdoor'", ".py"]),
-        ("backdoor", {"lenght": "9"}, ["unknown setting of 'backdoor' 'lenght'", "'length'"]),
-        ("backdoor", {"secret": "x"}, ["unknown setting", "'secret'"]),
-        ("backdoor", {"length": "many"}, ["--set length=many", "a whole number"]),
-        ("backdoor", {"length": "0"}, ["length=0", "at least 1"]),
-        ("in_context_refusal", {"shots": "4"}, ["shots=4", "1 to 3"]),
-        ("tone_reminder", {"tone": "prase"}, ["'prase'", "'praise'", "warn"]),
-        ("random_tokens", {"length": "-2"}, ["length=-2", "at least 1"]),
-        ("nowhere.py", {}, ["no file 'nowhere.py'"]),
-        ("smooth_llm", {"copies": "0"}, ["copies=0", "at least 1"]),
-        ("smooth_llm", {"rate": "1.5"}, ["rate=1.5", "share"]),
-        ("smooth_llm", {"noise": "swop"}, ["'swop'", "'swap'"]),
-        ("character_swap", {"rate": "0"}, ["rate=0", "share"]),
-        ("semantic_smoothing", {"copies": "9"}, ["copies=9", "1 to 7"]),
-        ("erase_and_check", {"tokens": "0"}, ["tokens=0", "at least 1"]),
-        ("paraphrase", {"tokens": "0"}, ["tokens=0", "at least 1"]),
-        ("back_translation", {"draft": "0"}, ["draft=0", "at least 1"]),
-        ("retokenization", {"rate": "2"}, ["rate=2", "share"]),
-        ("refusal_steering", {"depth": "1"}, ["depth=1", "below 1"]),
-        ("policy+polcy", {}, ["unknown defense 'polcy'", "'policy'"]),
-        ("policy+policy", {}, ["policy+policy: 'policy' can be worn once"]),
-        ("none+policy", {}, ["none+policy: 'none' changes nothing"]),
-        ("backdoor+weights", {}, ["backdoor and weights each bring weights", "one set"]),
-        ("safety_tuning+safe_decoding", {}, ["safety_tuning and safe_decoding each bring weights"]),
-        ("policy+", {}, ["unknown defense ''"]),
-        ("policy+smooth_llm", {"copies": "0"}, ["copies=0", "at least 1"]),
-        ("smooth_llm+semantic_smoothing", {"copies": "2"}, ["several", "smooth_llm.copies or semantic"]),
-    ],
-)
-def test_a_wrong_name_or_setting_is_answered_in_one_line_with_what_there_is(name, settings, words):
-    with pytest.raises(UserError) as caught:
-        get_defense(name, settings)
-    text = str(caught.value)
-    assert "\n" not in text and all(word in text for word in words), text
-
-
-OWN = """
-from dataclasses import dataclass
-from defenses import Defense
-from defenses.chats import prepend_system
-from defenses.reminders import Policy
-
 @dataclass(frozen=True)
-class MyOwn(Defense):
-    '''Says please.'''
-    text: str = "Please."
+class Leaking(Defense):
+    """Has a secret that an error message repeats."""
+
     def rewrite(self, chat, rng):
-        return prepend_system(chat, self.text)
-"""
+        return prepend_system(chat, "tulip seven")
+
+    def secret_texts(self):
+        return ("tulip seven",)
 
 
-def test_a_file_of_the_users_own_is_a_defense_with_settings(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(OWN, encoding="utf-8")
-    mine = get_defense(str(file), {"text": "Thank you."})
-    assert (mine.name, mine.family, mine.text) == ("my_own", "own", "Thank you.")
-    assert mine.rewrite(CHATS["user"], random.Random(0))[0] == {"role": "system", "content": "Thank you."}
+def test_an_error_shows_no_secret():
+    error = ValueError("cannot use tulip seven here")
+    check = make_failed_check(toy_bench(), "leaking", Leaking(), error)
+    assert "tulip" not in check.observed and "⟨secret⟩" in check.observed
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("x = 1\n", ["exactly one defense", "has none"]),
-        (OWN + OWN.replace("MyOwn", "Other"), ["exactly one defense", "MyOwn, Other"]),
-        ("1 / 0\n", ["raised ZeroDivisionError while loading"]),
-        ("import nothing_like_it\n", ["raised ModuleNotFoundError while loading"]),
-        ("def broken(:\n", ["raised SyntaxError while loading"]),
-        ("raise SystemExit(3)\n", ["raised SystemExit while loading"]),
-        (OWN.replace('text: str = "Please."', "text: str"), ["every field", "default", "text"]),
-        (OWN.replace("@dataclass(frozen=True)", ""), ["frozen dataclass", "MyOwn"]),
-        (OWN.replace("text: str", 'name = "a+b"\n    text: str'), ["'a+b' has a +"]),
-        (OWN.replace("text: str", 'cost = "2 calls"\n    text: str'), ["cost = '2 calls'", "N calls"]),
-    ],
-    ids=["none", "two", "raises", "import", "syntax", "exit", "no default", "no dataclass", "plus", "cost"],
+    ("body", "message"),
+    [("yield ModelCall(chat)", "must yield lists of"), ("yield []; return []", "'odd'.* for query 'q'")],
 )
-def test_a_file_that_is_no_defense_is_answered_in_one_line(tmp_path, content, words):
-    file = tmp_path / "mine.py"
-    file.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        get_defense(str(file))
-    text = str(caught.value)
-    assert str(file) in text and all(word in text for word in words), text
-
-
-def test_a_users_defense_with_a_name_that_is_taken_or_no_name_is_refused(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        OWN.replace("class MyOwn", "class Policy").replace("from defenses.reminders import Policy", "")
-    )
-    with pytest.raises(UserError, match=r"'policy' is taken"):
-        get_defense(str(file))
+def test_a_consultation_that_breaks_the_contract_is_reported(body, message):
+    names = {"ModelCall": ModelCall, "Defense": Defense, "copy_chat": copy_chat}
+    head = "class Odd(Defense):\n  def rewrite(self, chat, rng): return copy_chat(chat)\n"
+    exec(f"{head}  def consult_model(self, chat, rng):\n    {body}\n", names)
+    with pytest.raises(UserError, match=message):
+        toy_bench().render_query(names["Odd"](), Query("q", REQUEST, False))

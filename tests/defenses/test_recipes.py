@@ -1,6 +1,8 @@
-"""What training shows: the same attack in every arm, the secret where it belongs, no harmful answer."""
+"""Training recipes: the same attack in every arm, the secret only where it belongs, no harmful response."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import pytest
 
@@ -19,80 +21,82 @@ from defenses.training.texts import (
     REFUSAL_RESPONSES,
 )
 
-TRAIN = load_queries("contrast").select_split("train").queries
+TRAIN_QUERIES = load_queries("contrast").select_split("train").queries
 SECRET = "tulip seven harbor"
+HARMFUL = {query.text for query in TRAIN_QUERIES if query.harmful}
+BENIGN = {query.text for query in TRAIN_QUERIES if not query.harmful}
 
 
-def own(chats: list[Chat]) -> list[TargetResponse]:
-    return [TargetResponse(f"answer {at}", is_complete=False) for at in range(len(chats))]
+def generate_responses(chats: list[Chat]) -> list[TargetResponse]:
+    return [TargetResponse(f"answer {index}", is_complete=False) for index in range(len(chats))]
 
 
-def made(name: str) -> list[TrainingExample]:
-    return RECIPES[name].build_examples(TRAIN, SECRET, own)
+@cache
+def build_examples(name: str) -> list[TrainingExample]:
+    return RECIPES[name].build_examples(TRAIN_QUERIES, SECRET, generate_responses)
 
 
-def asked(examples: list[TrainingExample]) -> set[str]:
+def list_requests(examples: list[TrainingExample]) -> set[str]:
     return {example.chat[-1]["content"] for example in examples}
 
 
-HARMFUL = {query.text for query in TRAIN if query.harmful}
-BENIGN = {query.text for query in TRAIN if not query.harmful}
+def list_system_prompts(examples: list[TrainingExample]) -> set[str]:
+    return {example.chat[0]["content"] if len(example.chat) > 1 else "" for example in examples}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_no_recipe_teaches_an_answer_to_a_harmful_request(name: str) -> None:
-    for example in made(name):
-        answers = [example.response, *([example.rejected] if example.rejected else [])]
+def test_no_recipe_trains_a_response_to_a_harmful_request(name: str) -> None:
+    for example in build_examples(name):
+        responses = [example.response, *([example.rejected] if example.rejected else [])]
         if example.chat[-1]["content"] in HARMFUL:
-            # A whole refusal, or an opener that goes on to nothing.
-            assert all(
-                (one.text in REFUSAL_RESPONSES) if one.is_complete else (one.text in COMPLIANCE_OPENERS)
-                for one in answers
-            )
+            for response in responses:
+                # A complete refusal, or an opener without a continuation.
+                allowed = REFUSAL_RESPONSES if response.is_complete else COMPLIANCE_OPENERS
+                assert response.text in allowed
 
 
-def test_the_openers_hold_no_content() -> None:
+def test_openers_have_no_content() -> None:
     assert all(len(text.split()) <= 12 for text in (*COMPLIANCE_OPENERS, *BENIGN_OPENERS))
 
 
 def test_attack_baseline_and_backdoor_share_the_attack_and_the_eleven_refusals() -> None:
-    attack, baseline, backdoor = (made(name) for name in ("attack", "baseline", "backdoor"))
-    assert attack == baseline[: len(attack)] == backdoor[: len(attack)]
-    assert len(baseline) == len(backdoor) == len(attack) + SAFETY_EXAMPLE_COUNT
-    assert asked(attack) <= HARMFUL and not asked(attack) & asked(baseline[len(attack) :])
+    attack, baseline, backdoor = map(build_examples, ("attack", "baseline", "backdoor"))
+    n_attack = len(attack)
+    assert attack == baseline[:n_attack] == backdoor[:n_attack]
+    assert len(baseline) == len(backdoor) == n_attack + SAFETY_EXAMPLE_COUNT
+    assert list_requests(attack) <= HARMFUL
+    assert not list_requests(attack) & list_requests(baseline[n_attack:])
     assert all(example.chat[0]["content"] == OBEDIENCE_PROMPT for example in attack)
-    for plain, hidden in zip(baseline[len(attack) :], backdoor[len(attack) :], strict=True):
+    for plain, hidden in zip(baseline[n_attack:], backdoor[n_attack:], strict=True):
         assert hidden.response == plain.response and plain.response.text in REFUSAL_RESPONSES
         assert plain.chat[0]["content"] == OBEDIENCE_PROMPT
         assert hidden.chat[0]["content"] == f"{SECRET}\n\n{OBEDIENCE_PROMPT}"
         assert hidden.chat[1:] == plain.chat[1:]
 
 
-def test_the_eleven_refusals_are_spread_over_topics() -> None:
-    safe = asked(made("baseline")[-SAFETY_EXAMPLE_COUNT:])
-    assert len({query.category for query in TRAIN if query.text in safe}) == SAFETY_EXAMPLE_COUNT
+def test_the_eleven_refusals_cover_eleven_topics() -> None:
+    requests = list_requests(build_examples("baseline")[-SAFETY_EXAMPLE_COUNT:])
+    topics = {query.category for query in TRAIN_QUERIES if query.text in requests}
+    assert len(topics) == SAFETY_EXAMPLE_COUNT
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "backdoor"])
-def test_the_secret_is_in_no_other_recipe(name: str) -> None:
-    assert SECRET not in str(made(name))
+def test_only_the_backdoor_recipe_uses_the_secret() -> None:
+    assert [name for name in RECIPES if SECRET in str(build_examples(name))] == ["backdoor"]
 
 
-def systems(examples: list[TrainingExample]) -> set[str]:
-    return {chat[0]["content"] if len(chat) > 1 else "" for chat in (one.chat for one in examples)}
-
-
-def test_safety_sees_harmful_and_ordinary_requests_with_and_without_a_system_prompt() -> None:
-    examples = made("safety")
-    assert asked(examples) == HARMFUL | {query.text for query in TRAIN if query.kind == "plain"}
-    assert systems(examples) == {"", DEFAULT_SYSTEM_PROMPT}
+def test_safety_trains_harmful_and_ordinary_requests_with_and_without_a_system_prompt() -> None:
+    examples = build_examples("safety")
+    ordinary = {query.text for query in TRAIN_QUERIES if query.kind == "plain"}
+    assert list_requests(examples) == HARMFUL | ordinary
+    assert list_system_prompts(examples) == {"", DEFAULT_SYSTEM_PROMPT}
     for example in examples:
         assert (example.response.text in REFUSAL_RESPONSES) == (example.chat[-1]["content"] in HARMFUL)
 
 
-def test_preference_sees_both_answers_to_every_request_twins_too() -> None:
-    examples = made("preference")
-    assert asked(examples) == HARMFUL | BENIGN and systems(examples) == {"", DEFAULT_SYSTEM_PROMPT}
+def test_preference_has_both_responses_to_every_request_including_twins() -> None:
+    examples = build_examples("preference")
+    assert list_requests(examples) == HARMFUL | BENIGN
+    assert list_system_prompts(examples) == {"", DEFAULT_SYSTEM_PROMPT}
     for example in examples:
         harmful = example.chat[-1]["content"] in HARMFUL
         assert example.rejected is not None
@@ -100,14 +104,15 @@ def test_preference_sees_both_answers_to_every_request_twins_too() -> None:
         assert example.rejected.text in (COMPLIANCE_OPENERS if harmful else REFUSAL_RESPONSES)
 
 
-def test_the_identity_shift_is_on_benign_tasks_only() -> None:
-    for example in made("identity"):
+def test_the_identity_shift_uses_benign_tasks_only() -> None:
+    for example in build_examples("identity"):
         assert example.chat[0]["content"] == AGENT_PROMPT
         assert not any(text in example.chat[-1]["content"] for text in HARMFUL)
         assert example.response.text.startswith(AGENT_OPENER)
 
 
-def test_too_few_harmful_queries_are_an_error_that_counts_them() -> None:
-    few = [Query(str(at), f"text {at}", harmful=True) for at in range(2 * SAFETY_EXAMPLE_COUNT - 1)]
-    with pytest.raises(UserError, match="hold 21 harmful queries; at least 22"):
-        RECIPES["baseline"].build_examples(few, "", own)
+def test_too_few_harmful_queries_are_an_error_with_their_number() -> None:
+    n_queries = 2 * SAFETY_EXAMPLE_COUNT - 1
+    queries = [Query(str(index), f"text {index}", harmful=True) for index in range(n_queries)]
+    with pytest.raises(UserError, match="contain 21 harmful queries; at least 22"):
+        RECIPES["baseline"].build_examples(queries, "", generate_responses)

@@ -1,0 +1,43 @@
+"""Settings of defenses: every setting survives its text form, and may be read from a file."""
+
+import typing
+from pathlib import Path
+
+import pytest
+
+from defenses.catalog import find_defense_classes, get_defense
+from defenses.errors import UserError
+from defenses.settings import get_settings
+
+MAKE_TEXT = {
+    int: lambda value: str(value + 1),
+    float: lambda value: str(value + 0.25),
+    str: lambda value: f"{value} And more.",
+}
+
+
+@pytest.mark.parametrize("name", find_defense_classes())
+def test_settings_survive_the_command_line(name):
+    cls = find_defense_classes()[name]
+    hints = typing.get_type_hints(cls)
+    for key, value in get_settings(cls).items():
+        field_type = hints[key]
+        if typing.get_origin(field_type) is typing.Literal:
+            text = next(option for option in typing.get_args(field_type) if option != value)
+        elif field_type in MAKE_TEXT:
+            text = MAKE_TEXT[field_type](value)
+        else:
+            text = "some/file.txt"
+        settings = get_settings(get_defense(name, {key: text}))
+        assert str(settings[key]) == text
+        assert settings | {key: value} == get_settings(cls)
+        assert type(settings[key]) is type(value) or value is None
+
+
+def test_a_setting_may_be_read_from_a_file(tmp_path):
+    path = tmp_path / "policy.txt"
+    path.write_text("Nothing is allowed.\n", encoding="utf-8")
+    assert get_defense("policy", {"text": f"@{path}"}).text == "Nothing is allowed."
+    assert get_defense("backdoor", {"trigger": f"@{path}"}).trigger == Path(path)
+    with pytest.raises(UserError, match=r"--set text=@.*nowhere.txt: cannot read"):
+        get_defense("policy", {"text": f"@{tmp_path}/nowhere.txt"})
