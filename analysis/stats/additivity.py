@@ -1,4 +1,4 @@
-"""How sure an ensemble's figures are, and how well what is observed follows what was predicted."""
+"""Intervals of ensemble estimates, the fit of predictions to observations, and raised class distances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from analysis.stats.ensembles import (
     compute_ensemble_margins,
     predict_stack_margins,
 )
-from analysis.stats.tables import UNDEFENDED
+from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.stats.voting import (
     ENSEMBLE_COORDINATES,
     MEAN_VOTE_RULES,
@@ -32,13 +32,13 @@ from analysis.stats.voting import (
     predict_vote_metrics,
 )
 
-_NEGLIGIBLE_GAIN = 0.01  # of AUROC
+_NEGLIGIBLE_GAIN = 0.01  # difference in AUROC
 _RAISED_DISTANCE_COLUMNS = ["attack", "split", "members", "how", "raise"]
 
 
 @dataclass(frozen=True)
 class EnsembleDraws:
-    """One ensemble in every bootstrap draw: each coordinate as predicted and as observed."""
+    """Coordinates of one ensemble in every bootstrap draw, as predicted and as observed."""
 
     predicted: ClassMetrics
     observed: ClassMetrics
@@ -47,62 +47,78 @@ class EnsembleDraws:
 def draw_ensemble(
     split_scores: SplitScores, team: Sequence[str], combination: str, calibration_scores: SplitScores
 ) -> EnsembleDraws:
-    """Return what is predicted and observed of an ensemble in draws of the queries, pairs kept whole.
+    """Return predicted and observed coordinates of an ensemble in draws of the queries, pairs kept whole.
 
     Args:
-        split_scores: on whose queries.
-        team: its members.
-        combination: `stack` or a vote.
-        calibration_scores: of the calibration split; its weights stay as they are.
+        split_scores: scores of the queries that are resampled.
+        team: members of the ensemble.
+        combination: `stack` or a vote rule.
+        calibration_scores: scores of the calibration split; vote weights are fitted to it once, not per draw.
     """
-    sides = (
-        (split_scores.margin_table.is_harmful, split_scores.bootstrap_weights.harmful_weights),
-        (~split_scores.margin_table.is_harmful, split_scores.bootstrap_weights.benign_weights),
-    )
-
-    def each(values: Any) -> tuple[Any, Any]:
-        """The values of either class, draws first."""
-        harmful, benign = (values[side][_expand_draw_weights(weights)] for side, weights in sides)
-        return harmful, benign
-
-    came, base = (
-        compute_class_metrics(*each(one))
-        for one in (
-            compute_ensemble_margins(split_scores, team, combination, calibration_scores),
-            split_scores.margin_table.undefended_margins,
-        )
+    margins = compute_ensemble_margins(split_scores, team, combination, calibration_scores)
+    observed, observed_undefended = (
+        compute_class_metrics(*_resample_classes(split_scores, values))
+        for values in (margins, split_scores.margin_table.undefended_margins)
     )
     if combination == STACK:
-        return EnsembleDraws(
-            compute_coordinates(
-                compute_class_metrics(*each(predict_stack_margins(split_scores, team))), base
-            ),
-            compute_coordinates(came, base),
+        predicted_margins = predict_stack_margins(split_scores, team)
+        predicted = compute_class_metrics(*_resample_classes(split_scores, predicted_margins))
+        predicted_undefended = observed_undefended
+    else:
+        predicted, predicted_undefended = _draw_predicted_vote(
+            split_scores, team, combination, calibration_scores
         )
+    return EnsembleDraws(
+        compute_coordinates(predicted, predicted_undefended),
+        compute_coordinates(observed, observed_undefended),
+    )
+
+
+def _draw_predicted_vote(
+    split_scores: SplitScores, team: Sequence[str], rule: str, calibration_scores: SplitScores
+) -> tuple[ClassMetrics, ClassMetrics]:
+    """Return predicted metrics of a vote, and of the undefended model by the same method, in every draw."""
     weights = None
-    if combination == "fitted":
+    if rule == "fitted":
         weights = np.repeat(
             fit_vote_weights(calibration_scores.margin_table, calibration_scores.find_team_indices([team])),
             BOOTSTRAP_DRAWS,
             axis=0,
         )
-    harmful, benign = (TeamMoments.from_draws(one) for one in each(split_scores.get_member_margins(team)))
-    usual = [
-        TeamMoments.from_draws(one) for one in each(split_scores.margin_table.undefended_margins[:, None])
-    ]
-    normal = predict_vote_metrics(usual[0], usual[1], "mean", None, split_scores.class_sizes)
-    return EnsembleDraws(
-        compute_coordinates(
-            predict_vote_metrics(harmful, benign, combination, weights, split_scores.class_sizes), normal
-        ),
-        compute_coordinates(came, base),
+    harmful, benign = (
+        TeamMoments.from_draws(values)
+        for values in _resample_classes(split_scores, split_scores.get_member_margins(team))
+    )
+    undefended_margins = split_scores.margin_table.undefended_margins[:, None]
+    undefended_harmful, undefended_benign = (
+        TeamMoments.from_draws(values) for values in _resample_classes(split_scores, undefended_margins)
+    )
+    return (
+        predict_vote_metrics(harmful, benign, rule, weights, split_scores.class_sizes),
+        predict_vote_metrics(undefended_harmful, undefended_benign, "mean", None, split_scores.class_sizes),
     )
 
 
+def _resample_classes(split_scores: SplitScores, values: Any) -> tuple[Any, Any]:
+    """Return the values of harmful and of benign queries in every draw, draws first.
+
+    Args:
+        split_scores: scores of the queries that are resampled.
+        values: values by query; further axes are kept.
+    """
+    is_harmful, draws = split_scores.margin_table.is_harmful, split_scores.bootstrap_weights
+    harmful, benign = (
+        values[in_class][_expand_draw_weights(weights)]
+        for in_class, weights in ((is_harmful, draws.harmful_weights), (~is_harmful, draws.benign_weights))
+    )
+    return harmful, benign
+
+
 def _expand_draw_weights(weights: Float[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws n"]:
-    """Which queries a draw is made of, from how often each counts in it."""
-    draws, n = weights.shape
-    return np.repeat(np.tile(np.arange(n), draws), weights.astype(int).ravel()).reshape(draws, n)
+    """Return the query indices of each draw, from the number of times that each query occurs in it."""
+    n_draws, n = weights.shape
+    indices = np.repeat(np.tile(np.arange(n), n_draws), weights.astype(int).ravel())
+    return indices.reshape(n_draws, n)
 
 
 def estimate_ensemble_intervals(
@@ -111,46 +127,44 @@ def estimate_ensemble_intervals(
     calibration_scores: SplitScores,
     ensemble_draws: EnsembleDraws | None,
 ) -> dict[str, float]:
-    """Return the 95 % intervals of what was observed of an ensemble, and of its interaction.
+    """Return the 95 % intervals of an ensemble's observed coordinates and of its interactions.
 
     Args:
-        split_scores: on whose queries.
-        row: of the ensemble.
-        calibration_scores: of the calibration split.
-        ensemble_draws: of the ensemble; None for a single defense, which has no interaction.
+        split_scores: scores of the queries.
+        row: row of the ensemble, with `members` and `how`.
+        calibration_scores: scores of the calibration split.
+        ensemble_draws: draws of the ensemble; None for a single defense, which has no interaction.
     """
-    team, how, n = row["members"].split("+"), row["how"], min(split_scores.class_sizes)
-    after = compute_ensemble_margins(split_scores, team, how, calibration_scores)
-    same = row["members"] == UNDEFENDED
-    point, many = (
+    team, combination, n = row["members"].split("+"), row["how"], min(split_scores.class_sizes)
+    margins = compute_ensemble_margins(split_scores, team, combination, calibration_scores)
+    points, clouds = (
         compute_estimates(
             split_scores.margin_table.undefended_margins,
-            after,
+            margins,
             split_scores.margin_table.is_harmful,
             0.0,
-            sample,
-            same,
+            weights,
+            is_undefended=row["members"] == UNDEFENDED,
         )
-        for sample in (split_scores.observed_weights, split_scores.bootstrap_weights)
+        for weights in (split_scores.observed_weights, split_scores.bootstrap_weights)
     )
-    found: dict[str, float] = {}
+    columns: dict[str, float] = {}
     for name in ENSEMBLE_COORDINATES:
-        ends = make_estimate_columns(
-            f"observed_{name}", point[name], many[name], n, name in COUNTED_ESTIMATES
+        columns |= make_estimate_columns(
+            f"observed_{name}", points[name], clouds[name], n, name in COUNTED_ESTIMATES
         )
-        del ends[f"observed_{name}"]  # it is in the row
-        found |= ends
+        del columns[f"observed_{name}"]  # the row has it already
         if ensemble_draws is not None:
-            found |= _estimate_interaction_interval(
+            columns |= _estimate_interaction_interval(
                 ensemble_draws.observed[name] - ensemble_draws.predicted[name], name, n
             )
-    return found
+    return columns
 
 
 def _estimate_interaction_interval(
     interaction_draws: Any, coordinate: str, min_class_size: int
 ) -> dict[str, float]:
-    """The interval of an interaction; none where no draw differs: nothing was refused, say, or everything."""
+    """Return the interval of an interaction; NaN if all draws are equal, as when nothing is refused."""
     low, high = (
         bootstrap_interval(interaction_draws, min_class_size)
         if np.ptp(interaction_draws) > 1e-9
@@ -160,65 +174,70 @@ def _estimate_interaction_interval(
 
 
 def summarize_prediction_fit(rows: pd.DataFrame, draws_by_row: Mapping[int, EnsembleDraws]) -> pd.DataFrame:
-    """Return how well observation follows prediction, by attack, split, how and kind, for each coordinate.
+    """Return how well predictions fit observations, per coordinate, by attack, split, combination and kind.
 
-    Kinds are the measured ones and, with "by family" behind them, the paper's. Shift and discrimination of
-    votes by mean are left out: they are right by definition.
+    Kinds are the measured ones and, with the suffix "by family", those of the paper. Shift and discrimination
+    of votes by (weighted) mean are left out: their predictions are exact by construction.
 
     Args:
-        rows: of `votes` and `stacks` with their kinds, and intervals where there are; those that were not
-            observed are left out.
-        draws_by_row: the draws of some rows, by their index. Where all rows of a group have draws, R² and rank
-            correlation have intervals.
+        rows: rows of `evaluate_votes` and `evaluate_stacks` with their kinds, and with intervals if there
+            are any; rows without observed values are ignored.
+        draws_by_row: draws of some rows, by row index. R² and rank correlation have intervals in groups where
+            every row has draws.
 
     Returns:
-        What `outcomes.follows` returns, the interaction's mean and mean size (which sampling alone makes
-        larger than 0), and of how many rows (`tested`) the interval of the interaction leaves out 0
-        (`beyond_zero`).
+        The statistics of `compute_fit_statistics`; the mean interaction (`mean_interaction`) and its mean
+        absolute value (`mean_size`, above 0 by sampling noise alone); the number of rows with an interval of
+        the interaction (`tested`), and of those whose interval excludes 0 (`beyond_zero`).
     """
-    found = []
-    seen = rows[(rows["how"] != ALONE) & rows["observed_shift"].notna()]
-    groups = {"all": seen}
-    for column, ending in (("kind", ""), ("kind_by_family", " by family")):
-        groups |= {kind + ending: seen[seen[column] == kind] for kind in ("intra", "inter")}
-    for kind, of_kind in groups.items():
-        for (attack, split, how), group in of_kind.groupby(["attack", "split", "how"], sort=False):
-            about = {"attack": attack, "split": split, "how": how, "kind": kind, "n": len(group)}
-            drawn = [draws_by_row[index] for index in group.index if index in draws_by_row]
-            for name in ENSEMBLE_COORDINATES:
-                if how in MEAN_VOTE_RULES and name in ("shift", "discrimination"):
+    observed_rows = rows[(rows["how"] != ALONE) & rows["observed_shift"].notna()]
+    rows_by_kind = {"all": observed_rows}
+    for column, suffix in (("kind", ""), ("kind_by_family", " by family")):
+        for kind in ("intra", "inter"):
+            rows_by_kind[kind + suffix] = observed_rows[observed_rows[column] == kind]
+    fit_rows = []
+    for kind, kind_rows in rows_by_kind.items():
+        for (attack, split, combination), group in kind_rows.groupby(["attack", "split", "how"], sort=False):
+            labels = {"attack": attack, "split": split, "how": combination, "kind": kind, "n": len(group)}
+            draws = [draws_by_row[index] for index in group.index if index in draws_by_row]
+            for coordinate in ENSEMBLE_COORDINATES:
+                if combination in MEAN_VOTE_RULES and coordinate in ("shift", "discrimination"):
                     continue
-                hoped, came = (group[f"{side}_{name}"].to_numpy(float) for side in ("predicted", "observed"))
-                row = {**about, "coordinate": name}
-                row |= {
-                    one: float(value[0])
-                    for one, value in compute_fit_statistics(hoped[None], came[None]).items()
-                }
-                row |= {"mean_interaction": (came - hoped).mean(), "mean_size": np.abs(came - hoped).mean()}
-                if f"interaction_{name}_low" in group:
-                    low, high = (group[f"interaction_{name}{end}"] for end in ("_low", "_high"))
-                    row |= {
-                        "tested": int(low.notna().sum()),
-                        "beyond_zero": int(((low > 0) | (high < 0)).sum()),
-                    }
-                if len(drawn) == len(group) > 2:
-                    sides = [
-                        np.stack([getattr(one, side)[name] for one in drawn], axis=1)
-                        for side in ("predicted", "observed")
-                    ]
-                    row |= _compute_fit_intervals(row, compute_fit_statistics(*sides))
-                found.append(row)
-    return pd.DataFrame(found)
+                fit_rows.append(labels | _summarize_coordinate_fit(group, coordinate, draws))
+    return pd.DataFrame(fit_rows)
+
+
+def _summarize_coordinate_fit(
+    group: pd.DataFrame, coordinate: str, draws: Sequence[EnsembleDraws]
+) -> dict[str, Any]:
+    """Return the fit of one coordinate's predictions in one group of ensembles."""
+    predicted = group[f"predicted_{coordinate}"].to_numpy(float)
+    observed = group[f"observed_{coordinate}"].to_numpy(float)
+    row: dict[str, Any] = {"coordinate": coordinate}
+    for name, values in compute_fit_statistics(predicted[None], observed[None]).items():
+        row[name] = float(values[0])
+    row["mean_interaction"] = (observed - predicted).mean()
+    row["mean_size"] = np.abs(observed - predicted).mean()
+    if f"interaction_{coordinate}_low" in group:
+        low, high = (group[f"interaction_{coordinate}{suffix}"] for suffix in ("_low", "_high"))
+        row["tested"] = int(low.notna().sum())
+        row["beyond_zero"] = int(((low > 0) | (high < 0)).sum())
+    if len(draws) == len(group) > 2:
+        predicted_draws = np.stack([draw.predicted[coordinate] for draw in draws], axis=1)
+        observed_draws = np.stack([draw.observed[coordinate] for draw in draws], axis=1)
+        row |= _compute_fit_intervals(row, compute_fit_statistics(predicted_draws, observed_draws))
+    return row
 
 
 def _compute_fit_intervals(row: Mapping[str, Any], draws_by_statistic: Mapping[str, Any]) -> dict[str, float]:
-    """The ends of the intervals over draws; each holds its own estimate."""
-    found: dict[str, float] = {}
-    for name, cloud in draws_by_statistic.items():
-        known = cloud[np.isfinite(cloud)]
-        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-        found |= {f"{name}_low": float(min(low, row[name])), f"{name}_high": float(max(high, row[name]))}
-    return found
+    """Return the percentile interval of each statistic, widened to contain its estimate."""
+    columns: dict[str, float] = {}
+    for name, draws in draws_by_statistic.items():
+        finite_draws = draws[np.isfinite(draws)]
+        low, high = np.quantile(finite_draws, [0.025, 0.975]) if len(finite_draws) else (np.nan, np.nan)
+        columns[f"{name}_low"] = float(min(low, row[name]))
+        columns[f"{name}_high"] = float(max(high, row[name]))
+    return columns
 
 
 def find_raised_distances(
@@ -227,56 +246,69 @@ def find_raised_distances(
     shift_probabilities: Mapping[str, float],
     calibration_scores: SplitScores,
 ) -> pd.DataFrame:
-    """Return the pairs of two shift defenses whose distance, the paper's, exceeds that of each member.
+    """Return the pairs of shift defenses whose class distance, as in the paper, exceeds that of each member.
 
-    On the probability scale a pure shift changes the distance between the classes. So each raise is set
-    beside what it does to the ranking, against the member that ranks better: `real` where the interval of the
-    gain in AUROC lies above 0, `probability scale` where it lies below a hundredth, else `cannot tell`.
+    On the probability scale, a pure shift changes the distance between the classes. Each raised distance is
+    therefore compared with the gain in AUROC over the member with the higher AUROC: `real` if the interval of
+    the gain lies above 0, `probability scale` if it lies below 0.01, else `cannot tell`.
 
     Args:
-        split_scores: on whose queries.
-        rows: of ensembles on this half.
-        shift_probabilities: how probable it is of each defense that it works by shift; those that mainly do are paired.
-        calibration_scores: of the calibration split.
+        split_scores: scores of the queries.
+        rows: rows of ensembles on this split.
+        shift_probabilities: probability of each defense that its mechanism is shift; only pairs with
+            probabilities above ½ are examined.
+        calibration_scores: scores of the calibration split.
     """
-    kept: list[dict[str, Any]] = []
     pairs = rows[(rows["size"] == 2) & rows["observed_shift"].notna()]
-    for row in pairs.to_dict("records"):
-        team = str(row["members"]).split("+")
-        if min(shift_probabilities.get(name, 0.0) for name in team) <= 0.5:
-            continue
-        alone = {
-            name: split_scores.compute_metrics(split_scores.get_member_margins([name]).T) for name in team
-        }
-        distance = {name: float(one["distance"][0]) for name, one in alone.items()}
-        came = split_scores.compute_metrics(
-            compute_ensemble_margins(split_scores, team, str(row["how"]), calibration_scores)[None]
-        )
-        if came["distance"][0] <= max(distance.values()):
-            continue
-        better = max(team, key=lambda name: float(alone[name]["auroc"][0]))
-        ends = estimate_auroc_gain(split_scores, team, str(row["how"]), better, calibration_scores)
-        kept.append(
-            {
-                **{name: row[name] for name in ("attack", "split", "members", "how")},
-                "distance_undefended": float(split_scores.undefended_metrics["distance"][0]),
-                "distance_first": distance[team[0]],
-                "distance_second": distance[team[1]],
-                "distance": float(came["distance"][0]),
-                "p_shift": min(shift_probabilities[name] for name in team),
-                "better_member": better,
-                **ends,
-                "gain_d_prime": float(
-                    came["d_prime"][0] - max(float(one["d_prime"][0]) for one in alone.values())
-                ),
-                "raise": "real"
-                if ends["gain_auroc_low"] > 0
-                else "probability scale"
-                if ends["gain_auroc_high"] < _NEGLIGIBLE_GAIN
-                else "cannot tell",
-            }
-        )
-    return pd.DataFrame(kept, columns=list(kept[0]) if kept else _RAISED_DISTANCE_COLUMNS)
+    raised = []
+    for row in iterate_rows(pairs):
+        team = row["members"].split("+")
+        p_shift = min(shift_probabilities.get(name, 0.0) for name in team)
+        if p_shift > 0.5:
+            labels = {name: row[name] for name in ("attack", "split", "members", "how")}
+            comparison = _compare_class_distances(split_scores, team, row["how"], p_shift, calibration_scores)
+            raised += [labels | comparison] if comparison else []
+    return pd.DataFrame(raised, columns=list(raised[0]) if raised else _RAISED_DISTANCE_COLUMNS)
+
+
+def _compare_class_distances(
+    split_scores: SplitScores,
+    team: Sequence[str],
+    combination: str,
+    p_shift: float,
+    calibration_scores: SplitScores,
+) -> dict[str, Any]:
+    """Return the distances and the gains of a pair; empty if its distance does not exceed both members'."""
+    member_metrics = {
+        name: split_scores.compute_metrics(split_scores.get_member_margins([name]).T) for name in team
+    }
+    distances = {name: float(metrics["distance"][0]) for name, metrics in member_metrics.items()}
+    pair_metrics = split_scores.compute_metrics(
+        compute_ensemble_margins(split_scores, team, combination, calibration_scores)[None]
+    )
+    if pair_metrics["distance"][0] <= max(distances.values()):
+        return {}
+    better_member = max(team, key=lambda name: float(member_metrics[name]["auroc"][0]))
+    gain = estimate_auroc_gain(split_scores, team, combination, better_member, calibration_scores)
+    best_d_prime = max(float(metrics["d_prime"][0]) for metrics in member_metrics.values())
+    return {
+        "distance_undefended": float(split_scores.undefended_metrics["distance"][0]),
+        "distance_first": distances[team[0]],
+        "distance_second": distances[team[1]],
+        "distance": float(pair_metrics["distance"][0]),
+        "p_shift": p_shift,
+        "better_member": better_member,
+        **gain,
+        "gain_d_prime": float(pair_metrics["d_prime"][0] - best_d_prime),
+        "raise": _classify_raise(gain),
+    }
+
+
+def _classify_raise(gain: Mapping[str, float]) -> str:
+    """Return whether a raised distance reflects a better ranking or only the probability scale."""
+    if gain["gain_auroc_low"] > 0:
+        return "real"
+    return "probability scale" if gain["gain_auroc_high"] < _NEGLIGIBLE_GAIN else "cannot tell"
 
 
 def estimate_auroc_gain(
@@ -286,21 +318,21 @@ def estimate_auroc_gain(
     defense: str,
     calibration_scores: SplitScores,
 ) -> dict[str, float]:
-    """Return by how much an ensemble's AUROC exceeds a single defense's, with its 95 % interval.
+    """Return the difference between an ensemble's and a single defense's AUROC, with its 95 % interval.
 
     Args:
-        split_scores: on whose queries.
-        team: the members.
-        combination: `stack` or a vote.
+        split_scores: scores of the queries.
+        team: members of the ensemble.
+        combination: `stack` or a vote rule.
         defense: the single defense.
-        calibration_scores: of the calibration split.
+        calibration_scores: scores of the calibration split.
     """
-    before, after = (
-        split_scores.get_member_margins([defense])[:, 0],
-        compute_ensemble_margins(split_scores, team, combination, calibration_scores),
+    single_margins = split_scores.get_member_margins([defense])[:, 0]
+    ensemble_margins = compute_ensemble_margins(split_scores, team, combination, calibration_scores)
+    point, draws = (
+        compute_estimates(
+            single_margins, ensemble_margins, split_scores.margin_table.is_harmful, 0.0, weights
+        )["delta_auroc"]
+        for weights in (split_scores.observed_weights, split_scores.bootstrap_weights)
     )
-    point, cloud = (
-        compute_estimates(before, after, split_scores.margin_table.is_harmful, 0.0, sample)["delta_auroc"]
-        for sample in (split_scores.observed_weights, split_scores.bootstrap_weights)
-    )
-    return make_estimate_columns("gain_auroc", point, cloud, min(split_scores.class_sizes), from_counts=True)
+    return make_estimate_columns("gain_auroc", point, draws, min(split_scores.class_sizes), from_counts=True)

@@ -1,8 +1,8 @@
-"""Ensembles of defenses: what their members let expect, what comes of them, and how far apart these are.
+"""Predicted and observed effects of ensembles, and the difference between them, the interaction.
 
-The margins of a stack, all members worn at once, are predicted query by query: those of the members added up,
-what they change of the undefended model each by itself. What a vote of defenses comes to is predicted from
-its members' means, spreads and correlation (`fusion`), and observed in the margins themselves.
+The margins of a stack, whose members are applied together, are predicted query by query: the undefended
+margin plus the sum of the members' separate changes. A vote is predicted from its members' means, spreads and
+correlations (`analysis.stats.voting`) and observed by combining the members' margins.
 """
 
 from __future__ import annotations
@@ -35,18 +35,25 @@ from analysis.stats.voting import (
 
 ALONE, STACK = "alone", "stack"
 SELECTION_SPLIT, REPORT_SPLIT = "calibration", "test"
+# The paper's assignment (https://arxiv.org/abs/2502.14486); it covers no other family.
+MECHANISM_BY_FAMILY = {
+    "reminders": "shift",
+    "tuning": "shift",
+    "backdoor": "shift",
+    "refactoring": "discrimination",
+}
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """One split of the queries under one attack.
+    """Margins of one split of the queries under one attack.
 
     Attributes:
-        attack: how the queries were sent.
-        split: `calibration`, where ensembles are chosen, or `test`, where they are reported.
-        margin_table: the margins of all conditions, stacks that were run among them.
-        units: which queries belong together.
-        seed: of the bootstrap.
+        attack: name of the attack.
+        split: `calibration`, on which ensembles are chosen, or `test`, on which they are reported.
+        margin_table: margins of all conditions, including the stacks that were run.
+        units: resampling units of the queries.
+        seed: seed of the bootstrap.
     """
 
     attack: str
@@ -57,54 +64,63 @@ class SplitScores:
 
     @classmethod
     def from_scores(cls, scores: ScoreTable, attack: str, split: str, seed: int = 0) -> SplitScores:
-        """Return one half from the scores of its queries."""
-        base = scores.select_condition(attack, UNDEFENDED)
-        names = tuple(name for at, name in scores.condition_keys if at == attack)
+        """Return the margins under one attack.
+
+        Args:
+            scores: scores of the split's queries.
+            attack: name of the attack.
+            split: name of the split.
+            seed: seed of the bootstrap.
+        """
+        undefended = scores.select_condition(attack, UNDEFENDED)
+        names = tuple(name for attack_name, name in scores.condition_keys if attack_name == attack)
         margins = [scores.select_condition(attack, name)["margin"].to_numpy(float) for name in names]
-        is_harmful = base["harmful"].to_numpy(bool)
-        above = np.stack(margins, axis=1) - scores.threshold
-        board = MarginTable(names, above, above[:, names.index(UNDEFENDED)], is_harmful)
-        return cls(attack, split, board, ResamplingUnits.from_pairs(base["pair"], is_harmful), seed)
+        is_harmful = undefended["harmful"].to_numpy(bool)
+        centered_margins = np.stack(margins, axis=1) - scores.threshold
+        undefended_margins = centered_margins[:, names.index(UNDEFENDED)]
+        margin_table = MarginTable(names, centered_margins, undefended_margins, is_harmful)
+        units = ResamplingUnits.from_pairs(undefended["pair"], is_harmful)
+        return cls(attack, split, margin_table, units, seed)
 
     @cached_property
     def observed_weights(self) -> ResamplingWeights:
-        """The queries as they are."""
+        """Weights of the observed data."""
         return ResamplingWeights.from_observed(self.units)
 
     @cached_property
     def bootstrap_weights(self) -> ResamplingWeights:
-        """The bootstrap draws that all figures of this half share."""
+        """Bootstrap draws, shared by all estimates of this split."""
         return ResamplingWeights.from_bootstrap(self.units, seed=self.seed)
 
     def find_team_indices(self, teams: Sequence[Sequence[str]]) -> Int[np.ndarray, "teams size"]:
-        """Return the places of teams' members among the conditions."""
-        at = {name: place for place, name in enumerate(self.margin_table.condition_names)}
-        return np.array([[at[name] for name in team] for team in teams])
+        """Return the column indices of the members of teams of one size."""
+        indices = {name: index for index, name in enumerate(self.margin_table.condition_names)}
+        return np.array([[indices[name] for name in team] for team in teams])
 
     def get_member_margins(self, team: Sequence[str]) -> Float[np.ndarray, "n size"]:
-        """Return the margins of a team's members."""
+        """Return the margins of a team's members, nats above the threshold."""
         return self.margin_table.margins[:, self.find_team_indices([team])[0]]
 
     @property
     def class_sizes(self) -> tuple[int, int]:
-        """How many queries are harmful, and how many benign."""
+        """Numbers of harmful and of benign queries."""
         harmful = int(self.margin_table.is_harmful.sum())
         return harmful, len(self.margin_table.is_harmful) - harmful
 
     def compute_metrics(self, margins: Float[np.ndarray, "teams n"]) -> ClassMetrics:
-        """Return what classifiers with these margins are like."""
+        """Return the metrics of classifiers with these margins."""
         return compute_class_metrics(
             margins[:, self.margin_table.is_harmful], margins[:, ~self.margin_table.is_harmful]
         )
 
     @cached_property
     def undefended_metrics(self) -> ClassMetrics:
-        """What the undefended model is like."""
+        """Metrics of the undefended model."""
         return self.compute_metrics(self.margin_table.undefended_margins[None])
 
 
 def list_teams(defenses: Sequence[str], max_size: int) -> list[tuple[str, ...]]:
-    """Return all teams of two up to `size` members.
+    """Return all teams of two to `max_size` members.
 
     >>> list_teams(["a", "b", "c"], 3)
     [('a', 'b'), ('a', 'c'), ('b', 'c'), ('a', 'b', 'c')]
@@ -113,69 +129,78 @@ def list_teams(defenses: Sequence[str], max_size: int) -> list[tuple[str, ...]]:
 
 
 def evaluate_single_defenses(split_scores: SplitScores, defenses: Iterable[str]) -> pd.DataFrame:
-    """Return a row for each defense alone."""
-    wanted = [(name,) for name in defenses]
-    observed = split_scores.compute_metrics(
-        split_scores.margin_table.margins.T[split_scores.find_team_indices(wanted)[:, 0]]
-    )
-    return _build_ensemble_rows(split_scores, wanted, ALONE, None, observed)
+    """Return a row for each single defense."""
+    teams = [(defense,) for defense in defenses]
+    return _build_ensemble_rows(split_scores, teams, ALONE, None, _observe_conditions(split_scores, teams))
 
 
 def evaluate_votes(
     split_scores: SplitScores, teams: Sequence[tuple[str, ...]], calibration_scores: SplitScores
 ) -> pd.DataFrame:
-    """Return a row for each way in which each team can vote, predicted and observed.
+    """Return a row for each team and vote rule, predicted and observed.
 
     Args:
-        split_scores: whose queries are voted on.
-        teams: teams.
-        calibration_scores: of the calibration split, to which weights are fitted.
+        split_scores: scores of the queries.
+        teams: teams of defenses.
+        calibration_scores: scores of the calibration split, to which vote weights are fitted.
     """
-    found, board = [], split_scores.margin_table
-    sides = board.is_harmful, ~board.is_harmful
-    usual = [
-        TeamMoments.from_teams(board.undefended_margins[side][:, None], np.array([[0]])) for side in sides
-    ]
-    normal = predict_vote_metrics(usual[0], usual[1], "mean", None, split_scores.class_sizes)
+    tables, margin_table = [], split_scores.margin_table
+    classes = margin_table.is_harmful, ~margin_table.is_harmful
+    undefended_harmful, undefended_benign = (
+        TeamMoments.from_teams(margin_table.undefended_margins[in_class][:, None], np.array([[0]]))
+        for in_class in classes
+    )
+    predicted_undefended = predict_vote_metrics(
+        undefended_harmful, undefended_benign, "mean", None, split_scores.class_sizes
+    )
     for size in sorted({len(team) for team in teams}):
-        of_size = [team for team in teams if len(team) == size]
-        places = split_scores.find_team_indices(of_size)
+        sized_teams = [team for team in teams if len(team) == size]
+        team_indices = split_scores.find_team_indices(sized_teams)
         weights = fit_vote_weights(
-            calibration_scores.margin_table, calibration_scores.find_team_indices(of_size)
+            calibration_scores.margin_table, calibration_scores.find_team_indices(sized_teams)
         )
-        harmful, benign = (TeamMoments.from_teams(board.margins[side], places) for side in sides)
-        each = board.margins.T[places].transpose(0, 2, 1)  # teams, queries, members
-        for how in list_vote_rules(size):
-            hoped = predict_vote_metrics(harmful, benign, how, weights, split_scores.class_sizes)
-            came = split_scores.compute_metrics(combine_margins(each, how, weights[:, None, :]))
-            found.append(_build_ensemble_rows(split_scores, of_size, how, hoped, came, normal))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        harmful, benign = (
+            TeamMoments.from_teams(margin_table.margins[in_class], team_indices) for in_class in classes
+        )
+        member_margins = margin_table.margins.T[team_indices].transpose(0, 2, 1)  # teams, queries, members
+        for rule in list_vote_rules(size):
+            predicted = predict_vote_metrics(harmful, benign, rule, weights, split_scores.class_sizes)
+            observed = split_scores.compute_metrics(
+                combine_margins(member_margins, rule, weights[:, None, :])
+            )
+            tables.append(
+                _build_ensemble_rows(
+                    split_scores, sized_teams, rule, predicted, observed, predicted_undefended
+                )
+            )
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def evaluate_stacks(split_scores: SplitScores, teams: Sequence[tuple[str, ...]]) -> pd.DataFrame:
-    """Return a row for each stack, predicted, and observed where it was run."""
-    found = []
-    for ran in (True, False):
-        of_kind = [
-            team for team in teams if ("+".join(team) in split_scores.margin_table.condition_names) == ran
-        ]
-        if of_kind:
-            sums = np.stack([predict_stack_margins(split_scores, team) for team in of_kind])
-            came = None
-            if ran:
-                came = split_scores.compute_metrics(
-                    split_scores.margin_table.margins.T[
-                        split_scores.find_team_indices([("+".join(team),) for team in of_kind])[:, 0]
-                    ]
-                )
-            found.append(
-                _build_ensemble_rows(split_scores, of_kind, STACK, split_scores.compute_metrics(sums), came)
+    """Return a row for each stack, predicted, and observed if it was run; those that were run come first."""
+    condition_names = split_scores.margin_table.condition_names
+    tables = []
+    for was_run in (True, False):
+        selected_teams = [team for team in teams if ("+".join(team) in condition_names) == was_run]
+        if selected_teams:
+            predicted_margins = np.stack(
+                [predict_stack_margins(split_scores, team) for team in selected_teams]
             )
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+            predicted = split_scores.compute_metrics(predicted_margins)
+            stacks = [("+".join(team),) for team in selected_teams]
+            observed = _observe_conditions(split_scores, stacks) if was_run else None
+            tables.append(_build_ensemble_rows(split_scores, selected_teams, STACK, predicted, observed))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _observe_conditions(split_scores: SplitScores, names: Sequence[tuple[str]]) -> ClassMetrics:
+    """Return the observed metrics of conditions, each given by its name alone."""
+    indices = split_scores.find_team_indices(names)[:, 0]
+    return split_scores.compute_metrics(split_scores.margin_table.margins.T[indices])
 
 
 def predict_stack_margins(split_scores: SplitScores, team: Sequence[str]) -> Float[np.ndarray, " n"]:
-    """Return the margins that a stack should have: what each member changes, added up."""
+    """Return the predicted margins of a stack: undefended margins plus the members' changes."""
     return np.asarray(
         split_scores.get_member_margins(team).sum(1)
         - (len(team) - 1) * split_scores.margin_table.undefended_margins
@@ -188,10 +213,10 @@ def compute_ensemble_margins(
     """Return the observed margins of one ensemble, nats above the threshold.
 
     Args:
-        split_scores: on whose queries.
-        team: its members.
-        combination: `alone`, `stack` or a vote.
-        calibration_scores: of the calibration split, to which weights are fitted.
+        split_scores: scores of the queries.
+        team: members of the ensemble.
+        combination: `alone`, `stack` or a vote rule.
+        calibration_scores: scores of the calibration split, to which vote weights are fitted.
     """
     if combination in (ALONE, STACK):
         return split_scores.get_member_margins(["+".join(team)])[:, 0]
@@ -211,73 +236,66 @@ def _build_ensemble_rows(
     observed: ClassMetrics | None,
     predicted_undefended: ReferenceMetrics | None = None,
 ) -> pd.DataFrame:
-    """A row for each team; what was not predicted, or not observed, is missing.
+    """Return a row for each team; values that were not predicted or not observed are NaN.
 
-    Predicted changes are those from `normal`, the undefended model predicted likewise, where there is one.
+    Predicted changes are relative to `predicted_undefended`, the undefended model predicted by the same
+    method, or to the observed undefended model if it is None.
     """
-    base, none = split_scores.undefended_metrics, np.full(len(teams), np.nan)
-    found: dict[str, Any] = {
+    undefended = split_scores.undefended_metrics
+    predicted_coordinates = (
+        None if predicted is None else compute_coordinates(predicted, predicted_undefended or undefended)
+    )
+    observed_coordinates = None if observed is None else compute_coordinates(observed, undefended)
+    missing = np.full(len(teams), np.nan)
+    columns: dict[str, Any] = {
         "attack": split_scores.attack,
         "split": split_scores.split,
         "members": ["+".join(team) for team in teams],
         "how": combination,
         "size": [len(team) for team in teams],
     }
-    read = {
-        "predicted": None
-        if predicted is None
-        else compute_coordinates(predicted, predicted_undefended or base),
-        "observed": None if observed is None else compute_coordinates(observed, base),
-    }
     for name in ENSEMBLE_COORDINATES:
-        expected, seen = (none if one is None else one[name] for one in read.values())
-        found |= {
-            f"predicted_{name}": expected,
-            f"observed_{name}": seen,
-            f"interaction_{name}": seen - expected,
+        predicted_values = missing if predicted_coordinates is None else predicted_coordinates[name]
+        observed_values = missing if observed_coordinates is None else observed_coordinates[name]
+        columns |= {
+            f"predicted_{name}": predicted_values,
+            f"observed_{name}": observed_values,
+            f"interaction_{name}": observed_values - predicted_values,
         }
-    return pd.DataFrame(found)
-
-
-# By family, as in the paper; it says nothing of the others.
-MECHANISM_BY_FAMILY = {
-    "reminders": "shift",
-    "tuning": "shift",
-    "backdoor": "shift",
-    "refactoring": "discrimination",
-}
+    return pd.DataFrame(columns)
 
 
 def classify_mechanisms(split_scores: SplitScores, families_by_defense: Mapping[str, str]) -> pd.DataFrame:
-    """Return what each defense mainly does: shift if both classes move the same way, else discrimination.
+    """Classify each defense by its mechanism: shift if both classes move the same way, or discrimination.
 
-    Harmful queries move by shift + ½ discrimination and benign ones by shift − ½ discrimination, so they move
-    the same way where the shift is larger than half the discrimination: the larger of the two has the name.
+    The mean change is shift + ½ discrimination on harmful queries and shift − ½ discrimination on benign
+    ones. Both have the same sign if |shift| ≥ ½ |discrimination|.
 
     Args:
-        split_scores: on whose queries.
-        families_by_defense: of the defenses, by name.
+        split_scores: scores of the queries.
+        families_by_defense: defense → family.
 
     Returns:
-        A row per defense: both contrasts (nats), `mechanism`, `p_shift` (the share of bootstrap draws in
-        which it is shift) and `by_family`, the paper's assignment.
+        A row per defense: both contrasts (nats), `mechanism`, `p_shift` (share of bootstrap draws in which
+        the mechanism is shift) and `by_family`, the paper's assignment.
     """
-    names = list(families_by_defense)
-    moved = _draw_same_direction(split_scores, names)
-    alone = evaluate_single_defenses(split_scores, names)
-    shift, discrimination = (alone[f"observed_{x}"].to_numpy(float) for x in ("shift", "discrimination"))
-    same_way = 2 * abs(shift) >= abs(discrimination)
+    defenses = list(families_by_defense)
+    moves_same_way = _draw_same_direction(split_scores, defenses)
+    single_rows = evaluate_single_defenses(split_scores, defenses)
     rows = []
-    for place, name in enumerate(names):
+    for index, defense in enumerate(defenses):
+        shift, discrimination = (
+            float(single_rows[f"observed_{name}"][index]) for name in ("shift", "discrimination")
+        )
         rows.append(
             {
-                "defense": name,
-                "family": families_by_defense[name],
-                "shift": shift[place],
-                "discrimination": discrimination[place],
-                "mechanism": "shift" if same_way[place] else "discrimination",
-                "p_shift": float(moved[:, place].mean()),
-                "by_family": MECHANISM_BY_FAMILY.get(families_by_defense[name], ""),
+                "defense": defense,
+                "family": families_by_defense[defense],
+                "shift": shift,
+                "discrimination": discrimination,
+                "mechanism": "shift" if 2 * abs(shift) >= abs(discrimination) else "discrimination",
+                "p_shift": float(moves_same_way[:, index].mean()),
+                "by_family": MECHANISM_BY_FAMILY.get(families_by_defense[defense], ""),
             }
         )
     return pd.DataFrame(rows)
@@ -286,44 +304,48 @@ def classify_mechanisms(split_scores: SplitScores, families_by_defense: Mapping[
 def classify_teams(
     split_scores: SplitScores, team_names: Iterable[str], defense_mechanisms: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return for each team whether its members work by one mechanism (intra) or by several (inter).
+    """Return for each team whether its members share one mechanism (intra) or not (inter).
 
     Args:
-        split_scores: on whose queries.
-        team_names: teams, their members joined by +.
-        defense_mechanisms: what `mechanisms` returned.
+        split_scores: scores of the queries.
+        team_names: teams, members joined by +.
+        defense_mechanisms: table of `classify_mechanisms`.
 
     Returns:
-        By team: `kind`, measured; `p_inter`, the share of bootstrap draws in which it is inter;
-        `kind_by_family`, empty where the paper says nothing of a member's family.
+        A row per team: `kind`, as measured; `p_inter`, the share of bootstrap draws in which it is inter;
+        `kind_by_family`, empty if the paper assigns no mechanism to a member's family.
     """
     names = list(defense_mechanisms["defense"])
-    moved = _draw_same_direction(split_scores, names)
-    mechanism, family = (
+    moves_same_way = _draw_same_direction(split_scores, names)
+    measured, by_family = (
         dict(zip(names, defense_mechanisms[column], strict=True)) for column in ("mechanism", "by_family")
     )
     rows = []
     for members in team_names:
         team = members.split("+")
-        sides = moved[:, [names.index(name) for name in team]]
-        known = {family[name] for name in team}
+        member_draws = moves_same_way[:, [names.index(name) for name in team]]
+        family_mechanisms = {by_family[name] for name in team}
         rows.append(
             {
                 "members": members,
-                "kind": _classify_team({mechanism[name] for name in team}),
-                "p_inter": float((sides.min(1) != sides.max(1)).mean()),
-                "kind_by_family": "" if "" in known else _classify_team(known),
+                "kind": _classify_team({measured[name] for name in team}),
+                "p_inter": float((member_draws.min(1) != member_draws.max(1)).mean()),
+                "kind_by_family": "" if "" in family_mechanisms else _classify_team(family_mechanisms),
             }
         )
     return pd.DataFrame(rows, columns=["members", "kind", "p_inter", "kind_by_family"])
 
 
 def _classify_team(member_mechanisms: set[str]) -> str:
+    """Return inter if the members have several mechanisms, else intra."""
     return "inter" if len(member_mechanisms) > 1 else "intra"
 
 
 def _draw_same_direction(split_scores: SplitScores, defenses: Sequence[str]) -> Any:
-    """Whether both classes move the same way, by draw and defense."""
+    """Return whether both classes move the same way, by draw and defense."""
     draws, is_harmful = split_scores.bootstrap_weights, split_scores.margin_table.is_harmful
-    change = split_scores.get_member_margins(defenses) - split_scores.margin_table.undefended_margins[:, None]
-    return (draws.harmful_weights @ change[is_harmful]) * (draws.benign_weights @ change[~is_harmful]) >= 0
+    changes = (
+        split_scores.get_member_margins(defenses) - split_scores.margin_table.undefended_margins[:, None]
+    )
+    harmful, benign = draws.harmful_weights @ changes[is_harmful], draws.benign_weights @ changes[~is_harmful]
+    return harmful * benign >= 0

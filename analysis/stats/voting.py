@@ -1,4 +1,4 @@
-"""What many classifiers come to at once: the coordinates of `decompose`, for thousands of ensembles."""
+"""Vote rules, their prediction from members' moments, and vectorized metrics of thousands of ensembles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import expit, ndtri
 from scipy.stats import qmc, rankdata
 
-# What is predicted and observed of an ensemble, in the order of the columns.
+# Measures that are predicted and observed for every ensemble, in the order of the columns.
 ENSEMBLE_COORDINATES = (
     "refusal_rate",
     "over_refusal_rate",
@@ -22,9 +22,156 @@ ENSEMBLE_COORDINATES = (
     "delta_d_prime",
     "distance_change",
 )
-MEAN_VOTE_RULES = ("mean", "fitted")  # votes whose means are those of their members, weighted
+MEAN_VOTE_RULES = ("mean", "fitted")  # rules under which mean margins are weighted means of the members'
+VOTE_RULES: Mapping[str, str] = {
+    "mean": "mean of the members' margins",
+    "highest": "highest margin: refuses if any member refuses",
+    "lowest": "lowest margin: refuses if all members refuse",
+    "majority": "median: refuses if most members refuse; equal to the mean for two members",
+    "fitted": "weighted mean, with weights fitted to the calibration split (non-negative, sum 1)",
+}
+_RIDGE_FACTOR = 1e-3  # of the mean variance; keeps the weights defined if members always agree
+QUASI_RANDOM_POINTS = 512  # points per class; Sobol's sequence requires a power of 2
 ClassMetrics = Mapping[str, Float[np.ndarray, " teams"]]
-ReferenceMetrics = Mapping[str, Float[np.ndarray, " #teams"]]  # one for all, or one for each
+ReferenceMetrics = Mapping[str, Float[np.ndarray, " #teams"]]  # one value for all teams, or one each
+
+
+@dataclass(frozen=True)
+class MarginTable:
+    """Margins of all conditions on the same queries, nats above the threshold.
+
+    Attributes:
+        condition_names: names of the conditions.
+        margins: margins by query and condition.
+        undefended_margins: margins of the undefended model by query.
+        is_harmful: class of each query.
+    """
+
+    condition_names: tuple[str, ...]
+    margins: Float[np.ndarray, "n defenses"]
+    undefended_margins: Float[np.ndarray, " n"]
+    is_harmful: Bool[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class TeamMoments:
+    """Moments of the members' margins of each team, within one class.
+
+    Attributes:
+        mean: mean margin of each member, nats above the threshold.
+        covariance: covariance of the members' margins, nats².
+    """
+
+    mean: Float[np.ndarray, "teams size"]
+    covariance: Float[np.ndarray, "teams size size"]
+
+    @classmethod
+    def from_teams(
+        cls, margins: Float[np.ndarray, "n defenses"], team_indices: Int[np.ndarray, "teams size"]
+    ) -> TeamMoments:
+        """Return the moments of many teams on the same queries, given the column indices of their members."""
+        covariance = np.atleast_2d(np.cov(margins.T, bias=True))
+        return cls(
+            margins.mean(0)[team_indices], covariance[team_indices[:, :, None], team_indices[:, None, :]]
+        )
+
+    @classmethod
+    def from_draws(cls, margins: Float[np.ndarray, "draws n size"]) -> TeamMoments:
+        """Return the moments of one team in each bootstrap draw."""
+        mean = margins.mean(1)
+        deviations = margins - mean[:, None]
+        return cls(mean, np.einsum("dni,dnj->dij", deviations, deviations) / margins.shape[1])
+
+    def generate_margins(self) -> Float[np.ndarray, "teams points size"]:
+        """Return normally distributed margins with these moments."""
+        size = self.mean.shape[1]
+        # Members that always agree have a singular covariance; the ridge is far below any reported digit.
+        ridge = 1e-10 * np.trace(self.covariance, axis1=1, axis2=2) + 1e-18
+        factor = np.linalg.cholesky(self.covariance + ridge[:, None, None] * np.eye(size))
+        return np.asarray(_make_normal_points(size) @ factor.transpose(0, 2, 1) + self.mean[:, None, :])
+
+
+def list_vote_rules(team_size: int) -> list[str]:
+    """Return the vote rules that differ from each other for teams of this size.
+
+    >>> list_vote_rules(2)
+    ['mean', 'highest', 'lowest', 'fitted']
+    """
+    return [rule for rule in VOTE_RULES if rule != "majority" or team_size > 2]
+
+
+def combine_margins(
+    margins: Float[np.ndarray, "... size"], rule: str, weights: Float[np.ndarray, "... size"] | None = None
+) -> np.ndarray:
+    """Return the margin of an ensemble, nats above the threshold.
+
+    >>> margins = np.array([1.0, -4.0, 0.5])
+    >>> [float(combine_margins(margins, rule)) for rule in ("highest", "lowest", "majority")]
+    [1.0, -4.0, 0.5]
+
+    Args:
+        margins: margins of the members, nats above the threshold.
+        rule: one of `VOTE_RULES`.
+        weights: weights of the members, for `fitted`.
+    """
+    if rule == "fitted":
+        assert weights is not None, "weights come from fit_vote_weights"
+        return np.asarray((margins * weights).sum(-1))
+    pools: dict[str, Callable[..., Any]]
+    pools = {"mean": np.mean, "highest": np.max, "lowest": np.min, "majority": np.median}
+    return np.asarray(pools[rule](margins, axis=-1))
+
+
+def fit_vote_weights(
+    margin_table: MarginTable, team_indices: Int[np.ndarray, "teams size"]
+) -> Float[np.ndarray, "teams size"]:
+    """Return weights from Fisher's linear discriminant, the direction that best separates the classes.
+
+    Negative weights are set to 0, because no defense should count in reverse; the rest are scaled to a sum of
+    1, so that the weighted mean has the same threshold.
+
+    Args:
+        margin_table: margins of the calibration split.
+        team_indices: column indices of the members in the margin table.
+    """
+    harmful = margin_table.margins[margin_table.is_harmful]
+    benign = margin_table.margins[~margin_table.is_harmful]
+    mean_difference = harmful.mean(0) - benign.mean(0)
+    scatter = sum((values - values.mean(0)).T @ (values - values.mean(0)) for values in (harmful, benign))
+    within = np.asarray(scatter) / max(len(margin_table.is_harmful) - 2, 1)
+    team_within = within[team_indices[:, :, None], team_indices[:, None, :]]
+    team_size = team_indices.shape[1]
+    ridge = _RIDGE_FACTOR * np.trace(team_within, axis1=1, axis2=2) / team_size + 1e-12
+    direction = np.linalg.solve(
+        team_within + ridge[:, None, None] * np.eye(team_size), mean_difference[team_indices][..., None]
+    )
+    weights = np.clip(direction[..., 0], 0, None)
+    total = weights.sum(1, keepdims=True)
+    return np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / team_size)
+
+
+def predict_vote_metrics(
+    harmful_moments: TeamMoments,
+    benign_moments: TeamMoments,
+    rule: str,
+    weights: Float[np.ndarray, "teams size"] | None,
+    class_sizes: tuple[int, int],
+) -> ClassMetrics:
+    """Return the predicted metrics of each team's vote, if the members' margins are normal in each class.
+
+    Args:
+        harmful_moments: moments of the members on harmful queries.
+        benign_moments: moments of the members on benign queries.
+        rule: one of `VOTE_RULES`.
+        weights: weights of the members, for `fitted`.
+        class_sizes: numbers of harmful and of benign queries.
+    """
+    point_weights = None if weights is None else weights[:, None, :]
+    return compute_class_metrics(
+        combine_margins(harmful_moments.generate_margins(), rule, point_weights),
+        combine_margins(benign_moments.generate_margins(), rule, point_weights),
+        class_sizes,
+    )
 
 
 def compute_class_metrics(
@@ -32,16 +179,16 @@ def compute_class_metrics(
     benign_margins: Float[np.ndarray, "teams b"],
     class_sizes: tuple[int, int] | None = None,
 ) -> ClassMetrics:
-    """Return what each classifier is like by itself.
+    """Return the metrics of each classifier by itself.
 
     Args:
-        harmful_margins: margins of one class, nats above the threshold.
-        benign_margins: margins of the other.
-        class_sizes: queries of each class that d' is corrected for; by default those given.
+        harmful_margins: margins of the harmful queries, nats above the threshold.
+        benign_margins: margins of the benign queries, nats above the threshold.
+        class_sizes: numbers of queries for the log-linear correction of d′; by default those of the margins.
     """
-    rates = [(side > 0).mean(1) for side in (harmful_margins, benign_margins)]
+    rates = [(margins > 0).mean(1) for margins in (harmful_margins, benign_margins)]
     sizes = class_sizes or (harmful_margins.shape[1], benign_margins.shape[1])
-    # The log-linear correction, as in `decompose`.
+    # The log-linear correction, as in `analysis.stats.effects`.
     z = [ndtri((rate * n + 0.5) / (n + 1)) for rate, n in zip(rates, sizes, strict=True)]
     return {
         "refusal_rate": rates[0],
@@ -55,11 +202,11 @@ def compute_class_metrics(
 
 
 def compute_coordinates(metrics: ClassMetrics, undefended_metrics: ReferenceMetrics) -> ClassMetrics:
-    """Return the coordinates of classifiers against the undefended one.
+    """Return the coordinates of classifiers relative to the undefended model.
 
     Args:
-        metrics: of the classifiers.
-        undefended_metrics: of the undefended model alone.
+        metrics: metrics of the classifiers.
+        undefended_metrics: metrics of the undefended model.
     """
     harmful, benign, auroc, d_prime, distance = (
         metrics[name] - undefended_metrics[name]
@@ -79,208 +226,58 @@ def compute_coordinates(metrics: ClassMetrics, undefended_metrics: ReferenceMetr
 def compute_fit_statistics(
     predicted: Float[np.ndarray, "draws n"], observed: Float[np.ndarray, "draws n"]
 ) -> dict[str, Float[np.ndarray, " draws"]]:
-    """Return how well observation follows prediction, in each draw; NaN for fewer than three, or all alike.
+    """Return how well predictions fit observations in each draw; NaN below three values, or if all are equal.
 
-    >>> found = compute_fit_statistics(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 6.0]]))
-    >>> {name: round(float(value[0]), 2) for name, value in found.items()}
+    >>> statistics = compute_fit_statistics(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 6.0]]))
+    >>> {name: round(float(values[0]), 2) for name, values in statistics.items()}
     {'r2': 0.36, 'rank_correlation': 1.0}
 
     Args:
-        predicted: what was predicted.
-        observed: what was observed.
+        predicted: predicted values.
+        observed: observed values.
 
     Returns:
-        R² of the prediction as it is (no line fitted: 1 - squared error over variance), and Spearman's rank
+        R² of the predictions themselves (no fitted line: 1 − squared error / variance), and Spearman's rank
         correlation.
     """
-    about = observed - observed.mean(1, keepdims=True)
-    total = (about**2).sum(1)
-    ranks = [rankdata(side, axis=1) for side in (predicted, observed)]
-    ranks = [side - side.mean(1, keepdims=True) for side in ranks]
-    size = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
-    enough = (total > 1e-12 * (observed**2).sum(1)) & (observed.shape[1] > 2)
+    deviations = observed - observed.mean(1, keepdims=True)
+    total = (deviations**2).sum(1)
+    ranks, observed_ranks = (rankdata(values, axis=1) for values in (predicted, observed))
+    ranks = ranks - ranks.mean(1, keepdims=True)
+    observed_ranks = observed_ranks - observed_ranks.mean(1, keepdims=True)
+    scale = np.sqrt((ranks**2).sum(1) * (observed_ranks**2).sum(1))
+    is_defined = (total > 1e-12 * (observed**2).sum(1)) & (observed.shape[1] > 2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        r2, rank = 1 - ((observed - predicted) ** 2).sum(1) / total, (ranks[0] * ranks[1]).sum(1) / size
+        r2 = 1 - ((observed - predicted) ** 2).sum(1) / total
+        rank_correlation = (ranks * observed_ranks).sum(1) / scale
     return {
-        "r2": np.where(enough, r2, np.nan),
-        "rank_correlation": np.where(enough & (size > 0), rank, np.nan),
+        "r2": np.where(is_defined, r2, np.nan),
+        "rank_correlation": np.where(is_defined & (scale > 0), rank_correlation, np.nan),
     }
 
 
 def compute_team_aurocs(
     harmful_margins: Float[np.ndarray, "teams h"], benign_margins: Float[np.ndarray, "teams b"]
 ) -> Float[np.ndarray, " teams"]:
-    """Return the share of pairs in which the harmful one has the higher margin, ties counted half.
+    """Return the AUROC of each team: P(harmful margin > benign margin), ties count half.
 
     >>> compute_team_aurocs(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0]])).tolist()
     [0.875]
     """
-    ranked = np.sort(benign_margins, axis=1)
-    below = [
-        np.searchsorted(row, side, "left").sum() + np.searchsorted(row, side, "right").sum()
-        for row, side in zip(ranked, harmful_margins, strict=True)
+    sorted_benign = np.sort(benign_margins, axis=1)
+    doubled_wins = [
+        np.searchsorted(benign, harmful, "left").sum() + np.searchsorted(benign, harmful, "right").sum()
+        for benign, harmful in zip(sorted_benign, harmful_margins, strict=True)
     ]
-    return np.array(below, dtype=float) / (2 * harmful_margins.shape[1] * benign_margins.shape[1])
-
-
-QUASI_RANDOM_POINTS = 512  # of each class; a power of 2, as Sobol's sequence wants it
+    return np.array(doubled_wins, dtype=float) / (2 * harmful_margins.shape[1] * benign_margins.shape[1])
 
 
 @cache
 def _make_normal_points(
     team_size: int, n_points: int = QUASI_RANDOM_POINTS
 ) -> Float[np.ndarray, "points size"]:
-    """Quasi-random standard normal points whose mean is 0 and whose covariance is 1, exactly."""
-    raw = ndtri(qmc.Sobol(team_size, seed=0).random(n_points))
-    raw -= raw.mean(0)
-    return np.asarray(
-        np.linalg.solve(np.linalg.cholesky(np.cov(raw.T, bias=True).reshape(team_size, team_size)), raw.T).T
-    )
-
-
-@dataclass(frozen=True)
-class TeamMoments:
-    """What is known of the members of each team, in one class.
-
-    Attributes:
-        mean: of the margins, nats above the threshold.
-        covariance: of the margins.
-    """
-
-    mean: Float[np.ndarray, "teams size"]
-    covariance: Float[np.ndarray, "teams size size"]
-
-    @classmethod
-    def from_teams(
-        cls, margins: Float[np.ndarray, "n defenses"], team_indices: Int[np.ndarray, "teams size"]
-    ) -> TeamMoments:
-        """Return those of many teams on the same queries, by the places of their members."""
-        covariance = np.atleast_2d(np.cov(margins.T, bias=True))
-        return cls(
-            margins.mean(0)[team_indices], covariance[team_indices[:, :, None], team_indices[:, None, :]]
-        )
-
-    @classmethod
-    def from_draws(cls, margins: Float[np.ndarray, "draws n size"]) -> TeamMoments:
-        """Return those of one team in each bootstrap draw."""
-        mean = margins.mean(1)
-        apart = margins - mean[:, None]
-        return cls(mean, np.einsum("dni,dnj->dij", apart, apart) / margins.shape[1])
-
-    def generate_margins(self) -> Float[np.ndarray, "teams points size"]:
-        """Return normal margins of these moments."""
-        size = self.mean.shape[1]
-        # Members that agree to the last digit have no Cholesky factor without it; far below what is read.
-        least = 1e-10 * np.trace(self.covariance, axis1=1, axis2=2) + 1e-18
-        factor = np.linalg.cholesky(self.covariance + least[:, None, None] * np.eye(size))
-        return np.asarray(_make_normal_points(size) @ factor.transpose(0, 2, 1) + self.mean[:, None, :])
-
-
-def predict_vote_metrics(
-    harmful_moments: TeamMoments,
-    benign_moments: TeamMoments,
-    rule: str,
-    weights: Float[np.ndarray, "teams size"] | None,
-    class_sizes: tuple[int, int],
-) -> ClassMetrics:
-    """Return what a vote of each team should be like.
-
-    Args:
-        harmful_moments: of the members, on one class.
-        benign_moments: on the other.
-        rule: one of `VOTES`.
-        weights: of the members, for `fitted`.
-        class_sizes: queries of each class.
-    """
-    each = None if weights is None else weights[:, None, :]
-    return compute_class_metrics(
-        combine_margins(harmful_moments.generate_margins(), rule, each),
-        combine_margins(benign_moments.generate_margins(), rule, each),
-        class_sizes,
-    )
-
-
-VOTE_RULES: Mapping[str, str] = {
-    "mean": "the mean of the members' margins",
-    "highest": "the highest: refused where one member refuses",
-    "lowest": "the lowest: refused where all members refuse",
-    "majority": "the median: refused where most members refuse; the same as the mean for two",
-    "fitted": "a weighted mean, its weights fitted to the calibration split (never below 0, adding up to 1)",
-}
-_RIDGE_FACTOR = 1e-3  # of the mean variance, so that members that always agree have weights at all
-
-
-@dataclass(frozen=True)
-class MarginTable:
-    """What the members of possible ensembles say of the same queries, nats above the threshold.
-
-    Attributes:
-        condition_names: of the defenses.
-        margins: queries × defenses.
-        undefended_margins: of the undefended model.
-        is_harmful: class of each query.
-    """
-
-    condition_names: tuple[str, ...]
-    margins: Float[np.ndarray, "n defenses"]
-    undefended_margins: Float[np.ndarray, " n"]
-    is_harmful: Bool[np.ndarray, " n"]
-
-
-def list_vote_rules(team_size: int) -> list[str]:
-    """Return the votes that differ for so many members.
-
-    >>> list_vote_rules(2)
-    ['mean', 'highest', 'lowest', 'fitted']
-    """
-    return [how for how in VOTE_RULES if how != "majority" or team_size > 2]
-
-
-def combine_margins(
-    margins: Float[np.ndarray, "... size"], rule: str, weights: Float[np.ndarray, "... size"] | None = None
-) -> np.ndarray:
-    """Return the margin of an ensemble, nats above the threshold.
-
-    >>> [float(combine_margins(np.array([1.0, -4.0, 0.5]), how)) for how in ("highest", "lowest", "majority")]
-    [1.0, -4.0, 0.5]
-
-    Args:
-        margins: of the members, nats above the threshold.
-        rule: one of `VOTES`.
-        weights: of the members, for `fitted`.
-    """
-    if rule == "fitted":
-        assert weights is not None, "fit() gives them"
-        return np.asarray((margins * weights).sum(-1))
-    pools: dict[str, Callable[..., Any]]
-    pools = {"mean": np.mean, "highest": np.max, "lowest": np.min, "majority": np.median}
-    return np.asarray(pools[rule](margins, axis=-1))
-
-
-def fit_vote_weights(
-    margin_table: MarginTable, team_indices: Int[np.ndarray, "teams size"]
-) -> Float[np.ndarray, "teams size"]:
-    """Return the weights of Fisher's linear discriminant, which separates the classes best.
-
-    Negative ones are set to 0, since a defense is never read upside down, and all are scaled to add up to 1,
-    so that the weighted mean counts from the same threshold.
-
-    Args:
-        margin_table: of the calibration split.
-        team_indices: places of the members among the board's defenses.
-    """
-    harmful, benign = (
-        margin_table.margins[margin_table.is_harmful],
-        margin_table.margins[~margin_table.is_harmful],
-    )
-    apart = harmful.mean(0) - benign.mean(0)
-    within = sum((side - side.mean(0)).T @ (side - side.mean(0)) for side in (harmful, benign))
-    within = np.asarray(within) / max(len(margin_table.is_harmful) - 2, 1)
-    of_team = within[team_indices[:, :, None], team_indices[:, None, :]]
-    ridge = _RIDGE_FACTOR * np.trace(of_team, axis1=1, axis2=2) / team_indices.shape[1] + 1e-12
-    solved = np.linalg.solve(
-        of_team + ridge[:, None, None] * np.eye(team_indices.shape[1]), apart[team_indices][..., None]
-    )
-    weights = np.clip(solved[..., 0], 0, None)
-    total = weights.sum(1, keepdims=True)
-    return np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / team_indices.shape[1])
+    """Return quasi-random normal points whose mean is exactly 0 and whose covariance is the identity."""
+    points = ndtri(qmc.Sobol(team_size, seed=0).random(n_points))
+    points -= points.mean(0)
+    factor = np.linalg.cholesky(np.cov(points.T, bias=True).reshape(team_size, team_size))
+    return np.asarray(np.linalg.solve(factor, points.T).T)
