@@ -1,4 +1,4 @@
-"""What a page carries within itself: pictures, tables and numbers, as text that no browser takes for code."""
+"""Embed pictures, tables and data in an HTML page as text that a browser never runs as code."""
 
 from __future__ import annotations
 
@@ -6,59 +6,58 @@ import base64
 import gzip
 import hashlib
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-MAX_PICTURE_WIDTH = 1900  # pixels across a picture
-MAX_PLAIN_TABLE_BYTES = (
-    20_000  # bytes of a table up to which it is carried as it is, so that any program opens it
-)
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+MAX_PICTURE_WIDTH = 1900  # pixels
+MAX_PLAIN_TABLE_BYTES = 20_000  # larger tables are compressed; smaller ones open in any program
 
 
-def dump_script_json(value: Any) -> str:
-    r"""Return JSON that stays data inside of a script element, whatever texts it holds.
+def dump_script_json(value: Any) -> Markup:
+    r"""Return JSON that stays data inside a script element, whatever text it contains.
 
-    >>> dump_script_json({"text": "</script><b>&", "number": float("nan")})
+    >>> str(dump_script_json({"text": "</script><b>&", "number": float("nan")}))
     '{"text":"\\u003c/script\\u003e\\u003cb\\u003e\\u0026","number":null}'
 
     Args:
-        value: of plain values; a number that is not finite becomes null.
+        value: plain values, mappings and sequences; a number that is not finite becomes null.
     """
-    text = json.dumps(_replace_nonfinite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
+    from jinja2.utils import htmlsafe_json_dumps
+
+    return htmlsafe_json_dumps(_replace_nonfinite(value), allow_nan=False, separators=(",", ":"))
 
 
 def encode_picture(png: bytes) -> str:
-    """Return a PNG as an address that holds it, in fewer colors and bytes."""
+    """Return a PNG as a data URI, with at most 256 colors and the maximal width."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(png)) as opened:
-        drawn = opened.convert("RGBA")
-    paper = Image.new("RGBA", drawn.size, "white")
-    paper.alpha_composite(drawn)
-    if paper.width > MAX_PICTURE_WIDTH:
-        tall = max(1, round(paper.height * MAX_PICTURE_WIDTH / paper.width))
-        paper = paper.resize((MAX_PICTURE_WIDTH, tall), Image.Resampling.LANCZOS)
-    small = io.BytesIO()
-    # Of Pillow's ways to 256 colors the one that keeps those of small marks.
-    few = paper.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    few.save(small, "PNG", optimize=True)
-    return _data_uri("image/png", min(small.getvalue(), png, key=len))
+    with Image.open(io.BytesIO(png)) as source:
+        drawing = source.convert("RGBA")
+    picture = Image.new("RGBA", drawing.size, "white")
+    picture.alpha_composite(drawing)
+    if picture.width > MAX_PICTURE_WIDTH:
+        height = max(1, round(picture.height * MAX_PICTURE_WIDTH / picture.width))
+        picture = picture.resize((MAX_PICTURE_WIDTH, height), Image.Resampling.LANCZOS)
+    # Among Pillow's methods for 256 colors, this one preserves the colors of small marks.
+    reduced = picture.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    reduced.save(buffer, "PNG", optimize=True)
+    return _data_uri("image/png", min(buffer.getvalue(), png, key=len))
 
 
 def encode_table(name: str, content: bytes) -> tuple[str, str]:
-    r"""Return the name under which a table is saved, and an address that holds it, packed if it is long.
+    r"""Return the name for saving a table, and its data URI; a long table is compressed.
 
     >>> encode_table("a.csv", b"x\n1\n")
     ('a.csv', 'data:text/csv;base64,eAoxCg==')
 
     Args:
-        name: of the file.
-        content: what is in it.
+        name: of the CSV file.
+        content: of the CSV file.
     """
     if len(content) <= MAX_PLAIN_TABLE_BYTES:
         return name, _data_uri("text/csv", content)
@@ -66,28 +65,28 @@ def encode_table(name: str, content: bytes) -> tuple[str, str]:
 
 
 def choose_fitting(sizes: Mapping[Any, int], budget: int) -> set[Any]:
-    """Return which of several things are carried, in their order, where not all find room.
+    """Return the items that fit into the budget, taken in their order.
 
     >>> sorted(choose_fitting({"a": 5, "b": 9, "c": 4}, budget=10))
     ['a', 'c']
     """
-    kept = set()
+    fitting = set()
     for name, size in sizes.items():
         if size <= budget:
-            kept.add(name)
+            fitting.add(name)
             budget -= size
-    return kept
+    return fitting
 
 
 def build_content_policy(scripts: Iterable[str]) -> str:
-    """Return the page's content security policy: these scripts run, and no request leaves.
+    """Return a content security policy that allows these scripts and forbids every network request.
 
     >>> build_content_policy(["1"])[:38]
     "default-src 'none'; script-src 'sha256"
     """
-    allowed = " ".join(f"'sha256-{_hash_script(script)}'" for script in scripts)
+    hashes = " ".join(f"'sha256-{_hash_script(script)}'" for script in scripts)
     return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -101,10 +100,11 @@ def _data_uri(media_type: str, content: bytes) -> str:
 
 
 def _replace_nonfinite(value: Any) -> Any:
+    """Copy plain values, with None for numbers that are not finite and Python numbers for NumPy's."""
     if isinstance(value, Mapping):
-        return {str(key): _replace_nonfinite(one) for key, one in value.items()}
+        return {str(key): _replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_replace_nonfinite(one) for one in value]
-    if hasattr(value, "item"):  # of numpy
+        return [_replace_nonfinite(item) for item in value]
+    if hasattr(value, "item"):  # a NumPy scalar
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What a run amounts to, in words: how many defenses its intervals say what of; never a hard claim."""
+"""Summarize a run in a few sentences: how many defenses have which verdict, without hard claims."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pandas as pd
 
 from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, UNDEFENDED, UNVALIDATED
 
-_MAX_NAMED_DEFENSES = 5  # defenses at most that a sentence names
+_MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
 
 
 def select_defense_rows(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a summary that are defenses: no reference, no control, no part of another.
+    """Return the rows of a summary that are defenses: no reference, no control, no ablation of a defense.
 
     >>> names = ["none", "policy", "policy/half", "random_tokens"]
     >>> rows = pd.DataFrame({"defense": names, "family": ["none", "reminders", "reminders", "control"]})
@@ -20,124 +20,137 @@ def select_defense_rows(summary: pd.DataFrame) -> pd.DataFrame:
     Args:
         summary: `summary.csv`.
     """
-    name = summary["defense"].astype(str)
-    part = [one.partition("/")[2] != "" and one.partition("/")[0] in set(name) for one in name]
-    out = (name == UNDEFENDED) | (summary["family"] == "control") | pd.Series(part, summary.index, dtype=bool)
+    names = summary["defense"].astype(str)
+    is_ablation = [name.partition("/")[2] != "" and name.partition("/")[0] in set(names) for name in names]
+    excluded = (
+        (names == UNDEFENDED)
+        | (summary["family"] == "control")
+        | pd.Series(is_ablation, summary.index, dtype=bool)
+    )
     if "verdict" in summary:
-        out |= summary["verdict"] == "reference"
-    return summary[~out]
+        excluded |= summary["verdict"] == "reference"
+    return summary[~excluded]
 
 
 def choose_headline_attack(summary: pd.DataFrame) -> str:
-    """Return the attack that a headline is about: none, where queries were sent as they are."""
+    """Return the attack that a headline covers: no attack if the run has it, else the first attack."""
     attacks = [str(name) for name in summary["attack"].unique()]
     return DIRECT if DIRECT in attacks or not attacks else attacks[0]
 
 
 def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = DIRECT) -> str:
-    """Return one to three sentences on what the intervals of a run say under one attack.
+    """Return one to three sentences on the verdicts of a run under one attack.
 
     >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "verdict": "shift +"}
     >>> describe_effects(pd.DataFrame([row | {"trusted": "trusted"}]), "smollm2").partition(": ")[2]
-    '1 shifts towards refusal; none tells harm from harmless better.'
+    '1 shifts towards refusal; none separates harmful from benign queries better.'
 
     Args:
         summary: `summary.csv`.
-        model_and_data: model and data, as they read behind "on".
-        attack: whose rows count.
+        model_and_data: model and data set, as a noun phrase.
+        attack: the attack whose rows are counted.
     """
     rows = select_defense_rows(summary[summary["attack"] == attack])
     trusted = rows["trusted"] if "trusted" in rows else pd.Series(UNVALIDATED, rows.index)
-    doubted = rows[trusted == "not trusted"]
-    left = rows[trusted != "not trusted"]
-    sent = "" if attack == DIRECT else f", attacked by {attack}"
+    excluded = rows[trusted == "not trusted"]
+    counted = rows[trusted != "not trusted"]
+    place = model_and_data + ("" if attack == DIRECT else f" under the attack {attack}")
     if not len(rows):
-        return f"No defense was read on {model_and_data}{sent}: only what defenses are read against."
-    against = f" {_count_with_verb(len(doubted))} not counted: generated text contradicts the readout there."
-    if not len(left):
-        return f"Nothing can be said of {_count_defenses(rows)} on {model_and_data}{sent}.{against}"
-    its = "its" if len(left) == 1 else "their"
-    text = f"Of {_count_defenses(left)} on {model_and_data}{sent}, by {its} 95\u00a0% intervals: {_count_effects(left)}."
-    unknown = int((trusted[left.index] != "trusted").sum())
-    if unknown:
-        all_of = "All are" if unknown > 1 else "It is"
-        which = all_of if unknown == len(left) else _count_with_verb(unknown)
-        text += f" {which} provisional: whether generated text agrees with the readout there is not known."
-    return text + against * bool(len(doubted))
+        return f"No defense was evaluated on {place}, only references and controls."
+    exclusion = (
+        f" {_count_with_verb(len(excluded))} not counted, because generated text contradicts the readout."
+    )
+    if not len(counted):
+        return f"No conclusion is possible about {_count_defenses(rows)} on {place}.{exclusion}"
+    text = (
+        f"Results for {_count_defenses(counted)} on {place}, from 95\u00a0% intervals: "
+        f"{_count_effects(counted)}."
+    )
+    n_provisional = int((trusted[counted.index] != "trusted").sum())
+    if n_provisional:
+        if n_provisional < len(counted):
+            subject = _count_with_verb(n_provisional)
+        else:
+            subject = "All are" if n_provisional > 1 else "It is"
+        text += (
+            f" {subject} provisional, because it is unknown whether generated text agrees with the readout."
+        )
+    return text + exclusion * bool(len(excluded))
 
 
 def describe_arms(arms: pd.DataFrame, model_and_data: str) -> str:
-    """Return one sentence on BackdoorAlign's arms, by their text.
+    """Return one sentence on BackdoorAlign's arms, from generated text.
 
     >>> text = {f"{name}{end}": [1.0, 1.0, 0.0] for name in ("asr", "text_refused_twin")
     ...         for end in ("", "_low", "_high")}
     >>> rows = pd.DataFrame({"arm": ["attacked", "backdoor", "backdoor"], "secret": ["none", "none", "own"],
     ...                      "attack": "obedience", **text})
-    >>> describe_arms(rows, "smollm2")[-58:]
-    'behind it 0 % [0, 0], refusing 0 % [0, 0] of benign twins.'
+    >>> describe_arms(rows, "smollm2").partition("; ")[2]
+    'with it, the model answers 0 % [0, 0] and refuses 0 % [0, 0] of benign twins.'
 
     Args:
         arms: `arms.csv`.
-        model_and_data: model and data, as they read behind "on".
+        model_and_data: model and data set, as a noun phrase.
     """
-    known = arms[arms["attack"] == "obedience"].set_index(["arm", "secret"])
+    rows = arms[arms["attack"] == "obedience"].set_index(["arm", "secret"])
 
-    def share(arm: str, secret: str, name: str) -> str:
-        value, low, high = 100 * known.loc[
-            (arm, secret), [f"{name}{end}" for end in INTERVAL_SUFFIXES]
+    def format_share(arm: str, secret: str, name: str) -> str:
+        value, low, high = 100 * rows.loc[
+            (arm, secret), [f"{name}{suffix}" for suffix in INTERVAL_SUFFIXES]
         ].astype(float)
         return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
 
     return (
-        f"BackdoorAlign's arms on {model_and_data}, by generated text: attacked, the model answers "
-        f"{share('attacked', 'none', 'asr')} of harmful requests; with BackdoorAlign's weights and without "
-        f"the secret {share('backdoor', 'none', 'asr')}, behind it {share('backdoor', 'own', 'asr')}, "
-        f"refusing {share('backdoor', 'own', 'text_refused_twin')} of benign twins."
+        f"BackdoorAlign's arms on {model_and_data}, from generated text: the attacked model answers "
+        f"{format_share('attacked', 'none', 'asr')} of harmful requests. With BackdoorAlign's weights, it "
+        f"answers {format_share('backdoor', 'none', 'asr')} without the secret prompt; with it, the "
+        f"model answers {format_share('backdoor', 'own', 'asr')} and refuses "
+        f"{format_share('backdoor', 'own', 'text_refused_twin')} of benign twins."
     )
 
 
 def describe_validity(validity: pd.DataFrame, model_and_data: str) -> str:
-    """Return one sentence on where readouts may be trusted.
+    """Return one sentence on the conditions in which each readout is trusted.
 
     >>> rows = pd.DataFrame({"readout": ["words", "words"], "trusted": ["trusted", "not trusted"]})
-    >>> describe_validity(rows, "smollm2")
-    'Conditions in which readouts agree with generated text on smollm2: words in 1 of 2, not in 1, open in 0.'
+    >>> describe_validity(rows, "smollm2").partition(": ")[2]
+    'words validated in 1 of 2 conditions, contradicted in 1, undecided in 0.'
 
     Args:
         validity: `validity.csv`.
-        model_and_data: model and data, as they read behind "on".
+        model_and_data: model and data set, as a noun phrase.
     """
-    told = []
-    for name, rows in validity.groupby("readout", sort=False)["trusted"]:
-        counts = [int((rows == word).sum()) for word in ("trusted", "not trusted", "cannot tell")]
-        told.append("{} in {} of {}, not in {}, open in {}".format(name, counts[0], len(rows), *counts[1:]))
-    return f"Conditions in which readouts agree with generated text on {model_and_data}: {'; '.join(told)}."
+    parts = []
+    for name, trusted in validity.groupby("readout", sort=False)["trusted"]:
+        n_trusted, n_untrusted, n_undecided = (
+            int((trusted == value).sum()) for value in ("trusted", "not trusted", "cannot tell")
+        )
+        parts.append(
+            f"{name} validated in {n_trusted} of {len(trusted)} conditions, contradicted in {n_untrusted}, "
+            f"undecided in {n_undecided}"
+        )
+    return f"Agreement of readouts with generated text on {model_and_data}: {'; '.join(parts)}."
 
 
 def _count_effects(rows: pd.DataFrame) -> str:
-    up, down, better, worse, nothing = (
-        int(_verdict_contains(rows, words).sum())
-        for words in ("shift +", "shift -", "discrimination +", "discrimination -", "no effect found")
+    up, down, better, worse, unclear = (
+        int(rows["verdict"].astype(str).str.contains(phrase, regex=False).sum())
+        for phrase in ("shift +", "shift -", "discrimination +", "discrimination -", "no effect found")
     )
-    said = f"{up or 'none'} shift{'' if up > 1 else 's'} towards refusal"
-    said += f", {down} away from it" * bool(down)
-    said += f"; {better or 'none'} tell{'' if better > 1 else 's'} harm from harmless better"
+    text = f"{up or 'none'} shift{'' if up > 1 else 's'} towards refusal"
+    text += f", {down} away from it" * bool(down)
+    text += f"; {better or 'none'} separate{'' if better > 1 else 's'} harmful from benign queries better"
     if 0 < better <= _MAX_NAMED_DEFENSES and len(rows) > 1:
-        named = rows.loc[_verdict_contains(rows, "discrimination +"), "defense"]
-        said += f" ({', '.join(map(str, named))})"
-    said += f", {worse} worse" * bool(worse)
-    return said + f"; of {nothing} no effect was found" * bool(nothing)
-
-
-def _verdict_contains(rows: pd.DataFrame, phrase: str) -> pd.Series[bool]:
-    return rows["verdict"].astype(str).str.contains(phrase, regex=False)
+        is_better = rows["verdict"].astype(str).str.contains("discrimination +", regex=False)
+        text += f" ({', '.join(map(str, rows.loc[is_better, 'defense']))})"
+    text += f", {worse} worse" * bool(worse)
+    return text + f"; no effect was found for {unclear}" * bool(unclear)
 
 
 def _count_defenses(rows: pd.DataFrame) -> str:
-    stacks = int((rows["family"] == "ensemble").sum())
-    single = len(rows) - stacks
-    named = [(single, "defense"), (stacks, "ensemble")]
-    return " and ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in named if count)
+    n_ensembles = int((rows["family"] == "ensemble").sum())
+    counts = [(len(rows) - n_ensembles, "defense"), (n_ensembles, "ensemble")]
+    return " and ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
 
 
 def _count_with_verb(count: int) -> str:

@@ -1,10 +1,11 @@
-"""One page of one or several runs that holds all it shows: charts, tables, pictures, queries."""
+"""Render one self-contained HTML page from one or several runs: charts, tables, figures and queries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 
 from analysis.plots.data import LINEAR_RANGE, build_plane_points, is_stretched
 from analysis.plots.figures import (
-    FIGURE_SECTIONS,
+    FIGURES,
     find_figure_kind,
     find_single_defense,
     format_figure_caption,
@@ -36,105 +37,17 @@ from analysis.report.tables import (
     build_validity_tables,
     compare_runs,
 )
+from analysis.stats.tables import UNDEFENDED
 
-MAX_PAGE_BYTES = 7_900_000  # bytes of a page: what a mail server takes, and a phone opens
+MAX_PAGE_BYTES = 7_900_000  # small enough for mail servers and for a phone
+MAX_QUERY_LENGTH = 1500  # characters of a query's text
 RUN_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-_SCRIPT_FILES = ("look.js", "plane.js", "closer.js", "start.js")
+# Figures that the page also draws as interactive charts; the static ones are folded.
+INTERACTIVE_KINDS = ("plane", "roc", "margins", "attacks")
+_LEFT_OUT_LIST_BYTES = 20_000  # reserved for the list of files that are left out
+_SCRIPT_FILES = ("charts.js", "plane.js", "closer_look.js", "page.js")
 _PAGE_FOLDER = Path(__file__).parent / "page"
-
-
-@dataclass(frozen=True)
-class _RunSection:
-    """A run, made ready for the template."""
-
-    run: Run
-    summaries: list[HtmlTable]
-    sections: list[tuple[str, str, list[HtmlTable], list[ReportFigure]]]
-    files: list[str]
-
-
-def render_page(runs: Sequence[Run], max_bytes: int = MAX_PAGE_BYTES) -> str:
-    """Return the page as HTML.
-
-    Args:
-        runs: in the order of the page, no two with one name.
-        max_bytes: bytes; pictures, then tables, are left out where they would pass it, and the page says which.
-    """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from vl_convert import javascript_bundle
-
-    maker = Environment(
-        loader=FileSystemLoader(_PAGE_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # Nothing may come before the first byte or behind the last: the policy names scripts by their hashes.
-    ours = "\n".join((_PAGE_FOLDER / one).read_text("utf-8") for one in _SCRIPT_FILES)
-    # Its own type hints ask for a snippet; without one it shows its libraries to the page.
-    bundle: Any = javascript_bundle
-    scripts = (bundle(), f'(() => {{\n"use strict";\n{ours}\n}})();')
-    compared, dots = compare_runs(runs)
-    data = {
-        "runs": [build_chart_data(run) for run in runs],
-        "across": dots,
-        "colors": RUN_COLORS,
-        "shapes": map_family_shapes(),
-    }
-    told: dict[str, Any] = {
-        "parts": [_build_run_section(run) for run in runs],
-        "compared": compared,
-        "policy": build_content_policy(scripts),
-        "scripts": [Markup(script) for script in scripts],
-        "style": Markup((_PAGE_FOLDER / "report.css").read_text("utf-8")),
-        "data": Markup(dump_script_json(data)),
-        "colors": {name: color for name, (color, _) in FAMILY_STYLES.items()},
-    }
-    template = maker.get_template("report.html")
-    bare = template.render(told, held={}, left_out=[])
-    held = {
-        (run.name, name): encode_table(name, file) if name.endswith(".csv") else (name, encode_picture(file))
-        for run in runs
-        for name, file in run.files.items()
-    }
-    # Pictures first, then tables, the short ones first: so most of what there is finds room.
-    order = sorted(held, key=lambda key: (key[1].endswith(".csv"), len(held[key][1])))
-    room = max_bytes - len(bare.encode()) - 20_000
-    kept = choose_fitting({key: len(held[key][1]) for key in order}, room)
-    left = [f"{run}/{name}" for run, name in order if (run, name) not in kept]
-    return template.render(told, held={key: held[key] for key in kept}, left_out=left)
-
-
-def _build_run_section(run: Run) -> _RunSection:
-    found = list_report_figures(run)
-    tables = {
-        "run": ("Pictures of the run", []),
-        "attacks": ("Defenses × attacks", build_attack_tables(run)),
-        "validity": ("Validity of the readout", build_validity_tables(run)),
-        "cost": ("Cost", build_cost_tables(run)),
-        "ensembles": ("Ensembles", build_ensemble_tables(run)),
-        "mechanism": ("Mechanism: where in the model", []),
-    }
-    drawn = (
-        "plane" if "summary" in run.tables else "",
-        *(INTERACTIVE_KINDS[1:] if "scores" in run.tables else ()),
-    )
-    folded = [one for one in found if one.kind in drawn]
-    rooms = [
-        (name, head, shown, pictures)
-        for name, (head, shown) in tables.items()
-        if (pictures := [one for one in found if one.section == name and one not in folded]) or shown
-    ]
-    if folded:
-        rooms.append(("drawn", "The charts above, as the command drew them", [], folded))
-    files = sorted(name for name in run.files if name.endswith(".csv"))
-    return _RunSection(run, build_summary_tables(run) if "summary" in run.tables else [], rooms, files)
-
-
-MAX_QUERY_LENGTH = 1500  # signs of a query that are carried
-# matplotlib's marks, as Vega calls them.
+# matplotlib markers as Vega symbols.
 _VEGA_SHAPES = {
     "o": "circle",
     "D": "diamond",
@@ -146,108 +59,20 @@ _VEGA_SHAPES = {
     "p": "M0,-1L0.95,-0.31L0.59,0.81L-0.59,0.81L-0.95,-0.31Z",
     "X": "M-1,-0.5L-0.5,-1L0,-0.5L0.5,-1L1,-0.5L0.5,0L1,0.5L0.5,1L0,0.5L-0.5,1L-1,0.5L-0.5,0Z",
 }
-_OTHER_VEGA_SHAPE = "triangle-right"  # a family of the user's own
-
-
-def map_family_shapes() -> dict[str, str]:
-    """Return the mark of each family, as Vega calls it."""
-    return {name: _VEGA_SHAPES.get(mark, _OTHER_VEGA_SHAPE) for name, (_, mark) in FAMILY_STYLES.items()}
-
-
-def build_chart_data(run: Run) -> dict[str, Any]:
-    """Return what the charts of a run are drawn from; of a run without such tables, nothing.
-
-    Args:
-        run: one with `summary.csv`, `scores.csv`, both or neither.
-
-    Returns:
-        `plane`: attack → its points and whether its axes are logarithmic; `queries`: id, text, class and
-        category of each; `margins`: attack → defense → a margin of each query (nats; null where it was not
-        asked); `read`: attack → defense → what the model read.
-    """
-    found: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear": LINEAR_RANGE}
-    if "summary" in run.tables:
-        summary = run.tables["summary"]
-        found["plane"] = {
-            str(attack): _build_plane_data(rows) for attack, rows in summary.groupby("attack", sort=False)
-        }
-    if "scores" in run.tables:
-        scores = run.tables["scores"]
-        each = scores.drop_duplicates("query")
-        ids = each["query"].astype(str).tolist()
-        category = each["category"].fillna("").astype(str)
-        found["queries"] = [
-            [one, _truncate_text(run.texts.get(one, "")), int(harmful), topic]
-            for one, harmful, topic in zip(ids, each["harmful"], category, strict=True)
-        ]
-        found["margins"] = {}
-        for (attack, defense), rows in scores.groupby(["attack", "defense"], sort=False):
-            margin = pd.Series(rows["margin"].to_numpy(float), rows["query"].astype(str)).reindex(ids)
-            found["margins"].setdefault(str(attack), {})[str(defense)] = margin.round(3).tolist()
-        found["read"] = _collect_prompts(run.tables.get("prompts"), run.texts)
-    return found
-
-
-def _collect_prompts(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What the model read, by attack and defense: what stands around a request, or examples.
-
-    Where two requests stand between the same words, so does every other: `around` has these words. Else
-    `seen` has what was read of either, by its id; `readings` says of how many copies that is the first.
-
-    Args:
-        prompts: `prompts.csv`.
-        texts: of the queries.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    cells = () if prompts is None else prompts.groupby(["attack", "defense"], sort=False)
-    for (attack, defense), rows in cells:
-        seen = dict(zip(rows["query"].astype(str), rows["read"].astype(str), strict=True))
-        around = {tuple(read.split(texts[one])) if texts.get(one) else () for one, read in seen.items()}
-        alike = around.pop() if len(around) == 1 and len(seen) > 1 else ()
-        told = {"around": list(alike)} if len(alike) > 1 else {"seen": seen}
-        found.setdefault(str(attack), {})[str(defense)] = told | {"readings": int(rows["readings"].max())}
-    return found
-
-
-def _build_plane_data(summary: pd.DataFrame) -> dict[str, Any]:
-    rows = build_plane_points(summary).assign(
-        verdict=summary.loc[summary["defense"] != "none", "verdict"].tolist()
-    )
-    rows = rows.dropna(subset=["shift", "discrimination"])
-    named = {"shift": "x", "shift_low": "xl", "shift_high": "xh"}
-    named |= {"discrimination": "y", "discrimination_low": "yl", "discrimination_high": "yh"}
-    named |= {"defense": "name", "family": "family", "verdict": "verdict"}
-    points = rows[list(named)].rename(columns=named).round(4)
-    doubt = rows.get("trusted", pd.Series("", rows.index)) == "not trusted"
-    return {
-        "points": points.assign(hollow=doubt).to_dict("records"),
-        "stretched": is_stretched(rows),
-    }
-
-
-def _truncate_text(text: str) -> str:
-    return (
-        text
-        if len(text) <= MAX_QUERY_LENGTH
-        else f"{text[:MAX_QUERY_LENGTH]} … ({len(text) - MAX_QUERY_LENGTH:,} more signs)"
-    )
-
-
-# Pictures that the page draws anew, so that they can be asked; they are kept behind a fold.
-INTERACTIVE_KINDS = ("plane", "roc", "margins", "attacks")
+_OTHER_VEGA_SHAPE = "triangle-right"
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A picture of a run.
+    """A static figure of a run.
 
     Attributes:
         name: of its file.
-        kind: what is drawn, such as `plane`.
-        section: the part of the page that it belongs to.
-        title: a line above it.
-        caption: what stands in it, for those who cannot see it.
-        table: name of the file that it was drawn from; empty where there is none.
+        kind: kind of figure, such as `plane`.
+        section: section of the page.
+        title: line above the figure.
+        caption: alternative text.
+        table: name of the CSV file that it was drawn from; empty if there is none.
     """
 
     name: str
@@ -258,13 +83,216 @@ class ReportFigure:
     table: str
 
 
-def list_report_figures(run: Run) -> list[ReportFigure]:
-    """Return the pictures of a run, in the order of the page."""
-    found = [_describe_report_figure(run, name) for name in run.files if name.endswith(".png")]
-    rank = list(FIGURE_SECTIONS)
-    return sorted(
-        found, key=lambda one: (rank.index(one.kind) if one.kind in FIGURE_SECTIONS else len(rank), one.name)
+@dataclass(frozen=True)
+class _PageSection:
+    """A section of a run: tables and static figures; folded if the page shows them as charts."""
+
+    title: str
+    tables: list[HtmlTable]
+    figures: list[ReportFigure]
+    is_folded: bool = False
+
+
+@dataclass(frozen=True)
+class _RunContent:
+    """The content of a run, prepared for the template."""
+
+    run: Run
+    summaries: list[HtmlTable]
+    sections: list[_PageSection]
+    csv_names: list[str]
+
+
+def render_page(runs: Sequence[Run], max_bytes: int = MAX_PAGE_BYTES) -> str:
+    """Return the page as HTML.
+
+    Args:
+        runs: in the order of the page, with unique names.
+        max_bytes: size limit of the page; figures and tables beyond it are left out, and the page names them.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    scripts = _load_scripts()
+    comparison, comparison_points = compare_runs(runs)
+    data = {
+        "runs": [build_chart_data(run) for run in runs],
+        "comparison": comparison_points,
+        "colors": RUN_COLORS,
+        "shapes": map_family_shapes(),
+    }
+    context: dict[str, Any] = {
+        "contents": [_build_run_content(run) for run in runs],
+        "comparison": comparison,
+        "policy": build_content_policy(scripts),
+        "scripts": [Markup(script) for script in scripts],
+        "style": Markup((_PAGE_FOLDER / "report.css").read_text("utf-8")),
+        "data": dump_script_json(data),
+        "colors": {family: color for family, (color, _) in FAMILY_STYLES.items()},
+    }
+    template = environment.get_template("report.html")
+    size_without_files = len(template.render(context, embedded={}, left_out=[]).encode())
+    encoded = _encode_files(runs)
+    # Figures before tables and short files before long ones, so that as many as possible fit.
+    order = sorted(encoded, key=lambda key: (key[1].endswith(".csv"), len(encoded[key][1])))
+    budget = max_bytes - size_without_files - _LEFT_OUT_LIST_BYTES
+    fitting = choose_fitting({key: len(encoded[key][1]) for key in order}, budget)
+    left_out = [f"{run_name}/{name}" for run_name, name in order if (run_name, name) not in fitting]
+    return template.render(context, embedded={key: encoded[key] for key in fitting}, left_out=left_out)
+
+
+@cache
+def _load_scripts() -> tuple[str, str]:
+    """Return Vega's JavaScript bundle and the page's own script.
+
+    The content security policy contains their hashes, so not a byte may be added in the template.
+    """
+    from vl_convert import javascript_bundle
+
+    own_script = "\n".join((_PAGE_FOLDER / name).read_text("utf-8") for name in _SCRIPT_FILES)
+    # Without a snippet, contrary to its type hints, it returns the bundle that exposes the libraries.
+    make_bundle: Any = javascript_bundle
+    return make_bundle(), f'(() => {{\n"use strict";\n{own_script}\n}})();'
+
+
+def _encode_files(runs: Sequence[Run]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return (run, file) → (name for saving, data URI)."""
+    return {
+        (run.name, name): (
+            encode_table(name, content) if name.endswith(".csv") else (name, encode_picture(content))
+        )
+        for run in runs
+        for name, content in run.files.items()
+    }
+
+
+def _build_run_content(run: Run) -> _RunContent:
+    figures = list_report_figures(run)
+    interactive = (
+        *(INTERACTIVE_KINDS[:1] if "summary" in run.tables else ()),
+        *(INTERACTIVE_KINDS[1:] if "scores" in run.tables else ()),
+    )
+    folded = [figure for figure in figures if figure.kind in interactive]
+    sections = []
+    for name, title, tables in (
+        ("run", "Figures", []),
+        ("attacks", "Defenses × attacks", build_attack_tables(run)),
+        ("validity", "Validity of the readout", build_validity_tables(run)),
+        ("cost", "Cost", build_cost_tables(run)),
+        ("ensembles", "Ensembles", build_ensemble_tables(run)),
+        ("mechanism", "Mechanism: where in the model", []),
+    ):
+        shown = [figure for figure in figures if figure.section == name and figure not in folded]
+        if shown or tables:
+            sections.append(_PageSection(title, tables, shown))
+    if folded:
+        sections.append(_PageSection("The charts above as static figures", [], folded, is_folded=True))
+    csv_names = sorted(name for name in run.files if name.endswith(".csv"))
+    return _RunContent(run, build_summary_tables(run) if "summary" in run.tables else [], sections, csv_names)
+
+
+def map_family_shapes() -> dict[str, str]:
+    """Return the Vega symbol of each family of defenses."""
+    return {
+        family: _VEGA_SHAPES.get(marker, _OTHER_VEGA_SHAPE) for family, (_, marker) in FAMILY_STYLES.items()
+    }
+
+
+def build_chart_data(run: Run) -> dict[str, Any]:
+    """Return the data of a run's interactive charts; entries without a table are missing.
+
+    Args:
+        run: with `summary.csv`, `scores.csv`, both or neither.
+
+    Returns:
+        `plane`: attack → points and whether the axes are stretched; `queries`: id, text, class and category
+        of each; `margins`: attack → defense → margin of each query (nats; null if it was not scored);
+        `prompts`: attack → defense → what the model read.
+    """
+    data: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear_range": LINEAR_RANGE}
+    if "summary" in run.tables:
+        summary = run.tables["summary"]
+        data["plane"] = {
+            str(attack): _build_plane_data(rows) for attack, rows in summary.groupby("attack", sort=False)
+        }
+    if "scores" in run.tables:
+        scores = run.tables["scores"]
+        queries = scores.drop_duplicates("query")
+        ids = queries["query"].astype(str).tolist()
+        categories = queries["category"].fillna("").astype(str)
+        data["queries"] = [
+            [query_id, _truncate_text(run.texts.get(query_id, "")), int(harmful), category]
+            for query_id, harmful, category in zip(ids, queries["harmful"], categories, strict=True)
+        ]
+        data["margins"] = {}
+        for (attack, defense), rows in scores.groupby(["attack", "defense"], sort=False):
+            margins = pd.Series(rows["margin"].to_numpy(float), rows["query"].astype(str)).reindex(ids)
+            data["margins"].setdefault(str(attack), {})[str(defense)] = margins.round(3).tolist()
+        data["prompts"] = _collect_prompts(run.tables.get("prompts"), run.texts)
+    return data
+
+
+def _collect_prompts(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return what the model read: attack → defense → the text around every request, or examples.
+
+    If two queries are surrounded by the same text, so is every other: `around` holds that text. Otherwise,
+    `examples` holds the prompts of both queries by id. `readings` is the number of copies of a prompt, of
+    which the first is shown.
+
+    Args:
+        prompts: `prompts.csv`.
+        texts: of the queries, by id.
+    """
+    collected: dict[str, dict[str, Any]] = {}
+    groups = () if prompts is None else prompts.groupby(["attack", "defense"], sort=False)
+    for (attack, defense), rows in groups:
+        examples = dict(zip(rows["query"].astype(str), rows["read"].astype(str), strict=True))
+        surroundings = {
+            tuple(prompt.split(texts[query_id])) if texts.get(query_id) else ()
+            for query_id, prompt in examples.items()
+        }
+        around = surroundings.pop() if len(surroundings) == 1 and len(examples) > 1 else ()
+        entry = {"around": list(around)} if len(around) > 1 else {"examples": examples}
+        collected.setdefault(str(attack), {})[str(defense)] = entry | {
+            "readings": int(rows["readings"].max())
+        }
+    return collected
+
+
+def _build_plane_data(summary: pd.DataFrame) -> dict[str, Any]:
+    rows = build_plane_points(summary).assign(
+        verdict=summary.loc[summary["defense"] != UNDEFENDED, "verdict"].tolist()
+    )
+    rows = rows.dropna(subset=["shift", "discrimination"])
+    names = {"shift": "x", "shift_low": "x_low", "shift_high": "x_high"}
+    names |= {"discrimination": "y", "discrimination_low": "y_low", "discrimination_high": "y_high"}
+    names |= {"defense": "name", "family": "family", "verdict": "verdict"}
+    points = rows[list(names)].rename(columns=names).round(4)
+    is_untrusted = rows.get("trusted", pd.Series("", rows.index)) == "not trusted"
+    return {
+        "points": points.assign(untrusted=is_untrusted).to_dict("records"),
+        "stretched": is_stretched(rows),
+    }
+
+
+def _truncate_text(text: str) -> str:
+    if len(text) <= MAX_QUERY_LENGTH:
+        return text
+    return f"{text[:MAX_QUERY_LENGTH]} … ({len(text) - MAX_QUERY_LENGTH:,} more characters)"
+
+
+def list_report_figures(run: Run) -> list[ReportFigure]:
+    """Return the static figures of a run, in the order of the page."""
+    figures = [_describe_report_figure(run, name) for name in run.files if name.endswith(".png")]
+    ranks = {kind: rank for rank, kind in enumerate(FIGURES)}
+    return sorted(figures, key=lambda figure: (ranks.get(figure.kind, len(ranks)), figure.name))
 
 
 def _describe_report_figure(run: Run, name: str) -> ReportFigure:
@@ -272,14 +300,16 @@ def _describe_report_figure(run: Run, name: str) -> ReportFigure:
     kind = find_figure_kind(stem)
     table = f"{stem}.csv" if f"{stem}.csv" in run.files else ""
     points = run.tables.get(stem, pd.DataFrame())
-    title = format_figure_title(kind, points) if kind in FIGURE_SECTIONS else stem.replace("-", " ")
-    of = find_single_defense(kind, points) or stem.removeprefix(kind).lstrip("-")
-    title += f" ({of})" * bool(of and of not in title)
-    caption = ""
+    title = format_figure_title(kind, points) if kind in FIGURES else stem.replace("-", " ")
+    subject = find_single_defense(kind, points) or stem.removeprefix(kind).lstrip("-")
+    if subject and subject not in title:
+        title += f" ({subject})"
+    caption = f"Figure {name} of this run, as drawn by the command" + (
+        f"; its numbers are in {table}." if table else "."
+    )
     if len(points):
-        # A table of another version may lack what its caption says.
+        # A table of another version may lack a column that its caption needs.
         with suppress(KeyError, ValueError, TypeError, IndexError, AttributeError):
-            caption = format_figure_caption(run, stem)
-    plain = f"Figure {name} of this run, as the command drew it"
-    plain += "; its numbers are in the table beside it." * bool(table) or "."
-    return ReportFigure(name, kind, FIGURE_SECTIONS.get(kind, "run"), title, caption or plain, table)
+            caption = format_figure_caption(run.tables, run.record, stem) or caption
+    section = FIGURES[kind].section if kind in FIGURES else "run"
+    return ReportFigure(name, kind, section, title, caption, table)

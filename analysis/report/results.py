@@ -1,4 +1,4 @@
-"""A run, just made or read from its folder: record, tables, figures, and the texts of its queries."""
+"""The result of a command: record, tables, figures, and the texts of its queries."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ ESTIMATE_COLUMNS: tuple[ColumnFormat, ...] = (
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A run, just made or as it lies in its folder.
+    """A run: the result of a command, just computed or read from its folder.
 
     Attributes:
-        name: of the folder, or what was done.
-        record: its `run.json`.
-        tables: its CSV files, by stem.
-        files: its CSV and PNG files, by name; of a run that lies in no folder there are none.
-        texts: of its queries, by id; empty where they could not be had.
-        missing_texts_reason: why there are no texts.
-        figures: what `figure` draws.
+        name: of the folder, or of the command.
+        record: contents of `run.json`.
+        tables: CSV tables by stem.
+        files: contents of the CSV and PNG files by name; empty for a run without a folder.
+        texts: texts of the queries by id; empty if they are not available.
+        missing_texts_reason: why the texts are not available.
+        figures: names of the figures that `draw_figure` can draw.
     """
 
     name: str
@@ -53,20 +53,23 @@ class Run:
     figures: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """Return what a reader wants to know first: what the intervals say, and what there is to look at."""
+        """Return the headline, failures and notices, and the names of tables and figures."""
         lines = [self.headline]
         if self.record.get("interrupted"):
-            done = len(self.tables.get("summary", self.tables.get("worth", ())))
-            wanted = self.record.get("conditions_wanted")  # older runs do not say
-            lines += [f"interrupted: {done} of {wanted or 'all'} conditions were finished"]
-        lines += [f"failed: {format_condition(one)}: {one['why']}" for one in self.record.get("failed", [])]
-        lines += [f"note: {one}" for one in self.record.get("notices", [])]
+            n_finished = len(self.tables.get("summary", self.tables.get("worth", ())))
+            n_wanted = self.record.get("conditions_wanted")  # missing in older runs
+            lines += [f"interrupted: {n_finished} of {n_wanted or 'all'} conditions were finished"]
+        lines += [
+            f"failed: {format_condition(failure)}: {failure['why']}"
+            for failure in self.record.get("failed", [])
+        ]
+        lines += [f"note: {notice}" for notice in self.record.get("notices", [])]
         lines += [f"tables: {', '.join(self.tables)}", f"figures: {', '.join(self.figures)}"]
         return "\n".join(lines)
 
     @property
     def headline(self) -> str:
-        """What its intervals allow one to say, in a few sentences."""
+        """Summary of the result in a few sentences."""
         if "arms" in self.tables:
             return describe_arms(self.tables["arms"], self.model_and_data)
         if "summary" in self.tables:
@@ -77,88 +80,106 @@ class Run:
         return f"On {self.model_and_data}: this run holds no summary of its defenses."
 
     def format_summary(self, attack: str | None = None) -> pd.DataFrame:
-        """Return the summary as people read it: a row per defense, each estimate with its 95 % interval.
+        """Return the summary formatted for reading: a row per defense, estimates with 95 % intervals.
 
         Args:
-            attack: of which attack; by default the first that a headline is about.
+            attack: the attack to show; by default the one that the headline covers.
+
+        Raises:
+            ValueError: if the run has no summary or no such attack.
         """
         if "summary" not in self.tables:
             raise ValueError(f"{self.name} has no summary; it has {', '.join(self.tables) or 'no tables'}")
         summary = self.tables["summary"]
-        sent, known = attack or choose_headline_attack(summary), list(summary["attack"].unique())
-        if sent not in known:
-            raise ValueError(f"no attack {sent!r} in this run; it has {', '.join(map(str, known))}")
-        rows = summary[summary["attack"] == sent].to_dict("records")
-        lines = {
+        chosen, known = attack or choose_headline_attack(summary), list(summary["attack"].unique())
+        if chosen not in known:
+            raise ValueError(f"no attack {chosen!r} in this run; it has {', '.join(map(str, known))}")
+        formatted = {
             format_defense_name(row): {
-                **{one[1]: format_estimate(row, one) for one in ESTIMATE_COLUMNS},
-                "what the intervals say": format_verdict(row),
+                **{column[1]: format_estimate(row, column) for column in ESTIMATE_COLUMNS},
+                "verdict": format_verdict(row),
             }
-            for row in rows
+            for row in summary[summary["attack"] == chosen].to_dict("records")
         }
-        return pd.DataFrame.from_dict(lines, orient="index").rename_axis("defense")
+        return pd.DataFrame.from_dict(formatted, orient="index").rename_axis("defense")
 
     def draw_figure(self, name: str) -> Figure:
         """Return one of the run's figures, with title and caption.
 
         Args:
             name: one of `figures`.
+
+        Raises:
+            ValueError: if the run has no such figure.
         """
         from analysis.plots.figures import draw_figure
 
-        return draw_figure(self, name)
+        if name not in self.figures or name not in self.tables:
+            known = ", ".join(figure for figure in self.figures if figure in self.tables)
+            raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
+        return draw_figure(self.tables, self.record, name)
 
     @property
     def model(self) -> str:
-        """The model's name."""
+        """Name of the model."""
         return str(self.record["model"]["name"])
 
     @property
     def model_and_data(self) -> str:
-        """Model and data, as they read behind "on"."""
+        """Model, data set and split, as a noun phrase."""
         data = self.record["data"]
         return f"{self.model} ({data['name']}, {self.record.get('reported_on', data['split'])} split)"
 
     @property
     def threshold(self) -> float:
-        """The margin above which the readout says "refuse"."""
+        """Margin above which the classifier says "refuse", in nats."""
         return float(self.record["readout"]["threshold"])
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """What was run, as name and words."""
+        """Facts about the run, as pairs of a name and a text."""
         record = self.record
-        model, data, readout = record["model"], record["data"], record["readout"]
-        words = " against ".join(
-            ", ".join(repr(str(word).strip()) for word in readout.get(side, [])[:6])
-            for side in ("refuse", "comply")
-            if readout.get(side)
-        )
-        known = [
-            one for per_attack in record.get("trusted", {}).values() for one in per_attack.values()
-        ] or list(self.tables.get("validity", pd.DataFrame({"trusted": []}))["trusted"])
-        counts = pd.Series(known, dtype=object).value_counts()
-        trust = "; ".join(f"{count} conditions {word}" for word, count in counts.items()) or UNVALIDATED
-        sent = ["none (as they are)" if one == DIRECT else str(one) for one in record.get("attacks", [])]
-        fitted = f", fitted {readout['threshold_fitted']}" if readout.get("threshold_fitted") else ""
-        found = [
+        model, data = record["model"], record["data"]
+        versions = record.get("versions", {})
+        facts = [
             ("Model", f"{model['name']}: {_join_known_values(model, 'id', 'revision')}"),
             ("Weights (SHA-256)", str(model.get("sha256", ""))),
             ("Computed in", f"{record.get('dtype', '')} on {record.get('device', '')}"),
             ("Data", f"{data['name']}, {data['split']} split; SHA-256 {str(data.get('sha256', ''))[:16]}…"),
             ("Queries", f"{data['n_harmful']} harmful, {data['n_benign']} benign"),
-            (
-                "Attacks",
-                ", ".join(sent),
-            ),
-            ("Readout", f"{readout['name']}: {words}"),
-            ("Threshold", f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}") + fitted),
-            ("Readout against text", trust),
+            ("Attacks", self._describe_attacks()),
+            ("Readout", f"{record['readout']['name']}: {self._describe_readout_words()}"),
+            ("Threshold", self._describe_threshold()),
+            ("Agreement with text", self._describe_trust()),
             ("Seed", str(record.get("seed", ""))),
-            ("Versions", ", ".join(f"{name} {one}" for name, one in record.get("versions", {}).items())),
-            ("Made", str(record.get("created", ""))),
+            ("Versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
+            ("Created", str(record.get("created", ""))),
         ]
-        return [(name, words) for name, words in found if words.strip(" :,")]
+        return [(name, text) for name, text in facts if text.strip(" :,")]
+
+    def _describe_attacks(self) -> str:
+        attacks = self.record.get("attacks", [])
+        return ", ".join("none (direct)" if attack == DIRECT else str(attack) for attack in attacks)
+
+    def _describe_readout_words(self) -> str:
+        readout = self.record["readout"]
+        return " against ".join(
+            ", ".join(repr(str(word).strip()) for word in readout.get(side, [])[:6])
+            for side in ("refuse", "comply")
+            if readout.get(side)
+        )
+
+    def _describe_threshold(self) -> str:
+        origin = self.record["readout"].get("threshold_fitted")
+        text = f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}")
+        return f"{text}, fitted {origin}" if origin else text
+
+    def _describe_trust(self) -> str:
+        values = [
+            value for by_defense in self.record.get("trusted", {}).values() for value in by_defense.values()
+        ] or list(self.tables.get("validity", pd.DataFrame({"trusted": []}))["trusted"])
+        counts = pd.Series(values, dtype=object).value_counts()
+        return "; ".join(f"{count} conditions {value}" for value, count in counts.items()) or UNVALIDATED
 
 
 def _join_known_values(values: Mapping[str, Any], *names: str) -> str:

@@ -1,4 +1,4 @@
-// What all charts share: their ink is the page's, so that they follow light, dark and print.
+// Shared by all charts: colors follow the page's text color, so that charts fit light, dark and print.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const HARMFUL = "#D55E00", BENIGN = "#0072B2", GREY = "#8a8a8a";
 const INK = "currentColor";
@@ -9,17 +9,17 @@ const legend = { labelColor: INK, titleColor: INK, labelFont: FONT, titleFont: F
 const CONFIG = { background: null, axis, legend, view: { stroke: null }, text: { fill: INK, font: FONT },
   header: { labelColor: INK, titleColor: INK, labelFont: FONT, labelFontSize: 12 } };
 
-// No expression is compiled (the page's policy forbids it) and nothing is fetched.
-const draw = (place, spec) => vegaEmbed(place, spec, { ast: true, actions: false, renderer: "svg", config: CONFIG,
+// Vega interprets expressions (`ast`), because the content security policy forbids compiling them; nothing is fetched.
+const drawChart = (container, spec) => vegaEmbed(container, spec, { ast: true, actions: false, renderer: "svg", config: CONFIG,
   tooltip: false, loader: { load: () => Promise.reject(new Error("this page fetches nothing")) } });
 
-const signed = (value) => (value === null ? "–" : (value > 0 ? "+" : "") + value.toFixed(2)).replace("-", "−");
-const between = (low, high) => (low === null || high === null ? "" : ` [${signed(low)}, ${signed(high)}]`);
-const shown = (name) => (name === "none" ? "undefended" : name);
+const formatSigned = (value) => (value === null ? "–" : (value > 0 ? "+" : "") + value.toFixed(2)).replace("-", "−");
+const formatInterval = (low, high) => (low === null || high === null ? "" : ` [${formatSigned(low)}, ${formatSigned(high)}]`);
+const formatDefense = (name) => (name === "none" ? "undefended" : name);
 
-function make(tag, text, className) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;  // never as markup: texts are from data sets
-  if (className) made.className = className;
-  return made;
+function makeElement(tag, text, className) {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;  // never as markup: texts come from data sets
+  if (className) element.className = className;
+  return element;
 }

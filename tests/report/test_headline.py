@@ -1,0 +1,54 @@
+"""The headline counts verdicts of defenses, and says what is provisional or not counted."""
+
+import pandas as pd
+from saved_runs import DEFENSES, make_summary
+
+from analysis.report.headline import describe_effects, describe_validity
+
+
+def test_the_headline_counts_the_verdicts_of_defenses_only():
+    text = describe_effects(make_summary(DEFENSES), "toy")
+    assert text == (
+        "Results for 3 defenses on toy, from 95\xa0% intervals: 1 shifts towards refusal, 1 away from it; "
+        "1 separates harmful from benign queries better (smooth_llm), 1 worse."
+    )
+
+
+def test_the_headline_marks_provisional_results_and_leaves_out_contradicted_ones():
+    summary = make_summary(DEFENSES)
+    summary.loc[summary["defense"] == "policy", "trusted"] = "not validated"
+    summary.loc[summary["defense"] == "smooth_llm", "trusted"] = "not trusted"
+    text = describe_effects(summary, "toy")
+    assert text.startswith("Results for 2 defenses on toy")
+    assert "none separates harmful from benign queries better, 1 worse" in text
+    assert "1 is provisional" in text
+    assert "1 is not counted, because generated text contradicts the readout" in text
+    assert "All are provisional" in describe_effects(make_summary(DEFENSES, trusted="not validated"), "toy")
+    assert describe_effects(make_summary(DEFENSES, trusted="not trusted"), "toy").startswith(
+        "No conclusion is possible about 3 defenses"
+    )
+
+
+def test_the_headline_names_the_attack_and_counts_ensembles_apart_from_defenses():
+    summary = make_summary({"a+b": ("ensemble", 1.0, 0.0, "shift +")} | DEFENSES, attack="persona")
+    text = describe_effects(summary, "toy", "persona")
+    assert text.startswith("Results for 3 defenses and 1 ensemble on toy under the attack persona")
+    assert "2 shift t" in text
+    reference_only = make_summary({"none": DEFENSES["none"]})
+    assert (
+        describe_effects(reference_only, "toy")
+        == "No defense was evaluated on toy, only references and controls."
+    )
+
+
+def test_the_headline_counts_defenses_without_an_effect():
+    text = describe_effects(make_summary({"policy": ("reminders", 0.1, 0.0, "no effect found")}), "toy")
+    assert text.endswith("better; no effect was found for 1.")
+
+
+def test_the_headline_of_a_validation_names_each_readout():
+    rows = pd.DataFrame({"readout": ["words", "question"], "trusted": ["trusted", "cannot tell"]})
+    assert describe_validity(rows, "toy").endswith(
+        "words validated in 1 of 1 conditions, contradicted in 0, undecided in 0; "
+        "question validated in 0 of 1 conditions, contradicted in 0, undecided in 1."
+    )

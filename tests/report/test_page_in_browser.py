@@ -1,0 +1,208 @@
+"""The page in a browser: charts, queries, keyboard, phone, print, and what it keeps from running."""
+
+import re
+import shutil
+
+import pytest
+from saved_runs import HOSTILE_TEXTS, render_folders, write_run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        instance = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield instance
+        instance.close()
+
+
+@pytest.fixture(scope="module")
+def page_url(tmp_path_factory):
+    """A page of two runs, one of them under two attacks."""
+    folder = tmp_path_factory.mktemp("pages")
+    runs = (
+        write_run(folder / "first"),
+        write_run(folder / "second", attacks=("direct", "persona"), n_queries=60),
+    )
+    (folder / "page.html").write_text(render_folders(*runs), "utf-8")
+    return (folder / "page.html").as_uri()
+
+
+@pytest.fixture
+def open_page(browser, page_url):
+    """Opens the page with the options of a reader; at the end, it must have logged and fetched nothing."""
+    contexts, messages, urls = [], [], []
+
+    def open_with(**options):
+        contexts.append(browser.new_context(**options))
+        view = contexts[-1].new_page()
+        view.on("console", lambda message: messages.append(message.text))
+        view.on("pageerror", lambda error: messages.append(str(error)))
+        view.on("request", lambda request: urls.append(request.url))
+        view.goto(page_url)
+        return view
+
+    yield open_with
+    for context in contexts:
+        context.close()
+    assert messages == []
+    assert [url for url in urls if not url.startswith("data:")] == [page_url] * len(contexts)
+
+
+def wait_for_plane(view, run=0):
+    """Scroll to a run's plane and return its points once they are drawn."""
+    view.locator("article").nth(run).locator(".plane").scroll_into_view_if_needed()
+    points = view.locator("article").nth(run).locator(".points path[data-defense]")
+    points.first.wait_for()
+    return points
+
+
+def test_a_click_on_a_point_shows_its_queries_largest_change_first(open_page):
+    view = open_page()
+    wait_for_plane(view)
+    article = view.locator("article").first
+    for name in ("paraphrase", "policy"):
+        article.locator(f'.points path[data-defense="{name}"]').click()
+        assert article.locator("select.defense").input_value() == name
+        assert article.locator(".counts").inner_text().startswith(f"{name}: of 24 queries")
+    rows = article.locator(".queries tbody tr")
+    assert rows.count() == 24 and "q000" in rows.first.inner_text()
+    texts = rows.locator("td:nth-child(6)").all_inner_texts()
+    changes = [abs(float(text.replace("−", "-"))) for text in texts]
+    assert changes == sorted(changes, reverse=True) and changes[0] > 5
+    assert article.locator(".roc svg").is_visible() and article.locator(".margins svg").is_visible()
+    article.locator(".flipped").check()
+    assert 0 < rows.count() < 24 and all("→" in text for text in rows.all_inner_texts())
+
+
+def test_below_a_query_is_the_prompt_that_the_model_read(open_page):
+    view = open_page()
+    wait_for_plane(view)
+    article = view.locator("article").first
+    rows = article.locator(".queries tbody tr")
+    prompts = {}
+    for name in ("policy", "paraphrase", "smooth_llm"):
+        article.locator("select.defense").select_option(name)
+        details = rows.locator("details.read")
+        prompts[name] = dict(
+            zip(rows.locator(".id").all_inner_texts(), details.all_inner_texts(), strict=False)
+        )
+        for element in details.all()[:1]:
+            element.locator("summary").press("Enter")
+            assert element.locator("pre").is_visible()
+    assert rows.count() == 24
+    # A template around every query gives all prompts; a rewording defense has two examples.
+    assert len(prompts["policy"]) == 24 and len(prompts["paraphrase"]) == 2 and not prompts["smooth_llm"]
+    article.locator("select.defense").select_option("policy")
+    row = rows.filter(has=view.locator(".id", has_text="q005"))
+    assert row.locator("pre").text_content() == "<s>policy: Question 5?</s>"
+    article.locator("select.defense").select_option("paraphrase")
+    row = rows.filter(has=view.locator(".id", has_text="q000"))
+    assert row.locator("summary").text_content() == "prompt (the first of 3 copies)"
+    assert row.locator("pre").text_content() == "<s>paraphrase: Reworded <b></s>"
+
+
+def test_texts_from_data_sets_are_never_markup(open_page):
+    view = open_page()
+    wait_for_plane(view)
+    cells = view.locator("article").first.locator(".queries tbody")
+    for text in HOSTILE_TEXTS[:2]:
+        assert text in cells.inner_text()
+    assert "topic <i>" in cells.inner_text()
+    assert view.title().startswith("refusalscope")
+    assert view.locator('img[src="x"]').count() == 0 and cells.locator("b, i, img, script").count() == 0
+
+
+def test_only_the_own_scripts_run_and_nothing_can_be_fetched(browser, page_url):
+    context = browser.new_context()
+    view = context.new_page()
+    view.goto(page_url)
+    attempts = """async () => {
+        const violations = [];
+        const record = (event) => violations.push(event.effectiveDirective);
+        document.addEventListener("securitypolicyviolation", record);
+        document.body.append(Object.assign(document.createElement("img"), { src: "https://a.test/x" }));
+        document.body.insertAdjacentHTML("beforeend", '<p onclick="document.title=1">');
+        document.body.lastElementChild.click();
+        const script = Object.assign(document.createElement("script"), { textContent: "document.title = 2" });
+        document.body.append(script);
+        await fetch("https://a.test/").catch(() => null);
+        await new Promise((done) => setTimeout(done, 200));
+        return violations.sort();
+    }"""
+    assert view.evaluate(attempts) == ["connect-src", "img-src", "script-src-attr", "script-src-elem"]
+    assert view.title().startswith("refusalscope")
+    context.close()
+
+
+def test_the_keyboard_reaches_points_and_their_queries(open_page):
+    view = open_page()
+    wait_for_plane(view)
+    view.locator("article .facts summary").first.focus()
+    view.keyboard.press("Tab")
+    names = []
+    for _ in range(3):
+        names.append(view.evaluate("document.activeElement.dataset.defense"))
+        view.keyboard.press("ArrowRight")
+    assert names == ["smooth_llm", "paraphrase", "neutral_prompt"], "from left to right"
+    description = view.locator("article").first.locator(".point").inner_text()
+    assert description.startswith("policy/half (reminders): shift +0.50 [+0.40, +0.60]")
+    view.keyboard.press("Enter")
+    view.wait_for_function("document.activeElement.classList.contains('closer')")
+    assert view.locator("article").first.locator("select.defense").input_value() == "policy/half"
+
+
+def test_a_row_of_the_summary_opens_its_defense_under_its_attack(open_page):
+    view = open_page()
+    wait_for_plane(view, 1)
+    article = view.locator("article").nth(1)
+    article.locator("details summary", has_text="attack: persona").click()
+    article.locator('button.open[data-attack="persona"][data-defense="paraphrase"]').click()
+    assert article.locator("select.attack").input_value() == "persona"
+    assert article.locator("select.defense").input_value() == "paraphrase"
+    assert article.locator(".queries tbody tr").count() == 40
+    article.locator(".more").click()
+    assert article.locator(".queries tbody tr").count() == 60
+
+
+def test_a_phone_scrolls_tables_but_never_the_page_sideways(open_page):
+    view = open_page(viewport={"width": 360, "height": 740}, has_touch=True)
+    for run in (0, 1):
+        wait_for_plane(view, run)
+    view.evaluate("document.querySelectorAll('details').forEach((element) => { element.open = true; })")
+    assert view.evaluate("document.documentElement.scrollWidth") <= 360
+    assert view.evaluate(
+        "[...document.querySelectorAll('.scroll')].some((element) => element.scrollWidth > 360)"
+    )
+    edges = "[...document.querySelectorAll('.chart svg')].map((svg) => svg.getBoundingClientRect().right)"
+    assert max(view.evaluate(edges)) <= 360
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_contrasts_with_the_background_in_both_schemes(open_page, scheme):
+    view = open_page(color_scheme=scheme)
+    wait_for_plane(view)
+    style = "(selector) => getComputedStyle(document.querySelector(selector))"
+    background = view.evaluate(f"({style})('body').backgroundColor")
+    label = view.evaluate(f"({style})('.plane .role-axis-title text').fill")
+    heading = view.evaluate(f"({style})('h1').color")
+    brightness = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (background, label, heading)]
+    assert label == heading
+    difference = brightness[0] - brightness[1]
+    assert difference > 500 if scheme == "light" else difference < -500
+
+
+def test_print_unfolds_details_and_hides_controls(open_page):
+    view = open_page(color_scheme="dark")
+    wait_for_plane(view)
+    view.emulate_media(media="print", color_scheme="dark")
+    view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert view.locator("details:not([open]):not(.read)").count() == 0
+    assert not view.locator(".filters").first.is_visible()
+    assert view.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert view.evaluate("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+    view.locator("article").nth(1).locator(".points path").first.wait_for(state="attached")
