@@ -48,7 +48,6 @@ EXCEPTIONS = {
     ("judges", "datasets"),
     ("mechanism", "datasets"),
     ("readouts", "datasets"),
-    ("readouts", "judges"),
 }
 
 

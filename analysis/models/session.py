@@ -1,4 +1,4 @@
-"""A loaded model with all that asking it takes: steps 2 and 3, from queries to what the model reads."""
+"""Model session: renders queries under a defense (steps 1 to 3) and generates responses."""
 
 from __future__ import annotations
 
@@ -23,20 +23,26 @@ from defenses.contract import Chat, Consultation, Defense, ModelCall
 from defenses.errors import UserError
 from defenses.rng import QueryRng
 
+DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentences
+_CALLS_PER_COMMIT = 64
+_MAX_BLENDED_PROMPTS = (
+    128  # prompts whose full logits are held in memory while those of several models are summed
+)
+
 
 @dataclass(frozen=True)
 class ModelSession:
-    """A loaded model with all that asking it takes.
+    """A loaded model with everything that scoring queries and generating responses needs.
 
     Attributes:
         loaded_model: model and tokenizer.
         chat_template: chat → token ids.
-        engine: token ids → first-answer logits.
-        defense_calls: what the model says where a defense asks it first.
-        score_cache: scores of earlier runs; None keeps none.
+        engine: token ids → first-token logits.
+        defense_calls: responses of the model to a defense's own calls.
+        score_cache: scores of earlier runs; None disables caching.
         seed: of the run.
-        attack: how queries are sent.
-        questions: what is asked about a request in its place, see `Readout`; empty: the request itself.
+        attack: transforms every query into the chat that is sent.
+        questions: questions about a request that replace it, see `Readout`; empty sends the request itself.
     """
 
     loaded_model: LoadedModel
@@ -56,100 +62,114 @@ class ModelSession:
         seed: int = 0,
         score_cache: ScoreCache | None = None,
     ) -> ModelSession:
-        """Return the bench for a model."""
-        renderer, engine = ChatTemplate(loaded_model.tokenizer), Engine(loaded_model.model, batch_size)
-        drafts = DefenseCalls(
-            engine, renderer, loaded_model.context_length, describe_computation(loaded_model), score_cache
+        """Return a session for a model, without attack and questions."""
+        chat_template = ChatTemplate(loaded_model.tokenizer)
+        engine = Engine(loaded_model.model, batch_size)
+        shared_settings = describe_computation(loaded_model)
+        defense_calls = DefenseCalls(
+            engine, chat_template, loaded_model.context_length, shared_settings, score_cache
         )
-        return cls(loaded_model, renderer, engine, drafts, score_cache, seed)
+        return cls(loaded_model, chat_template, engine, defense_calls, score_cache, seed)
 
     def with_attack(self, attack: Attack) -> ModelSession:
-        """Return the same bench with queries sent through an attack."""
+        """Return the same session with queries sent through an attack."""
         return replace(self, attack=attack)
 
     def with_questions(self, questions: tuple[str, ...]) -> ModelSession:
-        """Return the same bench with questions asked about requests."""
+        """Return the same session with requests replaced by questions about them."""
         return replace(self, questions=questions)
 
     def render_query(self, defense: Defense, query: Query) -> list[Prompt]:
-        """Return what the model reads for a query: a prompt for each reading of the defense and question."""
+        """Return a query's prompts: one for each of the defense's copies and each question."""
         (prompts,) = self.render_queries(defense, [query])
         return prompts
 
     def render_queries(self, defense: Defense, queries: Sequence[Query]) -> list[list[Prompt]]:
-        """Return what the model reads for each query; where the defense asks it first, for all together."""
-        # The only randomness a defense gets: the same query is perturbed alike in every run with this seed.
+        """Return the prompts of each query; a defense's calls to the model are batched over the queries."""
+        # The only randomness of a defense: a query is perturbed in the same way in every run with this seed.
         rngs = [QueryRng(f"{self.seed}/{query.id}", defense.name) for query in queries]
-        found = []
-        for query, rng, readings in zip(
-            queries, rngs, self._rewrite_queries(defense, queries, rngs), strict=True
-        ):
-            # Asked about what the defense made of the request, within what it put around it, no answer begun.
-            about = [lambda words, asked=asked: asked.replace("{request}", words) for asked in self.questions]
-            chats = [
-                edit_last_user(split_prefill(chat)[0], one) for chat in readings for one in about
-            ] or readings
+        chats_by_query = self._rewrite_queries(defense, queries, rngs)
+        prompts_by_query = []
+        for query, rng, chats in zip(queries, rngs, chats_by_query, strict=True):
+            if self.questions:
+                chats = self._ask_questions(chats)
             if defense.retokenizes:
-                recut = partial(defense.retokenize, rng=rng)
-                prompts = [self.chat_template.render_retokenized(chat, recut) for chat in chats]
+                retokenize = partial(defense.retokenize, rng=rng)
+                prompts = [self.chat_template.render_retokenized(chat, retokenize) for chat in chats]
             else:
                 prompts = [self.chat_template.render_prompt(chat) for chat in chats]
-            longest = max(len(prompt.ids) for prompt in prompts)
-            if longest >= self.loaded_model.context_length:
+            n_tokens = max(len(prompt.ids) for prompt in prompts)
+            if n_tokens >= self.loaded_model.context_length:
                 raise UserError(
-                    f"query {query.id!r} under {defense.name!r} makes a prompt of {longest} tokens, and "
-                    f"{self.loaded_model.name} reads {self.loaded_model.context_length}: shorten the query or the defense's text"
+                    f"query {query.id!r} under {defense.name!r} makes a prompt of {n_tokens} tokens, and "
+                    f"{self.loaded_model.name} reads {self.loaded_model.context_length}: shorten the query "
+                    "or the defense's text"
                 )
-            found.append(prompts)
-        return found
+            prompts_by_query.append(prompts)
+        return prompts_by_query
+
+    def _ask_questions(self, chats: Sequence[Chat]) -> list[Chat]:
+        """Return each chat with the request in its last user message replaced by each question about it.
+
+        The defense's rewriting of the request and its surrounding text stay; a prefill is removed.
+        """
+
+        def insert_request(request: str, question: str) -> str:
+            return question.replace("{request}", request)
+
+        return [
+            edit_last_user(split_prefill(chat)[0], partial(insert_request, question=question))
+            for chat in chats
+            for question in self.questions
+        ]
 
     def _rewrite_queries(
         self, defense: Defense, queries: Sequence[Query], rngs: Sequence[QueryRng]
     ) -> list[list[Chat]]:
-        """The defense's readings of each query. Where it consults the model, all queries go in step."""
-        talks = [self._consult_defense(defense, query, rng) for query, rng in zip(queries, rngs, strict=True)]
-        talk, said = run_consultations(talks), None
+        """Return the defense's copies of each query; its calls to the model run in lockstep."""
+        consultations = [
+            self._consult_defense(defense, query, rng) for query, rng in zip(queries, rngs, strict=True)
+        ]
+        lockstep, responses = run_consultations(consultations), None
         while True:
             try:
-                asks = talk.send(said)  # type: ignore[arg-type]  # None begins it
-            except StopIteration as over:
-                readings: list[list[Chat]] = over.value
+                calls = lockstep.send(responses)  # type: ignore[arg-type]  # None starts the generator
+            except StopIteration as stop:
+                chats_by_query: list[list[Chat]] = stop.value
                 break
-            said = self.defense_calls.complete_calls(asks)
-        if empty := [query.id for query, one in zip(queries, readings, strict=True) if not one]:
-            raise UserError(f"{defense.name!r} gives nothing to read for query {empty[0]!r}")
-        return readings
+            responses = self.defense_calls.complete_calls(calls)
+        if empty := [query.id for query, chats in zip(queries, chats_by_query, strict=True) if not chats]:
+            raise UserError(f"{defense.name!r} returns no chat for query {empty[0]!r}")
+        return chats_by_query
 
     def _consult_defense(self, defense: Defense, query: Query, rng: QueryRng) -> Consultation:
-        """What a defense does with a query; what goes wrong in a class of the user's own is told."""
-        said: list[str] | None = None
+        """Apply a defense to an attacked query; exceptions of a user-defined class become UserErrors."""
+        responses: list[str] | None = None
         try:
-            talk = defense.consult_model(self.attack.build_chat(query), rng)
+            consultation = defense.consult_model(self.attack.build_chat(query), rng)
             while True:
-                asks = talk.send(said)  # type: ignore[arg-type]
-                if not isinstance(asks, list) or not all(isinstance(one, ModelCall) for one in asks):
-                    raise TypeError("consult must yield lists of Ask")
-                said = yield asks
-        except StopIteration as over:
-            return over.value
+                calls = consultation.send(responses)  # type: ignore[arg-type]
+                if not isinstance(calls, list) or not all(isinstance(call, ModelCall) for call in calls):
+                    raise TypeError("consult_model must yield lists of ModelCall")
+                responses = yield calls
+        except StopIteration as stop:
+            return stop.value
         except Exception as error:
             if not defense.is_user_defined or isinstance(error, UserError):
                 raise
-            where = f"{defense.name!r} raised {type(error).__name__} on query {query.id!r}"
-            raise UserError(f"{where}: {error}") from error
-
-
-DEFAULT_MAX_NEW_TOKENS = 48  # of each answer; a refusal shows in its first sentences
+            raise UserError(
+                f"{defense.name!r} raised {type(error).__name__} on query {query.id!r}: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a model said.
+    """One response of the model.
 
     Attributes:
-        ids: its tokens, the prefix that it was made to begin with not among them.
-        text: as a reader sees it, the prefix included.
-        generated_text: the text without the prefix.
+        ids: generated token ids, without the response prefix.
+        text: decoded text, the response prefix included.
+        generated_text: decoded text without the prefix.
     """
 
     ids: tuple[int, ...]
@@ -166,87 +186,64 @@ def generate_responses(
     should_stop: Callable[[str], bool] | None = None,
     on_progress: Callable[[int], None] = lambda queries: None,
 ) -> list[list[Response]]:
-    """Return the greedy answers to each query under a defense, one for each of its readings.
+    """Return the greedy responses to each query under a defense, one per prompt of the query.
 
     Args:
-        session: the model, and how queries are sent.
+        session: the model, and the attack through which queries are sent.
         defense: prepared for this model.
-        queries: what is asked.
-        response_prefix: token ids that every answer is made to begin with.
-        max_new_tokens: new ones at most, of each answer.
-        should_stop: told an answer so far, says whether the rest no longer matters.
-        on_progress: told how many more prompts are answered.
+        queries: harmful and benign user requests.
+        response_prefix: token ids with which every response starts.
+        max_new_tokens: maximum number of generated tokens per response.
+        should_stop: called with the text so far; True ends the response there.
+        on_progress: called with the number of prompts answered since the last call.
     """
     tokenizer = session.loaded_model.tokenizer
-    prompts = session.render_queries(defense, queries)
-    flat = [prompt.append_prefix(response_prefix) for readings in prompts for prompt in readings]
-    begun = [bool(prompt.prefill) for readings in prompts for prompt in readings]
+    prompts_by_query = session.render_queries(defense, queries)
+    prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
+    prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
+    is_prefilled = [bool(prompt.prefill) for prompt in prompts]
 
-    def text(answer: Sequence[int], begun: bool) -> str:
-        # Of an answer that is begun only what the model itself says is heard.
-        return str(tokenizer.decode([*(() if begun else response_prefix), *answer], skip_special_tokens=True))
+    def decode_response(token_ids: Sequence[int], is_prefilled: bool) -> str:
+        # The text of a prefilled response is only what the model itself generated.
+        prefix = () if is_prefilled else response_prefix
+        return str(tokenizer.decode([*prefix, *token_ids], skip_special_tokens=True))
 
-    over = (
-        (lambda answer: should_stop(text(answer, any(begun))))
-        if should_stop is not None
-        else lambda answer: False
-    )
+    def is_finished(token_ids: list[int]) -> bool:
+        return should_stop is not None and should_stop(decode_response(token_ids, any(is_prefilled)))
+
     if defense.logit_blend():
-        said = _generate_blended(session, defense, flat, max_new_tokens, on_progress)
+        generated = _generate_blended(session, defense, prompt_ids, max_new_tokens, on_progress)
     else:
         with defense.apply_to(session.loaded_model.model):
-            said = generate_token_ids(
-                session.engine, flat, max_new_tokens, tokenizer.eos_token_id, over, on_progress
+            generated = generate_token_ids(
+                session.engine, prompt_ids, max_new_tokens, tokenizer.eos_token_id, is_finished, on_progress
             )
-    left = iter(
-        Response(tuple(ids), text(ids, by_others), str(tokenizer.decode(ids, skip_special_tokens=True)))
-        for ids, by_others in zip(said, begun, strict=True)
-    )
-    return [[next(left) for _ in readings] for readings in prompts]
-
-
-def _generate_blended(
-    session: ModelSession,
-    defense: Defense,
-    prompts: Sequence[tuple[int, ...]],
-    max_new_tokens: int,
-    on_progress: Callable[[int], None],
-) -> list[list[int]]:
-    """Answers whose first token all models of a blend choose together, as it is read; the rest is one's."""
-    stop = session.loaded_model.tokenizer.eos_token_id
-    chosen = iterate_defended_logits(
-        session.engine, session.loaded_model, defense, prompts, _select_top_token
-    )
-    first = [int(token) for _, tokens in chosen for token in tokens]
-    going = [row for row, token in enumerate(first) if token != stop] if max_new_tokens > 1 else []
-    longer = [(*prompts[row], first[row]) for row in going]
-    on_progress(len(prompts) - len(going))
-    with defense.apply_to(session.loaded_model.model):
-        rest = (
-            generate_token_ids(session.engine, longer, max_new_tokens - 1, stop, on_progress=on_progress)
-            if longer
-            else []
+    responses = (
+        Response(
+            tuple(token_ids),
+            decode_response(token_ids, prefilled),
+            str(tokenizer.decode(token_ids, skip_special_tokens=True)),
         )
-    behind = dict(zip(going, rest, strict=True))
-    return [[] if token == stop else [token, *behind.get(row, [])] for row, token in enumerate(first)]
-
-
-def _select_top_token(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows 1"]:
-    return logits.argmax(1, keepdim=True)
-
-
-_CALLS_PER_COMMIT = 64
+        for token_ids, prefilled in zip(generated, is_prefilled, strict=True)
+    )
+    return [[next(responses) for _ in query_prompts] for query_prompts in prompts_by_query]
 
 
 class DefenseCalls:
-    """Answers that a defense asks for.
+    """Greedy responses of the undefended model to a defense's own calls, each generated once.
 
     Args:
-        engine: holds the model, which is not armed while it is asked.
-        renderer: of its tokenizer.
-        context: the longest prompt, in tokens.
-        about: what the answers depend on beside the prompts.
-        store: where they are kept for later runs; None keeps them in memory.
+        engine: runs the model; the defense is not applied to it meanwhile.
+        chat_template: of the model's tokenizer.
+        context_length: maximum sequence length, in tokens.
+        shared_settings: everything but the prompts that the responses depend on, for cache keys.
+        score_cache: stores single-line responses for later runs; None keeps them in memory.
+
+    Attributes:
+        on_progress: called with the numbers of generated and of requested responses.
+        n_calls: number of generated responses.
+        n_tokens: number of tokens of these responses and their prompts.
+        transcript: prompt ids and response of every call, in order.
     """
 
     def __init__(
@@ -257,70 +254,67 @@ class DefenseCalls:
         shared_settings: Mapping[str, Any],
         score_cache: ScoreCache | None = None,
     ) -> None:
-        self._engine, self._chat_template, self._context_length, self._score_cache = (
-            engine,
-            chat_template,
-            context_length,
-            score_cache,
-        )
-        self._shared_settings = shared_settings
+        self._engine, self._chat_template = engine, chat_template
+        self._context_length, self._shared_settings = context_length, shared_settings
+        self._score_cache = score_cache
         self._responses_by_key: dict[bytes, str] = {}
-        # Told how many of how many are made.
-        self.on_progress: Callable[[int, int], None] = lambda made, wanted: None
-        self.n_calls = self.n_tokens = 0  # made in all, and how many tokens they and their prompts had
-        self.transcript: list[tuple[tuple[int, ...], str]] = []  # what was asked and what was said, in order
+        self.on_progress: Callable[[int, int], None] = lambda n_generated, n_requested: None
+        self.n_calls = self.n_tokens = 0
+        self.transcript: list[tuple[tuple[int, ...], str]] = []
 
     def complete_calls(self, model_calls: Sequence[ModelCall]) -> list[str]:
-        """Return what the model says to each, greedily; empty where it says nothing, or only thinks."""
+        """Return the greedy response to each call; empty if the model generates nothing but thinking."""
         if not model_calls:
             return []
-        prompts = [self._chat_template.render_prompt(ask.chat).ids for ask in model_calls]
-        longest = max(len(ids) + ask.max_new_tokens for ids, ask in zip(prompts, model_calls, strict=True))
-        if longest > self._context_length:
+        prompts = [self._chat_template.render_prompt(call.chat).ids for call in model_calls]
+        n_tokens = max(len(ids) + call.max_new_tokens for ids, call in zip(prompts, model_calls, strict=True))
+        if n_tokens > self._context_length:
             raise UserError(
-                f"a defense asks the model about a request, in {longest} tokens, and the model reads "
-                f"{self._context_length}: shorten the request"
+                f"a defense calls the model about a query with {n_tokens} tokens, and the model reads "
+                f"{self._context_length}: shorten the query"
             )
-        names = [
-            CacheKey(
-                {**self._shared_settings, "tokens": ask.max_new_tokens, "line": ask.stops_at_newline}
-            ).make_key(ids)
-            for ids, ask in zip(prompts, model_calls, strict=True)
-        ]
+        keys = [self._make_key(ids, call) for ids, call in zip(prompts, model_calls, strict=True)]
         if self._score_cache is not None:
             self._responses_by_key |= self._score_cache.read_drafts(
-                [name for name in names if name not in self._responses_by_key]
+                [key for key in keys if key not in self._responses_by_key]
             )
-        new = {name: at for at, name in enumerate(names) if name not in self._responses_by_key}
-        made = 0
+        # Identical calls have the same key and are answered once.
+        new_rows = {key: row for row, key in enumerate(keys) if key not in self._responses_by_key}.values()
+        n_generated = 0
 
-        def done(count: int) -> None:
-            nonlocal made
-            made += count
-            self.on_progress(made, len(new))
+        def report_progress(n_more: int) -> None:
+            nonlocal n_generated
+            n_generated += n_more
+            self.on_progress(n_generated, len(new_rows))
 
-        for tokens, line in dict.fromkeys(
-            (model_calls[at].max_new_tokens, model_calls[at].stops_at_newline) for at in new.values()
-        ):
-            rows = [
-                at
-                for at in new.values()
-                if (model_calls[at].max_new_tokens, model_calls[at].stops_at_newline) == (tokens, line)
-            ]
-            rows.sort(key=lambda at: len(prompts[at]))
-            # Some at a time: what is made is kept, should the run be ended.
+        rows_by_limits: dict[tuple[int, bool], list[int]] = {}
+        for row in new_rows:
+            call = model_calls[row]
+            rows_by_limits.setdefault((call.max_new_tokens, call.stops_at_newline), []).append(row)
+        for (max_new_tokens, stops_at_newline), rows in rows_by_limits.items():
+            rows.sort(key=lambda row: len(prompts[row]))
+            # In chunks, each of which is stored when it is finished, in case the run is interrupted.
             for start in range(0, len(rows), _CALLS_PER_COMMIT):
-                some = rows[start : start + _CALLS_PER_COMMIT]
+                chunk = rows[start : start + _CALLS_PER_COMMIT]
                 self._generate_missing(
-                    [prompts[at] for at in some], [names[at] for at in some], tokens, line, done
+                    [prompts[row] for row in chunk],
+                    [keys[row] for row in chunk],
+                    max_new_tokens,
+                    stops_at_newline,
+                    report_progress,
                 )
-        said = [self._responses_by_key[name] for name in names]
-        self.transcript += zip(prompts, said, strict=True)
-        return said
+        responses = [self._responses_by_key[key] for key in keys]
+        self.transcript += zip(prompts, responses, strict=True)
+        return responses
 
     def copy_uncached(self) -> DefenseCalls:
-        """Return the same with nothing known, so that what drafts cost can be seen."""
+        """Return a copy without cached responses, so that the cost of the calls can be measured."""
         return DefenseCalls(self._engine, self._chat_template, self._context_length, self._shared_settings)
+
+    def _make_key(self, token_ids: Sequence[int], call: ModelCall) -> bytes:
+        """Return the cache key of a call."""
+        limits = {"tokens": call.max_new_tokens, "line": call.stops_at_newline}
+        return CacheKey({**self._shared_settings, **limits}).make_key(token_ids)
 
     def _generate_missing(
         self,
@@ -330,36 +324,33 @@ class DefenseCalls:
         stops_at_newline: bool,
         on_progress: Callable[[int], None],
     ) -> None:
+        """Generate and store the responses to calls with the same limits."""
         tokenizer = self._chat_template.tokenizer
 
-        def text(ids: Sequence[int]) -> str:
-            return strip_thinking(str(tokenizer.decode(list(ids), skip_special_tokens=True))).lstrip()
+        def decode_response(token_ids: Sequence[int]) -> str:
+            return strip_thinking(str(tokenizer.decode(list(token_ids), skip_special_tokens=True))).lstrip()
 
-        def over(ids: list[int]) -> bool:
-            return stops_at_newline and "\n" in text(ids)
+        def is_finished(token_ids: list[int]) -> bool:
+            return stops_at_newline and "\n" in decode_response(token_ids)
 
-        said = generate_token_ids(
-            self._engine, prompts, max_new_tokens, tokenizer.eos_token_id, over, on_progress
+        generated = generate_token_ids(
+            self._engine, prompts, max_new_tokens, tokenizer.eos_token_id, is_finished, on_progress
         )
-        texts = [
-            (text(ids).splitlines() or [""])[0].strip() if stops_at_newline else text(ids).rstrip()
-            for ids in said
-        ]
+        texts = [decode_response(token_ids) for token_ids in generated]
+        if stops_at_newline:
+            texts = [(text.splitlines() or [""])[0].strip() for text in texts]
+        else:
+            texts = [text.rstrip() for text in texts]
         self.n_calls += len(prompts)
-        self.n_tokens += sum(map(len, prompts)) + sum(map(len, said))
+        self.n_tokens += sum(map(len, prompts)) + sum(map(len, generated))
         rows = list(zip(keys, texts, strict=True))
         self._responses_by_key |= dict(rows)
-        if self._score_cache is not None and stops_at_newline:  # answers to requests are never kept
+        if self._score_cache is not None and stops_at_newline:  # full responses to queries are never stored
             self._score_cache.write_drafts(rows)
 
 
-_MAX_BLENDED_PROMPTS = (
-    128  # prompts whose logits are held at once, where those of several models are added up
-)
-
-
 def list_blend_members(defense: Defense) -> tuple[tuple[float, Defense], ...]:
-    """Return what is armed for a first token, and by what weight its logits count."""
+    """Return (weight, defense) pairs whose first-token logits are summed."""
     return defense.logit_blend() or ((1.0, defense),)
 
 
@@ -370,14 +361,14 @@ def iterate_defended_logits(
     prompts: Sequence[tuple[int, ...]],
     reducer: LogitReducer,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield which prompts, and what is made of their first-answer logits while the defense is armed.
+    """Yield the prompt indices and the reduced first-token logits of each batch, with the defense applied.
 
     Args:
-        engine: that holds the model.
+        engine: runs the model.
         loaded_model: the model.
-        defense: where it chooses from several models, their logits are added up by weight.
+        defense: if it blends several models, the weighted sum of their logits is reduced.
         prompts: token ids.
-        reducer: logits -> what is kept of them.
+        reducer: logits, rows × vocabulary → values to keep.
     """
     blend = list_blend_members(defense)
     if not defense.logit_blend():
@@ -387,9 +378,44 @@ def iterate_defended_logits(
     for start in range(0, len(prompts), _MAX_BLENDED_PROMPTS):
         rows = list(range(start, min(start + _MAX_BLENDED_PROMPTS, len(prompts))))
         logits = []
-        for weight, one in blend:
-            with one.apply_to(loaded_model.model):
-                logits.append(
-                    weight * engine.read_first_token([prompts[row] for row in rows], lambda all_: all_.cpu())
-                )
+        for weight, member in blend:
+            with member.apply_to(loaded_model.model):
+                member_logits = engine.read_first_token([prompts[row] for row in rows], lambda raw: raw.cpu())
+                logits.append(weight * member_logits)
         yield rows, reducer(sum(logits[1:], start=logits[0]))
+
+
+def _generate_blended(
+    session: ModelSession,
+    defense: Defense,
+    prompts: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    on_progress: Callable[[int], None],
+) -> list[list[int]]:
+    """Return greedy responses: first token from the blended logits, the rest from the defended model."""
+    eos_token_id = session.loaded_model.tokenizer.eos_token_id
+    batches = iterate_defended_logits(
+        session.engine, session.loaded_model, defense, prompts, _select_top_token
+    )
+    first_tokens = [int(token) for _, tokens in batches for token in tokens]
+    continued = [row for row, token in enumerate(first_tokens) if token != eos_token_id]
+    if max_new_tokens <= 1:
+        continued = []
+    on_progress(len(prompts) - len(continued))
+    continuations: list[list[int]] = []
+    if continued:
+        extended = [(*prompts[row], first_tokens[row]) for row in continued]
+        with defense.apply_to(session.loaded_model.model):
+            continuations = generate_token_ids(
+                session.engine, extended, max_new_tokens - 1, eos_token_id, on_progress=on_progress
+            )
+    continuation_by_row = dict(zip(continued, continuations, strict=True))
+    return [
+        [] if token == eos_token_id else [token, *continuation_by_row.get(row, [])]
+        for row, token in enumerate(first_tokens)
+    ]
+
+
+def _select_top_token(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows 1"]:
+    """Return the token with the largest logit in each row."""
+    return logits.argmax(1, keepdim=True)

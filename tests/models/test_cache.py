@@ -244,7 +244,7 @@ def test_a_draft_of_a_line_ends_with_it(monkeypatch: Any) -> None:
 
 
 def test_a_request_too_long_to_be_asked_about_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a defense asks .* and the model reads 2048"):
+    with pytest.raises(UserError, match=r"a defense calls the model .* and the model reads 2048"):
         toy_bench().defense_calls.complete_calls([asking("word " * 4000)])
 
 

@@ -56,7 +56,9 @@ def test_words_are_read_in_the_form_that_has_the_mass(kind: str, gap: str, form:
     assert tokenizer.convert_ids_to_tokens(list(made.ids)) == [
         mark + word for word in (*REFUSAL_WORDS, *COMPLIANCE_WORDS)
     ]
-    assert form in made.notices[0] and not made.response_prefix
+    assert {"bare": "without leading space", "spaced": "with leading space"}[form] in made.notices[
+        0
+    ] and not made.response_prefix
     assert made.words_label == "I/Sorry/As/Unfortunately against Sure/Certainly/Here/To/The"
 
 
@@ -76,7 +78,9 @@ def test_a_lone_space_that_answers_open_with_is_put_behind_every_prompt() -> Non
     made = make_words_readout(tokenizer, [(1, 5), (1, 6)], stub)
     assert made.response_prefix == (lone,)
     assert stub.looks == [[(1, 5), (1, 6)], [(1, 5, lone), (1, 6, lone)]]
-    assert "bare" in made.notices[0] and any("put behind every prompt" in notice for notice in made.notices)
+    assert "without leading space" in made.notices[0] and any(
+        "appended to every prompt" in notice for notice in made.notices
+    )
 
 
 def test_a_prefix_has_an_end_and_special_tokens_are_none() -> None:
@@ -96,7 +100,7 @@ def test_a_thinking_block_that_answers_open_with_is_closed_before_they_are_read(
         "<think>",
         "</think>",
     ]
-    assert any("put behind every prompt" in notice for notice in made.notices)
+    assert any("appended to every prompt" in notice for notice in made.notices)
 
 
 def test_what_only_half_of_the_answers_open_with_is_no_prefix() -> None:
