@@ -335,6 +335,7 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
     Returns:
         The exit code, 0.
     """
+    from analysis.datasets.loading import load_query_texts
     from analysis.files import check_output_folder, write_text_file
     from analysis.report.folder import read_run
     from analysis.report.html import render_page
@@ -346,7 +347,7 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
     check_output_folder(out.parent)
     runs: list[Run] = []
     for folder in folders:
-        runs.append(read_run(folder, {run.name for run in runs}))
+        runs.append(read_run(folder, load_query_texts, {run.name for run in runs}))
     text = render_page(runs)
     try:
         write_text_file(out, text)
