@@ -194,9 +194,10 @@ def read(folder: Path | str) -> Run:
     >>> read(folder).figures if folder.is_dir() else ("margins", "plane", "roc", "square")
     ('margins', 'plane', 'roc', 'square')
     """
+    from analysis.datasets.loading import load_query_texts
     from analysis.report.folder import read_run
 
-    return read_run(Path(folder))
+    return read_run(Path(folder), load_query_texts)
 
 
 def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd.DataFrame:
