@@ -65,7 +65,9 @@ def test_perfect_agreement_of_a_few_is_not_certain() -> None:
     assert found["kappa_low"] < 0.8 and found["auroc_low"] < 0.95
 
 
-def test_intervals_cover_what_was_planted() -> None:
+def test_intervals_cover_the_planted_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 400 draws instead of 2,000 lower the coverage by .2 percentage points; its standard error is 2.2.
+    monkeypatch.setattr("analysis.stats.agreement.BOOTSTRAP_DRAWS", 400)
     big, truth = planted(200_000, 1.5, seed=9)
     auroc, kappa = roc_auc_score(truth, big), cohen_kappa_score(truth, big > 0)
     inside = np.zeros(2)
@@ -80,13 +82,13 @@ def test_intervals_cover_what_was_planted() -> None:
 
 def test_calibrated_chances_have_a_small_error_and_skewed_ones_a_large_one() -> None:
     rng = np.random.default_rng(0)
-    margin = rng.normal(0, 2, 4000)
-    refused = rng.random(4000) < 1 / (1 + np.exp(-margin))
-    pairs = pd.Series([None] * 4000, dtype=object)
+    margin = rng.normal(0, 2, 2000)
+    refused = rng.random(2000) < 1 / (1 + np.exp(-margin))
+    pairs = pd.Series([None] * 2000, dtype=object)
     assert measure_agreement(margin, refused, pairs, 0.0)["calibration_error"] < 0.03
     assert measure_agreement(margin, refused, pairs, -3.0)["calibration_error"] > 0.25
     curve = compute_calibration_curve(1 / (1 + np.exp(-margin)), refused)
-    assert curve["refused_n"].sum() == 4000 and (curve["chance"].diff()[1:] > 0).all()
+    assert curve["refused_n"].sum() == 2000 and (curve["chance"].diff()[1:] > 0).all()
     assert (
         (curve["refused_low"] <= curve["chance"]) & (curve["chance"] <= curve["refused_high"])
     ).mean() > 0.8

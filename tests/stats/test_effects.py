@@ -518,50 +518,66 @@ def truth(s: dict[str, float], pairs: int, plain: int) -> dict[str, float]:
     }
 
 
-def coverage(s: dict[str, float], sets: int, pairs: int, plain: int, seed: int) -> Any:
-    """Return in how many percent of data sets the interval of each estimate holds the truth."""
-    rng, wanted = np.random.default_rng(seed), truth(s, pairs, plain)
+COVERAGE_DRAWS = 400  # fewer than in a run: see `measure_coverage`
+
+
+def measure_coverage(setting: dict[str, float], n_sets: int, pairs: int, plain: int, seed: int) -> Any:
+    """Return the percentage of data sets in which the interval of each estimate contains the true value.
+
+    With B bootstrap draws, the variance of the 2.5 % quantile is .025 · .975 / (B φ(1.96)²), in units of the
+    squared standard error. For B = 400, that is .018 and lowers the coverage by .2 percentage points, far
+    less than the tolerances of the tests; for the 2,000 draws of a run, it is .04 points.
+    """
+    rng, true_values = np.random.default_rng(seed), truth(setting, pairs, plain)
     harmful, pair = queries(pairs, plain)
-    sample = ResamplingWeights.from_bootstrap(
-        ResamplingUnits.from_pairs(pd.Series(pair), harmful), 2000, seed
-    )
-    held = dict.fromkeys(ESTIMATE_NAMES, 0)
-    for _ in range(sets):
-        before, after = simulate(rng, s, pairs, plain)
-        for name, cloud in compute_estimates(before, after, harmful, 0.0, sample).items():
-            low, high = bootstrap_interval(cloud, pairs, name in COUNTED_ESTIMATES)
-            held[name] += low <= wanted[name] <= high
-    return pd.Series(held) * 100 / sets
+    units = ResamplingUnits.from_pairs(pd.Series(pair), harmful)
+    draws = ResamplingWeights.from_bootstrap(units, COVERAGE_DRAWS, seed)
+    n_covered = dict.fromkeys(ESTIMATE_NAMES, 0)
+    for _ in range(n_sets):
+        before, after = simulate(rng, setting, pairs, plain)
+        for name, values in compute_estimates(before, after, harmful, 0.0, draws).items():
+            low, high = bootstrap_interval(values, pairs, name in COUNTED_ESTIMATES)
+            n_covered[name] += low <= true_values[name] <= high
+    return pd.Series(n_covered) * 100 / n_sets
 
 
 def test_the_truth_in_closed_form_is_what_very_large_samples_give():
     for s in SETTINGS.values():
-        harmful, pair = queries(4000, 2000)
-        before, after = simulate(np.random.default_rng(0), s, 4000, 2000)
+        harmful, pair = queries(2000, 1000)
+        before, after = simulate(np.random.default_rng(0), s, 2000, 1000)
         sample = ResamplingWeights.from_observed(ResamplingUnits.from_pairs(pd.Series(pair), harmful))
         found = {
             name: value[0] for name, value in compute_estimates(before, after, harmful, 0.0, sample).items()
         }
-        assert found == pytest.approx(truth(s, 4000, 2000), abs=0.12)
+        assert found == pytest.approx(truth(s, 2000, 1000), abs=0.12)
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_in_95_percent_of_500_data_sets():
-    """Each of the six settings by itself may be off by what 500 data sets leave to chance, four SE."""
-    found = pd.DataFrame(
+def test_intervals_contain_the_true_value_in_95_percent_of_500_data_sets():
+    """Test the coverage of each estimate in each setting, and of each estimate over all six settings.
+
+    The number of data sets, of 500, whose interval contains the true value is binomial: at 95 %, the standard
+    error of its share is √(.95 · .05 / 500) = .97 percentage points. With 84 comparisons, four standard errors
+    are allowed for each, 95 ± 3.9. The mean over six settings (3,000 data sets) has a standard error of .4; it
+    may deviate by 2, five standard errors.
+    """
+    coverage = pd.DataFrame(
         {
-            name: coverage(s, 500, N_PAIRS, N_PLAIN, seed)
-            for seed, (name, s) in enumerate(SETTINGS.items(), start=1)
+            name: measure_coverage(setting, 500, N_PAIRS, N_PLAIN, seed)
+            for seed, (name, setting) in enumerate(SETTINGS.items(), start=1)
         }
     )
-    assert found.mean(axis=1).between(93, 97).all(), found.round(1).to_string()
-    assert found.stack().between(91.1, 98.9).all(), found.round(1).to_string()
+    assert coverage.mean(axis=1).between(93, 97).all(), coverage.round(1).to_string()
+    assert coverage.stack().between(91.1, 98.9).all(), coverage.round(1).to_string()
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_in_smaller_data_too():
-    found = pd.DataFrame({n: coverage(SETTINGS["all three"], 500, n, n // 2, seed=n) for n in (20, 40)})
-    assert found.stack().between(92, 98.5).all(), found.round(1).to_string()
+def test_intervals_contain_the_true_value_in_small_data_sets_too():
+    """Allow three standard errors (.97 percentage points) below 95 %, and slightly conservative intervals."""
+    coverage = pd.DataFrame(
+        {n: measure_coverage(SETTINGS["all three"], 500, n, n // 2, seed=n) for n in (20, 40)}
+    )
+    assert coverage.stack().between(92, 98.5).all(), coverage.round(1).to_string()
 
 
 @pytest.mark.slow

@@ -46,7 +46,9 @@ def test_a_planted_ratio_is_found_however_unlike_the_queries_are() -> None:
     assert np.isnan(row["peak_mib"]) and found.loc["none", "prefill_ratio"] == 1
 
 
-def test_intervals_of_ratios_cover_them() -> None:
+def test_intervals_cover_the_planted_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 400 draws instead of 2,000 lower the coverage by .2 percentage points; its standard error is 1.5.
+    monkeypatch.setattr("analysis.stats.cost.BOOTSTRAP_DRAWS", 400)
     inside = [
         row["prefill_ratio_low"] <= 1.5 <= row["prefill_ratio_high"]
         for seed in range(200)

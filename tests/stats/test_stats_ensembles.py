@@ -412,10 +412,10 @@ def test_the_pick_surely_keeps_to_the_limits_on_the_calibration_split_and_refuse
     )
 
 
-def test_all_triples_of_thirty_defenses_are_counted():
-    """How many seconds that takes, `make bench` says."""
-    margins, is_harmful = planted(n=500, defenses=30)
+def test_all_triples_of_fifteen_defenses_are_evaluated():
+    """The time for thirty defenses is measured by `make bench`."""
+    margins, is_harmful = planted(n=60, defenses=15)
     one = half(margins, is_harmful)
     teams = list(combinations([name for name in margins if name != "none"], 3))
     found = evaluate_votes(one, teams, one)
-    assert len(found) == 4060 * 5 and found["observed_shift"].notna().all()
+    assert len(found) == 455 * 5 and found["observed_shift"].notna().all()
