@@ -85,7 +85,7 @@ def test_a_secret_made_without_out_is_the_one_that_backdoor_uses(cli_home):
 
 
 def test_the_cache_lists_and_clears_what_a_run_keeps(cli_home, no_figures):
-    with pytest.raises(ValueError, match="'novelties' is no kind"):
+    with pytest.raises(ValueError, match="unknown cache kind 'novelties'"):
         make_json_cache_path("novelties", toy_bench().loaded_model, {})
     assert run_cli("-d", "paraphrase", "-m", "tiny", "--limit", "4", "-o", "for-cache").code == 0
     contents = json.loads(run_cli("cache", "--json").out)

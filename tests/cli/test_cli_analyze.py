@@ -76,7 +76,7 @@ def test_a_run_writes_the_promised_files_and_prints_where(cli_home, run_result):
     assert "run.json to out" in run_result.err
     for name in CONDITIONS:
         assert name in run_result.out
-    notice = "backdoor: only backdoor/no_weights, backdoor/neither can be read: no tuned weights"
+    notice = "backdoor: only backdoor/no_weights, backdoor/neither can be scored: no tuned weights"
     assert notice in run_result.err
     assert not list(cli_home.glob(".out*"))
 
