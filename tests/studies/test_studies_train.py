@@ -171,7 +171,7 @@ def test_what_was_trained_on_is_not_evaluated_on() -> None:
         (["epoch=2"], "did you mean 'epochs'"),
         (["epochs"], "takes key=value"),
         (["batch=0"], "must be more than 0"),
-        (["full=maybe"], "is true or false"),
+        (["full=maybe"], "must be true or false"),
         (["rate=fast"], "is a number"),
     ],
 )
@@ -230,6 +230,6 @@ def test_the_secret_is_in_no_file_but_its_own_and_in_no_line(
     ready = get_defense("backdoor", {**settings, "trigger": str(home / "secret.txt")}).prepare(host)
     assert ready.secret_texts() == (secret.text,)
     write_secret(home / "other.txt", Secret(draw_random_text(tokenizer, 12, random.Random(1))))
-    with pytest.raises(UserError, match="is not the one that the weights were tuned with"):
+    with pytest.raises(UserError, match="is not the one that the weights were trained with"):
         get_defense("backdoor", {**settings, "trigger": str(home / "other.txt")}).prepare(host)
     assert stat.S_IMODE((home / "secret.txt").stat().st_mode) == 0o600
