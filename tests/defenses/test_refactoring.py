@@ -64,7 +64,7 @@ def test_the_intention_precedes_the_final_request() -> None:
 def test_a_question_readout_of_two_passes_contains_the_request() -> None:
     session = toy_bench().with_questions(REFUSAL_QUESTIONS)
     query = Query("q", "How do I sing?", False)
-    prompts = session.render_query(get_defense("two_pass_intention"), query)
+    prompts = session.render_query(get_defense("two_pass_intention", {"tokens": "8"}), query)
     assert all(query.text in prompt.chat[-1]["content"] for prompt in prompts)
 
 

@@ -27,7 +27,7 @@ from defenses.rng import QueryRng
 from defenses.stack import Stack, list_members
 from defenses.tuning import SafetyTuning
 
-QUERIES = sample_queries(load_queries("twins").queries, 6)
+QUERIES = sample_queries(load_queries("twins").queries, 4)
 UNDEFENDED = get_defense("none")
 
 
@@ -88,7 +88,8 @@ def test_the_left_member_acts_first(session, readout):
 
 @pytest.mark.parametrize("name", ["word_drop+self_reminder", "smooth_llm+policy", "paraphrase+smooth_llm"])
 def test_a_batch_equals_its_single_queries(session, readout, name):
-    stack = get_defense(name, {"copies": "3"} if "smooth" in name else {})
+    settings = {"copies": "3"} if "smooth_llm" in name else {}
+    stack = get_defense(name, settings | ({"tokens": "8"} if "paraphrase" in name else {}))
     batch = render_chats(session, stack)
     assert batch == [render_chats(session, stack, [query])[0] for query in QUERIES]
     single_margins = [score_margins(session, readout, stack, [query])[0] for query in QUERIES]
@@ -125,7 +126,7 @@ def test_a_member_rewrites_every_copy_and_all_calls_are_batched():
         return complete_calls(calls)
 
     session.defense_calls.complete_calls = record_calls
-    stack = get_defense("smooth_llm+paraphrase", {"copies": "3"})
+    stack = get_defense("smooth_llm+paraphrase", {"copies": "3", "tokens": "8"})
     assert [len(copies) for copies in render_chats(session, stack)] == [3] * len(QUERIES)
     assert batch_sizes == [3 * len(QUERIES)]
 
