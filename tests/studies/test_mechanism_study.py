@@ -1,4 +1,4 @@
-"""`analyze mechanism`: what it writes agrees with itself and with `analyze`; what it cannot do is said."""
+"""`analyze mechanism`: its tables agree with each other and with `analyze`; its errors name the problem."""
 
 import json
 from pathlib import Path
@@ -6,261 +6,240 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import home, save_model
-from test_cli import analyze, refused
+from conftest import CommandResult, assert_user_error, home, made_adapter, run_cli, save_model
 
 from analysis.cli.mechanism import describe_projection_effect
 from defenses.errors import UserError
 
-DEFENSES = (
-    "-d",
-    "self_reminder",
-    "-d",
-    "refusal_steering",
-    "-d",
-    "smooth_llm",
-    "--set",
-    "smooth_llm.copies=2",
-)
-ENDS = ("", "_low", "_high")
+DEFENSES = ("-d", "self_reminder", "-d", "refusal_steering", "-d", "smooth_llm")
+SETTINGS = ("--set", "smooth_llm.copies=2")
+SUFFIXES = ("", "_low", "_high")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a toy model, its own cache, and a run of `mechanism` in `out`."""
-    place = tmp_path_factory.mktemp("mechanism")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a toy model, its own cache, and a run of three defenses in `out`."""
+    folder = tmp_path_factory.mktemp("mechanism")
     with pytest.MonkeyPatch.context() as patch:
-        home(patch, place)
-        save_model(place / "toy")
-        done = analyze(
-            "mechanism",
-            "-m",
-            place / "toy",
-            *DEFENSES,
-            "--limit",
-            10,
-            "--patched",
-            4,
-            "--top",
-            3,
-            "-o",
-            place / "out",
-        )
-        assert done.code == 0, done.err
-        (place / "said.txt").write_text(done.out + done.err)
-    return place
+        home(patch, folder)
+        save_model(folder / "toy")
+        options = ("--limit", 10, "--patched", 4, "--top", 3, "-o", folder / "out")
+        result = run_cli("mechanism", "-m", folder / "toy", *DEFENSES, *SETTINGS, *options)
+        assert result.code == 0, result.err
+        (folder / "output.txt").write_text(result.out + result.err)
+    return folder
 
 
 @pytest.fixture
-def kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    home(monkeypatch, place)
-    return place
+def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, with its cache and without drawing, which only the run in `out` needs."""
+
+    class BlankFigure:
+        def savefig(self, path: Path) -> None:
+            path.touch()
+
+    home(monkeypatch, folder)
+    monkeypatch.setattr("analysis.report.results.Run.draw_figure", lambda self, stem: BlankFigure())
+    return folder
 
 
-def table(place: Path, stem: str, out: str = "out") -> pd.DataFrame:
-    return pd.read_csv(place / out / f"{stem}.csv")
+def run_mechanism(folder: Path, *args: object, out: str) -> CommandResult:
+    return run_cli("mechanism", "-m", folder / "toy", *args, "-o", folder / out)
 
 
-def test_every_table_and_figure_is_there(place: Path) -> None:
-    names = {path.name for path in (place / "out").iterdir()}
-    for stem in (
-        "scores",
-        "summary",
-        "layers",
-        "half",
-        "parts",
-        "directions",
-        "patches",
-        "slopes",
-        "cuts",
-        "profiles",
-    ):
-        assert f"{stem}.csv" in names, stem
+def read_table(folder: Path, stem: str, out: str = "out") -> pd.DataFrame:
+    return pd.read_csv(folder / out / f"{stem}.csv")
+
+
+def read_record(folder: Path, out: str = "out") -> dict:
+    return json.loads((folder / out / "run.json").read_text())
+
+
+def test_a_run_has_every_table_and_figure(folder: Path) -> None:
+    names = {path.name for path in (folder / "out").iterdir()}
+    tables = "scores summary layers half parts directions patches slopes cuts profiles"
+    assert {f"{stem}.csv" for stem in tables.split()} <= names
     for stem in ("layers", "directions", "cuts", "profiles", "parts-self_reminder", "top-refusal_steering"):
         assert {f"{stem}.png", f"{stem}.csv"} <= names, stem
-    assert "weights.csv" not in names  # none of these has any
-    record = json.loads((place / "out" / "run.json").read_text())
+    assert "weights.csv" not in names  # none of these defenses changes weights
+    record = read_record(folder)
     assert not record["failed"] and record["readout"]["threshold"] is not None
-    assert any("smooth_llm reads several prompts" in one for one in record["notices"])
-    said = " ".join((place / "said.txt").read_text().split())
-    assert "Logit lens" in said and "the 3 largest of" in said and "note: smooth_llm reads several" in said
+    assert any("smooth_llm, which reads several prompts" in notice for notice in record["notices"])
+    output = " ".join((folder / "output.txt").read_text().split())
+    assert "Logit lens" in output and "the 3 largest of" in output
+    assert "note: no interventions on smooth_llm, which reads several" in output
 
 
-def test_layers_and_parts_come_to_the_shift_and_discrimination_of_the_summary(place: Path) -> None:
-    summary = table(place, "summary").set_index("defense")
-    layers, parts = table(place, "layers"), table(place, "parts")
-    last = layers[layers["layer"] == layers["layer"].max()].set_index("defense")
-    for name in ("self_reminder", "refusal_steering", "smooth_llm"):
+def test_layers_and_components_add_up_to_the_contrasts_of_the_summary(folder: Path) -> None:
+    summary = read_table(folder, "summary").set_index("defense")
+    layers, parts = read_table(folder, "layers"), read_table(folder, "parts")
+    last_layer = layers[layers["layer"] == layers["layer"].max()].set_index("defense")
+    for defense in ("self_reminder", "refusal_steering", "smooth_llm"):
         for contrast in ("shift", "discrimination"):
-            assert parts.loc[parts["defense"] == name, contrast].sum() == pytest.approx(
-                summary.loc[name, contrast], abs=1e-3
-            )
-            for end in ENDS:
-                assert last.loc[name, contrast + end] == pytest.approx(
-                    summary.loc[name, contrast + end], abs=1e-3
-                )
+            total = parts.loc[parts["defense"] == defense, contrast].sum()
+            assert total == pytest.approx(summary.loc[defense, contrast], abs=1e-3)
+            for column in (contrast + suffix for suffix in SUFFIXES):
+                expected = summary.loc[defense, column]
+                assert last_layer.loc[defense, column] == pytest.approx(expected, abs=1e-3)
     added = parts[parts["kind"] == "added"]
     assert set(added["defense"]) == {"refusal_steering"} and set(added["layer"]) == {1}  # 0.6 of 2 layers
 
 
-def test_the_last_layers_patch_is_the_whole_effect_of_the_patched_queries(place: Path) -> None:
-    patches, scores = table(place, "patches"), table(place, "scores")
+def test_patching_the_last_layer_gives_the_whole_effect_on_the_patched_queries(folder: Path) -> None:
+    patches, knockouts = read_table(folder, "patches"), read_table(folder, "cuts")
     assert set(patches["defense"]) == {"self_reminder", "refusal_steering"}
     assert set(patches["source"]) == {"defense", "undefended", "placebo", "neutral_prompt"}
-    of = patches[
-        patches["source"].isin(["defense", "undefended"])
-        & (patches["kind"] == "residual")
-        & (patches["layer"] == 1)
-    ]
-    counts = of[["n_harmful", "n_benign"]].iloc[0].tolist()
+    is_other_run = patches["source"].isin(["defense", "undefended"])
+    last_layer = patches[is_other_run & (patches["kind"] == "residual") & (patches["layer"] == 1)]
+    counts = last_layer[["n_harmful", "n_benign"]].iloc[0].tolist()
     assert sum(counts) <= 4 and min(counts) >= 1
-    for name, rows in of.groupby("defense"):
-        # Put in or taken out: at the end of the last block that is the same.
+    for defense, rows in last_layer.groupby("defense"):
+        # After the last block, adding the defense's activation and removing it have the same effect.
         assert rows["shift"].to_numpy() == pytest.approx(np.repeat(rows["shift"].iloc[0], 2), abs=1e-3)
-        cuts = table(place, "cuts")
-        whole = cuts[(cuts["defense"] == name) & (cuts["first"] == -1)]
+        whole = knockouts[(knockouts["defense"] == defense) & (knockouts["first"] == -1)]
         for contrast in ("shift", "discrimination") if len(whole) else ():
-            assert whole[contrast].to_numpy() == pytest.approx(np.repeat(rows[contrast].iloc[0], 2), abs=1e-3)
-    assert "refusal_steering" not in set(table(place, "cuts")["defense"])  # it says nothing
+            expected = np.repeat(rows[contrast].iloc[0], 2)
+            assert whole[contrast].to_numpy() == pytest.approx(expected, abs=1e-3)
+    assert set(knockouts["defense"]) == {"self_reminder"}  # steering adds no tokens
     heads = patches[patches["kind"] == "head"]
-    assert (
-        set(heads["head"]) <= set(range(4)) and len(heads.drop_duplicates(["defense", "layer", "head"])) == 12
-    )
-    assert len(scores) == 40
+    assert set(heads["head"]) <= set(range(4))
+    assert len(heads.drop_duplicates(["defense", "layer", "head"])) == 12
+    assert len(read_table(folder, "scores")) == 40
 
 
-def test_slopes_are_compared_with_patches(place: Path) -> None:
-    record = json.loads((place / "out" / "run.json").read_text())
-    found = pd.DataFrame(record["mechanism"]["slopes_against_patches"])
-    assert set(found["contrast"]) == {"shift", "discrimination"} and set(found["heads"]) == {6}
-    slopes = table(place, "slopes")
-    assert len(slopes) == 2 * 2 * 4
+def test_attribution_patching_is_compared_with_activation_patching(folder: Path) -> None:
+    agreement = pd.DataFrame(read_record(folder)["mechanism"]["slopes_against_patches"])
+    assert set(agreement["contrast"]) == {"shift", "discrimination"} and set(agreement["heads"]) == {6}
+    assert len(read_table(folder, "slopes")) == 2 * 2 * 4
 
 
-def test_directions_are_told_at_every_layer_and_chosen_at_one(place: Path) -> None:
-    found = table(place, "directions")
-    assert len(found) == 3 * 2 * 3
-    assert (found.groupby(["defense", "direction"])["chosen"].sum() == 1).all()
-    assert found["auroc"].between(0, 1).all()
+def test_directions_have_every_layer_and_one_chosen_layer(folder: Path) -> None:
+    directions = read_table(folder, "directions")
+    assert len(directions) == 3 * 2 * 3
+    assert (directions.groupby(["defense", "direction"])["chosen"].sum() == 1).all()
+    assert directions["auroc"].between(0, 1).all()
 
 
-def test_the_same_command_gives_the_same_tables(kept: Path) -> None:
-    args = ("-d", "self_reminder", "--limit", 4, "--patched", 2, "--top", 1)
-    for out in ("a", "b"):
-        done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / out)
-        assert done.code == 0, done.err
-    for path in sorted((kept / "a").glob("*.csv")):
-        assert path.read_bytes() == (kept / "b" / path.name).read_bytes(), path.name
-
-
-def test_attacks_have_rows_of_their_own_and_no_intervention_is_one_too(kept: Path) -> None:
-    args = ("-d", "policy", "--attack", "direct", "--attack", "base64", "--limit", 6, "--patched", 0)
-    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "attacked")
-    assert done.code == 0, done.err
-    assert set(table(kept, "layers", "attacked")["attack"]) == {"direct", "base64"}
-    assert not (kept / "attacked" / "patches.csv").exists()
-    assert set(table(kept, "layers-base64", "attacked")["attack"]) == {"base64"}
-
-
-def test_overlap_is_set_beside_the_interactions_of_stacks(kept: Path, tmp_path: Path) -> None:
-    rows = pd.DataFrame(
-        {"members": ["policy+self_reminder"], "attack": "direct", "how": "stack", "split": "test"}
-    )
-    rows["interaction_shift"], rows["interaction_discrimination"] = -0.5, 0.25
-    rows.to_csv(tmp_path / "ensembles.csv", index=False)
-    (tmp_path / "run.json").write_text((kept / "out" / "run.json").read_text())
-    args = ("-d", "policy", "-d", "self_reminder", "--limit", 6, "--patched", 0, "--ensembles", tmp_path)
-    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "both")
-    assert done.code == 0, done.err
-    assert table(kept, "overlap", "both")["interaction"].tolist() == [-0.5, 0.25]
-    assert "pairs are too few to tell" in done.out
-    record = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(record | {"model": record["model"] | {"sha256": "other"}}))
-    done = analyze("mechanism", "-m", kept / "toy", *args)
-    refused(done)
-    assert "its weights (sha256) is other" in done.err
-
-
-def test_what_fails_is_left_out_and_the_rest_is_written(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> object:
-        raise UserError("out of luck")
-
-    monkeypatch.setattr("analysis.mechanism.causes.Contrasted.patches", broken)
-    args = ("-d", "policy", "--limit", 6, "--patched", 2)
-    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "broken")
-    assert done.code == 1 and "Failed: policy: out of luck" in done.err
-    assert len(table(kept, "cuts", "broken")) and len(table(kept, "layers", "broken"))
-    assert json.loads((kept / "broken" / "run.json").read_text())["failed"][0]["why"] == "out of luck"
-    monkeypatch.setattr("analysis.mechanism.splitting.Splitter.split", broken)
-    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "worse")
-    assert done.code == 2 and "out of luck" in done.err and not (kept / "worse").exists()
-
-
-def test_no_directions_are_shown_on_what_they_are_learned_from(kept: Path) -> None:
-    args = ("-d", "policy", "--limit", 6, "--patched", 0, "--split", "train")
-    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "train")
-    assert done.code == 0 and "no directions: they are learned from" in done.err
-    assert not (kept / "train" / "directions.csv").exists() and (kept / "train" / "layers.csv").exists()
-
-
-def test_the_neutral_prompt_is_as_long_as_the_defense(place: Path) -> None:
-    record = json.loads((place / "out" / "run.json").read_text())["mechanism"]
-    (about,) = record["neutral_prompts"]
-    assert about["defense"] == "self_reminder" and abs(about["tokens"] - about["control_tokens"]) <= 3
+def test_the_neutral_prompt_is_as_long_as_the_defense(folder: Path) -> None:
+    record = read_record(folder)["mechanism"]
+    (control,) = record["neutral_prompts"]
+    assert control["defense"] == "self_reminder"
+    assert abs(control["tokens"] - control["control_tokens"]) <= 3
     assert len(record["patched"]) <= 4
 
 
-def test_half_precision_tells_what_it_leaves_out(kept: Path) -> None:
+def test_the_same_command_writes_the_same_tables(own_cache: Path) -> None:
+    args = ("-d", "self_reminder", "--limit", 4, "--patched", 2, "--top", 1)
+    for out in ("a", "b"):
+        result = run_mechanism(own_cache, *args, out=out)
+        assert result.code == 0, result.err
+    for path in sorted((own_cache / "a").glob("*.csv")):
+        assert path.read_bytes() == (own_cache / "b" / path.name).read_bytes(), path.name
+
+
+def test_every_attack_has_its_own_rows_and_interventions_can_be_omitted(own_cache: Path) -> None:
+    args = ("-d", "policy", "--attack", "direct", "--attack", "base64", "--limit", 6, "--patched", 0)
+    result = run_mechanism(own_cache, *args, out="attacked")
+    assert result.code == 0, result.err
+    assert set(read_table(own_cache, "layers", "attacked")["attack"]) == {"direct", "base64"}
+    assert not (own_cache / "attacked" / "patches.csv").exists()
+    assert set(read_table(own_cache, "layers-base64", "attacked")["attack"]) == {"base64"}
+
+
+def test_similarity_is_compared_with_the_interactions_of_stacks(own_cache: Path, tmp_path: Path) -> None:
+    stacks = pd.DataFrame(
+        {"members": ["policy+self_reminder"], "attack": "direct", "how": "stack", "split": "test"}
+    )
+    stacks["interaction_shift"], stacks["interaction_discrimination"] = -0.5, 0.25
+    stacks.to_csv(tmp_path / "ensembles.csv", index=False)
+    (tmp_path / "run.json").write_text((own_cache / "out" / "run.json").read_text())
+    args = ("-d", "policy", "-d", "self_reminder", "--limit", 6, "--patched", 0, "--ensembles", tmp_path)
+    result = run_mechanism(own_cache, *args, out="both")
+    assert result.code == 0, result.err
+    assert read_table(own_cache, "overlap", "both")["interaction"].tolist() == [-0.5, 0.25]
+    assert "pairs are too few for a test" in result.out
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"model": record["model"] | {"sha256": "other"}}))
+    assert_user_error(run_mechanism(own_cache, *args, out="other"), "its weights (sha256) is other")
+
+
+def test_a_failed_step_is_reported_and_the_other_tables_are_written(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> object:
+        raise UserError("out of luck")
+
+    monkeypatch.setattr("analysis.mechanism.interventions.PairedRuns.patch_activations", fail)
+    args = ("-d", "policy", "--limit", 6, "--patched", 2)
+    result = run_mechanism(own_cache, *args, out="partial")
+    assert result.code == 1 and "policy: out of luck" in result.err
+    for stem in ("cuts", "layers", "slopes"):
+        assert len(read_table(own_cache, stem, "partial"))
+    assert read_record(own_cache, "partial")["failed"][0]["why"] == "out of luck"
+    monkeypatch.setattr("analysis.mechanism.attribution.DirectLogitAttribution.attribute_margins", fail)
+    assert_user_error(run_mechanism(own_cache, *args, out="nothing"), "out of luck")
+    assert not (own_cache / "nothing").exists()
+
+
+def test_directions_are_omitted_for_the_queries_that_they_are_learned_from(own_cache: Path) -> None:
+    args = ("-d", "policy", "--limit", 6, "--patched", 0, "--split", "train")
+    result = run_mechanism(own_cache, *args, out="train")
+    assert result.code == 0 and "no directions: 6 of these queries are used to learn them" in result.err
+    assert not (own_cache / "train" / "directions.csv").exists()
+    assert (own_cache / "train" / "layers.csv").exists()
+
+
+def test_half_precision_omits_components_with_a_notice(own_cache: Path) -> None:
     args = ("-d", "policy", "--limit", 6, "--patched", 0, "--dtype", "bfloat16")
-    done = analyze("mechanism", "-m", kept / "toy", *args, "-o", kept / "half")
-    assert done.code == 0, done.err
-    assert "take --dtype float32" in done.err and not (kept / "half" / "parts.csv").exists()
+    result = run_mechanism(own_cache, *args, out="half")
+    assert result.code == 0, result.err
+    assert "use --dtype float32" in result.err and not (own_cache / "half" / "parts.csv").exists()
 
 
-def test_weights_are_switched_on(kept: Path, tmp_path: Path) -> None:
-    from conftest import made_adapter
-
+def test_tuned_weights_are_patched(own_cache: Path, tmp_path: Path) -> None:
     made_adapter(tmp_path / "tuned", sha256=None)
-    args = ("-d", "adapter", "--set", f"adapter.weights={tmp_path / 'tuned'}", "--limit", 6, "--patched", 2)
-    done = analyze("mechanism", "-m", kept / "toy", *args, "--sites", "residual", "-o", kept / "tuned")
-    assert done.code == 0, done.err
-    found = table(kept, "weights", "tuned")
-    assert set(found["how"]) == {"alone", "up to", "module", "nothing", "everything"}
-    assert set(table(kept, "patches", "tuned")["kind"]) == {"residual"}
+    settings = ("--set", f"adapter.weights={tmp_path / 'tuned'}")
+    args = ("-d", "adapter", *settings, "--limit", 6, "--patched", 2, "--sites", "residual")
+    result = run_mechanism(own_cache, *args, out="tuned")
+    assert result.code == 0, result.err
+    kinds = set(read_table(own_cache, "weights", "tuned")["how"])
+    assert kinds == {"alone", "up to", "module", "nothing", "everything"}
+    assert set(read_table(own_cache, "patches", "tuned")["kind"]) == {"residual"}
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), "which defense?"),
-        (("-d", "policy", "--readout", "log-odds"), "linear in the logits: take words"),
+        ((), "no defense chosen: use -d NAME"),
+        (("-d", "policy", "--readout", "log-odds"), "--readout log-odds"),
         (("-d", "policy", "--sites", "residual,heds"), "unknown site 'heds': did you mean 'heads'?"),
         (("-d", "policy", "--top", 0), "--top 0: it takes 1 or more"),
         (("-d", "policy", "--patched", 1), "--patched 1: it takes 0 (none) or 2 and more"),
-        (("-d", "none"), "`none` is what others are compared with"),
+        (("-d", "none"), "no defense chosen except `none`"),
         (("-d", "policy", "--ensembles", "/nowhere"), "there is no ensembles.csv"),
     ],
 )
-def test_bad_input_is_answered_in_one_line(kept: Path, args: tuple[object, ...], words: str) -> None:
-    done = analyze("mechanism", "-m", kept / "toy", "--limit", 6, *args)
-    refused(done)
-    assert words in done.err
+def test_bad_input_is_answered_in_one_line(own_cache: Path, args: tuple[object, ...], words: str) -> None:
+    assert_user_error(run_mechanism(own_cache, "--limit", 6, *args, out="bad"), words)
 
 
-def test_an_architecture_that_cannot_be_split_is_said_before_anything_is_scored(kept: Path) -> None:
-    save_model(kept / "mamba", "mamba")
-    done = analyze("mechanism", "-m", kept / "mamba", "-d", "policy", "--limit", 6)
-    refused(done)
-    assert "MambaForCausalLM" in done.err and "`recommend` work on it" in done.err
+def test_an_unsupported_architecture_is_reported_before_scoring(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> object:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr("analysis.studies.sweep.sweep_conditions", fail)
+    save_model(own_cache / "mamba", "mamba")
+    result = run_cli("mechanism", "-m", own_cache / "mamba", "-d", "policy", "--limit", 6)
+    assert_user_error(result, "MambaForCausalLM", "`recommend` work with this model")
 
 
-def test_what_a_projection_says_is_put_in_words() -> None:
+def test_the_effect_on_projections_is_described_in_words() -> None:
     row = {"direction": "harmfulness", "discrimination_low": 0.1, "discrimination_high": 0.5}
-    assert (
-        describe_projection_effect(row | {"delta_auroc_low": 0.01, "delta_auroc_high": 0.1})
-        == "knows more of harm"
-    )
-    unsure = describe_projection_effect(row | {"delta_auroc_low": -0.01, "delta_auroc_high": 0.1})
-    assert unsure == "knows no more and no less, as far as seen"
-    acts = {"direction": "refusal", "shift_low": -0.5, "shift_high": -0.1}
-    assert describe_projection_effect(acts) == "acts less"
+    separate = describe_projection_effect(row | {"delta_auroc_low": 0.01, "delta_auroc_high": 0.1})
+    assert separate == "classes more separate"
+    uncertain = describe_projection_effect(row | {"delta_auroc_low": -0.01, "delta_auroc_high": 0.1})
+    assert uncertain == "no change found"
+    refusal = {"direction": "refusal", "shift_low": -0.5, "shift_high": -0.1}
+    assert describe_projection_effect(refusal) == "moves away from refusal"
