@@ -1,1 +1,1 @@
-"""Figures: tables in, matplotlib axes and captions out; nothing here knows a model."""
+"""Figures: tables in, matplotlib axes and captions out; nothing here depends on a model."""

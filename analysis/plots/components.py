@@ -1,15 +1,14 @@
-"""Which heads and MLPs write a defense's effect: a heat map of all of them, of both contrasts."""
+"""Direct logit attribution by component: all heads and MLPs, and those with the largest effect."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 
 from analysis.plots.captions import (
     CONTRASTS_SENTENCE,
@@ -21,9 +20,8 @@ from analysis.plots.captions import (
     keep_if_intervals,
 )
 from analysis.plots.data import CONTRAST_LABELS, check_one_attack, to_numbers
+from analysis.plots.heatmaps import draw_heatmap
 from analysis.plots.layout import (
-    EFFECT_COLORS,
-    MISSING_COLOR,
     add_inset_axes,
     draw_color_scale,
     draw_dots,
@@ -35,12 +33,94 @@ from analysis.plots.layout import (
 )
 from analysis.plots.style import BLACK, RC_PARAMS, TEXT_SIZE
 
-if TYPE_CHECKING:
-    from analysis.plots.captions import QueryCounts
+MIN_DOTTED_CELL = 0.1  # inches: smallest cell that has room for a dot
+_LAYER_PART_LABELS = {"mlp": "MLP", "bias": "bias", "added": "added"}  # kinds with one component per layer
+_PART_KIND_LABELS = {"mlp": "MLP", "embedding": "embedding", "bias": "bias", "head": "head", "added": "added"}
+_CONTRAST_GAP, _PART_COLUMN_GAP = 0.55, 0.08  # inches between the contrasts, and beside the heads
+_MAX_OUTLINED_CELLS = 400  # cells up to which each has an outline
 
-MIN_DOTTED_CELL = 0.1  # inches: the least cell that has room for a dot
-_LAYER_PART_LABELS = {"mlp": "MLP", "bias": "bias", "added": "added"}  # kinds with one part in a layer
-_HEAD_PANEL_GAP = 0.55  # inches between the panels
+
+def draw_part_map(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the attribution to every head, a row per layer, and beside them to the layer's other components.
+
+    >>> row = {"attack": "direct", "defense": "a", "layer": 0, "kind": "head", "head": 0, "shift": -1.0}
+    >>> ax = draw_part_map(pd.DataFrame([row | {"discrimination": 0.5}]))
+    >>> ax.child_axes[0].collections[0].get_array().tolist()
+    [[-1.0]]
+
+    Args:
+        cells: table from `build_part_cells`, of one attack and one defense.
+        ax: axes that the panels are placed in; by default new ones.
+    """
+    check_one_attack(cells)
+    n_layers, n_heads, kinds = _measure_part_map(cells)
+    cell_width, cell_height = choose_cell_size(n_layers, max(n_heads, 1))
+    heads_width, height = n_heads * cell_width, max(n_layers * cell_height, 0.7)
+    kinds_left = heads_width + (_PART_COLUMN_GAP if n_heads else 0.0)
+    kind_width = max(cell_width, 0.16)
+    width = kinds_left + kind_width * len(kinds) if kinds else heads_width
+    step = max(width, 1.6) + _CONTRAST_GAP
+    size = 2 * step - _CONTRAST_GAP, height
+    limit = find_color_limit(cells[[*CONTRAST_LABELS]])
+    is_dotted = min(cell_width, cell_height) >= MIN_DOTTED_CELL
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(*size)
+        ax.set_axis_off()
+        for index, (contrast, title) in enumerate(CONTRAST_LABELS.items()):
+            values, excludes_zero = _arrange_parts(cells, contrast, n_layers, n_heads, kinds)
+            panels = []
+            if n_heads:
+                panel = add_inset_axes(ax, size, (index * step, 0, heads_width, height))
+                _draw_parts(panel, values[:, :n_heads], excludes_zero[:, :n_heads], limit, "heads", is_dotted)
+                heads = [*choose_tick_places(n_heads, cell_width, 0.2)]
+                panel.set_xticks([head + 0.5 for head in heads], [str(head) for head in heads])
+                panel.set_xlabel("head", fontsize=8)
+                panels.append(panel)
+            if kinds:
+                box = index * step + kinds_left, 0, kind_width * len(kinds), height
+                panel = add_inset_axes(ax, size, box)
+                _draw_parts(panel, values[:, n_heads:], excludes_zero[:, n_heads:], limit, "parts", is_dotted)
+                names = [_LAYER_PART_LABELS[kind] for kind in kinds]
+                panel.set_xticks(np.arange(len(kinds)) + 0.5, names, rotation=90)
+                panels.append(panel)
+            for panel in panels:
+                panel.tick_params(length=2, labelsize=TEXT_SIZE - 0.5)
+            layers = choose_tick_places(n_layers, cell_height, 0.15)
+            panels[0].set_yticks(
+                [layer + 0.5 for layer in layers], [str(layer) for layer in layers], rotation=0
+            )
+            set_panel_titles(panels[:1], [title])
+            if index == 0:
+                panels[0].set_ylabel("layer", fontsize=8)
+        scale_height = min(height, 1.5)
+        scale = add_inset_axes(ax, size, (step + width + 0.2, height - scale_height, 0.11, scale_height))
+        is_clipped = bool((cells[[*CONTRAST_LABELS]].abs() > limit).any(axis=None))
+        draw_color_scale(scale, limit, _nats_scale_labels(limit, is_clipped))
+    return ax
+
+
+def draw_top_parts(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the components with the largest effects, a row each, both contrasts side by side.
+
+    >>> row = {"attack": "direct", "defense": "a", "layer": 3, "kind": "head", "head": 1, "shift": -1.0}
+    >>> ax = draw_top_parts(pd.DataFrame([row | {"discrimination": 0.5}]))
+    >>> ax.child_axes[0].get_yticklabels()[0].get_text()
+    'head 3.1'
+
+    Args:
+        points: table from `build_top_parts`, of one attack and one defense.
+        ax: axes that the panels are placed in; by default new ones.
+    """
+    layers, heads = (to_numbers(check_one_attack(points)[name]) for name in ("layer", "head"))
+    names = [format_part_name(*part) for part in zip(points["kind"], layers, heads, strict=True)]
+    rows = [-float(row) for row in range(len(names))]
+    with rc_context(RC_PARAMS):
+        ax, (panels,) = stack_panels(ax, [max(0.2 * len(names), 0.7)], [])
+        set_panel_titles(panels, CONTRAST_LABELS.values())
+        for contrast, panel in zip(CONTRAST_LABELS, panels, strict=True):
+            draw_dots(panel, points, contrast, rows, (BLACK, "-", "o"), contrast)
+            set_row_axis(panel, names, "nats", with_names=panel is panels[0])
+    return ax
 
 
 def find_color_limit(values: Any) -> float:
@@ -51,88 +131,18 @@ def find_color_limit(values: Any) -> float:
     """
     sizes = np.abs(np.asarray(values, dtype=float).ravel())
     sizes = sizes[np.isfinite(sizes)]
-    most = float(sizes.max()) if len(sizes) else 0.0
+    largest = float(sizes.max()) if len(sizes) else 0.0
     usual = float(np.quantile(sizes, 0.98)) if len(sizes) else 0.0
-    return (usual if most > 3 * usual > 0 else most) or 1.0
+    return (usual if largest > 3 * usual > 0 else largest) or 1.0
 
 
 def choose_cell_size(n_layers: int, n_heads: int) -> tuple[float, float]:
-    """Return width and height of a cell, inches."""
+    """Return width and height of a cell of the heat map, inches."""
     return float(np.clip(2.6 / n_heads, 0.04, 0.28)), float(np.clip(3.2 / n_layers, 0.05, 0.22))
 
 
-def draw_part_map(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw what every head writes, a row per layer, and beside them what other parts of the layer write.
-
-    >>> row = {"attack": "direct", "defense": "a", "layer": 0, "kind": "head", "head": 0, "shift": -1.0}
-    >>> ax = draw_part_map(pd.DataFrame([row | {"discrimination": 0.5}]))
-    >>> ax.child_axes[0].collections[0].get_array().tolist()
-    [[-1.0]]
-
-    Args:
-        cells: what `part_cells` returned, of one attack and defense.
-        ax: where to draw; it only lends its place to the panels.
-    """
-    layer, head = (
-        to_numbers(check_one_attack(cells)[name]).fillna(-1).astype(int) for name in ("layer", "head")
-    )
-    single = cells["kind"] == "head"
-    down, across = int(layer.max()) + 1, int(head[single].max()) + 1 if single.any() else 0
-    more = [kind for kind in _LAYER_PART_LABELS if (cells["kind"] == kind).any()]
-    wide, tall = choose_cell_size(down, max(across, 1))
-    broad = max(wide, 0.16) / wide  # a column beside the heads, in heads
-    edges = [across + 0.08 / wide + number * (broad + 0.03 / wide) for number in range(len(more))]
-    whole = ((edges[-1] + broad) if more else across) * wide, max(down * tall, 0.7)
-    most = find_color_limit(cells[[*CONTRAST_LABELS]])
-    with rc_context(RC_PARAMS):
-        size = max(whole[0], 1.6) + _HEAD_PANEL_GAP
-        host = ax or make_axes(2 * size - _HEAD_PANEL_GAP, whole[1])
-        host.set_axis_off()
-        area = 2 * size - _HEAD_PANEL_GAP, whole[1]
-        panels = [add_inset_axes(host, area, (number * size, 0, *whole)) for number in range(2)]
-        set_panel_titles(panels, CONTRAST_LABELS.values())
-        for name, panel in zip(CONTRAST_LABELS, panels, strict=True):
-            values = np.full((down, across + len(more)), np.nan)
-            sure = np.zeros(values.shape, dtype=bool)
-            columns = [
-                at if kind == "head" else across + more.index(kind)
-                for at, kind in zip(head, cells["kind"], strict=True)
-            ]
-            found = extract_estimates(cells, name)
-            values[layer, columns] = found[:, 0]
-            sure[layer, columns] = (found[:, 1] > 0) | (found[:, 2] < 0)
-            centers = [*(np.arange(across) + 0.5), *(edge + broad / 2 for edge in edges)]
-            if across:
-                _draw_mesh(panel, np.arange(across + 1.0), values[:, :across], most, "heads")
-            for number, edge in enumerate(edges):
-                part = values[:, [across + number]]
-                _draw_mesh(panel, np.array([edge, edge + broad]), part, most, more[number])
-            if min(wide, tall) >= MIN_DOTTED_CELL:
-                y, x = np.nonzero(sure)
-                at = np.array(centers)[x] if len(x) else x
-                panel.scatter(at, y + 0.5, s=3, color=BLACK, linewidths=0, zorder=3, gid="sure")
-            panel.set_xlim(0, whole[0] / wide)
-            _set_part_map_axes(
-                panel, down, across, (wide, tall), dict(zip(more, centers[across:], strict=True))
-            )
-        panels[0].set_ylabel("layer", fontsize=8)
-        high = min(whole[1], 1.5)
-        bar = add_inset_axes(host, area, (size + whole[0] + 0.2, whole[1] - high, 0.11, high))
-        draw_color_scale(
-            bar, most, _nats_scale_labels(most, bool((cells[[*CONTRAST_LABELS]].abs() > most).any(axis=None)))
-        )
-    return host
-
-
-def _nats_scale_labels(max_value: float, is_clipped: bool) -> list[str]:
-    digits = max(0, 1 - int(np.floor(np.log10(max_value))))
-    signs = ("\N{LESS-THAN OR EQUAL TO}", "", "\N{GREATER-THAN OR EQUAL TO}") if is_clipped else ("",) * 3
-    numbers = (f"\N{MINUS SIGN}{max_value:.{digits}f}", "0", f"+{max_value:.{digits}f}")
-    return [f"{sign}{number} nats" for sign, number in zip(signs, numbers, strict=True)]
-
-
 def choose_tick_places(count: int, cell_length: float, min_length: float) -> Sequence[int]:
-    """Return which of many places have room for their numbers.
+    """Return the cells that are numbered, so that numbers are at least `min_length` inches apart.
 
     >>> list(choose_tick_places(64, 0.04, 0.2))[:3]
     [0, 5, 10]
@@ -141,111 +151,96 @@ def choose_tick_places(count: int, cell_length: float, min_length: float) -> Seq
     return range(0, count, step)
 
 
-def _draw_mesh(ax: Axes, column_edges: Any, values: Any, max_value: float, gid: str) -> None:
-    look: Any = {
-        "cmap": EFFECT_COLORS.with_extremes(bad=MISSING_COLOR),
-        "norm": Normalize(-max_value, max_value),
-        "gid": gid,
-    }
-    edge: Any = {"edgecolors": "#DDDDDD", "linewidth": 0.3} if values.size <= 400 else {"rasterized": True}
-    ax.pcolormesh(column_edges, np.arange(len(values) + 1.0), np.ma.masked_invalid(values), **look, **edge)
-
-
-def _set_part_map_axes(
-    ax: Axes, n_layers: int, n_heads: int, cell_shape: tuple[float, float], part_centers: dict[str, float]
-) -> None:
-    ax.set_ylim(n_layers, 0)
-    told = [*choose_tick_places(n_heads, cell_shape[0], 0.2)]
-    ax.set_xticks([place + 0.5 for place in told], [str(place) for place in told])
-    for kind, center in part_centers.items():
-        spot: Any = {
-            "rotation": 90,
-            "ha": "center",
-            "va": "top",
-            "fontsize": TEXT_SIZE - 0.5,
-            "gid": "beside",
-        }
-        across_down: Any = {"xytext": (0, -4), "textcoords": "offset points", "annotation_clip": False}
-        ax.annotate(_LAYER_PART_LABELS[kind], (center, n_layers), **across_down, **spot)
-    rows = choose_tick_places(n_layers, cell_shape[1], 0.15)
-    ax.set_yticks([place + 0.5 for place in rows], [str(place) for place in rows])
-    ax.tick_params(length=2, labelsize=TEXT_SIZE - 0.5)
-    ax.spines[["left", "bottom"]].set_visible(False)
-    if n_heads:
-        ax.set_xlabel("head", fontsize=8, x=n_heads / 2 / ax.get_xlim()[1])
-
-
-_PART_KIND_LABELS = {"mlp": "MLP", "embedding": "embedding", "bias": "bias", "head": "head", "added": "added"}
-
-
-def draw_top_parts(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the parts with the largest effects, a row each, both contrasts beside each other.
-
-    >>> row = {"attack": "direct", "defense": "a", "layer": 3, "kind": "head", "head": 1, "shift": -1.0}
-    >>> ax = draw_top_parts(pd.DataFrame([row | {"discrimination": 0.5}]))
-    >>> ax.child_axes[0].get_yticklabels()[0].get_text()
-    'head 3.1'
-
-    Args:
-        points: what `top_parts` returned, of one attack and defense.
-        ax: where to draw; it only lends its place to the panels.
-    """
-    layer, head = (to_numbers(check_one_attack(points)[name]) for name in ("layer", "head"))
-    names = [format_part_name(*row) for row in zip(points["kind"], layer, head, strict=True)]
-    with rc_context(RC_PARAMS):
-        ax, (row,) = stack_panels(ax, [max(0.2 * len(names), 0.7)], [])
-        set_panel_titles(row, CONTRAST_LABELS.values())
-        for place, (name, panel) in enumerate(zip(CONTRAST_LABELS, row, strict=True)):
-            draw_dots(
-                panel, points, name, [-float(place) for place in range(len(names))], (BLACK, "-", "o"), name
-            )
-            set_row_axis(panel, names, "nats", with_names=place == 0)
-    return ax
-
-
 def format_part_name(kind: str, layer: float, head: float) -> str:
-    """Return the name of a part, layer before head.
+    """Return the name of a component, layer before head.
 
-    >>> format_part_name("head", 3.0, 1.0), format_part_name("bias", float("nan"), float("nan")), format_part_name("bias", 2.0, float("nan"))
-    ('head 3.1', 'final bias', 'bias 2')
+    >>> nan = float("nan")
+    >>> format_part_name("head", 3.0, 1.0), format_part_name("bias", nan, nan)
+    ('head 3.1', 'final bias')
+    >>> format_part_name("bias", 2.0, nan)
+    'bias 2'
     """
     if layer != layer:
         return "final bias" if kind == "bias" else _PART_KIND_LABELS.get(kind, kind)
     return f"{_PART_KIND_LABELS.get(kind, kind)} {layer:.0f}" + (f".{head:.0f}" if head == head else "")
 
 
-def caption_part_map(cells: pd.DataFrame, context: CaptionContext, counts: QueryCounts = None) -> str:
-    """Return the caption of the figure that `heads.heads` draws from these cells."""
-    most = find_color_limit(cells[[*CONTRAST_LABELS]])
-    beyond = int((cells[[*CONTRAST_LABELS]].abs() > most).any(axis=1).sum())
-    cut = f"{beyond} parts beyond the ends of the scale have its end colors. " if beyond > 1 else ""
-    cut = "One part beyond the ends of the scale has its end color. " if beyond == 1 else cut
-    across = int(to_numbers(cells["head"]).max()) + 1 if cells["head"].notna().any() else 1
-    room = min(choose_cell_size(int(to_numbers(cells["layer"]).max()) + 1, across)) >= MIN_DOTTED_CELL
-    dot = "Dot: the 95\u00a0% interval excludes 0. " if room else "Intervals are in the table. "
-    dot = keep_if_intervals(cells, dot)
-    many = across + len({"mlp", "bias", "added"} & set(cells["kind"]))
-    holes = len(cells) < many * (int(to_numbers(cells["layer"]).max()) + 1) or cells["shift"].isna().any()
-    grey = "Grey: no such part. " * bool(holes)
+def caption_part_map(cells: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_part_map`."""
+    limit = find_color_limit(cells[[*CONTRAST_LABELS]])
+    n_beyond = int((cells[[*CONTRAST_LABELS]].abs() > limit).any(axis=1).sum())
+    clipped = (
+        f"{n_beyond} components beyond the ends of the scale have its end colors. " if n_beyond > 1 else ""
+    )
+    clipped = "One component beyond the ends of the scale has its end color. " if n_beyond == 1 else clipped
+    n_layers, n_heads, kinds = _measure_part_map(cells)
+    is_dotted = min(choose_cell_size(n_layers, max(n_heads, 1))) >= MIN_DOTTED_CELL
+    dot = "Dot: the 95\u00a0% interval excludes 0, not corrected for the number of components. "
+    dot = keep_if_intervals(cells, dot if is_dotted else "Intervals are in the table. ")
+    has_gaps = len(cells) < (n_heads + len(kinds)) * n_layers or cells["shift"].isna().any()
+    grey = "Grey: no such part. " if has_gaps else ""
     return (
-        f"Direct logit attribution {format_query_counts(cells, counts)}: what each part of the model writes of the "
-        f"change of the margin. {CONTRASTS_SENTENCE}Blue adds to it, orange takes from it; one scale for both "
-        f"panels. {cut}{dot}{grey}The embedding and the final bias, which stand in no layer, are left "
-        "out. "
-        f"{format_run_sentences(cells, context)}"
+        f"Direct logit attribution {format_query_counts(cells, context.query_counts)}: contribution of each "
+        f"component to the change of the margin. {CONTRASTS_SENTENCE}Blue: positive contribution; orange: "
+        f"negative; one scale for both panels. {clipped}{dot}{grey}The embedding and the final bias, which "
+        f"belong to no layer, are omitted. {format_run_sentences(cells, context)}"
     )
 
 
-def caption_top_parts(points: pd.DataFrame, context: CaptionContext, counts: QueryCounts = None) -> str:
-    """Return the caption of the figure that `parts.top` draws from these points."""
-    total = points["n_parts"].iloc[0]
+def caption_top_parts(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_top_parts`."""
     sums = " and ".join(
-        f"{format_signed_nats(points[name].sum())} of {format_signed_nats(points[f'total_{name}'].iloc[0])}\u00a0nats of {name}"
+        f"{format_signed_nats(points[name].sum())} of "
+        f"{format_signed_nats(points[f'total_{name}'].iloc[0])}\u00a0nats of {name}"
         for name in CONTRAST_LABELS
     )
     return (
-        f"Direct logit attribution {format_query_counts(points, counts)}: the {len(points)} of {total} parts "
-        "with the largest effect on either contrast (head layer.head); together they write "
-        f"{sums}. {CONTRASTS_SENTENCE}{format_interval_note(points, 'Bars')}The parts were chosen by these numbers, so that the "
-        f"largest look larger than they are. {format_run_sentences(points, context)}"
+        f"Direct logit attribution {format_query_counts(points, context.query_counts)}: the {len(points)} of "
+        f"{points['n_parts'].iloc[0]} components with the largest effect on either contrast (heads are named "
+        f"layer.head); together they contribute {sums}. {CONTRASTS_SENTENCE}"
+        f"{format_interval_note(points, 'Bars')}The components were selected by these estimates, so the "
+        f"largest are biased away from 0. {format_run_sentences(points, context)}"
     )
+
+
+def _measure_part_map(cells: pd.DataFrame) -> tuple[int, int, list[str]]:
+    """Return the numbers of layers and heads, and the kinds of components beside the heads."""
+    heads = to_numbers(cells.loc[cells["kind"] == "head", "head"])
+    kinds = [kind for kind in _LAYER_PART_LABELS if (cells["kind"] == kind).any()]
+    return int(to_numbers(cells["layer"]).max()) + 1, int(heads.max()) + 1 if len(heads) else 0, kinds
+
+
+def _arrange_parts(
+    cells: pd.DataFrame, contrast: str, n_layers: int, n_heads: int, kinds: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return two layer × component matrices: estimates, and whether their interval excludes 0."""
+    values = np.full((n_layers, n_heads + len(kinds)), np.nan)
+    excludes_zero = np.zeros(values.shape, dtype=bool)
+    layers, heads = (to_numbers(cells[name]).fillna(-1).astype(int) for name in ("layer", "head"))
+    columns = [
+        head if kind == "head" else n_heads + kinds.index(kind)
+        for head, kind in zip(heads, cells["kind"], strict=True)
+    ]
+    estimates = extract_estimates(cells, contrast)
+    values[layers, columns] = estimates[:, 0]
+    excludes_zero[layers, columns] = (estimates[:, 1] > 0) | (estimates[:, 2] < 0)
+    return values, excludes_zero
+
+
+def _draw_parts(
+    ax: Axes, values: np.ndarray, excludes_zero: np.ndarray, limit: float, gid: str, is_dotted: bool
+) -> None:
+    """Draw a matrix of components and a dot in each cell whose interval excludes 0."""
+    outline: Any = {"linewidths": 0.3, "linecolor": "#DDDDDD"}
+    is_outlined = values.size <= _MAX_OUTLINED_CELLS
+    draw_heatmap(ax, values, (-limit, limit), gid=gid, **(outline if is_outlined else {"rasterized": True}))
+    if is_dotted:
+        rows, columns = np.nonzero(excludes_zero)
+        ax.scatter(columns + 0.5, rows + 0.5, s=3, color=BLACK, linewidths=0, zorder=3, gid="sure")
+
+
+def _nats_scale_labels(max_value: float, is_clipped: bool) -> list[str]:
+    digits = max(0, 1 - int(np.floor(np.log10(max_value))))
+    signs = ("\N{LESS-THAN OR EQUAL TO}", "", "\N{GREATER-THAN OR EQUAL TO}") if is_clipped else ("",) * 3
+    numbers = (f"\N{MINUS SIGN}{max_value:.{digits}f}", "0", f"+{max_value:.{digits}f}")
+    return [f"{sign}{number} nats" for sign, number in zip(signs, numbers, strict=True)]

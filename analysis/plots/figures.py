@@ -1,17 +1,21 @@
-"""Titles and captions of the figures of where in a model a defense acts; each caption needs no other page."""
+"""Registry of all figures: for each kind its report section, title, drawing function and caption.
+
+A new figure is one function that draws a table, one that writes its caption, and one row of `FIGURES`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plots.backdooralign import caption_secrets, draw_secrets
-from analysis.plots.captions import CaptionContext, make_caption_context
+from analysis.plots.captions import CaptionContext, QueryCounts, make_caption_context
 from analysis.plots.components import caption_part_map, caption_top_parts, draw_part_map, draw_top_parts
 from analysis.plots.heatmaps import (
     caption_attack_grid,
@@ -35,182 +39,283 @@ from analysis.plots.plane import caption_plane, caption_square, draw_plane, draw
 from analysis.plots.predictions import caption_forecast, draw_forecast
 from analysis.plots.scores import caption_margins, caption_roc, draw_margins, draw_roc
 from analysis.plots.tradeoffs import caption_cost, caption_pareto_front, draw_cost, draw_pareto_front
-from analysis.plots.validity import caption_validity, draw_calibration, draw_refusal_rates
-from analysis.report.results import Run
+from analysis.plots.validity import (
+    caption_calibration,
+    caption_refusal_rates,
+    draw_calibration,
+    draw_refusal_rates,
+)
 from analysis.stats.tables import UNDEFENDED, format_condition
 
-if TYPE_CHECKING:
-    from analysis.plots.captions import QueryCounts
 
-# A "{}" stands for the defense.
-MECHANISM_TITLES = {
-    "layers": "The layers in which a defense's effect appears",
-    "parts": "Colored: the heads and MLPs that write the effect of {}",
-    "top": "The parts that write most of the effect of {}",
-    "directions": "Whether a defense moves what the model holds of refusal and of harm",
-    "patches": "Beyond its placebos, a patch carries the effect of {}",
-    "cuts": "Near 0: there the defense's own tokens have to be read",
-    "weights": "Where the tuned weights of {} act",
-    "profiles": "Blue: two defenses act through the same parts",
-}
+@dataclass(frozen=True)
+class FigureKind:
+    """One kind of figure.
 
-MECHANISM_CAPTIONS: dict[str, Callable[[pd.DataFrame, CaptionContext, QueryCounts], str]] = {
-    "layers": caption_layers,
-    "parts": caption_part_map,
-    "top": caption_top_parts,
-    "directions": caption_directions,
-    "patches": caption_patches,
-    "cuts": caption_attention_knockouts,
-    "weights": caption_weight_patches,
-    "profiles": caption_profile_similarity,
-}
+    Attributes:
+        kind: stem of its files, such as `plane`; a readout, a defense or an attack may follow after a hyphen.
+        section: section of the report that shows it.
+        title: line above the figure; `{}` stands for the defense.
+        table: kind of the table that the caption counts from; usually the one that is drawn.
+        draw: draws the table and returns the axes.
+        caption: returns the caption, given that table and the facts about the run.
+    """
 
-FIGURE_TITLES = {
-    "margins": "Shift moves both halves of a row; discrimination moves them apart",
-    "plane": "Right: refuses more of everything. Up: separates better",
-    "square": "What the secret adds, what the weights add, and what both do together",
-    "calibration": "On the diagonal, the readout's probability can be believed",
-    "rates": "On the diagonal, the readout counts refusals as the text does",
-    "cost": "Up: separates better. Right: takes longer",
-    "secrets": "Does it matter which secret? Each dot is one, trained anew",
-    "attacks": "What is left of each defense under each attack",
-    "roc": "Higher curve: separates better. Mark further along: refuses more",
-    "forecast": "On the diagonal, an ensemble does what its members let expect",
-    "interactions": "Blue: two defenses do more than both add up to. Orange: less",
-    "front": "Up: refuses more harm. Right: answers more queries. Dark: slower",
-}
+    kind: str
+    section: str
+    title: str
+    table: str
+    draw: Callable[[pd.DataFrame], Axes]
+    caption: Callable[[pd.DataFrame, CaptionContext], str]
 
-FIGURE_SECTIONS = {
-    "plane": "run",
-    "roc": "run",
-    "margins": "run",
-    "square": "run",
-    "secrets": "run",
-    "attacks": "attacks",
-    "cost": "cost",
-    "calibration": "validity",
-    "rates": "validity",
-    "forecast": "ensembles",
-    "interactions": "ensembles",
-    "front": "ensembles",
-    **dict.fromkeys(MECHANISM_TITLES, "mechanism"),
-}
+
+# In the order of the report.
+_FIGURE_KINDS = (
+    FigureKind(
+        "plane",
+        "run",
+        "Safety shift and harmfulness discrimination of each defense",
+        "plane",
+        draw_plane,
+        caption_plane,
+    ),
+    FigureKind(
+        "roc", "run", "ROC curves of the first-token margin, by defense", "roc", draw_roc, caption_roc
+    ),
+    FigureKind(
+        "margins",
+        "run",
+        "Margins of harmful and benign queries, by defense",
+        "margins",
+        draw_margins,
+        caption_margins,
+    ),
+    FigureKind(
+        "square",
+        "run",
+        "Shift and discrimination with and without the secret prompt and the tuned weights",
+        "square",
+        draw_square,
+        caption_square,
+    ),
+    FigureKind(
+        "secrets",
+        "run",
+        "Attack success rate for different secret prompts, without and with the secret",
+        "secrets",
+        draw_secrets,
+        caption_secrets,
+    ),
+    FigureKind(
+        "attacks",
+        "attacks",
+        "Margins and refusal rates of each defense under each attack",
+        "attacks",
+        draw_attack_grid,
+        caption_attack_grid,
+    ),
+    FigureKind(
+        "cost",
+        "cost",
+        "Change of AUROC and time to the first token, by defense",
+        "cost",
+        draw_cost,
+        caption_cost,
+    ),
+    FigureKind(
+        "calibration",
+        "validity",
+        "Calibration curve: the readout's refusal probability and the share of responses that refuse",
+        "rates",
+        draw_calibration,
+        caption_calibration,
+    ),
+    FigureKind(
+        "rates",
+        "validity",
+        "Refusal rates of each condition, by generated text and by readout",
+        "rates",
+        draw_refusal_rates,
+        caption_refusal_rates,
+    ),
+    FigureKind(
+        "forecast",
+        "ensembles",
+        "Predicted and observed effects of ensembles",
+        "forecast",
+        draw_forecast,
+        caption_forecast,
+    ),
+    FigureKind(
+        "interactions",
+        "ensembles",
+        "Interaction of two defenses: observed effect of the stack minus the sum of its members",
+        "interactions",
+        draw_interactions,
+        caption_interactions,
+    ),
+    FigureKind(
+        "front",
+        "ensembles",
+        "Benign queries answered, harmful queries refused and cost: Pareto front",
+        "front",
+        draw_pareto_front,
+        caption_pareto_front,
+    ),
+    FigureKind(
+        "layers",
+        "mechanism",
+        "Effect of each defense by layer (logit lens)",
+        "layers",
+        draw_layers,
+        caption_layers,
+    ),
+    FigureKind(
+        "parts",
+        "mechanism",
+        "Direct logit attribution of the effect of {}, by head and MLP",
+        "parts",
+        draw_part_map,
+        caption_part_map,
+    ),
+    FigureKind(
+        "top",
+        "mechanism",
+        "Components with the largest attribution to the effect of {}",
+        "top",
+        draw_top_parts,
+        caption_top_parts,
+    ),
+    FigureKind(
+        "directions",
+        "mechanism",
+        "Effect of each defense along the refusal and harmfulness directions, by layer",
+        "directions",
+        draw_directions,
+        caption_directions,
+    ),
+    FigureKind(
+        "patches",
+        "mechanism",
+        "Activation patching of {}: effect of each patch, by layer and head",
+        "patches",
+        draw_patches,
+        caption_patches,
+    ),
+    FigureKind(
+        "cuts",
+        "mechanism",
+        "Effect of each defense under attention knockout of its own tokens",
+        "cuts",
+        draw_attention_knockouts,
+        caption_attention_knockouts,
+    ),
+    FigureKind(
+        "weights",
+        "mechanism",
+        "Weight patching of {}: effect of its weight change, by layer and module",
+        "weights",
+        draw_weight_patches,
+        caption_weight_patches,
+    ),
+    FigureKind(
+        "profiles",
+        "mechanism",
+        "Cosine similarity of the defenses' attribution profiles",
+        "profiles",
+        draw_profile_similarity,
+        caption_profile_similarity,
+    ),
+)
+FIGURES = {figure.kind: figure for figure in _FIGURE_KINDS}
+
+
+def draw_figure(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], name: str) -> Figure:
+    """Return a figure with title and caption, and a warning if generated text contradicts the readout.
+
+    Args:
+        tables: tables of the run by stem, among them the one of that name.
+        record: contents of the run's `run.json`.
+        name: name of the figure, such as `plane` or `parts-backdoor`.
+
+    Raises:
+        ValueError: if the run has no such figure.
+    """
+    kind = find_figure_kind(name)
+    if name not in tables or kind not in FIGURES:
+        known = ", ".join(stem for stem in tables if find_figure_kind(stem) in FIGURES)
+        raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
+    points, figure = tables[name], FIGURES[kind]
+    warning = _format_warning(points, tables.get("summary")) if figure.section == "mechanism" else ""
+    caption = format_figure_caption(tables, record, name)
+    return finish_figure(figure.draw(points), format_figure_title(kind, points), caption, warning)
 
 
 def find_figure_kind(stem: str) -> str:
-    """Return what a picture of that name shows; behind it stands a readout, a defense or an attack.
+    """Return the kind of a figure from its name, which may end in a readout, a defense or an attack.
 
     >>> find_figure_kind("parts-backdoor"), find_figure_kind("plane-base64"), find_figure_kind("mine")
     ('parts', 'plane', 'mine')
     """
-    return next((one for one in FIGURE_SECTIONS if re.match(rf"{one}(-|$)", stem)), stem)
+    return next((kind for kind in FIGURES if re.match(rf"{kind}(-|$)", stem)), stem)
 
 
 def format_figure_title(kind: str, points: pd.DataFrame) -> str:
-    """Return the title that the command puts above a picture."""
-    return {**FIGURE_TITLES, **MECHANISM_TITLES}[kind].format(
-        find_single_defense(kind, points) or "the defense"
-    )
+    """Return the title of a figure.
+
+    Args:
+        kind: kind of the figure.
+        points: drawn table.
+    """
+    return FIGURES[kind].title.format(find_single_defense(kind, points) or "the defense")
 
 
 def find_single_defense(kind: str, points: pd.DataFrame) -> str:
-    """The defense that a picture of a mechanism is of, empty where there are several."""
-    alone = kind in MECHANISM_TITLES and "defense" in points and points["defense"].nunique() == 1
-    return str(points["defense"].iloc[0]) if alone else ""
+    """Return the defense that a mechanism figure shows, empty if it shows several."""
+    is_mechanism = kind in FIGURES and FIGURES[kind].section == "mechanism"
+    is_single = is_mechanism and "defense" in points and points["defense"].nunique() == 1
+    return str(points["defense"].iloc[0]) if is_single else ""
 
 
-def format_figure_caption(run: Run, stem: str) -> str:
-    """Return the caption that the command puts below a picture, made from the table of that name."""
-    kind, points = find_figure_kind(stem), run.tables[stem]
-    judge = run.record.get("judge") or {}
-    told: dict[str, Callable[[pd.DataFrame, Any], str]] = {
-        "margins": caption_margins,
-        "plane": caption_plane,
-        "square": caption_square,
-        "roc": caption_roc,
-        "attacks": caption_attack_grid,
-        "forecast": lambda rows, about: caption_forecast(rows, about, _count_drawn_queries(run)),
-        "interactions": lambda rows, about: caption_interactions(rows, about, _count_drawn_queries(run)),
-        "front": lambda rows, about: caption_pareto_front(
-            rows, about, run.record["attacks"], _count_drawn_queries(run)
-        ),
-        "cost": caption_cost,
-        "rates": lambda rows, about: caption_validity(rows, about, judge["name"], judge["new_tokens"]),
-        "calibration": lambda rows, about: caption_validity(
-            run.tables[stem.replace("calibration", "rates", 1)], about, judge["name"], judge["new_tokens"]
-        ),
-        "secrets": lambda rows, about: caption_secrets(rows, about, judge["new_tokens"]),
-    }
-    if kind in MECHANISM_CAPTIONS:
-        told[kind] = lambda rows, about: MECHANISM_CAPTIONS[kind](rows, about, _count_drawn_queries(run))
-    return told[kind](points, make_caption_context(run.record, stem.removeprefix(f"{kind}-")))
+def format_figure_caption(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], name: str) -> str:
+    """Return the caption of a figure.
+
+    Args:
+        tables: tables of the run by stem, among them the one of that name.
+        record: contents of the run's `run.json`.
+        name: name of the figure.
+    """
+    kind = find_figure_kind(name)
+    suffix = name.removeprefix(kind)
+    context = make_caption_context(record, suffix.removeprefix("-"), _count_queries(tables, record))
+    return FIGURES[kind].caption(tables[FIGURES[kind].table + suffix], context)
 
 
-def _count_drawn_queries(run: Run) -> tuple[int, int] | None:
-    """How many harmful and benign queries figures are of; None where one half is drawn and not counted."""
-    named = ("n_harmful", "n_benign")
-    if "reported_on" not in run.record:
-        harmful, benign = (int(run.record["data"][name]) for name in named)
+def _count_queries(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any]) -> QueryCounts:
+    """Return the numbers of harmful and benign queries drawn; None if one split is drawn and not counted."""
+    names = ("n_harmful", "n_benign")
+    if "reported_on" not in record:
+        if not set(names) <= set(record["data"]):
+            return None
+        harmful, benign = (int(record["data"][name]) for name in names)
         return harmful, benign
-    if "summary" not in run.tables:
+    if "summary" not in tables:
         return None
-    harmful, benign = (int(run.tables["summary"][name].iloc[0]) for name in named)
+    harmful, benign = (int(tables["summary"][name].iloc[0]) for name in names)
     return harmful, benign
 
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Axes]] = {
-    "margins": draw_margins,
-    "plane": draw_plane,
-    "square": draw_square,
-    "roc": draw_roc,
-    "attacks": draw_attack_grid,
-    "cost": draw_cost,
-    "calibration": draw_calibration,
-    "rates": draw_refusal_rates,
-    "secrets": draw_secrets,
-    "forecast": draw_forecast,
-    "interactions": draw_interactions,
-    "front": draw_pareto_front,
-    "layers": draw_layers,
-    "parts": draw_part_map,
-    "top": draw_top_parts,
-    "directions": draw_directions,
-    "patches": draw_patches,
-    "cuts": draw_attention_knockouts,
-    "weights": draw_weight_patches,
-    "profiles": draw_profile_similarity,
-}
-
-
-def draw_figure(run: Run, name: str) -> Figure:
-    """Return a figure of a run with title and caption, and a warning where text contradicts what it shows.
-
-    Args:
-        run: as it was made, or as `read` found it in its folder.
-        name: one of `run.figures`.
-    """
-    kind = find_figure_kind(name)
-    if name not in run.figures or name not in run.tables or kind not in FIGURES:
-        known = ", ".join(one for one in run.figures if one in run.tables)
-        raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
-    points = run.tables[name]
-    warning = _untrusted_banner(points, run.tables.get("summary")) if kind in MECHANISM_TITLES else ""
-    return finish_figure(
-        FIGURES[kind](points), format_figure_title(kind, points), format_figure_caption(run, name), warning
-    )
-
-
-def _untrusted_banner(points: pd.DataFrame, summary: pd.DataFrame | None) -> str:
-    """Return the warning above a figure, empty where nothing drawn is known to be wrong."""
+def _format_warning(points: pd.DataFrame, summary: pd.DataFrame | None) -> str:
+    """Return the warning above a mechanism figure, empty if no drawn condition is known to be untrusted."""
     if summary is None or not len(summary):
         return ""
-    # Every contrast is against the undefended model, which therefore is drawn too.
+    # Every contrast is against the undefended model, which therefore counts as drawn.
     names = {UNDEFENDED, *points["defense"], *points.get("other", [])}
-    of = summary[(summary["attack"] == points["attack"].iloc[0]) & summary["defense"].isin(names)]
-    doubtful = [
+    rows = summary[(summary["attack"] == points["attack"].iloc[0]) & summary["defense"].isin(names)]
+    untrusted = [
         fit_text(format_condition(row), 190, 8.5, 1)
-        for row in of[of["trusted"] == "not trusted"].to_dict("records")
+        for row in rows[rows["trusted"] == "not trusted"].to_dict("records")
     ]
-    if not doubtful:
+    if not untrusted:
         return ""
-    return f"Not trusted: generated text contradicts the readout under {', '.join(dict.fromkeys(doubtful))}"
+    return f"Not trusted: generated text contradicts the readout under {', '.join(dict.fromkeys(untrusted))}"

@@ -1,15 +1,16 @@
-"""How far stacks of two are from what their members add up to: a heat map over pairs of defenses."""
+"""Heat maps: defenses by attacks, interactions of pairs, and similarity of attribution profiles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool, Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.patches import Patch, Rectangle
 
 from analysis.plots.captions import (
@@ -18,7 +19,6 @@ from analysis.plots.captions import (
     format_count_range,
     format_query_counts,
     format_run_sentences,
-    format_shared_query_counts,
     keep_if_intervals,
     omit_interval_note,
 )
@@ -48,362 +48,170 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.tables import INTERVAL_SUFFIXES
+from analysis.stats.tables import UNDEFENDED
 
-if TYPE_CHECKING:
-    from analysis.plots.captions import QueryCounts
-
-_INTERACTION_COLORS = LinearSegmentedColormap.from_list("interaction", (VERMILION, "white", BLUE))
-_NOT_RUN_COLOR = "#E4E4E4"  # told from the white of no interaction
-_MIN_INTERACTION_PANEL, _INTERACTION_PANEL_GAP, _INTERACTION_FAMILY_GAP, _FAMILY_STRIP_WIDTH = (
-    2.6,
-    0.3,
-    0.05,
-    0.06,
-)  # inches: a panel, between two, between families, a strip
-
-
-def draw_interactions(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw what each pair does beyond what its members add up to; blue is more than that, orange is less.
-
-    >>> cell = {"attack": "direct", "first": "a", "second": "b", "family_first": "noise"}
-    >>> cell |= {"family_second": "tuning", "interaction_shift": -1.25, "interaction_discrimination": 0.5}
-    >>> [text.get_text() for text in draw_interactions(pd.DataFrame([cell])).texts if "a b" in str(text.get_gid())]
-    ['−1.2', '+0.50']
-
-    Args:
-        cells: what `interaction_cells` returned, of one attack.
-        ax: where to draw; its data units become inches, so that a new one is best.
-    """
-    check_one_attack(cells)
-    of = _families_by_defense(cells)
-    numbered = len(of) <= MAX_NUMBERED_DEFENSES
-    cell = 0.36 if numbered else 0.15
-    places, end = _interaction_offsets(of, cell)
-    across = max(end, _MIN_INTERACTION_PANEL)
-    with rc_context(RC_PARAMS):
-        ax = ax or make_axes(2 * across + _INTERACTION_PANEL_GAP, end)
-        ax.set_axis_off()
-        heads = {
-            name: wrap_text(words, 72 * across, 8, "bold") for name, (words, *_) in INTERACTION_PANELS.items()
-        }
-        for number, name in enumerate(INTERACTION_PANELS):
-            left = number * (across + _INTERACTION_PANEL_GAP)
-            span = _draw_interaction_panel(ax, cells, name, places, cell, left)
-            _draw_interaction_scale(ax, name, span, left)
-            style: Any = {"va": "bottom", "size": 8, "weight": "bold"}
-            ax.text(left, 0.47, "\n".join(heads[name]), linespacing=LINE_HEIGHT, **style)
-            _label_interaction_axes(ax, of, places, cell, (left, end), with_row_names=number == 0)
-        ax.set_xlim(0, 2 * across + _INTERACTION_PANEL_GAP)
-        ax.set_ylim(-end, 0)
-        key: list[Any] = [
-            Patch(color=FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)[0], label=family)
-            for family in dict.fromkeys(of.values())
-        ]
-        every = len(cells) == len(of) * (len(of) - 1) / 2
-        key += [] if every else [Patch(color=_NOT_RUN_COLOR, label="pair was not run")]
-        place_legend_beside(ax, key, title="family (strip)")
-    return ax
-
-
-def _families_by_defense(cells: pd.DataFrame) -> dict[str, str]:
-    """The family of each defense, families together."""
-    found = dict(zip(cells["first"], cells["family_first"], strict=True))
-    found |= dict(zip(cells["second"], cells["family_second"], strict=True))
-    order = [*FAMILY_STYLES, *sorted(set(found.values()) - set(FAMILY_STYLES))]
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[1]), item[0])))
-
-
-def _interaction_offsets(families: Mapping[str, str], cell_width: float) -> tuple[dict[str, float], float]:
-    """How far from the corner each defense begins, and where all end."""
-    places, far, last = {}, 0.0, None
-    for name, family in families.items():
-        far += _INTERACTION_FAMILY_GAP * (last not in (None, family))
-        places[name], far, last = far, far + cell_width, family
-    return places, far
-
-
-def _draw_interaction_panel(
-    ax: Axes, cells: pd.DataFrame, column: str, offsets: Mapping[str, float], cell_width: float, left: float
-) -> float:
-    """Draw one interaction of all pairs; return the value of the darkest color."""
-    ends = [f"{column}{end}" for end in INTERVAL_SUFFIXES]
-    pairs = list(zip(cells["first"], cells["second"], strict=True))
-    found: dict[Any, Any] = dict(zip(pairs, cells.reindex(columns=ends).to_numpy(float), strict=True))
-    sizes = np.abs(cells[column].to_numpy(float))
-    most = float(np.nanmax(sizes)) if np.isfinite(sizes).any() else 0.0
-    most = most or 1.0
-    digits = 2 if most < 1 else 1
-    for row, down in offsets.items():
-        for name, right in offsets.items():
-            if row == name:
-                continue
-            ran = found.get((row, name), found.get((name, row)))
-            value, low, high = (np.nan,) * 3 if ran is None else ran
-            known = value == value
-            color: Any = (
-                _INTERACTION_COLORS(Normalize(-most, most)(value))
-                if known
-                else _NOT_RUN_COLOR
-                if ran is None
-                else "white"
-            )
-            box = Rectangle(
-                (left + right, -down - cell_width), cell_width, cell_width, facecolor=color, edgecolor="white"
-            )
-            box.set_linewidth(0.6)
-            box.set_gid(f"{column} {row} {name}")
-            ax.add_patch(box)
-            sure = low > 0 or high < 0
-            words = "\N{BULLET}" if sure else ""
-            if len(offsets) <= MAX_NUMBERED_DEFENSES:
-                words = f"{round(value, digits) + 0.0:+.{digits}f}" if known else "\N{EN DASH}"
-            if ran is None or not words:
-                continue
-            red, green, blue = color[:3] if known else (1, 1, 1)
-            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-            look: Any = {"color": "white" if dark else BLACK, "weight": "bold" if sure else "normal"}
-            look |= {"size": TEXT_SIZE - 0.5, "ha": "center", "va": "center_baseline"}
-            spot = left + right + cell_width / 2, -down - cell_width / 2
-            words = words.replace("-", "\N{MINUS SIGN}")
-            text = ax.text(*spot, words, gid=f"{column} {row} {name}", **look)
-            text.set_in_layout(False)  # lies inside of the axes: nothing to measure
-    return most
-
-
-def _draw_interaction_scale(ax: Axes, column: str, max_value: float, left: float) -> None:
-    """Draw the colors with their numbers above a panel."""
-    _, less, more = INTERACTION_PANELS[column]
-    edges = np.linspace(left, left + _MIN_INTERACTION_PANEL, 65)
-    shades = np.linspace(-max_value, max_value, 64)[None]
-    ax.pcolormesh(
-        edges, [0.28, 0.38], shades, cmap=_INTERACTION_COLORS, vmin=-max_value, vmax=max_value, clip_on=False
-    )
-    frame: Any = {"fill": False, "edgecolor": GREY, "linewidth": 0.5, "clip_on": False, "gid": "scale"}
-    ax.add_patch(Rectangle((left, 0.28), _MIN_INTERACTION_PANEL, 0.1, **frame))
-    form = ".2f" if max_value < 1 else ".1f"
-    for place, side, words in (
-        (0.0, "left", f"\N{MINUS SIGN}{max_value:{form}} {less}"),
-        (0.5, "center", "0"),
-        (1.0, "right", f"{more} +{max_value:{form}}"),
-    ):
-        style: Any = {"ha": side, "va": "top", "size": TEXT_SIZE - 0.7, "color": DARK}
-        ax.text(left + place * _MIN_INTERACTION_PANEL, 0.25, words, **style)
-
-
-def _label_interaction_axes(
-    ax: Axes,
-    families: Mapping[str, str],
-    offsets: Mapping[str, float],
-    cell_width: float,
-    left_and_end: tuple[float, float],
-    with_row_names: bool,
-) -> None:
-    """Draw the strips of the families, the names of the columns, and those of the rows where wanted."""
-    left, end = left_and_end
-    size = TEXT_SIZE if cell_width > 0.2 else TEXT_SIZE - 0.7
-    for name, along in offsets.items():
-        color = FAMILY_STYLES.get(families[name], OTHER_FAMILY_STYLE)[0]
-        for corner, wide, tall in (
-            ((left - _FAMILY_STRIP_WIDTH - 0.02, -along - cell_width), _FAMILY_STRIP_WIDTH, cell_width),
-            ((left + along, -end - _FAMILY_STRIP_WIDTH - 0.02), cell_width, _FAMILY_STRIP_WIDTH),
-        ):
-            ax.add_patch(Rectangle(corner, wide, tall, color=color, linewidth=0, clip_on=False, gid="family"))
-        shown = fit_text(name, 115, size, 1)
-        below: Any = {"rotation": 90, "ha": "center", "va": "top", "size": size}
-        ax.text(
-            left + along + cell_width / 2, -end - _FAMILY_STRIP_WIDTH - 0.06, shown, gid="column", **below
-        )
-        beyond: Any = {"ha": "right", "va": "center_baseline", "size": size}
-        if with_row_names:
-            ax.text(left - _FAMILY_STRIP_WIDTH - 0.06, -along - cell_width / 2, shown, gid="row", **beyond)
-
-
-def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
-    """Return the caption of the figure that `grid.grid` draws from these cells."""
-    doubtful = "trusted" in cells and (cells["trusted"] == "not trusted").any()
-    hollow = " Hollow and in italics: generated text contradicts the readout there." if doubtful else ""
-    wide = max((cells[f"{x}_high"] - cells[f"{x}_low"]).max() for x in ("refusal_rate", "over_refusal_rate"))
-    widest = f"; the widest of a rate spans {100 * wide:.0f} points" if wide == wide else ""
-    harmful, benign = format_count_range(cells["n_harmful"]), format_count_range(cells["n_benign"])
-    return (
-        f"The same {harmful} harmful and {benign} benign queries, all sent through the attack of the column "
-        "to the model under the defense of the row. First panel: mean over the harmful queries of the "
-        "first-answer-token margin, less the threshold; positive (blue) refuses. Then the share of each "
-        f"class whose margin exceeds the threshold.{hollow} Intervals are in the table beside the "
-        f"figure{widest}. {context.format_sentences('by column')}"
-    )
-
-
-def caption_interactions(
-    cells: pd.DataFrame, context: CaptionContext, counts: tuple[int, int] | None = None
-) -> str:
-    """Return the caption of the figure that `interactions.interactions` draws from these cells.
-
-    Args:
-        cells: what was drawn.
-        context: what is said about the run.
-        counts: harmful and benign queries of the split, where they are known.
-    """
-    few = len({*cells["first"], *cells["second"]}) <= MAX_NUMBERED_DEFENSES
-    sure = bool(cells.filter(like="_low").notna().any(axis=None))
-    values = cells[["interaction_shift", "interaction_discrimination"]]
-    dash = "\N{EN DASH}: no value. " * bool(few and values.isna().any(axis=None))
-    pairs = f"{len(cells)} pairs of defenses that were" if len(cells) > 1 else "one pair of defenses that was"
-    mark = f"{'Bold' if few else 'Dot'}: the 95\u00a0% interval excludes 0. " if sure else ""
-    return (
-        f"The {pairs} run as stacks (both worn at once), each drawn twice, {format_shared_query_counts(counts)}: what was "
-        "observed less what both members add up to, each by itself, of shift (mean of the two class means "
-        "of the margin's change against the undefended model) and of discrimination (harmful minus benign). "
-        f"0 (white): the two do not interact. {mark}{dash}"
-        f"{omit_interval_note(context, not sure).format_sentences(cells['attack'].iloc[0])}"
-    )
-
-
-# Column → what it is, factor, form, and the colors from its lowest to its highest value.
+# Column → title, factor, number format, and the colors from its lowest to its highest value.
 _ATTACK_PANELS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
     "margin": ("harmful queries: margin above the threshold (nats)", 1, "+.1f", (VERMILION, "white", BLUE)),
     "refusal_rate": ("harmful queries refused (%)", 100, ".0f", ("white", BLUE)),
     "over_refusal_rate": ("benign queries refused (%)", 100, ".0f", ("white", VERMILION)),
 }
-_CELL_HEIGHT, _MIN_CELL_WIDTH, _MIN_PANEL_WIDTH = (
-    0.2,
-    0.4,
-    1.5,
-)  # inches: a cell, and the least width of a panel
-_ATTACK_PANEL_GAP, _ATTACK_FAMILY_GAP = 0.25, 0.06  # inches between panels, and between families
-_MAX_ATTACKS_ABREAST = (
-    6  # attacks up to which the panels stand side by side; more, and each stands below the last
-)
+_CELL_HEIGHT, _MIN_CELL_WIDTH, _MIN_PANEL_WIDTH = 0.22, 0.4, 1.5  # inches, of the attack grid
+_ATTACK_PANEL_GAP = 0.25  # inches between two panels of the attack grid
+_MAX_ATTACKS_ABREAST = 6  # attacks up to which the panels are side by side instead of stacked
+_MIN_INTERACTION_PANEL, _INTERACTION_PANEL_GAP, _FAMILY_STRIP_WIDTH = 2.6, 0.3, 0.06  # inches
+_SIMILARITY_PANEL_GAP = 0.35  # inches between two panels of the similarity map
+
+
+def draw_heatmap(
+    ax: Axes,
+    values: Float[np.ndarray, "rows columns"],
+    limits: tuple[float, float],
+    colors: Colormap = EFFECT_COLORS,
+    labels: np.ndarray | None = None,
+    bold: Bool[np.ndarray, "rows columns"] | None = None,
+    missing_color: str = MISSING_COLOR,
+    text_size: float = TEXT_SIZE - 0.5,
+    **mesh_options: Any,
+) -> None:
+    """Draw a matrix as colored cells, the first row at the top; cell (row, column) has unit size.
+
+    >>> ax = make_axes(1, 1)
+    >>> draw_heatmap(ax, np.array([[0.5, np.nan]]), (-1, 1), labels=np.array([["a", "b"]]))
+    >>> [text.get_text() for text in ax.texts]
+    ['a']
+
+    Args:
+        ax: axes to draw on.
+        values: matrix; NaN cells have the color of missing values and no label.
+        limits: values of the first and the last color.
+        colors: color map.
+        labels: text of each cell, of the shape of `values`.
+        bold: whether the text of a cell is bold.
+        missing_color: color of NaN cells.
+        text_size: font size of the labels.
+        **mesh_options: passed to `pcolormesh`, such as `gid`, `linewidths` and `linecolor`.
+    """
+    import seaborn  # here, because it imports pyplot
+
+    known = np.argwhere(np.isfinite(values))
+    seaborn.heatmap(
+        values,
+        ax=ax,
+        vmin=limits[0],
+        vmax=limits[1],
+        cmap=colors.with_extremes(bad=missing_color),
+        annot=labels if labels is not None and len(known) else None,
+        fmt="",
+        annot_kws={"size": text_size, "va": "center_baseline"},
+        cbar=False,
+        xticklabels=False,
+        yticklabels=False,
+        **mesh_options,
+    )
+    ax.tick_params(length=0)
+    for text, (row, column) in zip(ax.texts, known, strict=False):
+        text.set_in_layout(False)  # inside the axes, so it need not be measured
+        if bold is not None and bold[row, column]:
+            text.set_fontweight("bold")
 
 
 def draw_attack_grid(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw what is left of each defense under each attack; cells that generated text contradicts are hollow.
+    """Draw margins and refusal rates of each defense under each attack; untrusted cells are hollow.
 
     >>> row = {"attack": "direct", "defense": "none", "family": "none", "margin": 1.5, "trusted": "trusted"}
     >>> cell = pd.DataFrame([row | {"refusal_rate": 0.9, "over_refusal_rate": 0.25}])
-    >>> [text.get_text() for text in draw_attack_grid(cell).texts if text.get_gid()]
+    >>> [panel.texts[0].get_text() for panel in draw_attack_grid(cell).child_axes]
     ['+1.5', '90', '25']
 
     Args:
-        cells: what `attack_cells` returned.
-        ax: where to draw; its data units become inches, so that a new one is best.
+        cells: table from `build_attack_cells`.
+        ax: axes that the panels are placed in; by default new ones.
     """
     attacks = list(dict.fromkeys(cells["attack"]))
-    places, tall = _attack_row_offsets(cells)
-    wide = max(_MIN_CELL_WIDTH, _MIN_PANEL_WIDTH / len(attacks))
-    across = wide * len(attacks)
+    families = _order_defenses(cells)
+    width = max(_MIN_CELL_WIDTH * len(attacks), _MIN_PANEL_WIDTH)
+    height = _CELL_HEIGHT * len(families)
     with rc_context(RC_PARAMS):
-        columns = [fit_text(_attack_label(name), 115, TEXT_SIZE, 1) for name in attacks]
-        lettered = max(measure_text_width(name, TEXT_SIZE) for name in columns) / 72 + 0.08
-        heads = {
-            name: wrap_text(words, 72 * across, 8, "bold") for name, (words, *_) in _ATTACK_PANELS.items()
+        attack_names = [
+            fit_text("no attack" if name == "direct" else name, 115, TEXT_SIZE, 1) for name in attacks
+        ]
+        titles = {
+            name: wrap_text(title, 72 * width, 8, "bold") for name, (title, *_) in _ATTACK_PANELS.items()
         }
-        above = lettered + max(map(len, heads.values())) * 8 * LINE_HEIGHT / 72 + 0.06
+        names_height = max(measure_text_width(name, TEXT_SIZE) for name in attack_names) / 72 + 0.2
+        title_height = max(map(len, titles.values())) * 8 * LINE_HEIGHT / 72
         abreast = len(attacks) <= _MAX_ATTACKS_ABREAST
-        step = (across + _ATTACK_PANEL_GAP, 0.0) if abreast else (0.0, -(tall + above + _ATTACK_PANEL_GAP))
-        ax = ax or make_axes(across + 2 * step[0], tall + 2 * -step[1])
+        step_x = width + _ATTACK_PANEL_GAP if abreast else 0.0
+        step_y = 0.0 if abreast else height + names_height + title_height + _ATTACK_PANEL_GAP
+        size = width + 2 * step_x, height + 2 * step_y
+        ax = ax or make_axes(*size)
         ax.set_axis_off()
-        for number, column in enumerate(_ATTACK_PANELS):
-            left, top = number * step[0], number * step[1]
-            _draw_attack_panel(ax, cells, column, places, attacks, (left, top, wide))
-            for place, name in enumerate(columns):
-                spot: Any = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": TEXT_SIZE}
-                ax.text(left + (place + 0.5) * wide, top + 0.05, name, **spot)
-            ax.text(left, top + lettered, "\n".join(heads[column]), va="bottom", size=8, weight="bold")
-            if number == 0 or not abreast:
-                _write_defense_names(ax, cells, places, left, top)
-            if number == 2 or not abreast:
-                _write_family_names(ax, cells, places, left + across, top)
-        ax.set_xlim(0, across + 2 * step[0])
-        ax.set_ylim(2 * step[1] - tall, 0)
+        for index, column in enumerate(_ATTACK_PANELS):
+            corner = index * step_x, size[1] - height - index * step_y
+            panel = add_inset_axes(ax, size, (*corner, width, height))
+            _draw_attack_panel(panel, cells, column, list(families), attacks)
+            _separate_families(panel, list(families.values()), "rows", 6)
+            panel.xaxis.tick_top()
+            panel.set_xticks(np.arange(len(attacks)) + 0.5, attack_names, rotation=90, fontsize=TEXT_SIZE)
+            panel.tick_params(length=0)
+            panel.set_title("\n".join(titles[column]), loc="left", fontsize=8, weight="bold")
+            if index == 0 or not abreast:
+                _name_defense_rows(panel, families)
+            if index == 2 or not abreast:
+                _name_family_rows(panel, list(families.values()), len(attacks))
     return ax
 
 
-def _attack_row_offsets(cells: pd.DataFrame) -> tuple[dict[str, float], float]:
-    """How far below the top each row begins, the undefended first, families together; and where all end."""
-    first = cells.drop_duplicates("defense").set_index("defense")["family"]
-    order = ["none", *FAMILY_STYLES, *sorted(set(first) - set(FAMILY_STYLES) - {"none"})]
-    places, below, last = {}, 0.0, None
-    for name, family in sorted(first.items(), key=lambda item: order.index(item[1])):
-        below += _ATTACK_FAMILY_GAP * (last not in (None, family))
-        places[str(name)], below, last = below, below + _CELL_HEIGHT, family
-    return places, below
+def draw_interactions(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw how far each pair of defenses is from the sum of its members; blue is above the sum, orange below.
 
+    >>> cell = {"attack": "direct", "first": "a", "second": "b", "family_first": "noise"}
+    >>> cell |= {"family_second": "tuning", "interaction_shift": -1.25, "interaction_discrimination": 0.5}
+    >>> ax = draw_interactions(pd.DataFrame([cell]))
+    >>> [[text.get_text() for text in panel.texts] for panel in ax.child_axes]
+    [['−1.2', '−1.2'], [], ['+0.50', '+0.50'], []]
 
-def _draw_attack_panel(
-    ax: Axes,
-    cells: pd.DataFrame,
-    column: str,
-    row_offsets: dict[str, float],
-    attacks: list[str],
-    corner_and_width: tuple[float, float, float],
-) -> None:
-    """Draw one measure of all cells, from a corner on, in columns of a width."""
-    _, factor, form, colors = _ATTACK_PANELS[column]
-    left, top, wide = corner_and_width
-    values = (factor * cells[column].astype(float)).round(1) + 0.0  # no number is -0.0
-    doubt = cells.get("trusted", pd.Series("", cells.index)) == "not trusted"
-    margin = column == "margin"
-    most = float(values[~doubt].abs().max()) if margin else 100.0
-    span = Normalize(-most if margin else 0, most) if most > 0 else Normalize(-1, 1)
-    shades = LinearSegmentedColormap.from_list(column, colors)
-    for attack, defense, value, hollow in zip(cells["attack"], cells["defense"], values, doubt, strict=True):
-        x, y = left + attacks.index(attack) * wide, top - row_offsets[defense] - _CELL_HEIGHT
-        known = value == value
-        red, green, blue, _ = shades(span(value)) if known and not hollow else (1, 1, 1, 1)
-        edge: Any = {"edgecolor": GREY, "linestyle": ":"} if hollow else {"edgecolor": "white"}
-        box = Rectangle((x + 0.01, y + 0.01), wide - 0.02, _CELL_HEIGHT - 0.02, linewidth=0.7, **edge)
-        box.set_facecolor((red, green, blue))
-        ax.add_patch(box)
-        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-        look: Any = {"color": "white" if dark else DARK if hollow else BLACK, "size": TEXT_SIZE - 0.5}
-        look |= {"style": "italic"} if hollow else {}
-        words = f"{value:{form}}".replace("-", "\N{MINUS SIGN}") if known else "\N{EN DASH}"
-        gid = f"{column} {defense} {attack}"
-        text = ax.text(
-            x + wide / 2, y + _CELL_HEIGHT / 2, words, ha="center", va="center_baseline", gid=gid, **look
-        )
-        text.set_in_layout(False)  # lies inside of the axes: nothing to measure
-
-
-def _write_defense_names(
-    ax: Axes, cells: pd.DataFrame, row_offsets: dict[str, float], left: float, top: float
-) -> None:
-    controls = set(cells.loc[cells["family"] == "control", "defense"])
-    for name, below in row_offsets.items():
-        words = "undefended" if name == "none" else f"{name} (control)" if name in controls else name
-        style: Any = {"ha": "right", "va": "center_baseline", "size": TEXT_SIZE}
-        style |= {"color": DARK if name in controls else BLACK}
-        ax.text(left - 0.06, top - below - _CELL_HEIGHT / 2, fit_text(words, 130, TEXT_SIZE, 1), **style)
-
-
-def _write_family_names(
-    ax: Axes, cells: pd.DataFrame, row_offsets: dict[str, float], right: float, top: float
-) -> None:
-    family = cells.drop_duplicates("defense").set_index("defense")["family"]
-    told = {"none", "control"}
-    for name, below in row_offsets.items():
-        if family[name] not in told:
-            told.add(family[name])
-            style: Any = {"va": "center_baseline", "size": TEXT_SIZE, "style": "italic", "color": DARK}
-            ax.text(
-                right + 0.06,
-                top - below - _CELL_HEIGHT / 2,
-                fit_text(family[name], 90, TEXT_SIZE, 1),
-                **style,
-            )
-
-
-def _attack_label(attack: str) -> str:
-    return "no attack" if attack == "direct" else attack
-
-
-_SIMILARITY_PANEL_GAP = 0.35  # inches between the panels
+    Args:
+        cells: table from `build_interaction_cells`, of one attack.
+        ax: axes that the panels are placed in; by default new ones.
+    """
+    families = _families_by_defense(check_one_attack(cells))
+    numbered = len(families) <= MAX_NUMBERED_DEFENSES
+    cell = 0.36 if numbered else 0.15
+    side = cell * len(families)
+    step = max(side, _MIN_INTERACTION_PANEL) + _INTERACTION_PANEL_GAP
+    size = 2 * step - _INTERACTION_PANEL_GAP, side
+    text_size = TEXT_SIZE if numbered else TEXT_SIZE - 0.7
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(*size)
+        ax.set_axis_off()
+        names = [fit_text(name, 115, text_size, 1) for name in families]
+        for index, (column, (title, low_text, high_text)) in enumerate(INTERACTION_PANELS.items()):
+            panel = add_inset_axes(ax, size, (index * step, 0, side, side))
+            pairs = zip(cells["first"], cells["second"], extract_estimates(cells, column), strict=True)
+            limit = _draw_pairs(panel, list(pairs), list(families))
+            _separate_families(panel, list(families.values()), "both", 6 if numbered else 3)
+            _draw_family_strips(panel, list(families.values()), _FAMILY_STRIP_WIDTH / cell)
+            _name_pairs(panel, names, index == 0, text_size, pad=72 * _FAMILY_STRIP_WIDTH + 4)
+            scale = add_inset_axes(ax, size, (index * step, side + 0.28, _MIN_INTERACTION_PANEL, 0.1))
+            digits = 2 if limit < 1 else 1
+            texts = [f"\N{MINUS SIGN}{limit:.{digits}f} {low_text}", "0", f"{high_text} +{limit:.{digits}f}"]
+            draw_color_scale(scale, limit, texts, is_horizontal=True)
+            lines = wrap_text(title, 72 * max(side, _MIN_INTERACTION_PANEL), 8, "bold")
+            scale.set_title("\n".join(lines), loc="left", fontsize=8, weight="bold")
+        key: list[Any] = [
+            Patch(color=FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)[0], label=family)
+            for family in dict.fromkeys(families.values())
+        ]
+        if len(cells) < len(families) * (len(families) - 1) / 2:
+            key.append(Patch(color=MISSING_COLOR, label="pair was not run"))
+        place_legend_beside(ax, key, title="family (strip)")
+    return ax
 
 
 def draw_profile_similarity(profiles: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the cosine of each two defenses, a panel per contrast; blue is alike, orange is opposite.
+    """Draw the cosine similarity of each pair of defenses, a panel per contrast; blue is alike.
 
     >>> row = {"attack": "direct", "defense": "a", "other": "b", "contrast": "shift", "cosine": -0.5}
     >>> [text.get_text() for text in draw_profile_similarity(pd.DataFrame([row])).child_axes[0].texts]
@@ -411,74 +219,247 @@ def draw_profile_similarity(profiles: pd.DataFrame, ax: Axes | None = None) -> A
 
     Args:
         profiles: `profiles.csv`, of one attack.
-        ax: where to draw; it only lends its place to the panels.
+        ax: axes that the panels are placed in; by default new ones.
     """
-    check_one_attack(profiles)
-    kinds = list(dict.fromkeys(profiles["contrast"]))
-    names = list(dict.fromkeys([*profiles["defense"], *profiles["other"]]))
-    cell = 0.36 if len(names) <= MAX_NUMBERED_DEFENSES else 0.17
-    side = cell * len(names)
+    contrasts = list(dict.fromkeys(check_one_attack(profiles)["contrast"]))
+    defenses = list(dict.fromkeys([*profiles["defense"], *profiles["other"]]))
+    side = (0.36 if len(defenses) <= MAX_NUMBERED_DEFENSES else 0.17) * len(defenses)
     step = max(side, 1.6) + _SIMILARITY_PANEL_GAP
-    whole = len(kinds) * step - _SIMILARITY_PANEL_GAP, side
+    size = len(contrasts) * step - _SIMILARITY_PANEL_GAP, side
     with rc_context(RC_PARAMS):
-        ax = ax or make_axes(*whole)
+        ax = ax or make_axes(*size)
         ax.set_axis_off()
-        panels = [add_inset_axes(ax, whole, (number * step, 0, side, side)) for number in range(len(kinds))]
-        set_panel_titles(panels, kinds)
-        shown = [fit_text(name, 130, TEXT_SIZE, 1) for name in names]
-        for number, (kind, panel) in enumerate(zip(kinds, panels, strict=True)):
-            _draw_similarity_panel(panel, profiles[profiles["contrast"] == kind], names)
-            panel.set_xticks(range(len(names)), shown, rotation=90, fontsize=TEXT_SIZE)
-            panel.set_yticks(
-                range(len(names)), shown if number == 0 else [""] * len(names), fontsize=TEXT_SIZE
-            )
-        bar = add_inset_axes(
-            ax, whole, ((len(kinds) - 1) * step + side + 0.2, side - min(side, 1.5), 0.11, min(side, 1.5))
+        panels = [
+            add_inset_axes(ax, size, (index * step, 0, side, side)) for index, _ in enumerate(contrasts)
+        ]
+        set_panel_titles(panels, contrasts)
+        names = [fit_text(name, 130, TEXT_SIZE, 1) for name in defenses]
+        for contrast, panel in zip(contrasts, panels, strict=True):
+            rows = profiles[profiles["contrast"] == contrast]
+            pairs = zip(rows["defense"], rows["other"], extract_estimates(rows, "cosine"), strict=True)
+            _draw_pairs(panel, list(pairs), defenses, limit=1.0, digits=2)
+            _name_pairs(panel, names, panel is panels[0], TEXT_SIZE)
+        height = min(side, 1.5)
+        scale = add_inset_axes(
+            ax, size, ((len(contrasts) - 1) * step + side + 0.2, side - height, 0.11, height)
         )
-        draw_color_scale(bar, 1.0, ["\N{MINUS SIGN}1 opposite", "0 unlike", "+1 same"])
+        draw_color_scale(scale, 1.0, ["\N{MINUS SIGN}1 opposite", "0 unrelated", "+1 same"])
     return ax
 
 
-def _draw_similarity_panel(ax: Axes, rows: pd.DataFrame, defenses: list[str]) -> None:
-    """Draw one contrast of all pairs on both sides of the diagonal."""
-    values, sure = np.full((len(defenses),) * 2, np.nan), np.zeros((len(defenses),) * 2, dtype=bool)
-    pairs = zip(rows["defense"], rows["other"], extract_estimates(rows, "cosine"), strict=True)
-    for one, two, (value, low, high) in pairs:
-        for row, column in ((one, two), (two, one)):
-            if row != column:
-                values[defenses.index(row), defenses.index(column)] = value
-                sure[defenses.index(row), defenses.index(column)] = low > 0 or high < 0
-    edges = np.arange(len(defenses) + 1) - 0.5
-    look: Any = {
-        "cmap": EFFECT_COLORS.with_extremes(bad=MISSING_COLOR),
-        "norm": Normalize(-1, 1),
-        "edgecolors": "white",
-    }
-    ax.pcolormesh(edges, edges, np.ma.masked_invalid(values), linewidth=0.6, gid="cosine", **look)
-    for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
-        value, certain = values[row, column], sure[row, column]
-        words = (
-            f"{round(value, 2) + 0.0:+.2f}"
-            if len(defenses) <= MAX_NUMBERED_DEFENSES
-            else "\N{BULLET}" * bool(certain)
-        )
-        style: Any = {"weight": "bold" if certain else "normal", "size": TEXT_SIZE - 1.0, "gid": "cosine"}
-        style |= {"color": "white" if abs(value) > 0.7 else BLACK, "ha": "center", "va": "center_baseline"}
-        ax.text(column, row, words.replace("-", "\N{MINUS SIGN}"), **style)
-    ax.set_ylim(len(defenses) - 0.5, -0.5)
-    ax.tick_params(length=0)
-    ax.spines[["left", "bottom"]].set_visible(False)
-
-
-def caption_profile_similarity(
-    profiles: pd.DataFrame, context: CaptionContext, counts: QueryCounts = None
-) -> str:
-    """Return the caption of the figure that `likeness.likeness` draws from these profiles."""
-    few = len({*profiles["defense"], *profiles["other"]}) <= MAX_NUMBERED_DEFENSES
-    sure = keep_if_intervals(profiles, f"{'Bold' if few else 'Dot'}: the 95\u00a0% interval excludes 0. ")
-    return (
-        "Cosine of what two defenses' parts (heads, MLPs and all others) write by direct logit attribution "
-        f"{format_query_counts(profiles, counts)}, each pair drawn twice: 1, the same parts in the same proportions; 0, "
-        f"unrelated. {CONTRASTS_SENTENCE}{sure}"
-        f"{format_run_sentences(profiles, context)}"
+def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_attack_grid`."""
+    is_untrusted = "trusted" in cells and (cells["trusted"] == "not trusted").any()
+    hollow = " Hollow and in italics: generated text contradicts the readout." if is_untrusted else ""
+    widest = max(
+        (cells[f"{x}_high"] - cells[f"{x}_low"]).max() for x in ("refusal_rate", "over_refusal_rate")
     )
+    width = f"; the widest interval of a rate spans {100 * widest:.0f} points" if widest == widest else ""
+    harmful, benign = format_count_range(cells["n_harmful"]), format_count_range(cells["n_benign"])
+    return (
+        f"Each cell: the same {harmful} harmful and {benign} benign queries under the attack of the column "
+        "and the defense of the row. First panel: mean first-token margin of the harmful queries minus the "
+        "threshold; positive (blue) refuses. Second and third panel: share of harmful and of benign queries "
+        f"whose margin exceeds the threshold.{hollow} Intervals are in the table beside the figure{width}. "
+        f"{context.format_sentences('by column')}"
+    )
+
+
+def caption_interactions(cells: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_interactions`."""
+    is_numbered = len({*cells["first"], *cells["second"]}) <= MAX_NUMBERED_DEFENSES
+    has_intervals = bool(cells.filter(like="_low").notna().any(axis=None))
+    values = cells[["interaction_shift", "interaction_discrimination"]]
+    dash = "\N{EN DASH}: no value. " if is_numbered and values.isna().any(axis=None) else ""
+    pairs = (
+        f"the {len(cells)} pairs of defenses that were"
+        if len(cells) > 1
+        else "the one pair of defenses that was"
+    )
+    mark = f"{'Bold' if is_numbered else 'Dot'}: the 95\u00a0% interval excludes 0. " if has_intervals else ""
+    return (
+        f"Interactions of {pairs} run as stacks (both applied together), each drawn twice, "
+        f"{format_query_counts(cells, context.query_counts)}: observed effect of the stack minus the sum of "
+        "the effects of its members, for shift (mean of the two class means of the margin's change against "
+        "the undefended model) and discrimination (harmful minus benign). 0 (white): no interaction. Each "
+        f"panel has its own color scale. {mark}{dash}"
+        f"{omit_interval_note(context, not has_intervals).format_sentences(cells['attack'].iloc[0])}"
+    )
+
+
+def caption_profile_similarity(profiles: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_profile_similarity`."""
+    is_numbered = len({*profiles["defense"], *profiles["other"]}) <= MAX_NUMBERED_DEFENSES
+    mark = f"{'Bold' if is_numbered else 'Dot'}: the 95\u00a0% interval excludes 0. "
+    return (
+        "Cosine similarity of two defenses' attribution profiles (direct logit attribution to heads, MLPs "
+        f"and all other components) {format_query_counts(profiles, context.query_counts)}, each pair drawn "
+        "twice: 1, the same components in the same proportions; 0, unrelated. "
+        f"{CONTRASTS_SENTENCE}{keep_if_intervals(profiles, mark)}{format_run_sentences(profiles, context)}"
+    )
+
+
+def _order_defenses(cells: pd.DataFrame) -> dict[str, str]:
+    """Return the family of each defense, the undefended model first and families together."""
+    families = cells.drop_duplicates("defense").set_index("defense")["family"]
+    order = ["none", *FAMILY_STYLES, *sorted(set(families) - set(FAMILY_STYLES) - {"none"})]
+    return {
+        str(name): str(family)
+        for name, family in sorted(families.items(), key=lambda item: order.index(item[1]))
+    }
+
+
+def _draw_attack_panel(
+    ax: Axes, cells: pd.DataFrame, column: str, defenses: list[str], attacks: list[str]
+) -> None:
+    """Draw one measure of all cells; untrusted cells have a dotted frame and no color."""
+    _, factor, number_format, colors = _ATTACK_PANELS[column]
+    shape = len(defenses), len(attacks)
+    values, labels = np.full(shape, np.nan), np.full(shape, "", dtype=object)
+    untrusted = np.zeros(shape, dtype=bool)
+    numbers = (factor * cells[column].astype(float)).round(1) + 0.0  # no number is -0.0
+    trusted = cells.get("trusted", pd.Series("", cells.index))
+    for attack, defense, value, verdict in zip(
+        cells["attack"], cells["defense"], numbers, trusted, strict=True
+    ):
+        place = defenses.index(defense), attacks.index(attack)
+        values[place], untrusted[place] = value, verdict == "not trusted"
+        labels[place] = (
+            f"{value:{number_format}}".replace("-", "\N{MINUS SIGN}") if value == value else "\N{EN DASH}"
+        )
+    shown = np.where(untrusted, np.nan, values)
+    limits = (0.0, 100.0)
+    if column == "margin":
+        largest = float(np.nanmax(np.abs(shown))) if np.isfinite(shown).any() else 0.0
+        limits = -(largest or 1.0), largest or 1.0
+    color_map = LinearSegmentedColormap.from_list(column, colors)
+    cell_lines: Any = {"linewidths": 1.2, "linecolor": "white", "gid": column}
+    draw_heatmap(ax, shown, limits, color_map, labels, missing_color="white", **cell_lines)
+    for row, attack_place in np.argwhere(~np.isfinite(shown) & (labels != "")).tolist():
+        style: Any = {"color": BLACK}
+        if untrusted[row, attack_place]:
+            style = {"color": DARK, "style": "italic"}
+            frame: Any = {"fill": False, "edgecolor": GREY, "linestyle": ":", "linewidth": 0.7}
+            ax.add_patch(Rectangle((attack_place + 0.04, row + 0.08), 0.92, 0.84, **frame))
+        _write_in_cell(ax, row, attack_place, str(labels[row, attack_place]), **style)
+
+
+def _write_in_cell(ax: Axes, row: int, column: int, text: str, **style: Any) -> None:
+    centered: Any = {"size": TEXT_SIZE - 0.5, "ha": "center", "va": "center_baseline"}
+    ax.text(column + 0.5, row + 0.5, text, **centered, **style).set_in_layout(False)
+
+
+def _name_defense_rows(ax: Axes, families: Mapping[str, str]) -> None:
+    """Write the names of the defenses at the left; controls are grey."""
+    names = [
+        "undefended" if name == UNDEFENDED else f"{name} (control)" if family == "control" else name
+        for name, family in families.items()
+    ]
+    shown = [fit_text(name, 130, TEXT_SIZE, 1) for name in names]
+    ax.set_yticks(np.arange(len(shown)) + 0.5, shown, fontsize=TEXT_SIZE)
+    for label, family in zip(ax.get_yticklabels(), families.values(), strict=True):
+        label.set_color(DARK if family == "control" else BLACK)
+
+
+def _name_family_rows(ax: Axes, families: Sequence[str], n_columns: int) -> None:
+    """Write each family's name at the right of its first row."""
+    style: Any = {"va": "center_baseline", "size": TEXT_SIZE, "style": "italic", "color": DARK}
+    for row, family in enumerate(families):
+        if family not in ("none", "control", *families[:row]):
+            ax.annotate(
+                fit_text(family, 90, TEXT_SIZE, 1),
+                (n_columns, row + 0.5),
+                (4, 0),
+                textcoords="offset points",
+                annotation_clip=False,
+                gid="family",
+                **style,
+            )
+
+
+def _separate_families(ax: Axes, families: Sequence[str], direction: str, line_width: float) -> None:
+    """Draw white gaps between the rows, or the rows and the columns, of different families."""
+    gap: Any = {"color": "white", "linewidth": line_width, "zorder": 1.5, "gid": "gap"}
+    for place in range(1, len(families)):
+        if families[place] != families[place - 1]:
+            ax.axhline(place, **gap)
+            if direction == "both":
+                ax.axvline(place, **gap)
+
+
+def _families_by_defense(cells: pd.DataFrame) -> dict[str, str]:
+    """Return the family of each defense of the pairs, families together."""
+    families = dict(zip(cells["first"], cells["family_first"], strict=True))
+    families |= dict(zip(cells["second"], cells["family_second"], strict=True))
+    order = [*FAMILY_STYLES, *sorted(set(families.values()) - set(FAMILY_STYLES))]
+    return dict(sorted(families.items(), key=lambda item: (order.index(item[1]), item[0])))
+
+
+def _draw_pairs(
+    ax: Axes,
+    pairs: Sequence[tuple[str, str, Float[np.ndarray, " 3"]]],
+    defenses: list[str],
+    limit: float | None = None,
+    digits: int | None = None,
+) -> float:
+    """Draw the estimates of pairs on both sides of the diagonal; return the value of the darkest color.
+
+    Args:
+        ax: axes to draw on.
+        pairs: two defenses and their estimate with its interval.
+        defenses: rows and columns.
+        limit: value of the darkest color; by default the largest estimate.
+        digits: of the numbers; by default one, or two if all estimates are below one.
+    """
+    shape = len(defenses), len(defenses)
+    values, known_pair = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+    excludes_zero = np.zeros(shape, dtype=bool)
+    for first, second, (value, low, high) in pairs:
+        for place in (
+            (defenses.index(first), defenses.index(second)),
+            (defenses.index(second), defenses.index(first)),
+        ):
+            values[place], known_pair[place] = value, True
+            excludes_zero[place] = low > 0 or high < 0
+    np.fill_diagonal(values, np.nan)
+    if limit is None:
+        limit = (float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0) or 1.0
+    digits = (2 if limit < 1 else 1) if digits is None else digits
+    numbered = len(defenses) <= MAX_NUMBERED_DEFENSES
+    labels = np.array(
+        [
+            f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+            if numbered
+            else "\N{BULLET}" * bool(is_sure)
+            for value, is_sure in zip(values.ravel(), excludes_zero.ravel(), strict=True)
+        ],
+        dtype=object,
+    ).reshape(shape)
+    cell_lines: Any = {"linewidths": 0.6, "linecolor": "white", "gid": "pairs"}
+    cell_lines |= {"text_size": TEXT_SIZE - (0.5 if digits < 2 else 1.0)}
+    draw_heatmap(ax, values, (-limit, limit), labels=labels, bold=excludes_zero, **cell_lines)
+    blank = np.eye(len(defenses), dtype=bool) | (known_pair & np.isnan(values))
+    for row, column in np.argwhere(blank).tolist():
+        ax.add_patch(Rectangle((column, row), 1, 1, color="white", linewidth=0, zorder=1.2))
+        if row != column and numbered:
+            _write_in_cell(ax, row, column, "\N{EN DASH}")
+    return limit
+
+
+def _name_pairs(
+    ax: Axes, names: Sequence[str], with_row_names: bool, text_size: float, pad: float = 3.0
+) -> None:
+    """Write the names of the defenses below the columns and, if wanted, beside the rows."""
+    places = np.arange(len(names)) + 0.5
+    ax.set_xticks(places, names, rotation=90, fontsize=text_size)
+    ax.set_yticks(places, names if with_row_names else [""] * len(names), fontsize=text_size, rotation=0)
+    ax.tick_params(length=0, pad=pad)
+
+
+def _draw_family_strips(ax: Axes, families: Sequence[str], width: float) -> None:
+    """Draw a strip of the family's color left of each row and below each column; width in cells."""
+    for place, family in enumerate(families):
+        color = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)[0]
+        style: Any = {"color": color, "linewidth": 0, "clip_on": False, "gid": "family"}
+        ax.add_patch(Rectangle((-1.3 * width, place), width, 1, **style))
+        ax.add_patch(Rectangle((place, len(families) + 0.3 * width), 1, width, **style))

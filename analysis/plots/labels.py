@@ -1,4 +1,6 @@
-"""labels."""
+"""Placement of labels beside points so that no label covers a point or another label."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +15,81 @@ from analysis.plots.layout import LINE_HEIGHT, measure_text_width
 from analysis.plots.style import TEXT_SIZE
 from analysis.stats.tables import INTERVAL_SUFFIXES
 
-# Rows of coordinates. (numpy's ArrayLike is a recursive protocol that run-time checks stumble over.)
+# Rows of coordinates. (numpy's ArrayLike is a recursive protocol that run-time checks fail on.)
 _Coordinates = np.ndarray | Sequence[Any]
 
-LABEL_GAP = 6.0  # points between a label and its point where nothing is in the way
+LABEL_GAP = 6.0  # points between a label and its point if nothing is in the way
+_NUMBER_REACH = 300.0  # points between a number and its point at most
+_CROWD_RADIUS = 60.0  # points: a point with many others this near gets its name last
+
+
+class LabelPlacer:
+    """Finds a free position for one label after another.
+
+    Positions on rings around the point are tried in a fixed order, so equal input gives equal figures.
+
+    >>> placer = LabelPlacer([(50, 50)], (0, 0, 100, 100), [], [])
+    >>> first, second = placer.place((50, 50), "a", reach=40), placer.place((50, 50), "b", reach=40)
+    >>> first is not None and second is not None and first != second
+    True
+
+    Args:
+        points: float[n 2], points that no label may cover, in points (1/72 inch).
+        bounds: box x0, y0, x1, y1 that no label may leave.
+        obstacles: float[k 4], boxes that no label may touch.
+        avoided_boxes: float[m 4], boxes that are better left free (interval bars); an edge may be NaN.
+    """
+
+    def __init__(
+        self,
+        points: _Coordinates,
+        bounds: _Coordinates,
+        obstacles: _Coordinates,
+        avoided_boxes: _Coordinates,
+    ) -> None:
+        """Store the obstacles; `place` adds each label to them."""
+        spots = np.asarray(points, dtype=float).reshape(-1, 2)
+        marks = np.concatenate([spots - 4, spots + 4], axis=1)
+        self._bounds = np.asarray(bounds, dtype=float)
+        self._hard = np.concatenate([marks, np.asarray(obstacles, dtype=float).reshape(-1, 4)])
+        self._soft = np.asarray(avoided_boxes, dtype=float).reshape(-1, 4)
+        self._n_fixed = len(self._hard)
+
+    def place(self, anchor: _Coordinates, text: str, reach: float) -> tuple[float, float, float] | None:
+        """Return where to center a label: its offset x and y from the point and its gap to it, in points.
+
+        Args:
+            anchor: position of the point, in points.
+            text: label; lines are separated by newlines.
+            reach: largest gap between label and point, in points.
+
+        Returns:
+            None if the label has no room.
+        """
+        spot = np.asarray(anchor, dtype=float)
+        half = _measure_half_size(text)
+        angles = np.pi * np.array([0.25, 0.75, -0.25, -0.75, *np.arange(-7, 9) / 8])
+        radii = np.arange(LABEL_GAP, max(reach, 7.0), 4.0)
+        gaps, turns = np.repeat(radii, len(angles)), np.tile(angles, len(radii))
+        directions = np.stack([np.cos(turns), np.sin(turns)], axis=1)
+        offsets = directions * gaps[:, None] + directions * half
+        boxes = np.concatenate([spot + offsets - half, spot + offsets + half], axis=1)
+        free = ~_boxes_overlap(boxes, self._hard).any(axis=1)
+        free &= (boxes[:, :2] >= self._bounds[:2]).all(axis=1) & (boxes[:, 2:] <= self._bounds[2:]).all(
+            axis=1
+        )
+        if not free.any():
+            return None
+        # Points along the line from label to point, which should cross no other label.
+        steps = np.linspace(0.15, 0.95, 9)[:, None] * (directions * gaps[:, None])[:, None, :] + spot
+        labels = self._hard[self._n_fixed :]
+        crossed = _boxes_overlap(np.concatenate([steps, steps], axis=2).reshape(-1, 4), labels).any(axis=1)
+        leader_crosses = crossed.reshape(len(offsets), -1).any(axis=1)
+        cost = gaps + 9 * _boxes_overlap(boxes, self._soft).sum(axis=1) + 40 * leader_crosses
+        best = int(np.where(free, cost, np.inf).argmin())
+        self._hard = np.concatenate([self._hard, boxes[best : best + 1]])
+        self._soft = np.concatenate([self._soft, np.concatenate([steps[best], steps[best]], axis=1)])
+        return float(offsets[best][0]), float(offsets[best][1]), float(gaps[best])
 
 
 def label_points(
@@ -26,21 +99,27 @@ def label_points(
     reach: float,
     columns: tuple[str, str] = ("shift", "discrimination"),
     keep_clear: pd.DataFrame | None = None,
-) -> bool:
-    """Write a text beside each point, clear of the origin; where room is short write none and return False.
+    number_rest: bool = False,
+) -> list[int]:
+    """Write a text beside each point that has room for it, and number the other points if wanted.
 
-    >>> ends = {f"{x}{end}": [1.0, 1.0] for x in ("shift", "discrimination") for end in ENDS}
-    >>> ax = blank(3, 3)
+    >>> from analysis.plots.layout import make_axes
+    >>> ends = {f"{x}{end}": [1.0, 1.0] for x in ("shift", "discrimination") for end in INTERVAL_SUFFIXES}
+    >>> ax = make_axes(3, 3)
     >>> label_points(ax, pd.DataFrame(ends), ["one", "two"], reach=40), len(ax.texts)
-    (True, 2)
+    ([0, 0], 2)
 
     Args:
         ax: axes whose size and limits are final.
-        points: as `plane_points` returns them.
-        texts: one for each point.
-        reach: how far from its point a text may lie, points (1/72 inch).
-        columns: the columns along both axes.
+        points: table with both coordinates and the ends of their intervals.
+        texts: text of each point.
+        reach: largest gap between a text and its point, points (1/72 inch).
+        columns: columns along both axes.
         keep_clear: further points that no text may cover.
+        number_rest: write numbers, which may be farther from their points, where a text has no room.
+
+    Returns:
+        The number of each point; 0 if it has a text.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -49,95 +128,63 @@ def label_points(
     )
     corners = [[x, y], [0 * x, 0 * y], [x_low, y], [x_high, y], [x, y_low], [x, y_high]]
     at = ax.transData.transform(np.moveaxis(np.array(corners), 1, 2).reshape(-1, 2)) * 72 / figure.dpi
-    spots, origin, left, right, low, high = at.reshape(len(corners), len(points), 2)
+    spots, clear, left, right, low, high = at.reshape(len(corners), len(points), 2)
     bars = np.concatenate([np.concatenate([left, right], axis=1), np.concatenate([low, high], axis=1)])
     window = np.array(ax.get_window_extent().extents) * 72 / figure.dpi
     if keep_clear is not None and len(keep_clear):
-        origin = np.concatenate([origin, ax.transData.transform(keep_clear[[*columns]]) * 72 / figure.dpi])
-    offsets = place_labels(
-        spots, texts, window, np.concatenate([origin - 4, origin + 4], axis=1), bars, reach
-    )
-    for spot_x, spot_y, text, (right_by, up_by, gap) in zip(x, y, texts, offsets or [], strict=False):
-        leader = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-        set_by: Any = {"ha": "center", "va": "center", "size": TEXT_SIZE, "linespacing": 1.1, "zorder": 9}
-        set_by |= {"textcoords": "offset points", "annotation_clip": False}
-        set_by |= {"arrowprops": leader} if gap > LABEL_GAP else {}
-        words = ax.annotate(text, (spot_x, spot_y), (right_by, up_by), **set_by)
-        words.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    return offsets is not None
+        clear = np.concatenate([clear, ax.transData.transform(keep_clear[[*columns]]) * 72 / figure.dpi])
+    boxes = np.concatenate([clear - 4, clear + 4], axis=1)
+    order: Any = range(len(points))
+    if number_rest:  # points far from others first: their names take no room from others
+        distances = np.linalg.norm(spots[:, None] - spots[None], axis=2)
+        order = np.argsort((distances < _CROWD_RADIUS).sum(axis=1), kind="stable")
+    written, numbers = dict(enumerate(texts)), [0] * len(points)
+    for with_texts in (True, False):
+        placer = LabelPlacer(spots, window, boxes, bars)
+        places = {
+            index: place
+            for index in (order if with_texts else ())
+            if (place := placer.place(spots[index], texts[index], reach)) is not None
+        }
+        if not number_rest:
+            break
+        rest = [index for index in range(len(points)) if index not in places]
+        for number, index in enumerate(rest, 1):
+            place = placer.place(spots[index], str(number), _NUMBER_REACH)
+            written[index], numbers[index] = str(number), number
+            if place is not None:
+                places[index] = place
+        if len(places) == len(points):
+            break
+    for index, place in sorted(places.items()):
+        _write_label(ax, (x[index], y[index]), written[index], place)
+    return numbers
 
 
-def place_labels(
-    anchors: _Coordinates,
-    texts: Sequence[str],
-    bounds: _Coordinates,
-    obstacles: _Coordinates,
-    avoided_boxes: _Coordinates,
-    reach: float,
-) -> list[tuple[float, float, float]] | None:
-    """Return where to center each label, so that no label hides another or a point.
+def make_legend_marker(color: str, marker: str, text: str) -> Line2D:
+    """Return the legend entry of points of this color and marker."""
+    style: Any = {"linestyle": "", "markersize": 8 if marker in "PX*" else 6.5, "markeredgecolor": "white"}
+    return Line2D([], [], color=color, marker=marker, markeredgewidth=0.5, label=text, **style)
 
-    Rings of candidates around each point are tried in a fixed order, so equal input gives equal figures.
 
-    >>> offsets = place_labels([(50, 50), (50, 50)], ["a", "b"], (0, 0, 100, 100), [], [], reach=40)
-    >>> offsets is not None and offsets[0] != offsets[1]
-    True
+def _write_label(ax: Axes, point: tuple[float, float], text: str, place: tuple[float, float, float]) -> None:
+    """Write a label at its offset, with a line to its point if it is not next to it."""
+    right, up, gap = place
+    leader = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+    style: Any = {"ha": "center", "va": "center", "size": TEXT_SIZE, "linespacing": 1.1, "zorder": 9}
+    style |= {"textcoords": "offset points", "annotation_clip": False}
+    style |= {"arrowprops": leader} if gap > LABEL_GAP else {}
+    label = ax.annotate(text, point, (right, up), **style)
+    label.set_path_effects([withStroke(linewidth=2, foreground="white")])
 
-    Args:
-        anchors: float[n 2], where the points are, in points (1/72 inch).
-        texts: one label for each, lines parted by a newline.
-        bounds: the box that no label may leave.
-        obstacles: float[t 4], boxes x0, y0, x1, y1 that no label may touch, besides the points themselves.
-        avoided_boxes: float[a 4], boxes that are better left free (interval bars); an edge may be NaN.
-        reach: how far from its point a label may lie.
 
-    Returns:
-        For each label its offset x, y and the gap to its point, all in points; None where room is short.
-    """
-    angles = np.pi * np.array([0.25, 0.75, -0.25, -0.75, *np.arange(-7, 9) / 8])
-    radii = np.arange(LABEL_GAP, max(reach, 7.0), 4.0)
-    ring = np.stack([np.repeat(radii, len(angles)), np.tile(angles, len(radii))])
-    way = np.stack([np.cos(ring[1]), np.sin(ring[1])], axis=1)
-    spots, window = np.asarray(anchors, dtype=float), np.asarray(bounds, dtype=float)
-    marks = np.concatenate([spots - 4, spots + 4], axis=1)
-    hard = np.concatenate([marks, np.asarray(obstacles, dtype=float).reshape(-1, 4)])
-    fixed = len(hard)
-    soft = np.asarray(avoided_boxes, dtype=float).reshape(-1, 4)
-    found: list[tuple[float, float, float]] = []
-    for anchor, text in zip(spots, texts, strict=True):
-        lines = text.split("\n")
-        half = np.array(
-            [
-                max(measure_text_width(line, TEXT_SIZE) for line in lines) / 2 + 1,
-                len(lines) * TEXT_SIZE * LINE_HEIGHT / 2 + 1,
-            ]
-        )
-        offsets = way * ring[0][:, None] + way * half
-        boxes = np.concatenate([anchor + offsets - half, anchor + offsets + half], axis=1)
-        free = ~_boxes_overlap(boxes, hard).any(axis=1)
-        free &= (boxes[:, :2] >= window[:2]).all(axis=1) & (boxes[:, 2:] <= window[2:]).all(axis=1)
-        if not free.any():
-            return None
-        steps = np.linspace(0.15, 0.95, 9)[:, None] * (way * ring[0][:, None])[:, None, :] + anchor
-        crossed = _boxes_overlap(np.concatenate([steps, steps], axis=2).reshape(-1, 4), hard[fixed:]).any(
-            axis=1
-        )
-        leader = crossed.reshape(len(offsets), -1).any(axis=1)
-        cost = ring[0] + 9 * _boxes_overlap(boxes, soft).sum(axis=1) + 40 * leader
-        best = int(np.where(free, cost, np.inf).argmin())
-        hard = np.concatenate([hard, boxes[best : best + 1]])
-        soft = np.concatenate([soft, np.concatenate([steps[best], steps[best]], axis=1)])
-        found.append((float(offsets[best][0]), float(offsets[best][1]), float(ring[0][best])))
-    return found
+def _measure_half_size(text: str) -> np.ndarray:
+    lines = text.split("\n")
+    width = max(measure_text_width(line, TEXT_SIZE) for line in lines)
+    return np.array([width / 2 + 1, len(lines) * TEXT_SIZE * LINE_HEIGHT / 2 + 1])
 
 
 def _boxes_overlap(boxes: Any, others: Any) -> Any:
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     return (low <= high).all(axis=2)
-
-
-def make_legend_marker(color: str, marker: str, text: str) -> Line2D:
-    """Return the entry of a key for points of this look."""
-    style: Any = {"linestyle": "", "markersize": 8 if marker in "PX*" else 6.5, "markeredgecolor": "white"}
-    return Line2D([], [], color=color, marker=marker, markeredgewidth=0.5, label=text, **style)

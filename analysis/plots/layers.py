@@ -1,8 +1,8 @@
-"""Where in the depth of a model a defense acts: curves over its layers, a panel per contrast."""
+"""Effects of defenses by layer: logit lens, and projections on the refusal and harmfulness directions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
@@ -30,52 +30,47 @@ from analysis.plots.layout import (
 )
 from analysis.plots.style import BLACK, GREY, RC_PARAMS
 
-if TYPE_CHECKING:
-    from analysis.plots.captions import QueryCounts
-
 _DIRECTION_TITLES = {"auroc": "AUROC", "shift": "shift", "discrimination": "discrimination"}
-_CURVE_PANEL_HEIGHT, _MARK_ROW_HEIGHT = (
-    1.7,
-    0.1,
-)  # inches: a panel of curves, a defense's row of half-way marks
+_CURVE_PANEL_HEIGHT, _MARK_ROW_HEIGHT = 1.7, 0.1  # inches: a panel of curves, a row of half-way marks
 
 
 def draw_layers(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw each defense's effect as it appears from layer to layer; below, the layer where half is there.
+    """Draw each defense's effect by layer and, below, the layer at which half of it is reached.
 
     >>> row = {"attack": "direct", "defense": "a", "layer": 0, "shift": 0.0, "discrimination": 0.0}
     >>> draw_layers(pd.DataFrame([row, row | {"layer": 1, "shift": 1.0}])).child_axes[0].get_xlabel()
     'layer entered'
 
     Args:
-        points: what `layer_points` returned, of one attack.
-        ax: where to draw; it only lends its place to the panels.
+        points: table from `build_layer_points`, of one attack.
+        ax: axes that the panels are placed in; by default new ones.
     """
-    of = assign_curve_styles(check_one_attack(points)["defense"])
-    halves = [f"{name}_half" for name in CONTRAST_LABELS if f"{name}_half" in points]
-    marked = bool(points[halves].notna().any(axis=None))
-    last, words = float(to_numbers(points["layer"]).max()), "layer entered"
+    styles = assign_curve_styles(check_one_attack(points)["defense"])
+    half_columns = [f"{name}_half" for name in CONTRAST_LABELS if f"{name}_half" in points]
+    has_marks = bool(points[half_columns].notna().any(axis=None))
+    last_layer, label = float(to_numbers(points["layer"]).max()), "layer entered"
     with rc_context(RC_PARAMS):
-        heights = [_CURVE_PANEL_HEIGHT, _MARK_ROW_HEIGHT * (len(of) + 1)] if marked else [_CURVE_PANEL_HEIGHT]
-        ax, (row, *strips) = stack_panels(ax, heights, [0.06] * marked)
-        set_panel_titles(row, CONTRAST_LABELS.values())
-        for place, (name, panel) in enumerate(zip(CONTRAST_LABELS, row, strict=True)):
-            for defense, look in of.items():
-                draw_curve(panel, points[points["defense"] == defense], name, look, defense, len(of))
-            set_layer_axis(panel, last, "" if marked else words)
-            if strips:
+        heights = [_CURVE_PANEL_HEIGHT] + [_MARK_ROW_HEIGHT * (len(styles) + 1)] * has_marks
+        ax, (panels, *mark_panels) = stack_panels(ax, heights, [0.06] * has_marks)
+        set_panel_titles(panels, CONTRAST_LABELS.values())
+        for place, (contrast, panel) in enumerate(zip(CONTRAST_LABELS, panels, strict=True)):
+            for defense, style in styles.items():
+                rows = points[points["defense"] == defense]
+                draw_curve(panel, rows, contrast, style, defense, len(styles))
+            set_layer_axis(panel, last_layer, "" if has_marks else label)
+            if has_marks:
                 panel.tick_params(labelbottom=False)
-                _draw_half_way_marks(strips[0][place], points, f"{name}_half", of)
-                set_layer_axis(strips[0][place], last, words)
-                strips[0][place].set_yticks([])
-        if strips:
-            strips[0][0].set_ylabel("half-way", fontsize=8, rotation=0, ha="right", va="center")
-        place_legend_beside(ax, make_line_legend(of))
+                _draw_half_way_marks(mark_panels[0][place], points, f"{contrast}_half", styles)
+                set_layer_axis(mark_panels[0][place], last_layer, label)
+                mark_panels[0][place].set_yticks([])
+        if has_marks:
+            mark_panels[0][0].set_ylabel("half-way", fontsize=8, rotation=0, ha="right", va="center")
+        place_legend_beside(ax, make_line_legend(styles))
     return ax
 
 
 def draw_directions(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw how well each layer holds refusal and harm, and how far a defense moves queries along both.
+    """Draw, by layer, the AUROC of each direction and how far a defense moves queries along it.
 
     >>> row = {"attack": "direct", "defense": "a", "layer": 0, "direction": "refusal", "auroc": 0.9}
     >>> row |= {"auroc_after": 0.8, "shift": 0.5, "discrimination": 0.0, "chosen": True}
@@ -84,34 +79,65 @@ def draw_directions(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Args:
         points: `directions.csv`, of one attack.
-        ax: where to draw; it only lends its place to the panels.
+        ax: axes that the panels are placed in; by default new ones.
     """
-    of = assign_curve_styles(check_one_attack(points)["defense"])
-    kinds = list(dict.fromkeys(points["direction"]))
-    last = float(to_numbers(points["layer"]).max())
+    styles = assign_curve_styles(check_one_attack(points)["defense"])
+    directions = list(dict.fromkeys(points["direction"]))
+    last_layer = float(to_numbers(points["layer"]).max())
     with rc_context(RC_PARAMS):
-        ax, rows = stack_panels(ax, [1.35] * len(kinds), [0.25] * (len(kinds) - 1), 3, 1.7)
-        set_panel_titles(rows[0], _DIRECTION_TITLES.values())
-        for kind, row in zip(kinds, rows, strict=True):
-            here = points[points["direction"] == kind]
-            for name, panel in zip(_DIRECTION_TITLES, row, strict=True):
+        n_rows = len(directions)
+        ax, panel_rows = stack_panels(ax, [1.35] * n_rows, [0.25] * (n_rows - 1), 3, 1.7)
+        set_panel_titles(panel_rows[0], _DIRECTION_TITLES.values())
+        for direction, panels in zip(directions, panel_rows, strict=True):
+            rows = points[points["direction"] == direction]
+            for name, panel in zip(_DIRECTION_TITLES, panels, strict=True):
                 if name == "auroc":
-                    _draw_undefended_auroc(panel, here)
-                for defense, look in of.items():
-                    column = "auroc_after" if name == "auroc" else name
-                    draw_curve(panel, here[here["defense"] == defense], column, look, defense, len(of))
-                for layer in sorted(set(here.loc[here["chosen"].astype(bool), "layer"])):
+                    _draw_undefended_auroc(panel, rows)
+                column = "auroc_after" if name == "auroc" else name
+                for defense, style in styles.items():
+                    curve = rows[rows["defense"] == defense]
+                    draw_curve(panel, curve, column, style, defense, len(styles))
+                for layer in sorted(set(rows.loc[rows["chosen"].astype(bool), "layer"])):
                     panel.axvline(layer, color=GREY, linewidth=0.8, linestyle=":", zorder=1, gid="chosen")
-                set_layer_axis(panel, last, "layer" if kind == kinds[-1] else "")
-            row[0].set_ylabel(kind, fontsize=8)
+                set_layer_axis(panel, last_layer, "layer" if direction == directions[-1] else "")
+            panels[0].set_ylabel(direction, fontsize=8)
         undefended = Line2D([], [], color=BLACK, linewidth=2, alpha=0.5, label="undefended (AUROC)")
         chosen = Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label="layer chosen in training")
-        place_legend_beside(ax, [*make_line_legend(of), undefended, chosen])
+        place_legend_beside(ax, [*make_line_legend(styles), undefended, chosen])
     return ax
 
 
+def caption_layers(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_layers`."""
+    half_columns = [name for name in points if str(name).endswith("_half")]
+    half = (
+        "Below: the first layer from which the contrast stays beyond half of its final value; no mark if the "
+        "final interval includes 0. "
+    )
+    half = half if points[half_columns].notna().any(axis=None) else ""
+    last_layer = f"{to_numbers(points['layer']).max():.0f}"
+    return (
+        f"Logit lens {format_query_counts(points, context.query_counts)}: margin computed from the residual "
+        f"stream that enters each layer; {last_layer} is the output of the last layer, that is, the whole "
+        f"effect. {CONTRASTS_SENTENCE}{half}{format_interval_note(points, 'Bands')}{format_grey_note(points)}"
+        f"{format_run_sentences(points, context)}"
+    )
+
+
+def caption_directions(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_directions`."""
+    return (
+        "Projection of the residual stream of each layer on a direction learned from training queries (a "
+        f"row per direction), {format_query_counts(points, context.query_counts)}, all held out. AUROC: "
+        "separation of the classes by the projection; the thin line at .5 is chance. Shift (mean of the two "
+        "class means of the change) and discrimination (harmful minus benign) are in units of the distance "
+        f"between the classes' training means. {format_interval_note(points, 'Bands')}Upright dotted line: "
+        f"the layer chosen in training. {format_grey_note(points)}{format_run_sentences(points, context)}"
+    )
+
+
 def _draw_undefended_auroc(ax: Axes, rows: pd.DataFrame) -> None:
-    """Draw how well the undefended model tells the classes, which is the same beside every defense."""
+    """Draw the AUROC of the undefended model, which is the same for every defense."""
     first = rows[rows["defense"] == rows["defense"].iloc[0]].sort_values("layer")
     value, low, high = extract_estimates(first, "auroc").T
     ax.axhline(0.5, color=GREY, linewidth=0.6, zorder=1, gid="chance")
@@ -124,38 +150,10 @@ def _draw_undefended_auroc(ax: Axes, rows: pd.DataFrame) -> None:
 def _draw_half_way_marks(
     ax: Axes, points: pd.DataFrame, column: str, styles: dict[str, tuple[str, Any, str]]
 ) -> None:
-    """Draw a mark with its interval for each defense whose half-way layer is known."""
+    """Draw the half-way layer of each defense with its interval, if it is known."""
     each = points.drop_duplicates("defense").set_index("defense")
-    for place, (defense, (color, _, mark)) in enumerate(styles.items()):
+    for place, (defense, (color, _, marker)) in enumerate(styles.items()):
         value, low, high = extract_estimates(each.loc[[defense]], column)[0]
         ax.hlines(-place, low, high, color=color, linewidth=1.2, alpha=0.6, zorder=2)
-        ax.plot([value], [-place], mark, color=color, markersize=4.5, zorder=3, gid=defense)
+        ax.plot([value], [-place], marker, color=color, markersize=4.5, zorder=3, gid=defense)
     ax.set_ylim(-len(styles), 1)
-
-
-def caption_layers(points: pd.DataFrame, context: CaptionContext, counts: QueryCounts = None) -> str:
-    """Return the caption of the figure that `depth.layers` draws from these points."""
-    halves = [name for name in points if str(name).endswith("_half")]
-    marked = bool(points[halves].notna().any(axis=None))
-    half = (
-        "Below: the layer from which on the contrast stays beyond half of its final value; no mark where the "
-        "final interval holds 0. "
-    )
-    last = f"{to_numbers(points['layer']).max():.0f}"
-    return (
-        f"Logit lens {format_query_counts(points, counts)}: the margin read off the residual stream that enters each "
-        f"layer; {last} is behind the last one, the whole effect. {CONTRASTS_SENTENCE}{half * marked}"
-        f"{format_interval_note(points, 'Bands')}{format_grey_note(points)}{format_run_sentences(points, context)}"
-    )
-
-
-def caption_directions(points: pd.DataFrame, context: CaptionContext, counts: QueryCounts = None) -> str:
-    """Return the caption of the figure that `depth.directions` draws from these points."""
-    return (
-        "Projection of the residual stream of each layer on a direction learned on training queries (a row "
-        f"per direction), {format_query_counts(points, counts)}, all held out. AUROC: how well the projection tells the "
-        "classes; the thin line at .5 is chance. Shift (mean of the two class means of the change) and "
-        "discrimination (harmful minus benign) are in units of the distance between the classes' training "
-        f"means. {format_interval_note(points, 'Bands')}Upright dotted line: the layer chosen in training. "
-        f"{format_grey_note(points)}{format_run_sentences(points, context)}"
-    )

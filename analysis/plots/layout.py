@@ -1,4 +1,4 @@
-"""How words are set on a figure: lines that fit, and a canvas that grows until it holds all of them."""
+"""Layout of figures: text that fits, panels, legends, curves, and a canvas that fits its content."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from analysis.stats.tables import INTERVAL_SUFFIXES
 
 LINE_HEIGHT = 1.25  # height of a line of text over its font size
 CANVAS_MARGIN = 0.14  # inches between the content and the edge of the canvas
-
-
-@cache
-def _font_glyphs() -> frozenset[int]:
-    return frozenset(get_font(findfont(FONT_FAMILY)).get_charmap())
+EFFECT_COLORS = LinearSegmentedColormap.from_list("effect", (VERMILION, "white", BLUE))
+MISSING_COLOR = "#E4E4E4"  # distinct from the white of no effect
+CURVE_STYLES = (*LINE_STYLES, (BLACK, "-", "o"), (VIOLET, (0, (4, 1, 1, 1)), "h"))
+REMAINING_STYLE = (GREY, "-", ".")  # for all curves after the last style
+_PANEL_GAP = 0.5  # inches between two panels of a row
 
 
 def escape_unprintable(text: str) -> str:
-    r"""Return the text with every sign that the font cannot draw written as its code point.
+    r"""Return the text with every character that the font lacks replaced by its code point.
 
     >>> escape_unprintable("\u62b1\u6b49 Sorry\n")
     '\\u62b1\\u6b49 Sorry '
@@ -54,13 +54,13 @@ def measure_text_width(text: str, size: float, weight: str = "normal") -> float:
 
 
 def wrap_text(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
-    """Return the text in lines no wider than `width` points; a word too long for a line is broken.
+    """Return the text in lines at most `width` points wide; a word too long for a line is broken.
 
     >>> wrap_text("retokenize+paraphrase", 60, 8)
     ['retokenize+', 'paraphrase']
     """
     lines = [""]
-    # A line may end at a space and after + / _ - , where names of defenses and models have their joints.
+    # A line may end at a space and after + / _ - , which join the parts of names.
     for piece in re.findall(r" *[^ +/_-]+[+/_-]*| *[+/_-]+", escape_unprintable(text)):
         if measure_text_width(lines[-1] + piece, size, weight) <= width:
             lines[-1] += piece
@@ -74,17 +74,14 @@ def wrap_text(text: str, width: float, size: float, weight: str = "normal") -> l
 
 
 def fit_text(name: str, width: float, size: float, max_lines: int = 2) -> str:
-    """Return a name in at most `most` lines of `width` points, its middle left out where it is longer.
+    """Return a name in at most `max_lines` lines of `width` points, its middle omitted if it is longer.
 
     >>> fit_text("x" * 90, 60, 8, max_lines=1).count("x") < 20
     True
     """
     lines = wrap_text(name, width, size)
-    best, low, high = (
-        lines,
-        1,
-        len(name) // 2,
-    )  # signs kept at each end: the least that is worth reading, and too many
+    best = lines
+    low, high = 1, len(name) // 2  # bounds of the number of characters kept at each end
     while len(lines) > max_lines and low < high:
         keep = (low + high) // 2
         shorter = wrap_text(f"{name[:keep]}\N{HORIZONTAL ELLIPSIS}{name[-keep:]}", width, size)
@@ -97,7 +94,7 @@ def fit_text(name: str, width: float, size: float, max_lines: int = 2) -> str:
 
 
 def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
-    """Set a key to the right of the axes.
+    """Place a legend to the right of the axes.
 
     >>> ax = Figure().subplots()
     >>> place_legend_beside(ax, ax.plot([0, 1], label="a curve"))
@@ -113,21 +110,38 @@ def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = No
     ax.legend(handles=handles, title=title, labelspacing=0.45, handlelength=2.6, **style)
 
 
+def place_legend_below(ax: Axes, handles: Sequence[Any], n_columns: int, gap: float) -> None:
+    """Place a legend in several columns below the axes.
+
+    Args:
+        ax: axes whose size is final.
+        handles: entries.
+        n_columns: number of columns.
+        gap: distance from the axes, inches; the axis label and the tick labels need it.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    height = ax.get_window_extent().height / figure.dpi
+    style: Any = {"loc": "upper left", "bbox_to_anchor": (0.0, -gap / height), "borderaxespad": 0.0}
+    ax.legend(
+        handles=handles, ncols=n_columns, labelspacing=0.45, handlelength=2.0, alignment="left", **style
+    )
+
+
 def finish_figure(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
-    """Return the figure of `ax` with a title above and a caption below, its canvas cut to hold all.
+    """Return the figure of `ax` with title, caption and banner, its canvas resized to fit the content.
 
-    A banner, white on dark red, comes above the title.
+    The title is above the axes, the caption below, the banner (white on dark red) above the title. The axes
+    keep their size in inches, so labels placed before stay where they are.
 
-    The axes keep their size in inches, so that labels placed before stay where they are.
-
-    >>> figure = finish_figure(make_axes(4, 3), "What to see", "What is drawn.")
+    >>> figure = finish_figure(make_axes(4, 3), "A title", "A caption.")
     >>> [text.get_text() for text in figure.texts]
-    ['What to see', 'What is drawn.']
+    ['A title', 'A caption.']
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
     before, spans = figure.dpi, []
-    for dpi in (100, 150, 300):  # glyphs are set on whole pixels, so text is wider at some resolutions
+    for dpi in (100, 150, 300):  # glyphs are placed on whole pixels, so text is wider at some resolutions
         figure.set_dpi(dpi)
         tight = ax.get_tightbbox()
         assert tight is not None
@@ -172,7 +186,7 @@ def finish_figure(ax: Axes, title: str, caption: str, banner: str = "") -> Figur
 
 
 def make_axes(width: float, height: float) -> Axes:
-    """Return axes of that size in inches on a canvas of their own, which `complete` cuts to measure.
+    """Return axes of that size in inches on a new canvas, which `finish_figure` resizes.
 
     >>> make_axes(4, 3).get_window_extent().width / 150 == 4
     np.True_
@@ -181,42 +195,42 @@ def make_axes(width: float, height: float) -> Axes:
 
 
 def add_inset_axes(ax: Axes, host_size: tuple[float, float], box: tuple[float, float, float, float]) -> Axes:
-    """Return axes inside of others, which only lend their place: `complete` cuts the canvas around all.
+    """Return axes inside other axes, placed in inches; `finish_figure` resizes the canvas around all.
 
     >>> host = make_axes(4, 3)
     >>> float(add_inset_axes(host, (4, 3), (2, 0, 1, 1)).get_window_extent().width.round(3)) / 150
     1.0
 
     Args:
-        ax: the others.
-        host_size: their width and height in inches, as meant.
-        box: left, bottom, width and height in inches; it may lie outside.
+        ax: outer axes.
+        host_size: intended width and height of the outer axes, inches.
+        box: left, bottom, width and height, inches; it may lie outside the outer axes.
     """
-    (wide, tall), (left, below, across, up) = host_size, box
-    return ax.inset_axes((left / wide, below / tall, across / wide, up / tall))
+    (host_width, host_height), (left, bottom, width, height) = host_size, box
+    return ax.inset_axes((left / host_width, bottom / host_height, width / host_width, height / host_height))
 
 
-EFFECT_COLORS = LinearSegmentedColormap.from_list("effect", (VERMILION, "white", BLUE))
-MISSING_COLOR = "#E4E4E4"  # told from the white of no effect
-
-
-def draw_color_scale(ax: Axes, max_value: float, labels: Sequence[str]) -> None:
-    """Draw the colors from the bottom up, with words at the lowest, the middle and the highest."""
+def draw_color_scale(ax: Axes, max_value: float, labels: Sequence[str], is_horizontal: bool = False) -> None:
+    """Draw the effect colors from minus to plus `max_value`, with labels at both ends and in the middle."""
     edges = np.linspace(-max_value, max_value, 65)
     shades = ((edges[1:] + edges[:-1]) / 2)[:, None]
-    ax.pcolormesh([0, 1], edges, shades, cmap=EFFECT_COLORS, norm=Normalize(-max_value, max_value))
+    look: Any = {"cmap": EFFECT_COLORS, "norm": Normalize(-max_value, max_value)}
     ax.set_gid("scale")
-    ax.set_xticks([])
-    ax.yaxis.tick_right()
-    ax.set_yticks([-max_value, 0, max_value], labels, fontsize=TEXT_SIZE - 0.5)
-    ax.tick_params(axis="y", length=2)
+    if is_horizontal:
+        ax.pcolormesh(edges, [0, 1], shades.T, **look)
+        ax.set_yticks([])
+        ax.set_xticks([-max_value, 0, max_value], labels, fontsize=TEXT_SIZE - 0.7)
+        first, _, last = ax.get_xticklabels()
+        first.set_horizontalalignment("left")
+        last.set_horizontalalignment("right")
+    else:
+        ax.pcolormesh([0, 1], edges, shades, **look)
+        ax.set_xticks([])
+        ax.yaxis.tick_right()
+        ax.set_yticks([-max_value, 0, max_value], labels, fontsize=TEXT_SIZE - 0.5)
+    ax.tick_params(length=2)
     for spine in ax.spines.values():
         spine.set(visible=True, linewidth=0.5, color=GREY)
-
-
-CURVE_STYLES = (*LINE_STYLES, (BLACK, "-", "o"), (VIOLET, (0, (4, 1, 1, 1)), "h"))
-REMAINING_STYLE = (GREY, "-", ".")  # whatever comes behind the last look
-_PANEL_GAP = 0.5  # inches between two panels of a row
 
 
 def stack_panels(
@@ -226,58 +240,56 @@ def stack_panels(
     columns: int = 2,
     panel_width: float = 2.3,
 ) -> tuple[Axes, list[list[Axes]]]:
-    """Return axes that only lend their place, and rows of panels inside of them, from the top.
+    """Return outer axes and, inside of them, rows of panels from the top.
 
     >>> host, rows = stack_panels(None, [1.5, 0.5], [0.25])
     >>> [len(row) for row in rows], len(host.child_axes)
     ([2, 2], 4)
 
     Args:
-        ax: the axes that lend their place; by default new ones.
-        heights: of each row, inches.
-        gaps: between two rows, inches.
-        columns: panels of a row.
-        panel_width: a panel, inches.
+        ax: outer axes; by default new ones.
+        heights: height of each row, inches.
+        gaps: gaps between rows, inches.
+        columns: panels per row.
+        panel_width: width of a panel, inches.
     """
-    whole = columns * (panel_width + _PANEL_GAP) - _PANEL_GAP, sum(heights) + sum(gaps)
-    ax = ax or make_axes(*whole)
+    step = panel_width + _PANEL_GAP
+    size = columns * step - _PANEL_GAP, sum(heights) + sum(gaps)
+    ax = ax or make_axes(*size)
     ax.set_axis_off()
-    rows, below = [], whole[1]
+    rows, bottom = [], size[1]
     for height, gap in zip(heights, [*gaps, 0.0], strict=True):
-        below -= height
-        boxes = [
-            (column * (panel_width + _PANEL_GAP), below, panel_width, height) for column in range(columns)
-        ]
-        rows.append([add_inset_axes(ax, whole, box) for box in boxes])
-        below -= gap
+        bottom -= height
+        boxes = [(column * step, bottom, panel_width, height) for column in range(columns)]
+        rows.append([add_inset_axes(ax, size, box) for box in boxes])
+        bottom -= gap
     for panel in ax.child_axes:
         panel.tick_params(labelsize=TEXT_SIZE - 0.5)
     return ax, rows
 
 
 def set_panel_titles(panels: Sequence[Axes], titles: Iterable[str]) -> None:
-    """Write what each panel of a row shows above it."""
-    for panel, words in zip(panels, titles, strict=True):
-        panel.set_title(words, loc="left", fontsize=8, weight="bold")
+    """Write the title of each panel of a row above it."""
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, loc="left", fontsize=8, weight="bold")
 
 
 def assign_curve_styles(names: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
-    """Return color, dash and mark of each name, in the order in which they come; past eight all are grey.
+    """Return color, dash and marker of each name, in order of appearance; after the eighth all are grey.
 
     >>> assign_curve_styles(["a", "b", "a"])["b"][2]
     'D'
     """
-    found = list(dict.fromkeys(names))
     return {
         name: CURVE_STYLES[place] if place < len(CURVE_STYLES) else REMAINING_STYLE
-        for place, name in enumerate(found)
+        for place, name in enumerate(dict.fromkeys(names))
     }
 
 
 def make_line_legend(
     styles: Mapping[str, tuple[str, Any, str]], labels: Mapping[str, str] | None = None
 ) -> list[Line2D]:
-    """Return the entries of a key of lines."""
+    """Return the legend entries of lines, labeled by name if `labels` has no entry."""
     return [
         Line2D(
             [],
@@ -291,7 +303,7 @@ def make_line_legend(
 
 
 def extract_estimates(rows: pd.DataFrame, column: str) -> Float[np.ndarray, "n 3"]:
-    """Return an estimate with the ends of its interval, missing where there are none."""
+    """Return estimates with the ends of their intervals, NaN if they are missing."""
     return rows.reindex(columns=[f"{column}{end}" for end in INTERVAL_SUFFIXES]).to_numpy(
         float, na_value=np.nan
     )
@@ -300,16 +312,16 @@ def extract_estimates(rows: pd.DataFrame, column: str) -> Float[np.ndarray, "n 3
 def draw_curve(
     ax: Axes, rows: pd.DataFrame, column: str, style: tuple[str, Any, str], gid: str, n_lines: int = 1
 ) -> None:
-    """Draw an estimate over the layers as a line in its band, which is fainter where there are many lines.
+    """Draw an estimate by layer as a line in its band, which is fainter if there are many lines.
 
     >>> ax = make_axes(1, 1)
-    >>> draw_curve(ax, pd.DataFrame({"layer": [1, 0], "shift": [2.0, 1.0]}), "shift", LOOKS[0], "a")
+    >>> draw_curve(ax, pd.DataFrame({"layer": [1, 0], "shift": [2.0, 1.0]}), "shift", CURVE_STYLES[0], "a")
     >>> ax.lines[1].get_xydata().tolist()
     [[0.0, 1.0], [1.0, 2.0]]
     """
     if not ax.lines:
         ax.axhline(0, color=GREY, linewidth=0.6, zorder=1, gid="no effect")
-    color, dash, mark = style
+    color, dash, marker = style
     layer = to_numbers(rows["layer"]).to_numpy()
     order = np.argsort(layer, kind="stable")
     value, low, high = extract_estimates(rows, column)[order].T
@@ -325,14 +337,14 @@ def draw_curve(
     )
     known = np.isfinite(low) & np.isfinite(high)
     beside = np.pad(known, 1)
-    alone = known & ~beside[:-2] & ~beside[2:]  # a band needs two layers
+    alone = known & ~beside[:-2] & ~beside[2:]  # a band needs two neighboring layers
     ax.vlines(layer[order][alone], low[alone], high[alone], color=color, alpha=0.4, linewidth=1.2, zorder=2)
-    small: Any = {"marker": mark, "markersize": 3} if len(rows) <= 12 else {}
+    small: Any = {"marker": marker, "markersize": 3} if len(rows) <= 12 else {}
     ax.plot(layer[order], value, color=color, linestyle=dash, linewidth=1.2, zorder=3, gid=gid, **small)
 
 
 def set_layer_axis(ax: Axes, last_layer: float, x_label: str = "", first_layer: float = 0.0) -> None:
-    """Set the axes of something over the layers, whole numbers below."""
+    """Set limits and ticks of a panel over layers, with whole numbers on the x axis."""
     room = 0.03 * (last_layer - first_layer) or 0.5
     ax.set_xlim(first_layer - room, last_layer + room)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
@@ -349,16 +361,16 @@ def draw_dots(
     gid: str,
     hollow: bool = False,
 ) -> None:
-    """Draw an estimate of each row as a dot with its interval, at a height of its own."""
-    color, _, mark = style
+    """Draw the estimate of each row as a dot with its interval, at its own height."""
+    color, _, marker = style
     value, low, high = extract_estimates(rows, column).T
     ax.hlines(heights, low, high, color=color, linewidth=1.0, alpha=0.6, zorder=2)
     fill: Any = {"markerfacecolor": "white" if hollow else color, "markeredgewidth": 0.8}
-    ax.plot(value, heights, linestyle="", marker=mark, color=color, markersize=4, zorder=3, gid=gid, **fill)
+    ax.plot(value, heights, linestyle="", marker=marker, color=color, markersize=4, zorder=3, gid=gid, **fill)
 
 
 def set_row_axis(ax: Axes, names: Sequence[str], x_label: str = "", with_names: bool = True) -> None:
-    """Set the axes of rows of dots: a line at no effect, a name per row, the first at the top."""
+    """Set up a panel of rows of dots: a line at zero, a name per row, the first row at the top."""
     ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
     ax.set_ylim(0.5 - len(names), 0.5)
     shown = [fit_text(name, 110, TEXT_SIZE, 1) if with_names else "" for name in names]
@@ -366,3 +378,8 @@ def set_row_axis(ax: Axes, names: Sequence[str], x_label: str = "", with_names: 
     ax.tick_params(axis="y", length=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.set_xlabel(x_label, fontsize=8)
+
+
+@cache
+def _font_glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FONT_FAMILY)).get_charmap())

@@ -1,20 +1,20 @@
-"""The shift-discrimination plane: what a defense does, as one point; the undefended model is the origin."""
+"""The shift-discrimination plane: each defense is a point, the undefended model is the origin."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from analysis.plots.captions import format_count_range
+from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.data import LINEAR_RANGE, SQUARE_CORNERS, check_one_attack, is_stretched
 from analysis.plots.labels import label_points, make_legend_marker
-from analysis.plots.layout import fit_text, make_axes, place_legend_beside
+from analysis.plots.layout import fit_text, make_axes, place_legend_below, place_legend_beside
 from analysis.plots.style import (
     BLACK,
     BLUE,
@@ -27,84 +27,180 @@ from analysis.plots.style import (
 )
 from analysis.stats.tables import INTERVAL_SUFFIXES
 
-if TYPE_CHECKING:
-    from analysis.plots.captions import CaptionContext
-
+_MAX_SMALL_PLANE = 10  # defenses up to which the plane is small and its legend beside it
+_LINEAR_SCALE = 2.0  # length of either linear half of an axis, in decades of its logarithmic part
 _LOG_AXIS_TICKS = sorted([0, *(sign * tick for sign in (-1, 1) for tick in (0.5, 1, 2, 5, 10, 20, 50, 100))])
+_LOG_AXIS_MINOR_TICKS = [
+    sign * tick
+    for sign in (-1, 1)
+    for tick in (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 3, 4, 6, 7, 8, 9, 30, 40, 60, 70, 80, 90)
+]
+# Corners at both ends of a side of the square, color, and the ingredient added along it.
+_SQUARE_SIDES = (
+    ("neither", "no_weights", BLUE, "the secret is added"),
+    ("no_secret", "both", BLUE, ""),
+    ("neither", "no_secret", VERMILION, "the weights are tuned"),
+    ("no_weights", "both", VERMILION, ""),
+)
 
 
 def draw_plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw each defense at its shift and discrimination, by name where names find room, else by number.
+    """Draw each defense at its shift and discrimination; points without room for their name are numbered.
 
     >>> row = {"attack": "direct", "defense": "retokenize", "family": "refactoring"}
-    >>> row |= {f"{x}{end}": 1.0 for x in ("shift", "discrimination") for end in ENDS}
+    >>> row |= {f"{x}{end}": 1.0 for x in ("shift", "discrimination") for end in INTERVAL_SUFFIXES}
     >>> draw_plane(pd.DataFrame([row])).texts[0].get_text()
     'retokenize'
 
     Args:
-        points: what `plane_points` returned, of one attack; a row without a value is named in the key only.
-        ax: where to draw; its size must be final, because labels are placed by it.
+        points: table from `build_plane_points`, of one attack; rows without values are only in the legend.
+        ax: axes to draw on, whose size must be final because labels are placed by it; by default new ones.
     """
     present = set(check_one_attack(points)["family"])
-    families = [
-        *(family for family in FAMILY_STYLES if family in present),
-        *sorted(present - set(FAMILY_STYLES)),
-    ]
+    families = [family for family in FAMILY_STYLES if family in present]
+    families += sorted(present - set(FAMILY_STYLES))
     points = points.sort_values("family", key=lambda column: column.map(families.index), kind="stable")
     known = points.dropna(subset=["shift", "discrimination"])
+    is_small = len(points) <= _MAX_SMALL_PLANE
     with rc_context(RC_PARAMS):
-        ax = ax or make_axes(4.2, 4.2)
-        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
-        ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
-        ax.plot([0], [0], "o", color=BLACK, markersize=5, zorder=3, gid="undefended")
-        for family, group in known.groupby("family", sort=False):
-            color, marker = FAMILY_STYLES.get(str(family), OTHER_FAMILY_STYLE)
-            x, y = group["shift"], group["discrimination"]
-            bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": 2}
-            ax.hlines(y, group["shift_low"], group["shift_high"], **bar)
-            ax.vlines(x, group["discrimination_low"], group["discrimination_high"], **bar)
-            size = 62 if marker in "PX*" else 40
-            doubt = group.get("trusted", pd.Series("", group.index)) == "not trusted"
-            for here, fill, edge, wide in ((~doubt, color, "white", 0.5), (doubt, "white", color, 1.2)):
-                look: Any = {"marker": marker, "facecolors": fill, "edgecolors": edge, "linewidths": wide}
-                if here.any():
-                    ax.scatter(x[here], y[here], s=size, zorder=3, label=str(family), **look)
-        far = is_stretched(known)
-        ax.set_xlim(_plane_limits(known, "shift", far))
-        ax.set_ylim(_plane_limits(known, "discrimination", far))
-        if far:
+        ax = ax or (make_axes(4.2, 4.2) if is_small else make_axes(6.6, 5.2))
+        origin = _draw_origin(ax)
+        for family, rows in known.groupby("family", sort=False):
+            _draw_family(ax, str(family), rows)
+        is_logarithmic = is_stretched(known)
+        ax.set_xlim(_plane_limits(known, "shift", is_logarithmic))
+        ax.set_ylim(_plane_limits(known, "discrimination", is_logarithmic))
+        if is_logarithmic:
             _use_log_axes(ax)
-        labels = [fit_text(name, 95, TEXT_SIZE) for name in known["defense"]]
-        named = len(labels) <= 10 and label_points(ax, known, labels, reach=36)
-        if not named:
-            labels = [str(number) for number in range(1, len(labels) + 1)]
-            label_points(ax, known, labels, reach=300)
+        names = [fit_text(name, 95, TEXT_SIZE) for name in known["defense"]]
+        numbers = label_points(ax, known, names, reach=36 if is_small else 16, number_rest=True)
         ax.set_xlabel("shift (nats)")
         ax.set_ylabel("discrimination (nats)")
         _name_directions(ax)
-        key = [make_legend_marker(BLACK, "o", "undefended (origin)")]
-        most = 1 if len(points) > 10 else 2
-        for family in families:
-            color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
-            key.append(
-                make_legend_marker(
-                    color, marker, "control (not a defense)" if family == "control" else family
-                )
-            )
-            numbers = [] if named else zip(known["family"], labels, known["defense"], strict=True)
-            texts = [
-                f"{number}  {fit_text(name, 140, TEXT_SIZE, most)}"
-                for of, number, name in numbers
-                if of == family
-            ]
-            key += [make_legend_marker("none", "", text) for text in texts]
-        unknown = points.loc[~points.index.isin(known.index), "defense"]
-        key += [
-            make_legend_marker("none", "", fit_text(f"no value: {name}", 150, TEXT_SIZE, most))
-            for name in unknown
-        ]
+        key = [origin, *_plane_legend(points, known, numbers, families)]
+        if is_small:
+            place_legend_beside(ax, key)
+        else:
+            place_legend_below(ax, key, n_columns=3, gap=0.52)
+    return ax
+
+
+def draw_square(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the four combinations of weights and secret, with an arrow for each ingredient that is added.
+
+    Args:
+        points: table from `build_square_points`, of one attack and one defense.
+        ax: axes to draw on, whose size must be final because labels are placed by it; by default new ones.
+    """
+    corners = check_one_attack(points).set_index("corner")
+    coordinates: Any = corners[["shift", "discrimination"]].astype(float)
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(4.2, 4.2)
+        key: list[Any] = [_draw_origin(ax)]
+        for start, end, color, label in _SQUARE_SIDES:
+            tail, head = (tuple(coordinates.loc[corner]) for corner in (start, end))
+            arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.4, "shrinkA": 5, "shrinkB": 5}
+            ax.annotate("", xy=head, xytext=tail, arrowprops=arrow, zorder=2)
+            if label:
+                key.append(Line2D([], [], color=color, linewidth=1.4, label=label))
+        bar: Any = {"color": BLACK, "alpha": 0.55, "linewidth": 1.1, "zorder": 3}
+        ax.hlines(corners["discrimination"], corners["shift_low"], corners["shift_high"], **bar)
+        ax.vlines(corners["shift"], corners["discrimination_low"], corners["discrimination_high"], **bar)
+        diamond: Any = {"s": 42, "color": BLACK, "marker": "D", "zorder": 4, "ec": "white"}
+        ax.scatter(corners["shift"], corners["discrimination"], **diamond)
+        ax.set_xlim(_plane_limits(points, "shift"))
+        ax.set_ylim(_plane_limits(points, "discrimination"))
+        label_points(ax, points, [SQUARE_CORNERS[corner] for corner in points["corner"]], reach=300)
+        ax.set_xlabel("shift (nats)")
+        ax.set_ylabel("discrimination (nats)")
+        _name_directions(ax)
         place_legend_beside(ax, key)
     return ax
+
+
+def caption_plane(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_plane`.
+
+    >>> points = pd.DataFrame({"attack": ["direct"], "n_harmful": [9], "n_benign": [8], "family": ["noise"]})
+    >>> caption_plane(points, CaptionContext("smollm2", "twins", "test", 0.0, ("I",)))[:43]
+    'Change of the first-token margin from the u'
+    """
+    controls = " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
+    is_untrusted = "trusted" in points and (points["trusted"] == "not trusted").any()
+    hollow = " Hollow: generated text contradicts the readout." if is_untrusted else ""
+    is_logarithmic = "shift" in points and is_stretched(points)
+    scale = f" Both axes are logarithmic beyond ±{LINEAR_RANGE:g}\u00a0nats." if is_logarithmic else ""
+    return (
+        "Change of the first-token margin from the undefended model (the origin) on the same "
+        f"{format_count_range(points['n_harmful'])} harmful and {format_count_range(points['n_benign'])} "
+        "benign queries: shift is the mean of the two class means of the change, discrimination is harmful "
+        f"minus benign. Bars: 95\u00a0% intervals. Marker and color: family.{controls}{hollow}{scale} "
+        f"{context.format_sentences(points['attack'].iloc[0])}"
+    )
+
+
+def caption_square(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_square`."""
+    name = points["defense"].str.partition("/")[0].iloc[0]
+    return (
+        f"Ablation of {name}: tuned weights on or off, secret prompt on or off, each as the change of the "
+        "first-token margin from the undefended model (the origin) on the same "
+        f"{format_count_range(points['n_harmful'])} harmful and {format_count_range(points['n_benign'])} "
+        "benign queries. Bars: 95\u00a0% intervals. If the two ingredients acted independently, arrows of "
+        f"one color would be equal. {context.format_sentences(points['attack'].iloc[0])}"
+    )
+
+
+def _draw_origin(ax: Axes) -> Line2D:
+    """Draw the zero lines and the undefended model, as a ring; return its legend entry."""
+    ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+    ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
+    ring: Any = {
+        "linestyle": "",
+        "marker": "o",
+        "color": BLACK,
+        "markerfacecolor": "none",
+        "markeredgewidth": 1.4,
+    }
+    ax.plot([0], [0], markersize=9, zorder=5, gid="undefended", **ring)
+    return Line2D([], [], markersize=7, label="undefended (origin)", **ring)
+
+
+def _draw_family(ax: Axes, family: str, rows: pd.DataFrame) -> None:
+    """Draw the points and intervals of a family; untrusted points are hollow."""
+    color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
+    x, y = rows["shift"], rows["discrimination"]
+    bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": 2}
+    ax.hlines(y, rows["shift_low"], rows["shift_high"], **bar)
+    ax.vlines(x, rows["discrimination_low"], rows["discrimination_high"], **bar)
+    size = 62 if marker in "PX*" else 40
+    untrusted = rows.get("trusted", pd.Series("", rows.index)) == "not trusted"
+    for chosen, fill, edge, width in ((~untrusted, color, "white", 0.5), (untrusted, "white", color, 1.2)):
+        style: Any = {"marker": marker, "facecolors": fill, "edgecolors": edge, "linewidths": width}
+        if chosen.any():
+            ax.scatter(x[chosen], y[chosen], s=size, zorder=3, label=family, **style)
+
+
+def _plane_legend(
+    points: pd.DataFrame, known: pd.DataFrame, numbers: list[int], families: list[str]
+) -> list[Line2D]:
+    """Return the entries of the legend: each family, followed by its numbered defenses."""
+    max_lines = 1 if len(points) > _MAX_SMALL_PLANE else 2
+    key = []
+    for family in families:
+        color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
+        label = "control (not a defense)" if family == "control" else fit_text(family, 110, TEXT_SIZE, 1)
+        key.append(make_legend_marker(color, marker, label))
+        for name, number, of_family in zip(known["defense"], numbers, known["family"], strict=True):
+            if number and of_family == family:
+                label = f"{number}  {fit_text(name, 110, TEXT_SIZE, max_lines)}"
+                key.append(make_legend_marker("none", "", label))
+    missing = points.loc[~points.index.isin(known.index), "defense"]
+    key += [
+        make_legend_marker("none", "", fit_text(f"no value: {name}", 120, TEXT_SIZE, max_lines))
+        for name in missing
+    ]
+    return key
 
 
 def _name_directions(ax: Axes) -> None:
@@ -119,109 +215,37 @@ def _name_directions(ax: Axes) -> None:
 
 
 def _use_log_axes(ax: Axes) -> None:
-    """Make both axes logarithmic but for their middle, so that far points leave room for the crowd."""
-    ax.set_xscale("symlog", linthresh=LINEAR_RANGE, linscale=1.0)
-    ax.set_yscale("symlog", linthresh=LINEAR_RANGE, linscale=1.0)
+    """Make both axes logarithmic except for their middle, so that far points leave room for the others."""
+    ax.set_xscale("symlog", linthresh=LINEAR_RANGE, linscale=_LINEAR_SCALE)
+    ax.set_yscale("symlog", linthresh=LINEAR_RANGE, linscale=_LINEAR_SCALE)
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
-        ends = [tick for tick in _LOG_AXIS_TICKS if low <= tick <= high]
-        axis.set_major_locator(FixedLocator(ends))
-        axis.set_minor_locator(NullLocator())
+        ticks = [tick for tick in _LOG_AXIS_TICKS if low <= tick <= high]
+        axis.set_major_locator(FixedLocator(_thin_ticks(ax, ticks, is_vertical=axis is ax.yaxis)))
+        axis.set_minor_locator(FixedLocator([tick for tick in _LOG_AXIS_MINOR_TICKS if low <= tick <= high]))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
+        axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def _thin_ticks(ax: Axes, ticks: list[float], is_vertical: bool) -> list[float]:
+    """Return the ticks whose numbers do not touch each other, from zero outwards."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    min_distance = figure.dpi * (10 if is_vertical else 24) / 72
+    axis_index = 1 if is_vertical else 0
+    positions = {tick: float(ax.transData.transform((tick, tick))[axis_index]) for tick in ticks}
+    kept: list[float] = []
+    for tick in sorted(ticks, key=abs):
+        if all(abs(positions[tick] - positions[other]) >= min_distance for other in kept):
+            kept.append(tick)
+    return sorted(kept)
 
 
 def _plane_limits(points: pd.DataFrame, column: str, is_logarithmic: bool = False) -> tuple[float, float]:
-    """Return limits that hold every interval and the origin, with room for labels."""
-    reached = points[[f"{column}{end}" for end in INTERVAL_SUFFIXES]].to_numpy(float)
-    reached = reached[np.isfinite(reached)]
-    low, high = min(reached.min(initial=0), 0), max(reached.max(initial=0), 0)
-    if is_logarithmic:  # as much on paper, on a logarithmic axis
+    """Return limits that contain every interval and the origin, with room for labels."""
+    ends = points[[f"{column}{end}" for end in INTERVAL_SUFFIXES]].to_numpy(float)
+    ends = ends[np.isfinite(ends)]
+    low, high = min(ends.min(initial=0), 0), max(ends.max(initial=0), 0)
+    if is_logarithmic:  # the same length on paper, on a logarithmic axis
         return 1.5 * low - 0.2 * LINEAR_RANGE, 1.5 * high + 0.2 * LINEAR_RANGE
     room = 0.12 * (high - low) or 1.0
     return low - room, high + room
-
-
-def caption_plane(points: pd.DataFrame, context: CaptionContext) -> str:
-    """Return the caption of the figure that `plots.plane` draws from these points.
-
-    >>> points = pd.DataFrame({"attack": ["direct"], "n_harmful": [9], "n_benign": [8], "family": ["noise"]})
-    >>> caption_plane(points, Context("smollm2", "twins", "test", 0.0, ("I",)))[:47]
-    'Change of the first-answer-token margin against'
-    """
-    controls = " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
-    doubtful = "trusted" in points and (points["trusted"] == "not trusted").any()
-    hollow = " Hollow: generated text contradicts the readout there." if doubtful else ""
-    bent = "shift" in points and is_stretched(points)
-    scale = f" Both axes are logarithmic beyond ±{LINEAR_RANGE:g}\u00a0nats." if bent else ""
-    return (
-        "Change of the first-answer-token margin against the undefended model (the origin) on the same "
-        f"{format_count_range(points['n_harmful'])} harmful and {format_count_range(points['n_benign'])} benign queries: shift is "
-        "the mean of the two class means of the change, discrimination is harmful minus benign; bars are "
-        f"95\u00a0% intervals. Shape and color name the family.{controls}{hollow}{scale} "
-        f"{context.format_sentences(points['attack'].iloc[0])}"
-    )
-
-
-def caption_square(points: pd.DataFrame, context: CaptionContext) -> str:
-    """Return the caption of the figure that `plots.square` draws from these points."""
-    name = points["defense"].str.partition("/")[0].iloc[0]
-    return (
-        f"{name} taken apart: tuned weights on or off, secret prompt on or off, each as the change of the "
-        f"first-answer-token margin against the undefended model (the origin) on the same "
-        f"{format_count_range(points['n_harmful'])} harmful and {format_count_range(points['n_benign'])} benign queries; bars are "
-        "95\u00a0% intervals. Were the two ingredients independent, the arrows of one color would be equal. "
-        f"{context.format_sentences(points['attack'].iloc[0])}"
-    )
-
-
-# Side of the square → color and dash: what is added along it.
-_SQUARE_SIDES = (
-    ("neither", "no_weights", BLUE, "the secret is added"),
-    ("no_secret", "both", BLUE, ""),
-    ("neither", "no_secret", VERMILION, "the weights are tuned"),
-    ("no_weights", "both", VERMILION, ""),
-)
-
-
-def draw_square(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the four corners at their shift and discrimination, and an arrow for each ingredient added.
-
-    Args:
-        points: what `square_points` returned, of one attack and one defense.
-        ax: where to draw; its size must be final, because labels are placed by it.
-    """
-    at = check_one_attack(points).set_index("corner")
-    with rc_context(RC_PARAMS):
-        ax = ax or make_axes(4.2, 4.2)
-        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
-        ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
-        ax.plot([0], [0], "o", color=BLACK, markersize=5, zorder=3, gid="undefended")
-        key: list[Any] = [Line2D([], [], color=BLACK, marker="o", linestyle="", label="undefended (origin)")]
-        for start, end, color, words in _SQUARE_SIDES:
-            one, two = (at.loc[corner, ["shift", "discrimination"]].astype(float) for corner in (start, end))
-            ax.annotate(
-                "",
-                xy=(two["shift"], two["discrimination"]),
-                xytext=(one["shift"], one["discrimination"]),
-                arrowprops={
-                    "arrowstyle": "-|>",
-                    "color": color,
-                    "linewidth": 1.4,
-                    "shrinkA": 5,
-                    "shrinkB": 5,
-                },
-                zorder=2,
-            )
-            if words:
-                key.append(Line2D([], [], color=color, linewidth=1.4, label=words))
-        bar: Any = {"color": BLACK, "alpha": 0.55, "linewidth": 1.1, "zorder": 3}
-        ax.hlines(at["discrimination"], at["shift_low"], at["shift_high"], **bar)
-        ax.vlines(at["shift"], at["discrimination_low"], at["discrimination_high"], **bar)
-        ax.scatter(at["shift"], at["discrimination"], s=42, color=BLACK, marker="D", zorder=4, ec="white")
-        ax.set_xlim(_plane_limits(points, "shift"))
-        ax.set_ylim(_plane_limits(points, "discrimination"))
-        label_points(ax, points, [SQUARE_CORNERS[corner] for corner in points["corner"]], reach=300)
-        ax.set_xlabel("shift (nats)")
-        ax.set_ylabel("discrimination (nats)")
-        _name_directions(ax)
-        place_legend_beside(ax, key)
-    return ax

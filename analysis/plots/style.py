@@ -1,14 +1,17 @@
-"""Colors, marks and type of the figures: told apart by color-blind readers and in grey print."""
+"""Colors, markers and fonts of the figures, distinguishable for color-blind readers and in grey print."""
 
 from typing import Any
 
 # Okabe and Ito's colors, https://jfly.uni-koeln.de/color/ ; their yellow is too light for paper.
 BLUE, VERMILION, GREEN, SKY, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00"
-VIOLET = "#542788"  # dark, so that it is told from their purple
+VIOLET = "#542788"  # dark, to be distinguishable from their purple
 BLACK, DARK, GREY = "#000000", "#666666", "#9A9A9A"
 TEXT_SIZE = 7.5  # font size of names and numbers inside a figure
 
-CLASS_STYLES = ((True, "harmful", VERMILION, 1), (False, "benign", BLUE, -1))  # benign hangs below its line
+CLASS_STYLES = (
+    (True, "harmful", VERMILION, 1),
+    (False, "benign", BLUE, -1),
+)  # benign is drawn below its line
 FAMILY_STYLES = {
     "reminders": (BLUE, "o"),
     "backdoor": (VERMILION, "D"),
@@ -20,7 +23,7 @@ FAMILY_STYLES = {
     "ensemble": (BLACK, "p"),
     "control": (GREY, "X"),
 }
-OTHER_FAMILY_STYLE = (BLACK, "*")  # a family of the user's own
+OTHER_FAMILY_STYLE = (BLACK, "*")  # a user-defined family
 LINE_STYLES: tuple[tuple[str, Any, str], ...] = (
     (BLUE, "-", "s"),
     (VERMILION, (0, (5, 1.5)), "D"),
@@ -30,7 +33,7 @@ LINE_STYLES: tuple[tuple[str, Any, str], ...] = (
     (SKY, (0, (11, 1.2)), "X"),
 )
 
-FONT_FAMILY = "DejaVu Sans"  # comes with matplotlib, so that a figure has the same size on every machine
+FONT_FAMILY = "DejaVu Sans"  # comes with matplotlib, so figures have the same size on every machine
 
 RC_PARAMS: Any = {
     "font.family": FONT_FAMILY,
@@ -44,5 +47,5 @@ RC_PARAMS: Any = {
     "legend.fontsize": TEXT_SIZE,
     "legend.title_fontsize": TEXT_SIZE,
     "text.usetex": False,
-    "text.parse_math": False,  # a "$" in a name is a dollar
+    "text.parse_math": False,  # a "$" in a name is not math
 }

@@ -1,24 +1,21 @@
-"""Whether the readout can be believed: its probability against how often the text refuses, and its rates."""
+"""Validity of a readout: its calibration curve, and its refusal rates against those of generated text."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from analysis.plots.captions import format_count_range
+from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.labels import label_points
 from analysis.plots.layout import fit_text, make_axes, place_legend_beside
 from analysis.plots.style import BLACK, BLUE, DARK, GREY, RC_PARAMS, TEXT_SIZE, VERMILION
 from analysis.stats.tables import INTERVAL_SUFFIXES, format_condition
 
-if TYPE_CHECKING:
-    from analysis.plots.captions import CaptionContext
-
-# What was found → color, mark and whether it is filled.
+# Verdict → color, marker and fill.
 _VERDICT_STYLES = {
     "trusted": (BLUE, "o", BLUE),
     "cannot tell": (DARK, "s", GREY),
@@ -27,15 +24,15 @@ _VERDICT_STYLES = {
 
 
 def draw_calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw how often the text refuses where the readout gives a probability; on the diagonal they are one.
+    """Draw the share of responses that refuse against the readout's refusal probability.
 
-    >>> draw_calibration(pd.DataFrame([{"chance": 0.9, "refused": 1.0, "refused_low": 0.7, "refused_high": 1.0,
-    ...                           "refused_n": 9}])).get_xlabel()
-    "readout's probability of refusing"
+    >>> row = {"chance": 0.9, "refused": 1.0, "refused_low": 0.7, "refused_high": 1.0, "refused_n": 9}
+    >>> draw_calibration(pd.DataFrame([row])).get_xlabel()
+    "readout's refusal probability"
 
     Args:
-        curve: what `agreement.reliability` returned.
-        ax: where to draw.
+        curve: calibration curve, a row per bin: probability, share of refusals with its interval, count.
+        ax: axes to draw on; by default new ones.
     """
     with rc_context(RC_PARAMS):
         ax = ax or make_axes(3.6, 3.6)
@@ -46,17 +43,17 @@ def draw_calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.scatter(curve["chance"], curve["refused"], color=BLUE, s=30, zorder=3, ec="white", lw=0.5)
         ax.set_xlim(-0.03, 1.03)
         ax.set_ylim(-0.03, 1.03)
-        ax.set_xlabel("readout's probability of refusing")
-        ax.set_ylabel("share of answers that refuse")
+        ax.set_xlabel("readout's refusal probability")
+        ax.set_ylabel("share of responses that refuse")
     return ax
 
 
 def draw_refusal_rates(validity: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw each condition at its refusal rate by text and by readout; hollow where it is not trusted.
+    """Draw each condition at its refusal rates by text and by readout; hollow if the readout is not trusted.
 
     Args:
         validity: `validity.csv`, of one readout.
-        ax: where to draw.
+        ax: axes to draw on; by default new ones.
     """
     with rc_context(RC_PARAMS):
         ax = ax or make_axes(3.6, 3.6)
@@ -73,41 +70,66 @@ def draw_refusal_rates(validity: pd.DataFrame, ax: Axes | None = None) -> Axes:
             color, marker, fill = _VERDICT_STYLES[row["trusted"]]
             x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
             ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
-            key.append(
-                _verdict_legend_entry(
-                    row["trusted"], f"{number}  {fit_text(format_condition(row), 150, TEXT_SIZE, 1)}"
-                )
-            )
-        key += [_verdict_legend_entry(name, f"= {name}") for name in _VERDICT_STYLES]
+            name = fit_text(format_condition(row), 150, TEXT_SIZE, 1)
+            key.append(_verdict_legend_entry(row["trusted"], f"{number}  {name}"))
+        key += [_verdict_legend_entry(verdict, f"readout: {verdict}") for verdict in _VERDICT_STYLES]
         ax.set_xlim(-4, 104)
         ax.set_ylim(-4, 104)
-        label_points(ax, points, [str(number + 1) for number in range(len(points))], 300, ("text", "readout"))
-        ax.set_xlabel("answers that refuse (%)")
-        ax.set_ylabel("readout says refuse (%)")
+        numbers = [str(number + 1) for number in range(len(points))]
+        label_points(ax, points, numbers, 300, ("text", "readout"))
+        ax.set_xlabel("refusal rate by generated text (%)")
+        ax.set_ylabel("refusal rate by readout (%)")
         place_legend_beside(ax, key)
     return ax
 
 
+def caption_calibration(validity: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_calibration`.
+
+    Args:
+        validity: `validity.csv`, of the readout, whose conditions the curve pools.
+        context: facts about the run.
+    """
+    return (
+        f"Share of {_describe_responses(validity, context)} against the refusal probability of the readout, "
+        "in bins of the probability, all conditions pooled. Bars: Wilson 95\u00a0% intervals, which treat "
+        "responses as independent. Dotted diagonal: perfect calibration. "
+        f"{context.format_sentences(_join_attacks(validity))}"
+    )
+
+
+def caption_refusal_rates(validity: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_refusal_rates`.
+
+    Args:
+        validity: `validity.csv`, of one readout.
+        context: facts about the run.
+    """
+    return (
+        f"Each point is one condition: share of {_describe_responses(validity, context)} against the share "
+        "whose margin exceeds the threshold. Dotted diagonal: equal rates. Not trusted: the upper end of "
+        "the interval is below .80 for the readout's AUROC against the text, or below .60 for kappa; cannot "
+        f"tell: mostly, too few responses of one class. {context.format_sentences(_join_attacks(validity))}"
+    )
+
+
+def _describe_responses(validity: pd.DataFrame, context: CaptionContext) -> str:
+    return (
+        f"greedy responses ({context.max_new_tokens} tokens) that refuse according to the judge (judge: "
+        f"{context.judge_name}), for {format_count_range(validity['n'])} queries under each of "
+        f"{len(validity)} conditions,"
+    )
+
+
+def _join_attacks(validity: pd.DataFrame) -> str:
+    return ", ".join(validity["attack"].unique())
+
+
 def _verdict_legend_entry(verdict: str, text: str) -> Line2D:
     color, marker, fill = _VERDICT_STYLES[verdict]
-    look: Any = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": color, "linestyle": ""}
-    return Line2D([], [], label=text, **look)
+    style: Any = {"marker": marker, "markerfacecolor": fill, "markeredgecolor": color, "linestyle": ""}
+    return Line2D([], [], label=text, **style)
 
 
 def _draw_diagonal(ax: Axes) -> None:
     ax.axline((0, 0), slope=1, color=BLACK, linewidth=0.8, linestyle=":", zorder=1)
-
-
-def caption_validity(
-    validity: pd.DataFrame, context: CaptionContext, judge_name: str, max_new_tokens: int
-) -> str:
-    """Return what the captions of both figures of `analyze validate` say."""
-    return (
-        f"Greedy answers ({max_new_tokens} tokens) of {format_count_range(validity['n'])} queries under each of {len(validity)} "
-        f"conditions, judged by their text (judge: {judge_name}), against the first-token readout at its "
-        "threshold; the calibration curve pools all conditions, and its bars are Wilson 95\u00a0% intervals "
-        "that take answers as independent. Not trusted: the upper end of the "
-        "AUROC's interval against the text is under .80, or of kappa under .60; cannot tell: mostly, too "
-        "few of one class. "
-        f"{context.format_sentences(', '.join(validity['attack'].unique()))}"
-    )

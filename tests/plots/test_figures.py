@@ -1,39 +1,90 @@
-"""Figures are drawn again from their CSV alone: the same pictures that lie in figures/."""
+"""Every figure can be read, stands on its own, and is drawn again from its CSV alone."""
+
+from __future__ import annotations
 
 import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import save_model
+from conftest import pictures, readable, save_model
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from PIL import Image
+from planted_tables import (
+    ESTIMATES,
+    FAMILIES,
+    MECHANISM_CASES,
+    MECHANISM_DEFENSES,
+    RUN,
+    THRESHOLD,
+    cached_ensemble_figures,
+    cached_mechanism_figures,
+    cached_score_figures,
+    collect_texts,
+    describe_artists,
+    draw_mechanism_figures,
+    draw_score_figures,
+    find_figure,
+    lines_by_gid,
+    plant_attacked_scores,
+    plant_ensembles,
+    plant_mechanism,
+    plant_scores,
+    unwrap_text,
+)
 from rich.console import Console
 
 from analysis.api import analyze, read
+from analysis.plots.captions import CaptionContext
+from analysis.plots.data import (
+    build_analysis_points,
+    build_attack_cells,
+    build_ensemble_points,
+    build_margin_curves,
+    build_mechanism_points,
+    build_plane_points,
+    build_roc_points,
+)
 from analysis.plots.figures import FIGURES, find_figure_kind
+from analysis.plots.plane import draw_plane
+from analysis.plots.predictions import draw_forecast
+from analysis.plots.scores import draw_margins, draw_roc
+from analysis.plots.style import BLACK, GREY
 from analysis.report.folder import save_run
 from defenses.catalog import get_defense
 
-ROOT = Path(__file__).resolve().parent.parent / "figures"
+ROOT = Path(__file__).resolve().parents[2] / "figures"
 SHIPPED = [(path.parent.name, path.stem) for path in sorted(ROOT.glob("*/*.png"))]
-# One of each kind, and of a kind with several readouts the last: which readout it is of stands in its name.
-EACH = {find_figure_kind(stem): (folder, stem) for folder, stem in SHIPPED if folder != "ensembles-qwen"}
+# The smallest picture of each kind. (The last wins.)
+SMALLEST = {
+    find_figure_kind(stem): (folder, stem)
+    for folder, stem in sorted(SHIPPED, key=lambda each: -(ROOT / each[0] / f"{each[1]}.png").stat().st_size)
+    if folder != "ensembles-qwen"
+}
 
 
-def pixels(picture):
+def pixels(picture: Any) -> Any:
     return np.asarray(Image.open(picture).convert("RGB")).astype(int)
 
 
-def redrawn(figure):
+def redrawn(figure: Figure) -> Any:
     held = io.BytesIO()
     figure.savefig(held, format="png")
     return pixels(held)
 
 
-def different(one, other):
+def different(one: Any, other: Any) -> Any:
     return (np.abs(one - other).max(axis=2) > 8).sum()
 
 
@@ -42,19 +93,6 @@ def test_every_picture_has_its_csv_and_a_record_beside_it():
     for folder, stem in SHIPPED:
         assert (ROOT / folder / f"{stem}.csv").is_file(), (folder, stem)
         assert json.loads((ROOT / folder / "run.json").read_text("utf-8"))["model"]["name"]
-
-
-def test_every_kind_can_be_drawn_again_and_all_but_cost_are_in_the_gallery():
-    assert set(EACH) <= set(FIGURES) and set(FIGURES) - set(EACH) == {"cost"}
-
-
-@pytest.mark.parametrize("kind", sorted(EACH))
-def test_a_figure_is_drawn_again_from_its_csv(kind):
-    folder, stem = EACH[kind]
-    shipped, again = pixels(ROOT / folder / f"{stem}.png"), redrawn(read(ROOT / folder).draw_figure(stem))
-    assert shipped.shape == again.shape
-    # Seven digits in the CSV change an edge by a shade or two.
-    assert different(shipped, again) <= 20
 
 
 def test_another_number_is_another_picture(tmp_path):
@@ -95,3 +133,255 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
 )
 def test_a_stored_run_says_first_what_it_is_about(folder, words):
     assert re.search(words, str(read(ROOT / folder)).splitlines()[0])
+
+
+def test_controls_are_grey_and_defenses_are_not() -> None:
+    scores, summary = plant_scores(7)
+    ax = draw_plane(build_plane_points(summary))
+    colors = {
+        str(c.get_label()): c.get_facecolor()[0] for c in ax.collections if str(c.get_label()) in FAMILIES
+    }
+    assert {
+        family for family, color in colors.items() if same_color(color, (*mpl.colors.to_rgb(GREY), 1))
+    } == {"control"}
+    lines = lines_by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
+    grey = {name for name, line in lines.items() if same_color(line.get_color(), GREY)}
+    assert grey == {"control-6", "control-6 mark", "chance"}
+    labels = draw_margins(build_margin_curves(scores, summary, THRESHOLD)).get_yticklabels()
+    assert [text.get_text() for text in labels if text.get_color() != BLACK] == ["control-6 (control)"]
+
+
+def test_names_are_written_as_they_are_whatever_signs_they_hold() -> None:
+    scores, summary = plant_scores(2)
+    strange = {"reminders-0": "pay $5$ or\n$9", "backdoor-1": "\u62b1\u6b49_^{x"}
+    scores, summary = scores.replace({"defense": strange}), summary.replace({"defense": strange})
+    run = CaptionContext("m" * 300, "data", "test", THRESHOLD, ("\u62b1\u6b49",))
+    for figure, _ in draw_score_figures(scores, summary, run).values():
+        FigureCanvasAgg(figure).draw()  # a glyph that the font lacks would warn here
+        shown = " ".join(text.get_text() for text in collect_texts(figure))
+        assert "pay $5$" in shown
+        assert not any(text.get_parse_math() for text in collect_texts(figure) if "$" in text.get_text())
+        assert r"\u62b1" in shown
+
+
+def test_one_class_one_value_and_missing_numbers_are_drawn_without_a_warning() -> None:
+    scores, summary = plant_scores(3)
+    of_class = [f"{x}{end}" for x in ESTIMATES if x != "over_refusal_rate" for end in ("", "_low", "_high")]
+    benign = scores[~scores["harmful"]], summary.assign(**dict.fromkeys(of_class, np.nan), n_harmful=0)
+    flat = scores.assign(margin=0.25), summary
+    holed = scores.assign(margin=scores["margin"].where(scores["defense"] != "backdoor-1")), summary
+    bare = scores, summary.assign(**dict.fromkeys([c for c in summary if c[-4:] in ("_low", "high")], np.nan))
+    single = plant_scores(2, n=1)
+    for case in (benign, flat, holed, bare, single):
+        for figure, _ in draw_score_figures(*case).values():
+            FigureCanvasAgg(figure).draw()
+    key = draw_score_figures(*benign)["plane"][0].axes[0].get_legend()
+    assert key is not None
+    assert "no value: backdoor-1" in [text.get_text() for text in key.get_texts()]
+
+
+def test_several_attacks_give_a_figure_each_and_one_axes_takes_one() -> None:
+    parts = plant_scores(2), plant_scores(2, attack="./my attack.py")
+    scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
+    drawn = draw_score_figures(scores, summary)
+    stems = [
+        f"{kind}-{attack}" for attack in ("direct", ".-my-attack.py") for kind in ("margins", "plane", "roc")
+    ]
+    assert list(drawn) == [*stems, "attacks"]
+    assert set(drawn["plane-.-my-attack.py"][1]["attack"]) == {"./my attack.py"}
+    for draw, table in ((draw_margins, build_margin_curves(scores, summary, 0)), (draw_plane, summary)):
+        with pytest.raises(ValueError, match=r"one attack, got 'direct', '\./my attack\.py'"):
+            draw(table)
+
+
+def test_a_banner_stands_above_what_text_contradicts() -> None:
+    tables = plant_mechanism(**MECHANISM_CASES["usual"])
+    verdicts = {
+        "none": "trusted",
+        MECHANISM_DEFENSES[0]: "trusted",
+        MECHANISM_DEFENSES[1]: "not trusted",
+        MECHANISM_DEFENSES[2]: "cannot tell",
+    }
+    trusted = pd.DataFrame({"attack": "direct", "defense": [*verdicts], "trusted": verdicts.values()})
+    other = trusted.assign(attack="prefix", trusted="not trusted")
+    banners = {}
+    for stem, (figure, _) in draw_mechanism_figures(tables, pd.concat([trusted, other])).items():
+        banner = [text for text in figure.texts if text.get_gid() == "banner"]
+        banners[stem] = unwrap_text(banner[0]) if banner else ""
+        if stem == "profiles":
+            readable(stem, figure, collect_texts, slack=0.6)
+        for text in banner:
+            assert text.get_window_extent().y0 > figure.texts[0].get_window_extent().y1
+    words = "Not trusted: generated text contradicts the readout under backdoor/no_weights"
+    for stem, banner_words in banners.items():
+        assert banner_words == ("" if stem.endswith("-backdoor") else words), stem
+    base = trusted.assign(trusted=["not trusted", *["trusted"] * 3])  # what all is compared with
+    few = {name: tables[name] for name in ("layers", "profiles")}
+    for figure, _ in draw_mechanism_figures(few, base).values():
+        assert figure.texts[-1].get_text().endswith("under none")
+    attacked = plant_mechanism(**MECHANISM_CASES["attacked"])
+    doubt = pd.DataFrame({"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]})
+    few = {name: attacked[name] for name in ("parts", "weights")}
+    for stem, (figure, _) in draw_mechanism_figures(few, doubt).items():
+        wanted = stem.endswith("my-attack.py") and "no_weights" not in stem
+        assert any("backdoor (./my attack.py)" in unwrap_text(text) for text in figure.texts[2:]) == wanted
+
+
+def test_each_figure_of_one_defense_names_it() -> None:
+    for stem, (figure, table) in cached_mechanism_figures("usual").items():
+        if "-" in stem:
+            assert table["defense"].nunique() == 1
+            assert table["defense"].iloc[0] in figure.texts[0].get_text().replace("\n", "")
+
+
+def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
+    heavy = ("torch", "transformers", "transformer_lens", "defenses", "matplotlib.pyplot", "seaborn")
+    code = f"import sys, analysis.plots.figures; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_kind_is_registered_under_its_name_and_all_but_cost_are_among_the_shipped() -> None:
+    assert all(kind == figure.kind and figure.table in FIGURES for kind, figure in FIGURES.items())
+    assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) == {"cost"}
+
+
+def test_titles_describe_and_claim_nothing() -> None:
+    for figure in FIGURES.values():
+        assert not re.search(r"\b(more|better|worse|less|beyond|does|near|believed)\b", figure.title), (
+            figure.title
+        )
+
+
+@pytest.mark.parametrize("kind", sorted(SMALLEST))
+def test_a_shipped_figure_is_drawn_again_from_its_csv(kind: str) -> None:
+    folder, stem = SMALLEST[kind]
+    shipped, again = pixels(ROOT / folder / f"{stem}.png"), redrawn(read(ROOT / folder).draw_figure(stem))
+    assert shipped.shape == again.shape
+    # Seven digits in the CSV change an edge by a shade or two.
+    assert different(shipped, again) <= 20
+
+
+@pytest.mark.parametrize(
+    ("defenses", "manner"),
+    [(0, "usual"), (2, "long"), (8, "usual"), (8, "same"), (20, "long"), (20, "same"), (20, "usual")],
+)
+def test_no_text_of_a_run_hides_another_and_none_leaves_the_canvas(defenses: int, manner: str) -> None:
+    dpis = (100, 150) if (defenses, manner) == (20, "usual") else (100,)
+    for kind, (figure, table) in cached_score_figures(defenses, manner).items():
+        readable(kind, figure, collect_texts, dpis=dpis)
+        if kind == "plane":
+            (ax,) = figure.axes
+            spots = ax.transData.transform(np.array([[0, 0], *table[["shift", "discrimination"]].to_numpy()]))
+            for text in collect_texts(figure):
+                box = Text.get_window_extent(text)
+                covered = isinstance(text, Annotation) and any(box.contains(*spot) for spot in spots)
+                assert not covered, f"{text.get_text()!r} covers a point"
+
+
+@pytest.mark.parametrize("case", ["pair", "votes", "long", "attacked", "refusing", "many"])
+def test_no_text_of_ensembles_hides_another_and_none_leaves_the_canvas(case: str) -> None:
+    for kind, (figure, _) in cached_ensemble_figures(case).items():
+        readable(kind, figure, collect_texts, slack=0.6, dpis=(100, 150) if case == "pair" else (100,))
+
+
+@pytest.mark.parametrize("case", ["tiny", "usual", "large", "crowd", "long"])
+def test_no_text_of_a_mechanism_hides_another_and_none_leaves_the_canvas(case: str) -> None:
+    each = {stem.partition("-")[0]: figure for stem, (figure, _) in cached_mechanism_figures(case).items()}
+    assert len(each) == {"tiny": 7, "crowd": 4}.get(case, 8)
+    for kind, figure in each.items():
+        readable(kind, figure, collect_texts, slack=0.6, dpis=(100,))
+
+
+def test_figures_follow_from_the_tables_that_a_run_has() -> None:
+    assert list(cached_ensemble_figures("usual")) == ["forecast", "interactions", "front"]
+    assert list(cached_ensemble_figures("votes")) == ["forecast", "front"]
+    with pytest.raises(ValueError, match="one attack"):
+        draw_forecast(plant_ensembles("attacked")[0])
+    every = ["layers", "parts-{}", "top-{}", "directions", "patches-{}", "cuts", "weights-{}", "profiles"]
+    names = ["backdoor", "backdoor-no_weights"]
+    wanted = [stem.format(name) for stem in every for name in (names if "{}" in stem else [""])]
+    assert list(cached_mechanism_figures("usual")) == wanted
+    tiny = [stem.format("backdoor") for stem in every[:-1]]  # one defense has no other
+    assert list(cached_mechanism_figures("tiny")) == tiny
+    named = [f"{stem}-{attack}" for attack in ("direct", ".-my-attack.py") for stem in wanted]
+    assert list(build_mechanism_points(plant_mechanism(**MECHANISM_CASES["attacked"]))) == named
+    tables = plant_mechanism(**MECHANISM_CASES["usual"])
+    few = {"cuts": tables["cuts"], "half": tables["half"], "layers": tables["layers"][:0]}
+    assert list(build_mechanism_points(few)) == ["cuts"]
+    assert build_mechanism_points({}) == {}
+
+
+@pytest.mark.parametrize("kind", ["layers", "parts", "top", "patches", "cuts", "weights", "profiles"])
+def test_one_figure_shows_one_attack(kind: str) -> None:
+    table = find_figure(kind)[1]
+    with pytest.raises(ValueError, match="one attack"):
+        FIGURES[kind].draw(pd.concat([table, table.assign(attack="prefix")]))
+
+
+def figures_of_all_kinds() -> dict[str, tuple[Figure, pd.DataFrame]]:
+    attack_cells = build_attack_cells(*plant_attacked_scores(3, ["direct", "base64"]), THRESHOLD)
+    return (
+        cached_score_figures(8, "usual")
+        | pictures({"attacks": attack_cells}, RUN)
+        | cached_ensemble_figures("pair")
+        | cached_ensemble_figures("attacked")
+        | cached_mechanism_figures("usual")
+    )
+
+
+def test_a_figure_can_be_drawn_again_from_its_csv_alone() -> None:
+    drawn = figures_of_all_kinds()
+    assert len({find_figure_kind(stem) for stem in drawn}) == 15
+    for stem, (figure, table) in drawn.items():
+        again = FIGURES[find_figure_kind(stem)].draw(pd.read_csv(io.StringIO(table.to_csv(index=False))))
+        (words, numbers), (words_again, numbers_again) = map(describe_artists, (figure.axes[0], again))
+        assert words_again == words, stem
+        np.testing.assert_allclose(numbers_again, numbers, atol=1e-9)
+
+
+def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> None:
+    settings = dict(mpl.rcParams)
+    for stem, (_, table) in figures_of_all_kinds().items():
+        kept = table.copy()
+        (given,) = Figure(figsize=(9, 6)).subplots(1, 1, squeeze=False).flat
+        assert FIGURES[find_figure_kind(stem)].draw(table, given) is given, stem  # type: ignore[call-arg]
+        pd.testing.assert_frame_equal(table, kept)
+    assert dict(mpl.rcParams) == settings
+    scores, summary = plant_scores(4)
+    kept = scores.copy(), summary.copy()
+    build_analysis_points(scores, summary, THRESHOLD)
+    rows, found, families = plant_ensembles()
+    before = rows.copy(), found.copy()
+    build_ensemble_points(rows, found, families)
+    for table, copy in zip((scores, summary, rows, found), (*kept, *before), strict=True):
+        pd.testing.assert_frame_equal(table, copy)
+
+
+def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
+    always = (
+        RUN.model,
+        "twins, test split",
+        "\u201cSorry\u201d",
+        "\u201cSure\u201d",
+        "threshold \u22121.00 nats",
+    )
+    always += ("no judge: first-token readout", "Intervals: ")
+    for stem, (figure, _) in figures_of_all_kinds().items():
+        caption = unwrap_text(figure.texts[1])
+        counts = ("24 harmful", "24 benign")
+        if FIGURES[find_figure_kind(stem)].section == "mechanism":
+            counts = (
+                ("24 harmful", "20 benign") if stem.startswith("patches") else ("50 harmful", "40 benign")
+            )
+        for word in (*always, *counts, "Attack: by column" if stem == "attacks" else "Attack: none"):
+            assert word.replace(" ", "") in caption.replace(" ", ""), (stem, word)
+    drawn = {"forecast": "Bars on stacks", "interactions": "Bold", "front": "Intervals: not drawn"}
+    for kind, words in drawn.items():
+        assert words in unwrap_text(cached_ensemble_figures("usual")[kind][0].texts[1])
+    several = unwrap_text(cached_ensemble_figures("attacked")["front"][0].texts[1])
+    assert "mean over 3 attacks" in several and "Attack: none, base64, ./my attack.py" in several
+    for stem, (figure, _) in cached_mechanism_figures("bare").items():
+        caption = unwrap_text(figure.texts[1])
+        assert ("Intervals: none known" in caption) == (stem != "layers"), stem
+        assert ("95 % interval" in caption) == (stem == "layers"), stem  # its half-way layers have some

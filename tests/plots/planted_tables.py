@@ -1,0 +1,408 @@
+"""Tables with planted effects for the tests of figures, and helpers that read what a figure shows."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from conftest import pictures
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from analysis.plots.captions import CaptionContext
+from analysis.plots.data import (
+    CONTRAST_LABELS,
+    build_analysis_points,
+    build_ensemble_points,
+    build_mechanism_points,
+)
+from analysis.stats.bootstrap import ResamplingUnits
+from analysis.stats.ensembles import (
+    SplitScores,
+    evaluate_single_defenses,
+    evaluate_stacks,
+    evaluate_votes,
+    list_teams,
+)
+from analysis.stats.pareto import build_candidates
+from analysis.stats.voting import MarginTable
+
+THRESHOLD = -1.0
+RUN = CaptionContext(
+    "SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here")
+)
+FAMILIES = ("reminders", "backdoor", "refactoring", "noise", "tuning", "steering", "control")
+ESTIMATES = ("refusal_rate", "over_refusal_rate", "auroc", "delta_auroc", "shift", "discrimination")
+
+
+def plant_scores(
+    defenses: int, manner: str = "usual", n: int = 24, attack: str = "direct"
+) -> tuple[Any, Any]:
+    """Return scores and a summary with known shifts; `manner` is usual, long (names) or same (points)."""
+    generator = np.random.default_rng(defenses)
+    plain = {True: generator.normal(-0.5, 1.5, n), False: generator.normal(-2.5, 1.5, n)}
+    rows, summary = [], []
+    for number in range(-1, defenses):
+        family = "none" if number < 0 else FAMILIES[number % len(FAMILIES)]
+        name = "none" if number < 0 else f"{family}-{number}"
+        shift, gain = (0.0, 0.0) if number < 0 else (number % 5, (number % 3) - 0.5)
+        if manner == "same" and number >= 0:
+            shift, gain = 1.0, 0.5
+        if manner == "long" and number >= 0:
+            name = f"{name}+./somewhere/a_defense_with_a_very_long_name.py" + "(copies=10, $q$=0.1)" * 8
+        margin = {c: plain[c] + shift + (gain / 2 if c else -gain / 2) for c in (True, False)}
+        for harmful, index in itertools.product((True, False), range(n)):
+            query = f"{'h' if harmful else 'b'}{index}"
+            rows.append((query, f"p{index}", "any", harmful, attack, name, margin[harmful][index]))
+        wins = margin[True][:, None] > margin[False]
+        values = [(margin[True] > THRESHOLD).mean(), (margin[False] > THRESHOLD).mean(), wins.mean()]
+        values += [wins.mean() - (plain[True][:, None] > plain[False]).mean(), shift, gain]
+        about = {"attack": attack, "defense": name, "family": family, "n_harmful": n, "n_benign": n}
+        for estimate, value in zip(ESTIMATES, values, strict=True):
+            about |= {estimate: value, f"{estimate}_low": value - 0.1, f"{estimate}_high": value + 0.2}
+        summary.append(about)
+    columns = ["query", "pair", "category", "harmful", "attack", "defense", "margin"]
+    return pd.DataFrame(rows, columns=columns), pd.DataFrame(summary)
+
+
+def draw_score_figures(scores: pd.DataFrame, summary: pd.DataFrame, run: CaptionContext = RUN) -> Any:
+    return pictures(build_analysis_points(scores, summary, run.threshold), run)
+
+
+@cache
+def cached_score_figures(defenses: int, manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    return draw_score_figures(*plant_scores(defenses, manner))
+
+
+def plant_attacked_scores(defenses: int, names: list[str], manner: str = "usual") -> tuple[Any, Any]:
+    """Return scores and a summary under several attacks, the second of which moves all margins by a nat."""
+    parts = [plant_scores(defenses, manner, attack=name) for name in names]
+    scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
+    scores.loc[scores["attack"] == names[1], "margin"] -= 1
+    return scores, summary.assign(trusted="trusted")
+
+
+ENSEMBLE_FAMILIES = ("reminders", "backdoor", "refactoring", "noise", "tuning")
+ENSEMBLE_CASES = {
+    "usual": {},
+    "pair": {"defenses": 2, "ran": 1},
+    "one": {"defenses": 5, "ran": 1},
+    "votes": {"defenses": 3, "ran": 0},
+    "long": {"defenses": 6, "name": "/a_defense_with_a_very_long_name(copies=10,$q$=0.1,more=7)"},
+    "attacked": {"defenses": 5, "ran": 5, "attacks": ("direct", "base64", "./my attack.py")},
+    "refusing": {"defenses": 5, "up": 30.0},
+    "many": {"defenses": 15, "ran": 30},
+}
+
+
+@cache
+def plant_split_scores(
+    defenses: int = 8,
+    ran: int = 11,
+    name: str = "",
+    attacks: tuple[str, ...] = ("direct",),
+    up: float = 0.0,
+    n: int = 24,
+) -> tuple[list[SplitScores], list[str], list[tuple[str, ...]]]:
+    """Return both halves under each attack, defenses and stacks; a stack has less shift than its sum."""
+    generator = np.random.default_rng(defenses)
+    names = [
+        f"{ENSEMBLE_FAMILIES[number % len(ENSEMBLE_FAMILIES)]}-{number}{name}" for number in range(defenses)
+    ]
+    pairs = list_teams(names, 2)
+    chosen = [pairs[place] for place in sorted(generator.permutation(len(pairs))[:ran])]
+    does = generator.normal([1.0, 0.3], 1.0, (defenses, 2))
+    is_harmful, found = np.repeat([True, False], n), []
+    for (number, attack), split in itertools.product(enumerate(attacks), ("calibration", "test")):
+        before = generator.normal(np.where(is_harmful, 0.5 - number, -2.0) + up, 1.6)
+        noise = generator.normal(0, 0.6, (2 * n, defenses))
+        each = before[:, None] + does[:, 0] + np.where(is_harmful, 0.5, -0.5)[:, None] * does[:, 1] + noise
+        columns = [before, *each.T]
+        for team in chosen:
+            one, two = (names.index(member) for member in team)
+            less = 0.4 * does[one, 0] * does[two, 0] + generator.normal(0, 0.4, 2 * n)
+            columns.append(each[:, one] + each[:, two] - before - less)
+        board = MarginTable(
+            ("none", *names, *map("+".join, chosen)), np.stack(columns, axis=1), before, is_harmful
+        )
+        pair = pd.Series([f"p{place % n}" for place in range(2 * n)])
+        found.append(SplitScores(attack, split, board, ResamplingUnits.from_pairs(pair, is_harmful)))
+    return found, names, chosen
+
+
+@cache
+def plant_ensembles(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
+    """Return rows of ensembles, candidates and families."""
+    each, names, chosen = plant_split_scores(**ENSEMBLE_CASES[manner])
+    wanted, found = list_teams(names, 3), []
+    for half in each:
+        (fitted_to,) = (one for one in each if (one.attack, one.split) == (half.attack, "calibration"))
+        tables = (
+            evaluate_single_defenses(half, ["none", *names]),
+            evaluate_votes(half, wanted, fitted_to),
+            evaluate_stacks(half, chosen),
+        )
+        found.append(pd.concat([table for table in tables if len(table)], ignore_index=True))
+    rows = pd.concat(found, ignore_index=True)
+    rows["kind"] = np.where(rows["members"].str.len() % 2, "intra", "inter")
+    for name, wide in (("shift", 0.3), ("discrimination", 0.2)):
+        for side, way in (("low", -1), ("high", 1)):
+            stacked = rows["how"] == "stack"
+            for measure in ("observed", "interaction"):
+                value = (rows[f"{measure}_{name}"] + way * wide).where(stacked)
+                rows[f"{measure}_{name}_{side}"] = value
+    costs = {"none": 1.0, **{name: 1 + 0.5 * place for place, name in enumerate(names)}}
+    found_front = build_candidates(
+        rows, lambda asked: sum(costs[one] for name in asked for one in name.split("+"))
+    )
+    return rows, found_front, dict(zip(names, itertools.cycle(ENSEMBLE_FAMILIES), strict=False))
+
+
+@cache
+def cached_ensemble_figures(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    rows, found, families = plant_ensembles(manner)
+    return pictures(
+        build_ensemble_points(rows, found, families),
+        RUN,
+        (24, 24),
+        ENSEMBLE_CASES[manner].get("attacks", ("direct",)),
+    )
+
+
+MECHANISM_DEFENSES = (
+    *("backdoor", "backdoor/no_weights", "self_reminder+backdoor", "smoothllm(copies=5)"),
+    *("policy", "refusal_direction", "paraphrase", "in_context", "retokenize"),
+)
+LONG_NAME = "./somewhere/a_defense_with_a_very_long_name.py(copies=10,$q$=0.1)+"
+MECHANISM_CASES: dict[str, dict[str, Any]] = {
+    "tiny": {"layers": 2, "heads": 4, "defenses": 1},
+    "usual": {"layers": 12, "heads": 9, "defenses": 3},
+    "large": {"layers": 80, "heads": 64, "defenses": 8},
+    "crowd": {"layers": 24, "heads": 16, "defenses": 9, "ranges": 12},
+    "long": {"layers": 6, "heads": 4, "defenses": 2, "name": 3 * LONG_NAME},
+    "attacked": {"layers": 4, "heads": 2, "defenses": 2, "attacks": ("direct", "./my attack.py")},
+    "bare": {"layers": 4, "heads": 3, "defenses": 2, "sure": False},
+}
+
+
+def add_estimate(rows: pd.DataFrame, column: str, values: Any, sure: bool = True) -> None:
+    """Add an estimate with its interval, which is missing in some rows, or in all."""
+    wide = np.where(np.arange(len(rows)) % 17 == 3, np.nan, 0.05 + 0.2 * np.abs(values)) if sure else np.nan
+    rows[column], rows[f"{column}_low"], rows[f"{column}_high"] = values, values - wide, values + 1.5 * wide
+
+
+def plant_mechanism(
+    layers: int,
+    heads: int,
+    defenses: int,
+    ranges: int = 4,
+    name: str = "",
+    attacks: tuple[str, ...] = ("direct",),
+    sure: bool = True,
+) -> dict[str, pd.DataFrame]:
+    """Return all tables of `analyze mechanism`."""
+    generator = np.random.default_rng(layers)
+    made: dict[str, list[pd.DataFrame]] = {}
+    for attack, (number, defense) in itertools.product(attacks, enumerate(MECHANISM_DEFENSES[:defenses])):
+        about = {"attack": attack, "defense": name + defense}
+        rise = 1 / (1 + np.exp(-(np.arange(layers + 1) - layers * (0.3 + 0.05 * number)) / (layers / 12)))
+        tables = {
+            "layers": pd.DataFrame({"layer": range(layers + 1)}),
+            "half": pd.DataFrame(
+                {"contrast": [*CONTRAST_LABELS], "half": [layers // 2, np.nan if number else 1]}
+            ),
+        }
+        kinds = [(None, "embedding", None), (None, "bias", None)]
+        for layer in range(layers):
+            kinds += [(layer, "head", head) for head in range(heads)] + [(layer, "mlp", None)]
+        kinds += [(layers // 2, "added", None)] * (number % 2 or defenses > 3)
+        tables["parts"] = pd.DataFrame(kinds, columns=["layer", "kind", "head"]).astype(
+            {"layer": "Int64", "head": "Int64"}
+        )
+        both = itertools.product(range(layers + 1), ("refusal", "harmfulness"))
+        tables["directions"] = pd.DataFrame(both, columns=["layer", "direction"])
+        tables["directions"]["chosen"] = tables["directions"]["layer"] == layers // 2
+        sources = ("defense", "placebo", "neutral_prompt")
+        cells = [
+            (into, source, kind, layer, None)
+            for into in ("undefended", "defended")
+            for source in sources
+            for kind in ("residual", "attention", "mlp")
+            for layer in range(layers)
+        ]
+        cells += [
+            ("undefended", source, "head", layer, layer % heads)
+            for source in sources[:2]
+            for layer in range(layers)
+        ]
+        tables["patches"] = pd.DataFrame(cells, columns=["into", "source", "kind", "layer", "head"])
+        tables["patches"] = tables["patches"].assign(n_harmful=24, n_benign=20)
+        edges = np.unique(np.linspace(0, layers, ranges + 1).astype(int))
+        spans = [(-1, -1), *zip(edges[:-1], edges[1:] - 1, strict=True)]
+        tables["cuts"] = pd.DataFrame(
+            [(reader, *span) for reader in ("answer", "everything") for span in spans],
+            columns=["reader", "first", "last"],
+        )
+        ways = [(how, layer, None) for how in ("alone", "up to") for layer in range(layers)]
+        ways += [("module", None, module) for module in ("q_proj", "k_proj", "v_proj", "down_proj")]
+        tables["weights"] = pd.DataFrame(ways, columns=["how", "layer", "module"])
+        others = [
+            (other, contrast)
+            for other in MECHANISM_DEFENSES[number + 1 : defenses]
+            for contrast in CONTRAST_LABELS
+        ]
+        tables["profiles"] = pd.DataFrame(others, columns=["other", "contrast"])
+        tables["profiles"]["other"] = name + tables["profiles"]["other"]
+        for kind, table in tables.items():
+            if kind in ("parts", "patches", "weights") and number > (1 if defenses < 4 else 0):
+                continue  # so many figures of one defense are enough
+            size = len(table)
+            for contrast, most in (("shift", 2.5), ("discrimination", -0.6)):
+                if kind == "layers":
+                    add_estimate(table, contrast, most * rise + generator.normal(0, 0.03, size), sure)
+                elif kind not in ("half", "profiles"):
+                    noise = generator.normal(0, 0.05 if kind == "directions" else 0.1, size)
+                    up = np.where(table.get("source", table.index) == "placebo", 0.0, most / 3)
+                    add_estimate(table, contrast, noise + (0 if kind == "parts" else up), sure)
+            if kind == "half":
+                table["half_low"], table["half_high"] = table["half"] - 1, table["half"] + 0.5
+                add_estimate(table, "final", np.array([2.5, -0.6]), sure)
+            elif kind == "directions":
+                for column, base in (("auroc", 0.85), ("auroc_after", 0.7)):
+                    add_estimate(
+                        table,
+                        column,
+                        base
+                        + generator.uniform(-0.02, 0.02, size)
+                        + 0.05 * np.sin(np.arange(size) / size * 6),
+                        sure,
+                    )
+            elif kind == "profiles":
+                add_estimate(table, "cosine", generator.uniform(-1, 1, size), sure)
+            if kind == "parts":
+                mlp = table["kind"] == "mlp"
+                for end in ("", "_low", "_high"):
+                    table.loc[mlp, f"shift{end}"] *= 3
+            made.setdefault(kind, []).append(table.assign(**about)[[*about, *table.columns]])
+    return {kind: pd.concat([part for part in parts if len(part)] or parts) for kind, parts in made.items()}
+
+
+def draw_mechanism_figures(
+    tables: dict[str, pd.DataFrame], trusted: pd.DataFrame | None = None, top: int = 10
+) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    known = {} if trusted is None else {"summary": trusted.assign(n_harmful=50, n_benign=40)}
+    return pictures(build_mechanism_points(tables, top), RUN, (50, 40), **known)
+
+
+@cache
+def cached_mechanism_figures(case: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
+    tables = plant_mechanism(**MECHANISM_CASES[case])
+    if case == "crowd":  # only what shows several defenses
+        tables = {name: tables[name] for name in ("layers", "half", "directions", "cuts", "profiles")}
+    return draw_mechanism_figures(tables)
+
+
+def find_figure(kind: str, manner: str = "usual", defense: str = "backdoor") -> tuple[Axes, pd.DataFrame]:
+    """Return the host of one figure, and its table."""
+    stem = f"{kind}-{defense}" if kind in ("parts", "top", "patches", "weights") else kind
+    figures = cached_mechanism_figures(manner)
+    figure, table = figures.get(stem) or figures[f"{stem}-direct"]
+    return figure.axes[0], table
+
+
+def collect_texts(figure: Figure) -> list[Text]:
+    """Return every text that a reader sees."""
+    host = figure.axes[0]
+    legend = host.get_legend()
+    texts = [*figure.texts, *([*legend.get_texts(), legend.get_title()] if legend else [])]
+    for ax in (host, *host.child_axes):
+        texts += [*ax.texts, ax.title, ax._left_title]  # type: ignore[attr-defined]
+        if not ax.axison:
+            continue
+        texts += [ax.xaxis.label, ax.yaxis.label]
+        for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+            for tick, place in zip(axis.get_major_ticks(), axis.get_ticklocs(), strict=False):
+                if low <= place <= high:
+                    texts += [tick.label1, tick.label2]
+    return [text for text in texts if text.get_text().strip() and text.get_visible()]
+
+
+def describe_artists(host: Axes) -> tuple[list[str], Any]:
+    """Return everything drawn on axes and the axes inside of them, as words and as numbers."""
+    words, numbers = [], []
+    legend = host.get_legend()
+    words += [text.get_text() for text in legend.get_texts()] if legend else []
+    for ax in (host, *host.child_axes):
+        texts = [*ax.texts, *ax.get_xticklabels(), *ax.get_yticklabels()] if ax.axison else ax.texts
+        words += [*(text.get_text() for text in texts), ax.get_xlabel(), ax.get_ylabel()]
+        words += [str(line.get_color()) for line in ax.lines]
+        numbers += [np.asarray(line.get_xydata(), dtype=float) for line in ax.lines]
+        numbers += [path.vertices for drawn in ax.collections for path in drawn.get_paths()]
+        numbers += [np.asarray(drawn.get_offsets()) for drawn in ax.collections]
+        arrays = [drawn.get_array() for drawn in ax.collections]
+        numbers += [np.ma.filled(array, 99) for array in arrays if array is not None]
+        numbers += [np.asarray(text.get_position(), dtype=float) for text in ax.texts]
+    return words, np.concatenate([np.ravel(part) for part in numbers])
+
+
+def lines_by_gid(ax: Axes) -> dict[str, Any]:
+    return {str(line.get_gid()): line for line in ax.lines if line.get_gid()}
+
+
+def scatter_offsets(ax: Axes) -> dict[str, Any]:
+    """Return the offsets of each family's scatter."""
+    return {
+        str(c.get_label()): np.asarray(c.get_offsets())
+        for c in ax.collections
+        if len(c.get_offsets()) and not str(c.get_label()).startswith("_")
+    }
+
+
+def find_panels(ax: Axes) -> list[Axes]:
+    """Return the axes inside of others, less that of the color bar."""
+    return [panel for panel in ax.child_axes if panel.get_gid() != "cost"]
+
+
+def scatter_by_style(panel: Axes) -> dict[tuple[str, bool], Any]:
+    """Return the points of each look, by label and whether they are hollow."""
+    found: dict[tuple[str, bool], Any] = {}
+    for dots in panel.collections:
+        if len(at := np.asarray(dots.get_offsets())) and not str(dots.get_label()).startswith("_"):
+            fill = dots.get_facecolor()
+            hollow = len(fill) == 0 or same_color(fill[0], "white")
+            found[str(dots.get_label()), hollow] = at
+    return found
+
+
+def line_points(panel: Axes, gid: str) -> Any:
+    """Return the places of the one line of that name."""
+    (found,) = (one for one in panel.lines if one.get_gid() == gid)
+    return np.asarray(found.get_xydata(), dtype=float)
+
+
+def band_corners(panel: Axes, gid: str) -> Any:
+    """Return the corners of a band."""
+    (found,) = (one for one in panel.collections if one.get_gid() == f"{gid} band")
+    return np.concatenate([path.vertices for path in found.get_paths()])
+
+
+def interval_bars(panel: Axes) -> set[tuple[float, float, float]]:
+    """Return height, left and right end of each interval of a row of dots."""
+    paths = [path.vertices for one in panel.collections for path in one.get_paths() if len(path) == 2]
+    return {(round(a[1], 6), round(a[0], 6), round(b[0], 6)) for a, b in paths if np.isfinite([a, b]).all()}
+
+
+def unwrap_text(text: Text) -> str:
+    """Return a text as if it had one line."""
+    return text.get_text().replace("-\n", "-").replace("\n", " ").replace("\u00a0", " ")
+
+
+def scatter_collections(ax: Any) -> list[PathCollection]:
+    """Points; the bars beside them are collections of another kind."""
+    return [one for one in ax.collections if isinstance(one, PathCollection)]

@@ -1,0 +1,113 @@
+"""The attribution map and the largest components show what the table of components holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import same_color, to_rgb
+from planted_tables import (
+    MECHANISM_CASES,
+    cached_mechanism_figures,
+    draw_mechanism_figures,
+    find_figure,
+    interval_bars,
+    line_points,
+    plant_mechanism,
+    unwrap_text,
+)
+
+from analysis.plots.data import CONTRAST_LABELS
+from analysis.plots.layout import MISSING_COLOR
+
+
+@pytest.mark.parametrize("manner", ["tiny", "usual", "large"])
+def test_the_heat_map_holds_every_head_and_its_color_is_its_sign(manner: str) -> None:
+    ax, table = find_figure("parts", manner)
+    layers, heads = MECHANISM_CASES[manner]["layers"], MECHANISM_CASES[manner]["heads"]
+    scales = [panel for panel in ax.child_axes if panel.get_gid() == "scale"]
+    assert len(scales) == 1 and scales[0].get_yticklabels()[1].get_text() == "0 nats"
+    spans = set()
+    panels = iter(ax.child_axes)
+    for contrast in CONTRAST_LABELS:
+        for kind, gid in (("head", "heads"), ("mlp", "parts")):
+            panel = next(panels)
+            (mesh,) = (drawn for drawn in panel.collections if drawn.get_gid() == gid)
+            rows = table[table["kind"] == kind].sort_values(["layer", "head"])
+            values = np.asarray(mesh.get_array()).reshape(layers, -1)[:, : heads if kind == "head" else 1]
+            np.testing.assert_allclose(values, rows[contrast].to_numpy(float).reshape(layers, -1))
+            assert values.shape == (layers, heads if kind == "head" else 1)
+            spans.add((mesh.norm.vmin, mesh.norm.vmax))
+            colors = mesh.cmap(mesh.norm(values))
+            far = np.abs(values) > 0.05 * mesh.norm.vmax
+            assert ((colors[..., 2] > colors[..., 0]) == (values > 0))[far].all()
+            assert panel.get_ylim() == (layers, 0)  # the first layer is at the top
+    assert len(spans) == 1 and spans.pop()[1] > 0
+    (low, high), most = scales[0].get_ylim(), table[[*CONTRAST_LABELS]].abs().max(axis=None)
+    assert -low == high
+    bounded = "\N{GREATER-THAN OR EQUAL TO}" in scales[0].get_yticklabels()[2].get_text()
+    assert high < most if bounded else high == most
+    assert bounded == (manner == "large")  # its MLPs write more than all but some heads
+
+
+def test_a_dot_marks_a_part_whose_interval_excludes_zero() -> None:
+    ax, table = find_figure("parts")
+    heads = table[table["kind"] == "head"]
+    for contrast, panel in zip(CONTRAST_LABELS, (ax.child_axes[0], ax.child_axes[2]), strict=True):
+        sure = heads[(heads[f"{contrast}_low"] > 0) | (heads[f"{contrast}_high"] < 0)]
+        (dots,) = (one for one in panel.collections if one.get_gid() == "sure")
+        at = np.asarray(dots.get_offsets())
+        wanted = sure[["head", "layer"]].to_numpy(float) + 0.5
+        assert {tuple(spot) for spot in at} == {tuple(spot) for spot in wanted}
+        assert 0 < len(sure) < len(heads)
+
+
+def test_a_part_far_beyond_all_others_does_not_make_them_white_and_the_scale_says_so() -> None:
+    parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
+    parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
+    parts.loc[5, "shift"] = 50.0
+    figure, _ = draw_mechanism_figures({"parts": parts})["parts-backdoor"]
+    (scale,) = (panel for panel in figure.axes[0].child_axes if panel.get_gid() == "scale")
+    assert scale.get_ylim()[1] < 2
+    assert scale.get_yticklabels()[2].get_text().startswith("\N{GREATER-THAN OR EQUAL TO}+")
+    assert "beyond the ends of the scale" in unwrap_text(figure.texts[1])
+
+
+def test_parts_that_are_missing_are_grey() -> None:
+    parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
+    parts = parts[
+        (parts["defense"] == "backdoor") & ~((parts["layer"] == 3) & (parts["head"] == 2)).fillna(False)
+    ]
+    figure, _ = draw_mechanism_figures({"parts": parts})["parts-backdoor"]
+    mesh = figure.axes[0].child_axes[0].collections[0]
+    mask = np.ma.getmaskarray(mesh.get_array()).reshape(12, 9)
+    assert np.argwhere(mask).tolist() == [[3, 2]]
+    assert same_color(mesh.cmap.get_bad()[:3], to_rgb(MISSING_COLOR))
+    assert "Grey: no such part." in unwrap_text(figure.texts[1])
+
+
+def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> None:
+    ax, _ = find_figure("top")
+    parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
+    parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
+    size = parts[[*CONTRAST_LABELS]].abs().max(axis=1)
+    wanted = parts.loc[size.nlargest(10).index]
+    words = {"head": "head", "mlp": "MLP", "embedding": "embedding", "bias": "final bias"}
+    names = []
+    for kind, layer, head in wanted[["kind", "layer", "head"]].itertuples(index=False, name=None):
+        names.append(
+            words[kind] + ("" if layer is pd.NA else f" {layer}") + ("" if head is pd.NA else f".{head}")
+        )
+    assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == names
+    for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes, strict=True):
+        np.testing.assert_allclose(
+            line_points(panel, contrast), np.stack([wanted[contrast], -np.arange(10.0)], axis=1)
+        )
+        ends = wanted[[f"{contrast}_low", f"{contrast}_high"]].to_numpy(float).round(6)
+        assert interval_bars(panel) == {
+            (-row, *end) for row, end in enumerate(ends) if np.isfinite(end).all()
+        }
+    caption = unwrap_text(cached_mechanism_figures("usual")["top-backdoor"][0].texts[1])
+    told = f"{wanted['shift'].sum():+.2f} of {parts['shift'].sum():+.2f} nats of shift"
+    assert told.replace("-", "\N{MINUS SIGN}") in caption
+    assert len(draw_mechanism_figures({"parts": parts}, top=3)["top-backdoor"][1]) == 3

@@ -1,0 +1,81 @@
+"""Figures by layer show the estimates of their tables with their bands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from planted_tables import (
+    MECHANISM_CASES,
+    MECHANISM_DEFENSES,
+    band_corners,
+    cached_mechanism_figures,
+    draw_mechanism_figures,
+    find_figure,
+    interval_bars,
+    line_points,
+    plant_mechanism,
+    unwrap_text,
+)
+
+from analysis.plots.data import CONTRAST_LABELS
+from analysis.plots.layout import CURVE_STYLES
+from analysis.plots.style import GREY
+
+
+@pytest.mark.parametrize("manner", ["usual", "crowd"])
+def test_layers_draws_each_defense_with_its_band_and_where_half_is_there(manner: str) -> None:
+    ax, table = find_figure("layers", manner)
+    curves, strips = ax.child_axes[:2], ax.child_axes[2:]
+    halves = plant_mechanism(**MECHANISM_CASES[manner])["half"].set_index(["defense", "contrast"])
+    for contrast, panel, strip in zip(CONTRAST_LABELS, curves, strips, strict=True):
+        assert panel.get_title(loc="left") == f"{contrast} (nats)"
+        for row, (defense, rows) in enumerate(table.groupby("defense", sort=False)):
+            name = str(defense)
+            np.testing.assert_allclose(line_points(panel, name), rows[["layer", contrast]].astype(float))
+            ends = rows.dropna(subset=f"{contrast}_low")
+            corners = {tuple(at) for at in band_corners(panel, name).round(9)}
+            for end in ("low", "high"):
+                wanted = ends[["layer", f"{contrast}_{end}"]].to_numpy(float).round(9)
+                assert {tuple(at) for at in wanted} <= corners
+            half = halves.loc[(name, contrast)]
+            np.testing.assert_allclose(line_points(strip, name), [[half["half"], -row]])
+            if half["half"] == half["half"]:
+                assert (-row, half["half_low"], half["half_high"]) in interval_bars(strip)
+        assert strip.get_xlim() == panel.get_xlim()
+
+
+def test_the_first_eight_have_looks_of_their_own_and_the_rest_is_grey() -> None:
+    panel = find_figure("layers", "crowd")[0].child_axes[0]
+    looks = [
+        (one.get_color(), one.get_linestyle()) for one in panel.lines if one.get_gid() in MECHANISM_DEFENSES
+    ]
+    assert len(looks) == 9 and len(set(looks)) == 9
+    assert [color for color, _ in looks] == [*(look[0] for look in CURVE_STYLES), GREY]
+    assert "Grey: all defenses after the first 8" in unwrap_text(
+        cached_mechanism_figures("crowd")["layers"][0].texts[1]
+    )
+
+
+def test_layers_without_halves_has_no_strip() -> None:
+    tables = plant_mechanism(**MECHANISM_CASES["usual"])
+    none = tables["half"].assign(half=np.nan, half_low=np.nan, half_high=np.nan)
+    for given in ({}, {"half": none}, {"half": tables["half"][:0]}):
+        figure, _ = draw_mechanism_figures({"layers": tables["layers"], **given})["layers"]
+        assert [panel.get_xlabel() for panel in figure.axes[0].child_axes] == ["layer entered"] * 2
+        assert "no mark" not in figure.texts[1].get_text()
+
+
+def test_directions_draws_both_directions_after_and_before_and_the_layer_chosen() -> None:
+    ax, table = find_figure("directions")
+    rows = np.array(ax.child_axes).reshape(2, 3)
+    for direction, panels in zip(("refusal", "harmfulness"), rows, strict=True):
+        for column, panel in zip(("auroc_after", "shift", "discrimination"), panels, strict=True):
+            for defense, of in table[table["direction"] == direction].groupby("defense"):
+                np.testing.assert_allclose(
+                    line_points(panel, str(defense)), of[["layer", column]].astype(float)
+                )
+            assert line_points(panel, "chosen")[:, 0].tolist() == [6, 6]
+        first = table[(table["direction"] == direction) & (table["defense"] == "backdoor")]
+        np.testing.assert_allclose(
+            line_points(panels[0], "undefended"), first[["layer", "auroc"]].astype(float)
+        )

@@ -1,0 +1,54 @@
+"""Margins and ROC curves show what their tables hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+from planted_tables import THRESHOLD, lines_by_gid, plant_scores
+
+from analysis.plots.data import build_margin_curves, build_roc_points
+from analysis.plots.scores import draw_margins, draw_roc
+from analysis.plots.style import BLACK, GREY
+
+
+@pytest.mark.parametrize("defenses", [2, 8])
+def test_margins_draws_the_densities_of_the_table_above_and_below_each_row(defenses: int) -> None:
+    curves = build_margin_curves(*plant_scores(defenses), THRESHOLD)
+    ax = draw_margins(curves)
+    lines = lines_by_gid(ax)
+    scale = 0.44 / curves["density"].max()
+    names = list(dict.fromkeys(curves["defense"]))
+    for (name, harmful), half in curves.groupby(["defense", "harmful"]):
+        gid = f"{name} {'harmful' if harmful else 'benign'}"
+        height = -names.index(str(name)) + (1 if harmful else -1) * scale * half["density"]
+        np.testing.assert_allclose(lines[gid].get_xydata(), np.stack([half["margin"], height], axis=1))
+        assert lines[f"{gid} median"].get_xdata()[0] == half["median"].iloc[0]
+    outlines = [line for line in ax.lines if line.get_gid() == "undefended"]
+    assert len(outlines) == 2 * defenses
+    assert lines["threshold"].get_xdata()[0] == THRESHOLD
+
+
+def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
+    scores, summary = plant_scores(8)
+    points = build_roc_points(scores, summary, THRESHOLD)
+    lines = lines_by_gid(draw_roc(points))
+    for name, curve in points.groupby("defense"):
+        rates = curve[["benign_refused", "harmful_refused"]]
+        np.testing.assert_array_equal(lines[str(name)].get_xydata(), rates)
+        refused = scores[scores["defense"] == name].assign(refused=lambda rows: rows["margin"] > THRESHOLD)
+        share = refused.groupby("harmful")["refused"].mean()
+        np.testing.assert_allclose(lines[f"{name} mark"].get_xydata(), [[share[False], share[True]]])
+    assert same_color(lines["none"].get_color(), BLACK)
+
+
+def test_past_six_defenses_roc_colors_those_whose_auroc_differs_most() -> None:
+    scores, summary = plant_scores(20)
+    summary.loc[
+        summary["defense"] == "steering-5", "delta_auroc"
+    ] = -0.9  # a great loss is a great difference
+    lines = lines_by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
+    colored = {n for n in summary["defense"] if not same_color(lines[n].get_color(), GREY)} - {"none"}
+    change = summary[~summary["family"].isin(["none", "control"])].set_index("defense")["delta_auroc"].abs()
+    assert len(colored) == 6
+    assert change[list(colored)].min() >= change.drop(list(colored)).max()

@@ -1,0 +1,143 @@
+"""The Pareto front and the cost figure show every candidate where its table puts it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import pictures
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import same_color
+from matplotlib.text import Text
+from planted_tables import RUN, cached_ensemble_figures, find_panels, plant_ensembles, scatter_collections
+
+from analysis.plots.captions import CaptionContext
+from analysis.plots.data import MAX_NAMED_CANDIDATES, build_ensemble_points, build_front_points
+from analysis.plots.style import BLACK
+from analysis.plots.tradeoffs import draw_cost, draw_pareto_front
+
+TOY_RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
+ENDS = ("", "_low", "_high")
+
+
+@pytest.mark.parametrize("manner", ["usual", "attacked", "many"])
+def test_every_candidate_is_drawn_and_the_front_is_large_and_colored_by_cost(manner: str) -> None:
+    figure, points = cached_ensemble_figures(manner)["front"]
+    columns = ["harmful_test", *["attacked_test"] * (manner == "attacked")]
+    assert len(find_panels(figure.axes[0])) == len(columns)
+    defended = points[points["members"] != "none"]
+    for panel, column in zip(find_panels(figure.axes[0]), columns, strict=True):
+        large, small, shades = [], [], {}
+        for dots in panel.collections:
+            at = np.asarray(dots.get_offsets())
+            if str(dots.get_label()).startswith("front"):
+                large += at.tolist()
+                how = str(dots.get_label()).split()[1]
+                front = defended[defended["on_front"]]
+                kinds = front["how"].where(front["how"].isin(["alone", "stack"]), "vote")
+                of_kind = front[kinds == how]
+                np.testing.assert_allclose(at, 100 * of_kind[["benign_test", column]])
+                shades |= dict(zip(of_kind["cost"], dots.get_facecolor(), strict=True)) if len(at) else {}
+            elif len(at):
+                small += at.tolist()
+        assert len(large) == int(defended["on_front"].sum()) > 0
+        assert len(large) + len(small) == len(defended)
+        light = [shades[cost][:3].sum() for cost in sorted(shades)]
+        assert light == sorted(light, reverse=True) and light[0] > light[-1]  # darker, the more it costs
+        (none,) = points.loc[points["members"] == "none", ["benign_test", column]].to_numpy()
+        (line,) = (line for line in panel.lines if line.get_gid() == "none")
+        np.testing.assert_allclose(line.get_xydata(), [100 * none])
+        assert same_color(line.get_color(), BLACK)
+
+
+@pytest.mark.parametrize("manner", ["usual", "attacked", "long"])
+def test_numbers_of_the_front_stand_at_their_points_and_in_the_key(manner: str) -> None:
+    figure, points = cached_ensemble_figures(manner)["front"]
+    found = plant_ensembles(manner)[1]
+    named = points[points["number"] > 0].sort_values("number")
+    assert set(named["members"]) <= set(found.loc[found["on_front"], "members"]) - {"none"}
+    assert named["number"].tolist() == list(range(1, len(named) + 1))
+    assert named["harmful_test"].is_monotonic_decreasing
+    columns = ["harmful_test", *["attacked_test"] * (manner == "attacked")]
+    for panel, column in zip(find_panels(figure.axes[0]), columns, strict=True):
+        at = {int(t.get_text()): t.xy for t in panel.texts}  # type: ignore[attr-defined]
+        for row in named.to_dict("records"):
+            np.testing.assert_allclose(at[row["number"]], (100 * row["benign_test"], 100 * row[column]))
+        assert len(at) == len(named)
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    key = [text.get_text() for text in legend.get_texts()]
+    for row in named.to_dict("records"):
+        (line,) = (line for line in key if line.startswith(f"{row['number']}  "))
+        vote = row["how"] not in ("alone", "stack")
+        assert line.split("  ")[1].startswith(f"{row['how']}: " if vote else row["members"][:9])
+        if manner != "long":
+            assert line.endswith(row["members"])
+
+
+def test_no_number_covers_a_point_of_the_front_named_or_not() -> None:
+    at = np.random.default_rng(0).uniform(0.4, 0.6, (60, 2))
+    found = {"members": [f"d{number}" for number in range(60)], "how": "alone", "on_front": True}
+    points = pd.DataFrame({**found, "cost": 1.0, "attacked_test": np.nan})
+    points = points.assign(benign_test=at[:, 0], harmful_test=at[:, 1], number=[*range(1, 16), *[0] * 45])
+    ax = draw_pareto_front(points)
+    FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[arg-type]
+    (panel,) = find_panels(ax)
+    spots = panel.transData.transform(100 * at)
+    assert len(panel.texts) == 15
+    for text in panel.texts:
+        box = Text.get_window_extent(text)
+        assert not any(box.contains(*spot) for spot in spots), f"{text.get_text()} covers a point"
+
+
+def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_caption_counts_the_rest() -> (
+    None
+):
+    found = {"members": [f"d{number}" for number in range(30)], "how": "alone", "on_front": True}
+    harmful = np.linspace(0.5, 0.9, 30)
+    benign = 0.9 - harmful / 2
+    benign[10:] -= 0.5  # these are beaten at any cost by d0 to d9, but refuse more
+    harmful[10:] -= 0.4
+    frame = pd.DataFrame({**found, "cost": np.linspace(3, 1, 30), "attacked_test": np.nan})
+    for split in ("calibration", "test"):
+        frame = frame.assign(**{f"harmful_{split}": harmful, f"benign_{split}": benign})
+    points = build_front_points(frame)
+    named = set(points.loc[points["number"] > 0, "members"])
+    assert len(named) == MAX_NAMED_CANDIDATES == 15
+    assert named == {f"d{number}" for number in (*range(10), *range(25, 30))}
+    rows, _, families = plant_ensembles()
+    points = build_ensemble_points(rows, frame, families)
+    caption = pictures(points, RUN)["front"][0].texts[1].get_text().replace("\n", " ")
+    assert "15 of the front's 30 are not named" in caption
+    assert "not named" not in cached_ensemble_figures("long")["front"][0].texts[1].get_text()
+
+
+def test_a_cost_that_was_not_measured_is_white_and_one_cost_alone_is_drawn() -> None:
+    _, found, _ = plant_ensembles("one")
+    points = build_front_points(found.assign(cost=found["cost"].where(found["how"] == "alone")))
+    near = points.assign(cost=np.linspace(1, 1.01, len(points)))
+    for case in (points, points.assign(cost=np.nan), points.assign(cost=2.0), near):
+        ax = draw_pareto_front(case)
+        FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[arg-type]
+        known = case.loc[case["on_front"], "cost"].notna()
+        assert len(ax.child_axes) == 1 + bool(known.any())
+        for bar in (axes for axes in ax.child_axes if axes.get_gid() == "cost"):
+            assert len({text.get_text() for text in bar.get_xticklabels()}) == 3
+        front = case[case["on_front"] & (case["members"] != "none")]
+        shades = [
+            color
+            for dots in find_panels(ax)[0].collections
+            if str(dots.get_label()).startswith("front")
+            for color in dots.get_facecolor()
+        ]
+        white = sum(same_color(color, "white") for color in shades)
+        assert white == int(front["cost"].isna().sum())
+
+
+def test_gain_is_drawn_over_cost() -> None:
+    row = {"attack": "obedience", "defense": "one", "family": "noise", "n": 8}
+    row |= {f"prefill_ratio{end}": 2.0 for end in ENDS} | {f"delta_auroc{end}": 0.1 for end in ENDS}
+    table = pd.DataFrame([row, row | {"defense": "none"}])
+    assert [one.get_offsets().tolist() for one in scatter_collections(draw_cost(table))] == [[[2.0, 0.1]]]
+    said = pictures({"cost": table}, TOY_RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
+    assert "8 queries" in said and "Attack: obedience" in said

@@ -1,0 +1,40 @@
+"""Calibration and refusal rates are those of their tables."""
+
+from __future__ import annotations
+
+import pandas as pd
+from conftest import pictures
+from planted_tables import scatter_collections
+
+from analysis.plots.captions import CaptionContext
+from analysis.plots.validity import draw_calibration, draw_refusal_rates
+
+TOY_RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
+ENDS = ("", "_low", "_high")
+
+
+def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
+    curve = pd.DataFrame(
+        {"chance": [0.1, 0.8], "refused": [0.2, 0.7], "refused_low": 0.1, "refused_high": 0.9}
+    )
+    assert draw_calibration(curve).lines[1].get_xydata().tolist() == [[0.1, 0.2], [0.8, 0.7]]
+    found = pd.DataFrame(
+        {
+            "attack": "direct",
+            "defense": ["none", "policy"],
+            "n": 20,
+            "refused": [5, 10],
+            "readout_refused": [20, 9],
+            "trusted": ["not trusted", "trusted"],
+        }
+    )
+    ax = draw_refusal_rates(found)
+    drawn = scatter_collections(ax)
+    assert [one.get_offsets()[0].tolist() for one in drawn] == [[25, 100], [50, 45]]
+    assert drawn[0].get_facecolor()[0].tolist() == [1, 1, 1, 1] != drawn[1].get_facecolor()[0].tolist()
+    by_readout = [found.assign(readout=name) for name in ("words", "question")]
+    figures = {"rates-words": by_readout[0], "calibration-words": curve}
+    made = pictures(figures, TOY_RUN, validity=pd.concat([*by_readout, by_readout[0].assign(n=0)]))
+    for figure, _ in made.values():
+        caption = figure.texts[-1].get_text().replace("\n", " ")
+        assert "under each of 2 conditions" in caption and "judge: patterns" in caption
