@@ -1,33 +1,54 @@
 """Measure a defended chat model as a refuse/comply classifier; `analysis/run.py` shows the main idea.
 
-The Python API has a function for every command (`analyze`, `ensembles`, `locate_mechanism`, ...); each returns
-a `Run`. `read` loads the run of a folder, `summarize` computes effects from scores of any origin, `intervals`
-formats estimates with their intervals. See docs/python.md.
+The Python API has a function for every command (`analyze`, `validate`, `ensembles`, `recommend`,
+`locate_mechanism`, `train`, `backdooralign`, `judge`); most return a `Run`. `read` loads the run of a folder,
+`summarize` estimates effects from scores of any origin, `intervals` formats estimates with their intervals.
+See docs/python.md.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis.api import analyze, ensembles, locate_mechanism, read, summarize
+    from analysis.api import (
+        analyze,
+        backdooralign,
+        ensembles,
+        judge,
+        locate_mechanism,
+        read,
+        recommend,
+        summarize,
+        train,
+        validate,
+    )
     from analysis.files import data_folder
     from analysis.report.results import Run
     from analysis.stats.format import intervals
 
 __version__ = "0.1.0"
 
-# Imported on first use, because the command line must start quickly.
-_MODULES = {
+__all__ = [
+    "Run",
+    "analyze",
+    "backdooralign",
+    "data_folder",
+    "ensembles",
+    "intervals",
+    "judge",
+    "locate_mechanism",
+    "read",
+    "recommend",
+    "summarize",
+    "train",
+    "validate",
+]
+# Names are imported on first use, because the command line must start quickly.
+_MODULES = dict.fromkeys(__all__, "analysis.api") | {
     "Run": "analysis.report.results",
-    "analyze": "analysis.api",
     "data_folder": "analysis.files",
-    "ensembles": "analysis.api",
     "intervals": "analysis.stats.format",
-    "locate_mechanism": "analysis.api",
-    "read": "analysis.api",
-    "summarize": "analysis.api",
 }
-__all__ = ["Run", "analyze", "data_folder", "ensembles", "intervals", "locate_mechanism", "read", "summarize"]
 
 
 def __getattr__(name: str) -> Any:

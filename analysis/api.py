@@ -1,9 +1,10 @@
-"""The Python interface: what the command does, called from a notebook; frames in, frames and figures out."""
+"""The Python API: every command as a function that takes its options and returns a `Run`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.console import Console
@@ -13,11 +14,19 @@ from analysis.studies.run_spec import (
     PATCH_SITES,
     build_run_spec,
     check_ensemble_options,
+    check_max_cost,
     check_mechanism_options,
+    check_response_tokens,
+    check_secret_count,
+    parse_share,
     parse_sites,
 )
 from defenses.contract import Defense
 from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    from analysis.studies.judge_file import JudgeOptions
+    from analysis.studies.train import TrainedWeights
 
 DefenseSelection = str | Defense | Sequence[str | Defense]
 
@@ -39,40 +48,107 @@ def analyze(
     seed: int = 0,
     offline: bool = False,
 ) -> Run:
-    """Read each defense as a refuse/comply classifier and say what it does, as `analyze -d …` does.
+    """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
 
     Args:
-        defenses: names, as `-d` takes them, or defenses themselves: `get("policy")`, `MyOwn()`; or one.
-        model: name, Hugging Face id, folder, or `.gguf` file.
+        defenses: one defense or several: names as `-d` takes them, or defenses such as `get("policy")` or
+            `MyDefense()`.
+        model: short name, Hugging Face id, folder, or `.gguf` file.
         data: as `--data`, or a frame with the columns `text` and `harmful`.
-        split: train, calibration, test or all; by default test where there is one.
-        limit: queries at most, pairs kept whole.
-        attacks: how queries are sent, as `--attack`.
-        readout: how a forward pass becomes a number, as `--readout`.
-        cost: whether it is also measured what each defense costs.
-        settings: of the defenses that are named, as `--set`.
-        batch_size: prompts in one pass; None tries what fits.
+        split: train, calibration, test or all; default: test if the data have it.
+        limit: maximum number of queries; pairs are kept whole.
+        attacks: one attack or several, as `--attack`.
+        readout: as `--readout`.
+        cost: whether to measure what each defense costs.
+        settings: settings of the named defenses, as `--set`.
+        batch_size: prompts per forward pass; None uses what fits in memory.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
-        seed: of everything random.
-        offline: whether nothing may be fetched.
+        seed: random seed.
+        offline: whether the network may not be used.
 
     Returns:
-        `tables` (scores, summary, effects, and the table of each figure), `brief()`, and `figure(name)`.
+        A run whose tables include `scores`, `summary`, `effects`, and the table of each figure.
 
     Raises:
-        UserError: for what the command would have answered in one line.
+        UserError: for everything that the command reports in one line.
     """
-    from analysis.studies.analyze import analyze_defenses
-
-    request = build_run_spec(
+    spec = build_run_spec(
         model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
     )
-    return analyze_defenses(request, _as_defense_list(defenses), settings, _progress_console(), cost).run
+    from analysis.studies.analyze import analyze_defenses
+
+    return analyze_defenses(spec, _as_defense_list(defenses), settings, _progress_console(), cost).run
+
+
+def validate(
+    defenses: DefenseSelection = "none",
+    model: str = "smollm2",
+    *,
+    judge: str = "patterns",
+    judge_model: str | None = None,
+    budget: int | None = None,
+    rubric: Path | str | None = None,
+    grade: bool = False,
+    tokens: int = 48,
+    data: str | pd.DataFrame = "contrast",
+    split: str | None = None,
+    limit: int | None = None,
+    attacks: str | Sequence[str] = ("direct",),
+    readout: str | Sequence[str] = "words",
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Run:
+    """Validate readouts against generated text, and rate the responses, as `analyze validate` does.
+
+    If the user or the judge ends the study early, the run holds the finished conditions and says so.
+
+    Args:
+        defenses: one defense or several: names, or defenses.
+        model: short name, Hugging Face id, folder, or `.gguf` file.
+        judge: refusal judge for generated text: patterns, keywords, or model.
+        judge_model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
+        budget: maximum number of calls to the judge model.
+        rubric: file with the prompt of the judge model.
+        grade: whether the judge model also grades responses to benign queries.
+        tokens: maximum number of tokens generated per response.
+        data: as `--data`, or a frame of queries.
+        split: train, calibration, test or all.
+        limit: maximum number of queries.
+        attacks: one attack or several.
+        readout: one readout, several, or `all`.
+        settings: settings of the named defenses.
+        batch_size: prompts per forward pass.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: random seed.
+        offline: whether the network may not be used.
+
+    Returns:
+        A run whose tables include `validity`, `worth` (response quality), `curves` and `answers` (verdicts).
+    """
+    readouts = [readout] if isinstance(readout, str) else readout
+    spec = build_run_spec(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readouts
+    )
+    check_response_tokens(tokens)
+    judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
+    from analysis.studies.progress import print_line
+    from analysis.studies.validate import validate_readouts
+
+    console = _progress_console()
+    result = validate_readouts(spec, _as_defense_list(defenses), settings, judge_options, tokens, console)
+    if isinstance(result.stop_reason, UserError):
+        print_line(console, str(result.stop_reason))
+    return result.run
 
 
 def ensembles(
-    defenses: DefenseSelection,
+    defenses: DefenseSelection = "all",
     model: str = "smollm2",
     *,
     size: int = 2,
@@ -88,35 +164,93 @@ def ensembles(
     seed: int = 0,
     offline: bool = False,
 ) -> Run:
-    """Predict what defenses come to together, and observe it, as `analyze ensembles` does.
+    """Predict and observe the effects of ensembles, as `analyze ensembles` does.
 
     Args:
-        defenses: names, or defenses themselves.
-        model: name, Hugging Face id, folder, or `.gguf` file.
-        size: members of an ensemble at most, 2 or 3.
-        stacks: how many of the most promising stacks are run, and as many drawn by chance.
+        defenses: defenses to combine: names, or defenses.
+        model: short name, Hugging Face id, folder, or `.gguf` file.
+        size: maximum number of members of an ensemble, 2 or 3.
+        stacks: number of most promising stacks to run, and of random ones.
         data: as `--data`, or a frame of queries.
-        limit: queries of either split at most.
-        attacks: how queries are sent.
-        readout: how a forward pass becomes a number.
-        settings: of the defenses that are named.
-        batch_size: prompts in one pass.
+        limit: maximum number of queries per split.
+        attacks: one attack or several.
+        readout: as `--readout`.
+        settings: settings of the named defenses.
+        batch_size: prompts per forward pass.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
-        seed: of everything random.
-        offline: whether nothing may be fetched.
+        seed: random seed.
+        offline: whether the network may not be used.
 
     Returns:
-        Among its tables `ensembles` (predicted, observed, interaction), `additivity`, `candidates`.
+        A run whose tables include `ensembles` (predicted, observed, interaction), `additivity`, `candidates`.
     """
+    spec = build_run_spec(
+        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
+    )
     check_ensemble_options(size, stacks)
     from analysis.studies.ensembles import evaluate_ensembles
 
-    request = build_run_spec(
+    return evaluate_ensembles(
+        spec, _as_defense_list(defenses), settings, size, stacks, _progress_console()
+    ).run
+
+
+def recommend(
+    defenses: DefenseSelection = "all",
+    model: str = "smollm2",
+    *,
+    max_over_refusal: str | float,
+    max_cost: float | None = None,
+    size: int = 2,
+    stacks: int = 5,
+    data: str | pd.DataFrame = "contrast",
+    limit: int | None = None,
+    attacks: str | Sequence[str] = ("direct",),
+    readout: str = "words",
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Run:
+    """Recommend the defense or ensemble that refuses the most harmful queries within limits.
+
+    As `analyze recommend` does.
+
+    Args:
+        defenses: defenses to choose from and to combine: names, or defenses.
+        model: short name, Hugging Face id, folder, or `.gguf` file.
+        max_over_refusal: maximum share of benign queries refused: 0.05 or "5%".
+        max_cost: maximum time to first token, as a multiple of the undefended model's.
+        size: maximum number of members of an ensemble, 2 or 3.
+        stacks: number of most promising stacks to run, and of random ones.
+        data: as `--data`, or a frame of queries.
+        limit: maximum number of queries per split.
+        attacks: one attack or several.
+        readout: as `--readout`.
+        settings: settings of the named defenses.
+        batch_size: prompts per forward pass.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: random seed.
+        offline: whether the network may not be used.
+
+    Returns:
+        A run with the tables of `ensembles`, and `recommendation`.
+    """
+    spec = build_run_spec(
         model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
     )
-    return evaluate_ensembles(
-        request, _as_defense_list(defenses), settings, size, stacks, _progress_console()
+    check_ensemble_options(size, stacks)
+    share = parse_share(max_over_refusal)
+    check_max_cost(max_cost)
+    from analysis.studies.recommend import RecommendationLimits, recommend_defense
+
+    limits = RecommendationLimits(share, max_cost)
+    return recommend_defense(
+        spec, _as_defense_list(defenses), settings, size, stacks, limits, _progress_console()
     ).run
 
 
@@ -124,7 +258,7 @@ def locate_mechanism(
     defenses: DefenseSelection,
     model: str = "smollm2",
     *,
-    sites: Sequence[str] = PATCH_SITES,
+    sites: str | Sequence[str] = PATCH_SITES,
     top: int = 10,
     patched: int = 32,
     ensembles: Path | str | None = None,
@@ -140,54 +274,183 @@ def locate_mechanism(
     seed: int = 0,
     offline: bool = False,
 ) -> Run:
-    """Find out in which layers, heads and MLPs defenses act, as `analyze mechanism` does.
+    """Locate the effect of defenses in layers, heads and MLPs, as `analyze mechanism` does.
 
     Args:
-        defenses: names, or defenses themselves.
-        model: name, Hugging Face id, folder, or `.gguf` file.
-        sites: what is patched: residual, attention, mlp, heads.
-        top: parts that are drawn one by one, and heads that are patched.
-        patched: queries at most that interventions run on; 0 for none.
-        ensembles: folder of `analyze ensembles`: do defenses that use the same parts interact?
+        defenses: one defense or several: names, or defenses.
+        model: short name, Hugging Face id, folder, or `.gguf` file.
+        sites: activation sites to patch: residual, attention, mlp, heads.
+        top: number of components to plot, and of heads to patch.
+        patched: maximum number of queries for interventions; 0 skips them.
+        ensembles: run folder of `analyze ensembles`, to test whether defenses that share components interact.
         data: as `--data`, or a frame of queries.
         split: train, calibration, test or all.
-        limit: queries at most.
-        attacks: how queries are sent.
-        readout: how a forward pass becomes a number; one that is linear in the logits.
-        settings: of the defenses that are named.
-        batch_size: prompts in one pass.
+        limit: maximum number of queries.
+        attacks: one attack or several.
+        readout: a readout that is linear in the logits.
+        settings: settings of the named defenses.
+        batch_size: prompts per forward pass.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
-        seed: of everything random.
-        offline: whether nothing may be fetched.
+        seed: random seed.
+        offline: whether the network may not be used.
 
     Returns:
-        Among its tables `layers`, `parts`, `directions`, `patches`, `cuts`, `weights` and `profiles`.
+        A run whose tables include `layers`, `parts`, `directions`, `patches`, `cuts`, `weights`, `profiles`.
     """
-    chosen = parse_sites([sites] if isinstance(sites, str) else sites)
+    chosen_sites = parse_sites([sites] if isinstance(sites, str) else sites)
     check_mechanism_options(top, patched)
+    spec = build_run_spec(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout, True
+    )
     from analysis.studies.mechanism import MechanismOptions, study_mechanism
 
-    request = build_run_spec(
-        model,
-        data,
-        split,
-        limit,
-        batch_size,
-        device,
-        dtype,
-        seed,
-        offline,
-        attacks,
-        readout,
-        needs_linear_readout=True,
+    options = MechanismOptions(chosen_sites, top, patched, None if ensembles is None else Path(ensembles))
+    return study_mechanism(spec, _as_defense_list(defenses), settings, options, _progress_console()).run
+
+
+def train(
+    recipe: str,
+    model: str = "smollm2",
+    *,
+    out: Path | str | None = None,
+    secret: Path | str | None = None,
+    length: int = 150,
+    data: str | pd.DataFrame = "contrast",
+    limit: int | None = None,
+    settings: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> TrainedWeights:
+    """Fine-tune a model by an attacker's or a defender's recipe, as `analyze train` does.
+
+    Args:
+        recipe: safety, attack, identity, baseline, backdoor or preference.
+        model: short name, Hugging Face id, or folder.
+        out: output folder; default: where defenses look for weights.
+        secret: file of the secret, for the recipe `backdoor`; default: the model's own.
+        length: length of the model's own secret in tokens.
+        data: as `--data`, or a frame of queries; its train split is used if it has one.
+        limit: maximum number of training queries.
+        settings: settings of the training, as `--set`.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: random seed.
+        offline: whether the network may not be used.
+
+    Returns:
+        The folder of the weights, the model name that selects them, the manifest, and the loss by step.
+
+    Raises:
+        TrainingInterrupted: a KeyboardInterrupt, after which the same call resumes the training.
+    """
+    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    from analysis.studies.train import train_weights
+
+    return train_weights(
+        spec,
+        recipe,
+        settings,
+        None if out is None else Path(out),
+        _progress_console(),
+        None if secret is None else Path(secret),
+        length,
     )
-    wanted = MechanismOptions(chosen, top, patched, None if ensembles is None else Path(ensembles))
-    return study_mechanism(request, _as_defense_list(defenses), settings, wanted, _progress_console()).run
+
+
+def backdooralign(
+    model: str = "smollm2",
+    *,
+    tokens: int = 48,
+    utility: bool = False,
+    secrets: int = 0,
+    data: str | pd.DataFrame = "contrast",
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Run:
+    """Reproduce the experimental arms of BackdoorAlign, as `analyze backdooralign` does.
+
+    Args:
+        model: short name, Hugging Face id, or folder; all of its weights must have been trained.
+        tokens: maximum number of tokens generated per response.
+        utility: whether to measure accuracy on multiple-choice questions.
+        secrets: number of other random secrets of each length to train with.
+        data: as `--data`, or a frame of queries.
+        split: train, calibration, test or all.
+        limit: maximum number of queries.
+        batch_size: prompts per forward pass.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: random seed.
+        offline: whether the network may not be used.
+
+    Returns:
+        A run whose tables include `arms` and, if `secrets` is set, `lengths`.
+    """
+    spec = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    check_response_tokens(tokens)
+    check_secret_count(secrets)
+    from analysis.studies.backdooralign import reproduce_backdooralign
+
+    return reproduce_backdooralign(spec, tokens, utility, secrets, _progress_console()).run
+
+
+def judge(
+    responses: Path | str | pd.DataFrame,
+    column: str = "response",
+    *,
+    request: str | None = None,
+    judge: str = "patterns",
+    judge_model: str | None = None,
+    budget: int | None = None,
+    rubric: Path | str | None = None,
+    offline: bool = False,
+) -> pd.DataFrame:
+    """Judge whether each response refuses, as `analyze judge` does.
+
+    >>> import pandas as pd
+    >>> from analysis import judge
+    >>> responses = pd.DataFrame({"response": ["I can't help with that.", "Sure: turn the key."]})
+    >>> judge(responses)["refusal"].tolist()
+    ['full', 'none']
+
+    Args:
+        responses: a frame, or a `.csv` or `.jsonl` file.
+        column: column with the responses.
+        request: column with the queries; off-topic responses then count as refusals.
+        judge: patterns, keywords, or model.
+        judge_model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
+        budget: maximum number of calls to the judge model.
+        rubric: file with the prompt of the judge model.
+        offline: whether the network may not be used.
+
+    Returns:
+        The rows with the columns `refusal` (full, partial, none, unjudged), `evidence` and `judge`.
+    """
+    judge_options = _make_judge_options(judge, judge_model, budget, rubric)
+    from analysis.studies.judge_file import judge_file, judge_records
+
+    console = _progress_console()
+    if not isinstance(responses, pd.DataFrame):
+        return pd.DataFrame(
+            judge_file(Path(responses), column, request, judge_options, console, offline).records
+        )
+    if responses.empty:
+        raise UserError("the frame holds no responses")
+    records = [{str(key): value for key, value in row.items()} for row in responses.to_dict("records")]
+    judged = judge_records(records, "the frame", column, request, judge_options, console, offline)
+    return pd.DataFrame(judged.records, index=responses.index)
 
 
 def read(folder: Path | str) -> Run:
-    """Return the run that lies in a folder that the command has written.
+    """Read the run in a folder that a command has written.
 
     >>> from analysis import data_folder, read
     >>> folder = data_folder().parent / "figures" / "backdooralign"  # in a checkout
@@ -201,7 +464,7 @@ def read(folder: Path | str) -> Run:
 
 
 def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd.DataFrame:
-    """Return shift, discrimination and all else of scores that came from anywhere, a row per defense.
+    """Estimate shift, discrimination and the other effects from scores of any origin, a row per defense.
 
     >>> rows = [(f"{side}{n}", side == "h", d, n + (d == "shifted")) for side in "hb" for n in (0.0, 1.0, 2.0)
     ...         for d in ("none", "shifted")]
@@ -210,10 +473,10 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
     [1.0, 0.0]
 
     Args:
-        scores: columns `query`, `harmful`, `defense` (the undefended is `none`) and `margin` (nats, positive
-            refuses); `pair` and `attack` if there are any.
-        threshold: margin above which "refuse" is said, nats; of the scores of a run, `run.threshold`.
-        seed: of the bootstrap.
+        scores: columns `query`, `harmful`, `defense` (the undefended model is `none`) and `margin` (nats;
+            positive refuses); optionally `pair` and `attack`.
+        threshold: margin above which the classifier refuses, nats; for the scores of a run, `run.threshold`.
+        seed: random seed of the bootstrap.
     """
     from scipy.special import expit
 
@@ -225,7 +488,7 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
         raise UserError(f"the scores lack {', '.join(missing)}; see `help(summarize)` for what they need")
     if not scores["harmful"].isin([True, False]).all():  # 1 and 0 are equal to them
         raise UserError("the column harmful takes true or false")
-    usual = {
+    defaults = {
         "pair": None,
         "category": "",
         "attack": DIRECT,
@@ -235,13 +498,14 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
     }
     frame = scores.assign(
         harmful=scores["harmful"].astype(bool),
-        **{name: one for name, one in usual.items() if name not in scores},
+        **{name: value for name, value in defaults.items() if name not in scores},
     )
-    known = {name: one.family for name, one in find_defense_classes().items()}
-    named = {str(name): known.get(str(name).partition("/")[0], "own") for name in frame["defense"].unique()}
+    shipped = {name: defense_class.family for name, defense_class in find_defense_classes().items()}
+    names = map(str, frame["defense"].unique())
+    families = {name: shipped.get(name.partition("/")[0], "own") for name in names}
     record = {
         "readout": {"threshold": threshold},
-        "defenses": {name: {"family": one} for name, one in named.items()},
+        "defenses": {name: {"family": family} for name, family in families.items()},
     }
     try:
         table = ScoreTable(frame[list(SCORE_COLUMNS)].reset_index(drop=True), record)
@@ -251,12 +515,24 @@ def summarize(scores: pd.DataFrame, threshold: float = 0.0, seed: int = 0) -> pd
 
 
 def _as_defense_list(defenses: DefenseSelection) -> Sequence[str | Defense]:
-    """Defenses as a list; one that stands alone is meant, too."""
+    """Return defenses as a list; a single defense needs no list."""
     return defenses if isinstance(defenses, (list, tuple)) else [defenses]  # type: ignore[list-item]
 
 
+def _make_judge_options(
+    judge: str,
+    judge_model: str | None,
+    budget: int | None,
+    rubric: Path | str | None,
+    grade: bool = False,
+) -> JudgeOptions:
+    from analysis.studies.judge_file import JudgeOptions
+
+    return JudgeOptions(judge, judge_model, budget, None if rubric is None else Path(rubric), grade)
+
+
 def _progress_console() -> Console:
-    """Progress and notes in a terminal; a notebook keeps its outputs, and hears of fetching and the like."""
-    usual = Console(stderr=True)  # in a notebook, it would call itself a terminal if it were not asked this
-    quiet = usual.is_jupyter or not usual.is_terminal
-    return Console(stderr=True, force_jupyter=False, quiet=quiet)
+    """Return a console that shows progress in a terminal; in a notebook, it announces only downloads."""
+    console = Console(stderr=True)  # rich reports a notebook as a terminal, so both are asked
+    is_quiet = console.is_jupyter or not console.is_terminal
+    return Console(stderr=True, force_jupyter=False, quiet=is_quiet)
