@@ -202,7 +202,7 @@ def get_part_name(row: Mapping[str, Any]) -> str:
 
     >>> get_part_name({"kind": "head", "layer": 3, "head": 1})
     'L3H1'
-    >>> get_part_name({"kind": "mlp", "layer": 3, "head": pd.NA})
+    >>> get_part_name({"kind": "mlp", "layer": 3, "head": None})
     'L3 mlp'
     """
     import pandas as pd
