@@ -146,6 +146,17 @@ def test_without_out_a_run_makes_its_own_folder_and_json_is_all_that_is_on_stdou
     assert folder.name.endswith("-tiny-policy")
 
 
+# Short generations and few copies, so that all defenses run in seconds.
+SHORT_SETTINGS = ("smooth_llm.copies=2", "semantic_smoothing.copies=2", "semantic_smoothing.tokens=4")
+SHORT_SETTINGS += (
+    "paraphrase.tokens=4",
+    "summarize.tokens=4",
+    "round_trip.tokens=4",
+    "back_translation.draft=4",
+)
+SHORT_SETTINGS += ("back_translation.tokens=4", "two_pass_intention.tokens=4", "backdoor.length=20")
+
+
 @pytest.mark.parametrize("template", FOUR)
 def test_all_defenses_run_on_the_templates_of_four_families(cli_home, no_figures, template):
     from defenses.catalog import list_defense_names
@@ -154,7 +165,8 @@ def test_all_defenses_run_on_the_templates_of_four_families(cli_home, no_figures
         cli_home / f"toy-{template}", template=template, kind="metaspace" if template == "llama2" else "bytes"
     )
     args = ("-d", "all", "-d", "./mine.py", "-m", f"./toy-{template}", "--limit", "2", "--json")
-    result = run_cli(*args, "-o", f"run-{template}", "--set", "backdoor.length=20")
+    settings = [word for setting in SHORT_SETTINGS for word in ("--set", setting)]
+    result = run_cli(*args, "-o", f"run-{template}", *settings)
     assert result.code == 0, result.err
     assert ("no system role" in result.err) == (template == "gemma2")
     names = {row["defense"] for row in json.loads(result.out)}
