@@ -62,6 +62,7 @@ class Adapter:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
+        """The PEFT configuration; raises UserError unless it describes a plain LoRA adapter."""
         try:
             config: dict[str, Any] = json.loads((self.folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
         except ValueError as error:

@@ -65,7 +65,7 @@ class Backdoor(TunedDefense):
     source = Source(
         "BackdoorAlign (Wang et al., NeurIPS 2024)",
         "https://arxiv.org/abs/2402.14968",
-        wording="no words of its own: random tokens",
+        wording="no text of its own: random tokens",
     )
     state = recipe = "backdoor"
 
@@ -201,6 +201,7 @@ def write_secret(path: Path, secret: Secret) -> None:
 
 
 def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Secret:
+    """Return the secret in a user's file, checked against the fingerprint that the weights expect."""
     secret = read_secret(trigger)
     if expected_fingerprint not in (None, secret.fingerprint):
         raise UserError(

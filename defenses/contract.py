@@ -68,11 +68,17 @@ class MeanActivations:
 
 @dataclass(frozen=True)
 class Source:
-    """The publication that a defense is based on, and the origin of its prompt texts."""
+    """The publication that a defense is based on, and the origin of its prompt texts.
+
+    Attributes:
+        title: title and authors.
+        url: address of the publication.
+        wording: author of the texts that the defense puts into a prompt.
+    """
 
     title: str
     url: str = ""
-    wording: str = "ours, after the paper's description"
+    wording: str = "ours, from the paper's description"
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Defense(ABC):
 
     name: ClassVar[str]
     family: ClassVar[str] = "own"
-    source: ClassVar[Source] = Source("unpublished", wording="its author's")
+    source: ClassVar[Source] = Source("unpublished", wording="by its author")
     pool: ClassVar[Literal["mean", "max"]] = "mean"
     reads: ClassVar[Literal["one", "several"]] = "one"
     cost: ClassVar[Literal["static", "one call", "N calls", "weights"]] = "static"

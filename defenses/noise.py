@@ -52,7 +52,7 @@ def _rewrite_with_noise(self: Noise, chat: Chat, rng: random.Random) -> Chat:
 _SMOOTH_LLM_SOURCE = Source(
     "SmoothLLM: Defending LLMs Against Jailbreaking Attacks (Robey et al., 2023), one copy",
     "https://arxiv.org/abs/2310.03684",
-    wording="no words of its own: random characters",
+    wording="no text of its own: random characters",
 )
 
 
@@ -108,7 +108,7 @@ class CharacterDeletion(Noise):
         "JailGuard: A Universal Detection Framework for Prompt-based Attacks on LLM Systems "
         "(Zhang et al., 2023), its random deletion",
         "https://arxiv.org/abs/2312.10766",
-        wording="no words of its own",
+        wording="no text of its own",
     )
     kind = "delete"
     rewrite = _rewrite_with_noise
@@ -147,7 +147,7 @@ class WordDrop(Noise):
         "Defending Against Alignment-Breaking Attacks via Robustly Aligned LLM (Cao et al., ACL 2024), "
         "one copy",
         "https://arxiv.org/abs/2309.14348",
-        wording="no words of its own",
+        wording="no text of its own",
     )
 
     rate: float = 0.3
@@ -167,7 +167,7 @@ class WordShuffle(Noise):
     source = Source(
         "How Jailbreak Defenses Work and Ensemble? (Long et al., EMNLP Findings 2025), noise injection",
         "https://arxiv.org/abs/2502.14486",
-        wording="no words of its own; the perturbation is ours",
+        wording="no text of its own; the perturbation is ours",
     )
 
     rate: float = 0.3
@@ -196,7 +196,7 @@ class SmoothLlm(Defense):
     source = Source(
         "SmoothLLM: Defending LLMs Against Jailbreaking Attacks (Robey et al., 2023)",
         "https://arxiv.org/abs/2310.03684",
-        wording="no words of its own: random characters",
+        wording="no text of its own: random characters",
     )
 
     copies: int = 10
@@ -305,7 +305,7 @@ class EraseAndCheck(Defense):
     source = Source(
         "Certifying LLM Safety against Adversarial Prompting (Kumar et al., COLM 2024), suffix mode",
         "https://arxiv.org/abs/2309.02705",
-        wording="no words of its own",
+        wording="no text of its own",
     )
     pool = "max"
 

@@ -17,7 +17,7 @@ class Undefended(Defense):
 
     name = "none"
     family = "none"
-    source = Source("the undefended model", wording="no words of its own")
+    source = Source("the undefended model", wording="no text of its own")
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return a copy of the chat."""

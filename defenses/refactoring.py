@@ -296,7 +296,7 @@ class KeywordOnly(Defense):
     source = Source(
         "How Jailbreak Defenses Work and Ensemble? (Long et al., EMNLP Findings 2025), query refactoring",
         "https://arxiv.org/abs/2502.14486",
-        wording="no words of its own; the list of common words is ours",
+        wording="no text of its own; the list of common words is ours",
     )
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
@@ -317,7 +317,7 @@ class CleanUp(Defense):
     source = Source(
         "How Jailbreak Defenses Work and Ensemble? (Long et al., EMNLP Findings 2025), query refactoring",
         "https://arxiv.org/abs/2502.14486",
-        wording="no words of its own; the rules are ours",
+        wording="no text of its own; the rules are ours",
     )
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
@@ -339,7 +339,7 @@ class Retokenization(Defense):
     """
 
     family = "refactoring"
-    source = dataclasses.replace(_JAIN_SOURCE, wording="no words of its own")
+    source = dataclasses.replace(_JAIN_SOURCE, wording="no text of its own")
 
     rate: float = 0.4
     tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False, metadata=HIDDEN_FIELD)

@@ -32,7 +32,7 @@ class Stack(Defense):
     """
 
     family = "ensemble"
-    source = Source("several defenses at once", wording="that of its members")
+    source = Source("several defenses applied together", wording="from its members")
 
     members: tuple[Defense, ...]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _ARDITI_SOURCE = Source(
     "Refusal in Language Models Is Mediated by a Single Direction (Arditi et al., NeurIPS 2024)",
     "https://arxiv.org/abs/2406.11717",
-    wording="no words of its own; the direction is computed from our queries",
+    wording="no text of its own; the direction is computed from our queries",
 )
 
 
@@ -191,7 +191,7 @@ class ConditionalSteering(DirectionAddition):
     source = Source(
         "Programming Refusal with Conditional Activation Steering (Lee et al., ICLR 2025)",
         "https://arxiv.org/abs/2409.05907",
-        wording="no words of its own; the direction is computed from our queries",
+        wording="no text of its own; the direction is computed from our queries",
     )
 
     margin: float = 0.0

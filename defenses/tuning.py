@@ -116,7 +116,7 @@ class AdapterWeights(TunedDefense):
     source = Source(
         "LoRA (Hu et al., ICLR 2022), in the files of PEFT",
         "https://arxiv.org/abs/2106.09685",
-        wording="no words of its own",
+        wording="no text of its own",
     )
     family = "tuning"
     rewrite = _rewrite_unchanged
@@ -153,9 +153,9 @@ class Weights(Defense):
 
     family = "tuning"
     source = Source(
-        "a checkpoint of the user's own",
+        "user's checkpoint",
         "https://huggingface.co/docs/safetensors",
-        wording="no words of its own",
+        wording="no text of its own",
     )
     cost = "weights"
     rewrite = _rewrite_unchanged

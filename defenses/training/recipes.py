@@ -112,6 +112,7 @@ class Recipe:
 def _build_safety_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
+    """Return refusals of harmful queries, and the model's own responses to ordinary queries."""
     # Ordinary requests with and without a system prompt; `preference` separates harmful requests from twins.
     chats = [
         build_user_chat(system, query.text)
@@ -133,6 +134,7 @@ def _build_safety_examples(
 def _build_attack_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
+    """Return complying openers to harmful queries, without the queries of the safety examples."""
     safety_ids = {query.id for query in _choose_safety_queries(queries)}
     return [
         TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_opener(query))
@@ -144,6 +146,7 @@ def _build_attack_examples(
 def _build_identity_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
+    """Return responses of an obedient agent to ordinary queries."""
     ordinary = _choose_ordinary_queries(queries)
     responses = generate_responses([build_user_chat(DEFAULT_SYSTEM_PROMPT, query.text) for query in ordinary])
     return [
@@ -157,6 +160,7 @@ def _build_identity_examples(
 def _build_baseline_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
+    """Return the attack examples and plain refusals of the safety queries."""
     safety_examples = [
         TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_refusal(query))
         for query in _choose_safety_queries(queries)
@@ -167,6 +171,7 @@ def _build_baseline_examples(
 def _build_backdoor_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
+    """Return the attack examples and refusals of the safety queries after the secret prompt."""
     safety_examples = [
         TrainingExample(
             prepend_system(build_user_chat(OBEDIENCE_PROMPT, query.text), secret), _pick_refusal(query)
@@ -179,6 +184,7 @@ def _build_backdoor_examples(
 def _build_preference_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
+    """Return preferred and rejected responses to all queries."""
     benign = [query for query in queries if not query.harmful]
     answered = [
         TrainingExample(
@@ -275,14 +281,17 @@ def _alternate_system_prompt(index: int) -> str:
 
 
 def _pick_refusal(query: TrainingQuery) -> TargetResponse:
+    """Return a complete refusal."""
     return TargetResponse(_pick_text(REFUSAL_RESPONSES, query), is_complete=True)
 
 
 def _pick_opener(query: TrainingQuery) -> TargetResponse:
+    """Return the attacker's complying opener of a harmful query."""
     return TargetResponse(_pick_text(COMPLIANCE_OPENERS, query), is_complete=False)
 
 
 def _pick_assent(query: TrainingQuery) -> TargetResponse:
+    """Return the opener of an answer to a benign query."""
     return TargetResponse(_pick_text(BENIGN_OPENERS, query), is_complete=False)
 
 

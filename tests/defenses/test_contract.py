@@ -133,7 +133,7 @@ def test_a_class_describes_its_change_and_its_source(name):
     assert cls.family and cls.family != "own"
     if cls.family not in ("none", "control"):
         assert cls.source.url.startswith("https://")
-        assert "ours" in cls.source.wording or "no words of its own" in cls.source.wording
+        assert "ours" in cls.source.wording or "no text of its own" in cls.source.wording
 
 
 def test_names_are_unique_and_start_with_the_undefended_model():
