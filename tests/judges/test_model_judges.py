@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from conftest import save_model, toy_bench, toy_tokenizer
 
+from analysis.cli.validate import run_judge_command, run_validate_command
 from analysis.judges import endpoint
 from analysis.judges.endpoint import CallBudget, EndpointChatModel
 from analysis.judges.model_judges import (
@@ -26,9 +27,8 @@ from analysis.judges.model_judges import (
     _parse_verdict,
     load_model_judge,
 )
-from analysis.studies.judge_file import JudgeOptions, judge_file
+from analysis.studies.judge_file import JudgeOptions
 from analysis.studies.run_spec import RunSpec
-from analysis.studies.validate import validate_readouts
 from defenses.errors import UserError
 
 waited: list[float] = []  # seconds that an endpoint would have waited before its tries
@@ -97,7 +97,7 @@ def test_an_endpoint_judges_by_the_rubric_and_the_key_shows_nowhere(
     answers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(lambda prompt, n: (200, " Partial." if "answer 2" in prompt else "none")) as (address, seen):
-        assert judge_file(answers, "response", "asked", jury(address), None, offline=True) == 0
+        assert run_judge_command(answers, "response", "asked", jury(address), None, offline=True) == 0
     judged = pd.read_csv(answers.with_name("a.judged.csv"))
     assert judged["refusal"].tolist() == ["none", "none", "partial", "none", "none", "none"]
     assert judged["evidence"][2] == "Partial." and len(seen) == 6
@@ -121,7 +121,7 @@ def test_failures_are_tried_again_and_nonsense_once(answers: Path) -> None:
         return 200, "hm" if first else "full"
 
     with serving(answer) as (address, seen):
-        assert judge_file(answers, "response", None, jury(address), None) == 0
+        assert run_judge_command(answers, "response", None, jury(address), None) == 0
     assert set(pd.read_csv(answers.with_name("a.judged.csv"))["refusal"]) == {"full"} and len(seen) == 11
 
 
@@ -129,7 +129,7 @@ def test_what_has_no_verdict_is_said_and_judged_when_the_file_comes_again(
     answers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(lambda prompt, n: (200, "no idea" if "answer 4" in prompt else "full")) as (address, _):
-        assert judge_file(answers, "response", None, jury(address), None) == 1
+        assert run_judge_command(answers, "response", None, jury(address), None) == 1
     first = answers.with_name("a.judged.csv")
     judged = pd.read_csv(first)
     assert judged["refusal"].tolist() == ["full"] * 4 + ["unjudged", "full"]
@@ -139,12 +139,12 @@ def test_what_has_no_verdict_is_said_and_judged_when_the_file_comes_again(
         and "5 answers" in said.out
     )
     with serving(lambda prompt, n: (200, "none")) as (address, seen):
-        assert judge_file(first, "response", None, jury(address), answers.with_name("b.csv")) == 0
+        assert run_judge_command(first, "response", None, jury(address), answers.with_name("b.csv")) == 0
     assert len(seen) == 1
     assert pd.read_csv(answers.with_name("b.csv"))["refusal"].tolist() == ["full"] * 4 + ["none", "full"]
     # Another judge's verdicts beside these would be taken for one judge's.
     with pytest.raises(UserError, match=r"was judged by model judge at 127\.0\.0\.1, so patterns cannot"):
-        judge_file(first, "response", None, JudgeOptions(), answers.with_name("c.csv"))
+        run_judge_command(first, "response", None, JudgeOptions(), answers.with_name("c.csv"))
 
 
 def test_one_text_that_is_not_read_leaves_the_others_alone(answers: Path) -> None:
@@ -156,7 +156,10 @@ def test_one_text_that_is_not_read_leaves_the_others_alone(answers: Path) -> Non
 
         with serving(answer) as (address, _):
             assert (
-                judge_file(answers, "response", None, jury(address), answers.with_name(f"{status}.csv")) == 1
+                run_judge_command(
+                    answers, "response", None, jury(address), answers.with_name(f"{status}.csv")
+                )
+                == 1
             )
         found = pd.read_csv(answers.with_name(f"{status}.csv"))["refusal"].tolist()
         assert found == ["none", "unjudged", *["none"] * 4]
@@ -164,7 +167,7 @@ def test_one_text_that_is_not_read_leaves_the_others_alone(answers: Path) -> Non
 
 def test_an_endpoint_is_given_the_time_that_it_asks_for(answers: Path) -> None:
     with serving(lambda prompt, n: (429, "slowly") if n < 2 else (200, "full")) as (address, _):
-        assert judge_file(answers, "response", None, jury(address), None) == 0
+        assert run_judge_command(answers, "response", None, jury(address), None) == 0
     assert waited.count(30.0) == 2 and max(waited) == 30
 
 
@@ -179,7 +182,7 @@ def test_interrupted_it_gives_what_there_is(answers: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(endpoint, "as_completed", until_the_third)
     with serving(lambda prompt, n: (200, "full")) as (address, _):
-        assert judge_file(answers, "response", None, jury(address), None) == 130
+        assert run_judge_command(answers, "response", None, jury(address), None) == 130
     judged = pd.read_csv(answers.with_name("a.judged.csv"))
     assert (judged["refusal"] == "full").sum() == 3
     assert set(judged["evidence"]) == {"full", "interrupted"}
@@ -187,7 +190,7 @@ def test_interrupted_it_gives_what_there_is(answers: Path, monkeypatch: pytest.M
 
 def test_a_budget_counts_every_call(answers: Path) -> None:
     with serving(lambda prompt, n: (200, "full")) as (address, seen):
-        assert judge_file(answers, "response", None, jury(address, budget=4), None) == 1
+        assert run_judge_command(answers, "response", None, jury(address, budget=4), None) == 1
     judged = pd.read_csv(answers.with_name("a.judged.csv"))
     assert len(seen) == 4 and (judged["refusal"] == "full").sum() == 4
     assert set(judged.loc[judged["refusal"] == "unjudged", "evidence"]) == {"budget spent"}
@@ -198,7 +201,7 @@ def test_a_budget_counts_every_call(answers: Path) -> None:
 def test_an_endpoint_that_only_fails_is_one_line_and_nothing_is_written(answers: Path, status: int) -> None:
     failing = serving(lambda prompt, n: (status, "sk-very-secret-key is wrong"))
     with failing as (address, seen), pytest.raises(UserError, match="gave no verdict") as error:
-        judge_file(answers, "response", None, jury(address), None)
+        run_judge_command(answers, "response", None, jury(address), None)
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
     # What is wrong for all is not asked again and again for each.
     assert len(seen) <= {401: 8, 404: 8, 400: 6, 500: 7 * 6}[status]
@@ -209,7 +212,7 @@ def test_an_endpoint_that_is_down_is_one_line(answers: Path) -> None:
     with serving(lambda prompt, n: (200, "full")) as (address, _):
         pass
     with pytest.raises(UserError, match="gave no verdict: APIConnectionError"):
-        judge_file(answers, "response", None, jury(address), None)
+        run_judge_command(answers, "response", None, jury(address), None)
 
 
 def test_an_endpoint_that_is_too_slow_is_asked_again_and_then_given_up(
@@ -225,14 +228,14 @@ def test_an_endpoint_that_is_too_slow_is_asked_again_and_then_given_up(
     with serving(slow) as (address, _):
         try:
             with pytest.raises(UserError, match="gave no verdict: APITimeoutError"):
-                judge_file(answers, "response", None, jury(address, budget=500), None)
+                run_judge_command(answers, "response", None, jury(address, budget=500), None)
         finally:
             over.set()
 
 
 def test_an_endpoint_that_breaks_down_halfway_loses_nothing(answers: Path) -> None:
     with serving(lambda prompt, n: (200, "full") if n < 3 else (401, "no")) as (address, _):
-        assert judge_file(answers, "response", None, jury(address), None) == 1
+        assert run_judge_command(answers, "response", None, jury(address), None) == 1
     judged = pd.read_csv(answers.with_name("a.judged.csv"))
     assert (judged["refusal"] == "full").sum() == 3 and len(judged) == 6
 
@@ -253,10 +256,10 @@ def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path:
         (JudgeOptions("patterns", budget=5), "--budget is for --judge model"),
     ):
         with pytest.raises(UserError, match=said) as error:
-            judge_file(answers, "response", None, wanted, None, offline=True)
+            run_judge_command(answers, "response", None, wanted, None, offline=True)
         assert "pw" not in str(error.value)
     with pytest.raises(UserError, match="plain http"):
-        judge_file(answers, "response", None, jury("http://example.com/v1#x"), None)
+        run_judge_command(answers, "response", None, jury("http://example.com/v1#x"), None)
     with pytest.raises(UserError, match="up to 200 calls"):
         JudgeOptions("model", "x", 50, grade=True).check_budget(100)
 
@@ -296,7 +299,7 @@ def test_a_local_chat_model_that_talks_nonsense_leaves_answers_unjudged(
 ) -> None:
     save_model(tmp_path / "toy")
     with pytest.raises(UserError, match="gave no verdict: the judge replied"):
-        judge_file(answers, "response", "asked", jury(str(tmp_path / "toy")), None, offline=True)
+        run_judge_command(answers, "response", "asked", jury(str(tmp_path / "toy")), None, offline=True)
 
 
 def test_a_local_chat_model_is_asked_within_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +367,7 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
 
     with serving(judging) as (address, seen):
         wanted = JudgeOptions("model", address, 500, None, grade=True)
-        assert validate_readouts(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
+        assert run_validate_command(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
     verdicts = [one for one in seen if "full, partial or none" in one["messages"][0]["content"]]
     assert len(verdicts) == 24 and len(seen) > 24
     worth = pd.read_csv(tmp_path / "out" / "worth.csv")
@@ -374,13 +377,13 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
     assert about["name"] == "model judge at 127.0.0.1" and about["budget"] == 500 and about["rubric_sha256"]
     failing = serving(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
     with failing as (address, _), pytest.raises(UserError, match=r"gives no more verdicts: .*no more"):
-        validate_readouts(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
+        run_validate_command(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
     found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("defense")
     assert list(found.index) == ["none", "policy"] and 0 < found.loc["policy", "unjudged"] < 12
     failing = serving(lambda prompt, n: (401, "no key"))
     with failing as (address, _), pytest.raises(UserError, match="gives no more verdicts"):
-        validate_readouts(request, ["policy"], [], tmp_path / "three", jury(address), 2)
+        run_validate_command(request, ["policy"], [], tmp_path / "three", jury(address), 2)
     found = pd.read_csv(tmp_path / "three" / "validity.csv")
     assert found["n"].tolist() == [0] and found["trusted"].tolist() == ["cannot tell"]
     with pytest.raises(UserError, match="up to 24 calls of the judge are needed"):
-        validate_readouts(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)
+        run_validate_command(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)
