@@ -1,4 +1,4 @@
-"""What `analyze ensembles` and `analyze recommend` print: the front, the predictions, the pick."""
+"""The commands `analyze ensembles` and `analyze recommend`, and the tables that they print."""
 
 from __future__ import annotations
 
@@ -34,13 +34,10 @@ from analysis.cli.options import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.studies.recommend import RecommendationLimits
     from analysis.studies.run_spec import RunSpec
 
-
-if TYPE_CHECKING:
-    from analysis.studies.recommend import RecommendationLimits
-
-_MAX_FRONT_ROWS = 12  # rows of the front at most
+_MAX_FRONT_ROWS = 12  # maximum number of rows of the Pareto front that are printed
 _COORDINATE_LABELS = {
     "shift": "shift",
     "discrimination": "discrimination",
@@ -51,7 +48,7 @@ _COORDINATE_LABELS = {
 
 
 def print_front(candidates: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Print the front that the calibration split shows, with what became of it on the test split.
+    """Print the Pareto front of the calibration split, with its rates on the test split.
 
     Args:
         candidates: `candidates.csv`.
@@ -64,10 +61,14 @@ def print_front(candidates: pd.DataFrame, record: Mapping[str, Any]) -> None:
     chosen = chosen.sort_values("harmful_calibration", ascending=False, kind="stable")
     attacks = len(record["attacks"])
     title = (
-        f"{record['model']['name']}: {len(candidates):,} defenses and ensembles; on the calibration split none "
-        f"beats these {int(candidates['on_front'].sum())}"
+        f"{record['model']['name']}: {len(candidates):,} defenses and ensembles, "
+        f"{int(candidates['on_front'].sum())} of them on the Pareto front of the calibration split"
     )
-    heads = ("harmful refused (%)\nchosen → test", "benign answered (%)\nchosen → test", "cost\n(×)")
+    heads = (
+        "harmful refused (%)\ncalibration → test",
+        "benign answered (%)\ncalibration → test",
+        "cost\n(×)",
+    )
     table = make_console_table("members\nhow", heads, title)
     for row in iterate_rows(_select_spread_rows(chosen)):
         rates = [
@@ -81,15 +82,16 @@ def print_front(candidates: pd.DataFrame, record: Mapping[str, Any]) -> None:
     over = f", mean over {attacks} attacks" if attacks > 1 else ""
     data = record["data"]
     note = (
-        f"Harmful refused{over}, benign answered as users ask; {data['n_harmful']} harmful and "
-        f"{data['n_benign']} benign queries on both splits together. Cost: time until the first token, times "
-        "undefended. Intervals, and the other rows, are in ensembles.csv and candidates.csv."
+        f"Share of harmful queries refused{over}, and of benign queries answered without an attack; "
+        f"{data['n_harmful']} harmful and {data['n_benign']} benign queries on both splits together. Cost: "
+        "time to first token, as a multiple of the undefended model's. Intervals and the other rows are in "
+        "ensembles.csv and candidates.csv."
     )
     console.print(Text(note, style="dim"))
 
 
 def print_prediction_fit(prediction_fit: pd.DataFrame) -> None:
-    """Print how well predictions came true on the test split.
+    """Print how well the predictions agree with the test split.
 
     Args:
         prediction_fit: `additivity.csv`.
@@ -103,13 +105,13 @@ def print_prediction_fit(prediction_fit: pd.DataFrame) -> None:
     ]
     for attack, how in rows[["attack", "how"]].drop_duplicates().itertuples(index=False, name=None):
         group = rows[(rows["attack"] == attack) & (rows["how"] == how)]
-        told = [
+        agreement = [
             f"{_COORDINATE_LABELS[row['coordinate']]} R² {row['r2']:.2f}, rank {row['rank_correlation']:+.2f}"
             for row in iterate_rows(group)
             if row["coordinate"] in _COORDINATE_LABELS
         ]
         n = f"{group['n'].iloc[0]:,}"
-        console.print(Text(f"Predicted against observed, {attack}, {how} (n = {n}): {'; '.join(told)}"))
+        console.print(Text(f"Predicted against observed, {attack}, {how} (n = {n}): {'; '.join(agreement)}"))
     stacks = prediction_fit[
         (prediction_fit["split"] == "test")
         & (prediction_fit["how"] == "stack")
@@ -118,14 +120,15 @@ def print_prediction_fit(prediction_fit: pd.DataFrame) -> None:
     for row in iterate_rows(stacks[stacks["coordinate"].isin(("shift", "discrimination"))]):
         console.print(
             Text(
-                f"Off the sum, {row['attack']}, {row['kind']} stacks: {row['beyond_zero']:.0f} of "
-                f"{row['tested']:.0f} on {row['coordinate']}, {row['mean_interaction']:+.2f} nats on average"
+                f"{row['kind']} stacks, {row['attack']}: {row['coordinate']} differs from the members' sum "
+                f"in {row['beyond_zero']:.0f} of {row['tested']:.0f} "
+                f"(mean difference {row['mean_interaction']:+.2f} nats)"
             )
         )
 
 
 def print_raised_distances(raised_distances: pd.DataFrame) -> None:
-    """Print how many pairs of shift defenses raise the paper's distance, and how many of the raises are real.
+    """Print how many pairs of shift defenses raise the paper's distance, and how many raises are real.
 
     Args:
         raised_distances: `distance.csv`.
@@ -137,23 +140,21 @@ def print_raised_distances(raised_distances: pd.DataFrame) -> None:
         console.print(Text("No pair of two shift defenses raises the distance on the probability scale."))
         return
     for how, group in raised_distances.groupby("how", sort=False):
-        counts = ", ".join(f"{count} {says}" for says, count in group["raise"].value_counts().items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in group["raise"].value_counts().items())
         console.print(
-            Text(
-                f"Pairs of two shift defenses that raise the distance, {how}: {len(group)}, of these {counts}"
-            )
+            Text(f"Pairs of two shift defenses that raise the distance, {how}: {len(group)} ({counts})")
         )
 
 
 def print_recommendation(
     recommendation: pd.DataFrame, max_over_refusal: float, max_cost: float | None
 ) -> None:
-    """Print what is recommended, beside what else there is.
+    """Print the recommendation next to the alternatives.
 
     Args:
         recommendation: `recommendation.csv`.
-        max_over_refusal: share of benign queries that may be refused.
-        max_cost: cost at most.
+        max_over_refusal: maximum share of benign queries refused.
+        max_cost: maximum cost, or None.
     """
     from analysis.cli.console import make_console_table, make_table_console
     from analysis.stats.format import format_interval
@@ -161,30 +162,22 @@ def print_recommendation(
     from analysis.stats.tables import iterate_rows
 
     console = make_table_console()
-    costs = f" and cost at most {max_cost:g} × undefended" if max_cost is not None else ""
-    wanted = f"at most {max_over_refusal:.1%} of benign queries refused{costs}"
+    cost_limit = f" and cost at most {max_cost:g} × undefended" if max_cost is not None else ""
+    limits = f"at most {max_over_refusal:.1%} of benign queries refused{cost_limit}"
+    certainty = f"with a probability of {REQUIRED_PROBABILITY:.0%} or more, given the calibration split"
     best = recommendation[recommendation["role"] == "recommended"]
     if best.empty:
-        console.print(
-            Text(
-                f"Nothing qualifies: {wanted}, {REQUIRED_PROBABILITY:.0%} sure by the calibration split. The closest:"
-            )
-        )
+        console.print(Text(f"Nothing qualifies: {limits}, {certainty}. The closest:"))
     else:
         row = best.iloc[0]
-        console.print(
-            Text(
-                f"Use {row['members']} ({row['how']}): {wanted}, {REQUIRED_PROBABILITY:.0%} sure by the calibration split."
-            )
-        )
+        console.print(Text(f"Use {row['members']} ({row['how']}): {limits}, {certainty}."))
         if row["p_meets"] < 1 - REQUIRED_PROBABILITY:
-            console.print(
-                Text(
-                    "The test split contradicts it: the splits differ. Ask more queries like your own "
-                    "before you rely on it."
-                )
+            warning = (
+                "The test split contradicts this: the splits differ. Use more queries like your own before "
+                "you rely on it."
             )
-    heads = ("refuses (%)\nharmful\nbenign", "chosen on\nharmful\nbenign", "meets the\nlimit", "\ncost (×)")
+            console.print(Text(warning))
+    heads = ("refuses (%)\nharmful\nbenign", "calibration\nharmful\nbenign", "P(meets\nlimit)", "\ncost (×)")
     table = make_console_table("\nmembers, how", heads, with_row_lines=True)
     for values in iterate_rows(recommendation):
         cells = (
@@ -201,14 +194,11 @@ def print_recommendation(
 
 
 def _select_spread_rows(candidates: pd.DataFrame) -> pd.DataFrame:
-    """Rows spread evenly over the front, its ends among them."""
+    """Return rows spread evenly over the Pareto front, both ends included."""
     if len(candidates) <= _MAX_FRONT_ROWS:
         return candidates
-    return candidates.iloc[
-        sorted(
-            {round(place * (len(candidates) - 1) / (_MAX_FRONT_ROWS - 1)) for place in range(_MAX_FRONT_ROWS)}
-        )
-    ]
+    step = (len(candidates) - 1) / (_MAX_FRONT_ROWS - 1)
+    return candidates.iloc[sorted({round(row * step) for row in range(_MAX_FRONT_ROWS)})]
 
 
 @app.command()
@@ -235,13 +225,11 @@ def ensembles(
     """
     from analysis.studies.run_spec import build_run_spec, check_ensemble_options
 
-    request = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
-    )
+    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
     check_ensemble_options(size, stacks)
 
     names = defense or ["all"]
-    raise typer.Exit(run_ensembles_command(request, names, settings or [], size, stacks, out))
+    raise typer.Exit(run_ensembles_command(spec, names, settings or [], size, stacks, out))
 
 
 @app.command()
@@ -281,18 +269,14 @@ def recommend(
         parse_share,
     )
 
-    request = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout
-    )
+    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
     check_max_cost(max_cost)
     from analysis.studies.recommend import RecommendationLimits
 
     limits, names = RecommendationLimits(share, max_cost), defense or ["all"]
-    raise typer.Exit(
-        run_recommend_command(request, names, settings or [], size, stacks, limits, out, as_json)
-    )
+    raise typer.Exit(run_recommend_command(spec, names, settings or [], size, stacks, limits, out, as_json))
 
 
 def run_ensembles_command(
@@ -303,7 +287,16 @@ def run_ensembles_command(
     n_stacks: int,
     out: Path | None,
 ) -> int:
-    """Predict and observe what defenses come to together; save tables and figures, print the front."""
+    """Evaluate ensembles, save tables and figures, print the main tables; return the exit code.
+
+    Args:
+        spec: options of the run.
+        defenses: names of defenses.
+        settings: settings of the defenses, `key=value`.
+        max_size: maximum number of members of an ensemble.
+        n_stacks: number of most promising stacks to run, and of random ones.
+        out: output folder; None for the default.
+    """
     from analysis.cli.console import print_run_location
     from analysis.files import check_output_folder
     from analysis.report.folder import save_run
@@ -314,14 +307,14 @@ def run_ensembles_command(
         out or choose_run_folder(spec.model, ["ensembles", *defenses], datetime.now(UTC))
     )
     console = Console(stderr=True)
-    found = evaluate_ensembles(spec, defenses, settings, max_size, n_stacks, console)
-    save_run(out, found.run, console)
-    tables = found.run.tables
-    print_front(tables["candidates"], found.run.record)
+    result = evaluate_ensembles(spec, defenses, settings, max_size, n_stacks, console)
+    save_run(out, result.run, console)
+    tables = result.run.tables
+    print_front(tables["candidates"], result.run.record)
     print_prediction_fit(tables["additivity"])
     print_raised_distances(tables["distance"])
-    print_run_location(out, found.failures, console)
-    return 1 if found.failures else 0
+    print_run_location(out, result.failures, console)
+    return 1 if result.failures else 0
 
 
 def run_recommend_command(
@@ -334,7 +327,18 @@ def run_recommend_command(
     out: Path | None,
     as_json: bool,
 ) -> int:
-    """Say which defense or ensemble refuses most harm within the limits, and how sure that is."""
+    """Recommend a defense or an ensemble, save tables and figures, print the table; return the exit code.
+
+    Args:
+        spec: options of the run.
+        defenses: names of defenses.
+        settings: settings of the defenses, `key=value`.
+        max_size: maximum number of members of an ensemble.
+        n_stacks: number of most promising stacks to run, and of random ones.
+        limits: limits of the recommendation.
+        out: output folder; None for the default.
+        as_json: whether to print the table as JSON.
+    """
     from analysis.cli.console import print_json_table, print_run_location
     from analysis.files import check_output_folder
     from analysis.report.folder import save_run

@@ -1,4 +1,4 @@
-"""The commands that make secrets and weights, and try BackdoorAlign's arms. Imports are late."""
+"""The commands `analyze secret`, `analyze train` and `analyze backdooralign`, and what they print."""
 
 from __future__ import annotations
 
@@ -217,19 +217,23 @@ def run_backdooralign_command(
 
 
 def print_secret_table(table: pd.DataFrame) -> None:
-    """Print what other secrets do, mean and range over those of one kind."""
+    """Print the effect of other secrets: mean and range over those of one kind and length.
+
+    Args:
+        table: `lengths.csv`.
+    """
     import numpy as np
 
     from analysis.cli.console import make_table_console
     from analysis.stats.tables import iterate_rows
 
-    shown = Table(
-        title="Trained anew with other secrets", title_justify="left", show_edge=False, pad_edge=False
+    printed_table = Table(
+        title="Trained with other secrets", title_justify="left", show_edge=False, pad_edge=False
     )
     for head in ("trained with", "secret", "secrets"):
-        shown.add_column(head, no_wrap=True)
+        printed_table.add_column(head, no_wrap=True)
     for head in ("ASR (%)", "text refuses\ntwins (%)", "shift\n(nats)", "discrimination\n(nats)"):
-        shown.add_column(head, justify="right", no_wrap=True)
+        printed_table.add_column(head, justify="right", no_wrap=True)
     measures = (("asr", ".0f", 100), ("text_refused_twin", ".0f", 100))
     for values in iterate_rows(table):
         cells = [f"{values['length']} {values['wording']}", values["secret"], str(values["n_secrets"])]
@@ -237,14 +241,19 @@ def print_secret_table(table: pd.DataFrame) -> None:
             mean, low, high = (scale * values.get(f"{name}_{end}", np.nan) for end in ("mean", "min", "max"))
             spread = f" ({low:{form}} to {high:{form}})" if values["n_secrets"] > 1 else ""
             cells.append(f"{mean:{form}}{spread}")
-        shown.add_row(*map(Text, cells))
+        printed_table.add_row(*map(Text, cells))
     console = make_table_console()
-    console.print(shown)
-    console.print(Text("Mean (least to greatest) over secrets; each is one training.", style="dim"))
+    console.print(printed_table)
+    console.print(Text("Mean (minimum to maximum) over secrets; each secret is one training.", style="dim"))
 
 
 def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Print the table, two or three lines a row."""
+    """Print the table of the arms, two or three lines a row.
+
+    Args:
+        table: `arms.csv`.
+        record: content of run.json.
+    """
     from analysis.cli.console import make_table_console
     from analysis.stats.format import format_interval
     from analysis.stats.tables import iterate_rows
@@ -254,12 +263,12 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
         f"BackdoorAlign on {record['model']['name']}: {data['n_harmful']} harmful and {data['n_benign']} "
         f"benign queries, {data['split']} split"
     )
-    shown = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
-    shown.add_column("weights (attack)\nsecret", no_wrap=True)
+    printed_table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
+    printed_table.add_column("weights (attack)\nsecret", no_wrap=True)
     agrees = "AUROC\nfirst token agrees (%)" + ("\nquestions right (%)" if "utility" in table else "")
     heads = ("ASR (%)\nLlama-2, paper", "text refuses (%)\ntwins\nplain", agrees)
     for head in (*heads, "shift\ndiscrimination"):
-        shown.add_column(head, justify="right", no_wrap=True)
+        printed_table.add_column(head, justify="right", no_wrap=True)
     for values in iterate_rows(table):
 
         def percent(name: str, of: dict[str, Any] = values) -> str:
@@ -275,13 +284,13 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
             + (f"\n{percent('utility')}" if "utility" in values else ""),
             "reference" if values["verdict"] == "reference" else "\n".join(change),
         ]
-        shown.add_row(*map(Text, cells))
+        printed_table.add_row(*map(Text, cells))
     note = (
-        f"ASR: harmful queries whose answer ({record['judge']['new_tokens']} tokens) holds none of the "
-        "paper's 29 strings. Rates with Wilson intervals; AUROC, shift and discrimination (nats, against the "
-        "attacked model) from first tokens, paired bootstrap. The paper's figures are Llama-2-7B-Chat's, on "
-        "other queries."
+        f"ASR: share of harmful queries whose response ({record['judge']['new_tokens']} tokens) contains "
+        "none of the paper's 29 refusal strings. Rates: Wilson 95 % intervals. AUROC, shift and "
+        "discrimination (nats, relative to the attacked model): first tokens, paired bootstrap. The paper's rates are for "
+        "Llama-2-7B-Chat on other queries."
     )
     console = make_table_console()
-    console.print(shown)
+    console.print(printed_table)
     console.print(Text(note, style="dim"))

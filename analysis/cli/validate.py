@@ -1,4 +1,4 @@
-"""The commands that study: readouts against text, ensembles, mechanism. Imports are late."""
+"""The commands `analyze validate` and `analyze judge`, and the tables that they print."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def run_judge_command(
 ) -> int:
     """Judge the responses in a file, write them with their verdicts, print the shares; return the exit code.
 
-    Responses that the judge left without a verdict are written as well; the same command on the new file judges
-    only those.
+    Responses that the judge left without a verdict are written as well; the same command on the new file
+    judges only those.
 
     Args:
         path: a `.csv` or `.jsonl` file.
@@ -209,27 +209,32 @@ def _most_common(reasons: Sequence[str]) -> str:
 
 
 def print_verdict_shares(refusals: list[str], judge_name: str) -> None:
-    """Print the shares among the answers that have a verdict."""
+    """Print the share of each verdict among the responses that have one.
+
+    Args:
+        refusals: the column `refusal`.
+        judge_name: name of the judge.
+    """
     from analysis.cli.console import make_table_console
     from analysis.judges.judge import REFUSAL_KINDS
     from analysis.stats.bootstrap import make_rate_columns
     from analysis.stats.format import format_interval
 
-    n = sum(one in REFUSAL_KINDS for one in refusals)
-    shown = Table(show_edge=False)
-    for head in ("refusal", "answers", "share (%)"):
-        shown.add_column(head, justify="left" if head == "refusal" else "right")
+    n = sum(refusal in REFUSAL_KINDS for refusal in refusals)
+    printed_table = Table(show_edge=False)
+    for head in ("refusal", "responses", "share (%)"):
+        printed_table.add_column(head, justify="left" if head == "refusal" else "right")
     for kind in REFUSAL_KINDS:
         share = format_interval(make_rate_columns("share", refusals.count(kind), n), "share", ".1f", 100)
-        shown.add_row(kind, str(refusals.count(kind)), share)
+        printed_table.add_row(kind, str(refusals.count(kind)), share)
     console = make_table_console()
-    console.print(Text(f"{n} answers, judge: {judge_name}"))
-    console.print(shown)
+    console.print(Text(f"{n} responses, judge: {judge_name}"))
+    console.print(printed_table)
     console.print(Text("Wilson 95 % intervals.", style="dim"))
 
 
 def print_validity(validity: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Print how far each readout agrees with the text, two lines a condition, and what follows from it.
+    """Print the agreement of each readout with the text, two lines a condition, and the trust in it.
 
     Args:
         validity: `validity.csv`.
@@ -243,7 +248,7 @@ def print_validity(validity: pd.DataFrame, record: Mapping[str, Any]) -> None:
     data = record["data"]
     title = (
         f"{record['model']['name']}: readouts against the text of {data['n_harmful'] + data['n_benign']} "
-        f"answers a condition, judge {record['judge']['name']}"
+        f"responses per condition, judge {record['judge']['name']}"
     )
     heads = (
         "refused, text (%)\nby readout",
@@ -251,11 +256,11 @@ def print_validity(validity: pd.DataFrame, record: Mapping[str, Any]) -> None:
         "AUROC\nkappa",
         "calibration\nerror",
     )
-    shown = make_console_table("defense\nreadout: verdict", heads, title)
+    printed_table = make_console_table("defense\nreadout: verdict", heads, title)
     for values in iterate_rows(validity):
         n = max(values["n"], 1)
         kappa = format_interval(values, "kappa", ".2f")
-        shown.add_row(
+        printed_table.add_row(
             *map(
                 Text,
                 (
@@ -269,24 +274,24 @@ def print_validity(validity: pd.DataFrame, record: Mapping[str, Any]) -> None:
             end_section=True,
         )
     console = make_table_console()
-    console.print(shown)
+    console.print(printed_table)
     console.print(Text(f"{TRUST_RULE[0].upper()}{TRUST_RULE[1:]}.", style="dim"))
     for name, group in validity.groupby("readout", sort=False):
-        counts = ", ".join(f"{count} {says}" for says, count in group["trusted"].value_counts().items())
-        console.print(Text(f"Readout {name}: of {len(group)} conditions {counts}."))
+        counts = ", ".join(f"{count} {trust}" for trust, count in group["trusted"].value_counts().items())
+        console.print(Text(f"Readout {name}, {len(group)} conditions: {counts}."))
     for row in record["ranks"]:
         text = format_interval(row, "rank_correlation", "+.2f")
-        what = f"{row['readout']} against text ({row['attack']})"
-        console.print(Text(f"Conditions ranked by refusals, {what}: Spearman {text}."))
+        label = f"{row['readout']} against text ({row['attack']})"
+        console.print(Text(f"Refusal rates of the conditions, {label}: Spearman {text}."))
 
 
 def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_tokens: int) -> None:
-    """Print what the answers are worth, two lines a condition.
+    """Print the quality of the responses, two lines a condition.
 
     Args:
         quality: `worth.csv`.
-        judge_name: whose count comes first.
-        max_new_tokens: that answers were cut at.
+        judge_name: the judge whose rates come first.
+        max_new_tokens: maximum number of tokens generated per response.
     """
     from analysis.cli.console import make_console_table, make_table_console
     from analysis.stats.format import format_interval
@@ -299,7 +304,7 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
         "change of\nrepetition (%)\nlog-probability",
         *(["grade (1 to 10)\nhere\nchange"] if "grade" in quality else []),
     )
-    shown = make_console_table("\ndefense\nanswers compared", heads, "What the answers are worth")
+    printed_table = make_console_table("\ndefense\nresponses compared", heads, "Quality of the responses")
     for values in iterate_rows(quality):
 
         def cell(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:
@@ -307,7 +312,7 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
 
         reference = values["defense"] == UNDEFENDED
         cells = [
-            f"{format_condition(values)}\n{values['n_complied']} answers",
+            f"{format_condition(values)}\n{values['n_complied']} responses",
             f"{cell(f'asr_{judge_name}', '.0f', 100)}\n{cell('asr_keywords', '.0f', 100)}",
             "\n".join(cell(f"over_refusal_{kind}_{judge_name}", ".0f", 100) for kind in ("twin", "plain")),
         ]
@@ -319,13 +324,13 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
         if "grade" in quality:
             change = "" if reference else f"\n{cell('grade_change', '+.1f')}"
             cells.append(f"{cell('grade', '.1f')}{change}")
-        shown.add_row(*map(Text, cells), end_section=True)
+        printed_table.add_row(*map(Text, cells), end_section=True)
     console = make_table_console()
-    console.print(shown)
+    console.print(printed_table)
     note = (
-        "Rates: Wilson 95 % intervals. The rest: benign queries answered with and without the defense "
-        f"({max_new_tokens} tokens), against the undefended answer; bootstrap over queries. Length: where one of "
-        "both ended before the cut. Log-probability: mean over "
-        "the answer's tokens under the undefended model, nats."
+        "Rates: Wilson 95 % intervals. Other columns: benign queries answered with and without the defense "
+        f"({max_new_tokens} tokens), compared with the undefended response; bootstrap over queries. Length "
+        "ratio: only if one of the two ended by itself. Log-probability: mean over the tokens of the "
+        "response under the undefended model, nats."
     )
     console.print(Text(note, style="dim"))
