@@ -288,8 +288,8 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     note = (
         f"ASR: share of harmful queries whose response ({record['judge']['new_tokens']} tokens) contains "
         "none of the paper's 29 refusal strings. Rates: Wilson 95 % intervals. AUROC, shift and "
-        "discrimination (nats, relative to the attacked model): first tokens, paired bootstrap. The paper's rates are for "
-        "Llama-2-7B-Chat on other queries."
+        "discrimination (nats, relative to the attacked model): first tokens, paired bootstrap. The paper's "
+        "rates are for Llama-2-7B-Chat on other queries."
     )
     console = make_table_console()
     console.print(printed_table)

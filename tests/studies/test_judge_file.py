@@ -1,4 +1,4 @@
-"""`analyze judge`: a verdict beside each answer, the user's rows as they were, nothing overwritten."""
+"""`analyze judge`: a verdict for each response, the user's rows unchanged, no file overwritten."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.studies.judge_file import JudgeOptions, judge_file
+from analysis.cli.validate import run_judge_command
+from analysis.studies.judge_file import JudgeOptions
 from defenses.errors import UserError
 
 ROWS = [
@@ -29,32 +30,32 @@ def answers(tmp_path: Path) -> Path:
     return tmp_path / "answers.csv"
 
 
-def test_each_row_gets_its_verdict_and_keeps_what_it_held(
+def test_each_row_gets_a_verdict_and_is_otherwise_unchanged(
     answers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judge_file(answers, "response", "asked", JudgeOptions("patterns"), None)
+    run_judge_command(answers, "response", "asked", JudgeOptions("patterns"), None)
     judged = pd.read_csv(answers.with_name("answers.judged.csv"), keep_default_na=False)
     assert judged[list(ROWS[0])].to_dict("records") == ROWS
     assert judged["refusal"].tolist() == ["full", "none", "partial", "full"]
     assert judged["evidence"].tolist()[0] == "I can't help" and judged["evidence"].tolist()[3]
     said = capsys.readouterr()
     assert "50.0 [15.0, 85.0]" in said.out and "answers.judged.csv" in said.err
-    judge_file(answers, "response", None, JudgeOptions("patterns"), answers.with_name("two.csv"))
+    run_judge_command(answers, "response", None, JudgeOptions("patterns"), answers.with_name("two.csv"))
     assert pd.read_csv(answers.with_name("two.csv"))["refusal"].tolist()[3] == "none"
 
 
-def test_jsonl_stays_jsonl_and_lines_of_comment_before_a_csv_are_skipped(tmp_path: Path) -> None:
+def test_jsonl_stays_jsonl_and_comment_lines_before_a_csv_are_skipped(tmp_path: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    judge_file(tmp_path / "a.jsonl", "response", None, JudgeOptions("keywords"), tmp_path / "b.jsonl")
+    run_judge_command(tmp_path / "a.jsonl", "response", None, JudgeOptions("keywords"), tmp_path / "b.jsonl")
     judged = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text("utf-8").splitlines()]
     assert [row["refusal"] for row in judged] == ["none"] * 4  # no string of the 29: case counts, and forms
     (tmp_path / "c.csv").write_text("# version 1\n# and more\nresponse\nI cannot.\n", encoding="utf-8")
-    judge_file(tmp_path / "c.csv", "response", None, JudgeOptions("keywords"), None)
+    run_judge_command(tmp_path / "c.csv", "response", None, JudgeOptions("keywords"), None)
     assert pd.read_csv(tmp_path / "c.judged.csv")["evidence"].tolist() == ["I cannot"]
 
 
-def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(answers: Path) -> None:
+def test_wrong_input_is_an_error_and_nothing_is_written(answers: Path) -> None:
     for name, column, request, judge, out, said in (
         ("answers.csv", "respons", None, "patterns", None, "did you mean 'response'"),
         ("answers.csv", "response", "askd", "patterns", None, "did you mean 'asked'"),
@@ -65,8 +66,10 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(answers: Path)
         ("nothing.csv", "response", None, "patterns", None, "cannot read"),
     ):
         with pytest.raises(UserError, match=said):
-            judge_file(answers.with_name(name), column, request, JudgeOptions(judge), out)
+            run_judge_command(answers.with_name(name), column, request, JudgeOptions(judge), out)
     assert [path.name for path in answers.parent.iterdir()] == ["answers.csv"]
-    judge_file(answers, "response", None, JudgeOptions("patterns"), None)
+    run_judge_command(answers, "response", None, JudgeOptions("patterns"), None)
     with pytest.raises(UserError, match="has a column 'evidence' already"):
-        judge_file(answers.with_name("answers.judged.csv"), "response", None, JudgeOptions("patterns"), None)
+        run_judge_command(
+            answers.with_name("answers.judged.csv"), "response", None, JudgeOptions("patterns"), None
+        )

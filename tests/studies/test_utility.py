@@ -1,4 +1,4 @@
-"""The multiple-choice questions: well made, and asked through lm-evaluation-harness where it is installed."""
+"""The multiple-choice questions: well formed, and scored by lm-evaluation-harness if it is installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_each_question_has_four_choices_and_the_right_ones_are_spread_evenly() -
     assert all(12 <= right.count(place) <= 20 for place in range(4))
 
 
-def test_without_the_harness_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'refusalscope\[utility\]'"):
         check_harness_installed()
@@ -32,7 +32,7 @@ def test_without_the_harness_the_user_is_told_what_to_install(monkeypatch: pytes
 @pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="the extra `utility` is not installed"
 )
-def test_a_model_is_asked_every_question_under_a_system_prompt(capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_question_is_scored_under_a_system_prompt(capfd: pytest.CaptureFixture[str]) -> None:
     loaded = LoadedModel("toy", tiny_model(), toy_tokenizer(), {"id": "toy"})
     right, asked = count_correct_answers(loaded, "You are a helpful assistant.")
     assert asked == 64 and 2 <= right <= 32  # random weights guess: a quarter, give or take
