@@ -48,7 +48,7 @@ def draw_secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_xlim(-2, 102)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
-        ax.set_xlabel("attack success rate by generated text (% of harmful queries answered)")
+        ax.set_xlabel("attack success rate by generated text (%)")
         key = [
             Line2D([], [], color=color, marker=marker, linestyle="", label=label)
             for _, color, marker, label in _SECRET_SIDES

@@ -93,7 +93,7 @@ _FIGURE_KINDS = (
     FigureKind(
         "square",
         "run",
-        "Shift and discrimination with and without the secret prompt and the tuned weights",
+        "Shift and discrimination by ingredient: secret prompt, tuned weights",
         "square",
         draw_square,
         caption_square,
@@ -101,7 +101,7 @@ _FIGURE_KINDS = (
     FigureKind(
         "secrets",
         "run",
-        "Attack success rate for different secret prompts, without and with the secret",
+        "Attack success rate by secret prompt, without and with the secret",
         "secrets",
         draw_secrets,
         caption_secrets,
@@ -125,7 +125,7 @@ _FIGURE_KINDS = (
     FigureKind(
         "calibration",
         "validity",
-        "Calibration curve: the readout's refusal probability and the share of responses that refuse",
+        "Calibration of the readout: refusal probability and share of refusals",
         "rates",
         draw_calibration,
         caption_calibration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -90,11 +91,11 @@ def caption_calibration(validity: pd.DataFrame, context: CaptionContext) -> str:
         validity: `validity.csv`, of the readout, whose conditions the curve pools.
         context: facts about the run.
     """
+    wilson = replace(context, interval="Wilson 95\u00a0%, which treat responses as independent")
     return (
         f"Share of {_describe_responses(validity, context)} against the refusal probability of the readout, "
-        "in bins of the probability, all conditions pooled. Bars: Wilson 95\u00a0% intervals, which treat "
-        "responses as independent. Dotted diagonal: perfect calibration. "
-        f"{context.format_sentences(_join_attacks(validity))}"
+        "in bins of the probability, all conditions pooled. Bars are intervals. Dotted diagonal: perfect "
+        f"calibration. {wilson.format_sentences(_join_attacks(validity))}"
     )
 
 
@@ -115,7 +116,7 @@ def caption_refusal_rates(validity: pd.DataFrame, context: CaptionContext) -> st
 
 def _describe_responses(validity: pd.DataFrame, context: CaptionContext) -> str:
     return (
-        f"greedy responses ({context.max_new_tokens} tokens) that refuse according to the judge (judge: "
+        f"greedy responses ({context.max_new_tokens} tokens) that refuse (judge: "
         f"{context.judge_name}), for {format_count_range(validity['n'])} queries under each of "
         f"{len(validity)} conditions,"
     )

@@ -126,9 +126,9 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("folder", "words"),
     [
-        ("arms", r"attacked, the model answers 100 % \[93, 100\].*behind it 4 % \[1, 14\], refusing 96 %"),
-        ("validity", r"words in 0 of 12, not in 4, open in 8; calibrated in \d+ of 12"),
-        ("smollm2", r"^Of 34 defenses on smollm2"),
+        ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, the model answers 4 % \[1, 14\]"),
+        ("validity", r"words validated in 0 of 12 conditions, contradicted in 4, undecided in 8; calibrated"),
+        ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],
 )
 def test_a_stored_run_says_first_what_it_is_about(folder, words):
