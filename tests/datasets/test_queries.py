@@ -1,4 +1,4 @@
-"""Query sets load as they lie, keep pairs whole, and say in one line what is wrong with a file."""
+"""Query sets keep pairs whole, and a file with a mistake is reported in one line."""
 
 import hashlib
 from collections import Counter
@@ -13,7 +13,7 @@ from defenses.errors import UserError
 CONTRAST = load_queries("contrast")
 
 
-def written(folder, name, content):
+def write_file(folder, name, content):
     """Write a file and return its path as text."""
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -34,25 +34,30 @@ def test_the_shipped_sets_are_views_of_one_file():
     assert {load_queries(name).sha256 for name in kinds} == {digest}
 
 
-def test_splits_are_disjoint_and_leave_nothing_out():
+def split_sets_are_disjoint_and_leave_nothing_out():
     ids = [query.id for name in SPLIT_NAMES for query in CONTRAST.select_split(name).queries]
     assert sorted(ids) == sorted(query.id for query in CONTRAST.queries)
     assert CONTRAST.select_split("all") == CONTRAST.select_split(None) == CONTRAST
     assert choose_default_split(CONTRAST) == "test"
 
 
-@pytest.mark.parametrize("number", [2, 3, 7, 24, 61, 100, 240, 1000])
+@pytest.fixture(scope="module")
+def split_sets():
+    return {name: load_queries(name).select_split("test") for name in ("contrast", "twins", "plain")}
+
+
+@pytest.mark.parametrize("number", [2, 3, 24, 61, 240, 1000])
 @pytest.mark.parametrize("name", ["contrast", "twins", "plain"])
-def test_a_limit_keeps_pairs_whole_and_the_order_of_the_file(name, number):
-    data = load_queries(name).select_split("test")
+def test_a_limit_keeps_pairs_whole_and_the_order_of_the_file(split_sets, name, number):
+    data = split_sets[name]
     kept = data.limit_queries(number)
     assert number - 1 <= len(kept.queries) <= number or kept == data
     assert kept.limit_queries(number) == kept
-    places = [data.queries.index(query) for query in kept.queries]
-    assert places == sorted(places)
-    whole = Counter(query.pair for query in data.queries if query.pair)
+    kept_ids = {query.id for query in kept.queries}
+    assert kept.queries == tuple(query for query in data.queries if query.id in kept_ids)
+    pair_sizes = Counter(query.pair for query in data.queries if query.pair)
     for pair, count in Counter(query.pair for query in kept.queries if query.pair).items():
-        assert count == whole[pair]
+        assert count == pair_sizes[pair]
     assert {query.harmful for query in kept.queries} == {True, False}
 
 
@@ -63,33 +68,33 @@ def test_a_limit_takes_categories_in_proportion():
     assert set(counts.values()) <= {6, 8, 10} and len(counts) == 12
 
 
-def test_a_pair_and_a_query_of_one_name_are_two_things():
+def test_a_pair_and_a_query_may_have_the_same_name():
     queries = (Query("a", "x", True), Query("b", "y", True, pair="a"), Query("c", "z", False, pair="a"))
     assert [query.id for query in QuerySet("own", queries, "").limit_queries(2).queries] == ["b", "c"]
 
 
 @pytest.mark.parametrize("number", [1, 0, -3])
-def test_a_limit_under_two_is_refused_with_the_value_and_the_rule(number):
+def test_a_limit_below_two_is_rejected_with_the_value_and_the_rule(number):
     with pytest.raises(UserError, match=rf"--limit {number}: at least 2"):
         CONTRAST.limit_queries(number)
 
 
-def test_a_limit_that_leaves_one_class_is_noticed():
+def test_a_limit_that_leaves_one_class_is_rejected():
     data = QuerySet("own", tuple(q for q in CONTRAST.queries if q.harmful), "")
     with pytest.raises(UserError, match="no benign query"):
         data.limit_queries(4).check_both_classes()
 
 
-def test_a_sample_has_both_classes_in_equal_number_from_all_over():
-    picked = sample_queries(CONTRAST.queries, 16)
-    assert Counter(query.harmful for query in picked) == {True: 8, False: 8}
-    assert len({query.id for query in picked}) == 16
-    assert len({query.category for query in picked}) > 5
+def test_a_sample_has_both_classes_in_equal_number_from_the_whole_list():
+    sample = sample_queries(CONTRAST.queries, 16)
+    assert Counter(query.harmful for query in sample) == {True: 8, False: 8}
+    assert len({query.id for query in sample}) == 16
+    assert len({query.category for query in sample}) > 5
     assert sample_queries(CONTRAST.queries[:1], 16) == [CONTRAST.queries[0]]
 
 
 CSV = "text,harmful\n{}\n"
-GOOD = {
+VALID_FILES = {
     "plain.csv": CSV.format("Hi,true\nYo,false"),
     "crlf.csv": CSV.format("Hi,TRUE\nYo,No").replace("\n", "\r\n"),
     "bom.csv": b"\xef\xbb\xbf" + CSV.format("Hi,1\nYo,0").encode(),
@@ -101,9 +106,9 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_files_of_the_users_own_are_read_in_the_forms_that_programs_write(tmp_path, name):
-    data = load_queries(written(tmp_path, name, GOOD[name]))
+@pytest.mark.parametrize("name", VALID_FILES)
+def test_files_are_read_in_the_variants_that_programs_write(tmp_path, name):
+    data = load_queries(write_file(tmp_path, name, VALID_FILES[name]))
     assert [(q.id, q.text, q.harmful, q.pair, q.split) for q in data.queries] == [
         ("q0001", "Hi", True, None, None),
         ("q0002", "Yo", False, None, None),
@@ -111,27 +116,27 @@ def test_files_of_the_users_own_are_read_in_the_forms_that_programs_write(tmp_pa
     assert choose_default_split(data) == "all"
 
 
-def test_ids_and_pairs_may_be_numbers_also_zero(tmp_path):
+def test_ids_and_pairs_may_be_numbers_including_zero(tmp_path):
     rows = '{"text": "a", "harmful": true, "id": 0, "pair": 0}\n'
     rows += '{"text": "b", "harmful": false, "id": 1, "pair": 0}'
-    assert [(q.id, q.pair) for q in load_queries(written(tmp_path, "x.jsonl", rows)).queries] == [
+    assert [(q.id, q.pair) for q in load_queries(write_file(tmp_path, "x.jsonl", rows)).queries] == [
         ("0", "0"),
         ("1", "0"),
     ]
 
 
-def test_a_text_may_hold_commas_quotes_and_line_breaks(tmp_path):
-    data = load_queries(written(tmp_path, "x.csv", CSV.format('"a, ""b""\r\nc",1\nd,0')))
+def test_a_text_may_contain_commas_quotes_and_line_breaks(tmp_path):
+    data = load_queries(write_file(tmp_path, "x.csv", CSV.format('"a, ""b""\r\nc",1\nd,0')))
     assert data.queries[0].text == 'a, "b"\r\nc'
 
 
-NEEDS = "needs the columns text and harmful"
-BAD = {
-    "no_column.csv": ("text,label\nHi,1\n", ["lacks harmful", "has label, text", NEEDS]),
-    "semicolons.csv": ("text;harmful\nHi;1\n", ["lacks text and harmful", NEEDS]),
-    "empty.csv": ("", ["holds no rows", NEEDS]),
-    "empty.jsonl": ("\n \n", ["holds no rows", NEEDS]),
-    "header_only.csv": ("text,harmful\n", ["holds no rows", NEEDS]),
+FORMAT_HINT = "needs the columns text and harmful"
+INVALID_FILES = {
+    "no_column.csv": ("text,label\nHi,1\n", ["lacks harmful", "has label, text", FORMAT_HINT]),
+    "semicolons.csv": ("text;harmful\nHi;1\n", ["lacks text and harmful", FORMAT_HINT]),
+    "empty.csv": ("", ["holds no rows", FORMAT_HINT]),
+    "empty.jsonl": ("\n \n", ["holds no rows", FORMAT_HINT]),
+    "header_only.csv": ("text,harmful\n", ["holds no rows", FORMAT_HINT]),
     "twice.csv": ("text,harmful,harmful\na,1,0\nb,0,1\n", ["two columns of the same name", "rename"]),
     "comma.csv": (CSV.format("Hi,1,you\nYo,0"), ["row 1", "more values", "double quotes"]),
     "short.csv": (CSV.format("Hi,1\nYo"), ["'q0002'", "harmful is None", "true or false"]),
@@ -158,16 +163,16 @@ BAD = {
         '{"text": "a", "harmful": true}\n{"text": "b"\n',
         ["line 2", "not JSON", "one object per line"],
     ),
-    "array.jsonl": ('[{"text": "a", "harmful": true}]', ["line 1", "not a JSON object", NEEDS]),
-    "key.jsonl": ('{"text": "a", "harmful": true}\n{"harmful": false}', ["lacks text", NEEDS]),
+    "array.jsonl": ('[{"text": "a", "harmful": true}]', ["line 1", "not a JSON object", FORMAT_HINT]),
+    "key.jsonl": ('{"text": "a", "harmful": true}\n{"harmful": false}', ["lacks text", FORMAT_HINT]),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_told_in_one_line_with_file_value_and_rule(tmp_path, name):
-    content, words = BAD[name]
+@pytest.mark.parametrize("name", INVALID_FILES)
+def test_a_mistake_in_a_file_is_reported_in_one_line_with_file_value_and_rule(tmp_path, name):
+    content, words = INVALID_FILES[name]
     with pytest.raises(UserError) as caught:
-        load_queries(written(tmp_path, name, content))
+        load_queries(write_file(tmp_path, name, content))
     text = str(caught.value)
     assert "\n" not in text
     for word in (name, *words):
@@ -182,7 +187,7 @@ def test_a_bad_file_is_told_in_one_line_with_file_value_and_rule(tmp_path, name)
         ("nowhere.csv", ["cannot read nowhere.csv", "No such file", "the columns text"]),
     ],
 )
-def test_an_unknown_set_is_answered_with_what_there_is(name, words):
+def test_an_unknown_set_is_answered_with_the_known_ones(name, words):
     with pytest.raises(UserError) as caught:
         load_queries(name)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -191,6 +196,6 @@ def test_an_unknown_set_is_answered_with_what_there_is(name, words):
 def test_an_unknown_split_is_answered_with_the_nearest(tmp_path):
     with pytest.raises(UserError, match=r"unknown split 'tets': did you mean 'test'"):
         CONTRAST.select_split("tets")
-    data = load_queries(written(tmp_path, "x.csv", CSV.format("Hi,1\nYo,0")))
+    data = load_queries(write_file(tmp_path, "x.csv", CSV.format("Hi,1\nYo,0")))
     with pytest.raises(UserError, match="has no column split; leave --split out"):
         data.select_split("test")
