@@ -9,6 +9,7 @@ import pkgutil
 import sys
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,7 @@ from defenses.settings import get_settings, parse_setting
 
 def find_defense_classes() -> dict[str, type[Defense]]:
     """Return every concrete defense class of this package by name, the undefended model first."""
-    classes: dict[str, type[Defense]] = {}
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if not module.ispkg and module.name != "stack":  # a stack is composed of other defenses
-            classes.update(_find_concrete_defenses(importlib.import_module(f"defenses.{module.name}")))
-    return dict(sorted(classes.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
+    return dict(_find_package_classes())
 
 
 def list_defense_names() -> list[str]:
@@ -122,6 +119,16 @@ def split_stack_name(name: str) -> list[str]:
     ['self_reminder', 'paraphrase']
     """
     return [name] if Path(name).expanduser().is_file() else [member.strip() for member in name.split("+")]
+
+
+@cache
+def _find_package_classes() -> dict[str, type[Defense]]:
+    """Return the classes of `find_defense_classes`; the package does not change while the program runs."""
+    classes: dict[str, type[Defense]] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if not module.ispkg and module.name != "stack":  # a stack is composed of other defenses
+            classes.update(_find_concrete_defenses(importlib.import_module(f"defenses.{module.name}")))
+    return dict(sorted(classes.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
 
 
 def _check_unique_names(defenses: Sequence[Defense]) -> None:

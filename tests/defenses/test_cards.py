@@ -23,7 +23,7 @@ from analysis.models.loading import LoadedModel, build_model_info
 from analysis.models.session import ModelSession
 from analysis.run import build_conditions
 from defenses.catalog import get_defense, list_defense_names
-from defenses.contract import MeanActivations, ModelCall
+from defenses.contract import MeanActivations, ModelCall, ModelInfo
 from defenses.settings import get_settings
 
 PROMPTS_PATH = Path(__file__).with_name("prompts.json")
@@ -44,17 +44,27 @@ class ScriptedCalls:
         return ["What is bread made of?" for _ in calls]
 
 
-def render_defense(loaded_model: LoadedModel, name: str) -> dict[str, Any]:
-    """Return the calls and prompts of a defense and its ablations, with redacted secrets."""
-    model_info = replace(
-        build_model_info("smollm2", loaded_model.tokenizer, sha256=loaded_model.origin["sha256"]),
-        compute_mean_activations=lambda: MeanActivations(
-            torch.zeros(30, 576), torch.ones(30, 576), frozenset(), "none"
-        ),
+@pytest.fixture(scope="module")
+def session(smollm2: LoadedModel) -> ModelSession:
+    """A session with the embedded model."""
+    return ModelSession.from_model(smollm2)
+
+
+@pytest.fixture(scope="module")
+def model_info(smollm2: LoadedModel) -> ModelInfo:
+    """The properties of the embedded model, with arbitrary mean activations."""
+    activations = MeanActivations(torch.zeros(30, 576), torch.ones(30, 576), frozenset(), "none")
+    return replace(
+        build_model_info("smollm2", smollm2.tokenizer, sha256=smollm2.origin["sha256"]),
+        compute_mean_activations=lambda: activations,
     )
+
+
+def render_defense(session: ModelSession, model_info: ModelInfo, name: str) -> dict[str, Any]:
+    """Return the calls and prompts of a defense and its ablations, with redacted secrets."""
     rendered: dict[str, Any] = {}
     for condition, defense in build_conditions([get_defense(name).prepare(model_info)]).items():
-        session, scripted = ModelSession.from_model(loaded_model), ScriptedCalls()
+        scripted = ScriptedCalls()
         object.__setattr__(session, "defense_calls", scripted)
         prompts = session.render_query(defense, QUERY)
         asked = [session.chat_template.render_prompt(call.chat).text for call in scripted.calls]
@@ -66,9 +76,9 @@ def render_defense(loaded_model: LoadedModel, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", list_defense_names())
 def test_prompts_are_those_of_the_file_and_agree_with_settings_and_cost(
-    smollm2: LoadedModel, name: str
+    session: ModelSession, model_info: ModelInfo, name: str
 ) -> None:
-    rendered = render_defense(smollm2, name)
+    rendered = render_defense(session, model_info, name)
     prompts = json.loads(PROMPTS_PATH.read_text("utf-8")) if PROMPTS_PATH.exists() else {}
     if os.environ.get("REWRITE"):
         prompts = {key: value for key, value in prompts.items() if key in list_defense_names()}
