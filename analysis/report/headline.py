@@ -114,7 +114,7 @@ def describe_validity(validity: pd.DataFrame, model_and_data: str) -> str:
 
     >>> rows = pd.DataFrame({"readout": ["words", "words"], "trusted": ["trusted", "not trusted"]})
     >>> describe_validity(rows, "smollm2").partition(": ")[2]
-    'words validated in 1 of 2 conditions, contradicted in 1, undecided in 0.'
+    'words (validated in 1 of 2 conditions, contradicted in 1, undecided in 0).'
 
     Args:
         validity: `validity.csv`.
@@ -126,8 +126,8 @@ def describe_validity(validity: pd.DataFrame, model_and_data: str) -> str:
             int((trusted == value).sum()) for value in ("trusted", "not trusted", "cannot tell")
         )
         parts.append(
-            f"{name} validated in {n_trusted} of {len(trusted)} conditions, contradicted in {n_untrusted}, "
-            f"undecided in {n_undecided}"
+            f"{name} (validated in {n_trusted} of {len(trusted)} conditions, contradicted in {n_untrusted}, "
+            f"undecided in {n_undecided})"
         )
     return f"Agreement of readouts with generated text on {model_and_data}: {'; '.join(parts)}."
 

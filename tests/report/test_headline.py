@@ -49,6 +49,6 @@ def test_the_headline_counts_defenses_without_an_effect():
 def test_the_headline_of_a_validation_names_each_readout():
     rows = pd.DataFrame({"readout": ["words", "question"], "trusted": ["trusted", "cannot tell"]})
     assert describe_validity(rows, "toy").endswith(
-        "words validated in 1 of 1 conditions, contradicted in 0, undecided in 0; "
-        "question validated in 0 of 1 conditions, contradicted in 0, undecided in 1."
+        "words (validated in 1 of 1 conditions, contradicted in 0, undecided in 0); "
+        "question (validated in 0 of 1 conditions, contradicted in 0, undecided in 1)."
     )
