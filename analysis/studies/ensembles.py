@@ -342,8 +342,8 @@ def _list_stackable_members(single_defenses: Mapping[str, Defense]) -> list[str]
 
     members.sort(key=position)
     if len(members) < 2:
-        found = f"only {members[0]} is left" if members else "no defense is left"
-        raise UserError(f"{found} to combine, and it takes 2: name more, or -d all")
+        remaining = f"only {members[0]} is left" if members else "no defense is left"
+        raise UserError(f"{remaining} to combine, and it takes 2: name more, or -d all")
     return members
 
 

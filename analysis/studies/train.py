@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from defenses.contract import Chat, ModelInfo
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
 from defenses.training.adapter_files import write_adapter, write_weights_manifest
-from defenses.training.recipes import RECIPES, Recipe, TargetResponse
+from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
 from defenses.training.trainer import TrainingSettings, train_model
 
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
@@ -126,24 +126,9 @@ def train_weights(
             lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
         )
     resume_folder = _prepare_resume_folder(out, record)
-    try:
-        with make_progress_bar(console) as bar:
-            task = bar.add_task("training", total=None)
-
-            def on_progress(step: int, n_steps: int, loss: float) -> None:
-                bar.update(task, completed=step, total=n_steps, description=f"training (loss {loss:.2f})")
-
-            tuned_model, losses = train_model(
-                loaded_model.model,
-                loaded_model.tokenizer,
-                render,
-                examples,
-                training_settings,
-                resume_folder,
-                on_progress,
-            )
-    except KeyboardInterrupt as error:
-        raise TrainingInterrupted(resume_folder) from error
+    tuned_model, losses = _fit_model(
+        loaded_model, render, examples, training_settings, resume_folder, console
+    )
     record |= {"n_examples": len(examples), **timer.describe_time()}
     history = pd.DataFrame(losses, columns=["step", "loss"])
     _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
@@ -172,6 +157,35 @@ def _generate_own_responses(
         TargetResponse(text, len(response) < _MAX_RESPONSE_TOKENS)
         for text, response in zip(texts, responses, strict=True)
     ]
+
+
+def _fit_model(
+    loaded_model: LoadedModel,
+    render: Callable[[Chat], tuple[int, ...]],
+    examples: Sequence[TrainingExample],
+    training_settings: TrainingSettings,
+    resume_folder: Path,
+    console: Console,
+) -> tuple[Any, list[tuple[int, float]]]:
+    """Fine-tune the model with a progress bar; return it and the loss by step."""
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("training", total=None)
+
+        def on_progress(step: int, n_steps: int, loss: float) -> None:
+            bar.update(task, completed=step, total=n_steps, description=f"training (loss {loss:.2f})")
+
+        try:
+            return train_model(
+                loaded_model.model,
+                loaded_model.tokenizer,
+                render,
+                examples,
+                training_settings,
+                resume_folder,
+                on_progress,
+            )
+        except KeyboardInterrupt as error:
+            raise TrainingInterrupted(resume_folder) from error
 
 
 def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSettings:
