@@ -230,7 +230,7 @@ def _thin_ticks(ax: Axes, ticks: list[float], is_vertical: bool) -> list[float]:
     """Return the ticks whose numbers do not touch each other, from zero outwards."""
     figure = ax.get_figure(root=True)
     assert figure is not None
-    min_distance = figure.dpi * (10 if is_vertical else 24) / 72
+    min_distance = figure.dpi * (10 if is_vertical else 18) / 72
     axis_index = 1 if is_vertical else 0
     positions = {tick: float(ax.transData.transform((tick, tick))[axis_index]) for tick in ticks}
     kept: list[float] = []
