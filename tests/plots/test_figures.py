@@ -127,7 +127,7 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
     ("folder", "words"),
     [
         ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, the model answers 4 % \[1, 14\]"),
-        ("validity", r"words \(validated in 0 of 12 conditions, contradicted in 4, undecided in 8\); calibrated"),
+        ("validity", r"words \(validated in 0 of 12 conditions, contradicted in 4, undecided in 8\);"),
         ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],
 )
