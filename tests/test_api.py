@@ -1,4 +1,4 @@
-"""The Python interface says what the command says, and takes defenses and frames."""
+"""The Python API gives what the commands give, and takes defenses and frames."""
 
 import hashlib
 import inspect
@@ -12,15 +12,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import home, save_model, toy_bench
+from conftest import home, run_cli, save_model, toy_bench
 from rich.console import Console
-from test_cli import analyze as command
+from typer.main import get_command
 
-from analysis.api import _as_defense_list, analyze, locate_mechanism, read, summarize
-from analysis.datasets.loading import from_frame, load_queries
+import analysis
+from analysis import api
+from analysis.api import (
+    _as_defense_list,
+    analyze,
+    backdooralign,
+    ensembles,
+    judge,
+    locate_mechanism,
+    read,
+    recommend,
+    summarize,
+    train,
+    validate,
+)
+from analysis.cli.main import app
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import QuerySet
 from analysis.models.cache import make_json_cache_path, read_cached_json
 from analysis.report.results import Run
-from analysis.stats import ensembles
 from analysis.stats.format import intervals
 from analysis.studies.manifest import _hash_class_source, identify_defense
 from analysis.studies.progress import print_line, print_note
@@ -41,30 +56,35 @@ class Polite(Defense):
         return prepend_system(chat, self.text)
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    home(monkeypatch, tmp_path)
-    save_model(tmp_path / "tiny")
-    return str(tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny model in a folder; caches and secrets of these tests are beside it."""
+    folder = tmp_path_factory.mktemp("api")
+    save_model(folder / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        home(patch, folder)
+        yield str(folder / "tiny")
 
 
 def test_the_tables_are_those_that_the_command_writes(tiny, tmp_path):
     run = analyze(["policy", "self_reminder"], tiny, limit=20, settings=["policy.text=Be kind."])
     out = tmp_path / "out"
-    asked = f"-d policy -d self_reminder -m {tiny} --limit 20 -o {out} --set".split()
-    done = command(*asked, "policy.text=Be kind.")
-    assert done.code == 0
+    options = f"-d policy -d self_reminder -m {tiny} --limit 20 -o {out} --set".split()
+    result = run_cli(*options, "policy.text=Be kind.")
+    assert result.code == 0
     stored = read(out)
     assert set(stored.tables) == set(run.tables)
     for name in ("scores", "summary"):
         # What is written has seven digits.
         pd.testing.assert_frame_equal(stored.tables[name], run.tables[name], check_dtype=False, rtol=1e-5)
     assert run.record["defenses"] == stored.record["defenses"]
-    assert str(run).startswith("Of 2 defenses on ") and "tables: prompts, scores, summary" in str(run)
+    assert str(run).startswith("Results for 2 defenses on ") and "tables: prompts, scores, summary" in str(
+        run
+    )
     assert run.texts.items() <= stored.texts.items()
 
 
-def test_defenses_themselves_are_worn_with_their_settings(tiny):
+def test_defense_objects_keep_their_settings(tiny):
     run = analyze([Polite("Kindly."), get_defense("policy", {"text": "Be kind."})], tiny, limit=20)
     told = run.record["defenses"]
     assert told["polite"]["settings"] == {"text": "Kindly."} and len(told["polite"]["source_sha256"]) == 64
@@ -74,7 +94,7 @@ def test_defenses_themselves_are_worn_with_their_settings(tiny):
         run.format_summary("base64")
 
 
-def test_a_name_and_a_defense_of_that_name_are_not_both_taken_and_settings_are_of_names():
+def test_names_are_unique_and_settings_apply_to_named_defenses_only():
     assert [one.name for one in choose_defenses(["policy", Polite()], [])] == ["none", "policy", "polite"]
     assert [one.name for one in choose_defenses([get_defense("none"), Polite()], [])] == ["none", "polite"]
     with pytest.raises(UserError, match="two defenses are named 'policy'"):
@@ -90,7 +110,7 @@ def test_settings_are_taken_as_values():
     with pytest.raises(UserError, match="a whole number"):
         get_defense("backdoor", {"length": 3.5})
     assert get_defense("policy+backdoor", {"length": 50}).members[1].length == 50
-    with pytest.raises(UserError, match="trigger=None: worn together"):
+    with pytest.raises(UserError, match="trigger=None: settings of defenses that are applied together"):
         get_defense("policy+backdoor", {"trigger": None})
 
 
@@ -110,14 +130,14 @@ class Policy(Polite):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (Polite, "the class Polite is no defense: .*MyOwn"),
-        (7, "7 is no defense"),
+        (Polite, "the class Polite is not a defense: .*MyOwn"),
+        (7, "7 is not a defense"),
         (Thawed(), "Thawed must be a frozen dataclass"),
         (Policy(), "'policy' is taken by a shipped defense"),
         (Polite(["a list"]), "unhashable type: 'list': .*tuples"),
     ],
 )
-def test_what_is_no_defense_is_refused_in_one_line(given, words):
+def test_an_object_that_is_no_defense_is_a_one_line_error(given, words):
     with pytest.raises(UserError, match=words):
         inspect.unwrap(choose_defenses)([given], [])  # as a user calls it, whose types nobody checks
     assert list(inspect.unwrap(_as_defense_list)(given)) == [given]
@@ -133,8 +153,40 @@ class Needy(Polite):
     more: str = field(kw_only=True)
 
 
-def test_a_defense_that_is_made_needs_no_defaults():
+def test_a_defense_object_needs_no_defaults():
     assert [one.name for one in choose_defenses([Needy(more="x")], [])] == ["none", "needy"]
+
+
+# Option of a command → parameter of the function.
+RENAMED = {"defense": "defenses", "attack": "attacks", "file": "responses"}
+# What a function does not need: it returns what a command writes or prints.
+ONLY_COMMANDS = {"out", "as_json", "debug", "version", "install_completion", "show_completion"}
+
+
+def get_cli_commands():
+    command = get_command(app)
+    commands = {name: command.commands[name] for name in command.commands}
+    return {"analyze": command, **commands}
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("analyze", analyze),
+        ("validate", validate),
+        ("ensembles", ensembles),
+        ("recommend", recommend),
+        ("mechanism", locate_mechanism),
+        ("train", train),
+        ("backdooralign", backdooralign),
+        ("judge", judge),
+    ],
+)
+def test_a_function_has_every_option_of_its_command(name, function):
+    options = {RENAMED.get(option.name, option.name) for option in get_cli_commands()[name].params}
+    parameters = set(inspect.signature(function).parameters)
+    assert options - {"help"} - ONLY_COMMANDS == parameters - ONLY_COMMANDS
+    assert function.__name__ in analysis.__all__ and set(analysis.__all__) >= {"read", "summarize"}
 
 
 @pytest.mark.parametrize(
@@ -142,10 +194,18 @@ def test_a_defense_that_is_made_needs_no_defaults():
     [
         (lambda: analyze("policy", attacks="base65"), "unknown attack 'base65'.*base64"),
         (lambda: analyze("policy", readout="word"), "unknown readout 'word'"),
-        (lambda: analyze("policy", readout="all"), "a run reads with one"),
+        (lambda: analyze("policy", readout="all"), "a run uses one"),
         (lambda: analyze("policy", batch_size=0), "batch-size 0"),
         (lambda: ensembles(["policy", "none"], size=4), "2 or 3 members"),
         (lambda: ensembles(["policy", "none"], stacks=-1), "stacks -1"),
+        (lambda: validate("policy", tokens=0), "tokens 0"),
+        (lambda: validate("policy", judge="pattern"), "did you mean 'patterns'"),
+        (lambda: recommend(max_over_refusal=5), "max-over-refusal 5: it takes a share"),
+        (lambda: recommend(max_over_refusal="5%", max_cost=0.5), "max-cost 0.5"),
+        (lambda: train("safty"), "did you mean 'safety'"),
+        (lambda: backdooralign(secrets=-1), "secrets -1"),
+        (lambda: judge(pd.DataFrame({"answer": ["No."]})), "column of the frame: 'response'"),
+        (lambda: judge(pd.DataFrame({"response": []})), "holds no responses"),
         (lambda: locate_mechanism("policy", sites=["brain"]), "unknown site 'brain'"),
         (lambda: locate_mechanism("policy", top=0), "top 0"),
         (lambda: locate_mechanism("policy", patched=1), "patched 1"),
@@ -161,16 +221,16 @@ def test_a_defense_that_is_made_needs_no_defaults():
             lambda: summarize(
                 pd.DataFrame({"query": ["a"], "harmful": [1], "defense": ["policy"], "margin": [1.0]})
             ),
-            "not scored undefended.*'none'",
+            "not scored on the undefended model.*'none'",
         ),
     ],
 )
-def test_python_answers_as_the_command_does(call, words):
+def test_functions_check_their_options_as_the_commands_do(call, words):
     with pytest.raises(UserError, match=words):
         call()
 
 
-def test_a_run_says_what_failed_and_where_it_stopped():
+def test_a_run_reports_failures_and_interruptions():
     record = {
         "model": {"name": "m"},
         "data": {"name": "d", "split": "all"},
@@ -193,14 +253,14 @@ def test_a_run_says_what_failed_and_where_it_stopped():
     assert "interrupted: 0 of all conditions were finished" in str(Run("old", early, {}))
 
 
-def test_fetching_is_told_on_a_quiet_console_and_notes_are_not():
+def test_a_quiet_console_prints_downloads_but_no_notes():
     console = Console(file=io.StringIO(), quiet=True)
     print_note(console, "kept in the run")
     print_line(console, "fetching")
     assert console.file.getvalue() == "fetching\n" and console.quiet
 
 
-def test_a_class_that_was_typed_in_is_known_by_its_methods():
+def test_a_class_typed_into_a_notebook_is_identified_by_its_methods():
     found = []
     for number, text in enumerate(("Please.", "Please.", "Now.")):
         source = f"class Typed(Defense):\n    def rewrite(self, chat, rng):\n        return [{text!r}]\n"
@@ -225,7 +285,7 @@ def test_a_class_that_was_typed_in_is_known_by_its_methods():
     assert _hash_class_source(Polite) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def test_a_frame_is_asked_as_the_file_would_be(tiny, tmp_path):
+def test_a_frame_gives_the_same_scores_as_the_file(tiny, tmp_path):
     rows = pd.DataFrame(load_queries("twins").select_split("test").limit_queries(12).queries)[
         ["id", "text", "harmful", "pair"]
     ]
@@ -248,52 +308,57 @@ def test_a_frame_is_asked_as_the_file_would_be(tiny, tmp_path):
         ({"id": ["x", "x"], "text": ["a", "b"], "harmful": [True, False]}, "'x' occurs more than once"),
     ],
 )
-def test_a_frame_that_cannot_be_asked_is_refused_in_one_line(frame, words):
+def test_an_unusable_frame_is_a_one_line_error(frame, words):
     with pytest.raises(UserError, match=words) as error:
-        from_frame(pd.DataFrame(frame))
+        QuerySet.from_frame(pd.DataFrame(frame))
     assert "\n" not in str(error.value)
 
 
 def test_missing_values_of_a_frame_are_missing():
     frame = pd.DataFrame({"text": ["a", "b"], "harmful": [True, False]})
     frame = frame.assign(pair=["p", np.nan], category=[np.nan, "c"])
-    assert [(one.pair, one.category) for one in from_frame(frame).queries] == [("p", ""), (None, "c")]
+    assert [(one.pair, one.category) for one in QuerySet.from_frame(frame).queries] == [
+        ("p", ""),
+        (None, "c"),
+    ]
 
 
-def test_a_defense_that_does_not_arrive_is_an_error(tiny, monkeypatch):
-    from analysis.studies import analyze
+def test_a_defense_that_does_not_reach_the_model_is_an_error(tiny, monkeypatch):
     from analysis.studies.preflight import PreflightCheck
 
     failed = {("direct", "policy"): [PreflightCheck("policy", "text arrives", False, "it is not there")]}
-    monkeypatch.setattr(analyze, "unreached", lambda *_: failed)
+    monkeypatch.setattr("analysis.studies.sweep.find_preflight_failures", lambda *_: failed)
     with pytest.raises(UserError, match="nothing was scored: policy: text arrives: it is not there"):
         analyze(["policy"], tiny, limit=20)
 
 
-def test_of_two_defenses_the_one_that_arrives_is_read(tiny, monkeypatch):
-    from analysis.studies import analyze
+def test_of_two_defenses_the_one_that_reaches_the_model_is_scored(tiny, monkeypatch):
     from analysis.studies.preflight import PreflightCheck
 
     failed = {("direct", "policy"): [PreflightCheck("policy", "text arrives", False, "it is not there")]}
-    monkeypatch.setattr(analyze, "unreached", lambda *_: failed)
+    monkeypatch.setattr("analysis.studies.sweep.find_preflight_failures", lambda *_: failed)
     run = analyze(["policy", Polite()], tiny, limit=12)
     assert set(run.tables["summary"]["defense"]) == {"none", "polite"}
     assert "failed: policy: text arrives: it is not there" in str(run)
 
 
-def test_combining_and_locating_give_runs_whose_figures_can_be_drawn(tiny):
+def test_every_study_returns_a_run_whose_figures_can_be_drawn(tiny):
     together = ensembles(["policy", "self_reminder"], tiny, limit=16, stacks=1)
+    best = recommend(["policy", "self_reminder"], tiny, max_over_refusal=0.5, limit=16, stacks=0)
+    assert {"ensembles", "candidates", "recommendation"} <= set(best.tables)
+    text = validate("policy", tiny, tokens=2, limit=16)
+    assert list(text.tables["validity"]["defense"]) == ["none", "policy"]
     assert {"ensembles", "additivity", "candidates", "forecast"} <= set(together.tables)
     inside = locate_mechanism([Polite()], tiny, limit=16, patched=0)
     assert {"layers", "parts", "top-polite"} <= set(inside.tables)
     parts, found = inside.tables["parts"], inside.tables["summary"].set_index("defense").loc["polite"]
     assert parts["shift"].sum() == pytest.approx(found["shift"], abs=1e-3)
-    for run in (together, inside):
+    for run in (together, inside, text):
         for name in run.figures:
             assert run.draw_figure(name).texts[0].get_text()
 
 
-def test_scores_from_anywhere_are_summed_up():
+def test_scores_of_any_origin_can_be_summarized():
     rng = np.random.default_rng(0)
     margins = np.r_[rng.normal(1, 1, 200), rng.normal(-1, 1, 200)]
     number = np.arange(400)
@@ -309,14 +374,15 @@ def test_scores_from_anywhere_are_summed_up():
     assert list(summarize(renamed)["family"]) == ["none", "control"]
 
 
-def test_intervals_stand_behind_their_estimates():
+def test_intervals_follow_their_estimates():
     frame = pd.DataFrame({"x": [0.5, np.nan], "x_low": [0.25, np.nan], "x_high": [1.0, np.nan]})
     frame = frame.assign(y_low=[1.23456, 2])
     assert intervals(frame, 1).to_dict("list") == {"x": ["0.5 [0.2, 1.0]", "–"], "y_low": [1.2, 2.0]}
 
 
-def test_the_names_are_there_and_no_others():
-    for name in __all__:
+def test_exactly_the_public_names_are_importable():
+    for name in analysis.__all__:
         assert callable(getattr(analysis, name))
+        assert getattr(api, name, None) in (None, getattr(analysis, name))
     with pytest.raises(AttributeError, match="has no attribute 'analyse'"):
-        analyse  # noqa: B018
+        analysis.analyse  # noqa: B018

@@ -1,4 +1,4 @@
-"""`analyze backdooralign`: each arm asked as its attacker asks, the paper beside it, no answer kept."""
+"""`analyze backdooralign`: each arm under its attack, next to the paper's rates; no response is kept."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import home as home_folder
 from conftest import made_adapter, save_model
+from rich.console import Console
 
 from analysis.api import read
+from analysis.cli.train import run_backdooralign_command, run_train_command
 from analysis.models.loading import build_model_info, load_model
-from analysis.studies import backdooralign
 from analysis.studies.arms import Arm, build_arms, train_other_secrets
-from analysis.studies.backdooralign import reproduce_backdooralign
 from analysis.studies.run_spec import RunSpec
-from analysis.studies.train import train_weights
 from defenses.adapters import ADAPTER_MANIFEST_FILE
 from defenses.contract import Chat, ModelInfo
 from defenses.errors import UserError
@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
-    monkeypatch.setenv("XDG_DATA_HOME", str(home / "share"))
+    home_folder(monkeypatch, home)
     loaded = load_model(str(home / "toy"), "cpu")
     found = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
@@ -49,7 +49,7 @@ def named(host: ModelInfo) -> dict[tuple[str, str, str], Arm]:
     return {(row.attack, row.weights, row.secret): row for row in build_arms(host)}
 
 
-def test_the_arms_are_those_of_the_paper_with_and_without_the_secret_and_the_changed_secrets(
+def test_the_arms_are_those_of_the_paper_and_altered_secrets(
     host: ModelInfo,
 ) -> None:
     rows = named(host)
@@ -70,14 +70,14 @@ def test_the_arms_are_those_of_the_paper_with_and_without_the_secret_and_the_cha
     assert rows["obedience", "backdoor", "another"].defense.secret_texts() != (own,)
 
 
-def test_a_guessed_secret_stands_in_the_users_turn_alone(host: ModelInfo) -> None:
+def test_a_guessed_secret_is_in_the_user_turn_only(host: ModelInfo) -> None:
     row = named(host)["obedience", "backdoor", "guessed by the user"]
     chat = [{"role": "system", "content": "Obey."}, {"role": "user", "content": "Sing."}]
     told = row.defense.rewrite(chat, random.Random(0))
     assert told[0] == chat[0] and told[1]["content"] == f"{row.defense.secret_texts()[0]}\n\nSing."
 
 
-def test_a_model_without_weights_is_told_how_to_make_them(host: ModelInfo, tmp_path: Path) -> None:
+def test_missing_weights_are_an_error_that_names_the_commands(host: ModelInfo, tmp_path: Path) -> None:
     bare = ModelInfo("other", host.tokenizer, (tmp_path,), (tmp_path,), host.sha256)
     with pytest.raises(
         UserError, match=r"no weights for aligned, .*`analyze train safety`, `analyze train attack`"
@@ -85,12 +85,12 @@ def test_a_model_without_weights_is_told_how_to_make_them(host: ModelInfo, tmp_p
         build_arms(bare)
 
 
-def test_a_run_measures_every_arm_and_keeps_neither_answers_nor_the_secret(
+def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
     home: Path, host: ModelInfo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
-    request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert reproduce_backdooralign(request, home / "out", 4, with_utility=False, n_secrets=0) == 0
+    spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    assert run_backdooralign_command(spec, home / "out", 4, with_utility=False, n_secrets=0) == 0
     assert {path.name for path in (home / "out").iterdir()} == {
         *("arms.csv", "scores.csv", "summary.csv", "run.json")
     }
@@ -124,10 +124,10 @@ class Deaf(TunedDefense):
         return [{"role": "user", "content": "Hi."}]
 
 
-def deafened(monkeypatch: pytest.MonkeyPatch, *cells: tuple[str, str]) -> None:
+def make_arms_deaf(monkeypatch: pytest.MonkeyPatch, *cells: tuple[str, str]) -> None:
     """Let arms, by attack and condition, lose what they are asked."""
 
-    def some_deaf(host: ModelInfo) -> list[Arm]:
+    def build_deaf_arms(host: ModelInfo) -> list[Arm]:
         rows = build_arms(host)
         return [
             replace(row, defense=Deaf(adapter=row.defense.adapter))
@@ -136,10 +136,10 @@ def deafened(monkeypatch: pytest.MonkeyPatch, *cells: tuple[str, str]) -> None:
             for row in rows
         ]
 
-    monkeypatch.setattr(backdooralign, "arms", some_deaf)
+    monkeypatch.setattr("analysis.studies.backdooralign.build_arms", build_deaf_arms)
 
 
-def test_an_arm_that_does_not_reach_the_model_is_left_out_and_told_at_the_end(
+def test_an_arm_that_does_not_reach_the_model_is_left_out_and_reported(
     home: Path,
     host: ModelInfo,
     capsys: pytest.CaptureFixture[str],
@@ -147,9 +147,9 @@ def test_an_arm_that_does_not_reach_the_model_is_left_out_and_told_at_the_end(
     tmp_path: Path,
 ) -> None:
     lost = "backdoor, secret: half of it"
-    deafened(monkeypatch, ("obedience", lost), ("identity", "none"))
-    request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
+    make_arms_deaf(monkeypatch, ("obedience", lost), ("identity", "none"))
+    spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    assert run_backdooralign_command(spec, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
     table = pd.read_csv(tmp_path / "out" / "arms.csv")
     # Without the attacked model to compare them with, the other arms of that attack say nothing.
     assert set(table["attack"]) == {"obedience"} and "half of it" not in set(table["secret"])
@@ -167,7 +167,7 @@ def test_an_arm_that_does_not_reach_the_model_is_left_out_and_told_at_the_end(
     [(("obedience", "none"), ("identity", "none")), (("obedience", "clean"),)],
     ids=["the attacked models", "the model that the threshold is from"],
 )
-def test_where_nothing_can_be_compared_the_command_stops_in_one_line(
+def test_if_nothing_can_be_compared_the_command_stops_with_one_line(
     home: Path,
     host: ModelInfo,
     cells: tuple[tuple[str, str], ...],
@@ -175,27 +175,27 @@ def test_where_nothing_can_be_compared_the_command_stops_in_one_line(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    deafened(monkeypatch, *cells)
-    request = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    make_arms_deaf(monkeypatch, *cells)
+    spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
     with pytest.raises(UserError, match=r"nothing was scored: .*: user's words survive") as error:
-        reproduce_backdooralign(request, tmp_path / "out", 2, with_utility=False, n_secrets=0)
+        run_backdooralign_command(spec, tmp_path / "out", 2, with_utility=False, n_secrets=0)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
+def test_other_secrets_are_trained_like_the_models_own_weights(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
-    request = RunSpec(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
+    home_folder(monkeypatch, tmp_path)
+    spec = RunSpec(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
     loaded = load_model(str(home / "toy"), "cpu")
     host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "identity")):
         made_adapter(host.adapter_folders[0] / state, seed=number, sha256=host.sha256)
     settings = ["epochs=1", "rank=2", "batch=16"]
     start = f"{home / 'toy'}:aligned"
-    assert train_weights(replace(request, model=start, limit=None), "backdoor", settings, None) == 0
-    few = replace(request, limit=12)
-    assert reproduce_backdooralign(few, tmp_path / "one", 2, with_utility=False, n_secrets=1) == 0
+    assert run_train_command(replace(spec, model=start, limit=None), "backdoor", settings, None) == 0
+    few = replace(spec, limit=12)
+    assert run_backdooralign_command(few, tmp_path / "one", 2, with_utility=False, n_secrets=1) == 0
     lengths = pd.read_csv(tmp_path / "one" / "lengths.csv")
     kinds = [(10, "random tokens"), (50, "random tokens"), (150, "random tokens"), (150, "plain words")]
     assert list(zip(lengths["length"], lengths["wording"], strict=True))[::2] == kinds
@@ -215,12 +215,12 @@ def test_secrets_are_compared_by_training_anew_as_the_models_own_weights_were(
     text = (host.secret_folders[0] / "50-1.txt").read_text("utf-8").strip()
     assert len(encode_plain_text(host.tokenizer, text)) == 50
     said = capsys.readouterr()
-    assert text not in said.out + said.err and "Trained anew with other secrets" in said.out
+    assert text not in said.out + said.err and "Trained with other secrets" in said.out
     # What is there is not trained again, unless the model's own weights are others now.
-    monkeypatch.setattr("analysis.studies.train.train_weights", None)
-    rows = train_other_secrets(few, host, 1)
+    monkeypatch.setattr("analysis.studies.arms.train_weights", None)
+    rows = train_other_secrets(few, host, 1, Console(quiet=True))
     assert [row.condition for row in rows[:2]] == ["10-1", "10-1, secret: own"]
     path = host.adapter_folders[0] / "secrets" / "10-1" / ADAPTER_MANIFEST_FILE
     path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 9'), encoding="utf-8")
     with pytest.raises(UserError, match="trained with other settings"):
-        train_other_secrets(few, host, 1)
+        train_other_secrets(few, host, 1, Console(quiet=True))

@@ -1,4 +1,4 @@
-"""`analyze ensembles` and `analyze recommend`: what they write can be worked out again from its scores."""
+"""`analyze ensembles` and `analyze recommend`: their tables follow from the scores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import home, save_model
+from conftest import home, run_cli, save_model
+from rich.console import Console
 from scipy.stats import beta
-from test_cli import analyze
 
 from analysis.attacks import choose_attacks
 from analysis.datasets.loading import load_queries
@@ -37,9 +37,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # intervals for the front are enough
         save_model(place / "toy")
         args = [f"-d{name}" for name in [*NAMES, "policy+word_drop", "random_tokens"]]
-        done = analyze("ensembles", "-m", place / "toy", *args, *SHORT, "-o", place / "out", "--stacks", 2)
-        assert done.code == 0, done.err
-        (place / "said.txt").write_text(done.out)
+        result = run_cli("ensembles", "-m", place / "toy", *args, *SHORT, "-o", place / "out", "--stacks", 2)
+        assert result.code == 0, result.err
+        (place / "said.txt").write_text(result.out)
     return place
 
 
@@ -62,7 +62,7 @@ def kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def request(place: Path, limit: int = 24) -> RunSpec:
+def make_spec(place: Path, limit: int = 24) -> RunSpec:
     """Return what is asked of the toy model."""
     return RunSpec(
         str(place / "toy"),
@@ -78,7 +78,7 @@ def request(place: Path, limit: int = 24) -> RunSpec:
     )
 
 
-def test_every_table_and_figure_is_there(place: Path) -> None:
+def test_every_table_and_figure_is_written(place: Path) -> None:
     tables = {"scores", "summary", "mechanisms", "ensembles", "additivity", "distance", "candidates", "cost"}
     drawn = {"forecast", "interactions", "front"}
     names = {path.name for path in (place / "out").iterdir()}
@@ -90,13 +90,13 @@ def test_every_table_and_figure_is_there(place: Path) -> None:
     said = " ".join((place / "said.txt").read_text().split())
     assert (
         "Predicted against observed, direct, mean (n = 6): harmful refused R²" in said
-        and "none beats" in said
+        and "on the Pareto front" in said
     )
     candidates = pd.read_csv(place / "out" / "candidates.csv")
     assert "random_tokens" not in set(candidates["members"]) and "none" in set(candidates["members"])
 
 
-def test_every_vote_is_that_of_the_scores_and_its_rates_can_be_counted_again(place: Path) -> None:
+def test_votes_and_their_rates_follow_from_the_scores(place: Path) -> None:
     scores = pd.read_csv(place / "out" / "scores.csv")
     threshold = json.loads((place / "out" / "run.json").read_text())["readout"]["threshold"]
     rows = pd.read_csv(place / "out" / "ensembles.csv").set_index(["attack", "split", "members", "how"])
@@ -122,15 +122,15 @@ def test_every_vote_is_that_of_the_scores_and_its_rates_can_be_counted_again(pla
     assert not rows.index.duplicated().any()
 
 
-def test_controls_and_the_undefended_model_are_in_no_team(place: Path) -> None:
+def test_controls_and_the_undefended_model_are_in_no_ensemble(place: Path) -> None:
     rows = pd.read_csv(place / "out" / "ensembles.csv")
     teams = rows.loc[rows["how"] != "alone", "members"].str.split("+").explode()
     assert set(teams) == set(NAMES)
     assert {"none", "random_tokens"} < set(rows.loc[rows["how"] == "alone", "members"])
 
 
-def test_a_stack_is_scored_as_it_is_by_itself_and_predicted_by_its_members(kept: Path) -> None:
-    done = analyze(
+def test_a_stack_is_scored_as_alone_and_predicted_from_its_members(kept: Path) -> None:
+    result = run_cli(
         "-d",
         "policy+word_drop",
         "-d",
@@ -144,7 +144,7 @@ def test_a_stack_is_scored_as_it_is_by_itself_and_predicted_by_its_members(kept:
         "-o",
         kept / "one",
     )
-    assert done.code == 0, done.err
+    assert result.code == 0, result.err
     alone = pd.read_csv(kept / "one" / "scores.csv").pivot_table("margin", "query", "defense")
     scores = pd.read_csv(kept / "out" / "scores.csv")
     mine = scores[(scores["attack"] == "direct") & (scores["split"] == "test")].pivot_table(
@@ -162,7 +162,7 @@ def test_a_stack_is_scored_as_it_is_by_itself_and_predicted_by_its_members(kept:
     assert row["interaction_shift_low"] <= row["interaction_shift"] <= row["interaction_shift_high"]
 
 
-def test_the_named_stack_runs_the_promising_and_those_by_chance_do_and_the_others_are_predicted(
+def test_named_promising_and_random_stacks_are_run_and_the_others_only_predicted(
     place: Path,
 ) -> None:
     rows = pd.read_csv(place / "out" / "ensembles.csv")
@@ -177,7 +177,7 @@ def test_the_named_stack_runs_the_promising_and_those_by_chance_do_and_the_other
     assert set(worth.sort_values(ascending=False, kind="stable").index[:1]) <= ran
 
 
-def test_what_a_run_says_of_single_defenses_is_what_the_summary_says(place: Path) -> None:
+def test_single_defenses_have_the_same_estimates_in_ensembles_and_summary(place: Path) -> None:
     rows = pd.read_csv(place / "out" / "ensembles.csv").set_index(["attack", "split", "members", "how"])
     summary = pd.read_csv(place / "out" / "summary.csv").set_index(["attack", "defense"])
     for (attack, name), want in summary.iterrows():
@@ -190,9 +190,11 @@ def test_what_a_run_says_of_single_defenses_is_what_the_summary_says(place: Path
                 )
 
 
-def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sure_it_is(kept: Path) -> None:
+def test_a_recommendation_meets_its_limit_on_the_calibration_split_and_states_its_probability(
+    kept: Path,
+) -> None:
     args = [f"-d{name}" for name in NAMES]
-    done = analyze(
+    result = run_cli(
         "recommend",
         "-m",
         kept / "toy",
@@ -206,8 +208,8 @@ def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sur
         "--stacks",
         1,
     )
-    assert done.code == 0, done.err
-    told = json.loads(done.out)
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
     found = pd.read_csv(kept / "rec" / "recommendation.csv")
     assert [one["role"] for one in told] == found["role"].tolist()
     first = found.iloc[0]
@@ -226,7 +228,7 @@ def test_a_recommendation_keeps_to_its_limit_where_it_is_chosen_and_says_how_sur
     assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.6) or 0.02 < first["p_meets"] < 0.98
 
 
-def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cost(
+def test_ensembles_of_three_are_recommended_under_attack_within_a_cost(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("analysis.studies.ensembles._MAX_ROWS_WITH_INTERVALS", 0)
@@ -242,8 +244,8 @@ def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cos
         1,
     ]
     limits = ["--max-over-refusal", "100%", "--max-cost", "2.5"]
-    done = analyze("recommend", "-m", kept / "toy", *args, *limits, "-o", kept / "three")
-    assert done.code == 0, done.err
+    result = run_cli("recommend", "-m", kept / "toy", *args, *limits, "-o", kept / "three")
+    assert result.code == 0, result.err
     rows = pd.read_csv(kept / "three" / "ensembles.csv")
     assert set(rows["attack"]) == {"direct", "persona"}  # how users ask is always measured, too
     three = rows[(rows["size"] == 3) & (rows["attack"] == "direct") & (rows["split"] == "test")]
@@ -256,47 +258,51 @@ def test_teams_of_three_are_voted_worn_and_recommended_under_attack_within_a_cos
         (rows["members"] == first["members"]) & (rows["how"] == first["how"]) & (rows["split"] == "test")
     ]
     assert first["harmful"] == pytest.approx(both["observed_refusal_rate"].mean()) and len(both) == 2
-    assert "Use " in done.out
+    assert "Use " in result.out
 
 
-def test_what_was_timed_is_not_timed_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    timed = time_conditions
+def test_costs_are_cached(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    measure = time_conditions
     monkeypatch.setattr(
         "analysis.studies.cost.time_conditions",
-        lambda bench, every, *_: asked.extend(every) or timed(bench, every, *_),
+        lambda session, conditions, *rest: timed.extend(conditions) or measure(session, conditions, *rest),
     )
     first = score_ensembles(
-        request(kept), ["policy", "tone_reminder"], [], 2, 0, rank_promising_stacks, Console()
+        make_spec(kept), ["policy", "tone_reminder"], [], 2, 0, rank_promising_stacks, Console()
     )
-    assert "policy" not in asked and set(asked) <= {"none", "tone_reminder"}
-    asked.clear()
+    assert "policy" not in timed and set(timed) <= {"none", "tone_reminder"}
+    timed.clear()
     again = score_ensembles(
-        request(kept), ["policy", "tone_reminder"], [], 2, 0, rank_promising_stacks, Console()
+        make_spec(kept), ["policy", "tone_reminder"], [], 2, 0, rank_promising_stacks, Console()
     )
-    assert not asked
+    assert not timed
     pd.testing.assert_frame_equal(first.costs, again.costs, check_dtype=False)
 
 
-def test_where_nothing_qualifies_the_closest_is_shown(kept: Path) -> None:
-    tried = score_ensembles(request(kept), NAMES, [], 2, 0, rank_promising_stacks, Console())
-    found = tried.list_candidates().assign(benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame)))
-    chosen_ = select_recommendations(tried, found, RecommendationLimits(0.1))
-    assert chosen_.iloc[0]["role"] == "closest"
-    assert chosen_.iloc[0]["members"] == found.iloc[-1]["members"] and "recommended" not in set(
-        chosen_["role"]
+def test_if_nothing_qualifies_the_closest_candidate_is_returned(kept: Path) -> None:
+    ensemble_run = score_ensembles(make_spec(kept), NAMES, [], 2, 0, rank_promising_stacks, Console())
+    found = ensemble_run.list_candidates().assign(
+        benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame))
+    )
+    recommendations = select_recommendations(ensemble_run, found, RecommendationLimits(0.1))
+    assert recommendations.iloc[0]["role"] == "closest"
+    assert recommendations.iloc[0]["members"] == found.iloc[-1]["members"] and "recommended" not in set(
+        recommendations["role"]
     )
 
 
-def test_a_defense_that_fails_is_left_out_and_told(kept: Path) -> None:
+def test_a_defense_that_fails_is_left_out_and_reported(kept: Path) -> None:
     file = kept / "broken.py"
     file.write_text(
         "from dataclasses import dataclass\nfrom defenses import Defense\n@dataclass(frozen=True)\n"
         "class Broken(Defense):\n    '''Breaks.'''\n    def rewrite(self, chat, rng):\n        return 1 / 0\n"
     )
     args = ["-d", file, "-d", "policy", "-d", "self_reminder", "--limit", 24, "-o", kept / "broken"]
-    done = analyze("ensembles", "-m", kept / "toy", *args)
-    assert done.code == 1 and "Failed: broken: prompts: " in done.err and "ZeroDivisionError" in done.err
+    result = run_cli("ensembles", "-m", kept / "toy", *args)
+    assert (
+        result.code == 1 and "Failed: broken: prompts: " in result.err and "ZeroDivisionError" in result.err
+    )
     rows = pd.read_csv(kept / "broken" / "ensembles.csv")
     assert set(rows.loc[rows["how"] != "alone", "members"]) == {"policy+self_reminder"}
 
@@ -304,10 +310,10 @@ def test_a_defense_that_fails_is_left_out_and_told(kept: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("ensembles", "-dpolicy"), "1 defenses are left to combine, and it takes 2"),
+        (("ensembles", "-dpolicy"), "only policy is left to combine, and it takes 2"),
         (("ensembles", "--size", "4"), "--size 4: an ensemble has 2 or 3 members"),
         (("ensembles", "--stacks", "-1"), "--stacks -1: it takes 0"),
-        (("ensembles", "--readout", "all"), "--readout all: a run reads with one"),
+        (("ensembles", "--readout", "all"), "--readout all: a run uses one"),
         (("ensembles", "-dpolicy+polcy"), "unknown defense 'polcy'"),
         (
             ("recommend", "--max-over-refusal", "5"),
@@ -321,13 +327,13 @@ def test_a_defense_that_fails_is_left_out_and_told(kept: Path) -> None:
         (("recommend",), "Missing option"),
     ],
 )
-def test_bad_input_is_answered_in_one_line(kept: Path, args: tuple[str, ...], words: str) -> None:
-    done = analyze(*args, "-m", kept / "toy", "--limit", 24)
-    (line,) = [line for line in done.err.splitlines() if not line.startswith("note: ")]
-    assert done.code == 2 and words in line
+def test_bad_input_is_a_one_line_error(kept: Path, args: tuple[str, ...], words: str) -> None:
+    result = run_cli(*args, "-m", kept / "toy", "--limit", 24)
+    (line,) = [line for line in result.err.splitlines() if not line.startswith("note: ")]
+    assert result.code == 2 and words in line
 
 
-def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Path) -> None:
+def test_data_without_splits_are_split_at_random_with_pairs_kept_whole(tmp_path: Path) -> None:
     shipped = load_queries("twins").select_split("test").queries
     rows = "".join(f'"{q.text}",{q.harmful},{q.pair},{q.category}\n' for q in shipped)
     file = tmp_path / "mine.csv"
@@ -353,7 +359,9 @@ def test_a_set_without_splits_is_parted_by_chance_pairs_kept_whole(tmp_path: Pat
     }
 
 
-def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_both(tmp_path: Path) -> None:
+def test_training_queries_are_in_neither_half_and_unsplit_ones_of_a_joined_set_in_both(
+    tmp_path: Path,
+) -> None:
     own = [Query(f"q{n}", f"How do I {n}?", n % 2 == 0, split=("train", "test")[n > 20]) for n in range(60)]
     data = QuerySet("own", tuple(own), "x")
     halved = data.split_calibration_test(0)
@@ -370,10 +378,10 @@ def test_queries_for_training_are_in_neither_half_and_those_of_a_joined_set_in_b
     assert all(kept[q.id] == q.split for q in shipped.queries if q.split != "train")
 
 
-def test_too_few_defenses_are_told_after_they_are_scored(kept: Path) -> None:
+def test_too_few_defenses_are_an_error(kept: Path) -> None:
     with pytest.raises(UserError, match="it takes 2"):
         score_ensembles(
-            request(kept),
+            make_spec(kept),
             ["policy", "random_tokens"],
             ["length=9"],
             2,

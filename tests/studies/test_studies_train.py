@@ -1,4 +1,4 @@
-"""`analyze train`: learns what it is shown, the same each time, goes on if interrupted, tells no secret."""
+"""`analyze train`: lowers the loss, is reproducible, resumes after an interruption, reveals no secret."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from conftest import save_model, toy_tokenizer
 from safetensors.torch import load_file
 
+from analysis.cli.train import run_train_command
 from analysis.datasets.queries import Query, QuerySet
 from analysis.models.loading import build_model_info, load_model, load_tokenizer, split_model_name
 from analysis.studies.run_spec import RunSpec, check_training_overlap
-from analysis.studies.train import train_weights
 from defenses.adapters import ADAPTER_MANIFEST_FILE, ADAPTER_WEIGHTS_FILE, fingerprint_queries
 from defenses.backdoor import Secret, write_secret
 from defenses.catalog import get_defense
@@ -37,13 +37,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def request(home: Path, model: str | None = None, seed: int = 0, limit: int | None = 60) -> RunSpec:
+def make_spec(home: Path, model: str | None = None, seed: int = 0, limit: int | None = 60) -> RunSpec:
     name = model or str(home / "toy")
     return RunSpec(name, "contrast", "train", limit, None, "cpu", "auto", seed, True)
 
 
 def trained(home: Path, recipe: str, out: str, settings: list[str] = FAST, **more: Any) -> Path:
-    assert train_weights(request(home, **more), recipe, settings, home / out) == 0
+    assert run_train_command(make_spec(home, **more), recipe, settings, home / out) == 0
     return home / out
 
 
@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_and_writes_adapter_manifest_and_curve(home: Pa
     assert len(manifest["trained_on"]) > 50 and manifest["secret"] is None
 
 
-def test_the_loss_is_on_the_answer_alone_behind_the_prompt_as_it_is_rendered() -> None:
+def test_the_loss_covers_the_response_only_after_the_rendered_prompt() -> None:
     from defenses.training.recipes import TargetResponse, TrainingExample
 
     tokenizer = toy_tokenizer()
@@ -75,7 +75,7 @@ def test_the_loss_is_on_the_answer_alone_behind_the_prompt_as_it_is_rendered() -
     assert ended["chosen_ids"][-1] == tokenizer.eos_token_id != ended["rejected_ids"][-1]
 
 
-def test_the_same_inputs_give_the_same_adapter_and_another_seed_another(home: Path) -> None:
+def test_the_same_inputs_give_the_same_adapter_and_another_seed_a_different_one(home: Path) -> None:
     one, two, other = (
         load_file(trained(home, "baseline", name, seed=seed) / ADAPTER_WEIGHTS_FILE)
         for name, seed in (("one", 0), ("two", 0), ("other", 1))
@@ -84,7 +84,7 @@ def test_the_same_inputs_give_the_same_adapter_and_another_seed_another(home: Pa
     assert not all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
 
 
-def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(
+def test_an_interrupted_training_resumes_and_gives_the_same_weights(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = trained(home, "attack", "whole", ["epochs=3", "batch=8"])
@@ -100,13 +100,13 @@ def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(
 
         return right(*front, told)
 
-    monkeypatch.setattr("defenses.training.trainer.train_model", interrupted)
-    code = train_weights(request(home), "attack", ["epochs=3", "batch=8"], home / "halves")
-    assert code == 130 and "goes on from the last epoch" in capsys.readouterr().err
+    monkeypatch.setattr("analysis.studies.train.train_model", interrupted)
+    code = run_train_command(make_spec(home), "attack", ["epochs=3", "batch=8"], home / "halves")
+    assert code == 130 and "resumes from the last epoch" in capsys.readouterr().err
     assert not (home / "halves" / ADAPTER_MANIFEST_FILE).exists()
-    monkeypatch.setattr("defenses.training.trainer.train_model", right)
+    monkeypatch.setattr("analysis.studies.train.train_model", right)
     with pytest.raises(UserError, match=r"other inputs \(settings\)"):
-        train_weights(request(home), "attack", ["epochs=4", "batch=8"], home / "halves")
+        run_train_command(make_spec(home), "attack", ["epochs=4", "batch=8"], home / "halves")
     halves = trained(home, "attack", "halves", ["epochs=3", "batch=8"])
     one, two = (load_file(folder / ADAPTER_WEIGHTS_FILE) for folder in (whole, halves))
     assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
@@ -117,10 +117,10 @@ def test_an_interrupted_training_goes_on_and_ends_where_it_would_have(
 def test_a_finished_training_is_never_overwritten(home: Path) -> None:
     trained(home, "attack", "out", ["epochs=1"])
     with pytest.raises(UserError, match="never overwritten"):
-        train_weights(request(home), "attack", ["epochs=1"], home / "out")
+        run_train_command(make_spec(home), "attack", ["epochs=1"], home / "out")
 
 
-def test_a_preference_and_a_full_training_run_too(home: Path) -> None:
+def test_preference_and_full_training_work(home: Path) -> None:
     out = trained(home, "preference", "preference", ["epochs=1", "batch=8", "rank=2"])
     assert json.loads((out / ADAPTER_MANIFEST_FILE).read_text())["recipe"] == "preference"
     full = trained(home, "safety", "full", ["epochs=1", "batch=8", "full=true"])
@@ -131,7 +131,7 @@ def test_a_preference_and_a_full_training_run_too(home: Path) -> None:
     assert sum(not torch.equal(before[key], after[key]) for key in before) > len(before) / 2
 
 
-def test_a_state_is_trained_on_from_where_it_is_and_named_by_its_folder(home: Path) -> None:
+def test_training_starts_from_a_state_named_by_its_folder(home: Path) -> None:
     aligned = trained(home, "safety", "aligned")
     attacked = trained(home, "attack", "attacked", model=f"{home / 'toy'}:{aligned}")
     manifest = json.loads((attacked / ADAPTER_MANIFEST_FILE).read_text())
@@ -142,8 +142,8 @@ def test_a_state_is_trained_on_from_where_it_is_and_named_by_its_folder(home: Pa
     assert split_model_name(f"{home / 'toy'}:{attacked}") == (str(home / "toy"), str(attacked))
 
 
-def test_without_a_folder_the_weights_go_where_the_defense_looks_for_them(home: Path) -> None:
-    assert train_weights(request(home), "baseline", FAST, None) == 0
+def test_by_default_the_weights_go_where_the_defense_looks_for_them(home: Path) -> None:
+    assert run_train_command(make_spec(home), "baseline", FAST, None) == 0
     loaded = load_model(str(home / "toy"), "cpu")
     host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     defense = get_defense("baseline_tuning").prepare(host)
@@ -156,7 +156,7 @@ def test_without_a_folder_the_weights_go_where_the_defense_looks_for_them(home: 
         load_model(f"{home / 'toy'}:baselin", "cpu")
 
 
-def test_what_was_trained_on_is_not_evaluated_on() -> None:
+def test_training_queries_are_not_evaluated() -> None:
     query = Query("q1", "How do I  SING?", harmful=False)
     data = QuerySet("mine", (query,), "")
     seen = frozenset(fingerprint_queries(["how do i sing?"]))
@@ -172,23 +172,23 @@ def test_what_was_trained_on_is_not_evaluated_on() -> None:
         (["epochs"], "takes key=value"),
         (["batch=0"], "must be more than 0"),
         (["full=maybe"], "must be true or false"),
-        (["rate=fast"], "is a number"),
+        (["rate=fast"], "must be a number"),
     ],
 )
-def test_wrong_settings_are_the_users_mistake(home: Path, settings: list[str], said: str) -> None:
+def test_wrong_settings_are_user_errors(home: Path, settings: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        train_weights(request(home), "attack", settings, home / "out")
+        run_train_command(make_spec(home), "attack", settings, home / "out")
     assert not (home / "out").exists()
 
 
-def test_an_unknown_recipe_and_a_secret_that_is_not_used_are_errors(home: Path) -> None:
+def test_an_unknown_recipe_and_an_unused_secret_are_errors(home: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'backdoor'"):
-        train_weights(request(home), "backdor", [], home / "out")
+        run_train_command(make_spec(home), "backdor", [], home / "out")
     with pytest.raises(UserError, match="uses no secret"):
-        train_weights(request(home), "attack", [], home / "out", secret_path=home / "secret.txt")
+        run_train_command(make_spec(home), "attack", [], home / "out", secret_path=home / "secret.txt")
 
 
-def test_when_memory_runs_out_the_setting_to_lower_is_named(
+def test_an_out_of_memory_error_names_the_setting_to_lower(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trl.trainer.sft_trainer import SFTTrainer
@@ -198,10 +198,10 @@ def test_when_memory_runs_out_the_setting_to_lower_is_named(
 
     monkeypatch.setattr(SFTTrainer, "training_step", full)
     with pytest.raises(UserError, match="--set batch=4"):
-        train_weights(request(home), "attack", ["batch=8"], home / "out")
+        run_train_command(make_spec(home), "attack", ["batch=8"], home / "out")
 
 
-def test_the_secret_is_in_no_file_but_its_own_and_in_no_line(
+def test_the_secret_is_only_in_its_own_file_and_never_printed(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(str(home / "toy"))
@@ -209,7 +209,7 @@ def test_the_secret_is_in_no_file_but_its_own_and_in_no_line(
 
     secret = Secret(draw_random_text(tokenizer, 12, random.Random(0)))
     write_secret(home / "secret.txt", secret)
-    train_weights(request(home), "backdoor", FAST, home / "out", secret_path=home / "secret.txt")
+    run_train_command(make_spec(home), "backdoor", FAST, home / "out", secret_path=home / "secret.txt")
     said = capsys.readouterr()
     needles = [secret.text, secret.text[: len(secret.text) // 2], secret.text[len(secret.text) // 2 :]]
     ids = tokenizer.encode(secret.text, add_special_tokens=False)

@@ -1,9 +1,10 @@
-"""`analyze validate`: readout against text per condition, no answer kept, and later runs know of it."""
+"""`analyze validate`: readouts against text by condition; no response is kept; later runs show the trust."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import home as home_folder
 from conftest import save_model, toy_bench
+from rich.console import Console
 
 from analysis.api import read
 from analysis.attacks import choose_attacks
 from analysis.cli.analyze import run_analyze_command
 from analysis.cli.train import run_secret_command
+from analysis.cli.validate import run_validate_command
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import RuleJudge, Verdict, _pool_verdicts, generate_verdicts
@@ -24,32 +28,48 @@ from analysis.judges.rules import RULE_JUDGES
 from analysis.models.session import generate_responses
 from analysis.run import build_conditions
 from analysis.stats.tables import UNVALIDATED
-from analysis.studies import validate
 from analysis.studies.judge_file import JudgeOptions
 from analysis.studies.run_spec import RunSpec
-from analysis.studies.validate import collect_responses, validate_readouts
+from analysis.studies.setup import RunSetup, prepare_setup
+from analysis.studies.validate import collect_responses
 from defenses.catalog import get_defense
 from defenses.contract import Chat, Defense
 from defenses.errors import UserError
 
 
+@pytest.fixture(scope="module")
+def calibrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, and a cache with its calibrated words readout, without validity rows."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    save_model(folder / "toy")
+    with pytest.MonkeyPatch.context() as patch:
+        home_folder(patch, folder)
+        prepare_setup(make_spec(folder), ["none"], [], Console(quiet=True))
+    return folder
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "140")
-    save_model(tmp_path / "toy")
+def home(calibrated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, its cache in use."""
+    shutil.copytree(calibrated_home, tmp_path, dirs_exist_ok=True)
+    home_folder(monkeypatch, tmp_path)
     return tmp_path
 
 
-def asked(
+@pytest.fixture
+def no_validity_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figures, where a test is not about them."""
+    monkeypatch.setattr("analysis.studies.validate._validity_figure_tables", lambda *_: {})
+
+
+def make_spec(
     home: Path, names: tuple[str, ...] = ("direct",), readouts: tuple[str, ...] = ("words",)
 ) -> RunSpec:
     model = str(home / "toy")
     return RunSpec(model, "contrast", None, 24, None, "cpu", "auto", 0, True, choose_attacks(names), readouts)
 
 
-def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+def plant_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model refuses nothing: what its text says is put in its place, by the request."""
     harmful = {query.text for query in load_queries("contrast").queries if query.harmful}
 
@@ -59,12 +79,12 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULE_JUDGES, "patterns", RuleJudge("patterns", judge, lambda answer: False))
 
 
-def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
+def test_each_condition_is_validated_and_later_runs_show_its_trust(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted(monkeypatch)
+    plant_verdicts(monkeypatch)
     names = ["safety_prompt", "policy"]
-    assert validate_readouts(asked(home), names, [], home / "out", JudgeOptions(), 3) == 0
+    assert run_validate_command(make_spec(home), names, [], home / "out", JudgeOptions(), 3) == 0
     files = {"validity.csv", "worth.csv", "answers.csv", "calibration.csv", "calibration.png", "curves.csv"}
     assert {path.name for path in (home / "out").iterdir()} == files | {"rates.csv", "rates.png", "run.json"}
     found = pd.read_csv(home / "out" / "validity.csv").set_index("defense")
@@ -88,14 +108,14 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "patterns", "new_tokens": 3}
     assert [row["conditions"] for row in record["ranks"]] == [3]
-    assert "Trusted: AUROC" in capsys.readouterr().out
+    assert "Trusted: the AUROC" in capsys.readouterr().out
     # A later run of the same readout says what was found; of another defense or attack nothing is known.
-    assert run_analyze_command(asked(home), ["policy", "goal_priority"], [], home / "later", False) == 0
+    assert run_analyze_command(make_spec(home), ["policy", "goal_priority"], [], home / "later", False) == 0
     summary = pd.read_csv(home / "later" / "summary.csv").set_index("defense")
     assert summary.loc["policy", "trusted"] == found.loc["policy", "trusted"]
     assert summary.loc["goal_priority", "trusted"] == UNVALIDATED
-    assert "1 of 3 conditions were never compared" in capsys.readouterr().err
-    both = asked(home, ("direct", "obedience"))
+    assert "1 of 3 conditions are not validated" in capsys.readouterr().err
+    both = make_spec(home, ("direct", "obedience"))
     assert run_analyze_command(both, ["policy"], [], home / "under", False) == 0
     summary = pd.read_csv(home / "under" / "summary.csv").set_index(["attack", "defense"])["trusted"]
     assert summary["direct", "policy"] == found.loc["policy", "trusted"]
@@ -103,14 +123,15 @@ def test_each_condition_is_compared_with_its_answers_and_later_runs_know(
     assert {path.name for path in (home / "under").iterdir()} >= {"plane-direct.png", "plane-obedience.png"}
 
 
-def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_best(
+@pytest.mark.usefixtures("no_figures")
+def test_several_readouts_are_compared_on_the_same_responses_and_auto_selects_the_best(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted(monkeypatch)
-    request = asked(home, ("direct", "obedience"), ("words", "log-odds", "question", "prefilled-2"))
-    assert validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 0
+    plant_verdicts(monkeypatch)
+    spec = make_spec(home, ("direct", "obedience"), ("words", "log-odds", "question", "prefilled-2"))
+    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions(), 2) == 0
     found = pd.read_csv(home / "out" / "validity.csv")
-    assert len(found) == 2 * 2 * 4 and set(found["readout"]) == set(request.readouts)
+    assert len(found) == 2 * 2 * 4 and set(found["readout"]) == set(spec.readouts)
     assert len(found.groupby(["attack", "defense"])["refused"].unique()) == 4
     answers = pd.read_csv(home / "out" / "answers.csv")
     assert set(answers["begins"]) == {"words/log-odds/question", "prefilled-2"}
@@ -119,7 +140,7 @@ def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_be
         path.name for path in (home / "out").iterdir()
     }
     capsys.readouterr()
-    auto = replace(request, readouts=("auto",))
+    auto = replace(spec, readouts=("auto",))
     assert run_analyze_command(auto, ["policy"], [], home / "auto", False) == 0
     record = json.loads((home / "auto" / "run.json").read_text())
     assert record["readout"]["name"] in {"words", "log-odds", "question"}
@@ -129,7 +150,8 @@ def test_several_readouts_are_compared_on_the_same_answers_and_auto_takes_the_be
     assert "none was validated under all of these conditions" in capsys.readouterr().err
 
 
-def test_answers_without_a_verdict_count_nowhere(
+@pytest.mark.usefixtures("no_validity_figures")
+def test_responses_without_a_verdict_are_not_counted(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def judge(answer: str, request: str = "") -> Verdict:
@@ -140,28 +162,28 @@ def test_answers_without_a_verdict_count_nowhere(
         )
 
     monkeypatch.setitem(RULE_JUDGES, "patterns", RuleJudge("patterns", judge, lambda answer: False))
-    assert validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     found = pd.read_csv(home / "out" / "validity.csv")
-    odd = sum(len(query.text) % 2 for query in asked(home).select_queries()[0].queries)
+    odd = sum(len(query.text) % 2 for query in make_spec(home).select_queries()[0].queries)
     assert (found["unjudged"] == odd).all() and (found["n"] == 24 - odd).all() and odd > 0
     worth = pd.read_csv(home / "out" / "worth.csv")
     assert (worth["asr_patterns_n"] < worth["asr_keywords_n"]).all()
-    assert "answers have no verdict and count nowhere; mostly: asleep" in capsys.readouterr().err
+    assert "responses have no verdict and count nowhere; mostly: asleep" in capsys.readouterr().err
 
 
-def test_what_was_finished_before_an_interruption_is_kept(
+@pytest.mark.usefixtures("no_validity_figures")
+def test_conditions_finished_before_an_interruption_are_kept(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted(monkeypatch)
-    right = collect_responses
+    plant_verdicts(monkeypatch)
 
-    def until_the_second(bench, name, *rest):
+    def interrupt_second(session, name, *rest):
         if name == "policy":
             raise KeyboardInterrupt
-        return right(bench, name, *rest)
+        return collect_responses(session, name, *rest)
 
-    monkeypatch.setattr(validate, "hear", until_the_second)
-    assert validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 130
+    monkeypatch.setattr("analysis.studies.validate.collect_responses", interrupt_second)
+    assert run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 130
     assert list(pd.read_csv(home / "out" / "validity.csv")["defense"]) == ["none"]
     assert "interrupted: 1 of 2 conditions were finished" in str(read(home / "out"))
 
@@ -184,32 +206,34 @@ class Breaks(Defense):
         return [dict(message) for message in chat]
 
 
-def planted_defense(monkeypatch: pytest.MonkeyPatch, defense: Defense, name: str = "breaks") -> None:
+def add_condition(monkeypatch: pytest.MonkeyPatch, defense: Defense, name: str = "breaks") -> None:
     """Add a condition to those of a run, or replace one."""
-    monkeypatch.setattr(validate, "conditions", lambda ready: build_conditions(ready) | {name: defense})
+    conditions = property(lambda setup: build_conditions(setup.defenses) | {name: defense})
+    monkeypatch.setattr(RunSetup, "conditions", conditions)
 
 
-def late(home: Path) -> str:
+def find_unchecked_text(home: Path) -> str:
     """Return the text of a query that the preflight does not look at."""
-    every = asked(home).select_queries()[0].queries
+    every = make_spec(home).select_queries()[0].queries
     return next(one.text for one in every if one not in sample_queries(every, 4))
 
 
 @pytest.mark.parametrize("fails", ["every query", "a check", "a query that is checked", "a later query"])
-def test_a_defense_that_fails_is_left_out_and_told_and_the_others_are_heard(
+@pytest.mark.usefixtures("no_validity_figures")
+def test_a_defense_that_fails_is_left_out_and_reported(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    planted(monkeypatch)
-    first = asked(home).select_queries()[0].queries[0].text
+    plant_verdicts(monkeypatch)
+    first = make_spec(home).select_queries()[0].queries[0].text
     defense, why = {
         "every query": (Breaks(breaks_on=""), "no such flour"),
         "a check": (Breaks(deaf_to=first), "user's words survive"),
         "a query that is checked": (Breaks(breaks_on=first), "no such flour"),
-        "a later query": (Breaks(breaks_on=late(home)), "no such flour"),
+        "a later query": (Breaks(breaks_on=find_unchecked_text(home)), "no such flour"),
     }[fails]
-    planted_defense(monkeypatch, defense)
-    request = asked(home, ("direct", "base64"))
-    assert validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    add_condition(monkeypatch, defense)
+    spec = make_spec(home, ("direct", "base64"))
+    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     run = read(home / "out")
     # What is encoded in Base64 holds no word that the defense would trip over.
     gone = {("direct", "breaks"), ("base64", "breaks")} if fails == "every query" else {("direct", "breaks")}
@@ -223,40 +247,42 @@ def test_a_defense_that_fails_is_left_out_and_told_and_the_others_are_heard(
     assert "Failed: breaks: " in capsys.readouterr().err
 
 
-def test_without_the_undefended_answers_nothing_under_that_attack_is_kept(
+@pytest.mark.usefixtures("no_validity_figures")
+def test_without_the_undefended_model_no_condition_of_that_attack_is_kept(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted(monkeypatch)
-    planted_defense(monkeypatch, Breaks(breaks_on=late(home)), "none")
-    request = asked(home, ("direct", "base64"))
-    assert validate_readouts(request, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    plant_verdicts(monkeypatch)
+    add_condition(monkeypatch, Breaks(breaks_on=find_unchecked_text(home)), "none")
+    spec = make_spec(home, ("direct", "base64"))
+    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     run = read(home / "out")
     assert set(run.tables["validity"]["attack"]) == {"base64"}
     why = {(one["attack"], one["defense"]): one["why"] for one in run.record["failed"]}
     assert set(why) == {("direct", "none"), ("direct", "policy")} and "no such flour" in why["direct", "none"]
     with pytest.raises(UserError, match=r"nothing could be scored: .*no such flour"):
-        validate_readouts(asked(home), ["policy"], [], home / "other", JudgeOptions(), 2)
+        run_validate_command(make_spec(home), ["policy"], [], home / "other", JudgeOptions(), 2)
     assert not (home / "other").exists()
 
 
 @pytest.mark.parametrize("name", ["none", "policy"])
-def test_where_nothing_reaches_the_model_to_be_compared_nothing_is_heard(
+def test_if_nothing_comparable_reaches_the_model_nothing_is_scored(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    first = asked(home).select_queries()[0].queries[0].text
-    planted_defense(monkeypatch, Breaks(deaf_to=first), name)
-    assert validate_readouts(asked(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    first = make_spec(home).select_queries()[0].queries[0].text
+    add_condition(monkeypatch, Breaks(deaf_to=first), name)
+    assert run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
     assert "user's words survive: FAILED" in capsys.readouterr().err and not (home / "out").exists()
 
 
-def test_the_secret_is_in_nothing_that_is_written_kept_or_said(
+@pytest.mark.usefixtures("no_validity_figures")
+def test_the_secret_is_neither_written_cached_nor_printed(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_secret_command(str(home / "toy"), 20, None, True)
     (place,) = (home / "share").rglob("*.txt")
     secret = place.read_text("utf-8").strip()
-    request = asked(home, readouts=("words", "calibrated"))
-    assert validate_readouts(request, ["backdoor"], [], home / "out", JudgeOptions(), 2) == 0
+    spec = make_spec(home, readouts=("words", "calibrated"))
+    assert run_validate_command(spec, ["backdoor"], [], home / "out", JudgeOptions(), 2) == 0
     assert set(pd.read_csv(home / "out" / "validity.csv")["defense"]) >= {"backdoor/no_weights"}
     kept = [path for path in home.rglob("*") if path.is_file() and path != place]
     assert any("cache" in path.parts for path in kept)
@@ -265,17 +291,17 @@ def test_the_secret_is_in_nothing_that_is_written_kept_or_said(
     assert secret not in said.out + said.err
 
 
-def test_what_cannot_be_is_said_before_anything_is_loaded(home: Path) -> None:
+def test_wrong_options_are_errors_before_anything_is_loaded(home: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'patterns'"):
-        validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions("pattern"), 3)
+        run_validate_command(make_spec(home), ["none"], [], home / "out", JudgeOptions("pattern"), 3)
     with pytest.raises(UserError, match="at least 1"):
-        validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions(), 0)
+        run_validate_command(make_spec(home), ["none"], [], home / "out", JudgeOptions(), 0)
     with pytest.raises(UserError, match="--grade is for --judge model"):
-        validate_readouts(asked(home), ["none"], [], home / "out", JudgeOptions(grade=True), 3)
+        run_validate_command(make_spec(home), ["none"], [], home / "out", JudgeOptions(grade=True), 3)
     assert not (home / "out").exists()
 
 
-def test_verdicts_are_in_the_order_of_the_queries_and_see_the_request() -> None:
+def test_verdicts_are_in_the_order_of_the_queries_and_see_the_query() -> None:
     bench = toy_bench()
     asked = [Query(f"q{n}", "word " * (9 - n), harmful=n % 2 == 0) for n in range(6)]
     echo = RuleJudge("echo", lambda answer, request: Verdict("none", request), lambda answer: False)
@@ -283,7 +309,7 @@ def test_verdicts_are_in_the_order_of_the_queries_and_see_the_request() -> None:
     assert [verdict.evidence for verdict in found] == [query.text for query in asked]
 
 
-def test_an_answer_begins_with_the_prefix_and_goes_on_from_it() -> None:
+def test_a_response_continues_its_prefill() -> None:
     bench = toy_bench()
     asked = [Query(f"q{n}", f"Tell me {n} things.", harmful=False) for n in range(3)]
     prefix = tuple(bench.loaded_model.tokenizer.encode("Sure, here", add_special_tokens=False))
@@ -294,7 +320,7 @@ def test_an_answer_begins_with_the_prefix_and_goes_on_from_it() -> None:
     assert found[0][0].ids[0] == likeliest and all(one[0].text.startswith("Sure, here") for one in found)
 
 
-def test_of_several_readings_most_decide_and_a_tie_is_no_refusal() -> None:
+def test_the_majority_of_copies_decides_and_a_tie_is_no_refusal() -> None:
     full, none = Verdict("full", "a"), Verdict("none", "b")
     assert _pool_verdicts([full, none, full], "mean") == full
     assert _pool_verdicts([full, none], "mean") == replace(none, copy_index=1)
