@@ -147,7 +147,7 @@ def _find_copied_files(dataset: PublicDataset, copy_path: str, format_hint: str)
         if path.suffix != suffix:
             raise UserError(f"{path} is not a {suffix} file; {format_hint}")
         return [path]
-    cloned = [found for name in dataset.files if (found := _find_in_clone(path, name))]
+    cloned = [match for name in dataset.files if (match := _find_in_clone(path, name))]
     if len(cloned) == len(dataset.files):
         return cloned
     # A part of the files, or renamed files: use every file of this format in one folder.
