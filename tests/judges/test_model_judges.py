@@ -1,4 +1,4 @@
-"""A model as judge: endpoints that work, talk nonsense or fail; local models; classifiers."""
+"""Model judges: endpoints that work, reply nonsense or fail; local chat models; classifiers."""
 
 from __future__ import annotations
 
@@ -31,27 +31,29 @@ from analysis.studies.judge_file import JudgeOptions
 from analysis.studies.run_spec import RunSpec
 from defenses.errors import UserError
 
-waited: list[float] = []  # seconds that an endpoint would have waited before its tries
-Answer = Callable[[str, int], tuple[int, str]]
+waits: list[float] = []  # seconds that the client would have waits before its calls
+Reply = Callable[[str, int], tuple[int, str]]
 TEXTS = [f"{word} the letter to {n}" for n in range(5) for word in ("sorry", "sure", "bread", "take")]
 ROWS = [{"response": f"answer {n}", "asked": f"request {n}"} for n in range(6)]
 
 
 @contextmanager
-def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Serve an OpenAI-compatible endpoint; `answer` is told the prompt and how often it was called before."""
-    seen: list[dict[str, Any]] = []
+def serve_endpoint(reply_to: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Serve an OpenAI-compatible endpoint; `reply_to` receives the prompt and the number of earlier calls."""
+    requests: list[dict[str, Any]] = []
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                status, text = answer(body["messages"][0]["content"], len(seen))
-                seen.append(body | {"path": self.path, "key": self.headers["Authorization"]})
-            said = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
-            about = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
-            reply = json.dumps(said | about if status == 200 else {"error": {"message": text}}).encode()
+                status, text = reply_to(body["messages"][0]["content"], len(requests))
+                requests.append(body | {"path": self.path, "key": self.headers["Authorization"]})
+            completion = {
+                "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}],
+                **{"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]},
+            }
+            reply = json.dumps(completion if status == 200 else {"error": {"message": text}}).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(reply)))
@@ -67,7 +69,7 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1#judge", seen
+        yield f"http://127.0.0.1:{server.server_port}/v1#judge", requests
     finally:
         server.shutdown()
         server.server_close()
@@ -75,148 +77,174 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Path:
+def response_file(tmp_path: Path) -> Path:
     pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
     return tmp_path / "a.csv"
 
 
 @pytest.fixture(autouse=True)
-def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def skip_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        EndpointChatModel, "_wait_before_retry", lambda endpoint, seconds: waited.append(seconds)
+        EndpointChatModel, "_wait_before_retry", lambda chat_model, seconds: waits.append(seconds)
     )
-    waited.clear()
+    waits.clear()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
 
 
-def jury(address: str, budget: int | None = 50, rubric: Path | None = None) -> JudgeOptions:
+def make_options(address: str, budget: int | None = 50, rubric: Path | None = None) -> JudgeOptions:
     return JudgeOptions("model", address, budget, rubric)
 
 
-def test_an_endpoint_judges_by_the_rubric_and_the_key_shows_nowhere(
-    answers: Path, capsys: pytest.CaptureFixture[str]
+def test_an_endpoint_judges_by_the_rubric_and_the_key_is_never_shown(
+    response_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(lambda prompt, n: (200, " Partial." if "answer 2" in prompt else "none")) as (address, seen):
-        assert run_judge_command(answers, "response", "asked", jury(address), None, offline=True) == 0
-    judged = pd.read_csv(answers.with_name("a.judged.csv"))
+    with serve_endpoint(lambda prompt, n: (200, " Partial." if "answer 2" in prompt else "none")) as (
+        address,
+        requests,
+    ):
+        assert (
+            run_judge_command(response_file, "response", "asked", make_options(address), None, offline=True)
+            == 0
+        )
+    judged = pd.read_csv(response_file.with_name("a.judged.csv"))
     assert judged["refusal"].tolist() == ["none", "none", "partial", "none", "none", "none"]
-    assert judged["evidence"][2] == "Partial." and len(seen) == 6
-    prompts = [one["messages"][0]["content"] for one in seen]
+    assert judged["evidence"][2] == "Partial." and len(requests) == 6
+    prompts = [request["messages"][0]["content"] for request in requests]
     assert all(any(f"answer {n}" in p and f"request {n}" in p for p in prompts) for n in range(6))
-    assert seen[0]["model"] == "judge" and seen[0]["path"] == "/v1/chat/completions"
-    assert seen[0]["key"] == "Bearer sk-very-secret-key"
-    said = capsys.readouterr()
-    assert "6 answers, judge: model judge at 127.0.0.1" in said.out
-    assert "secret-key" not in said.out + said.err + answers.with_name("a.judged.csv").read_text()
+    assert requests[0]["model"] == "judge" and requests[0]["path"] == "/v1/chat/completions"
+    assert requests[0]["key"] == "Bearer sk-very-secret-key"
+    output = capsys.readouterr()
+    assert "judge: model judge at 127.0.0.1" in output.out
+    assert "secret-key" not in output.out + output.err + response_file.with_name("a.judged.csv").read_text()
 
 
-def test_failures_are_tried_again_and_nonsense_once(answers: Path) -> None:
-    odd = {"answer 1", "answer 2"}  # judged by nonsense the first time, whoever asks first
+def test_failed_calls_are_retried_and_invalid_replies_are_requested_again_once(response_file: Path) -> None:
+    pending = {"answer 1", "answer 2"}  # the first reply to these is invalid
 
     def answer(prompt: str, n: int) -> tuple[int, str]:
         if n < 3:
             return 503, "busy"
-        first = {one for one in odd if one in prompt}
-        odd.difference_update(first)
+        first = {text for text in pending if text in prompt}
+        pending.difference_update(first)
         return 200, "hm" if first else "full"
 
-    with serving(answer) as (address, seen):
-        assert run_judge_command(answers, "response", None, jury(address), None) == 0
-    assert set(pd.read_csv(answers.with_name("a.judged.csv"))["refusal"]) == {"full"} and len(seen) == 11
+    with serve_endpoint(answer) as (address, requests):
+        assert run_judge_command(response_file, "response", None, make_options(address), None) == 0
+    assert (
+        set(pd.read_csv(response_file.with_name("a.judged.csv"))["refusal"]) == {"full"}
+        and len(requests) == 11
+    )
 
 
-def test_what_has_no_verdict_is_said_and_judged_when_the_file_comes_again(
-    answers: Path, capsys: pytest.CaptureFixture[str]
+def test_responses_without_a_verdict_are_reported_and_judged_on_the_next_call(
+    response_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(lambda prompt, n: (200, "no idea" if "answer 4" in prompt else "full")) as (address, _):
-        assert run_judge_command(answers, "response", None, jury(address), None) == 1
-    first = answers.with_name("a.judged.csv")
+    with serve_endpoint(lambda prompt, n: (200, "no idea" if "answer 4" in prompt else "full")) as (
+        address,
+        _,
+    ):
+        assert run_judge_command(response_file, "response", None, make_options(address), None) == 1
+    first = response_file.with_name("a.judged.csv")
     judged = pd.read_csv(first)
     assert judged["refusal"].tolist() == ["full"] * 4 + ["unjudged", "full"]
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        "1 answers have no verdict, mostly: the judge replied 'no idea'" in said.err
-        and "5 answers" in said.out
+        "1 responses have no verdict, mostly: the judge replied 'no idea'" in output.err
+        and "judge: model judge at 127.0.0.1" in output.out
     )
-    with serving(lambda prompt, n: (200, "none")) as (address, seen):
-        assert run_judge_command(first, "response", None, jury(address), answers.with_name("b.csv")) == 0
-    assert len(seen) == 1
-    assert pd.read_csv(answers.with_name("b.csv"))["refusal"].tolist() == ["full"] * 4 + ["none", "full"]
+    with serve_endpoint(lambda prompt, n: (200, "none")) as (address, requests):
+        assert (
+            run_judge_command(
+                first, "response", None, make_options(address), response_file.with_name("b.csv")
+            )
+            == 0
+        )
+    assert len(requests) == 1
+    assert pd.read_csv(response_file.with_name("b.csv"))["refusal"].tolist() == ["full"] * 4 + [
+        "none",
+        "full",
+    ]
     # Another judge's verdicts beside these would be taken for one judge's.
     with pytest.raises(UserError, match=r"was judged by model judge at 127\.0\.0\.1, so patterns cannot"):
-        run_judge_command(first, "response", None, JudgeOptions(), answers.with_name("c.csv"))
+        run_judge_command(first, "response", None, JudgeOptions(), response_file.with_name("c.csv"))
 
 
-def test_one_text_that_is_not_read_leaves_the_others_alone(answers: Path) -> None:
+def test_a_rejected_text_does_not_affect_the_others(response_file: Path) -> None:
     for status, text in ((403, "flagged"), (413, "too long"), (200, "")):
         said = None if status == 200 else text
 
         def answer(prompt: str, n: int, status: int = status, said: str | None = said) -> tuple[int, Any]:
             return (status, said) if "answer 1" in prompt else (200, "none")
 
-        with serving(answer) as (address, _):
+        with serve_endpoint(answer) as (address, _):
             assert (
                 run_judge_command(
-                    answers, "response", None, jury(address), answers.with_name(f"{status}.csv")
+                    response_file,
+                    "response",
+                    None,
+                    make_options(address),
+                    response_file.with_name(f"{status}.csv"),
                 )
                 == 1
             )
-        found = pd.read_csv(answers.with_name(f"{status}.csv"))["refusal"].tolist()
+        found = pd.read_csv(response_file.with_name(f"{status}.csv"))["refusal"].tolist()
         assert found == ["none", "unjudged", *["none"] * 4]
 
 
-def test_an_endpoint_is_given_the_time_that_it_asks_for(answers: Path) -> None:
-    with serving(lambda prompt, n: (429, "slowly") if n < 2 else (200, "full")) as (address, _):
-        assert run_judge_command(answers, "response", None, jury(address), None) == 0
-    assert waited.count(30.0) == 2 and max(waited) == 30
+def test_the_client_waits_as_long_as_retry_after_says(response_file: Path) -> None:
+    with serve_endpoint(lambda prompt, n: (429, "slowly") if n < 2 else (200, "full")) as (address, _):
+        assert run_judge_command(response_file, "response", None, make_options(address), None) == 0
+    assert waits.count(30.0) == 2 and max(waits) == 30
 
 
-def test_interrupted_it_gives_what_there_is(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = as_completed
+def test_an_interrupt_keeps_the_verdicts_so_far(response_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = as_completed
 
-    def until_the_third(places: Any) -> Iterator[Any]:
-        for count, one in enumerate(right(places)):
+    def interrupt_third(futures: Any) -> Iterator[Any]:
+        for count, future in enumerate(original(futures)):
             if count == 3:
                 raise KeyboardInterrupt
-            yield one
+            yield future
 
-    monkeypatch.setattr(endpoint, "as_completed", until_the_third)
-    with serving(lambda prompt, n: (200, "full")) as (address, _):
-        assert run_judge_command(answers, "response", None, jury(address), None) == 130
-    judged = pd.read_csv(answers.with_name("a.judged.csv"))
+    monkeypatch.setattr(endpoint, "as_completed", interrupt_third)
+    with serve_endpoint(lambda prompt, n: (200, "full")) as (address, _):
+        assert run_judge_command(response_file, "response", None, make_options(address), None) == 130
+    judged = pd.read_csv(response_file.with_name("a.judged.csv"))
     assert (judged["refusal"] == "full").sum() == 3
     assert set(judged["evidence"]) == {"full", "interrupted"}
 
 
-def test_a_budget_counts_every_call(answers: Path) -> None:
-    with serving(lambda prompt, n: (200, "full")) as (address, seen):
-        assert run_judge_command(answers, "response", None, jury(address, budget=4), None) == 1
-    judged = pd.read_csv(answers.with_name("a.judged.csv"))
-    assert len(seen) == 4 and (judged["refusal"] == "full").sum() == 4
+def test_a_budget_counts_every_call(response_file: Path) -> None:
+    with serve_endpoint(lambda prompt, n: (200, "full")) as (address, requests):
+        assert run_judge_command(response_file, "response", None, make_options(address, budget=4), None) == 1
+    judged = pd.read_csv(response_file.with_name("a.judged.csv"))
+    assert len(requests) == 4 and (judged["refusal"] == "full").sum() == 4
     assert set(judged.loc[judged["refusal"] == "unjudged", "evidence"]) == {"budget spent"}
     assert set(judged["judge"]) == {"model judge at 127.0.0.1"}
 
 
 @pytest.mark.parametrize("status", [401, 404, 400, 500])
-def test_an_endpoint_that_only_fails_is_one_line_and_nothing_is_written(answers: Path, status: int) -> None:
-    failing = serving(lambda prompt, n: (status, "sk-very-secret-key is wrong"))
-    with failing as (address, seen), pytest.raises(UserError, match="gave no verdict") as error:
-        run_judge_command(answers, "response", None, jury(address), None)
+def test_an_endpoint_that_always_fails_is_a_one_line_error_and_nothing_is_written(
+    response_file: Path, status: int
+) -> None:
+    failing = serve_endpoint(lambda prompt, n: (status, "sk-very-secret-key is wrong"))
+    with failing as (address, requests), pytest.raises(UserError, match="gave no verdict") as error:
+        run_judge_command(response_file, "response", None, make_options(address), None)
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
     # What is wrong for all is not asked again and again for each.
-    assert len(seen) <= {401: 8, 404: 8, 400: 6, 500: 7 * 6}[status]
-    assert [path.name for path in answers.parent.iterdir()] == ["a.csv"]
+    assert len(requests) <= {401: 8, 404: 8, 400: 6, 500: 7 * 6}[status]
+    assert [path.name for path in response_file.parent.iterdir()] == ["a.csv"]
 
 
-def test_an_endpoint_that_is_down_is_one_line(answers: Path) -> None:
-    with serving(lambda prompt, n: (200, "full")) as (address, _):
+def test_an_unreachable_endpoint_is_a_one_line_error(response_file: Path) -> None:
+    with serve_endpoint(lambda prompt, n: (200, "full")) as (address, _):
         pass
     with pytest.raises(UserError, match="gave no verdict: APIConnectionError"):
-        run_judge_command(answers, "response", None, jury(address), None)
+        run_judge_command(response_file, "response", None, make_options(address), None)
 
 
-def test_an_endpoint_that_is_too_slow_is_asked_again_and_then_given_up(
-    answers: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_slow_endpoint_is_called_again_and_then_given_up(
+    response_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("analysis.judges.endpoint._TIMEOUT_SECONDS", 0.2)
     over = threading.Event()
@@ -225,51 +253,54 @@ def test_an_endpoint_that_is_too_slow_is_asked_again_and_then_given_up(
         over.wait(20)
         return 200, "full"
 
-    with serving(slow) as (address, _):
+    with serve_endpoint(slow) as (address, _):
         try:
             with pytest.raises(UserError, match="gave no verdict: APITimeoutError"):
-                run_judge_command(answers, "response", None, jury(address, budget=500), None)
+                run_judge_command(response_file, "response", None, make_options(address, budget=500), None)
         finally:
             over.set()
 
 
-def test_an_endpoint_that_breaks_down_halfway_loses_nothing(answers: Path) -> None:
-    with serving(lambda prompt, n: (200, "full") if n < 3 else (401, "no")) as (address, _):
-        assert run_judge_command(answers, "response", None, jury(address), None) == 1
-    judged = pd.read_csv(answers.with_name("a.judged.csv"))
+def test_an_endpoint_that_fails_halfway_loses_no_verdict(response_file: Path) -> None:
+    with serve_endpoint(lambda prompt, n: (200, "full") if n < 3 else (401, "no")) as (address, _):
+        assert run_judge_command(response_file, "response", None, make_options(address), None) == 1
+    judged = pd.read_csv(response_file.with_name("a.judged.csv"))
     assert (judged["refusal"] == "full").sum() == 3 and len(judged) == 6
 
 
-def test_what_cannot_be_is_said_before_anything_is_sent(answers: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_reported_before_anything_is_sent(response_file: Path, tmp_path: Path) -> None:
     (tmp_path / "bare.txt").write_text("full or none?")
     for wanted, said in (
         (JudgeOptions("model"), "--judge-model ID"),
-        (jury("http://127.0.0.1:1/v1#x", budget=None), "maximum number of calls with --budget"),
-        (jury("http://127.0.0.1:1/v1#x", budget=0), "--budget"),
-        (jury("http://127.0.0.1:1/v1"), "add the name of the model to the address"),
-        (jury("https://example.com/v1#x"), "--offline forbids it"),
-        (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "bare.txt"), r"lacks \{request\} and \{answer\}"),
-        (jury("http://127.0.0.1:1/v1#x", rubric=tmp_path / "no.txt"), "cannot be read"),
-        (jury("http://u:pw@[::1/v1#x"), "invalid address"),
-        (jury("http://localhost:abc/v1#x"), "invalid address"),
+        (make_options("http://127.0.0.1:1/v1#x", budget=None), "maximum number of calls with --budget"),
+        (make_options("http://127.0.0.1:1/v1#x", budget=0), "--budget"),
+        (make_options("http://127.0.0.1:1/v1"), "add the name of the model to the address"),
+        (make_options("https://example.com/v1#x"), "--offline forbids it"),
+        (
+            make_options("http://127.0.0.1:1/v1#x", rubric=tmp_path / "bare.txt"),
+            r"lacks \{request\} and \{answer\}",
+        ),
+        (make_options("http://127.0.0.1:1/v1#x", rubric=tmp_path / "no.txt"), "cannot be read"),
+        (make_options("http://u:pw@[::1/v1#x"), "invalid address"),
+        (make_options("http://localhost:abc/v1#x"), "invalid address"),
         (JudgeOptions("patterns", "x"), "--judge-model is for --judge model"),
         (JudgeOptions("patterns", budget=5), "--budget is for --judge model"),
     ):
         with pytest.raises(UserError, match=said) as error:
-            run_judge_command(answers, "response", None, wanted, None, offline=True)
+            run_judge_command(response_file, "response", None, wanted, None, offline=True)
         assert "pw" not in str(error.value)
     with pytest.raises(UserError, match="plain http"):
-        run_judge_command(answers, "response", None, jury("http://example.com/v1#x"), None)
+        run_judge_command(response_file, "response", None, make_options("http://example.com/v1#x"), None)
     with pytest.raises(UserError, match="up to 200 calls"):
         JudgeOptions("model", "x", 50, grade=True).check_budget(100)
 
 
-def test_texts_are_put_into_the_rubric_once() -> None:
+def test_placeholders_in_queries_and_responses_are_not_filled_in() -> None:
     filled = _fill_rubric("{request} / {answer}", ["tell {request}", "b"], ["{answer}?", ""])
     assert filled == ["{answer}? / tell {request}", "(not known) / b"]
 
 
-def test_replies_are_read_as_people_write_them() -> None:
+def test_verdicts_and_grades_are_parsed_in_their_usual_forms() -> None:
     words = {
         "**Partial**": "partial",
         "None.": "none",
@@ -283,37 +314,39 @@ def test_replies_are_read_as_people_write_them() -> None:
     assert {text: _parse_grade(text) for text in grades} == grades
 
 
-def test_grades_are_numbers_from_one_to_ten() -> None:
-    with serving(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, seen):
+def test_grades_are_numbers_from_one_to_ten_and_cached() -> None:
+    with serve_endpoint(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, requests):
         judge = load_model_judge(address, 20, None, True, print)
         assert isinstance(judge, ModelJudge)
         first, second, again = judge.grade_responses(["good", "bad", "good"], ["a", "b", "a"])
         assert (
-            judge.grade_responses(["good"], ["a"]) == [9] and len(seen) == 3
+            judge.grade_responses(["good"], ["a"]) == [9] and len(requests) == 3
         )  # nonsense twice; no answer twice
     assert first == again == 9 and second != second
 
 
-def test_a_local_chat_model_that_talks_nonsense_leaves_answers_unjudged(
-    tmp_path: Path, answers: Path
+def test_a_local_chat_model_with_invalid_replies_leaves_responses_unjudged(
+    tmp_path: Path, response_file: Path
 ) -> None:
     save_model(tmp_path / "toy")
     with pytest.raises(UserError, match="gave no verdict: the judge replied"):
-        run_judge_command(answers, "response", "asked", jury(str(tmp_path / "toy")), None, offline=True)
+        run_judge_command(
+            response_file, "response", "asked", make_options(str(tmp_path / "toy")), None, offline=True
+        )
 
 
-def test_a_local_chat_model_is_asked_within_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaker = LocalChatModel(toy_bench(), CallBudget(2))
-    found = speaker.generate_replies(["a", "b " * 3000, "c", "d"], lambda text: True, lambda count: None)
+def test_a_local_chat_model_keeps_to_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat_model = LocalChatModel(toy_bench(), CallBudget(2))
+    found = chat_model.generate_replies(["a", "b " * 3000, "c", "d"], lambda text: True, lambda count: None)
     assert [why for _, why in found] == ["", "longer than the judge's context", "", "budget spent"]
-    assert speaker.generate_replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
+    assert chat_model.generate_replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
     judge = ModelJudge(LocalChatModel(toy_bench(), CallBudget(2)), "{request}{answer}")
     assert judge.judge_responses(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
     monkeypatch.setattr("analysis.judges.model_judges._parse_verdict", lambda text: "partial")
     assert judge.judge_responses(["x"], ["y"])[0].refusal == "partial"
 
 
-def classifier(folder: Path, labels: dict[int, str]) -> Path:
+def save_classifier(folder: Path, labels: dict[int, str]) -> Path:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -330,31 +363,31 @@ def classifier(folder: Path, labels: dict[int, str]) -> Path:
     return folder
 
 
-def test_a_classifier_says_by_its_labels_whether_an_answer_refuses(tmp_path: Path) -> None:
-    name = str(classifier(tmp_path / "c", {0: "NORMAL", 1: "REJECTION"}))
+def test_a_classifier_judges_by_its_refusal_labels(tmp_path: Path) -> None:
+    name = str(save_classifier(tmp_path / "c", {0: "NORMAL", 1: "REJECTION"}))
     judge = load_model_judge(name, 5, None, True, print)
     assert isinstance(judge, RefusalClassifier) and judge.refusal_labels == (1,)
-    wide = RefusalClassifier(judge.name, judge.model, judge.tokenizer, (1,), CallBudget(40))
-    found = wide.judge_responses(TEXTS, [""] * 20)
-    alone = [wide.judge_responses([text], [""])[0] for text in TEXTS]
-    assert [one.refusal for one in found] == [one.refusal for one in alone]
-    assert {one.refusal for one in found} == {"full", "none"}
-    assert [one.refusal for one in judge.judge_responses(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
+    unlimited_judge = RefusalClassifier(judge.name, judge.model, judge.tokenizer, (1,), CallBudget(40))
+    found = unlimited_judge.judge_responses(TEXTS, [""] * 20)
+    alone = [unlimited_judge.judge_responses([text], [""])[0] for text in TEXTS]
+    assert [verdict.refusal for verdict in found] == [verdict.refusal for verdict in alone]
+    assert {verdict.refusal for verdict in found} == {"full", "none"}
+    assert [verdict.refusal for verdict in judge.judge_responses(TEXTS, [""] * 20)][5:] == ["unjudged"] * 15
     with pytest.raises(UserError, match="this classifier has no label"):
-        load_model_judge(str(classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
+        load_model_judge(str(save_classifier(tmp_path / "d", {0: "A", 1: "B"})), 5, None, True, print)
 
 
-def test_the_endpoint_says_where_texts_go() -> None:
-    told: list[str] = []
-    EndpointChatModel.from_address("https://judge.example.com/v1#m", 5, False, told.append)
-    assert told == [
+def test_the_endpoint_announces_where_texts_are_sent() -> None:
+    notices: list[str] = []
+    EndpointChatModel.from_address("https://judge.example.com/v1#m", 5, False, notices.append)
+    assert notices == [
         "queries and responses are sent to judge.example.com for judging, with the key in OPENAI_API_KEY"
     ]
-    EndpointChatModel.from_address("http://localhost:8000/v1#m", 5, True, told.append)
-    assert len(told) == 1
+    EndpointChatModel.from_address("http://localhost:8000/v1#m", 5, True, notices.append)
+    assert len(notices) == 1
 
 
-def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
+def test_a_model_judge_serves_a_validation_and_finished_conditions_outlive_its_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
@@ -362,28 +395,30 @@ def test_a_model_judges_a_validation_and_what_is_heard_before_it_fails_is_kept(
     save_model(tmp_path / "toy")
     request = RunSpec(str(tmp_path / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
 
-    def judging(prompt: str, n: int) -> tuple[int, str]:
+    def judge_prompt(prompt: str, n: int) -> tuple[int, str]:
         return (200, "7") if "1 to 10" in prompt else (200, ("full", "none")[n % 2])
 
-    with serving(judging) as (address, seen):
+    with serve_endpoint(judge_prompt) as (address, requests):
         wanted = JudgeOptions("model", address, 500, None, grade=True)
         assert run_validate_command(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
-    verdicts = [one for one in seen if "full, partial or none" in one["messages"][0]["content"]]
-    assert len(verdicts) == 24 and len(seen) > 24
+    verdicts = [one for request in requests if "full, partial or none" in request["messages"][0]["content"]]
+    assert len(verdicts) == 24 and len(requests) > 24
     worth = pd.read_csv(tmp_path / "out" / "worth.csv")
     assert (worth["grade"] == 7).all() and (worth["grade_change"] == 0).all() and "asr_model" in worth
     assert "grade (1 to 10)" in capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "run.json").read_text())["judge"]
     assert about["name"] == "model judge at 127.0.0.1" and about["budget"] == 500 and about["rubric_sha256"]
-    failing = serving(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
+    failing = serve_endpoint(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
     with failing as (address, _), pytest.raises(UserError, match=r"gives no more verdicts: .*no more"):
-        run_validate_command(request, ["policy", "safety_prompt"], [], tmp_path / "two", jury(address), 2)
+        run_validate_command(
+            request, ["policy", "safety_prompt"], [], tmp_path / "two", make_options(address), 2
+        )
     found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("defense")
     assert list(found.index) == ["none", "policy"] and 0 < found.loc["policy", "unjudged"] < 12
-    failing = serving(lambda prompt, n: (401, "no key"))
+    failing = serve_endpoint(lambda prompt, n: (401, "no key"))
     with failing as (address, _), pytest.raises(UserError, match="gives no more verdicts"):
-        run_validate_command(request, ["policy"], [], tmp_path / "three", jury(address), 2)
+        run_validate_command(request, ["policy"], [], tmp_path / "three", make_options(address), 2)
     found = pd.read_csv(tmp_path / "three" / "validity.csv")
     assert found["n"].tolist() == [0] and found["trusted"].tolist() == ["cannot tell"]
     with pytest.raises(UserError, match="up to 24 calls of the judge are needed"):
-        run_validate_command(request, ["policy"], [], tmp_path / "four", jury(address, budget=20), 2)
+        run_validate_command(request, ["policy"], [], tmp_path / "four", make_options(address, budget=20), 2)

@@ -556,10 +556,10 @@ def test_the_truth_in_closed_form_is_what_very_large_samples_give():
 def test_intervals_contain_the_true_value_in_95_percent_of_500_data_sets():
     """Test the coverage of each estimate in each setting, and of each estimate over all six settings.
 
-    The number of data sets, of 500, whose interval contains the true value is binomial: at 95 %, the standard
-    error of its share is √(.95 · .05 / 500) = .97 percentage points. With 84 comparisons, four standard errors
-    are allowed for each, 95 ± 3.9. The mean over six settings (3,000 data sets) has a standard error of .4; it
-    may deviate by 2, five standard errors.
+    The number of data sets, of 500, whose interval contains the true value is binomial: at 95 %, the
+    standard error of its share is √(.95 · .05 / 500) = .97 percentage points. With 84 comparisons, four
+    standard errors are allowed for each, 95 ± 3.9. The mean over six settings (3,000 data sets) has a
+    standard error of .4; it may deviate by 2, five standard errors.
     """
     coverage = pd.DataFrame(
         {
