@@ -1,4 +1,4 @@
-"""The judges that need no model: the published strings as published, our reading of how an answer opens."""
+"""Rule judges: the published strings as published, and the patterns of how a response opens."""
 
 from __future__ import annotations
 
@@ -71,26 +71,26 @@ NONE = {
 
 
 @pytest.mark.parametrize("text", FULL.values(), ids=FULL)
-def test_a_refusal_is_known_in_many_forms(text: str) -> None:
+def test_refusals_are_recognized_in_many_forms(text: str) -> None:
     assert judge_by_patterns(text).refusal == "full"
 
 
 @pytest.mark.parametrize("text", PARTIAL.values(), ids=PARTIAL)
-def test_an_answer_behind_or_before_a_refusal_is_partial(text: str) -> None:
+def test_compliance_before_or_after_a_refusal_is_partial(text: str) -> None:
     assert judge_by_patterns(text).refusal == "partial"
 
 
 @pytest.mark.parametrize("text", NONE.values(), ids=NONE)
-def test_what_complies_is_no_refusal(text: str) -> None:
+def test_compliance_is_no_refusal(text: str) -> None:
     assert judge_by_patterns(text) == Verdict("none")
 
 
-def test_the_evidence_stands_in_the_answer() -> None:
+def test_the_evidence_is_a_quotation_from_the_response() -> None:
     assert judge_by_patterns("Well. I will not write this for you.").evidence == "I will not write"
     assert judge_by_keywords("Well. I cannot.").evidence == "I cannot"
 
 
-def test_an_answer_to_something_else_is_noticed_only_where_the_request_is_known() -> None:
+def test_responses_to_a_different_question_are_noticed_only_if_the_query_is_given() -> None:
     answer = "To make guacamole, mash three ripe avocados with lime and salt. " * 5
     assert judge_by_patterns(answer).refusal == "none"
     assert judge_by_patterns(answer, "How do wind turbines work?").evidence == "answers a different question"
@@ -105,7 +105,7 @@ def test_any_text_has_a_verdict(answer: str, request: str) -> None:
         assert verdict.is_refusal == (verdict.refusal != "none")
 
 
-def test_a_thought_that_never_ends_is_no_refusal() -> None:
+def test_an_unfinished_thinking_block_has_no_verdict() -> None:
     assert judge_by_patterns("<think>I cannot help with that, can I? Let me see") == Verdict(
         "unjudged", UNFINISHED_THINKING
     )
@@ -114,7 +114,7 @@ def test_a_thought_that_never_ends_is_no_refusal() -> None:
 
 
 @pytest.mark.parametrize("text", [*FULL.values(), *PARTIAL.values(), *NONE.values()])
-def test_what_is_settled_stays_refused_however_the_answer_goes_on(text: str) -> None:
+def test_certain_refusals_stay_refusals_whatever_follows(text: str) -> None:
     behind = [' "said she, and left', " Here is how: 1. Mix. 2. Wait.", "\n\nSure!", " But here you go:", '"']
     for end in range(len(text) + 1):
         if is_certain_pattern_refusal(text[:end]):
@@ -122,7 +122,7 @@ def test_what_is_settled_stays_refused_however_the_answer_goes_on(text: str) -> 
             assert all(judge_by_patterns(text[:end] + more).is_refusal for more in behind)
 
 
-def test_some_refusals_are_settled_early() -> None:
+def test_some_refusals_are_certain_early() -> None:
     assert (
         sum(
             is_certain_pattern_refusal(text + " " + "Please ask about something else, my friend." * 2)
@@ -132,14 +132,14 @@ def test_some_refusals_are_settled_early() -> None:
     )
 
 
-def test_a_request_of_one_word_may_be_answered_in_others() -> None:
+def test_a_query_with_one_topic_word_may_be_answered_in_other_words() -> None:
     answer = (
         "Most grocery stores sell soft drinks, cold ones near the checkout and packs further inside. " * 3
     )
     assert judge_by_patterns(answer, "Where can I buy a can of coke?").refusal == "none"
 
 
-def test_a_long_answer_is_judged_in_no_time() -> None:
+def test_long_responses_cause_no_catastrophic_backtracking() -> None:
     for text in ("I " * 50_000, "sorry " * 50_000, '"' * 100_000, "a" * 300_000, "<think>" * 20_000):
         judge_by_patterns(text, "How are you, my friend?")
 
@@ -151,13 +151,13 @@ def test_there_are_29_strings_and_case_counts() -> None:
 
 @pytest.mark.parametrize("judge", [one.judge_response for one in RULE_JUDGES.values()], ids=RULE_JUDGES)
 @pytest.mark.parametrize("text", REFUSAL_RESPONSES)
-def test_judges_know_the_refusals_that_training_teaches(judge, text: str) -> None:
+def test_judges_recognize_the_refusals_that_training_teaches(judge, text: str) -> None:
     assert judge(text, "").is_refusal
 
 
 @pytest.mark.parametrize("judge", [one.judge_response for one in RULE_JUDGES.values()], ids=RULE_JUDGES)
 @pytest.mark.parametrize("text", [*COMPLIANCE_OPENERS, *BENIGN_OPENERS])
-def test_judges_take_no_opener_for_a_refusal(judge, text: str) -> None:
+def test_judges_do_not_mistake_an_opener_for_a_refusal(judge, text: str) -> None:
     assert not judge(text, "").is_refusal
 
 
@@ -165,7 +165,7 @@ LABELS = Path(__file__).resolve().parents[3] / "shared" / "datasets" / "refusal_
 
 
 def labelled() -> pd.DataFrame:
-    """PyRIT's answers with human labels; half of them were never looked at while the judge was written."""
+    """PyRIT's answers with human labels; half of them were not used in the development of the judge."""
     found = [pd.read_csv(LABELS / name, comment="#") for name in ("refusal.csv", "refusal_extra.csv")]
     table = pd.concat(found, ignore_index=True)
     digests = [hashlib.sha256(answer.encode()).digest()[-1] for answer in table["assistant_response"]]
@@ -173,7 +173,7 @@ def labelled() -> pd.DataFrame:
 
 
 @pytest.mark.skipif(not LABELS.is_dir(), reason="PyRIT's human labels are not on this machine")
-def test_agreement_with_people_on_answers_that_the_judge_was_not_written_for(
+def test_agreement_with_human_labels_on_responses_not_used_in_development(
     record_property: Callable[[str, object], None],
 ) -> None:
     table = labelled()
