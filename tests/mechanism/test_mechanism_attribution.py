@@ -57,6 +57,18 @@ def test_contributions_add_up_to_the_scored_margins(family):
         assert (np.abs(attribution.parts.contributions[:, heads]).max(0) > 1e-4).all()  # none is omitted
 
 
+def test_the_biases_of_output_projections_are_attributed():
+    model = fresh_model("gpt2")  # random models have biases of 0
+    for block in model.transformer.h:
+        block.attn.c_proj.bias.data = torch.linspace(-0.1, 0.1, len(block.attn.c_proj.bias))
+    session = make_session(model)
+    parts = make_attribution(session).attribute_margins(session, NONE, QUERIES[:2]).parts
+    scored = score_margins(session, NONE, QUERIES[:2])
+    assert np.abs(parts.contributions.sum(1) - scored).max() < 1e-5
+    biases = [part.kind == "bias" and part.layer is not None for part in parts.parts]
+    assert (np.abs(parts.contributions[:, biases]).max(0) > 1e-4).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contributions_equal_the_outputs_that_transformer_lens_records(family):
     """A second derivation: outputs from a bridge on a copy, and the linear readout written out here."""
