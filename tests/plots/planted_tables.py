@@ -305,6 +305,9 @@ def cached_mechanism_figures(case: str) -> dict[str, tuple[Figure, pd.DataFrame]
     tables = plant_mechanism(**MECHANISM_CASES[case])
     if case == "crowd":  # only what shows several defenses
         tables = {name: tables[name] for name in ("layers", "half", "directions", "cuts", "profiles")}
+    if case == "long":  # each kind once is enough
+        for name in ("parts", "patches", "weights"):
+            tables[name] = tables[name][tables[name]["defense"] == tables[name]["defense"].iloc[0]]
     return draw_mechanism_figures(tables)
 
 

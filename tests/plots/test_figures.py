@@ -195,7 +195,7 @@ def test_several_attacks_give_a_figure_each_and_one_axes_takes_one() -> None:
 
 
 def test_a_banner_stands_above_what_text_contradicts() -> None:
-    tables = plant_mechanism(**MECHANISM_CASES["usual"])
+    tables = plant_mechanism(**(MECHANISM_CASES["usual"] | {"layers": 4, "heads": 2}))
     verdicts = {
         "none": "trusted",
         MECHANISM_DEFENSES[0]: "trusted",
