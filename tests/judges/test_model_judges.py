@@ -401,7 +401,9 @@ def test_a_model_judge_serves_a_validation_and_finished_conditions_outlive_its_f
     with serve_endpoint(judge_prompt) as (address, requests):
         wanted = JudgeOptions("model", address, 500, None, grade=True)
         assert run_validate_command(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
-    verdicts = [one for request in requests if "full, partial or none" in request["messages"][0]["content"]]
+    verdicts = [
+        request for request in requests if "full, partial or none" in request["messages"][0]["content"]
+    ]
     assert len(verdicts) == 24 and len(requests) > 24
     worth = pd.read_csv(tmp_path / "out" / "worth.csv")
     assert (worth["grade"] == 7).all() and (worth["grade_change"] == 0).all() and "asr_model" in worth
