@@ -393,34 +393,40 @@ def test_a_model_judge_serves_a_validation_and_finished_conditions_outlive_its_f
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "toy")
-    request = RunSpec(str(tmp_path / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    spec = RunSpec(str(tmp_path / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
 
     def judge_prompt(prompt: str, n: int) -> tuple[int, str]:
-        return (200, "7") if "1 to 10" in prompt else (200, ("full", "none")[n % 2])
+        # The verdict depends on the query alone: the order of concurrent calls is random.
+        query = prompt.partition("===== request =====\n")[2].partition("\n===== reply")[0]
+        return (200, "7") if "1 to 10" in prompt else (200, ("full", "none")[len(query) % 2])
 
     with serve_endpoint(judge_prompt) as (address, requests):
-        wanted = JudgeOptions("model", address, 500, None, grade=True)
-        assert run_validate_command(request, ["policy"], [], tmp_path / "out", wanted, 2) == 0
+        options = JudgeOptions("model", address, 500, None, grade=True)
+        assert run_validate_command(spec, ["policy"], [], tmp_path / "out", options, 2) == 0
     verdicts = [
         request for request in requests if "full, partial or none" in request["messages"][0]["content"]
     ]
     assert len(verdicts) == 24 and len(requests) > 24
-    worth = pd.read_csv(tmp_path / "out" / "worth.csv")
-    assert (worth["grade"] == 7).all() and (worth["grade_change"] == 0).all() and "asr_model" in worth
+    quality = pd.read_csv(tmp_path / "out" / "worth.csv")
+    assert (quality["grade"] == 7).all() and (quality["grade_change"] == 0).all() and "asr_model" in quality
     assert "grade (1 to 10)" in capsys.readouterr().out
-    about = json.loads((tmp_path / "out" / "run.json").read_text())["judge"]
-    assert about["name"] == "model judge at 127.0.0.1" and about["budget"] == 500 and about["rubric_sha256"]
+    judge_record = json.loads((tmp_path / "out" / "run.json").read_text())["judge"]
+    assert (
+        judge_record["name"] == "model judge at 127.0.0.1"
+        and judge_record["budget"] == 500
+        and judge_record["rubric_sha256"]
+    )
     failing = serve_endpoint(lambda prompt, n: (200, "none") if n < 15 else (401, "no more"))
     with failing as (address, _), pytest.raises(UserError, match=r"gives no more verdicts: .*no more"):
         run_validate_command(
-            request, ["policy", "safety_prompt"], [], tmp_path / "two", make_options(address), 2
+            spec, ["policy", "safety_prompt"], [], tmp_path / "two", make_options(address), 2
         )
-    found = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("defense")
-    assert list(found.index) == ["none", "policy"] and 0 < found.loc["policy", "unjudged"] < 12
+    validity = pd.read_csv(tmp_path / "two" / "validity.csv").set_index("defense")
+    assert list(validity.index) == ["none", "policy"] and 0 < validity.loc["policy", "unjudged"] < 12
     failing = serve_endpoint(lambda prompt, n: (401, "no key"))
     with failing as (address, _), pytest.raises(UserError, match="gives no more verdicts"):
-        run_validate_command(request, ["policy"], [], tmp_path / "three", make_options(address), 2)
-    found = pd.read_csv(tmp_path / "three" / "validity.csv")
-    assert found["n"].tolist() == [0] and found["trusted"].tolist() == ["cannot tell"]
+        run_validate_command(spec, ["policy"], [], tmp_path / "three", make_options(address), 2)
+    validity = pd.read_csv(tmp_path / "three" / "validity.csv")
+    assert validity["n"].tolist() == [0] and validity["trusted"].tolist() == ["cannot tell"]
     with pytest.raises(UserError, match="up to 24 calls of the judge are needed"):
-        run_validate_command(request, ["policy"], [], tmp_path / "four", make_options(address, budget=20), 2)
+        run_validate_command(spec, ["policy"], [], tmp_path / "four", make_options(address, budget=20), 2)
