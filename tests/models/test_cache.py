@@ -17,6 +17,7 @@ from conftest import derive_readout, made_adapter, toy_bench
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
+from analysis.models import cache
 from analysis.models.cache import CacheKey, ScoreCache, clear_cache, count_cached_rows
 from analysis.models.session import ModelSession, generate_responses, iterate_defended_logits
 from analysis.run import score_condition, score_prompts
@@ -28,6 +29,7 @@ from defenses.errors import UserError
 from defenses.tuning import SafetyTuning
 
 ASKED = sample_queries(load_queries("twins").queries, 8)
+ROOT = Path(__file__).resolve().parents[2]
 NONE, POLICY = get_defense("none"), get_defense("policy")
 
 
@@ -140,6 +142,30 @@ def test_rows_are_counted_and_cleared(tmp_path: Path) -> None:
 def test_names_differ_where_ids_would_run_together() -> None:
     namer = CacheKey({})
     assert len({namer.make_key(ids) for ids in ([1, 2], [12], [1, 2, 3], [12, 3], [1, 23], [])}) == 6
+
+
+def test_a_change_of_any_scoring_source_file_changes_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = ("analysis/models", "analysis/readouts", "defenses")
+    files = [path for name in packages for path in (ROOT / name).rglob("*.py")]
+    files += [ROOT / "analysis/attacks.py", ROOT / "analysis/run.py"]
+    assert len(files) > 40
+    for file in files:
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.name, "utf-8")
+    monkeypatch.setattr(cache, "_SOURCE_ROOT", tmp_path)
+
+    def digest() -> str:
+        return cache.hash_code.__wrapped__(*cache.SCORING_SOURCES)
+
+    digests = [digest()]
+    for file in files:
+        with (tmp_path / file.relative_to(ROOT)).open("a", encoding="utf-8") as copy:
+            copy.write("# changed")
+        digests.append(digest())
+    assert len(set(digests)) == len(digests)
 
 
 _SCORING = """
