@@ -1,16 +1,19 @@
-"""What tests share: tiny random models, a tokenizer built in code, chat templates of many families.
+"""Shared by all tests: tiny random models, a tokenizer built in code, chat templates of many families.
 
 Functions (import them: `from conftest import tiny_model, ...`):
 
-- `tiny_model(family="llama")`: a random model of 2 to 4 layers, float32, always the same, of `FAMILIES`.
-- `toy_tokenizer(template="chatml", kind="bytes")`: a new small BPE tokenizer, a template of `TEMPLATES`;
+- `tiny_model(family="llama")`: a fixed random model of 2 to 4 layers, float32, of a family in `FAMILIES`.
+- `toy_tokenizer(template="chatml", kind="bytes")`: a new small BPE tokenizer with a template of `TEMPLATES`;
   kind is "bytes" (GPT-2, Llama 3, Qwen) or "metaspace" (Llama 2, Mistral: words begin with "▁").
 - `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
-- `readable(kind, figure, written)`: asserts that no text of a figure hides another.
+- `make_toy_session(family="llama", template="chatml", kind="bytes")`: a `ModelSession` with both.
+- `held()`: mean activations as a model could have on training queries.
+- `make_adapter(folder, ...)`: an adapter with random matrices, written as `analyze train` writes it.
+- `derive_readout(session, queries, undefended)`: the words readout of a session.
+- `draw_run_figures(points, about, ...)`: the figures of a run; `assert_readable(kind, figure, written)`: no
+  text of a figure hides another or leaves the canvas.
 - `run_cli(*args)`: calls `analyze` in this process; `assert_user_error(result, *words)` checks its error.
-- `home(patch, place)`: has everything that the command keeps lie in a folder.
-- `held()`: what a model might hold on training queries, for a `Host`.
-- `toy_bench(family="llama", template="chatml", kind="bytes")`: an `analysis.bench.Bench` of both.
+- `home(patch, place)`: keeps data and cache of the command in a folder.
 
 Fixtures: `smollm2` (the embedded model, loaded once; such tests are marked `embedded`); `cli_home` (a folder
 to run commands in, with a tiny model); `no_figures` (`analyze` draws nothing).
@@ -40,11 +43,11 @@ from jaxtyping import install_import_hook
 _SEEN: set[Any] = set()
 
 
-def checked(hinted: Any) -> Any:
+def check_hints(hinted: Any) -> Any:
     """Check hints by beartype, save for `-> Self`, which it knows only where a whole class is decorated.
 
-    A function inside a function is checked the first time that it is made: beartype writes code for each
-    anew, which took a good part of the time of all tests.
+    A function inside a function is checked only the first time it is created, because beartype generates new
+    code for each, which took a good part of the time of all tests.
     """
     code = getattr(hinted, "__code__", None)
     if code in _SEEN:
@@ -56,7 +59,7 @@ def checked(hinted: Any) -> Any:
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(hinted)  # an int is a float
 
 
-install_import_hook(["analysis", "defenses"], f"{__name__}.checked")
+install_import_hook(["analysis", "defenses"], f"{__name__}.check_hints")
 
 from analysis.datasets.queries import Query, sample_queries  # noqa: E402
 from analysis.models.loading import LoadedModel, load_model  # noqa: E402
@@ -220,7 +223,7 @@ _ENDS = {
 
 
 @cache
-def _trained(kind: str) -> Any:
+def _train_tokenizer(kind: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = models.BPE(unk_token="<unk>", byte_fallback=kind == "metaspace", fuse_unk=True)
@@ -261,7 +264,7 @@ def toy_tokenizer(template: str | None = "chatml", kind: str = "bytes") -> Any:
 
     bos, eos = _ENDS.get(str(template), ("<s>", "</s>"))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=copy.deepcopy(_trained(kind)),
+        tokenizer_object=copy.deepcopy(_train_tokenizer(kind)),
         bos_token=bos,
         eos_token=eos,
         unk_token="<unk>" if kind == "metaspace" else None,
@@ -343,11 +346,11 @@ def tiny_model(family: str = "llama") -> Any:
 
 
 def fresh_model(family: str = "llama") -> Any:
-    """Return a tiny model of one's own, to be changed; no copy: it would have hooks that others left."""
+    """Return a new tiny model that a test may change; a copy would share hooks left by other tests."""
     return tiny_model.__wrapped__(family)
 
 
-def made_adapter(
+def make_adapter(
     folder: Path,
     seed: int = 0,
     modules: tuple[str, ...] = ("q_proj", "v_proj"),
@@ -358,7 +361,7 @@ def made_adapter(
 ) -> Path:
     """Write an adapter with random matrices for the tiny Llama, as `analyze train` writes it.
 
-    Where there is a state under it, the new change alone is kept as a plain PEFT folder beside it.
+    With an adapter `under` it, the new change alone is also written as a plain PEFT folder next to it.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -376,8 +379,10 @@ def made_adapter(
     return folder
 
 
-def toy_bench(family: str = "llama", template: str | None = "chatml", kind: str = "bytes") -> ModelSession:
-    """Return a bench with a tiny model and the toy tokenizer."""
+def make_toy_session(
+    family: str = "llama", template: str | None = "chatml", kind: str = "bytes"
+) -> ModelSession:
+    """Return a session with a tiny model and the toy tokenizer."""
     return ModelSession.from_model(
         LoadedModel("toy", tiny_model(family), toy_tokenizer(template, kind), {"id": "toy"})
     )
@@ -393,8 +398,8 @@ def derive_readout(session, queries, undefended, *options):
     return derive_words_readout(session, prompts, *options)
 
 
-def pictures(points, about, counts=None, attacks=("direct",), **tables):
-    """Return figures with their tables, of a run of which captions say this; `tables` are not drawn."""
+def draw_run_figures(points, about, counts=None, attacks=("direct",), **tables):
+    """Return the figures of a run with the tables they are drawn from; `tables` are not drawn."""
     from dataclasses import replace
 
     from analysis.plots.captions import make_caption_context
@@ -421,7 +426,7 @@ def pictures(points, about, counts=None, attacks=("direct",), **tables):
     return {stem: (run.draw_figure(stem), table) for stem, table in points.items()}
 
 
-def readable(
+def assert_readable(
     kind: str,
     figure: Any,
     written: Callable[[Any], list[Any]],
@@ -448,14 +453,14 @@ def readable(
 
 
 def home(patch: pytest.MonkeyPatch, place: Path) -> None:
-    """Have everything that the command keeps lie in a folder."""
+    """Keep data and cache of the command in a folder, and fix the width of the terminal."""
     patch.setenv("XDG_DATA_HOME", str(place / "share"))
     patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     patch.setenv("COLUMNS", "140")
 
 
 def held() -> MeanActivations:
-    """Return what a model might hold on training queries."""
+    """Return mean activations as a model could have on training queries."""
     made = torch.Generator().manual_seed(0)
     means = [torch.randn(2, 64, generator=made) for _ in range(2)]
     return MeanActivations(*means, frozenset({"a query"}), "toy")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import home, run_cli, save_model, toy_bench
+from conftest import home, make_toy_session, run_cli, save_model
 from rich.console import Console
 from typer.main import get_command
 
@@ -277,7 +277,7 @@ def test_a_class_typed_into_a_notebook_is_identified_by_its_methods():
     )
     assert identify_defense(Stack((get_defense("policy"), Polite())), 0) is not None
     assert (
-        make_json_cache_path("cost", toy_bench().loaded_model, {"defense": None}) is None
+        make_json_cache_path("cost", make_toy_session().loaded_model, {"defense": None}) is None
         and read_cached_json(None) is None
     )
     with_other_words = type("Other", (Polite,), {"__module__": __name__})

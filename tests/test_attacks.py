@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOUR, TEMPLATES, toy_bench, toy_tokenizer
+from conftest import FOUR, TEMPLATES, make_toy_session, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,7 +152,7 @@ def test_a_prefilled_prompt_ends_in_the_tokens_of_the_prefill(template: str, kin
 @pytest.mark.parametrize("template", FOUR)
 @pytest.mark.parametrize("name", ["self_reminder", "in_context_refusal"])
 def test_every_attack_and_the_defense_after_it_reach_the_model(template: str, name: str) -> None:
-    session, defense = toy_bench("llama", template), get_defense(name)
+    session, defense = make_toy_session("llama", template), get_defense(name)
     for attack in choose_attacks(["all", "prefill+ignore"]):
         checks = check_condition(session.with_attack(attack), name, defense, QUERIES, READOUT)
         assert [check.condition for check in checks if not check.passed] == [], attack.name
@@ -173,7 +173,9 @@ def build_structured_chat(query: Query) -> Chat:
 
 
 def test_every_defense_works_with_an_attack_of_any_structure() -> None:
-    session = toy_bench().with_attack(Attack("structured", "all structures at once", build_structured_chat))
+    session = make_toy_session().with_attack(
+        Attack("structured", "all structures at once", build_structured_chat)
+    )
     tokenizer = session.loaded_model.tokenizer
     secret = Secret(draw_random_text(tokenizer, 20, random.Random(0)))
     host = ModelInfo("toy", tokenizer, ())
@@ -189,7 +191,7 @@ def test_every_defense_works_with_an_attack_of_any_structure() -> None:
 
 
 def test_a_question_about_a_request_is_asked_without_the_prefill() -> None:
-    session = toy_bench().with_attack(get_attack("prefill")).with_questions(REFUSAL_QUESTIONS)
+    session = make_toy_session().with_attack(get_attack("prefill")).with_questions(REFUSAL_QUESTIONS)
     prompts = session.render_query(get_defense("none"), QUERY)
     assert len(prompts) == 2 and not any(prompt.prefill for prompt in prompts)
     readout = Readout("question", ("Yes", "No"), (301, 302), (1.0, -1.0), questions=REFUSAL_QUESTIONS)
@@ -198,7 +200,7 @@ def test_a_question_about_a_request_is_asked_without_the_prefill() -> None:
 
 
 def test_a_judge_reads_a_prefilled_response_without_the_prefill() -> None:
-    session, none = toy_bench(), get_defense("none")
+    session, none = make_toy_session(), get_defense("none")
     prefill = get_attack("prefill").build_chat(QUERY)[-1]["content"]
     ((response,),) = generate_responses(
         session.with_attack(get_attack("prefill")), none, [QUERY], max_new_tokens=6
@@ -216,7 +218,7 @@ def test_a_prefill_of_a_defense_precedes_the_prefill_of_the_attack() -> None:
 
 
 def test_a_defense_is_applied_to_the_attacked_chat() -> None:
-    session = toy_bench().with_attack(get_attack("obedience"))
+    session = make_toy_session().with_attack(get_attack("obedience"))
     (plain,) = session.render_query(get_defense("none"), QUERY)
     assert OBEDIENCE_PROMPT in plain.text and QUERY.text in plain.text
     (defended,) = session.render_query(get_defense("self_reminder"), QUERY)
@@ -317,7 +319,7 @@ def test_queries_without_strings_are_counted_and_the_first_is_named(tmp_path: Pa
 
 def test_caches_and_run_json_depend_on_the_wording_of_an_attack(tmp_path: Path) -> None:
     def find_cache_path(attack: Attack) -> Path:
-        session: ModelSession = toy_bench()
+        session: ModelSession = make_toy_session()
         return _validity_cache_path(session.with_attack(attack), get_defense("none"), READOUT)
 
     own = tmp_path / "own.jsonl"

@@ -8,7 +8,7 @@ from functools import partial
 import bench
 import pytest
 import torch
-from conftest import tiny_model, toy_bench
+from conftest import make_toy_session, tiny_model
 from rich.console import Console
 
 from analysis.datasets.loading import load_queries
@@ -44,7 +44,7 @@ def test_the_help_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_attribution_is_timed_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     queries = load_queries("contrast").select_split("test").limit_queries(8).queries
     readout = Readout("words", ("I", "Sure"), (300, 301), (1.0, -1.0))
-    bench.time_attribution(Console(width=120), toy_bench(), readout, get_defense("policy"), queries)
+    bench.time_attribution(Console(width=120), make_toy_session(), readout, get_defense("policy"), queries)
     text = capsys.readouterr().out
     assert "attribution to 17 components" in text and "patches:" in text
     assert float(re.search(r"at most (\S+) nats", text)[1]) < 1e-5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import FOUR, derive_readout, toy_bench
+from conftest import FOUR, derive_readout, make_toy_session
 from scipy.special import expit
 
 from analysis import run
@@ -45,7 +45,7 @@ class Shuffling(Defense):
 
 @pytest.mark.parametrize("template", FOUR)
 def test_a_margin_is_the_mean_over_the_readings_each_read_by_itself(template: str) -> None:
-    bench, defense = toy_bench("qwen2", template), Shuffling()
+    bench, defense = make_toy_session("qwen2", template), Shuffling()
     frame = score_condition(bench, "shuffling", defense, ASKED, READOUT)
     for row, query in enumerate(ASKED):
         prompts = bench.render_query(defense, query)
@@ -60,7 +60,7 @@ def test_a_margin_is_the_mean_over_the_readings_each_read_by_itself(template: st
 
 
 def test_the_columns_are_those_of_scores_csv_and_readings_only_where_there_are_several() -> None:
-    frame = score_condition(toy_bench(), "none", NONE, ASKED, READOUT)
+    frame = score_condition(make_toy_session(), "none", NONE, ASKED, READOUT)
     assert list(frame.columns) == list(SCORE_COLUMNS)
     assert list(frame["query"]) == [query.id for query in ASKED]
     assert list(frame["harmful"]) == [query.harmful for query in ASKED]
@@ -68,7 +68,7 @@ def test_the_columns_are_those_of_scores_csv_and_readings_only_where_there_are_s
 
 
 def test_an_answer_prefix_goes_behind_every_prompt() -> None:
-    bench = toy_bench()
+    bench = make_toy_session()
     longer = Readout("words", READOUT.tokens, READOUT.ids, READOUT.weights, response_prefix=(301, 302))
     frame = score_condition(bench, "none", NONE, ASKED, longer)
     for row, query in enumerate(ASKED):
@@ -80,7 +80,7 @@ def test_an_answer_prefix_goes_behind_every_prompt() -> None:
 
 def test_randomness_hangs_on_seed_query_and_defense_and_on_nothing_else() -> None:
     def ids(seed: int, query: Query, defense: Defense) -> list[tuple[int, ...]]:
-        bench = ModelSession.from_model(toy_bench().loaded_model, seed=seed)
+        bench = ModelSession.from_model(make_toy_session().loaded_model, seed=seed)
         return [prompt.ids for prompt in bench.render_query(defense, query)]
 
     class Other(Shuffling):
@@ -96,7 +96,7 @@ def test_randomness_hangs_on_seed_query_and_defense_and_on_nothing_else() -> Non
 
 
 def test_the_same_run_gives_the_same_numbers_also_for_fewer_queries_in_another_order() -> None:
-    bench, defense = toy_bench(), Shuffling()
+    bench, defense = make_toy_session(), Shuffling()
     frame = score_condition(bench, "shuffling", defense, ASKED, READOUT).set_index("query")["margin"]
     again = score_condition(bench, "shuffling", defense, ASKED, READOUT).set_index("query")["margin"]
     some = score_condition(bench, "shuffling", defense, ASKED[3::-1], READOUT).set_index("query")["margin"]
@@ -109,7 +109,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_names_query_and_limit
     with pytest.raises(
         UserError, match=r"'q1' under 'none' makes a prompt of \d+ tokens, and toy reads 2048"
     ):
-        toy_bench().render_query(NONE, long)
+        make_toy_session().render_query(NONE, long)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Raising(Defense):
 
 def test_a_users_defense_that_raises_is_the_users_mistake_and_ours_is_ours() -> None:
     with pytest.raises(UserError, match=r"'raising' raised IndexError on query '.*': list index"):
-        toy_bench().render_query(Raising(), ASKED[0])
+        make_toy_session().render_query(Raising(), ASKED[0])
 
     class Ours(Raising):
         """One of the shipped families."""
@@ -131,11 +131,11 @@ def test_a_users_defense_that_raises_is_the_users_mistake_and_ours_is_ours() -> 
 
     Ours.__module__ = "defenses.reminders"
     with pytest.raises(IndexError):
-        toy_bench().render_query(Ours(), ASKED[0])
+        make_toy_session().render_query(Ours(), ASKED[0])
 
 
 def test_parts_are_scored_behind_the_whole_and_differ_from_it() -> None:
-    bench = toy_bench()
+    bench = make_toy_session()
     chosen = [NONE, Backdoor(secret=Secret("tulip seven harbor"))]
     scored = dict(iterate_condition_scores(bench, build_conditions(chosen), ASKED, READOUT))
     assert (
@@ -149,7 +149,11 @@ def test_parts_are_scored_behind_the_whole_and_differ_from_it() -> None:
 def test_conditions_are_yielded_as_they_are_finished() -> None:
     told: list[tuple[str, int]] = []
     steps = iterate_condition_scores(
-        toy_bench(), build_conditions([NONE, Shuffling()]), ASKED, READOUT, lambda *news: told.append(news)
+        make_toy_session(),
+        build_conditions([NONE, Shuffling()]),
+        ASKED,
+        READOUT,
+        lambda *news: told.append(news),
     )
     name, _ = next(steps)
     assert name == "none" and {one for one, _ in told} == {"none"}
@@ -160,7 +164,7 @@ def test_conditions_are_yielded_as_they_are_finished() -> None:
 
 def test_progress_counts_queries_also_where_each_is_read_several_times() -> None:
     told: list[int] = []
-    score_condition(toy_bench(), "shuffling", Shuffling(), ASKED, READOUT, told.append)
+    score_condition(make_toy_session(), "shuffling", Shuffling(), ASKED, READOUT, told.append)
     assert sum(told) == len(ASKED)
 
 

@@ -6,7 +6,7 @@ import stat
 
 import platformdirs
 import pytest
-from conftest import assert_user_error, run_cli, toy_bench, toy_tokenizer
+from conftest import assert_user_error, make_toy_session, run_cli, toy_tokenizer
 
 from analysis.models.cache import make_json_cache_path
 
@@ -86,7 +86,7 @@ def test_a_secret_made_without_out_is_the_one_that_backdoor_uses(cli_home):
 
 def test_the_cache_lists_and_clears_what_a_run_keeps(cli_home, no_figures):
     with pytest.raises(ValueError, match="unknown cache kind 'novelties'"):
-        make_json_cache_path("novelties", toy_bench().loaded_model, {})
+        make_json_cache_path("novelties", make_toy_session().loaded_model, {})
     assert run_cli("-d", "paraphrase", "-m", "tiny", "--limit", "4", "-o", "for-cache").code == 0
     contents = json.loads(run_cli("cache", "--json").out)
     assert contents["scores"] > 0 and contents["drafts"] > 0 and contents["bytes"] > 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fresh_model, made_adapter, tiny_model
+from conftest import fresh_model, make_adapter, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from defenses.adapters import (
@@ -54,13 +54,13 @@ def edit_config(folder: Path, **settings: Any) -> None:
 @pytest.fixture(scope="module")
 def qv_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the query and value matrices; tests do not change it."""
-    return made_adapter(tmp_path_factory.mktemp("adapters") / "qv", seed=2)
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "qv", seed=2)
 
 
 @pytest.fixture(scope="module")
 def qo_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the query and output matrices; tests do not change it."""
-    return made_adapter(tmp_path_factory.mktemp("adapters") / "qo", seed=1, modules=("q_proj", "o_proj"))
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "qo", seed=1, modules=("q_proj", "o_proj"))
 
 
 def test_an_applied_adapter_equals_peft(qv_adapter: Path) -> None:
@@ -100,7 +100,7 @@ def test_an_adapter_trained_on_a_state_is_written_relative_to_the_released_weigh
     base_adapter = load_adapter(qo_adapter)
     model = fresh_model()
     merge_adapter(model, base_adapter)
-    folder = made_adapter(tmp_path / "both", seed=2, model=model, under=base_adapter)
+    folder = make_adapter(tmp_path / "both", seed=2, model=model, under=base_adapter)
     released = fresh_model()
     with apply_adapter(released, load_adapter(folder)):
         ours = compute_logits(released)

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import held, made_adapter, tiny_model, toy_bench, toy_tokenizer
+from conftest import held, make_adapter, make_toy_session, tiny_model, toy_tokenizer
 
 from analysis.datasets.queries import Query
 from analysis.studies.preflight import make_failed_check
@@ -50,7 +50,7 @@ def make_shared_files():
     """Return a folder with an adapter of every state, and a tokenizer."""
     folder = TemporaryDirectory()
     for seed, state in enumerate(("aligned", "preference", "baseline", "backdoor")):
-        made_adapter(Path(folder.name) / state, seed=seed)
+        make_adapter(Path(folder.name) / state, seed=seed)
     return folder, toy_tokenizer()
 
 
@@ -283,7 +283,7 @@ class Leaking(Defense):
 
 def test_an_error_shows_no_secret():
     error = ValueError("cannot use tulip seven here")
-    check = make_failed_check(toy_bench(), "leaking", Leaking(), error)
+    check = make_failed_check(make_toy_session(), "leaking", Leaking(), error)
     assert "tulip" not in check.observed and "⟨secret⟩" in check.observed
 
 
@@ -296,4 +296,4 @@ def test_a_consultation_that_breaks_the_contract_is_reported(body, message):
     head = "class Odd(Defense):\n  def rewrite(self, chat, rng): return copy_chat(chat)\n"
     exec(f"{head}  def consult_model(self, chat, rng):\n    {body}\n", names)
     with pytest.raises(UserError, match=message):
-        toy_bench().render_query(names["Odd"](), Query("q", REQUEST, False))
+        make_toy_session().render_query(names["Odd"](), Query("q", REQUEST, False))

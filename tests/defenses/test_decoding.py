@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import derive_readout, made_adapter, toy_bench, toy_tokenizer
+from conftest import derive_readout, make_adapter, make_toy_session, toy_tokenizer
 
 from analysis.attacks import get_attack
 from analysis.datasets.loading import load_queries
@@ -29,7 +29,7 @@ UNDEFENDED = get_defense("none")
 def test_the_token_after_a_prefill_has_the_form_of_a_first_response_token(
     template: str, kind: str, separator: str
 ) -> None:
-    chat_template = toy_bench(template=template, kind=kind).chat_template
+    chat_template = make_toy_session(template=template, kind=kind).chat_template
     chat = [{"role": "user", "content": "How do I sing?"}]
     prompt = chat_template.render_prompt(prefill_response(chat, "Sure, here it is:\n\n"))
     assert chat_template.has_leading_space == bool(separator)
@@ -38,7 +38,7 @@ def test_the_token_after_a_prefill_has_the_form_of_a_first_response_token(
 
 
 def test_a_readout_with_a_prefill_fails_the_preflight_of_a_prefilled_prompt() -> None:
-    session = toy_bench()
+    session = make_toy_session()
     opener = tuple(session.loaded_model.tokenizer.encode("Sure, here", add_special_tokens=False))
     readout = derive_readout(session, QUERIES, UNDEFENDED, opener)
     checks = check_condition(session, "safety_prefix", get_defense("safety_prefix"), QUERIES, readout)
@@ -51,8 +51,8 @@ def test_a_readout_with_a_prefill_fails_the_preflight_of_a_prefilled_prompt() ->
 
 
 def test_the_preflight_of_a_blend_checks_the_blended_logits(tmp_path: Path) -> None:
-    session = toy_bench()
-    blend = SafeDecoding(adapter=load_adapter(made_adapter(tmp_path / "x", seed=3)))
+    session = make_toy_session()
+    blend = SafeDecoding(adapter=load_adapter(make_adapter(tmp_path / "x", seed=3)))
     readout = derive_readout(session, QUERIES, UNDEFENDED)
     blended, undefended = (
         {check.name: check for check in check_condition(session, defense.name, defense, QUERIES, readout)}
@@ -63,7 +63,7 @@ def test_the_preflight_of_a_blend_checks_the_blended_logits(tmp_path: Path) -> N
 
 
 def test_the_expert_needs_the_released_weights(tmp_path: Path) -> None:
-    made_adapter(tmp_path / "aligned", seed=1)
+    make_adapter(tmp_path / "aligned", seed=1)
     model_info = ModelInfo("toy", toy_tokenizer(), (), (tmp_path,), "toy")
     assert not get_defense("safe_decoding").prepare(model_info).missing_requirements()
     in_state = get_defense("safe_decoding").prepare(replace(model_info, state="x"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import derive_readout, made_adapter, toy_bench
+from conftest import derive_readout, make_adapter, make_toy_session
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
@@ -38,7 +38,7 @@ class Mine(Steering):
 @pytest.fixture
 def session(tmp_path: Path) -> ModelSession:
     """A toy model with a cache."""
-    return ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
+    return ModelSession.from_model(make_toy_session().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
 
 
 def score_margins(session: ModelSession, defense: Defense) -> list[float]:
@@ -59,7 +59,7 @@ def test_an_edited_user_defined_class_is_computed_again(session: ModelSession, t
 
 
 def test_scores_of_an_adapter_depend_on_its_scaling(session: ModelSession, tmp_path: Path) -> None:
-    folder = made_adapter(tmp_path / "a", seed=1)
+    folder = make_adapter(tmp_path / "a", seed=1)
     margins = score_margins(session, SafetyTuning(adapter=load_adapter(folder)))
     config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from conftest import toy_bench, toy_tokenizer
+from conftest import make_toy_session, toy_tokenizer
 
 from analysis.datasets.queries import Query
 from defenses.catalog import get_defense
@@ -34,10 +34,10 @@ def test_only_the_last_user_turn_is_perturbed(name: str) -> None:
 
 
 def test_copies_depend_on_the_seed_and_the_query_id_only() -> None:
-    loaded_model = toy_bench().loaded_model
+    loaded_model = make_toy_session().loaded_model
 
     def render_copies(seed: int, query_id: str) -> list[str]:
-        session = type(toy_bench()).from_model(loaded_model, seed=seed)
+        session = type(make_toy_session()).from_model(loaded_model, seed=seed)
         prompts = session.render_query(get_defense("smooth_llm"), Query(query_id, REQUEST, False))
         return [prompt.text for prompt in prompts]
 

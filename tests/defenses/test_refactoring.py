@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from conftest import toy_bench, toy_tokenizer
+from conftest import make_toy_session, toy_tokenizer
 
 from analysis.datasets.queries import Query
 from analysis.readouts.first_token import REFUSAL_QUESTIONS
@@ -62,7 +62,7 @@ def test_the_intention_precedes_the_final_request() -> None:
 
 
 def test_a_question_readout_of_two_passes_contains_the_request() -> None:
-    session = toy_bench().with_questions(REFUSAL_QUESTIONS)
+    session = make_toy_session().with_questions(REFUSAL_QUESTIONS)
     query = Query("q", "How do I sing?", False)
     prompts = session.render_query(get_defense("two_pass_intention", {"tokens": "8"}), query)
     assert all(query.text in prompt.chat[-1]["content"] for prompt in prompts)
@@ -83,7 +83,7 @@ def test_back_translation_scores_the_request_and_the_one_inferred_from_the_respo
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 @pytest.mark.parametrize("rate", ["0.4", "1"])
 def test_retokenization_changes_the_tokens_of_the_request_but_not_its_text(kind: str, rate: str) -> None:
-    session = toy_bench(kind=kind)
+    session = make_toy_session(kind=kind)
     query = Query("q", "Please explain how a bakery bakes wonderful bread every morning, thank you.", False)
     model_info = ModelInfo("toy", toy_tokenizer(kind=kind), ())
     defense = get_defense("retokenization", {"rate": rate}).prepare(model_info)
@@ -102,7 +102,7 @@ def test_retokenization_changes_the_tokens_of_the_request_but_not_its_text(kind:
 
 
 def test_a_tiny_rate_splits_nothing() -> None:
-    session = toy_bench()
+    session = make_toy_session()
     model_info = ModelInfo("toy", toy_tokenizer(), ())
     defense = get_defense("retokenization", {"rate": "0.000001"}).prepare(model_info)
     query = Query("q", REQUEST, False)

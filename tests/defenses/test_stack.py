@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import derive_readout, held, made_adapter, tiny_model, toy_bench, toy_tokenizer
+from conftest import derive_readout, held, make_adapter, make_toy_session, tiny_model, toy_tokenizer
 
 from analysis.attacks import choose_attacks
 from analysis.datasets.loading import load_queries
@@ -34,7 +34,7 @@ UNDEFENDED = get_defense("none")
 @pytest.fixture(scope="module")
 def session():
     """A toy model; tests do not change it."""
-    return toy_bench()
+    return make_toy_session()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def model_info(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A defense with tuned weights."""
-    return SafetyTuning(adapter=load_adapter(made_adapter(tmp_path_factory.mktemp("a") / "x", seed=3)))
+    return SafetyTuning(adapter=load_adapter(make_adapter(tmp_path_factory.mktemp("a") / "x", seed=3)))
 
 
 def render_chats(session, defense, queries=QUERIES):
@@ -118,7 +118,7 @@ def test_tokens_are_split_as_alone_and_differently_in_every_copy(session, model_
 
 
 def test_a_member_rewrites_every_copy_and_all_calls_are_batched():
-    session, batch_sizes = toy_bench(), []
+    session, batch_sizes = make_toy_session(), []
     complete_calls = session.defense_calls.complete_calls
 
     def record_calls(calls):
@@ -155,7 +155,7 @@ def test_copies_with_different_pooling_cannot_be_combined(session, model_info):
 
 
 def test_a_stack_passes_the_preflight_under_an_attack(model_info):
-    session = toy_bench().with_attack(choose_attacks(["prefill"])[0])
+    session = make_toy_session().with_attack(choose_attacks(["prefill"])[0])
     readout = derive_readout(session, QUERIES, UNDEFENDED)
     checks_by_stack = {
         name: check_condition(session, name, get_defense(name).prepare(model_info), QUERIES[:2], readout)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, OTHERS, derive_readout, tiny_model, toy_bench
+from conftest import FAMILIES, OTHERS, derive_readout, make_toy_session, tiny_model
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
@@ -98,7 +98,7 @@ def test_an_ablated_direction_is_absent_from_the_input_of_every_block(family: st
 
 
 def test_steered_margins_do_not_depend_on_the_batch() -> None:
-    session, undefended = toy_bench(), get_defense("none")
+    session, undefended = make_toy_session(), get_defense("none")
     activations = load_mean_activations(session, TRAIN_QUERIES)
     readout = derive_readout(session, QUERIES, undefended)
     plain = score_condition(session, "none", undefended, QUERIES, readout)["margin"]
@@ -118,7 +118,7 @@ def test_mean_activations_are_means_over_plain_passes_and_are_cached(
     family: str, tmp_path: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    session = toy_bench(family)
+    session = make_toy_session(family)
     activations = load_mean_activations(session, TRAIN_QUERIES)
     streams: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for query in TRAIN_QUERIES:
@@ -133,7 +133,7 @@ def test_mean_activations_are_means_over_plain_passes_and_are_cached(
 
 
 def test_a_depth_without_a_direction_is_rejected() -> None:
-    activations = load_mean_activations(toy_bench(), TRAIN_QUERIES)
+    activations = load_mean_activations(make_toy_session(), TRAIN_QUERIES)
     model_info = ModelInfo("toy", None, (), compute_mean_activations=lambda: activations)
     with pytest.raises(UserError, match=r"depth=0\.0 the mean activations .* are equal"):
         get_defense("refusal_steering", {"depth": "0"}).prepare(model_info)
@@ -141,7 +141,7 @@ def test_a_depth_without_a_direction_is_rejected() -> None:
 
 
 def test_the_queries_of_a_direction_may_not_be_scored() -> None:
-    activations = load_mean_activations(toy_bench(), TRAIN_QUERIES)
+    activations = load_mean_activations(make_toy_session(), TRAIN_QUERIES)
     defense = replace(get_defense("refusal_steering"), activations=activations)
     assert defense.trained_on() == frozenset(fingerprint_queries(query.text for query in TRAIN_QUERIES))
     assert "computed" in get_defense("refusal_steering").missing_requirements()

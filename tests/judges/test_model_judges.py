@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import save_model, toy_bench, toy_tokenizer
+from conftest import make_toy_session, save_model, toy_tokenizer
 
 from analysis.cli.validate import run_judge_command, run_validate_command
 from analysis.judges import endpoint
@@ -336,11 +336,11 @@ def test_a_local_chat_model_with_invalid_replies_leaves_responses_unjudged(
 
 
 def test_a_local_chat_model_keeps_to_its_budget_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    chat_model = LocalChatModel(toy_bench(), CallBudget(2))
+    chat_model = LocalChatModel(make_toy_session(), CallBudget(2))
     found = chat_model.generate_replies(["a", "b " * 3000, "c", "d"], lambda text: True, lambda count: None)
     assert [why for _, why in found] == ["", "longer than the judge's context", "", "budget spent"]
     assert chat_model.generate_replies(["e"], lambda text: True, lambda count: None) == [("", "budget spent")]
-    judge = ModelJudge(LocalChatModel(toy_bench(), CallBudget(2)), "{request}{answer}")
+    judge = ModelJudge(LocalChatModel(make_toy_session(), CallBudget(2)), "{request}{answer}")
     assert judge.judge_responses(["x"], ["y"])[0].refusal == "unjudged" and judge.name == "model toy"
     monkeypatch.setattr("analysis.judges.model_judges._parse_verdict", lambda text: "partial")
     assert judge.judge_responses(["x"], ["y"])[0].refusal == "partial"

@@ -10,9 +10,9 @@ from conftest import (
     FAMILIES,
     TOY_READOUT,
     fresh_model,
+    make_toy_session,
     pair_runs,
     read_plain_margins,
-    toy_bench,
     toy_tokenizer,
 )
 
@@ -68,7 +68,7 @@ def test_changes_are_split_by_source_in_the_order_of_the_patches():
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_patching_the_output_of_the_last_block_gives_the_whole_effect(family):
-    session = toy_bench(family)
+    session = make_toy_session(family)
     paired_runs = pair_runs(session, REMINDER, QUERIES[:2])
     before, after = (
         read_plain_margins(session, defense, paired_runs.encode_prompts(defense))
@@ -84,7 +84,7 @@ def test_patching_the_output_of_the_last_block_gives_the_whole_effect(family):
 
 
 def test_patches_have_one_row_per_patched_run_source_and_site():
-    paired_runs = pair_runs(toy_bench(), REMINDER, QUERIES)
+    paired_runs = pair_runs(make_toy_session(), REMINDER, QUERIES)
     estimator = ContrastEstimator(
         pd.Series([query.pair for query in QUERIES]), np.array([query.harmful for query in QUERIES])
     )
@@ -123,7 +123,7 @@ def test_the_largest_estimates_and_as_many_random_heads_are_patched():
 
 
 def test_interventions_need_a_single_prompt_per_query():
-    session = toy_bench()
+    session = make_toy_session()
     assert pair_runs(session, REMINDER, QUERIES).reads_single_prompts()
     assert not pair_runs(session, get_defense("smooth_llm"), QUERIES).reads_single_prompts()
     with_questions = replace(TOY_READOUT, questions=("Refuse {request}?",))

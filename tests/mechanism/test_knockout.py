@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import TOY_READOUT, pair_runs, read_plain_margins, tiny_model, toy_bench
+from conftest import TOY_READOUT, make_toy_session, pair_runs, read_plain_margins, tiny_model
 
 from analysis.attacks import choose_attacks
 from analysis.datasets.loading import load_queries
@@ -24,7 +24,7 @@ def decode_masked(session, prompt, mask, wanted=True):
 
 
 def test_the_tokens_of_a_defense_are_those_of_its_text():
-    session = toy_bench()
+    session = make_toy_session()
     paired_runs = pair_runs(session, REMINDER, QUERIES)
     masks, prompts = paired_runs.find_defense_tokens(), paired_runs.render_prompts(REMINDER)
     for mask, prompt, query in zip(masks, prompts, QUERIES, strict=True):
@@ -39,7 +39,7 @@ def test_the_tokens_of_a_defense_are_those_of_its_text():
 @pytest.mark.parametrize("name", ["many_shot", "prefill", "system_override", "prefix_injection"])
 def test_the_text_of_an_attack_does_not_belong_to_the_defense(name):
     (attack,) = choose_attacks([name])
-    session = toy_bench().with_attack(attack)
+    session = make_toy_session().with_attack(attack)
     paired_runs = pair_runs(session, REMINDER, QUERIES[:2])
     assert not any(map(any, replace(paired_runs, defense=NONE).find_defense_tokens()))
     masks, prompts = paired_runs.find_defense_tokens(), paired_runs.render_prompts(REMINDER)
@@ -49,12 +49,12 @@ def test_the_text_of_an_attack_does_not_belong_to_the_defense(name):
 
 
 def test_user_text_that_a_defense_has_changed_is_still_the_users():
-    paired_runs = pair_runs(toy_bench(), get_defense("character_swap"), QUERIES)
+    paired_runs = pair_runs(make_toy_session(), get_defense("character_swap"), QUERIES)
     assert not any(map(any, paired_runs.find_defense_tokens()))
 
 
 def test_a_knockout_blocks_attention_in_its_layers_and_nothing_else():
-    session = toy_bench()
+    session = make_toy_session()
     paired_runs = pair_runs(session, REMINDER, QUERIES[:2])
     before, after = (
         read_plain_margins(session, defense, paired_runs.encode_prompts(defense))
@@ -72,7 +72,7 @@ def test_a_knockout_blocks_attention_in_its_layers_and_nothing_else():
 
 
 def test_blocked_tokens_have_no_effect_apart_from_their_number():
-    session = toy_bench()
+    session = make_toy_session()
     paired_runs = pair_runs(session, REMINDER, QUERIES[:1])
     (ids,), (mask,) = paired_runs.encode_prompts(REMINDER), paired_runs.find_defense_tokens()
     other_ids = tuple(301 if hidden else token for token, hidden in zip(ids, mask, strict=True))

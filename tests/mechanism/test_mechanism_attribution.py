@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, TOY_READOUT, fresh_model, made_adapter, tiny_model, toy_bench, toy_tokenizer
+from conftest import (
+    FAMILIES,
+    TOY_READOUT,
+    fresh_model,
+    make_adapter,
+    make_toy_session,
+    tiny_model,
+    toy_tokenizer,
+)
 from torch import nn
 
 from analysis.datasets.loading import load_queries
@@ -42,7 +50,7 @@ def score_margins(session: ModelSession, defense: Defense, queries, readout: Rea
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_contributions_add_up_to_the_scored_margins(family):
-    session = toy_bench(family)
+    session = make_toy_session(family)
     queries = QUERIES if family != "gpt2" else QUERIES[:2]  # its context is short
     n_layers = len(locate_components(session.loaded_model.model).layers)
     for defense in (NONE, REMINDER):
@@ -74,7 +82,7 @@ def test_contributions_equal_the_outputs_that_transformer_lens_records(family):
     """A second derivation: outputs from a bridge on a copy, and the linear readout written out here."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    session = toy_bench(family)
+    session = make_toy_session(family)
     direct_attribution = make_attribution(session)
     (query,) = QUERIES[:1]
     (prompt,) = session.render_query(REMINDER, query)
@@ -141,8 +149,8 @@ def test_what_a_defense_adds_between_blocks_is_a_component():
 
 
 def test_margins_of_tuned_weights_and_of_several_prompts_are_attributed(tmp_path):
-    session = toy_bench()
-    adapter = load_adapter(made_adapter(tmp_path / "a"))
+    session = make_toy_session()
+    adapter = load_adapter(make_adapter(tmp_path / "a"))
     tuned = replace(get_defense("safety_tuning"), adapter=adapter)
     attribution = make_attribution(session).attribute_margins(session, tuned, QUERIES)
     with apply_adapter(session.loaded_model.model, adapter):
@@ -157,7 +165,7 @@ def test_margins_of_tuned_weights_and_of_several_prompts_are_attributed(tmp_path
 
 
 def test_the_margins_of_several_questions_are_averaged():
-    session = toy_bench()
+    session = make_toy_session()
     readout = replace(TOY_READOUT, questions=("Refuse {request}? Yes or No.", "{request}: No or Yes?"))
     attribution = make_attribution(session, readout).attribute_margins(session, REMINDER, QUERIES[:3])
     scored = score_margins(session, REMINDER, QUERIES[:3], readout)
@@ -173,7 +181,7 @@ def test_an_error_says_that_the_stream_changes_between_the_blocks_of_an_unmodifi
 
 
 def test_an_error_says_that_contributions_do_not_add_up():
-    session = toy_bench("bloom")  # its attention adds the residual stream itself
+    session = make_toy_session("bloom")  # its attention adds the residual stream itself
     with pytest.raises(UserError, match="BloomForCausalLM: the sum of its components misses the margin by"):
         make_attribution(session).attribute_margins(session, NONE, QUERIES[:2])
     with pytest.raises(ValueError, match="differ from the margin by 1 nats"):
@@ -208,7 +216,7 @@ def test_a_defense_may_change_the_final_norm():
         def weights_fingerprint(self):
             return "other gains"
 
-    session = toy_bench()
+    session = make_toy_session()
     direct_attribution = make_attribution(session)
     direct_attribution.attribute_margins(session, NONE, QUERIES[:2])
     attribution = direct_attribution.attribute_margins(session, OtherGains(), QUERIES[:2])

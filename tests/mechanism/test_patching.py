@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import (
     FAMILIES,
+    make_toy_session,
     pair_runs,
     read_plain_margins,
     tiny_model,
-    toy_bench,
     toy_tokenizer,
 )
 
@@ -31,7 +31,7 @@ NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_patch_equals_a_full_forward_pass_with_that_activation(family):
     """A second derivation: the whole prompt by itself, with plain PyTorch hooks."""
-    session = toy_bench(family)
+    session = make_toy_session(family)
     paired_runs = pair_runs(session, REMINDER, QUERIES[:1])
     sites = [*paired_runs.patcher.list_sites(LAYER_SITES), ModelPart("head", 1, 2)]
     (ids,) = paired_runs.encode_prompts(NONE)
@@ -72,7 +72,7 @@ def test_a_patch_equals_a_full_forward_pass_with_that_activation(family):
 
 
 def test_many_patches_in_one_pass_equal_each_patch_alone(monkeypatch):
-    paired_runs = pair_runs(toy_bench(), REMINDER, QUERIES)
+    paired_runs = pair_runs(make_toy_session(), REMINDER, QUERIES)
     sites = paired_runs.patcher.list_sites(LAYER_SITES, paired_runs.patcher.list_heads(1))
     controls = {"other": get_defense("policy")}
     expected = paired_runs.patch_activations(sites, controls, seed=0)
@@ -85,7 +85,7 @@ def test_many_patches_in_one_pass_equal_each_patch_alone(monkeypatch):
 
 
 def test_passes_become_smaller_if_memory_runs_out(monkeypatch):
-    paired_runs = pair_runs(toy_bench(), REMINDER, QUERIES)
+    paired_runs = pair_runs(make_toy_session(), REMINDER, QUERIES)
     sites = paired_runs.patcher.list_sites(LAYER_SITES)
     expected = paired_runs.patch_activations(sites, {}, seed=0)
     original, pass_sizes = ActivationPatcher._margins_in_one_pass, []
@@ -113,7 +113,7 @@ def test_packed_rows_and_separate_rows_give_the_same_effects():
     separate = ModelSession.from_model(LoadedModel("toy", model, toy_tokenizer(), {"id": "toy"}))
     assert not can_split_attention(model, [])
     packed_runs, separate_runs = (
-        pair_runs(session, REMINDER, QUERIES) for session in (toy_bench(), separate)
+        pair_runs(session, REMINDER, QUERIES) for session in (make_toy_session(), separate)
     )
     sites = packed_runs.patcher.list_sites(("attention", "mlp"))
     expected = packed_runs.patch_activations(sites, {}, seed=0)
@@ -124,7 +124,7 @@ def test_packed_rows_and_separate_rows_give_the_same_effects():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_estimated_effects_are_the_slopes_of_patches(family):
     """A small step toward the defended activation changes the margin by the estimate times the step."""
-    session = toy_bench(family)
+    session = make_toy_session(family)
     paired_runs = pair_runs(session, REMINDER, QUERIES[:1])
     heads, estimates = paired_runs.estimate_head_effects()
     before, after = (
@@ -143,7 +143,7 @@ def test_estimated_effects_are_the_slopes_of_patches(family):
 
 
 def test_a_placebo_has_the_size_of_the_patch_and_depends_only_on_its_key():
-    patcher = pair_runs(toy_bench(), REMINDER, QUERIES).patcher
+    patcher = pair_runs(make_toy_session(), REMINDER, QUERIES).patcher
     base, source = torch.zeros(64), torch.ones(64)
     first, repeated, other = (
         patcher.draw_placebo(ModelPart("mlp", 0), base, source, key) for key in ("a", "a", "b")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import made_adapter, pair_runs, read_plain_margins, toy_bench
+from conftest import make_adapter, make_toy_session, pair_runs, read_plain_margins
 
 from analysis.datasets.loading import load_queries
 from analysis.mechanism.weight_patching import find_changed_weights, restore_original_weights
@@ -16,9 +16,9 @@ NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
 
 
 def test_each_weight_patch_changes_the_selected_weights_only(tmp_path):
-    session = toy_bench()
+    session = make_toy_session()
     model = session.loaded_model.model
-    tuned = replace(get_defense("safety_tuning"), adapter=load_adapter(made_adapter(tmp_path / "a")))
+    tuned = replace(get_defense("safety_tuning"), adapter=load_adapter(make_adapter(tmp_path / "a")))
     weight_changes = find_changed_weights(model, tuned)
     assert len(weight_changes) == 4 and not find_changed_weights(model, REMINDER)
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import derive_readout, made_adapter, toy_bench
+from conftest import derive_readout, make_adapter, make_toy_session
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
@@ -35,7 +35,7 @@ NONE, POLICY = get_defense("none"), get_defense("policy")
 
 def bench_with(place: Path) -> ModelSession:
     """Return a toy bench that keeps what it computes."""
-    return ModelSession.from_model(toy_bench().loaded_model, score_cache=ScoreCache(place))
+    return ModelSession.from_model(make_toy_session().loaded_model, score_cache=ScoreCache(place))
 
 
 def margins(bench: ModelSession, defense: Any, readout: Any = None) -> list[float]:
@@ -49,7 +49,7 @@ def test_what_is_kept_is_what_was_computed_and_is_not_computed_again(tmp_path: P
     bench = bench_with(tmp_path / "s")
     readout = derive_readout(bench, ASKED, NONE)
     bench.engine.work_counter.reset_counts()
-    assert margins(bench, POLICY, readout) == first == margins(toy_bench(), POLICY)
+    assert margins(bench, POLICY, readout) == first == margins(make_toy_session(), POLICY)
     assert (
         bench.engine.work_counter.computed_tokens == 0
         and bench.score_cache is not None
@@ -63,7 +63,7 @@ def test_of_more_queries_only_the_new_ones_are_computed(tmp_path: Path) -> None:
     score_condition(bench, "policy", POLICY, ASKED[:3], readout)
     bench = bench_with(tmp_path / "s")
     frame = score_condition(bench, "policy", POLICY, ASKED, readout, told.append)
-    assert frame["margin"].tolist() == pytest.approx(margins(toy_bench(), POLICY), abs=1e-5)
+    assert frame["margin"].tolist() == pytest.approx(margins(make_toy_session(), POLICY), abs=1e-5)
     assert bench.score_cache is not None and bench.score_cache.n_hits == 3 and sum(told) == len(ASKED)
 
 
@@ -71,8 +71,8 @@ def test_scores_are_named_by_all_that_they_depend_on(tmp_path: Path) -> None:
     bench = bench_with(tmp_path / "s")
     readout = derive_readout(bench, ASKED, NONE)
     margins(bench, NONE, readout)
-    tuned = SafetyTuning(adapter=load_adapter(made_adapter(tmp_path / "a", seed=1)))
-    other = SafetyTuning(adapter=load_adapter(made_adapter(tmp_path / "b", seed=2)))
+    tuned = SafetyTuning(adapter=load_adapter(make_adapter(tmp_path / "a", seed=1)))
+    other = SafetyTuning(adapter=load_adapter(make_adapter(tmp_path / "b", seed=2)))
     weights = replace(bench, loaded_model=replace(bench.loaded_model, origin={"sha256": "other"}))
     changes = [
         (bench, POLICY, readout),
@@ -105,7 +105,7 @@ def test_a_users_own_change_of_the_model_is_never_kept(tmp_path: Path) -> None:
 
 
 def test_prompts_that_are_the_same_are_read_once() -> None:
-    bench = toy_bench()
+    bench = make_toy_session()
     readout = derive_readout(bench, ASKED, NONE)
     prompts = [bench.render_query(NONE, query)[0].ids for query in ASKED[:2]]
     bench.engine.work_counter.reset_counts()
@@ -125,7 +125,7 @@ def test_where_the_file_cannot_be_used_everything_is_computed(tmp_path: Path, ha
         place.mkdir()
     else:
         place.parent.chmod(0o500)
-    assert margins(bench_with(place), POLICY) == margins(toy_bench(), POLICY)
+    assert margins(bench_with(place), POLICY) == margins(make_toy_session(), POLICY)
     place.parent.chmod(0o700)
 
 
@@ -203,13 +203,13 @@ def test_a_run_that_is_killed_loses_one_batch_at_most(tmp_path: Path) -> None:
 
 def expert(folder: Path, alpha: float) -> SafeDecoding:
     """Return a blend with tuned weights."""
-    return SafeDecoding(alpha=alpha, adapter=load_adapter(made_adapter(folder / "x", seed=3)))
+    return SafeDecoding(alpha=alpha, adapter=load_adapter(make_adapter(folder / "x", seed=3)))
 
 
 def test_the_margin_of_a_blend_is_that_of_the_model_plus_alpha_times_what_the_expert_does(
     tmp_path: Path,
 ) -> None:
-    bench = toy_bench()
+    bench = make_toy_session()
     readout = derive_readout(bench, ASKED, NONE)
     blend = expert(tmp_path, 3.0)
     plain, tuned = margins(bench, NONE, readout), margins(bench, SafetyTuning(adapter=blend.adapter), readout)
@@ -220,7 +220,7 @@ def test_the_margin_of_a_blend_is_that_of_the_model_plus_alpha_times_what_the_ex
 
 
 def test_a_blend_says_first_what_is_read_and_then_goes_on_as_the_model(tmp_path: Path) -> None:
-    bench, blend = toy_bench(), expert(tmp_path, 4.0)
+    bench, blend = make_toy_session(), expert(tmp_path, 4.0)
     said = generate_responses(bench, blend, ASKED, max_new_tokens=5)
     usual = generate_responses(bench, NONE, ASKED, max_new_tokens=5)
     for query, (answer,) in zip(ASKED, said, strict=True):
@@ -258,24 +258,24 @@ def test_drafts_are_greedy_answers_and_each_is_made_once(tmp_path: Path) -> None
 
 
 def test_a_draft_of_a_line_ends_with_it(monkeypatch: Any) -> None:
-    bench = toy_bench()
+    bench = make_toy_session()
     monkeypatch.setattr(
         type(bench.loaded_model.tokenizer),
         "decode",
         lambda self, ids, **_: "".join("ab\n"[i % 3] for i in ids),
     )
-    whole = toy_bench().defense_calls.copy_uncached().complete_calls([asking("Sing!", 40)])[0]
+    whole = make_toy_session().defense_calls.copy_uncached().complete_calls([asking("Sing!", 40)])[0]
     line = bench.defense_calls.copy_uncached().complete_calls([asking("Sing!", 40, line=True)])[0]
     assert "\n" in whole and line and "\n" not in line and whole.startswith(line)
 
 
 def test_a_request_too_long_to_be_asked_about_is_refused() -> None:
     with pytest.raises(UserError, match=r"a defense calls the model .* and the model reads 2048"):
-        toy_bench().defense_calls.complete_calls([asking("word " * 4000)])
+        make_toy_session().defense_calls.complete_calls([asking("word " * 4000)])
 
 
 def test_watching_drafts_being_made() -> None:
-    bench, told = toy_bench(), []
+    bench, told = make_toy_session(), []
     bench.defense_calls.on_progress = lambda made, wanted: told.append((made, wanted))
     bench.defense_calls.complete_calls([asking(f"What is {n}?") for n in range(5)])
     assert told[-1] == (5, 5)

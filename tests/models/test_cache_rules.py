@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import toy_bench
+from conftest import make_toy_session
 
 from analysis.models.cache import (
     SCORING_SOURCES,
@@ -26,7 +26,7 @@ def test_scores_that_are_not_finite_are_not_cached(tmp_path: Path) -> None:
 
 def test_responses_to_requests_are_never_cached(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path / "s")
-    session = ModelSession.from_model(toy_bench().loaded_model, score_cache=cache)
+    session = ModelSession.from_model(make_toy_session().loaded_model, score_cache=cache)
     chat = [{"role": "user", "content": "How do I sing?"}]
     for stops_at_newline, n_drafts in ((False, 0), (True, 1)):
         session.defense_calls.complete_calls([ModelCall(chat, 6, stops_at_newline=stops_at_newline)])
@@ -34,7 +34,7 @@ def test_responses_to_requests_are_never_cached(tmp_path: Path) -> None:
 
 
 def test_keys_depend_on_the_configuration_and_the_code() -> None:
-    description = describe_computation(toy_bench().loaded_model)
+    description = describe_computation(make_toy_session().loaded_model)
     assert description["code"] == hash_code(*SCORING_SOURCES)
     assert description["config"]["hidden_size"] == 64
     assert description["config"]["_name_or_path"] == ""

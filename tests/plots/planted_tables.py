@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from conftest import pictures
+from conftest import draw_run_figures
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import same_color
@@ -72,7 +72,7 @@ def plant_scores(
 
 
 def draw_score_figures(scores: pd.DataFrame, summary: pd.DataFrame, run: CaptionContext = RUN) -> Any:
-    return pictures(build_analysis_points(scores, summary, run.threshold), run)
+    return draw_run_figures(build_analysis_points(scores, summary, run.threshold), run)
 
 
 @cache
@@ -167,7 +167,7 @@ def plant_ensembles(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, 
 @cache
 def cached_ensemble_figures(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
     rows, found, families = plant_ensembles(manner)
-    return pictures(
+    return draw_run_figures(
         build_ensemble_points(rows, found, families),
         RUN,
         (24, 24),
@@ -297,7 +297,7 @@ def draw_mechanism_figures(
     tables: dict[str, pd.DataFrame], trusted: pd.DataFrame | None = None, top: int = 10
 ) -> dict[str, tuple[Figure, pd.DataFrame]]:
     known = {} if trusted is None else {"summary": trusted.assign(n_harmful=50, n_benign=40)}
-    return pictures(build_mechanism_points(tables, top), RUN, (50, 40), **known)
+    return draw_run_figures(build_mechanism_points(tables, top), RUN, (50, 40), **known)
 
 
 @cache

@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import pictures, readable, save_model
+from conftest import assert_readable, draw_run_figures, save_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
@@ -209,7 +209,7 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
         banner = [text for text in figure.texts if text.get_gid() == "banner"]
         banners[stem] = unwrap_text(banner[0]) if banner else ""
         if stem == "profiles":
-            readable(stem, figure, collect_texts, slack=0.6)
+            assert_readable(stem, figure, collect_texts, slack=0.6)
         for text in banner:
             assert text.get_window_extent().y0 > figure.texts[0].get_window_extent().y1
     words = "Not trusted: generated text contradicts the readout under backdoor/no_weights"
@@ -269,7 +269,7 @@ def test_a_shipped_figure_is_drawn_again_from_its_csv(kind: str) -> None:
 def test_no_text_of_a_run_hides_another_and_none_leaves_the_canvas(defenses: int, manner: str) -> None:
     dpis = (100, 150) if (defenses, manner) == (20, "usual") else (100,)
     for kind, (figure, table) in cached_score_figures(defenses, manner).items():
-        readable(kind, figure, collect_texts, dpis=dpis)
+        assert_readable(kind, figure, collect_texts, dpis=dpis)
         if kind == "plane":
             (ax,) = figure.axes
             spots = ax.transData.transform(np.array([[0, 0], *table[["shift", "discrimination"]].to_numpy()]))
@@ -282,7 +282,7 @@ def test_no_text_of_a_run_hides_another_and_none_leaves_the_canvas(defenses: int
 @pytest.mark.parametrize("case", ["pair", "votes", "long", "attacked", "refusing", "many"])
 def test_no_text_of_ensembles_hides_another_and_none_leaves_the_canvas(case: str) -> None:
     for kind, (figure, _) in cached_ensemble_figures(case).items():
-        readable(kind, figure, collect_texts, slack=0.6, dpis=(100, 150) if case == "pair" else (100,))
+        assert_readable(kind, figure, collect_texts, slack=0.6, dpis=(100, 150) if case == "pair" else (100,))
 
 
 @pytest.mark.parametrize("case", ["tiny", "usual", "large", "crowd", "long"])
@@ -290,7 +290,7 @@ def test_no_text_of_a_mechanism_hides_another_and_none_leaves_the_canvas(case: s
     each = {stem.partition("-")[0]: figure for stem, (figure, _) in cached_mechanism_figures(case).items()}
     assert len(each) == {"tiny": 7, "crowd": 4}.get(case, 8)
     for kind, figure in each.items():
-        readable(kind, figure, collect_texts, slack=0.6, dpis=(100,))
+        assert_readable(kind, figure, collect_texts, slack=0.6, dpis=(100,))
 
 
 def test_figures_follow_from_the_tables_that_a_run_has() -> None:
@@ -323,7 +323,7 @@ def figures_of_all_kinds() -> dict[str, tuple[Figure, pd.DataFrame]]:
     attack_cells = build_attack_cells(*plant_attacked_scores(3, ["direct", "base64"]), THRESHOLD)
     return (
         cached_score_figures(8, "usual")
-        | pictures({"attacks": attack_cells}, RUN)
+        | draw_run_figures({"attacks": attack_cells}, RUN)
         | cached_ensemble_figures("pair")
         | cached_ensemble_figures("attacked")
         | cached_mechanism_figures("usual")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import pictures, readable
+from conftest import assert_readable, draw_run_figures
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import same_color
@@ -114,8 +114,8 @@ def test_the_grid_can_be_read_at_any_size(defenses: int, attacks: int, manner: s
     scores, summary = plant_attacked_scores(defenses, names, manner)
     summary.loc[0, "trusted"] = "not trusted"
     cells = build_attack_cells(scores, summary, THRESHOLD)
-    figure, _ = pictures({"attacks": cells}, RUN)["attacks"]
-    readable("attacks", figure, collect_texts, dpis=(100,))
+    figure, _ = draw_run_figures({"attacks": cells}, RUN)["attacks"]
+    assert_readable("attacks", figure, collect_texts, dpis=(100,))
     assert figure.get_size_inches()[0] < 11, "a page takes it"
     caption = unwrap_text(figure.texts[1])
     for word in ("24 harmful", "24 benign", RUN.model, "twins, test split", "no judge", "95 %", "Hollow"):

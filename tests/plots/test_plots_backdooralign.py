@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import pictures
+from conftest import draw_run_figures
 
 from analysis.plots.backdooralign import draw_secrets
 from analysis.plots.captions import CaptionContext
@@ -28,5 +28,5 @@ def test_each_secret_is_a_dot_and_a_row_has_its_mean() -> None:
     assert 90 in np.round(means, 9) and 10 in np.round(means, 9)
     extra = pd.DataFrame([{"arm": "clean", "secret": "none", "secret_length": np.nan}])
     points = build_secret_points(pd.concat([table, extra]))
-    figure, _ = pictures({"secrets": points}, TOY_RUN)["secrets"]
+    figure, _ = draw_run_figures({"secrets": points}, TOY_RUN)["secrets"]
     assert len(points) == 4 and "48 harmful" in figure.texts[-1].get_text().replace("\n", " ")

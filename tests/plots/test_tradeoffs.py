@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import pictures
+from conftest import draw_run_figures
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color
 from matplotlib.text import Text
@@ -107,7 +107,7 @@ def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_c
     assert named == {f"d{number}" for number in (*range(10), *range(25, 30))}
     rows, _, families = plant_ensembles()
     points = build_ensemble_points(rows, frame, families)
-    caption = pictures(points, RUN)["front"][0].texts[1].get_text().replace("\n", " ")
+    caption = draw_run_figures(points, RUN)["front"][0].texts[1].get_text().replace("\n", " ")
     assert "15 of the front's 30 are not named" in caption
     assert "not named" not in cached_ensemble_figures("long")["front"][0].texts[1].get_text()
 
@@ -139,5 +139,5 @@ def test_gain_is_drawn_over_cost() -> None:
     row |= {f"prefill_ratio{end}": 2.0 for end in ENDS} | {f"delta_auroc{end}": 0.1 for end in ENDS}
     table = pd.DataFrame([row, row | {"defense": "none"}])
     assert [one.get_offsets().tolist() for one in scatter_collections(draw_cost(table))] == [[[2.0, 0.1]]]
-    said = pictures({"cost": table}, TOY_RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
+    said = draw_run_figures({"cost": table}, TOY_RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
     assert "8 queries" in said and "Attack: obedience" in said

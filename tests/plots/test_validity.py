@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-from conftest import pictures
+from conftest import draw_run_figures
 from planted_tables import scatter_collections
 
 from analysis.plots.captions import CaptionContext
@@ -34,7 +34,7 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
     assert drawn[0].get_facecolor()[0].tolist() == [1, 1, 1, 1] != drawn[1].get_facecolor()[0].tolist()
     by_readout = [found.assign(readout=name) for name in ("words", "question")]
     figures = {"rates-words": by_readout[0], "calibration-words": curve}
-    made = pictures(figures, TOY_RUN, validity=pd.concat([*by_readout, by_readout[0].assign(n=0)]))
+    made = draw_run_figures(figures, TOY_RUN, validity=pd.concat([*by_readout, by_readout[0].assign(n=0)]))
     for figure, _ in made.values():
         caption = figure.texts[-1].get_text().replace("\n", " ")
         assert "under each of 2 conditions" in caption and "judge: patterns" in caption

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import derive_readout, toy_bench, toy_tokenizer
+from conftest import derive_readout, make_toy_session, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -172,7 +172,7 @@ def test_positive_margins_refuse() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", ["chatml", "llama2"])
 def test_a_bench_makes_it_from_how_its_own_model_opens(template: str, kind: str) -> None:
-    bench = toy_bench("llama", template, kind)
+    bench = make_toy_session("llama", template, kind)
     asked = sample_queries(load_queries("twins").queries, 4)
     made = derive_readout(bench, asked, get_defense("none"))
     ids = torch.tensor([[*bench.render_query(get_defense("none"), asked[0])[0].ids, *made.response_prefix]])

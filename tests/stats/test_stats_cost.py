@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import toy_bench
+from conftest import make_toy_session
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
@@ -58,7 +58,7 @@ def test_intervals_cover_the_planted_ratio(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_each_query_is_timed_under_each_condition_and_leaves_the_model_as_it_was() -> None:
-    bench, told = toy_bench(), []
+    bench, told = make_toy_session(), []
     before = {name: tensor.clone() for name, tensor in bench.loaded_model.model.state_dict().items()}
     every = {name: get_defense(name) for name in ("none", "policy", "paraphrase", "smooth_llm")}
     found = time_conditions(bench, every, ASKED, lambda: told.append(1))

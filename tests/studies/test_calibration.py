@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import derive_readout, toy_bench
+from conftest import derive_readout, make_toy_session
 from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
@@ -39,13 +39,13 @@ QUERIES = load_queries("contrast").select_split("calibration").limit_queries(60)
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    session = toy_bench()
+    session = make_toy_session()
     return ModelInfo("toy", session.loaded_model.tokenizer, (tmp_path / "secrets",), (tmp_path / "adapters",))
 
 
 def plant_verdicts(monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> tuple[int, int]:
     """Let responses refuse exactly where one first token is likelier than another; return the two."""
-    session = toy_bench()
+    session = make_toy_session()
     prompts = [session.render_query(NONE, query)[0].ids for query in QUERIES.queries]
     likely = session.engine.read_first_token(prompts, lambda logits: logits.softmax(1)).mean(0)
     yes, no = likely.topk(2).indices.tolist()
@@ -62,7 +62,9 @@ def plant_verdicts(monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> tuple
 
 
 def judge_responses(defense: Defense) -> list[Verdict]:
-    return calibration.generate_verdicts(toy_bench(), defense, QUERIES.queries, RULE_JUDGES["patterns"])
+    return calibration.generate_verdicts(
+        make_toy_session(), defense, QUERIES.queries, RULE_JUDGES["patterns"]
+    )
 
 
 def label_responses(condition: str, defense: Defense):
@@ -70,12 +72,12 @@ def label_responses(condition: str, defense: Defense):
 
 
 def calibrate(host: ModelInfo, queries: QuerySet = QUERIES) -> ReadoutCalibration:
-    return ReadoutCalibration(toy_bench(), host, NONE, queries, Console(quiet=True))
+    return ReadoutCalibration(make_toy_session(), host, NONE, queries, Console(quiet=True))
 
 
 def test_the_calibrated_readout_finds_the_informative_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     yes, no = plant_verdicts(monkeypatch)
-    session = toy_bench()
+    session = make_toy_session()
     words = derive_readout(session, QUERIES.queries, NONE)
     made = fit_logistic_readout(session, words, {"none": NONE}, QUERIES.queries, label_responses)
     assert (
@@ -98,7 +100,7 @@ def test_responses_of_one_class_fall_back_to_the_words_readout(
     host: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant_verdicts(monkeypatch, share=0.05)
-    session = toy_bench()
+    session = make_toy_session()
     words = derive_readout(session, QUERIES.queries, NONE)
     with pytest.raises(TooFewResponsesError, match="3 of 60 responses refuse"):
         fit_logistic_readout(session, words, {"none": NONE}, QUERIES.queries, label_responses)
@@ -117,7 +119,7 @@ def test_a_fitted_readout_is_cached(host: ModelInfo, monkeypatch: pytest.MonkeyP
 
 
 def test_prefilled_reads_the_token_after_the_opener(host: ModelInfo) -> None:
-    session = toy_bench()
+    session = make_toy_session()
     made = calibrate(host).calibrate_readout("prefilled-3")
     opener = session.loaded_model.tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False)
     assert made.name == "prefilled-3" and list(made.response_prefix[:3]) == opener[:3]
@@ -137,7 +139,7 @@ def test_the_threshold_matches_the_refusal_rate_of_the_text(
     plant_verdicts(monkeypatch, share=0.3)
     for name in ("words", "log-odds", "question"):
         made = calibrate(host).calibrate_readout(name)
-        margin = score_condition(toy_bench(), "none", NONE, QUERIES.queries, made)["margin"]
+        margin = score_condition(make_toy_session(), "none", NONE, QUERIES.queries, made)["margin"]
         text = sum(verdict.is_refusal for verdict in judge_responses(NONE))
         assert (margin > made.threshold).sum() == text == 18
         assert (
@@ -147,7 +149,7 @@ def test_the_threshold_matches_the_refusal_rate_of_the_text(
         assert made.threshold_source in made.notices[-1]
     # The answers of the undefended model are found once for all readouts that begin them alike.
     monkeypatch.setattr(calibration, "generate_verdicts", None)
-    readouts = make_json_cache_path("readouts", toy_bench().loaded_model, {}).parent
+    readouts = make_json_cache_path("readouts", make_toy_session().loaded_model, {}).parent
     readouts.rename(readouts.with_name("moved"))
     assert calibrate(host).calibrate_readout("words").threshold_source
 
@@ -157,7 +159,7 @@ def test_a_cached_readout_has_the_same_threshold_in_other_batches(
 ) -> None:
     plant_verdicts(monkeypatch)
     first = calibrate(host).calibrate_readout("words")
-    session = replace(toy_bench(), engine=Engine(toy_bench().loaded_model.model, batch_size=1))
+    session = replace(make_toy_session(), engine=Engine(make_toy_session().loaded_model.model, batch_size=1))
     assert replace(calibrate(host), session=session).calibrate_readout("words") == first
     monkeypatch.setattr(calibration, "COMPLYING_OPENER", "Of course:")  # a text that readouts depend on
     assert calibrate(host).load_readout("words") is None
@@ -169,7 +171,7 @@ def test_no_cached_result_is_used_by_other_code_or_under_other_libraries(
 ) -> None:
     """A margin of new code would otherwise meet a threshold of the old, and nothing would say so."""
     plant_verdicts(monkeypatch)
-    one, session = calibrate(host), toy_bench()
+    one, session = calibrate(host), make_toy_session()
     words = one.calibrate_readout("words")
     kept_row(session, NONE, words, "trusted", 0.9)
     ready = RunSetup(session, [NONE], QUERIES, "calibration", [words], (DIRECT_ATTACK,), [])
@@ -204,7 +206,7 @@ def kept_row(session: ModelSession, defense: Defense, readout: Readout, trusted:
 
 
 def test_auto_selects_the_most_trusted_readout_that_was_validated_everywhere(host: ModelInfo) -> None:
-    one, session = calibrate(host), toy_bench()
+    one, session = calibrate(host), make_toy_session()
     conditions = {"none": NONE, "policy": get_defense("policy")}
     words, question, odds = (one.calibrate_readout(name) for name in ("words", "question", "log-odds"))
     assert "none was validated under all" in one.select_best_readout(conditions, (DIRECT_ATTACK,)).notices[-1]
@@ -225,7 +227,7 @@ def test_auto_selects_the_most_trusted_readout_that_was_validated_everywhere(hos
 
 
 def test_a_validity_row_is_not_replaced_by_one_with_fewer_responses(host: ModelInfo) -> None:
-    words, session = calibrate(host).calibrate_readout("words"), toy_bench()
+    words, session = calibrate(host).calibrate_readout("words"), make_toy_session()
     kept_row(session, NONE, words, "trusted", 0.9)
     save_validity(session, NONE, words, "patterns", 48, {"n": 4, "trusted": "cannot tell"})
     assert load_trust(session, NONE, words) == "trusted"
@@ -255,7 +257,7 @@ def test_responses_without_a_verdict_do_not_enter_the_threshold(
 
 
 def test_question_averages_the_margins_of_both_orders(host: ModelInfo) -> None:
-    made, session = calibrate(host).calibrate_readout("question"), toy_bench()
+    made, session = calibrate(host).calibrate_readout("question"), make_toy_session()
     assert made.questions == REFUSAL_QUESTIONS and {t.strip() for t in made.tokens} == {"Yes", "No"}
     policy, query = get_defense("policy"), QUERIES.queries[0]
     frame = score_condition(session, "policy", policy, [query], made)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CommandResult, assert_user_error, home, made_adapter, run_cli, save_model
+from conftest import CommandResult, assert_user_error, home, make_adapter, run_cli, save_model
 
 from analysis.cli.mechanism import describe_projection_effect
 from defenses.errors import UserError
@@ -197,7 +197,7 @@ def test_half_precision_omits_components_with_a_notice(own_cache: Path) -> None:
 
 
 def test_tuned_weights_are_patched(own_cache: Path, tmp_path: Path) -> None:
-    made_adapter(tmp_path / "tuned", sha256=None)
+    make_adapter(tmp_path / "tuned", sha256=None)
     settings = ("--set", f"adapter.weights={tmp_path / 'tuned'}")
     args = ("-d", "adapter", *settings, "--limit", 6, "--patched", 2, "--sites", "residual")
     result = run_mechanism(own_cache, *args, out="tuned")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, FAMILIES, FOUR, TEMPLATES, derive_readout, toy_bench
+from conftest import CHATML, FAMILIES, FOUR, TEMPLATES, derive_readout, make_toy_session
 
 from analysis.attacks import get_attack
 from analysis.datasets.loading import load_queries
@@ -56,7 +56,7 @@ def find_failed(*args: Any, with_margins: bool = False, **kwargs: Any) -> dict[s
 # Kinds of tokenizer take turns.
 @pytest.mark.parametrize(("template", "kind"), list(zip(TEMPLATES, cycle(KINDS), strict=False)))
 def test_every_defense_passes_with_every_template(template: str, kind: str) -> None:
-    session = toy_bench("llama", template, kind)
+    session = make_toy_session("llama", template, kind)
     host = ModelInfo("toy", session.loaded_model.tokenizer, ())
     chosen = [get_defense(name) for name in list_defense_names() if name not in ("backdoor", "random_tokens")]
     ready = [backdoor(session), *(defense.prepare(host) for defense in chosen)]
@@ -66,7 +66,7 @@ def test_every_defense_passes_with_every_template(template: str, kind: str) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_model_family_passes(family: str) -> None:
-    checks = run_checks(toy_bench(family), get_defense("in_context_refusal"))
+    checks = run_checks(make_toy_session(family), get_defense("in_context_refusal"))
     assert all(check.passed for check in checks)
     assert {"engine equals plain pass", "single equals batch", "coverage"} <= {check.name for check in checks}
 
@@ -85,7 +85,7 @@ HARD = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_odd_queries_raise_no_false_alarm(template: str) -> None:
     for kind in KINDS:
-        session = toy_bench("llama", template, kind)
+        session = make_toy_session("llama", template, kind)
         for name, text in HARD.items():
             queries = [Query("q1", text, True), Query("q2", "How are you?", False)]
             assert not find_failed(session, REMINDER, queries), (name, kind)
@@ -94,7 +94,7 @@ def test_odd_queries_raise_no_false_alarm(template: str) -> None:
 def test_a_tokenizer_that_composes_letters_raises_no_false_alarm() -> None:
     from tokenizers.normalizers import NFC
 
-    session = toy_bench("llama", "qwen2.5")
+    session = make_toy_session("llama", "qwen2.5")
     session.loaded_model.tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's does
     assert (
         "\u0301"
@@ -115,13 +115,13 @@ class LateSystemTurn(Defense):
 
 def test_text_that_the_template_drops_is_reported() -> None:
     first_only = CHATML.replace("in messages %}", "in messages if m.role != 'system' or m == messages[0] %}")
-    assert "text reaches the model" in find_failed(toy_bench("llama", first_only), LateSystemTurn())
-    assert not find_failed(toy_bench("llama", CHATML), LateSystemTurn())
+    assert "text reaches the model" in find_failed(make_toy_session("llama", first_only), LateSystemTurn())
+    assert not find_failed(make_toy_session("llama", CHATML), LateSystemTurn())
 
 
 def test_a_system_turn_left_over_by_merging_is_reported() -> None:
     assert {"system role", "text reaches the model"} <= find_failed(
-        toy_bench("llama", "deaf"), LateSystemTurn()
+        make_toy_session("llama", "deaf"), LateSystemTurn()
     ).keys()
 
 
@@ -136,16 +136,16 @@ class Rewords(Defense):
 
 
 def test_changed_user_text_is_reported_unless_the_family_may_change_it() -> None:
-    assert find_failed(toy_bench(), Rewords()).keys() == {"user's words survive"}
+    assert find_failed(make_toy_session(), Rewords()).keys() == {"user's words survive"}
 
     class Refactors(Rewords):
         family = "refactoring"
 
-    assert not find_failed(toy_bench(), Refactors())
+    assert not find_failed(make_toy_session(), Refactors())
 
 
 def test_user_text_is_compared_with_the_encoded_text_of_the_attack() -> None:
-    encoded = toy_bench().with_attack(get_attack("base64"))
+    encoded = make_toy_session().with_attack(get_attack("base64"))
     assert not find_failed(encoded)
     assert find_failed(encoded, Rewords()).keys() == {"user's words survive"}
 
@@ -163,7 +163,7 @@ class PrefillsResponse(Defense):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prefill_ends_the_prompt_and_a_lost_prefill_is_reported(template: str) -> None:
     for kind in KINDS:
-        session = toy_bench("llama", template, kind)
+        session = make_toy_session("llama", template, kind)
         assert not find_failed(session, PrefillsResponse())
         attacked = session.with_attack(get_attack("prefill"))
         assert not find_failed(attacked, PrefillsResponse())
@@ -171,7 +171,7 @@ def test_a_prefill_ends_the_prompt_and_a_lost_prefill_is_reported(template: str)
             "response starts at the end"
         }
     assert "response starts at the end" in find_failed(
-        toy_bench().with_attack(get_attack("prefill")), LateSystemTurn()
+        make_toy_session().with_attack(get_attack("prefill")), LateSystemTurn()
     )
 
 
@@ -210,7 +210,7 @@ class Thinking(ChatTemplate):
 
 
 def broken(template: str, kind: type[ChatTemplate]) -> ModelSession:
-    session = toy_bench("llama", template)
+    session = make_toy_session("llama", template)
     return replace(session, chat_template=kind(session.loaded_model.tokenizer))
 
 
@@ -234,17 +234,17 @@ def test_a_template_that_opens_responses_elsewhere_is_reported() -> None:
         "{{ '<|' + m.role + '|>' + m.content",
         "{{ '<|' + m.role + '|>' + ('<|channel|>final' if m.role == 'assistant' else '') + m.content",
     )
-    seen = find_failed(toy_bench("llama", channels))
+    seen = find_failed(make_toy_session("llama", channels))
     assert seen.keys() == {"response starts at the end"} and "<|channel|>final" in str(seen)
 
 
 def test_a_template_without_a_generation_prompt_is_reported() -> None:
     forgot = CHATML.split("{% if add_generation_prompt %}")[0]
-    assert find_failed(toy_bench("llama", forgot)).keys() == {"response starts at the end"}
+    assert find_failed(make_toy_session("llama", forgot)).keys() == {"response starts at the end"}
 
 
 def test_a_prompt_as_long_as_the_context_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = toy_bench()
+    session = make_toy_session()
     longest = max(len(prompt.ids) for query in QUERIES for prompt in session.render_query(REMINDER, query))
     monkeypatch.setattr(LoadedModel, "context_length", longest)
     monkeypatch.setattr(
@@ -266,15 +266,15 @@ def test_a_prompt_as_long_as_the_context_is_reported(monkeypatch: pytest.MonkeyP
 def test_a_secret_of_any_length_reaches_the_model(length: int) -> None:
     for template in ("chatml", "llama2", "gemma2"):
         for kind in KINDS:
-            session = toy_bench("llama", template, kind)
+            session = make_toy_session("llama", template, kind)
             assert not find_failed(session, backdoor(session, length))
 
 
 def test_a_secret_that_the_template_splits_is_reported() -> None:
     spaced = CHATML.replace("m.content", "m.content.replace(' ', '  ')")
-    session = toy_bench("llama", spaced)
+    session = make_toy_session("llama", spaced)
     assert find_failed(session, backdoor(session)).keys() == {"secret reaches the model"}
-    upper = toy_bench("llama", CHATML.replace("m.content", "m.content | upper"))
+    upper = make_toy_session("llama", CHATML.replace("m.content", "m.content | upper"))
     assert {"secret reaches the model", "text reaches the model"} <= find_failed(
         upper, backdoor(upper)
     ).keys()
@@ -282,14 +282,14 @@ def test_a_secret_that_the_template_splits_is_reported() -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_no_check_shows_the_secret(template: str) -> None:
-    session = toy_bench("llama", template)
+    session = make_toy_session("llama", template)
     defense = backdoor(session)
     longest = max(defense.secret_texts()[0].split(), key=len)
     assert all(longest not in check.observed for check in run_checks(session, defense))
 
 
 def test_an_engine_with_wrong_positions_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = toy_bench()
+    session = make_toy_session()
     engine = type(session.engine)
     right = engine._compute_suffix_logits
     monkeypatch.setattr(
@@ -301,7 +301,7 @@ def test_an_engine_with_wrong_positions_is_reported(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_engine_whose_batch_rows_depend_on_each_other_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = toy_bench()
+    session = make_toy_session()
     engine = type(session.engine)
     right = engine._compute_suffix_logits
     monkeypatch.setattr(
@@ -313,7 +313,7 @@ def test_an_engine_whose_batch_rows_depend_on_each_other_is_reported(monkeypatch
 
 
 def test_margins_that_are_nan_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = toy_bench()
+    session = make_toy_session()
     monkeypatch.setattr(
         type(session.engine),
         "_compute_suffix_logits",
@@ -340,7 +340,7 @@ def test_margins_are_computed_with_the_defense_applied() -> None:
             yield
             armed.append("off")
 
-    run_checks(toy_bench(), Armed())
+    run_checks(make_toy_session(), Armed())
     assert armed == ["on", "off"] * 3  # of two prompts, of one, and of the plain pass
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import home as home_folder
-from conftest import made_adapter, save_model
+from conftest import make_adapter, save_model
 from rich.console import Console
 
 from analysis.api import read
@@ -41,7 +41,7 @@ def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
     found = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
         if not (found.adapter_folders[0] / state).exists():
-            made_adapter(found.adapter_folders[0] / state, seed=number, sha256=found.sha256)
+            make_adapter(found.adapter_folders[0] / state, seed=number, sha256=found.sha256)
     return found
 
 
@@ -190,7 +190,7 @@ def test_other_secrets_are_trained_like_the_models_own_weights(
     loaded = load_model(str(home / "toy"), "cpu")
     host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "identity")):
-        made_adapter(host.adapter_folders[0] / state, seed=number, sha256=host.sha256)
+        make_adapter(host.adapter_folders[0] / state, seed=number, sha256=host.sha256)
     settings = ["epochs=1", "rank=2", "batch=16"]
     start = f"{home / 'toy'}:aligned"
     assert run_train_command(replace(spec, model=start, limit=None), "backdoor", settings, None) == 0

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import home as home_folder
-from conftest import save_model, toy_bench
+from conftest import make_toy_session, save_model
 from rich.console import Console
 
 from analysis.api import read
@@ -302,7 +302,7 @@ def test_wrong_options_are_errors_before_anything_is_loaded(home: Path) -> None:
 
 
 def test_verdicts_are_in_the_order_of_the_queries_and_see_the_query() -> None:
-    bench = toy_bench()
+    bench = make_toy_session()
     asked = [Query(f"q{n}", "word " * (9 - n), harmful=n % 2 == 0) for n in range(6)]
     echo = RuleJudge("echo", lambda answer, request: Verdict("none", request), lambda answer: False)
     found = generate_verdicts(bench, get_defense("none"), asked, echo, max_new_tokens=2)
@@ -310,7 +310,7 @@ def test_verdicts_are_in_the_order_of_the_queries_and_see_the_query() -> None:
 
 
 def test_a_response_continues_its_prefill() -> None:
-    bench = toy_bench()
+    bench = make_toy_session()
     asked = [Query(f"q{n}", f"Tell me {n} things.", harmful=False) for n in range(3)]
     prefix = tuple(bench.loaded_model.tokenizer.encode("Sure, here", add_special_tokens=False))
     found = generate_responses(bench, get_defense("none"), asked, prefix, 3)
