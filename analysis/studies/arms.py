@@ -72,7 +72,7 @@ class Arm:
         return self.weights if self.secret == "none" else f"{self.weights}, secret: {self.secret}"
 
     @property
-    def cell(self) -> tuple[str, str]:
+    def condition_key(self) -> tuple[str, str]:
         """Attack and condition, which identify the arm."""
         return self.attack, self.condition
 

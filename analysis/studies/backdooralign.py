@@ -89,7 +89,7 @@ def reproduce_backdooralign(
         check_harness_installed()
     setup, arms = _prepare_arms(spec, n_secrets, console)
     failures = _check_arms(setup, arms, console)
-    arms = [arm for arm in arms if arm.cell not in failures]
+    arms = [arm for arm in arms if arm.condition_key not in failures]
     score_frames, rates = _score_arms(setup, arms, max_new_tokens, console)
     conditions = {arm.condition: arm.defense for arm in arms}
     record = {
@@ -139,9 +139,9 @@ def _check_arms(setup: RunSetup, arms: Sequence[Arm], console: Console) -> dict[
         attack_setup = replace(setup, attacks=(get_attack(attack),))
         conditions = {arm.condition: arm.defense for arm in arms if arm.attack == attack}
         failed_checks |= find_preflight_failures(attack_setup, conditions, console)
-    if checks := failed_checks.get(arms[0].cell):  # without the clean model, the threshold means nothing
+    if checks := failed_checks.get(arms[0].condition_key):  # without the clean model, the threshold means nothing
         raise PreflightError(checks)
-    return exclude_failed_conditions(failed_checks, [arm.cell for arm in arms])
+    return exclude_failed_conditions(failed_checks, [arm.condition_key for arm in arms])
 
 
 def _score_arms(
