@@ -139,9 +139,8 @@ def _check_arms(setup: RunSetup, arms: Sequence[Arm], console: Console) -> dict[
         attack_setup = replace(setup, attacks=(get_attack(attack),))
         conditions = {arm.condition: arm.defense for arm in arms if arm.attack == attack}
         failed_checks |= find_preflight_failures(attack_setup, conditions, console)
-    if checks := failed_checks.get(
-        arms[0].condition_key
-    ):  # without the clean model, the threshold means nothing
+    # Without the clean model, the threshold means nothing.
+    if checks := failed_checks.get(arms[0].condition_key):
         raise PreflightError(checks)
     return exclude_failed_conditions(failed_checks, [arm.condition_key for arm in arms])
 
