@@ -21,7 +21,7 @@ from analysis.datasets.queries import Query
 from analysis.datasets.records import RECORD_SUFFIXES, read_records
 from analysis.files import data_folder
 from defenses.chats import build_user_chat, edit_last_user, insert_turns, prefill_response
-from defenses.contract import Chat
+from defenses.contract import Chat, QueryChat
 from defenses.errors import UserError, unknown_name_error
 from defenses.training.texts import OBEDIENCE_PROMPT, build_agent_chat
 
@@ -55,6 +55,10 @@ class Attack:
     url: str = ""
     wording_sha256: tuple[str, ...] = ()
     query_ids: frozenset[str] | None = None
+
+    def build_query_chats(self, queries: Sequence[Query]) -> list[QueryChat]:
+        """Return the chat in which each query is sent, with the query's id."""
+        return [QueryChat(query.id, self.build_chat(query)) for query in queries]
 
     def check_covers_queries(self, queries: Sequence[Query]) -> None:
         """Raise a UserError unless the attack applies to every query."""

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from scipy.special import expit
 from torch import Tensor
 
+from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.engine import Engine
@@ -40,16 +41,18 @@ def score_condition(
     defense: Defense,
     queries: Sequence[Query],
     readout: Readout,
+    attack: Attack = DIRECT_ATTACK,
     on_progress: Callable[[int], None] = lambda n_queries: None,
 ) -> pd.DataFrame:
     """Return the margins of all queries under one defense, in the columns of scores.csv.
 
     Args:
-        session: the model, and the attack through which queries are sent.
+        session: the model.
         condition: name of the defense in the tables.
         defense: prepared for this model.
         queries: harmful and benign user requests.
         readout: reduces first-token logits to a margin.
+        attack: the attack through which the queries are sent.
         on_progress: called with the number of queries finished since the last call.
     """
     n_questions = max(1, len(readout.questions))
@@ -57,7 +60,7 @@ def score_condition(
 
     # Steps 1 to 3: query → attacked chat → defended chats → prompts. A query has several prompts if the
     # defense reads several copies of it, or if the readout asks several questions about it.
-    prompts_by_query = session.render_queries(defense, queries)
+    prompts_by_query = session.render_prompts(defense, attack.build_query_chats(queries))
     prefix = readout.response_prefix
     prompt_ids = [[prompt.append_prefix(prefix) for prompt in prompts] for prompts in prompts_by_query]
     flat_ids = [ids for query_ids in prompt_ids for ids in query_ids]
@@ -81,7 +84,7 @@ def score_condition(
             "pair": [query.pair for query in queries],
             "category": [query.category for query in queries],
             "harmful": [query.harmful for query in queries],
-            "attack": session.attack.name,
+            "attack": attack.name,
             "defense": condition,
             "margin": scores["margin"],
             "p_refuse": expit(scores["margin"] - readout.threshold),
@@ -99,16 +102,18 @@ def iterate_condition_scores(
     conditions: Mapping[str, Defense],
     queries: Sequence[Query],
     readout: Readout,
+    attack: Attack = DIRECT_ATTACK,
     on_progress: Callable[[str, int], None] = lambda condition, n_queries: None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each condition and its margins once they are computed, so that an interrupted run keeps them.
 
     Args:
-        session: the model, and the attack through which queries are sent.
+        session: the model.
         conditions: prepared defenses by their names in the tables, the undefended condition first.
         queries: harmful and benign user requests.
         readout: reduces first-token logits to a margin.
+        attack: the attack through which the queries are sent.
         on_progress: called with a condition and the number of its queries finished since the last call.
         on_failure: called with a condition that failed and its exception; then the next one is scored, unless
             it was the undefended one. None raises the exception.
@@ -116,7 +121,7 @@ def iterate_condition_scores(
     for condition, defense in conditions.items():
         on_queries = partial(on_progress, condition)
         try:
-            frame = score_condition(session, condition, defense, queries, readout, on_queries)
+            frame = score_condition(session, condition, defense, queries, readout, attack, on_queries)
         except Exception as error:
             if on_failure is None:
                 raise

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,18 @@ class Message(TypedDict):
 
 
 Chat = list[Message]
+
+
+class QueryChat(NamedTuple):
+    """A query as it is sent to the model, before a defense changes it.
+
+    Attributes:
+        query_id: names the query in errors, and seeds the random choices of a defense.
+        chat: the chat that the user or the attacker sends; a final assistant turn prefills the response.
+    """
+
+    query_id: str
+    chat: Chat
 
 
 @dataclass(frozen=True)

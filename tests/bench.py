@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.mechanism.attribution import DirectLogitAttribution
@@ -60,16 +61,14 @@ def main() -> None:
         loaded = load_model(args.model, args.device, dtype)
         session = ModelSession.from_model(loaded)
         undefended = get_defense("none")
-        sample_prompts = [
-            prompt
-            for query in sample_queries(queries, 16)
-            for prompt in session.render_query(undefended, query)
-        ]
+        sample_chats = DIRECT_ATTACK.build_query_chats(sample_queries(queries, 16))
+        sample_prompts = [prompt for (prompt,) in session.render_prompts(undefended, sample_chats)]
         readout = derive_words_readout(session, sample_prompts)
         model_info = build_model_info(args.model, loaded.tokenizer, sha256=loaded.origin["sha256"])
         for name in args.defense:
             defense = get_defense(name).prepare(model_info)
-            prompts = [prompt.ids for query in queries for prompt in session.render_query(defense, query)]
+            prompts_by_query = session.render_prompts(defense, DIRECT_ATTACK.build_query_chats(queries))
+            prompts = [prompt.ids for query_prompts in prompts_by_query for prompt in query_prompts]
             # A processor without bfloat16 support is so slow that it gets fewer prompts.
             work = count_operations(loaded.model, sum(map(len, prompts)), len(prompts))
             share = min(1, 60 * measure_matrix_rate(loaded.model) / work)
@@ -113,14 +112,15 @@ def time_attribution(
     """Time direct logit attribution and patching of every site, relative to one plain pass per prompt."""
     read = partial(read_margin, readout)
     model = session.loaded_model.model
-    runs = PairedRuns(session, locate_components(model), readout, get_defense("none"), defense, queries)
+    query_chats = DIRECT_ATTACK.build_query_chats(queries)
+    runs = PairedRuns(session, locate_components(model), readout, get_defense("none"), defense, query_chats)
     with defense.apply_to(model):
         plain_seconds, _ = measure_time(
             model, lambda: read_one_at_a_time(model, runs.encode_prompts(defense), read)
         )
     start = time.perf_counter()
     attribution = DirectLogitAttribution(runs.components, readout).attribute_margins(
-        session, defense, queries
+        session, defense, query_chats
     )
     seconds = time.perf_counter() - start
     parts = attribution.parts
@@ -130,11 +130,11 @@ def time_attribution(
         f"{seconds / plain_seconds:.2f} × the time of one prompt at a time; "
         f"sums off by at most {error:.1e} nats"
     )
-    few_runs = replace(runs, queries=queries[:8])
+    few_runs = replace(runs, query_chats=query_chats[:8])
     sites = few_runs.patcher.list_sites(("residual", "attention", "mlp"))
     start = time.perf_counter()
     few_runs.patch_activations(sites, {}, 0)
-    patch_seconds = (time.perf_counter() - start) / (4 * len(sites) * len(few_runs.queries))
+    patch_seconds = (time.perf_counter() - start) / (4 * len(sites) * len(few_runs.query_chats))
     console.print(
         f"patches: {1 / patch_seconds:.0f} per second, "
         f"{plain_seconds / len(queries) / patch_seconds:.1f} per plain prompt\n"

@@ -9,6 +9,7 @@ Functions (import them: `from conftest import tiny_model, ...`):
 - `make_toy_session(family="llama", template="chatml", kind="bytes")`: a `ModelSession` with both.
 - `held()`: mean activations as a model could have on training queries.
 - `make_adapter(folder, ...)`: an adapter with random matrices, written as `analyze train` writes it.
+- `render_query(session, defense, query, attack=DIRECT_ATTACK)`: the prompts of one query.
 - `derive_readout(session, queries, undefended)`: the words readout of a session.
 - `draw_run_figures(points, about, ...)`: the figures of a run; `assert_readable(kind, figure, written)`: no
   text of a figure hides another or leaves the canvas.
@@ -61,6 +62,7 @@ def check_hints(hinted: Any) -> Any:
 
 install_import_hook(["analysis", "defenses"], f"{__name__}.check_hints")
 
+from analysis.attacks import DIRECT_ATTACK, Attack  # noqa: E402
 from analysis.datasets.queries import Query, sample_queries  # noqa: E402
 from analysis.models.loading import LoadedModel, load_model  # noqa: E402
 from analysis.models.registry import MODEL_REGISTRY  # noqa: E402
@@ -388,12 +390,18 @@ def make_toy_session(
     )
 
 
+def render_query(session, defense, query, attack=DIRECT_ATTACK):
+    """Return the prompts of one query under a defense and an attack."""
+    (prompts,) = session.render_prompts(defense, attack.build_query_chats([query]))
+    return prompts
+
+
 def derive_readout(session, queries, undefended, *options):
     """Return the words readout of a model, made from how it opens its responses to queries."""
     prompts = [
         prompt
         for query in sample_queries(queries, N_OPENING_QUERIES)
-        for prompt in session.render_query(undefended, query)
+        for prompt in render_query(session, undefended, query)
     ]
     return derive_words_readout(session, prompts, *options)
 
@@ -562,14 +570,19 @@ TOY_READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0
 
 
 def pair_runs(
-    session: ModelSession, defense: Defense, queries: Sequence[Query], readout: Readout = TOY_READOUT
+    session: ModelSession,
+    defense: Defense,
+    queries: Sequence[Query],
+    readout: Readout = TOY_READOUT,
+    attack: Attack = DIRECT_ATTACK,
 ) -> Any:
     """Return the defended run of some queries, paired with the undefended one."""
     from analysis.mechanism.components import locate_components
     from analysis.mechanism.interventions import PairedRuns
 
     components = locate_components(session.loaded_model.model)
-    return PairedRuns(session, components, readout, get_defense("none"), defense, tuple(queries))
+    query_chats = attack.build_query_chats(queries)
+    return PairedRuns(session, components, readout, get_defense("none"), defense, query_chats)
 
 
 def read_plain_margins(

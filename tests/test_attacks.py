@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOUR, TEMPLATES, make_toy_session, toy_tokenizer
+from conftest import FOUR, TEMPLATES, make_toy_session, render_query, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.files import data_folder
 from analysis.models.chat_template import ChatTemplate
-from analysis.models.session import ModelSession, generate_responses
+from analysis.models.session import generate_responses
 from analysis.readouts.first_token import REFUSAL_QUESTIONS
 from analysis.readouts.readout import Readout
 from analysis.studies.calibration import _validity_cache_path
@@ -154,9 +154,9 @@ def test_a_prefilled_prompt_ends_in_the_tokens_of_the_prefill(template: str, kin
 def test_every_attack_and_the_defense_after_it_reach_the_model(template: str, name: str) -> None:
     session, defense = make_toy_session("llama", template), get_defense(name)
     for attack in choose_attacks(["all", "prefill+ignore"]):
-        checks = check_condition(session.with_attack(attack), name, defense, QUERIES, READOUT)
+        checks = check_condition(session, name, defense, QUERIES, READOUT, attack)
         assert [check.condition for check in checks if not check.passed] == [], attack.name
-        (prompt,) = session.with_attack(attack).render_query(defense, QUERY)
+        (prompt,) = render_query(session, defense, QUERY, attack)
         attacked, prefill = split_prefill(attack.build_chat(QUERY))
         defended, kept_prefill = split_prefill(defense.rewrite(attack.build_chat(QUERY), random.Random(0)))
         assert kept_prefill == prefill and prompt.prefill == (
@@ -173,9 +173,8 @@ def build_structured_chat(query: Query) -> Chat:
 
 
 def test_every_defense_works_with_an_attack_of_any_structure() -> None:
-    session = make_toy_session().with_attack(
-        Attack("structured", "all structures at once", build_structured_chat)
-    )
+    session = make_toy_session()
+    attack = Attack("structured", "all structures at once", build_structured_chat)
     tokenizer = session.loaded_model.tokenizer
     secret = Secret(draw_random_text(tokenizer, 20, random.Random(0)))
     host = ModelInfo("toy", tokenizer, ())
@@ -186,16 +185,16 @@ def test_every_defense_works_with_an_attack_of_any_structure() -> None:
             defenses += [] if defense.missing_requirements() else [defense]
     assert len(defenses) > 20
     for defense in defenses:
-        checks = check_condition(session, defense.name, defense, QUERIES, READOUT)
+        checks = check_condition(session, defense.name, defense, QUERIES, READOUT, attack)
         assert [check for check in checks if not check.passed] == []
 
 
 def test_a_question_about_a_request_is_asked_without_the_prefill() -> None:
-    session = make_toy_session().with_attack(get_attack("prefill")).with_questions(REFUSAL_QUESTIONS)
-    prompts = session.render_query(get_defense("none"), QUERY)
+    session = make_toy_session().with_questions(REFUSAL_QUESTIONS)
+    prompts = render_query(session, get_defense("none"), QUERY, get_attack("prefill"))
     assert len(prompts) == 2 and not any(prompt.prefill for prompt in prompts)
     readout = Readout("question", ("Yes", "No"), (301, 302), (1.0, -1.0), questions=REFUSAL_QUESTIONS)
-    checks = check_condition(session, "none", get_defense("none"), QUERIES, readout)
+    checks = check_condition(session, "none", get_defense("none"), QUERIES, readout, get_attack("prefill"))
     assert all(check.passed for check in checks)
 
 
@@ -203,10 +202,12 @@ def test_a_judge_reads_a_prefilled_response_without_the_prefill() -> None:
     session, none = make_toy_session(), get_defense("none")
     prefill = get_attack("prefill").build_chat(QUERY)[-1]["content"]
     ((response,),) = generate_responses(
-        session.with_attack(get_attack("prefill")), none, [QUERY], max_new_tokens=6
+        session, none, get_attack("prefill").build_query_chats([QUERY]), max_new_tokens=6
     )
     tokens = tuple(session.loaded_model.tokenizer.encode(prefill, add_special_tokens=False))
-    ((expected,),) = generate_responses(session, none, [QUERY], response_prefix=tokens, max_new_tokens=6)
+    ((expected,),) = generate_responses(
+        session, none, DIRECT_ATTACK.build_query_chats([QUERY]), response_prefix=tokens, max_new_tokens=6
+    )
     assert response.ids == expected.ids and prefill.strip() not in response.text
     assert response.text == response.generated_text == expected.generated_text
 
@@ -218,12 +219,12 @@ def test_a_prefill_of_a_defense_precedes_the_prefill_of_the_attack() -> None:
 
 
 def test_a_defense_is_applied_to_the_attacked_chat() -> None:
-    session = make_toy_session().with_attack(get_attack("obedience"))
-    (plain,) = session.render_query(get_defense("none"), QUERY)
+    session, attack = make_toy_session(), get_attack("obedience")
+    (plain,) = render_query(session, get_defense("none"), QUERY, attack)
     assert OBEDIENCE_PROMPT in plain.text and QUERY.text in plain.text
-    (defended,) = session.render_query(get_defense("self_reminder"), QUERY)
+    (defended,) = render_query(session, get_defense("self_reminder"), QUERY, attack)
     assert OBEDIENCE_PROMPT in defended.text and defended.text != plain.text
-    (direct,) = session.with_attack(DIRECT_ATTACK).render_query(get_defense("none"), QUERY)
+    (direct,) = render_query(session, get_defense("none"), QUERY, DIRECT_ATTACK)
     assert OBEDIENCE_PROMPT not in direct.text
 
 
@@ -319,8 +320,7 @@ def test_queries_without_strings_are_counted_and_the_first_is_named(tmp_path: Pa
 
 def test_caches_and_run_json_depend_on_the_wording_of_an_attack(tmp_path: Path) -> None:
     def find_cache_path(attack: Attack) -> Path:
-        session: ModelSession = make_toy_session()
-        return _validity_cache_path(session.with_attack(attack), get_defense("none"), READOUT)
+        return _validity_cache_path(make_toy_session(), attack, get_defense("none"), READOUT)
 
     own = tmp_path / "own.jsonl"
     before, after = get_attack(write_rows(own, {"suffix": "!"})), get_attack(write_rows(own, {"suffix": "?"}))

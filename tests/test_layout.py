@@ -40,15 +40,6 @@ ALLOWED = {
 ALLOWED["studies"] = set(ALLOWED)
 ALLOWED["api"] = {"studies", "report", "stats", "datasets"}
 ALLOWED["cli"] = {*ALLOWED}
-# Imports against the table that are still there: a session renders queries under an attack, so that models
-# know both, and what uses a session passes queries on.
-EXCEPTIONS = {
-    ("models", "attacks"),
-    ("models", "datasets"),
-    ("judges", "datasets"),
-    ("mechanism", "datasets"),
-    ("readouts", "datasets"),
-}
 
 
 def iterate_nodes(tree: ast.AST, inside_functions: bool, type_only: bool):
@@ -123,8 +114,7 @@ def test_packages_import_only_what_the_table_allows():
     forbidden = {
         pair: modules for pair, modules in package_imports().items() if pair[1] not in ALLOWED[pair[0]]
     }
-    assert {pair: sorted(modules) for pair, modules in forbidden.items() if pair not in EXCEPTIONS} == {}
-    assert forbidden.keys() == EXCEPTIONS, "remove the exceptions that are no longer needed"
+    assert {pair: sorted(modules) for pair, modules in forbidden.items()} == {}
 
 
 def test_no_circle_between_packages():

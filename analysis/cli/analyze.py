@@ -193,14 +193,16 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
     setup = prepare_setup(spec, defenses, settings, Console(stderr=True), with_threshold=False)
     queries = sample_queries(setup.query_set.queries, n_queries)
     n_failed = 0
-    for session in map(setup.session.with_attack, spec.attacks):
+    for attack in spec.attacks:
+        query_chats = attack.build_query_chats(queries)
         for name, defense in build_conditions(setup.defenses).items():
-            checks = check_condition(session, name, defense, queries, setup.readout)
+            checks = check_condition(setup.session, name, defense, queries, setup.readout, attack)
             n_failed += sum(not check.passed for check in checks)
+            prompts_by_query = setup.session.render_prompts(defense, query_chats)
             texts = [
                 (query.id, redact_secrets(prompt.text, defense.secret_texts()))
-                for query in queries
-                for prompt in session.render_query(defense, query)
+                for query, prompts in zip(queries, prompts_by_query, strict=True)
+                for prompt in prompts
             ]
             print_checks(console, checks[0].condition, checks, texts)
     for notice in (*setup.session.chat_template.notices, *setup.readout.notices):

@@ -30,11 +30,10 @@ from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
     from analysis.datasets.public import PublicDataset
-    from analysis.datasets.queries import Query
     from analysis.models.session import ModelSession
     from analysis.report.results import Run
     from analysis.studies.run_spec import RunSpec
-    from defenses.contract import Defense
+    from defenses.contract import Defense, QueryChat
 
 CatalogRows = list[dict[str, Any]]
 
@@ -279,7 +278,7 @@ def run_explain_command(
         for name, defense in build_conditions([prepared]).items():
             console.print()
             console.rule(Text(format_condition({"attack": attack.name, "defense": name})), align="left")
-            _print_prompts(console, session.with_attack(attack), defense, query)
+            _print_prompts(console, session, defense, attack.build_query_chats([query]))
     return 0
 
 
@@ -299,12 +298,14 @@ def _print_defense_card(console: Console, defense: Defense) -> None:
         console.print(Text(lines, style="dim"))
 
 
-def _print_prompts(console: Console, session: ModelSession, defense: Defense, query: Query) -> None:
+def _print_prompts(
+    console: Console, session: ModelSession, defense: Defense, query_chats: Sequence[QueryChat]
+) -> None:
     """Print a defense's own calls of the model, then the prompts for a query; secrets are redacted."""
     from analysis.models.chat_template import redact_secrets
 
     session = dataclasses.replace(session, defense_calls=session.defense_calls.copy_uncached())
-    prompts = session.render_query(defense, query)
+    (prompts,) = session.render_prompts(defense, query_chats)
     secrets = defense.secret_texts()
     for call_ids, response in session.defense_calls.transcript:
         text = redact_secrets(session.chat_template.decode_tokens(call_ids), secrets)

@@ -9,10 +9,9 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool
 
-from analysis.datasets.queries import Query
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import DEFAULT_MAX_NEW_TOKENS, ModelSession, Response, generate_responses
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 
 RefusalKind = Literal["full", "partial", "none", "unjudged"]
 REFUSAL_KINDS: tuple[RefusalKind, ...] = ("full", "partial", "none")  # the kinds that a judge can assign
@@ -115,7 +114,8 @@ class RuleJudge:
 def generate_verdicts(
     session: ModelSession,
     defense: Defense,
-    queries: Sequence[Query],
+    query_chats: Sequence[QueryChat],
+    query_texts: Sequence[str],
     judge: Judge,
     response_prefix: tuple[int, ...] = (),
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
@@ -129,21 +129,22 @@ def generate_verdicts(
     Args:
         session: the model and its chat template.
         defense: the defense, prepared for this model.
-        queries: the queries.
+        query_chats: the queries, an attack applied.
+        query_texts: text of each query, without the attack.
         judge: the judge of the responses.
         response_prefix: token ids that every response is forced to begin with.
         max_new_tokens: maximum number of generated tokens of each response.
         on_progress: callback that receives the number of newly answered prompts.
     """
     responses = generate_responses(
-        session, defense, queries, response_prefix, max_new_tokens, judge.is_certain_refusal, on_progress
+        session, defense, query_chats, response_prefix, max_new_tokens, judge.is_certain_refusal, on_progress
     )
-    return judge_queries(judge, queries, responses, defense)
+    return judge_queries(judge, query_texts, responses, defense)
 
 
 def judge_queries(
     judge: Judge,
-    queries: Sequence[Query],
+    query_texts: Sequence[str],
     responses: Sequence[Sequence[Response]],
     defense: Defense,
     on_progress: Callable[[int], None] = lambda responses: None,
@@ -152,7 +153,7 @@ def judge_queries(
 
     Args:
         judge: the judge of the responses.
-        queries: the queries.
+        query_texts: text of each query, without an attack.
         responses: the responses to each query, one per copy of the query.
         defense: the defense behind the responses; its secrets are redacted before a response is judged.
         on_progress: callback that receives the number of newly judged responses.
@@ -162,10 +163,10 @@ def judge_queries(
         for query_responses in responses
         for response in query_responses
     ]
-    query_texts = [
-        query.text for query, query_responses in zip(queries, responses, strict=True) for _ in query_responses
+    answered_texts = [
+        text for text, query_responses in zip(query_texts, responses, strict=True) for _ in query_responses
     ]
-    remaining_verdicts = iter(judge.judge_responses(texts, query_texts, on_progress))
+    remaining_verdicts = iter(judge.judge_responses(texts, answered_texts, on_progress))
     return [
         _pool_verdicts([next(remaining_verdicts) for _ in query_responses], defense.pool)
         for query_responses in responses

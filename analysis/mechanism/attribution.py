@@ -21,11 +21,10 @@ from analysis.mechanism.components import OTHER_COMMANDS_HINT
 from analysis.mechanism.hooks import HookPoint, RecordedActivations, record_activations
 from analysis.models.session import list_blend_members
 from analysis.stats.tables import MARGIN_TOLERANCE, Decomposition, ModelPart
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.datasets.queries import Query
     from analysis.mechanism.components import LayerModules, ModelComponents
     from analysis.models.session import ModelSession
     from analysis.readouts.readout import Readout
@@ -80,20 +79,20 @@ class DirectLogitAttribution:
         return (*parts, ModelPart("added", n_layers), ModelPart("bias"))
 
     def attribute_margins(
-        self, session: ModelSession, defense: Defense, queries: Sequence[Query]
+        self, session: ModelSession, defense: Defense, query_chats: Sequence[QueryChat]
     ) -> MarginAttribution:
         """Attribute the margins of queries under one defense.
 
         Args:
-            session: the model and the attack.
+            session: the model.
             defense: defense, prepared for the model.
-            queries: queries to score.
+            query_chats: queries to score, an attack applied.
 
         Raises:
             UserError: If the contributions of a prompt do not add up to its margin.
         """
         session = session.with_questions(self.readout.questions)
-        prompts_by_query = session.render_queries(defense, queries)
+        prompts_by_query = session.render_prompts(defense, query_chats)
         query_of_prompt = torch.tensor([row for row, prompts in enumerate(prompts_by_query) for _ in prompts])
         prompt_ids = [
             prompt.append_prefix(self.readout.response_prefix)
@@ -106,7 +105,7 @@ class DirectLogitAttribution:
         )  # type: ignore[assignment]
         n_questions = max(1, len(self.readout.questions))
         pooled = []
-        for row in range(len(queries)):
+        for row in range(len(query_chats)):
             # The questions about one copy of a query are averaged; then the defense pools its copies.
             copies = values[query_of_prompt == row].unflatten(0, (-1, n_questions)).mean(1)
             pooled.append(copies[copies[:, 0].argmax()] if defense.pool == "max" else copies.mean(0))

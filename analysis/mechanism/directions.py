@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from analysis.datasets.queries import Query
 from analysis.mechanism.hooks import HookPoint, record_activations
 from analysis.mechanism.knockout import mask_user_tokens
 from analysis.models.cache import (
@@ -30,7 +29,7 @@ from analysis.models.cache import (
     write_cached_json,
 )
 from defenses.adapters import fingerprint_queries
-from defenses.contract import Defense, MeanActivations, Message
+from defenses.contract import Defense, MeanActivations, Message, QueryChat
 
 if TYPE_CHECKING:
     from analysis.mechanism.components import ModelComponents
@@ -97,7 +96,7 @@ class ConceptDirections:
 
 
 def record_residual_states(
-    session: ModelSession, components: ModelComponents, defense: Defense, queries: Sequence[Query]
+    session: ModelSession, components: ModelComponents, defense: Defense, query_chats: Sequence[QueryChat]
 ) -> ResidualStates:
     """Record the residual stream that enters each block and the final norm, at both positions.
 
@@ -105,13 +104,13 @@ def record_residual_states(
     states are averaged.
 
     Args:
-        session: the model and the attack.
+        session: the model.
         components: components of the model.
         defense: defense, prepared for the model.
-        queries: queries to read.
+        query_chats: queries to read, an attack applied.
     """
     return _reduce_residual_states(
-        session, components, defense, queries, lambda layer, states: states, (components.width,)
+        session, components, defense, query_chats, lambda layer, states: states, (components.width,)
     )
 
 
@@ -119,7 +118,7 @@ def compute_projections(
     session: ModelSession,
     components: ModelComponents,
     defense: Defense,
-    queries: Sequence[Query],
+    query_chats: Sequence[QueryChat],
     directions: ConceptDirections,
 ) -> Float[Tensor, "queries 2 layers"]:
     """Project queries on the directions without keeping their residual streams.
@@ -128,41 +127,42 @@ def compute_projections(
         session: as in `record_residual_states`.
         components: as in `record_residual_states`.
         defense: as in `record_residual_states`.
-        queries: as in `record_residual_states`.
+        query_chats: as in `record_residual_states`.
         directions: directions of the model.
     """
 
     def project(layer: int, states: Tensor) -> Tensor:
         return _project_on_axes(states, directions.axes[:, layer], directions.midpoints[:, layer])
 
-    return _reduce_residual_states(session, components, defense, queries, project, ())
+    return _reduce_residual_states(session, components, defense, query_chats, project, ())
 
 
-def load_mean_activations(session: ModelSession, queries: Sequence[Query]) -> MeanActivations:
+def load_mean_activations(
+    session: ModelSession, texts: Sequence[str], is_harmful: Sequence[bool]
+) -> MeanActivations:
     """Return the mean residual stream of each class at each layer, from the cache or newly computed.
 
     Args:
         session: the model; it is read undefended.
-        queries: training queries of both classes.
+        texts: training queries of both classes.
+        is_harmful: class of each query.
     """
     prompts = [
-        session.chat_template.render_prompt([Message(role="user", content=query.text)]).ids
-        for query in queries
+        session.chat_template.render_prompt([Message(role="user", content=text)]).ids for text in texts
     ]
-    harmful = [query.harmful for query in queries]
-    inputs = {"prompts": prompts, "harmful": harmful}
+    inputs = {"prompts": prompts, "harmful": list(is_harmful)}
     computation = {**describe_computation(session.loaded_model), **inputs}
     digest = hashlib.sha256(json.dumps(computation, sort_keys=True).encode()).hexdigest()
     path = make_json_cache_path("residuals", session.loaded_model, inputs)
     if (means := read_cached_json(path)) is None:
         states = _last_token_states(session, prompts)
-        is_harmful = torch.tensor(harmful)
+        harmful_mask = torch.tensor(is_harmful)
         means = {
-            "harmful": states[is_harmful].mean(0).tolist(),
-            "benign": states[~is_harmful].mean(0).tolist(),
+            "harmful": states[harmful_mask].mean(0).tolist(),
+            "benign": states[~harmful_mask].mean(0).tolist(),
         }
         write_cached_json(path, means)
-    training_queries = frozenset(fingerprint_queries(query.text for query in queries))
+    training_queries = frozenset(fingerprint_queries(texts))
     return MeanActivations(
         torch.tensor(means["harmful"]), torch.tensor(means["benign"]), training_queries, digest
     )
@@ -185,7 +185,7 @@ def _reduce_residual_states(
     session: ModelSession,
     components: ModelComponents,
     defense: Defense,
-    queries: Sequence[Query],
+    query_chats: Sequence[QueryChat],
     reduce_states: Callable[[int, Float[Tensor, "rows 2 width"]], Tensor],
     output_shape: tuple[int, ...],
 ) -> Tensor:
@@ -195,10 +195,10 @@ def _reduce_residual_states(
     }
     hook_points[len(hook_points)] = (components.final_norm.module, "enters")
     prompt_ids, n_positions, query_of_prompt = [], [], []
-    prompts_by_query = session.render_queries(defense, queries)
-    for row, (query, prompts) in enumerate(zip(queries, prompts_by_query, strict=True)):
+    prompts_by_query = session.render_prompts(defense, query_chats)
+    for row, ((_, chat), prompts) in enumerate(zip(query_chats, prompts_by_query, strict=True)):
         for prompt in prompts:
-            user_mask = mask_user_tokens(session.chat_template, prompt, session.attack.build_chat(query))
+            user_mask = mask_user_tokens(session.chat_template, prompt, chat)
             last_user_token = max(
                 (position for position, is_user in enumerate(user_mask) if is_user),
                 default=len(user_mask) - 1,
@@ -206,7 +206,7 @@ def _reduce_residual_states(
             prompt_ids.append(prompt.ids)
             n_positions.append(len(prompt.ids) - last_user_token)
             query_of_prompt.append(row)
-    sums = torch.zeros(len(queries), 2, len(hook_points), *output_shape)
+    sums = torch.zeros(len(query_chats), 2, len(hook_points), *output_shape)
     owners = torch.tensor(query_of_prompt)
     with (
         torch.inference_mode(),
@@ -220,7 +220,7 @@ def _reduce_residual_states(
                 stream = streams[layer]
                 states = torch.stack([stream[stops - 1], stream[stops - lengths]], 1).float().cpu()
                 sums[:, :, layer].index_add_(0, owners[rows], reduce_states(layer, states))
-    return sums / torch.bincount(owners, minlength=len(queries)).view(-1, *[1] * (sums.ndim - 1))
+    return sums / torch.bincount(owners, minlength=len(query_chats)).view(-1, *[1] * (sums.ndim - 1))
 
 
 def _last_token_states(session: ModelSession, prompt_ids: Sequence[tuple[int, ...]]) -> torch.Tensor:

@@ -31,10 +31,9 @@ from analysis.models.session import list_blend_members
 from analysis.stats.attribution import CONTRASTS, ContrastEstimator, make_part_columns
 from analysis.stats.tables import ModelPart
 from defenses.catalog import get_defense
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 
 if TYPE_CHECKING:
-    from analysis.datasets.queries import Query
     from analysis.mechanism.components import ModelComponents
     from analysis.mechanism.weight_patching import WeightChanges
     from analysis.models.chat_template import Prompt
@@ -83,12 +82,12 @@ class PairedRuns:
     """The defended and the undefended run of some queries, each of which is a single prompt.
 
     Args:
-        session: the model and the attack.
+        session: the model.
         components: components of the model.
         readout: readout that defines the margin.
         undefended: defense of the undefended run, which changes nothing.
         defense: defense of the defended run, prepared for the model.
-        queries: queries that both runs read.
+        query_chats: queries that both runs read, an attack applied.
     """
 
     session: ModelSession
@@ -96,7 +95,7 @@ class PairedRuns:
     readout: Readout
     undefended: Defense
     defense: Defense
-    queries: Sequence[Query]
+    query_chats: Sequence[QueryChat]
 
     def reads_single_prompts(self) -> bool:
         """Return whether each query is one prompt and one forward pass, which interventions require."""
@@ -107,7 +106,8 @@ class PairedRuns:
     def _rendered_prompts(self) -> list[list[list[Prompt]]]:
         """Prompts of each query, undefended and defended; cached because every intervention needs them."""
         return [
-            self.session.render_queries(defense, self.queries) for defense in (self.undefended, self.defense)
+            self.session.render_prompts(defense, self.query_chats)
+            for defense in (self.undefended, self.defense)
         ]
 
     def render_prompts(self, defense: Defense) -> list[Prompt]:
@@ -115,7 +115,7 @@ class PairedRuns:
         if defense is self.undefended or defense is self.defense:
             prompts_by_query = self._rendered_prompts[defense is self.defense]
         else:
-            prompts_by_query = self.session.render_queries(defense, self.queries)
+            prompts_by_query = self.session.render_prompts(defense, self.query_chats)
         return [prompt for (prompt,) in prompts_by_query]
 
     def encode_prompts(self, defense: Defense) -> list[PromptIds]:
@@ -199,7 +199,7 @@ class PairedRuns:
                         source,
                         states[source_run][position],
                         {name: states[name][position] for name in (controls if is_undefended else ())},
-                        f"{seed}/{self.queries[row].id}/{patched_run}",
+                        f"{seed}/{self.query_chats[row].query_id}/{patched_run}",
                     )
                     for position, row in enumerate(chunk)
                 ]
@@ -242,7 +242,7 @@ class PairedRuns:
 
     def _query_chunks(self) -> list[range]:
         """Chunks of queries whose activations fit in memory; larger chunks apply weights less often."""
-        n_queries = len(self.queries)
+        n_queries = len(self.query_chats)
         return [
             range(start, min(start + QUERIES_PER_CHUNK, n_queries))
             for start in range(0, n_queries, QUERIES_PER_CHUNK)
@@ -252,10 +252,8 @@ class PairedRuns:
         """Return for each query which tokens of its defended prompt the defense added."""
         response_prefix = [False] * len(self.readout.response_prefix)
         masks = []
-        for query, prompt in zip(self.queries, self.render_prompts(self.defense), strict=True):
-            mask = mask_defense_tokens(
-                self.session.chat_template, prompt, self.session.attack.build_chat(query)
-            )
+        for (_, chat), prompt in zip(self.query_chats, self.render_prompts(self.defense), strict=True):
+            mask = mask_defense_tokens(self.session.chat_template, prompt, chat)
             masks.append(mask if prompt.prefill else mask + response_prefix)
         return masks
 

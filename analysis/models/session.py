@@ -1,4 +1,4 @@
-"""Model session: renders queries under a defense (steps 1 to 3) and generates responses."""
+"""Model session: renders chats under a defense (steps 2 and 3) and generates responses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analysis.attacks import DIRECT_ATTACK, Attack
-from analysis.datasets.queries import Query
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.chat_template import ChatTemplate, Prompt, strip_thinking
 from analysis.models.engine import Engine, LogitReducer
@@ -19,7 +17,7 @@ from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
 from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
-from defenses.contract import Chat, Consultation, Defense, ModelCall
+from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat
 from defenses.errors import UserError
 from defenses.rng import QueryRng
 
@@ -32,7 +30,7 @@ _MAX_BLENDED_PROMPTS = (
 
 @dataclass(frozen=True)
 class ModelSession:
-    """A loaded model with everything that scoring queries and generating responses needs.
+    """A loaded model with everything that scoring prompts and generating responses needs.
 
     Attributes:
         loaded_model: model and tokenizer.
@@ -41,7 +39,6 @@ class ModelSession:
         defense_calls: responses of the model to a defense's own calls.
         score_cache: scores of earlier runs; None disables caching.
         seed: of the run.
-        attack: transforms every query into the chat that is sent.
         questions: questions about a request that replace it, see `Readout`; empty sends the request itself.
     """
 
@@ -51,7 +48,6 @@ class ModelSession:
     defense_calls: DefenseCalls
     score_cache: ScoreCache | None = None
     seed: int = 0
-    attack: Attack = DIRECT_ATTACK
     questions: tuple[str, ...] = ()
 
     @classmethod
@@ -62,7 +58,7 @@ class ModelSession:
         seed: int = 0,
         score_cache: ScoreCache | None = None,
     ) -> ModelSession:
-        """Return a session for a model, without attack and questions."""
+        """Return a session for a model, without questions."""
         chat_template = ChatTemplate(loaded_model.tokenizer)
         engine = Engine(loaded_model.model, batch_size)
         shared_settings = describe_computation(loaded_model)
@@ -71,26 +67,20 @@ class ModelSession:
         )
         return cls(loaded_model, chat_template, engine, defense_calls, score_cache, seed)
 
-    def with_attack(self, attack: Attack) -> ModelSession:
-        """Return the same session with queries sent through an attack."""
-        return replace(self, attack=attack)
-
     def with_questions(self, questions: tuple[str, ...]) -> ModelSession:
         """Return the same session with requests replaced by questions about them."""
         return replace(self, questions=questions)
 
-    def render_query(self, defense: Defense, query: Query) -> list[Prompt]:
-        """Return a query's prompts: one for each of the defense's copies and each question."""
-        (prompts,) = self.render_queries(defense, [query])
-        return prompts
+    def render_prompts(self, defense: Defense, query_chats: Sequence[QueryChat]) -> list[list[Prompt]]:
+        """Return each query's prompts: one for each of the defense's copies and each question.
 
-    def render_queries(self, defense: Defense, queries: Sequence[Query]) -> list[list[Prompt]]:
-        """Return the prompts of each query; a defense's calls to the model are batched over the queries."""
+        A defense's calls to the model are batched over the queries.
+        """
         # The only randomness of a defense: a query is perturbed in the same way in every run with this seed.
-        rngs = [QueryRng(f"{self.seed}/{query.id}", defense.name) for query in queries]
-        chats_by_query = self._rewrite_queries(defense, queries, rngs)
+        rngs = [QueryRng(f"{self.seed}/{query_id}", defense.name) for query_id, _ in query_chats]
+        chats_by_query = self._rewrite_chats(defense, query_chats, rngs)
         prompts_by_query = []
-        for query, rng, chats in zip(queries, rngs, chats_by_query, strict=True):
+        for (query_id, _), rng, chats in zip(query_chats, rngs, chats_by_query, strict=True):
             if self.questions:
                 chats = self._ask_questions(chats)
             if defense.retokenizes:
@@ -101,7 +91,7 @@ class ModelSession:
             n_tokens = max(len(prompt.ids) for prompt in prompts)
             if n_tokens >= self.loaded_model.context_length:
                 raise UserError(
-                    f"query {query.id!r} under {defense.name!r} makes a prompt of {n_tokens} tokens, and "
+                    f"query {query_id!r} under {defense.name!r} makes a prompt of {n_tokens} tokens, and "
                     f"{self.loaded_model.name} reads {self.loaded_model.context_length}: shorten the query "
                     "or the defense's text"
                 )
@@ -123,12 +113,13 @@ class ModelSession:
             for question in self.questions
         ]
 
-    def _rewrite_queries(
-        self, defense: Defense, queries: Sequence[Query], rngs: Sequence[QueryRng]
+    def _rewrite_chats(
+        self, defense: Defense, query_chats: Sequence[QueryChat], rngs: Sequence[QueryRng]
     ) -> list[list[Chat]]:
         """Return the defense's copies of each query; its calls to the model run in lockstep."""
         consultations = [
-            self._consult_defense(defense, query, rng) for query, rng in zip(queries, rngs, strict=True)
+            _consult_defense(defense, query_chat, rng)
+            for query_chat, rng in zip(query_chats, rngs, strict=True)
         ]
         lockstep, responses = run_consultations(consultations), None
         while True:
@@ -138,28 +129,30 @@ class ModelSession:
                 chats_by_query: list[list[Chat]] = stop.value
                 break
             responses = self.defense_calls.complete_calls(calls)
-        if empty := [query.id for query, chats in zip(queries, chats_by_query, strict=True) if not chats]:
-            raise UserError(f"{defense.name!r} returns no chat for query {empty[0]!r}")
+        for (query_id, _), chats in zip(query_chats, chats_by_query, strict=True):
+            if not chats:
+                raise UserError(f"{defense.name!r} returns no chat for query {query_id!r}")
         return chats_by_query
 
-    def _consult_defense(self, defense: Defense, query: Query, rng: QueryRng) -> Consultation:
-        """Apply a defense to an attacked query; exceptions of a user-defined class become UserErrors."""
-        responses: list[str] | None = None
-        try:
-            consultation = defense.consult_model(self.attack.build_chat(query), rng)
-            while True:
-                calls = consultation.send(responses)  # type: ignore[arg-type]
-                if not isinstance(calls, list) or not all(isinstance(call, ModelCall) for call in calls):
-                    raise TypeError("consult_model must yield lists of ModelCall")
-                responses = yield calls
-        except StopIteration as stop:
-            return stop.value
-        except Exception as error:
-            if not defense.is_user_defined or isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{defense.name!r} raised {type(error).__name__} on query {query.id!r}: {error}"
-            ) from error
+
+def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> Consultation:
+    """Apply a defense to a chat; exceptions of a user-defined class become UserErrors."""
+    responses: list[str] | None = None
+    try:
+        consultation = defense.consult_model(query_chat.chat, rng)
+        while True:
+            calls = consultation.send(responses)  # type: ignore[arg-type]
+            if not isinstance(calls, list) or not all(isinstance(call, ModelCall) for call in calls):
+                raise TypeError("consult_model must yield lists of ModelCall")
+            responses = yield calls
+    except StopIteration as stop:
+        return stop.value
+    except Exception as error:
+        if not defense.is_user_defined or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{defense.name!r} raised {type(error).__name__} on query {query_chat.query_id!r}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -180,7 +173,7 @@ class Response:
 def generate_responses(
     session: ModelSession,
     defense: Defense,
-    queries: Sequence[Query],
+    query_chats: Sequence[QueryChat],
     response_prefix: tuple[int, ...] = (),
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     should_stop: Callable[[str], bool] | None = None,
@@ -189,16 +182,16 @@ def generate_responses(
     """Return the greedy responses to each query under a defense, one per prompt of the query.
 
     Args:
-        session: the model, and the attack through which queries are sent.
+        session: the model.
         defense: prepared for this model.
-        queries: harmful and benign user requests.
+        query_chats: the queries, an attack applied.
         response_prefix: token ids with which every response starts.
         max_new_tokens: maximum number of generated tokens per response.
         should_stop: called with the text so far; True ends the response there.
         on_progress: called with the number of prompts answered since the last call.
     """
     tokenizer = session.loaded_model.tokenizer
-    prompts_by_query = session.render_queries(defense, queries)
+    prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
     prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
     is_prefilled = [bool(prompt.prefill) for prompt in prompts]

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analysis.datasets.queries import Query
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 from defenses.errors import UserError
 
 CALIBRATION_CONDITIONS = ("none", "safety_prompt", "in_context_refusal", "safety_tuning", "backdoor")
@@ -44,7 +43,8 @@ def fit_logistic_readout(
     session: ModelSession,
     words_readout: Readout,
     conditions: Mapping[str, Defense],
-    queries: Sequence[Query],
+    query_chats: Sequence[QueryChat],
+    pairs: Sequence[str | None],
     label_responses: Callable[[str, Defense], ResponseLabels],
 ) -> Readout:
     """Return the readout fitted to the model's own responses.
@@ -53,7 +53,8 @@ def fit_logistic_readout(
         session: the model.
         words_readout: its `words` readout; its response prefix is used, and its tokens are candidates.
         conditions: defenses by condition name, under which the model responds.
-        queries: of the calibration split.
+        query_chats: queries of the calibration split.
+        pairs: pair of each query, or None; cross-validation never splits a pair.
         label_responses: condition name and defense → labels of the responses to the queries.
 
     Raises:
@@ -67,7 +68,7 @@ def fit_logistic_readout(
         # Of several copies, only the first is used: the regression learns the meaning of tokens.
         prompts_by_condition[condition] = [
             prompts[0].append_prefix(words_readout.response_prefix)
-            for prompts in session.render_queries(defense, queries)
+            for prompts in session.render_prompts(defense, query_chats)
         ]
         with defense.apply_to(session.loaded_model.model):
             top = engine.read_first_token(prompts_by_condition[condition], _select_top_probabilities).double()
@@ -87,7 +88,9 @@ def fit_logistic_readout(
         with defense.apply_to(session.loaded_model.model):
             rows = engine.read_first_token(prompts_by_condition[condition], lambda logits: logits[:, ids])
         logit_rows.append(rows.double().numpy())
-    groups = np.array([query.pair or query.id for query in queries] * len(conditions))
+    groups = np.array(
+        [pair or query_id for pair, (query_id, _) in zip(pairs, query_chats, strict=True)] * len(conditions)
+    )
     weights, intercept, auroc = _fit_token_weights(
         np.concatenate(logit_rows)[is_judged], is_refusal, groups[is_judged]
     )

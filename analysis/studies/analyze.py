@@ -100,8 +100,8 @@ def _example_prompts(
     attacks = {attack.name: attack for attack in setup.attacks}
     rows = []
     for attack, name in condition_keys:
-        session = setup.session.with_attack(attacks[attack])
-        prompts_by_query = session.render_queries(conditions[name], queries)
+        query_chats = attacks[attack].build_query_chats(queries)
+        prompts_by_query = setup.session.render_prompts(conditions[name], query_chats)
         rows += [
             {
                 "attack": attack,

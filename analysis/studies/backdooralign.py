@@ -159,12 +159,12 @@ def _score_arms(
 
         for arm in arms:
             bar.update(task, description=f"scoring and generating: {arm.condition} ({arm.attack})")
-            session = setup.session.with_attack(get_attack(arm.attack))
-            scores = score_condition(session, arm.condition, arm.defense, queries, setup.readout, on_progress)
-            score_frames.append(scores)
-            rates.append(
-                _judge_arm(session, arm, queries, scores, setup.readout, max_new_tokens, on_progress)
+            session, readout, attack = setup.session, setup.readout, get_attack(arm.attack)
+            scores = score_condition(
+                session, arm.condition, arm.defense, queries, readout, attack, on_progress
             )
+            score_frames.append(scores)
+            rates.append(_judge_arm(session, arm, queries, scores, readout, max_new_tokens, on_progress))
     return score_frames, rates
 
 
@@ -179,7 +179,14 @@ def _judge_arm(
 ) -> dict[str, Any]:
     """Return refusal rates in the generated text by class, and how often the first token agrees."""
     verdicts = generate_verdicts(
-        session, arm.defense, queries, RULE_JUDGES["keywords"], readout.prefill, max_new_tokens, on_progress
+        session,
+        arm.defense,
+        get_attack(arm.attack).build_query_chats(queries),
+        [query.text for query in queries],
+        RULE_JUDGES["keywords"],
+        readout.prefill,
+        max_new_tokens,
+        on_progress,
     )
     text_refused = pd.Series([verdict.is_refusal for verdict in verdicts])
     kinds = pd.Series([query.kind for query in queries])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from analysis.attacks import Attack
+from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query, QuerySet, sample_queries
 from analysis.judges.judge import Verdict, generate_verdicts, make_verdict_masks
 from analysis.judges.rules import RULE_JUDGES
@@ -44,7 +44,7 @@ from analysis.stats.tables import UNDEFENDED, UNVALIDATED
 from analysis.studies.manifest import describe_defense, identify_defense
 from analysis.studies.progress import make_progress_bar
 from defenses.catalog import get_defense
-from defenses.contract import Defense, ModelInfo
+from defenses.contract import Defense, ModelInfo, QueryChat
 from defenses.errors import UserError
 
 # Readouts among which `auto` selects the best validated one.
@@ -110,7 +110,7 @@ class ReadoutCalibration:
         ranked: list[tuple[tuple[int, int, float], Readout]] = []
         for readout in filter(None, map(self.load_readout, CANDIDATE_READOUTS)):
             rows = [
-                load_validity(self.session.with_attack(attack), defense, readout)
+                load_validity(self.session, attack, defense, readout)
                 for attack in attacks
                 for defense in conditions.values()
             ]
@@ -197,6 +197,10 @@ class ReadoutCalibration:
     def _calibration_queries(self) -> tuple[Query, ...]:
         return self.calibration_set.limit_queries(_MAX_CALIBRATION_QUERIES).queries
 
+    @property
+    def _calibration_chats(self) -> list[QueryChat]:
+        return DIRECT_ATTACK.build_query_chats(self._calibration_queries)
+
     @cached_property
     def _training_conditions(self) -> dict[str, Defense]:
         """The conditions that the calibrated readout is fitted to."""
@@ -206,7 +210,9 @@ class ReadoutCalibration:
     def _opening_prompts(self, session: ModelSession) -> list[Prompt]:
         """Render undefended calibration queries."""
         queries = sample_queries(self.calibration_set.queries, N_OPENING_QUERIES)
-        return [prompt for query in queries for prompt in session.render_query(self.undefended, query)]
+        query_chats = DIRECT_ATTACK.build_query_chats(queries)
+        prompts_by_query = session.render_prompts(self.undefended, query_chats)
+        return [prompt for prompts in prompts_by_query for prompt in prompts]
 
     def _fit_logistic_readout(self, words_readout: Readout) -> Readout:
         """Fit the calibrated readout; return the words readout if one class has too few responses."""
@@ -219,7 +225,8 @@ class ReadoutCalibration:
                 self.session,
                 words_readout,
                 self._training_conditions,
-                self._calibration_queries,
+                self._calibration_chats,
+                [query.pair for query in self._calibration_queries],
                 label_responses,
             )
         except TooFewResponsesError as error:
@@ -243,7 +250,13 @@ class ReadoutCalibration:
                 bar.advance(task, count)
 
             verdicts = generate_verdicts(
-                self.session, defense, queries, _CALIBRATION_JUDGE, prefill, on_progress=on_progress
+                self.session,
+                defense,
+                self._calibration_chats,
+                [query.text for query in queries],
+                _CALIBRATION_JUDGE,
+                prefill,
+                on_progress=on_progress,
             )
         write_cached_json(path, {"refusals": [verdict.refusal for verdict in verdicts]})
         return verdicts
@@ -279,6 +292,7 @@ class ReadoutCalibration:
 
 def save_validity(
     session: ModelSession,
+    attack: Attack,
     defense: Defense,
     readout: Readout,
     judge_name: str,
@@ -288,26 +302,29 @@ def save_validity(
     """Cache a condition's row of `validity.csv`, unless the cache holds one that rests on more responses.
 
     Args:
-        session: the model, under an attack.
+        session: the model.
+        attack: the attack of the condition.
         defense: prepared for this model.
         readout: the readout that was validated.
         judge_name: the judge of the responses.
         max_new_tokens: maximum number of tokens per response.
         row: the row.
     """
-    path = _validity_cache_path(session, defense, readout)
+    path = _validity_cache_path(session, attack, defense, readout)
     if (read_cached_json(path) or {}).get("n", 0) <= row["n"]:
         write_cached_json(path, row | {"judge": judge_name, "new_tokens": max_new_tokens})
 
 
-def load_validity(session: ModelSession, defense: Defense, readout: Readout) -> dict[str, Any]:
+def load_validity(
+    session: ModelSession, attack: Attack, defense: Defense, readout: Readout
+) -> dict[str, Any]:
     """Return the cached row of `validity.csv`; empty if there is none."""
-    return read_cached_json(_validity_cache_path(session, defense, readout)) or {}
+    return read_cached_json(_validity_cache_path(session, attack, defense, readout)) or {}
 
 
-def load_trust(session: ModelSession, defense: Defense, readout: Readout) -> str:
+def load_trust(session: ModelSession, attack: Attack, defense: Defense, readout: Readout) -> str:
     """Return `trusted`, `not trusted` or `cannot tell` as it was validated, or `not validated`."""
-    return str(load_validity(session, defense, readout).get("trusted", UNVALIDATED))
+    return str(load_validity(session, attack, defense, readout).get("trusted", UNVALIDATED))
 
 
 def collect_trust(
@@ -328,7 +345,7 @@ def collect_trust(
     """
     return {
         attack.name: {
-            name: load_trust(session.with_attack(attack), defense, readout)
+            name: load_trust(session, attack, defense, readout)
             for name, defense in conditions.items()
             if (attack.name, name) in scored_conditions
         }
@@ -336,7 +353,9 @@ def collect_trust(
     }
 
 
-def _validity_cache_path(session: ModelSession, defense: Defense, readout: Readout) -> Path | None:
+def _validity_cache_path(
+    session: ModelSession, attack: Attack, defense: Defense, readout: Readout
+) -> Path | None:
     """Return the cache file of a validity row, named by all that margins depend on except the queries.
 
     Secrets enter as fingerprints.
@@ -344,7 +363,7 @@ def _validity_cache_path(session: ModelSession, defense: Defense, readout: Reado
     key = {
         "defense": identify_defense(defense, session.seed),
         "template": session.loaded_model.tokenizer.chat_template,
-        "attack": "/".join((session.attack.name, *session.attack.wording_sha256)),
+        "attack": "/".join((attack.name, *attack.wording_sha256)),
         "readout": [readout.ids, readout.weights, readout.threshold, readout.response_prefix],
         "asked": [readout.questions, readout.is_log_odds],
     }

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache
 
-from analysis.datasets.queries import Query, sample_queries
+from analysis.datasets.queries import sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.session import ModelSession
 from analysis.stats.cost import summarize_costs
@@ -21,7 +21,7 @@ from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.studies.manifest import identify_defense
 from analysis.studies.progress import make_progress_bar
 from analysis.studies.setup import RunSetup
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 from defenses.stack import list_members
 from defenses.tuned import TunedDefense
 
@@ -56,18 +56,18 @@ def measure_cost(
         console: shows progress.
         n_queries: number of queries to time.
     """
-    queries = sample_queries(setup.query_set.queries, n_queries)
-    session = setup.session.with_attack(setup.attacks[0])
+    attack = setup.attacks[0]
+    query_chats = attack.build_query_chats(sample_queries(setup.query_set.queries, n_queries))
     with make_progress_bar(console) as bar:
-        task = bar.add_task("timing", total=len(conditions) * len(queries))
-        timings = time_conditions(session, conditions, queries, lambda: bar.advance(task))
+        task = bar.add_task("timing", total=len(conditions) * len(query_chats))
+        timings = time_conditions(setup.session, conditions, query_chats, lambda: bar.advance(task))
     manifests = {
         name: member.adapter.manifest
         for name, defense in conditions.items()
         for member in list_members(defense)
         if isinstance(member, TunedDefense) and member.adapter is not None
     }
-    costs = summarize_costs(timings, seed).assign(attack=session.attack.name)
+    costs = summarize_costs(timings, seed).assign(attack=attack.name)
     for column, key in (("training_examples", "n_examples"), ("training_seconds", "wall_seconds")):
         costs[column] = [manifests.get(name, {}).get(key) for name in costs["defense"]]
     return costs
@@ -101,7 +101,7 @@ def cached_cost(
 def time_conditions(
     session: ModelSession,
     conditions: Mapping[str, Defense],
-    queries: Sequence[Query],
+    query_chats: Sequence[QueryChat],
     on_progress: Callable[[], None] = lambda: None,
 ) -> pd.DataFrame:
     """Time every condition on a few queries; return `TIMING_COLUMNS`, a row per query and condition.
@@ -109,30 +109,30 @@ def time_conditions(
     All conditions are timed on one query before the next, so that a machine that slows down slows all.
 
     Args:
-        session: the model, under an attack.
+        session: the model.
         conditions: condition name → defense.
-        queries: the queries.
+        query_chats: the queries, an attack applied.
         on_progress: called after each measurement.
     """
     rows = []
-    for query in queries:
+    for query_chat in query_chats:
         for name, defense in conditions.items():
-            rows.append((query.id, name, *_time_condition(session, defense, query)))
+            timing = _time_condition(session, defense, query_chat)
+            rows.append((query_chat.query_id, name, *timing))
             on_progress()
     return pd.DataFrame(rows, columns=list(TIMING_COLUMNS))
 
 
 def _time_condition(
-    session: ModelSession, defense: Defense, query: Query
+    session: ModelSession, defense: Defense, query_chat: QueryChat
 ) -> tuple[int, int, int, float, float, int]:
     """Return the columns of `TIMING_COLUMNS` after the first two."""
     model = session.loaded_model.model
     # Calls of the defense to the model are part of the time until the response begins.
     defense_calls = session.defense_calls.copy_uncached()
     started = _synchronized_time(model)
-    prompts = [
-        prompt.ids for prompt in replace(session, defense_calls=defense_calls).render_query(defense, query)
-    ]
+    timed_session = replace(session, defense_calls=defense_calls)
+    prompts = [prompt.ids for prompt in timed_session.render_prompts(defense, [query_chat])[0]]
     call_seconds = _synchronized_time(model) - started if defense_calls.n_calls else 0.0
     members = [member for _, member in defense.logit_blend()] or [defense]
     timings = [_fastest_timing(model, member, prompts) for member in members]

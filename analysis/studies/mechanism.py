@@ -58,7 +58,6 @@ from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.datasets.queries import Query
-    from analysis.models.session import ModelSession
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,6 @@ class MechanismStudy(TableCollector):
         Args:
             attack: attack that the queries are sent through.
         """
-        session = self.setup.session.with_attack(attack)
         conditions = {
             name: defense
             for name, defense in self.conditions.items()
@@ -141,7 +139,7 @@ class MechanismStudy(TableCollector):
         }
         if UNDEFENDED not in conditions:
             return
-        attributions = self._attribute_conditions(session, attack.name, conditions)
+        attributions = self._attribute_conditions(attack, conditions)
         if UNDEFENDED not in attributions:
             return
         self._add_attribution_tables(attack.name, attributions)
@@ -151,29 +149,30 @@ class MechanismStudy(TableCollector):
             if defense.name in attributions and defense.name != UNDEFENDED
         }
         if self._is_held_out:
-            self._project_conditions(session, attack.name, conditions[UNDEFENDED], defenses)
+            self._project_conditions(attack, conditions[UNDEFENDED], defenses)
         if self.intervention_queries:
             for name, defense in defenses.items():
-                self._intervene(session, attack.name, name, conditions[UNDEFENDED], defense)
+                self._intervene(attack, name, conditions[UNDEFENDED], defense)
 
     def _attribute_conditions(
-        self, session: ModelSession, attack: str, conditions: Mapping[str, Defense]
+        self, attack: Attack, conditions: Mapping[str, Defense]
     ) -> dict[str, MarginAttribution]:
         """Attribute the margins of every condition, and check that they equal the scored margins."""
         direct_attribution = DirectLogitAttribution(self.components, self.setup.readout)
         if not direct_attribution.is_exact:
             self.add_notice(
-                f"no attribution to components in {session.loaded_model.model.dtype}, which rounds their "
+                f"no attribution to components in {self.components.model.dtype}, which rounds their "
                 "sums: use --dtype float32"
             )
         attributions = {}
+        query_chats = attack.build_query_chats(self.setup.query_set.queries)
         with self.show_progress("attributing margins", len(conditions)) as on_progress:
             for name, defense in conditions.items():
-                with self.record_failures(attack, name, defense):
+                with self.record_failures(attack.name, name, defense):
                     attribution = direct_attribution.attribute_margins(
-                        session, defense, self.setup.query_set.queries
+                        self.setup.session, defense, query_chats
                     )
-                    scored_margins = self.scores.select_condition(attack, name)["margin"].to_numpy(float)
+                    scored_margins = self.scores.select_condition(attack.name, name)["margin"].to_numpy(float)
                     error = float(np.abs(attribution.margins - scored_margins).max())
                     if direct_attribution.is_exact and error > MARGIN_TOLERANCE:
                         raise UserError(f"the attributed margins miss the scored ones by {error:.2g} nats")
@@ -219,27 +218,26 @@ class MechanismStudy(TableCollector):
         """The model's directions, learned without an attack, which is no part of what harm is."""
         queries = _load_training_queries()
         states = record_residual_states(
-            self.setup.session.with_attack(DIRECT_ATTACK),
+            self.setup.session,
             self.components,
             self.conditions[UNDEFENDED],
-            queries,
+            DIRECT_ATTACK.build_query_chats(queries),
         )
         return ConceptDirections.from_states(
             states, torch.tensor([query.harmful for query in queries]), [query.pair for query in queries]
         )
 
     def _project_conditions(
-        self, session: ModelSession, attack: str, undefended: Defense, defenses: Mapping[str, Defense]
+        self, attack: Attack, undefended: Defense, defenses: Mapping[str, Defense]
     ) -> None:
         """Add what each defense changes of the projections on both directions."""
+        query_chats = attack.build_query_chats(self.setup.query_set.queries)
 
         def project(defense: Defense) -> np.ndarray:
-            queries, directions = self.setup.query_set.queries, self._learned_directions
-            return (
-                compute_projections(session, self.components, defense, queries, directions)
-                .numpy()
-                .astype(float)
+            projections = compute_projections(
+                self.setup.session, self.components, defense, query_chats, self._learned_directions
             )
+            return projections.numpy().astype(float)
 
         with self.show_progress("directions", 2 + len(defenses)) as on_progress:
             best_layers = self._learned_directions.best_layers
@@ -247,14 +245,14 @@ class MechanismStudy(TableCollector):
             before = project(undefended)
             on_progress()
             for name, defense in defenses.items():
-                with self.record_failures(attack, name, defense):
+                with self.record_failures(attack.name, name, defense):
                     after = project(defense)
                     for number, direction in enumerate(DIRECTION_NAMES):
                         table = self._estimate_projection_effects(before[:, number], after[:, number])
                         is_best = [layer == best_layers[number] for layer in range(len(table))]
                         table = table.assign(direction=direction, chosen=is_best)
                         table.insert(0, "layer", range(len(table)))
-                        self.add_condition_tables(attack, name, directions=table)
+                        self.add_condition_tables(attack.name, name, directions=table)
                 on_progress()
 
     def _estimate_projection_effects(self, before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
@@ -266,9 +264,7 @@ class MechanismStudy(TableCollector):
         ]
         return pd.concat([pd.DataFrame(separations), contrasts], axis=1)
 
-    def _intervene(
-        self, session: ModelSession, attack: str, condition: str, undefended: Defense, defense: Defense
-    ) -> None:
+    def _intervene(self, attack: Attack, condition: str, undefended: Defense, defense: Defense) -> None:
         """Patch activations, knock out attention and patch weights of one defense."""
         readout = self.setup.readout
         if readout.questions:
@@ -277,7 +273,12 @@ class MechanismStudy(TableCollector):
             )
             return
         paired_runs = PairedRuns(
-            session, self.components, readout, undefended, defense, self.intervention_queries
+            self.setup.session,
+            self.components,
+            readout,
+            undefended,
+            defense,
+            attack.build_query_chats(self.intervention_queries),
         )
         if not paired_runs.reads_single_prompts():
             self.add_notice(
@@ -286,18 +287,22 @@ class MechanismStudy(TableCollector):
             )
             return
         query_ids = [query.id for query in self.intervention_queries]
-        undefended_scores = self.scores.select_condition(attack, UNDEFENDED)
+        undefended_scores = self.scores.select_condition(attack.name, UNDEFENDED)
         undefended_margins = undefended_scores.loc[query_ids, "margin"].to_numpy(float)
-        with self.record_failures(attack, condition, defense):
-            self._patch_activations(paired_runs, attack, condition)
-        with self.record_failures(attack, condition, defense):
-            self._knock_out_attention(paired_runs, attack, condition, undefended_margins)
-        with self.record_failures(attack, condition, defense):
-            self._patch_weights(paired_runs, attack, condition, undefended_margins)
+        with self.record_failures(attack.name, condition, defense):
+            self._patch_activations(paired_runs, attack.name, condition)
+        with self.record_failures(attack.name, condition, defense):
+            self._knock_out_attention(paired_runs, attack.name, condition, undefended_margins)
+        with self.record_failures(attack.name, condition, defense):
+            self._patch_weights(paired_runs, attack.name, condition, undefended_margins)
 
     def _patch_activations(self, paired_runs: PairedRuns, attack: str, condition: str) -> None:
         """Add the effects of patching every layer and selected heads, and of all heads as estimated."""
-        options, estimator, n_queries = self.options, self._intervention_estimator, len(paired_runs.queries)
+        options, estimator, n_queries = (
+            self.options,
+            self._intervention_estimator,
+            len(paired_runs.query_chats),
+        )
         estimates, positions = None, []
         if "heads" in options.sites:
             label = f"attribution patching, {condition}"
@@ -350,7 +355,7 @@ class MechanismStudy(TableCollector):
                 f"attention knockout leaves some prompts of {condition} unchanged, to which it adds no tokens"
             )
         label = f"attention knockout, {condition}"
-        with self.show_progress(label, len(paired_runs.queries)) as on_progress:
+        with self.show_progress(label, len(paired_runs.query_chats)) as on_progress:
             table = measure_knockout_table(
                 paired_runs, self._intervention_estimator, defense_tokens, undefended_margins, on_progress
             )
@@ -493,9 +498,9 @@ def _check_attribution(setup: RunSetup) -> None:
     """Raise if margins of the undefended model cannot be attributed; tried on two queries, before scoring."""
     components = locate_components(setup.session.loaded_model.model)
     DirectLogitAttribution(components, setup.readout).attribute_margins(
-        setup.session.with_attack(setup.attacks[0]),
+        setup.session,
         setup.conditions[UNDEFENDED],
-        sample_queries(setup.query_set.queries, 2),
+        setup.attacks[0].build_query_chats(sample_queries(setup.query_set.queries, 2)),
     )
 
 

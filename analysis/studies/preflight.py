@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 
 import torch
 
+from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query
 from analysis.models.chat_template import (
     THINKING_TAGS,
@@ -28,7 +29,7 @@ from analysis.readouts.readout import LOW_COVERAGE, Readout
 from analysis.run import score_prompts
 from analysis.stats.tables import format_condition
 from defenses.chats import split_prefill
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 from defenses.errors import describe_error
 
 # Largest difference between two computations of the same margin that float rounding explains, nats.
@@ -62,29 +63,32 @@ def check_condition(
     defense: Defense,
     queries: Sequence[Query],
     readout: Readout,
+    attack: Attack = DIRECT_ATTACK,
     with_margins: bool = True,
 ) -> list[PreflightCheck]:
     """Run the checks of one defense on a few queries.
 
     Args:
-        session: the model, under an attack.
+        session: the model.
         condition_name: the defense's name in the tables.
         defense: prepared for this model.
         queries: a few of each class.
         readout: the readout whose margins are compared.
+        attack: the attack through which the queries are sent.
         with_margins: whether to compare margins, which takes forward passes.
     """
     session = session.with_questions(readout.questions)
-    prompts_by_query = session.render_queries(defense, queries)
+    query_chats = attack.build_query_chats(queries)
+    prompts_by_query = session.render_prompts(defense, query_chats)
     cases = [
-        (query, prompt)
-        for query, prompts in zip(queries, prompts_by_query, strict=True)
+        (query_chat, prompt)
+        for query_chat, prompts in zip(query_chats, prompts_by_query, strict=True)
         for prompt in prompts
     ]
     prompts = [prompt for _, prompt in cases]
     outcomes = [
         _check_text_present(prompts),
-        *([] if defense.edits_user_text else [_check_user_text(session, cases)]),
+        *([] if defense.edits_user_text else [_check_user_text(cases)]),
         *([_check_secret(session, defense, prompts)] if defense.secret_texts() else []),
         _check_bos_count(session, prompts),
         _check_system_role(session, prompts),
@@ -92,7 +96,7 @@ def check_condition(
         _check_response_start(session, cases, readout.response_prefix),
         *(_check_margins(session, defense, prompts, readout) if with_margins else []),
     ]
-    condition = format_condition({"attack": session.attack.name, "defense": condition_name})
+    condition = format_condition({"attack": attack.name, "defense": condition_name})
     secrets = defense.secret_texts()
     return [
         PreflightCheck(condition, name, passed, redact_secrets(observed, secrets))
@@ -101,18 +105,18 @@ def check_condition(
 
 
 def make_failed_check(
-    session: ModelSession, condition_name: str, defense: Defense, error: Exception
+    attack: Attack, condition_name: str, defense: Defense, error: Exception
 ) -> PreflightCheck:
     """Return the failed check of a defense that raised an error before it could be checked.
 
     Args:
-        session: the model, under an attack.
+        attack: the attack of the condition.
         condition_name: the defense's name in the tables.
         defense: prepared for this model.
         error: the error.
     """
     return PreflightCheck(
-        format_condition({"attack": session.attack.name, "defense": condition_name}),
+        format_condition({"attack": attack.name, "defense": condition_name}),
         "prompts",
         False,
         redact_secrets(describe_error(error), defense.secret_texts()),
@@ -134,13 +138,12 @@ def _check_text_present(prompts: list[Prompt]) -> CheckOutcome:
     return "text reaches the model", not missing, observed
 
 
-def _check_user_text(session: ModelSession, cases: list[tuple[Query, Prompt]]) -> CheckOutcome:
+def _check_user_text(cases: list[tuple[QueryChat, Prompt]]) -> CheckOutcome:
     # Compared with the attacked text: Base64, for instance, changes the user's words on purpose.
     changed = [
-        query.id
-        for query, prompt in cases
-        if _normalize_text(split_prefill(session.attack.build_chat(query))[0][-1]["content"])
-        not in _normalize_text(prompt.text)
+        query_id
+        for (query_id, chat), prompt in cases
+        if _normalize_text(split_prefill(chat)[0][-1]["content"]) not in _normalize_text(prompt.text)
     ]
     observed = f"changed in {', '.join(changed)}" if changed else "word for word"
     return "user's words survive", not changed, observed
@@ -182,7 +185,7 @@ def _check_not_truncated(session: ModelSession, prompts: list[Prompt]) -> CheckO
 
 
 def _check_response_start(
-    session: ModelSession, cases: list[tuple[Query, Prompt]], prefix: tuple[int, ...]
+    session: ModelSession, cases: list[tuple[QueryChat, Prompt]], prefix: tuple[int, ...]
 ) -> CheckOutcome:
     """Check that each prompt ends where a response begins, or continues the prefill of the attack."""
     name, template = "response starts at the end", session.chat_template
@@ -190,8 +193,8 @@ def _check_response_start(
     opener = remove_thinking_and_whitespace(template.decode_tokens(prefix))
     if opener and any(prompt.prefill for _, prompt in cases):
         return name, False, f"the readout prefills the response ({opener!r}), which is already prefilled"
-    for query, prompt in cases:
-        prefill = "" if session.questions else split_prefill(session.attack.build_chat(query))[1]
+    for (_, chat), prompt in cases:
+        prefill = "" if session.questions else split_prefill(chat)[1]
         if not _normalize_text(prompt.prefill).endswith(_normalize_text(prefill)):
             return (
                 name,

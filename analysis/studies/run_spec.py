@@ -173,7 +173,10 @@ class RunSpec:
 
         def compute_mean_activations() -> MeanActivations:
             with console.status("recording activations on the training queries"):
-                return load_mean_activations(session, load_queries("contrast").select_split("train").queries)
+                queries = load_queries("contrast").select_split("train").queries
+                return load_mean_activations(
+                    session, [query.text for query in queries], [query.harmful for query in queries]
+                )
 
         return session, replace(
             model_info,

@@ -143,22 +143,24 @@ def find_preflight_failures(
         task = bar.add_task(description, total=len(conditions) * len(setup.attacks))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
         for attack in setup.attacks:
-            session = setup.session.with_attack(attack)
             for name, defense in conditions.items():
                 with_margins = attack is setup.attacks[0] or name == UNDEFENDED
                 try:
                     if defense.calls_model:
                         # All queries in one batch: a few take nearly as long, and scoring needs all of them.
-                        session.render_queries(defense, setup.query_set.queries)
+                        query_chats = attack.build_query_chats(setup.query_set.queries)
+                        setup.session.render_prompts(defense, query_chats)
                     checks = [
                         check
                         for readout in setup.readouts
-                        for check in check_condition(session, name, defense, queries, readout, with_margins)
+                        for check in check_condition(
+                            setup.session, name, defense, queries, readout, attack, with_margins
+                        )
                     ]
                 except Exception as error:
                     if len(conditions) * len(setup.attacks) <= 2:
                         raise
-                    checks = [make_failed_check(session, name, defense, error)]
+                    checks = [make_failed_check(attack, name, defense, error)]
                 if failed := [check for check in checks if not check.passed]:
                     failed_checks[attack.name, name] = failed
                 bar.update(task, advance=1, description=description)

@@ -174,7 +174,6 @@ def sweep_conditions(
         task = bar.add_task("scoring", total=result.n_conditions * len(queries))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
         for attack in setup.attacks:
-            session = setup.session.with_attack(attack)
             runnable = {
                 name: defense for name, defense in conditions.items() if (attack.name, name) not in failures
             }
@@ -191,7 +190,7 @@ def sweep_conditions(
 
             try:
                 for name, frame in iterate_condition_scores(
-                    session, runnable, queries, setup.readout, on_progress, on_failure
+                    setup.session, runnable, queries, setup.readout, attack, on_progress, on_failure
                 ):
                     result.score_frames[attack.name, name] = frame
             except KeyboardInterrupt:

@@ -126,6 +126,7 @@ class ConditionResponses:
 
 def collect_responses(
     session: ModelSession,
+    attack: Attack,
     condition: str,
     defense: Defense,
     queries: Sequence[Query],
@@ -139,7 +140,8 @@ def collect_responses(
     If a readout prefills the response, its margins are compared with responses that have the same prefill.
 
     Args:
-        session: the model, under an attack.
+        session: the model.
+        attack: the attack through which the queries are sent.
         condition: the defense's name in the tables.
         defense: prepared for this model.
         queries: the queries to score.
@@ -150,18 +152,20 @@ def collect_responses(
             once per prefill.
     """
     score_frames = {
-        readout.name: score_condition(session, condition, defense, queries, readout, on_progress)
+        readout.name: score_condition(session, condition, defense, queries, readout, attack, on_progress)
         for readout in readouts
     }
+    query_chats, query_texts = attack.build_query_chats(queries), [query.text for query in queries]
     responses, verdicts = {}, {}
     for prefill in {readout.prefill: None for readout in readouts}:
         responses[prefill] = generate_responses(
-            session, defense, queries, prefill, max_new_tokens, on_progress=on_progress
+            session, defense, query_chats, prefill, max_new_tokens, on_progress=on_progress
         )
         verdicts[prefill] = {
-            name: judge_queries(judge, queries, responses[prefill], defense) for name, judge in judges.items()
+            name: judge_queries(judge, query_texts, responses[prefill], defense)
+            for name, judge in judges.items()
         }
-    return ConditionResponses(session.attack.name, condition, score_frames, responses, verdicts)
+    return ConditionResponses(attack.name, condition, score_frames, responses, verdicts)
 
 
 def compute_validity_rows(
@@ -283,13 +287,19 @@ def pair_compliant_responses(
 
 
 def measure_response_pairs(
-    pairs: ResponsePairs, session: ModelSession, undefended: Defense, max_new_tokens: int, is_reference: bool
+    pairs: ResponsePairs,
+    session: ModelSession,
+    attack: Attack,
+    undefended: Defense,
+    max_new_tokens: int,
+    is_reference: bool,
 ) -> pd.DataFrame:
     """Compare the responses of each pair, a row per query.
 
     Args:
         pairs: responses with and without the defense.
-        session: the model, under the attack.
+        session: the model.
+        attack: the attack through which the queries were sent.
         undefended: the undefended model as a defense.
         max_new_tokens: maximum number of tokens generated per response.
         is_reference: whether the condition is the undefended one, so that log-probabilities cannot differ.
@@ -302,7 +312,7 @@ def measure_response_pairs(
     measures = compare_responses(texts, reference_texts, token_counts, reference_counts, max_new_tokens)
     if is_reference or not pairs.queries:
         return measures
-    prompts_by_query = session.render_queries(undefended, pairs.queries)
+    prompts_by_query = session.render_prompts(undefended, attack.build_query_chats(pairs.queries))
     prompts = [first.append_prefix(pairs.prefill) for first, *_ in prompts_by_query]
     with undefended.apply_to(session.loaded_model.model):
         means = [
@@ -405,8 +415,8 @@ class _Validation:
         prompts_by_query = [
             prompts
             for attack, name in pending
-            for prompts in self.setup.session.with_attack(attack).render_queries(
-                self.setup.conditions[name], sampled
+            for prompts in self.setup.session.render_prompts(
+                self.setup.conditions[name], attack.build_query_chats(sampled)
             )
         ]
         n_prompts = -(-len(queries) * sum(map(len, prompts_by_query)) // len(sampled))
@@ -414,7 +424,7 @@ class _Validation:
 
     def _run_condition(self, attack: Attack, name: str, on_progress: JudgeProgress) -> None:
         """Validate one condition and keep its results; if it fails, record why."""
-        session, defense = self.setup.session.with_attack(attack), self.setup.conditions[name]
+        session, defense = self.setup.session, self.setup.conditions[name]
         queries, readouts, judge_name = (
             self.setup.query_set.queries,
             self.setup.readouts,
@@ -423,10 +433,10 @@ class _Validation:
         judges = {**RULE_JUDGES, judge_name: self.judge}
         try:
             responses = collect_responses(
-                session, name, defense, queries, readouts, judges, self.max_new_tokens, on_progress
+                session, attack, name, defense, queries, readouts, judges, self.max_new_tokens, on_progress
             )
             validity_rows = compute_validity_rows(responses, readouts, judge_name, self.seed)
-            quality_row = self._rate_quality(responses, session)
+            quality_row = self._rate_quality(responses, attack)
         except Exception as error:
             reason = redact_secrets(describe_error(error), defense.secret_texts())
             self.failures[attack.name, name] = reason
@@ -437,11 +447,11 @@ class _Validation:
         self.quality_rows.append(quality_row)
         for readout, row in zip(readouts, validity_rows, strict=True):
             if row["n"]:
-                save_validity(session, defense, readout, self.judge.name, self.max_new_tokens, row)
+                save_validity(session, attack, defense, readout, self.judge.name, self.max_new_tokens, row)
         self.finished.append(responses)
         self.validity_rows.extend(validity_rows)
 
-    def _rate_quality(self, responses: ConditionResponses, session: ModelSession) -> dict[str, Any]:
+    def _rate_quality(self, responses: ConditionResponses, attack: Attack) -> dict[str, Any]:
         """Return a row of `worth.csv`: rates by judge, and benign responses against undefended ones."""
         queries, judge_name = self.setup.query_set.queries, self.judge_options.name
         reference = next(
@@ -451,7 +461,8 @@ class _Validation:
         rates = _count_verdicts(responses.verdicts[pairs.prefill], queries)
         measures = measure_response_pairs(
             pairs,
-            session,
+            self.setup.session,
+            attack,
             self.setup.conditions[UNDEFENDED],
             self.max_new_tokens,
             is_reference=responses is reference,

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import render_query
 
 from analysis.datasets.queries import Query
 from analysis.models.chat_template import redact_secrets
@@ -66,7 +67,7 @@ def render_defense(session: ModelSession, model_info: ModelInfo, name: str) -> d
     for condition, defense in build_conditions([get_defense(name).prepare(model_info)]).items():
         scripted = ScriptedCalls()
         object.__setattr__(session, "defense_calls", scripted)
-        prompts = session.render_query(defense, QUERY)
+        prompts = render_query(session, defense, QUERY)
         asked = [session.chat_template.render_prompt(call.chat).text for call in scripted.calls]
         reads = [redact_secrets(prompt.text, defense.secret_texts()) for prompt in prompts]
         tokens = {"tokens": [len(prompt.ids) for prompt in prompts]} if defense.retokenizes else {}

@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import held, make_adapter, make_toy_session, tiny_model, toy_tokenizer
+from conftest import held, make_adapter, make_toy_session, render_query, tiny_model, toy_tokenizer
 
+from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.queries import Query
 from analysis.studies.preflight import make_failed_check
 from defenses.catalog import find_defense_classes, get_defense, list_defense_names
@@ -283,7 +284,7 @@ class Leaking(Defense):
 
 def test_an_error_shows_no_secret():
     error = ValueError("cannot use tulip seven here")
-    check = make_failed_check(make_toy_session(), "leaking", Leaking(), error)
+    check = make_failed_check(DIRECT_ATTACK, "leaking", Leaking(), error)
     assert "tulip" not in check.observed and "⟨secret⟩" in check.observed
 
 
@@ -296,4 +297,4 @@ def test_a_consultation_that_breaks_the_contract_is_reported(body, message):
     head = "class Odd(Defense):\n  def rewrite(self, chat, rng): return copy_chat(chat)\n"
     exec(f"{head}  def consult_model(self, chat, rng):\n    {body}\n", names)
     with pytest.raises(UserError, match=message):
-        make_toy_session().render_query(names["Odd"](), Query("q", REQUEST, False))
+        render_query(make_toy_session(), names["Odd"](), Query("q", REQUEST, False))

@@ -44,9 +44,7 @@ def test_a_readout_with_a_prefill_fails_the_preflight_of_a_prefilled_prompt() ->
     checks = check_condition(session, "safety_prefix", get_defense("safety_prefix"), QUERIES, readout)
     (failed,) = [check for check in checks if not check.passed]
     assert failed.observed.startswith("the readout") and "'Sure,here'" in failed.observed
-    attacked = check_condition(
-        session.with_attack(get_attack("prefill")), "none", UNDEFENDED, QUERIES, readout
-    )
+    attacked = check_condition(session, "none", UNDEFENDED, QUERIES, readout, get_attack("prefill"))
     assert not all(check.passed for check in attacked)
 
 

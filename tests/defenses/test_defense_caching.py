@@ -47,7 +47,9 @@ def score_margins(session: ModelSession, defense: Defense) -> list[float]:
 
 
 def test_an_edited_user_defined_class_is_computed_again(session: ModelSession, tmp_path: Path) -> None:
-    activations = load_mean_activations(session, QUERIES)
+    activations = load_mean_activations(
+        session, [query.text for query in QUERIES], [query.harmful for query in QUERIES]
+    )
     margins, digests = [], []
     for factor in (1, 5):
         (tmp_path / "mine.py").write_text(OWN_DEFENSE.format(factor=factor))

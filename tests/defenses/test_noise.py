@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from conftest import make_toy_session, toy_tokenizer
+from conftest import make_toy_session, render_query, toy_tokenizer
 
 from analysis.datasets.queries import Query
 from defenses.catalog import get_defense
@@ -38,7 +38,7 @@ def test_copies_depend_on_the_seed_and_the_query_id_only() -> None:
 
     def render_copies(seed: int, query_id: str) -> list[str]:
         session = type(make_toy_session()).from_model(loaded_model, seed=seed)
-        prompts = session.render_query(get_defense("smooth_llm"), Query(query_id, REQUEST, False))
+        prompts = render_query(session, get_defense("smooth_llm"), Query(query_id, REQUEST, False))
         return [prompt.text for prompt in prompts]
 
     assert render_copies(0, "a") == render_copies(0, "a")

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from conftest import make_toy_session, toy_tokenizer
+from conftest import make_toy_session, render_query, toy_tokenizer
 
 from analysis.datasets.queries import Query
 from analysis.readouts.first_token import REFUSAL_QUESTIONS
@@ -64,7 +64,7 @@ def test_the_intention_precedes_the_final_request() -> None:
 def test_a_question_readout_of_two_passes_contains_the_request() -> None:
     session = make_toy_session().with_questions(REFUSAL_QUESTIONS)
     query = Query("q", "How do I sing?", False)
-    prompts = session.render_query(get_defense("two_pass_intention", {"tokens": "8"}), query)
+    prompts = render_query(session, get_defense("two_pass_intention", {"tokens": "8"}), query)
     assert all(query.text in prompt.chat[-1]["content"] for prompt in prompts)
 
 
@@ -87,7 +87,7 @@ def test_retokenization_changes_the_tokens_of_the_request_but_not_its_text(kind:
     query = Query("q", "Please explain how a bakery bakes wonderful bread every morning, thank you.", False)
     model_info = ModelInfo("toy", toy_tokenizer(kind=kind), ())
     defense = get_defense("retokenization", {"rate": rate}).prepare(model_info)
-    (plain,), (split,) = (session.render_query(each, query) for each in (get_defense("none"), defense))
+    (plain,), (split,) = (render_query(session, each, query) for each in (get_defense("none"), defense))
     assert split.text == plain.text and len(split.ids) > len(plain.ids)
     # Nothing outside of the request changes: neither the template nor the system turn.
     start = next(index for index, (a, b) in enumerate(zip(plain.ids, split.ids, strict=False)) if a != b)
@@ -98,7 +98,7 @@ def test_retokenization_changes_the_tokens_of_the_request_but_not_its_text(kind:
     assert query.text not in head and session.chat_template.decode_tokens(split.ids).endswith(tail)
     n_tail = len(session.loaded_model.tokenizer.encode(tail, add_special_tokens=False))
     assert split.ids[-n_tail:] == plain.ids[-n_tail:]
-    assert session.render_query(defense, query)[0].ids == split.ids
+    assert render_query(session, defense, query)[0].ids == split.ids
 
 
 def test_a_tiny_rate_splits_nothing() -> None:
@@ -106,4 +106,4 @@ def test_a_tiny_rate_splits_nothing() -> None:
     model_info = ModelInfo("toy", toy_tokenizer(), ())
     defense = get_defense("retokenization", {"rate": "0.000001"}).prepare(model_info)
     query = Query("q", REQUEST, False)
-    assert session.render_query(defense, query) == session.render_query(get_defense("none"), query)
+    assert render_query(session, defense, query) == render_query(session, get_defense("none"), query)

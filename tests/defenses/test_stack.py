@@ -7,9 +7,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import derive_readout, held, make_adapter, make_toy_session, tiny_model, toy_tokenizer
+from conftest import (
+    derive_readout,
+    held,
+    make_adapter,
+    make_toy_session,
+    render_query,
+    tiny_model,
+    toy_tokenizer,
+)
 
-from analysis.attacks import choose_attacks
+from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
 from analysis.models.session import generate_responses
@@ -58,7 +66,10 @@ def weights(tmp_path_factory):
 
 def render_chats(session, defense, queries=QUERIES):
     """Return the chats of each query."""
-    return [[prompt.chat for prompt in prompts] for prompts in session.render_queries(defense, queries)]
+    return [
+        [prompt.chat for prompt in prompts]
+        for prompts in session.render_prompts(defense, DIRECT_ATTACK.build_query_chats(queries))
+    ]
 
 
 def render_requests(session, name):
@@ -105,14 +116,14 @@ def test_every_member_draws_the_random_numbers_that_it_draws_alone(session):
 
 
 def test_tokens_are_split_as_alone_and_differently_in_every_copy(session, model_info):
-    (alone,) = session.render_query(get_defense("retokenization").prepare(model_info), QUERIES[0])
+    (alone,) = render_query(session, get_defense("retokenization").prepare(model_info), QUERIES[0])
     stack = get_defense("retokenization+policy").prepare(model_info)
-    (stacked,) = session.render_query(stack, QUERIES[0])
-    undefended = session.render_query(UNDEFENDED, QUERIES[0])[0]
+    (stacked,) = render_query(session, stack, QUERIES[0])
+    undefended = render_query(session, UNDEFENDED, QUERIES[0])[0]
     assert stacked.ids[-len(alone.ids) :] == alone.ids != undefended.ids
     # Very little noise, so that the texts of the copies differ in one character only.
     stack = get_defense("smooth_llm+retokenization", {"copies": "4", "smooth_llm.rate": "0.001"})
-    copies = session.render_query(stack.prepare(model_info), QUERIES[0])
+    copies = render_query(session, stack.prepare(model_info), QUERIES[0])
     assert len({prompt.ids for prompt in copies}) == 4
     assert len({len(prompt.ids) for prompt in copies}) > 1
 
@@ -155,10 +166,12 @@ def test_copies_with_different_pooling_cannot_be_combined(session, model_info):
 
 
 def test_a_stack_passes_the_preflight_under_an_attack(model_info):
-    session = make_toy_session().with_attack(choose_attacks(["prefill"])[0])
+    session = make_toy_session()
     readout = derive_readout(session, QUERIES, UNDEFENDED)
     checks_by_stack = {
-        name: check_condition(session, name, get_defense(name).prepare(model_info), QUERIES[:2], readout)
+        name: check_condition(
+            session, name, get_defense(name).prepare(model_info), QUERIES[:2], readout, get_attack("prefill")
+        )
         for name in ("word_drop+self_reminder", "policy+refusal_steering")
     }
     for checks in checks_by_stack.values():
@@ -225,7 +238,9 @@ def test_a_blend_in_a_stack_combines_its_models_on_the_prompts_of_the_other_memb
     for stack in (Stack((policy, blend)), Stack((blend, policy))):
         assert score_margins(session, readout, stack) == pytest.approx(expected, abs=1e-4)
     assert expected != pytest.approx(model_margins, abs=1e-2)
-    responses = generate_responses(session, Stack((policy, blend)), QUERIES[:2], max_new_tokens=3)
+    responses = generate_responses(
+        session, Stack((policy, blend)), DIRECT_ATTACK.build_query_chats(QUERIES[:2]), max_new_tokens=3
+    )
     assert all(len(response.ids) == 3 for copies in responses for response in copies)
 
 
@@ -272,7 +287,7 @@ def test_a_stack_of_texts_scores_as_one_defense_with_the_same_text(session, read
             session.loaded_model,
             session.engine,
             defense,
-            [prompt.ids for prompt in session.render_query(defense, QUERIES[0])],
+            [prompt.ids for prompt in render_query(session, defense, QUERIES[0])],
             readout,
         )
         for defense in (stack, combined)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from conftest import FAMILIES, OTHERS, derive_readout, make_toy_session, tiny_model
 
 from analysis.datasets.loading import load_queries
-from analysis.datasets.queries import sample_queries
+from analysis.datasets.queries import Query, sample_queries
 from analysis.mechanism.directions import load_mean_activations
+from analysis.models.session import ModelSession
 from analysis.run import score_condition
 from defenses.adapters import fingerprint_queries
 from defenses.catalog import get_defense
@@ -29,6 +31,12 @@ def plant_activations(n_layers: int, width: int = 64, seed: int = 0) -> MeanActi
     generator = torch.Generator().manual_seed(seed)
     means = [torch.randn(n_layers, width, generator=generator) for _ in range(2)]
     return MeanActivations(*means, frozenset(), "toy")
+
+
+def load_means(session: ModelSession, queries: Sequence[Query]) -> MeanActivations:
+    """Return the class means over training queries."""
+    texts, is_harmful = zip(*((query.text, query.harmful) for query in queries), strict=True)
+    return load_mean_activations(session, texts, is_harmful)
 
 
 def record_block_inputs(model: Any, ids: torch.Tensor = IDS) -> list[torch.Tensor]:
@@ -99,7 +107,7 @@ def test_an_ablated_direction_is_absent_from_the_input_of_every_block(family: st
 
 def test_steered_margins_do_not_depend_on_the_batch() -> None:
     session, undefended = make_toy_session(), get_defense("none")
-    activations = load_mean_activations(session, TRAIN_QUERIES)
+    activations = load_means(session, TRAIN_QUERIES)
     readout = derive_readout(session, QUERIES, undefended)
     plain = score_condition(session, "none", undefended, QUERIES, readout)["margin"]
     for name in ("refusal_steering", "conditional_steering", "direction_ablation"):
@@ -119,7 +127,7 @@ def test_mean_activations_are_means_over_plain_passes_and_are_cached(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     session = make_toy_session(family)
-    activations = load_mean_activations(session, TRAIN_QUERIES)
+    activations = load_means(session, TRAIN_QUERIES)
     streams: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for query in TRAIN_QUERIES:
         ids = session.chat_template.render_prompt([{"role": "user", "content": query.text}]).ids
@@ -127,13 +135,13 @@ def test_mean_activations_are_means_over_plain_passes_and_are_cached(
         streams[query.harmful].append(torch.stack([stream[0, -1] for stream in inputs]))
     for harmful, mean in ((True, activations.harmful), (False, activations.benign)):
         assert torch.allclose(mean, torch.stack(streams[harmful]).mean(0), atol=1e-4)
-    again = load_mean_activations(session, TRAIN_QUERIES)
+    again = load_means(session, TRAIN_QUERIES)
     assert torch.equal(again.harmful, activations.harmful) and again.sha256 == activations.sha256
-    assert load_mean_activations(session, TRAIN_QUERIES[1:]).sha256 != activations.sha256
+    assert load_means(session, TRAIN_QUERIES[1:]).sha256 != activations.sha256
 
 
 def test_a_depth_without_a_direction_is_rejected() -> None:
-    activations = load_mean_activations(make_toy_session(), TRAIN_QUERIES)
+    activations = load_means(make_toy_session(), TRAIN_QUERIES)
     model_info = ModelInfo("toy", None, (), compute_mean_activations=lambda: activations)
     with pytest.raises(UserError, match=r"depth=0\.0 the mean activations .* are equal"):
         get_defense("refusal_steering", {"depth": "0"}).prepare(model_info)
@@ -141,7 +149,7 @@ def test_a_depth_without_a_direction_is_rejected() -> None:
 
 
 def test_the_queries_of_a_direction_may_not_be_scored() -> None:
-    activations = load_mean_activations(make_toy_session(), TRAIN_QUERIES)
+    activations = load_means(make_toy_session(), TRAIN_QUERIES)
     defense = replace(get_defense("refusal_steering"), activations=activations)
     assert defense.trained_on() == frozenset(fingerprint_queries(query.text for query in TRAIN_QUERIES))
     assert "computed" in get_defense("refusal_steering").missing_requirements()

@@ -17,9 +17,9 @@ def judge_responses(pool: str, *texts: str) -> Any:
     """Return the verdict on one query with several responses, under a defense with that pooling."""
     defense = get_defense("erase_and_check" if pool == "max" else "smooth_llm")
     assert defense.pool == pool
-    query = load_queries("twins").queries[0]
+    query_text = load_queries("twins").queries[0].text
     responses = [[Response((1,), text, text) for text in texts]]
-    return judge_queries(RULE_JUDGES["patterns"], [query], responses, defense)[0]
+    return judge_queries(RULE_JUDGES["patterns"], [query_text], responses, defense)[0]
 
 
 def test_several_responses_are_pooled_by_majority_or_by_any_refusal() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import fresh_model, toy_tokenizer
+from conftest import fresh_model, render_query, toy_tokenizer
 
+from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
 from analysis.mechanism.components import locate_components
 from analysis.mechanism.directions import ConceptDirections, compute_projections, record_residual_states
@@ -20,9 +21,11 @@ def test_states_are_recorded_at_the_end_of_the_prompt_and_of_the_users_text():
     session = ModelSession.from_model(LoadedModel("toy", fresh_model(), toy_tokenizer(), {"id": "toy"}))
     model = session.loaded_model.model
     components = locate_components(model)
-    states_by_query = record_residual_states(session, components, REMINDER, QUERIES)
+    states_by_query = record_residual_states(
+        session, components, REMINDER, DIRECT_ATTACK.build_query_chats(QUERIES)
+    )
     for query, states in zip(QUERIES, states_by_query, strict=True):
-        (prompt,) = session.render_query(REMINDER, query)
+        (prompt,) = render_query(session, REMINDER, query)
         stop = prompt.text.index(query.text) + len(query.text)
         lengths = [
             len(session.chat_template.decode_tokens(prompt.ids[:count]))
@@ -36,7 +39,9 @@ def test_states_are_recorded_at_the_end_of_the_prompt_and_of_the_users_text():
             assert torch.allclose(states[1, layer], hidden_states[layer][0, last_user_token], atol=1e-4)
     axes, midpoints = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(0))
     directions = ConceptDirections(axes, midpoints, (0, 0))
-    projections = compute_projections(session, components, REMINDER, QUERIES, directions)
+    projections = compute_projections(
+        session, components, REMINDER, DIRECT_ATTACK.build_query_chats(QUERIES), directions
+    )
     assert torch.allclose(projections, directions.project_states(states_by_query), atol=1e-4)
 
 

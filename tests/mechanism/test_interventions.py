@@ -199,7 +199,8 @@ def circuit():
     )
     attribution = DirectLogitAttribution(paired_runs.components, TOY_READOUT)
     before, after = (
-        attribution.attribute_margins(session, defense, queries) for defense in (NONE, Trigger())
+        attribution.attribute_margins(session, defense, paired_runs.query_chats)
+        for defense in (NONE, Trigger())
     )
     return paired_runs, estimator, before, after
 

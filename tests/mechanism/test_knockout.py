@@ -39,8 +39,8 @@ def test_the_tokens_of_a_defense_are_those_of_its_text():
 @pytest.mark.parametrize("name", ["many_shot", "prefill", "system_override", "prefix_injection"])
 def test_the_text_of_an_attack_does_not_belong_to_the_defense(name):
     (attack,) = choose_attacks([name])
-    session = make_toy_session().with_attack(attack)
-    paired_runs = pair_runs(session, REMINDER, QUERIES[:2])
+    session = make_toy_session()
+    paired_runs = pair_runs(session, REMINDER, QUERIES[:2], attack=attack)
     assert not any(map(any, replace(paired_runs, defense=NONE).find_defense_tokens()))
     masks, prompts = paired_runs.find_defense_tokens(), paired_runs.render_prompts(REMINDER)
     for mask, prompt in zip(masks, prompts, strict=True):

@@ -13,11 +13,13 @@ from conftest import (
     fresh_model,
     make_adapter,
     make_toy_session,
+    render_query,
     tiny_model,
     toy_tokenizer,
 )
 from torch import nn
 
+from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
 from analysis.mechanism.attribution import DirectLogitAttribution
 from analysis.mechanism.components import locate_components
@@ -54,7 +56,9 @@ def test_contributions_add_up_to_the_scored_margins(family):
     queries = QUERIES if family != "gpt2" else QUERIES[:2]  # its context is short
     n_layers = len(locate_components(session.loaded_model.model).layers)
     for defense in (NONE, REMINDER):
-        attribution = make_attribution(session).attribute_margins(session, defense, queries)
+        attribution = make_attribution(session).attribute_margins(
+            session, defense, DIRECT_ATTACK.build_query_chats(queries)
+        )
         scored = score_margins(session, defense, queries)
         assert np.abs(attribution.margins - scored).max() < 1e-5
         assert attribution.parts is not None
@@ -70,7 +74,11 @@ def test_the_biases_of_output_projections_are_attributed():
     for block in model.transformer.h:
         block.attn.c_proj.bias.data = torch.linspace(-0.1, 0.1, len(block.attn.c_proj.bias))
     session = make_session(model)
-    parts = make_attribution(session).attribute_margins(session, NONE, QUERIES[:2]).parts
+    parts = (
+        make_attribution(session)
+        .attribute_margins(session, NONE, DIRECT_ATTACK.build_query_chats(QUERIES[:2]))
+        .parts
+    )
     scored = score_margins(session, NONE, QUERIES[:2])
     assert np.abs(parts.contributions.sum(1) - scored).max() < 1e-5
     biases = [part.kind == "bias" and part.layer is not None for part in parts.parts]
@@ -85,8 +93,10 @@ def test_contributions_equal_the_outputs_that_transformer_lens_records(family):
     session = make_toy_session(family)
     direct_attribution = make_attribution(session)
     (query,) = QUERIES[:1]
-    (prompt,) = session.render_query(REMINDER, query)
-    contributions = direct_attribution.attribute_margins(session, REMINDER, [query]).parts.contributions[0]
+    (prompt,) = render_query(session, REMINDER, query)
+    contributions = direct_attribution.attribute_margins(
+        session, REMINDER, DIRECT_ATTACK.build_query_chats([query])
+    ).parts.contributions[0]
     model = copy.deepcopy(tiny_model(family))
     full_logits = model(torch.tensor([prompt.ids])).logits[0, -1]
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -141,7 +151,11 @@ def test_what_a_defense_adds_between_blocks_is_a_component():
             return "shifted"
 
     session = make_session(fresh_model())
-    parts = make_attribution(session).attribute_margins(session, ShiftedStream(), QUERIES).parts
+    parts = (
+        make_attribution(session)
+        .attribute_margins(session, ShiftedStream(), DIRECT_ATTACK.build_query_chats(QUERIES))
+        .parts
+    )
     largest = dict(zip(parts.parts, np.abs(parts.contributions).max(0), strict=True))
     assert largest[ModelPart("added", 1)] > 0.01
     assert largest[ModelPart("added", 0)] < 1e-6 and largest[ModelPart("added", 2)] < 1e-6
@@ -152,14 +166,20 @@ def test_margins_of_tuned_weights_and_of_several_prompts_are_attributed(tmp_path
     session = make_toy_session()
     adapter = load_adapter(make_adapter(tmp_path / "a"))
     tuned = replace(get_defense("safety_tuning"), adapter=adapter)
-    attribution = make_attribution(session).attribute_margins(session, tuned, QUERIES)
+    attribution = make_attribution(session).attribute_margins(
+        session, tuned, DIRECT_ATTACK.build_query_chats(QUERIES)
+    )
     with apply_adapter(session.loaded_model.model, adapter):
-        expected = make_attribution(session).attribute_margins(session, NONE, QUERIES)
+        expected = make_attribution(session).attribute_margins(
+            session, NONE, DIRECT_ATTACK.build_query_chats(QUERIES)
+        )
     assert np.allclose(attribution.parts.contributions, expected.parts.contributions, atol=1e-6)
     model_info = ModelInfo("toy", session.loaded_model.tokenizer, ())
     for name in ("smooth_llm", "erase_and_check"):
         defense = get_defense(name).prepare(model_info)
-        attribution = make_attribution(session).attribute_margins(session, defense, QUERIES[:3])
+        attribution = make_attribution(session).attribute_margins(
+            session, defense, DIRECT_ATTACK.build_query_chats(QUERIES[:3])
+        )
         scored = score_margins(session, defense, QUERIES[:3])
         assert np.abs(attribution.parts.contributions.sum(1) - scored).max() < 1e-5
 
@@ -167,7 +187,9 @@ def test_margins_of_tuned_weights_and_of_several_prompts_are_attributed(tmp_path
 def test_the_margins_of_several_questions_are_averaged():
     session = make_toy_session()
     readout = replace(TOY_READOUT, questions=("Refuse {request}? Yes or No.", "{request}: No or Yes?"))
-    attribution = make_attribution(session, readout).attribute_margins(session, REMINDER, QUERIES[:3])
+    attribution = make_attribution(session, readout).attribute_margins(
+        session, REMINDER, DIRECT_ATTACK.build_query_chats(QUERIES[:3])
+    )
     scored = score_margins(session, REMINDER, QUERIES[:3], readout)
     assert np.abs(attribution.parts.contributions.sum(1) - scored).max() < 1e-5
 
@@ -177,20 +199,26 @@ def test_an_error_says_that_the_stream_changes_between_the_blocks_of_an_unmodifi
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1.0, *args[1:]))
     session = make_session(model)
     with pytest.raises(UserError, match="the stream between its blocks changes the margin by"):
-        make_attribution(session).attribute_margins(session, NONE, QUERIES[:2])
+        make_attribution(session).attribute_margins(
+            session, NONE, DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+        )
 
 
 def test_an_error_says_that_contributions_do_not_add_up():
     session = make_toy_session("bloom")  # its attention adds the residual stream itself
     with pytest.raises(UserError, match="BloomForCausalLM: the sum of its components misses the margin by"):
-        make_attribution(session).attribute_margins(session, NONE, QUERIES[:2])
+        make_attribution(session).attribute_margins(
+            session, NONE, DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+        )
     with pytest.raises(ValueError, match="differ from the margin by 1 nats"):
         Decomposition((ModelPart("embedding"),), np.ones((2, 1)), np.zeros(2))
 
 
 def test_half_precision_has_a_logit_lens_and_no_contributions():
     session = make_session(fresh_model().bfloat16())
-    attribution = make_attribution(session).attribute_margins(session, NONE, QUERIES[:2])
+    attribution = make_attribution(session).attribute_margins(
+        session, NONE, DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+    )
     assert attribution.parts is None and attribution.margins_by_layer.shape == (2, 3)
     assert np.abs(attribution.margins_by_layer[:, -1] - attribution.margins).max() < 0.1
 
@@ -218,10 +246,14 @@ def test_a_defense_may_change_the_final_norm():
 
     session = make_toy_session()
     direct_attribution = make_attribution(session)
-    direct_attribution.attribute_margins(session, NONE, QUERIES[:2])
-    attribution = direct_attribution.attribute_margins(session, OtherGains(), QUERIES[:2])
+    direct_attribution.attribute_margins(session, NONE, DIRECT_ATTACK.build_query_chats(QUERIES[:2]))
+    attribution = direct_attribution.attribute_margins(
+        session, OtherGains(), DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+    )
     with OtherGains().apply_to(session.loaded_model.model):
-        expected = make_attribution(session).attribute_margins(session, NONE, QUERIES[:2])
+        expected = make_attribution(session).attribute_margins(
+            session, NONE, DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+        )
     assert np.allclose(attribution.parts.contributions, expected.parts.contributions, atol=1e-6)
 
 
@@ -229,6 +261,8 @@ def test_an_attribution_leaves_the_model_unchanged():
     session = make_session(fresh_model())
     model = session.loaded_model.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    make_attribution(session).attribute_margins(session, REMINDER, QUERIES[:2])
+    make_attribution(session).attribute_margins(
+        session, REMINDER, DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

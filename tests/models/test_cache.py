@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import derive_readout, make_adapter, make_toy_session
+from conftest import derive_readout, make_adapter, make_toy_session, render_query
 
+from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
 from analysis.models import cache
@@ -62,7 +63,7 @@ def test_of_more_queries_only_the_new_ones_are_computed(tmp_path: Path) -> None:
     readout = derive_readout(bench, ASKED, NONE)
     score_condition(bench, "policy", POLICY, ASKED[:3], readout)
     bench = bench_with(tmp_path / "s")
-    frame = score_condition(bench, "policy", POLICY, ASKED, readout, told.append)
+    frame = score_condition(bench, "policy", POLICY, ASKED, readout, on_progress=told.append)
     assert frame["margin"].tolist() == pytest.approx(margins(make_toy_session(), POLICY), abs=1e-5)
     assert bench.score_cache is not None and bench.score_cache.n_hits == 3 and sum(told) == len(ASKED)
 
@@ -107,7 +108,7 @@ def test_a_users_own_change_of_the_model_is_never_kept(tmp_path: Path) -> None:
 def test_prompts_that_are_the_same_are_read_once() -> None:
     bench = make_toy_session()
     readout = derive_readout(bench, ASKED, NONE)
-    prompts = [bench.render_query(NONE, query)[0].ids for query in ASKED[:2]]
+    prompts = [render_query(bench, NONE, query)[0].ids for query in ASKED[:2]]
     bench.engine.work_counter.reset_counts()
     once = score_prompts(bench.loaded_model, bench.engine, NONE, prompts, readout)
     tokens = bench.engine.work_counter.computed_tokens
@@ -221,10 +222,10 @@ def test_the_margin_of_a_blend_is_that_of_the_model_plus_alpha_times_what_the_ex
 
 def test_a_blend_says_first_what_is_read_and_then_goes_on_as_the_model(tmp_path: Path) -> None:
     bench, blend = make_toy_session(), expert(tmp_path, 4.0)
-    said = generate_responses(bench, blend, ASKED, max_new_tokens=5)
-    usual = generate_responses(bench, NONE, ASKED, max_new_tokens=5)
+    said = generate_responses(bench, blend, DIRECT_ATTACK.build_query_chats(ASKED), max_new_tokens=5)
+    usual = generate_responses(bench, NONE, DIRECT_ATTACK.build_query_chats(ASKED), max_new_tokens=5)
     for query, (answer,) in zip(ASKED, said, strict=True):
-        ids = bench.render_query(NONE, query)[0].ids
+        ids = render_query(bench, NONE, query)[0].ids
         ((_, logits),) = iterate_defended_logits(
             bench.engine, bench.loaded_model, blend, [ids], lambda logits: logits
         )
@@ -250,7 +251,12 @@ def test_drafts_are_greedy_answers_and_each_is_made_once(tmp_path: Path) -> None
     asks = [asking(text, line=True) for text in ("How do I sing?", "What is bread?", "How do I sing?")]
     said = bench.defense_calls.complete_calls(asks)
     assert said[0] == said[2] and bench.defense_calls.n_calls == 2
-    usual = generate_responses(bench, NONE, [replace(ASKED[0], text="What is bread?")], max_new_tokens=6)
+    usual = generate_responses(
+        bench,
+        NONE,
+        DIRECT_ATTACK.build_query_chats([replace(ASKED[0], text="What is bread?")]),
+        max_new_tokens=6,
+    )
     assert said[1] == usual[0][0].text.strip().splitlines()[0].strip()
     again = bench_with(tmp_path / "s")
     assert again.defense_calls.complete_calls(asks) == said and again.defense_calls.n_calls == 0

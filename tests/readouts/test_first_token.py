@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import derive_readout, make_toy_session, toy_tokenizer
+from conftest import derive_readout, make_toy_session, render_query, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,7 +175,7 @@ def test_a_bench_makes_it_from_how_its_own_model_opens(template: str, kind: str)
     bench = make_toy_session("llama", template, kind)
     asked = sample_queries(load_queries("twins").queries, 4)
     made = derive_readout(bench, asked, get_defense("none"))
-    ids = torch.tensor([[*bench.render_query(get_defense("none"), asked[0])[0].ids, *made.response_prefix]])
+    ids = torch.tensor([[*render_query(bench, get_defense("none"), asked[0])[0].ids, *made.response_prefix]])
     with torch.inference_mode():
         logits = bench.loaded_model.model(input_ids=ids).logits[0, -1].double()
     by_hand = sum(weight * logits[i] for i, weight in zip(made.ids, made.weights, strict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import derive_readout, make_toy_session
+from conftest import derive_readout, make_toy_session, render_query
 from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
@@ -34,6 +34,9 @@ from defenses.errors import UserError
 
 NONE = get_defense("none")
 QUERIES = load_queries("contrast").select_split("calibration").limit_queries(60)
+QUERY_CHATS = DIRECT_ATTACK.build_query_chats(QUERIES.queries)
+QUERY_TEXTS = [query.text for query in QUERIES.queries]
+PAIRS = [query.pair for query in QUERIES.queries]
 
 
 @pytest.fixture
@@ -46,15 +49,15 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
 def plant_verdicts(monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> tuple[int, int]:
     """Let responses refuse exactly where one first token is likelier than another; return the two."""
     session = make_toy_session()
-    prompts = [session.render_query(NONE, query)[0].ids for query in QUERIES.queries]
+    prompts = [render_query(session, NONE, query)[0].ids for query in QUERIES.queries]
     likely = session.engine.read_first_token(prompts, lambda logits: logits.softmax(1)).mean(0)
     yes, no = likely.topk(2).indices.tolist()
 
-    def generate_planted(session, defense, queries, judge, prefill=(), on_progress=lambda count: None):
-        ids = [session.render_query(defense, query)[0].ids for query in queries]
+    def generate_planted(session, defense, query_chats, texts, judge, prefill=(), on_progress=lambda n: None):
+        ids = [prompts[0].ids for prompts in session.render_prompts(defense, query_chats)]
         gaps = session.engine.read_first_token(ids, lambda logits: logits[:, [yes]] - logits[:, [no]])
         gaps = gaps[:, 0].numpy()
-        on_progress(len(queries))
+        on_progress(len(query_chats))
         return [Verdict("full" if gap > np.quantile(gaps, 1 - share) else "none") for gap in gaps]
 
     monkeypatch.setattr(calibration, "generate_verdicts", generate_planted)
@@ -63,7 +66,7 @@ def plant_verdicts(monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> tuple
 
 def judge_responses(defense: Defense) -> list[Verdict]:
     return calibration.generate_verdicts(
-        make_toy_session(), defense, QUERIES.queries, RULE_JUDGES["patterns"]
+        make_toy_session(), defense, QUERY_CHATS, QUERY_TEXTS, RULE_JUDGES["patterns"]
     )
 
 
@@ -79,7 +82,7 @@ def test_the_calibrated_readout_finds_the_informative_tokens(monkeypatch: pytest
     yes, no = plant_verdicts(monkeypatch)
     session = make_toy_session()
     words = derive_readout(session, QUERIES.queries, NONE)
-    made = fit_logistic_readout(session, words, {"none": NONE}, QUERIES.queries, label_responses)
+    made = fit_logistic_readout(session, words, {"none": NONE}, QUERY_CHATS, PAIRS, label_responses)
     assert (
         sum(made.weights) == pytest.approx(0, abs=1e-9) and list(made.weights) == sorted(made.weights)[::-1]
     )
@@ -103,7 +106,7 @@ def test_responses_of_one_class_fall_back_to_the_words_readout(
     session = make_toy_session()
     words = derive_readout(session, QUERIES.queries, NONE)
     with pytest.raises(TooFewResponsesError, match="3 of 60 responses refuse"):
-        fit_logistic_readout(session, words, {"none": NONE}, QUERIES.queries, label_responses)
+        fit_logistic_readout(session, words, {"none": NONE}, QUERY_CHATS, PAIRS, label_responses)
     made = calibrate(host).calibrate_readout("calibrated")
     assert made.name == "words" and "too few of one class" in made.notices[-1]
 
@@ -125,7 +128,7 @@ def test_prefilled_reads_the_token_after_the_opener(host: ModelInfo) -> None:
     assert made.name == "prefilled-3" and list(made.response_prefix[:3]) == opener[:3]
     query = QUERIES.queries[0]
     (margin,) = score_condition(session, "none", NONE, [query], made)["margin"]
-    ids = torch.tensor([[*session.render_query(NONE, query)[0].ids, *made.response_prefix]])
+    ids = torch.tensor([[*render_query(session, NONE, query)[0].ids, *made.response_prefix]])
     with torch.inference_mode():
         logits = session.loaded_model.model(input_ids=ids).logits[:, -1]
     assert margin == pytest.approx(float(made.compute_margins(logits)[0, 0]), abs=1e-4)
@@ -177,10 +180,10 @@ def test_no_cached_result_is_used_by_other_code_or_under_other_libraries(
     ready = RunSetup(session, [NONE], QUERIES, "calibration", [words], (DIRECT_ATTACK,), [])
     places = [
         one._readout_cache_path("words"),
-        _validity_cache_path(session, NONE, words),
+        _validity_cache_path(session, DIRECT_ATTACK, NONE, words),
         _cost_cache_path(ready, NONE, 4),
     ]
-    assert one.load_readout("words") == words and load_trust(session, NONE, words) == "trusted"
+    assert one.load_readout("words") == words and load_trust(session, DIRECT_ATTACK, NONE, words) == "trusted"
     if changed == "code":
         monkeypatch.setattr("analysis.models.cache.hash_code", lambda *patterns: "other")
     else:
@@ -188,10 +191,13 @@ def test_no_cached_result_is_used_by_other_code_or_under_other_libraries(
         monkeypatch.setattr(
             importlib.metadata, "version", lambda name: "0.0" if name == changed else right(name)
         )
-    assert one.load_readout("words") is None and load_trust(session, NONE, words) == "not validated"
+    assert (
+        one.load_readout("words") is None
+        and load_trust(session, DIRECT_ATTACK, NONE, words) == "not validated"
+    )
     after = [
         one._readout_cache_path("words"),
-        _validity_cache_path(session, NONE, words),
+        _validity_cache_path(session, DIRECT_ATTACK, NONE, words),
         _cost_cache_path(ready, NONE, 4),
     ]
     assert not set(places) & set(after)
@@ -202,7 +208,7 @@ def test_no_cached_result_is_used_by_other_code_or_under_other_libraries(
 
 def kept_row(session: ModelSession, defense: Defense, readout: Readout, trusted: str, auroc: float) -> None:
     row = {"n": 60, "trusted": trusted, "auroc_low": auroc}
-    save_validity(session, defense, readout, "patterns", 48, row)
+    save_validity(session, DIRECT_ATTACK, defense, readout, "patterns", 48, row)
 
 
 def test_auto_selects_the_most_trusted_readout_that_was_validated_everywhere(host: ModelInfo) -> None:
@@ -229,10 +235,10 @@ def test_auto_selects_the_most_trusted_readout_that_was_validated_everywhere(hos
 def test_a_validity_row_is_not_replaced_by_one_with_fewer_responses(host: ModelInfo) -> None:
     words, session = calibrate(host).calibrate_readout("words"), make_toy_session()
     kept_row(session, NONE, words, "trusted", 0.9)
-    save_validity(session, NONE, words, "patterns", 48, {"n": 4, "trusted": "cannot tell"})
-    assert load_trust(session, NONE, words) == "trusted"
-    save_validity(session, NONE, words, "patterns", 48, {"n": 60, "trusted": "not trusted"})
-    assert load_trust(session, NONE, words) == "not trusted"
+    save_validity(session, DIRECT_ATTACK, NONE, words, "patterns", 48, {"n": 4, "trusted": "cannot tell"})
+    assert load_trust(session, DIRECT_ATTACK, NONE, words) == "trusted"
+    save_validity(session, DIRECT_ATTACK, NONE, words, "patterns", 48, {"n": 60, "trusted": "not trusted"})
+    assert load_trust(session, DIRECT_ATTACK, NONE, words) == "not trusted"
 
 
 def test_responses_of_one_class_leave_the_threshold_at_zero_with_a_notice(
@@ -261,7 +267,7 @@ def test_question_averages_the_margins_of_both_orders(host: ModelInfo) -> None:
     assert made.questions == REFUSAL_QUESTIONS and {t.strip() for t in made.tokens} == {"Yes", "No"}
     policy, query = get_defense("policy"), QUERIES.queries[0]
     frame = score_condition(session, "policy", policy, [query], made)
-    prompts = session.with_questions(REFUSAL_QUESTIONS).render_query(policy, query)
+    prompts = render_query(session.with_questions(REFUSAL_QUESTIONS), policy, query)
     assert len(prompts) == 2 and all(query.text in prompt.text for prompt in prompts)
     assert "Yes or No" in prompts[0].text and "No or Yes" in prompts[1].text
     assert policy.text.split()[0] in prompts[0].text

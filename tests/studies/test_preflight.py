@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, FAMILIES, FOUR, TEMPLATES, derive_readout, make_toy_session
+from conftest import CHATML, FAMILIES, FOUR, TEMPLATES, derive_readout, make_toy_session, render_query
 
 from analysis.attacks import get_attack
 from analysis.datasets.loading import load_queries
@@ -42,9 +42,10 @@ def run_checks(
     defense: Defense = REMINDER,
     queries: list[Query] = QUERIES,
     readout: Readout = READOUT,
+    attack: str = "direct",
     with_margins: bool = True,
 ) -> list[PreflightCheck]:
-    return check_condition(session, defense.name, defense, queries, readout, with_margins)
+    return check_condition(session, defense.name, defense, queries, readout, get_attack(attack), with_margins)
 
 
 def find_failed(*args: Any, with_margins: bool = False, **kwargs: Any) -> dict[str, str]:
@@ -145,9 +146,9 @@ def test_changed_user_text_is_reported_unless_the_family_may_change_it() -> None
 
 
 def test_user_text_is_compared_with_the_encoded_text_of_the_attack() -> None:
-    encoded = make_toy_session().with_attack(get_attack("base64"))
-    assert not find_failed(encoded)
-    assert find_failed(encoded, Rewords()).keys() == {"user's words survive"}
+    session = make_toy_session()
+    assert not find_failed(session, attack="base64")
+    assert find_failed(session, Rewords(), attack="base64").keys() == {"user's words survive"}
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,11 @@ def test_a_prefill_ends_the_prompt_and_a_lost_prefill_is_reported(template: str)
     for kind in KINDS:
         session = make_toy_session("llama", template, kind)
         assert not find_failed(session, PrefillsResponse())
-        attacked = session.with_attack(get_attack("prefill"))
-        assert not find_failed(attacked, PrefillsResponse())
-        assert find_failed(attacked, PrefillsResponse(replace_attack=True)).keys() == {
+        assert not find_failed(session, PrefillsResponse(), attack="prefill")
+        assert find_failed(session, PrefillsResponse(replace_attack=True), attack="prefill").keys() == {
             "response starts at the end"
         }
-    assert "response starts at the end" in find_failed(
-        make_toy_session().with_attack(get_attack("prefill")), LateSystemTurn()
-    )
+    assert "response starts at the end" in find_failed(make_toy_session(), LateSystemTurn(), attack="prefill")
 
 
 class DropsPrefill(ChatTemplate):
@@ -183,8 +181,8 @@ class DropsPrefill(ChatTemplate):
 
 
 def test_a_prefill_that_is_missing_from_the_tokens_is_reported() -> None:
-    session = broken("chatml", DropsPrefill).with_attack(get_attack("prefill"))
-    assert find_failed(session).keys() == {"response starts at the end"}
+    session = broken("chatml", DropsPrefill)
+    assert find_failed(session, attack="prefill").keys() == {"response starts at the end"}
 
 
 class Doubling(ChatTemplate):
@@ -245,18 +243,14 @@ def test_a_template_without_a_generation_prompt_is_reported() -> None:
 
 def test_a_prompt_as_long_as_the_context_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     session = make_toy_session()
-    longest = max(len(prompt.ids) for query in QUERIES for prompt in session.render_query(REMINDER, query))
+    longest = max(len(prompt.ids) for query in QUERIES for prompt in render_query(session, REMINDER, query))
     monkeypatch.setattr(LoadedModel, "context_length", longest)
     monkeypatch.setattr(
         ModelSession,
-        "render_queries",
-        lambda self, defense, queries: [
-            [
-                self.chat_template.render_prompt(
-                    defense.rewrite(self.attack.build_chat(query), random.Random(0))
-                )
-            ]
-            for query in queries
+        "render_prompts",
+        lambda self, defense, query_chats: [
+            [self.chat_template.render_prompt(defense.rewrite(chat, random.Random(0)))]
+            for _, chat in query_chats
         ],
     )
     assert find_failed(session).keys() == {"nothing truncated"}

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import home as home_folder
-from conftest import make_toy_session, save_model
+from conftest import make_toy_session, render_query, save_model
 from rich.console import Console
 
 from analysis.api import read
-from analysis.attacks import choose_attacks
+from analysis.attacks import DIRECT_ATTACK, choose_attacks
 from analysis.cli.analyze import run_analyze_command
 from analysis.cli.train import run_secret_command
 from analysis.cli.validate import run_validate_command
@@ -177,10 +177,10 @@ def test_conditions_finished_before_an_interruption_are_kept(
 ) -> None:
     plant_verdicts(monkeypatch)
 
-    def interrupt_second(session, name, *rest):
+    def interrupt_second(session, attack, name, *rest):
         if name == "policy":
             raise KeyboardInterrupt
-        return collect_responses(session, name, *rest)
+        return collect_responses(session, attack, name, *rest)
 
     monkeypatch.setattr("analysis.studies.validate.collect_responses", interrupt_second)
     assert run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 130
@@ -304,17 +304,20 @@ def test_wrong_options_are_errors_before_anything_is_loaded(home: Path) -> None:
 def test_verdicts_are_in_the_order_of_the_queries_and_see_the_query() -> None:
     bench = make_toy_session()
     asked = [Query(f"q{n}", "word " * (9 - n), harmful=n % 2 == 0) for n in range(6)]
+    texts = [query.text for query in asked]
     echo = RuleJudge("echo", lambda answer, request: Verdict("none", request), lambda answer: False)
-    found = generate_verdicts(bench, get_defense("none"), asked, echo, max_new_tokens=2)
-    assert [verdict.evidence for verdict in found] == [query.text for query in asked]
+    found = generate_verdicts(
+        bench, get_defense("none"), DIRECT_ATTACK.build_query_chats(asked), texts, echo, max_new_tokens=2
+    )
+    assert [verdict.evidence for verdict in found] == texts
 
 
 def test_a_response_continues_its_prefill() -> None:
     bench = make_toy_session()
     asked = [Query(f"q{n}", f"Tell me {n} things.", harmful=False) for n in range(3)]
     prefix = tuple(bench.loaded_model.tokenizer.encode("Sure, here", add_special_tokens=False))
-    found = generate_responses(bench, get_defense("none"), asked, prefix, 3)
-    ids = torch.tensor([[*bench.render_query(get_defense("none"), asked[0])[0].ids, *prefix]])
+    found = generate_responses(bench, get_defense("none"), DIRECT_ATTACK.build_query_chats(asked), prefix, 3)
+    ids = torch.tensor([[*render_query(bench, get_defense("none"), asked[0])[0].ids, *prefix]])
     with torch.inference_mode():
         likeliest = int(bench.loaded_model.model(input_ids=ids).logits[0, -1].argmax())
     assert found[0][0].ids[0] == likeliest and all(one[0].text.startswith("Sure, here") for one in found)
