@@ -14,10 +14,10 @@ from planted_tables import (
 )
 
 from analysis.plots.captions import CaptionContext
-from analysis.plots.data import build_plane_points
-from analysis.plots.plane import caption_plane, draw_plane
+from analysis.plots.data import build_analysis_points, build_plane_points, build_square_points
+from analysis.plots.plane import caption_plane, draw_plane, draw_square
+from analysis.stats.effects import list_factorial_conditions
 
-TOY_RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
 ENDS = ("", "_low", "_high")
 
 
@@ -46,27 +46,29 @@ def test_every_point_of_a_crowded_plane_has_its_name_or_a_number_that_the_key_ex
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) < 20
     legend = ax.get_legend()
     assert legend is not None
-    key = [text.get_text() for text in legend.get_texts()]
+    key_texts = [text.get_text() for text in legend.get_texts()]
     named = {name for name in table["defense"] if name in texts}
-    explained = {name for name in table["defense"] if any(text.endswith(f"  {name}") for text in key)}
+    explained = {name for name in table["defense"] if any(text.endswith(f"  {name}") for text in key_texts)}
     assert len(named) + len(numbers) == 20
     assert explained == set(table["defense"]) - named
 
 
-def test_a_few_far_points_do_not_make_one_blot_of_the_others() -> None:
+def test_a_few_far_points_do_not_crowd_the_others_together() -> None:
     rows = []
     for number in range(12):
         row = {"attack": "direct", "defense": f"d{number}", "family": "noise", "n_harmful": 9, "n_benign": 9}
         shift = 20.0 if number == 0 else 0.05 * number
         for name, value in (("shift", shift), ("discrimination", -0.03 * number)):
-            row |= {f"{name}{end}": value + gap for end, gap in (("", 0), ("_low", -0.1), ("_high", 0.1))}
+            row |= {
+                f"{name}{end}": value + offset for end, offset in (("", 0), ("_low", -0.1), ("_high", 0.1))
+            }
         rows.append(row)
     points = pd.DataFrame(rows)
     ax = draw_plane(points)
     assert ax.get_xscale() == "symlog" and ax.get_xlim()[1] > 20
-    places = ax.transData.transform(points[["shift", "discrimination"]].to_numpy(float))[1:, 0]
+    x_pixels = ax.transData.transform(points[["shift", "discrimination"]].to_numpy(float))[1:, 0]
     # The crowd, which is 0.55 of 20 nats wide, takes more than a tenth of the axis.
-    assert places.max() - places.min() > 0.1 * ax.get_window_extent().width
+    assert x_pixels.max() - x_pixels.min() > 0.1 * ax.get_window_extent().width
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "0.5", "1", "2", "5", "10", "20"]
     context = CaptionContext("smollm2", "twins", "test", 0.0, ("I",))
     assert "logarithmic beyond ±0.5" in caption_plane(points, context)
@@ -74,12 +76,30 @@ def test_a_few_far_points_do_not_make_one_blot_of_the_others() -> None:
     assert "logarithmic" not in caption_plane(points[1:], context)
 
 
-def test_a_defense_that_text_contradicts_is_hollow_on_the_plane() -> None:
+def test_a_defense_contradicted_by_generated_text_is_hollow_on_the_plane() -> None:
     rows = []
-    for name, trusted in (("one", "trusted"), ("two", "not trusted")):
+    for name, trusted in (("first", "trusted"), ("second", "not trusted")):
         row = {"attack": "direct", "defense": name, "family": "noise", "trusted": trusted}
         row |= {f"{x}{end}": float(len(rows)) for x in ("shift", "discrimination") for end in ENDS}
         rows.append(row)
-    points = scatter_collections(draw_plane(pd.DataFrame(rows)))
-    faces = {tuple(one.get_offsets()[0]): tuple(one.get_facecolor()[0]) for one in points}
+    collections = scatter_collections(draw_plane(pd.DataFrame(rows)))
+    faces = {
+        tuple(collection.get_offsets()[0]): tuple(collection.get_facecolor()[0]) for collection in collections
+    }
     assert faces[1, 1] == (1, 1, 1, 1) != faces[0, 0]
+
+
+def test_the_square_has_four_corners_and_is_drawn_only_if_all_four_were_run() -> None:
+    conditions = list_factorial_conditions("backdoor")
+    scores, summary = plant_scores(len(conditions))
+    names = dict(zip(summary["defense"], ["none", *conditions], strict=True))
+    scores, summary = scores.replace({"defense": names}), summary.replace({"defense": names})
+    points = build_square_points(build_plane_points(summary))
+    assert sorted(points["corner"]) == ["both", "neither", "no_secret", "no_weights"]
+    assert set(points["defense"]) == set(conditions)
+    ax = draw_square(points)
+    assert {text.get_text() for text in ax.texts} >= {"neither", "secret only", "weights only"}
+    assert "square" in build_analysis_points(scores, summary, 0.0)
+    incomplete = summary[summary["defense"] != "backdoor/neither"]
+    remaining = scores[scores["defense"] != "backdoor/neither"]
+    assert "square" not in build_analysis_points(remaining, incomplete, 0.0)

@@ -1,17 +1,17 @@
-"""Tables refuse to exist when later steps would misread them."""
+"""Tables reject rows that later steps would misread."""
 
 import pandas as pd
 import pytest
 
 from analysis.stats.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable, Summary
 
-MADE = {
+RECORD = {
     "readout": {"threshold": -0.5},
     "defenses": {"none": {"family": "none"}, "d": {"family": "reminders"}},
 }
 
 
-def frame() -> pd.DataFrame:
+def make_frame() -> pd.DataFrame:
     """Return two queries, undefended and defended; the second condition in another order."""
     rows = [
         ("h", True, "none", 1.0),
@@ -24,8 +24,8 @@ def frame() -> pd.DataFrame:
     )
 
 
-def test_a_condition_lists_its_queries_in_the_order_of_the_undefended():
-    scores = ScoreTable(frame(), MADE)
+def test_a_condition_lists_its_queries_in_the_order_of_the_undefended_model():
+    scores = ScoreTable(make_frame(), RECORD)
     assert scores.select_condition("direct", "d").index.tolist() == ["h", "b"]
     assert scores.select_condition("direct", "d")["margin"].tolist() == [3.0, 2.0]
     assert scores.condition_keys == [("direct", "none"), ("direct", "d")]
@@ -36,38 +36,38 @@ def test_a_condition_lists_its_queries_in_the_order_of_the_undefended():
 @pytest.mark.parametrize("column", SCORE_COLUMNS)
 def test_a_missing_column_is_named(column):
     with pytest.raises(ValueError, match=column):
-        ScoreTable(frame().drop(columns=column), MADE)
+        ScoreTable(make_frame().drop(columns=column), RECORD)
 
 
-def test_a_query_scored_twice_is_refused():
+def test_a_query_scored_twice_is_rejected():
     with pytest.raises(ValueError, match="twice"):
-        ScoreTable(pd.concat([frame(), frame()[:1]]), MADE)
+        ScoreTable(pd.concat([make_frame(), make_frame()[:1]]), RECORD)
 
 
-def test_a_margin_that_is_no_number_is_refused():
+def test_a_margin_that_is_not_a_number_is_rejected():
     with pytest.raises(ValueError, match="margin"):
-        ScoreTable(frame().assign(margin=[1.0, float("nan"), 0.0, 0.0]), MADE)
+        ScoreTable(make_frame().assign(margin=[1.0, float("nan"), 0.0, 0.0]), RECORD)
     with pytest.raises(ValueError, match="harmful"):
-        ScoreTable(frame().assign(harmful=[1, 0, 0, 1]), MADE)
+        ScoreTable(make_frame().assign(harmful=[1, 0, 0, 1]), RECORD)
 
 
-def test_without_the_undefended_model_there_is_nothing_to_compare_with():
+def test_a_table_without_the_undefended_model_is_rejected():
     with pytest.raises(ValueError, match="undefended"):
-        ScoreTable(frame()[2:], MADE)
+        ScoreTable(make_frame()[2:], RECORD)
 
 
-def test_defenses_scored_on_different_queries_are_refused():
+def test_defenses_scored_on_different_queries_are_rejected():
     with pytest.raises(ValueError, match="same queries"):
-        ScoreTable(frame()[:3], MADE)
+        ScoreTable(make_frame()[:3], RECORD)
 
 
-def test_a_query_of_two_classes_is_refused():
+def test_a_query_of_two_classes_is_rejected():
     with pytest.raises(ValueError, match="class"):
-        ScoreTable(frame().assign(harmful=[True, False, True, True]), MADE)
+        ScoreTable(make_frame().assign(harmful=[True, False, True, True]), RECORD)
 
 
-def test_a_summary_without_a_promised_column_is_refused():
-    wanted = [
+def test_a_summary_without_a_required_column_is_rejected():
+    columns = [
         "attack",
         "defense",
         "family",
@@ -78,8 +78,8 @@ def test_a_summary_without_a_promised_column_is_refused():
         "verdict",
         "trusted",
     ]
-    wanted += [f"{name}{end}" for name in ESTIMATE_NAMES for end in ("", "_low", "_high")]
-    Summary(pd.DataFrame(columns=wanted))
-    for name in wanted:
+    columns += [f"{name}{end}" for name in ESTIMATE_NAMES for end in ("", "_low", "_high")]
+    Summary(pd.DataFrame(columns=columns))
+    for name in columns:
         with pytest.raises(ValueError, match=name):
-            Summary(pd.DataFrame(columns=[column for column in wanted if column != name]))
+            Summary(pd.DataFrame(columns=[other for other in columns if other != name]))
