@@ -19,7 +19,15 @@ from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
 from analysis.models import cache
-from analysis.models.cache import CacheKey, ScoreCache, clear_cache, count_cached_rows
+from analysis.models.cache import (
+    SCORING_SOURCES,
+    CacheKey,
+    ScoreCache,
+    clear_cache,
+    count_cached_rows,
+    describe_computation,
+    hash_code,
+)
 from analysis.models.session import ModelSession, generate_responses, iterate_defended_logits
 from analysis.run import score_condition, score_prompts
 from defenses.adapters import load_adapter
@@ -138,6 +146,20 @@ def test_rows_are_counted_and_cleared(tmp_path: Path) -> None:
     assert counted["scores"] == len(ASKED) and counted["bytes"] > 0
     clear_cache(place)
     assert count_cached_rows(place)["scores"] == 0 and not list(tmp_path.glob("s*"))
+
+
+def test_scores_that_are_not_finite_are_not_cached(tmp_path: Path) -> None:
+    score_cache = ScoreCache(tmp_path / "s")
+    score_cache.write_scores([(b"a", float("nan"), 1.0), (b"b", float("inf"), 1.0), (b"c", 1.0, 1.0)])
+    assert score_cache.read_scores([b"a", b"b", b"c"]) == {b"c": (1.0, 1.0)}
+    assert (tmp_path / "s").stat().st_mode & 0o077 == 0
+
+
+def test_keys_depend_on_the_configuration_and_the_code() -> None:
+    description = describe_computation(make_toy_session().loaded_model)
+    assert description["code"] == hash_code(*SCORING_SOURCES)
+    assert description["config"]["hidden_size"] == 64
+    assert description["config"]["_name_or_path"] == ""
 
 
 def test_names_differ_where_ids_would_run_together() -> None:
@@ -273,6 +295,15 @@ def test_a_draft_of_a_line_ends_with_it(monkeypatch: Any) -> None:
     whole = make_toy_session().defense_calls.copy_uncached().complete_calls([asking("Sing!", 40)])[0]
     line = bench.defense_calls.copy_uncached().complete_calls([asking("Sing!", 40, line=True)])[0]
     assert "\n" in whole and line and "\n" not in line and whole.startswith(line)
+
+
+def test_responses_to_requests_are_never_cached(tmp_path: Path) -> None:
+    score_cache = ScoreCache(tmp_path / "s")
+    session = ModelSession.from_model(make_toy_session().loaded_model, score_cache=score_cache)
+    chat = [{"role": "user", "content": "How do I sing?"}]
+    for stops_at_newline, n_drafts in ((False, 0), (True, 1)):
+        session.defense_calls.complete_calls([ModelCall(chat, 6, stops_at_newline=stops_at_newline)])
+        assert count_cached_rows(tmp_path / "s")["drafts"] == n_drafts
 
 
 def test_a_request_too_long_to_be_asked_about_is_refused() -> None:
