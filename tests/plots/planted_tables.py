@@ -46,7 +46,7 @@ def plant_scores(
 ) -> tuple[Any, Any]:
     """Return scores and a summary with known shifts; `manner` is usual, long (names) or same (points)."""
     generator = np.random.default_rng(defenses)
-    plain = {True: generator.normal(-0.5, 1.5, n), False: generator.normal(-2.5, 1.5, n)}
+    undefended = {True: generator.normal(-0.5, 1.5, n), False: generator.normal(-2.5, 1.5, n)}
     rows, summary = [], []
     for number in range(-1, defenses):
         family = "none" if number < 0 else FAMILIES[number % len(FAMILIES)]
@@ -56,17 +56,17 @@ def plant_scores(
             shift, gain = 1.0, 0.5
         if manner == "long" and number >= 0:
             name = f"{name}+./somewhere/a_defense_with_a_very_long_name.py" + "(copies=10, $q$=0.1)" * 8
-        margin = {c: plain[c] + shift + (gain / 2 if c else -gain / 2) for c in (True, False)}
+        margin = {c: undefended[c] + shift + (gain / 2 if c else -gain / 2) for c in (True, False)}
         for harmful, index in itertools.product((True, False), range(n)):
             query = f"{'h' if harmful else 'b'}{index}"
             rows.append((query, f"p{index}", "any", harmful, attack, name, margin[harmful][index]))
         wins = margin[True][:, None] > margin[False]
         values = [(margin[True] > THRESHOLD).mean(), (margin[False] > THRESHOLD).mean(), wins.mean()]
-        values += [wins.mean() - (plain[True][:, None] > plain[False]).mean(), shift, gain]
-        about = {"attack": attack, "defense": name, "family": family, "n_harmful": n, "n_benign": n}
+        values += [wins.mean() - (undefended[True][:, None] > undefended[False]).mean(), shift, gain]
+        row = {"attack": attack, "defense": name, "family": family, "n_harmful": n, "n_benign": n}
         for estimate, value in zip(ESTIMATES, values, strict=True):
-            about |= {estimate: value, f"{estimate}_low": value - 0.1, f"{estimate}_high": value + 0.2}
-        summary.append(about)
+            row |= {estimate: value, f"{estimate}_low": value - 0.1, f"{estimate}_high": value + 0.2}
+        summary.append(row)
     columns = ["query", "pair", "category", "harmful", "attack", "defense", "margin"]
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(summary)
 
@@ -91,84 +91,88 @@ def plant_attacked_scores(defenses: int, names: list[str], manner: str = "usual"
 ENSEMBLE_FAMILIES = ("reminders", "backdoor", "refactoring", "noise", "tuning")
 ENSEMBLE_CASES = {
     "usual": {},
-    "pair": {"defenses": 2, "ran": 1},
-    "one": {"defenses": 5, "ran": 1},
-    "votes": {"defenses": 3, "ran": 0},
+    "pair": {"defenses": 2, "n_stacks": 1},
+    "one": {"defenses": 5, "n_stacks": 1},
+    "votes": {"defenses": 3, "n_stacks": 0},
     "long": {"defenses": 6, "name": "/a_defense_with_a_very_long_name(copies=10,$q$=0.1,more=7)"},
-    "attacked": {"defenses": 5, "ran": 5, "attacks": ("direct", "base64", "./my attack.py")},
-    "refusing": {"defenses": 5, "up": 30.0},
-    "many": {"defenses": 15, "ran": 30},
+    "attacked": {"defenses": 5, "n_stacks": 5, "attacks": ("direct", "base64", "./my attack.py")},
+    "refusing": {"defenses": 5, "raised": 30.0},
+    "many": {"defenses": 15, "n_stacks": 30},
 }
 
 
 @cache
 def plant_split_scores(
     defenses: int = 8,
-    ran: int = 11,
+    n_stacks: int = 11,
     name: str = "",
     attacks: tuple[str, ...] = ("direct",),
-    up: float = 0.0,
+    raised: float = 0.0,
     n: int = 24,
 ) -> tuple[list[SplitScores], list[str], list[tuple[str, ...]]]:
-    """Return both halves under each attack, defenses and stacks; a stack has less shift than its sum."""
+    """Return both splits under each attack, defenses and stacks; a stack shifts less than its sum."""
     generator = np.random.default_rng(defenses)
     names = [
         f"{ENSEMBLE_FAMILIES[number % len(ENSEMBLE_FAMILIES)]}-{number}{name}" for number in range(defenses)
     ]
     pairs = list_teams(names, 2)
-    chosen = [pairs[place] for place in sorted(generator.permutation(len(pairs))[:ran])]
-    does = generator.normal([1.0, 0.3], 1.0, (defenses, 2))
-    is_harmful, found = np.repeat([True, False], n), []
+    stacks = [pairs[place] for place in sorted(generator.permutation(len(pairs))[:n_stacks])]
+    effects = generator.normal([1.0, 0.3], 1.0, (defenses, 2))
+    is_harmful, split_scores = np.repeat([True, False], n), []
     for (number, attack), split in itertools.product(enumerate(attacks), ("calibration", "test")):
-        before = generator.normal(np.where(is_harmful, 0.5 - number, -2.0) + up, 1.6)
+        undefended = generator.normal(np.where(is_harmful, 0.5 - number, -2.0) + raised, 1.6)
         noise = generator.normal(0, 0.6, (2 * n, defenses))
-        each = before[:, None] + does[:, 0] + np.where(is_harmful, 0.5, -0.5)[:, None] * does[:, 1] + noise
-        columns = [before, *each.T]
-        for team in chosen:
-            one, two = (names.index(member) for member in team)
-            less = 0.4 * does[one, 0] * does[two, 0] + generator.normal(0, 0.4, 2 * n)
-            columns.append(each[:, one] + each[:, two] - before - less)
-        board = MarginTable(
-            ("none", *names, *map("+".join, chosen)), np.stack(columns, axis=1), before, is_harmful
+        side = np.where(is_harmful, 0.5, -0.5)[:, None]
+        defended = undefended[:, None] + effects[:, 0] + side * effects[:, 1] + noise
+        columns = [undefended, *defended.T]
+        for team in stacks:
+            first, second = (names.index(member) for member in team)
+            lost = 0.4 * effects[first, 0] * effects[second, 0] + generator.normal(0, 0.4, 2 * n)
+            columns.append(defended[:, first] + defended[:, second] - undefended - lost)
+        margin_table = MarginTable(
+            ("none", *names, *map("+".join, stacks)), np.stack(columns, axis=1), undefended, is_harmful
         )
         pair = pd.Series([f"p{place % n}" for place in range(2 * n)])
-        found.append(SplitScores(attack, split, board, ResamplingUnits.from_pairs(pair, is_harmful)))
-    return found, names, chosen
+        split_scores.append(
+            SplitScores(attack, split, margin_table, ResamplingUnits.from_pairs(pair, is_harmful))
+        )
+    return split_scores, names, stacks
 
 
 @cache
 def plant_ensembles(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
     """Return rows of ensembles, candidates and families."""
-    each, names, chosen = plant_split_scores(**ENSEMBLE_CASES[manner])
-    wanted, found = list_teams(names, 3), []
-    for half in each:
-        (fitted_to,) = (one for one in each if (one.attack, one.split) == (half.attack, "calibration"))
-        tables = (
-            evaluate_single_defenses(half, ["none", *names]),
-            evaluate_votes(half, wanted, fitted_to),
-            evaluate_stacks(half, chosen),
+    all_scores, names, stacks = plant_split_scores(**ENSEMBLE_CASES[manner])
+    teams, row_tables = list_teams(names, 3), []
+    for split_scores in all_scores:
+        fitted_to_key = split_scores.attack, "calibration"
+        (fitted_to,) = (scores for scores in all_scores if (scores.attack, scores.split) == fitted_to_key)
+        evaluations = (
+            evaluate_single_defenses(split_scores, ["none", *names]),
+            evaluate_votes(split_scores, teams, fitted_to),
+            evaluate_stacks(split_scores, stacks),
         )
-        found.append(pd.concat([table for table in tables if len(table)], ignore_index=True))
-    rows = pd.concat(found, ignore_index=True)
+        row_tables.append(pd.concat([table for table in evaluations if len(table)], ignore_index=True))
+    rows = pd.concat(row_tables, ignore_index=True)
     rows["kind"] = np.where(rows["members"].str.len() % 2, "intra", "inter")
-    for name, wide in (("shift", 0.3), ("discrimination", 0.2)):
-        for side, way in (("low", -1), ("high", 1)):
+    for name, half_width in (("shift", 0.3), ("discrimination", 0.2)):
+        for side, sign in (("low", -1), ("high", 1)):
             stacked = rows["how"] == "stack"
             for measure in ("observed", "interaction"):
-                value = (rows[f"{measure}_{name}"] + way * wide).where(stacked)
+                value = (rows[f"{measure}_{name}"] + sign * half_width).where(stacked)
                 rows[f"{measure}_{name}_{side}"] = value
-    costs = {"none": 1.0, **{name: 1 + 0.5 * place for place, name in enumerate(names)}}
-    found_front = build_candidates(
-        rows, lambda asked: sum(costs[one] for name in asked for one in name.split("+"))
+    costs = {"none": 1.0, **{name: 1 + 0.5 * index for index, name in enumerate(names)}}
+    candidates = build_candidates(
+        rows, lambda conditions: sum(costs[member] for name in conditions for member in name.split("+"))
     )
-    return rows, found_front, dict(zip(names, itertools.cycle(ENSEMBLE_FAMILIES), strict=False))
+    return rows, candidates, dict(zip(names, itertools.cycle(ENSEMBLE_FAMILIES), strict=False))
 
 
 @cache
 def cached_ensemble_figures(manner: str) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    rows, found, families = plant_ensembles(manner)
+    rows, candidates, families = plant_ensembles(manner)
     return draw_run_figures(
-        build_ensemble_points(rows, found, families),
+        build_ensemble_points(rows, candidates, families),
         RUN,
         (24, 24),
         ENSEMBLE_CASES[manner].get("attacks", ("direct",)),
@@ -187,14 +191,18 @@ MECHANISM_CASES: dict[str, dict[str, Any]] = {
     "crowd": {"layers": 24, "heads": 16, "defenses": 9, "ranges": 12},
     "long": {"layers": 6, "heads": 4, "defenses": 2, "name": 3 * LONG_NAME},
     "attacked": {"layers": 4, "heads": 2, "defenses": 2, "attacks": ("direct", "./my attack.py")},
-    "bare": {"layers": 4, "heads": 3, "defenses": 2, "sure": False},
+    "bare": {"layers": 4, "heads": 3, "defenses": 2, "with_interval": False},
 }
 
 
-def add_estimate(rows: pd.DataFrame, column: str, values: Any, sure: bool = True) -> None:
+def add_estimate(rows: pd.DataFrame, column: str, values: Any, with_interval: bool = True) -> None:
     """Add an estimate with its interval, which is missing in some rows, or in all."""
-    wide = np.where(np.arange(len(rows)) % 17 == 3, np.nan, 0.05 + 0.2 * np.abs(values)) if sure else np.nan
-    rows[column], rows[f"{column}_low"], rows[f"{column}_high"] = values, values - wide, values + 1.5 * wide
+    half_width = np.where(np.arange(len(rows)) % 17 == 3, np.nan, 0.05 + 0.2 * np.abs(values))
+    if not with_interval:
+        half_width = np.full(len(rows), np.nan)
+    rows[column] = values
+    rows[f"{column}_low"] = values - half_width
+    rows[f"{column}_high"] = values + 1.5 * half_width
 
 
 def plant_mechanism(
@@ -204,13 +212,13 @@ def plant_mechanism(
     ranges: int = 4,
     name: str = "",
     attacks: tuple[str, ...] = ("direct",),
-    sure: bool = True,
+    with_interval: bool = True,
 ) -> dict[str, pd.DataFrame]:
     """Return all tables of `analyze mechanism`."""
     generator = np.random.default_rng(layers)
-    made: dict[str, list[pd.DataFrame]] = {}
+    parts_by_table: dict[str, list[pd.DataFrame]] = {}
     for attack, (number, defense) in itertools.product(attacks, enumerate(MECHANISM_DEFENSES[:defenses])):
-        about = {"attack": attack, "defense": name + defense}
+        condition = {"attack": attack, "defense": name + defense}
         rise = 1 / (1 + np.exp(-(np.arange(layers + 1) - layers * (0.3 + 0.05 * number)) / (layers / 12)))
         tables = {
             "layers": pd.DataFrame({"layer": range(layers + 1)}),
@@ -225,8 +233,8 @@ def plant_mechanism(
         tables["parts"] = pd.DataFrame(kinds, columns=["layer", "kind", "head"]).astype(
             {"layer": "Int64", "head": "Int64"}
         )
-        both = itertools.product(range(layers + 1), ("refusal", "harmfulness"))
-        tables["directions"] = pd.DataFrame(both, columns=["layer", "direction"])
+        layer_directions = itertools.product(range(layers + 1), ("refusal", "harmfulness"))
+        tables["directions"] = pd.DataFrame(layer_directions, columns=["layer", "direction"])
         tables["directions"]["chosen"] = tables["directions"]["layer"] == layers // 2
         sources = ("defense", "placebo", "neutral_prompt")
         cells = [
@@ -249,9 +257,9 @@ def plant_mechanism(
             [(reader, *span) for reader in ("answer", "everything") for span in spans],
             columns=["reader", "first", "last"],
         )
-        ways = [(how, layer, None) for how in ("alone", "up to") for layer in range(layers)]
-        ways += [("module", None, module) for module in ("q_proj", "k_proj", "v_proj", "down_proj")]
-        tables["weights"] = pd.DataFrame(ways, columns=["how", "layer", "module"])
+        weight_patches = [(how, layer, None) for how in ("alone", "up to") for layer in range(layers)]
+        weight_patches += [("module", None, module) for module in ("q_proj", "k_proj", "v_proj", "down_proj")]
+        tables["weights"] = pd.DataFrame(weight_patches, columns=["how", "layer", "module"])
         others = [
             (other, contrast)
             for other in MECHANISM_DEFENSES[number + 1 : defenses]
@@ -261,18 +269,20 @@ def plant_mechanism(
         tables["profiles"]["other"] = name + tables["profiles"]["other"]
         for kind, table in tables.items():
             if kind in ("parts", "patches", "weights") and number > (1 if defenses < 4 else 0):
-                continue  # so many figures of one defense are enough
+                continue  # two defenses are enough for figures of a single one
             size = len(table)
-            for contrast, most in (("shift", 2.5), ("discrimination", -0.6)):
+            for contrast, largest in (("shift", 2.5), ("discrimination", -0.6)):
                 if kind == "layers":
-                    add_estimate(table, contrast, most * rise + generator.normal(0, 0.03, size), sure)
+                    add_estimate(
+                        table, contrast, largest * rise + generator.normal(0, 0.03, size), with_interval
+                    )
                 elif kind not in ("half", "profiles"):
                     noise = generator.normal(0, 0.05 if kind == "directions" else 0.1, size)
-                    up = np.where(table.get("source", table.index) == "placebo", 0.0, most / 3)
-                    add_estimate(table, contrast, noise + (0 if kind == "parts" else up), sure)
+                    effect = np.where(table.get("source", table.index) == "placebo", 0.0, largest / 3)
+                    add_estimate(table, contrast, noise + (0 if kind == "parts" else effect), with_interval)
             if kind == "half":
                 table["half_low"], table["half_high"] = table["half"] - 1, table["half"] + 0.5
-                add_estimate(table, "final", np.array([2.5, -0.6]), sure)
+                add_estimate(table, "final", np.array([2.5, -0.6]), with_interval)
             elif kind == "directions":
                 for column, base in (("auroc", 0.85), ("auroc_after", 0.7)):
                     add_estimate(
@@ -281,23 +291,28 @@ def plant_mechanism(
                         base
                         + generator.uniform(-0.02, 0.02, size)
                         + 0.05 * np.sin(np.arange(size) / size * 6),
-                        sure,
+                        with_interval,
                     )
             elif kind == "profiles":
-                add_estimate(table, "cosine", generator.uniform(-1, 1, size), sure)
+                add_estimate(table, "cosine", generator.uniform(-1, 1, size), with_interval)
             if kind == "parts":
                 mlp = table["kind"] == "mlp"
                 for end in ("", "_low", "_high"):
                     table.loc[mlp, f"shift{end}"] *= 3
-            made.setdefault(kind, []).append(table.assign(**about)[[*about, *table.columns]])
-    return {kind: pd.concat([part for part in parts if len(part)] or parts) for kind, parts in made.items()}
+            parts_by_table.setdefault(kind, []).append(
+                table.assign(**condition)[[*condition, *table.columns]]
+            )
+    return {
+        kind: pd.concat([part for part in parts if len(part)] or parts)
+        for kind, parts in parts_by_table.items()
+    }
 
 
 def draw_mechanism_figures(
     tables: dict[str, pd.DataFrame], trusted: pd.DataFrame | None = None, top: int = 10
 ) -> dict[str, tuple[Figure, pd.DataFrame]]:
-    known = {} if trusted is None else {"summary": trusted.assign(n_harmful=50, n_benign=40)}
-    return draw_run_figures(build_mechanism_points(tables, top), RUN, (50, 40), **known)
+    run_tables = {} if trusted is None else {"summary": trusted.assign(n_harmful=50, n_benign=40)}
+    return draw_run_figures(build_mechanism_points(tables, top), RUN, (50, 40), **run_tables)
 
 
 @cache
@@ -312,7 +327,7 @@ def cached_mechanism_figures(case: str) -> dict[str, tuple[Figure, pd.DataFrame]
 
 
 def find_figure(kind: str, manner: str = "usual", defense: str = "backdoor") -> tuple[Axes, pd.DataFrame]:
-    """Return the host of one figure, and its table."""
+    """Return the axes that contain the panels of a figure, and its table."""
     stem = f"{kind}-{defense}" if kind in ("parts", "top", "patches", "weights") else kind
     figures = cached_mechanism_figures(manner)
     figure, table = figures.get(stem) or figures[f"{stem}-direct"]
@@ -346,9 +361,9 @@ def describe_artists(host: Axes) -> tuple[list[str], Any]:
         words += [*(text.get_text() for text in texts), ax.get_xlabel(), ax.get_ylabel()]
         words += [str(line.get_color()) for line in ax.lines]
         numbers += [np.asarray(line.get_xydata(), dtype=float) for line in ax.lines]
-        numbers += [path.vertices for drawn in ax.collections for path in drawn.get_paths()]
-        numbers += [np.asarray(drawn.get_offsets()) for drawn in ax.collections]
-        arrays = [drawn.get_array() for drawn in ax.collections]
+        numbers += [path.vertices for collection in ax.collections for path in collection.get_paths()]
+        numbers += [np.asarray(collection.get_offsets()) for collection in ax.collections]
+        arrays = [collection.get_array() for collection in ax.collections]
         numbers += [np.ma.filled(array, 99) for array in arrays if array is not None]
         numbers += [np.asarray(text.get_position(), dtype=float) for text in ax.texts]
     return words, np.concatenate([np.ravel(part) for part in numbers])
@@ -368,36 +383,38 @@ def scatter_offsets(ax: Axes) -> dict[str, Any]:
 
 
 def find_panels(ax: Axes) -> list[Axes]:
-    """Return the axes inside of others, less that of the color bar."""
+    """Return the axes inside of others, except that of the color bar."""
     return [panel for panel in ax.child_axes if panel.get_gid() != "cost"]
 
 
 def scatter_by_style(panel: Axes) -> dict[tuple[str, bool], Any]:
-    """Return the points of each look, by label and whether they are hollow."""
-    found: dict[tuple[str, bool], Any] = {}
+    """Return the points of each style, by label and whether they are hollow."""
+    offsets_by_style: dict[tuple[str, bool], Any] = {}
     for dots in panel.collections:
-        if len(at := np.asarray(dots.get_offsets())) and not str(dots.get_label()).startswith("_"):
-            fill = dots.get_facecolor()
-            hollow = len(fill) == 0 or same_color(fill[0], "white")
-            found[str(dots.get_label()), hollow] = at
-    return found
+        if len(offsets := np.asarray(dots.get_offsets())) and not str(dots.get_label()).startswith("_"):
+            face_colors = dots.get_facecolor()
+            hollow = len(face_colors) == 0 or same_color(face_colors[0], "white")
+            offsets_by_style[str(dots.get_label()), hollow] = offsets
+    return offsets_by_style
 
 
 def line_points(panel: Axes, gid: str) -> Any:
-    """Return the places of the one line of that name."""
-    (found,) = (one for one in panel.lines if one.get_gid() == gid)
-    return np.asarray(found.get_xydata(), dtype=float)
+    """Return the points of the only line of that name."""
+    (line,) = (drawn for drawn in panel.lines if drawn.get_gid() == gid)
+    return np.asarray(line.get_xydata(), dtype=float)
 
 
 def band_corners(panel: Axes, gid: str) -> Any:
     """Return the corners of a band."""
-    (found,) = (one for one in panel.collections if one.get_gid() == f"{gid} band")
-    return np.concatenate([path.vertices for path in found.get_paths()])
+    (band,) = (drawn for drawn in panel.collections if drawn.get_gid() == f"{gid} band")
+    return np.concatenate([path.vertices for path in band.get_paths()])
 
 
 def interval_bars(panel: Axes) -> set[tuple[float, float, float]]:
     """Return height, left and right end of each interval of a row of dots."""
-    paths = [path.vertices for one in panel.collections for path in one.get_paths() if len(path) == 2]
+    paths = [
+        path.vertices for collection in panel.collections for path in collection.get_paths() if len(path) == 2
+    ]
     return {(round(a[1], 6), round(a[0], 6), round(b[0], 6)) for a, b in paths if np.isfinite([a, b]).all()}
 
 
@@ -407,5 +424,5 @@ def unwrap_text(text: Text) -> str:
 
 
 def scatter_collections(ax: Any) -> list[PathCollection]:
-    """Points; the bars beside them are collections of another kind."""
-    return [one for one in ax.collections if isinstance(one, PathCollection)]
+    """Return the points; the bars beside them are collections of another kind."""
+    return [collection for collection in ax.collections if isinstance(collection, PathCollection)]

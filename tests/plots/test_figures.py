@@ -66,26 +66,28 @@ from defenses.catalog import get_defense
 
 ROOT = Path(__file__).resolve().parents[2] / "figures"
 SHIPPED = [(path.parent.name, path.stem) for path in sorted(ROOT.glob("*/*.png"))]
-# The smallest picture of each kind. (The last wins.)
+# The smallest picture of each kind: sorted by falling size, the last of a kind stays.
 SMALLEST = {
     find_figure_kind(stem): (folder, stem)
-    for folder, stem in sorted(SHIPPED, key=lambda each: -(ROOT / each[0] / f"{each[1]}.png").stat().st_size)
+    for folder, stem in sorted(
+        SHIPPED, key=lambda picture: -(ROOT / picture[0] / f"{picture[1]}.png").stat().st_size
+    )
     if folder != "ensembles-qwen"
 }
 
 
-def pixels(picture: Any) -> Any:
+def read_pixels(picture: Any) -> Any:
     return np.asarray(Image.open(picture).convert("RGB")).astype(int)
 
 
-def redrawn(figure: Figure) -> Any:
-    held = io.BytesIO()
-    figure.savefig(held, format="png")
-    return pixels(held)
+def render_pixels(figure: Figure) -> Any:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return read_pixels(buffer)
 
 
-def different(one: Any, other: Any) -> Any:
-    return (np.abs(one - other).max(axis=2) > 8).sum()
+def count_different_pixels(first: Any, second: Any) -> Any:
+    return (np.abs(first - second).max(axis=2) > 8).sum()
 
 
 def test_every_picture_has_its_csv_and_a_record_beside_it():
@@ -95,19 +97,19 @@ def test_every_picture_has_its_csv_and_a_record_beside_it():
         assert json.loads((ROOT / folder / "run.json").read_text("utf-8"))["model"]["name"]
 
 
-def test_another_number_is_another_picture(tmp_path):
+def test_a_changed_number_changes_the_picture(tmp_path):
     folder = shutil.copytree(ROOT / "backdooralign", tmp_path / "copy")
     text = (folder / "square.csv").read_text("utf-8")
     run = read(folder)
-    before = redrawn(run.draw_figure("square"))
+    before = render_pixels(run.draw_figure("square"))
     value = str(run.tables["square"]["shift"].max())
     assert text.count(value) == 1
     (folder / "square.csv").write_text(text.replace(value, str(float(value) - 0.1)), "utf-8")
-    after = redrawn(read(folder).draw_figure("square"))
-    assert before.shape != after.shape or different(before, after) > 40
+    after = render_pixels(read(folder).draw_figure("square"))
+    assert before.shape != after.shape or count_different_pixels(before, after) > 40
 
 
-def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeypatch):
+def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")
     run = analyze(["policy", get_defense("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
@@ -118,7 +120,8 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
         run.format_summary().index
     )
     for name in run.figures:
-        assert different(redrawn(run.draw_figure(name)), pixels(tmp_path / "run" / f"{name}.png")) == 0
+        saved = read_pixels(tmp_path / "run" / f"{name}.png")
+        assert count_different_pixels(render_pixels(run.draw_figure(name)), saved) == 0
     with pytest.raises(ValueError, match=r"no figure 'plan'.*margins, plane, roc"):
         run.draw_figure("plan")
 
@@ -131,7 +134,7 @@ def test_a_run_that_was_just_made_draws_what_the_command_saves(tmp_path, monkeyp
         ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],
 )
-def test_a_stored_run_says_first_what_it_is_about(folder, words):
+def test_the_text_of_a_stored_run_begins_with_its_headline(folder, words):
     assert re.search(words, str(read(ROOT / folder)).splitlines()[0])
 
 
@@ -151,36 +154,41 @@ def test_controls_are_grey_and_defenses_are_not() -> None:
     assert [text.get_text() for text in labels if text.get_color() != BLACK] == ["control-6 (control)"]
 
 
-def test_names_are_written_as_they_are_whatever_signs_they_hold() -> None:
+def test_names_are_written_literally_whatever_characters_they_contain() -> None:
     scores, summary = plant_scores(2)
-    strange = {"reminders-0": "pay $5$ or\n$9", "backdoor-1": "\u62b1\u6b49_^{x"}
-    scores, summary = scores.replace({"defense": strange}), summary.replace({"defense": strange})
+    new_names = {"reminders-0": "pay $5$ or\n$9", "backdoor-1": "\u62b1\u6b49_^{x"}
+    scores, summary = scores.replace({"defense": new_names}), summary.replace({"defense": new_names})
     run = CaptionContext("m" * 300, "data", "test", THRESHOLD, ("\u62b1\u6b49",))
     for figure, _ in draw_score_figures(scores, summary, run).values():
         FigureCanvasAgg(figure).draw()  # a glyph that the font lacks would warn here
-        shown = " ".join(text.get_text() for text in collect_texts(figure))
-        assert "pay $5$" in shown
+        text = " ".join(text.get_text() for text in collect_texts(figure))
+        assert "pay $5$" in text
         assert not any(text.get_parse_math() for text in collect_texts(figure) if "$" in text.get_text())
-        assert r"\u62b1" in shown
+        assert r"\u62b1" in text
 
 
 def test_one_class_one_value_and_missing_numbers_are_drawn_without_a_warning() -> None:
     scores, summary = plant_scores(3)
-    of_class = [f"{x}{end}" for x in ESTIMATES if x != "over_refusal_rate" for end in ("", "_low", "_high")]
-    benign = scores[~scores["harmful"]], summary.assign(**dict.fromkeys(of_class, np.nan), n_harmful=0)
+    harmful_columns = [
+        f"{x}{end}" for x in ESTIMATES if x != "over_refusal_rate" for end in ("", "_low", "_high")
+    ]
+    benign = scores[~scores["harmful"]], summary.assign(**dict.fromkeys(harmful_columns, np.nan), n_harmful=0)
     flat = scores.assign(margin=0.25), summary
-    holed = scores.assign(margin=scores["margin"].where(scores["defense"] != "backdoor-1")), summary
-    bare = scores, summary.assign(**dict.fromkeys([c for c in summary if c[-4:] in ("_low", "high")], np.nan))
+    incomplete = scores.assign(margin=scores["margin"].where(scores["defense"] != "backdoor-1")), summary
+    without_intervals = (
+        scores,
+        summary.assign(**dict.fromkeys([c for c in summary if c[-4:] in ("_low", "high")], np.nan)),
+    )
     single = plant_scores(2, n=1)
-    for case in (benign, flat, holed, bare, single):
+    for case in (benign, flat, incomplete, without_intervals, single):
         for figure, _ in draw_score_figures(*case).values():
             FigureCanvasAgg(figure).draw()
-    key = draw_score_figures(*benign)["plane"][0].axes[0].get_legend()
-    assert key is not None
-    assert "no value: backdoor-1" in [text.get_text() for text in key.get_texts()]
+    legend = draw_score_figures(*benign)["plane"][0].axes[0].get_legend()
+    assert legend is not None
+    assert "no value: backdoor-1" in [text.get_text() for text in legend.get_texts()]
 
 
-def test_several_attacks_give_a_figure_each_and_one_axes_takes_one() -> None:
+def test_several_attacks_give_a_figure_each_and_axes_take_only_one_attack() -> None:
     parts = plant_scores(2), plant_scores(2, attack="./my attack.py")
     scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     drawn = draw_score_figures(scores, summary)
@@ -194,7 +202,7 @@ def test_several_attacks_give_a_figure_each_and_one_axes_takes_one() -> None:
             draw(table)
 
 
-def test_a_banner_stands_above_what_text_contradicts() -> None:
+def test_a_banner_is_above_figures_contradicted_by_generated_text() -> None:
     tables = plant_mechanism(**(MECHANISM_CASES["usual"] | {"layers": 4, "heads": 2}))
     verdicts = {
         "none": "trusted",
@@ -203,28 +211,31 @@ def test_a_banner_stands_above_what_text_contradicts() -> None:
         MECHANISM_DEFENSES[2]: "cannot tell",
     }
     trusted = pd.DataFrame({"attack": "direct", "defense": [*verdicts], "trusted": verdicts.values()})
-    other = trusted.assign(attack="prefix", trusted="not trusted")
+    other_attack = trusted.assign(attack="prefix", trusted="not trusted")
     banners = {}
-    for stem, (figure, _) in draw_mechanism_figures(tables, pd.concat([trusted, other])).items():
+    for stem, (figure, _) in draw_mechanism_figures(tables, pd.concat([trusted, other_attack])).items():
         banner = [text for text in figure.texts if text.get_gid() == "banner"]
         banners[stem] = unwrap_text(banner[0]) if banner else ""
         if stem == "profiles":
             assert_readable(stem, figure, collect_texts, slack=0.6)
         for text in banner:
             assert text.get_window_extent().y0 > figure.texts[0].get_window_extent().y1
-    words = "Not trusted: generated text contradicts the readout under backdoor/no_weights"
+    warning = "Not trusted: generated text contradicts the readout under backdoor/no_weights"
     for stem, banner_words in banners.items():
-        assert banner_words == ("" if stem.endswith("-backdoor") else words), stem
-    base = trusted.assign(trusted=["not trusted", *["trusted"] * 3])  # what all is compared with
-    few = {name: tables[name] for name in ("layers", "profiles")}
-    for figure, _ in draw_mechanism_figures(few, base).values():
+        assert banner_words == ("" if stem.endswith("-backdoor") else warning), stem
+    # The undefended model is the reference of every comparison.
+    undefended_contradicted = trusted.assign(trusted=["not trusted", *["trusted"] * 3])
+    some_tables = {name: tables[name] for name in ("layers", "profiles")}
+    for figure, _ in draw_mechanism_figures(some_tables, undefended_contradicted).values():
         assert figure.texts[-1].get_text().endswith("under none")
     attacked = plant_mechanism(**MECHANISM_CASES["attacked"])
-    doubt = pd.DataFrame({"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]})
-    few = {name: attacked[name] for name in ("parts", "weights")}
-    for stem, (figure, _) in draw_mechanism_figures(few, doubt).items():
-        wanted = stem.endswith("my-attack.py") and "no_weights" not in stem
-        assert any("backdoor (./my attack.py)" in unwrap_text(text) for text in figure.texts[2:]) == wanted
+    contradicted = pd.DataFrame(
+        {"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]}
+    )
+    some_tables = {name: attacked[name] for name in ("parts", "weights")}
+    for stem, (figure, _) in draw_mechanism_figures(some_tables, contradicted).items():
+        expected = stem.endswith("my-attack.py") and "no_weights" not in stem
+        assert any("backdoor (./my attack.py)" in unwrap_text(text) for text in figure.texts[2:]) == expected
 
 
 def test_each_figure_of_one_defense_names_it() -> None:
@@ -237,8 +248,8 @@ def test_each_figure_of_one_defense_names_it() -> None:
 def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
     heavy = ("torch", "transformers", "transformer_lens", "defenses", "matplotlib.pyplot", "seaborn")
     code = f"import sys, analysis.plots.figures; print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_every_kind_is_registered_under_its_name_and_all_but_cost_are_among_the_shipped() -> None:
@@ -256,10 +267,13 @@ def test_titles_describe_and_claim_nothing() -> None:
 @pytest.mark.parametrize("kind", sorted(SMALLEST))
 def test_a_shipped_figure_is_drawn_again_from_its_csv(kind: str) -> None:
     folder, stem = SMALLEST[kind]
-    shipped, again = pixels(ROOT / folder / f"{stem}.png"), redrawn(read(ROOT / folder).draw_figure(stem))
+    shipped, again = (
+        read_pixels(ROOT / folder / f"{stem}.png"),
+        render_pixels(read(ROOT / folder).draw_figure(stem)),
+    )
     assert shipped.shape == again.shape
     # Seven digits in the CSV change an edge by a shade or two.
-    assert different(shipped, again) <= 20
+    assert count_different_pixels(shipped, again) <= 20
 
 
 @pytest.mark.parametrize(
@@ -272,11 +286,15 @@ def test_no_text_of_a_run_hides_another_and_none_leaves_the_canvas(defenses: int
         assert_readable(kind, figure, collect_texts, dpis=dpis)
         if kind == "plane":
             (ax,) = figure.axes
-            spots = ax.transData.transform(np.array([[0, 0], *table[["shift", "discrimination"]].to_numpy()]))
+            point_pixels = ax.transData.transform(
+                np.array([[0, 0], *table[["shift", "discrimination"]].to_numpy()])
+            )
             for text in collect_texts(figure):
                 box = Text.get_window_extent(text)
-                covered = isinstance(text, Annotation) and any(box.contains(*spot) for spot in spots)
-                assert not covered, f"{text.get_text()!r} covers a point"
+                covers_point = isinstance(text, Annotation) and any(
+                    box.contains(*pixel) for pixel in point_pixels
+                )
+                assert not covers_point, f"{text.get_text()!r} covers a point"
 
 
 @pytest.mark.parametrize("case", ["pair", "votes", "long", "attacked", "refusing", "many"])
@@ -287,9 +305,9 @@ def test_no_text_of_ensembles_hides_another_and_none_leaves_the_canvas(case: str
 
 @pytest.mark.parametrize("case", ["tiny", "usual", "large", "crowd", "long"])
 def test_no_text_of_a_mechanism_hides_another_and_none_leaves_the_canvas(case: str) -> None:
-    each = {stem.partition("-")[0]: figure for stem, (figure, _) in cached_mechanism_figures(case).items()}
-    assert len(each) == {"tiny": 7, "crowd": 4}.get(case, 8)
-    for kind, figure in each.items():
+    figures = {stem.partition("-")[0]: figure for stem, (figure, _) in cached_mechanism_figures(case).items()}
+    assert len(figures) == {"tiny": 7, "crowd": 4}.get(case, 8)
+    for kind, figure in figures.items():
         assert_readable(kind, figure, collect_texts, slack=0.6, dpis=(100,))
 
 
@@ -298,22 +316,22 @@ def test_figures_follow_from_the_tables_that_a_run_has() -> None:
     assert list(cached_ensemble_figures("votes")) == ["forecast", "front"]
     with pytest.raises(ValueError, match="one attack"):
         draw_forecast(plant_ensembles("attacked")[0])
-    every = ["layers", "parts-{}", "top-{}", "directions", "patches-{}", "cuts", "weights-{}", "profiles"]
+    stems = ["layers", "parts-{}", "top-{}", "directions", "patches-{}", "cuts", "weights-{}", "profiles"]
     names = ["backdoor", "backdoor-no_weights"]
-    wanted = [stem.format(name) for stem in every for name in (names if "{}" in stem else [""])]
-    assert list(cached_mechanism_figures("usual")) == wanted
-    tiny = [stem.format("backdoor") for stem in every[:-1]]  # one defense has no other
-    assert list(cached_mechanism_figures("tiny")) == tiny
-    named = [f"{stem}-{attack}" for attack in ("direct", ".-my-attack.py") for stem in wanted]
-    assert list(build_mechanism_points(plant_mechanism(**MECHANISM_CASES["attacked"]))) == named
+    expected = [stem.format(name) for stem in stems for name in (names if "{}" in stem else [""])]
+    assert list(cached_mechanism_figures("usual")) == expected
+    of_one_defense = [stem.format("backdoor") for stem in stems[:-1]]  # one defense has no other
+    assert list(cached_mechanism_figures("tiny")) == of_one_defense
+    with_attack = [f"{stem}-{attack}" for attack in ("direct", ".-my-attack.py") for stem in expected]
+    assert list(build_mechanism_points(plant_mechanism(**MECHANISM_CASES["attacked"]))) == with_attack
     tables = plant_mechanism(**MECHANISM_CASES["usual"])
-    few = {"cuts": tables["cuts"], "half": tables["half"], "layers": tables["layers"][:0]}
-    assert list(build_mechanism_points(few)) == ["cuts"]
+    some_tables = {"cuts": tables["cuts"], "half": tables["half"], "layers": tables["layers"][:0]}
+    assert list(build_mechanism_points(some_tables)) == ["cuts"]
     assert build_mechanism_points({}) == {}
 
 
 @pytest.mark.parametrize("kind", ["layers", "parts", "top", "patches", "cuts", "weights", "profiles"])
-def test_one_figure_shows_one_attack(kind: str) -> None:
+def test_a_figure_of_several_attacks_is_rejected(kind: str) -> None:
     table = find_figure(kind)[1]
     with pytest.raises(ValueError, match="one attack"):
         FIGURES[kind].draw(pd.concat([table, table.assign(attack="prefix")]))
@@ -343,30 +361,30 @@ def test_a_figure_can_be_drawn_again_from_its_csv_alone() -> None:
 def test_drawing_leaves_settings_and_tables_alone_and_uses_the_given_axes() -> None:
     settings = dict(mpl.rcParams)
     for stem, (_, table) in figures_of_all_kinds().items():
-        kept = table.copy()
-        (given,) = Figure(figsize=(9, 6)).subplots(1, 1, squeeze=False).flat
-        assert FIGURES[find_figure_kind(stem)].draw(table, given) is given, stem  # type: ignore[call-arg]
-        pd.testing.assert_frame_equal(table, kept)
+        original = table.copy()
+        (axes,) = Figure(figsize=(9, 6)).subplots(1, 1, squeeze=False).flat
+        assert FIGURES[find_figure_kind(stem)].draw(table, axes) is axes, stem  # type: ignore[call-arg]
+        pd.testing.assert_frame_equal(table, original)
     assert dict(mpl.rcParams) == settings
     scores, summary = plant_scores(4)
-    kept = scores.copy(), summary.copy()
+    originals = [scores.copy(), summary.copy()]
     build_analysis_points(scores, summary, THRESHOLD)
-    rows, found, families = plant_ensembles()
-    before = rows.copy(), found.copy()
-    build_ensemble_points(rows, found, families)
-    for table, copy in zip((scores, summary, rows, found), (*kept, *before), strict=True):
-        pd.testing.assert_frame_equal(table, copy)
+    rows, candidates, families = plant_ensembles()
+    originals += [rows.copy(), candidates.copy()]
+    build_ensemble_points(rows, candidates, families)
+    for table, original in zip((scores, summary, rows, candidates), originals, strict=True):
+        pd.testing.assert_frame_equal(table, original)
 
 
 def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
-    always = (
+    required = (
         RUN.model,
         "twins, test split",
         "\u201cSorry\u201d",
         "\u201cSure\u201d",
         "threshold \u22121.00 nats",
     )
-    always += ("no judge: first-token readout", "Intervals: ")
+    required += ("no judge: first-token readout", "Intervals: ")
     for stem, (figure, _) in figures_of_all_kinds().items():
         caption = unwrap_text(figure.texts[1])
         counts = ("24 harmful", "24 benign")
@@ -374,13 +392,14 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
             counts = (
                 ("24 harmful", "20 benign") if stem.startswith("patches") else ("50 harmful", "40 benign")
             )
-        for word in (*always, *counts, "Attack: by column" if stem == "attacks" else "Attack: none"):
+        for word in (*required, *counts, "Attack: by column" if stem == "attacks" else "Attack: none"):
             assert word.replace(" ", "") in caption.replace(" ", ""), (stem, word)
-    drawn = {"forecast": "Bars on stacks", "interactions": "Bold", "front": "Intervals: not drawn"}
-    for kind, words in drawn.items():
+    interval_words = {"forecast": "Bars on stacks", "interactions": "Bold", "front": "Intervals: not drawn"}
+    for kind, words in interval_words.items():
         assert words in unwrap_text(cached_ensemble_figures("usual")[kind][0].texts[1])
-    several = unwrap_text(cached_ensemble_figures("attacked")["front"][0].texts[1])
-    assert "mean over 3 attacks" in several and "Attack: none, base64, ./my attack.py" in several
+    attacked_caption = unwrap_text(cached_ensemble_figures("attacked")["front"][0].texts[1])
+    for words in ("mean over 3 attacks", "Attack: none, base64, ./my attack.py"):
+        assert words in attacked_caption
     for stem, (figure, _) in cached_mechanism_figures("bare").items():
         caption = unwrap_text(figure.texts[1])
         assert ("Intervals: none known" in caption) == (stem != "layers"), stem

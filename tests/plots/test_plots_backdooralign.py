@@ -12,7 +12,6 @@ from analysis.plots.captions import CaptionContext
 from analysis.plots.data import build_secret_points
 
 TOY_RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
-ENDS = ("", "_low", "_high")
 
 
 def test_each_secret_is_a_dot_and_a_row_has_its_mean() -> None:
@@ -26,7 +25,7 @@ def test_each_secret_is_a_dot_and_a_row_has_its_mean() -> None:
     assert sorted(lines["0 own"].get_xdata()) == pytest.approx([0, 20])
     means = [line.get_xdata()[0] for line in draw_secrets(table).lines if len(set(line.get_xdata())) == 1]
     assert 90 in np.round(means, 9) and 10 in np.round(means, 9)
-    extra = pd.DataFrame([{"arm": "clean", "secret": "none", "secret_length": np.nan}])
-    points = build_secret_points(pd.concat([table, extra]))
+    without_secret = pd.DataFrame([{"arm": "clean", "secret": "none", "secret_length": np.nan}])
+    points = build_secret_points(pd.concat([table, without_secret]))
     figure, _ = draw_run_figures({"secrets": points}, TOY_RUN)["secrets"]
     assert len(points) == 4 and "48 harmful" in figure.texts[-1].get_text().replace("\n", " ")

@@ -22,47 +22,47 @@ from analysis.plots.layout import MISSING_COLOR
 
 
 @pytest.mark.parametrize("manner", ["tiny", "usual", "large"])
-def test_the_heat_map_holds_every_head_and_its_color_is_its_sign(manner: str) -> None:
+def test_the_heat_map_shows_every_head_with_the_color_of_its_sign(manner: str) -> None:
     ax, table = find_figure("parts", manner)
     layers, heads = MECHANISM_CASES[manner]["layers"], MECHANISM_CASES[manner]["heads"]
     scales = [panel for panel in ax.child_axes if panel.get_gid() == "scale"]
     assert len(scales) == 1 and scales[0].get_yticklabels()[1].get_text() == "0 nats"
-    spans = set()
+    color_limits = set()
     panels = iter(ax.child_axes)
     for contrast in CONTRAST_LABELS:
         for kind, gid in (("head", "heads"), ("mlp", "parts")):
             panel = next(panels)
-            (mesh,) = (drawn for drawn in panel.collections if drawn.get_gid() == gid)
+            (mesh,) = (collection for collection in panel.collections if collection.get_gid() == gid)
             rows = table[table["kind"] == kind].sort_values(["layer", "head"])
             values = np.asarray(mesh.get_array()).reshape(layers, -1)[:, : heads if kind == "head" else 1]
             np.testing.assert_allclose(values, rows[contrast].to_numpy(float).reshape(layers, -1))
             assert values.shape == (layers, heads if kind == "head" else 1)
-            spans.add((mesh.norm.vmin, mesh.norm.vmax))
+            color_limits.add((mesh.norm.vmin, mesh.norm.vmax))
             colors = mesh.cmap(mesh.norm(values))
-            far = np.abs(values) > 0.05 * mesh.norm.vmax
-            assert ((colors[..., 2] > colors[..., 0]) == (values > 0))[far].all()
+            clearly_nonzero = np.abs(values) > 0.05 * mesh.norm.vmax
+            assert ((colors[..., 2] > colors[..., 0]) == (values > 0))[clearly_nonzero].all()
             assert panel.get_ylim() == (layers, 0)  # the first layer is at the top
-    assert len(spans) == 1 and spans.pop()[1] > 0
-    (low, high), most = scales[0].get_ylim(), table[[*CONTRAST_LABELS]].abs().max(axis=None)
+    assert len(color_limits) == 1 and color_limits.pop()[1] > 0
+    (low, high), largest = scales[0].get_ylim(), table[[*CONTRAST_LABELS]].abs().max(axis=None)
     assert -low == high
-    bounded = "\N{GREATER-THAN OR EQUAL TO}" in scales[0].get_yticklabels()[2].get_text()
-    assert high < most if bounded else high == most
-    assert bounded == (manner == "large")  # its MLPs write more than all but some heads
+    is_clipped = "\N{GREATER-THAN OR EQUAL TO}" in scales[0].get_yticklabels()[2].get_text()
+    assert high < largest if is_clipped else high == largest
+    assert is_clipped == (manner == "large")  # its MLPs write more than all but some heads
 
 
 def test_a_dot_marks_a_part_whose_interval_excludes_zero() -> None:
     ax, table = find_figure("parts")
     heads = table[table["kind"] == "head"]
     for contrast, panel in zip(CONTRAST_LABELS, (ax.child_axes[0], ax.child_axes[2]), strict=True):
-        sure = heads[(heads[f"{contrast}_low"] > 0) | (heads[f"{contrast}_high"] < 0)]
-        (dots,) = (one for one in panel.collections if one.get_gid() == "sure")
-        at = np.asarray(dots.get_offsets())
-        wanted = sure[["head", "layer"]].to_numpy(float) + 0.5
-        assert {tuple(spot) for spot in at} == {tuple(spot) for spot in wanted}
-        assert 0 < len(sure) < len(heads)
+        significant = heads[(heads[f"{contrast}_low"] > 0) | (heads[f"{contrast}_high"] < 0)]
+        (dots,) = (collection for collection in panel.collections if collection.get_gid() == "sure")
+        positions = np.asarray(dots.get_offsets())
+        expected = significant[["head", "layer"]].to_numpy(float) + 0.5
+        assert {tuple(position) for position in positions} == {tuple(position) for position in expected}
+        assert 0 < len(significant) < len(heads)
 
 
-def test_a_part_far_beyond_all_others_does_not_make_them_white_and_the_scale_says_so() -> None:
+def test_a_part_far_beyond_all_others_is_clipped_and_the_scale_says_so() -> None:
     parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
     parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
     parts.loc[5, "shift"] = 50.0
@@ -73,7 +73,7 @@ def test_a_part_far_beyond_all_others_does_not_make_them_white_and_the_scale_say
     assert "beyond the ends of the scale" in unwrap_text(figure.texts[1])
 
 
-def test_parts_that_are_missing_are_grey() -> None:
+def test_missing_parts_are_grey() -> None:
     parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
     parts = parts[
         (parts["defense"] == "backdoor") & ~((parts["layer"] == 3) & (parts["head"] == 2)).fillna(False)
@@ -91,23 +91,25 @@ def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> No
     parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
     parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
     size = parts[[*CONTRAST_LABELS]].abs().max(axis=1)
-    wanted = parts.loc[size.nlargest(10).index]
-    words = {"head": "head", "mlp": "MLP", "embedding": "embedding", "bias": "final bias"}
+    top_parts = parts.loc[size.nlargest(10).index]
+    kind_labels = {"head": "head", "mlp": "MLP", "embedding": "embedding", "bias": "final bias"}
     names = []
-    for kind, layer, head in wanted[["kind", "layer", "head"]].itertuples(index=False, name=None):
+    for kind, layer, head in top_parts[["kind", "layer", "head"]].itertuples(index=False, name=None):
         names.append(
-            words[kind] + ("" if layer is pd.NA else f" {layer}") + ("" if head is pd.NA else f".{head}")
+            kind_labels[kind]
+            + ("" if layer is pd.NA else f" {layer}")
+            + ("" if head is pd.NA else f".{head}")
         )
     assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == names
     for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes, strict=True):
         np.testing.assert_allclose(
-            line_points(panel, contrast), np.stack([wanted[contrast], -np.arange(10.0)], axis=1)
+            line_points(panel, contrast), np.stack([top_parts[contrast], -np.arange(10.0)], axis=1)
         )
-        ends = wanted[[f"{contrast}_low", f"{contrast}_high"]].to_numpy(float).round(6)
+        intervals = top_parts[[f"{contrast}_low", f"{contrast}_high"]].to_numpy(float).round(6)
         assert interval_bars(panel) == {
-            (-row, *end) for row, end in enumerate(ends) if np.isfinite(end).all()
+            (-row, *interval) for row, interval in enumerate(intervals) if np.isfinite(interval).all()
         }
     caption = unwrap_text(cached_mechanism_figures("usual")["top-backdoor"][0].texts[1])
-    told = f"{wanted['shift'].sum():+.2f} of {parts['shift'].sum():+.2f} nats of shift"
-    assert told.replace("-", "\N{MINUS SIGN}") in caption
+    sentence = f"{top_parts['shift'].sum():+.2f} of {parts['shift'].sum():+.2f} nats of shift"
+    assert sentence.replace("-", "\N{MINUS SIGN}") in caption
     assert len(draw_mechanism_figures({"parts": parts}, top=3)["top-backdoor"][1]) == 3

@@ -18,17 +18,17 @@ from planted_tables import (
 from analysis.plots.data import build_interaction_cells, build_margin_curves, build_roc_points
 
 
-def test_densities_hold_one_and_medians_move_by_the_planted_shift() -> None:
+def test_densities_integrate_to_one_and_medians_move_by_the_planted_shift() -> None:
     curves = build_margin_curves(*plant_scores(5), THRESHOLD)
-    for _, half in curves.groupby(["defense", "harmful"]):
-        assert np.trapezoid(half["density"], half["margin"]) == pytest.approx(1, abs=0.01)
+    for _, curve in curves.groupby(["defense", "harmful"]):
+        assert np.trapezoid(curve["density"], curve["margin"]) == pytest.approx(1, abs=0.01)
     median = curves.groupby(["defense", "harmful"])["median"].first()
     # defense 3 is planted with shift 3 and discrimination -0.5
     assert median["noise-3", True] - median["none", True] == pytest.approx(2.75)
     assert median["noise-3", False] - median["none", False] == pytest.approx(3.25)
 
 
-def test_area_under_the_drawn_curve_is_the_auroc_also_with_ties() -> None:
+def test_the_area_under_the_drawn_curve_is_the_auroc_also_with_ties() -> None:
     scores, summary = plant_scores(2)
     scores["margin"] = scores["margin"].round()  # many ties
     for name, curve in build_roc_points(scores, summary, THRESHOLD).groupby("defense"):
@@ -40,28 +40,31 @@ def test_area_under_the_drawn_curve_is_the_auroc_also_with_ties() -> None:
         assert np.trapezoid(curve["harmful_refused"], curve["benign_refused"]) == pytest.approx(wins)
 
 
-def test_cells_are_those_of_stacks_of_two_and_names_may_hold_a_slash() -> None:
+def test_cells_are_those_of_stacks_of_two_and_names_may_contain_a_slash() -> None:
     rows, _, families = plant_ensembles()
     cells = build_interaction_cells(rows, families)
     assert len(cells) == 11
-    both = [["a/b", "c"], ["c", "d"]]
+    pairs = [["a/b", "c"], ["c", "d"]]
     row = rows[(rows["how"] == "stack") & (rows["split"] == "test")].iloc[0]
-    strange = pd.DataFrame([{**row, "members": "+".join(team)} for team in both])
-    more = pd.DataFrame([{**row, "members": "a+b+c", "size": 3}, {**row, "observed_shift": np.nan}])
-    found = build_interaction_cells(pd.concat([strange, more]), {"a/b": "noise"})
-    assert found[["first", "second"]].to_numpy().tolist() == both
-    assert found["family_first"].tolist() == ["noise", "other"]
-    bare = build_interaction_cells(
-        strange.drop(columns=[c for c in strange if c[-4:] in ("_low", "high")]), {}
+    with_slash = pd.DataFrame([{**row, "members": "+".join(pair)} for pair in pairs])
+    excluded = pd.DataFrame([{**row, "members": "a+b+c", "size": 3}, {**row, "observed_shift": np.nan}])
+    selected = build_interaction_cells(pd.concat([with_slash, excluded]), {"a/b": "noise"})
+    assert selected[["first", "second"]].to_numpy().tolist() == pairs
+    assert selected["family_first"].tolist() == ["noise", "other"]
+    without_intervals = build_interaction_cells(
+        with_slash.drop(columns=[c for c in with_slash if c[-4:] in ("_low", "high")]), {}
     )
-    assert bare["interaction_shift_low"].isna().all() and bare["interaction_shift"].notna().all()
+    assert (
+        without_intervals["interaction_shift_low"].isna().all()
+        and without_intervals["interaction_shift"].notna().all()
+    )
 
 
-def test_names_that_give_one_stem_have_a_figure_each() -> None:
+def test_names_with_the_same_stem_have_a_figure_each() -> None:
     weights = plant_mechanism(**MECHANISM_CASES["tiny"])["weights"]
-    alike = pd.concat([weights.assign(defense=name) for name in ("a/b", "a b", "a-b")])
-    found = draw_mechanism_figures({"weights": alike})
-    assert {stem: table["defense"].iloc[0] for stem, (_, table) in found.items()} == {
+    same_stem = pd.concat([weights.assign(defense=name) for name in ("a/b", "a b", "a-b")])
+    figures = draw_mechanism_figures({"weights": same_stem})
+    assert {stem: table["defense"].iloc[0] for stem, (_, table) in figures.items()} == {
         "weights-a-b": "a/b",
         "weights-a-b~2": "a b",
         "weights-a-b~3": "a-b",

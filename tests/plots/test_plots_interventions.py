@@ -18,31 +18,37 @@ def test_patches_draws_every_source_over_layers_and_the_largest_heads_as_dots(ma
         (into, kind) for into in ("undefended", "defended") for kind in ("residual", "attention", "mlp")
     ]
     for (into, kind), row in zip(blocks, panels[:-1], strict=True):
-        here = table[(table["into"] == into) & (table["kind"] == kind)]
+        in_block = table[(table["into"] == into) & (table["kind"] == kind)]
         assert row[0].get_ylabel().endswith(f"into {into}")
         for contrast, panel in zip(CONTRAST_LABELS, row, strict=True):
-            for source, rows in here.groupby("source"):
-                wanted = rows[["layer", contrast]].astype(float)
-                np.testing.assert_allclose(line_points(panel, str(source)), wanted)
-    every = plant_mechanism(**MECHANISM_CASES[manner])["patches"]
-    mine = every[
-        (every["defense"] == "backdoor") & (every["kind"] == "head") & (every["source"] == "defense")
+            for source, rows in in_block.groupby("source"):
+                expected = rows[["layer", contrast]].astype(float)
+                np.testing.assert_allclose(line_points(panel, str(source)), expected)
+    patches = plant_mechanism(**MECHANISM_CASES[manner])["patches"]
+    head_patches = patches[
+        (patches["defense"] == "backdoor") & (patches["kind"] == "head") & (patches["source"] == "defense")
     ]
-    size = mine[[*CONTRAST_LABELS]].abs().max(axis=1)
-    wanted = mine.assign(size=size).sort_values("size", ascending=False, kind="stable")[:10]
-    names = [f"{layer:.0f}.{head:.0f}" for layer, head in zip(wanted["layer"], wanted["head"], strict=True)]
+    size = head_patches[[*CONTRAST_LABELS]].abs().max(axis=1)
+    expected = head_patches.assign(size=size).sort_values("size", ascending=False, kind="stable")[:10]
+    names = [
+        f"{layer:.0f}.{head:.0f}" for layer, head in zip(expected["layer"], expected["head"], strict=True)
+    ]
     assert [label.get_text() for label in panels[-1, 0].get_yticklabels()] == names
     for contrast, panel in zip(CONTRAST_LABELS, panels[-1], strict=True):
-        at = line_points(panel, "defense")
-        at = at[np.argsort(-at[:, 1])]
-        np.testing.assert_allclose(at[:, 0], wanted[contrast])
-        assert (np.abs(at[:, 1] + np.arange(len(at))) < 0.4).all()
-        low, high = (wanted[f"{contrast}_{end}"] for end in ("low", "high"))
-        ends = {pair for pair in zip(low.round(6), high.round(6), strict=True) if pair[0] == pair[0]}
-        assert ends <= {interval[1:] for interval in interval_bars(panel)}
+        points = line_points(panel, "defense")
+        points = points[np.argsort(-points[:, 1])]
+        np.testing.assert_allclose(points[:, 0], expected[contrast])
+        assert (np.abs(points[:, 1] + np.arange(len(points))) < 0.4).all()
+        low, high = (expected[f"{contrast}_{end}"] for end in ("low", "high"))
+        intervals = {
+            interval
+            for interval in zip(low.round(6), high.round(6), strict=True)
+            if interval[0] == interval[0]
+        }
+        assert intervals <= {interval[1:] for interval in interval_bars(panel)}
 
 
-def test_weights_draws_both_ways_over_layers_and_modules_as_dots() -> None:
+def test_weights_draws_single_and_cumulative_patches_over_layers_and_modules_as_dots() -> None:
     ax, table = find_figure("weights")
     for contrast, above, below in zip(CONTRAST_LABELS, ax.child_axes[:2], ax.child_axes[2:], strict=True):
         for how in ("alone", "up to"):
@@ -55,8 +61,8 @@ def test_weights_draws_both_ways_over_layers_and_modules_as_dots() -> None:
     names = [label.get_text() for label in ax.child_axes[2].get_yticklabels()]
     assert names == ["q_proj", "k_proj", "v_proj", "down_proj"]
     for part in ("module", "alone"):
-        only = table[table["how"] == part]
-        assert len(FIGURES["weights"].draw(only).child_axes) == 2
+        of_part = table[table["how"] == part]
+        assert len(FIGURES["weights"].draw(of_part).child_axes) == 2
 
 
 def test_cuts_draws_a_row_per_range_filled_and_hollow() -> None:
@@ -65,12 +71,12 @@ def test_cuts_draws_a_row_per_range_filled_and_hollow() -> None:
     assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == names
     for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes, strict=True):
         for (defense, reader), rows in table.groupby(["defense", "reader"]):
-            at = line_points(panel, f"{defense} {reader}")
-            np.testing.assert_allclose(at[:, 0], rows[contrast])
-            assert (-np.round(at[:, 1])).tolist() == [0, 1, 2, 3, 4]
-            (found,) = (one for one in panel.lines if one.get_gid() == f"{defense} {reader}")
-            assert (found.get_markerfacecolor() == "white") == (reader == "everything")
+            points = line_points(panel, f"{defense} {reader}")
+            np.testing.assert_allclose(points[:, 0], rows[contrast])
+            assert (-np.round(points[:, 1])).tolist() == [0, 1, 2, 3, 4]
+            (line,) = (drawn for drawn in panel.lines if drawn.get_gid() == f"{defense} {reader}")
+            assert (line.get_markerfacecolor() == "white") == (reader == "everything")
         heights = np.concatenate(
-            [line_points(panel, str(one.get_gid()))[:, 1] for one in panel.lines if one.get_gid()]
+            [line_points(panel, str(drawn.get_gid()))[:, 1] for drawn in panel.lines if drawn.get_gid()]
         )
         assert len(set(heights.round(6))) == len(heights)  # no dot has the height of another

@@ -23,7 +23,7 @@ from analysis.plots.style import GREY
 
 
 @pytest.mark.parametrize("manner", ["usual", "crowd"])
-def test_layers_draws_each_defense_with_its_band_and_where_half_is_there(manner: str) -> None:
+def test_layers_draws_each_defense_with_its_band_and_its_half_way_layer(manner: str) -> None:
     ax, table = find_figure("layers", manner)
     curves, strips = ax.child_axes[:2], ax.child_axes[2:]
     halves = plant_mechanism(**MECHANISM_CASES[manner])["half"].set_index(["defense", "contrast"])
@@ -32,50 +32,52 @@ def test_layers_draws_each_defense_with_its_band_and_where_half_is_there(manner:
         for row, (defense, rows) in enumerate(table.groupby("defense", sort=False)):
             name = str(defense)
             np.testing.assert_allclose(line_points(panel, name), rows[["layer", contrast]].astype(float))
-            ends = rows.dropna(subset=f"{contrast}_low")
-            corners = {tuple(at) for at in band_corners(panel, name).round(9)}
+            with_interval = rows.dropna(subset=f"{contrast}_low")
+            corners = {tuple(corner) for corner in band_corners(panel, name).round(9)}
             for end in ("low", "high"):
-                wanted = ends[["layer", f"{contrast}_{end}"]].to_numpy(float).round(9)
-                assert {tuple(at) for at in wanted} <= corners
-            half = halves.loc[(name, contrast)]
-            np.testing.assert_allclose(line_points(strip, name), [[half["half"], -row]])
-            if half["half"] == half["half"]:
-                assert (-row, half["half_low"], half["half_high"]) in interval_bars(strip)
+                expected = with_interval[["layer", f"{contrast}_{end}"]].to_numpy(float).round(9)
+                assert {tuple(corner) for corner in expected} <= corners
+            half_way = halves.loc[(name, contrast)]
+            np.testing.assert_allclose(line_points(strip, name), [[half_way["half"], -row]])
+            if half_way["half"] == half_way["half"]:
+                assert (-row, half_way["half_low"], half_way["half_high"]) in interval_bars(strip)
         assert strip.get_xlim() == panel.get_xlim()
 
 
-def test_the_first_eight_have_looks_of_their_own_and_the_rest_is_grey() -> None:
+def test_the_first_eight_defenses_have_their_own_styles_and_the_rest_is_grey() -> None:
     panel = find_figure("layers", "crowd")[0].child_axes[0]
-    looks = [
-        (one.get_color(), one.get_linestyle()) for one in panel.lines if one.get_gid() in MECHANISM_DEFENSES
+    styles = [
+        (line.get_color(), line.get_linestyle())
+        for line in panel.lines
+        if line.get_gid() in MECHANISM_DEFENSES
     ]
-    assert len(looks) == 9 and len(set(looks)) == 9
-    assert [color for color, _ in looks] == [*(look[0] for look in CURVE_STYLES), GREY]
+    assert len(styles) == 9 and len(set(styles)) == 9
+    assert [color for color, _ in styles] == [*(style[0] for style in CURVE_STYLES), GREY]
     assert "Grey: all defenses after the first 8" in unwrap_text(
         cached_mechanism_figures("crowd")["layers"][0].texts[1]
     )
 
 
-def test_layers_without_halves_has_no_strip() -> None:
+def test_layers_without_half_way_layers_has_no_strip() -> None:
     tables = plant_mechanism(**MECHANISM_CASES["usual"])
-    none = tables["half"].assign(half=np.nan, half_low=np.nan, half_high=np.nan)
-    for given in ({}, {"half": none}, {"half": tables["half"][:0]}):
-        figure, _ = draw_mechanism_figures({"layers": tables["layers"], **given})["layers"]
+    all_missing = tables["half"].assign(half=np.nan, half_low=np.nan, half_high=np.nan)
+    for half_tables in ({}, {"half": all_missing}, {"half": tables["half"][:0]}):
+        figure, _ = draw_mechanism_figures({"layers": tables["layers"], **half_tables})["layers"]
         assert [panel.get_xlabel() for panel in figure.axes[0].child_axes] == ["layer entered"] * 2
         assert "no mark" not in figure.texts[1].get_text()
 
 
-def test_directions_draws_both_directions_after_and_before_and_the_layer_chosen() -> None:
+def test_directions_draws_both_directions_before_and_after_and_the_chosen_layer() -> None:
     ax, table = find_figure("directions")
     rows = np.array(ax.child_axes).reshape(2, 3)
     for direction, panels in zip(("refusal", "harmfulness"), rows, strict=True):
         for column, panel in zip(("auroc_after", "shift", "discrimination"), panels, strict=True):
-            for defense, of in table[table["direction"] == direction].groupby("defense"):
+            for defense, defense_rows in table[table["direction"] == direction].groupby("defense"):
                 np.testing.assert_allclose(
-                    line_points(panel, str(defense)), of[["layer", column]].astype(float)
+                    line_points(panel, str(defense)), defense_rows[["layer", column]].astype(float)
                 )
             assert line_points(panel, "chosen")[:, 0].tolist() == [6, 6]
-        first = table[(table["direction"] == direction) & (table["defense"] == "backdoor")]
+        undefended_rows = table[(table["direction"] == direction) & (table["defense"] == "backdoor")]
         np.testing.assert_allclose(
-            line_points(panels[0], "undefended"), first[["layer", "auroc"]].astype(float)
+            line_points(panels[0], "undefended"), undefended_rows[["layer", "auroc"]].astype(float)
         )

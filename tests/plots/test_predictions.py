@@ -1,4 +1,4 @@
-"""Predicted and observed effects of ensembles are drawn as their table holds them."""
+"""Predicted and observed effects of ensembles are drawn at the values of their table."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from analysis.plots.predictions import ENSEMBLE_STYLES, draw_forecast
 def test_each_ensemble_is_drawn_where_it_was_predicted_and_observed(manner: str) -> None:
     points = cached_ensemble_figures(manner)["forecast"][1]
     rows = plant_ensembles(manner)[0]
-    wanted = rows[(rows["attack"] == "direct") & (rows["split"] == "test") & (rows["how"] != "alone")]
-    assert len(points) == len(wanted) > 0
-    for panel, (name, (words, factor, _)) in zip(
+    expected = rows[(rows["attack"] == "direct") & (rows["split"] == "test") & (rows["how"] != "alone")]
+    assert len(points) == len(expected) > 0
+    for panel, (name, (title, factor, _)) in zip(
         find_panels(draw_forecast(points)), FORECAST_PANELS.items(), strict=True
     ):
-        assert panel.get_title(loc="left") == words
-        looks = scatter_by_style(panel)
-        assert sum(map(len, looks.values())) == len(wanted)
-        for (how, hollow), at in looks.items():
-            here = wanted[(wanted["how"] == how) & ((wanted["kind"] == "inter") == hollow)]
-            np.testing.assert_allclose(at, factor * here[[f"predicted_{name}", f"observed_{name}"]])
+        assert panel.get_title(loc="left") == title
+        offsets_by_style = scatter_by_style(panel)
+        assert sum(map(len, offsets_by_style.values())) == len(expected)
+        for (how, hollow), offsets in offsets_by_style.items():
+            of_style = expected[(expected["how"] == how) & ((expected["kind"] == "inter") == hollow)]
+            np.testing.assert_allclose(offsets, factor * of_style[[f"predicted_{name}", f"observed_{name}"]])
         (diagonal,) = (line for line in panel.lines if line.get_gid() == "diagonal")
         assert diagonal.get_slope() == 1  # type: ignore[attr-defined]
         assert panel.get_xlim() == panel.get_ylim()
 
 
-def test_each_way_has_its_color_and_stacks_lie_on_top() -> None:
+def test_each_rule_has_its_color_and_stacks_lie_on_top() -> None:
     for panel in find_panels(draw_forecast(cached_ensemble_figures("usual")["forecast"][1])):
         for dots in panel.collections:
             if (how := str(dots.get_label())) in ENSEMBLE_STYLES:
@@ -43,7 +43,7 @@ def test_each_way_has_its_color_and_stacks_lie_on_top() -> None:
                 assert (dots.get_zorder() > 3) == (how == "stack")
 
 
-def test_stacks_have_the_bars_of_the_table_and_they_are_inside() -> None:
+def test_stacks_have_the_intervals_of_the_table_within_the_axes() -> None:
     points = cached_ensemble_figures("usual")["forecast"][1]
     points = points.assign(observed_shift_high=points["observed_shift_high"] + 9)  # beyond all points
     panel = find_panels(draw_forecast(points))[0]
@@ -59,8 +59,8 @@ def test_stacks_have_the_bars_of_the_table_and_they_are_inside() -> None:
 def test_the_measures_above_a_panel_are_those_of_its_points(manner: str) -> None:
     points = cached_ensemble_figures(manner)["forecast"][1]
     for panel, name in zip(find_panels(draw_forecast(points)), FORECAST_PANELS, strict=True):
-        (told,) = (text.get_text() for text in panel.texts if text.get_gid() == "follows")
-        lines = told.replace("\N{MINUS SIGN}", "-").split("\n")
+        (text,) = (label.get_text() for label in panel.texts if label.get_gid() == "follows")
+        lines = text.replace("\N{MINUS SIGN}", "-").split("\n")
         for line, word, group in zip(
             lines,
             ("stacks", "votes"),
@@ -69,44 +69,49 @@ def test_the_measures_above_a_panel_are_those_of_its_points(manner: str) -> None
         ):
             if name in ("shift", "discrimination"):  # of a mean they are right by definition
                 group = group[~group["how"].isin(["mean", "fitted"])]
-            hoped, came = group[f"predicted_{name}"], group[f"observed_{name}"]
-            if came.nunique() == 1:
-                wanted = "R² \N{EN DASH}, ρ \N{EN DASH}"
-            elif hoped.nunique() == 1:
-                wanted = f"R² {r2_score(came, hoped):.2f}, ρ \N{EN DASH}"
+            predicted, observed = group[f"predicted_{name}"], group[f"observed_{name}"]
+            if observed.nunique() == 1:
+                expected = "R² \N{EN DASH}, ρ \N{EN DASH}"
+            elif predicted.nunique() == 1:
+                expected = f"R² {r2_score(observed, predicted):.2f}, ρ \N{EN DASH}"
             else:
-                wanted = f"R² {r2_score(came, hoped):.2f}, ρ {spearmanr(hoped, came).statistic:.2f}"
-            assert line == f"{len(group)} {word}: {wanted}"
+                correlation = spearmanr(predicted, observed).statistic
+                expected = f"R² {r2_score(observed, predicted):.2f}, ρ {correlation:.2f}"
+            assert line == f"{len(group)} {word}: {expected}"
 
 
-def test_two_points_have_no_measure_and_a_missing_one_is_not_counted() -> None:
+def test_two_points_have_no_measure_and_a_missing_point_is_not_counted() -> None:
     points = cached_ensemble_figures("usual")["forecast"][1]
-    holed = points.assign(observed_delta_auroc=points["observed_delta_auroc"].where(points["how"] == "mean"))
-    shift, _, auroc, *_ = find_panels(draw_forecast(holed))
-    mean = int((points["how"] == "mean").sum())
+    incomplete = points.assign(
+        observed_delta_auroc=points["observed_delta_auroc"].where(points["how"] == "mean")
+    )
+    shift, _, auroc, *_ = find_panels(draw_forecast(incomplete))
+    n_mean_votes = int((points["how"] == "mean").sum())
     assert sum(map(len, scatter_by_style(shift).values())) == len(points)
-    assert sum(map(len, scatter_by_style(auroc).values())) == mean
-    assert [text.get_text().split(":")[0] for text in auroc.texts] == [f"{mean} votes"]
-    few = find_panels(draw_forecast(points[points["how"] == "stack"][:2]))[0]
-    assert few.texts[0].get_text() == "2 stacks: R² \N{EN DASH}, ρ \N{EN DASH}"
+    assert sum(map(len, scatter_by_style(auroc).values())) == n_mean_votes
+    assert [text.get_text().split(":")[0] for text in auroc.texts] == [f"{n_mean_votes} votes"]
+    two_stacks = find_panels(draw_forecast(points[points["how"] == "stack"][:2]))[0]
+    assert two_stacks.texts[0].get_text() == "2 stacks: R² \N{EN DASH}, ρ \N{EN DASH}"
 
 
-def test_a_crowd_of_votes_is_all_there_as_specks_in_one_mixed_layer() -> None:
+def test_many_votes_are_all_drawn_as_small_dots_in_a_mixed_layer() -> None:
     figure, points = cached_ensemble_figures("many")["forecast"]
-    many = int((points["how"] != "stack").sum())
-    assert many > MAX_SHAPED_VOTES
+    n_votes = int((points["how"] != "stack").sum())
+    assert n_votes > MAX_SHAPED_VOTES
     for panel, (name, (_, factor, _)) in zip(
         find_panels(figure.axes[0]), FORECAST_PANELS.items(), strict=True
     ):
         (dots,) = (c for c in panel.collections if c.get_label() == "votes")
-        at, colors = np.asarray(dots.get_offsets()), dots.get_facecolor()
-        assert len(at) == many and dots.get_rasterized() and dots.get_sizes()[0] < 4
+        offsets, colors = np.asarray(dots.get_offsets()), dots.get_facecolor()
+        assert len(offsets) == n_votes and dots.get_rasterized() and dots.get_sizes()[0] < 4
         for how in ("mean", "fitted"):
-            here = (colors[:, :3] == to_rgba(ENSEMBLE_STYLES[how][0])[:3]).all(axis=1)
+            of_rule = (colors[:, :3] == to_rgba(ENSEMBLE_STYLES[how][0])[:3]).all(axis=1)
             rows = points[points["how"] == how]
-            wanted = factor * rows[[f"predicted_{name}", f"observed_{name}"]].to_numpy(float)
-            np.testing.assert_allclose(np.sort(at[here], axis=0), np.sort(wanted, axis=0), rtol=1e-6)
-        changes = (colors[1:] != colors[:-1]).any(axis=1).mean()
-        assert changes > 0.5
+            expected = factor * rows[[f"predicted_{name}", f"observed_{name}"]].to_numpy(float)
+            np.testing.assert_allclose(
+                np.sort(offsets[of_rule], axis=0), np.sort(expected, axis=0), rtol=1e-6
+            )
+        color_changes = (colors[1:] != colors[:-1]).any(axis=1).mean()
+        assert color_changes > 0.5
         assert sum(map(len, scatter_by_style(panel).values())) == len(points)
     assert "shown of stacks only" in figure.texts[1].get_text().replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Margins and ROC curves show what their tables hold."""
+"""Margins and ROC curves show the numbers of their tables."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def test_margins_draws_the_densities_of_the_table_above_and_below_each_row(defen
     lines = lines_by_gid(ax)
     scale = 0.44 / curves["density"].max()
     names = list(dict.fromkeys(curves["defense"]))
-    for (name, harmful), half in curves.groupby(["defense", "harmful"]):
+    for (name, harmful), curve in curves.groupby(["defense", "harmful"]):
         gid = f"{name} {'harmful' if harmful else 'benign'}"
-        height = -names.index(str(name)) + (1 if harmful else -1) * scale * half["density"]
-        np.testing.assert_allclose(lines[gid].get_xydata(), np.stack([half["margin"], height], axis=1))
-        assert lines[f"{gid} median"].get_xdata()[0] == half["median"].iloc[0]
+        height = -names.index(str(name)) + (1 if harmful else -1) * scale * curve["density"]
+        np.testing.assert_allclose(lines[gid].get_xydata(), np.stack([curve["margin"], height], axis=1))
+        assert lines[f"{gid} median"].get_xdata()[0] == curve["median"].iloc[0]
     outlines = [line for line in ax.lines if line.get_gid() == "undefended"]
     assert len(outlines) == 2 * defenses
     assert lines["threshold"].get_xdata()[0] == THRESHOLD
@@ -37,8 +37,10 @@ def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
         rates = curve[["benign_refused", "harmful_refused"]]
         np.testing.assert_array_equal(lines[str(name)].get_xydata(), rates)
         refused = scores[scores["defense"] == name].assign(refused=lambda rows: rows["margin"] > THRESHOLD)
-        share = refused.groupby("harmful")["refused"].mean()
-        np.testing.assert_allclose(lines[f"{name} mark"].get_xydata(), [[share[False], share[True]]])
+        refusal_rates = refused.groupby("harmful")["refused"].mean()
+        np.testing.assert_allclose(
+            lines[f"{name} mark"].get_xydata(), [[refusal_rates[False], refusal_rates[True]]]
+        )
     assert same_color(lines["none"].get_color(), BLACK)
 
 
@@ -46,7 +48,7 @@ def test_past_six_defenses_roc_colors_those_whose_auroc_differs_most() -> None:
     scores, summary = plant_scores(20)
     summary.loc[
         summary["defense"] == "steering-5", "delta_auroc"
-    ] = -0.9  # a great loss is a great difference
+    ] = -0.9  # a large loss is a large difference
     lines = lines_by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
     colored = {n for n in summary["defense"] if not same_color(lines[n].get_color(), GREY)} - {"none"}
     change = summary[~summary["family"].isin(["none", "control"])].set_index("defense")["delta_auroc"].abs()

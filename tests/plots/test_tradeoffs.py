@@ -29,46 +29,50 @@ def test_every_candidate_is_drawn_and_the_front_is_large_and_colored_by_cost(man
     for panel, column in zip(find_panels(figure.axes[0]), columns, strict=True):
         large, small, shades = [], [], {}
         for dots in panel.collections:
-            at = np.asarray(dots.get_offsets())
+            offsets = np.asarray(dots.get_offsets())
             if str(dots.get_label()).startswith("front"):
-                large += at.tolist()
+                large += offsets.tolist()
                 how = str(dots.get_label()).split()[1]
                 front = defended[defended["on_front"]]
-                kinds = front["how"].where(front["how"].isin(["alone", "stack"]), "vote")
-                of_kind = front[kinds == how]
-                np.testing.assert_allclose(at, 100 * of_kind[["benign_test", column]])
-                shades |= dict(zip(of_kind["cost"], dots.get_facecolor(), strict=True)) if len(at) else {}
-            elif len(at):
-                small += at.tolist()
+                front_kinds = front["how"].where(front["how"].isin(["alone", "stack"]), "vote")
+                of_kind = front[front_kinds == how]
+                np.testing.assert_allclose(offsets, 100 * of_kind[["benign_test", column]])
+                if len(offsets):
+                    shades |= dict(zip(of_kind["cost"], dots.get_facecolor(), strict=True))
+            elif len(offsets):
+                small += offsets.tolist()
         assert len(large) == int(defended["on_front"].sum()) > 0
         assert len(large) + len(small) == len(defended)
-        light = [shades[cost][:3].sum() for cost in sorted(shades)]
-        assert light == sorted(light, reverse=True) and light[0] > light[-1]  # darker, the more it costs
-        (none,) = points.loc[points["members"] == "none", ["benign_test", column]].to_numpy()
+        brightness = [shades[cost][:3].sum() for cost in sorted(shades)]
+        # The higher the cost, the darker the point.
+        assert brightness == sorted(brightness, reverse=True) and brightness[0] > brightness[-1]
+        (undefended,) = points.loc[points["members"] == "none", ["benign_test", column]].to_numpy()
         (line,) = (line for line in panel.lines if line.get_gid() == "none")
-        np.testing.assert_allclose(line.get_xydata(), [100 * none])
+        np.testing.assert_allclose(line.get_xydata(), [100 * undefended])
         assert same_color(line.get_color(), BLACK)
 
 
 @pytest.mark.parametrize("manner", ["usual", "attacked", "long"])
-def test_numbers_of_the_front_stand_at_their_points_and_in_the_key(manner: str) -> None:
+def test_numbers_of_the_front_are_at_their_points_and_in_the_key(manner: str) -> None:
     figure, points = cached_ensemble_figures(manner)["front"]
-    found = plant_ensembles(manner)[1]
+    candidates = plant_ensembles(manner)[1]
     named = points[points["number"] > 0].sort_values("number")
-    assert set(named["members"]) <= set(found.loc[found["on_front"], "members"]) - {"none"}
+    assert set(named["members"]) <= set(candidates.loc[candidates["on_front"], "members"]) - {"none"}
     assert named["number"].tolist() == list(range(1, len(named) + 1))
     assert named["harmful_test"].is_monotonic_decreasing
     columns = ["harmful_test", *["attacked_test"] * (manner == "attacked")]
     for panel, column in zip(find_panels(figure.axes[0]), columns, strict=True):
-        at = {int(t.get_text()): t.xy for t in panel.texts}  # type: ignore[attr-defined]
+        positions = {int(t.get_text()): t.xy for t in panel.texts}  # type: ignore[attr-defined]
         for row in named.to_dict("records"):
-            np.testing.assert_allclose(at[row["number"]], (100 * row["benign_test"], 100 * row[column]))
-        assert len(at) == len(named)
+            np.testing.assert_allclose(
+                positions[row["number"]], (100 * row["benign_test"], 100 * row[column])
+            )
+        assert len(positions) == len(named)
     legend = figure.axes[0].get_legend()
     assert legend is not None
-    key = [text.get_text() for text in legend.get_texts()]
+    key_lines = [text.get_text() for text in legend.get_texts()]
     for row in named.to_dict("records"):
-        (line,) = (line for line in key if line.startswith(f"{row['number']}  "))
+        (line,) = (line for line in key_lines if line.startswith(f"{row['number']}  "))
         vote = row["how"] not in ("alone", "stack")
         assert line.split("  ")[1].startswith(f"{row['how']}: " if vote else row["members"][:9])
         if manner != "long":
@@ -76,29 +80,29 @@ def test_numbers_of_the_front_stand_at_their_points_and_in_the_key(manner: str) 
 
 
 def test_no_number_covers_a_point_of_the_front_named_or_not() -> None:
-    at = np.random.default_rng(0).uniform(0.4, 0.6, (60, 2))
-    found = {"members": [f"d{number}" for number in range(60)], "how": "alone", "on_front": True}
-    points = pd.DataFrame({**found, "cost": 1.0, "attacked_test": np.nan})
-    points = points.assign(benign_test=at[:, 0], harmful_test=at[:, 1], number=[*range(1, 16), *[0] * 45])
+    rates = np.random.default_rng(0).uniform(0.4, 0.6, (60, 2))
+    candidates = {"members": [f"d{number}" for number in range(60)], "how": "alone", "on_front": True}
+    points = pd.DataFrame({**candidates, "cost": 1.0, "attacked_test": np.nan})
+    points = points.assign(
+        benign_test=rates[:, 0], harmful_test=rates[:, 1], number=[*range(1, 16), *[0] * 45]
+    )
     ax = draw_pareto_front(points)
     FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[arg-type]
     (panel,) = find_panels(ax)
-    spots = panel.transData.transform(100 * at)
+    point_pixels = panel.transData.transform(100 * rates)
     assert len(panel.texts) == 15
     for text in panel.texts:
         box = Text.get_window_extent(text)
-        assert not any(box.contains(*spot) for spot in spots), f"{text.get_text()} covers a point"
+        assert not any(box.contains(*pixel) for pixel in point_pixels), f"{text.get_text()} covers a point"
 
 
-def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_caption_counts_the_rest() -> (
-    None
-):
-    found = {"members": [f"d{number}" for number in range(30)], "how": "alone", "on_front": True}
+def test_a_long_front_names_what_is_undominated_in_both_rates_and_the_caption_counts_the_rest() -> None:
+    candidates = {"members": [f"d{number}" for number in range(30)], "how": "alone", "on_front": True}
     harmful = np.linspace(0.5, 0.9, 30)
     benign = 0.9 - harmful / 2
-    benign[10:] -= 0.5  # these are beaten at any cost by d0 to d9, but refuse more
+    benign[10:] -= 0.5  # d0 to d9 have better rates than these, which cost less
     harmful[10:] -= 0.4
-    frame = pd.DataFrame({**found, "cost": np.linspace(3, 1, 30), "attacked_test": np.nan})
+    frame = pd.DataFrame({**candidates, "cost": np.linspace(3, 1, 30), "attacked_test": np.nan})
     for split in ("calibration", "test"):
         frame = frame.assign(**{f"harmful_{split}": harmful, f"benign_{split}": benign})
     points = build_front_points(frame)
@@ -113,14 +117,16 @@ def test_of_a_long_front_those_are_named_that_none_beats_in_both_rates_and_the_c
 
 
 def test_a_cost_that_was_not_measured_is_white_and_one_cost_alone_is_drawn() -> None:
-    _, found, _ = plant_ensembles("one")
-    points = build_front_points(found.assign(cost=found["cost"].where(found["how"] == "alone")))
-    near = points.assign(cost=np.linspace(1, 1.01, len(points)))
-    for case in (points, points.assign(cost=np.nan), points.assign(cost=2.0), near):
+    _, candidates, _ = plant_ensembles("one")
+    points = build_front_points(
+        candidates.assign(cost=candidates["cost"].where(candidates["how"] == "alone"))
+    )
+    similar_costs = points.assign(cost=np.linspace(1, 1.01, len(points)))
+    for case in (points, points.assign(cost=np.nan), points.assign(cost=2.0), similar_costs):
         ax = draw_pareto_front(case)
         FigureCanvasAgg(ax.get_figure(root=True)).draw()  # type: ignore[arg-type]
-        known = case.loc[case["on_front"], "cost"].notna()
-        assert len(ax.child_axes) == 1 + bool(known.any())
+        has_cost = case.loc[case["on_front"], "cost"].notna()
+        assert len(ax.child_axes) == 1 + bool(has_cost.any())
         for bar in (axes for axes in ax.child_axes if axes.get_gid() == "cost"):
             assert len({text.get_text() for text in bar.get_xticklabels()}) == 3
         front = case[case["on_front"] & (case["members"] != "none")]
@@ -130,14 +136,15 @@ def test_a_cost_that_was_not_measured_is_white_and_one_cost_alone_is_drawn() -> 
             if str(dots.get_label()).startswith("front")
             for color in dots.get_facecolor()
         ]
-        white = sum(same_color(color, "white") for color in shades)
-        assert white == int(front["cost"].isna().sum())
+        n_white = sum(same_color(color, "white") for color in shades)
+        assert n_white == int(front["cost"].isna().sum())
 
 
 def test_gain_is_drawn_over_cost() -> None:
-    row = {"attack": "obedience", "defense": "one", "family": "noise", "n": 8}
+    row = {"attack": "obedience", "defense": "word_drop", "family": "noise", "n": 8}
     row |= {f"prefill_ratio{end}": 2.0 for end in ENDS} | {f"delta_auroc{end}": 0.1 for end in ENDS}
     table = pd.DataFrame([row, row | {"defense": "none"}])
-    assert [one.get_offsets().tolist() for one in scatter_collections(draw_cost(table))] == [[[2.0, 0.1]]]
-    said = draw_run_figures({"cost": table}, TOY_RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
-    assert "8 queries" in said and "Attack: obedience" in said
+    (collection,) = scatter_collections(draw_cost(table))
+    assert collection.get_offsets().tolist() == [[2.0, 0.1]]
+    caption = draw_run_figures({"cost": table}, TOY_RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
+    assert "8 queries" in caption and "Attack: obedience" in caption

@@ -10,7 +10,6 @@ from analysis.plots.captions import CaptionContext
 from analysis.plots.validity import draw_calibration, draw_refusal_rates
 
 TOY_RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
-ENDS = ("", "_low", "_high")
 
 
 def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
@@ -18,7 +17,7 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
         {"chance": [0.1, 0.8], "refused": [0.2, 0.7], "refused_low": 0.1, "refused_high": 0.9}
     )
     assert draw_calibration(curve).lines[1].get_xydata().tolist() == [[0.1, 0.2], [0.8, 0.7]]
-    found = pd.DataFrame(
+    agreement = pd.DataFrame(
         {
             "attack": "direct",
             "defense": ["none", "policy"],
@@ -28,13 +27,16 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
             "trusted": ["not trusted", "trusted"],
         }
     )
-    ax = draw_refusal_rates(found)
-    drawn = scatter_collections(ax)
-    assert [one.get_offsets()[0].tolist() for one in drawn] == [[25, 100], [50, 45]]
-    assert drawn[0].get_facecolor()[0].tolist() == [1, 1, 1, 1] != drawn[1].get_facecolor()[0].tolist()
-    by_readout = [found.assign(readout=name) for name in ("words", "question")]
+    ax = draw_refusal_rates(agreement)
+    collections = scatter_collections(ax)
+    assert [collection.get_offsets()[0].tolist() for collection in collections] == [[25, 100], [50, 45]]
+    first_color, second_color = (collection.get_facecolor()[0].tolist() for collection in collections)
+    assert first_color == [1, 1, 1, 1] != second_color
+    by_readout = [agreement.assign(readout=name) for name in ("words", "question")]
     figures = {"rates-words": by_readout[0], "calibration-words": curve}
-    made = draw_run_figures(figures, TOY_RUN, validity=pd.concat([*by_readout, by_readout[0].assign(n=0)]))
-    for figure, _ in made.values():
+    drawn_figures = draw_run_figures(
+        figures, TOY_RUN, validity=pd.concat([*by_readout, by_readout[0].assign(n=0)])
+    )
+    for figure, _ in drawn_figures.values():
         caption = figure.texts[-1].get_text().replace("\n", " ")
         assert "under each of 2 conditions" in caption and "judge: patterns" in caption
