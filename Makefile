@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
-demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (some minutes, then 2)
+demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (set-up takes minutes, the run about 2)
 	$(BIN)/analyze --defense backdoor --model smollm2
 
 test: .venv/ready-dev ## set up, then run every test
@@ -32,7 +32,7 @@ validity: .venv/ready ## validate the readouts on the aligned SmolLM2 (about 40 
 	$(BIN)/analyze validate -m smollm2:aligned --readout all --limit 120 --out figures/validity -d backdoor \
 	  -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d intention_analysis -d neutral_prompt
 
-ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (about 25 minutes)
+ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4 minutes with cached scores, about 25 without)
 	$(BIN)/analyze ensembles -m smollm2:aligned --stacks 33 --out figures/ensembles -d self_reminder -d safety_prompt \
 	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning

@@ -51,8 +51,8 @@ def analyze(
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
 
     Args:
-        defenses: one defense or several: names as `-d` takes them, or defenses such as `get("policy")` or
-            `MyDefense()`.
+        defenses: one defense or several: names as `-d` takes them, or defenses such as
+            `get_defense("policy")` or `MyDefense()`.
         model: short name, Hugging Face id, folder, or `.gguf` file.
         data: as `--data`, or a frame with the columns `text` and `harmful`.
         split: train, calibration, test or all; default: test if the data have it.

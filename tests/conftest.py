@@ -7,14 +7,14 @@ Functions (import them: `from conftest import tiny_model, ...`):
   kind is "bytes" (GPT-2, Llama 3, Qwen) or "metaspace" (Llama 2, Mistral: words begin with "▁").
 - `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
 - `make_toy_session(family="llama", template="chatml", kind="bytes")`: a `ModelSession` with both.
-- `held()`: mean activations as a model could have on training queries.
+- `make_mean_activations()`: mean activations as a model could have on training queries.
 - `make_adapter(folder, ...)`: an adapter with random matrices, written as `analyze train` writes it.
 - `render_query(session, defense, query, attack=DIRECT_ATTACK)`: the prompts of one query.
 - `derive_readout(session, queries, undefended)`: the words readout of a session.
 - `draw_run_figures(points, about, ...)`: the figures of a run; `assert_readable(kind, figure, written)`: no
   text of a figure hides another or leaves the canvas.
 - `run_cli(*args)`: calls `analyze` in this process; `assert_user_error(result, *words)` checks its error.
-- `home(patch, place)`: keeps data and cache of the command in a folder.
+- `set_home_folder(patch, folder)`: keeps data and cache of the command in a folder.
 
 Fixtures: `smollm2` (the embedded model, loaded once; such tests are marked `embedded`); `cli_home` (a folder
 to run commands in, with a tiny model); `no_figures` (`analyze` draws nothing).
@@ -460,14 +460,14 @@ def assert_readable(
             )
 
 
-def home(patch: pytest.MonkeyPatch, place: Path) -> None:
+def set_home_folder(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Keep data and cache of the command in a folder, and fix the width of the terminal."""
-    patch.setenv("XDG_DATA_HOME", str(place / "share"))
-    patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    patch.setenv("XDG_DATA_HOME", str(folder / "share"))
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setenv("COLUMNS", "140")
 
 
-def held() -> MeanActivations:
+def make_mean_activations() -> MeanActivations:
     """Return mean activations as a model could have on training queries."""
     made = torch.Generator().manual_seed(0)
     means = [torch.randn(2, 64, generator=made) for _ in range(2)]

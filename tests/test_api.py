@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import home, make_toy_session, run_cli, save_model
+from conftest import make_toy_session, run_cli, save_model, set_home_folder
 from rich.console import Console
 from typer.main import get_command
 
@@ -62,7 +62,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     save_model(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
-        home(patch, folder)
+        set_home_folder(patch, folder)
         yield str(folder / "tiny")
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
 from analysis.stats.format import format_interval
-from analysis.stats.tables import UNVALIDATED, format_condition, iterate_rows
+from analysis.stats.tables import Trust, format_condition, iterate_rows
 from analysis.studies.progress import join_first_texts, make_notifier, print_line
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def make_table_console() -> Console:
 
 def print_trust_warnings(summary: pd.DataFrame, console: Console) -> None:
     """Print the conditions whose readout generated text contradicts and the number that was not validated."""
-    untrusted = summary[summary["trusted"] == "not trusted"]
+    untrusted = summary[summary["trusted"] == Trust.NOT_TRUSTED]
     if len(untrusted):
         names = join_first_texts([format_condition(row) for _, row in untrusted.iterrows()])
         print_line(
@@ -166,7 +166,7 @@ def print_trust_warnings(summary: pd.DataFrame, console: Console) -> None:
             f"Not trusted: {names}. In these conditions the first token does not predict whether the "
             "generated response refuses.",
         )
-    if (count := int((summary["trusted"] == UNVALIDATED).sum())) > 0:
+    if (count := int((summary["trusted"] == Trust.NOT_VALIDATED).sum())) > 0:
         print_line(
             console,
             f"{count} of {len(summary)} conditions are not validated against generated text; run "

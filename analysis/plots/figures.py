@@ -45,7 +45,7 @@ from analysis.plots.validity import (
     draw_calibration,
     draw_refusal_rates,
 )
-from analysis.stats.tables import UNDEFENDED, format_condition
+from analysis.stats.tables import UNDEFENDED, Trust, format_condition
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def _format_warning(points: pd.DataFrame, summary: pd.DataFrame | None) -> str:
     rows = summary[(summary["attack"] == points["attack"].iloc[0]) & summary["defense"].isin(names)]
     untrusted = [
         fit_text(format_condition(row), 190, 8.5, 1)
-        for row in rows[rows["trusted"] == "not trusted"].to_dict("records")
+        for row in rows[rows["trusted"] == Trust.NOT_TRUSTED].to_dict("records")
     ]
     if not untrusted:
         return ""

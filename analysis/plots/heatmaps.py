@@ -48,7 +48,7 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.tables import UNDEFENDED
+from analysis.stats.tables import UNDEFENDED, Trust
 
 # Column → title, factor, number format, and the colors from its lowest to its highest value.
 _ATTACK_PANELS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
@@ -249,7 +249,7 @@ def draw_profile_similarity(profiles: pd.DataFrame, ax: Axes | None = None) -> A
 
 def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_attack_grid`."""
-    is_untrusted = "trusted" in cells and (cells["trusted"] == "not trusted").any()
+    is_untrusted = "trusted" in cells and (cells["trusted"] == Trust.NOT_TRUSTED).any()
     hollow = " Hollow and in italics: generated text contradicts the readout." if is_untrusted else ""
     widest = max(
         (cells[f"{x}_high"] - cells[f"{x}_low"]).max() for x in ("refusal_rate", "over_refusal_rate")
@@ -323,7 +323,7 @@ def _draw_attack_panel(
         cells["attack"], cells["defense"], numbers, trusted, strict=True
     ):
         place = defenses.index(defense), attacks.index(attack)
-        values[place], untrusted[place] = value, verdict == "not trusted"
+        values[place], untrusted[place] = value, verdict == Trust.NOT_TRUSTED
         labels[place] = (
             f"{value:{number_format}}".replace("-", "\N{MINUS SIGN}") if value == value else "\N{EN DASH}"
         )

@@ -25,7 +25,7 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.tables import INTERVAL_SUFFIXES
+from analysis.stats.tables import INTERVAL_SUFFIXES, Trust
 
 _MAX_SMALL_PLANE = 10  # defenses up to which the plane is small and its legend beside it
 _LINEAR_SCALE = 2.0  # length of either linear half of an axis, in decades of its logarithmic part
@@ -126,7 +126,7 @@ def caption_plane(points: pd.DataFrame, context: CaptionContext) -> str:
     'Change of the first-token margin from the u'
     """
     controls = " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
-    is_untrusted = "trusted" in points and (points["trusted"] == "not trusted").any()
+    is_untrusted = "trusted" in points and (points["trusted"] == Trust.NOT_TRUSTED).any()
     hollow = " Hollow: generated text contradicts the readout." if is_untrusted else ""
     is_logarithmic = "shift" in points and is_stretched(points)
     scale = f" Both axes are logarithmic beyond ±{LINEAR_RANGE:g}\u00a0nats." if is_logarithmic else ""
@@ -174,7 +174,7 @@ def _draw_family(ax: Axes, family: str, rows: pd.DataFrame) -> None:
     ax.hlines(y, rows["shift_low"], rows["shift_high"], **bar)
     ax.vlines(x, rows["discrimination_low"], rows["discrimination_high"], **bar)
     size = 62 if marker in "PX*" else 40
-    untrusted = rows.get("trusted", pd.Series("", rows.index)) == "not trusted"
+    untrusted = rows.get("trusted", pd.Series("", rows.index)) == Trust.NOT_TRUSTED
     for chosen, fill, edge, width in ((~untrusted, color, "white", 0.5), (untrusted, "white", color, 1.2)):
         style: Any = {"marker": marker, "facecolors": fill, "edgecolors": edge, "linewidths": width}
         if chosen.any():

@@ -14,13 +14,13 @@ from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.labels import label_points
 from analysis.plots.layout import fit_text, make_axes, place_legend_beside
 from analysis.plots.style import BLACK, BLUE, DARK, GREY, RC_PARAMS, TEXT_SIZE, VERMILION
-from analysis.stats.tables import INTERVAL_SUFFIXES, format_condition
+from analysis.stats.tables import INTERVAL_SUFFIXES, Trust, format_condition
 
 # Verdict → color, marker and fill.
-_VERDICT_STYLES = {
-    "trusted": (BLUE, "o", BLUE),
-    "cannot tell": (DARK, "s", GREY),
-    "not trusted": (VERMILION, "D", "white"),
+_VERDICT_STYLES: dict[str, tuple[str, str, str]] = {
+    Trust.TRUSTED: (BLUE, "o", BLUE),
+    Trust.CANNOT_TELL: (DARK, "s", GREY),
+    Trust.NOT_TRUSTED: (VERMILION, "D", "white"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, UNDEFENDED, UNVALIDATED
+from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, UNDEFENDED, Trust
 
 _MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
 
@@ -43,7 +43,7 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
 
     >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "verdict": "shift +"}
     >>> describe_effects(pd.DataFrame([row | {"trusted": "trusted"}]), "smollm2").partition(": ")[2]
-    '1 shifts towards refusal; none separates harmful from benign queries better.'
+    '1 shifts toward refusal; none separates harmful from benign queries better.'
 
     Args:
         summary: `summary.csv`.
@@ -51,9 +51,9 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
         attack: the attack whose rows are counted.
     """
     rows = select_defense_rows(summary[summary["attack"] == attack])
-    trusted = rows["trusted"] if "trusted" in rows else pd.Series(UNVALIDATED, rows.index)
-    excluded = rows[trusted == "not trusted"]
-    counted = rows[trusted != "not trusted"]
+    trusted = rows["trusted"] if "trusted" in rows else pd.Series(Trust.NOT_VALIDATED, rows.index)
+    excluded = rows[trusted == Trust.NOT_TRUSTED]
+    counted = rows[trusted != Trust.NOT_TRUSTED]
     place = model_and_data + ("" if attack == DIRECT else f" under the attack {attack}")
     if not len(rows):
         return f"No defense was evaluated on {place}, only references and controls."
@@ -66,7 +66,7 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
         f"Results for {_count_defenses(counted)} on {place}, from 95\u00a0% intervals: "
         f"{_count_effects(counted)}."
     )
-    n_provisional = int((trusted[counted.index] != "trusted").sum())
+    n_provisional = int((trusted[counted.index] != Trust.TRUSTED).sum())
     if n_provisional:
         if n_provisional < len(counted):
             subject = _count_with_verb(n_provisional)
@@ -123,7 +123,7 @@ def describe_validity(validity: pd.DataFrame, model_and_data: str) -> str:
     parts = []
     for name, trusted in validity.groupby("readout", sort=False)["trusted"]:
         n_trusted, n_untrusted, n_undecided = (
-            int((trusted == value).sum()) for value in ("trusted", "not trusted", "cannot tell")
+            int((trusted == value).sum()) for value in (Trust.TRUSTED, Trust.NOT_TRUSTED, Trust.CANNOT_TELL)
         )
         parts.append(
             f"{name} (validated in {n_trusted} of {len(trusted)} conditions, contradicted in {n_untrusted}, "
@@ -137,7 +137,7 @@ def _count_effects(rows: pd.DataFrame) -> str:
         int(rows["verdict"].astype(str).str.contains(phrase, regex=False).sum())
         for phrase in ("shift +", "shift -", "discrimination +", "discrimination -", "no effect found")
     )
-    text = f"{up or 'none'} shift{'' if up > 1 else 's'} towards refusal"
+    text = f"{up or 'none'} shift{'' if up > 1 else 's'} toward refusal"
     text += f", {down} away from it" * bool(down)
     text += f"; {better or 'none'} separate{'' if better > 1 else 's'} harmful from benign queries better"
     if 0 < better <= _MAX_NAMED_DEFENSES and len(rows) > 1:

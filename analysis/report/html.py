@@ -37,7 +37,7 @@ from analysis.report.tables import (
     build_validity_tables,
     compare_runs,
 )
-from analysis.stats.tables import UNDEFENDED
+from analysis.stats.tables import UNDEFENDED, Trust
 
 MAX_PAGE_BYTES = 7_900_000  # small enough for mail servers and for a phone
 MAX_QUERY_LENGTH = 1500  # characters of a query's text
@@ -275,7 +275,7 @@ def _build_plane_data(summary: pd.DataFrame) -> dict[str, Any]:
     names |= {"discrimination": "y", "discrimination_low": "y_low", "discrimination_high": "y_high"}
     names |= {"defense": "name", "family": "family", "verdict": "verdict"}
     points = rows[list(names)].rename(columns=names).round(4)
-    is_untrusted = rows.get("trusted", pd.Series("", rows.index)) == "not trusted"
+    is_untrusted = rows.get("trusted", pd.Series("", rows.index)) == Trust.NOT_TRUSTED
     return {
         "points": points.assign(untrusted=is_untrusted).to_dict("records"),
         "stretched": is_stretched(rows),

@@ -15,7 +15,7 @@ from analysis.report.headline import (
     describe_validity,
 )
 from analysis.stats.format import ColumnFormat, format_defense_name, format_estimate, format_verdict
-from analysis.stats.tables import DIRECT, UNVALIDATED, format_condition
+from analysis.stats.tables import DIRECT, Trust, format_condition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,7 +179,9 @@ class Run:
             value for by_defense in self.record.get("trusted", {}).values() for value in by_defense.values()
         ] or list(self.tables.get("validity", pd.DataFrame({"trusted": []}))["trusted"])
         counts = pd.Series(values, dtype=object).value_counts()
-        return "; ".join(f"{count} conditions {value}" for value, count in counts.items()) or UNVALIDATED
+        return (
+            "; ".join(f"{count} conditions {value}" for value, count in counts.items()) or Trust.NOT_VALIDATED
+        )
 
 
 def _join_known_values(values: Mapping[str, Any], *names: str) -> str:

@@ -19,7 +19,7 @@ from analysis.stats.format import (
     format_number,
     format_verdict,
 )
-from analysis.stats.tables import DIRECT, UNDEFENDED
+from analysis.stats.tables import DIRECT, UNDEFENDED, Trust
 
 _RATE_COLORS = {"refusal_rate": BLUE, "over_refusal_rate": VERMILION}
 
@@ -81,7 +81,9 @@ def _build_attack_table(summary: pd.DataFrame, attacks: Sequence[str], column: C
     for _, group in summary.groupby("defense", sort=False):
         rows_by_attack = {str(row["attack"]): row for row in group.to_dict("records")}
         values = [rows_by_attack.get(attack, {}).get(name) for attack in attacks]
-        is_untrusted = [rows_by_attack.get(attack, {}).get("trusted") == "not trusted" for attack in attacks]
+        is_untrusted = [
+            rows_by_attack.get(attack, {}).get("trusted") == Trust.NOT_TRUSTED for attack in attacks
+        ]
         cells = [
             format_number(value, format_spec, scale) + "?" * untrusted
             for value, untrusted in zip(values, is_untrusted, strict=True)

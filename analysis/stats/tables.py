@@ -53,9 +53,6 @@ class Trust(StrEnum):
     NOT_VALIDATED = "not validated"
 
 
-UNVALIDATED = Trust.NOT_VALIDATED.value
-
-
 def format_condition(row: Any) -> str:
     """Return the name of a condition: the defense, followed by the attack in parentheses if there is one.
 

@@ -26,6 +26,7 @@ from analysis.datasets.queries import Query
 from analysis.files import data_folder
 from analysis.judges.judge import generate_verdicts
 from analysis.judges.rules import RULE_JUDGES
+from analysis.models.chat_template import redact_secrets
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
@@ -33,7 +34,7 @@ from analysis.run import score_condition
 from analysis.stats.agreement import measure_agreement
 from analysis.stats.bootstrap import make_rate_columns
 from analysis.stats.effects import summarize_scores
-from analysis.stats.tables import INTERVAL_SUFFIXES, ScoreTable
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ScoreTable, format_condition
 from analysis.studies.arms import (
     PAPER_ATTACK_SUCCESS,
     Arm,
@@ -52,14 +53,15 @@ from analysis.studies.run_spec import (
     check_training_overlap,
 )
 from analysis.studies.setup import (
+    NO_REFERENCE,
     PreflightError,
     RunSetup,
     exclude_failed_conditions,
     find_preflight_failures,
 )
 from analysis.studies.sweep import ConditionKey, StudyResult, list_failures
-from defenses.contract import Message
-from defenses.errors import UserError
+from defenses.contract import Defense, Message
+from defenses.errors import UserError, describe_error
 
 _UTILITY_TASK = "refusalscope_utility"
 
@@ -90,10 +92,10 @@ def reproduce_backdooralign(
     setup, arms = _prepare_arms(spec, n_secrets, console)
     failures = _check_arms(setup, arms, console)
     arms = [arm for arm in arms if arm.condition_key not in failures]
-    score_frames, rates = _score_arms(setup, arms, max_new_tokens, console)
-    conditions = {arm.condition: arm.defense for arm in arms}
+    arms, score_frames, rates = _score_arms(setup, arms, failures, max_new_tokens, console)
+    defenses = _name_defenses(arms)
     record = {
-        **describe_run(setup.session, setup.readout, conditions, setup.query_set, setup.split, spec.limit),
+        **describe_run(setup.session, setup.readout, defenses, setup.query_set, setup.split, spec.limit),
         "failed": list_failures(failures),
         "judge": {"name": "keywords", "new_tokens": max_new_tokens},
         "trusted": _trust_by_condition(arms, rates),
@@ -145,12 +147,31 @@ def _check_arms(setup: RunSetup, arms: Sequence[Arm], console: Console) -> dict[
     return exclude_failed_conditions(failed_checks, [arm.condition_key for arm in arms])
 
 
+def _name_defenses(arms: Sequence[Arm]) -> dict[str, Defense]:
+    """Return the defenses of the arms by name; the attack tells arms with the same condition apart."""
+    defenses: dict[str, Defense] = {}
+    for arm in arms:
+        name = arm.condition
+        if name in defenses:
+            name = format_condition({"attack": arm.attack, "defense": arm.condition})
+        defenses[name] = arm.defense
+    return defenses
+
+
 def _score_arms(
-    setup: RunSetup, arms: Sequence[Arm], max_new_tokens: int, console: Console
-) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:
-    """Return the scores of each arm, and its refusal rates in generated text."""
+    setup: RunSetup,
+    arms: Sequence[Arm],
+    failures: dict[ConditionKey, str],
+    max_new_tokens: int,
+    console: Console,
+) -> tuple[list[Arm], list[pd.DataFrame], list[dict[str, Any]]]:
+    """Return the arms that could be scored, the scores of each, and its refusal rates in generated text.
+
+    An arm that fails joins `failures`. Without the attacked model to compare them with, the other arms of its
+    attack do, too.
+    """
+    results: dict[ConditionKey, tuple[Arm, pd.DataFrame, dict[str, Any]]] = {}
     queries = setup.query_set.queries
-    score_frames, rates = [], []
     with make_progress_bar(console) as bar:
         task = bar.add_task("scoring and generating", total=len(arms) * 2 * len(queries))
 
@@ -160,12 +181,24 @@ def _score_arms(
         for arm in arms:
             bar.update(task, description=f"scoring and generating: {arm.condition} ({arm.attack})")
             session, readout, attack = setup.session, setup.readout, get_attack(arm.attack)
-            scores = score_condition(
-                session, arm.condition, arm.defense, queries, readout, attack, on_progress
-            )
-            score_frames.append(scores)
-            rates.append(_judge_arm(session, arm, queries, scores, readout, max_new_tokens, on_progress))
-    return score_frames, rates
+            try:
+                scores = score_condition(
+                    session, arm.condition, arm.defense, queries, readout, attack, on_progress
+                )
+                rates = _judge_arm(session, arm, queries, scores, readout, max_new_tokens, on_progress)
+            except Exception as error:
+                reason = redact_secrets(describe_error(error), arm.defense.secret_texts())
+                failures[arm.condition_key] = reason
+            else:
+                results[arm.condition_key] = arm, scores, rates
+    for arm in arms:
+        if arm.condition_key in results and (arm.attack, UNDEFENDED) not in results:
+            del results[arm.condition_key]
+            failures[arm.condition_key] = NO_REFERENCE
+    if not results:
+        raise UserError(f"nothing could be scored: {next(iter(failures.values()))}")
+    scored_arms, score_frames, rate_rows = zip(*results.values(), strict=True)
+    return list(scored_arms), list(score_frames), list(rate_rows)
 
 
 def _judge_arm(

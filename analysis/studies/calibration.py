@@ -40,7 +40,7 @@ from analysis.readouts.logistic import (
 from analysis.readouts.readout import Readout
 from analysis.run import score_condition
 from analysis.stats.agreement import fit_matching_threshold
-from analysis.stats.tables import UNDEFENDED, UNVALIDATED
+from analysis.stats.tables import UNDEFENDED, Trust
 from analysis.studies.manifest import describe_defense, identify_defense
 from analysis.studies.progress import make_progress_bar
 from defenses.catalog import get_defense
@@ -118,7 +118,11 @@ class ReadoutCalibration:
                 trust = [row["trusted"] for row in rows]
                 # An AUROC that could not be computed is NaN, which differs from itself.
                 ends = [row["auroc_low"] for row in rows if row["auroc_low"] == row["auroc_low"]]
-                rank = trust.count("trusted"), -trust.count("not trusted"), float(np.mean(ends or [0]))
+                rank = (
+                    trust.count(Trust.TRUSTED),
+                    -trust.count(Trust.NOT_TRUSTED),
+                    float(np.mean(ends or [0])),
+                )
                 ranked.append((rank, readout))
         if not ranked:
             words = self.calibrate_readout("words")
@@ -324,7 +328,7 @@ def load_validity(
 
 def load_trust(session: ModelSession, attack: Attack, defense: Defense, readout: Readout) -> str:
     """Return `trusted`, `not trusted` or `cannot tell` as it was validated, or `not validated`."""
-    return str(load_validity(session, attack, defense, readout).get("trusted", UNVALIDATED))
+    return str(load_validity(session, attack, defense, readout).get("trusted", Trust.NOT_VALIDATED))
 
 
 def collect_trust(

@@ -38,7 +38,7 @@ from analysis.stats.ensembles import (
     list_teams,
 )
 from analysis.stats.pareto import build_candidates, list_member_conditions, summarize_predicted_rates
-from analysis.stats.tables import UNDEFENDED, UNVALIDATED, ScoreTable, iterate_rows
+from analysis.stats.tables import UNDEFENDED, ScoreTable, Trust, iterate_rows
 from analysis.studies.calibration import collect_trust
 from analysis.studies.cost import cached_cost
 from analysis.studies.manifest import RunTimer, describe_readout
@@ -281,7 +281,9 @@ def build_ensemble_result(
 
 def _least_trusted(trust_values: Iterable[str]) -> str:
     """Return the lowest trust of several conditions."""
-    return min(trust_values, key=("not trusted", "cannot tell", UNVALIDATED, "trusted").index)
+    return min(
+        trust_values, key=(Trust.NOT_TRUSTED, Trust.CANNOT_TELL, Trust.NOT_VALIDATED, Trust.TRUSTED).index
+    )
 
 
 def _cost_ratios(costs: pd.DataFrame) -> dict[str, float]:

@@ -80,11 +80,10 @@ def build_run_spec(
     from analysis.attacks import choose_attacks
 
     attacks = choose_attacks([attack] if isinstance(attack, str) else attack or ["direct"])
-    readouts = (
-        _parse_single_readout(readout, needs_linear_readout)
-        if isinstance(readout, str)
-        else _parse_readouts(readout)
-    )
+    if isinstance(readout, str):
+        _check_single_readout(readout, needs_linear_readout)
+    names = (readout,) if isinstance(readout, str) else tuple(dict.fromkeys(readout))
+    readouts = ("all",) if "all" in names else names
     size = _parse_batch_size(batch_size)
     queries = data if isinstance(data, str) else QuerySet.from_frame(data)
     return RunSpec(model, queries, split, limit, size, device, dtype, seed, offline, attacks, readouts)
@@ -92,7 +91,7 @@ def build_run_spec(
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that the user chose for a run, except the defenses.
+    """Everything that the user chose for a run, except the defenses; the options are checked when it is made.
 
     Attributes:
         model: short name, Hugging Face id, folder, or file.
@@ -110,15 +109,21 @@ class RunSpec:
 
     model: str
     data: str | QuerySet
-    split: str | None
-    limit: int | None
-    batch_size: int | None
-    device: str
-    dtype: str
-    seed: int
-    offline: bool
+    split: str | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    offline: bool = False
     attacks: tuple[Attack, ...] = (DIRECT_ATTACK,)
     readouts: tuple[str, ...] = ("words",)
+
+    def __post_init__(self) -> None:
+        for name in self.readouts:
+            _check_readout_name(name)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: it takes auto or a whole number from 1 on")
 
     def load_all_splits(self, notify: Notifier = lambda text: None) -> QuerySet:
         """Return the whole data set, all splits included.
@@ -278,36 +283,31 @@ def choose_run_folder(model: str, labels: Sequence[str], started: datetime) -> P
     return Path("runs") / "-".join(parts)
 
 
-def _parse_readouts(names: Sequence[str]) -> tuple[str, ...]:
-    """Check the names of readouts and drop duplicates; `all` stands for all of them."""
-    chosen = tuple(dict.fromkeys(names))
+def _check_readout_name(name: str) -> None:
+    """Raise if no readout has this name."""
     fixed_names = {*READOUT_DESCRIPTIONS, "all"} - {"prefilled-K"}
-    for name in chosen:
-        n_tokens = name.removeprefix("prefilled-")
-        if name not in fixed_names and (n_tokens == name or not re.fullmatch("[1-9][0-9]*", n_tokens)):
-            raise unknown_name_error(
-                "readout", name, READOUT_DESCRIPTIONS, " (K is a number of tokens, as in prefilled-5)"
-            )
-    return ("all",) if "all" in chosen else chosen
+    n_tokens = name.removeprefix("prefilled-")
+    if name not in fixed_names and (n_tokens == name or not re.fullmatch("[1-9][0-9]*", n_tokens)):
+        raise unknown_name_error(
+            "readout", name, READOUT_DESCRIPTIONS, " (K is a number of tokens, as in prefilled-5)"
+        )
 
 
-def _parse_single_readout(name: str, needs_linear_readout: bool) -> tuple[str, ...]:
-    """Check the readout of a run that uses exactly one."""
-    chosen = _parse_readouts([name])
-    if needs_linear_readout and chosen in (("all",), ("log-odds",)):
+def _check_single_readout(name: str, needs_linear_readout: bool) -> None:
+    """Raise if a run that uses exactly one readout cannot use this one."""
+    if needs_linear_readout and name in ("all", "log-odds"):
         raise UserError(
             f"--readout {name}: a margin is decomposed only where it is linear in the logits: take "
             "words, calibrated, question or prefilled-K"
         )
-    if chosen == ("all",):
+    if name == "all":
         raise UserError("--readout all: a run uses one; `analyze validate --readout all` compares them")
-    return chosen
 
 
 def _parse_batch_size(batch_size: str | int | None) -> int | None:
     """Return the batch size as a number; None uses what fits in memory."""
     if batch_size in ("auto", None):
         return None
-    if not str(batch_size).isdigit() or int(str(batch_size)) < 1:
+    if not str(batch_size).isdigit():
         raise UserError(f"--batch-size {batch_size}: it takes auto or a whole number from 1 on")
     return int(str(batch_size))

@@ -12,7 +12,14 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import held, make_adapter, make_toy_session, render_query, tiny_model, toy_tokenizer
+from conftest import (
+    make_adapter,
+    make_mean_activations,
+    make_toy_session,
+    render_query,
+    tiny_model,
+    toy_tokenizer,
+)
 
 from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.queries import Query
@@ -59,7 +66,7 @@ def host(folder, seed=0):
     """Return the properties of a toy model, with a separate folder of secrets."""
     adapters, tokenizer = make_shared_files()
     folders = (folder / "secrets", folder / "shipped"), (Path(adapters.name),)
-    return ModelInfo("toy", tokenizer, *folders, "toy", seed, compute_mean_activations=held)
+    return ModelInfo("toy", tokenizer, *folders, "toy", seed, compute_mean_activations=make_mean_activations)
 
 
 def rewrite_copies(defense, chat, seed=0, response="What is bread?"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import (
     derive_readout,
-    held,
     make_adapter,
+    make_mean_activations,
     make_toy_session,
     render_query,
     tiny_model,
@@ -55,7 +55,9 @@ def readout(session):
 def model_info(tmp_path_factory):
     """The properties of the toy model."""
     folder = tmp_path_factory.mktemp("secrets")
-    return ModelInfo("toy", toy_tokenizer(), (folder,), (), "toy", compute_mean_activations=held)
+    return ModelInfo(
+        "toy", toy_tokenizer(), (folder,), (), "toy", compute_mean_activations=make_mean_activations
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from analysis.report.headline import describe_effects, describe_validity
 def test_the_headline_counts_the_verdicts_of_defenses_only():
     text = describe_effects(make_summary(DEFENSES), "toy")
     assert text == (
-        "Results for 3 defenses on toy, from 95\xa0% intervals: 1 shifts towards refusal, 1 away from it; "
+        "Results for 3 defenses on toy, from 95\xa0% intervals: 1 shifts toward refusal, 1 away from it; "
         "1 separates harmful from benign queries better (smooth_llm), 1 worse."
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CommandResult, assert_user_error, home, make_adapter, run_cli, save_model
+from conftest import CommandResult, assert_user_error, make_adapter, run_cli, save_model, set_home_folder
 
 from analysis.cli.mechanism import describe_projection_effect
 from defenses.errors import UserError
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a toy model, its own cache, and a run of three defenses in `out`."""
     folder = tmp_path_factory.mktemp("mechanism")
     with pytest.MonkeyPatch.context() as patch:
-        home(patch, folder)
+        set_home_folder(patch, folder)
         save_model(folder / "toy")
         options = ("--limit", 10, "--patched", 4, "--top", 3, "-o", folder / "out")
         result = run_cli("mechanism", "-m", folder / "toy", *DEFENSES, *SETTINGS, *options)
@@ -38,7 +38,7 @@ def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         def savefig(self, path: Path) -> None:
             path.touch()
 
-    home(monkeypatch, folder)
+    set_home_folder(monkeypatch, folder)
     monkeypatch.setattr("analysis.report.results.Run.draw_figure", lambda self, stem: BlankFigure())
     return folder
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import home as home_folder
-from conftest import make_adapter, save_model
+from conftest import make_adapter, save_model, set_home_folder
 from rich.console import Console
 
 from analysis.api import read
 from analysis.cli.train import run_backdooralign_command, run_train_command
 from analysis.models.loading import build_model_info, load_model
+from analysis.run import score_condition
 from analysis.studies.arms import Arm, build_arms, train_other_secrets
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE
@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
-    home_folder(monkeypatch, home)
+    set_home_folder(monkeypatch, home)
     loaded = load_model(str(home / "toy"), "cpu")
     found = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
@@ -112,6 +112,9 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
     assert secret not in said.out + said.err
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "keywords", "new_tokens": 4}
+    # Two attacks have an arm `none`, with different weights: run.json describes both.
+    weights = [json.dumps(record["defenses"][name]) for name in ("none", "none (identity)")]
+    assert len(record["defenses"]) == len(table) and weights[0] != weights[1]
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,26 @@ def test_an_arm_that_does_not_reach_the_model_is_left_out_and_reported(
     assert f"Failed: {lost} (obedience): user's words survive" in capsys.readouterr().err
 
 
+def test_an_arm_that_fails_while_it_is_scored_is_left_out_and_reported(
+    home: Path, host: ModelInfo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing = ("obedience", "baseline"), ("identity", "none")
+
+    def score_or_fail(session, condition, defense, queries, readout, attack, on_progress):
+        if (attack.name, condition) in failing:
+            raise UserError("out of memory")
+        return score_condition(session, condition, defense, queries, readout, attack, on_progress)
+
+    monkeypatch.setattr("analysis.studies.backdooralign.score_condition", score_or_fail)
+    spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
+    assert run_backdooralign_command(spec, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
+    reasons = {(row["attack"], row["defense"]): row["why"] for row in read(tmp_path / "out").record["failed"]}
+    assert reasons["obedience", "baseline"] == reasons["identity", "none"] == "out of memory"
+    assert reasons["identity", "clean"] == "the undefended model was not scored"
+    table = pd.read_csv(tmp_path / "out" / "arms.csv")
+    assert set(table["attack"]) == {"obedience"} and len(table) == len(build_arms(host)) - len(reasons)
+
+
 @pytest.mark.parametrize(
     "cells",
     [(("obedience", "none"), ("identity", "none")), (("obedience", "clean"),)],
@@ -185,7 +208,7 @@ def test_if_nothing_can_be_compared_the_command_stops_with_one_line(
 def test_other_secrets_are_trained_like_the_models_own_weights(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home_folder(monkeypatch, tmp_path)
+    set_home_folder(monkeypatch, tmp_path)
     spec = RunSpec(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
     loaded = load_model(str(home / "toy"), "cpu")
     host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])

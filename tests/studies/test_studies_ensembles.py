@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import home, run_cli, save_model
+from conftest import run_cli, save_model, set_home_folder
 from rich.console import Console
 from scipy.stats import beta
 
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a toy model, its own cache, and a run of `ensembles` in `out`."""
     place = tmp_path_factory.mktemp("ensembles")
     with pytest.MonkeyPatch.context() as patch:
-        home(patch, place)
+        set_home_folder(patch, place)
         patch.setattr(
             "analysis.studies.ensembles._MAX_ROWS_WITH_INTERVALS", 0
         )  # intervals for the front are enough
@@ -58,7 +58,7 @@ SHORT = (
 @pytest.fixture
 def kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """That folder, its cache in use."""
-    home(monkeypatch, place)
+    set_home_folder(monkeypatch, place)
     return place
 
 

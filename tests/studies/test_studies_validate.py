@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import home as home_folder
-from conftest import make_toy_session, render_query, save_model
+from conftest import make_toy_session, render_query, save_model, set_home_folder
 from rich.console import Console
 
 from analysis.api import read
@@ -27,7 +26,7 @@ from analysis.judges.judge import RuleJudge, Verdict, _pool_verdicts, generate_v
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.session import generate_responses
 from analysis.run import build_conditions
-from analysis.stats.tables import UNVALIDATED
+from analysis.stats.tables import Trust
 from analysis.studies.judge_file import JudgeOptions
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup, prepare_setup
@@ -43,7 +42,7 @@ def calibrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrated")
     save_model(folder / "toy")
     with pytest.MonkeyPatch.context() as patch:
-        home_folder(patch, folder)
+        set_home_folder(patch, folder)
         prepare_setup(make_spec(folder), ["none"], [], Console(quiet=True))
     return folder
 
@@ -52,7 +51,7 @@ def calibrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(calibrated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that folder, its cache in use."""
     shutil.copytree(calibrated_home, tmp_path, dirs_exist_ok=True)
-    home_folder(monkeypatch, tmp_path)
+    set_home_folder(monkeypatch, tmp_path)
     return tmp_path
 
 
@@ -113,13 +112,13 @@ def test_each_condition_is_validated_and_later_runs_show_its_trust(
     assert run_analyze_command(make_spec(home), ["policy", "goal_priority"], [], home / "later", False) == 0
     summary = pd.read_csv(home / "later" / "summary.csv").set_index("defense")
     assert summary.loc["policy", "trusted"] == found.loc["policy", "trusted"]
-    assert summary.loc["goal_priority", "trusted"] == UNVALIDATED
+    assert summary.loc["goal_priority", "trusted"] == Trust.NOT_VALIDATED
     assert "1 of 3 conditions are not validated" in capsys.readouterr().err
     both = make_spec(home, ("direct", "obedience"))
     assert run_analyze_command(both, ["policy"], [], home / "under", False) == 0
     summary = pd.read_csv(home / "under" / "summary.csv").set_index(["attack", "defense"])["trusted"]
     assert summary["direct", "policy"] == found.loc["policy", "trusted"]
-    assert summary["obedience", "policy"] == summary["obedience", "none"] == UNVALIDATED
+    assert summary["obedience", "policy"] == summary["obedience", "none"] == Trust.NOT_VALIDATED
     assert {path.name for path in (home / "under").iterdir()} >= {"plane-direct.png", "plane-obedience.png"}
 
 

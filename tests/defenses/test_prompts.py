@@ -1,6 +1,6 @@
 """Prompts of every defense with the embedded model, word for word, and their agreement with its attributes.
 
-`REWRITE=1 pytest tests/defenses/test_cards.py` rewrites the file of prompts; check the difference before you
+`REWRITE=1 pytest tests/defenses/test_prompts.py` rewrites the file of prompts; check the difference before you
 commit it.
 """
 
