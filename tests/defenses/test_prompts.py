@@ -1,7 +1,7 @@
 """Prompts of every defense with the embedded model, word for word, and their agreement with its attributes.
 
-`REWRITE=1 pytest tests/defenses/test_prompts.py` rewrites the file of prompts; check the difference before you
-commit it.
+`REWRITE=1 pytest tests/defenses/test_prompts.py` rewrites the file of prompts; check the difference before
+you commit it.
 """
 
 from __future__ import annotations
