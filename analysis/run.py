@@ -171,8 +171,9 @@ def score_prompts(
     members = [(weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)]
     if any(fingerprint is None for _, fingerprint in members):
         score_cache = None  # a user-defined change of the model, of which nothing is known
-    readout_settings = [readout.ids, readout.weights, readout.is_log_odds]
-    cache_key = CacheKey({**describe_computation(loaded_model), "arms": members, "readout": readout_settings})
+    cache_key = CacheKey(
+        {**describe_computation(loaded_model), "arms": members, "readout": readout.scoring_settings}
+    )
     keys = [cache_key.make_key(ids) for ids in prompts]
     scores = score_cache.read_scores(keys) if score_cache is not None else {}
     if score_cache is not None:

@@ -13,14 +13,15 @@ LOW_COVERAGE = 0.2  # coverage below which margins need a warning
 
 @dataclass(frozen=True)
 class Readout:
-    """A linear readout, or the log-odds of its tokens.
+    """A linear readout, the log-odds of its tokens, or the expected outcome of its tokens.
 
     Attributes:
         name: as in `--readout`.
         tokens: decoded token of each id, for display.
         ids: token ids, refusal tokens first.
         weights: one per id; they sum to zero, so that a constant added to all logits changes nothing. For
-            log-odds they are equal shares, which are not used.
+            log-odds they are equal shares, which are not used. For the expected outcome they are the tokens'
+            values less `base_value`, and need not sum to zero.
         threshold: margin above which the classifier refuses, nats.
         response_prefix: token ids appended to every prompt: an opening without meaning (a lone space, an
             empty thinking block), or a given start of the response.
@@ -32,6 +33,8 @@ class Readout:
             mean over the questions. If empty, the request itself is sent.
         is_log_odds: whether the margin is the log-odds of the ids against all other tokens, which is not
             linear in the logits.
+        base_value: for the expected outcome, the refusal rate that all other tokens stand for; else None.
+        sharpness: for the expected outcome, the factor of the logits.
     """
 
     name: str
@@ -45,6 +48,18 @@ class Readout:
     notices: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     is_log_odds: bool = False
+    base_value: float | None = None
+    sharpness: float = 1.0
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the margin is linear in the logits, so that it decomposes over components."""
+        return not self.is_log_odds and self.base_value is None
+
+    @property
+    def scoring_settings(self) -> list[object]:
+        """Everything that determines the margin of given logits, for cache keys."""
+        return [self.ids, self.weights, self.is_log_odds, self.base_value, self.sharpness]
 
     def compute_margins(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 2"]:
         """Return each row's margin (nats; positive refuses) and coverage (probability mass on the tokens)."""
@@ -57,9 +72,14 @@ class Readout:
             return torch.stack(
                 [margin, torch.ones_like(margin)], dim=1
             )  # every token counts on one side or the other
-        margin = chosen @ torch.tensor(self.weights, dtype=torch.float64)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
         coverage = (chosen.logsumexp(1) - logits.logsumexp(1).cpu()).exp()
-        return torch.stack([margin, coverage], dim=1)
+        if self.base_value is None:
+            return torch.stack([chosen @ weights, coverage], dim=1)
+        normalizer = (logits * self.sharpness).logsumexp(1, keepdim=True).cpu().double()
+        probabilities = (chosen * self.sharpness - normalizer).exp()
+        expected_outcome = self.base_value + probabilities @ weights
+        return torch.stack([expected_outcome.logit(), coverage], dim=1)
 
     @property
     def words_label(self) -> str:

@@ -37,6 +37,7 @@ from analysis.readouts.logistic import (
     TooFewResponsesError,
     fit_logistic_readout,
 )
+from analysis.readouts.outcome import fit_outcome_readout
 from analysis.readouts.readout import Readout
 from analysis.run import score_condition
 from analysis.stats.agreement import fit_matching_threshold
@@ -48,7 +49,7 @@ from defenses.contract import Defense, ModelInfo, QueryChat
 from defenses.errors import UserError
 
 # Readouts among which `auto` selects the best validated one.
-CANDIDATE_READOUTS = ("words", "calibrated", "question", "log-odds")
+CANDIDATE_READOUTS = ("words", "calibrated", "question", "log-odds", "outcome")
 _CALIBRATION_JUDGE = RULE_JUDGES["patterns"]
 _MAX_CALIBRATION_QUERIES = 120  # maximum number of queries that a threshold or a readout is fitted to
 
@@ -75,12 +76,14 @@ class ReadoutCalibration:
         """Return the readout of that name with its threshold, from the cache if it was made before.
 
         Args:
-            name: words, calibrated, question, log-odds, or prefilled- and a number of tokens.
+            name: words, calibrated, outcome, question, log-odds, or prefilled- and a number of tokens.
         """
         if (cached := self.load_readout(name)) is not None:
             return cached
         if name == "calibrated":
             readout = self._fit_logistic_readout(self.build_readout("words"))
+        elif name == "outcome":
+            readout = self.fit_threshold(self._fit_outcome_readout(self.build_readout("words")))
         else:
             readout = self.fit_threshold(self.build_readout(name))
         if readout.name == name:
@@ -238,6 +241,18 @@ class ReadoutCalibration:
             words = self.calibrate_readout("words")
             return replace(words, notices=(*words.notices, notice))
 
+    def _fit_outcome_readout(self, words_readout: Readout) -> Readout:
+        """Fit the outcome readout to the undefended responses, threshold 0."""
+        verdicts = self._calibration_verdicts(UNDEFENDED, self.undefended, words_readout.prefill)
+        return fit_outcome_readout(
+            self.session,
+            words_readout,
+            self.undefended,
+            self._calibration_chats,
+            [query.pair for query in self._calibration_queries],
+            make_verdict_masks(verdicts),
+        )
+
     def _calibration_verdicts(
         self, condition: str, defense: Defense, prefill: tuple[int, ...]
     ) -> list[Verdict]:
@@ -368,7 +383,7 @@ def _validity_cache_path(
         "defense": identify_defense(defense, session.seed),
         "template": session.loaded_model.tokenizer.chat_template,
         "attack": "/".join((attack.name, *attack.wording_sha256)),
-        "readout": [readout.ids, readout.weights, readout.threshold, readout.response_prefix],
-        "asked": [readout.questions, readout.is_log_odds],
+        "readout": [readout.scoring_settings, readout.threshold, readout.response_prefix],
+        "asked": readout.questions,
     }
     return make_json_cache_path("validity", session.loaded_model, key)

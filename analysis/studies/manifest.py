@@ -102,6 +102,8 @@ def describe_readout(readout: Readout) -> dict[str, Any]:
         "threshold_fitted": readout.threshold_source,
         "questions": readout.questions,
         "log_odds": readout.is_log_odds,
+        "base_value": readout.base_value,
+        "sharpness": readout.sharpness,
         "made": readout.notices,
     }
 

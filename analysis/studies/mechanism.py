@@ -487,7 +487,7 @@ def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
 
 def _check_linear_readout(setup: RunSetup) -> None:
     """Raise if the readout's margin is not linear in the logits."""
-    if setup.readout.is_log_odds:
+    if not setup.readout.is_linear:
         raise UserError(
             f"--readout {setup.readout.name} is not linear in the logits, so its margin cannot be "
             "attributed to components: use words, calibrated, question or prefilled-K"

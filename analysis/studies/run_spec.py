@@ -30,6 +30,7 @@ READOUT_DESCRIPTIONS = {
     "words": "refusing against complying first words, equal weights",
     "calibrated": "weights on first tokens, fitted to this model's own responses on the calibration split",
     "question": "Yes against No to the question whether to refuse the request, averaged over both orders",
+    "outcome": "expected refusal of the first token, as this model's own responses with it refuse; not linear",
     "log-odds": "log-odds of I and As against all other tokens (refusal direction paper); not linear",
     "prefilled-K": "the words readout after the first K tokens of a complying opener",
     "auto": "the readout that `analyze validate` found best for this model and these conditions",
@@ -295,7 +296,7 @@ def _check_readout_name(name: str) -> None:
 
 def _check_single_readout(name: str, needs_linear_readout: bool) -> None:
     """Raise if a run that uses exactly one readout cannot use this one."""
-    if needs_linear_readout and name in ("all", "log-odds"):
+    if needs_linear_readout and name in ("all", "log-odds", "outcome"):
         raise UserError(
             f"--readout {name}: a margin is decomposed only where it is linear in the logits: take "
             "words, calibrated, question or prefilled-K"

@@ -90,6 +90,8 @@ def test_scores_are_named_by_all_that_they_depend_on(tmp_path: Path) -> None:
         (bench, NONE, replace(readout, weights=tuple(2 * one for one in readout.weights))),
         (bench, NONE, replace(readout, response_prefix=(7,))),
         (bench, NONE, replace(readout, is_log_odds=True)),
+        (bench, NONE, replace(readout, base_value=0.2)),
+        (bench, NONE, replace(readout, base_value=0.2, sharpness=4.0)),
         (weights, NONE, readout),
     ]
     assert bench.score_cache is not None

@@ -300,3 +300,16 @@ def test_log_odds_are_those_of_the_refusal_tokens_and_not_linear(host: ModelInfo
     assert not torch.allclose(
         made.compute_margins(2 * logits)[:, 0], 2 * made.compute_margins(logits)[:, 0], atol=0.1
     )
+
+
+def test_the_outcome_readout_agrees_with_the_responses_that_it_was_fitted_to(
+    host: ModelInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_verdicts(monkeypatch)
+    readout = calibrate(host).calibrate_readout("outcome")
+    assert readout.name == "outcome" and "fitted to 60 undefended" in readout.notices[-1]
+    margins = score_condition(make_toy_session(), "none", NONE, QUERIES.queries, readout)["margin"]
+    n_refused = sum(verdict.is_refusal for verdict in judge_responses(NONE))
+    assert (margins > readout.threshold).sum() == n_refused
+    monkeypatch.setattr(calibration, "generate_verdicts", None)
+    assert calibrate(host).calibrate_readout("outcome") == readout
