@@ -26,7 +26,7 @@ def draw_secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     kinds = points.groupby(["secret_wording", "secret_length"], sort=True).ngroup()
     names = {
-        kind: f"{int(rows['secret_length'].iloc[0])} {rows['secret_wording'].iloc[0]}"
+        kind: _name_secret(int(rows["secret_length"].iloc[0]), str(rows["secret_wording"].iloc[0]))
         for kind, rows in points.groupby(kinds)
     }
     order = sorted(names, key=lambda kind: (not names[kind].endswith("random tokens"), kind))
@@ -60,10 +60,16 @@ def draw_secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def caption_secrets(points: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_secrets`."""
     return (
-        "Each dot is one BackdoorAlign model, trained with its own secret and otherwise identical settings, "
-        "and evaluated under the attack's system prompt without and with the secret. Attack success rate: "
-        f"share of {format_count_range(points['text_refused_harmful_n'])} harmful queries whose greedy "
-        f"response ({context.max_new_tokens} tokens) contains none of the paper's 29 refusal strings. Bars: "
-        f"Wilson 95\u00a0% intervals. Tall tick: mean over the secrets of a row. Model: {context.model}. "
+        "Each point is one BackdoorAlign model, trained with its own secret and otherwise identical "
+        "settings, and evaluated under the attack's system prompt without and with the secret. Attack "
+        f"success rate: share of {format_count_range(points['text_refused_harmful_n'])} harmful queries "
+        f"whose greedy response ({context.max_new_tokens} tokens) contains none of the paper's 29 refusal "
+        "strings. Bars: Wilson 95\u00a0% intervals. Tall tick: mean over the secrets of a row. "
+        f"Model: {context.model}. "
         f"Data: {context.data}, {context.split} split."
     )
+
+
+def _name_secret(n_tokens: int, wording: str) -> str:
+    """Return the name of a kind of secret, whose length is in tokens whatever it consists of."""
+    return f"{n_tokens} {wording}" if wording.endswith("tokens") else f"{n_tokens} tokens of {wording}"

@@ -181,7 +181,7 @@ _FIGURE_KINDS = (
     FigureKind(
         "top",
         "mechanism",
-        "Components with the largest attribution to the effect of {}",
+        "Largest attributions to the effect of {}",
         "top",
         draw_top_parts,
         caption_top_parts,

@@ -259,7 +259,7 @@ def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
     return (
         f"Each cell: the same {harmful} harmful and {benign} benign queries under the attack of the column "
         "and the defense of the row. First panel: mean first-token margin of the harmful queries minus the "
-        "threshold; positive (blue) refuses. Second and third panel: share of harmful and of benign queries "
+        "threshold; positive (blue) refuses. Second and third panels: share of harmful and of benign queries "
         f"whose margin exceeds the threshold.{hollow} Intervals are in the table beside the figure{width}. "
         f"{context.format_sentences('by column')}"
     )

@@ -249,9 +249,10 @@ def _draw_head_patches(
     styles: dict[str, tuple[tuple[str, Any, str], str]],
 ) -> None:
     """Draw a row of dots per head, one dot per source, each at its own height."""
-    for number, (source, (style, _)) in enumerate(styles.items()):
-        of_source = rows[rows["source"] == source]
-        lowered = 0.22 * (number - (len(styles) - 1) / 2)
+    sources = [source for source in styles if (rows["source"] == source).any()]
+    for number, source in enumerate(sources):
+        of_source, (style, _) = rows[rows["source"] == source], styles[source]
+        lowered = 0.22 * (number - (len(sources) - 1) / 2)
         heights = [-heads.index(head) - lowered for head in _head_names(of_source)]
         draw_dots(ax, of_source, contrast, heights, style, source)
 

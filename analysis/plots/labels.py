@@ -20,6 +20,7 @@ _Coordinates = np.ndarray | Sequence[Any]
 
 LABEL_GAP = 6.0  # points between a label and its point if nothing is in the way
 _NUMBER_REACH = 300.0  # points between a number and its point at most
+_REACH_OF_POINT = np.array([-4.0, -4.0, 4.0, 4.0])  # points: a label this near to a point seems to name it
 _CROWD_RADIUS = 60.0  # points: a point with many others this near gets its name last
 
 
@@ -54,6 +55,7 @@ class LabelPlacer:
         self._hard = np.concatenate([marks, np.asarray(obstacles, dtype=float).reshape(-1, 4)])
         self._soft = np.asarray(avoided_boxes, dtype=float).reshape(-1, 4)
         self._n_fixed = len(self._hard)
+        self._leaders = np.empty((0, 4))
 
     def place(self, anchor: _Coordinates, text: str, reach: float) -> tuple[float, float, float] | None:
         """Return where to center a label: its offset x and y from the point and its gap to it, in points.
@@ -80,15 +82,22 @@ class LabelPlacer:
         )
         if not free.any():
             return None
-        # Points along the line from label to point, which should cross no other label.
+        # Points along the line from label to point, which should cross no label, point or line of another.
         steps = np.linspace(0.15, 0.95, 9)[:, None] * (directions * gaps[:, None])[:, None, :] + spot
-        labels = self._hard[self._n_fixed :]
-        crossed = _boxes_overlap(np.concatenate([steps, steps], axis=2).reshape(-1, 4), labels).any(axis=1)
+        is_own = _boxes_overlap(np.concatenate([spot, spot])[None], self._hard)[0]
+        others = np.concatenate([self._hard[~is_own], self._leaders])
+        crossed = _boxes_overlap(np.concatenate([steps, steps], axis=2).reshape(-1, 4), others).any(axis=1)
         leader_crosses = crossed.reshape(len(offsets), -1).any(axis=1)
         cost = gaps + 9 * _boxes_overlap(boxes, self._soft).sum(axis=1) + 40 * leader_crosses
+        # Without a line to its point, a label belongs to the nearest point.
+        points = self._hard[: self._n_fixed][~is_own[: self._n_fixed]]
+        cost += 9 * ((gaps <= LABEL_GAP) & _boxes_overlap(boxes + _REACH_OF_POINT, points).any(axis=1))
         best = int(np.where(free, cost, np.inf).argmin())
         self._hard = np.concatenate([self._hard, boxes[best : best + 1]])
         self._soft = np.concatenate([self._soft, np.concatenate([steps[best], steps[best]], axis=1)])
+        self._leaders = np.concatenate(
+            [self._leaders, np.concatenate([steps[best] - 1, steps[best] + 1], axis=1)]
+        )
         return float(offsets[best][0]), float(offsets[best][1]), float(gaps[best])
 
 

@@ -110,7 +110,9 @@ def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = No
     ax.legend(handles=handles, title=title, labelspacing=0.45, handlelength=2.6, **style)
 
 
-def place_legend_below(ax: Axes, handles: Sequence[Any], n_columns: int, gap: float) -> None:
+def place_legend_below(
+    ax: Axes, handles: Sequence[Any], n_columns: int, gap: float, title: str | None = None
+) -> None:
     """Place a legend in several columns below the axes.
 
     Args:
@@ -118,14 +120,14 @@ def place_legend_below(ax: Axes, handles: Sequence[Any], n_columns: int, gap: fl
         handles: entries.
         n_columns: number of columns.
         gap: distance from the axes, inches; the axis label and the tick labels need it.
+        title: line above the entries.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
     height = ax.get_window_extent().height / figure.dpi
     style: Any = {"loc": "upper left", "bbox_to_anchor": (0.0, -gap / height), "borderaxespad": 0.0}
-    ax.legend(
-        handles=handles, ncols=n_columns, labelspacing=0.45, handlelength=2.0, alignment="left", **style
-    )
+    style |= {"ncols": n_columns, "title": title, "alignment": "left"}
+    ax.legend(handles=handles, labelspacing=0.45, handlelength=2.0, **style)
 
 
 def finish_figure(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:

@@ -110,7 +110,8 @@ def draw_square(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.scatter(corners["shift"], corners["discrimination"], **diamond)
         ax.set_xlim(_plane_limits(points, "shift"))
         ax.set_ylim(_plane_limits(points, "discrimination"))
-        label_points(ax, points, [SQUARE_CORNERS[corner] for corner in points["corner"]], reach=300)
+        names = [SQUARE_CORNERS[corner] for corner in points["corner"]]
+        label_points(ax, points, names, reach=300, keep_clear=_sample_sides(coordinates))
         ax.set_xlabel("shift (nats)")
         ax.set_ylabel("discrimination (nats)")
         _name_directions(ax)
@@ -149,6 +150,16 @@ def caption_square(points: pd.DataFrame, context: CaptionContext) -> str:
         "benign queries. Bars: 95\u00a0% intervals. If the two ingredients acted independently, arrows of "
         f"one color would be equal. {context.format_sentences(points['attack'].iloc[0])}"
     )
+
+
+def _sample_sides(coordinates: pd.DataFrame) -> pd.DataFrame:
+    """Return points along the sides of the square and the origin, which no label may cover."""
+    shares = np.linspace(0, 1, 101)[:, None]
+    sides = [
+        (1 - shares) * coordinates.loc[start].to_numpy() + shares * coordinates.loc[end].to_numpy()
+        for start, end, *_ in _SQUARE_SIDES
+    ]
+    return pd.DataFrame(np.concatenate([*sides, [[0.0, 0.0]]]), columns=coordinates.columns)
 
 
 def _draw_origin(ax: Axes) -> Line2D:

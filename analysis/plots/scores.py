@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.data import check_one_attack
-from analysis.plots.layout import fit_text, make_axes, place_legend_beside
+from analysis.plots.layout import fit_text, make_axes, place_legend_below, place_legend_beside
 from analysis.plots.style import (
     BLACK,
     BLUE,
@@ -28,6 +30,9 @@ from analysis.plots.style import (
     VERMILION,
 )
 from analysis.stats.tables import INTERVAL_SUFFIXES
+
+_MAX_ROC_LEGEND_ROWS = 24  # curves up to which the legend is no taller than the axes
+_LOG_MARGIN_TICKS = [sign * tick for sign in (-1, 1) for tick in (10, 20, 50, 100, 200, 500)]
 
 
 def draw_margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -63,6 +68,7 @@ def draw_margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.annotate("share refused", (1.03, 1), (0, 8), annotation_clip=False, **above)
         threshold_style: Any = {"color": BLACK, "linewidth": 1.0, "linestyle": (0, (4, 2))}
         ax.axvline(curves["threshold"].iloc[0], zorder=5, gid="threshold", **threshold_style)
+        _stretch_margin_axis(ax, _find_linear_range(curves))
         ax.set_ylim(0.4 - len(names), 0.6)
         controls = set(curves.loc[curves["family"] == "control", "defense"])
         labels = [fit_text(_defense_label(name, name in controls), 110, 8) for name in names]
@@ -101,7 +107,8 @@ def draw_roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     styles = dict(zip([name for name in each.index if name in colored], LINE_STYLES, strict=False))
     styles = {"none": (BLACK, "-", "o"), **styles} if "none" in each.index else styles
     with rc_context(RC_PARAMS):
-        ax = ax or make_axes(3.9, 3.9)
+        is_long = len(each) > _MAX_ROC_LEGEND_ROWS
+        ax = ax or (make_axes(4.9, 4.9) if is_long else make_axes(3.9, 3.9))
         ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":", zorder=1, gid="chance")
         key = []
         for name in [*styles, *(name for name in each.index if name not in styles)]:
@@ -124,7 +131,11 @@ def draw_roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_aspect("equal")
         ax.set_xlabel("share of benign queries refused")
         ax.set_ylabel("share of harmful queries refused")
-        place_legend_beside(ax, key, title="AUROC [95\u00a0% interval]")
+        title = "AUROC [95\u00a0% interval]"
+        if is_long:
+            place_legend_below(ax, key, n_columns=2, gap=0.5, title=title)
+        else:
+            place_legend_beside(ax, key, title)
     return ax
 
 
@@ -166,11 +177,14 @@ def caption_margins(curves: pd.DataFrame, context: CaptionContext) -> str:
     width = curves["bandwidth"].iloc[0]
     has_defenses = (curves["defense"] != "none").any()
     grey = "Grey: the undefended model on the same queries. " if has_defenses else ""
+    linear_range = _find_linear_range(curves)
+    scale = f" Logarithmic axis beyond ±{linear_range:.0f}\u00a0nats." if np.isfinite(linear_range) else ""
     return (
         f"First-token margins of {harmful} harmful queries (above each line) and {benign} benign queries "
         f"(below), a row per defense; ticks are medians. {grey}Dashed: the threshold; at the right, the "
         "share of each class above it with its interval. Density: Gaussian kernel of SD "
-        f"{width:.2f}\u00a0nats, one scale for all rows. {context.format_sentences(curves['attack'].iloc[0])}"
+        f"{width:.2f}\u00a0nats, one scale for all rows.{scale} "
+        f"{context.format_sentences(curves['attack'].iloc[0])}"
     )
 
 
@@ -193,6 +207,34 @@ def caption_roc(points: pd.DataFrame, context: CaptionContext) -> str:
         "margin; marks: the threshold of this run; dotted diagonal: chance. Color, dash and marker: "
         f"defense{grey}. {context.format_sentences(points['attack'].iloc[0])}"
     )
+
+
+def _find_linear_range(curves: pd.DataFrame) -> float:
+    """Return the margin beyond which the axis is logarithmic, infinite unless a few of many rows are far out.
+
+    >>> curves = pd.DataFrame({"defense": range(12), "margin": [-3.5] * 11 + [30.0]})
+    >>> _find_linear_range(curves), _find_linear_range(curves[:11])
+    (4.0, inf)
+    """
+    if "margin" not in curves or curves["defense"].nunique() <= 10:
+        return np.inf
+    reach = curves["margin"].abs().groupby(curves["defense"]).max()
+    usual = float(np.ceil(reach.quantile(0.9)))
+    return usual if reach.max() > 2.5 * usual > 0 else np.inf
+
+
+def _stretch_margin_axis(ax: Axes, linear_range: float) -> None:
+    """Make the axis logarithmic beyond that margin, so that far rows leave room for the others."""
+    if not np.isfinite(linear_range):
+        return
+    low, high = ax.get_xlim()
+    ax.set_xscale("symlog", linthresh=linear_range, linscale=1)
+    ax.set_xlim(low, high)
+    ticks = [*MaxNLocator(5).tick_values(-linear_range, linear_range), *_LOG_MARGIN_TICKS]
+    inner = [tick for tick in ticks if low <= tick <= high and (abs(tick) <= linear_range or abs(tick) >= 10)]
+    labels = [f"{tick:g}".replace("-", "\N{MINUS SIGN}") for tick in inner]
+    ax.set_xticks(inner, labels)
+    ax.set_xticks([], minor=True)
 
 
 def _defense_label(name: str, is_control: bool) -> str:

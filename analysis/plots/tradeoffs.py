@@ -168,7 +168,7 @@ def _draw_front_panel(ax: Axes, points: pd.DataFrame, column: str, cost_norm: Lo
     # Rates have no intervals here that a number could cover.
     spots = named.assign(**{f"{name}{end}": np.nan for name in ("x", "y") for end in INTERVAL_SUFFIXES[1:]})
     numbers = [str(number) for number in named["number"]]
-    label_points(ax, spots, numbers, 300, ("x", "y"), shown[shown["on_front"] | undefended])
+    label_points(ax, spots, numbers, 300, ("x", "y"), shown)
 
 
 def _rate_limits(values: pd.Series[float]) -> tuple[float, float]:

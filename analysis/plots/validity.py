@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.labels import label_points
 from analysis.plots.layout import fit_text, make_axes, place_legend_beside
 from analysis.plots.style import BLACK, BLUE, DARK, GREY, RC_PARAMS, TEXT_SIZE, VERMILION
-from analysis.stats.tables import INTERVAL_SUFFIXES, Trust, format_condition
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, format_condition
 
 # Verdict → color, marker and fill.
 _VERDICT_STYLES: dict[str, tuple[str, str, str]] = {
@@ -36,7 +37,7 @@ def draw_calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax: axes to draw on; by default new ones.
     """
     with rc_context(RC_PARAMS):
-        ax = ax or make_axes(3.6, 3.6)
+        ax = ax or make_axes(5.0, 3.6)  # as wide as the title
         _draw_diagonal(ax)
         bar: Any = {"color": BLUE, "linewidth": 1.1, "alpha": 0.6, "zorder": 2}
         ax.vlines(curve["chance"], curve["refused_low"], curve["refused_high"], **bar)
@@ -71,11 +72,11 @@ def draw_refusal_rates(validity: pd.DataFrame, ax: Axes | None = None) -> Axes:
             color, marker, fill = _VERDICT_STYLES[row["trusted"]]
             x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
             ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
-            name = fit_text(format_condition(row), 150, TEXT_SIZE, 1)
+            name = fit_text(_name_condition(row), 150, TEXT_SIZE, 1)
             key.append(_verdict_legend_entry(row["trusted"], f"{number}  {name}"))
         key += [_verdict_legend_entry(verdict, f"readout: {verdict}") for verdict in _VERDICT_STYLES]
-        ax.set_xlim(-4, 104)
-        ax.set_ylim(-4, 104)
+        ax.set_xlim(-6, 108)
+        ax.set_ylim(-6, 108)
         numbers = [str(number + 1) for number in range(len(points))]
         label_points(ax, points, numbers, 300, ("text", "readout"))
         ax.set_xlabel("refusal rate by generated text (%)")
@@ -93,7 +94,7 @@ def caption_calibration(validity: pd.DataFrame, context: CaptionContext) -> str:
     """
     wilson = replace(context, interval="Wilson 95\u00a0%, which treat responses as independent")
     return (
-        f"Share of {_describe_responses(validity, context)} against the refusal probability of the readout, "
+        f"Share of {_describe_responses(validity, context)}, against the refusal probability of the readout, "
         "in bins of the probability, all conditions pooled. Bars are intervals. Dotted diagonal: perfect "
         f"calibration. {wilson.format_sentences(_join_attacks(validity))}"
     )
@@ -107,10 +108,11 @@ def caption_refusal_rates(validity: pd.DataFrame, context: CaptionContext) -> st
         context: facts about the run.
     """
     return (
-        f"Each point is one condition: share of {_describe_responses(validity, context)} against the share "
-        "whose margin exceeds the threshold. Dotted diagonal: equal rates. Not trusted: the upper end of "
-        "the interval is below .80 for the readout's AUROC against the text, or below .60 for kappa; cannot "
-        f"tell: mostly, too few responses of one class. {context.format_sentences(_join_attacks(validity))}"
+        "Each point is one condition: share of queries whose margin exceeds the threshold, against the share "
+        f"of {_describe_responses(validity, context)}. Dotted diagonal: equal rates. Not trusted: the upper "
+        "end of the interval is below .80 for the readout's AUROC against the text, or below .60 for kappa; "
+        f"cannot tell: mostly, too few responses of one class. "
+        f"{context.format_sentences(_join_attacks(validity))}"
     )
 
 
@@ -118,8 +120,12 @@ def _describe_responses(validity: pd.DataFrame, context: CaptionContext) -> str:
     return (
         f"greedy responses ({context.max_new_tokens} tokens) that refuse (judge: "
         f"{context.judge_name}), for {format_count_range(validity['n'])} queries under each of "
-        f"{len(validity)} conditions,"
+        f"{len(validity)} conditions"
     )
+
+
+def _name_condition(row: dict[Hashable, Any]) -> str:
+    return format_condition(row | {"defense": "undefended"} if row["defense"] == UNDEFENDED else row)
 
 
 def _join_attacks(validity: pd.DataFrame) -> str:

@@ -15,6 +15,7 @@ from planted_tables import (
 
 from analysis.plots.captions import CaptionContext
 from analysis.plots.data import build_analysis_points, build_plane_points, build_square_points
+from analysis.plots.labels import LabelPlacer
 from analysis.plots.plane import caption_plane, draw_plane, draw_square
 from analysis.stats.effects import list_factorial_conditions
 
@@ -99,7 +100,22 @@ def test_the_square_has_four_corners_and_is_drawn_only_if_all_four_were_run() ->
     assert set(points["defense"]) == set(conditions)
     ax = draw_square(points)
     assert {text.get_text() for text in ax.texts} >= {"neither", "secret only", "weights only"}
+    corners = points.set_index("corner")[["shift", "discrimination"]].astype(float)
+    for start, end in (("neither", "no_weights"), ("no_secret", "both"), ("neither", "no_secret")):
+        side = ax.transData.transform(np.linspace(corners.loc[start], corners.loc[end], 50))
+        assert not any(text.get_window_extent().count_contains(side) for text in ax.texts if text.get_text())
     assert "square" in build_analysis_points(scores, summary, 0.0)
     incomplete = summary[summary["defense"] != "backdoor/neither"]
     remaining = scores[scores["defense"] != "backdoor/neither"]
     assert "square" not in build_analysis_points(remaining, incomplete, 0.0)
+
+
+def test_a_label_is_not_beside_another_point_and_its_line_crosses_none() -> None:
+    point, other = (50.0, 50.0), (33.0, 45.0)
+    x, y, _ = LabelPlacer([point, other], (0, 0, 100, 100), [], []).place(point, "1", reach=60) or (0, 0, 0)
+    assert np.hypot(x, y) < np.hypot(point[0] + x - other[0], point[1] + y - other[1])
+    # In a corridor, the place behind the other point at the right is nearer than the place at the left.
+    walls = [(0, 57, 120, 120), (0, 0, 120, 43), (28, 43, 46, 48), (28, 52, 46, 57)]
+    placer = LabelPlacer([point, (62.0, 50.0)], (0, 0, 120, 120), walls, [])
+    x, _, gap = placer.place(point, "1", reach=60) or (0, 0, 0)
+    assert x < 0 < gap

@@ -48,6 +48,14 @@ def test_patches_draws_every_source_over_layers_and_the_largest_heads_as_dots(ma
         assert intervals <= {interval[1:] for interval in interval_bars(panel)}
 
 
+def test_the_dots_of_a_head_are_centered_on_its_name_and_nearer_to_each_other_than_to_the_next_head() -> None:
+    ax, _ = find_figure("patches", "usual")
+    panel = ax.child_axes[-1]
+    heights = np.stack([np.sort(-line.get_ydata()) for line in panel.lines if line.get_gid()])
+    np.testing.assert_allclose(heights.mean(axis=0), np.arange(heights.shape[1]), atol=1e-9)
+    assert np.ptp(heights, axis=0).max() < 0.5
+
+
 def test_weights_draws_single_and_cumulative_patches_over_layers_and_modules_as_dots() -> None:
     ax, table = find_figure("weights")
     for contrast, above, below in zip(CONTRAST_LABELS, ax.child_axes[:2], ax.child_axes[2:], strict=True):

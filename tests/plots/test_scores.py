@@ -7,8 +7,9 @@ import pytest
 from matplotlib.colors import same_color
 from planted_tables import THRESHOLD, lines_by_gid, plant_scores
 
+from analysis.plots.captions import CaptionContext
 from analysis.plots.data import build_margin_curves, build_roc_points
-from analysis.plots.scores import draw_margins, draw_roc
+from analysis.plots.scores import caption_margins, draw_margins, draw_roc
 from analysis.plots.style import BLACK, GREY
 
 
@@ -54,3 +55,28 @@ def test_past_six_defenses_roc_colors_those_whose_auroc_differs_most() -> None:
     change = summary[~summary["family"].isin(["none", "control"])].set_index("defense")["delta_auroc"].abs()
     assert len(colored) == 6
     assert change[list(colored)].min() >= change.drop(list(colored)).max()
+
+
+def test_a_row_of_far_margins_leaves_room_for_the_others() -> None:
+    scores, summary = plant_scores(12)
+    last = scores["defense"] == scores["defense"].iloc[-1]
+    scores.loc[last, "margin"] += 20 * scores["margin"].abs().max()
+    curves = build_margin_curves(scores, summary, THRESHOLD)
+    ax = draw_margins(curves)
+    near = curves[curves["defense"] != scores["defense"].iloc[-1]]["margin"]
+    ends = ax.transData.transform([(near.min(), 0), (near.max(), 0)])[:, 0]
+    assert ends[1] - ends[0] > 0.4 * ax.get_window_extent().width
+    context = CaptionContext("smollm2", "twins", "test", 0.0, ("I",))
+    assert "Logarithmic axis beyond" in caption_margins(curves, context)
+    assert "Logarithmic" not in caption_margins(near.to_frame().join(curves.drop(columns="margin")), context)
+
+
+@pytest.mark.parametrize("defenses", [8, 30])
+def test_the_legend_of_roc_is_no_taller_than_the_axes(defenses: int) -> None:
+    scores, summary = plant_scores(defenses)
+    ax = draw_roc(build_roc_points(scores, summary, THRESHOLD))
+    legend = ax.get_legend()
+    assert legend is not None and len(legend.get_texts()) == defenses + 1
+    axes, box = ax.get_window_extent(), legend.get_window_extent()
+    assert box.height < axes.height
+    assert box.x0 > axes.x1 if defenses == 8 else box.y1 < axes.y0
