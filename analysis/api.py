@@ -40,6 +40,7 @@ def analyze(
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
     readout: str = "words",
+    responses: str | int = "none",
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
@@ -59,6 +60,7 @@ def analyze(
         limit: maximum number of queries; pairs are kept whole.
         attacks: one attack or several, as `--attack`.
         readout: as `--readout`.
+        responses: number of queries per condition whose responses are generated and judged, `all` or `none`.
         cost: whether to measure what each defense costs.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
@@ -68,13 +70,26 @@ def analyze(
         offline: whether the network may not be used.
 
     Returns:
-        A run whose tables include `scores`, `summary`, `effects`, and the table of each figure.
+        A run whose tables include `scores`, `summary`, `effects`, `responses` (verdicts, no text) and the
+        table of each figure.
 
     Raises:
         UserError: for everything that the command reports in one line.
     """
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        False,
+        responses,
     )
     from analysis.studies.analyze import analyze_defenses
 

@@ -24,6 +24,7 @@ from analysis.cli.options import (
     ModelOption,
     OfflineOption,
     ReadoutOption,
+    ResponsesOption,
     SeedOption,
     SettingsOption,
     SplitOption,
@@ -45,6 +46,7 @@ def analyze(
     split: SplitOption = None,
     attack: AttackOption = None,
     readout: ReadoutOption = "words",
+    responses: ResponsesOption = "none",
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -75,7 +77,7 @@ def analyze(
             raise typer.Exit
         raise UserError("no defense chosen: use -d NAME (see `analyze list defenses`) or -d all")
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout, False, responses
     )
     code = run_analyze_command(spec, defense, settings or [], out, as_json, cost)
     raise typer.Exit(code)
@@ -127,6 +129,7 @@ def run_analyze_command(
         print_costs,
         print_failed_checks,
         print_json_table,
+        print_response_rates,
         print_run_location,
         print_summary,
         print_trust_warnings,
@@ -151,6 +154,8 @@ def run_analyze_command(
     if as_json:
         print_json_table(summary)
     else:
+        if "responses" in run.tables:
+            print_response_rates(summary, run.record)
         print_summary(summary, run.record)
         if with_cost:
             print_costs(run.tables["cost"])

@@ -205,8 +205,8 @@ def cache(
 ) -> None:
     """Show or clear the cache of earlier results.
 
-    It holds scores and drafts (generations that defenses request), readouts with their thresholds, verdicts
-    of judges, validity results, mean activations and costs. Converted models and downloaded data sets are
+    It holds scores, drafts (generations that defenses request), verdicts on responses, readouts with their
+    thresholds, validity results, mean activations and costs. Converted models and downloaded data sets are
     kept.
     """
     from analysis.models.cache import clear_cache, count_cached_rows, count_json_files, get_score_cache_path
@@ -221,7 +221,15 @@ def cache(
         typer.echo(json.dumps({"path": str(path), **row_counts, "kept": kinds}))
     else:
         size = row_counts["bytes"] / 2**20
-        typer.echo(f"{path}: {row_counts['scores']} scores and {row_counts['drafts']} drafts, {size:.1f} MiB")
+        counts = ", ".join(
+            f"{row_counts[name]} {label}"
+            for name, label in (
+                ("scores", "scores"),
+                ("drafts", "drafts"),
+                ("responses", "judged responses"),
+            )
+        )
+        typer.echo(f"{path}: {counts}, {size:.1f} MiB")
         for kind, files in kinds.items():
             typer.echo(f"{path.with_name(kind)}: {files['count']} files, {files['bytes']:,} bytes")
 

@@ -68,6 +68,37 @@ def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
     console.print(Text(note, style="dim"))
 
 
+def print_response_rates(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
+    """Print a table with the refusal rates of judged responses, and what each defense changes in them.
+
+    Args:
+        summary: the run's summary table, with the columns of the responses.
+        record: the run's record (`run.json`).
+    """
+    headers = ("refuses (%)\nharmful\nbenign", "points\nshift\ndiscrimination", "\nresponses\nsaved")
+    title = f"Responses, first {record['responses']['new_tokens']} tokens, judged"
+    table = make_console_table("\n\ndefense", headers, title, with_row_lines=True)
+    for values in iterate_rows(summary[summary["n_responses"].notna()]):
+        rates = [
+            format_interval(values, name, ".0f", 100.0)
+            for name in ("response_refusal_rate", "response_over_refusal_rate")
+        ]
+        changes = [
+            format_interval(values, name, "+.0f") for name in ("response_shift", "response_discrimination")
+        ]
+        counts = [f"{values['n_responses']:.0f}", f"{max(values['responses_saved'], 0):.0f}"]
+        cells = [format_condition(values), *("\n".join(lines) for lines in (rates, changes, counts))]
+        table.add_row(*map(Text, cells), style="dim" if values["family"] == "control" else "")
+    console = make_table_console()
+    console.print(table)
+    note = (
+        f"Judge: {record['responses']['judge']['name']}. Rates with 95 % intervals. Shift: mean change of "
+        "both rates against the undefended model, percentage points; discrimination: change on harmful minus "
+        "change on benign queries. Saved: further responses that the margins of all queries are worth."
+    )
+    console.print(Text(note, style="dim"))
+
+
 def print_costs(costs: pd.DataFrame) -> None:
     """Print a table of the cost of each condition."""
     headers = (

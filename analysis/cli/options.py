@@ -73,6 +73,15 @@ ReadoutOption = Annotated[
     str,
     typer.Option("--readout", help="How first-token logits become the margin; see `list readouts`."),
 ]
+ResponsesOption = Annotated[
+    str,
+    typer.Option(
+        "--responses",
+        help="Also generate responses (first 12 tokens) and judge them: all, none, or a number of queries "
+        "per condition, whose rates the margins then extend to all queries.",
+        metavar="all|N|none",
+    ),
+]
 JudgeOption = Annotated[str, typer.Option(help=f"Refusal judge for generated text: {JUDGE_HELP}")]
 JudgeModelOption = Annotated[
     str | None,

@@ -1,7 +1,7 @@
 """Cache of results that depend on a model, and the keys of its entries.
 
-Scores, and drafts (responses to a defense's own calls), are rows of one SQLite file. Other results are small
-JSON files next to it, in one folder for each of `CACHE_KINDS`.
+Scores, drafts (responses to a defense's own calls) and verdicts on responses are rows of one SQLite file.
+Other results are small JSON files next to it, in one folder for each of `CACHE_KINDS`.
 
 A key is a digest of everything that the result depends on: weights, configuration, dtype, device, source
 code, library versions, and for a row the defense's weight changes, the readout and the token ids. No prompt
@@ -32,7 +32,9 @@ from defenses.errors import UserError
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS scores (name BLOB PRIMARY KEY, margin REAL, coverage REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS drafts (name BLOB PRIMARY KEY, text TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS responses (name BLOB PRIMARY KEY, refusal TEXT) WITHOUT ROWID;
 """
+_TABLE_NAMES = ("scores", "drafts", "responses")
 # Kinds of cached results other than scores and drafts; each is the name of a folder.
 CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "cost")
 _MAX_KEYS_PER_STATEMENT = 500  # SQLite allows 999 parameters
@@ -146,6 +148,14 @@ class ScoreCache:
         """Store rows of key and text."""
         self._write_rows("INSERT OR REPLACE INTO drafts VALUES (?, ?)", rows)
 
+    def read_refusals(self, keys: Sequence[bytes]) -> dict[bytes, str]:
+        """Return the kind of refusal by key, for the keys that are cached."""
+        return dict(self._select_rows("SELECT name, refusal FROM responses", keys))
+
+    def write_refusals(self, rows: Iterable[tuple[bytes, str]]) -> None:
+        """Store rows of key and kind of refusal; no response is stored."""
+        self._write_rows("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
+
     def _select_rows(self, statement: str, keys: Sequence[bytes]) -> list[Any]:
         rows: list[Any] = []
         for start in range(0, len(keys), _MAX_KEYS_PER_STATEMENT):
@@ -168,19 +178,20 @@ class ScoreCache:
 
 
 def count_cached_rows(cache_path: Path) -> dict[str, int]:
-    """Return the numbers of scores and drafts in the SQLite file, and its bytes.
+    """Return the numbers of scores, drafts and judged responses in the SQLite file, and its bytes.
 
     Raises:
         UserError: if the file is damaged.
     """
     if not cache_path.is_file():
-        return {"scores": 0, "drafts": 0, "bytes": 0}
+        return {**dict.fromkeys(_TABLE_NAMES, 0), "bytes": 0}
     size = sum(file.stat().st_size for file in _list_database_files(cache_path) if file.is_file())
     try:
         with closing(sqlite3.connect(cache_path, timeout=30)) as connection:
+            connection.executescript(_CREATE_TABLES)  # an earlier version wrote fewer tables
             counts = {
                 table: int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
-                for table in ("scores", "drafts")
+                for table in _TABLE_NAMES
             }
     except sqlite3.Error as error:
         raise UserError(

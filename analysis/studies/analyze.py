@@ -10,12 +10,20 @@ from rich.console import Console
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
+from analysis.stats.response_rates import summarize_responses
 from analysis.stats.tables import ScoreTable
 from analysis.studies.cost import measure_cost
 from analysis.studies.manifest import RunTimer
+from analysis.studies.responses import describe_responses, judge_conditions
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
-from analysis.studies.sweep import ConditionKey, ScoredConditions, StudyResult, score_conditions
+from analysis.studies.sweep import (
+    ConditionKey,
+    ScoredConditions,
+    StudyResult,
+    list_failures,
+    score_conditions,
+)
 from defenses.contract import Defense
 
 
@@ -40,10 +48,20 @@ def analyze_defenses(
     """
     timer = RunTimer()
     scored = score_conditions(spec, defenses, settings, console, keep_interrupted=True)
+    failures, responses = scored.sweep_result.failures, None
+    if spec.max_responses != 0:
+        responses = judge_conditions(
+            scored.setup, list(scored.sweep_result.score_frames), spec, failures, console
+        )
+        scored.record["failed"] = list_failures(failures)
+        scored.record["responses"] = describe_responses(responses)
     costs = _measure_first_attack_cost(scored, spec.seed, console) if with_cost else None
     scored.record.update(timer.describe_time(), **_describe_work(scored))
     with console.status("computing intervals"):
         summary = summarize_scores(scored.scores, seed=spec.seed).frame
+        if responses is not None:
+            rates = summarize_responses(responses, scored.scores)
+            summary = summary.merge(rates, on=["attack", "defense"], how="left")
         from analysis.plots.data import build_analysis_points
 
         figure_tables = build_analysis_points(scored.scores.frame, summary, scored.scores.threshold)
@@ -55,7 +73,8 @@ def analyze_defenses(
         "scores": scored.scores.frame,
         "summary": summary,
     }
-    failures = scored.sweep_result.failures
+    if responses is not None:
+        tables["responses"] = responses
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
 
 

@@ -30,7 +30,7 @@ READOUT_DESCRIPTIONS = {
     "words": "refusing against complying first words, equal weights",
     "calibrated": "weights on first tokens, fitted to this model's own responses on the calibration split",
     "question": "Yes against No to the question whether to refuse the request, averaged over both orders",
-    "outcome": "expected refusal of the first token, as this model's own responses with it refuse; not linear",
+    "outcome": "expected refusal of the first token, by what this model's responses with it say; not linear",
     "log-odds": "log-odds of I and As against all other tokens (refusal direction paper); not linear",
     "prefilled-K": "the words readout after the first K tokens of a complying opener",
     "auto": "the readout that `analyze validate` found best for this model and these conditions",
@@ -52,6 +52,7 @@ def build_run_spec(
     attack: str | Sequence[str] | None = None,
     readout: str | Sequence[str] = "words",
     needs_linear_readout: bool = False,
+    responses: str | int | None = "none",
 ) -> RunSpec:
     """Build a RunSpec, checking every option that can be checked before the model is loaded.
 
@@ -74,6 +75,7 @@ def build_run_spec(
         attack: one attack or several; None sends queries unchanged.
         readout: the readout of a run, or the readouts to compare.
         needs_linear_readout: whether margins are decomposed over the components of the model.
+        responses: number of queries that are answered in each condition, `all` or `none`.
 
     Raises:
         UserError: if an option has no valid value.
@@ -87,7 +89,10 @@ def build_run_spec(
     readouts = ("all",) if "all" in names else names
     size = _parse_batch_size(batch_size)
     queries = data if isinstance(data, str) else QuerySet.from_frame(data)
-    return RunSpec(model, queries, split, limit, size, device, dtype, seed, offline, attacks, readouts)
+    max_responses = _parse_responses(responses)
+    return RunSpec(
+        model, queries, split, limit, size, device, dtype, seed, offline, attacks, readouts, max_responses
+    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class RunSpec:
         offline: whether the network may not be used.
         attacks: attacks under which every defense is scored.
         readouts: names of the readouts.
+        max_responses: maximum number of queries whose responses are generated and judged in each condition;
+            None for all.
     """
 
     model: str
@@ -119,12 +126,15 @@ class RunSpec:
     offline: bool = False
     attacks: tuple[Attack, ...] = (DIRECT_ATTACK,)
     readouts: tuple[str, ...] = ("words",)
+    max_responses: int | None = 0
 
     def __post_init__(self) -> None:
         for name in self.readouts:
             _check_readout_name(name)
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: it takes auto or a whole number from 1 on")
+        if self.max_responses is not None and self.max_responses < 0:
+            raise UserError(f"--responses {self.max_responses}: it takes all, none or a whole number")
 
     def load_all_splits(self, notify: Notifier = lambda text: None) -> QuerySet:
         """Return the whole data set, all splits included.
@@ -303,6 +313,17 @@ def _check_single_readout(name: str, needs_linear_readout: bool) -> None:
         )
     if name == "all":
         raise UserError("--readout all: a run uses one; `analyze validate --readout all` compares them")
+
+
+def _parse_responses(responses: str | int | None) -> int | None:
+    """Return the number of responses per condition; None for all."""
+    if responses in ("all", None):
+        return None
+    if responses == "none":
+        return 0
+    if not str(responses).isdigit():
+        raise UserError(f"--responses {responses}: it takes all, none or a whole number")
+    return int(str(responses))
 
 
 def _parse_batch_size(batch_size: str | int | None) -> int | None:

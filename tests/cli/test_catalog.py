@@ -94,7 +94,7 @@ def test_the_cache_lists_and_clears_what_a_run_keeps(cli_home, no_figures):
     folders = {path.parent.name for path in platformdirs.user_cache_path("refusalscope").rglob("*.json")}
     assert folders <= set(contents["kept"])
     shown = run_cli("cache").out.replace("\n", " ")
-    assert re.search(r"\d+ scores and \d+ drafts, \d+\.\d MiB", shown)
+    assert re.search(r"\d+ scores, \d+ drafts, \d+ judged responses, \d+\.\d MiB", shown)
     assert "Cleared" in run_cli("cache", "--clear").out
     assert json.loads(run_cli("cache", "--json").out)["scores"] == 0
 

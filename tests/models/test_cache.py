@@ -142,7 +142,7 @@ def test_where_the_file_cannot_be_used_everything_is_computed(tmp_path: Path, ha
 
 def test_rows_are_counted_and_cleared(tmp_path: Path) -> None:
     place = tmp_path / "s"
-    assert count_cached_rows(place) == {"scores": 0, "drafts": 0, "bytes": 0}
+    assert count_cached_rows(place) == {"scores": 0, "drafts": 0, "responses": 0, "bytes": 0}
     margins(bench_with(place), POLICY)
     counted = count_cached_rows(place)
     assert counted["scores"] == len(ASKED) and counted["bytes"] > 0

@@ -1,0 +1,96 @@
+"""Rates of judged responses: counted by hand where all are judged, prediction-powered where only some are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+
+from analysis.stats.bootstrap import make_rate_columns
+from analysis.stats.response_rates import summarize_responses
+from analysis.stats.tables import ScoreTable
+
+N_PAIRS, N_PLAIN = 60, 40
+
+
+def plant_run(seed: int = 0) -> tuple[ScoreTable, pd.DataFrame]:
+    """Return the scores of two conditions, and a judged response of every query that follows its margin."""
+    rng = np.random.default_rng(seed)
+    pairs = [f"p{number}" for number in range(N_PAIRS)]
+    pair = [*pairs, *pairs, *[None] * N_PLAIN]
+    harmful = np.repeat([True, False], [N_PAIRS, N_PAIRS + N_PLAIN])
+    queries = [f"q{number}" for number in range(len(pair))]
+    noise = rng.normal(size=len(pair))
+    frames, responses = [], []
+    for defense, (harmful_mean, benign_mean) in {"none": (-0.5, -2.0), "policy": (1.0, -1.0)}.items():
+        margins = np.where(harmful, harmful_mean, benign_mean) + noise
+        refused = margins + rng.normal(scale=0.3, size=len(pair)) > 0
+        base = {"query": queries, "pair": pair, "category": "any", "harmful": harmful, "attack": "direct"}
+        scores = {"margin": margins, "p_refuse": expit(margins), "prompt_tokens": 9, "coverage": 0.5}
+        frames.append(pd.DataFrame({**base, "defense": defense, **scores}))
+        # A partial refusal is a refusal.
+        kinds = np.where(refused, np.where(rng.random(len(pair)) < 0.3, "partial", "full"), "none")
+        responses.append(pd.DataFrame({**base, "defense": defense, "refusal": kinds}))
+    record = {
+        "readout": {"threshold": 0.0},
+        "defenses": {name: {"family": "x"} for name in ("none", "policy")},
+    }
+    return ScoreTable(pd.concat(frames, ignore_index=True), record), pd.concat(responses, ignore_index=True)
+
+
+def test_with_every_response_judged_rates_are_counts_with_wilson_intervals() -> None:
+    scores, responses = plant_run()
+    summary = summarize_responses(responses, scores).set_index("defense")
+    refused = responses.assign(refused=responses["refusal"] != "none")
+    rates = refused.groupby(["defense", "harmful"])["refused"].agg(["mean", "sum", "size"])
+    for defense in ("none", "policy"):
+        for is_harmful, name in ((True, "response_refusal_rate"), (False, "response_over_refusal_rate")):
+            counts = rates.loc[defense, is_harmful]
+            expected = make_rate_columns("rate", int(counts["sum"]), int(counts["size"]))
+            for suffix in ("", "_low", "_high"):
+                assert summary.loc[defense, f"{name}{suffix}"] == pytest.approx(expected[f"rate{suffix}"])
+    change = {
+        is_harmful: rates.loc[("policy", is_harmful), "mean"] - rates.loc[("none", is_harmful), "mean"]
+        for is_harmful in (True, False)
+    }
+    policy = summary.loc["policy"]
+    assert policy["response_shift"] == pytest.approx(50 * (change[True] + change[False]))
+    assert policy["response_discrimination"] == pytest.approx(100 * (change[True] - change[False]))
+    assert policy["response_shift_low"] > 0 and policy["response_discrimination_low"] > 0
+    assert policy["n_responses"] == 2 * N_PAIRS + N_PLAIN and policy["responses_saved"] == pytest.approx(0)
+    assert np.isnan(summary.loc["none", "response_shift"])
+
+
+def test_a_sample_of_responses_is_extended_by_the_margins() -> None:
+    scores, responses = plant_run()
+    every = summarize_responses(responses, scores).set_index("defense").loc["policy"]
+    sampled_pairs = {f"p{number}" for number in range(0, N_PAIRS, 2)}
+    is_sampled = responses["pair"].isin(sampled_pairs) | responses["query"].isin(
+        [f"q{number}" for number in range(2 * N_PAIRS, 2 * N_PAIRS + N_PLAIN, 2)]
+    )
+    sampled = summarize_responses(responses[is_sampled], scores).set_index("defense").loc["policy"]
+    assert sampled["n_responses"] == every["n_responses"] / 2
+    assert sampled["responses_saved"] > 10
+    for name in ("response_refusal_rate", "response_over_refusal_rate", "response_shift"):
+        assert sampled[f"{name}_low"] < every[name] < sampled[f"{name}_high"]
+        width, full_width = (row[f"{name}_high"] - row[f"{name}_low"] for row in (sampled, every))
+        assert full_width < width < 1.4 * full_width
+
+
+def test_a_response_without_a_verdict_counts_nowhere() -> None:
+    scores, responses = plant_run()
+    unjudged = responses["query"].isin(["q0", "q1", "q70"]) & (responses["defense"] == "policy")
+    missing = responses.assign(refusal=responses["refusal"].where(~unjudged, "unjudged"))
+    summary = summarize_responses(missing, scores).set_index("defense")
+    assert list(summary["n_responses"]) == [160, 157]
+    left_out = summarize_responses(responses[~unjudged], scores).set_index("defense")
+    pd.testing.assert_frame_equal(summary, left_out)
+
+
+def test_conditions_without_responses_are_left_out() -> None:
+    scores, responses = plant_run()
+    only_reference = summarize_responses(responses[responses["defense"] == "none"], scores)
+    assert list(only_reference["defense"]) == ["none"]
+    only_defense = summarize_responses(responses[responses["defense"] == "policy"], scores)
+    assert only_defense["response_shift"].isna().all() and only_defense["response_refusal_rate"].notna().all()
