@@ -70,8 +70,9 @@ def test_with_every_query_labeled_the_interval_is_wilsons(count):
 
 @pytest.mark.parametrize("count", [0, MIN_RARE_LABELS - 1, 40 - MIN_RARE_LABELS + 1, 40])
 def test_with_few_labels_of_one_class_the_interval_is_wilsons_of_the_labeled_queries(count):
-    labels = (np.arange(200) < count) * 1.0
-    estimate = estimate_prediction_powered_rate(labels, np.arange(200) < 40, np.linspace(0, 1, 200))
+    labels = (np.arange(200) % 40 < count) * 1.0
+    predictions = np.where(np.arange(200) < 100, labels, 1 - labels)  # right on all labeled queries
+    estimate = estimate_prediction_powered_rate(labels, np.arange(200) < 40, predictions)
     low, high = binomtest(count, 40).proportion_ci(method="wilson")
     assert (estimate.rate, estimate.low, estimate.high) == pytest.approx((count / 40, low, high))
     assert (estimate.weight, estimate.responses_saved) == (0, 0)
@@ -292,7 +293,7 @@ def test_intervals_contain_the_true_rate_with_strata_of_fixed_sizes(sizes, label
     true_rate = rates[codes].mean()
     for readout, predictions in plant_readouts(rng, labels, 0.4).items():
         estimate = compute_prediction_powered_means(labels, is_labeled, predictions, codes)
-        assert abs(estimate.means.mean() - true_rate) < 0.25 * estimate.means.std()  # λ is fitted
+        assert abs(estimate.means.mean() - true_rate) < 0.3 * estimate.means.std()  # λ is fitted
         low, high = compute_wilson_intervals(estimate.means, estimate.effective_sizes)
         coverage = 100 * ((low <= true_rate) & (true_rate <= high)).mean()
         assert 93.5 < coverage < 98.5, (readout, coverage)
