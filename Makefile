@@ -61,6 +61,11 @@ adapters: .venv/ready-dev ## train the shipped weights again (about 40 minutes o
 	$(TRAIN) preference -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=2 --set rate=3e-4 \
 	  -o $(STATES)/preference
 
+LABELS ?= ../shared/datasets/refusal_labels
+
+judge: .venv/ready ## fit and evaluate the judge `learned` on the label files in LABELS=FOLDER (less than a minute)
+	$(BIN)/python -m analysis.judges.learned_fit $(LABELS)
+
 notebooks: .venv/ready-dev ## run every notebook from the top and save its outputs (some minutes)
 	$(BIN)/python tests/test_notebooks.py
 
@@ -78,5 +83,5 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage check figures validity ensembles mechanism arms adapters notebooks bench
+.PHONY: help demo test coverage check figures validity ensembles mechanism arms adapters judge notebooks bench
 .DEFAULT_GOAL := help

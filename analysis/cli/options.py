@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 JUDGE_HELP = (
-    "patterns (this project's rules), keywords (BackdoorAlign's strings), or model (see --judge-model)."
+    "patterns (this project's rules), keywords (BackdoorAlign's strings), learned (a linear model fitted to "
+    "human labels), or model (see --judge-model)."
 )
 
 DefenseOption = Annotated[

@@ -14,6 +14,7 @@ from rich.console import Console
 from analysis.datasets.records import RECORD_SUFFIXES, read_records
 from analysis.files import check_output_folder, write_text_file
 from analysis.judges.judge import Judge
+from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.loading import silence_libraries
 from analysis.studies.progress import make_notifier, make_progress_bar
@@ -27,7 +28,7 @@ class JudgeOptions:
     """The user's choice of a judge.
 
     Attributes:
-        name: patterns, keywords, or model.
+        name: patterns, keywords, learned, or model.
         model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
         rubric: file with the prompt of the judge model.
@@ -50,9 +51,10 @@ class JudgeOptions:
         Raises:
             UserError: if an option has no valid value, or does not belong to this judge.
         """
-        if self.name not in (*RULE_JUDGES, "model"):
-            raise unknown_name_error("judge", self.name, (*RULE_JUDGES, "model"))
-        if self.name in RULE_JUDGES:
+        shipped_judges: dict[str, Judge] = {**RULE_JUDGES, LEARNED_JUDGE.name: LEARNED_JUDGE}
+        if self.name not in (*shipped_judges, "model"):
+            raise unknown_name_error("judge", self.name, (*shipped_judges, "model"))
+        if self.name in shipped_judges:
             model_options = {
                 "--judge-model": self.model,
                 "--rubric": self.rubric,
@@ -62,7 +64,7 @@ class JudgeOptions:
             for option, value in model_options.items():
                 if value is not None:
                     raise UserError(f"{option} is for --judge model; the judge is {self.name}")
-            return RULE_JUDGES[self.name]
+            return shipped_judges[self.name]
         if not self.model:
             raise UserError(
                 "--judge model: which one? --judge-model ID, folder, .gguf file, or http://host/v1#NAME"
