@@ -209,7 +209,7 @@ print(*sys.modules, file=sys.stderr)
     loaded = {name.split(".")[0] for name in result.stderr.split()}
     heavy = {"torch", "transformers", "transformer_lens", "peft", "pandas", "matplotlib", "scipy", "sklearn"}
     assert "typer" in loaded and not loaded & heavy
-    for text in ("--defense", "check", "secret", "--judge-model", "self_reminder", "scores and"):
+    for text in ("--defense", "check", "secret", "--judge-model", "self_reminder", "judged responses"):
         assert text in result.stdout
 
 
