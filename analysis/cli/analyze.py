@@ -77,7 +77,18 @@ def analyze(
             raise typer.Exit
         raise UserError("no defense chosen: use -d NAME (see `analyze list defenses`) or -d all")
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readout, False, responses
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readout,
+        responses=responses,
     )
     code = run_analyze_command(spec, defense, settings or [], out, as_json, cost)
     raise typer.Exit(code)
@@ -154,7 +165,7 @@ def run_analyze_command(
     if as_json:
         print_json_table(summary)
     else:
-        if "responses" in run.tables:
+        if len(run.tables.get("responses", ())):
             print_response_rates(summary, run.record)
         print_summary(summary, run.record)
         if with_cost:

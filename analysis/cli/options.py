@@ -78,7 +78,7 @@ ResponsesOption = Annotated[
     str,
     typer.Option(
         "--responses",
-        help="Also generate responses (first 12 tokens) and judge them: all, none, or a number of queries "
+        help="Also generate responses (first 24 tokens) and judge them: all, none, or a number of queries "
         "per condition, whose rates the margins then extend to all queries.",
         metavar="all|N|none",
     ),

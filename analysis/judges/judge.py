@@ -14,6 +14,7 @@ from analysis.models.session import DEFAULT_MAX_NEW_TOKENS, ModelSession, Respon
 from defenses.contract import Defense, QueryChat
 
 RefusalKind = Literal["full", "partial", "none", "unjudged"]
+EMPTY_RESPONSE = "empty response"  # evidence of a verdict on a response without text
 REFUSAL_KINDS: tuple[RefusalKind, ...] = ("full", "partial", "none")  # the kinds that a judge can assign
 JudgeProgress = Callable[[int], None]
 

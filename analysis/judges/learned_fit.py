@@ -41,6 +41,7 @@ PYRIT_MODELS = "pyrit"  # PyRIT does not say which models answered
 SHORT_WORDS = 12  # words of a short response: about what twelve tokens say
 SHORT_COPY_WEIGHT = 0.1  # weight of a copy that is cut to 12 words, relative to the opening
 LABELS_PER_MODEL = 450  # an answering model with more labels weighs no more than one with this many
+OPENER_WEIGHT = 0.2  # weight of a labeled opener of this project, relative to a longer opening
 INVERSE_PENALTY = 30.0  # C of the logistic regression
 CUE_SCALE = 0.1  # value of a cue that occurs; a larger one lets cues outweigh words
 PROMPT_FOLDS = 5
@@ -95,6 +96,8 @@ class FittedModel:
 def read_labels(folder: Path, openers_path: Path) -> pd.DataFrame:
     """Return all labeled responses: model, prompt, query, response, label (full, partial, none, off_topic).
 
+    `is_opener` tells whether a response is only an opener of about 12 tokens, labeled for this project.
+
     Args:
         folder: folder of the published label files.
         openers_path: file with labeled openers of SmolLM2; it may be missing.
@@ -111,9 +114,10 @@ def read_labels(folder: Path, openers_path: Path) -> pd.DataFrame:
         base_models = (
             openers["model"].astype(str).str.partition(":")[0]
         )  # states of a model are left out together
-        tables.append(openers.assign(model=base_models, prompt=openers["query"]))
+        tables.append(openers.assign(model=base_models, prompt=openers["query"], is_opener=True))
     labels = pd.concat(tables, ignore_index=True)
-    columns = ["model", "prompt", "query", "response", "label"]
+    labels["is_opener"] = labels["is_opener"].eq(True) if "is_opener" in labels else False
+    columns = ["model", "prompt", "query", "response", "label", "is_opener"]
     return labels[columns].drop_duplicates(["model", "prompt", "response"], ignore_index=True)
 
 
@@ -165,6 +169,7 @@ def fit_model(labels: pd.DataFrame) -> FittedModel:
     refuses = labels["label"].isin(["full", "partial"]).to_numpy()
     counts = labels["model"].map(labels["model"].value_counts()).to_numpy()
     weights = np.minimum(1.0, LABELS_PER_MODEL / counts)
+    weights = weights * np.where(labels["is_opener"], OPENER_WEIGHT, 1.0)
     is_cut = np.array([short != opening for short, opening in zip(short_openings, openings, strict=True)])
     vectorizer = TfidfVectorizer(analyzer=list_ngrams, min_df=2, binary=True, sublinear_tf=True).fit(openings)
     cue_names = sorted({name for opening in openings for name in find_cues(opening)})

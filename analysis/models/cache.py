@@ -32,7 +32,7 @@ from defenses.errors import UserError
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS scores (name BLOB PRIMARY KEY, margin REAL, coverage REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS drafts (name BLOB PRIMARY KEY, text TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS responses (name BLOB PRIMARY KEY, refusal TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS responses (name BLOB PRIMARY KEY, verdict TEXT) WITHOUT ROWID;
 """
 _TABLE_NAMES = ("scores", "drafts", "responses")
 # Kinds of cached results other than scores and drafts; each is the name of a folder.
@@ -148,12 +148,12 @@ class ScoreCache:
         """Store rows of key and text."""
         self._write_rows("INSERT OR REPLACE INTO drafts VALUES (?, ?)", rows)
 
-    def read_refusals(self, keys: Sequence[bytes]) -> dict[bytes, str]:
-        """Return the kind of refusal by key, for the keys that are cached."""
-        return dict(self._select_rows("SELECT name, refusal FROM responses", keys))
+    def read_verdicts(self, keys: Sequence[bytes]) -> dict[bytes, str]:
+        """Return the verdicts on responses by key, for the keys that are cached."""
+        return dict(self._select_rows("SELECT name, verdict FROM responses", keys))
 
-    def write_refusals(self, rows: Iterable[tuple[bytes, str]]) -> None:
-        """Store rows of key and kind of refusal; no response is stored."""
+    def write_verdicts(self, rows: Iterable[tuple[bytes, str]]) -> None:
+        """Store rows of key and verdict; no response is stored."""
         self._write_rows("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
 
     def _select_rows(self, statement: str, keys: Sequence[bytes]) -> list[Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
 from analysis.models.engine import Engine, count_shared_prefix
@@ -134,19 +135,34 @@ def _generate_padded(
     if n_shared:
         cache.batch_repeat_interleave(len(prompts))
     prompt_length = token_ids.shape[1]
-    output = model.generate(
-        input_ids=token_ids,
-        attention_mask=attention_mask,
-        past_key_values=cache if n_shared else None,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        stopping_criteria=[_RowStoppingCriteria(should_stop, prompt_length, len(prompts))],
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
-    )
+    with _plain_generation_settings(model):
+        output = model.generate(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache if n_shared else None,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            stopping_criteria=[_RowStoppingCriteria(should_stop, prompt_length, len(prompts))],
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+        )
     responses = output[:, prompt_length:].tolist()
     return [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in responses]
+
+
+@contextmanager
+def _plain_generation_settings(model: Any) -> Iterator[None]:
+    """Context manager: set aside the model's generation settings, which `generate` fills in where it can.
+
+    They may penalize repetitions or suppress tokens, so that the result would not be greedy.
+    """
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
 
 
 class _RowStoppingCriteria(StoppingCriteria):

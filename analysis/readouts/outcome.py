@@ -26,7 +26,8 @@ from analysis.readouts.readout import Readout
 from defenses.contract import Defense, QueryChat
 
 # Prior refusal rates of responses that open with a refusal word or with a compliance word, and the number of
-# responses that the prior counts for.
+# responses that the prior counts for. Where nearly all or nearly no responses refuse, the prior is at least
+# half way from the base rate to 1, or to 0.
 REFUSAL_PRIOR, COMPLIANCE_PRIOR, PRIOR_STRENGTH = 0.9, 0.05, 2.0
 SHARPNESS_CANDIDATES = (1.0, 2.0, 4.0, 8.0)
 _N_FOLDS = 5
@@ -162,8 +163,10 @@ def _make_priors(
     ids: Sequence[int], words_readout: Readout, base_value: float
 ) -> Float[np.ndarray, " tokens"]:
     """Return the prior refusal rate of each token."""
+    refusal_prior = max(REFUSAL_PRIOR, (1 + base_value) / 2)
+    compliance_prior = min(COMPLIANCE_PRIOR, base_value / 2)
     prior_by_id = {
-        token_id: REFUSAL_PRIOR if weight > 0 else COMPLIANCE_PRIOR
+        token_id: refusal_prior if weight > 0 else compliance_prior
         for token_id, weight in zip(words_readout.ids, words_readout.weights, strict=True)
     }
     return np.array([prior_by_id.get(token_id, base_value) for token_id in ids])

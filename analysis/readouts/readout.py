@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LOW_COVERAGE = 0.2  # coverage below which margins need a warning
+_MAX_NAMED_TOKENS = 6  # tokens per side that name an expected outcome, which has a value for every opener
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,20 @@ class Readout:
         expected_outcome = self.base_value + probabilities @ weights
         return torch.stack([expected_outcome.logit(), coverage], dim=1)
 
+    def list_tokens(self, refuses: bool) -> list[str]:
+        """Return the tokens of one side; of an expected outcome, those with the largest weights."""
+        sign = 1 if refuses else -1
+        side = [
+            (weight * sign, token)
+            for token, weight in zip(self.tokens, self.weights, strict=True)
+            if weight * sign > 0
+        ]
+        if self.base_value is not None:
+            side = sorted(side, key=lambda entry: -entry[0])[:_MAX_NAMED_TOKENS]
+        return [token for _, token in side]
+
     @property
     def words_label(self) -> str:
         """The refusal words against the compliance words, for captions."""
-        sides = (
-            [
-                token
-                for token, weight in zip(self.tokens, self.weights, strict=True)
-                if (weight > 0) == refuses
-            ]
-            for refuses in (True, False)
-        )
-        labels = ["/".join(token.strip() for token in side) for side in sides]
+        labels = ["/".join(token.strip() for token in self.list_tokens(refuses)) for refuses in (True, False)]
         return " against ".join([labels[0], "all others"] if self.is_log_odds else labels)

@@ -1,7 +1,7 @@
 """Refusal rates of judged responses, and what a defense changes in them, next to the margins of the same run.
 
 Where only a sample of the queries was answered, the margins of all queries make the estimates more precise
-(prediction-powered inference); they cannot bias them.
+(prediction-powered inference); beyond the fit of their weight to the same responses, they add no bias.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from analysis.stats.prediction_powered import (
     estimate_prediction_powered_difference,
     estimate_prediction_powered_rate,
 )
-from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ScoreTable
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ResponseVerdict, ScoreTable
 
 RESPONSE_ESTIMATES = (
     "response_refusal_rate",
@@ -27,7 +27,7 @@ RESPONSE_ESTIMATES = (
     "response_shift",
     "response_discrimination",
 )
-_LABEL_BY_REFUSAL = {"full": 1.0, "partial": 1.0, "none": 0.0}  # `unjudged` is no label
+_LABEL_BY_VERDICT = {ResponseVerdict.REFUSED.value: 1.0, ResponseVerdict.NOT_REFUSED.value: 0.0}
 _RATE_BY_CLASS = {True: "response_refusal_rate", False: "response_over_refusal_rate"}
 
 
@@ -35,8 +35,8 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable) -> pd.DataF
     """Return the refusal rates of the responses, and their changes against the undefended model.
 
     Args:
-        responses: one row per answered query, attack and defense, with its kind of `refusal`. A partial
-            refusal counts as a refusal; a response without a verdict counts nowhere.
+        responses: one row per answered query, attack and defense, with its `verdict`: refused, not refused,
+            or unjudged, which counts nowhere.
         scores: scores of the same conditions on all queries.
 
     Returns:
@@ -46,7 +46,7 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable) -> pd.DataF
         responses that the margins of all queries are worth (`responses_saved`).
     """
     labels_by_condition = {
-        (str(attack), str(defense)): rows.set_index("query")["refusal"].map(_LABEL_BY_REFUSAL)
+        (str(attack), str(defense)): rows.set_index("query")["verdict"].map(_LABEL_BY_VERDICT)
         for (attack, defense), rows in responses.groupby(["attack", "defense"], sort=False)
     }
     rows = []

@@ -53,6 +53,14 @@ class Trust(StrEnum):
     NOT_VALIDATED = "not validated"
 
 
+class ResponseVerdict(StrEnum):
+    """What a judge says of a response that is cut off, which cannot tell full from partial refusals."""
+
+    REFUSED = "refused"
+    NOT_REFUSED = "not refused"
+    UNJUDGED = "unjudged"
+
+
 def format_condition(row: Any) -> str:
     """Return the name of a condition: the defense, followed by the attack in parentheses if there is one.
 

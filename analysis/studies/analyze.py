@@ -14,16 +14,10 @@ from analysis.stats.response_rates import summarize_responses
 from analysis.stats.tables import ScoreTable
 from analysis.studies.cost import measure_cost
 from analysis.studies.manifest import RunTimer
-from analysis.studies.responses import describe_responses, judge_conditions
+from analysis.studies.responses import judge_conditions
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
-from analysis.studies.sweep import (
-    ConditionKey,
-    ScoredConditions,
-    StudyResult,
-    list_failures,
-    score_conditions,
-)
+from analysis.studies.sweep import ConditionKey, ScoredConditions, StudyResult, score_conditions
 from defenses.contract import Defense
 
 
@@ -48,19 +42,19 @@ def analyze_defenses(
     """
     timer = RunTimer()
     scored = score_conditions(spec, defenses, settings, console, keep_interrupted=True)
-    failures, responses = scored.sweep_result.failures, None
-    if spec.max_responses != 0:
-        responses = judge_conditions(
-            scored.setup, list(scored.sweep_result.score_frames), spec, failures, console
-        )
-        scored.record["failed"] = list_failures(failures)
-        scored.record["responses"] = describe_responses(responses)
+    work = _describe_work(scored)
+    responses = None
+    if spec.max_responses != 0 and not scored.sweep_result.interrupted:
+        condition_keys = list(scored.sweep_result.score_frames)
+        responses = judge_conditions(scored.setup, condition_keys, spec, console)
+        work["responses"] = responses.describe()
+        work["interrupted"] = responses.interrupted
     costs = _measure_first_attack_cost(scored, spec.seed, console) if with_cost else None
-    scored.record.update(timer.describe_time(), **_describe_work(scored))
+    scored.record.update(timer.describe_time(), **work)
     with console.status("computing intervals"):
         summary = summarize_scores(scored.scores, seed=spec.seed).frame
         if responses is not None:
-            rates = summarize_responses(responses, scored.scores)
+            rates = summarize_responses(responses.table, scored.scores)
             summary = summary.merge(rates, on=["attack", "defense"], how="left")
         from analysis.plots.data import build_analysis_points
 
@@ -73,8 +67,10 @@ def analyze_defenses(
         "scores": scored.scores.frame,
         "summary": summary,
     }
+    failures = dict(scored.sweep_result.failures)
     if responses is not None:
-        tables["responses"] = responses
+        failures |= {key: f"responses: {reason}" for key, reason in responses.failures.items()}
+        tables["responses"] = responses.table
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
 
 

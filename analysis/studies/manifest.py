@@ -85,15 +85,10 @@ def describe_run(
 
 def describe_readout(readout: Readout) -> dict[str, Any]:
     """Return how a readout turns a forward pass into a margin."""
-    sides = {
-        name: [
-            token for token, weight in zip(readout.tokens, readout.weights, strict=True) if weight * sign > 0
-        ]
-        for name, sign in (("refuse", 1), ("comply", -1))
-    }
     return {
         "name": readout.name,
-        **sides,
+        "refuse": readout.list_tokens(refuses=True),
+        "comply": readout.list_tokens(refuses=False),
         "ids": readout.ids,
         "weights": readout.weights,
         "threshold": readout.threshold,

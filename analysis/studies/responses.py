@@ -2,68 +2,100 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
 from analysis.attacks import Attack
 from analysis.datasets.queries import Query
-from analysis.judges.judge import Judge, generate_verdicts
+from analysis.judges.judge import EMPTY_RESPONSE, Judge, Verdict, generate_verdicts
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import CacheKey, describe_computation, hash_code
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, list_blend_members
 from analysis.readouts.readout import Readout
+from analysis.stats.tables import ResponseVerdict
 from analysis.studies.progress import make_defense_call_callback, make_progress_bar
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import ConditionKey
 from defenses.contract import Defense
-from defenses.errors import UserError, describe_error
+from defenses.errors import describe_error
 
-RESPONSE_COLUMNS = ("query", "pair", "category", "harmful", "kind", "attack", "defense", "refusal")
-N_RESPONSE_TOKENS = 12  # enough to tell a refusal from compliance; see docs/validity.md
+RESPONSE_COLUMNS = ("query", "pair", "category", "harmful", "kind", "attack", "defense", "verdict")
+N_RESPONSE_TOKENS = 24  # judged by rules, 12 tokens miss refusals that 24 show; see docs/validity.md
 RESPONSE_JUDGE = RULE_JUDGES["patterns"]
 _QUERIES_PER_BATCH = 64  # queries whose verdicts are cached together, so that a killed run keeps most of them
 _JUDGE_SOURCES = ("analysis/judges/**/*.py",)
 
 
+@dataclass
+class ResponseVerdicts:
+    """Verdicts on the responses of a run.
+
+    Attributes:
+        frames: verdicts of each finished condition, in the columns `RESPONSE_COLUMNS`.
+        failures: why other conditions have none.
+        interrupted: whether the user interrupted the generation.
+    """
+
+    frames: dict[ConditionKey, pd.DataFrame] = field(default_factory=dict)
+    failures: dict[ConditionKey, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The verdicts of all finished conditions, a row per query and condition."""
+        if not self.frames:
+            return pd.DataFrame(columns=list(RESPONSE_COLUMNS))
+        return pd.concat(list(self.frames.values()), ignore_index=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry of run.json on the responses of a run."""
+        table = self.table
+        return {
+            "judge": RESPONSE_JUDGE.manifest_entry,
+            "new_tokens": N_RESPONSE_TOKENS,
+            "queries": int(table["query"].nunique()),
+            "unjudged": int((table["verdict"] == ResponseVerdict.UNJUDGED).sum()),
+            "interrupted": self.interrupted,
+            "failed": [
+                {"attack": attack, "defense": name, "why": why}
+                for (attack, name), why in self.failures.items()
+            ],
+        }
+
+
 def judge_conditions(
-    setup: RunSetup,
-    condition_keys: Sequence[ConditionKey],
-    spec: RunSpec,
-    failures: dict[ConditionKey, str],
-    console: Console,
-) -> pd.DataFrame:
+    setup: RunSetup, condition_keys: Sequence[ConditionKey], spec: RunSpec, console: Console
+) -> ResponseVerdicts:
     """Generate and judge responses in every condition, the same queries in each.
+
+    A condition that fails is left out. If the user interrupts, the finished conditions are kept.
 
     Args:
         setup: loaded and prepared.
         condition_keys: attack and defense of each condition.
         spec: options of the run, among them the number of responses.
-        failures: what failed, and why; conditions whose responses fail are added.
         console: shows progress.
-
-    Returns:
-        The columns `RESPONSE_COLUMNS`, one row per answered query and condition.
-
-    Raises:
-        UserError: if no condition has responses.
     """
     attacks = {attack.name: attack for attack in setup.attacks}
     queries = sample_answered_queries(setup.query_set.queries, spec.max_responses, spec.seed)
-    frames = []
+    result = ResponseVerdicts()
     with make_progress_bar(console) as bar:
         task = bar.add_task("generating responses", total=len(condition_keys) * len(queries))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
-        for attack, name in condition_keys:
+        for number, (attack, name) in enumerate(condition_keys, 1):
             bar.update(task, description=f"generating responses: {name} ({attack})")
             defense = setup.conditions[name]
             try:
-                kinds = judge_condition(
+                verdicts = judge_condition(
                     setup.session,
                     attacks[attack],
                     defense,
@@ -72,24 +104,16 @@ def judge_conditions(
                     setup.readout,
                     lambda n_queries: bar.advance(task, n_queries),
                 )
+            except KeyboardInterrupt:
+                result.interrupted = True
+                break
             except Exception as error:
                 reason = redact_secrets(describe_error(error), defense.secret_texts())
-                failures[attack, name] = f"responses: {reason}"
+                result.failures[attack, name] = reason
             else:
-                frames.append(_make_response_frame(queries, attack, name, kinds))
-    if not frames:
-        raise UserError(f"no response could be generated: {next(iter(failures.values()))}")
-    return pd.concat(frames, ignore_index=True)
-
-
-def describe_responses(responses: pd.DataFrame) -> dict[str, object]:
-    """Return the entry of run.json on the responses of a run."""
-    return {
-        "judge": RESPONSE_JUDGE.manifest_entry,
-        "new_tokens": N_RESPONSE_TOKENS,
-        "queries": int(responses["query"].nunique()),
-        "unjudged": int((responses["refusal"] == "unjudged").sum()),
-    }
+                result.frames[attack, name] = _make_response_frame(queries, attack, name, verdicts)
+            bar.update(task, completed=number * len(queries))
+    return result
 
 
 def judge_condition(
@@ -101,7 +125,7 @@ def judge_condition(
     readout: Readout,
     on_progress: Callable[[int], None] = lambda n_queries: None,
 ) -> list[str]:
-    """Return the judge's verdict (a kind of refusal) on the response to each query; cached ones are kept.
+    """Return the verdict on the response to each query; cached verdicts are not computed again.
 
     Args:
         session: the model.
@@ -109,21 +133,24 @@ def judge_condition(
         defense: prepared for this model.
         queries: the queries to answer.
         judge: the judge of the responses.
-        readout: its prefill is how the responses start.
+        readout: its prefill (a lone space, an empty thinking block) is how the responses start.
         on_progress: called with the number of queries finished since the last call.
+
+    Returns:
+        The text of a `ResponseVerdict` for each query.
     """
     keys = _make_keys(session, attack, defense, queries, judge, readout)
     cache = session.score_cache if keys else None
-    kinds: dict[int, str] = {}
+    verdicts: dict[int, str] = {}
     if cache is not None:
-        kind_by_key = cache.read_refusals(keys)
-        kinds = {row: kind_by_key[key] for row, key in enumerate(keys) if key in kind_by_key}
-    on_progress(len(kinds))
-    missing = [row for row in range(len(queries)) if row not in kinds]
+        cached = cache.read_verdicts(keys)
+        verdicts = {row: cached[key] for row, key in enumerate(keys) if key in cached}
+    on_progress(len(verdicts))
+    missing = [row for row in range(len(queries)) if row not in verdicts]
     for start in range(0, len(missing), _QUERIES_PER_BATCH):
         rows = missing[start : start + _QUERIES_PER_BATCH]
         batch = [queries[row] for row in rows]
-        verdicts = generate_verdicts(
+        batch_verdicts = generate_verdicts(
             session,
             defense,
             attack.build_query_chats(batch),
@@ -132,32 +159,44 @@ def judge_condition(
             readout.prefill,
             N_RESPONSE_TOKENS,
         )
-        batch_kinds = dict(zip(rows, (verdict.refusal for verdict in verdicts), strict=True))
+        new_verdicts = dict(zip(rows, map(_name_verdict, batch_verdicts), strict=True))
         if cache is not None:
-            cache.write_refusals((keys[row], kind) for row, kind in batch_kinds.items())
-        kinds |= batch_kinds
+            cache.write_verdicts((keys[row], verdict) for row, verdict in new_verdicts.items())
+        verdicts |= new_verdicts
         on_progress(len(rows))
-    return [kinds[row] for row in range(len(queries))]
+    return [verdicts[row] for row in range(len(queries))]
 
 
 def sample_answered_queries(queries: Sequence[Query], max_responses: int | None, seed: int) -> list[Query]:
-    """Return a random sample of queries, with whole pairs and each kind of query in proportion.
+    """Return a random sample of queries with whole pairs, in which each stratum has its share.
+
+    The strata are pairs, single harmful queries and single benign ones; each has at least one member in the
+    sample, so that a tiny sample may be larger than asked for.
 
     Args:
         queries: all queries.
-        max_responses: maximum size of the sample; None or a large number keeps every query.
+        max_responses: size of the sample; None or a large number keeps every query.
         seed: of the run.
     """
     if max_responses is None or max_responses >= len(queries):
         return list(queries)
-    units_by_kinds: dict[tuple[str, ...], list[list[Query]]] = defaultdict(list)
+    units_by_stratum: dict[str, list[list[Query]]] = defaultdict(list)
     for unit in _group_pairs(queries):
-        units_by_kinds[tuple(sorted(query.kind for query in unit))].append(unit)
-    share = max_responses / len(queries)
+        stratum = "pair" if len(unit) > 1 else "harmful" if unit[0].harmful else "benign"
+        units_by_stratum[stratum].append(unit)
+    shares = {
+        stratum: max_responses * len(units) / len(queries) for stratum, units in units_by_stratum.items()
+    }
+    counts = {stratum: max(1, int(share + 1e-9)) for stratum, share in shares.items()}
+    # Largest remainders first, as long as there is room.
+    for stratum in sorted(shares, key=lambda name: int(shares[name] + 1e-9) - shares[name]):
+        unit_size = len(units_by_stratum[stratum][0])
+        n_sampled = sum(counts[name] * len(units_by_stratum[name][0]) for name in counts)
+        if shares[stratum] > counts[stratum] and n_sampled + unit_size <= max_responses:
+            counts[stratum] += 1
     sampled_ids: set[str] = set()
-    for kinds, units in sorted(units_by_kinds.items()):
-        random.Random(f"{seed}/responses/{kinds}").shuffle(units)
-        for unit in units[: int(share * len(units))]:
+    for stratum, units in sorted(units_by_stratum.items()):
+        for unit in random.Random(f"{seed}/responses/{stratum}").sample(units, counts[stratum]):
             sampled_ids |= {query.id for query in unit}
     return [query for query in queries if query.id in sampled_ids]
 
@@ -170,6 +209,13 @@ def _group_pairs(queries: Sequence[Query]) -> list[list[Query]]:
     return list(units.values())
 
 
+def _name_verdict(verdict: Verdict) -> str:
+    """Return a verdict without its kind; a response without text neither refuses nor complies."""
+    if not verdict.is_judged or verdict.evidence == EMPTY_RESPONSE:
+        return ResponseVerdict.UNJUDGED.value
+    return (ResponseVerdict.REFUSED if verdict.is_refusal else ResponseVerdict.NOT_REFUSED).value
+
+
 def _make_keys(
     session: ModelSession,
     attack: Attack,
@@ -179,30 +225,35 @@ def _make_keys(
     readout: Readout,
 ) -> list[bytes]:
     """Return the cache key of each query's verdict; no keys if nothing may be cached."""
-    members = [(weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)]
-    if any(fingerprint is None for _, fingerprint in members):
+    # A blend chooses the first token; the defense itself is applied while the rest is generated.
+    fingerprints = [defense.cacheable_fingerprint()]
+    fingerprints += [member.cacheable_fingerprint() for _, member in list_blend_members(defense)]
+    if None in fingerprints:
         return []
+    tokenizer = session.loaded_model.tokenizer
+    vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     settings = {
         **describe_computation(session.loaded_model),
-        "arms": members,
+        "fingerprints": fingerprints,
+        "blend": [weight for weight, _ in list_blend_members(defense)],
         "pool": defense.pool,
         "judge": [judge.manifest_entry, hash_code(*_JUDGE_SOURCES)],
         "response": [readout.prefill, N_RESPONSE_TOKENS],
+        "tokenizer": [vocabulary, tokenizer.eos_token_id],
     }
     prompts_by_query = session.render_prompts(defense, attack.build_query_chats(queries))
-    keys = []
-    for query, prompts in zip(queries, prompts_by_query, strict=True):
+    return [
         # The judge also reads the query.
-        key = CacheKey({**settings, "query": query.text, "ids": [prompt.ids for prompt in prompts]})
-        keys.append(key.make_key(()))
-    return keys
+        CacheKey({**settings, "query": query.text, "ids": [prompt.ids for prompt in prompts]}).make_key(())
+        for query, prompts in zip(queries, prompts_by_query, strict=True)
+    ]
 
 
 def _make_response_frame(
-    queries: Sequence[Query], attack: str, defense: str, kinds: Sequence[str]
+    queries: Sequence[Query], attack: str, defense: str, verdicts: Sequence[str]
 ) -> pd.DataFrame:
     """Return one row per query in the columns `RESPONSE_COLUMNS`."""
-    columns: Mapping[str, object] = {
+    columns = {
         "query": [query.id for query in queries],
         "pair": [query.pair for query in queries],
         "category": [query.category for query in queries],
@@ -210,6 +261,6 @@ def _make_response_frame(
         "kind": [query.kind for query in queries],
         "attack": attack,
         "defense": defense,
-        "refusal": list(kinds),
+        "verdict": list(verdicts),
     }
     return pd.DataFrame(columns, columns=list(RESPONSE_COLUMNS))

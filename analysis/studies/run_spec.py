@@ -52,7 +52,7 @@ def build_run_spec(
     attack: str | Sequence[str] | None = None,
     readout: str | Sequence[str] = "words",
     needs_linear_readout: bool = False,
-    responses: str | int | None = "none",
+    responses: str | int = "none",
 ) -> RunSpec:
     """Build a RunSpec, checking every option that can be checked before the model is loaded.
 
@@ -135,6 +135,12 @@ class RunSpec:
             raise UserError(f"--batch-size {self.batch_size}: it takes auto or a whole number from 1 on")
         if self.max_responses is not None and self.max_responses < 0:
             raise UserError(f"--responses {self.max_responses}: it takes all, none or a whole number")
+        forced = [name for name in self.readouts if name.startswith("prefilled-")]
+        if forced and self.max_responses != 0:
+            raise UserError(
+                f"--responses with --readout {forced[0]}: this readout forces how responses begin, so their "
+                "refusal rate would not be the model's; use another readout"
+            )
 
     def load_all_splits(self, notify: Notifier = lambda text: None) -> QuerySet:
         """Return the whole data set, all splits included.
@@ -315,13 +321,13 @@ def _check_single_readout(name: str, needs_linear_readout: bool) -> None:
         raise UserError("--readout all: a run uses one; `analyze validate --readout all` compares them")
 
 
-def _parse_responses(responses: str | int | None) -> int | None:
+def _parse_responses(responses: str | int) -> int | None:
     """Return the number of responses per condition; None for all."""
-    if responses in ("all", None):
+    if responses == "all":
         return None
     if responses == "none":
         return 0
-    if not str(responses).isdigit():
+    if not str(responses).isdecimal():
         raise UserError(f"--responses {responses}: it takes all, none or a whole number")
     return int(str(responses))
 
@@ -330,6 +336,6 @@ def _parse_batch_size(batch_size: str | int | None) -> int | None:
     """Return the batch size as a number; None uses what fits in memory."""
     if batch_size in ("auto", None):
         return None
-    if not str(batch_size).isdigit():
+    if not str(batch_size).isdecimal():
         raise UserError(f"--batch-size {batch_size}: it takes auto or a whole number from 1 on")
     return int(str(batch_size))

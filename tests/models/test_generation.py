@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, WINDOW, tiny_model
+from conftest import FAMILIES, VOCAB, WINDOW, fresh_model, tiny_model
 
 from analysis.models.engine import Engine
 from analysis.models.generation import generate_token_ids
@@ -51,6 +51,18 @@ def test_batched_answers_are_those_of_one_prompt_at_a_time(family: str, prompts:
     found = generate_token_ids(Engine(model), prompts, 9, STOP, on_progress=done.append)
     assert found == [alone(model, prompt, 9) for prompt in prompts]
     assert sum(done) == len(prompts)
+
+
+def test_settings_of_the_model_change_no_greedy_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = fresh_model(), SETS["a shared prefix"]
+    plain = generate_token_ids(Engine(model), prompts, 9, STOP)
+    model.generation_config.repetition_penalty = 8.0
+    model.generation_config.suppress_tokens = [response[0] for response in plain]
+    assert generate_token_ids(Engine(model), prompts, 9, STOP) == plain
+    # Off the packed path, transformers generates the rest.
+    monkeypatch.setattr("analysis.models.generation.can_split_attention", lambda *args: False)
+    assert generate_token_ids(Engine(model), prompts, 9, STOP) == plain
+    assert model.generation_config.repetition_penalty == 8.0
 
 
 def test_an_answer_ends_before_the_stop_token() -> None:

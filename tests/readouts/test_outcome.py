@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from analysis.readouts.outcome import (
     PRIOR_STRENGTH,
     REFUSAL_PRIOR,
     SHARPNESS_CANDIDATES,
+    _compute_held_out_loss,
     fit_outcome_readout,
 )
 from analysis.readouts.readout import Readout
@@ -98,3 +101,36 @@ def test_sharpness_is_the_best_on_held_out_responses(fitted) -> None:
     readout, *_, is_refusal = fitted
     assert readout.sharpness == max(SHARPNESS_CANDIDATES)
     assert f"{len(is_refusal)} undefended responses" in readout.notices[-1]
+
+
+def test_the_loss_of_a_response_does_not_depend_on_its_own_label() -> None:
+    # Each response has a first token of its own, so that values fitted on all responses know the labels.
+    n = 20
+    rng = np.random.default_rng(0)
+    is_refusal, openers, folds = rng.random(n) < 0.5, np.arange(n), np.arange(n) % 5
+    priors, probabilities = np.full(n, 0.3), np.eye(n)
+    loss = _compute_held_out_loss(probabilities, openers, is_refusal, folds, priors, 0.3)
+    expected = -np.log(np.where(is_refusal, 0.3, 0.7)).mean()
+    assert loss == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n_refused", [0, 1, 6, 60, 114, 119, 120])
+def test_words_keep_their_side_whatever_the_base_rate_is(n_refused: int) -> None:
+    session = make_toy_session()
+    words = derive_readout(session, QUERIES, NONE)
+    queries = [replace(query, id=f"{query.id}/{copy}") for query in QUERIES for copy in range(2)]
+    is_refusal = np.arange(120) < n_refused
+    query_chats = DIRECT_ATTACK.build_query_chats(queries)
+    labels = np.ones(120, bool), is_refusal
+    readout = fit_outcome_readout(session, words, NONE, query_chats, [None] * 120, labels)
+    weights = dict(zip(readout.ids, readout.weights, strict=True))
+    openers = session.engine.read_first_token(
+        [
+            prompts[0].append_prefix(words.response_prefix)
+            for prompts in session.render_prompts(NONE, query_chats)
+        ],
+        lambda logits: logits.argmax(1, keepdim=True).float(),
+    )
+    for token_id, weight in zip(words.ids, words.weights, strict=True):
+        if token_id not in openers[:, 0].int().tolist():
+            assert weights[token_id] * weight > 0

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import assert_user_error, make_toy_session, run_cli
+from conftest import assert_user_error, make_adapter, make_toy_session, run_cli
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query
 from analysis.judges.judge import RuleJudge, Verdict
 from analysis.models.cache import ScoreCache, count_cached_rows
-from analysis.models.session import ModelSession, generate_responses
+from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.readouts.readout import Readout
 from analysis.studies import responses as responses_module
-from analysis.studies.responses import N_RESPONSE_TOKENS, judge_condition, sample_answered_queries
+from analysis.studies.responses import (
+    N_RESPONSE_TOKENS,
+    _make_keys,
+    judge_condition,
+    sample_answered_queries,
+)
+from defenses.adapters import load_adapter
 from defenses.catalog import get_defense
+from defenses.contract import Chat, Defense, ModelInfo
+from defenses.decoding import SafeDecoding
+from defenses.tuning import SafetyTuning
 
 NONE, POLICY = get_defense("none"), get_defense("policy")
 QUERIES = load_queries("contrast").select_split("test").queries
@@ -36,17 +50,49 @@ def make_echo_judge() -> tuple[RuleJudge, list[tuple[str, str]]]:
     return RuleJudge("echo", judge_response, lambda partial_response: False), seen
 
 
-def test_verdicts_are_those_of_the_first_tokens_of_each_response() -> None:
+def expect_verdicts(responses: list[list[Response]]) -> list[str]:
+    """Return the verdicts of the echo judge on responses, one per query."""
+    return ["not refused" if len(response.text) % 2 else "refused" for (response,) in responses]
+
+
+@pytest.mark.parametrize("prefill", [(), (40, 41)])
+def test_verdicts_are_those_of_the_first_tokens_of_each_response(prefill: tuple[int, ...]) -> None:
     session, queries, attack = make_toy_session(), QUERIES[:6], get_attack("persona")
     judge, seen = make_echo_judge()
-    kinds = judge_condition(session, attack, POLICY, queries, judge, READOUT)
+    verdicts = judge_condition(session, attack, POLICY, queries, judge, replace(READOUT, prefill=prefill))
     chats = attack.build_query_chats(queries)
-    expected = generate_responses(session, POLICY, chats, max_new_tokens=N_RESPONSE_TOKENS)
+    expected = generate_responses(session, POLICY, chats, prefill, N_RESPONSE_TOKENS)
     assert seen == [(response.text, query.text) for (response,), query in zip(expected, queries, strict=True)]
-    assert kinds == ["none" if len(response.text) % 2 else "full" for (response,) in expected]
+    assert verdicts == expect_verdicts(expected)
 
 
-def test_verdicts_are_cached_and_depend_on_what_they_are_made_of(tmp_path: Path) -> None:
+def test_a_response_without_text_or_verdict_is_unjudged() -> None:
+    session = make_toy_session()
+    for verdict in (Verdict("unjudged", "asleep"), Verdict("full", "empty response")):
+        judge = RuleJudge("fixed", lambda response, query, verdict=verdict: verdict, lambda partial: False)
+        assert judge_condition(session, DIRECT_ATTACK, NONE, QUERIES[:1], judge, READOUT) == ["unjudged"]
+    judge = RuleJudge("fixed", lambda response, query: Verdict("partial"), lambda partial: False)
+    assert judge_condition(session, DIRECT_ATTACK, NONE, QUERIES[:1], judge, READOUT) == ["refused"]
+
+
+def test_several_copies_of_a_query_are_pooled_by_the_rule_of_the_defense() -> None:
+    session = make_toy_session()
+    judge = RuleJudge(
+        "b", lambda response, query: Verdict("full" if "b" in response else "none"), lambda partial: False
+    )
+    for name in ("smooth_llm", "erase_and_check"):
+        defense = get_defense(name).prepare(ModelInfo("toy", session.loaded_model.tokenizer, ()))
+        verdicts = judge_condition(session, DIRECT_ATTACK, defense, QUERIES[:4], judge, READOUT)
+        responses = generate_responses(
+            session, defense, DIRECT_ATTACK.build_query_chats(QUERIES[:4]), (), N_RESPONSE_TOKENS
+        )
+        for verdict, copies in zip(verdicts, responses, strict=True):
+            n_refused = sum("b" in response.text for response in copies)
+            is_refused = n_refused > (0 if defense.pool == "max" else len(copies) / 2)
+            assert verdict == ("refused" if is_refused else "not refused") and len(copies) > 1
+
+
+def test_verdicts_are_cached_without_any_text(tmp_path: Path) -> None:
     session = ModelSession.from_model(make_toy_session().loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     judge, seen = make_echo_judge()
     first = judge_condition(session, DIRECT_ATTACK, NONE, QUERIES[:4], judge, READOUT)
@@ -54,38 +100,97 @@ def test_verdicts_are_cached_and_depend_on_what_they_are_made_of(tmp_path: Path)
     progress: list[int] = []
     again = judge_condition(session, DIRECT_ATTACK, NONE, QUERIES[:6], judge, READOUT, progress.append)
     assert again[:4] == first and len(seen) == 6 and sum(progress) == 6
-    other_judge = RuleJudge("other", judge.judge_response, judge.is_certain_refusal)
-    for changed in (
-        (DIRECT_ATTACK, POLICY, judge),
-        (get_attack("persona"), NONE, judge),
-        (DIRECT_ATTACK, NONE, other_judge),
-    ):
-        n_seen = len(seen)
-        judge_condition(session, *changed[:2], QUERIES[:4], changed[2], READOUT)
-        assert len(seen) == n_seen + 4
-    # Neither a query nor a response can be read from the cache.
-    cached = session.score_cache._connection.execute("SELECT refusal FROM responses").fetchall()
-    assert {kind for (kind,) in cached} <= {"full", "none"}
+    rows = session.score_cache._connection.execute("SELECT * FROM responses").fetchall()
+    assert {len(key) for key, _ in rows} == {16}
+    assert {verdict for _, verdict in rows} <= {"refused", "not refused"}
 
 
-def test_a_sample_keeps_pairs_whole_and_kinds_in_proportion() -> None:
-    sample = sample_answered_queries(QUERIES, 60, seed=0)
-    counts, all_counts = (Counter(query.kind for query in queries) for queries in (sample, QUERIES))
-    for kind, count in all_counts.items():
-        assert counts[kind] == pytest.approx(60 * count / len(QUERIES), abs=1.5)
-    pair_sizes = Counter(query.pair for query in sample if query.pair)
-    assert set(pair_sizes.values()) == {2}
-    assert [query.id for query in sample] == [query.id for query in QUERIES if query in sample]
-    assert sample == sample_answered_queries(QUERIES, 60, 0) != sample_answered_queries(QUERIES, 60, 1)
+@dataclass(frozen=True)
+class Constant(Defense):
+    """Asks the same question whatever the query is, so that only the judge sees the query."""
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        return [{"role": "user", "content": "Hi."}]
+
+
+@dataclass(frozen=True)
+class ConstantMax(Constant):
+    """The same, with another rule for copies."""
+
+    pool = "max"
+
+
+@dataclass(frozen=True)
+class BlendWithHook(Constant):
+    """Blends unchanged models and changes the model that continues the response, in an unknown way."""
+
+    def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
+        return ((0.5, NONE), (0.5, NONE))
+
+    def apply_to(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def test_keys_depend_on_everything_that_a_verdict_depends_on(tmp_path: Path) -> None:
+    session, query = make_toy_session(), QUERIES[0]
+    judge, _ = make_echo_judge()
+    adapters = [load_adapter(make_adapter(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
+    cases: dict[str, tuple[Any, ...]] = {
+        "baseline": (session, DIRECT_ATTACK, NONE, query, judge, READOUT),
+        "attack": (session, get_attack("persona"), NONE, query, judge, READOUT),
+        "defense": (session, DIRECT_ATTACK, POLICY, query, judge, READOUT),
+        "weights": (session, DIRECT_ATTACK, SafetyTuning(adapter=adapters[0]), query, judge, READOUT),
+        "other weights": (session, DIRECT_ATTACK, SafetyTuning(adapter=adapters[1]), query, judge, READOUT),
+        "blend": (session, DIRECT_ATTACK, SafeDecoding(adapter=adapters[0]), query, judge, READOUT),
+        "judge": (session, DIRECT_ATTACK, NONE, query, replace(judge, name="other"), READOUT),
+        "prefill": (session, DIRECT_ATTACK, NONE, query, judge, replace(READOUT, prefill=(7,))),
+        "constant": (session, DIRECT_ATTACK, Constant(), query, judge, READOUT),
+        "query text": (session, DIRECT_ATTACK, Constant(), QUERIES[1], judge, READOUT),
+        "pool": (session, DIRECT_ATTACK, ConstantMax(), query, judge, READOUT),
+    }
+    keys = {
+        name: _make_keys(session, attack, defense, [query], judge, readout)
+        for name, (session, attack, defense, query, judge, readout) in cases.items()
+    }
+    assert len({key for (key,) in keys.values()}) == len(cases)
+    # A threshold changes no verdict; an unknown change of the model is not cached.
+    assert (
+        _make_keys(session, DIRECT_ATTACK, NONE, [query], judge, replace(READOUT, threshold=1.0))
+        == (keys["baseline"])
+    )
+    assert _make_keys(session, DIRECT_ATTACK, BlendWithHook(), [query], judge, READOUT) == []
+
+
+def test_a_sample_keeps_pairs_whole_and_strata_in_proportion() -> None:
+    def name_stratum(query: Query) -> str:
+        return "pair" if query.pair else "harmful" if query.harmful else "benign"
+
+    for size in (60, 61, 40, 22):
+        sample = sample_answered_queries(QUERIES, size, seed=0)
+        counts, all_counts = (Counter(map(name_stratum, queries)) for queries in (sample, QUERIES))
+        for stratum, count in all_counts.items():
+            assert abs(counts[stratum] - size * count / len(QUERIES)) < 2, (size, stratum)
+        assert size - 1 <= len(sample) <= size
+        assert set(Counter(query.pair for query in sample if query.pair).values()) == {2}
+        assert [query.id for query in sample] == [query.id for query in QUERIES if query in sample]
+    assert sample == sample_answered_queries(QUERIES, 22, 0) != sample_answered_queries(QUERIES, 22, 1)
     for max_responses in (None, 10_000):
         assert sample_answered_queries(QUERIES, max_responses, 0) == list(QUERIES)
+
+
+def test_a_sample_has_both_classes_however_small_it_is() -> None:
+    kinds = [Query(f"q{number}", "x", number < 6, kind=f"k{number % 50}") for number in range(200)]
+    for queries, size in ((QUERIES, 1), (kinds, 2), (kinds, 30)):
+        sample = sample_answered_queries(queries, size, 0)
+        assert {query.harmful for query in sample} == {True, False}
+    assert len(sample) == 30
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_run_with_responses_has_their_rates_and_keeps_no_text(cli_home: Path) -> None:
     options = ("-d", "policy", "-m", "tiny", "--limit", "16")
     result = run_cli(*options, "--responses", "8", "-o", "answered")
-    assert result.code == 0 and "Responses, first 12 tokens, judged" in result.out
+    assert result.code == 0 and f"Responses, first {N_RESPONSE_TOKENS} tokens, judged" in result.out
     responses = pd.read_csv(cli_home / "answered" / "responses.csv")
     summary = pd.read_csv(cli_home / "answered" / "summary.csv").set_index("defense")
     answered = responses.groupby("defense")["query"].apply(set)
@@ -103,7 +208,10 @@ def test_a_run_with_responses_has_their_rates_and_keeps_no_text(cli_home: Path) 
         pd.read_csv(cli_home / name / "scores.csv")["margin"] for name in ("answered", "unanswered")
     )
     pd.testing.assert_series_equal(margins, again)
-    assert_user_error(run_cli(*options, "--responses", "some"), "it takes all, none or a whole number")
+    for text in ("some", "²", "-1"):
+        assert_user_error(run_cli(*options, "--responses", text), "it takes all, none or a whole number")
+    forced = run_cli(*options, "--responses", "8", "--readout", "prefilled-2")
+    assert_user_error(forced, "forces how responses begin")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -123,4 +231,27 @@ def test_a_condition_whose_responses_fail_keeps_its_margins(
     summary = pd.read_csv(cli_home / "half-answered" / "summary.csv").set_index("defense")
     assert summary["shift"].notna()["policy"] and summary["n_responses"].isna()["policy"]
     record = json.loads((cli_home / "half-answered" / "run.json").read_text("utf-8"))
-    assert [row["defense"] for row in record["failed"]] == ["policy"]
+    assert [row["defense"] for row in record["responses"]["failed"]] == ["policy"] and not record["failed"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_interruption_and_failures_of_all_responses_keep_the_margins(
+    cli_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt_policy(session, attack, defense, *rest):
+        if defense.name == "policy":
+            raise KeyboardInterrupt
+        return judge_condition(session, attack, defense, *rest)
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    options = ("-d", "policy", "-m", "tiny", "--limit", "8", "--responses", "all")
+    for stand_in, code in ((interrupt_policy, 130), (fail, 1)):
+        monkeypatch.setattr(responses_module, "judge_condition", stand_in)
+        result = run_cli(*options, "-o", stand_in.__name__)
+        assert result.code == code
+        summary = pd.read_csv(cli_home / stand_in.__name__ / "summary.csv").set_index("defense")
+        assert summary["shift"].notna()["policy"] and summary["n_responses"].isna()["policy"]
+        record = json.loads((cli_home / stand_in.__name__ / "run.json").read_text("utf-8"))
+        assert record["responses"]["interrupted"] == (code == 130)
