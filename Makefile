@@ -9,9 +9,8 @@ help: ## list the targets
 demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (set-up takes minutes, the run about 2)
 	$(BIN)/analyze --defense backdoor --model smollm2
 
-# Threads of two processes that spin while they wait would take the cores from each other.
 test: .venv/ready-dev ## set up, then run every test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 coverage: .venv/ready-dev ## every test except the notebooks, with line and branch coverage
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/test_notebooks.py --cov analysis \
