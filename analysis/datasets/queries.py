@@ -140,7 +140,7 @@ class QuerySet:
             raise UserError(
                 f"--limit {max_queries}: at least 2 queries are needed, a harmful and a benign one"
             )
-        ranked = _rank_units_by_category(_group_units(self.queries))
+        ranked = _rank_units_by_category(group_units(self.queries))
         # A pair, or else one query of each class, comes first, so that a small limit covers both classes.
         largest_first = sorted(ranked, key=len, reverse=True)
         first_units = [
@@ -164,7 +164,7 @@ class QuerySet:
         usable = [query for query in self.queries if query.split != "train"]
         has_splits = {"calibration", "test"} <= self.split_names
         strata = defaultdict(list)
-        for unit in _group_units(query for query in usable if not (has_splits and query.split)):
+        for unit in group_units(query for query in usable if not (has_splits and query.split)):
             strata[tuple(sorted(query.harmful for query in unit))].append(unit)
         assigned: dict[str, str] = {}
         for classes, units in sorted(strata.items()):
@@ -283,7 +283,7 @@ def _check_pairs(queries: Sequence[Query], source: Path | str) -> None:
             )
 
 
-def _group_units(queries: Iterable[Query]) -> list[list[Query]]:
+def group_units(queries: Iterable[Query]) -> list[list[Query]]:
     """Group queries into pairs and single queries, in the order of their first query."""
     units = defaultdict(list)
     for query in queries:

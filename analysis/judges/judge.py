@@ -105,11 +105,26 @@ class RuleJudge:
         on_progress: JudgeProgress = lambda count: None,
     ) -> list[Verdict]:
         """Return a verdict on each response."""
-        verdicts = [
-            self.judge_response(response, query) for response, query in zip(responses, queries, strict=True)
-        ]
-        on_progress(len(verdicts))
-        return verdicts
+        return judge_one_by_one(self.judge_response, responses, queries, on_progress)
+
+
+def judge_one_by_one(
+    judge_response: Callable[[str, str], Verdict],
+    responses: Sequence[str],
+    queries: Sequence[str],
+    on_progress: JudgeProgress,
+) -> list[Verdict]:
+    """Return the verdict of a function (response, query) → verdict on each response.
+
+    Args:
+        judge_response: judges one response.
+        responses: texts of the responses.
+        queries: text of the query that each response answers.
+        on_progress: callback that receives the number of newly judged responses.
+    """
+    verdicts = [judge_response(response, query) for response, query in zip(responses, queries, strict=True)]
+    on_progress(len(verdicts))
+    return verdicts
 
 
 def generate_verdicts(

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from analysis.files import data_folder
 from analysis.judges.cues import BARE_REFUSAL, CUES, ENGLISH_WORDS, FOREIGN_WORDS, IDIOM, REFUSAL_CUES
-from analysis.judges.judge import EMPTY_RESPONSE, JudgeProgress, Verdict
+from analysis.judges.judge import EMPTY_RESPONSE, JudgeProgress, Verdict, judge_one_by_one
 from analysis.judges.rules import (
     COMPLIANCE_PATTERN,
     LATE_REFUSAL_PATTERN,
@@ -211,11 +211,7 @@ class LearnedJudge:
         on_progress: JudgeProgress = lambda count: None,
     ) -> list[Verdict]:
         """Return a verdict on each response."""
-        verdicts = [
-            self.judge_response(response, query) for response, query in zip(responses, queries, strict=True)
-        ]
-        on_progress(len(verdicts))
-        return verdicts
+        return judge_one_by_one(self.judge_response, responses, queries, on_progress)
 
 
 LEARNED_JUDGE = LearnedJudge()

@@ -13,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.attacks import Attack
-from analysis.datasets.queries import Query
+from analysis.datasets.queries import Query, group_units
 from analysis.judges.judge import EMPTY_RESPONSE, Judge, Verdict, generate_verdicts
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import CacheKey, describe_computation, hash_code
@@ -24,7 +24,7 @@ from analysis.stats.tables import ResponseVerdict
 from analysis.studies.progress import make_defense_call_callback, make_progress_bar
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
-from analysis.studies.sweep import ConditionKey
+from analysis.studies.sweep import ConditionKey, list_failures
 from defenses.contract import Defense
 from defenses.errors import describe_error
 
@@ -65,10 +65,7 @@ class ResponseVerdicts:
             "queries": int(table["query"].nunique()),
             "unjudged": int((table["verdict"] == ResponseVerdict.UNJUDGED).sum()),
             "interrupted": self.interrupted,
-            "failed": [
-                {"attack": attack, "defense": name, "why": why}
-                for (attack, name), why in self.failures.items()
-            ],
+            "failed": list_failures(self.failures),
         }
 
 
@@ -181,7 +178,7 @@ def sample_answered_queries(queries: Sequence[Query], max_responses: int | None,
     if max_responses is None or max_responses >= len(queries):
         return list(queries)
     units_by_stratum: dict[str, list[list[Query]]] = defaultdict(list)
-    for unit in _group_pairs(queries):
+    for unit in group_units(queries):
         stratum = "pair" if len(unit) > 1 else "harmful" if unit[0].harmful else "benign"
         units_by_stratum[stratum].append(unit)
     shares = {
@@ -199,14 +196,6 @@ def sample_answered_queries(queries: Sequence[Query], max_responses: int | None,
         for unit in random.Random(f"{seed}/responses/{stratum}").sample(units, counts[stratum]):
             sampled_ids |= {query.id for query in unit}
     return [query for query in queries if query.id in sampled_ids]
-
-
-def _group_pairs(queries: Sequence[Query]) -> list[list[Query]]:
-    """Return pairs and single queries as lists."""
-    units: dict[tuple[bool, str], list[Query]] = defaultdict(list)
-    for query in queries:
-        units[query.pair is None, query.pair or query.id].append(query)
-    return list(units.values())
 
 
 def _name_verdict(verdict: Verdict) -> str:
