@@ -152,7 +152,7 @@ def validate(
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
-    from analysis.studies.progress import print_line
+    from analysis.progress import print_line
     from analysis.studies.validate import validate_readouts
 
     console = _progress_console()

@@ -35,10 +35,10 @@ from analysis.cli.main import app
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet
 from analysis.models.cache import make_json_cache_path, read_cached_json
+from analysis.progress import print_line, print_note
 from analysis.report.results import Run
 from analysis.stats.format import intervals
 from analysis.studies.manifest import _hash_class_source, identify_defense
-from analysis.studies.progress import print_line, print_note
 from defenses.catalog import choose_defenses, get_defense
 from defenses.chats import prepend_system
 from defenses.contract import Defense

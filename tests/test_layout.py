@@ -28,6 +28,7 @@ ALLOWED = {
     "stats": set(),
     "plots": {"stats"},
     "files": set(),
+    "progress": set(),
     "datasets": {"files"},
     "models": {"files"},
     "report": {"plots", "stats", "files"},
@@ -38,7 +39,7 @@ ALLOWED = {
     "mechanism": {"models", "readouts", "stats"},
 }
 ALLOWED["studies"] = set(ALLOWED)
-ALLOWED["api"] = {"studies", "report", "stats", "datasets"}
+ALLOWED["api"] = {"studies", "report", "stats", "datasets", "progress"}
 ALLOWED["cli"] = {*ALLOWED}
 
 

@@ -146,9 +146,9 @@ def run_analyze_command(
         print_trust_warnings,
     )
     from analysis.files import check_output_folder
+    from analysis.progress import make_notifier
     from analysis.report.folder import save_run
     from analysis.studies.analyze import analyze_defenses
-    from analysis.studies.progress import make_notifier
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
 
@@ -198,9 +198,9 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
     from analysis.cli.console import print_checks
     from analysis.datasets.queries import sample_queries
     from analysis.models.chat_template import redact_secrets
+    from analysis.progress import print_note
     from analysis.run import build_conditions
     from analysis.studies.preflight import check_condition
-    from analysis.studies.progress import print_note
     from analysis.studies.setup import prepare_setup
 
     if n_queries < 2:
@@ -228,9 +228,9 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
 
 def _print_coverage_warning(summary: pd.DataFrame, console: Console) -> None:
     """Warn about conditions in which the readout's words hold little of the first-token probability."""
+    from analysis.progress import join_first_texts
     from analysis.readouts.readout import LOW_COVERAGE
     from analysis.stats.tables import format_condition
-    from analysis.studies.progress import join_first_texts
 
     low_rows = summary[summary["coverage"] < LOW_COVERAGE].sort_values("coverage", kind="stable")
     if len(low_rows):

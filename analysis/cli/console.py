@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.progress import join_first_texts, make_notifier, print_line
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
 from analysis.stats.format import format_interval
 from analysis.stats.tables import Trust, format_condition, iterate_rows
-from analysis.studies.progress import join_first_texts, make_notifier, print_line
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -354,7 +354,7 @@ def _print_overlap_relation(overlap: pd.DataFrame) -> None:
 
 def _print_line(text: str) -> None:
     from analysis.cli.console import make_table_console
-    from analysis.studies.progress import print_line
+    from analysis.progress import print_line
 
     print_line(make_table_console(), text)
 

@@ -132,7 +132,7 @@ def run_secret_command(model: str, secret_length: int, out: Path | None, offline
         offline: whether the network may not be used.
     """
     from analysis.models.loading import build_model_info, load_tokenizer
-    from analysis.studies.progress import make_notifier
+    from analysis.progress import make_notifier
     from defenses.backdoor import draw_secret, write_secret
 
     if secret_length < 1:
@@ -163,7 +163,7 @@ def run_train_command(
         secret_path: file of the secret, for the recipe `backdoor`.
         secret_length: length of the model's own secret in tokens.
     """
-    from analysis.studies.progress import make_notifier
+    from analysis.progress import make_notifier
     from analysis.studies.train import TrainingInterrupted, train_weights
 
     console = Console(stderr=True)
@@ -190,9 +190,9 @@ def run_backdooralign_command(
     """
     from analysis.cli.console import print_failures, print_trust_warnings
     from analysis.files import check_output_folder
+    from analysis.progress import make_notifier
     from analysis.report.folder import save_run
     from analysis.studies.backdooralign import reproduce_backdooralign
-    from analysis.studies.progress import make_notifier
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.train import TrainingInterrupted
 

@@ -131,8 +131,8 @@ def run_validate_command(
     """
     from analysis.cli.console import print_failed_checks, print_failures
     from analysis.files import check_output_folder
+    from analysis.progress import make_notifier
     from analysis.report.folder import save_run
-    from analysis.studies.progress import make_notifier
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
     from analysis.studies.validate import validate_readouts
@@ -185,8 +185,8 @@ def run_judge_command(
         out: a new file of the same format; None for the default beside the input.
         offline: whether the network may not be used.
     """
+    from analysis.progress import make_notifier
     from analysis.studies.judge_file import choose_judged_path, judge_file
-    from analysis.studies.progress import make_notifier
 
     out = choose_judged_path(path, out)
     console = Console(stderr=True)

@@ -15,8 +15,8 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.models.loading import split_model_name
+from analysis.progress import make_notifier
 from analysis.stats.tables import UNDEFENDED
-from analysis.studies.progress import make_notifier
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.train import train_weights
 from defenses.adapters import ADAPTER_MANIFEST_FILE, Adapter, find_adapter, load_adapter

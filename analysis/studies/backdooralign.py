@@ -29,6 +29,7 @@ from analysis.judges.rules import RULE_JUDGES
 from analysis.models.chat_template import redact_secrets
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession
+from analysis.progress import make_notifier, make_progress_bar, print_note
 from analysis.readouts.readout import Readout
 from analysis.run import score_condition
 from analysis.stats.agreement import measure_agreement
@@ -45,7 +46,6 @@ from analysis.studies.arms import (
 from analysis.studies.calibration import ReadoutCalibration
 from analysis.studies.manifest import RunTimer, describe_run
 from analysis.studies.preflight import PreflightCheck
-from analysis.studies.progress import make_notifier, make_progress_bar, print_note
 from analysis.studies.run_spec import (
     RunSpec,
     check_response_tokens,

@@ -18,6 +18,7 @@ from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.chat_template import Prompt
 from analysis.models.session import DEFAULT_MAX_NEW_TOKENS, ModelSession
+from analysis.progress import make_progress_bar
 from analysis.readouts.first_token import (
     COMPLIANCE_WORDS,
     COMPLYING_OPENER,
@@ -43,7 +44,6 @@ from analysis.run import score_condition
 from analysis.stats.agreement import fit_matching_threshold
 from analysis.stats.tables import UNDEFENDED, Trust
 from analysis.studies.manifest import describe_defense, identify_defense
-from analysis.studies.progress import make_progress_bar
 from defenses.catalog import get_defense
 from defenses.contract import Defense, ModelInfo, QueryChat
 from defenses.errors import UserError

@@ -16,10 +16,10 @@ from transformers import DynamicCache
 from analysis.datasets.queries import sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.session import ModelSession
+from analysis.progress import make_progress_bar
 from analysis.stats.cost import summarize_costs
 from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.studies.manifest import identify_defense
-from analysis.studies.progress import make_progress_bar
 from analysis.studies.setup import RunSetup
 from defenses.contract import Defense, QueryChat
 from defenses.stack import list_members

@@ -16,6 +16,7 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK
+from analysis.progress import make_progress_bar
 from analysis.stats.additivity import (
     EnsembleDraws,
     draw_ensemble,
@@ -42,7 +43,6 @@ from analysis.stats.tables import UNDEFENDED, ScoreTable, Trust, iterate_rows
 from analysis.studies.calibration import collect_trust
 from analysis.studies.cost import cached_cost
 from analysis.studies.manifest import RunTimer, describe_readout
-from analysis.studies.progress import make_progress_bar
 from analysis.studies.run_spec import BOTH_SPLITS, RunSpec
 from analysis.studies.setup import RunSetup, prepare_setup
 from analysis.studies.sweep import ConditionKey, StudyResult, build_record, check_and_sweep

@@ -17,7 +17,7 @@ from analysis.judges.judge import Judge
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.loading import silence_libraries
-from analysis.studies.progress import make_notifier, make_progress_bar
+from analysis.progress import make_notifier, make_progress_bar
 from defenses.errors import UserError, unknown_name_error
 
 VERDICT_COLUMNS = ("refusal", "evidence", "judge")

@@ -19,9 +19,9 @@ from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import CacheKey, describe_computation, hash_code
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, list_blend_members
+from analysis.progress import make_defense_call_callback, make_progress_bar
 from analysis.readouts.readout import Readout
 from analysis.stats.tables import ResponseVerdict
-from analysis.studies.progress import make_defense_call_callback, make_progress_bar
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import ConditionKey, list_failures

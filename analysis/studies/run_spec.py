@@ -16,7 +16,7 @@ from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet, choose_default_split
 from analysis.models.loading import silence_libraries
-from analysis.studies.progress import make_notifier
+from analysis.progress import make_notifier
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from rich.console import Console
 from analysis.attacks import Attack
 from analysis.datasets.queries import QuerySet, sample_queries
 from analysis.models.session import ModelSession
+from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
 from analysis.stats.tables import UNDEFENDED
 from analysis.studies.calibration import CANDIDATE_READOUTS, ReadoutCalibration
 from analysis.studies.preflight import PreflightCheck, check_condition, make_failed_check
-from analysis.studies.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
 from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense

@@ -11,12 +11,12 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.models.chat_template import redact_secrets
+from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
 from analysis.report.results import Run
 from analysis.run import iterate_condition_scores
 from analysis.stats.tables import UNDEFENDED, ScoreTable
 from analysis.studies.calibration import collect_trust
 from analysis.studies.manifest import describe_attacks, describe_run
-from analysis.studies.progress import make_defense_call_callback, make_progress_bar, print_note
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import (
     NO_REFERENCE,

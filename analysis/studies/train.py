@@ -20,8 +20,8 @@ from analysis.files import check_output_folder, stage_folder
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
+from analysis.progress import make_notifier, make_progress_bar
 from analysis.studies.manifest import RunTimer, collect_versions
-from analysis.studies.progress import make_notifier, make_progress_bar
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret

@@ -17,6 +17,7 @@ from analysis.judges.model_judges import ModelJudge
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, Response, generate_responses
+from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar
 from analysis.readouts.readout import Readout
 from analysis.report.results import Run
 from analysis.run import score_condition
@@ -31,7 +32,6 @@ from analysis.stats.tables import UNDEFENDED
 from analysis.studies.calibration import save_validity
 from analysis.studies.judge_file import JudgeOptions
 from analysis.studies.manifest import RunTimer, describe_readout
-from analysis.studies.progress import make_defense_call_callback, make_notifier, make_progress_bar
 from analysis.studies.run_spec import RunSpec, check_response_tokens
 from analysis.studies.setup import NO_REFERENCE, RunSetup, prepare_setup
 from analysis.studies.sweep import (

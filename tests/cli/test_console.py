@@ -11,9 +11,9 @@ from rich.console import Console
 
 from analysis.cli.catalog import collect_catalog, print_catalog
 from analysis.cli.console import print_checks, print_failed_checks, print_summary
+from analysis.progress import make_progress_bar
 from analysis.stats.tables import ESTIMATE_NAMES, Summary
 from analysis.studies.preflight import PreflightCheck
-from analysis.studies.progress import make_progress_bar
 
 RECORD = {
     "model": {"name": "smollm2", "id": "x/y"},
