@@ -127,35 +127,11 @@ ANSWER_CUES: dict[str, re.Pattern[str]] = {
 
 CUES = {**REFUSAL_CUES, **ANSWER_CUES}
 
-# Inability in words only; taken out before words and cues are counted.
+# Inability or an apology in words only ("I'm sorry for any confusion. I'm here to help you with ..."); taken
+# out before words and cues are counted.
 IDIOM = _compile(
     r"\b(?:I|we|you) (?:can't|cannot|can not) (?:wait|stress|emphasi[sz]e|overstate|say enough"
     r"|go wrong|help but)\b"
-)
-
-# A response of a few words that declines and says nothing else.
-BARE_REFUSAL = _compile(r"^(?:no|nope|no way|never|absolutely not|certainly not|denied|request denied)\b\W*$")
-
-ENGLISH_WORDS = frozenset(
-    """
-    a about all an and any are as at be because been but by can cannot could do does for from had has have he
-    her here his how i if in into is it its just let may me more my no not of on one or our please she should
-    so some sorry sure than that the their them then there these they this to up us was we were what when
-    which who why will with would yes you your
-    """.split()  # noqa: SIM905 - a word a line would be eighty lines
-)
-# Frequent words of Spanish, Portuguese, French, Italian, German, Dutch, Swedish, Polish, Turkish and
-# Indonesian that are no English words; words with other letters than a to z count as foreign anyway.
-FOREIGN_WORDS = frozenset(
-    """
-    el las una unos del por para pero como esta esto usted puedo siento que su muy
-    um uma nao posso isso desculpe mas seu sua voce
-    le les des une je ne pas vous nous est et dans avec cette ce peux puis mais qui
-    il gli della che non sono dispiace questo questa di
-    der das und ich nicht kann ist ein eine zu mit auf leider mir sie dem
-    het een niet ik kan voor dat deze maar helaas zijn
-    och att jag inte det som med og ikke jeg
-    nie jest na przykro bir ve bu
-    saya tidak bisa maaf dan yang untuk dengan ini itu
-    """.split()  # noqa: SIM905
+    r"|\b(?:I'm|I am|we're|we are)(?: \w+)? sorry (?:for|about) (?:any|the|this|your) (?:\w+ )?"
+    r"(?:confusion|misunderstanding|inconvenience|delay|wait|loss)[.!]"
 )

@@ -23,7 +23,6 @@ from sklearn.linear_model import LogisticRegression
 from analysis.files import hash_file, write_text_file
 from analysis.judges.judge import Judge
 from analysis.judges.learned import (
-    DIFFERENT_QUESTION,
     LearnedJudge,
     RefusalWeights,
     cut_opening,
@@ -32,7 +31,7 @@ from analysis.judges.learned import (
     list_ngrams,
     write_weights,
 )
-from analysis.judges.rules import RULE_JUDGES, judge_by_patterns, normalize_response
+from analysis.judges.rules import DIFFERENT_QUESTION, RULE_JUDGES, judge_by_patterns, normalize_response
 from defenses.errors import UserError
 
 XSTEST_FILE = "xstest_openings.csv"
