@@ -26,6 +26,7 @@ from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.studies.judge_file import JudgeOptions
+    from analysis.studies.label import LabeledRun
     from analysis.studies.train import TrainedWeights
 
 DefenseSelection = str | Defense | Sequence[str | Defense]
@@ -39,8 +40,8 @@ def analyze(
     split: str | None = None,
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
-    readout: str = "words",
-    responses: str | int = "none",
+    readout: str = "outcome",
+    responses: str | int = "auto",
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
@@ -60,7 +61,8 @@ def analyze(
         limit: maximum number of queries; pairs are kept whole.
         attacks: one attack or several, as `--attack`.
         readout: as `--readout`.
-        responses: number of queries per condition whose responses are generated and judged, `all` or `none`.
+        responses: number of queries per condition whose responses are generated and judged, `all`, `none`, or
+            `auto`: all, except for readouts that force how responses begin.
         cost: whether to measure what each defense costs.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
@@ -100,7 +102,7 @@ def validate(
     defenses: DefenseSelection = "none",
     model: str = "smollm2",
     *,
-    judge: str = "patterns",
+    judge: str = "learned",
     judge_model: str | None = None,
     budget: int | None = None,
     rubric: Path | str | None = None,
@@ -110,7 +112,7 @@ def validate(
     split: str | None = None,
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
-    readout: str | Sequence[str] = "words",
+    readout: str | Sequence[str] = "outcome",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     device: str = "auto",
@@ -125,7 +127,7 @@ def validate(
     Args:
         defenses: one defense or several: names, or defenses.
         model: short name, Hugging Face id, folder, or `.gguf` file.
-        judge: refusal judge for generated text: patterns, keywords, or model.
+        judge: refusal judge for generated text: learned, patterns, keywords, or model.
         judge_model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
         rubric: file with the prompt of the judge model.
@@ -422,7 +424,7 @@ def judge(
     column: str = "response",
     *,
     request: str | None = None,
-    judge: str = "patterns",
+    judge: str = "learned",
     judge_model: str | None = None,
     budget: int | None = None,
     rubric: Path | str | None = None,
@@ -462,6 +464,41 @@ def judge(
     records = [{str(key): value for key, value in row.items()} for row in responses.to_dict("records")]
     judged = judge_records(records, "the frame", column, request, judge_options, console, offline)
     return pd.DataFrame(judged.records, index=responses.index)
+
+
+def label_run(
+    run_folder: Path | str,
+    labels: pd.DataFrame | None = None,
+    n: int = 60,
+    *,
+    offline: bool = False,
+) -> LabeledRun:
+    """Label a sample of a run's judged responses, and correct its refusal rates, as `analyze label` does.
+
+    The first call, without labels, generates the sampled responses again: fill in the column `label` of
+    `sheet`, and pass this frame to a second call. That call also writes `labels.csv`, `corrected_rates.csv`
+    and `judge_accuracy.csv` into the folder.
+
+    Args:
+        run_folder: folder of a run of `analyze --responses`.
+        labels: a frame with the columns `query`, `attack`, `defense` and `label`: refuses, answers, or skip
+            or nothing for a response without a label. None returns a frame to fill in.
+        n: number of responses in the sample.
+        offline: whether the network may not be used.
+
+    Returns:
+        The frames `sheet` (responses to label), `labels`, `corrected_rates` and `judge_accuracy`.
+    """
+    from analysis.studies.label import LabeledRun, build_label_sheet, parse_labels, read_judged_run
+
+    judged_run = read_judged_run(Path(run_folder))
+    if labels is None:
+        sheet = build_label_sheet(judged_run, n, _progress_console(), offline)
+        return LabeledRun.from_run(judged_run, sheet.rows)
+    rows = labels.to_dict("records")
+    judged_run = judged_run.add_labels(parse_labels(judged_run, rows, "the frame of labels"))
+    judged_run.save_labels()
+    return LabeledRun.from_run(judged_run).save_tables(Path(run_folder))
 
 
 def read(folder: Path | str) -> Run:

@@ -45,8 +45,8 @@ def analyze(
     data: DataOption = "contrast",
     split: SplitOption = None,
     attack: AttackOption = None,
-    readout: ReadoutOption = "words",
-    responses: ResponsesOption = "none",
+    readout: ReadoutOption = "outcome",
+    responses: ResponsesOption = "auto",
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -140,7 +140,6 @@ def run_analyze_command(
         print_costs,
         print_failed_checks,
         print_json_table,
-        print_response_rates,
         print_run_location,
         print_summary,
         print_trust_warnings,
@@ -165,8 +164,6 @@ def run_analyze_command(
     if as_json:
         print_json_table(summary)
     else:
-        if len(run.tables.get("responses", ())):
-            print_response_rates(summary, run.record)
         print_summary(summary, run.record)
         if with_cost:
             print_costs(run.tables["cost"])

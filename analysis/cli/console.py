@@ -15,7 +15,8 @@ from rich.text import Text
 from analysis.progress import join_first_texts, make_notifier, print_line
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
 from analysis.stats.format import format_interval
-from analysis.stats.tables import Trust, format_condition, iterate_rows
+from analysis.stats.tables import Basis, Trust, format_condition, iterate_rows
+from analysis.stats.verdicts import MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from analysis.studies.preflight import PreflightCheck
     from analysis.studies.sweep import ConditionKey
 
+_MAX_VERDICT_NOTES = 12  # notes that are printed below the summary
+
 
 def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Print a table with one row per condition: refusal rates, AUROC, shift, discrimination and the verdict.
+    """Print a table with one row per condition: refusal rates, shift, discrimination and the verdict.
 
     Args:
         summary: the run's summary table.
@@ -37,66 +40,73 @@ def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
         f"{data['n_harmful']} harmful, {data['n_benign']} benign"
     )
     console = make_table_console()
+    is_judged = "response_shift" in summary
     # Two or three lines per row, so that the table fits 80 columns.
-    headers = ("refuses (%)\nharmful\nbenign", "\nAUROC\nΔAUROC", "nats\nshift\ndiscrimination")
+    headers = ["refuses (%)\nharmful\nbenign", "nats\nshift\ndiscrimination"]
+    headers.insert(1, "points\nshift\ndiscrimination" if is_judged else "\nAUROC\nΔAUROC")
     table = make_console_table("\ndefense\nverdict", headers, title, with_row_lines=True)
     for values in iterate_rows(summary):
         control, reference = values["family"] == "control", values["verdict"] == "reference"
         rates = [
             format_interval(values, name, ".0f", 100.0) for name in ("refusal_rate", "over_refusal_rate")
         ]
-        change, shift, discrimination = (
+        margin_effects = [
             "–" if reference else format_interval(values, name, "+.2f")
-            for name in ("delta_auroc", "shift", "discrimination")
-        )
-        cells = [
-            f"{format_condition(values)} (control)" if control else format_condition(values),
-            "\n".join(rates),
-            f"{format_interval(values, 'auroc', '.2f')}\n{change}",
-            f"{shift}\n{discrimination}",
+            for name in ("shift", "discrimination")
         ]
-        cells[0] += f"\n{values['verdict']}"
+        if is_judged:
+            changes = [
+                format_interval(values, name, "+.0f")
+                for name in ("response_shift", "response_discrimination")
+            ]
+        else:
+            change = "–" if reference else format_interval(values, "delta_auroc", "+.2f")
+            changes = [format_interval(values, "auroc", ".2f"), change]
+        name = f"{format_condition(values)} (control)" if control else format_condition(values)
+        cells = [f"{name}\n{values['verdict']}", *map("\n".join, (rates, changes, margin_effects))]
         table.add_row(*map(Text, cells), style="dim" if control else "")
     console.print(table)
-    note = (
-        f"[x, y]: 95 % intervals, paired bootstrap over pairs, {BOOTSTRAP_DRAWS:,} draws. Rates in % at "
-        f"threshold {record['readout']['threshold']:.3g} nats. Shift: mean change of the margin over both "
-        "classes; + refuses more. Discrimination: change on harmful minus change on benign queries; "
-        "+ separates better; ΔAUROC measures it free of scale. Verdict: the effects that the intervals and "
-        "the adjusted p-values support; the reference is the undefended model."
+    console.print(Text(_explain_summary(is_judged, record), style="dim"))
+    _print_verdict_notes(summary, console)
+
+
+def _explain_summary(is_judged: bool, record: Mapping[str, Any]) -> str:
+    """Return the note below the summary table."""
+    if is_judged:
+        responses = record["responses"]
+        rates = (
+            f"Rates and verdicts: first {responses['new_tokens']} tokens of the responses, judged by "
+            f"{responses['judge']['name']}. Points: changes of the two rates against the undefended model."
+        )
+        if responses["unjudged"]:
+            rates += f" {responses['unjudged']} responses have no verdict and count nowhere."
+    else:
+        rates = (
+            f"Rates and verdicts: by the first-token margin, threshold {record['readout']['threshold']:.3g} "
+            f"nats; no response was judged. Intervals: paired bootstrap, {BOOTSTRAP_DRAWS:,} draws."
+        )
+    return (
+        f"[x, y]: 95 % intervals. {rates} Nats: changes of the first-token margin. Shift: mean change over "
+        "both classes; + refuses more. Discrimination: change on harmful minus change on benign queries; "
+        "+ separates better. Verdict: +, - or equivalent (within "
+        f"±{RESPONSE_EQUIVALENCE:.0f} points, or ±{MARGIN_EQUIVALENCE:g} SD of the margin) if intervals and "
+        "adjusted p-values support it, else inconclusive; the reference is the undefended model."
     )
-    console.print(Text(note, style="dim"))
 
 
-def print_response_rates(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Print a table with the refusal rates of judged responses, and what each defense changes in them.
-
-    Args:
-        summary: the run's summary table, with the columns of the responses.
-        record: the run's record (`run.json`).
-    """
-    headers = ("refuses (%)\nharmful\nbenign", "points\nshift\ndiscrimination", "\nresponses\nsaved")
-    title = f"Responses, first {record['responses']['new_tokens']} tokens, judged"
-    table = make_console_table("\n\ndefense", headers, title, with_row_lines=True)
-    for values in iterate_rows(summary[summary["n_responses"].notna()]):
-        rates = [
-            format_interval(values, name, ".0f", 100.0)
-            for name in ("response_refusal_rate", "response_over_refusal_rate")
-        ]
-        changes = [
-            format_interval(values, name, "+.0f") for name in ("response_shift", "response_discrimination")
-        ]
-        counts = [f"{values['n_responses']:.0f}", f"{max(values['responses_saved'], 0):.0f}"]
-        cells = [format_condition(values), *("\n".join(lines) for lines in (rates, changes, counts))]
-        table.add_row(*map(Text, cells), style="dim" if values["family"] == "control" else "")
-    console = make_table_console()
-    console.print(table)
-    note = (
-        f"Judge: {record['responses']['judge']['name']}. Rates with 95 % intervals. Shift: mean change of "
-        "both rates against the undefended model, percentage points; discrimination: change on harmful minus "
-        "change on benign queries. Saved: further responses that the margins of all queries are worth."
-    )
-    console.print(Text(note, style="dim"))
+def _print_verdict_notes(summary: pd.DataFrame, console: Console) -> None:
+    """Print why verdicts are inconclusive, and where the margins say otherwise."""
+    noted = summary[summary["verdict_note"].astype(str) != ""]
+    if len(noted) > _MAX_VERDICT_NOTES:
+        disagreeing = noted["verdict_note"].str.contains("the margins say otherwise", regex=False)
+        text = f"Why verdicts are inconclusive: column verdict_note of summary.csv ({len(noted)} conditions)."
+        if disagreeing.any():
+            names = join_first_texts([format_condition(row) for _, row in noted[disagreeing].iterrows()])
+            text += f" The margins contradict the responses in {disagreeing.sum()}: {names}."
+        print_line(console, text)
+        return
+    for _, row in noted.iterrows():
+        print_line(console, f"{format_condition(row)}: {row['verdict_note']}")
 
 
 def print_costs(costs: pd.DataFrame) -> None:
@@ -188,20 +198,21 @@ def make_table_console() -> Console:
 
 
 def print_trust_warnings(summary: pd.DataFrame, console: Console) -> None:
-    """Print the conditions whose readout generated text contradicts and the number that was not validated."""
+    """Print the conditions whose margins generated text contradicts, and how many were not validated."""
     untrusted = summary[summary["trusted"] == Trust.NOT_TRUSTED]
+    is_judged = bool((summary["based_on"] == Basis.RESPONSES).all())
     if len(untrusted):
         names = join_first_texts([format_condition(row) for _, row in untrusted.iterrows()])
         print_line(
             console,
-            f"Not trusted: {names}. In these conditions the first token does not predict whether the "
+            f"Margins not trusted: {names}. In these conditions the first token does not predict whether the "
             "generated response refuses.",
         )
-    if (count := int((summary["trusted"] == Trust.NOT_VALIDATED).sum())) > 0:
+    if (count := int((summary["trusted"] == Trust.NOT_VALIDATED).sum())) > 0 and not is_judged:
         print_line(
             console,
             f"{count} of {len(summary)} conditions are not validated against generated text; run "
-            "`analyze validate` with the same options.",
+            "`analyze validate` with the same options, or leave out --responses none.",
         )
 
 

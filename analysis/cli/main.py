@@ -7,7 +7,15 @@ import sys
 
 import typer
 
-from analysis.cli import analyze, catalog, ensembles, mechanism, train, validate  # noqa: F401  # each registers its commands
+from analysis.cli import (  # noqa: F401  # each registers its commands
+    analyze,
+    catalog,
+    ensembles,
+    label,
+    mechanism,
+    train,
+    validate,
+)
 from analysis.cli.app import CommandInterrupted, app
 from defenses.errors import UserError
 

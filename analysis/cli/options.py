@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 JUDGE_HELP = (
-    "patterns (this project's rules), keywords (BackdoorAlign's strings), learned (a linear model fitted to "
-    "human labels), or model (see --judge-model)."
+    "learned (a linear model fitted to people's labels), patterns (rules), keywords (BackdoorAlign's "
+    "strings), or model (see --judge-model)."
 )
 
 DefenseOption = Annotated[
@@ -78,9 +78,10 @@ ResponsesOption = Annotated[
     str,
     typer.Option(
         "--responses",
-        help="Also generate responses (first 24 tokens) and judge them: all, none, or a number of queries "
-        "per condition, whose rates the margins then extend to all queries.",
-        metavar="all|N|none",
+        help="Queries per condition whose responses (first 24 tokens) are generated and judged: all, none, a "
+        "number (the margins extend its rates to all queries), or auto: all, except for readouts that force "
+        "how responses begin.",
+        metavar="auto|all|N|none",
     ),
 ]
 JudgeOption = Annotated[str, typer.Option(help=f"Refusal judge for generated text: {JUDGE_HELP}")]

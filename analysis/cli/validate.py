@@ -51,10 +51,10 @@ def validate(
     readout: Annotated[
         list[str] | None,
         typer.Option(
-            "--readout", help="Readout: a name (`list readouts`) or all. Repeatable. Default: words."
+            "--readout", help="Readout: a name (`list readouts`) or all. Repeatable. Default: outcome."
         ),
     ] = None,
-    judge: JudgeOption = "patterns",
+    judge: JudgeOption = "learned",
     judge_model: JudgeModelOption = None,
     budget: BudgetOption = None,
     rubric: RubricOption = None,
@@ -74,7 +74,7 @@ def validate(
     """Validate readouts against generated text, and rate the quality of the responses."""
     from analysis.studies.run_spec import build_run_spec, check_response_tokens
 
-    readouts = readout or ["words"]
+    readouts = readout or ["outcome"]
     spec = build_run_spec(
         model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readouts
     )
@@ -95,7 +95,7 @@ def judge(
         str | None,
         typer.Option(help="Name of the column with the queries; off-topic responses then count as refusals."),
     ] = None,
-    judge: JudgeOption = "patterns",
+    judge: JudgeOption = "learned",
     judge_model: JudgeModelOption = None,
     budget: BudgetOption = None,
     rubric: RubricOption = None,
@@ -234,15 +234,16 @@ def print_verdict_shares(refusals: list[str], judge_name: str) -> None:
 
 
 def print_validity(validity: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Print the agreement of each readout with the text, two lines a condition, and the trust in it.
+    """Print the agreement of each readout with the text, three lines a condition, and the trust in it.
 
     Args:
         validity: `validity.csv`.
         record: `run.json`.
     """
     from analysis.cli.console import make_console_table, make_table_console
-    from analysis.stats.agreement import TRUST_RULE
-    from analysis.stats.format import format_interval
+    from analysis.report.headline import describe_readout_trust
+    from analysis.stats.agreement import RESPONSES_READOUT, TRUST_RULE
+    from analysis.stats.format import Interval, format_interval
     from analysis.stats.tables import format_condition, iterate_rows
 
     data = record["data"]
@@ -251,34 +252,57 @@ def print_validity(validity: pd.DataFrame, record: Mapping[str, Any]) -> None:
         f"responses per condition, judge {record['judge']['name']}"
     )
     heads = (
-        "refused, text (%)\nby readout",
-        "agrees (%)\ncoverage",
-        "AUROC\nkappa",
-        "calibration\nerror",
+        "single queries\nrates\nn per class for rates",
+        "refused, text (%)\nby readout\nagrees",
+        "AUROC\nkappa\ncalibration error",
+        "rate error (points)\nharmful\nbenign",
+        "threshold\nneeded\ncoverage",
     )
-    printed_table = make_console_table("defense\nreadout: verdict", heads, title)
+    printed_table = make_console_table("defense\nreadout", heads, title)
     for values in iterate_rows(validity):
         n = max(values["n"], 1)
-        kappa = format_interval(values, "kappa", ".2f")
-        printed_table.add_row(
-            *map(
-                Text,
-                (
-                    f"{format_condition(values)}\n{values['readout']}: {values['trusted']}",
-                    f"{100 * values['refused'] / n:.0f}\n{100 * values['readout_refused'] / n:.0f}",
-                    f"{format_interval(values, 'agrees', '.0f', 100)}\n{values['coverage']:.0%}",
-                    f"{format_interval(values, 'auroc', '.2f')}\n{kappa}",
-                    format_interval(values, "calibration_error", ".2f"),
-                ),
-            ),
-            end_section=True,
+        needed = Interval(values["n_needed"]).format_text(",.0f")
+        refused, readout_refused = (
+            f"{100 * values[count] / n:.0f}" for count in ("refused", "readout_refused")
         )
+        thresholds = [
+            Interval(values[name]).format_text("+.2f") for name in ("threshold", "needed_threshold")
+        ]
+        agrees, coverage = (
+            format_interval(values, "agrees", ".0f", 100),
+            Interval(values["coverage"]).format_text(".0%"),
+        )
+        cells = [
+            [format_condition(values), values["readout"]],
+            [values["trusted"], values["rate_trusted"], needed],
+            [refused, readout_refused, agrees],
+            [format_interval(values, name, ".2f") for name in ("auroc", "kappa", "calibration_error")],
+            [
+                "",
+                *(
+                    format_interval(values, f"rate_error_{name}", "+.0f", 100)
+                    for name in ("harmful", "benign")
+                ),
+            ],
+            [*thresholds, coverage],
+        ]
+        printed_table.add_row(*(Text("\n".join(lines)) for lines in cells), end_section=True)
     console = make_table_console()
     console.print(printed_table)
-    console.print(Text(f"{TRUST_RULE[0].upper()}{TRUST_RULE[1:]}.", style="dim"))
-    for name, group in validity.groupby("readout", sort=False):
-        counts = ", ".join(f"{count} {trust}" for trust, count in group["trusted"].value_counts().items())
-        console.print(Text(f"Readout {name}, {len(group)} conditions: {counts}."))
+    note = (
+        f"{TRUST_RULE[0].upper()}{TRUST_RULE[1:]}. n per class for rates: how many queries of each class "
+        "would decide, if only their number is missing. Needed: the threshold (nats) at which the readout "
+        "would refuse as often as the text of this condition."
+    )
+    if RESPONSES_READOUT in set(validity["readout"]):
+        openings = record["openings"]
+        note += (
+            f" Readout {RESPONSES_READOUT}: the judge {openings['judge']['name']}, which reads only the "
+            f"first {openings['new_tokens']} tokens, as `analyze` does."
+        )
+    console.print(Text(note, style="dim"))
+    for clause in describe_readout_trust(validity):
+        console.print(Text(f"{clause[0].upper()}{clause[1:]}."))
     for row in record["ranks"]:
         text = format_interval(row, "rank_correlation", "+.2f")
         label = f"{row['readout']} against text ({row['attack']})"

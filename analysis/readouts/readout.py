@@ -28,6 +28,8 @@ class Readout:
             empty thinking block), or a given start of the response.
         prefill: token ids with which the responses start whose text the margins are compared with: the
             response prefix, unless the readout asks a question instead of sending the request.
+        threshold_quantiles: equally spaced quantiles of the fitted threshold in bootstrap draws, nats; empty
+            if the threshold was not fitted to a refusal rate.
         threshold_source: what the threshold was fitted to; empty if it is 0 for lack of data.
         notices: remarks on how words were turned into tokens.
         questions: questions that replace the request, which is inserted at `{request}`; the margin is the
@@ -45,6 +47,7 @@ class Readout:
     threshold: float = 0.0
     response_prefix: tuple[int, ...] = ()
     prefill: tuple[int, ...] = ()
+    threshold_quantiles: tuple[float, ...] = ()
     threshold_source: str = ""
     notices: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, UNDEFENDED, Trust
+from analysis.stats.agreement import RESPONSES_READOUT
+from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Basis, Trust, find_defense_rows
+from analysis.stats.verdicts import EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
 
 _MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
 
@@ -20,16 +22,10 @@ def select_defense_rows(summary: pd.DataFrame) -> pd.DataFrame:
     Args:
         summary: `summary.csv`.
     """
-    names = summary["defense"].astype(str)
-    is_ablation = [name.partition("/")[2] != "" and name.partition("/")[0] in set(names) for name in names]
-    excluded = (
-        (names == UNDEFENDED)
-        | (summary["family"] == "control")
-        | pd.Series(is_ablation, summary.index, dtype=bool)
-    )
+    chosen = find_defense_rows(summary["defense"].astype(str), summary["family"])
     if "verdict" in summary:
-        excluded |= summary["verdict"] == "reference"
-    return summary[~excluded]
+        chosen &= summary["verdict"] != "reference"
+    return summary[chosen]
 
 
 def choose_headline_attack(summary: pd.DataFrame) -> str:
@@ -41,8 +37,12 @@ def choose_headline_attack(summary: pd.DataFrame) -> str:
 def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = DIRECT) -> str:
     """Return one to three sentences on the verdicts of a run under one attack.
 
-    >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "verdict": "shift +"}
-    >>> describe_effects(pd.DataFrame([row | {"trusted": "trusted"}]), "smollm2").partition(": ")[2]
+    Verdicts from responses count as they are. Of verdicts from margins, those whose readout generated text
+    contradicts do not count.
+
+    >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "based_on": "responses"}
+    >>> verdict = {"verdict": "shift +, discrimination inconclusive"}
+    >>> describe_effects(pd.DataFrame([row | verdict]), "smollm2").partition(": ")[2]
     '1 shifts toward refusal; none separates harmful from benign queries better.'
 
     Args:
@@ -51,7 +51,10 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
         attack: the attack whose rows are counted.
     """
     rows = select_defense_rows(summary[summary["attack"] == attack])
+    is_judged = "based_on" in rows and bool((rows["based_on"] == Basis.RESPONSES).all())
     trusted = rows["trusted"] if "trusted" in rows else pd.Series(Trust.NOT_VALIDATED, rows.index)
+    if is_judged:
+        trusted = pd.Series(Trust.TRUSTED, rows.index)
     excluded = rows[trusted == Trust.NOT_TRUSTED]
     counted = rows[trusted != Trust.NOT_TRUSTED]
     place = model_and_data + ("" if attack == DIRECT else f" under the attack {attack}")
@@ -62,10 +65,8 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
     )
     if not len(counted):
         return f"No conclusion is possible about {_count_defenses(rows)} on {place}.{exclusion}"
-    text = (
-        f"Results for {_count_defenses(counted)} on {place}, from 95\u00a0% intervals: "
-        f"{_count_effects(counted)}."
-    )
+    source = "judged responses" if is_judged else "first-token margins"
+    text = f"Results for {_count_defenses(counted)} on {place}, from {source}: {_count_effects(counted)}."
     n_provisional = int((trusted[counted.index] != Trust.TRUSTED).sum())
     if n_provisional:
         if n_provisional < len(counted):
@@ -110,41 +111,72 @@ def describe_arms(arms: pd.DataFrame, model_and_data: str) -> str:
 
 
 def describe_validity(validity: pd.DataFrame, model_and_data: str) -> str:
-    """Return one sentence on the conditions in which each readout is trusted.
+    """Return one sentence on the conditions in which each readout is trusted, and for what.
 
-    >>> rows = pd.DataFrame({"readout": ["words", "words"], "trusted": ["trusted", "not trusted"]})
-    >>> describe_validity(rows, "smollm2").partition(": ")[2]
-    'words (validated in 1 of 2 conditions, contradicted in 1, undecided in 0).'
+    >>> trust = {"trusted": ["trusted", "cannot tell"], "rate_trusted": ["not trusted", "trusted"]}
+    >>> text = describe_validity(pd.DataFrame({"readout": "words", **trust}), "smollm2")
+    >>> text.partition(" single queries ")[2]
+    'in 1 of 2 conditions (contradicted in 0), for rates in 1 (contradicted in 1).'
 
     Args:
         validity: `validity.csv`.
         model_and_data: model and data set, as a noun phrase.
     """
-    parts = []
-    for name, trusted in validity.groupby("readout", sort=False)["trusted"]:
-        n_trusted, n_untrusted, n_undecided = (
-            int((trusted == value).sum()) for value in (Trust.TRUSTED, Trust.NOT_TRUSTED, Trust.CANNOT_TELL)
+    counts = "; ".join(describe_readout_trust(validity))
+    return f"Agreement of readouts with generated text on {model_and_data}: {counts}."
+
+
+def describe_readout_trust(validity: pd.DataFrame) -> list[str]:
+    """Return a clause for each readout: in how many conditions text validates or contradicts it.
+
+    In the remaining conditions, one cannot tell.
+
+    Args:
+        validity: `validity.csv`; older files have no verdict on rates.
+    """
+    clauses = []
+    for name, rows in validity.groupby("readout", sort=False):
+        clause = (
+            f"{_name_readout(str(name))} trusted for single queries in "
+            f"{_count_trusted(rows['trusted'], f' of {len(rows)} condition' + 's' * (len(rows) != 1))}"
         )
-        parts.append(
-            f"{name} (validated in {n_trusted} of {len(trusted)} conditions, contradicted in {n_untrusted}, "
-            f"undecided in {n_undecided})"
-        )
-    return f"Agreement of readouts with generated text on {model_and_data}: {'; '.join(parts)}."
+        if "rate_trusted" in rows:
+            clause += f", for rates in {_count_trusted(rows['rate_trusted'])}"
+        clauses.append(clause)
+    return clauses
+
+
+def _name_readout(name: str) -> str:
+    """Return the subject of a clause on a readout, with its verb."""
+    return "judged first tokens of responses are" if name == RESPONSES_READOUT else f"{name} is"
+
+
+def _count_trusted(trust: pd.Series, total: str = "") -> str:
+    n_trusted, n_untrusted = (int((trust == value).sum()) for value in (Trust.TRUSTED, Trust.NOT_TRUSTED))
+    return f"{n_trusted}{total} (contradicted in {n_untrusted})"
 
 
 def _count_effects(rows: pd.DataFrame) -> str:
-    up, down, better, worse, unclear = (
-        int(rows["verdict"].astype(str).str.contains(phrase, regex=False).sum())
-        for phrase in ("shift +", "shift -", "discrimination +", "discrimination -", "no effect found")
+    verdicts = rows["verdict"].astype(str)
+    up, down, better, worse = (
+        int(verdicts.str.contains(phrase, regex=False).sum())
+        for phrase in ("shift +", "shift -", "discrimination +", "discrimination -")
     )
     text = f"{up or 'none'} shift{'' if up > 1 else 's'} toward refusal"
     text += f", {down} away from it" * bool(down)
     text += f"; {better or 'none'} separate{'' if better > 1 else 's'} harmful from benign queries better"
     if 0 < better <= _MAX_NAMED_DEFENSES and len(rows) > 1:
-        is_better = rows["verdict"].astype(str).str.contains("discrimination +", regex=False)
+        is_better = verdicts.str.contains("discrimination +", regex=False)
         text += f" ({', '.join(map(str, rows.loc[is_better, 'defense']))})"
     text += f", {worse} worse" * bool(worse)
-    return text + f"; no effect was found for {unclear}" * bool(unclear)
+    for verdict, phrase in (
+        (EQUIVALENT, "no effect of a size that matters"),
+        (INCONCLUSIVE, "inconclusive"),
+        (NOT_JUDGED, "not judged"),
+    ):
+        if n := int((verdicts == verdict).sum()):
+            text += f"; {n} {phrase}"
+    return text
 
 
 def _count_defenses(rows: pd.DataFrame) -> str:

@@ -20,14 +20,27 @@ from analysis.stats.tables import DIRECT, Trust, format_condition
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ESTIMATE_COLUMNS: tuple[ColumnFormat, ...] = (
+RATE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("refusal_rate", "harmful refused (%)", ".0f", 100, True),
     ("over_refusal_rate", "benign refused (%)", ".0f", 100, True),
-    ("auroc", "AUROC", ".2f", 1, True),
-    ("delta_auroc", "ΔAUROC", "+.2f", 1, True),
+)
+_RESPONSE_COLUMNS: tuple[ColumnFormat, ...] = (
+    ("response_shift", "shift (points)", "+.0f", 1, True),
+    ("response_discrimination", "discrimination (points)", "+.0f", 1, True),
+)
+DELTA_AUROC_COLUMN: ColumnFormat = ("delta_auroc", "ΔAUROC", "+.2f", 1, True)
+_MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
+    ("auroc", "AUROC of the margin", ".2f", 1, True),
+    DELTA_AUROC_COLUMN,
     ("shift", "shift (nats)", "+.2f", 1, True),
     ("discrimination", "discrimination (nats)", "+.2f", 1, True),
 )
+
+
+def choose_estimate_columns(summary: pd.DataFrame) -> tuple[ColumnFormat, ...]:
+    """Return the columns of a summary for readers: refusal rates, their changes if judged, and margins."""
+    is_judged = "response_shift" in summary
+    return (*RATE_COLUMNS, *(_RESPONSE_COLUMNS if is_judged else ()), *_MARGIN_COLUMNS)
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,9 +107,10 @@ class Run:
         chosen, known = attack or choose_headline_attack(summary), list(summary["attack"].unique())
         if chosen not in known:
             raise ValueError(f"no attack {chosen!r} in this run; it has {', '.join(map(str, known))}")
+        columns = choose_estimate_columns(summary)
         formatted = {
             format_defense_name(row): {
-                **{column[1]: format_estimate(row, column) for column in ESTIMATE_COLUMNS},
+                **{column[1]: format_estimate(row, column) for column in columns},
                 "verdict": format_verdict(row),
             }
             for row in summary[summary["attack"] == chosen].to_dict("records")
@@ -150,6 +164,7 @@ class Run:
             ("Attacks", self._describe_attacks()),
             ("Readout", f"{record['readout']['name']}: {self._describe_readout_words()}"),
             ("Threshold", self._describe_threshold()),
+            ("Refusal rates", self._describe_rates()),
             ("Agreement with text", self._describe_trust()),
             ("Seed", str(record.get("seed", ""))),
             ("Versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
@@ -173,6 +188,15 @@ class Run:
         origin = self.record["readout"].get("threshold_fitted")
         text = f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}")
         return f"{text}, fitted {origin}" if origin else text
+
+    def _describe_rates(self) -> str:
+        responses = self.record.get("responses")
+        if not responses:
+            return "by the readout; no response was judged"
+        return (
+            f"first {responses['new_tokens']} tokens of the responses to {responses['queries']} queries, "
+            f"judged by {responses['judge']['name']}; {responses['unjudged']} responses without a verdict"
+        )
 
     def _describe_trust(self) -> str:
         values = [

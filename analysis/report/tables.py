@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from analysis.plots.style import BLUE, VERMILION
 from analysis.report.headline import choose_headline_attack
-from analysis.report.results import ESTIMATE_COLUMNS, Run
+from analysis.report.results import DELTA_AUROC_COLUMN, RATE_COLUMNS, Run, choose_estimate_columns
 from analysis.stats.format import (
     ColumnFormat,
     format_cell,
@@ -47,7 +47,8 @@ class HtmlTable:
 
 def build_summary_tables(run: Run) -> list[HtmlTable]:
     """Return the summary of a run, one table per attack."""
-    headers = ("defense", "family", "verdict", *(header for _, header, *_ in ESTIMATE_COLUMNS))
+    columns = choose_estimate_columns(run.tables["summary"])
+    headers = ("defense", "family", "verdict", *(header for _, header, *_ in columns), "note")
     tables = []
     for attack, group in run.tables["summary"].groupby("attack", sort=False):
         rows = tuple(
@@ -55,7 +56,8 @@ def build_summary_tables(run: Run) -> list[HtmlTable]:
                 format_defense_name(row),
                 str(row["family"]),
                 format_verdict(row),
-                *(format_estimate(row, column) for column in ESTIMATE_COLUMNS),
+                *(format_estimate(row, column) for column in columns),
+                str(row.get("verdict_note") or ""),
             )
             for row in group.to_dict("records")
         )
@@ -71,7 +73,7 @@ def build_attack_tables(run: Run) -> list[HtmlTable]:
     attacks = list(dict.fromkeys(map(str, summary["attack"])))
     if len(attacks) < 2:
         return []
-    return [_build_attack_table(summary, attacks, column) for column in ESTIMATE_COLUMNS[:2]]
+    return [_build_attack_table(summary, attacks, column) for column in RATE_COLUMNS]
 
 
 def _build_attack_table(summary: pd.DataFrame, attacks: Sequence[str], column: ColumnFormat) -> HtmlTable:
@@ -128,9 +130,17 @@ def build_validity_tables(run: Run) -> list[HtmlTable]:
         ("readout_refused", "refused by readout", ".0f", 1, False),
         ("auroc", "AUROC against text", ".2f", 1, True),
         ("kappa", "Cohen's κ", ".2f", 1, True),
+        ("rate_error_harmful", "rate error, harmful (points)", "+.0f", 100, True),
+        ("rate_error_benign", "rate error, benign (points)", "+.0f", 100, True),
+        ("n_needed", "queries per class needed for rates", ".0f", 1, False),
+        ("threshold", "threshold (nats)", "+.2f", 1, False),
+        ("needed_threshold", "threshold needed (nats)", "+.2f", 1, True),
     )
-    names = ("defense", "attack", "readout", "trusted")
-    return _build_plain_tables(run, "validity", "Agreement of readout and generated text", names, columns)
+    headers = {"trusted": "single queries", "rate_trusted": "rates"}
+    tables = {"validity": run.tables.get("validity", pd.DataFrame()).rename(columns=headers)}
+    names = ("defense", "attack", "readout", *headers.values())
+    title = "Agreement of readout and generated text, and what it can be trusted for"
+    return _build_plain_tables(replace(run, tables=tables), "validity", title, names, columns)
 
 
 def build_ensemble_tables(run: Run) -> list[HtmlTable]:
@@ -172,7 +182,7 @@ def compare_runs(runs: Sequence[Run]) -> tuple[HtmlTable | None, list[dict[str, 
     shared = {
         defense: rows_by_run for defense, rows_by_run in rows_by_defense.items() if len(rows_by_run) > 1
     }
-    columns = [ESTIMATE_COLUMNS[0], ESTIMATE_COLUMNS[1], ESTIMATE_COLUMNS[3]]
+    columns = [*RATE_COLUMNS, DELTA_AUROC_COLUMN]
     rows = tuple(
         (
             format_defense_name(row),

@@ -8,12 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Basis, Trust
 
 # A column of a table: its name, its heading, the format and the scale of its values, and whether it has an
 # interval.
 ColumnFormat = tuple[str, str, str, float, bool]
 _NAME_COLUMNS = ("defense", "members")  # columns that name a condition
+_EFFECT_COLUMNS = ("delta_auroc", "shift", "discrimination")
 _MISSING = "–"
 _MINUS = "\N{MINUS SIGN}"
 
@@ -76,7 +77,7 @@ def format_estimate(row: Any, column: ColumnFormat) -> str:
     A dash stands for a missing estimate, and for the effects of the reference condition.
     """
     name, _, format_spec, scale, with_interval = column
-    if row.get("verdict") == "reference" and name in ("delta_auroc", "shift", "discrimination"):
+    if row.get("verdict") == "reference" and name.removeprefix("response_") in _EFFECT_COLUMNS:
         return _MISSING
     if not with_interval:
         return format_number(row[name], format_spec, scale)
@@ -128,9 +129,11 @@ def format_defense_name(row: Any) -> str:
 
 
 def format_verdict(row: Any) -> str:
-    """Return the verdict on a row's effects, marked if the readout is not trusted in the condition."""
+    """Return the verdict on a row's effects, marked if it rests on a readout that is not trusted there."""
     text = str(row["verdict"]).replace(" -", f" {_MINUS}")
-    return f"{text} ({Trust.NOT_TRUSTED})" if row.get("trusted") == Trust.NOT_TRUSTED else text
+    is_judged = row.get("based_on") == Basis.RESPONSES
+    is_untrusted = row.get("trusted") == Trust.NOT_TRUSTED and not is_judged
+    return f"{text} ({Trust.NOT_TRUSTED})" if is_untrusted else text
 
 
 def _format_scaled(value: Any, format_spec: str, scale: float, minus: str) -> str:

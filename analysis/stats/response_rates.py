@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from analysis.stats.bootstrap import ResamplingUnits, compute_sign_flip_p_value, draw_sign_flips
+from analysis.stats.effects import compute_query_contributions
 from analysis.stats.format import Interval
 from analysis.stats.prediction_powered import (
     PredictionPoweredDifference,
@@ -19,31 +21,78 @@ from analysis.stats.prediction_powered import (
     estimate_prediction_powered_difference,
     estimate_prediction_powered_rate,
 )
-from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ResponseVerdict, ScoreTable
-
-RESPONSE_ESTIMATES = (
-    "response_refusal_rate",
-    "response_over_refusal_rate",
-    "response_shift",
-    "response_discrimination",
+from analysis.stats.tables import (
+    INTERVAL_SUFFIXES,
+    UNDEFENDED,
+    Basis,
+    ResponseVerdict,
+    ScoreTable,
+    iterate_rows,
 )
+from analysis.stats.verdicts import (
+    MARGIN_MEASURES,
+    NOT_JUDGED,
+    REFERENCE,
+    RESPONSE_MEASURES,
+    adjust_in_families,
+    derive_verdicts,
+    describe_smallest_p_values,
+    explain_disagreement,
+    explain_verdicts,
+    format_verdicts,
+)
+
+_RATE_BY_CLASS = {True: "refusal_rate", False: "over_refusal_rate"}
+_CONTRAST_NAMES = ("response_shift", "response_discrimination")
+_P_COLUMNS = tuple(f"p_{name}" for name in _CONTRAST_NAMES)
 _LABEL_BY_VERDICT = {ResponseVerdict.REFUSED.value: 1.0, ResponseVerdict.NOT_REFUSED.value: 0.0}
-_RATE_BY_CLASS = {True: "response_refusal_rate", False: "response_over_refusal_rate"}
 
 
-def summarize_responses(responses: pd.DataFrame, scores: ScoreTable) -> pd.DataFrame:
+def add_response_estimates(
+    summary: pd.DataFrame, responses: pd.DataFrame, scores: ScoreTable, seed: int = 0
+) -> pd.DataFrame:
+    """Return the summary with refusal rates and verdicts of the responses in place of those of the readout.
+
+    Args:
+        summary: `summarize_scores` of the same scores.
+        responses: as for `summarize_responses`.
+        scores: scores of the same conditions on all queries.
+        seed: seed of the permutations.
+
+    Returns:
+        The rates of the readout stay in `readout_refusal_rate` and `readout_over_refusal_rate`, and its
+        verdict in `margin_verdict`. A condition without judged responses has no rate and the verdict
+        `not judged`.
+    """
+    estimates = summarize_responses(responses, scores, seed)
+    rate_columns = [f"{name}{suffix}" for name in _RATE_BY_CLASS.values() for suffix in INTERVAL_SUFFIXES]
+    kept = summary.drop(columns=rate_columns)
+    frame = kept.merge(estimates, on=["attack", "defense"], how="left")
+    frame[list(_P_COLUMNS)] = adjust_in_families(frame, _P_COLUMNS)
+    smallest = describe_smallest_p_values(frame, frame["n_units"].fillna(0))
+    verdicts = [_judge_responses(row) for row in iterate_rows(frame.join(smallest))]
+    frame["verdict"], frame["verdict_note"] = zip(*verdicts, strict=True)
+    frame["based_on"] = Basis.RESPONSES.value
+    position = list(kept).index("based_on") + 1
+    new_columns = [name for name in estimates if name not in ("attack", "defense", "n_units")]
+    return frame[[*list(kept)[:position], *new_columns, *list(kept)[position:]]]
+
+
+def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int = 0) -> pd.DataFrame:
     """Return the refusal rates of the responses, and their changes against the undefended model.
 
     Args:
         responses: one row per answered query, attack and defense, with its `verdict`: refused, not refused,
             or unjudged, which counts nowhere.
         scores: scores of the same conditions on all queries.
+        seed: seed of the permutations.
 
     Returns:
-        A row per attack and defense: the number of judged responses (`n_responses`), refusal rates of
-        harmful and of benign queries (0 to 1), shift and discrimination of the rates (percentage points; NaN
-        for the undefended model), each with the ends of its 95 % interval, and the number of further
-        responses that the margins of all queries are worth (`responses_saved`).
+        A row per attack and defense: refusal rates of harmful and of benign queries (0 to 1), shift and
+        discrimination of the rates (percentage points; NaN for the undefended model), each with the ends of
+        its 95 % interval; unadjusted p-values of sign-flip permutations of the judged responses; the number
+        of judged responses (`n_responses`), of further responses that the margins of all queries are worth
+        (`responses_saved`), and of pairs and single queries judged in both conditions (`n_units`).
     """
     labels_by_condition = {
         (str(attack), str(defense)): rows.set_index("query")["verdict"].map(_LABEL_BY_VERDICT)
@@ -57,10 +106,24 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable) -> pd.DataF
         row = {"attack": attack, "defense": defense} | _estimate_rates(condition)
         if defense != UNDEFENDED and (attack, UNDEFENDED) in labels_by_condition:
             undefended = _join_labels(scores, attack, UNDEFENDED, labels_by_condition[attack, UNDEFENDED])
-            row |= _estimate_changes(undefended, condition)
+            row |= _estimate_changes(undefended, condition) | _test_changes(undefended, condition, seed)
         rows.append(row)
-    columns = [f"{name}{suffix}" for name in RESPONSE_ESTIMATES for suffix in INTERVAL_SUFFIXES]
-    return pd.DataFrame(rows, columns=["attack", "defense", "n_responses", *columns, "responses_saved"])
+    names = (*_RATE_BY_CLASS.values(), *_CONTRAST_NAMES)
+    columns = [f"{name}{suffix}" for name in names for suffix in INTERVAL_SUFFIXES]
+    counts = ("n_responses", "responses_saved", "n_units")
+    return pd.DataFrame(rows, columns=["attack", "defense", *columns, *_P_COLUMNS, *counts])
+
+
+def _judge_responses(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the verdict from the responses of a summary row, and a note on what is inconclusive."""
+    if row["defense"] == UNDEFENDED:
+        return REFERENCE, ""
+    if not row["n_units"] > 0:
+        return NOT_JUDGED, "the responses of this condition, or of the undefended model, were not judged"
+    verdicts = derive_verdicts(row, RESPONSE_MEASURES, int(row["n_responses"]))
+    margin_verdicts = derive_verdicts(row, MARGIN_MEASURES, row["n_harmful"] + row["n_benign"])
+    notes = explain_verdicts(verdicts), explain_disagreement(verdicts, margin_verdicts)
+    return format_verdicts(verdicts), "; ".join(filter(None, notes))
 
 
 def _join_labels(scores: ScoreTable, attack: str, defense: str, labels: pd.Series) -> pd.DataFrame:
@@ -109,6 +172,22 @@ def _estimate_changes(undefended: pd.DataFrame, defended: pd.DataFrame) -> dict[
     return _make_columns("response_shift", contrasts.shift) | _make_columns(
         "response_discrimination", contrasts.discrimination
     )
+
+
+def _test_changes(undefended: pd.DataFrame, defended: pd.DataFrame, seed: int) -> dict[str, float]:
+    """Return p-values of sign-flip permutations of the judged responses, and the number of units."""
+    changes = (defended["label"] - undefended["label"]).dropna()
+    is_harmful = undefended.loc[changes.index, "harmful"].to_numpy(bool)
+    if is_harmful.all() or not is_harmful.any():
+        return {"n_units": 0}
+    units = ResamplingUnits.from_pairs(undefended.loc[changes.index, "pair"], is_harmful)
+    sign_flips = draw_sign_flips(units, seed)
+    contributions = compute_query_contributions(changes.to_numpy(float), is_harmful)
+    p_values = {
+        f"p_response_{name}": compute_sign_flip_p_value(values, units, sign_flips)
+        for name, values in contributions.items()
+    }
+    return {**p_values, "n_units": len(units.composition)}
 
 
 def _make_columns(name: str, interval: Interval) -> dict[str, float | None]:

@@ -38,6 +38,7 @@ ESTIMATE_NAMES = (
     "mean_shift",
     "distance_change",
     "scaled_shift",
+    "scaled_discrimination",
 )
 UNDEFENDED, DIRECT = "none", "direct"
 INTERVAL_SUFFIXES = ("", "_low", "_high")  # column suffixes of an estimate and of its interval
@@ -59,6 +60,29 @@ class ResponseVerdict(StrEnum):
     REFUSED = "refused"
     NOT_REFUSED = "not refused"
     UNJUDGED = "unjudged"
+
+
+class Basis(StrEnum):
+    """What the refusal rates and the verdict of a summary row rest on."""
+
+    RESPONSES = "responses"
+    MARGINS = "margins"
+
+
+def find_defense_rows(names: pd.Series, families: pd.Series) -> pd.Series:
+    """Return which conditions are defenses: no reference, no control, no ablation of a defense.
+
+    >>> names = pd.Series(["none", "policy", "policy/half", "random_tokens"])
+    >>> find_defense_rows(names, pd.Series(["none", "reminders", "reminders", "control"])).tolist()
+    [False, True, False, False]
+
+    Args:
+        names: names of the conditions.
+        families: their families.
+    """
+    whole_names = set(names)
+    is_ablation = names.map(lambda name: "/" in name and name.partition("/")[0] in whole_names)
+    return (names != UNDEFENDED) & (families != "control") & ~is_ablation.astype(bool)
 
 
 def format_condition(row: Any) -> str:
@@ -113,6 +137,16 @@ class ScoreTable:
         """Margin above which the classifier predicts a refusal."""
         return float(self.record["readout"]["threshold"])
 
+    def draw_thresholds(self, n_draws: int, seed: int = 0) -> Float[np.ndarray, " draws"]:
+        """Return random draws of the threshold, as uncertain as its fit to the calibration queries; nats.
+
+        Args:
+            n_draws: number of draws.
+            seed: random seed.
+        """
+        quantiles = self.record["readout"].get("threshold_quantiles") or [self.threshold]
+        return np.random.default_rng(seed).choice(np.asarray(quantiles, float), n_draws)
+
     def get_family(self, defense: str) -> str:
         """Return the family of a defense of this run."""
         return str(self.record["defenses"][defense]["family"])
@@ -136,7 +170,7 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Summary:
-    """One row per attack × defense: estimates `x` with `x_low` and `x_high`, two p-values and a verdict."""
+    """One row per attack × defense: estimates `x` with `x_low` and `x_high`, p-values and verdicts."""
 
     frame: pd.DataFrame
 
@@ -151,6 +185,9 @@ class Summary:
             "p_shift",
             "p_discrimination",
             "verdict",
+            "based_on",
+            "margin_verdict",
+            "verdict_note",
             "trusted",
         }
         required_columns |= {f"{name}{suffix}" for name in ESTIMATE_NAMES for suffix in INTERVAL_SUFFIXES}

@@ -10,7 +10,7 @@ from rich.console import Console
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
-from analysis.stats.response_rates import summarize_responses
+from analysis.stats.response_rates import add_response_estimates
 from analysis.stats.tables import ScoreTable
 from analysis.studies.cost import measure_cost
 from analysis.studies.manifest import RunTimer
@@ -54,8 +54,7 @@ def analyze_defenses(
     with console.status("computing intervals"):
         summary = summarize_scores(scored.scores, seed=spec.seed).frame
         if responses is not None:
-            rates = summarize_responses(responses.table, scored.scores)
-            summary = summary.merge(rates, on=["attack", "defense"], how="left")
+            summary = add_response_estimates(summary, responses.table, scored.scores, spec.seed)
         from analysis.plots.data import build_analysis_points
 
         figure_tables = build_analysis_points(scored.scores.frame, summary, scored.scores.threshold)

@@ -14,7 +14,7 @@ from rich.console import Console
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query, QuerySet, sample_queries
 from analysis.judges.judge import Verdict, generate_verdicts, make_verdict_masks
-from analysis.judges.rules import RULE_JUDGES
+from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.chat_template import Prompt
 from analysis.models.session import DEFAULT_MAX_NEW_TOKENS, ModelSession
@@ -50,7 +50,7 @@ from defenses.errors import UserError
 
 # Readouts among which `auto` selects the best validated one.
 CANDIDATE_READOUTS = ("words", "calibrated", "question", "log-odds", "outcome")
-_CALIBRATION_JUDGE = RULE_JUDGES["patterns"]
+_CALIBRATION_JUDGE = LEARNED_JUDGE
 _MAX_CALIBRATION_QUERIES = 120  # maximum number of queries that a threshold or a readout is fitted to
 
 
@@ -156,14 +156,19 @@ class ReadoutCalibration:
         )
         margins = scores["margin"].to_numpy(float)[judged]
         pairs = scores["pair"].fillna(scores["query"])[judged]
-        threshold, low, high = fit_matching_threshold(margins, refused, list(pairs), self.session.seed)
+        fitted = fit_matching_threshold(margins, refused, list(pairs), self.session.seed)
         source = (
-            f"to {n} undefended calibration queries: {(margins > threshold).sum()} exceed it, {n_refused} "
+            f"to {n} undefended calibration queries: {(margins > fitted.value).sum()} exceed it, {n_refused} "
             f"responses refuse by the judge {_CALIBRATION_JUDGE.name}"
         )
-        notice = f"threshold {threshold:+.2f} [{low:+.2f}, {high:+.2f}] nats, fitted {source}"
+        interval = f"{fitted.value:+.2f} [{fitted.low:+.2f}, {fitted.high:+.2f}]"
+        notice = f"threshold {interval} nats, fitted {source}"
         return replace(
-            readout, threshold=threshold, threshold_source=source, notices=(*readout.notices, notice)
+            readout,
+            threshold=fitted.value,
+            threshold_quantiles=fitted.quantiles,
+            threshold_source=source,
+            notices=(*readout.notices, notice),
         )
 
     def build_readout(self, name: str) -> Readout:

@@ -28,14 +28,14 @@ class JudgeOptions:
     """The user's choice of a judge.
 
     Attributes:
-        name: patterns, keywords, learned, or model.
+        name: learned, patterns, keywords, or model.
         model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
         rubric: file with the prompt of the judge model.
         grade: whether the judge model also grades responses to benign queries.
     """
 
-    name: str = "patterns"
+    name: str = LEARNED_JUDGE.name
     model: str | None = None
     budget: int | None = None
     rubric: Path | None = None

@@ -32,7 +32,8 @@ from defenses.chats import split_prefill
 from defenses.contract import Defense, QueryChat
 from defenses.errors import describe_error
 
-# Largest difference between two computations of the same margin that float rounding explains, nats.
+# Largest difference between two computations of the same margin that float rounding explains, nats; a readout
+# that sharpens the logits multiplies it.
 # Measured on SmolLM2-135M: 2.5e-5 in float32 and 0.18 in bfloat16.
 MARGIN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.5, torch.float16: 0.1}
 
@@ -232,7 +233,7 @@ def _check_margins(
         with member.apply_to(model), torch.inference_mode():
             logits = logits + weight * torch.cat([_plain_forward_logits(model, ids) for ids in two]).cpu()
     plain = readout.compute_margins(logits)
-    tolerance = MARGIN_TOLERANCES.get(model.dtype, 0.5)
+    tolerance = MARGIN_TOLERANCES.get(model.dtype, 0.5) * readout.sharpness
     plain_gap = float((batched[:, 0] - plain[:, 0]).abs().max())
     single_gap = float((batched[:1, 0] - single[:, 0]).abs().max())
     coverage = float(batched[:, 1].mean())

@@ -15,7 +15,7 @@ from rich.console import Console
 from analysis.attacks import Attack
 from analysis.datasets.queries import Query, group_units
 from analysis.judges.judge import EMPTY_RESPONSE, Judge, Verdict, generate_verdicts
-from analysis.judges.rules import RULE_JUDGES
+from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.cache import CacheKey, describe_computation, hash_code
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, list_blend_members
@@ -29,8 +29,8 @@ from defenses.contract import Defense
 from defenses.errors import describe_error
 
 RESPONSE_COLUMNS = ("query", "pair", "category", "harmful", "kind", "attack", "defense", "verdict")
-N_RESPONSE_TOKENS = 24  # judged by rules, 12 tokens miss refusals that 24 show; see docs/validity.md
-RESPONSE_JUDGE = RULE_JUDGES["patterns"]
+N_RESPONSE_TOKENS = 24  # 12 tokens miss refusals that 24 show; see docs/validity.md
+RESPONSE_JUDGE = LEARNED_JUDGE
 _QUERIES_PER_BATCH = 64  # queries whose verdicts are cached together, so that a killed run keeps most of them
 _JUDGE_SOURCES = ("analysis/judges/**/*.py",)
 
@@ -156,7 +156,7 @@ def judge_condition(
             readout.prefill,
             N_RESPONSE_TOKENS,
         )
-        new_verdicts = dict(zip(rows, map(_name_verdict, batch_verdicts), strict=True))
+        new_verdicts = dict(zip(rows, map(name_verdict, batch_verdicts), strict=True))
         if cache is not None:
             cache.write_verdicts((keys[row], verdict) for row, verdict in new_verdicts.items())
         verdicts |= new_verdicts
@@ -198,7 +198,7 @@ def sample_answered_queries(queries: Sequence[Query], max_responses: int | None,
     return [query for query in queries if query.id in sampled_ids]
 
 
-def _name_verdict(verdict: Verdict) -> str:
+def name_verdict(verdict: Verdict) -> str:
     """Return a verdict without its kind; a response without text neither refuses nor complies."""
     if not verdict.is_judged or verdict.evidence == EMPTY_RESPONSE:
         return ResponseVerdict.UNJUDGED.value

@@ -35,6 +35,9 @@ READOUT_DESCRIPTIONS = {
     "prefilled-K": "the words readout after the first K tokens of a complying opener",
     "auto": "the readout that `analyze validate` found best for this model and these conditions",
 }
+DEFAULT_READOUT = "outcome"
+DEFAULT_LINEAR_READOUT = "words"  # where margins are added up or decomposed over components
+_FORCED_PREFIX = "prefilled-"  # readouts that force how responses begin
 PATCH_SITES = ("residual", "attention", "mlp", "heads")  # activation sites of `analyze mechanism`
 BOTH_SPLITS = "calibration and test"  # split name of runs that select on one split and report on the other
 
@@ -50,7 +53,7 @@ def build_run_spec(
     seed: int = 0,
     offline: bool = False,
     attack: str | Sequence[str] | None = None,
-    readout: str | Sequence[str] = "words",
+    readout: str | Sequence[str] = DEFAULT_LINEAR_READOUT,
     needs_linear_readout: bool = False,
     responses: str | int = "none",
 ) -> RunSpec:
@@ -75,7 +78,8 @@ def build_run_spec(
         attack: one attack or several; None sends queries unchanged.
         readout: the readout of a run, or the readouts to compare.
         needs_linear_readout: whether margins are decomposed over the components of the model.
-        responses: number of queries that are answered in each condition, `all` or `none`.
+        responses: number of queries that are answered in each condition, `all`, `none`, or `auto`: all,
+            except where the readout forces how responses begin.
 
     Raises:
         UserError: if an option has no valid value.
@@ -89,7 +93,8 @@ def build_run_spec(
     readouts = ("all",) if "all" in names else names
     size = _parse_batch_size(batch_size)
     queries = data if isinstance(data, str) else QuerySet.from_frame(data)
-    max_responses = _parse_responses(responses)
+    forces_opening = any(name.startswith(_FORCED_PREFIX) for name in readouts)
+    max_responses = _parse_responses(responses, forces_opening)
     return RunSpec(
         model, queries, split, limit, size, device, dtype, seed, offline, attacks, readouts, max_responses
     )
@@ -125,7 +130,7 @@ class RunSpec:
     seed: int = 0
     offline: bool = False
     attacks: tuple[Attack, ...] = (DIRECT_ATTACK,)
-    readouts: tuple[str, ...] = ("words",)
+    readouts: tuple[str, ...] = (DEFAULT_LINEAR_READOUT,)
     max_responses: int | None = 0
 
     def __post_init__(self) -> None:
@@ -134,8 +139,8 @@ class RunSpec:
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: it takes auto or a whole number from 1 on")
         if self.max_responses is not None and self.max_responses < 0:
-            raise UserError(f"--responses {self.max_responses}: it takes all, none or a whole number")
-        forced = [name for name in self.readouts if name.startswith("prefilled-")]
+            raise UserError(f"--responses {self.max_responses}: it takes auto, all, none or a whole number")
+        forced = [name for name in self.readouts if name.startswith(_FORCED_PREFIX)]
         if forced and self.max_responses != 0:
             raise UserError(
                 f"--responses with --readout {forced[0]}: this readout forces how responses begin, so their "
@@ -321,14 +326,16 @@ def _check_single_readout(name: str, needs_linear_readout: bool) -> None:
         raise UserError("--readout all: a run uses one; `analyze validate --readout all` compares them")
 
 
-def _parse_responses(responses: str | int) -> int | None:
+def _parse_responses(responses: str | int, forces_opening: bool) -> int | None:
     """Return the number of responses per condition; None for all."""
+    if responses == "auto":
+        return 0 if forces_opening else None
     if responses == "all":
         return None
     if responses == "none":
         return 0
     if not str(responses).isdecimal():
-        raise UserError(f"--responses {responses}: it takes all, none or a whole number")
+        raise UserError(f"--responses {responses}: it takes auto, all, none or a whole number")
     return int(str(responses))
 
 

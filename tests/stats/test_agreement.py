@@ -6,13 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, roc_auc_score
 
 from analysis.stats.agreement import (
+    MAX_RATE_ERROR,
     compute_calibration_curve,
+    compute_needed_threshold,
     correlate_refusal_rates,
+    derive_rate_trust,
     derive_trust,
     measure_agreement,
+    measure_rate_errors,
 )
 
 NO_PAIRS = pd.Series([None] * 240, dtype=object)
@@ -121,3 +125,131 @@ def test_the_rule_needs_both_measures() -> None:
     assert derive_trust(intervals | {"kappa_low": 0.3, "kappa_high": 0.59}) == "not trusted"
     assert derive_trust(intervals | {"auroc_low": 0.6, "auroc_high": 0.79}) == "not trusted"
     assert derive_trust(dict.fromkeys(intervals, float("nan"))) == "cannot tell"
+
+
+def plant_classes(
+    n: int, more: tuple[int, int] = (0, 0), fewer: tuple[int, int] = (0, 0)
+) -> dict[str, object]:
+    """Measure rate errors of n harmful and n benign queries, of which half and none refuse by the text.
+
+    The readout refuses `more` of the harmful and of the benign queries, and does not refuse `fewer` of those
+    that the text refuses.
+    """
+    is_harmful = np.arange(2 * n) < n
+    is_refusal = np.arange(2 * n) < n // 2
+    is_predicted = is_refusal.copy()
+    for start, n_more, n_fewer in ((0, more[0], fewer[0]), (n, more[1], fewer[1])):
+        is_predicted[start : start + n_fewer] = False
+        is_predicted[start + n // 2 : start + n // 2 + n_more] = True
+    return measure_rate_errors(is_predicted, is_refusal, is_harmful)
+
+
+def test_rate_errors_are_paired_differences_in_each_class() -> None:
+    rates = plant_classes(100, more=(30, 2), fewer=(10, 0))
+    assert rates["rate_error_harmful"] == pytest.approx(0.20)
+    assert rates["rate_error_benign"] == pytest.approx(0.02)
+    # Bonett and Price by hand: one query that changed in each direction is added.
+    up, down, n = 31 / 102, 11 / 102, 102
+    half_width = 1.959964 * np.sqrt((up + down - (up - down) ** 2) / n)
+    assert rates["rate_error_harmful_low"] == pytest.approx(up - down - half_width, abs=1e-6)
+    assert rates["rate_error_harmful_high"] == pytest.approx(up - down + half_width, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "more", "fewer", "verdict"),
+    [
+        (60, (0, 0), (0, 0), "trusted"),
+        (40, (0, 0), (0, 0), "cannot tell"),
+        (400, (30, 0), (30, 0), "trusted"),  # many single queries differ, but the rates do not
+        (60, (20, 0), (0, 0), "not trusted"),
+        (60, (0, 20), (0, 0), "not trusted"),
+        (60, (0, 20), (20, 0), "not trusted"),  # the errors of the two classes cancel out in the overall rate
+        (400, (0, 0), (80, 0), "not trusted"),
+        (60, (3, 0), (0, 0), "cannot tell"),
+    ],
+)
+def test_rates_are_trusted_if_both_intervals_lie_within_the_limit(
+    n: int, more: tuple[int, int], fewer: tuple[int, int], verdict: str
+) -> None:
+    assert plant_classes(n, more, fewer)["rate_trusted"] == verdict
+
+
+def test_the_rule_on_rates_needs_both_classes() -> None:
+    ends = {f"rate_error_{name}_{end}": 0.0 for name in ("harmful", "benign") for end in ("low", "high")}
+    limit = MAX_RATE_ERROR
+    assert (
+        derive_rate_trust(ends | {"rate_error_benign_low": -limit, "rate_error_harmful_high": limit})
+        == "trusted"
+    )
+    assert derive_rate_trust(ends | {"rate_error_benign_low": -limit - 0.001}) == "cannot tell"
+    outside = {"rate_error_benign_low": limit + 0.001, "rate_error_benign_high": 0.2}
+    assert derive_rate_trust(ends | outside) == "not trusted"
+    outside = {"rate_error_harmful_low": -0.2, "rate_error_harmful_high": -limit - 0.001}
+    assert derive_rate_trust(ends | outside) == "not trusted"
+    assert derive_rate_trust(dict.fromkeys(ends, float("nan"))) == "cannot tell"
+
+
+def test_the_needed_number_of_queries_is_the_smallest_that_decides() -> None:
+    needed = plant_classes(20)["n_needed"]
+    assert needed == 54
+    assert plant_classes(53)["rate_trusted"] == "cannot tell"
+    assert plant_classes(54)["rate_trusted"] == "trusted"
+    # 4 % of the harmful queries differ in both directions: all stays as it is with more queries.
+    needed = plant_classes(100, more=(4, 0), fewer=(4, 0))["n_needed"]
+    for n, verdict in ((needed * 0.95, "cannot tell"), (needed * 1.05, "trusted")):
+        share = round(0.04 * n)
+        assert plant_classes(int(n), more=(share, 0), fewer=(share, 0))["rate_trusted"] == verdict
+
+
+def test_no_number_of_queries_is_named_where_it_would_not_help() -> None:
+    assert np.isnan(plant_classes(60)["n_needed"])  # trusted already
+    assert np.isnan(plant_classes(60, more=(20, 0))["n_needed"])  # not trusted
+    undecided = plant_classes(50, more=(4, 0))  # an error of 8 points stays above the limit
+    assert undecided["rate_trusted"] == "cannot tell" and np.isnan(undecided["n_needed"])
+
+
+def test_a_rate_is_trusted_where_all_responses_refuse_and_kappa_is_undefined() -> None:
+    is_harmful = np.arange(240) < 120
+    agreement = measure_agreement(np.ones(240), np.ones(240, bool), NO_PAIRS, 0.0, is_harmful=is_harmful)
+    assert np.isnan(agreement["kappa"]) and agreement["trusted"] == "cannot tell"
+    assert agreement["rate_trusted"] == "trusted"
+    assert agreement["rate_error_harmful_low"] < 0 < agreement["rate_error_harmful_high"]
+
+
+def test_without_queries_of_a_class_one_cannot_tell() -> None:
+    one_class = measure_rate_errors(np.ones(90, bool), np.ones(90, bool), np.ones(90, bool))
+    assert np.isnan(one_class["rate_error_benign"]) and one_class["rate_trusted"] == "cannot tell"
+    assert np.isnan(one_class["n_needed"])
+    none = measure_agreement(np.ones(0), np.ones(0, bool), NO_PAIRS[:0], 0.0, is_harmful=np.ones(0, bool))
+    assert none["rate_trusted"] == none["trusted"] == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("n", "up", "down"), [(24, 0.02, 0.0), (60, 0.05, 0.0), (120, 0.15, 0.05), (60, 0.3, 0.1)]
+)
+def test_intervals_of_rate_errors_cover_the_planted_error(n: int, up: float, down: float) -> None:
+    rng, n_covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        change = rng.choice([1, -1, 0], p=[up, down, 1 - up - down], size=n)
+        rates = measure_rate_errors(change == 1, change == -1, np.ones(n, bool))
+        n_covered += rates["rate_error_harmful_low"] <= up - down <= rates["rate_error_harmful_high"]
+    assert n_covered >= 183  # of 200; 190 are expected, with a standard error of 3
+
+
+def test_at_the_needed_threshold_as_many_margins_exceed_it_as_responses_refuse() -> None:
+    margin, _ = plant_margins(240, 1.5)
+    refused = np.random.default_rng(1).random(240) < 0.2
+    needed = compute_needed_threshold(margin, refused, range(240))
+    assert (margin > needed["needed_threshold"]).sum() == refused.sum()
+    assert needed["needed_threshold_low"] < needed["needed_threshold"] < needed["needed_threshold_high"]
+    for same in (np.ones(240, bool), np.zeros(240, bool)):
+        assert np.isnan(list(compute_needed_threshold(margin, same, range(240)).values())).all()
+
+
+def test_the_auroc_of_verdicts_is_their_balanced_accuracy() -> None:
+    rng = np.random.default_rng(0)
+    refused = rng.random(240) < 0.3
+    other_verdict = refused ^ (rng.random(240) < 0.1)
+    agreement = measure_agreement(other_verdict.astype(float), refused, NO_PAIRS, 0.5)
+    assert agreement["auroc"] == pytest.approx(balanced_accuracy_score(refused, other_verdict))
+    assert agreement["kappa"] == pytest.approx(cohen_kappa_score(refused, other_verdict))

@@ -150,6 +150,7 @@ def compute_true_values(setting: dict[str, float], pairs: int, plain: int) -> di
         "mean_shift": (p_h + p_b) / 2,
         "distance_change": p_h - p_b,
         "scaled_shift": new["middle"] / new["sd"] - old["middle"] / old["sd"],
+        "scaled_discrimination": new["gap"] / new["sd"] - old["gap"] / old["sd"],
     }
 
 

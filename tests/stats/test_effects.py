@@ -16,11 +16,12 @@ from analysis.stats.bootstrap import (
     ResamplingUnits,
     ResamplingWeights,
     adjust_p_values,
+    compute_sign_flip_p_value,
+    draw_sign_flips,
 )
 from analysis.stats.effects import (
     compute_estimates,
     compute_query_contributions,
-    derive_effect_verdict,
     summarize_scores,
 )
 from analysis.stats.tables import ESTIMATE_NAMES, ScoreTable
@@ -83,7 +84,7 @@ def test_a_pure_shift_is_a_shift_of_its_size_and_nothing_else(planted):
     assert row["discrimination"] == pytest.approx(0, abs=1e-12)
     assert row["delta_auroc"] == pytest.approx(0, abs=1e-12)
     assert row["spread"] == pytest.approx(1)
-    assert row["verdict"] == ("shift +" if planted > 0 else "shift -")
+    assert row["verdict"] == f"shift {'+' if planted > 0 else '-'}, discrimination equivalent"
 
 
 @pytest.mark.parametrize("planted", [-1.0, 1.0])
@@ -94,7 +95,7 @@ def test_a_pure_discrimination_is_a_discrimination_of_its_size_and_nothing_else(
     ).loc["d"]
     assert row["discrimination"] == pytest.approx(planted)
     assert row["shift"] == pytest.approx(0, abs=1e-12)
-    assert row["verdict"] == ("discrimination +" if planted > 0 else "discrimination -")
+    assert row["verdict"] == f"shift equivalent, discrimination {'+' if planted > 0 else '-'}"
     assert np.sign(row["delta_auroc"]) == np.sign(row["delta_d_prime"]) == np.sign(planted)
 
 
@@ -109,7 +110,7 @@ def test_a_pure_change_of_scale_is_spread_and_no_effect(factor, about):
     assert row["spread"] == pytest.approx(factor)
     assert row["delta_auroc"] == 0
     assert row["shift"] == pytest.approx((factor - 1) * (middle - center))
-    assert row["verdict"] == "no effect found"
+    assert row["verdict"] in ("equivalent", "shift inconclusive, discrimination equivalent")
     # What the rule guards against: on the scale of nats this looks like discrimination.
     assert row["discrimination_low"] * row["discrimination_high"] > 0
 
@@ -119,8 +120,8 @@ def test_noise_alone_is_no_effect_and_clear_are_both():
     noise = np.random.default_rng(9).normal(0, 0.5, len(before))
     both = before + 1.5 + np.where(harmful, 0.6, -0.6) + noise
     summary = summarize_margins(before, {"noise": before + noise, "both": both}, harmful, pair)
-    assert summary.loc["noise", "verdict"] == "no effect found"
-    assert summary.loc["both", "verdict"] == "shift + discrimination +"
+    assert summary.loc["noise", "verdict"] == "equivalent"
+    assert summary.loc["both", "verdict"] == "shift +, discrimination +"
     assert summary.loc["none", "verdict"] == "reference"
     assert (summary.loc["none", [f"{x}{end}" for x in DELTAS for end in ("", "_low", "_high")]] == 0).all()
 
@@ -128,24 +129,9 @@ def test_noise_alone_is_no_effect_and_clear_are_both():
 def test_a_defense_that_changes_nothing_has_no_effect_and_p_values_of_1():
     before, harmful, pair = plant_paired_margins()
     row = summarize_margins(before, {"d": before}, harmful, pair).loc["d"]
-    assert row["verdict"] == "no effect found"
+    assert row["verdict"] == "equivalent"
     assert (row["p_shift"], row["p_discrimination"]) == (1, 1)
     assert (row["shift"], row["discrimination"], row["spread"]) == (0, 0, 1)
-
-
-def test_verdicts_need_both_scales_on_one_side_and_the_p_value():
-    clear = {"defense": "d", "p_shift": 0.01, "p_discrimination": 0.01}
-    for name in ("shift", "scaled_shift", "discrimination", "delta_auroc"):
-        clear |= {f"{name}_low": 0.1, f"{name}_high": 0.2}
-    assert derive_effect_verdict(clear) == "shift + discrimination +"
-    assert derive_effect_verdict(clear | {"scaled_shift_low": -0.1}) == "discrimination +"
-    assert derive_effect_verdict(clear | {"shift_low": -0.2, "shift_high": -0.1}) == "discrimination +"
-    assert derive_effect_verdict(clear | {"delta_auroc_low": 0.0}) == "shift +"
-    assert derive_effect_verdict(clear | {"p_shift": 0.05, "p_discrimination": 0.05}) == "no effect found"
-    assert derive_effect_verdict(clear | {"delta_auroc_low": np.nan, "delta_auroc_high": np.nan}) == "shift +"
-
-
-# --- every estimate by a second computation ---------------------------------------------------------------
 
 
 def compute_estimates_by_hand(before: Any, after: Any, harmful: Any, threshold: float) -> dict[str, float]:
@@ -171,6 +157,7 @@ def compute_estimates_by_hand(before: Any, after: Any, harmful: Any, threshold: 
             "p_h": sigma[0],
             "p_b": sigma[1],
             "where": ((mean_h + mean_b) / 2 - threshold) / sd,
+            "apart": (mean_h - mean_b) / sd,
         }
 
     old, new = measure(before), measure(after)
@@ -186,6 +173,7 @@ def compute_estimates_by_hand(before: Any, after: Any, harmful: Any, threshold: 
         "mean_shift": (new["p_h"] - old["p_h"] + new["p_b"] - old["p_b"]) / 2,
         "distance_change": (new["p_h"] - new["p_b"]) - (old["p_h"] - old["p_b"]),
         "scaled_shift": new["where"] - old["where"],
+        "scaled_discrimination": new["apart"] - old["apart"],
     }
 
 
@@ -300,20 +288,53 @@ def test_contributions_add_up_to_the_contrast_and_leave_out_the_other():
     assert pure["shift"] == pytest.approx(0)
 
 
-def test_p_values_are_adjusted_over_the_defenses_of_an_attack():
+def test_p_values_are_adjusted_over_both_effects_and_apart_for_controls_and_ablations():
     before, harmful, pair = plant_paired_margins()
     rng = np.random.default_rng(4)
-    after = {name: before + rng.normal(0.11, 1, len(before)) for name in "abc"}
-    unadjusted = [
-        summarize_margins(before, {name: after[name]}, harmful, pair).loc[name, "p_shift"] for name in "abc"
-    ]
-    summary = summarize_margins(before, after, harmful, pair)
-    assert summary.loc[list("abc"), "p_shift"].tolist() == pytest.approx(
-        adjust_p_values(pd.Series(unadjusted)).tolist()
-    )
-    assert unadjusted != pytest.approx(adjust_p_values(pd.Series(unadjusted)).tolist())
+    names = ("a", "b", "a/part", "control")
+    after = {name: before + rng.normal(0.11, 1, len(before)) for name in names}
+    units = ResamplingUnits.from_pairs(pd.Series(pair), harmful)
+    unadjusted = {
+        name: [
+            compute_sign_flip_p_value(values, units, draw_sign_flips(units))
+            for values in compute_query_contributions(margins - before, harmful).values()
+        ]
+        for name, margins in after.items()
+    }
+    scores = make_score_table(before, after, harmful, pair)
+    scores.record["defenses"]["control"]["family"] = "control"
+    summary = summarize_by_defense(scores)
+    for family in (names[:2], names[2:]):
+        expected = adjust_p_values(pd.Series(np.ravel([unadjusted[name] for name in family])))
+        observed = np.ravel(summary.loc[list(family), ["p_shift", "p_discrimination"]])
+        assert observed.tolist() == pytest.approx(expected.tolist())
+        assert observed.tolist() != pytest.approx(np.ravel([unadjusted[name] for name in family]).tolist())
     assert np.isnan(summary.loc["none", "p_shift"])
-    assert min(unadjusted) >= 1 / (SIGN_FLIPS + 1)
+    assert np.min(list(unadjusted.values())) >= 1 / (SIGN_FLIPS + 1)
+
+
+def test_intervals_of_rates_cover_the_uncertainty_of_the_threshold():
+    before, harmful, pair = plant_paired_margins()
+    scores = make_score_table(before, {"d": before + 0.5}, harmful, pair)
+    certain = summarize_by_defense(scores).loc["d"]
+    scores.record["readout"]["threshold_quantiles"] = np.linspace(-0.8, 0.8, 99).tolist()
+    uncertain = summarize_by_defense(scores).loc["d"]
+    for name in ("refusal_rate", "over_refusal_rate", "criterion", "mean_shift"):
+        widths = [row[f"{name}_high"] - row[f"{name}_low"] for row in (certain, uncertain)]
+        assert widths[1] > 1.2 * widths[0], name
+        assert certain[name] == uncertain[name]
+    for name in ("auroc", "shift", "discrimination", "delta_auroc", "scaled_discrimination"):
+        for end in ("_low", "_high"):
+            assert certain[f"{name}{end}"] == pytest.approx(uncertain[f"{name}{end}"]), name
+    # A second way: of the draws of a rate, the share above a value is the mean over both kinds of draws.
+    rng = np.random.default_rng(3)
+    values = before[harmful] + 0.5
+    rates = [
+        (rng.choice(values, len(values)) > threshold).mean() for threshold in rng.uniform(-0.8, 0.8, 20_000)
+    ]
+    low, high = np.quantile(rates, [0.025, 0.975])
+    assert uncertain["refusal_rate_low"] == pytest.approx(low, abs=0.02)
+    assert uncertain["refusal_rate_high"] == pytest.approx(high, abs=0.02)
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -331,6 +352,8 @@ def test_rows_are_in_the_order_of_scoring_and_columns_as_documented():
     estimates = [
         "refusal_rate",
         "over_refusal_rate",
+        "readout_refusal_rate",
+        "readout_over_refusal_rate",
         "auroc",
         "d_prime",
         "criterion",
@@ -342,18 +365,13 @@ def test_rows_are_in_the_order_of_scoring_and_columns_as_documented():
         "spread",
         "mean_shift",
         "distance_change",
-    ]
-    expected = ["attack", "defense", "family", "n_harmful", "n_benign"]
-    expected += [f"{name}{end}" for name in estimates for end in ("", "_low", "_high")]
-    expected += ["p_shift", "p_discrimination", "verdict"]
-    assert list(frame.columns)[: len(expected)] == expected
-    assert set(frame.columns) - set(expected) == {
         "scaled_shift",
-        "scaled_shift_low",
-        "scaled_shift_high",
-        "coverage",
-        "trusted",
-    }
+        "scaled_discrimination",
+    ]
+    expected = ["attack", "defense", "family", "n_harmful", "n_benign", "verdict", "based_on"]
+    expected += [f"{name}{end}" for name in estimates for end in ("", "_low", "_high")]
+    expected += ["p_shift", "p_discrimination", "margin_verdict", "verdict_note", "coverage", "trusted"]
+    assert list(frame.columns) == expected
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_gives_others():
@@ -368,22 +386,15 @@ def test_the_same_seed_gives_the_same_numbers_and_another_gives_others():
 def test_the_intervals_of_a_defense_depend_neither_on_other_defenses_nor_on_the_order_of_rows():
     before, harmful, pair = plant_paired_margins(pairs=20, plain=10)
     after = {"a": before + 0.3, "b": before * 2}
-    alone = (
-        summarize_margins(before, {"b": after["b"]}, harmful, pair)
-        .loc["b"]
-        .drop(["p_shift", "p_discrimination"])
-    )
+    tests = ["p_shift", "p_discrimination", "verdict_note"]
+    alone = summarize_margins(before, {"b": after["b"]}, harmful, pair).loc["b"].drop(tests)
     scores = make_score_table(before, after, harmful, pair)
-    together = summarize_by_defense(scores).loc["b"].drop(["p_shift", "p_discrimination"])
+    together = summarize_by_defense(scores).loc["b"].drop(tests)
     pd.testing.assert_series_equal(alone, together, check_exact=True)
     swapped = pd.concat(
         [scores.frame[:50], scores.frame[50:].sample(frac=1, random_state=0)], ignore_index=True
     )
-    again = (
-        summarize_by_defense(ScoreTable(swapped, scores.record))
-        .loc["b"]
-        .drop(["p_shift", "p_discrimination"])
-    )
+    again = summarize_by_defense(ScoreTable(swapped, scores.record)).loc["b"].drop(tests)
     pd.testing.assert_series_equal(alone, again, check_exact=True)
 
 
@@ -393,7 +404,7 @@ def test_the_intervals_of_a_defense_depend_neither_on_other_defenses_nor_on_the_
 def test_tiny_data_and_a_single_class_give_the_available_estimates_and_no_false_certainty(harmful):
     margins = np.arange(len(harmful)) / 2
     row = summarize_margins(margins, {"d": margins + 3}, harmful, [None] * len(harmful)).loc["d"]
-    assert row["verdict"] == "no effect found"
+    assert row["verdict"] == "inconclusive" and row["verdict_note"]
     if set(harmful) == {True, False}:
         assert row["shift"] == 3
     else:

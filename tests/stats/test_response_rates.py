@@ -46,7 +46,7 @@ def test_with_every_response_judged_rates_are_counts_with_wilson_intervals() -> 
     refused = responses.assign(refused=responses["verdict"] == "refused")
     rates = refused.groupby(["defense", "harmful"])["refused"].agg(["mean", "sum", "size"])
     for defense in ("none", "policy"):
-        for is_harmful, name in ((True, "response_refusal_rate"), (False, "response_over_refusal_rate")):
+        for is_harmful, name in ((True, "refusal_rate"), (False, "over_refusal_rate")):
             counts = rates.loc[defense, is_harmful]
             expected = make_rate_columns("rate", int(counts["sum"]), int(counts["size"]))
             for suffix in ("", "_low", "_high"):
@@ -73,7 +73,7 @@ def test_a_sample_of_responses_is_extended_by_the_margins() -> None:
     sampled = summarize_responses(responses[is_sampled], scores).set_index("defense").loc["policy"]
     assert sampled["n_responses"] == every["n_responses"] / 2
     assert sampled["responses_saved"] > 10
-    for name in ("response_refusal_rate", "response_over_refusal_rate", "response_shift"):
+    for name in ("refusal_rate", "over_refusal_rate", "response_shift"):
         assert sampled[f"{name}_low"] < every[name] < sampled[f"{name}_high"]
         width, full_width = (row[f"{name}_high"] - row[f"{name}_low"] for row in (sampled, every))
         assert full_width < width < 1.4 * full_width
@@ -95,7 +95,7 @@ def test_conditions_without_responses_are_left_out() -> None:
     only_reference = summarize_responses(responses[responses["defense"] == "none"], scores)
     assert list(only_reference["defense"]) == ["none"]
     only_defense = summarize_responses(responses[responses["defense"] == "policy"], scores)
-    assert only_defense["response_shift"].isna().all() and only_defense["response_refusal_rate"].notna().all()
+    assert only_defense["response_shift"].isna().all() and only_defense["refusal_rate"].notna().all()
 
 
 def test_pairs_and_strata_enter_the_intervals() -> None:
@@ -113,4 +113,4 @@ def test_pairs_and_strata_enter_the_intervals() -> None:
     uneven = frame[["query", "attack", "defense"]].assign(verdict=verdicts)
     is_answered = is_twin | (scores.frame["query"].str[1:].astype(int) % 4 == 0)
     rates = summarize_responses(uneven[is_answered], ScoreTable(frame, scores.record)).set_index("defense")
-    assert rates.loc["none", "response_over_refusal_rate"] == pytest.approx(N_PAIRS / (N_PAIRS + N_PLAIN))
+    assert rates.loc["none", "over_refusal_rate"] == pytest.approx(N_PAIRS / (N_PAIRS + N_PLAIN))

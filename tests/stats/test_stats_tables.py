@@ -76,6 +76,9 @@ def test_a_summary_without_a_required_column_is_rejected():
         "p_shift",
         "p_discrimination",
         "verdict",
+        "based_on",
+        "margin_verdict",
+        "verdict_note",
         "trusted",
     ]
     columns += [f"{name}{end}" for name in ESTIMATE_NAMES for end in ("", "_low", "_high")]
