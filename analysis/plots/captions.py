@@ -40,6 +40,7 @@ class CaptionContext:
         attacks: attacks of the run, the one that users send first.
         judge_name: judge of the generated responses; empty if no response was judged.
         max_new_tokens: length limit of the generated responses, tokens.
+        n_opening_tokens: length of their openings, which were judged as well, tokens; 0 without openings.
     """
 
     model: str
@@ -55,6 +56,7 @@ class CaptionContext:
     attacks: tuple[str, ...] = ("direct",)
     judge_name: str = ""
     max_new_tokens: int = 0
+    n_opening_tokens: int = 0
 
     def format_sentences(self, attack: str) -> str:
         """Return the sentences that the captions of all figures of a run share.
@@ -99,6 +101,7 @@ def make_caption_context(
         attacks=tuple(record.get("attacks", ["direct"])),
         judge_name=str(judge.get("name", "")),
         max_new_tokens=int(judge.get("new_tokens", 0)),
+        n_opening_tokens=int(record.get("openings", {}).get("new_tokens", 0)),
     )
 
 

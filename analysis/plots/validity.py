@@ -15,6 +15,7 @@ from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.labels import label_points
 from analysis.plots.layout import fit_text, make_axes, place_legend_beside
 from analysis.plots.style import BLACK, BLUE, DARK, GREY, RC_PARAMS, TEXT_SIZE, VERMILION
+from analysis.stats.agreement import MAX_RATE_ERROR, RESPONSES_READOUT
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, format_condition
 
 # Verdict → color, marker and fill.
@@ -51,32 +52,47 @@ def draw_calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def draw_refusal_rates(validity: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw each condition at its refusal rates by text and by readout; hollow if the readout is not trusted.
+    """Draw each condition at its refusal rates by text and by readout; hollow if its rates are not trusted.
 
     Args:
-        validity: `validity.csv`, of one readout.
+        validity: `validity.csv`, of one readout, and if known of the first tokens of the responses, which
+            are drawn as crosses.
         ax: axes to draw on; by default new ones.
     """
+    readout_rows, response_rows = _split_rows(validity)
+    trust = _choose_trust_column(validity)
     with rc_context(RC_PARAMS):
         ax = ax or make_axes(3.6, 3.6)
         _draw_diagonal(ax)
+        low, high = -6, 108
+        half_width = 100 * MAX_RATE_ERROR
+        band: Any = {"color": GREY, "alpha": 0.25, "linewidth": 0, "zorder": 0}
+        ax.fill_between(
+            [low, high], [low - half_width, high - half_width], [low + half_width, high + half_width], **band
+        )
         points = pd.DataFrame(
             {
-                f"{name}{end}": 100 * validity[count] / validity["n"]
-                for name, count in (("text", "refused"), ("readout", "readout_refused"))
+                f"{name}{end}": values
+                for name, values in _compute_rates(readout_rows).items()
                 for end in INTERVAL_SUFFIXES
             }
         )
         key = []
-        for number, row in enumerate(validity.to_dict("records"), 1):
-            color, marker, fill = _VERDICT_STYLES[row["trusted"]]
+        for number, row in enumerate(readout_rows.to_dict("records"), 1):
+            color, marker, fill = _VERDICT_STYLES[row[trust]]
             x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
             ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
             name = fit_text(_name_condition(row), 150, TEXT_SIZE, 1)
-            key.append(_verdict_legend_entry(row["trusted"], f"{number}  {name}"))
-        key += [_verdict_legend_entry(verdict, f"readout: {verdict}") for verdict in _VERDICT_STYLES]
-        ax.set_xlim(-6, 108)
-        ax.set_ylim(-6, 108)
+            key.append(_verdict_legend_entry(row[trust], f"{number}  {name}"))
+        subject = "rates" if trust == "rate_trusted" else "readout"
+        key += [_verdict_legend_entry(verdict, f"{subject}: {verdict}") for verdict in _VERDICT_STYLES]
+        if len(response_rows):
+            cross: Any = {"marker": "+", "color": BLACK}
+            rates = _compute_rates(response_rows)
+            ax.scatter(rates["text"], rates["readout"], s=50, lw=1.0, zorder=4, **cross)
+            key.append(Line2D([], [], linestyle="", label="first tokens, judged", **cross))
+        ax.set_xlim(low, high)
+        ax.set_ylim(low, high)
         numbers = [str(number + 1) for number in range(len(points))]
         label_points(ax, points, numbers, 300, ("text", "readout"))
         ax.set_xlabel("refusal rate by generated text (%)")
@@ -93,6 +109,7 @@ def caption_calibration(validity: pd.DataFrame, context: CaptionContext) -> str:
         context: facts about the run.
     """
     wilson = replace(context, interval="Wilson 95\u00a0%, which treat responses as independent")
+    validity, _ = _split_rows(validity)
     return (
         f"Share of {_describe_responses(validity, context)}, against the refusal probability of the readout, "
         "in bins of the probability, all conditions pooled. Bars are intervals. Dotted diagonal: perfect "
@@ -104,16 +121,48 @@ def caption_refusal_rates(validity: pd.DataFrame, context: CaptionContext) -> st
     """Return the caption of `draw_refusal_rates`.
 
     Args:
-        validity: `validity.csv`, of one readout.
+        validity: `validity.csv`, of one readout, and if known of the first tokens of the responses.
         context: facts about the run.
     """
+    readout_rows, response_rows = _split_rows(validity)
+    points = f"{100 * MAX_RATE_ERROR:.0f} points"
+    if _choose_trust_column(validity) == "rate_trusted":
+        rule = (
+            f"Trusted: the rates of harmful and of benign queries both differ by at most {points}, by "
+            "their intervals; not trusted: one of them differs by more; cannot tell: otherwise. "
+        )
+        context = replace(context, interval="Bonett\N{EN DASH}Price 95\u00a0%, not drawn")
+    else:
+        rule = (
+            "Not trusted: the upper end of the interval is below .80 for the readout's AUROC against the "
+            "text, or below .60 for kappa; cannot tell: mostly, too few responses of one class. "
+        )
+    crosses = f"Crosses: the same, by a judge that reads only the first {context.n_opening_tokens} tokens. "
     return (
         "Each point is one condition: share of queries whose margin exceeds the threshold, against the share "
-        f"of {_describe_responses(validity, context)}. Dotted diagonal: equal rates. Not trusted: the upper "
-        "end of the interval is below .80 for the readout's AUROC against the text, or below .60 for kappa; "
-        f"cannot tell: mostly, too few responses of one class. "
-        f"{context.format_sentences(_join_attacks(validity))}"
+        f"of {_describe_responses(readout_rows, context)}. {crosses * bool(len(response_rows))}"
+        f"Dotted diagonal: equal rates; band: within {points}. {rule}"
+        f"{context.format_sentences(_join_attacks(readout_rows))}"
     )
+
+
+def _split_rows(validity: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of the readout, and those of the first tokens of responses."""
+    if "readout" not in validity:
+        return validity, validity.iloc[:0]
+    is_response = validity["readout"] == RESPONSES_READOUT
+    return validity[~is_response], validity[is_response]
+
+
+def _choose_trust_column(validity: pd.DataFrame) -> str:
+    """Return the column of the verdict that is drawn; older runs have none on rates."""
+    return "rate_trusted" if "rate_trusted" in validity else "trusted"
+
+
+def _compute_rates(validity: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return the refusal rates of each condition by text and by readout, in percent."""
+    counts = {"text": "refused", "readout": "readout_refused"}
+    return {name: 100 * validity[count] / validity["n"] for name, count in counts.items()}
 
 
 def _describe_responses(validity: pd.DataFrame, context: CaptionContext) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,19 @@ from analysis.readouts.readout import Readout
 from analysis.report.results import Run
 from analysis.run import score_condition
 from analysis.stats.agreement import (
+    RESPONSES_READOUT,
     TRUST_RULE,
     compute_calibration_curve,
+    compute_needed_threshold,
     correlate_refusal_rates,
     measure_agreement,
 )
 from analysis.stats.answer_quality import compare_responses, compute_judged_rates, summarize_quality
-from analysis.stats.tables import UNDEFENDED
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ResponseVerdict
 from analysis.studies.calibration import save_validity
 from analysis.studies.judge_file import JudgeOptions
 from analysis.studies.manifest import RunTimer, describe_readout
+from analysis.studies.responses import N_RESPONSE_TOKENS, RESPONSE_JUDGE, name_verdict
 from analysis.studies.run_spec import RunSpec, check_response_tokens
 from analysis.studies.setup import NO_REFERENCE, RunSetup, prepare_setup
 from analysis.studies.sweep import (
@@ -105,6 +108,8 @@ class ConditionResponses:
         score_frames: readout → its scores.
         responses: prefill of the responses (token ids) → the responses to each query.
         verdicts: prefill of the responses → judge → its verdicts.
+        opening_verdicts: prefill of the responses → the verdicts that `analyze` would report on their first
+            tokens, as the text of a `ResponseVerdict`; empty if there are none, see `judge_openings`.
     """
 
     attack: str
@@ -112,6 +117,7 @@ class ConditionResponses:
     score_frames: Mapping[str, pd.DataFrame]
     responses: Mapping[tuple[int, ...], Sequence[Sequence[Response]]]
     verdicts: Mapping[tuple[int, ...], Mapping[str, Sequence[Verdict]]]
+    opening_verdicts: Mapping[tuple[int, ...], Sequence[str]] = field(default_factory=dict)
 
     def get_judged_response(self, prefill: tuple[int, ...], judge_name: str, row: int) -> Response:
         """Return the response to a query that its verdict belongs to.
@@ -165,7 +171,48 @@ def collect_responses(
             name: judge_queries(judge, query_texts, responses[prefill], defense)
             for name, judge in judges.items()
         }
-    return ConditionResponses(attack.name, condition, score_frames, responses, verdicts)
+    opening_verdicts: dict[tuple[int, ...], list[str]] = {}
+    unforced = [readout.prefill for readout in readouts if not readout.name.startswith("prefilled-")]
+    if unforced and max_new_tokens > N_RESPONSE_TOKENS:
+        prefill = unforced[0]  # with the first readout's opening, as in `analyze`
+        opening_verdicts[prefill] = judge_openings(session, defense, query_texts, responses[prefill], prefill)
+    return ConditionResponses(attack.name, condition, score_frames, responses, verdicts, opening_verdicts)
+
+
+def judge_openings(
+    session: ModelSession,
+    defense: Defense,
+    query_texts: Sequence[str],
+    responses: Sequence[Sequence[Response]],
+    prefill: tuple[int, ...],
+) -> list[str]:
+    """Return the verdict that `analyze` would report on each query, from the first tokens of its responses.
+
+    Greedy responses that are cut after `N_RESPONSE_TOKENS` are those that `analyze` generates.
+
+    Args:
+        session: the model.
+        defense: prepared for this model; pools the verdicts on several copies of a query.
+        query_texts: text of each query, without an attack.
+        responses: the whole responses to each query.
+        prefill: token ids with which all of them start.
+    """
+    tokenizer = session.loaded_model.tokenizer
+
+    def cut_response(response: Response) -> Response:
+        ids = response.ids[:N_RESPONSE_TOKENS]
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        # The text of a response lacks the prefill if the chat has one of its own.
+        has_prefill = response.text != response.generated_text
+        whole_text = (
+            str(tokenizer.decode([*prefill, *ids], skip_special_tokens=True)) if has_prefill else text
+        )
+        return replace(response, ids=ids, text=whole_text, generated_text=text)
+
+    openings = [[cut_response(response) for response in copies] for copies in responses]
+    return [
+        name_verdict(verdict) for verdict in judge_queries(RESPONSE_JUDGE, query_texts, openings, defense)
+    ]
 
 
 def compute_validity_rows(
@@ -179,18 +226,58 @@ def compute_validity_rows(
         judge_name: the judge whose verdicts are the ground truth.
         seed: random seed of the bootstrap.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for readout in readouts:
         judged, refused = make_verdict_masks(condition_responses.verdicts[readout.prefill][judge_name])
         scores = condition_responses.score_frames[readout.name][judged]
-        agreement = measure_agreement(
-            scores["margin"].to_numpy(float), refused, scores["pair"], readout.threshold, seed
-        )
+        margins, is_harmful = scores["margin"].to_numpy(float), scores["harmful"].to_numpy(bool)
+        units = list(scores["pair"].fillna(scores["query"]))
         rows.append(
             {
-                **_describe_condition_readout(condition_responses, readout),
-                **agreement,
+                **_describe_condition_readout(condition_responses, readout.name),
+                **measure_agreement(margins, refused, scores["pair"], readout.threshold, seed, is_harmful),
+                "threshold": readout.threshold,
+                **compute_needed_threshold(margins, refused, units, seed),
                 "coverage": float(scores["coverage"].mean()),
+                "unjudged": int((~judged).sum()),
+            }
+        )
+    return rows
+
+
+def compute_opening_rows(
+    condition_responses: ConditionResponses, judge_name: str, seed: int
+) -> list[dict[str, Any]]:
+    """Return the row of `validity.csv` on the first tokens of responses: how well `analyze` knows the whole.
+
+    The verdict on the first tokens takes the place of a readout. Responses without both verdicts are left
+    out and counted as unjudged. No row if there are no such verdicts.
+
+    Args:
+        condition_responses: the condition.
+        judge_name: the judge whose verdicts on whole responses are the ground truth.
+        seed: random seed of the bootstrap.
+    """
+    rows: list[dict[str, Any]] = []
+    for prefill, opening_verdicts in condition_responses.opening_verdicts.items():
+        verdicts, openings = condition_responses.verdicts[prefill][judge_name], np.array(opening_verdicts)
+        judged = make_verdict_masks(verdicts)[0] & (openings != ResponseVerdict.UNJUDGED)
+        refused = np.array([verdict.is_refusal for verdict in verdicts])[judged]
+        opening_refused = (openings == ResponseVerdict.REFUSED)[judged]
+        queries = next(iter(condition_responses.score_frames.values()))[judged]
+        is_harmful = queries["harmful"].to_numpy(bool)
+        agreement = measure_agreement(
+            opening_refused.astype(float), refused, queries["pair"], 0.5, seed, is_harmful
+        )
+        # A verdict has no probability, no threshold and no coverage.
+        missing = ("calibration_error", "needed_threshold")
+        rows.append(
+            {
+                **_describe_condition_readout(condition_responses, RESPONSES_READOUT),
+                **agreement,
+                "threshold": np.nan,
+                **{f"{name}{suffix}": np.nan for name in missing for suffix in INTERVAL_SUFFIXES},
+                "coverage": np.nan,
                 "unjudged": int((~judged).sum()),
             }
         )
@@ -211,7 +298,7 @@ def build_calibration_curves(
     for readout in readouts:
         judged, refused = make_verdict_masks(condition_responses.verdicts[readout.prefill][judge_name])
         p_refuse = condition_responses.score_frames[readout.name]["p_refuse"].to_numpy(float)[judged]
-        key = _describe_condition_readout(condition_responses, readout)
+        key = _describe_condition_readout(condition_responses, readout.name)
         curves.append(compute_calibration_curve(p_refuse, refused).assign(**key))
     table = pd.concat(curves, ignore_index=True)
     return table[[*key, *(column for column in table if column not in key)]]
@@ -220,7 +307,8 @@ def build_calibration_curves(
 def build_verdict_table(condition_responses: ConditionResponses, readouts: Sequence[Readout]) -> pd.DataFrame:
     """Return one row per response with each judge's verdict, without the text.
 
-    A row is a query under one prefill; `begins` names the readouts that are compared with these responses.
+    A row is a query under one prefill; `begins` names the readouts that are compared with these responses,
+    and `verdict_responses` is the verdict on their first tokens.
 
     Args:
         condition_responses: the condition.
@@ -232,6 +320,8 @@ def build_verdict_table(condition_responses: ConditionResponses, readouts: Seque
         columns: dict[str, Any] = {"begins": "/".join(readout.name for readout in compared)}
         for judge_name, verdicts in verdicts_by_judge.items():
             columns[f"refusal_{judge_name}"] = [verdict.refusal for verdict in verdicts]
+        if prefill in condition_responses.opening_verdicts:
+            columns[f"verdict_{RESPONSES_READOUT}"] = condition_responses.opening_verdicts[prefill]
         for readout in compared:
             margin = condition_responses.score_frames[readout.name]["margin"]
             columns |= {f"margin_{readout.name}": margin, f"says_{readout.name}": margin > readout.threshold}
@@ -436,6 +526,7 @@ class _Validation:
                 session, attack, name, defense, queries, readouts, judges, self.max_new_tokens, on_progress
             )
             validity_rows = compute_validity_rows(responses, readouts, judge_name, self.seed)
+            opening_rows = compute_opening_rows(responses, judge_name, self.seed)
             quality_row = self._rate_quality(responses, attack)
         except Exception as error:
             reason = redact_secrets(describe_error(error), defense.secret_texts())
@@ -449,7 +540,7 @@ class _Validation:
             if row["n"]:
                 save_validity(session, attack, defense, readout, self.judge.name, self.max_new_tokens, row)
         self.finished.append(responses)
-        self.validity_rows.extend(validity_rows)
+        self.validity_rows.extend([*opening_rows, *validity_rows])
 
     def _rate_quality(self, responses: ConditionResponses, attack: Attack) -> dict[str, Any]:
         """Return a row of `worth.csv`: rates by judge, and benign responses against undefended ones."""
@@ -509,6 +600,7 @@ class _Validation:
             "conditions_wanted": len(condition_keys),
             "readouts": [describe_readout(readout) for readout in readouts],
             "judge": {**self.judge.manifest_entry, "new_tokens": self.max_new_tokens},
+            "openings": {"judge": RESPONSE_JUDGE.manifest_entry, "new_tokens": N_RESPONSE_TOKENS},
             "rule": TRUST_RULE,
             "ranks": _rank_conditions(self.finished, readouts, judge_name, self.seed),
             **timer.describe_time(),
@@ -524,12 +616,12 @@ class _Validation:
         return ValidationResult(run, self.failures, unjudged_reasons, stop_reason)
 
 
-def _describe_condition_readout(condition_responses: ConditionResponses, readout: Readout) -> dict[str, str]:
+def _describe_condition_readout(condition_responses: ConditionResponses, readout_name: str) -> dict[str, str]:
     """Return the key columns of a readout in a condition."""
     return {
         "attack": condition_responses.attack,
         "defense": condition_responses.condition,
-        "readout": readout.name,
+        "readout": readout_name,
     }
 
 
@@ -599,6 +691,8 @@ def _validity_figure_tables(
         )
         suffix = f"-{readout.name}" if len(readouts) > 1 else ""
         figure_tables[f"calibration{suffix}"] = compute_calibration_curve(p_refuse[judged], refused)
-        is_readout = validity["readout"] == readout.name
-        figure_tables[f"rates{suffix}"] = validity[is_readout & (validity["n"] > 0)]
+        is_drawn = validity["readout"] == readout.name
+        if any(readout.prefill in responses.opening_verdicts for responses in finished):
+            is_drawn |= validity["readout"] == RESPONSES_READOUT
+        figure_tables[f"rates{suffix}"] = validity[is_drawn & (validity["n"] > 0)]
     return figure_tables

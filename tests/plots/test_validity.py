@@ -7,7 +7,12 @@ from conftest import draw_run_figures
 from planted_tables import scatter_collections
 
 from analysis.plots.captions import CaptionContext
-from analysis.plots.validity import draw_calibration, draw_refusal_rates
+from analysis.plots.validity import (
+    caption_calibration,
+    caption_refusal_rates,
+    draw_calibration,
+    draw_refusal_rates,
+)
 
 TOY_RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
 
@@ -40,3 +45,29 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
     for figure, _ in drawn_figures.values():
         caption = figure.texts[-1].get_text().replace("\n", " ")
         assert "under each of 2 conditions" in caption and "judge: patterns" in caption
+
+
+def test_the_rates_show_their_own_trust_and_the_first_tokens_as_crosses() -> None:
+    agreement = pd.DataFrame(
+        {
+            "attack": "direct",
+            "defense": ["none", "none", "policy", "policy"],
+            "readout": ["responses", "words"] * 2,
+            "n": 20,
+            "refused": [5, 5, 10, 10],
+            "readout_refused": [5, 20, 11, 9],
+            "trusted": "trusted",
+            "rate_trusted": ["trusted", "not trusted", "cannot tell", "trusted"],
+        }
+    )
+    ax = draw_refusal_rates(agreement)
+    # The band within 5 points, the two conditions of the readout, the crosses.
+    none, policy, crosses = [one for one in scatter_collections(ax) if len(one.get_offsets())][-3:]
+    assert none.get_offsets().tolist() == [[25, 100]] and policy.get_offsets().tolist() == [[50, 45]]
+    assert crosses.get_offsets().tolist() == [[25, 25], [50, 55]]
+    assert none.get_facecolor()[0].tolist() == [1, 1, 1, 1]  # hollow: single queries are trusted, rates not
+    (figure, _), *_ = draw_run_figures({"rates": agreement}, TOY_RUN, validity=agreement).values()
+    caption = figure.texts[-1].get_text().replace("\n", " ")
+    assert "under each of 2 conditions" in caption and "Crosses: " in caption and "5 points" in caption
+    assert "Crosses" not in caption_refusal_rates(agreement[agreement["readout"] == "words"], TOY_RUN)
+    assert "under each of 2 conditions" in caption_calibration(agreement, TOY_RUN)

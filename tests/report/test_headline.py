@@ -47,8 +47,23 @@ def test_the_headline_counts_defenses_without_an_effect():
 
 
 def test_the_headline_of_a_validation_names_each_readout():
-    rows = pd.DataFrame({"readout": ["words", "question"], "trusted": ["trusted", "cannot tell"]})
-    assert describe_validity(rows, "toy").endswith(
-        "words (validated in 1 of 1 conditions, contradicted in 0, undecided in 0); "
-        "question (validated in 0 of 1 conditions, contradicted in 0, undecided in 1)."
+    rows = pd.DataFrame(
+        {
+            "readout": ["responses", "words", "question", "responses", "words", "question"],
+            "trusted": ["cannot tell", "trusted", "cannot tell", "trusted", "trusted", "not trusted"],
+            "rate_trusted": ["trusted", "not trusted", "cannot tell", "trusted", "trusted", "cannot tell"],
+        }
     )
+    assert describe_validity(rows, "toy") == (
+        "Agreement of readouts with generated text on toy: judged first tokens of responses are trusted for "
+        "single queries in 1 of 2 conditions (contradicted in 0), for rates in 2 (contradicted in 0); "
+        "words is trusted for single queries in 2 of 2 conditions (contradicted in 0), for rates in 1 "
+        "(contradicted in 1); question is trusted for single queries in 0 of 2 conditions (contradicted in "
+        "1), for rates in 0 (contradicted in 0)."
+    )
+
+
+def test_the_headline_of_an_older_validation_says_nothing_about_rates():
+    rows = pd.DataFrame({"readout": ["words"], "trusted": ["trusted"]})
+    text = describe_validity(rows, "toy")
+    assert text.endswith("words is trusted for single queries in 1 of 1 condition (contradicted in 0).")

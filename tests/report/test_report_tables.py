@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from saved_runs import render_folders, write_run
 
@@ -47,6 +48,28 @@ def test_the_validity_of_an_older_run_is_shown_by_defense(tmp_path):
     pd.DataFrame([row]).to_csv(folder / "validity.csv", index=False)
     (table,) = build_validity_tables(read_run(folder, load_query_texts))
     assert table.headers[0] == "defense" and table.rows[0][0] == "policy"
+    assert "rates" not in table.headers
+
+
+def test_the_table_of_validity_tells_trust_in_single_queries_from_trust_in_rates():
+    rate_errors = {
+        f"rate_error_{name}{end}": [value, 0.0]
+        for name, value in (("harmful", 0.12), ("benign", -0.3))
+        for end in ("", "_low", "_high")
+    }
+    row = {"attack": "direct", "defense": "policy", "readout": ["words", "responses"], "n": 24}
+    trust = {"trusted": "trusted", "rate_trusted": ["not trusted", "cannot tell"], "n_needed": [np.nan, 54]}
+    thresholds = {"threshold": [-0.5, np.nan], "needed_threshold": [1.25, np.nan]}
+    thresholds |= {"needed_threshold_low": [1.0, np.nan], "needed_threshold_high": [1.5, np.nan]}
+    validity = pd.DataFrame(row | trust | rate_errors | thresholds)
+    (table,) = build_validity_tables(Run("run", {}, {"validity": validity}))
+    words, responses = (dict(zip(table.headers, cells, strict=True)) for cells in table.rows)
+    assert (words["single queries"], words["rates"]) == ("trusted", "not trusted")
+    assert words["rate error, harmful (points)"].startswith("+12")
+    assert words["rate error, benign (points)"].startswith("−30")
+    assert (words["threshold (nats)"], words["threshold needed (nats)"]) == ("−0.50", "+1.25 [+1.00, +1.50]")
+    assert responses["queries per class needed for rates"] == "54"
+    assert responses["threshold (nats)"] == responses["threshold needed (nats)"] == "–"
 
 
 def test_a_cell_that_generated_text_contradicts_is_marked(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from analysis.models.session import generate_responses
 from analysis.run import build_conditions
 from analysis.stats.tables import Trust
 from analysis.studies.judge_file import JudgeOptions
+from analysis.studies.responses import name_verdict
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup, prepare_setup
-from analysis.studies.validate import collect_responses
+from analysis.studies.validate import collect_responses, judge_openings
 from defenses.catalog import get_defense
 from defenses.contract import Chat, Defense
 from defenses.errors import UserError
@@ -83,7 +85,7 @@ def test_each_condition_is_validated_and_later_runs_show_its_trust(
 ) -> None:
     plant_verdicts(monkeypatch)
     names = ["safety_prompt", "policy"]
-    assert run_validate_command(make_spec(home), names, [], home / "out", JudgeOptions(), 3) == 0
+    assert run_validate_command(make_spec(home), names, [], home / "out", JudgeOptions("patterns"), 3) == 0
     files = {"validity.csv", "worth.csv", "answers.csv", "calibration.csv", "calibration.png", "curves.csv"}
     assert {path.name for path in (home / "out").iterdir()} == files | {"rates.csv", "rates.png", "run.json"}
     found = pd.read_csv(home / "out" / "validity.csv").set_index("defense")
@@ -107,7 +109,7 @@ def test_each_condition_is_validated_and_later_runs_show_its_trust(
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "patterns", "new_tokens": 3}
     assert [row["conditions"] for row in record["ranks"]] == [3]
-    assert "Trusted: the AUROC" in capsys.readouterr().out
+    assert "Single queries: trusted if the AUROC" in capsys.readouterr().out
     # A later run of the same readout says what was found; of another defense or attack nothing is known.
     assert run_analyze_command(make_spec(home), ["policy", "goal_priority"], [], home / "later", False) == 0
     summary = pd.read_csv(home / "later" / "summary.csv").set_index("defense")
@@ -128,7 +130,7 @@ def test_several_readouts_are_compared_on_the_same_responses_and_auto_selects_th
 ) -> None:
     plant_verdicts(monkeypatch)
     spec = make_spec(home, ("direct", "obedience"), ("words", "log-odds", "question", "prefilled-2"))
-    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions(), 2) == 0
+    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions("patterns"), 2) == 0
     found = pd.read_csv(home / "out" / "validity.csv")
     assert len(found) == 2 * 2 * 4 and set(found["readout"]) == set(spec.readouts)
     assert len(found.groupby(["attack", "defense"])["refused"].unique()) == 4
@@ -161,7 +163,9 @@ def test_responses_without_a_verdict_are_not_counted(
         )
 
     monkeypatch.setitem(RULE_JUDGES, "patterns", RuleJudge("patterns", judge, lambda answer: False))
-    assert run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert (
+        run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions("patterns"), 2) == 1
+    )
     found = pd.read_csv(home / "out" / "validity.csv")
     odd = sum(len(query.text) % 2 for query in make_spec(home).select_queries()[0].queries)
     assert (found["unjudged"] == odd).all() and (found["n"] == 24 - odd).all() and odd > 0
@@ -182,7 +186,10 @@ def test_conditions_finished_before_an_interruption_are_kept(
         return collect_responses(session, attack, name, *rest)
 
     monkeypatch.setattr("analysis.studies.validate.collect_responses", interrupt_second)
-    assert run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 130
+    assert (
+        run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions("patterns"), 2)
+        == 130
+    )
     assert list(pd.read_csv(home / "out" / "validity.csv")["defense"]) == ["none"]
     assert "interrupted: 1 of 2 conditions were finished" in str(read(home / "out"))
 
@@ -232,7 +239,7 @@ def test_a_defense_that_fails_is_left_out_and_reported(
     }[fails]
     add_condition(monkeypatch, defense)
     spec = make_spec(home, ("direct", "base64"))
-    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions("patterns"), 2) == 1
     run = read(home / "out")
     # What is encoded in Base64 holds no word that the defense would trip over.
     gone = {("direct", "breaks"), ("base64", "breaks")} if fails == "every query" else {("direct", "breaks")}
@@ -253,13 +260,13 @@ def test_without_the_undefended_model_no_condition_of_that_attack_is_kept(
     plant_verdicts(monkeypatch)
     add_condition(monkeypatch, Breaks(breaks_on=find_unchecked_text(home)), "none")
     spec = make_spec(home, ("direct", "base64"))
-    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions("patterns"), 2) == 1
     run = read(home / "out")
     assert set(run.tables["validity"]["attack"]) == {"base64"}
     why = {(one["attack"], one["defense"]): one["why"] for one in run.record["failed"]}
     assert set(why) == {("direct", "none"), ("direct", "policy")} and "no such flour" in why["direct", "none"]
     with pytest.raises(UserError, match=r"nothing could be scored: .*no such flour"):
-        run_validate_command(make_spec(home), ["policy"], [], home / "other", JudgeOptions(), 2)
+        run_validate_command(make_spec(home), ["policy"], [], home / "other", JudgeOptions("patterns"), 2)
     assert not (home / "other").exists()
 
 
@@ -269,19 +276,22 @@ def test_if_nothing_comparable_reaches_the_model_nothing_is_scored(
 ) -> None:
     first = make_spec(home).select_queries()[0].queries[0].text
     add_condition(monkeypatch, Breaks(deaf_to=first), name)
-    assert run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions(), 2) == 1
+    assert (
+        run_validate_command(make_spec(home), ["policy"], [], home / "out", JudgeOptions("patterns"), 2) == 1
+    )
     assert "user's words survive: FAILED" in capsys.readouterr().err and not (home / "out").exists()
 
 
 @pytest.mark.usefixtures("no_validity_figures")
 def test_the_secret_is_neither_written_cached_nor_printed(
-    home: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plant_verdicts(monkeypatch)
     run_secret_command(str(home / "toy"), 20, None, True)
     (place,) = (home / "share").rglob("*.txt")
     secret = place.read_text("utf-8").strip()
     spec = make_spec(home, readouts=("words", "calibrated"))
-    assert run_validate_command(spec, ["backdoor"], [], home / "out", JudgeOptions(), 2) == 0
+    assert run_validate_command(spec, ["backdoor"], [], home / "out", JudgeOptions("patterns"), 2) == 0
     assert set(pd.read_csv(home / "out" / "validity.csv")["defense"]) >= {"backdoor/no_weights"}
     kept = [path for path in home.rglob("*") if path.is_file() and path != place]
     assert any("cache" in path.parts for path in kept)
@@ -294,10 +304,130 @@ def test_wrong_options_are_errors_before_anything_is_loaded(home: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'patterns'"):
         run_validate_command(make_spec(home), ["none"], [], home / "out", JudgeOptions("pattern"), 3)
     with pytest.raises(UserError, match="at least 1"):
-        run_validate_command(make_spec(home), ["none"], [], home / "out", JudgeOptions(), 0)
+        run_validate_command(make_spec(home), ["none"], [], home / "out", JudgeOptions("patterns"), 0)
     with pytest.raises(UserError, match="--grade is for --judge model"):
         run_validate_command(make_spec(home), ["none"], [], home / "out", JudgeOptions(grade=True), 3)
     assert not (home / "out").exists()
+
+
+def judge_by_checksum(answer: str, request: str = "") -> Verdict:
+    """Judge by every character of a response, so that two texts rarely have the same verdicts."""
+    code = zlib.crc32(f"{answer}/{request}".encode()) % 5
+    return Verdict("unjudged", "asleep") if code == 4 else Verdict("full" if code == 0 else "none", "x")
+
+
+@dataclass(frozen=True)
+class Copies(Defense):
+    """Sends three copies of a query; the last one begins the response itself."""
+
+    family = "noise"
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        return chat
+
+    def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
+        copies = [[{"role": "user", "content": f"{n}. {chat[-1]['content']}"}] for n in range(3)]
+        return [*copies[:2], [*copies[2], {"role": "assistant", "content": "Yes"}]]
+
+
+@dataclass(frozen=True)
+class AnyCopy(Copies):
+    """Refuses if any copy is refused."""
+
+    pool = "max"
+
+
+@pytest.mark.parametrize("defense", [get_defense("none"), Copies(), AnyCopy()])
+@pytest.mark.parametrize("opening", ["", " ", "Sure, here"])
+def test_openings_are_the_responses_that_analyze_judges(
+    monkeypatch: pytest.MonkeyPatch, defense: Defense, opening: str
+) -> None:
+    judge = RuleJudge("checksum", judge_by_checksum, lambda answer: False)
+    monkeypatch.setattr("analysis.studies.validate.RESPONSE_JUDGE", judge)
+    monkeypatch.setattr("analysis.studies.validate.N_RESPONSE_TOKENS", 3)
+    session = make_toy_session()
+    asked = [Query(f"q{n}", f"Tell me {n} things about tea.", harmful=False) for n in range(8)]
+    chats, texts = DIRECT_ATTACK.build_query_chats(asked), [query.text for query in asked]
+    prefix = tuple(session.loaded_model.tokenizer.encode(opening, add_special_tokens=False))
+    whole = generate_responses(session, defense, chats, prefix, 7)
+    found = judge_openings(session, defense, texts, whole, prefix)
+    expected = generate_verdicts(session, defense, chats, texts, judge, prefix, 3)
+    assert found == [name_verdict(verdict) for verdict in expected]
+    assert len(set(found)) > 1
+
+
+def test_the_first_tokens_of_responses_have_a_row_of_their_own(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_verdicts(monkeypatch)
+    harmful = {query.text for query in load_queries("contrast").queries if query.harmful}
+
+    def judge_opening(answer: str, request: str = "") -> Verdict:
+        if len(request) % 7 == 0:
+            return Verdict("unjudged", "asleep")
+        return Verdict("full" if request in harmful and len(request) % 2 else "none", "x")
+
+    opening_judge = RuleJudge("short", judge_opening, lambda answer: False)
+    monkeypatch.setattr("analysis.studies.validate.RESPONSE_JUDGE", opening_judge)
+    monkeypatch.setattr("analysis.studies.validate.N_RESPONSE_TOKENS", 2)
+    judge_options = JudgeOptions("patterns")
+    assert run_validate_command(make_spec(home), ["policy"], [], home / "out", judge_options, 4) == 0
+    validity = pd.read_csv(home / "out" / "validity.csv")
+    assert list(validity["readout"]) == ["responses", "words"] * 2
+    rows = validity.set_index(["readout", "defense"])
+    answers = pd.read_csv(home / "out" / "answers.csv")
+    texts = {query.id: query.text for query in make_spec(home).select_queries()[0].queries}
+    n_unjudged = sum(len(text) % 7 == 0 for text in texts.values())
+    assert n_unjudged > 0
+    for name, table in answers.groupby("defense"):
+        row = rows.loc["responses", name]
+        assert row["unjudged"] == n_unjudged and row["n"] == 24 - n_unjudged
+        assert (table["verdict_responses"] == "unjudged").sum() == n_unjudged
+        judged = table[table["verdict_responses"] != "unjudged"]
+        for column, rows_of_class in (
+            ("harmful", judged[judged["harmful"]]),
+            ("benign", judged[~judged["harmful"]]),
+        ):
+            by_opening = (rows_of_class["verdict_responses"] == "refused").mean()
+            by_text = (rows_of_class["refusal_patterns"] != "none").mean()
+            assert row[f"rate_error_{column}"] == pytest.approx(by_opening - by_text)
+        assert row["rate_error_harmful"] < 0 == row["rate_error_benign"]
+        # The verdict on the whole response: of the words readout, all responses count.
+        assert rows.loc["words", name]["n"] == 24
+    missing = ["threshold", "needed_threshold", "calibration_error", "coverage"]
+    assert rows.loc["responses"][missing].isna().all(axis=None)
+    assert rows.loc["words"][missing].notna().all(axis=None)
+    by_readout = answers[answers["defense"] == "none"]
+    needed = rows.loc["words", "none"]["needed_threshold"]
+    assert (by_readout["margin_words"] > needed).sum() == (by_readout["refusal_patterns"] != "none").sum()
+    assert set(pd.read_csv(home / "out" / "rates.csv")["readout"]) == {"responses", "words"}
+    record = json.loads((home / "out" / "run.json").read_text())
+    assert record["openings"] == {"judge": {"name": "short"}, "new_tokens": 2}
+    printed = capsys.readouterr().out
+    assert "Judged first tokens of responses are trusted for single queries in" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    # What later runs know of a readout is not what was found about the responses.
+    summary = run_later(home)
+    assert summary["trusted"].to_dict() == rows.loc["words"]["trusted"].to_dict()
+
+
+def run_later(home: Path) -> pd.DataFrame:
+    """Return the summary of a later run of the same conditions."""
+    assert run_analyze_command(make_spec(home), ["policy"], [], home / "later", False) == 0
+    return pd.read_csv(home / "later" / "summary.csv").set_index("defense")
+
+
+@pytest.mark.parametrize(("readout", "tokens"), [("prefilled-2", 4), ("words", 2)])
+@pytest.mark.usefixtures("no_validity_figures")
+def test_there_is_no_such_row_where_it_would_say_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, readout: str, tokens: int
+) -> None:
+    """If the readout forces how responses begin, or the whole response is no longer than what is read."""
+    plant_verdicts(monkeypatch)
+    monkeypatch.setattr("analysis.studies.validate.N_RESPONSE_TOKENS", 2)
+    spec = make_spec(home, readouts=(readout,))
+    assert run_validate_command(spec, ["policy"], [], home / "out", JudgeOptions("patterns"), tokens) == 0
+    assert set(pd.read_csv(home / "out" / "validity.csv")["readout"]) == {readout}
 
 
 def test_verdicts_are_in_the_order_of_the_queries_and_see_the_query() -> None:
