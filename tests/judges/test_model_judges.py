@@ -165,7 +165,7 @@ def test_responses_without_a_verdict_are_reported_and_judged_on_the_next_call(
         "full",
     ]
     # Another judge's verdicts beside these would be taken for one judge's.
-    with pytest.raises(UserError, match=r"was judged by model judge at 127\.0\.0\.1, so patterns cannot"):
+    with pytest.raises(UserError, match=r"was judged by model judge at 127\.0\.0\.1, so learned cannot"):
         run_judge_command(first, "response", None, JudgeOptions(), response_file.with_name("c.csv"))
 
 

@@ -210,6 +210,8 @@ def test_a_query_with_one_topic_word_may_be_answered_in_other_words() -> None:
 
 
 def test_long_responses_cause_no_catastrophic_backtracking() -> None:
+    for text in ("I must say " * 9000, "I can't " * 9000, "it is not okay or " * 9000, "not have " * 9000):
+        judge_by_patterns(text, "How are you, my friend?")
     for text in ("I " * 50_000, "sorry " * 50_000, '"' * 100_000, "a" * 300_000, "<think>" * 20_000):
         judge_by_patterns(text, "How are you, my friend?")
 
