@@ -94,7 +94,8 @@ def draw_refusal_rates(validity: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_xlim(low, high)
         ax.set_ylim(low, high)
         numbers = [str(number + 1) for number in range(len(points))]
-        label_points(ax, points, numbers, 300, ("text", "readout"))
+        crosses = pd.DataFrame(_compute_rates(response_rows))
+        label_points(ax, points, numbers, 300, ("text", "readout"), keep_clear=crosses)
         ax.set_xlabel("refusal rate by generated text (%)")
         ax.set_ylabel("refusal rate by readout (%)")
         place_legend_beside(ax, key)

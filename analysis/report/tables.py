@@ -132,7 +132,7 @@ def build_validity_tables(run: Run) -> list[HtmlTable]:
         ("kappa", "Cohen's κ", ".2f", 1, True),
         ("rate_error_harmful", "rate error, harmful (points)", "+.0f", 100, True),
         ("rate_error_benign", "rate error, benign (points)", "+.0f", 100, True),
-        ("n_needed", "queries per class needed for rates", ".0f", 1, False),
+        ("n_needed", "queries per class needed for rates", ",.0f", 1, False),
         ("threshold", "threshold (nats)", "+.2f", 1, False),
         ("needed_threshold", "threshold needed (nats)", "+.2f", 1, True),
     )
