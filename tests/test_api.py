@@ -366,7 +366,7 @@ def test_scores_of_any_origin_can_be_summarized():
     moved = plain.assign(margin=margins + np.where(plain["harmful"], 2.0, 1.0), defense="moved")
     found = summarize(pd.concat([plain.assign(defense="none"), moved])).set_index("defense").loc["moved"]
     assert (found["shift"], found["discrimination"]) == (pytest.approx(1.5), pytest.approx(1.0))
-    assert found["verdict"] == "shift + discrimination +"
+    assert found["verdict"] == "shift +, discrimination +"
     both = pd.concat([plain.assign(defense="none"), moved])
     told = summarize(both.assign(harmful=both["harmful"].astype(int)), threshold=100.0)
     assert (told["refusal_rate"] == 0).all()

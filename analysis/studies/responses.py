@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from analysis.attacks import Attack
 from analysis.datasets.queries import Query, group_units
-from analysis.judges.judge import EMPTY_RESPONSE, Judge, Verdict, generate_verdicts
+from analysis.judges.judge import Judge, Verdict, generate_verdicts
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.cache import CacheKey, describe_computation, hash_code
 from analysis.models.chat_template import redact_secrets
@@ -43,11 +44,13 @@ class ResponseVerdicts:
         frames: verdicts of each finished condition, in the columns `RESPONSE_COLUMNS`.
         failures: why other conditions have none.
         interrupted: whether the user interrupted the generation.
+        wall_seconds: time that generating and judging took.
     """
 
     frames: dict[ConditionKey, pd.DataFrame] = field(default_factory=dict)
     failures: dict[ConditionKey, str] = field(default_factory=dict)
     interrupted: bool = False
+    wall_seconds: float = 0.0
 
     @property
     def table(self) -> pd.DataFrame:
@@ -65,6 +68,7 @@ class ResponseVerdicts:
             "queries": int(table["query"].nunique()),
             "unjudged": int((table["verdict"] == ResponseVerdict.UNJUDGED).sum()),
             "interrupted": self.interrupted,
+            "wall_seconds": round(self.wall_seconds, 1),
             "failed": list_failures(self.failures),
         }
 
@@ -84,7 +88,7 @@ def judge_conditions(
     """
     attacks = {attack.name: attack for attack in setup.attacks}
     queries = sample_answered_queries(setup.query_set.queries, spec.max_responses, spec.seed)
-    result = ResponseVerdicts()
+    result, started = ResponseVerdicts(), time.perf_counter()
     with make_progress_bar(console) as bar:
         task = bar.add_task("generating responses", total=len(condition_keys) * len(queries))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
@@ -110,6 +114,7 @@ def judge_conditions(
             else:
                 result.frames[attack, name] = _make_response_frame(queries, attack, name, verdicts)
             bar.update(task, completed=number * len(queries))
+    result.wall_seconds = time.perf_counter() - started
     return result
 
 
@@ -200,7 +205,7 @@ def sample_answered_queries(queries: Sequence[Query], max_responses: int | None,
 
 def name_verdict(verdict: Verdict) -> str:
     """Return a verdict without its kind; a response without text neither refuses nor complies."""
-    if not verdict.is_judged or verdict.evidence == EMPTY_RESPONSE:
+    if not verdict.is_judged:
         return ResponseVerdict.UNJUDGED.value
     return (ResponseVerdict.REFUSED if verdict.is_refusal else ResponseVerdict.NOT_REFUSED).value
 

@@ -20,8 +20,10 @@ RECORD = {
     "dtype": "float32",
     "data": {"name": "contrast", "split": "test", "n_harmful": 96, "n_benign": 144},
     "readout": {"threshold": 0.0, "refuse": ["I"], "comply": ["Sure"]},
+    "responses": {"new_tokens": 24, "judge": {"name": "learned"}, "queries": 240, "unjudged": 3},
 }
 LONG = "a_defense_of_the_users_own_with_quite_a_long_name"
+NOTE = "discrimination: the adjusted p-value is 0.07"
 NAMES = ["none", "backdoor", "backdoor/no_secret", "neutral_prompt", LONG]
 
 
@@ -33,10 +35,21 @@ def make_summary() -> pd.DataFrame:
         row |= {"family": "control" if name == "neutral_prompt" else "own", "p_discrimination": 0.5}
         for estimate in ESTIMATE_NAMES:
             row |= {estimate: 0.25, f"{estimate}_low": -0.125, f"{estimate}_high": 1.5}
-        row["verdict"] = "reference" if name == "none" else "shift + discrimination +"
-        row["trusted"] = "not validated"
+        row["verdict"] = "reference" if name == "none" else "shift +, discrimination inconclusive"
+        row |= {"margin_verdict": row["verdict"], "verdict_note": "" if name == "none" else NOTE}
+        row |= {"trusted": "not validated", "based_on": "margins"}
         rows.append(row)
     return Summary(pd.DataFrame(rows)).frame
+
+
+def add_responses(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary of a run whose responses were judged."""
+    effects = {
+        f"response_{name}{end}": np.where(summary["defense"] == "none", np.nan, value)
+        for name in ("shift", "discrimination")
+        for end, value in (("", 12.0), ("_low", -3.0), ("_high", 27.0))
+    }
+    return summary.assign(**effects, based_on="responses", n_responses=240, responses_saved=0.0)
 
 
 class Terminal(io.StringIO):
@@ -59,17 +72,35 @@ def capture_summary(monkeypatch, columns, summary=None):
 @pytest.mark.parametrize("columns", [80, 100, 140, None])
 def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(monkeypatch, columns):
     text = capture_summary(monkeypatch, columns)
-    assert max(map(len, text.splitlines())) <= (columns or 120)
+    assert max(map(len, text.partition("[x, y]")[0].splitlines())) <= (columns or 120)
     assert "…" not in text
     assert text.count("[-12, 150]") == 2 * len(NAMES) and text.count("[-0.12, 1.50]") == len(NAMES)
     assert text.count("+0.25") == 3 * (len(NAMES) - 1)
+    assert "no response was judged" in " ".join(text.split()) and text.count(NOTE) == len(NAMES) - 1
+
+
+@pytest.mark.parametrize("columns", [80, None])
+def test_the_changes_of_the_rates_stand_in_the_summary_of_judged_responses(monkeypatch, columns):
+    text = capture_summary(monkeypatch, columns, add_responses(make_summary()))
+    assert max(map(len, text.partition("[x, y]")[0].splitlines())) <= (columns or 120) and "…" not in text
+    assert text.count("+12 [-3, +27]") == 2 * (len(NAMES) - 1)
+    assert "first 24 tokens of the responses, judged by learned" in " ".join(text.split())
+    assert "3 responses have no verdict" in " ".join(text.split())
+
+
+def test_many_notes_are_counted_and_only_contradictions_are_named(monkeypatch):
+    summary = pd.concat([make_summary()] * 4, ignore_index=True)
+    summary.loc[2, "verdict_note"] = "the margins say otherwise: shift -"
+    text = capture_summary(monkeypatch, None, Summary(summary).frame)
+    assert "column verdict_note of summary.csv (16 conditions)" in text and NOTE not in text
+    assert f"The margins contradict the responses in 1: {NAMES[2]}." in text
 
 
 @pytest.mark.parametrize("columns", [80, 140, None])
 def test_names_and_verdicts_are_complete(monkeypatch, columns):
     lines = capture_summary(monkeypatch, columns).splitlines()
     first = "".join(line.split("│")[0].replace(" ", "") for line in lines if "│" in line)
-    verdicts = ["reference", *["shift+discrimination+"] * (len(NAMES) - 1)]
+    verdicts = ["reference", *["shift+,discriminationinconclusive"] * (len(NAMES) - 1)]
     expected = "".join(name + verdict for name, verdict in zip(NAMES, verdicts, strict=True))
     assert first == expected.replace("neutral_prompt", "neutral_prompt(control)")
 

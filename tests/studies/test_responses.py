@@ -18,6 +18,7 @@ from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query
 from analysis.judges.judge import RuleJudge, Verdict
+from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import ScoreCache, count_cached_rows
 from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.readouts.readout import Readout
@@ -68,11 +69,9 @@ def test_verdicts_are_those_of_the_first_tokens_of_each_response(prefill: tuple[
 
 def test_a_response_without_text_or_verdict_is_unjudged() -> None:
     session = make_toy_session()
-    for verdict in (Verdict("unjudged", "asleep"), Verdict("full", "empty response")):
-        judge = RuleJudge("fixed", lambda response, query, verdict=verdict: verdict, lambda partial: False)
-        assert judge_condition(session, DIRECT_ATTACK, NONE, QUERIES[:1], judge, READOUT) == ["unjudged"]
-    judge = RuleJudge("fixed", lambda response, query: Verdict("partial"), lambda partial: False)
-    assert judge_condition(session, DIRECT_ATTACK, NONE, QUERIES[:1], judge, READOUT) == ["refused"]
+    for refusal, expected in (("unjudged", "unjudged"), ("partial", "refused"), ("none", "not refused")):
+        judge = RuleJudge("fixed", lambda *texts, kind=refusal: Verdict(kind), lambda partial: False)
+        assert judge_condition(session, DIRECT_ATTACK, NONE, QUERIES[:1], judge, READOUT) == [expected]
 
 
 def test_several_copies_of_a_query_are_pooled_by_the_rule_of_the_defense() -> None:
@@ -186,35 +185,45 @@ def test_a_sample_has_both_classes_however_small_it_is() -> None:
     assert len(sample) == 30
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.fixture
+def keyword_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge by keywords: to the default judge, the random text of a tiny model is no English."""
+    monkeypatch.setattr(responses_module, "RESPONSE_JUDGE", RULE_JUDGES["keywords"])
+
+
+@pytest.mark.usefixtures("no_figures", "keyword_judge")
 def test_a_run_with_responses_has_their_rates_and_keeps_no_text(cli_home: Path) -> None:
     options = ("-d", "policy", "-m", "tiny", "--limit", "16")
     result = run_cli(*options, "--responses", "8", "-o", "answered")
-    assert result.code == 0 and f"Responses, first {N_RESPONSE_TOKENS} tokens, judged" in result.out
+    text = f"first {N_RESPONSE_TOKENS} tokens of the responses, judged by keywords"
+    assert result.code == 0 and text in " ".join(result.out.split())
     responses = pd.read_csv(cli_home / "answered" / "responses.csv")
     summary = pd.read_csv(cli_home / "answered" / "summary.csv").set_index("defense")
     answered = responses.groupby("defense")["query"].apply(set)
     assert answered["none"] == answered["policy"] and len(answered["none"]) <= 8
     assert list(responses.columns) == list(responses_module.RESPONSE_COLUMNS)
     assert (summary["n_responses"] == len(answered["none"])).all()
-    assert summary["response_refusal_rate"].between(0, 1).all()
+    assert summary["refusal_rate"].between(0, 1).all() and (summary["based_on"] == "responses").all()
     record = json.loads((cli_home / "answered" / "run.json").read_text("utf-8"))
     assert record["responses"]["new_tokens"] == N_RESPONSE_TOKENS
-    assert record["responses"]["judge"] == {"name": "patterns"}
-    without = run_cli(*options, "-o", "unanswered")
-    assert without.code == 0 and "Responses" not in without.out
+    assert record["responses"]["judge"] == {"name": "keywords"}
+    without = run_cli(*options, "--responses", "none", "-o", "unanswered")
+    assert without.code == 0 and "no response was judged" in " ".join(without.out.split())
     assert not (cli_home / "unanswered" / "responses.csv").exists()
     margins, again = (
         pd.read_csv(cli_home / name / "scores.csv")["margin"] for name in ("answered", "unanswered")
     )
     pd.testing.assert_series_equal(margins, again)
     for text in ("some", "²", "-1"):
-        assert_user_error(run_cli(*options, "--responses", text), "it takes all, none or a whole number")
+        assert_user_error(run_cli(*options, "--responses", text), "it takes auto, all, none or a whole")
     forced = run_cli(*options, "--responses", "8", "--readout", "prefilled-2")
     assert_user_error(forced, "forces how responses begin")
+    assert run_cli(*options, "--readout", "prefilled-2", "-o", "forced").code == 0
+    forced_summary = pd.read_csv(cli_home / "forced" / "summary.csv")
+    assert (forced_summary["based_on"] == "margins").all()
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("no_figures", "keyword_judge")
 def test_a_condition_whose_responses_fail_keeps_its_margins(
     cli_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +243,7 @@ def test_a_condition_whose_responses_fail_keeps_its_margins(
     assert [row["defense"] for row in record["responses"]["failed"]] == ["policy"] and not record["failed"]
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("no_figures", "keyword_judge")
 def test_an_interruption_and_failures_of_all_responses_keep_the_margins(
     cli_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
