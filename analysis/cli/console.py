@@ -66,13 +66,13 @@ def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
         cells = [f"{name}\n{values['verdict']}", *map("\n".join, (rates, changes, margin_effects))]
         table.add_row(*map(Text, cells), style="dim" if control else "")
     console.print(table)
-    console.print(Text(_explain_summary(is_judged, record), style="dim"))
+    console.print(Text(_explain_summary(summary, record), style="dim"))
     _print_verdict_notes(summary, console)
 
 
-def _explain_summary(is_judged: bool, record: Mapping[str, Any]) -> str:
+def _explain_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
     """Return the note below the summary table."""
-    if is_judged:
+    if "response_shift" in summary:
         responses = record["responses"]
         rates = (
             f"Rates and verdicts: first {responses['new_tokens']} tokens of the responses, judged by "
@@ -80,6 +80,12 @@ def _explain_summary(is_judged: bool, record: Mapping[str, Any]) -> str:
         )
         if responses["unjudged"]:
             rates += f" {responses['unjudged']} responses have no verdict and count nowhere."
+        if responses["queries"] < record["data"]["n_harmful"] + record["data"]["n_benign"]:
+            saved = summary["responses_saved"]
+            rates += (
+                f" {responses['queries']} queries were answered; the margins of all queries are worth "
+                f"{saved.min():.0f} to {saved.max():.0f} further responses."
+            )
     else:
         rates = (
             f"Rates and verdicts: by the first-token margin, threshold {record['readout']['threshold']:.3g} "

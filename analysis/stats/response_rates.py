@@ -13,7 +13,11 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from analysis.stats.bootstrap import ResamplingUnits, compute_sign_flip_p_value, draw_sign_flips
-from analysis.stats.effects import compute_query_contributions
+from analysis.stats.effects import (
+    FACTORIAL_EFFECTS,
+    compute_query_contributions,
+    list_factorial_conditions,
+)
 from analysis.stats.format import Interval
 from analysis.stats.prediction_powered import (
     PredictionPoweredDifference,
@@ -78,6 +82,35 @@ def add_response_estimates(
     return frame[[*list(kept)[:position], *new_columns, *list(kept)[position:]]]
 
 
+def add_factorial_response_effects(
+    effects: pd.DataFrame, responses: pd.DataFrame, scores: ScoreTable
+) -> pd.DataFrame:
+    """Return the effects of a 2 × 2 design with those on the refusal rates of the responses beside them.
+
+    Args:
+        effects: `estimate_factorial_effects` of one attack and one defense.
+        responses: as for `summarize_responses`.
+        scores: scores of the same conditions on all queries.
+
+    Returns:
+        `response_shift` and `response_discrimination` of each effect, percentage points with 95 % intervals.
+        They are missing for the interaction, and where the responses of a condition were not judged.
+    """
+    labels_by_condition = _group_labels(responses)
+    rows = []
+    for row in iterate_rows(effects):
+        weights = FACTORIAL_EFFECTS[row["effect"]]
+        names = list_factorial_conditions(row["defense"])
+        ends = [(row["attack"], names[weights.index(sign)]) for sign in (-1, 1)]
+        change: dict[str, float | None] = {}
+        if sum(map(abs, weights)) == 2 and all(end in labels_by_condition for end in ends):
+            before, after = (_join_labels(scores, *end, labels_by_condition[end]) for end in ends)
+            change = _estimate_changes(before, after)
+        rows.append(row | change)
+    columns = [f"{name}{suffix}" for name in _CONTRAST_NAMES for suffix in INTERVAL_SUFFIXES]
+    return pd.DataFrame(rows, columns=[*effects, *columns])
+
+
 def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int = 0) -> pd.DataFrame:
     """Return the refusal rates of the responses, and their changes against the undefended model.
 
@@ -94,10 +127,7 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int =
         of judged responses (`n_responses`), of further responses that the margins of all queries are worth
         (`responses_saved`), and of pairs and single queries judged in both conditions (`n_units`).
     """
-    labels_by_condition = {
-        (str(attack), str(defense)): rows.set_index("query")["verdict"].map(_LABEL_BY_VERDICT)
-        for (attack, defense), rows in responses.groupby(["attack", "defense"], sort=False)
-    }
+    labels_by_condition = _group_labels(responses)
     rows = []
     for attack, defense in scores.condition_keys:
         if (attack, defense) not in labels_by_condition:
@@ -124,6 +154,14 @@ def _judge_responses(row: dict[str, Any]) -> tuple[str, str]:
     margin_verdicts = derive_verdicts(row, MARGIN_MEASURES, row["n_harmful"] + row["n_benign"])
     notes = explain_verdicts(verdicts), explain_disagreement(verdicts, margin_verdicts)
     return format_verdicts(verdicts), "; ".join(filter(None, notes))
+
+
+def _group_labels(responses: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
+    """Return the labels of each condition by query: 1 refused, 0 not refused, NaN unjudged."""
+    return {
+        (str(attack), str(defense)): rows.set_index("query")["verdict"].map(_LABEL_BY_VERDICT)
+        for (attack, defense), rows in responses.groupby(["attack", "defense"], sort=False)
+    }
 
 
 def _join_labels(scores: ScoreTable, attack: str, defense: str, labels: pd.Series) -> pd.DataFrame:

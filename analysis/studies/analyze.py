@@ -10,11 +10,11 @@ from rich.console import Console
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
-from analysis.stats.response_rates import add_response_estimates
+from analysis.stats.response_rates import add_factorial_response_effects, add_response_estimates
 from analysis.stats.tables import ScoreTable
 from analysis.studies.cost import measure_cost
 from analysis.studies.manifest import RunTimer
-from analysis.studies.responses import judge_conditions
+from analysis.studies.responses import ResponseVerdicts, judge_conditions
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import ConditionKey, ScoredConditions, StudyResult, score_conditions
@@ -61,7 +61,7 @@ def analyze_defenses(
         if costs is not None:
             figure_tables["cost"] = _join_gains(costs, summary, spec.attacks[0].name)
     tables = {
-        **_factorial_tables(scored.scores, spec.seed),
+        **_factorial_tables(scored.scores, responses, spec.seed),
         "prompts": _example_prompts(scored.setup, list(scored.sweep_result.score_frames), scored.finished),
         "scores": scored.scores.frame,
         "summary": summary,
@@ -129,7 +129,9 @@ def _example_prompts(
     return pd.DataFrame(rows)
 
 
-def _factorial_tables(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
+def _factorial_tables(
+    scores: ScoreTable, responses: ResponseVerdicts | None, seed: int
+) -> dict[str, pd.DataFrame]:
     """Estimate the effects of each complete 2 × 2 design."""
     scored_keys = set(scores.condition_keys)
     effects = [
@@ -137,4 +139,6 @@ def _factorial_tables(scores: ScoreTable, seed: int) -> dict[str, pd.DataFrame]:
         for attack, defense in scores.condition_keys
         if all((attack, condition) in scored_keys for condition in list_factorial_conditions(defense))
     ]
+    if responses is not None:
+        effects = [add_factorial_response_effects(table, responses.table, scores) for table in effects]
     return {"effects": pd.concat(effects, ignore_index=True)} if effects else {}

@@ -85,7 +85,14 @@ def test_the_changes_of_the_rates_stand_in_the_summary_of_judged_responses(monke
     assert max(map(len, text.partition("[x, y]")[0].splitlines())) <= (columns or 120) and "…" not in text
     assert text.count("+12 [-3, +27]") == 2 * (len(NAMES) - 1)
     assert "first 24 tokens of the responses, judged by learned" in " ".join(text.split())
-    assert "3 responses have no verdict" in " ".join(text.split())
+    assert "3 responses have no verdict" in " ".join(text.split()) and "were answered" not in text
+
+
+def test_a_sample_of_responses_says_what_the_margins_are_worth(monkeypatch):
+    monkeypatch.setitem(RECORD, "responses", RECORD["responses"] | {"queries": 60})
+    summary = add_responses(make_summary()).assign(responses_saved=[0.0, 3.0, 12.4, 5.0, 2.0])
+    text = " ".join(capture_summary(monkeypatch, None, summary).split())
+    assert "60 queries were answered" in text and "are worth 0 to 12 further responses" in text
 
 
 def test_many_notes_are_counted_and_only_contradictions_are_named(monkeypatch):

@@ -8,7 +8,17 @@ import pytest
 from scipy.special import expit
 
 from analysis.stats.bootstrap import make_rate_columns
-from analysis.stats.response_rates import summarize_responses
+from analysis.stats.effects import (
+    FACTORIAL_EFFECTS,
+    estimate_factorial_effects,
+    list_factorial_conditions,
+    summarize_scores,
+)
+from analysis.stats.response_rates import (
+    add_factorial_response_effects,
+    add_response_estimates,
+    summarize_responses,
+)
 from analysis.stats.tables import ScoreTable
 
 N_PAIRS, N_PLAIN = 60, 40
@@ -114,3 +124,50 @@ def test_pairs_and_strata_enter_the_intervals() -> None:
     is_answered = is_twin | (scores.frame["query"].str[1:].astype(int) % 4 == 0)
     rates = summarize_responses(uneven[is_answered], ScoreTable(frame, scores.record)).set_index("defense")
     assert rates.loc["none", "over_refusal_rate"] == pytest.approx(N_PAIRS / (N_PAIRS + N_PLAIN))
+
+
+def test_the_summary_takes_rates_and_verdicts_from_the_responses_and_keeps_those_of_the_readout() -> None:
+    scores, responses = plant_run()
+    # The responses contradict the margins: the defense never refuses.
+    is_policy = responses["defense"] == "policy"
+    contradicting = responses.assign(verdict=responses["verdict"].where(~is_policy, "not refused"))
+    margins = summarize_scores(scores, n_draws=200).frame
+    frame = add_response_estimates(margins, contradicting, scores)
+    row, before = (table.set_index("defense").loc["policy"] for table in (frame, margins))
+    assert row["refusal_rate"] == 0 and row["readout_refusal_rate"] == before["refusal_rate"] > 0.5
+    assert before["verdict"] == row["margin_verdict"] and before["verdict"].startswith("shift +")
+    assert row["verdict"].startswith("shift -") and row["based_on"] == "responses"
+    assert "the margins say otherwise: shift +" in row["verdict_note"]
+    assert row["p_response_shift"] < 0.01
+    assert frame.set_index("defense").loc["none", "verdict"] == "reference"
+    unjudged = add_response_estimates(margins, responses[~is_policy], scores).set_index("defense")
+    assert unjudged.loc["policy", "verdict"] == "not judged" and np.isnan(
+        unjudged.loc["policy", "refusal_rate"]
+    )
+    assert unjudged.loc["policy", "shift"] == before["shift"]
+
+
+def test_effects_of_a_factorial_design_on_rates_are_differences_of_two_conditions() -> None:
+    scores, responses = plant_run()
+    names = ["none", *list_factorial_conditions("backdoor")]
+    tables = []
+    for frame in (scores.frame, responses):
+        undefended = frame[frame["defense"] == "none"]
+        defended = frame[frame["defense"] == "policy"]
+        parts = [undefended, undefended, undefended, defended, defended]  # the weights alone do everything
+        tables.append(pd.concat([part.assign(defense=name) for part, name in zip(parts, names, strict=True)]))
+    record = scores.record | {"defenses": {name: {"family": "x"} for name in names}}
+    factorial_scores = ScoreTable(tables[0].reset_index(drop=True), record)
+    effects = estimate_factorial_effects(factorial_scores, "direct", "backdoor")
+    table = add_factorial_response_effects(effects, tables[1], factorial_scores).set_index("effect")
+    expected = summarize_responses(responses, scores).set_index("defense").loc["policy"]
+    for effect in ("weights, no secret", "weights, with secret"):
+        for name in ("response_shift", "response_discrimination_low", "response_shift_high"):
+            assert table.loc[effect, name] == pytest.approx(expected[name])
+    for effect in ("secret, released weights", "secret, tuned weights"):
+        assert table.loc[effect, "response_shift"] == 0
+        assert table.loc[effect, "response_shift_low"] < 0 < table.loc[effect, "response_shift_high"]
+    assert np.isnan(table.loc["interaction", "response_shift"]) and set(table.index) == set(FACTORIAL_EFFECTS)
+    partly = tables[1][tables[1]["defense"] != "backdoor"]
+    table = add_factorial_response_effects(effects, partly, factorial_scores).set_index("effect")
+    assert table["response_shift"].notna().tolist() == [True, False, True, False, False]
