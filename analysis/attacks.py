@@ -46,6 +46,7 @@ class Attack:
         url: of the paper.
         wording_sha256: SHA-256 of each row, or of the user's file, that contains its wording.
         query_ids: ids of the queries that it has strings for; None if it applies to every query.
+        path: the user's file with its strings; None for a shipped attack.
     """
 
     name: str
@@ -55,6 +56,14 @@ class Attack:
     url: str = ""
     wording_sha256: tuple[str, ...] = ()
     query_ids: frozenset[str] | None = None
+    path: Path | None = None
+
+    @property
+    def option(self) -> str:
+        """What `--attack` takes to choose this attack."""
+        if self.path is None:
+            return self.name
+        return f"{self.path}{IGNORE_SUFFIX if self.name.endswith(IGNORE_SUFFIX) else ''}"
 
     def build_query_chats(self, queries: Sequence[Query]) -> list[QueryChat]:
         """Return the chat in which each query is sent, with the query's id."""
@@ -199,7 +208,7 @@ def _load_attack_file(path: Path) -> Attack:
     digests = (hashlib.sha256(content).hexdigest(),)
     query_ids = None if "" in strings else frozenset(strings)
     description = f"the strings in {path.name}"
-    return Attack(path.stem, description, build_chat, wording_sha256=digests, query_ids=query_ids)
+    return Attack(path.stem, description, build_chat, "", "", digests, query_ids, path)
 
 
 def _parse_attack_strings(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, tuple[str, str]]:

@@ -15,11 +15,15 @@ from typing import Any
 
 from analysis.attacks import Attack
 from analysis.datasets.queries import QuerySet
+from analysis.models.cache import SCORING_SOURCES, hash_code
+from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
+from analysis.studies.run_spec import RunSpec
 from defenses.backdoor import Secret
 from defenses.contract import Defense
-from defenses.settings import get_settings
+from defenses.errors import UserError
+from defenses.settings import get_settings, parse_setting
 from defenses.stack import Stack, list_members
 from defenses.tuned import TunedDefense
 
@@ -83,6 +87,60 @@ def describe_run(
     }
 
 
+def describe_options(
+    spec: RunSpec,
+    defenses: Sequence[str | Defense] = (),
+    settings: Sequence[str] = (),
+    secrets: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Return the options with which the same model, queries, attacks and defenses are made again.
+
+    Args:
+        spec: options of the run.
+        defenses: as the user asked for them. An object of a shipped class is stored as its name and settings.
+        settings: settings of the named defenses, `key=value`, as the user gave them.
+        secrets: texts that are redacted.
+
+    Returns:
+        Plain values; `not_repeatable` is the reason why they do not suffice, or None.
+    """
+    reasons = []
+    if not isinstance(spec.data, str):
+        reasons.append(f"its queries were {spec.data.name}, which is in no file: write them to a .csv file")
+    names, all_settings = [], list(settings)
+    for defense in defenses:
+        restated = (defense, []) if isinstance(defense, str) else _restate_defense(defense)
+        if restated is None:
+            assert isinstance(defense, Defense)
+            reasons.append(
+                f"its defense {defense.name!r} was made in Python: put the class into a .py file, give it "
+                "defaults"
+            )
+            restated = (defense.name, [])
+        names.append(restated[0])
+        all_settings += restated[1]
+    redacted = [redact_secrets(setting, secrets) for setting in all_settings]
+    if redacted != all_settings:
+        reasons.append("a setting contains a secret, which is not stored: put the secret into a file")
+    return {
+        "model": spec.model,
+        "data": spec.data if isinstance(spec.data, str) else None,
+        "split": spec.split,
+        "limit": spec.limit,
+        "batch_size": spec.batch_size,
+        "device": spec.device,
+        "dtype": spec.dtype,
+        "seed": spec.seed,
+        "attacks": [attack.option for attack in spec.attacks],
+        "readouts": list(spec.readouts),
+        "responses": "all" if spec.max_responses is None else spec.max_responses or "none",
+        "defenses": names,
+        "settings": redacted,
+        "code_sha256": hash_code(*SCORING_SOURCES),
+        "not_repeatable": reasons[0] if reasons else None,
+    }
+
+
 def describe_readout(readout: Readout) -> dict[str, Any]:
     """Return how a readout turns a forward pass into a margin."""
     return {
@@ -94,6 +152,7 @@ def describe_readout(readout: Readout) -> dict[str, Any]:
         "threshold": readout.threshold,
         "answer_prefix": readout.response_prefix,
         "answers_begin": readout.prefill,
+        "threshold_quantiles": readout.threshold_quantiles,
         "threshold_fitted": readout.threshold_source,
         "questions": readout.questions,
         "log_odds": readout.is_log_odds,
@@ -157,6 +216,27 @@ def identify_defense(defense: Defense, seed: int) -> list[Any] | None:
         if member.is_user_defined and not _class_source_files(type(member)):
             return None
     return [type(defense).__qualname__, describe_defense(defense), seed]
+
+
+def _restate_defense(defense: Defense) -> tuple[str, list[str]] | None:
+    """Return the name and the settings that make a defense object again; None if nothing does."""
+    settings = []
+    for member in list_members(defense):
+        if member.is_user_defined:
+            return None
+        defaults = get_settings(type(member))
+        for key, value in get_settings(member).items():
+            if value == defaults[key]:
+                continue
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            try:
+                is_restored = parse_setting(type(member), key, text) == value
+            except UserError:
+                is_restored = False
+            if not is_restored:
+                return None
+            settings.append(f"{member.name}.{key}={text}")
+    return "+".join(member.name for member in list_members(defense)), settings
 
 
 def _hash_class_source(defense_class: type[Defense]) -> str | None:

@@ -52,6 +52,8 @@ class RunSetup:
         readouts: the readouts with their thresholds.
         attacks: attacks under which every condition is scored.
         notices: notes for the user, which run.json keeps.
+        requested_defenses: the defenses as the user asked for them, names or objects.
+        requested_settings: the settings as the user gave them, `key=value`.
     """
 
     session: ModelSession
@@ -61,6 +63,8 @@ class RunSetup:
     readouts: list[Readout]
     attacks: tuple[Attack, ...]
     notices: list[str]
+    requested_defenses: tuple[str | Defense, ...] = ()
+    requested_settings: tuple[str, ...] = ()
 
     @property
     def readout(self) -> Readout:
@@ -119,7 +123,17 @@ def prepare_setup(
         notices += [f"readout {name}: {notice}" for notice in readout.notices]
     for notice in notices:
         print_note(console, notice)
-    return RunSetup(session, prepared, query_set, split, list(readouts.values()), spec.attacks, notices)
+    return RunSetup(
+        session,
+        prepared,
+        query_set,
+        split,
+        list(readouts.values()),
+        spec.attacks,
+        notices,
+        tuple(defenses),
+        tuple(settings),
+    )
 
 
 def find_preflight_failures(

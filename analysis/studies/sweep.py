@@ -16,7 +16,7 @@ from analysis.report.results import Run
 from analysis.run import iterate_condition_scores
 from analysis.stats.tables import UNDEFENDED, ScoreTable
 from analysis.studies.calibration import collect_trust
-from analysis.studies.manifest import describe_attacks, describe_run
+from analysis.studies.manifest import describe_attacks, describe_options, describe_run
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import (
     NO_REFERENCE,
@@ -217,7 +217,10 @@ def build_record(
         failures: what failed, and why.
     """
     readout = setup.readouts[0]
+    prepared = (*setup.defenses, *setup.conditions.values())
+    secrets = tuple(dict.fromkeys(text for defense in prepared for text in defense.secret_texts()))
     return {
+        "options": describe_options(spec, setup.requested_defenses, setup.requested_settings, secrets),
         **describe_run(setup.session, readout, conditions, setup.query_set, setup.split, spec.limit),
         **describe_attacks(setup.attacks),
         "notices": setup.notices,
