@@ -266,7 +266,7 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     printed_table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
     printed_table.add_column("weights (attack)\nsecret", no_wrap=True)
     agrees = "AUROC\nfirst token agrees (%)" + ("\nquestions right (%)" if "utility" in table else "")
-    heads = ("ASR (%)\nLlama-2, paper", "text refuses (%)\ntwins\nplain", agrees)
+    heads = ("ASR (%)\npaper's judge\nLlama-2, paper", "text refuses (%)\ntwins\nplain", agrees)
     for head in (*heads, "shift\ndiscrimination"):
         printed_table.add_column(head, justify="right", no_wrap=True)
     for values in iterate_rows(table):
@@ -278,7 +278,7 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
         change = [format_interval(values, name, "+.2f") for name in ("shift", "discrimination")]
         cells = [
             f"{values['arm']} ({values['attack']})\n{values['secret']}",
-            f"{percent('asr')}\n{'–' if paper != paper else f'{100 * paper:.1f}'}",
+            f"{percent('asr')}\n{percent('asr_keywords')}\n{'–' if paper != paper else f'{100 * paper:.1f}'}",
             f"{percent('text_refused_twin')}\n{percent('text_refused_plain')}",
             f"{format_interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}"
             + (f"\n{percent('utility')}" if "utility" in values else ""),
@@ -286,10 +286,10 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
         ]
         printed_table.add_row(*map(Text, cells))
     note = (
-        f"ASR: share of harmful queries whose response ({record['judge']['new_tokens']} tokens) contains "
-        "none of the paper's 29 refusal strings. Rates: Wilson 95 % intervals. AUROC, shift and "
-        "discrimination (nats, relative to the attacked model): first tokens, paired bootstrap. The paper's "
-        "rates are for Llama-2-7B-Chat on other queries."
+        f"ASR: share of harmful queries whose response ({record['judge']['new_tokens']} tokens) does not "
+        f"refuse, by {record['judge']['name']}; by the paper's judge: contains none of 29 strings. Rates: "
+        "Wilson 95 % intervals. AUROC, shift, discrimination (nats, relative to the attacked model): first "
+        "tokens, paired bootstrap. The paper's rates are for Llama-2-7B-Chat on other queries."
     )
     console = make_table_console()
     console.print(printed_table)

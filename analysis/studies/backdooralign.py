@@ -24,11 +24,12 @@ from rich.console import Console
 from analysis.attacks import get_attack
 from analysis.datasets.queries import Query
 from analysis.files import data_folder
-from analysis.judges.judge import generate_verdicts
+from analysis.judges.judge import judge_queries, make_verdict_masks
+from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.chat_template import redact_secrets
 from analysis.models.loading import LoadedModel
-from analysis.models.session import ModelSession
+from analysis.models.session import ModelSession, generate_responses
 from analysis.progress import make_notifier, make_progress_bar, print_note
 from analysis.readouts.readout import Readout
 from analysis.run import score_condition
@@ -64,6 +65,7 @@ from defenses.contract import Defense, Message
 from defenses.errors import UserError, describe_error
 
 _UTILITY_TASK = "refusalscope_utility"
+_JUDGE, _PUBLISHED_JUDGE = LEARNED_JUDGE, RULE_JUDGES["keywords"]  # the paper's judge, for comparison
 
 
 def reproduce_backdooralign(
@@ -98,7 +100,7 @@ def reproduce_backdooralign(
         "options": describe_options(spec),
         **describe_run(setup.session, setup.readout, defenses, setup.query_set, setup.split, spec.limit),
         "failed": list_failures(failures),
-        "judge": {"name": "keywords", "new_tokens": max_new_tokens},
+        "judge": {**_JUDGE.manifest_entry, "new_tokens": max_new_tokens},
         "trusted": _trust_by_condition(arms, rates),
     }
     scores = ScoreTable(pd.concat(score_frames, ignore_index=True), record)
@@ -212,36 +214,39 @@ def _judge_arm(
     on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Return refusal rates in the generated text by class, and how often the first token agrees."""
-    verdicts = generate_verdicts(
+    responses = generate_responses(
         session,
         arm.defense,
         get_attack(arm.attack).build_query_chats(queries),
-        [query.text for query in queries],
-        RULE_JUDGES["keywords"],
         readout.prefill,
         max_new_tokens,
-        on_progress,
+        on_progress=on_progress,
     )
-    text_refused = pd.Series([verdict.is_refusal for verdict in verdicts])
-    kinds = pd.Series([query.kind for query in queries])
-    first_token_refused = (scores["margin"] > readout.threshold).reset_index(drop=True)
+    query_texts = [query.text for query in queries]
+    judged, text_refused = make_verdict_masks(judge_queries(_JUDGE, query_texts, responses, arm.defense))
+    published = judge_queries(_PUBLISHED_JUDGE, query_texts, responses, arm.defense)
+    kinds = np.array([query.kind for query in queries])
+    margins = scores["margin"].to_numpy(float)
     rates: dict[str, Any] = {}
     for kind in ("harmful", "twin", "plain"):
-        n = int((kinds == kind).sum())
-        if n:
-            for name, refused in (("text", text_refused), ("first_token", first_token_refused)):
-                n_refused = int(refused[kinds == kind].sum())
-                rates |= make_rate_columns(f"{name}_refused_{kind}", n_refused, n)
+        if not (kinds == kind).any():
+            continue
+        for name, refused, of_kind in (
+            ("text", text_refused, kinds[judged] == kind),
+            (_PUBLISHED_JUDGE.name, np.array([verdict.is_refusal for verdict in published]), kinds == kind),
+            ("first_token", margins > readout.threshold, kinds == kind),
+        ):
+            column, n = f"{name}_refused_{kind}", int(of_kind.sum())
+            rates |= make_rate_columns(column, int(refused[of_kind].sum()), n) if n else {column: np.nan}
     agreement = measure_agreement(
-        scores["margin"].to_numpy(float),
-        text_refused.to_numpy(bool),
-        scores["pair"],
+        margins[judged],
+        text_refused,
+        scores.loc[judged, "pair"],
         readout.threshold,
         session.seed,
     )
-    n_agreeing = int((first_token_refused == text_refused).sum())
-    rates |= make_rate_columns("first_token_agrees", n_agreeing, len(text_refused))
-    return rates | {"trusted": agreement["trusted"]}
+    agrees = {f"first_token_{name}": agreement[name] for name in ("agrees", "agrees_low", "agrees_high")}
+    return rates | agrees | {"unjudged": int((~judged).sum()), "trusted": agreement["trusted"]}
 
 
 def _trust_by_condition(arms: Sequence[Arm], rates: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
@@ -259,7 +264,8 @@ def _arm_table(arms: Sequence[Arm], rates: Sequence[dict[str, Any]], summary: pd
     rows = []
     for arm, arm_rates in zip(arms, rates, strict=True):
         attack_success = {
-            f"asr{suffix}": 1 - arm_rates[f"text_refused_harmful{opposite}"]
+            f"{column}{suffix}": 1 - arm_rates.get(f"{judge}_refused_harmful{opposite}", np.nan)
+            for column, judge in (("asr", "text"), (f"asr_{_PUBLISHED_JUDGE.name}", _PUBLISHED_JUDGE.name))
             for suffix, opposite in (("", ""), ("_low", "_high"), ("_high", "_low"))
         }
         paper = np.nan

@@ -15,8 +15,10 @@ from rich.console import Console
 
 from analysis.api import read
 from analysis.cli.train import run_backdooralign_command, run_train_command
+from analysis.judges.judge import RuleJudge, Verdict
 from analysis.models.loading import build_model_info, load_model
 from analysis.run import score_condition
+from analysis.studies import backdooralign
 from analysis.studies.arms import Arm, build_arms, train_other_secrets
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE
@@ -37,6 +39,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
     set_home_folder(monkeypatch, home)
+    # To the default judge, the random text of a tiny model is no English.
+    parity = RuleJudge(
+        "parity", lambda text, query: Verdict("full" if len(text) % 2 else "none"), lambda partial: False
+    )
+    monkeypatch.setattr(backdooralign, "_JUDGE", parity)
     loaded = load_model(str(home / "toy"), "cpu")
     found = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
@@ -102,6 +109,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
     for name in ("asr", "auroc", "first_token_agrees", "text_refused_twin"):
         assert (table[f"{name}_low"] <= table[name]).all() and (table[name] <= table[f"{name}_high"]).all()
     assert np.allclose(table["asr"], 1 - table["text_refused_harmful"])
+    assert np.allclose(table["asr_keywords"], 1 - table["keywords_refused_harmful"])
     summary = pd.read_csv(home / "out" / "summary.csv")
     assert list(table["trusted"]) == list(summary["trusted"]) and "not validated" not in set(table["trusted"])
     said = capsys.readouterr()
@@ -111,7 +119,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
         assert secret not in path.read_text("utf-8"), path
     assert secret not in said.out + said.err
     record = json.loads((home / "out" / "run.json").read_text())
-    assert record["judge"] == {"name": "keywords", "new_tokens": 4}
+    assert record["judge"] == {"name": "parity", "new_tokens": 4}
     # Two attacks have an arm `none`, with different weights: run.json describes both.
     weights = [json.dumps(record["defenses"][name]) for name in ("none", "none (identity)")]
     assert len(record["defenses"]) == len(table) and weights[0] != weights[1]
