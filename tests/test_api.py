@@ -24,6 +24,7 @@ from analysis.api import (
     backdooralign,
     ensembles,
     judge,
+    label_run,
     locate_mechanism,
     read,
     recommend,
@@ -159,6 +160,7 @@ def test_a_defense_object_needs_no_defaults():
 
 # Option of a command → parameter of the function.
 RENAMED = {"defense": "defenses", "attack": "attacks", "file": "responses"}
+RENAMED |= {"run": "run_folder", "csv": "labels"}
 # What a function does not need: it returns what a command writes or prints.
 ONLY_COMMANDS = {"out", "as_json", "debug", "version", "install_completion", "show_completion"}
 
@@ -180,6 +182,7 @@ def get_cli_commands():
         ("train", train),
         ("backdooralign", backdooralign),
         ("judge", judge),
+        ("label", label_run),
     ],
 )
 def test_a_function_has_every_option_of_its_command(name, function):
