@@ -181,9 +181,8 @@ def test_intervals_hold_the_true_rate_in_about_95_percent_of_samples(
 ) -> None:
     """A judge that errs alike in six conditions, the first of which has the rate.
 
-    With 1,500 samples each, 45 settings per design (rates 2, 10, 50, 90, 98 %; sensitivity and specificity
-    80, 90, 100 %) gave the coverage that docs/validity.md reports; here, 100 samples are enough to see a
-    wrong interval.
+    With 400 samples each, 45 settings (rates 2, 10, 50, 90, 98 %; sensitivity and specificity 80, 90, 100 %)
+    gave the coverage that docs/validity.md reports; here, 100 samples are enough to see a wrong interval.
     """
     monkeypatch.setattr(judge_correction, "CORRECTION_DRAWS", 400)
     rates, sizes = np.array([rate, 0.1, 0.3, 0.5, 0.7, 0.9]), np.array([48, 48, 72, 48, 72, 48])
