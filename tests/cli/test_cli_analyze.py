@@ -13,6 +13,7 @@ from scipy.special import expit
 from analysis.files import check_output_folder
 from analysis.run import iterate_condition_scores
 from analysis.stats.effects import summarize_scores
+from analysis.stats.response_rates import add_response_estimates
 from analysis.stats.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable
 
 # A run with a backdoor, a file of the user's own and settings.
@@ -70,8 +71,12 @@ def read_secret(home, length):
 def test_a_run_writes_the_promised_files_and_prints_where(cli_home, run_result):
     assert run_result.code == 0, run_result.err
     assert {path.name for path in (cli_home / "out").iterdir()} == {
-        *("prompts.csv", "scores.csv", "summary.csv", "run.json"),
-        *(f"{figure}.{suffix}" for figure in ("margins", "plane", "roc") for suffix in ("png", "csv")),
+        *("prompts.csv", "scores.csv", "responses.csv", "summary.csv", "run.json"),
+        *(
+            f"{figure}.{suffix}"
+            for figure in ("refusals", "margins", "plane", "roc")
+            for suffix in ("png", "csv")
+        ),
     }
     assert "run.json to out" in run_result.err
     for name in CONDITIONS:
@@ -92,9 +97,11 @@ def test_scores_hold_every_query_under_every_condition(cli_home, record):
     assert scores["coverage"].between(0, 1).all() and margin.nunique() > 100
 
 
-def test_the_summary_can_be_computed_again_from_the_scores(cli_home, record):
-    scores = pd.read_csv(cli_home / "out" / "scores.csv")
-    summary = summarize_scores(ScoreTable(scores, record), seed=record["seed"]).frame
+def test_the_summary_can_be_computed_again_from_the_scores_and_the_verdicts(cli_home, record):
+    scores = ScoreTable(pd.read_csv(cli_home / "out" / "scores.csv"), record)
+    responses = pd.read_csv(cli_home / "out" / "responses.csv")
+    summary = summarize_scores(scores, seed=record["seed"]).frame
+    summary = add_response_estimates(summary, responses, scores, record["seed"])
     text = summary.to_csv(index=False, float_format="%.7g")
     assert text == (cli_home / "out" / "summary.csv").read_text("utf-8")
     assert set(ESTIMATE_NAMES) <= set(summary.columns) and summary["verdict"].iloc[0] == "reference"
