@@ -41,6 +41,7 @@ class CaptionContext:
         judge_name: judge of the generated responses; empty if no response was judged.
         max_new_tokens: length limit of the generated responses, tokens.
         n_opening_tokens: length of their openings, which were judged as well, tokens; 0 without openings.
+        response_basis: what `analyze` judged of the responses, and by which judge; empty if it judged none.
     """
 
     model: str
@@ -57,6 +58,7 @@ class CaptionContext:
     judge_name: str = ""
     max_new_tokens: int = 0
     n_opening_tokens: int = 0
+    response_basis: str = ""
 
     def format_sentences(self, attack: str) -> str:
         """Return the sentences that the captions of all figures of a run share.
@@ -64,14 +66,25 @@ class CaptionContext:
         Args:
             attack: attack of the figure.
         """
-        attack_text = "none (queries sent unchanged)" if attack == "direct" else attack
         against = f" against {_quote_words(self.compliance_words)}" if self.compliance_words else ""
         threshold = f"{self.threshold:.2f}".replace("-", "\N{MINUS SIGN}")  # no line breaks after this sign
         return (
-            f"Model: {self.model}. Data: {self.data}, {self.split} split. Attack: {attack_text}. "
+            f"{self._format_setting(attack)} "
             f"Readout: {self.readout} {_quote_words(self.refusal_words)}{against}; threshold "
             f"{threshold}\u00a0nats, the same for every defense ({self.judge}). Intervals: {self.interval}."
         )
+
+    def format_response_sentences(self, attack: str) -> str:
+        """Return the shared sentences for a figure of judged responses, on which the readout has no bearing.
+
+        Args:
+            attack: attack of the figure.
+        """
+        return f"{self._format_setting(attack)} Intervals: 95\u00a0% Wilson, of each rate."
+
+    def _format_setting(self, attack: str) -> str:
+        attack_text = "none (queries sent unchanged)" if attack == "direct" else attack
+        return f"Model: {self.model}. Data: {self.data}, {self.split} split. Attack: {attack_text}."
 
 
 def make_caption_context(
@@ -102,7 +115,23 @@ def make_caption_context(
         judge_name=str(judge.get("name", "")),
         max_new_tokens=int(judge.get("new_tokens", 0)),
         n_opening_tokens=int(record.get("openings", {}).get("new_tokens", 0)),
+        response_basis=format_response_basis(record),
     )
+
+
+def format_response_basis(record: Mapping[str, Any]) -> str:
+    """Return what `analyze` judged of the responses and by which judge; an empty text if it judged none.
+
+    >>> format_response_basis({"responses": {"new_tokens": 24, "judge": {"name": "learned"}}})
+    'first 24 tokens of the responses, judged by learned'
+
+    Args:
+        record: contents of the run's `run.json`.
+    """
+    responses = record.get("responses")
+    if not responses:
+        return ""
+    return f"first {responses['new_tokens']} tokens of the responses, judged by {responses['judge']['name']}"
 
 
 def format_count_range(counts: pd.Series[int]) -> str:

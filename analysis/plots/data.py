@@ -11,9 +11,15 @@ import pandas as pd
 
 from analysis.stats.ensembles import ALONE, REPORT_SPLIT, SELECTION_SPLIT, STACK
 from analysis.stats.pareto import find_undominated
-from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Basis
 
-LINEAR_RANGE = 0.5  # nats; beyond it the axes of a stretched plane are logarithmic
+LINEAR_RANGE = 0.5  # SDs or nats; beyond it the axes of a stretched plane are logarithmic
+# Unit of the plane → columns of shift and discrimination. SDs are free of scale, and the default.
+PLANE_COLUMNS = {
+    "SD": ("scaled_shift", "scaled_discrimination"),
+    "nats": ("shift", "discrimination"),
+}
+RATE_NAMES = ("refusal_rate", "over_refusal_rate")
 MAX_SHAPED_VOTES = 2000  # votes up to which each has a shape; more are drawn as specks
 MAX_BARRED_STACKS = 40  # stacks up to which their intervals are drawn
 MAX_NUMBERED_DEFENSES = 12  # defenses up to which a heat map of pairs has numbers in its cells
@@ -80,7 +86,8 @@ def build_margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: 
 
     Returns:
         One row per attack, defense, class and point of the margin axis (nats). `density` is per nat,
-        `refused` is the share of the class that is refused, `bandwidth` the SD of the Gaussian kernel (nats).
+        `readout_refused` is the share of the class whose margin exceeds the threshold, `bandwidth` the SD of
+        the Gaussian kernel (nats).
     """
     frame = scores[np.isfinite(scores["margin"].astype(float))]
     groups = list(frame.groupby(["attack", "defense", "harmful"], sort=False)["margin"])
@@ -88,13 +95,15 @@ def build_margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: 
     widths = [0.9 * margin.std() * len(margin) ** -0.2 for _, margin in groups if len(margin) > 1]
     typical = float(np.median(widths)) if widths else 0.0
     bandwidth = typical if typical > 0 else 0.25  # all margins equal: any positive width is fine
+    # In older summaries, the rates of the readout are the only ones.
+    prefix = "readout_" if "readout_refusal_rate" in summary else ""
     curves = [pd.DataFrame(columns=["attack", "defense", "family", "harmful", "margin", "density"])]
     for (attack, defense, harmful), margin in groups:
         values = margin.to_numpy(float)
         grid = np.linspace(values.min() - 3 * bandwidth, values.max() + 3 * bandwidth, 121)
         kernels = np.exp(-0.5 * ((grid[:, None] - values) / bandwidth) ** 2)
         row = _find_summary_row(summary, attack, defense)
-        rate = "refusal_rate" if harmful else "over_refusal_rate"
+        rate = prefix + RATE_NAMES[not harmful]
         known = {
             "attack": attack,
             "defense": defense,
@@ -102,7 +111,7 @@ def build_margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: 
             "harmful": bool(harmful),
             "n": len(values),
             "median": float(np.median(values)),
-            **{f"refused{end}": row.get(f"{rate}{end}", np.nan) for end in INTERVAL_SUFFIXES},
+            **{f"readout_refused{end}": row.get(f"{rate}{end}", np.nan) for end in INTERVAL_SUFFIXES},
             "threshold": threshold,
             "bandwidth": bandwidth,
         }
@@ -112,17 +121,62 @@ def build_margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: 
 
 
 def build_plane_points(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return shift and discrimination (nats) of each defense with intervals; undefended is the origin.
+    """Return shift and discrimination of each defense with intervals; undefended is the origin.
+
+    Both are in nats, and in within-class SDs if the summary has them.
 
     >>> row = {"attack": "direct", "defense": "smoothllm", "family": "noise", "n_harmful": 9, "n_benign": 9}
     >>> row |= {f"{x}{end}": 1.0 for x in ("shift", "discrimination") for end in INTERVAL_SUFFIXES}
     >>> build_plane_points(pd.DataFrame([row, row | {"defense": "none"}]))["defense"].tolist()
     ['smoothllm']
     """
-    numbers = [f"{x}{end}" for x in ("shift", "discrimination") for end in INTERVAL_SUFFIXES]
-    columns = ["attack", "defense", "family", "n_harmful", "n_benign", *numbers]
-    columns += ["trusted"] if "trusted" in summary else []
-    return summary.loc[summary["defense"] != "none", columns].reset_index(drop=True)
+    units = [PLANE_COLUMNS[unit] for unit in ("SD", "nats") if set(PLANE_COLUMNS[unit]) <= set(summary)]
+    numbers = [f"{x}{end}" for columns in units for x in columns for end in INTERVAL_SUFFIXES]
+    names = ["attack", "defense", "family", "n_harmful", "n_benign", *numbers]
+    names += ["trusted"] if "trusted" in summary else []
+    return summary.loc[summary["defense"] != UNDEFENDED, names].reset_index(drop=True)
+
+
+def choose_plane_unit(points: pd.DataFrame, unit: str = "SD") -> str:
+    """Return the unit of the plane's axes: the wanted one, or nats for a table of an older run.
+
+    >>> choose_plane_unit(pd.DataFrame(columns=["shift", "discrimination"]))
+    'nats'
+
+    Args:
+        points: table from `build_plane_points`.
+        unit: SD or nats.
+
+    Raises:
+        ValueError: if there is no such unit.
+    """
+    if unit not in PLANE_COLUMNS:
+        raise ValueError(f"no unit {unit!r} of the plane; it is drawn in {' or '.join(PLANE_COLUMNS)}")
+    return unit if set(PLANE_COLUMNS[unit]) <= set(points) else "nats"
+
+
+def build_refusal_points(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the refusal rates of each condition by judged responses; no rows if none were judged.
+
+    >>> row = {"attack": "direct", "defense": "none", "family": "none", "based_on": "responses"}
+    >>> row |= {"n_harmful": 9, "n_benign": 9, "n_responses": 18}
+    >>> row |= {f"{x}{end}": 0.5 for x in RATE_NAMES for end in INTERVAL_SUFFIXES}
+    >>> [len(build_refusal_points(pd.DataFrame(rows, columns=[*row]))) for rows in ([row], [])]
+    [1, 0]
+
+    Args:
+        summary: `summary.csv`.
+
+    Returns:
+        Rates of harmful (`refusal_rate`) and of benign queries (`over_refusal_rate`) with their intervals,
+        0 to 1; NaN in a condition without judged responses.
+    """
+    if "based_on" not in summary or "n_responses" not in summary:
+        return pd.DataFrame(columns=["attack", "defense", "family"])
+    rates = [f"{x}{end}" for x in RATE_NAMES for end in INTERVAL_SUFFIXES]
+    columns = ["attack", "defense", "family", "n_harmful", "n_benign", "n_responses", *rates]
+    rows = summary.loc[summary["based_on"] == Basis.RESPONSES, columns].reset_index(drop=True)
+    return rows if rows["refusal_rate"].notna().any() else rows[:0]
 
 
 def build_roc_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> pd.DataFrame:
@@ -194,9 +248,9 @@ def build_attack_cells(scores: pd.DataFrame, summary: pd.DataFrame, threshold: f
     Returns:
         One row per row of the summary; `margin` is relative to the threshold (nats; positive refuses).
     """
-    rates = [f"{x}{end}" for x in ("refusal_rate", "over_refusal_rate") for end in INTERVAL_SUFFIXES]
+    rates = [f"{x}{end}" for x in RATE_NAMES for end in INTERVAL_SUFFIXES]
     columns = ["attack", "defense", "family", "n_harmful", "n_benign", *rates]
-    columns += ["trusted"] if "trusted" in summary else []
+    columns += [name for name in ("based_on", "trusted") if name in summary]
     mean = scores[scores["harmful"]].groupby(["attack", "defense"])["margin"].mean().sub(threshold)
     return summary[columns].merge(mean.reset_index(), "left", ["attack", "defense"])
 
@@ -218,7 +272,7 @@ def check_one_attack(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def is_stretched(points: pd.DataFrame) -> bool:
+def is_stretched(points: pd.DataFrame, unit: str = "nats") -> bool:
     """Return whether a few of many points are so far out that the others would be indistinguishable.
 
     >>> is_stretched(pd.DataFrame({"shift": [0.1] * 11 + [20.0], "discrimination": 0.0}))
@@ -226,8 +280,9 @@ def is_stretched(points: pd.DataFrame) -> bool:
 
     Args:
         points: table from `build_plane_points`.
+        unit: unit of the axes: SD or nats.
     """
-    far = points[["shift", "discrimination"]].abs().max(axis=1).dropna()
+    far = points[[*PLANE_COLUMNS[unit]]].abs().max(axis=1).dropna()
     return len(far) > 10 and bool(far.max() > 6 * far.quantile(0.75))
 
 
@@ -378,7 +433,7 @@ def build_top_parts(parts: pd.DataFrame, n_top: int = 10) -> pd.DataFrame:
 
 
 def build_analysis_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> FigureTables:
-    """Return the tables of `margins`, `plane`, `square` and `roc`, and of `attacks` if there are several.
+    """Return the tables of the figures of `analyze`, `attacks` included if there are several attacks.
 
     >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False], "margin": 0})
     >>> list(build_analysis_points(scores, pd.DataFrame(columns=["attack", "defense"]), 0.5))
@@ -390,15 +445,18 @@ def build_analysis_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold
         threshold: margin above which the readout says "refuse", nats.
 
     Returns:
-        Tables by name of the figure. `plane` needs at least one defense, `square` a defense with all four
-        combinations of its ablation. Of many attacks only the first has its own figures.
+        Tables by name of the figure. `refusals` needs judged responses, it and `plane` at least one defense,
+        `square` a defense with all four combinations of its ablation. Of many attacks only the first has its
+        own figures.
     """
     figures: FigureTables = {}
     attacks = list(scores["attack"].unique())
     for attack in attacks if len(attacks) <= _MAX_ATTACKS_DRAWN else attacks[:1]:
         rows, estimates = scores[scores["attack"] == attack], summary[summary["attack"] == attack]
-        tables = {"margins": build_margin_curves(rows, estimates, threshold)}
-        if (estimates["defense"] != UNDEFENDED).any():
+        has_defenses = (estimates["defense"] != UNDEFENDED).any()
+        tables = {"refusals": build_refusal_points(estimates)} if has_defenses else {}
+        tables["margins"] = build_margin_curves(rows, estimates, threshold)
+        if has_defenses:
             tables["plane"] = build_plane_points(estimates)
             tables["square"] = build_square_points(tables["plane"])
         tables["roc"] = build_roc_points(rows, estimates, threshold)
@@ -464,6 +522,7 @@ def build_square_points(points: pd.DataFrame) -> pd.DataFrame:
     >>> build_square_points(pd.DataFrame({"defense": names}))["corner"].tolist()
     ['both', 'no_secret', 'no_weights', 'neither']
     """
+    points = points.drop(columns=points.filter(like="scaled_").columns)  # the square is drawn in nats
     whole = points["defense"].str.partition("/")[0]
     part = points["defense"].str.partition("/")[2].replace("", "both")
     corners = points.assign(corner=part, whole=whole)[part.isin(SQUARE_CORNERS)]

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plots.backdooralign import caption_secrets, draw_secrets
-from analysis.plots.captions import CaptionContext, QueryCounts, make_caption_context
+from analysis.plots.captions import QueryCounts, make_caption_context
 from analysis.plots.components import caption_part_map, caption_top_parts, draw_part_map, draw_top_parts
 from analysis.plots.heatmaps import (
     caption_attack_grid,
@@ -35,7 +35,14 @@ from analysis.plots.interventions import (
 )
 from analysis.plots.layers import caption_directions, caption_layers, draw_directions, draw_layers
 from analysis.plots.layout import finish_figure, fit_text
-from analysis.plots.plane import caption_plane, caption_square, draw_plane, draw_square
+from analysis.plots.plane import (
+    caption_plane,
+    caption_refusals,
+    caption_square,
+    draw_plane,
+    draw_refusals,
+    draw_square,
+)
 from analysis.plots.predictions import caption_forecast, draw_forecast
 from analysis.plots.scores import caption_margins, caption_roc, draw_margins, draw_roc
 from analysis.plots.tradeoffs import caption_cost, caption_pareto_front, draw_cost, draw_pareto_front
@@ -59,18 +66,28 @@ class FigureKind:
         table: kind of the table that the caption counts from; usually the one that is drawn.
         draw: draws the table and returns the axes.
         caption: returns the caption, given that table and the facts about the run.
+        has_units: whether both take the unit of the axes.
     """
 
     kind: str
     section: str
     title: str
     table: str
-    draw: Callable[[pd.DataFrame], Axes]
-    caption: Callable[[pd.DataFrame, CaptionContext], str]
+    draw: Callable[..., Axes]
+    caption: Callable[..., str]
+    has_units: bool = False
 
 
 # In the order of the report.
 _FIGURE_KINDS = (
+    FigureKind(
+        "refusals",
+        "run",
+        "Refusal rates under each defense, by judged responses",
+        "refusals",
+        draw_refusals,
+        caption_refusals,
+    ),
     FigureKind(
         "plane",
         "run",
@@ -78,6 +95,7 @@ _FIGURE_KINDS = (
         "plane",
         draw_plane,
         caption_plane,
+        has_units=True,
     ),
     FigureKind(
         "roc", "run", "ROC curves of the first-token margin, by defense", "roc", draw_roc, caption_roc
@@ -230,16 +248,19 @@ _FIGURE_KINDS = (
 FIGURES = {figure.kind: figure for figure in _FIGURE_KINDS}
 
 
-def draw_figure(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], name: str) -> Figure:
+def draw_figure(
+    tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], name: str, unit: str | None = None
+) -> Figure:
     """Return a figure with title and caption, and a warning if generated text contradicts the readout.
 
     Args:
         tables: tables of the run by stem, among them the one of that name.
         record: contents of the run's `run.json`.
         name: name of the figure, such as `plane` or `parts-backdoor`.
+        unit: unit of the axes of the plane, SD or nats; by default SD where the run has it.
 
     Raises:
-        ValueError: if the run has no such figure.
+        ValueError: if the run has no such figure, or the figure no such unit.
     """
     kind = find_figure_kind(name)
     if name not in tables or kind not in FIGURES:
@@ -247,8 +268,12 @@ def draw_figure(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], n
         raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
     points, figure = tables[name], FIGURES[kind]
     warning = _format_warning(points, tables.get("summary")) if figure.section == "mechanism" else ""
-    caption = format_figure_caption(tables, record, name)
-    return finish_figure(figure.draw(points), format_figure_title(kind, points), caption, warning)
+    if unit is not None and not figure.has_units:
+        raise ValueError(f"the figure {name!r} has no choice of units; only the plane has one")
+    options = {} if unit is None else {"unit": unit}
+    caption = format_figure_caption(tables, record, name, unit)
+    title = format_figure_title(kind, points)
+    return finish_figure(figure.draw(points, **options), title, caption, warning)
 
 
 def find_figure_kind(stem: str) -> str:
@@ -277,18 +302,22 @@ def find_single_defense(kind: str, points: pd.DataFrame) -> str:
     return str(points["defense"].iloc[0]) if is_single else ""
 
 
-def format_figure_caption(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], name: str) -> str:
+def format_figure_caption(
+    tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], name: str, unit: str | None = None
+) -> str:
     """Return the caption of a figure.
 
     Args:
         tables: tables of the run by stem, among them the one of that name.
         record: contents of the run's `run.json`.
         name: name of the figure.
+        unit: unit of the axes, of a figure that has units.
     """
     kind = find_figure_kind(name)
     suffix = name.removeprefix(kind)
     context = make_caption_context(record, suffix.removeprefix("-"), _count_queries(tables, record))
-    return FIGURES[kind].caption(tables[FIGURES[kind].table + suffix], context)
+    options = {} if unit is None else {"unit": unit}
+    return FIGURES[kind].caption(tables[FIGURES[kind].table + suffix], context, **options)
 
 
 def _count_queries(tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any]) -> QueryCounts:

@@ -48,7 +48,7 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.tables import UNDEFENDED, Trust
+from analysis.stats.tables import UNDEFENDED, Basis, Trust
 
 # Column → title, factor, number format, and the colors from its lowest to its highest value.
 _ATTACK_PANELS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
@@ -118,6 +118,8 @@ def draw_heatmap(
 
 def draw_attack_grid(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw margins and refusal rates of each defense under each attack; untrusted cells are hollow.
+
+    Rates of judged responses need no trust in the readout.
 
     >>> row = {"attack": "direct", "defense": "none", "family": "none", "margin": 1.5, "trusted": "trusted"}
     >>> cell = pd.DataFrame([row | {"refusal_rate": 0.9, "over_refusal_rate": 0.25}])
@@ -250,7 +252,16 @@ def draw_profile_similarity(profiles: pd.DataFrame, ax: Axes | None = None) -> A
 def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_attack_grid`."""
     is_untrusted = "trusted" in cells and (cells["trusted"] == Trust.NOT_TRUSTED).any()
-    hollow = " Hollow and in italics: generated text contradicts the readout." if is_untrusted else ""
+    is_judged = _has_judged_rates(cells)
+    hollow = ""
+    if is_untrusted:
+        reason = "the margin is not trusted, because " * is_judged + "generated text contradicts the readout"
+        hollow = f" Hollow and in italics: {reason}."
+    decided = (
+        f"refused, by the {context.response_basis or 'judged responses'}"
+        if is_judged
+        else "whose margin exceeds the threshold"
+    )
     widest = max(
         (cells[f"{x}_high"] - cells[f"{x}_low"]).max() for x in ("refusal_rate", "over_refusal_rate")
     )
@@ -260,7 +271,7 @@ def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
         f"Each cell: the same {harmful} harmful and {benign} benign queries under the attack of the column "
         "and the defense of the row. First panel: mean first-token margin of the harmful queries minus the "
         "threshold; positive (blue) refuses. Second and third panels: share of harmful and of benign queries "
-        f"whose margin exceeds the threshold.{hollow} Intervals are in the table beside the figure{width}. "
+        f"{decided}.{hollow} Intervals are in the table beside the figure{width}. "
         f"{context.format_sentences('by column')}"
     )
 
@@ -299,6 +310,11 @@ def caption_profile_similarity(profiles: pd.DataFrame, context: CaptionContext) 
     )
 
 
+def _has_judged_rates(cells: pd.DataFrame) -> bool:
+    """Return whether the refusal rates are those of judged responses."""
+    return "based_on" in cells and bool((cells["based_on"] == Basis.RESPONSES).all())
+
+
 def _order_defenses(cells: pd.DataFrame) -> dict[str, str]:
     """Return the family of each defense, the undefended model first and families together."""
     families = cells.drop_duplicates("defense").set_index("defense")["family"]
@@ -318,12 +334,14 @@ def _draw_attack_panel(
     values, labels = np.full(shape, np.nan), np.full(shape, "", dtype=object)
     untrusted = np.zeros(shape, dtype=bool)
     numbers = (factor * cells[column].astype(float)).round(1) + 0.0  # no number is -0.0
-    trusted = cells.get("trusted", pd.Series("", cells.index))
-    for attack, defense, value, verdict in zip(
-        cells["attack"], cells["defense"], numbers, trusted, strict=True
+    is_untrusted = cells.get("trusted", pd.Series("", cells.index)) == Trust.NOT_TRUSTED
+    if column != "margin" and _has_judged_rates(cells):
+        is_untrusted = pd.Series(False, cells.index)
+    for attack, defense, value, untrusted_value in zip(
+        cells["attack"], cells["defense"], numbers, is_untrusted, strict=True
     ):
         place = defenses.index(defense), attacks.index(attack)
-        values[place], untrusted[place] = value, verdict == Trust.NOT_TRUSTED
+        values[place], untrusted[place] = value, untrusted_value
         labels[place] = (
             f"{value:{number_format}}".replace("-", "\N{MINUS SIGN}") if value == value else "\N{EN DASH}"
         )

@@ -1,4 +1,4 @@
-"""The shift-discrimination plane: each defense is a point, the undefended model is the origin."""
+"""Each defense as a point: the shift-discrimination plane, the refusal rates, and the square of ablations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from analysis.plots.captions import CaptionContext, format_count_range
-from analysis.plots.data import LINEAR_RANGE, SQUARE_CORNERS, check_one_attack, is_stretched
+from analysis.plots.data import (
+    LINEAR_RANGE,
+    PLANE_COLUMNS,
+    RATE_NAMES,
+    SQUARE_CORNERS,
+    check_one_attack,
+    choose_plane_unit,
+    is_stretched,
+)
 from analysis.plots.labels import label_points, make_legend_marker
 from analysis.plots.layout import fit_text, make_axes, place_legend_below, place_legend_beside
 from analysis.plots.style import (
     BLACK,
     BLUE,
+    DARK,
     FAMILY_STYLES,
     GREY,
     OTHER_FAMILY_STYLE,
@@ -25,9 +34,15 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.tables import INTERVAL_SUFFIXES, Trust
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust
 
 _MAX_SMALL_PLANE = 10  # defenses up to which the plane is small and its legend beside it
+_AXIS_LABELS = {
+    "SD": ("shift: change of the criterion (SD)", "discrimination:\nchange of the separation (SD)"),
+    "nats": ("shift (nats)", "discrimination (nats)"),
+}
+_RATE_AXIS = (-4, 104)  # percent; room for markers at 0 and at 100
+_CONTOUR_STEP = 20  # percentage points between two lines of equal discrimination
 _LINEAR_SCALE = 2.0  # length of either linear half of an axis, in decades of its logarithmic part
 _LOG_AXIS_TICKS = sorted([0, *(sign * tick for sign in (-1, 1) for tick in (0.5, 1, 2, 5, 10, 20, 50, 100))])
 _LOG_AXIS_MINOR_TICKS = [
@@ -44,7 +59,7 @@ _SQUARE_SIDES = (
 )
 
 
-def draw_plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def draw_plane(points: pd.DataFrame, ax: Axes | None = None, unit: str = "SD") -> Axes:
     """Draw each defense at its shift and discrimination; points without room for their name are numbered.
 
     >>> row = {"attack": "direct", "defense": "retokenize", "family": "refactoring"}
@@ -55,33 +70,63 @@ def draw_plane(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Args:
         points: table from `build_plane_points`, of one attack; rows without values are only in the legend.
         ax: axes to draw on, whose size must be final because labels are placed by it; by default new ones.
+        unit: unit of both axes: SD (free of the margin's scale) or nats; nats if the table has no SDs.
     """
-    present = set(check_one_attack(points)["family"])
-    families = [family for family in FAMILY_STYLES if family in present]
-    families += sorted(present - set(FAMILY_STYLES))
-    points = points.sort_values("family", key=lambda column: column.map(families.index), kind="stable")
-    known = points.dropna(subset=["shift", "discrimination"])
-    is_small = len(points) <= _MAX_SMALL_PLANE
+    points = _sort_families(check_one_attack(points))
+    unit = choose_plane_unit(points, unit)
+    columns = PLANE_COLUMNS[unit]
+    known = points.dropna(subset=[*columns])
     with rc_context(RC_PARAMS):
-        ax = ax or (make_axes(4.2, 4.2) if is_small else make_axes(6.6, 5.2))
+        ax = ax or _make_plane_axes(points)
         origin = _draw_origin(ax)
         for family, rows in known.groupby("family", sort=False):
-            _draw_family(ax, str(family), rows)
-        is_logarithmic = is_stretched(known)
-        ax.set_xlim(_plane_limits(known, "shift", is_logarithmic))
-        ax.set_ylim(_plane_limits(known, "discrimination", is_logarithmic))
+            _draw_family(ax, str(family), rows, columns)
+        is_logarithmic = is_stretched(known, unit)
+        ax.set_xlim(_plane_limits(known, columns[0], is_logarithmic))
+        ax.set_ylim(_plane_limits(known, columns[1], is_logarithmic))
         if is_logarithmic:
             _use_log_axes(ax)
-        names = [fit_text(name, 95, TEXT_SIZE) for name in known["defense"]]
-        numbers = label_points(ax, known, names, reach=36 if is_small else 16, number_rest=True)
-        ax.set_xlabel("shift (nats)")
-        ax.set_ylabel("discrimination (nats)")
+        x_label, y_label = _AXIS_LABELS[unit]
+        ax.set_xlabel(x_label)
+        ax.set_ylabel(y_label)
+        _name_points(ax, points, known, columns, origin)
         _name_directions(ax)
-        key = [origin, *_plane_legend(points, known, numbers, families)]
-        if is_small:
-            place_legend_beside(ax, key)
-        else:
-            place_legend_below(ax, key, n_columns=3, gap=0.52)
+    return ax
+
+
+def draw_refusals(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw each condition at its refusal rates by judged responses; points without room are numbered.
+
+    >>> row = {"attack": "direct", "family": "noise", "defense": ["none", "retokenize"]}
+    >>> row |= {f"{x}{end}": 0.5 for x in RATE_NAMES for end in INTERVAL_SUFFIXES}
+    >>> draw_refusals(pd.DataFrame(row)).texts[0].get_text()
+    'retokenize'
+
+    Args:
+        points: table from `build_refusal_points`, of one attack; rows without values are only in the legend.
+        ax: axes to draw on, whose size must be final because labels are placed by it; by default new ones.
+    """
+    numbers = [f"{x}{end}" for x in RATE_NAMES for end in INTERVAL_SUFFIXES]
+    percent = check_one_attack(points).assign(**(100 * points[numbers].astype(float)))
+    is_undefended = percent["defense"] == UNDEFENDED
+    undefended = percent[is_undefended].dropna(subset=[*RATE_NAMES])
+    points = _sort_families(percent[~is_undefended])
+    known = points.dropna(subset=[*RATE_NAMES])
+    harmful, benign = RATE_NAMES
+    with rc_context(RC_PARAMS):
+        ax = ax or _make_plane_axes(points, is_square=True)
+        ax.set_xlim(_RATE_AXIS)
+        ax.set_ylim(_RATE_AXIS)
+        ax.set_aspect("equal")
+        for row in undefended.to_dict("records"):
+            _draw_contours(ax, row[harmful] - row[benign])
+        _draw_bars(ax, undefended, (benign, harmful), BLACK)
+        for family, rows in known.groupby("family", sort=False):
+            _draw_family(ax, str(family), rows, (benign, harmful))
+        ring = _draw_undefended(ax, undefended[benign], undefended[harmful], "undefended")
+        ax.set_xlabel("benign queries refused (%)")
+        ax.set_ylabel("harmful queries refused (%)")
+        _name_points(ax, points, known, (benign, harmful), ring, keep_clear=undefended)
     return ax
 
 
@@ -103,40 +148,68 @@ def draw_square(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             ax.annotate("", xy=head, xytext=tail, arrowprops=arrow, zorder=2)
             if label:
                 key.append(Line2D([], [], color=color, linewidth=1.4, label=label))
-        bar: Any = {"color": BLACK, "alpha": 0.55, "linewidth": 1.1, "zorder": 3}
-        ax.hlines(corners["discrimination"], corners["shift_low"], corners["shift_high"], **bar)
-        ax.vlines(corners["shift"], corners["discrimination_low"], corners["discrimination_high"], **bar)
+        _draw_bars(ax, corners, PLANE_COLUMNS["nats"], BLACK, level=3)
         diamond: Any = {"s": 42, "color": BLACK, "marker": "D", "zorder": 4, "ec": "white"}
         ax.scatter(corners["shift"], corners["discrimination"], **diamond)
         ax.set_xlim(_plane_limits(points, "shift"))
         ax.set_ylim(_plane_limits(points, "discrimination"))
         names = [SQUARE_CORNERS[corner] for corner in points["corner"]]
         label_points(ax, points, names, reach=300, keep_clear=_sample_sides(coordinates))
-        ax.set_xlabel("shift (nats)")
-        ax.set_ylabel("discrimination (nats)")
+        x_label, y_label = _AXIS_LABELS["nats"]
+        ax.set_xlabel(x_label)
+        ax.set_ylabel(y_label)
         _name_directions(ax)
         place_legend_beside(ax, key)
     return ax
 
 
-def caption_plane(points: pd.DataFrame, context: CaptionContext) -> str:
+def caption_plane(points: pd.DataFrame, context: CaptionContext, unit: str = "SD") -> str:
     """Return the caption of `draw_plane`.
 
     >>> points = pd.DataFrame({"attack": ["direct"], "n_harmful": [9], "n_benign": [8], "family": ["noise"]})
     >>> caption_plane(points, CaptionContext("smollm2", "twins", "test", 0.0, ("I",)))[:43]
     'Change of the first-token margin from the u'
     """
-    controls = " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
+    unit = choose_plane_unit(points, unit)
     is_untrusted = "trusted" in points and (points["trusted"] == Trust.NOT_TRUSTED).any()
-    hollow = " Hollow: generated text contradicts the readout." if is_untrusted else ""
-    is_logarithmic = "shift" in points and is_stretched(points)
-    scale = f" Both axes are logarithmic beyond ±{LINEAR_RANGE:g}\u00a0nats." if is_logarithmic else ""
+    hollow = (
+        " Hollow: the margin is not trusted, because generated text contradicts the readout."
+        if is_untrusted
+        else ""
+    )
+    is_logarithmic = set(PLANE_COLUMNS[unit]) <= set(points) and is_stretched(points, unit)
+    scale = f" Both axes are logarithmic beyond ±{LINEAR_RANGE:g}\u00a0{unit}." if is_logarithmic else ""
+    definition = (
+        "shift is the change of the criterion (how far the middle of the two class means lies above the "
+        "threshold), discrimination the change of the separation (how far the mean of harmful queries lies "
+        "above that of benign ones), both in within-class SDs of the margin under the same condition"
+        if unit == "SD"
+        else "shift is the mean of the two class means of the change, discrimination is harmful minus benign"
+    )
     return (
         "Change of the first-token margin from the undefended model (the origin) on the same "
         f"{format_count_range(points['n_harmful'])} harmful and {format_count_range(points['n_benign'])} "
-        "benign queries: shift is the mean of the two class means of the change, discrimination is harmful "
-        f"minus benign. Bars: 95\u00a0% intervals. Marker and color: family.{controls}{hollow}{scale} "
-        f"{context.format_sentences(points['attack'].iloc[0])}"
+        f"benign queries: {definition}. Bars: 95\u00a0% intervals. Marker and color: family."
+        f"{_format_control_note(points)}{hollow}{scale} {context.format_sentences(points['attack'].iloc[0])}"
+    )
+
+
+def caption_refusals(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_refusals`."""
+    harmful, benign, judged = (
+        format_count_range(points[name].dropna()) for name in ("n_harmful", "n_benign", "n_responses")
+    )
+    is_sample = (points["n_responses"] < points["n_harmful"] + points["n_benign"]).any()
+    predicted = ", completed by the margins of the other queries (prediction-powered)" if is_sample else ""
+    basis = context.response_basis or "judged responses"
+    return (
+        f"Share refused of {harmful} harmful queries against share refused of {benign} benign queries, by "
+        f"the {basis}: {judged} responses per condition{predicted}. Ring: the undefended model. Along a grey "
+        "line, both rates change equally (shift); across the lines, their difference changes "
+        f"(discrimination). The lines are {_CONTOUR_STEP} percentage points apart; the dashed one goes "
+        "through the undefended model. Bars: 95\u00a0% intervals. Marker and color: "
+        f"family.{_format_control_note(points)} "
+        f"{context.format_response_sentences(points['attack'].iloc[0])}"
     )
 
 
@@ -162,10 +235,66 @@ def _sample_sides(coordinates: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(np.concatenate([*sides, [[0.0, 0.0]]]), columns=coordinates.columns)
 
 
+def _format_control_note(points: pd.DataFrame) -> str:
+    return " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
+
+
+def _sort_families(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows by family, in the order of the palette."""
+    present = set(points["family"])
+    families = [family for family in FAMILY_STYLES if family in present]
+    families += sorted(present - set(FAMILY_STYLES))
+    return points.sort_values("family", key=lambda column: column.map(families.index), kind="stable")
+
+
+def _make_plane_axes(points: pd.DataFrame, is_square: bool = False) -> Axes:
+    """Return axes on which names have more room if there are many points."""
+    if len(points) <= _MAX_SMALL_PLANE:
+        return make_axes(4.2, 4.2)
+    return make_axes(5.8, 5.8) if is_square else make_axes(6.6, 5.2)
+
+
+def _name_points(
+    ax: Axes,
+    points: pd.DataFrame,
+    known: pd.DataFrame,
+    columns: tuple[str, str],
+    first_entry: Line2D,
+    keep_clear: pd.DataFrame | None = None,
+) -> None:
+    """Write names or numbers beside the known points, and place the legend that explains them."""
+    is_small = len(points) <= _MAX_SMALL_PLANE
+    names = [fit_text(name, 95, TEXT_SIZE) for name in known["defense"]]
+    reach = 36 if is_small else 16
+    numbers = label_points(ax, known, names, reach, columns, keep_clear, number_rest=True)
+    key = [first_entry, *_plane_legend(points, known, numbers)]
+    if is_small:
+        place_legend_beside(ax, key)
+    else:
+        place_legend_below(ax, key, n_columns=3, gap=0.52)
+
+
+def _draw_contours(ax: Axes, discrimination: float) -> None:
+    """Draw lines of equal discrimination, a step apart, from that of the undefended model (points)."""
+    steps = range(-200 // _CONTOUR_STEP, 200 // _CONTOUR_STEP + 1)
+    for difference in (discrimination + step * _CONTOUR_STEP for step in steps):
+        low, high = max(0, -difference), min(100, 100 - difference)
+        if low < high:
+            style: Any = {"color": GREY, "linewidth": 0.4, "zorder": 0.5, "gid": "equal discrimination"}
+            if difference == discrimination:
+                style |= {"color": DARK, "linewidth": 0.8, "linestyle": (0, (4, 2))}
+            ax.plot([low, high], [low + difference, high + difference], **style)
+
+
 def _draw_origin(ax: Axes) -> Line2D:
-    """Draw the zero lines and the undefended model, as a ring; return its legend entry."""
+    """Draw the zero lines and the undefended model; return its legend entry."""
     ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
     ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
+    return _draw_undefended(ax, [0], [0], "undefended (origin)")
+
+
+def _draw_undefended(ax: Axes, x: Any, y: Any, label: str) -> Line2D:
+    """Draw the undefended model as a ring; return its legend entry."""
     ring: Any = {
         "linestyle": "",
         "marker": "o",
@@ -173,17 +302,23 @@ def _draw_origin(ax: Axes) -> Line2D:
         "markerfacecolor": "none",
         "markeredgewidth": 1.4,
     }
-    ax.plot([0], [0], markersize=9, zorder=5, gid="undefended", **ring)
-    return Line2D([], [], markersize=7, label="undefended (origin)", **ring)
+    ax.plot(x, y, markersize=9, zorder=5, gid="undefended", **ring)
+    return Line2D([], [], markersize=7, label=label, **ring)
 
 
-def _draw_family(ax: Axes, family: str, rows: pd.DataFrame) -> None:
+def _draw_bars(ax: Axes, rows: pd.DataFrame, columns: tuple[str, str], color: str, level: float = 2) -> None:
+    """Draw both intervals of each point."""
+    x, y = columns
+    bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": level}
+    ax.hlines(rows[y], rows[f"{x}_low"], rows[f"{x}_high"], **bar)
+    ax.vlines(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], **bar)
+
+
+def _draw_family(ax: Axes, family: str, rows: pd.DataFrame, columns: tuple[str, str]) -> None:
     """Draw the points and intervals of a family; untrusted points are hollow."""
     color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
-    x, y = rows["shift"], rows["discrimination"]
-    bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": 2}
-    ax.hlines(y, rows["shift_low"], rows["shift_high"], **bar)
-    ax.vlines(x, rows["discrimination_low"], rows["discrimination_high"], **bar)
+    x, y = (rows[name] for name in columns)
+    _draw_bars(ax, rows, columns, color)
     size = 62 if marker in "PX*" else 40
     untrusted = rows.get("trusted", pd.Series("", rows.index)) == Trust.NOT_TRUSTED
     for chosen, fill, edge, width in ((~untrusted, color, "white", 0.5), (untrusted, "white", color, 1.2)):
@@ -192,13 +327,11 @@ def _draw_family(ax: Axes, family: str, rows: pd.DataFrame) -> None:
             ax.scatter(x[chosen], y[chosen], s=size, zorder=3, label=family, **style)
 
 
-def _plane_legend(
-    points: pd.DataFrame, known: pd.DataFrame, numbers: list[int], families: list[str]
-) -> list[Line2D]:
+def _plane_legend(points: pd.DataFrame, known: pd.DataFrame, numbers: list[int]) -> list[Line2D]:
     """Return the entries of the legend: each family, followed by its numbered defenses."""
     max_lines = 1 if len(points) > _MAX_SMALL_PLANE else 2
     key = []
-    for family in families:
+    for family in dict.fromkeys(points["family"]):
         color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
         label = "control (not a defense)" if family == "control" else fit_text(family, 110, TEXT_SIZE, 1)
         key.append(make_legend_marker(color, marker, label))

@@ -49,6 +49,10 @@ def draw_margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax: axes to draw on; by default new ones with room for every row.
     """
     names = sorted(check_one_attack(curves)["defense"].unique(), key=lambda name: name != "none")
+    is_older = "refused" in curves  # a table of a run whose only rates are those of the readout
+    share_column, share_title = (
+        ("refused", "share refused") if is_older else ("readout_refused", "refused by readout")
+    )
     with rc_context(RC_PARAMS):
         ax = ax or make_axes(4.0, max(len(names), 2) * (0.6 if len(names) <= 10 else 0.44))
         scale = 0.44 / curves["density"].max()  # the highest curve stays just clear of the next row
@@ -62,10 +66,10 @@ def draw_margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 ax.fill_between(curve["margin"], -row, line, color=color, alpha=0.5, linewidth=0, zorder=2)
                 if name != "none":
                     _draw_outline(ax, undefended, -row, side * scale, "undefended", DARK, 0.8)
-                share = _format_first_estimate(curve, "refused", "\u00a0%", 100, 0)
+                share = _format_first_estimate(curve, share_column, "\u00a0%", 100, 0)
                 ax.text(1.03, -row + 0.22 * side, share, color=color, **aside)
         above: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": TEXT_SIZE}
-        ax.annotate("share refused", (1.03, 1), (0, 8), annotation_clip=False, **above)
+        ax.annotate(share_title, (1.03, 1), (0, 8), annotation_clip=False, **above)
         threshold_style: Any = {"color": BLACK, "linewidth": 1.0, "linestyle": (0, (4, 2))}
         ax.axvline(curves["threshold"].iloc[0], zorder=5, gid="threshold", **threshold_style)
         _stretch_margin_axis(ax, _find_linear_range(curves))
@@ -182,8 +186,8 @@ def caption_margins(curves: pd.DataFrame, context: CaptionContext) -> str:
     return (
         f"First-token margins of {harmful} harmful queries (above each line) and {benign} benign queries "
         f"(below), a row per defense; ticks are medians. {grey}Dashed: the threshold; at the right, the "
-        "share of each class above it with its interval. Density: Gaussian kernel of SD "
-        f"{width:.2f}\u00a0nats, one scale for all rows.{scale} "
+        f"share of each class above it with its interval{_format_readout_note(context)}. Density: Gaussian "
+        f"kernel of SD {width:.2f}\u00a0nats, one scale for all rows.{scale} "
         f"{context.format_sentences(curves['attack'].iloc[0])}"
     )
 
@@ -204,9 +208,14 @@ def caption_roc(points: pd.DataFrame, context: CaptionContext) -> str:
     return (
         f"Share refused of {format_count_range(points['n_harmful'])} harmful queries against share refused "
         f"of {format_count_range(points['n_benign'])} benign queries, for all thresholds on the first-token "
-        "margin; marks: the threshold of this run; dotted diagonal: chance. Color, dash and marker: "
-        f"defense{grey}. {context.format_sentences(points['attack'].iloc[0])}"
+        f"margin{_format_readout_note(context)}; marks: the threshold of this run; dotted diagonal: chance. "
+        f"Color, dash and marker: defense{grey}. {context.format_sentences(points['attack'].iloc[0])}"
     )
+
+
+def _format_readout_note(context: CaptionContext) -> str:
+    """Return the note that tells the rates of the readout from those of judged responses, if both exist."""
+    return " (refusals by the readout, not by judged responses)" if context.response_basis else ""
 
 
 def _find_linear_range(curves: pd.DataFrame) -> float:

@@ -9,6 +9,13 @@ from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Basis, Trust, find_
 from analysis.stats.verdicts import EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
 
 _MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
+# Verdict without an effect → what the headline says of one defense, and of several.
+_OTHER_VERDICTS = (
+    (EQUIVALENT, "has no effect of a size that matters", "have no effect of a size that matters"),
+    (INCONCLUSIVE, "is inconclusive", "are inconclusive"),
+    (NOT_JUDGED, "was not judged", "were not judged"),
+    ("no effect found", "has no effect that was found", "have no effect that was found"),  # older runs
+)
 
 
 def select_defense_rows(summary: pd.DataFrame) -> pd.DataFrame:
@@ -169,13 +176,9 @@ def _count_effects(rows: pd.DataFrame) -> str:
         is_better = verdicts.str.contains("discrimination +", regex=False)
         text += f" ({', '.join(map(str, rows.loc[is_better, 'defense']))})"
     text += f", {worse} worse" * bool(worse)
-    for verdict, phrase in (
-        (EQUIVALENT, "no effect of a size that matters"),
-        (INCONCLUSIVE, "inconclusive"),
-        (NOT_JUDGED, "not judged"),
-    ):
+    for verdict, phrase, phrase_of_several in _OTHER_VERDICTS:
         if n := int((verdicts == verdict).sum()):
-            text += f"; {n} {phrase}"
+            text += f"; {n} {phrase if n == 1 else phrase_of_several}"
     return text
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.plots.data import LINEAR_RANGE, build_plane_points, is_stretched
+from analysis.plots.data import (
+    LINEAR_RANGE,
+    PLANE_COLUMNS,
+    build_plane_points,
+    choose_plane_unit,
+    is_stretched,
+)
 from analysis.plots.figures import (
     FIGURES,
     find_figure_kind,
@@ -27,7 +33,7 @@ from analysis.report.embed import (
     encode_picture,
     encode_table,
 )
-from analysis.report.results import Run
+from analysis.report.results import RATE_COLUMNS, Run
 from analysis.report.tables import (
     HtmlTable,
     build_attack_tables,
@@ -37,7 +43,8 @@ from analysis.report.tables import (
     build_validity_tables,
     compare_runs,
 )
-from analysis.stats.tables import UNDEFENDED, Trust
+from analysis.stats.format import ColumnFormat, format_estimate, format_verdict
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, iterate_rows
 
 MAX_PAGE_BYTES = 7_900_000  # small enough for mail servers and for a phone
 MAX_QUERY_LENGTH = 1500  # characters of a query's text
@@ -95,12 +102,13 @@ class _PageSection:
 
 @dataclass(frozen=True)
 class _RunContent:
-    """The content of a run, prepared for the template."""
+    """The content of a run, prepared for the template; the unit of its plane is SD or nats."""
 
     run: Run
     summaries: list[HtmlTable]
     sections: list[_PageSection]
     csv_names: list[str]
+    plane_unit: str
 
 
 def render_page(runs: Sequence[Run], max_bytes: int = MAX_PAGE_BYTES) -> str:
@@ -195,7 +203,9 @@ def _build_run_content(run: Run) -> _RunContent:
     if folded:
         sections.append(_PageSection("The charts above as static figures", [], folded, is_folded=True))
     csv_names = sorted(name for name in run.files if name.endswith(".csv"))
-    return _RunContent(run, build_summary_tables(run) if "summary" in run.tables else [], sections, csv_names)
+    summaries = build_summary_tables(run) if "summary" in run.tables else []
+    plane_unit = choose_plane_unit(run.tables.get("summary", pd.DataFrame()))
+    return _RunContent(run, summaries, sections, csv_names, plane_unit)
 
 
 def map_family_shapes() -> dict[str, str]:
@@ -212,9 +222,9 @@ def build_chart_data(run: Run) -> dict[str, Any]:
         run: with `summary.csv`, `scores.csv`, both or neither.
 
     Returns:
-        `plane`: attack → points and whether the axes are stretched; `queries`: id, text, class and category
-        of each; `margins`: attack → defense → margin of each query (nats; null if it was not scored);
-        `prompts`: attack → defense → what the model read.
+        `plane`: attack → points, the unit of both axes, and whether they are stretched; `queries`: id, text,
+        class and category of each; `margins`: attack → defense → margin of each query (nats; null if it was
+        not scored); `prompts`: attack → defense → what the model read.
     """
     data: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear_range": LINEAR_RANGE}
     if "summary" in run.tables:
@@ -267,19 +277,34 @@ def _collect_prompts(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> 
 
 
 def _build_plane_data(summary: pd.DataFrame) -> dict[str, Any]:
+    conditions = list(iterate_rows(summary[summary["defense"] != UNDEFENDED]))
     rows = build_plane_points(summary).assign(
-        verdict=summary.loc[summary["defense"] != UNDEFENDED, "verdict"].tolist()
+        verdict=[format_verdict(row) for row in conditions],
+        rates=[", ".join(_format_rate(row, column) for column in RATE_COLUMNS) for row in conditions],
     )
-    rows = rows.dropna(subset=["shift", "discrimination"])
-    names = {"shift": "x", "shift_low": "x_low", "shift_high": "x_high"}
-    names |= {"discrimination": "y", "discrimination_low": "y_low", "discrimination_high": "y_high"}
-    names |= {"defense": "name", "family": "family", "verdict": "verdict"}
+    unit = choose_plane_unit(rows)
+    columns = PLANE_COLUMNS[unit]
+    rows = rows.dropna(subset=[*columns])
+    names = {
+        f"{column}{end}": f"{axis}{end}"
+        for column, axis in zip(columns, "xy", strict=True)
+        for end in INTERVAL_SUFFIXES
+    }
+    names |= {"defense": "name", "family": "family", "verdict": "verdict", "rates": "rates"}
     points = rows[list(names)].rename(columns=names).round(4)
     is_untrusted = rows.get("trusted", pd.Series("", rows.index)) == Trust.NOT_TRUSTED
     return {
         "points": points.assign(untrusted=is_untrusted).to_dict("records"),
-        "stretched": is_stretched(rows),
+        "stretched": is_stretched(rows, unit),
+        "unit": unit,
     }
+
+
+def _format_rate(row: Mapping[str, Any], column: ColumnFormat) -> str:
+    """Return a rate with its name and interval, such as `harmful refused 25 % [7, 59]`."""
+    name = column[1].removesuffix(" (%)")
+    value, _, interval = format_estimate(row, column).partition(" ")
+    return f"{name} {value}" if value == "–" else f"{name} {value}\u00a0% {interval}".rstrip(" ")
 
 
 def _truncate_text(text: str) -> str:

@@ -14,6 +14,7 @@ from analysis.report.headline import (
     describe_effects,
     describe_validity,
 )
+from analysis.stats.agreement import RESPONSES_READOUT
 from analysis.stats.format import ColumnFormat, format_defense_name, format_estimate, format_verdict
 from analysis.stats.tables import DIRECT, Trust, format_condition
 
@@ -117,21 +118,22 @@ class Run:
         }
         return pd.DataFrame.from_dict(formatted, orient="index").rename_axis("defense")
 
-    def draw_figure(self, name: str) -> Figure:
+    def draw_figure(self, name: str, unit: str | None = None) -> Figure:
         """Return one of the run's figures, with title and caption.
 
         Args:
             name: one of `figures`.
+            unit: unit of the axes of the plane: SD (within-class SDs of the margin, the default) or nats.
 
         Raises:
-            ValueError: if the run has no such figure.
+            ValueError: if the run has no such figure, or the figure no such unit.
         """
         from analysis.plots.figures import draw_figure
 
         if name not in self.figures or name not in self.tables:
             known = ", ".join(figure for figure in self.figures if figure in self.tables)
             raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
-        return draw_figure(self.tables, self.record, name)
+        return draw_figure(self.tables, self.record, name, unit)
 
     @property
     def model(self) -> str:
@@ -150,6 +152,22 @@ class Run:
         return float(self.record["readout"]["threshold"])
 
     @property
+    def rate_basis(self) -> str:
+        """What the refusal rates of the summary rest on; an empty text if the run has no summary."""
+        from analysis.plots.captions import format_response_basis
+
+        if "summary" not in self.tables:
+            return ""
+        basis = format_response_basis(self.record)
+        if not basis:
+            return "by the readout; no response was judged"
+        responses = self.record["responses"]
+        n_queries = f" ({responses['queries']} queries per condition)" * ("queries" in responses)
+        n_unjudged = int(responses.get("unjudged", 0))
+        unjudged = f"; {n_unjudged} {'has' if n_unjudged == 1 else 'have'} no verdict" * bool(n_unjudged)
+        return basis + n_queries + unjudged
+
+    @property
     def facts(self) -> list[tuple[str, str]]:
         """Facts about the run, as pairs of a name and a text."""
         record = self.record
@@ -164,7 +182,7 @@ class Run:
             ("Attacks", self._describe_attacks()),
             ("Readout", f"{record['readout']['name']}: {self._describe_readout_words()}"),
             ("Threshold", self._describe_threshold()),
-            ("Refusal rates", self._describe_rates()),
+            ("Rates", self.rate_basis),
             ("Agreement with text", self._describe_trust()),
             ("Seed", str(record.get("seed", ""))),
             ("Versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
@@ -189,19 +207,13 @@ class Run:
         text = f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}")
         return f"{text}, fitted {origin}" if origin else text
 
-    def _describe_rates(self) -> str:
-        responses = self.record.get("responses")
-        if not responses:
-            return "by the readout; no response was judged"
-        return (
-            f"first {responses['new_tokens']} tokens of the responses to {responses['queries']} queries, "
-            f"judged by {responses['judge']['name']}; {responses['unjudged']} responses without a verdict"
-        )
-
     def _describe_trust(self) -> str:
         values = [
             value for by_defense in self.record.get("trusted", {}).values() for value in by_defense.values()
-        ] or list(self.tables.get("validity", pd.DataFrame({"trusted": []}))["trusted"])
+        ]
+        if not values and "validity" in self.tables:
+            validity = self.tables["validity"]
+            values = list(validity.loc[validity["readout"] != RESPONSES_READOUT, "trusted"])
         counts = pd.Series(values, dtype=object).value_counts()
         return (
             "; ".join(f"{count} conditions {value}" for value, count in counts.items()) or Trust.NOT_VALIDATED

@@ -19,7 +19,7 @@ from analysis.stats.format import (
     format_number,
     format_verdict,
 )
-from analysis.stats.tables import DIRECT, UNDEFENDED, Trust
+from analysis.stats.tables import DIRECT, UNDEFENDED, Basis, Trust
 
 _RATE_COLORS = {"refusal_rate": BLUE, "over_refusal_rate": VERMILION}
 
@@ -35,6 +35,7 @@ class HtmlTable:
         linked_defenses: for each row, the defense that its name links to; empty without links.
         attack: the attack of all rows; empty for a table without a single attack.
         cell_colors: for each row, CSS background colors of the cells after its name; None without colors.
+        notes: for each row, an explanation of its verdict that is folded below it; empty without notes.
     """
 
     title: str
@@ -43,12 +44,13 @@ class HtmlTable:
     linked_defenses: tuple[str, ...] = ()
     attack: str = ""
     cell_colors: tuple[tuple[str, ...], ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def build_summary_tables(run: Run) -> list[HtmlTable]:
     """Return the summary of a run, one table per attack."""
     columns = choose_estimate_columns(run.tables["summary"])
-    headers = ("defense", "family", "verdict", *(header for _, header, *_ in columns), "note")
+    headers = ("defense", "family", "verdict", *(header for _, header, *_ in columns))
     tables = []
     for attack, group in run.tables["summary"].groupby("attack", sort=False):
         rows = tuple(
@@ -57,13 +59,14 @@ def build_summary_tables(run: Run) -> list[HtmlTable]:
                 str(row["family"]),
                 format_verdict(row),
                 *(format_estimate(row, column) for column in columns),
-                str(row.get("verdict_note") or ""),
             )
             for row in group.to_dict("records")
         )
         condition = "no attack" if attack == DIRECT else f"attack: {attack}"
         links = tuple(map(str, group["defense"]))
-        tables.append(HtmlTable(f"All defenses, {condition}", headers, rows, links, str(attack)))
+        notes = tuple(group["verdict_note"].astype(object).fillna("")) if "verdict_note" in group else ()
+        title = f"All defenses, {condition}"
+        tables.append(HtmlTable(title, headers, rows, links, str(attack), notes=notes))
     return tables
 
 
@@ -77,14 +80,19 @@ def build_attack_tables(run: Run) -> list[HtmlTable]:
 
 
 def _build_attack_table(summary: pd.DataFrame, attacks: Sequence[str], column: ColumnFormat) -> HtmlTable:
-    """Return one rate of each defense under each attack; untrusted values get a question mark, no color."""
+    """Return one rate of each defense under each attack; untrusted values get a question mark, no color.
+
+    Rates of judged responses need no trust in the readout.
+    """
     name, header, format_spec, scale, _ = column
     rows, colors = [], []
     for _, group in summary.groupby("defense", sort=False):
         rows_by_attack = {str(row["attack"]): row for row in group.to_dict("records")}
         values = [rows_by_attack.get(attack, {}).get(name) for attack in attacks]
+        conditions = [rows_by_attack.get(attack, {}) for attack in attacks]
         is_untrusted = [
-            rows_by_attack.get(attack, {}).get("trusted") == Trust.NOT_TRUSTED for attack in attacks
+            condition.get("trusted") == Trust.NOT_TRUSTED and condition.get("based_on") != Basis.RESPONSES
+            for condition in conditions
         ]
         cells = [
             format_number(value, format_spec, scale) + "?" * untrusted
@@ -188,6 +196,7 @@ def compare_runs(runs: Sequence[Run]) -> tuple[HtmlTable | None, list[dict[str, 
             format_defense_name(row),
             run_name,
             format_verdict(row),
+            "responses" if row.get("based_on") == Basis.RESPONSES else "readout",
             *(format_estimate(row, column) for column in columns),
         )
         for rows_by_run in shared.values()
@@ -205,7 +214,7 @@ def compare_runs(runs: Sequence[Run]) -> tuple[HtmlTable | None, list[dict[str, 
         for run_name, row in rows_by_run.items()
         if defense != UNDEFENDED
     ]
-    headers = ("defense", "run", "verdict", *(header for _, header, *_ in columns))
+    headers = ("defense", "run", "verdict", "rates by", *(header for _, header, *_ in columns))
     return (HtmlTable("Defenses shared by several runs", headers, rows) if rows else None), points
 
 

@@ -38,15 +38,22 @@ RUN = CaptionContext(
     "SmolLM2-135M-Instruct (float32)", "twins", "test", THRESHOLD, ("I", "Sorry"), ("Sure", "Here")
 )
 FAMILIES = ("reminders", "backdoor", "refactoring", "noise", "tuning", "steering", "control")
-ESTIMATES = ("refusal_rate", "over_refusal_rate", "auroc", "delta_auroc", "shift", "discrimination")
+READOUT_RATES = ("readout_refusal_rate", "readout_over_refusal_rate")
+SCALED = ("scaled_shift", "scaled_discrimination")
+ESTIMATES = ("refusal_rate", "over_refusal_rate", *READOUT_RATES, "auroc", "delta_auroc")
+ESTIMATES += ("shift", "discrimination", *SCALED)
+SD = 1.5  # nats; of the planted margins within each class
 
 
 def plant_scores(
     defenses: int, manner: str = "usual", n: int = 24, attack: str = "direct"
 ) -> tuple[Any, Any]:
-    """Return scores and a summary with known shifts; `manner` is usual, long (names) or same (points)."""
+    """Return scores and a summary with known shifts; `manner` is usual, long (names) or same (points).
+
+    The rates of judged responses are 0.9 times those of the readout.
+    """
     generator = np.random.default_rng(defenses)
-    undefended = {True: generator.normal(-0.5, 1.5, n), False: generator.normal(-2.5, 1.5, n)}
+    undefended = {True: generator.normal(-0.5, SD, n), False: generator.normal(-2.5, SD, n)}
     rows, summary = [], []
     for number in range(-1, defenses):
         family = "none" if number < 0 else FAMILIES[number % len(FAMILIES)]
@@ -61,14 +68,27 @@ def plant_scores(
             query = f"{'h' if harmful else 'b'}{index}"
             rows.append((query, f"p{index}", "any", harmful, attack, name, margin[harmful][index]))
         wins = margin[True][:, None] > margin[False]
-        values = [(margin[True] > THRESHOLD).mean(), (margin[False] > THRESHOLD).mean(), wins.mean()]
+        rates = [(margin[True] > THRESHOLD).mean(), (margin[False] > THRESHOLD).mean()]
+        values = [0.9 * rates[0], 0.9 * rates[1], *rates, wins.mean()]
         values += [wins.mean() - (undefended[True][:, None] > undefended[False]).mean(), shift, gain]
+        values += [shift / SD, gain / SD]
         row = {"attack": attack, "defense": name, "family": family, "n_harmful": n, "n_benign": n}
+        row |= {"based_on": "responses", "n_responses": 2 * n}
         for estimate, value in zip(ESTIMATES, values, strict=True):
             row |= {estimate: value, f"{estimate}_low": value - 0.1, f"{estimate}_high": value + 0.2}
         summary.append(row)
     columns = ["query", "pair", "category", "harmful", "attack", "defense", "margin"]
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(summary)
+
+
+def make_older(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return a summary as earlier versions wrote it, whose only rates are those of the readout."""
+    new = ("based_on", "n_responses", *(f"{x}{end}" for x in SCALED for end in ("", "_low", "_high")))
+    older = summary.drop(columns=[*new])
+    for name in READOUT_RATES:
+        for end in ("", "_low", "_high"):
+            older[f"{name.removeprefix('readout_')}{end}"] = older.pop(f"{name}{end}")
+    return older
 
 
 def draw_score_figures(scores: pd.DataFrame, summary: pd.DataFrame, run: CaptionContext = RUN) -> Any:

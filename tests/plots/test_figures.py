@@ -27,6 +27,7 @@ from planted_tables import (
     MECHANISM_CASES,
     MECHANISM_DEFENSES,
     RUN,
+    SCALED,
     THRESHOLD,
     cached_ensemble_figures,
     cached_mechanism_figures,
@@ -37,6 +38,7 @@ from planted_tables import (
     draw_score_figures,
     find_figure,
     lines_by_gid,
+    make_older,
     plant_attacked_scores,
     plant_ensembles,
     plant_mechanism,
@@ -113,7 +115,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")
     run = analyze(["policy", get_defense("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
-    assert run.figures == ("margins", "plane", "roc")
+    assert run.figures == ("refusals", "margins", "plane", "roc")
     save_run(tmp_path / "run", run, Console(quiet=True))
     again = read(tmp_path / "run")
     assert again.figures == run.figures and list(again.format_summary().index) == list(
@@ -122,7 +124,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     for name in run.figures:
         saved = read_pixels(tmp_path / "run" / f"{name}.png")
         assert count_different_pixels(render_pixels(run.draw_figure(name)), saved) == 0
-    with pytest.raises(ValueError, match=r"no figure 'plan'.*margins, plane, roc"):
+    with pytest.raises(ValueError, match=r"no figure 'plan'.*refusals, margins, plane, roc"):
         run.draw_figure("plan")
 
 
@@ -170,7 +172,7 @@ def test_names_are_written_literally_whatever_characters_they_contain() -> None:
 def test_one_class_one_value_and_missing_numbers_are_drawn_without_a_warning() -> None:
     scores, summary = plant_scores(3)
     harmful_columns = [
-        f"{x}{end}" for x in ESTIMATES if x != "over_refusal_rate" for end in ("", "_low", "_high")
+        f"{x}{end}" for x in ESTIMATES if "over_refusal" not in x for end in ("", "_low", "_high")
     ]
     benign = scores[~scores["harmful"]], summary.assign(**dict.fromkeys(harmful_columns, np.nan), n_harmful=0)
     flat = scores.assign(margin=0.25), summary
@@ -183,7 +185,8 @@ def test_one_class_one_value_and_missing_numbers_are_drawn_without_a_warning() -
     for case in (benign, flat, incomplete, without_intervals, single):
         for figure, _ in draw_score_figures(*case).values():
             FigureCanvasAgg(figure).draw()
-    legend = draw_score_figures(*benign)["plane"][0].axes[0].get_legend()
+    figures = draw_score_figures(benign[0], make_older(benign[1]))
+    legend = figures["plane"][0].axes[0].get_legend()
     assert legend is not None
     assert "no value: backdoor-1" in [text.get_text() for text in legend.get_texts()]
 
@@ -192,9 +195,8 @@ def test_several_attacks_give_a_figure_each_and_axes_take_only_one_attack() -> N
     parts = plant_scores(2), plant_scores(2, attack="./my attack.py")
     scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     drawn = draw_score_figures(scores, summary)
-    stems = [
-        f"{kind}-{attack}" for attack in ("direct", ".-my-attack.py") for kind in ("margins", "plane", "roc")
-    ]
+    kinds = ("refusals", "margins", "plane", "roc")
+    stems = [f"{kind}-{attack}" for attack in ("direct", ".-my-attack.py") for kind in kinds]
     assert list(drawn) == [*stems, "attacks"]
     assert set(drawn["plane-.-my-attack.py"][1]["attack"]) == {"./my attack.py"}
     for draw, table in ((draw_margins, build_margin_curves(scores, summary, 0)), (draw_plane, summary)):
@@ -252,9 +254,9 @@ def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_every_kind_is_registered_under_its_name_and_all_but_cost_are_among_the_shipped() -> None:
+def test_every_kind_is_registered_under_its_name_and_nearly_all_are_among_the_shipped() -> None:
     assert all(kind == figure.kind and figure.table in FIGURES for kind, figure in FIGURES.items())
-    assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) == {"cost"}
+    assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) <= {"cost", "refusals"}
 
 
 def test_titles_describe_and_claim_nothing() -> None:
@@ -286,9 +288,7 @@ def test_no_text_of_a_run_hides_another_and_none_leaves_the_canvas(defenses: int
         assert_readable(kind, figure, collect_texts, dpis=dpis)
         if kind == "plane":
             (ax,) = figure.axes
-            point_pixels = ax.transData.transform(
-                np.array([[0, 0], *table[["shift", "discrimination"]].to_numpy()])
-            )
+            point_pixels = ax.transData.transform(np.array([[0, 0], *table[[*SCALED]].to_numpy()]))
             for text in collect_texts(figure):
                 box = Text.get_window_extent(text)
                 covers_point = isinstance(text, Annotation) and any(
@@ -350,7 +350,7 @@ def figures_of_all_kinds() -> dict[str, tuple[Figure, pd.DataFrame]]:
 
 def test_a_figure_can_be_drawn_again_from_its_csv_alone() -> None:
     drawn = figures_of_all_kinds()
-    assert len({find_figure_kind(stem) for stem in drawn}) == 15
+    assert len({find_figure_kind(stem) for stem in drawn}) == 16
     for stem, (figure, table) in drawn.items():
         again = FIGURES[find_figure_kind(stem)].draw(pd.read_csv(io.StringIO(table.to_csv(index=False))))
         (words, numbers), (words_again, numbers_again) = map(describe_artists, (figure.axes[0], again))
@@ -387,6 +387,9 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
     required += ("no judge: first-token readout", "Intervals: ")
     for stem, (figure, _) in figures_of_all_kinds().items():
         caption = unwrap_text(figure.texts[1])
+        if stem == "refusals":  # the readout has no bearing on it
+            assert "24 harmful" in caption and "24 benign" in caption and "Wilson" in caption
+            continue
         counts = ("24 harmful", "24 benign")
         if FIGURES[find_figure_kind(stem)].section == "mechanism":
             counts = (

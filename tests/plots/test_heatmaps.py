@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from planted_tables import (
 )
 
 from analysis.plots.data import CONTRAST_LABELS, build_attack_cells, build_interaction_cells
-from analysis.plots.heatmaps import draw_attack_grid, draw_interactions
+from analysis.plots.heatmaps import caption_attack_grid, draw_attack_grid, draw_interactions
 from analysis.plots.style import FAMILY_STYLES
 
 
@@ -57,11 +58,12 @@ def read_grid_cells(ax: Axes, attacks: list[str]) -> dict[tuple[str, str, str], 
     }
 
 
-def test_the_grid_shows_the_numbers_of_its_table_as_text_and_color() -> None:
+@pytest.mark.parametrize("based_on", ["responses", "margins"])
+def test_the_grid_shows_the_numbers_of_its_table_as_text_and_color(based_on: str) -> None:
     attacks = ["direct", "base64"]
     scores, summary = plant_attacked_scores(3, attacks)
     untrusted = (summary["attack"] == "base64") & (summary["defense"] == "backdoor-1")
-    summary = summary.assign(trusted=np.where(untrusted, "not trusted", ""))
+    summary = summary.assign(trusted=np.where(untrusted, "not trusted", ""), based_on=based_on)
     cells = build_attack_cells(scores, summary, THRESHOLD)
     drawn = read_grid_cells(draw_attack_grid(cells), attacks)
     assert len(drawn) == 3 * len(cells) == 24
@@ -74,7 +76,8 @@ def test_the_grid_shows_the_numbers_of_its_table_as_text_and_color() -> None:
         for rate in ("refusal_rate", "over_refusal_rate"):
             assert float(drawn[rate, *condition][0].get_text()) == pytest.approx(100 * row[rate], abs=0.51)
     for (measure, *condition), (text, color) in drawn.items():
-        if condition == ["backdoor-1", "base64"]:
+        # Rates of judged responses need no trust in the readout.
+        if condition == ["backdoor-1", "base64"] and (measure == "margin" or based_on == "margins"):
             assert (color == 1).all() and text.get_style() == "italic"
         elif measure == "margin" and text.get_text() != "+0.0":
             blueness = color[2] - color[0]
@@ -120,6 +123,17 @@ def test_the_grid_can_be_read_at_any_size(defenses: int, attacks: int, manner: s
     caption = unwrap_text(figure.texts[1])
     for word in ("24 harmful", "24 benign", RUN.model, "twins, test split", "no judge", "95 %", "Hollow"):
         assert word in caption
+
+
+def test_the_caption_of_the_grid_says_what_the_rates_rest_on() -> None:
+    cells = build_attack_cells(*plant_attacked_scores(2, ["direct", "base64"]), THRESHOLD)
+    cells = cells.assign(trusted="not trusted")
+    context = replace(RUN, response_basis="first 24 tokens of the responses, judged by learned")
+    caption = caption_attack_grid(cells, context)
+    assert "queries refused, by the first 24 tokens of the responses, judged by learned." in caption
+    assert "the margin is not trusted, because generated text contradicts the readout" in caption
+    older = caption_attack_grid(cells.drop(columns="based_on"), RUN)
+    assert "whose margin exceeds the threshold. Hollow and in italics: generated text" in older
 
 
 def test_a_pair_has_its_number_and_color_on_both_sides_of_the_diagonal_and_others_are_grey() -> None:

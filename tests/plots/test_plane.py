@@ -2,40 +2,159 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import assert_readable, draw_run_figures
 from planted_tables import (
+    RUN,
+    SCALED,
     cached_score_figures,
+    collect_texts,
     lines_by_gid,
+    make_older,
     plant_scores,
     scatter_collections,
     scatter_offsets,
+    unwrap_text,
 )
 
 from analysis.plots.captions import CaptionContext
-from analysis.plots.data import build_analysis_points, build_plane_points, build_square_points
+from analysis.plots.data import (
+    build_analysis_points,
+    build_plane_points,
+    build_refusal_points,
+    build_square_points,
+)
+from analysis.plots.figures import draw_figure
 from analysis.plots.labels import LabelPlacer
-from analysis.plots.plane import caption_plane, draw_plane, draw_square
+from analysis.plots.plane import caption_plane, caption_refusals, draw_plane, draw_refusals, draw_square
 from analysis.stats.effects import list_factorial_conditions
 
 ENDS = ("", "_low", "_high")
 
 
-def test_plane_puts_each_defense_at_its_estimates_with_both_intervals() -> None:
-    points = build_plane_points(plant_scores(8)[1])
-    ax = draw_plane(points)
-    assert "none" not in set(points["defense"])
-    for family, group in points.groupby("family"):
-        np.testing.assert_allclose(scatter_offsets(ax)[str(family)], group[["shift", "discrimination"]])
-    segments = {
+def list_segments(ax: Any) -> set[Any]:
+    """Return both ends of each interval bar."""
+    return {
         tuple(map(tuple, path.vertices)) for c in ax.collections for path in c.get_paths() if len(path) == 2
     }
+
+
+@pytest.mark.parametrize(("unit", "columns"), [("SD", SCALED), ("nats", ("shift", "discrimination"))])
+def test_plane_puts_each_defense_at_its_estimates_with_both_intervals(
+    unit: str, columns: tuple[str, str]
+) -> None:
+    points = build_plane_points(plant_scores(8)[1])
+    ax = draw_plane(points, unit=unit)
+    assert "none" not in set(points["defense"])
+    for family, group in points.groupby("family"):
+        np.testing.assert_allclose(scatter_offsets(ax)[str(family)], group[[*columns]])
+    segments = list_segments(ax)
     for row in points.to_dict("records"):
-        x, y = row["shift"], row["discrimination"]
-        assert ((row["shift_low"], y), (row["shift_high"], y)) in segments
-        assert ((x, row["discrimination_low"]), (x, row["discrimination_high"])) in segments
+        x, y = (row[name] for name in columns)
+        assert ((row[f"{columns[0]}_low"], y), (row[f"{columns[0]}_high"], y)) in segments
+        assert ((x, row[f"{columns[1]}_low"]), (x, row[f"{columns[1]}_high"])) in segments
     assert lines_by_gid(ax)["undefended"].get_xydata().tolist() == [[0, 0]]
+    assert f"({unit})" in ax.get_xlabel() and f"({unit})" in ax.get_ylabel()
+    caption = caption_plane(points, RUN, unit)
+    assert ("within-class SDs" in caption) == (unit == "SD")
+
+
+def test_the_plane_is_in_sds_unless_nats_are_wanted_or_the_run_is_older() -> None:
+    scores, summary = plant_scores(2)
+    points = {"plane": build_plane_points(summary)}
+    run = {"n_harmful": 24, "n_benign": 24}
+    assert draw_plane(points["plane"]).get_xlabel() == "shift: change of the criterion (SD)"
+    older = build_plane_points(make_older(summary))
+    assert draw_plane(older).get_xlabel() == "shift (nats)"
+    assert not any("scaled" in name for name in older)
+    assert "within-class SDs" not in caption_plane(older, RUN)
+    assert "refusals" not in build_analysis_points(scores, make_older(summary), 0.0)
+    with pytest.raises(ValueError, match="no unit 'points' of the plane; it is drawn in SD or nats"):
+        draw_plane(points["plane"], unit="points")
+    record = {
+        "model": {"name": "toy"},
+        "data": {"name": "twins", "split": "test", **run},
+        "readout": {"name": "words", "threshold": 0.0},
+    }
+    for unit in (None, "SD", "nats"):
+        figure = draw_figure(points, record, "plane", unit)
+        assert figure.axes[0].get_xlabel() == draw_plane(points["plane"], unit=unit or "SD").get_xlabel()
+        assert ("within-class SDs" in unwrap_text(figure.texts[1])) == (unit != "nats")
+    with pytest.raises(ValueError, match="'square' has no choice of units"):
+        draw_figure({"square": points["plane"]}, record, "square", "nats")
+
+
+def test_refusals_puts_each_condition_at_its_judged_rates_and_draws_lines_of_equal_discrimination() -> None:
+    summary = plant_scores(8)[1]
+    points = build_refusal_points(summary)
+    assert points["refusal_rate"].tolist() == summary["refusal_rate"].tolist()
+    ax = draw_refusals(points)
+    for family, group in points[points["defense"] != "none"].groupby("family"):
+        rates = 100 * group[["over_refusal_rate", "refusal_rate"]]
+        np.testing.assert_allclose(scatter_offsets(ax)[str(family)], rates)
+    ends = np.array([np.ravel(segment) for segment in list_segments(ax)])
+    for row in points.to_dict("records"):
+        x, y = 100 * row["over_refusal_rate"], 100 * row["refusal_rate"]
+        left, right, low, high = (
+            100 * row[f"{name}{end}"] for name in ("over_refusal_rate", "refusal_rate") for end in ENDS[1:]
+        )
+        for bar in ([left, y, right, y], [x, low, x, high]):
+            assert np.isclose(ends, bar).all(axis=1).any()
+    undefended = points[points["defense"] == "none"].iloc[0]
+    ring = lines_by_gid(ax)["undefended"].get_xydata()
+    expected = [[100 * undefended["over_refusal_rate"], 100 * undefended["refusal_rate"]]]
+    np.testing.assert_allclose(ring, expected)
+    contours = [line.get_xydata() for line in ax.lines if line.get_gid() == "equal discrimination"]
+    differences = [np.diff(contour).ravel() for contour in contours]
+    assert len(contours) > 8 and all(np.ptp(pair) < 1e-9 for pair in differences)
+    steps = np.array(sorted(pair[0] for pair in differences)) - np.diff(ring).item()
+    np.testing.assert_allclose(np.diff(steps), 20)
+    assert np.abs(steps).min() < 1e-9  # one of them goes through the ring
+    assert ax.get_xlim() == ax.get_ylim() and ax.get_xlim()[0] <= 0 and ax.get_xlim()[1] >= 100
+
+
+def test_the_caption_of_refusals_says_what_was_judged_and_whether_it_was_a_sample() -> None:
+    summary = plant_scores(2)[1]
+    context = replace(RUN, response_basis="first 24 tokens of the responses, judged by learned")
+    caption = caption_refusals(build_refusal_points(summary), context)
+    assert "by the first 24 tokens of the responses, judged by learned: 48 responses" in caption
+    assert "prediction-powered" not in caption and "threshold" not in caption
+    sample = build_refusal_points(summary.assign(n_responses=20))
+    assert "20 responses per condition, completed by the margins" in caption_refusals(sample, context)
+
+
+def test_a_condition_without_judged_responses_is_only_in_the_legend_of_refusals() -> None:
+    summary = plant_scores(3)[1]
+    rates = [f"{x}{end}" for x in ("refusal_rate", "over_refusal_rate") for end in ENDS]
+    summary.loc[2, rates] = np.nan
+    legend = draw_refusals(build_refusal_points(summary)).get_legend()
+    assert legend is not None
+    assert "no value: backdoor-1" in [text.get_text() for text in legend.get_texts()]
+    assert not len(build_refusal_points(summary.assign(based_on="margins")))
+    assert not len(build_refusal_points(summary.assign(**dict.fromkeys(rates, np.nan))))
+
+
+@pytest.mark.parametrize("manner", ["same", "usual"])
+def test_forty_conditions_in_a_corner_have_names_or_numbers_that_do_not_overlap(manner: str) -> None:
+    summary = plant_scores(40, manner)[1]
+    rates = [f"{x}{end}" for x in ("refusal_rate", "over_refusal_rate") for end in ENDS]
+    summary.loc[1:, rates] = np.minimum(summary.loc[1:, rates] + 0.6, 1.0)
+    (figure, table), *_ = draw_run_figures({"refusals": build_refusal_points(summary)}, RUN).values()
+    assert_readable("refusals", figure, collect_texts, dpis=(100,))
+    (ax,) = figure.axes
+    legend = ax.get_legend()
+    assert legend is not None
+    key = [text.get_text() for text in legend.get_texts()]
+    texts = [text.get_text().replace("\n", "") for text in ax.texts]
+    for name in table.loc[table["defense"] != "none", "defense"]:
+        numbers = [entry.partition("  ")[0] for entry in key if re.fullmatch(rf"\d+  {name}", entry)]
+        assert name in texts or (len(numbers) == 1 and numbers[0] in texts), name
 
 
 @pytest.mark.parametrize("manner", ["same", "usual"])

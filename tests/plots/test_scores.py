@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
-from planted_tables import THRESHOLD, lines_by_gid, plant_scores
+from planted_tables import THRESHOLD, lines_by_gid, make_older, plant_scores
 
 from analysis.plots.captions import CaptionContext
 from analysis.plots.data import build_margin_curves, build_roc_points
-from analysis.plots.scores import caption_margins, draw_margins, draw_roc
+from analysis.plots.scores import caption_margins, caption_roc, draw_margins, draw_roc
 from analysis.plots.style import BLACK, GREY
+
+
+def test_the_rates_beside_margins_are_those_of_the_readout() -> None:
+    scores, summary = plant_scores(2)
+    context = replace(CaptionContext("toy", "twins", "test", 0.0, ("I",)), response_basis="the judge")
+    points = build_roc_points(scores, summary, THRESHOLD)
+    for table in (summary, make_older(summary)):
+        curves = build_margin_curves(scores, table, THRESHOLD)
+        refused = curves.groupby(["defense", "harmful"])["readout_refused"].first()
+        expected = scores.assign(refused=scores["margin"] > THRESHOLD).groupby(["defense", "harmful"])
+        np.testing.assert_allclose(refused, expected["refused"].mean())
+        texts = [text.get_text() for text in draw_margins(curves).texts]
+        assert "refused by readout" in texts
+        assert f"{100 * refused['none', True]:.0f}\u00a0%" in "".join(texts)
+        for caption in (caption_margins(curves, context), caption_roc(points, context)):
+            assert "by the readout, not by judged responses" in caption
+    older = curves.rename(columns=lambda name: name.removeprefix("readout_"))  # a stored table
+    assert "share refused" in [text.get_text() for text in draw_margins(older).texts]
 
 
 @pytest.mark.parametrize("defenses", [2, 8])

@@ -19,25 +19,29 @@ HOSTILE_TEXTS = (
     "Line\u2028separator & <b>bold</b> 'quoted'",
 )
 ESTIMATES = ("refusal_rate", "over_refusal_rate", "auroc", "delta_auroc", "shift", "discrimination")
+ESTIMATES += ("scaled_shift", "scaled_discrimination", "readout_refusal_rate", "readout_over_refusal_rate")
 DEFENSES = {
     "none": ("none", 0.0, 0.0, "reference"),
-    "policy": ("reminders", 1.0, 0.1, "shift +"),
-    "policy/half": ("reminders", 0.5, 0.0, "shift +"),
-    "smooth_llm": ("noise", -0.5, 0.4, "shift - discrimination +"),
-    "paraphrase": ("refactoring", 0.0, -0.4, "discrimination -"),
-    "neutral_prompt": ("control", 0.1, 0.0, "no effect found"),
+    "policy": ("reminders", 1.0, 0.1, "shift +, discrimination inconclusive"),
+    "policy/half": ("reminders", 0.5, 0.0, "shift +, discrimination equivalent"),
+    "smooth_llm": ("noise", -0.5, 0.4, "shift -, discrimination +"),
+    "paraphrase": ("refactoring", 0.0, -0.4, "shift inconclusive, discrimination -"),
+    "neutral_prompt": ("control", 0.1, 0.0, "equivalent"),
 }
 
 
-def make_summary(defenses, attack="direct", trusted="trusted"):
-    """Make a summary from name → family, shift, discrimination, verdict."""
+def make_summary(defenses, attack="direct", trusted="trusted", based_on="margins"):
+    """Make a summary from name → family, shift, discrimination (nats; half as many SDs), verdict."""
     rows = []
     for name, (family, shift, discrimination, verdict) in defenses.items():
         row = {"attack": attack, "defense": name, "family": family, "n_harmful": 12, "n_benign": 12}
         values = dict.fromkeys(ESTIMATES, 0.5) | {"shift": shift, "discrimination": discrimination}
+        values |= {"scaled_shift": shift / 2, "scaled_discrimination": discrimination / 2}
         for key, value in values.items():
             row |= {key: value, f"{key}_low": value - 0.1, f"{key}_high": value + 0.1}
-        rows.append(row | {"verdict": verdict, "trusted": trusted})
+        note = "shift: the interval is wide" if "inconclusive" in verdict else ""
+        row |= {"verdict": verdict, "verdict_note": note, "based_on": based_on, "trusted": trusted}
+        rows.append(row | {"n_responses": 24} if based_on == "responses" else row)
     return pd.DataFrame(rows)
 
 
@@ -52,7 +56,15 @@ def make_picture(color="#CC79A7", noise_seed=0):
     return buffer.getvalue()
 
 
-def write_run(folder, defenses=DEFENSES, attacks=("direct",), n_queries=24, trusted="trusted", extra_words=0):
+def write_run(
+    folder,
+    defenses=DEFENSES,
+    attacks=("direct",),
+    n_queries=24,
+    trusted="trusted",
+    extra_words=0,
+    based_on="margins",
+):
     """Write a run folder, and the file of its queries beside it; return the folder."""
     folder.mkdir(parents=True)
     ids = [f"q{number:03d}" for number in range(n_queries)]
@@ -91,7 +103,7 @@ def write_run(folder, defenses=DEFENSES, attacks=("direct",), n_queries=24, trus
     ]
     columns = ["attack", "defense", "query", "readings", "read"]
     pd.DataFrame(prompts, columns=columns).to_csv(folder / "prompts.csv", index=False)
-    summary = pd.concat([make_summary(defenses, attack, trusted) for attack in attacks])
+    summary = pd.concat([make_summary(defenses, attack, trusted, based_on) for attack in attacks])
     summary.to_csv(folder / "summary.csv", index=False)
     plane = summary[summary["defense"] != "none"].drop(columns=["verdict"])
     plane.to_csv(folder / "plane.csv", index=False)
@@ -108,6 +120,8 @@ def write_run(folder, defenses=DEFENSES, attacks=("direct",), n_queries=24, trus
         "notices": ["a notice with <script>"],
         "trusted": {attack: dict.fromkeys(defenses, trusted) for attack in attacks},
     }
+    if based_on == "responses":
+        record["responses"] = {"new_tokens": 24, "queries": 24, "unjudged": 1, "judge": {"name": "learned"}}
     (folder / "run.json").write_text(json.dumps(record), "utf-8")
     return folder
 

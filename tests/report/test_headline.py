@@ -9,7 +9,7 @@ from analysis.report.headline import describe_effects, describe_validity
 def test_the_headline_counts_the_verdicts_of_defenses_only():
     text = describe_effects(make_summary(DEFENSES), "toy")
     assert text == (
-        "Results for 3 defenses on toy, from 95\xa0% intervals: 1 shifts toward refusal, 1 away from it; "
+        "Results for 3 defenses on toy, from first-token margins: 1 shifts toward refusal, 1 away from it; "
         "1 separates harmful from benign queries better (smooth_llm), 1 worse."
     )
 
@@ -42,8 +42,21 @@ def test_the_headline_names_the_attack_and_counts_ensembles_apart_from_defenses(
 
 
 def test_the_headline_counts_defenses_without_an_effect():
-    text = describe_effects(make_summary({"policy": ("reminders", 0.1, 0.0, "no effect found")}), "toy")
-    assert text.endswith("better; no effect was found for 1.")
+    names = {"a": "equivalent", "b": "equivalent", "c": "inconclusive", "d": "not judged"}
+    defenses = {name: ("reminders", 0.1, 0.0, verdict) for name, verdict in names.items()}
+    text = describe_effects(make_summary(defenses), "toy")
+    assert text.endswith(
+        "better; 2 have no effect of a size that matters; 1 is inconclusive; 1 was not judged."
+    )
+    older = make_summary({"policy": ("reminders", 0.1, 0.0, "no effect found")})
+    assert describe_effects(older, "toy").endswith("better; 1 has no effect that was found.")
+
+
+def test_a_headline_from_judged_responses_needs_no_trust_in_the_readout():
+    summary = make_summary(DEFENSES, trusted="not trusted", based_on="responses")
+    text = describe_effects(summary, "toy")
+    assert text.startswith("Results for 3 defenses on toy, from judged responses: 1 shifts toward refusal")
+    assert "provisional" not in text and "not counted" not in text
 
 
 def test_the_headline_of_a_validation_names_each_readout():

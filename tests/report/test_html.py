@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 from conftest import assert_user_error, run_cli
 from saved_runs import (
     DEFENSES,
@@ -35,6 +36,32 @@ def test_the_page_holds_every_picture_with_words_and_every_table(tmp_path):
     assert [point["name"] for point in points] == [name for name in DEFENSES if name != "none"]
     assert len(data["margins"]["direct"]["policy"]) == len(data["queries"]) == 24
     assert data["queries"][0][:3] == ["q000", HOSTILE_TEXTS[0], 1]
+
+
+def test_the_page_says_what_the_rates_and_the_plane_rest_on(tmp_path):
+    judged = write_run(tmp_path / "judged", trusted="not trusted", based_on="responses")
+    html = render_folders(judged)
+    basis = "first 24 tokens of the responses, judged by learned (24 queries per condition); 1 has no verdict"
+    assert f'<p class="basis">Rates: {basis}.</p>' in html
+    assert "Both axes are in within-class SDs of the margin" in html and "beyond ±0.5&nbsp;SD" in html
+    plane = parse_chart_data(html)["runs"][0]["plane"]["direct"]
+    policy = plane["points"][0]
+    assert plane["unit"] == "SD" and (policy["x"], policy["y"]) == (0.5, 0.05)
+    assert policy["rates"] == "harmful refused 50\xa0% [40, 60], benign refused 50\xa0% [40, 60]"
+    assert policy["verdict"] == "shift +, discrimination inconclusive" and policy["untrusted"]
+    # Why a verdict is inconclusive is folded; an empty note is not shown.
+    assert html.count('<details class="note">') == 2 and "nan" not in re.findall("<td>(.*?)</td>", html)
+    older = write_run(tmp_path / "older")
+    path = older / "summary.csv"
+    summary = pd.read_csv(path)
+    new = ["based_on", "verdict_note", *(name for name in summary if name.startswith(("scaled", "readout")))]
+    summary.drop(columns=new).to_csv(path, index=False)
+    html = render_folders(judged, older)
+    assert "Rates: by the readout; no response was judged." in html
+    assert "beyond ±0.5&nbsp;nats" in html
+    plane = parse_chart_data(html)["runs"][1]["plane"]["direct"]
+    assert plane["unit"] == "nats" and (plane["points"][0]["x"], plane["points"][0]["y"]) == (1.0, 0.1)
+    assert "<td>responses</td>" in html and "<td>readout</td>" in html  # in the comparison
 
 
 def test_thirty_defenses_and_five_hundred_queries_stay_under_eight_megabytes(tmp_path):

@@ -150,7 +150,10 @@ def test_the_keyboard_reaches_points_and_their_queries(open_page):
         view.keyboard.press("ArrowRight")
     assert names == ["smooth_llm", "paraphrase", "neutral_prompt"], "from left to right"
     description = view.locator("article").first.locator(".point").inner_text()
-    assert description.startswith("policy/half (reminders): shift +0.50 [+0.40, +0.60]")
+    assert description.startswith(
+        "policy/half (reminders): shift +, discrimination equivalent; harmful refused 50"
+    )
+    assert "shift +0.25 [+0.15, +0.35], discrimination 0.00" in description and description.endswith(" SD")
     view.keyboard.press("Enter")
     view.wait_for_function("document.activeElement.classList.contains('closer')")
     assert view.locator("article").first.locator("select.defense").input_value() == "policy/half"

@@ -15,7 +15,7 @@ function RunView(article, run) {
     if (!plane.points.length) { container.textContent = "Only the undefended model was evaluated."; return; }
     await drawChart(container, buildPlaneSpec(plane, run.linear_range, container.clientWidth));
     const description = find(".point");
-    makePointsAccessible(container, (text) => { description.textContent = text; }, run.margins ? (name) => this.openDefense(name) : null);
+    makePointsAccessible(container, plane.unit, (text) => { description.textContent = text; }, run.margins ? (name) => this.openDefense(name) : null);
     markChosenPoint();
   };
 

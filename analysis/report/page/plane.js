@@ -10,7 +10,9 @@ function findAxisRange(points, keys, stretched, linearRange) {
 }
 
 function buildPlaneSpec(plane, linearRange, width) {
-  const { points, stretched } = plane;
+  const { points, stretched, unit } = plane;
+  const [shiftTitle, separationTitle] = unit === "SD" ? ["shift: change of the criterion (SD)", "discrimination: change of the separation (SD)"]
+    : ["shift (nats): refuses more", "discrimination (nats): separates better"];
   const families = [...new Set(points.map((point) => point.family))];
   const familyColor = (name) => (name in DATA.shapes ? `var(--family-${name})` : INK);
   const xRange = findAxisRange(points, ["x", "x_low", "x_high"], stretched, linearRange);
@@ -30,8 +32,8 @@ function buildPlaneSpec(plane, linearRange, width) {
       { name: "color", type: "ordinal", domain: families, range: families.map(familyColor) },
       { name: "shape", type: "ordinal", domain: families, range: families.map((family) => DATA.shapes[family] || "triangle-right") }],
     axes: [
-      { scale: "x", orient: "bottom", grid: true, title: "shift (nats): refuses more →", labelOverlap: true, format: "~r", ...ticks(xRange) },
-      { scale: "y", orient: "left", grid: true, title: width < 500 ? "discrimination (nats) →" : "discrimination (nats): separates better →", labelOverlap: true, format: "~r", ...ticks(yRange) }],
+      { scale: "x", orient: "bottom", grid: true, title: `${shiftTitle} →`, labelOverlap: true, format: "~r", ...ticks(xRange) },
+      { scale: "y", orient: "left", grid: true, title: width < 500 ? `discrimination (${unit}) →` : `${separationTitle} →`, labelOverlap: true, format: "~r", ...ticks(yRange) }],
     legends: [{ fill: "color", shape: "shape", orient: "bottom", columns: Math.max(2, Math.floor(width / 150)), symbolSize: 90 }],
     marks: [
       { type: "rule", encode: { enter: { x: { scale: "x", value: 0 }, y: { value: 0 }, y2: { signal: "height" }, ...zeroStyle } } },
@@ -45,13 +47,13 @@ function buildPlaneSpec(plane, linearRange, width) {
   };
 }
 
-function describePoint(point) {
-  return `${point.name} (${point.family}): shift ${formatSigned(point.x)}${formatInterval(point.x_low, point.x_high)}, discrimination ` +
-    `${formatSigned(point.y)}${formatInterval(point.y_low, point.y_high)} nats; ${point.verdict.replaceAll(" -", " −")}${point.untrusted ? "; not trusted" : ""}`;
+function describePoint(point, unit) {
+  return `${point.name} (${point.family}): ${point.verdict}; ${point.rates}; shift ${formatSigned(point.x)}${formatInterval(point.x_low, point.x_high)}, ` +
+    `discrimination ${formatSigned(point.y)}${formatInterval(point.y_low, point.y_high)} ${unit}${point.untrusted ? " (margin not trusted)" : ""}`;
 }
 
 // The chart is one stop of the Tab key; arrow keys move between points from left to right, Enter or Space opens one.
-function makePointsAccessible(container, showDescription, openDefense) {
+function makePointsAccessible(container, unit, showDescription, openDefense) {
   const marks = [...container.querySelectorAll(".points path")].filter((mark) => mark.__data__);
   const getPoint = (mark) => mark.__data__.datum;
   marks.sort((first, second) => getPoint(first).x - getPoint(second).x);
@@ -59,15 +61,15 @@ function makePointsAccessible(container, showDescription, openDefense) {
     const point = getPoint(mark);
     mark.setAttribute("tabindex", index === 0 ? "0" : "-1");
     mark.setAttribute("role", openDefense ? "button" : "img");
-    mark.setAttribute("aria-label", describePoint(point));
+    mark.setAttribute("aria-label", describePoint(point, unit));
     mark.removeAttribute("aria-roledescription");
     mark.dataset.defense = point.name;
     const focusMark = (target) => {
       marks.forEach((other) => other.setAttribute("tabindex", other === target ? "0" : "-1"));
       target.focus();
     };
-    mark.addEventListener("focus", () => showDescription(describePoint(point)));
-    mark.addEventListener("mouseenter", () => showDescription(describePoint(point)));
+    mark.addEventListener("focus", () => showDescription(describePoint(point, unit)));
+    mark.addEventListener("mouseenter", () => showDescription(describePoint(point, unit)));
     if (openDefense) mark.addEventListener("click", () => openDefense(point.name));
     mark.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
