@@ -118,6 +118,7 @@ def draw_refusals(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_xlim(_RATE_AXIS)
         ax.set_ylim(_RATE_AXIS)
         ax.set_aspect("equal")
+        ax.apply_aspect()  # now, because labels are placed by the final size
         for row in undefended.to_dict("records"):
             _draw_contours(ax, row[harmful] - row[benign])
         _draw_bars(ax, undefended, (benign, harmful), BLACK)
