@@ -160,7 +160,7 @@ class Run:
             return ""
         basis = format_response_basis(self.record)
         if not basis:
-            return "by the readout; no response was judged"
+            return "by the readout" + "; no response was judged" * (not self.record.get("judge"))
         responses = self.record["responses"]
         n_queries = f" ({responses['queries']} queries per condition)" * ("queries" in responses)
         n_unjudged = int(responses.get("unjudged", 0))
