@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -266,6 +267,8 @@ def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
         (cells[f"{x}_high"] - cells[f"{x}_low"]).max() for x in ("refusal_rate", "over_refusal_rate")
     )
     width = f"; the widest interval of a rate spans {100 * widest:.0f} points" if widest == widest else ""
+    if is_judged:  # the table holds intervals of the rates only
+        context = replace(context, interval="95\u00a0% Wilson, of each rate")
     harmful, benign = format_count_range(cells["n_harmful"]), format_count_range(cells["n_benign"])
     return (
         f"Each cell: the same {harmful} harmful and {benign} benign queries under the attack of the column "
