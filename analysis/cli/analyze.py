@@ -172,8 +172,9 @@ def run_analyze_command(
     print_run_location(out, result.failures, console)
     if run.record["interrupted"]:
         n_conditions = run.record["conditions_wanted"]
+        n_finished = run.record.get("responses", {}).get("conditions", len(summary))
         make_notifier(console)(
-            f"Interrupted: {len(summary)} of {n_conditions} conditions were finished and saved. "
+            f"Interrupted: {n_finished} of {n_conditions} conditions were finished; they are saved. "
             "Run the same command again to continue."
         )
         return 130

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.progress import join_first_texts, make_notifier, print_line
+from analysis.report.results import has_judged_rates
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
 from analysis.stats.format import format_interval
 from analysis.stats.tables import Basis, Trust, format_condition, iterate_rows
@@ -40,7 +41,7 @@ def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
         f"{data['n_harmful']} harmful, {data['n_benign']} benign"
     )
     console = make_table_console()
-    is_judged = "response_shift" in summary
+    is_judged = has_judged_rates(summary)
     # Two or three lines per row, so that the table fits 80 columns.
     headers = ["refuses (%)\nharmful\nbenign", "nats\nshift\ndiscrimination"]
     headers.insert(1, "points\nshift\ndiscrimination" if is_judged else "\nAUROC\nΔAUROC")
@@ -72,7 +73,7 @@ def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
 
 def _explain_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> str:
     """Return the note below the summary table."""
-    if "response_shift" in summary:
+    if has_judged_rates(summary):
         responses = record["responses"]
         rates = (
             f"Rates and verdicts: first {responses['new_tokens']} tokens of the responses, judged by "
@@ -218,7 +219,7 @@ def print_trust_warnings(summary: pd.DataFrame, console: Console) -> None:
         print_line(
             console,
             f"{count} of {len(summary)} conditions are not validated against generated text; run "
-            "`analyze validate` with the same options, or leave out --responses none.",
+            "`analyze validate` with the same options.",
         )
 
 

@@ -38,7 +38,7 @@ from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust
 
 _MAX_SMALL_PLANE = 10  # defenses up to which the plane is small and its legend beside it
 _AXIS_LABELS = {
-    "SD": ("shift: change of the criterion (SD)", "discrimination:\nchange of the separation (SD)"),
+    "SD": ("shift: change of the midpoint (SD)", "discrimination:\nchange of the separation (SD)"),
     "nats": ("shift (nats)", "discrimination (nats)"),
 }
 _RATE_AXIS = (-4, 104)  # percent; room for markers at 0 and at 100
@@ -181,7 +181,7 @@ def caption_plane(points: pd.DataFrame, context: CaptionContext, unit: str = "SD
     is_logarithmic = set(PLANE_COLUMNS[unit]) <= set(points) and is_stretched(points, unit)
     scale = f" Both axes are logarithmic beyond ±{LINEAR_RANGE:g}\u00a0{unit}." if is_logarithmic else ""
     definition = (
-        "shift is the change of the criterion (how far the middle of the two class means lies above the "
+        "shift is the change of the midpoint (how far the middle of the two class means lies above the "
         "threshold), discrimination the change of the separation (how far the mean of harmful queries lies "
         "above that of benign ones), both in within-class SDs of the margin under the same condition"
         if unit == "SD"
@@ -197,19 +197,22 @@ def caption_plane(points: pd.DataFrame, context: CaptionContext, unit: str = "SD
 
 def caption_refusals(points: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_refusals`."""
+    points = points.dropna(subset=["refusal_rate", "over_refusal_rate"])
     harmful, benign, judged = (
-        format_count_range(points[name].dropna()) for name in ("n_harmful", "n_benign", "n_responses")
+        format_count_range(points[name]) for name in ("n_harmful", "n_benign", "n_responses")
     )
-    is_sample = (points["n_responses"] < points["n_harmful"] + points["n_benign"]).any()
+    is_sample = points["n_responses"].max() < (points["n_harmful"] + points["n_benign"]).max()
+    has_reference = (points["defense"] == UNDEFENDED).any()
+    ring = " Ring: the undefended model." * bool(has_reference)
+    dashed = "; the dashed one goes through the undefended model" * bool(has_reference)
     predicted = ", completed by the margins of the other queries (prediction-powered)" if is_sample else ""
     basis = context.response_basis or "judged responses"
     return (
         f"Share refused of {harmful} harmful queries against share refused of {benign} benign queries, by "
-        f"the {basis}: {judged} responses per condition{predicted}. Ring: the undefended model. Along a grey "
+        f"the {basis}: {judged} responses per condition{predicted}.{ring} Along a grey "
         "line, both rates change equally (shift); across the lines, their difference changes "
-        f"(discrimination). The lines are {_CONTOUR_STEP} percentage points apart; the dashed one goes "
-        "through the undefended model. Bars: 95\u00a0% intervals. Marker and color: "
-        f"family.{_format_control_note(points)} "
+        f"(discrimination). The lines are {_CONTOUR_STEP} percentage points apart{dashed}. Bars: "
+        f"95\u00a0% intervals. Marker and color: family.{_format_control_note(points)} "
         f"{context.format_response_sentences(points['attack'].iloc[0])}"
     )
 

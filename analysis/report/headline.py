@@ -6,16 +6,10 @@ import pandas as pd
 
 from analysis.stats.agreement import RESPONSES_READOUT
 from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Basis, Trust, find_defense_rows
-from analysis.stats.verdicts import EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
+from analysis.stats.verdicts import EFFECT_NAMES, EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
 
 _MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
-# Verdict without an effect → what the headline says of one defense, and of several.
-_OTHER_VERDICTS = (
-    (EQUIVALENT, "has no effect of a size that matters", "have no effect of a size that matters"),
-    (INCONCLUSIVE, "is inconclusive", "are inconclusive"),
-    (NOT_JUDGED, "was not judged", "were not judged"),
-    ("no effect found", "has no effect that was found", "have no effect that was found"),  # older runs
-)
+_NOT_FOUND = "no effect found"  # what older runs say of anything without a sign
 
 
 def select_defense_rows(summary: pd.DataFrame) -> pd.DataFrame:
@@ -50,7 +44,7 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
     >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "based_on": "responses"}
     >>> verdict = {"verdict": "shift +, discrimination inconclusive"}
     >>> describe_effects(pd.DataFrame([row | verdict]), "smollm2").partition(": ")[2]
-    '1 shifts toward refusal; none separates harmful from benign queries better.'
+    '1 shifts toward refusal; none separates harmful from benign queries better (1 inconclusive).'
 
     Args:
         summary: `summary.csv`.
@@ -164,22 +158,41 @@ def _count_trusted(trust: pd.Series, total: str = "") -> str:
 
 
 def _count_effects(rows: pd.DataFrame) -> str:
-    verdicts = rows["verdict"].astype(str)
-    up, down, better, worse = (
-        int(verdicts.str.contains(phrase, regex=False).sum())
-        for phrase in ("shift +", "shift -", "discrimination +", "discrimination -")
+    """Return how many defenses have each outcome, for shift and for discrimination."""
+    shift, discrimination = (
+        rows["verdict"].astype(str).map(lambda verdict, effect=effect: _find_outcome(verdict, effect))
+        for effect in EFFECT_NAMES
     )
-    text = f"{up or 'none'} shift{'' if up > 1 else 's'} toward refusal"
-    text += f", {down} away from it" * bool(down)
-    text += f"; {better or 'none'} separate{'' if better > 1 else 's'} harmful from benign queries better"
-    if 0 < better <= _MAX_NAMED_DEFENSES and len(rows) > 1:
-        is_better = verdicts.str.contains("discrimination +", regex=False)
-        text += f" ({', '.join(map(str, rows.loc[is_better, 'defense']))})"
-    text += f", {worse} worse" * bool(worse)
-    for verdict, phrase, phrase_of_several in _OTHER_VERDICTS:
-        if n := int((verdicts == verdict).sum()):
-            text += f"; {n} {phrase if n == 1 else phrase_of_several}"
-    return text
+    up, better = (outcomes == "+" for outcomes in (shift, discrimination))
+    text = f"{int(up.sum()) or 'none'} shift{'' if up.sum() > 1 else 's'} toward refusal"
+    if down := int((shift == "-").sum()):
+        text += f", {down} away from it"
+    text += _count_other_outcomes(shift)
+    text += f"; {int(better.sum()) or 'none'} separate{'' if better.sum() > 1 else 's'} harmful from benign "
+    text += "queries better"
+    if 0 < better.sum() <= _MAX_NAMED_DEFENSES and len(rows) > 1:
+        text += f" ({', '.join(map(str, rows.loc[better, 'defense']))})"
+    if worse := int((discrimination == "-").sum()):
+        text += f", {worse} worse"
+    return text + _count_other_outcomes(discrimination)
+
+
+def _find_outcome(verdict: str, effect: str) -> str:
+    """Return the outcome of one effect in a verdict; of older runs, an effect that is not named has none."""
+    for outcome in ("+", "-", EQUIVALENT, INCONCLUSIVE):
+        if f"{effect} {outcome}" in verdict:
+            return outcome
+    return verdict if verdict in (EQUIVALENT, INCONCLUSIVE, NOT_JUDGED) else _NOT_FOUND
+
+
+def _count_other_outcomes(outcomes: pd.Series) -> str:
+    """Return the counts of the outcomes without a sign, in parentheses; an empty text if there is none."""
+    phrases = [
+        f"{count} {outcome}"
+        for outcome in (EQUIVALENT, INCONCLUSIVE, NOT_JUDGED, _NOT_FOUND)
+        if (count := int((outcomes == outcome).sum()))
+    ]
+    return f" ({', '.join(phrases)})" if phrases else ""
 
 
 def _count_defenses(rows: pd.DataFrame) -> str:

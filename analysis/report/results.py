@@ -16,7 +16,7 @@ from analysis.report.headline import (
 )
 from analysis.stats.agreement import RESPONSES_READOUT
 from analysis.stats.format import ColumnFormat, format_defense_name, format_estimate, format_verdict
-from analysis.stats.tables import DIRECT, Trust, format_condition
+from analysis.stats.tables import DIRECT, Basis, Trust, format_condition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +38,14 @@ _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
 )
 
 
+def has_judged_rates(summary: pd.DataFrame) -> bool:
+    """Return whether the refusal rates of a summary come from judged responses."""
+    return "based_on" in summary and bool((summary["based_on"] == Basis.RESPONSES).any())
+
+
 def choose_estimate_columns(summary: pd.DataFrame) -> tuple[ColumnFormat, ...]:
     """Return the columns of a summary for readers: refusal rates, their changes if judged, and margins."""
-    is_judged = "response_shift" in summary
+    is_judged = has_judged_rates(summary)
     return (*RATE_COLUMNS, *(_RESPONSE_COLUMNS if is_judged else ()), *_MARGIN_COLUMNS)
 
 
@@ -70,7 +75,9 @@ class Run:
         """Return the headline, failures and notices, and the names of tables and figures."""
         lines = [self.headline]
         if self.record.get("interrupted"):
-            n_finished = len(self.tables.get("summary", self.tables.get("worth", ())))
+            n_finished = self.record.get("responses", {}).get(
+                "conditions", len(self.tables.get("summary", self.tables.get("worth", ())))
+            )
             n_wanted = self.record.get("conditions_wanted")  # missing in older runs
             lines += [f"interrupted: {n_finished} of {n_wanted or 'all'} conditions were finished"]
         lines += [
@@ -159,7 +166,7 @@ class Run:
         if "summary" not in self.tables:
             return ""
         basis = format_response_basis(self.record)
-        if not basis:
+        if not basis or not has_judged_rates(self.tables["summary"]):
             return "by the readout" + "; no response was judged" * (not self.record.get("judge"))
         responses = self.record["responses"]
         n_queries = f" ({responses['queries']} queries per condition)" * ("queries" in responses)

@@ -48,7 +48,7 @@ _UNDEFENDED_INDEX, _DEFENDED_INDEX = 0, 1
 # Estimates from counts, whose draws have the log-linear correction.
 COUNTED_ESTIMATES = {"refusal_rate", "over_refusal_rate", "auroc", "delta_auroc"}
 COUNTED_ESTIMATES |= {"d_prime", "criterion", "delta_d_prime", "criterion_shift"}
-P_COLUMNS = ("p_shift", "p_discrimination")
+_P_COLUMNS = ("p_shift", "p_discrimination")
 # Ablations of BackdoorAlign that form the 2 × 2 design of secret and weights; the last is the whole defense.
 FACTORIAL_ABLATIONS = ("neither", "no_weights", "no_secret", "")
 # Effect → weight of the margin of each condition, in the order of FACTORIAL_ABLATIONS.
@@ -74,10 +74,10 @@ def summarize_scores(scores: ScoreTable, n_draws: int = BOOTSTRAP_DRAWS, seed: i
         for attack in scores.frame["attack"].unique()
         for row in _summarize_attack(scores, attack, n_draws, seed)
     ]
-    frame = pd.DataFrame(rows, columns=[*rows[0], *(name for name in P_COLUMNS if name not in rows[0])])
-    frame[list(P_COLUMNS)] = adjust_in_families(frame, P_COLUMNS)
-    frame = frame.join(describe_smallest_p_values(frame, frame["n_units"]))
-    verdicts = [_judge_margins(row) for row in iterate_rows(frame)]
+    frame = pd.DataFrame(rows, columns=[*rows[0], *(name for name in _P_COLUMNS if name not in rows[0])])
+    frame[list(_P_COLUMNS)] = adjust_in_families(frame, _P_COLUMNS)
+    frame = frame.join(describe_smallest_p_values(frame, frame["n_units"], _P_COLUMNS))
+    verdicts = [_derive_verdict_columns(row) for row in iterate_rows(frame)]
     frame["margin_verdict"], frame["verdict_note"] = zip(*verdicts, strict=True)
     frame["verdict"], frame["based_on"] = frame["margin_verdict"], Basis.MARGINS.value
     for name in ("refusal_rate", "over_refusal_rate"):
@@ -306,7 +306,7 @@ def _divide_or_nan(numerator: DrawVector, denominator: DrawVector) -> DrawVector
     return np.divide(numerator, denominator, out=np.full_like(denominator, np.nan), where=denominator > 0)
 
 
-def _judge_margins(row: dict[str, Any]) -> tuple[str, str]:
+def _derive_verdict_columns(row: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict from the margins of a summary row, and the reasons for what is inconclusive."""
     if row["defense"] == UNDEFENDED:
         return REFERENCE, ""
@@ -323,7 +323,7 @@ def _list_summary_columns() -> list[str]:
         *(column for rate_columns in rates.values() for column in rate_columns),
         *(f"readout_{column}" for rate_columns in rates.values() for column in rate_columns),
         *(column for estimate_columns in columns.values() for column in estimate_columns),
-        *(*P_COLUMNS, "margin_verdict", "verdict_note"),
+        *(*_P_COLUMNS, "margin_verdict", "verdict_note"),
         *("coverage", "trusted"),
     ]
 

@@ -73,8 +73,8 @@ def add_response_estimates(
     kept = summary.drop(columns=rate_columns)
     frame = kept.merge(estimates, on=["attack", "defense"], how="left")
     frame[list(_P_COLUMNS)] = adjust_in_families(frame, _P_COLUMNS)
-    smallest = describe_smallest_p_values(frame, frame["n_units"].fillna(0))
-    verdicts = [_judge_responses(row) for row in iterate_rows(frame.join(smallest))]
+    smallest = describe_smallest_p_values(frame, frame["n_units"].fillna(0), _P_COLUMNS)
+    verdicts = [_derive_verdict_columns(row) for row in iterate_rows(frame.join(smallest))]
     frame["verdict"], frame["verdict_note"] = zip(*verdicts, strict=True)
     frame["based_on"] = Basis.RESPONSES.value
     position = list(kept).index("based_on") + 1
@@ -144,13 +144,13 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int =
     return pd.DataFrame(rows, columns=["attack", "defense", *columns, *_P_COLUMNS, *counts])
 
 
-def _judge_responses(row: dict[str, Any]) -> tuple[str, str]:
+def _derive_verdict_columns(row: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict from the responses of a summary row, and a note on what is inconclusive."""
     if row["defense"] == UNDEFENDED:
         return REFERENCE, ""
     if not row["n_units"] > 0:
-        return NOT_JUDGED, "the responses of this condition, or of the undefended model, were not judged"
-    verdicts = derive_verdicts(row, RESPONSE_MEASURES, int(row["n_responses"]))
+        return NOT_JUDGED, "there are no judged responses of both classes, here and undefended"
+    verdicts = derive_verdicts(row, RESPONSE_MEASURES, int(row["n_responses"]), "judged responses")
     margin_verdicts = derive_verdicts(row, MARGIN_MEASURES, row["n_harmful"] + row["n_benign"])
     notes = explain_verdicts(verdicts), explain_disagreement(verdicts, margin_verdicts)
     return format_verdicts(verdicts), "; ".join(filter(None, notes))
@@ -165,8 +165,13 @@ def _group_labels(responses: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 
 
 def _join_labels(scores: ScoreTable, attack: str, defense: str, labels: pd.Series) -> pd.DataFrame:
-    """Return the scores of a condition with the labels of its responses, NaN where there is none."""
-    return scores.select_condition(attack, defense).join(labels.rename("label"))
+    """Return the scores of a condition with the labels of its responses, NaN where no response was generated.
+
+    Queries whose response has no verdict are left out. They are no random part of the queries, so the margins
+    must not stand in for them.
+    """
+    unjudged = labels.index[labels.isna()]
+    return scores.select_condition(attack, defense).join(labels.rename("label")).drop(index=unjudged)
 
 
 def _select_class(
@@ -192,6 +197,8 @@ def _estimate_rates(condition: pd.DataFrame) -> dict[str, Any]:
 
 def _estimate_changes(undefended: pd.DataFrame, defended: pd.DataFrame) -> dict[str, float | None]:
     """Return shift and discrimination of the refusal rates, in percentage points."""
+    common = undefended.index.intersection(defended.index, sort=False)
+    undefended, defended = undefended.loc[common], defended.loc[common]
     changes: list[PredictionPoweredDifference] = []
     pairs: list[pd.Series] = []
     for is_harmful in (True, False):

@@ -81,7 +81,9 @@ def find_defense_rows(names: pd.Series, families: pd.Series) -> pd.Series:
         families: their families.
     """
     whole_names = set(names)
-    is_ablation = names.map(lambda name: "/" in name and name.partition("/")[0] in whole_names)
+    is_ablation = names.map(
+        lambda name: "/" in name and (name.partition("/")[0] in whole_names or name.endswith("/neither"))
+    )
     return (names != UNDEFENDED) & (families != "control") & ~is_ablation.astype(bool)
 
 

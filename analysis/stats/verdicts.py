@@ -8,14 +8,14 @@ Everything else is inconclusive, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from analysis.stats.bootstrap import CONFIDENCE_LEVEL, SIGN_FLIPS, adjust_p_values
-from analysis.stats.tables import UNDEFENDED, find_defense_rows
+from analysis.stats.tables import find_defense_rows
 
 EFFECT_NAMES = ("shift", "discrimination")
 # Differences that do not matter: pooled within-class SDs of the margin (a small effect by Cohen's
@@ -77,7 +77,7 @@ RESPONSE_MEASURES = {
 
 
 def derive_verdicts(
-    row: Mapping[str, Any], measures: Mapping[str, EffectMeasures], n_queries: int
+    row: Mapping[str, Any], measures: Mapping[str, EffectMeasures], n_queries: int, noun: str = "queries"
 ) -> list[EffectVerdict]:
     """Return the verdict on each effect of a summary row.
 
@@ -86,8 +86,9 @@ def derive_verdicts(
             `smallest_p` and `units_needed` from `describe_smallest_p_values`.
         measures: effect → what its verdict rests on.
         n_queries: number of queries behind the row.
+        noun: what these are called in a reason.
     """
-    return [_derive_verdict(row, name, measure, n_queries) for name, measure in measures.items()]
+    return [_derive_verdict(row, name, measure, n_queries, noun) for name, measure in measures.items()]
 
 
 def format_verdicts(verdicts: Sequence[EffectVerdict]) -> str:
@@ -137,54 +138,63 @@ def adjust_in_families(frame: pd.DataFrame, p_columns: Sequence[str]) -> pd.Data
     """
     adjusted = frame[list(p_columns)].astype(float)
     for _, rows in _group_tests(frame):
-        stacked = adjusted.loc[rows.index].stack(future_stack=True)
-        adjusted.loc[rows.index] = adjust_p_values(stacked).unstack()[list(p_columns)]
+        adjusted.loc[rows.index] = _adjust_table(adjusted.loc[rows.index])
     return adjusted
 
 
-def describe_smallest_p_values(frame: pd.DataFrame, n_units: int | pd.Series) -> pd.DataFrame:
-    """Return the smallest adjusted p-value that each row can have, and the number of units that would do.
+def describe_smallest_p_values(
+    frame: pd.DataFrame, n_units: pd.Series, p_columns: Sequence[str]
+) -> pd.DataFrame:
+    """Return the smallest adjusted p-value that each row can have, and the least number of units for 5 %.
 
-    With n units, random signs have 2ⁿ patterns, of which at least two are as extreme as any; the adjusted
-    value is at most the number of tests in the family times that.
+    With n units, random signs have 2ⁿ patterns, of which at least two are as extreme as any. The smallest
+    adjusted values are Holm's of these, and they are reached if all units of all tests change the same way.
 
     Args:
-        frame: a summary.
+        frame: a summary with p-values, missing where there is no test.
         n_units: number of pairs and single queries behind each row.
+        p_columns: columns of the p-values that the rule uses.
     """
-    columns = {"smallest_p": 1.0, "units_needed": 1.0}
-    described = pd.DataFrame(columns, index=frame.index)
-    sizes = pd.Series(n_units, index=frame.index, dtype=float)
+    described = pd.DataFrame({"smallest_p": 1.0, "units_needed": 1.0}, index=frame.index)
+    smallest = (2.0 ** (1 - n_units)).clip(lower=1 / (1 + SIGN_FLIPS), upper=1.0)
     for _, rows in _group_tests(frame):
-        n_tests = 2 * max(int((rows["defense"] != UNDEFENDED).sum()), 1)
-        smallest = (2.0 ** (1 - sizes[rows.index])).clip(lower=1 / (1 + SIGN_FLIPS))
-        described.loc[rows.index, "smallest_p"] = (n_tests * smallest).clip(upper=1.0)
-        described.loc[rows.index, "units_needed"] = math.floor(1 + math.log2(n_tests / _MAX_P_VALUE)) + 1.0
+        is_test = rows[list(p_columns)].notna()
+        n_tests = int(is_test.to_numpy().sum())
+        minima = is_test.mul(smallest[rows.index], axis=0).where(is_test)
+        described.loc[rows.index, "smallest_p"] = _adjust_table(minima).min(axis=1).fillna(1.0)
+        needed = math.floor(1 + math.log2(max(n_tests, 1) / _MAX_P_VALUE)) + 1.0
+        described.loc[rows.index, "units_needed"] = needed
     return described
 
 
-def _group_tests(frame: pd.DataFrame) -> Any:
+def _adjust_table(p_values: pd.DataFrame) -> pd.DataFrame:
+    """Return p-values adjusted over all columns together."""
+    flat = pd.Series(p_values.to_numpy(float).ravel())
+    shape = p_values.shape
+    return pd.DataFrame(adjust_p_values(flat).to_numpy().reshape(shape), p_values.index, p_values.columns)
+
+
+def _group_tests(frame: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
     """Return the rows of each attack, defenses apart from controls and ablations."""
     is_defense = find_defense_rows(frame["defense"], frame["family"])
     return frame.groupby([frame["attack"], is_defense], sort=False)
 
 
 def _derive_verdict(
-    row: Mapping[str, Any], name: str, measure: EffectMeasures, n_queries: int
+    row: Mapping[str, Any], name: str, measure: EffectMeasures, n_queries: int, noun: str
 ) -> EffectVerdict:
     """Return the verdict on one effect."""
-    signs = {_find_sign(row, column) for column in measure.columns}
-    if len(signs) == 1 and (sign := signs.pop()):
-        p_value = float(row[measure.p_column])
-        if p_value < _MAX_P_VALUE:
-            return EffectVerdict(name, sign)
-        return EffectVerdict(name, INCONCLUSIVE, _explain_p_value(row, p_value))
+    signs = [_find_sign(row, column) for column in measure.columns]
+    p_value = float(row[measure.p_column])
+    is_one_sided = len(set(signs)) == 1 and signs[0] != ""
+    if is_one_sided and p_value < _MAX_P_VALUE:
+        return EffectVerdict(name, signs[0])
     low, high = (float(row[f"{measure.scale_column}_{end}"]) for end in ("low", "high"))
     if -measure.equivalence <= low and high <= measure.equivalence:
         return EffectVerdict(name, EQUIVALENT)
-    if signs - {""}:
-        return EffectVerdict(name, INCONCLUSIVE, f"{' and '.join(measure.columns)} disagree")
-    return EffectVerdict(name, INCONCLUSIVE, _explain_width(row, measure, n_queries))
+    if is_one_sided:
+        return EffectVerdict(name, INCONCLUSIVE, _explain_p_value(row, p_value))
+    return EffectVerdict(name, INCONCLUSIVE, _explain_intervals(row, measure, n_queries, noun))
 
 
 def _find_sign(row: Mapping[str, Any], column: str) -> str:
@@ -195,22 +205,25 @@ def _find_sign(row: Mapping[str, Any], column: str) -> str:
 def _explain_p_value(row: Mapping[str, Any], p_value: float) -> str:
     if row["smallest_p"] > _MAX_P_VALUE:
         return (
-            f"with so few queries, no adjusted p-value can be below {row['smallest_p']:.2g}; "
-            f"{row['units_needed']:.0f} pairs or single queries would do"
+            f"with so few queries, no adjusted p-value can be below {row['smallest_p']:.2g}; at least "
+            f"{row['units_needed']:.0f} pairs or single queries are needed"
         )
     return f"the adjusted p-value is {p_value:.2f}"
 
 
-def _explain_width(row: Mapping[str, Any], measure: EffectMeasures, n_queries: int) -> str:
-    """Return how many queries would decide, if the estimate stayed as it is."""
+def _explain_intervals(row: Mapping[str, Any], measure: EffectMeasures, n_queries: int, noun: str) -> str:
+    """Return which intervals disagree, or how many queries would decide if the estimate stayed as it is."""
+    names = dict.fromkeys((*measure.columns, measure.scale_column))
+    missing = [name for name in names if not math.isfinite(row[f"{name}_high"] - row[f"{name}_low"])]
+    if missing:
+        return f"{' and '.join(missing)} cannot be estimated"
+    signs = {name: _find_sign(row, name) for name in names}
+    if len(set(signs.values())) > 1:
+        sides = {"+": "above 0", "-": "below 0", "": "around 0"}
+        return f"the measures disagree: {', '.join(f'{name} {sides[sign]}' for name, sign in signs.items())}"
     value, low, high = (float(row[f"{measure.scale_column}{end}"]) for end in ("", "_low", "_high"))
-    half_width = (high - low) / 2
-    if not half_width < math.inf:
-        return "there is no interval"
     # Either 0 or the nearer end of the equivalence range has to leave the interval.
     distance = max(abs(value), measure.equivalence - abs(value))
-    n_needed = math.ceil(n_queries * (half_width / distance) ** 2)
-    if n_needed <= n_queries:
-        return "the interval is at the limit"
-    rounded = float(f"{n_needed:.1e}")
-    return f"the interval is wide; about {rounded:,.0f} queries would decide (now {n_queries})"
+    n_needed = max(math.ceil(n_queries * ((high - low) / 2 / distance) ** 2), n_queries + 1)
+    rounded = float(f"{n_needed:.1e}") if n_needed >= 100 else n_needed
+    return f"the interval is wide; about {rounded:,.0f} {noun} would decide (now {n_queries})"

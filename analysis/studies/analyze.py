@@ -53,7 +53,7 @@ def analyze_defenses(
     scored.record.update(timer.describe_time(), **work)
     with console.status("computing intervals"):
         summary = summarize_scores(scored.scores, seed=spec.seed).frame
-        if responses is not None:
+        if responses is not None and responses.frames:
             summary = add_response_estimates(summary, responses.table, scored.scores, spec.seed)
         from analysis.plots.data import build_analysis_points
 

@@ -45,7 +45,7 @@ from analysis.studies.arms import (
     train_other_secrets,
 )
 from analysis.studies.calibration import ReadoutCalibration
-from analysis.studies.manifest import RunTimer, describe_options, describe_run
+from analysis.studies.manifest import RunTimer, describe_run
 from analysis.studies.preflight import PreflightCheck
 from analysis.studies.run_spec import (
     RunSpec,
@@ -97,7 +97,6 @@ def reproduce_backdooralign(
     arms, score_frames, rates = _score_arms(setup, arms, failures, max_new_tokens, console)
     defenses = _name_defenses(arms)
     record = {
-        "options": describe_options(spec),
         **describe_run(setup.session, setup.readout, defenses, setup.query_set, setup.split, spec.limit),
         "failed": list_failures(failures),
         "judge": {**_JUDGE.manifest_entry, "new_tokens": max_new_tokens},

@@ -66,6 +66,7 @@ class ResponseVerdicts:
             "judge": RESPONSE_JUDGE.manifest_entry,
             "new_tokens": N_RESPONSE_TOKENS,
             "queries": int(table["query"].nunique()),
+            "conditions": len(self.frames),
             "unjudged": int((table["verdict"] == ResponseVerdict.UNJUDGED).sum()),
             "interrupted": self.interrupted,
             "wall_seconds": round(self.wall_seconds, 1),

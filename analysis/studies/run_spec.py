@@ -35,7 +35,6 @@ READOUT_DESCRIPTIONS = {
     "prefilled-K": "the words readout after the first K tokens of a complying opener",
     "auto": "the readout that `analyze validate` found best for this model and these conditions",
 }
-DEFAULT_READOUT = "outcome"
 DEFAULT_LINEAR_READOUT = "words"  # where margins are added up or decomposed over components
 _FORCED_PREFIX = "prefilled-"  # readouts that force how responses begin
 PATCH_SITES = ("residual", "attention", "mlp", "heads")  # activation sites of `analyze mechanism`

@@ -69,7 +69,7 @@ def test_the_plane_is_in_sds_unless_nats_are_wanted_or_the_run_is_older() -> Non
     scores, summary = plant_scores(2)
     points = {"plane": build_plane_points(summary)}
     run = {"n_harmful": 24, "n_benign": 24}
-    assert draw_plane(points["plane"]).get_xlabel() == "shift: change of the criterion (SD)"
+    assert draw_plane(points["plane"]).get_xlabel() == "shift: change of the midpoint (SD)"
     older = build_plane_points(make_older(summary))
     assert draw_plane(older).get_xlabel() == "shift (nats)"
     assert not any("scaled" in name for name in older)

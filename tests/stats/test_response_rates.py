@@ -90,14 +90,26 @@ def test_a_sample_of_responses_is_extended_by_the_margins() -> None:
 
 
 def test_a_response_without_a_verdict_counts_nowhere() -> None:
+    """Not even through its margin: responses without a verdict are no random part of the responses."""
     scores, responses = plant_run()
-    unjudged = responses["query"].isin(["q0", "q1", "q70"]) & (responses["defense"] == "policy")
+    rank = scores.frame[scores.frame["defense"] == "policy"].set_index("query")["margin"].rank()
+    unjudged = responses["query"].map(rank) > len(rank) - 20  # those with the highest margins
+    unjudged &= responses["defense"] == "policy"
     unjudged |= (responses["query"] == "q2") & (responses["defense"] == "none")
     missing = responses.assign(verdict=responses["verdict"].where(~unjudged, "unjudged"))
     summary = summarize_responses(missing, scores).set_index("defense")
-    assert list(summary["n_responses"]) == [159, 157]
-    left_out = summarize_responses(responses[~unjudged], scores).set_index("defense")
-    pd.testing.assert_frame_equal(summary, left_out)
+    assert list(summary["n_responses"]) == [159, 140] and summary["responses_saved"].abs().max() < 1e-9
+    judged = missing[(missing["defense"] == "policy") & missing["harmful"] & ~unjudged]
+    count, n = int((judged["verdict"] == "refused").sum()), len(judged)
+    expected = make_rate_columns("rate", count, n)
+    for suffix in ("", "_low", "_high"):
+        assert summary.loc["policy", f"refusal_rate{suffix}"] == pytest.approx(expected[f"rate{suffix}"])
+    both = (
+        missing.pivot(index="query", columns="defense", values="verdict").replace("unjudged", np.nan).dropna()
+    )
+    refused = (both == "refused").join(missing.set_index("query")["harmful"].groupby("query").first())
+    change = (refused["policy"].astype(float) - refused["none"]).groupby(refused["harmful"]).mean()
+    assert summary.loc["policy", "response_shift"] == pytest.approx(50 * change.sum())
 
 
 def test_conditions_without_responses_are_left_out() -> None:

@@ -10,6 +10,7 @@ from analysis.stats.verdicts import (
     MARGIN_MEASURES,
     RESPONSE_MEASURES,
     EffectVerdict,
+    adjust_in_families,
     derive_verdicts,
     describe_smallest_p_values,
     explain_disagreement,
@@ -42,19 +43,32 @@ def test_an_effect_needs_all_intervals_on_one_side_and_a_small_p_value() -> None
     negative = change(shift=(-0.5, -0.3), scaled_shift=(-0.5, -0.3))
     assert judge(negative)[0] == "shift -, discrimination +"
     for name in ("shift", "scaled_shift"):
-        assert judge(change(**{name: (-0.1, 0.5)})) == (
-            "shift inconclusive, discrimination +",
-            "shift: shift and scaled_shift disagree",
-        )
-    assert judge(change(shift=(-0.5, -0.3)))[1] == "shift: shift and scaled_shift disagree"
+        verdict, reason = judge(change(**{name: (-0.1, 0.5)}))
+        assert verdict == "shift inconclusive, discrimination +"
+        assert reason.startswith("shift: the measures disagree: shift ") and f"{name} around 0" in reason
+    assert judge(change(shift=(-0.5, -0.3)))[1] == (
+        "shift: the measures disagree: shift below 0, scaled_shift above 0"
+    )
     assert judge(CLEAR | {"p_shift": 0.05})[1] == "shift: the adjusted p-value is 0.05"
     undefined = change(delta_auroc=(np.nan, np.nan), scaled_discrimination=(np.nan, np.nan))
-    assert judge(undefined)[0] == "shift +, discrimination inconclusive"
+    assert judge(undefined) == (
+        "shift +, discrimination inconclusive",
+        "discrimination: delta_auroc and scaled_discrimination cannot be estimated",
+    )
+    # The third measure is no part of the rule for a sign, but its interval can speak against `equivalent`.
+    wide = change(discrimination=(-0.5, 0.7), delta_auroc=(-0.1, 0.1), scaled_discrimination=(-2.5, -1.5))
+    assert judge(wide)[1] == (
+        "discrimination: the measures disagree: discrimination around 0, delta_auroc around 0, "
+        "scaled_discrimination below 0"
+    )
 
 
 def test_an_interval_within_the_equivalence_range_is_equivalent_even_where_the_nats_are_not_zero() -> None:
     narrow = change(scaled_shift=(-0.19, 0.19), scaled_discrimination=(-0.01, 0.2), delta_auroc=(-0.1, 0.1))
     assert judge(narrow) == ("equivalent", "")
+    # A small effect whose p-value is too large among many tests is still no effect of a size that matters.
+    small = change(shift=(0.01, 0.3), scaled_shift=(0.01, 0.15)) | {"p_shift": 0.2}
+    assert judge(small)[0] == "shift equivalent, discrimination +"
     wider = change(scaled_shift=(-0.21, 0.19), shift=(-0.2, 0.2))
     assert judge(wider)[0] == "shift inconclusive, discrimination +"
 
@@ -70,29 +84,40 @@ def test_a_wide_interval_names_the_queries_that_would_decide() -> None:
         f"response_{name}{end}": value
         for name in ("shift", "discrimination")
         for end, value in (("", 0.0), ("_low", -9.0), ("_high", 9.0))
-    }
+    } | {"p_response_shift": 1.0, "p_response_discrimination": 1.0}
     assert format_verdicts(derive_verdicts(row, RESPONSE_MEASURES, 10)) == "equivalent"
 
 
-@pytest.mark.parametrize(("n_units", "is_possible"), [(8, False), (9, True)])
-def test_too_few_units_for_any_small_p_value_are_named(n_units: int, is_possible: bool) -> None:
-    # Two defenses have four p-values: 4 × 2^(1 − n) is below 5 % from 8 units on; three need 6 × 2^(1 − n).
+def test_too_few_units_for_any_small_p_value_are_named() -> None:
     names = ["none", "a", "b", "c", "a/part", "control"]
     families = ["none", "own", "own", "own", "own", "control"]
     frame = pd.DataFrame({"attack": "direct", "defense": names, "family": families})
-    smallest = describe_smallest_p_values(frame, n_units)
-    assert smallest["smallest_p"].tolist() == pytest.approx(
-        [*[4 * 2 ** (1 - n_units)], *[6 * 2.0 ** (1 - n_units)] * 3, *[4 * 2.0 ** (1 - n_units)] * 2]
-    )
-    assert smallest.loc[1, "units_needed"] == 8
-    row = CLEAR | {"p_shift": 0.2} | smallest.loc[1].to_dict()
-    assert judge(row)[1].startswith("shift: the adjusted p-value") == (n_units >= 8)
-    assert is_possible == (6 * 2.0 ** (1 - n_units) < 0.03)
-    many = describe_smallest_p_values(frame, 4)
-    assert judge(CLEAR | {"p_shift": 0.75} | many.loc[1].to_dict())[1] == (
+    tests = pd.DataFrame({"p_shift": 0.5, "p_discrimination": 0.5}, index=frame.index)
+    frame = frame.join(tests.mask(frame["defense"] == "none"))
+    units = pd.Series(4, index=frame.index)
+    columns = ["p_shift", "p_discrimination"]
+    smallest = describe_smallest_p_values(frame, units, columns)
+    # Three defenses have six tests, controls and ablations four; of 2⁴ patterns of signs, two are extreme.
+    assert smallest["smallest_p"].tolist() == pytest.approx([1, 0.75, 0.75, 0.75, 0.5, 0.5])
+    assert smallest["units_needed"].tolist() == [8, 8, 8, 8, 8, 8]  # 6 · 2⁻⁷ = .047, 4 · 2⁻⁷ = .031
+    assert judge(CLEAR | {"p_shift": 0.75} | smallest.loc[1].to_dict())[1] == (
         "shift: with so few queries, no adjusted p-value can be below 0.75; "
-        "8 pairs or single queries would do"
+        "at least 8 pairs or single queries are needed"
     )
+    # Of two defenses that were not tested, nothing is adjusted for; of one with many units, less.
+    untested = frame["defense"].isin(["b", "c"])
+    fewer_tests = frame[columns].mask(untested).assign(p_shift=np.nan)
+    fewer = describe_smallest_p_values(frame.assign(**fewer_tests), units, columns)
+    assert fewer["smallest_p"].tolist() == pytest.approx([1, 2**-3, 1, 1, 2 * 2**-3, 2 * 2**-3])
+    uneven = describe_smallest_p_values(frame, units.where(frame["defense"] == "a", 200), columns)
+    assert uneven.loc[1, "smallest_p"] == pytest.approx(2 * 2**-3)
+    adjusted = adjust_in_families(frame.assign(**smallest_table(frame, units, columns)), columns)
+    assert adjusted.loc[1:3].min().min() == pytest.approx(smallest.loc[1, "smallest_p"])
+
+
+def smallest_table(frame: pd.DataFrame, units: pd.Series, columns: list[str]) -> dict[str, pd.Series]:
+    """Return the smallest unadjusted p-value of each test."""
+    return {name: (2.0 ** (1 - units)).where(frame[name].notna()) for name in columns}
 
 
 def test_margins_and_responses_that_disagree_are_named() -> None:

@@ -11,7 +11,7 @@ function findAxisRange(points, keys, stretched, linearRange) {
 
 function buildPlaneSpec(plane, linearRange, width) {
   const { points, stretched, unit } = plane;
-  const [shiftTitle, separationTitle] = unit === "SD" ? ["shift: change of the criterion (SD)", "discrimination: change of the separation (SD)"]
+  const [shiftTitle, separationTitle] = unit === "SD" ? ["shift: change of the midpoint (SD)", "discrimination: change of the separation (SD)"]
     : ["shift (nats): refuses more", "discrimination (nats): separates better"];
   const families = [...new Set(points.map((point) => point.family))];
   const familyColor = (name) => (name in DATA.shapes ? `var(--family-${name})` : INK);
