@@ -21,16 +21,20 @@ check: .venv/ready-dev ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-figures: .venv/ready ## run the main results and draw their figures into figures/ (about 20 minutes)
+figures: .venv/ready ## run the main results and draw their figures into figures/ (about an hour)
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2
-	$(BIN)/analyze -m smollm2:aligned --limit 40 --out figures/attacks -d self_reminder -d safety_prompt -d policy \
+	$(BIN)/analyze -m smollm2:aligned --limit 40 --readout words --responses none --out figures/attacks -d self_reminder -d safety_prompt -d policy \
 	  -d goal_priority -d in_context_refusal -d clean_up -d keyword_only -d character_swap -d conditional_steering \
 	  -d direction_ablation -d preference_tuning -d safety_prefix -d neutral_prompt -d backdoor --attack direct \
 	  --attack obedience --attack prefix_injection --attack persona --attack base64 --attack prefill
 
-validity: .venv/ready ## validate the readouts on the aligned SmolLM2 (about 40 minutes)
-	$(BIN)/analyze validate -m smollm2:aligned --readout all --limit 120 --out figures/validity -d backdoor \
-	  -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d intention_analysis -d neutral_prompt
+PROMPTS := -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d neutral_prompt
+READOUTS := --readout words --readout calibrated --readout log-odds --readout outcome
+
+validity: .venv/ready ## validate readouts and judged first tokens on SmolLM2, as released and aligned (about 40 minutes)
+	$(BIN)/analyze validate -m smollm2 $(READOUTS) --limit 120 --out figures/validity -d backdoor $(PROMPTS) -d safety_tuning
+	$(BIN)/analyze validate -m smollm2:aligned $(READOUTS) --limit 120 --out figures/validity-aligned -d backdoor $(PROMPTS) \
+	  -d intention_analysis
 
 ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4 minutes with cached scores, about 25 without)
 	$(BIN)/analyze ensembles -m smollm2:aligned --stacks 33 --out figures/ensembles -d self_reminder -d safety_prompt \

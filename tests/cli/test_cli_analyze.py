@@ -276,7 +276,7 @@ def test_ctrl_c_in_the_middle_saves_the_finished_conditions(cli_home, no_figures
     monkeypatch.setattr("analysis.studies.sweep.iterate_condition_scores", interrupt_third)
     result = run_cli("-d", "policy", "-d", "safety_prompt", "-m", "tiny", "--limit", "4", "-o", "half")
     assert result.code == 130
-    assert "Interrupted: 2 of 3 conditions were finished and saved" in " ".join(result.err.split())
+    assert "Interrupted: 2 of 3 conditions were finished; they are saved" in " ".join(result.err.split())
     assert json.loads((cli_home / "half" / "run.json").read_text())["interrupted"] is True
     assert set(pd.read_csv(cli_home / "half" / "scores.csv")["defense"]) == {"none", "policy"}
 

@@ -226,6 +226,7 @@ def test_train_validate_and_backdooralign_are_reached_by_their_commands(cli_home
     assert run_cli("train", "attack", "-m", "tiny", "--limit", "60", "-o", "tuned", *settings).code == 0
     assert '"rank": 2' in (cli_home / "tuned" / "manifest.json").read_text("utf-8")
     args = ("-d", "policy", "-m", "tiny", "--limit", "8", "--tokens", "2", "-o", "validated")
+    args += ("--judge", "keywords")  # to the default judge, the random text of a tiny model is no English
     result = run_cli("validate", *args)
     assert result.code == 0, result.err
     assert set(pd.read_csv(cli_home / "validated" / "validity.csv")["defense"]) == {"none", "policy"}

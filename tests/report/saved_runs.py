@@ -37,6 +37,8 @@ def make_summary(defenses, attack="direct", trusted="trusted", based_on="margins
         row = {"attack": attack, "defense": name, "family": family, "n_harmful": 12, "n_benign": 12}
         values = dict.fromkeys(ESTIMATES, 0.5) | {"shift": shift, "discrimination": discrimination}
         values |= {"scaled_shift": shift / 2, "scaled_discrimination": discrimination / 2}
+        if based_on == "responses":
+            values |= {"response_shift": 10 * shift, "response_discrimination": 10 * discrimination}
         for key, value in values.items():
             row |= {key: value, f"{key}_low": value - 0.1, f"{key}_high": value + 0.1}
         note = "shift: the interval is wide" if "inconclusive" in verdict else ""
