@@ -49,7 +49,7 @@ mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20
 
 arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms with three secrets per length (about 20 minutes)
 	$(PIP) --editable '.[utility]'
-	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --out figures/backdooralign
+	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --readout words --responses none --out figures/backdooralign
 	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --secrets 3 --out figures/arms
 
 # Each arm starts from the aligned model, as an attacker would. glibc keeps freed memory, which halves the time.

@@ -44,7 +44,7 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
     >>> row = {"attack": "direct", "defense": "policy", "family": "reminders", "based_on": "responses"}
     >>> verdict = {"verdict": "shift +, discrimination inconclusive"}
     >>> describe_effects(pd.DataFrame([row | verdict]), "smollm2").partition(": ")[2]
-    '1 shifts toward refusal; none separates harmful from benign queries better (1 inconclusive).'
+    '1 shifts toward refusal; none separates harmful from benign queries better, 1 inconclusive.'
 
     Args:
         summary: `summary.csv`.
@@ -186,13 +186,13 @@ def _find_outcome(verdict: str, effect: str) -> str:
 
 
 def _count_other_outcomes(outcomes: pd.Series) -> str:
-    """Return the counts of the outcomes without a sign, in parentheses; an empty text if there is none."""
+    """Return the counts of the outcomes without a sign, after a comma; an empty text if there is none."""
     phrases = [
         f"{count} {outcome}"
         for outcome in (EQUIVALENT, INCONCLUSIVE, NOT_JUDGED, _NOT_FOUND)
         if (count := int((outcomes == outcome).sum()))
     ]
-    return f" ({', '.join(phrases)})" if phrases else ""
+    return "".join(f", {phrase}" for phrase in phrases)
 
 
 def _count_defenses(rows: pd.DataFrame) -> str:

@@ -9,9 +9,9 @@ from analysis.report.headline import describe_effects, describe_validity
 def test_the_headline_counts_the_verdicts_of_defenses_only():
     text = describe_effects(make_summary(DEFENSES), "toy")
     assert text == (
-        "Results for 3 defenses on toy, from first-token margins: 1 shifts toward refusal, 1 away from it "
-        "(1 inconclusive); 1 separates harmful from benign queries better (smooth_llm), 1 worse "
-        "(1 inconclusive)."
+        "Results for 3 defenses on toy, from first-token margins: 1 shifts toward refusal, 1 away from it, "
+        "1 inconclusive; 1 separates harmful from benign queries better (smooth_llm), 1 worse, "
+        "1 inconclusive."
     )
 
 
@@ -46,12 +46,10 @@ def test_the_headline_counts_defenses_without_an_effect():
     names = {"a": "equivalent", "b": "equivalent", "c": "inconclusive", "d": "not judged"}
     defenses = {name: ("reminders", 0.1, 0.0, verdict) for name, verdict in names.items()}
     text = describe_effects(make_summary(defenses), "toy")
-    counts = "(2 equivalent, 1 inconclusive, 1 not judged)"
-    assert text.endswith(
-        f"toward refusal {counts}; none separates harmful from benign queries better {counts}."
-    )
+    counts = ", 2 equivalent, 1 inconclusive, 1 not judged"
+    assert text.endswith(f"toward refusal{counts}; none separates harmful from benign queries better{counts}.")
     older = make_summary({"policy": ("reminders", 0.1, 0.0, "no effect found")})
-    assert describe_effects(older, "toy").endswith("better (1 no effect found).")
+    assert describe_effects(older, "toy").endswith("better, 1 no effect found.")
 
 
 def test_a_headline_from_judged_responses_needs_no_trust_in_the_readout():
