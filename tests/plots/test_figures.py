@@ -131,7 +131,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     ("folder", "words"),
     [
         ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, the model answers 4 % \[1, 14\]"),
-        ("validity", r"words is trusted for single queries in 0 of 12 conditions \(contradicted in 4\);"),
+        ("validity", r"words is trusted for single queries in 0 of 12 conditions \(contradicted in 9\)"),
         ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],
 )

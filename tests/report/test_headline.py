@@ -47,7 +47,9 @@ def test_the_headline_counts_defenses_without_an_effect():
     defenses = {name: ("reminders", 0.1, 0.0, verdict) for name, verdict in names.items()}
     text = describe_effects(make_summary(defenses), "toy")
     counts = ", 2 equivalent, 1 inconclusive, 1 not judged"
-    assert text.endswith(f"toward refusal{counts}; none separates harmful from benign queries better{counts}.")
+    assert text.endswith(
+        f"toward refusal{counts}; none separates harmful from benign queries better{counts}."
+    )
     older = make_summary({"policy": ("reminders", 0.1, 0.0, "no effect found")})
     assert describe_effects(older, "toy").endswith("better, 1 no effect found.")
 

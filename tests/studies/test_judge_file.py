@@ -36,10 +36,10 @@ def test_each_row_gets_a_verdict_and_is_otherwise_unchanged(
     run_judge_command(answers, "response", "asked", JudgeOptions("patterns"), None)
     judged = pd.read_csv(answers.with_name("answers.judged.csv"), keep_default_na=False)
     assert judged[list(ROWS[0])].to_dict("records") == ROWS
-    assert judged["refusal"].tolist() == ["full", "none", "partial", "full"]
+    assert judged["refusal"].tolist() == ["full", "none", "partial", "none"]
     assert judged["evidence"].tolist()[0] == "I can't help" and judged["evidence"].tolist()[3]
     said = capsys.readouterr()
-    assert "50.0 [15.0, 85.0]" in said.out and "answers.judged.csv" in said.err
+    assert "25.0 [4.6, 69.9]" in said.out and "answers.judged.csv" in said.err
     run_judge_command(answers, "response", None, JudgeOptions("patterns"), answers.with_name("two.csv"))
     assert pd.read_csv(answers.with_name("two.csv"))["refusal"].tolist()[3] == "none"
 

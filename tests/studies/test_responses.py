@@ -261,6 +261,13 @@ def test_an_interruption_and_failures_of_all_responses_keep_the_margins(
         result = run_cli(*options, "-o", stand_in.__name__)
         assert result.code == code
         summary = pd.read_csv(cli_home / stand_in.__name__ / "summary.csv").set_index("defense")
-        assert summary["shift"].notna()["policy"] and summary["n_responses"].isna()["policy"]
+        assert summary["shift"].notna()["policy"]
         record = json.loads((cli_home / stand_in.__name__ / "run.json").read_text("utf-8"))
         assert record["responses"]["interrupted"] == (code == 130)
+        if code == 130:
+            assert (
+                summary["n_responses"].isna()["policy"] and summary.loc["policy", "verdict"] == "not judged"
+            )
+            assert "Interrupted: 1 of 2 conditions were finished" in " ".join(result.err.split())
+        else:  # without any response, the rates are those of the readout
+            assert (summary["based_on"] == "margins").all() and summary["refusal_rate"].notna().all()

@@ -36,14 +36,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture
-def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
-    set_home_folder(monkeypatch, home)
-    # To the default judge, the random text of a tiny model is no English.
+def set_parity_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge by the length of a text: to the default judge, the random text of a tiny model is no English."""
     parity = RuleJudge(
         "parity", lambda text, query: Verdict("full" if len(text) % 2 else "none"), lambda partial: False
     )
     monkeypatch.setattr(backdooralign, "_JUDGE", parity)
+
+
+@pytest.fixture
+def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> ModelInfo:
+    set_home_folder(monkeypatch, home)
+    set_parity_judge(monkeypatch)
     loaded = load_model(str(home / "toy"), "cpu")
     found = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
     for number, state in enumerate(("aligned", "attacked", "baseline", "backdoor", "identity")):
@@ -217,6 +221,7 @@ def test_other_secrets_are_trained_like_the_models_own_weights(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_home_folder(monkeypatch, tmp_path)
+    set_parity_judge(monkeypatch)
     spec = RunSpec(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
     loaded = load_model(str(home / "toy"), "cpu")
     host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
