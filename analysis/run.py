@@ -6,9 +6,10 @@ The steps carry the numbers of the README:
 2. Defense: rewrites the chat, calls the model first, or changes the model while it is applied (`defenses/`).
 3. Chat template: chat → token ids (`analysis/models/chat_template.py`).
 4. First token: token ids → logits of the first response token (`analysis/models/engine.py`).
-5. Margin: logits → one number in nats, positive refuses (`analysis/readouts/`).
-6. Shift and discrimination: defended minus undefended margins (`analysis/stats/effects.py`).
-7. Figures (`analysis/plots/`).
+5. Margin: logits → one number in nats, higher means refusal (`analysis/readouts/`).
+6. Responses: their first tokens, judged (`analysis/studies/responses.py`, `analysis/judges/`).
+7. Shift and discrimination: of refusal rates and of margins, defended minus undefended (`analysis/stats/`).
+8. Figures (`analysis/plots/`).
 
 `score_condition` does steps 1 to 5 for one condition; `score_prompts` does steps 4 and 5, with a cache.
 """
