@@ -172,10 +172,9 @@ def run_analyze_command(
     print_run_location(out, result.failures, console)
     if run.record["interrupted"]:
         n_conditions = run.record["conditions_wanted"]
-        n_finished = run.record.get("responses", {}).get("conditions", len(summary))
         make_notifier(console)(
-            f"Interrupted: {n_finished} of {n_conditions} conditions were finished; they are saved. "
-            "Run the same command again to continue."
+            f"Interrupted: {run.n_finished_conditions} of {n_conditions} conditions were finished; they are "
+            "saved. Run the same command again to continue."
         )
         return 130
     return 1 if result.failures else 0

@@ -13,11 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.progress import join_first_texts, make_notifier, print_line
-from analysis.report.results import has_judged_rates
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
 from analysis.stats.format import format_interval
-from analysis.stats.tables import Basis, Trust, format_condition, iterate_rows
-from analysis.stats.verdicts import MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE
+from analysis.stats.tables import Trust, format_condition, has_judged_rates, iterate_rows
+from analysis.stats.verdicts import DISAGREEMENT, MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +104,7 @@ def _print_verdict_notes(summary: pd.DataFrame, console: Console) -> None:
     """Print why verdicts are inconclusive, and where the margins say otherwise."""
     noted = summary[summary["verdict_note"].astype(str) != ""]
     if len(noted) > _MAX_VERDICT_NOTES:
-        disagreeing = noted["verdict_note"].str.contains("the margins say otherwise", regex=False)
+        disagreeing = noted["verdict_note"].str.contains(DISAGREEMENT, regex=False)
         text = f"Why verdicts are inconclusive: column verdict_note of summary.csv ({len(noted)} conditions)."
         if disagreeing.any():
             names = join_first_texts([format_condition(row) for _, row in noted[disagreeing].iterrows()])
@@ -207,7 +206,7 @@ def make_table_console() -> Console:
 def print_trust_warnings(summary: pd.DataFrame, console: Console) -> None:
     """Print the conditions whose margins generated text contradicts, and how many were not validated."""
     untrusted = summary[summary["trusted"] == Trust.NOT_TRUSTED]
-    is_judged = bool((summary["based_on"] == Basis.RESPONSES).all())
+    is_judged = has_judged_rates(summary)
     if len(untrusted):
         names = join_first_texts([format_condition(row) for _, row in untrusted.iterrows()])
         print_line(

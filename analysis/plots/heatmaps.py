@@ -49,7 +49,7 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.tables import UNDEFENDED, Basis, Trust
+from analysis.stats.tables import UNDEFENDED, Trust, has_judged_rates
 
 # Column → title, factor, number format, and the colors from its lowest to its highest value.
 _ATTACK_PANELS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
@@ -253,7 +253,7 @@ def draw_profile_similarity(profiles: pd.DataFrame, ax: Axes | None = None) -> A
 def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_attack_grid`."""
     is_untrusted = "trusted" in cells and (cells["trusted"] == Trust.NOT_TRUSTED).any()
-    is_judged = _has_judged_rates(cells)
+    is_judged = has_judged_rates(cells)
     hollow = ""
     if is_untrusted:
         reason = "the margin is not trusted, because " * is_judged + "generated text contradicts the readout"
@@ -313,11 +313,6 @@ def caption_profile_similarity(profiles: pd.DataFrame, context: CaptionContext) 
     )
 
 
-def _has_judged_rates(cells: pd.DataFrame) -> bool:
-    """Return whether the refusal rates are those of judged responses."""
-    return "based_on" in cells and bool((cells["based_on"] == Basis.RESPONSES).all())
-
-
 def _order_defenses(cells: pd.DataFrame) -> dict[str, str]:
     """Return the family of each defense, the undefended model first and families together."""
     families = cells.drop_duplicates("defense").set_index("defense")["family"]
@@ -338,7 +333,7 @@ def _draw_attack_panel(
     untrusted = np.zeros(shape, dtype=bool)
     numbers = (factor * cells[column].astype(float)).round(1) + 0.0  # no number is -0.0
     is_untrusted = cells.get("trusted", pd.Series("", cells.index)) == Trust.NOT_TRUSTED
-    if column != "margin" and _has_judged_rates(cells):
+    if column != "margin" and has_judged_rates(cells):
         is_untrusted = pd.Series(False, cells.index)
     for attack, defense, value, untrusted_value in zip(
         cells["attack"], cells["defense"], numbers, is_untrusted, strict=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.stats.agreement import RESPONSES_READOUT
-from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Basis, Trust, find_defense_rows
+from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Trust, find_defense_rows, has_judged_rates
 from analysis.stats.verdicts import EFFECT_NAMES, EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
 
 _MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
@@ -52,7 +52,7 @@ def describe_effects(summary: pd.DataFrame, model_and_data: str, attack: str = D
         attack: the attack whose rows are counted.
     """
     rows = select_defense_rows(summary[summary["attack"] == attack])
-    is_judged = "based_on" in rows and bool((rows["based_on"] == Basis.RESPONSES).all())
+    is_judged = has_judged_rates(rows)
     trusted = rows["trusted"] if "trusted" in rows else pd.Series(Trust.NOT_VALIDATED, rows.index)
     if is_judged:
         trusted = pd.Series(Trust.TRUSTED, rows.index)

@@ -16,7 +16,7 @@ from analysis.report.headline import (
 )
 from analysis.stats.agreement import RESPONSES_READOUT
 from analysis.stats.format import ColumnFormat, format_defense_name, format_estimate, format_verdict
-from analysis.stats.tables import DIRECT, Basis, Trust, format_condition
+from analysis.stats.tables import DIRECT, Trust, format_condition, has_judged_rates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,11 +36,6 @@ _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
     ("shift", "shift (nats)", "+.2f", 1, True),
     ("discrimination", "discrimination (nats)", "+.2f", 1, True),
 )
-
-
-def has_judged_rates(summary: pd.DataFrame) -> bool:
-    """Return whether the refusal rates of a summary come from judged responses."""
-    return "based_on" in summary and bool((summary["based_on"] == Basis.RESPONSES).any())
 
 
 def choose_estimate_columns(summary: pd.DataFrame) -> tuple[ColumnFormat, ...]:
@@ -75,11 +70,10 @@ class Run:
         """Return the headline, failures and notices, and the names of tables and figures."""
         lines = [self.headline]
         if self.record.get("interrupted"):
-            n_finished = self.record.get("responses", {}).get(
-                "conditions", len(self.tables.get("summary", self.tables.get("worth", ())))
-            )
             n_wanted = self.record.get("conditions_wanted")  # missing in older runs
-            lines += [f"interrupted: {n_finished} of {n_wanted or 'all'} conditions were finished"]
+            lines += [
+                f"interrupted: {self.n_finished_conditions} of {n_wanted or 'all'} conditions were finished"
+            ]
         lines += [
             f"failed: {format_condition(failure)}: {failure['why']}"
             for failure in self.record.get("failed", [])
@@ -87,6 +81,12 @@ class Run:
         lines += [f"note: {notice}" for notice in self.record.get("notices", [])]
         lines += [f"tables: {', '.join(self.tables)}", f"figures: {', '.join(self.figures)}"]
         return "\n".join(lines)
+
+    @property
+    def n_finished_conditions(self) -> int:
+        """Number of conditions that are finished, their responses included if they are judged."""
+        n_scored = len(self.tables.get("summary", self.tables.get("worth", ())))
+        return int(self.record.get("responses", {}).get("conditions", n_scored))
 
     @property
     def headline(self) -> str:

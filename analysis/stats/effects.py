@@ -77,7 +77,7 @@ def summarize_scores(scores: ScoreTable, n_draws: int = BOOTSTRAP_DRAWS, seed: i
     frame = pd.DataFrame(rows, columns=[*rows[0], *(name for name in _P_COLUMNS if name not in rows[0])])
     frame[list(_P_COLUMNS)] = adjust_in_families(frame, _P_COLUMNS)
     frame = frame.join(describe_smallest_p_values(frame, frame["n_units"], _P_COLUMNS))
-    verdicts = [_derive_verdict_columns(row) for row in iterate_rows(frame)]
+    verdicts = [_derive_margin_verdict(row) for row in iterate_rows(frame)]
     frame["margin_verdict"], frame["verdict_note"] = zip(*verdicts, strict=True)
     frame["verdict"], frame["based_on"] = frame["margin_verdict"], Basis.MARGINS.value
     for name in ("refusal_rate", "over_refusal_rate"):
@@ -306,7 +306,7 @@ def _divide_or_nan(numerator: DrawVector, denominator: DrawVector) -> DrawVector
     return np.divide(numerator, denominator, out=np.full_like(denominator, np.nan), where=denominator > 0)
 
 
-def _derive_verdict_columns(row: dict[str, Any]) -> tuple[str, str]:
+def _derive_margin_verdict(row: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict from the margins of a summary row, and the reasons for what is inconclusive."""
     if row["defense"] == UNDEFENDED:
         return REFERENCE, ""

@@ -74,7 +74,7 @@ def add_response_estimates(
     frame = kept.merge(estimates, on=["attack", "defense"], how="left")
     frame[list(_P_COLUMNS)] = adjust_in_families(frame, _P_COLUMNS)
     smallest = describe_smallest_p_values(frame, frame["n_units"].fillna(0), _P_COLUMNS)
-    verdicts = [_derive_verdict_columns(row) for row in iterate_rows(frame.join(smallest))]
+    verdicts = [_derive_response_verdict(row) for row in iterate_rows(frame.join(smallest))]
     frame["verdict"], frame["verdict_note"] = zip(*verdicts, strict=True)
     frame["based_on"] = Basis.RESPONSES.value
     position = list(kept).index("based_on") + 1
@@ -144,7 +144,7 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int =
     return pd.DataFrame(rows, columns=["attack", "defense", *columns, *_P_COLUMNS, *counts])
 
 
-def _derive_verdict_columns(row: dict[str, Any]) -> tuple[str, str]:
+def _derive_response_verdict(row: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict from the responses of a summary row, and a note on what is inconclusive."""
     if row["defense"] == UNDEFENDED:
         return REFERENCE, ""

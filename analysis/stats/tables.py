@@ -69,6 +69,15 @@ class Basis(StrEnum):
     MARGINS = "margins"
 
 
+def has_judged_rates(summary: pd.DataFrame) -> bool:
+    """Return whether the refusal rates of a summary come from judged responses; older runs do not say so.
+
+    Args:
+        summary: `summary.csv`, or rows of it; all rows of a run rest on the same.
+    """
+    return "based_on" in summary and bool((summary["based_on"] == Basis.RESPONSES).any())
+
+
 def find_defense_rows(names: pd.Series, families: pd.Series) -> pd.Series:
     """Return which conditions are defenses: no reference, no control, no ablation of a defense.
 

@@ -22,6 +22,7 @@ EFFECT_NAMES = ("shift", "discrimination")
 # convention), and percentage points of the refusal rates.
 MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE = 0.2, 10.0
 EQUIVALENT, INCONCLUSIVE, REFERENCE, NOT_JUDGED = "equivalent", "inconclusive", "reference", "not judged"
+DISAGREEMENT = "the margins say otherwise"  # begins the note on effects that margins and responses contradict
 _MAX_P_VALUE = round(1 - CONFIDENCE_LEVEL, 9)
 
 
@@ -124,7 +125,7 @@ def explain_disagreement(verdicts: Sequence[EffectVerdict], other_verdicts: Sequ
         for verdict, other in zip(verdicts, other_verdicts, strict=True)
         if verdict.outcome != other.outcome and INCONCLUSIVE not in (verdict.outcome, other.outcome)
     ]
-    return f"the margins say otherwise: {', '.join(contradictions)}" if contradictions else ""
+    return f"{DISAGREEMENT}: {', '.join(contradictions)}" if contradictions else ""
 
 
 def adjust_in_families(frame: pd.DataFrame, p_columns: Sequence[str]) -> pd.DataFrame:
