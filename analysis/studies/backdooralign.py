@@ -130,9 +130,9 @@ def _prepare_arms(spec: RunSpec, n_secrets: int, console: Console) -> tuple[RunS
         check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
     # The clean model is the first arm: its responses fix the threshold of all arms.
     readout_calibration = ReadoutCalibration(session, model_info, arms[0].defense, calibration, console)
-    readout = readout_calibration.calibrate_readout("words")
+    readout = readout_calibration.calibrate_readout("outcome")
     for notice in readout.notices:
-        print_note(console, f"readout words: {notice}")
+        print_note(console, f"readout {readout.name}: {notice}")
     return RunSetup(session, [], query_set, split, [readout], (), []), arms
 
 
