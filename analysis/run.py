@@ -30,7 +30,12 @@ from analysis.datasets.queries import Query
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.engine import Engine
 from analysis.models.loading import LoadedModel
-from analysis.models.session import ModelSession, iterate_defended_logits, list_blend_members
+from analysis.models.session import (
+    ModelSession,
+    PromptLogitCallback,
+    iterate_defended_logits,
+    list_blend_members,
+)
 from analysis.readouts.readout import Readout
 from analysis.stats.tables import SCORE_COLUMNS, UNDEFENDED
 from defenses.contract import Defense
@@ -169,12 +174,9 @@ def score_prompts(
         score_cache: scores of earlier runs, to which new ones are added; None disables caching.
         on_progress: called with the number of prompts finished since the last call.
     """
-    members = [(weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)]
-    if any(fingerprint is None for _, fingerprint in members):
-        score_cache = None  # a user-defined change of the model, of which nothing is known
-    cache_key = CacheKey(
-        {**describe_computation(loaded_model), "arms": members, "readout": readout.scoring_settings}
-    )
+    if not _is_cacheable(defense):
+        score_cache = None
+    cache_key = _make_score_key(loaded_model, defense, readout)
     keys = [cache_key.make_key(ids) for ids in prompts]
     scores = score_cache.read_scores(keys) if score_cache is not None else {}
     if score_cache is not None:
@@ -192,6 +194,42 @@ def score_prompts(
         on_progress(len(batch_rows))
     on_progress(len(prompts) - len(new_rows))
     return torch.tensor([scores[key] for key in keys], dtype=torch.float64)
+
+
+def make_score_writer(
+    loaded_model: LoadedModel, defense: Defense, readout: Readout, score_cache: ScoreCache | None
+) -> PromptLogitCallback:
+    """Return a function that caches the scores of prompts whose first-token logits were computed elsewhere.
+
+    Args:
+        loaded_model: the model.
+        defense: applied to the model while the logits were computed.
+        readout: reduces first-token logits to a margin.
+        score_cache: receives the scores; None discards them.
+    """
+    reads_other_prompts = readout.questions or readout.response_prefix != readout.prefill
+    if score_cache is None or reads_other_prompts or not _is_cacheable(defense):
+        return lambda prompts, logits: None
+    cache_key = _make_score_key(loaded_model, defense, readout)
+
+    def write_scores(prompts: Sequence[tuple[int, ...]], logits: Float[Tensor, "rows vocab"]) -> None:
+        scores = zip(prompts, readout.compute_margins(logits).tolist(), strict=True)
+        score_cache.write_scores((cache_key.make_key(ids), *score) for ids, score in scores)
+
+    return write_scores
+
+
+def _is_cacheable(defense: Defense) -> bool:
+    """Whether scores can be cached; not if nothing is known about a user-defined change of the model."""
+    return all(member.cacheable_fingerprint() is not None for _, member in list_blend_members(defense))
+
+
+def _make_score_key(loaded_model: LoadedModel, defense: Defense, readout: Readout) -> CacheKey:
+    """Return the key of a condition's scores, which depend on the token ids besides."""
+    members = [(weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)]
+    return CacheKey(
+        {**describe_computation(loaded_model), "arms": members, "readout": readout.scoring_settings}
+    )
 
 
 def _count_queries(report: Callable[[int], None], n_queries: int, n_prompts: int) -> Callable[[int], None]:

@@ -10,7 +10,13 @@ import numpy as np
 from jaxtyping import Bool
 
 from analysis.models.chat_template import redact_secrets
-from analysis.models.session import DEFAULT_MAX_NEW_TOKENS, ModelSession, Response, generate_responses
+from analysis.models.session import (
+    DEFAULT_MAX_NEW_TOKENS,
+    ModelSession,
+    PromptLogitCallback,
+    Response,
+    generate_responses,
+)
 from defenses.contract import Defense, QueryChat
 
 RefusalKind = Literal["full", "partial", "none", "unjudged"]
@@ -136,6 +142,7 @@ def generate_verdicts(
     response_prefix: tuple[int, ...] = (),
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     on_progress: Callable[[int], None] = lambda queries: None,
+    on_first_logits: PromptLogitCallback = lambda prompts, logits: None,
 ) -> list[Verdict]:
     """Return a judge's verdict on the greedy response to each query.
 
@@ -151,9 +158,17 @@ def generate_verdicts(
         response_prefix: token ids that every response is forced to begin with.
         max_new_tokens: maximum number of generated tokens of each response.
         on_progress: callback that receives the number of newly answered prompts.
+        on_first_logits: as for `generate_responses`.
     """
     responses = generate_responses(
-        session, defense, query_chats, response_prefix, max_new_tokens, judge.is_certain_refusal, on_progress
+        session,
+        defense,
+        query_chats,
+        response_prefix,
+        max_new_tokens,
+        judge.is_certain_refusal,
+        on_progress,
+        on_first_logits,
     )
     return judge_queries(judge, query_texts, responses, defense)
 

@@ -372,7 +372,7 @@ def plan_batches(
         get_batch_size: called before each batch; returns its number of rows, or None to let the number of
             tokens decide.
     """
-    order, costs = _order_rows(suffixes, is_packed)
+    order, costs = order_rows(suffixes, is_packed)
     lengths = [len(suffixes[row]) for row in order]
     max_tokens = _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH["cpu"])
     start = 0
@@ -441,8 +441,13 @@ def restrict_unembedding(
             handle.remove()
 
 
-def _order_rows(suffixes: Sequence[Sequence[int]], is_packed: bool) -> tuple[list[int], list[int]]:
-    """Return the order of the rows, and the number of tokens that each adds to those before it."""
+def order_rows(suffixes: Sequence[Sequence[int]], is_packed: bool) -> tuple[list[int], list[int]]:
+    """Return the order in which rows are batched, and the number of tokens that each adds to those before it.
+
+    Args:
+        suffixes: token ids.
+        is_packed: whether tokens with which several rows of a batch start are computed once.
+    """
     by_length = sorted(range(len(suffixes)), key=lambda row: -len(suffixes[row]))
     lengths = [len(suffixes[row]) for row in by_length]
     if is_packed:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
-from analysis.models.engine import Engine, count_shared_prefix
+from analysis.models.engine import Engine, count_shared_prefix, order_rows
 from analysis.models.prefix_attention import PackedRows, RowCache, can_split_attention, make_split_update
 
 _MAX_PADDED_ROWS, _MAX_PACKED_ROWS = 32, 64  # per batch; packed rows take less memory
 
 # Token ids generated so far → whether the response ends here.
 StopCondition = Callable[[list[int]], bool]
+# Receives the indices of some prompts and their first-token logits, rows × vocabulary.
+LogitCallback = Callable[[Sequence[int], Float[Tensor, "rows vocab"]], None]
 
 
 def generate_token_ids(
@@ -28,6 +32,7 @@ def generate_token_ids(
     eos_token_id: int,
     should_stop: StopCondition = lambda token_ids: False,
     on_progress: Callable[[int], None] = lambda n_responses: None,
+    on_first_logits: LogitCallback = lambda rows, logits: None,
 ) -> list[list[int]]:
     """Return the greedy response to each prompt as token ids, without the end token.
 
@@ -38,6 +43,8 @@ def generate_token_ids(
         eos_token_id: the token that ends a response.
         should_stop: called with the token ids generated so far; True ends the response there.
         on_progress: called with the number of responses finished since the last call.
+        on_first_logits: called with the float32 logits of the first token, batch by batch; only where rows
+            are packed, because these logits are those of `Engine.read_first_token` up to rounding.
     """
     model = engine.model
     has_plain_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
@@ -49,12 +56,18 @@ def generate_token_ids(
             shared_ids = torch.tensor([list(prompts[0][:n_shared])], device=model.device)
             model(input_ids=shared_ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
         is_packed = n_shared > 0 and can_split_attention(model, prefix.layers)
-        max_rows = _MAX_PACKED_ROWS if is_packed else _MAX_PADDED_ROWS
-        for rows in _group_by_length([len(prompt) for prompt in prompts], has_plain_cache, max_rows):
+        for rows in _plan_batches(prompts, n_shared, is_packed, has_plain_cache):
             if is_packed:
                 suffixes = [prompts[row][n_shared:] for row in rows]
                 batch = _generate_packed(
-                    engine, prefix, n_shared, suffixes, max_new_tokens, eos_token_id, should_stop
+                    engine,
+                    prefix,
+                    n_shared,
+                    suffixes,
+                    max_new_tokens,
+                    eos_token_id,
+                    should_stop,
+                    partial(on_first_logits, rows),
                 )
             else:
                 batch_prompts = [list(prompts[row]) for row in rows]
@@ -74,6 +87,7 @@ def _generate_packed(
     max_new_tokens: int,
     eos_token_id: int,
     should_stop: StopCondition,
+    on_first_logits: Callable[[Tensor], None],
 ) -> list[list[int]]:
     """Generate responses of packed rows: the prefix is not copied, and finished rows are dropped."""
     row_caches = []
@@ -84,13 +98,21 @@ def _generate_packed(
     responses: list[list[int]] = [[] for _ in suffixes]
     active_rows = list(range(len(suffixes)))
     lengths = torch.tensor([len(suffix) for suffix in suffixes])
-    packed_rows = PackedRows.from_lengths(lengths)
+    packed_rows = PackedRows.from_tokens(suffixes)
     is_cached_token = packed_rows.is_token
-    token_ids = torch.cat([torch.tensor(list(suffix)) for suffix in suffixes])
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    logits = engine.compute_packed_logits(
-        prefix, n_shared, token_ids, positions, packed_rows, packed_rows.last_index
+    first_row, positions = packed_rows.grid_index
+    padded_ids = nn.utils.rnn.pad_sequence(
+        [torch.tensor(list(suffix)) for suffix in suffixes], batch_first=True
     )
+    logits = engine.compute_packed_logits(
+        prefix,
+        n_shared,
+        padded_ids[first_row, positions],
+        positions,
+        packed_rows,
+        packed_rows.last_index,
+    )
+    on_first_logits(logits)
     while True:
         is_finished = []
         for row, token in zip(active_rows, logits.argmax(-1).tolist(), strict=True):
@@ -178,9 +200,19 @@ class _RowStoppingCriteria(StoppingCriteria):
         return torch.tensor(self.is_stopped, device=input_ids.device)
 
 
-def _group_by_length(lengths: Sequence[int], allows_padding: bool, max_rows: int) -> Iterator[list[int]]:
-    """Yield batches of rows of similar length; of equal length if the model cannot handle padding."""
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+def _plan_batches(
+    prompts: Sequence[Sequence[int]], n_shared: int, is_packed: bool, allows_padding: bool
+) -> Iterator[list[int]]:
+    """Yield batches of rows: of similar length, or of similar tokens if packed rows then share many.
+
+    If the model cannot handle padding, the rows of a batch have equal length.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if is_packed:
+        order, _ = order_rows([prompt[n_shared:] for prompt in prompts], is_packed)
+    else:
+        order = sorted(range(len(prompts)), key=lambda row: lengths[row])
+    max_rows = _MAX_PACKED_ROWS if is_packed else _MAX_PADDED_ROWS
     while order:
         rows = [row for row in order[:max_rows] if allows_padding or lengths[row] == lengths[order[0]]]
         yield rows

@@ -22,6 +22,8 @@ from defenses.errors import UserError
 from defenses.rng import QueryRng
 
 DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentences
+# Receives the token ids of some prompts and their first-token logits, rows × vocabulary.
+PromptLogitCallback = Callable[[Sequence[tuple[int, ...]], Float[Tensor, "rows vocab"]], None]
 _CALLS_PER_COMMIT = 64
 _MAX_BLENDED_PROMPTS = (
     128  # prompts whose full logits are held in memory while those of several models are summed
@@ -178,6 +180,7 @@ def generate_responses(
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     should_stop: Callable[[str], bool] | None = None,
     on_progress: Callable[[int], None] = lambda queries: None,
+    on_first_logits: PromptLogitCallback = lambda prompts, logits: None,
 ) -> list[list[Response]]:
     """Return the greedy responses to each query under a defense, one per prompt of the query.
 
@@ -189,6 +192,8 @@ def generate_responses(
         max_new_tokens: maximum number of generated tokens per response.
         should_stop: called with the text so far; True ends the response there.
         on_progress: called with the number of prompts answered since the last call.
+        on_first_logits: called with the token ids of some prompts, the response prefix included, and their
+            first-token logits; where `generate_token_ids` does so, and not if several models are blended.
     """
     tokenizer = session.loaded_model.tokenizer
     prompts_by_query = session.render_prompts(defense, query_chats)
@@ -209,7 +214,13 @@ def generate_responses(
     else:
         with defense.apply_to(session.loaded_model.model):
             generated = generate_token_ids(
-                session.engine, prompt_ids, max_new_tokens, tokenizer.eos_token_id, is_finished, on_progress
+                session.engine,
+                prompt_ids,
+                max_new_tokens,
+                tokenizer.eos_token_id,
+                is_finished,
+                on_progress,
+                lambda rows, logits: on_first_logits([prompt_ids[row] for row in rows], logits),
             )
     responses = (
         Response(

@@ -41,14 +41,27 @@ def analyze_defenses(
         PreflightError: if no defense reaches the model.
     """
     timer = RunTimer()
-    scored = score_conditions(spec, defenses, settings, console, keep_interrupted=True)
+    responses: ResponseVerdicts | None = None
+
+    def judge_responses(setup: RunSetup, condition_keys: list[ConditionKey]) -> list[ConditionKey]:
+        nonlocal responses
+        if spec.max_responses == 0:
+            return condition_keys
+        responses = judge_conditions(setup, condition_keys, spec, console)
+        if not responses.interrupted:
+            return condition_keys
+        if len(responses.frames) < 2:  # the undefended model alone says nothing about a defense
+            raise KeyboardInterrupt
+        return list(responses.frames)
+
+    scored = score_conditions(
+        spec, defenses, settings, console, keep_interrupted=True, before_scoring=judge_responses
+    )
     work = _describe_work(scored)
-    responses = None
-    if spec.max_responses != 0 and not scored.sweep_result.interrupted:
-        condition_keys = list(scored.sweep_result.score_frames)
-        responses = judge_conditions(scored.setup, condition_keys, spec, console)
+    if responses is not None:
+        responses.drop_unscored(scored.sweep_result.score_frames)
         work["responses"] = responses.describe()
-        work["interrupted"] = responses.interrupted
+        work["interrupted"] = responses.interrupted or scored.sweep_result.interrupted
     costs = _measure_first_attack_cost(scored, spec.seed, console) if with_cost else None
     scored.record.update(timer.describe_time(), **work)
     with console.status("computing intervals"):

@@ -1,4 +1,8 @@
-"""Responses of a run: their first tokens are generated and judged in every condition; no text is kept."""
+"""Responses of a run: their first tokens are generated and judged in every condition; no text is kept.
+
+Where the prompts are those of scoring, their first-token logits are computed only once: they are scored while
+the responses are generated, and scoring finds them in the cache.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import hashlib
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +26,7 @@ from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, list_blend_members
 from analysis.progress import make_defense_call_callback, make_progress_bar
 from analysis.readouts.readout import Readout
+from analysis.run import make_score_writer
 from analysis.stats.tables import ResponseVerdict
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
@@ -58,6 +63,10 @@ class ResponseVerdicts:
         if not self.frames:
             return pd.DataFrame(columns=list(RESPONSE_COLUMNS))
         return pd.concat(list(self.frames.values()), ignore_index=True)
+
+    def drop_unscored(self, condition_keys: Container[ConditionKey]) -> None:
+        """Remove the verdicts of conditions without scores."""
+        self.frames = {key: frame for key, frame in self.frames.items() if key in condition_keys}
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of run.json on the responses of a run."""
@@ -150,6 +159,7 @@ def judge_condition(
         verdicts = {row: cached[key] for row, key in enumerate(keys) if key in cached}
     on_progress(len(verdicts))
     missing = [row for row in range(len(queries)) if row not in verdicts]
+    store_scores = make_score_writer(session.loaded_model, defense, readout, session.score_cache)
     for start in range(0, len(missing), _QUERIES_PER_BATCH):
         rows = missing[start : start + _QUERIES_PER_BATCH]
         batch = [queries[row] for row in rows]
@@ -161,6 +171,7 @@ def judge_condition(
             judge,
             readout.prefill,
             N_RESPONSE_TOKENS,
+            on_first_logits=store_scores,
         )
         new_verdicts = dict(zip(rows, map(name_verdict, batch_verdicts), strict=True))
         if cache is not None:

@@ -30,6 +30,8 @@ from defenses.contract import Defense
 from defenses.errors import UserError, describe_error
 
 ConditionKey = tuple[str, str]  # attack and condition
+# Called with the set-up and the conditions that can be scored; returns those to score.
+ConditionSelector = Callable[[RunSetup, list[ConditionKey]], list[ConditionKey]]
 
 
 @dataclass
@@ -80,6 +82,7 @@ def score_conditions(
     console: Console,
     check_setup: Callable[[RunSetup], None] = lambda setup: None,
     keep_interrupted: bool = False,
+    before_scoring: ConditionSelector = lambda setup, condition_keys: condition_keys,
 ) -> ScoredConditions:
     """Set up a run, check that the defenses reach the model, score every condition, and collect the record.
 
@@ -90,6 +93,7 @@ def score_conditions(
         console: shows progress.
         check_setup: called before the preflight; raises if the study is impossible with this set-up.
         keep_interrupted: whether to return the finished conditions if the user interrupts the sweep.
+        before_scoring: called between preflight and scoring.
 
     Raises:
         PreflightError: if no defense reaches the model.
@@ -98,7 +102,7 @@ def score_conditions(
     """
     setup = prepare_setup(spec, defenses, settings, console)
     check_setup(setup)
-    sweep_result = check_and_sweep(setup, setup.conditions, console, needs_defense=True)
+    sweep_result = check_and_sweep(setup, setup.conditions, console, True, before_scoring)
     score_frames = sweep_result.score_frames
     # The undefended model alone says nothing about a defense.
     if sweep_result.interrupted and (not keep_interrupted or len(score_frames) < 2):
@@ -113,7 +117,11 @@ def score_conditions(
 
 
 def check_and_sweep(
-    setup: RunSetup, conditions: Mapping[str, Defense], console: Console, needs_defense: bool = False
+    setup: RunSetup,
+    conditions: Mapping[str, Defense],
+    console: Console,
+    needs_defense: bool = False,
+    before_scoring: ConditionSelector = lambda setup, condition_keys: condition_keys,
 ) -> SweepResult:
     """Run the preflight, then score every condition that passes it under every attack.
 
@@ -122,6 +130,7 @@ def check_and_sweep(
         conditions: condition name → defense, the undefended model first.
         console: shows progress.
         needs_defense: whether to raise if no defense passes the preflight.
+        before_scoring: called between preflight and scoring.
 
     Raises:
         PreflightError: if no defense passes the preflight and `needs_defense` is set.
@@ -132,7 +141,13 @@ def check_and_sweep(
         else describe_failed_checks(find_preflight_failures(setup, conditions, console))
     )
     setup.session.engine.work_counter.reset_counts()
-    return sweep_conditions(setup, conditions, failures, console)
+    condition_keys = [
+        (attack, name)
+        for attack, name in list_condition_keys(setup, conditions)
+        if (attack, name) not in failures and (attack, UNDEFENDED) not in failures
+    ]
+    condition_keys = before_scoring(setup, condition_keys)
+    return sweep_conditions(setup, conditions, condition_keys, failures, console)
 
 
 def check_conditions(
@@ -158,27 +173,30 @@ def list_condition_keys(setup: RunSetup, conditions: Collection[str]) -> list[Co
 
 
 def sweep_conditions(
-    setup: RunSetup, conditions: Mapping[str, Defense], failures: Mapping[ConditionKey, str], console: Console
+    setup: RunSetup,
+    conditions: Mapping[str, Defense],
+    condition_keys: Sequence[ConditionKey],
+    failures: Mapping[ConditionKey, str],
+    console: Console,
 ) -> SweepResult:
-    """Score every condition under every attack, with one progress bar for all of them.
+    """Score conditions under every attack, with one progress bar for all of them.
 
     Args:
         setup: loaded and prepared.
         conditions: condition name → defense, the undefended model first.
+        condition_keys: the conditions to score.
         failures: conditions that are known to fail, and why.
         console: shows progress.
     """
     queries = setup.query_set.queries
     result = SweepResult(len(setup.attacks) * len(conditions), failures=dict(failures))
     with make_progress_bar(console) as bar:
-        task = bar.add_task("scoring", total=result.n_conditions * len(queries))
+        task = bar.add_task("scoring", total=len(condition_keys) * len(queries))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
         for attack in setup.attacks:
             runnable = {
-                name: defense for name, defense in conditions.items() if (attack.name, name) not in failures
+                name: defense for name, defense in conditions.items() if (attack.name, name) in condition_keys
             }
-            runnable = runnable if UNDEFENDED in runnable else {}
-            bar.advance(task, (len(conditions) - len(runnable)) * len(queries))
 
             def on_progress(name: str, n_queries: int) -> None:
                 bar.update(task, description=f"scoring {name}", advance=n_queries)

@@ -22,6 +22,7 @@ from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import ScoreCache, count_cached_rows
 from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.readouts.readout import Readout
+from analysis.run import score_condition
 from analysis.studies import responses as responses_module
 from analysis.studies.responses import (
     N_RESPONSE_TOKENS,
@@ -102,6 +103,30 @@ def test_verdicts_are_cached_without_any_text(tmp_path: Path) -> None:
     rows = session.score_cache._connection.execute("SELECT * FROM responses").fetchall()
     assert {len(key) for key, _ in rows} == {16}
     assert {verdict for _, verdict in rows} <= {"refused", "not refused"}
+
+
+def test_prompts_are_scored_while_their_responses_are_generated(tmp_path: Path) -> None:
+    """The scores are those of a scoring run, and no prompt runs through the model a second time."""
+    loaded_model, judge = make_toy_session().loaded_model, make_echo_judge()[0]
+    copies = get_defense("smooth_llm").prepare(ModelInfo("toy", loaded_model.tokenizer, ()))
+    for number, (defense, readout, is_reused) in enumerate(
+        (
+            (POLICY, READOUT, True),
+            (copies, READOUT, True),
+            (POLICY, replace(READOUT, response_prefix=(40,), prefill=(40,)), True),
+            (POLICY, replace(READOUT, response_prefix=(40,)), False),
+        )
+    ):
+        cache = ScoreCache(tmp_path / f"{number}.sqlite")
+        session = ModelSession.from_model(loaded_model, score_cache=cache)
+        judge_condition(session, DIRECT_ATTACK, defense, QUERIES[:6], judge, readout)
+        counter = session.engine.work_counter
+        counter.reset_counts()
+        scores = score_condition(session, "x", defense, QUERIES[:6], readout)
+        assert (counter.computed_tokens == 0) == is_reused
+        fresh_session = ModelSession.from_model(loaded_model)
+        expected = score_condition(fresh_session, "x", defense, QUERIES[:6], readout)
+        pd.testing.assert_frame_equal(scores, expected, check_exact=False, rtol=0, atol=1e-5)
 
 
 @dataclass(frozen=True)
@@ -244,19 +269,19 @@ def test_a_condition_whose_responses_fail_keeps_its_margins(
 
 
 @pytest.mark.usefixtures("no_figures", "keyword_judge")
-def test_an_interruption_and_failures_of_all_responses_keep_the_margins(
+def test_an_interruption_keeps_finished_conditions_and_failures_keep_the_margins(
     cli_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt_policy(session, attack, defense, *rest):
-        if defense.name == "policy":
+    def interrupt_second(session, attack, defense, *rest):
+        if defense.name == "self_reminder":
             raise KeyboardInterrupt
         return judge_condition(session, attack, defense, *rest)
 
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    options = ("-d", "policy", "-m", "tiny", "--limit", "8", "--responses", "all")
-    for stand_in, code in ((interrupt_policy, 130), (fail, 1)):
+    options = ("-d", "policy", "-d", "self_reminder", "-m", "tiny", "--limit", "8", "--responses", "all")
+    for stand_in, code in ((interrupt_second, 130), (fail, 1)):
         monkeypatch.setattr(responses_module, "judge_condition", stand_in)
         result = run_cli(*options, "-o", stand_in.__name__)
         assert result.code == code
@@ -265,9 +290,7 @@ def test_an_interruption_and_failures_of_all_responses_keep_the_margins(
         record = json.loads((cli_home / stand_in.__name__ / "run.json").read_text("utf-8"))
         assert record["responses"]["interrupted"] == (code == 130)
         if code == 130:
-            assert (
-                summary["n_responses"].isna()["policy"] and summary.loc["policy", "verdict"] == "not judged"
-            )
-            assert "Interrupted: 1 of 2 conditions were finished" in " ".join(result.err.split())
+            assert list(summary.index) == ["none", "policy"] and (summary["n_responses"] == 8).all()
+            assert "Interrupted: 2 of 3 conditions were finished" in " ".join(result.err.split())
         else:  # without any response, the rates are those of the readout
             assert (summary["based_on"] == "margins").all() and summary["refusal_rate"].notna().all()
