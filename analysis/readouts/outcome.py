@@ -1,4 +1,4 @@
-"""The outcome readout: how likely a response refuses, given the probabilities of its first token.
+"""The outcome readout: how likely a response refuses, given the probabilities of its first tokens.
 
 The model answers the calibration queries without a defense, and a judge labels the responses. Each first
 token t gets a value v(t): the share of refusals among the responses that open with t, shrunken toward a
@@ -9,10 +9,18 @@ prior. The readout is the expected value under the sharpened first-token distrib
 so that every token counts on the same scale: what the model's own responses say. The prior covers openers
 that the undefended model never uses: refusal words lean to refusing, compliance words to complying, and every
 other token has the base rate of refusals.
+
+With a depth above 1, the readout also looks at the token after an opening that begins both refusals and other
+responses ("I'm" before "sorry" and before "glad"). Its value v(t, u) is shrunken toward v(t), and
+
+    q = Σ_t p(t) [v(t) + Σ_u p(u | t) (v(t, u) − v(t))],
+
+and so on for longer openings.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +29,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from analysis.models.generation import generate_token_ids
 from analysis.models.session import ModelSession
-from analysis.readouts.readout import Readout
+from analysis.readouts.readout import OpeningBranch, Readout
 from defenses.contract import Defense, QueryChat
 
 # Prior refusal rates of responses that open with a refusal word or with a compliance word, and the number of
@@ -30,22 +39,34 @@ from defenses.contract import Defense, QueryChat
 # half way from the base rate to 1, or to 0.
 REFUSAL_PRIOR, COMPLIANCE_PRIOR, PRIOR_STRENGTH = 0.9, 0.05, 2.0
 SHARPNESS_CANDIDATES = (1.0, 2.0, 4.0, 8.0)
+# Responses of each kind, refusals and others, that an opening must begin for the token after it to count, and
+# the maximum number of such openings, each of which costs some tokens per prompt.
+MIN_MIXED_RESPONSES, MAX_BRANCHES = 2, 8
 _N_FOLDS = 5
+_Opening = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _Openers:
-    """First tokens of the calibration responses.
+class _Node:
+    """The tokens that follow one opening of the calibration responses; the first tokens follow the empty one.
 
     Attributes:
-        ids: candidate tokens: those of the words readout, and the first token of each response.
-        opener_index: position in `ids` of each response's first token.
-        probabilities: sharpness → sharpened probability of each candidate token, by response.
+        opening: token ids.
+        ids: candidate tokens.
+        next_index: position in `ids` of the token with which each response continues the opening; -1 if the
+            response opens otherwise.
+        probabilities: sharpness → sharpened probability of each candidate token after the opening, for each
+            response.
     """
 
+    opening: _Opening
     ids: tuple[int, ...]
-    opener_index: Int[np.ndarray, " n"]
+    next_index: Int[np.ndarray, " n"]
     probabilities: dict[float, Float[np.ndarray, "n tokens"]]
+
+    def get_index(self, token_id: int) -> int:
+        """Return the position of a candidate token."""
+        return self.ids.index(token_id)
 
 
 def fit_outcome_readout(
@@ -55,6 +76,7 @@ def fit_outcome_readout(
     query_chats: Sequence[QueryChat],
     pairs: Sequence[str | None],
     labels: tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " judged"]],
+    depth: int = 1,
 ) -> Readout:
     """Return the readout fitted to the undefended model's own responses, with threshold 0.
 
@@ -65,6 +87,7 @@ def fit_outcome_readout(
         query_chats: queries of the calibration split.
         pairs: pair of each query, or None; cross-validation never splits a pair.
         labels: which responses were judged, and which of the judged ones refuse; at least one was judged.
+        depth: number of tokens of a response that count.
     """
     is_judged, is_refusal = labels
     prompts_by_query = session.render_prompts(undefended, query_chats)
@@ -76,33 +99,47 @@ def fit_outcome_readout(
     groups = [pair or chat.query_id for pair, chat in zip(pairs, query_chats, strict=True)]
     fold_by_group = {group: number % _N_FOLDS for number, group in enumerate(dict.fromkeys(groups))}
     folds = np.array([fold_by_group[group] for group in groups])[is_judged]
-    openers = _read_openers(session, undefended, prompts, words_readout.ids)
     base_value = float(is_refusal.sum() + 0.5) / (len(is_refusal) + 1)
-    priors = _make_priors(openers.ids, words_readout, base_value)
+    openings = _generate_openings(session, undefended, prompts, depth)
+    branch_openings = list_mixed_openings(openings, is_refusal, depth)
+    nodes = [
+        _read_node(session, undefended, prompts, openings, opening, () if opening else words_readout.ids)
+        for opening in [(), *branch_openings]
+    ]
+    priors = _make_priors(nodes[0].ids, words_readout, base_value)
     losses = {
-        sharpness: _compute_held_out_loss(
-            probabilities, openers.opener_index, is_refusal, folds, priors, base_value
-        )
-        for sharpness, probabilities in openers.probabilities.items()
+        sharpness: _compute_held_out_loss(nodes, sharpness, is_refusal, folds, priors, base_value)
+        for sharpness in SHARPNESS_CANDIDATES
     }
     sharpness = min(losses, key=losses.__getitem__)
-    values = estimate_token_values(openers.opener_index, is_refusal, priors)
-    order = np.argsort(-values, kind="stable")
+    values = _estimate_node_values(nodes, is_refusal, np.ones(len(is_refusal), bool), priors)
+    tokenizer = session.loaded_model.tokenizer
+    root_values = values[()]
+    order = np.argsort(-root_values, kind="stable")
+    notices = [
+        *words_readout.notices[1:],
+        f"values of {len({opening[0] for opening in openings})} first tokens from {len(is_refusal)} "
+        f"undefended responses, {int(is_refusal.sum())} of them refusals; logits × {sharpness:g} by "
+        "cross-validation",
+    ]
+    if depth > 1:
+        texts = ", ".join(repr(str(tokenizer.decode(list(opening)))) for opening in branch_openings)
+        notices.append(
+            f"the token after {texts} counts as well"
+            if texts
+            else "only the first token counts: no opening begins several refusals and several other responses"
+        )
     return Readout(
-        "outcome",
-        tuple(str(session.loaded_model.tokenizer.decode([openers.ids[index]])) for index in order),
-        tuple(openers.ids[index] for index in order),
-        tuple(float(values[index] - base_value) for index in order),
+        "outcome" if depth == 1 else f"outcome-{depth}",
+        tuple(str(tokenizer.decode([nodes[0].ids[index]])) for index in order),
+        tuple(nodes[0].ids[index] for index in order),
+        tuple(float(root_values[index] - base_value) for index in order),
         response_prefix=words_readout.response_prefix,
         prefill=words_readout.prefill,
-        notices=(
-            *words_readout.notices[1:],
-            f"values of {len(set(openers.opener_index))} first tokens from {len(is_refusal)} undefended "
-            f"responses, {int(is_refusal.sum())} of them refusals; logits × {sharpness:g} by "
-            "cross-validation",
-        ),
+        notices=tuple(notices),
         base_value=base_value,
         sharpness=sharpness,
+        branches=tuple(_make_branch(nodes, node, values) for node in nodes[1:]),
     )
 
 
@@ -126,35 +163,88 @@ def estimate_token_values(
     return (n_refusals + PRIOR_STRENGTH * priors) / (n_responses + PRIOR_STRENGTH)
 
 
-def _read_openers(
+def list_mixed_openings(
+    openings: Sequence[tuple[int, ...]], is_refusal: Bool[np.ndarray, " n"], depth: int
+) -> list[tuple[int, ...]]:
+    """Return the openings that begin both several refusals and several other responses, shorter ones first.
+
+    >>> openings = [(1, 2, 3), (1, 2, 4), (1, 5, 6), (1, 5, 6), (7, 8, 9)]
+    >>> list_mixed_openings(openings, np.array([True, True, False, False, False]), 3)
+    [(1,)]
+
+    Args:
+        openings: first token ids of each response.
+        is_refusal: whether each response refuses.
+        depth: number of tokens of a response that count; the last of them needs no opening of its own.
+    """
+    mixed: list[tuple[int, ...]] = [()]
+    for length in range(1, depth):
+        counts: Counter[tuple[int, ...]] = Counter()
+        refusals: Counter[tuple[int, ...]] = Counter()
+        for opening, refuses in zip(openings, is_refusal, strict=True):
+            if len(opening) > length and opening[: length - 1] in mixed:
+                counts[opening[:length]] += 1
+                refusals[opening[:length]] += bool(refuses)
+        mixed += [
+            opening
+            for opening, count in counts.most_common()
+            if min(refusals[opening], count - refusals[opening]) >= MIN_MIXED_RESPONSES
+        ]
+    return mixed[1 : 1 + MAX_BRANCHES]
+
+
+def _generate_openings(
+    session: ModelSession, undefended: Defense, prompts: Sequence[tuple[int, ...]], depth: int
+) -> list[_Opening]:
+    """Generate the first tokens of each greedy response; the end token counts as one."""
+    eos_token_id = session.loaded_model.tokenizer.eos_token_id
+    with undefended.apply_to(session.loaded_model.model):
+        generated = generate_token_ids(session.engine, prompts, depth, eos_token_id)
+    return [tuple([*token_ids, eos_token_id][:depth]) for token_ids in generated]
+
+
+def _read_node(
     session: ModelSession,
     undefended: Defense,
     prompts: Sequence[tuple[int, ...]],
-    word_ids: Sequence[int],
-) -> _Openers:
-    """Read the first token of each greedy response, and the sharpened probabilities of all candidates."""
-    engine = session.engine
+    openings: Sequence[_Opening],
+    opening: _Opening,
+    more_ids: Sequence[int],
+) -> _Node:
+    """Read the sharpened probabilities of the tokens that follow an opening of some responses.
+
+    Args:
+        session: the model.
+        undefended: the undefended model as a defense.
+        prompts: of the judged responses.
+        openings: first tokens of these responses.
+        opening: the opening.
+        more_ids: candidate tokens besides those that follow it in the responses.
+    """
+    length = len(opening)
+    next_ids = [
+        tokens[length] if len(tokens) > length and tokens[:length] == opening else None for tokens in openings
+    ]
+    ids = tuple(dict.fromkeys([*more_ids, *(token_id for token_id in next_ids if token_id is not None)]))
+
+    def compute_probabilities(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows values"]:
+        chosen = logits[:, list(ids)]
+        return torch.cat(
+            [
+                (chosen * sharpness - (logits * sharpness).logsumexp(1, keepdim=True)).exp()
+                for sharpness in SHARPNESS_CANDIDATES
+            ],
+            dim=1,
+        )
+
     with undefended.apply_to(session.loaded_model.model):
-        # A greedy response opens with the most likely token.
-        top_ids = engine.read_first_token(prompts, lambda logits: logits.argmax(1, keepdim=True).double())
-        first_ids = top_ids[:, 0].int().tolist()
-        ids = tuple(dict.fromkeys([*word_ids, *first_ids]))
-
-        def compute_probabilities(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows values"]:
-            chosen = logits[:, list(ids)]
-            return torch.cat(
-                [
-                    (chosen * sharpness - (logits * sharpness).logsumexp(1, keepdim=True)).exp()
-                    for sharpness in SHARPNESS_CANDIDATES
-                ],
-                dim=1,
-            )
-
-        columns = engine.read_first_token(prompts, compute_probabilities).double().cpu().numpy()
+        sequences = [(*prompt, *opening) for prompt in prompts]
+        columns = session.engine.read_first_token(sequences, compute_probabilities).double().cpu().numpy()
     probabilities = np.split(columns, len(SHARPNESS_CANDIDATES), axis=1)
-    return _Openers(
+    return _Node(
+        opening,
         ids,
-        np.array([ids.index(token_id) for token_id in first_ids]),
+        np.array([-1 if token_id is None else ids.index(token_id) for token_id in next_ids]),
         dict(zip(SHARPNESS_CANDIDATES, probabilities, strict=True)),
     )
 
@@ -172,9 +262,67 @@ def _make_priors(
     return np.array([prior_by_id.get(token_id, base_value) for token_id in ids])
 
 
+def _estimate_node_values(
+    nodes: Sequence[_Node],
+    is_refusal: Bool[np.ndarray, " n"],
+    is_used: Bool[np.ndarray, " n"],
+    root_priors: Float[np.ndarray, " tokens"],
+) -> dict[_Opening, Float[np.ndarray, " tokens"]]:
+    """Return the values of the tokens after each opening, from some of the responses.
+
+    The prior of a token after an opening is the value of the opening.
+    """
+    node_by_opening = {node.opening: node for node in nodes}
+    values: dict[_Opening, Float[np.ndarray, " tokens"]] = {}
+    for node in nodes:
+        priors = root_priors
+        if node.opening:
+            parent = node_by_opening[node.opening[:-1]]
+            priors = np.full(len(node.ids), values[parent.opening][parent.get_index(node.opening[-1])])
+        is_counted = is_used & (node.next_index >= 0)
+        values[node.opening] = estimate_token_values(
+            node.next_index[is_counted], is_refusal[is_counted], priors
+        )
+    return values
+
+
+def _predict_refusals(
+    nodes: Sequence[_Node],
+    values: dict[_Opening, Float[np.ndarray, " tokens"]],
+    sharpness: float,
+    base_value: float,
+) -> Float[np.ndarray, " n"]:
+    """Return the expected refusal of each response; nodes with shorter openings come first."""
+    node_by_opening = {node.opening: node for node in nodes}
+    n = len(nodes[0].next_index)
+    # Probability that the response starts with an opening.
+    reach: dict[_Opening, Float[np.ndarray, " n"]] = {(): np.ones(n)}
+    expected = np.full(n, base_value)
+    for node in nodes:
+        opening_value = base_value
+        if node.opening:
+            parent = node_by_opening[node.opening[:-1]]
+            index = parent.get_index(node.opening[-1])
+            opening_value = values[parent.opening][index]
+            reach[node.opening] = reach[parent.opening] * parent.probabilities[sharpness][:, index]
+        corrections = node.probabilities[sharpness] @ (values[node.opening] - opening_value)
+        expected = expected + reach[node.opening] * corrections
+    return expected
+
+
+def _make_branch(
+    nodes: Sequence[_Node], node: _Node, values: dict[_Opening, Float[np.ndarray, " tokens"]]
+) -> OpeningBranch:
+    """Return the branch of the readout that a node with an opening stands for."""
+    parent = next(other for other in nodes if other.opening == node.opening[:-1])
+    opening_value = values[parent.opening][parent.get_index(node.opening[-1])]
+    weights = tuple(float(value - opening_value) for value in values[node.opening])
+    return OpeningBranch(node.opening, node.ids, weights)
+
+
 def _compute_held_out_loss(
-    probabilities: Float[np.ndarray, "n tokens"],
-    opener_index: Int[np.ndarray, " n"],
+    nodes: Sequence[_Node],
+    sharpness: float,
     is_refusal: Bool[np.ndarray, " n"],
     folds: Int[np.ndarray, " n"],
     priors: Float[np.ndarray, " tokens"],
@@ -184,6 +332,6 @@ def _compute_held_out_loss(
     predictions = np.empty(len(is_refusal))
     for fold in np.unique(folds):
         is_held_out = folds == fold
-        values = estimate_token_values(opener_index[~is_held_out], is_refusal[~is_held_out], priors)
-        predictions[is_held_out] = base_value + probabilities[is_held_out] @ (values - base_value)
+        values = _estimate_node_values(nodes, is_refusal, ~is_held_out, priors)
+        predictions[is_held_out] = _predict_refusals(nodes, values, sharpness, base_value)[is_held_out]
     return float(-np.log(np.where(is_refusal, predictions, 1 - predictions)).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,21 @@ from torch import Tensor
 
 LOW_COVERAGE = 0.2  # coverage below which margins need a warning
 _MAX_NAMED_TOKENS = 6  # tokens per side that name an expected outcome, which has a value for every opener
+
+
+@dataclass(frozen=True)
+class OpeningBranch:
+    """The tokens that follow one opening of a response, for readouts that look beyond the first token.
+
+    Attributes:
+        opening: token ids of the opening.
+        ids: token ids that follow it.
+        weights: the value of each of them, less the value of the opening alone.
+    """
+
+    opening: tuple[int, ...]
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Readout:
             linear in the logits.
         base_value: for the expected outcome, the refusal rate that all other tokens stand for; else None.
         sharpness: for the expected outcome, the factor of the logits.
+        branches: for the expected outcome, openings after which the next token counts as well, shorter ones
+            first. Their values correct that of the opening in proportion to its probability.
     """
 
     name: str
@@ -54,6 +72,12 @@ class Readout:
     is_log_odds: bool = False
     base_value: float | None = None
     sharpness: float = 1.0
+    branches: tuple[OpeningBranch, ...] = ()
+
+    @property
+    def continuations(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids to append to a prompt, one row of logits each; for the first token, none."""
+        return ((), *(branch.opening for branch in self.branches))
 
     @property
     def is_linear(self) -> bool:
@@ -63,10 +87,54 @@ class Readout:
     @property
     def scoring_settings(self) -> list[object]:
         """Everything that determines the margin of given logits, for cache keys."""
-        return [self.ids, self.weights, self.is_log_odds, self.base_value, self.sharpness]
+        branches = [(branch.opening, branch.ids, branch.weights) for branch in self.branches]
+        return [self.ids, self.weights, self.is_log_odds, self.base_value, self.sharpness, branches]
+
+    def compute_terms(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows terms"]:
+        """Return what `combine_terms` needs of the logits after a prompt and one of the continuations.
+
+        Without branches, this is the result itself: margin and coverage. With branches, every row has the
+        terms of all branches, although it needs only those of its own continuation.
+        """
+        if not self.branches:
+            return self.compute_margins(logits)
+        normalizer = (logits * self.sharpness).logsumexp(1, keepdim=True).cpu().double()
+
+        def compute_probabilities(ids: Sequence[int]) -> Tensor:
+            return (logits[:, list(ids)].cpu().double() * self.sharpness - normalizer).exp()
+
+        corrections = [
+            compute_probabilities(branch.ids) @ torch.tensor(branch.weights, dtype=torch.float64)
+            for branch in self.branches
+        ]
+        last_tokens = compute_probabilities([branch.opening[-1] for branch in self.branches])
+        return torch.cat([self.compute_margins(logits), torch.stack(corrections, 1), last_tokens], dim=1)
+
+    def combine_terms(
+        self, terms: Float[Tensor, "prompts continuations terms"]
+    ) -> Float[Tensor, "prompts 2"]:
+        """Return margin and coverage of each prompt from the terms of all its continuations."""
+        if not self.branches:
+            return terms[:, 0]
+        margins, coverage = terms[:, 0, 0], terms[:, 0, 1]
+        expected_outcome = margins.sigmoid()
+        n_branches = len(self.branches)
+        row_by_opening = {opening: row for row, opening in enumerate(self.continuations)}
+        # Probability that the response starts with an opening.
+        reach: dict[tuple[int, ...], Tensor] = {(): torch.ones_like(margins)}
+        for number, branch in enumerate(self.branches):
+            parent = branch.opening[:-1]
+            probability = terms[:, row_by_opening[parent], 2 + n_branches + number]
+            reach[branch.opening] = reach[parent] * probability
+            correction = terms[:, row_by_opening[branch.opening], 2 + number]
+            expected_outcome = expected_outcome + reach[branch.opening] * correction
+        return torch.stack([expected_outcome.logit(), coverage], dim=1)
 
     def compute_margins(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 2"]:
-        """Return each row's margin (nats; positive refuses) and coverage (probability mass on the tokens)."""
+        """Return each row's margin (nats; positive refuses) and coverage (probability mass on the tokens).
+
+        Branches do not count here: they need the logits after their openings, see `compute_terms`.
+        """
         # On the CPU: Apple's GPUs have no float64.
         chosen = logits[:, list(self.ids)].cpu().double()
         if self.is_log_odds:

@@ -39,7 +39,7 @@ from analysis.readouts.logistic import (
     fit_logistic_readout,
 )
 from analysis.readouts.outcome import fit_outcome_readout
-from analysis.readouts.readout import Readout
+from analysis.readouts.readout import OpeningBranch, Readout
 from analysis.run import score_condition
 from analysis.stats.agreement import fit_matching_threshold
 from analysis.stats.tables import UNDEFENDED, Trust
@@ -49,7 +49,8 @@ from defenses.contract import Defense, ModelInfo, QueryChat
 from defenses.errors import UserError
 
 # Readouts among which `auto` selects the best validated one.
-CANDIDATE_READOUTS = ("words", "calibrated", "question", "log-odds", "outcome")
+OUTCOME_DEPTHS = {"outcome": 1, "outcome-3": 3}  # number of tokens of a response that count
+CANDIDATE_READOUTS = ("words", "calibrated", "question", "log-odds", *OUTCOME_DEPTHS)
 _CALIBRATION_JUDGE = LEARNED_JUDGE
 _MAX_CALIBRATION_QUERIES = 120  # maximum number of queries that a threshold or a readout is fitted to
 
@@ -76,14 +77,16 @@ class ReadoutCalibration:
         """Return the readout of that name with its threshold, from the cache if it was made before.
 
         Args:
-            name: words, calibrated, outcome, question, log-odds, or prefilled- and a number of tokens.
+            name: words, calibrated, outcome, outcome-3, question, log-odds, or prefilled- and a number of
+                tokens.
         """
         if (cached := self.load_readout(name)) is not None:
             return cached
         if name == "calibrated":
             readout = self._fit_logistic_readout(self.build_readout("words"))
-        elif name == "outcome":
-            readout = self.fit_threshold(self._fit_outcome_readout(self.build_readout("words")))
+        elif name in OUTCOME_DEPTHS:
+            words_readout = self.build_readout("words")
+            readout = self.fit_threshold(self._fit_outcome_readout(words_readout, OUTCOME_DEPTHS[name]))
         else:
             readout = self.fit_threshold(self.build_readout(name))
         if readout.name == name:
@@ -96,7 +99,11 @@ class ReadoutCalibration:
         if (cached := read_cached_json(self._readout_cache_path(name))) is None:
             return None
         tuples = {key: tuple(value) for key, value in cached.items() if isinstance(value, list)}
-        fields: dict[str, Any] = cached | tuples
+        branches = (
+            OpeningBranch(**{key: tuple(value) for key, value in branch.items()})
+            for branch in cached["branches"]
+        )
+        fields: dict[str, Any] = cached | tuples | {"branches": tuple(branches)}
         return Readout(**fields)
 
     def select_best_readout(self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]) -> Readout:
@@ -246,8 +253,8 @@ class ReadoutCalibration:
             words = self.calibrate_readout("words")
             return replace(words, notices=(*words.notices, notice))
 
-    def _fit_outcome_readout(self, words_readout: Readout) -> Readout:
-        """Fit the outcome readout to the undefended responses, threshold 0."""
+    def _fit_outcome_readout(self, words_readout: Readout, depth: int) -> Readout:
+        """Fit an outcome readout to the undefended responses, threshold 0."""
         verdicts = self._calibration_verdicts(UNDEFENDED, self.undefended, words_readout.prefill)
         return fit_outcome_readout(
             self.session,
@@ -256,6 +263,7 @@ class ReadoutCalibration:
             self._calibration_chats,
             [query.pair for query in self._calibration_queries],
             make_verdict_masks(verdicts),
+            depth,
         )
 
     def _calibration_verdicts(

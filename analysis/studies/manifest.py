@@ -8,7 +8,7 @@ import inspect
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ def describe_readout(readout: Readout) -> dict[str, Any]:
         "log_odds": readout.is_log_odds,
         "base_value": readout.base_value,
         "sharpness": readout.sharpness,
+        "branches": [asdict(branch) for branch in readout.branches],
         "made": readout.notices,
     }
 

@@ -25,8 +25,8 @@ from analysis.models.chat_template import (
 )
 from analysis.models.engine import count_shared_prefix
 from analysis.models.session import ModelSession, list_blend_members
+from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import LOW_COVERAGE, Readout
-from analysis.run import score_prompts
 from analysis.stats.tables import format_condition
 from defenses.chats import split_prefill
 from defenses.contract import Defense, QueryChat
@@ -228,11 +228,14 @@ def _check_margins(
     batched, single = (
         score_prompts(session.loaded_model, session.engine, defense, rows, readout) for rows in (two, two[:1])
     )
-    logits = torch.zeros(len(two), 1)
+    sequences = [(*ids, *tokens) for ids in two for tokens in readout.continuations]
+    logits = torch.zeros(len(sequences), 1)
     for weight, member in list_blend_members(defense):
         with member.apply_to(model), torch.inference_mode():
-            logits = logits + weight * torch.cat([_plain_forward_logits(model, ids) for ids in two]).cpu()
-    plain = readout.compute_margins(logits)
+            logits = (
+                logits + weight * torch.cat([_plain_forward_logits(model, ids) for ids in sequences]).cpu()
+            )
+    plain = readout.combine_terms(readout.compute_terms(logits).unflatten(0, (len(two), -1)))
     tolerance = MARGIN_TOLERANCES.get(model.dtype, 0.5) * readout.sharpness
     plain_gap = float((batched[:, 0] - plain[:, 0]).abs().max())
     single_gap = float((batched[:1, 0] - single[:, 0]).abs().max())

@@ -25,8 +25,8 @@ from analysis.models.cache import CacheKey, describe_computation, hash_code
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, list_blend_members
 from analysis.progress import make_defense_call_callback, make_progress_bar
+from analysis.readouts.prompt_scores import make_score_writer
 from analysis.readouts.readout import Readout
-from analysis.run import make_score_writer
 from analysis.stats.tables import ResponseVerdict
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup

@@ -31,6 +31,7 @@ READOUT_DESCRIPTIONS = {
     "calibrated": "weights on first tokens, fitted to this model's own responses on the calibration split",
     "question": "Yes against No to the question whether to refuse the request, averaged over both orders",
     "outcome": "expected refusal of the first token, by what this model's responses with it say; not linear",
+    "outcome-3": "the same, three tokens deep after openings that begin refusals and other responses alike",
     "log-odds": "log-odds of I and As against all other tokens (refusal direction paper); not linear",
     "prefilled-K": "the words readout after the first K tokens of a complying opener",
     "auto": "the readout that `analyze validate` found best for this model and these conditions",
@@ -316,7 +317,7 @@ def _check_readout_name(name: str) -> None:
 
 def _check_single_readout(name: str, needs_linear_readout: bool) -> None:
     """Raise if a run that uses exactly one readout cannot use this one."""
-    if needs_linear_readout and name in ("all", "log-odds", "outcome"):
+    if needs_linear_readout and name in ("all", "log-odds", "outcome", "outcome-3"):
         raise UserError(
             f"--readout {name}: a margin is decomposed only where it is linear in the logits: take "
             "words, calibrated, question or prefilled-K"

@@ -21,7 +21,8 @@ from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
 from analysis.models.session import generate_responses
-from analysis.run import build_conditions, score_condition, score_prompts
+from analysis.readouts.prompt_scores import score_prompts
+from analysis.run import build_conditions, score_condition
 from analysis.studies.manifest import describe_defense
 from analysis.studies.preflight import check_condition
 from defenses.adapters import load_adapter

@@ -29,7 +29,8 @@ from analysis.models.cache import (
     hash_code,
 )
 from analysis.models.session import ModelSession, generate_responses, iterate_defended_logits
-from analysis.run import score_condition, score_prompts
+from analysis.readouts.prompt_scores import score_prompts
+from analysis.run import score_condition
 from defenses.adapters import load_adapter
 from defenses.catalog import get_defense
 from defenses.contract import ModelCall

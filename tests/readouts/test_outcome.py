@@ -13,13 +13,18 @@ from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
 from analysis.readouts.outcome import (
     COMPLIANCE_PRIOR,
+    MIN_MIXED_RESPONSES,
     PRIOR_STRENGTH,
     REFUSAL_PRIOR,
     SHARPNESS_CANDIDATES,
     _compute_held_out_loss,
+    _Node,
     fit_outcome_readout,
+    list_mixed_openings,
 )
-from analysis.readouts.readout import Readout
+from analysis.readouts.prompt_scores import score_prompts
+from analysis.readouts.readout import OpeningBranch, Readout
+from analysis.run import score_condition
 from defenses.catalog import get_defense
 
 NONE = get_defense("none")
@@ -109,7 +114,8 @@ def test_the_loss_of_a_response_does_not_depend_on_its_own_label() -> None:
     rng = np.random.default_rng(0)
     is_refusal, openers, folds = rng.random(n) < 0.5, np.arange(n), np.arange(n) % 5
     priors, probabilities = np.full(n, 0.3), np.eye(n)
-    loss = _compute_held_out_loss(probabilities, openers, is_refusal, folds, priors, 0.3)
+    node = _Node((), tuple(range(n)), openers, {1.0: probabilities})
+    loss = _compute_held_out_loss([node], 1.0, is_refusal, folds, priors, 0.3)
     expected = -np.log(np.where(is_refusal, 0.3, 0.7)).mean()
     assert loss == pytest.approx(expected)
 
@@ -134,3 +140,120 @@ def test_words_keep_their_side_whatever_the_base_rate_is(n_refused: int) -> None
     for token_id, weight in zip(words.ids, words.weights, strict=True):
         if token_id not in openers[:, 0].int().tolist():
             assert weights[token_id] * weight > 0
+
+
+def plain_logits(session, prompt: tuple[int, ...]) -> torch.Tensor:
+    """Return the next-token logits of one prompt, computed without the engine."""
+    with torch.inference_mode():
+        return session.loaded_model.model(torch.tensor([prompt])).logits[0, -1].double()
+
+
+def test_branches_correct_the_value_of_their_opening_by_what_follows_it() -> None:
+    """Against the sum over all pairs and triples of tokens, written out."""
+    session = make_toy_session()
+    readout = Readout(
+        "outcome-3",
+        ("a", "b"),
+        (7, 2),
+        (0.6, -0.15),
+        base_value=0.2,
+        sharpness=2.0,
+        branches=(
+            OpeningBranch((7,), (3, 4), (-0.5, 0.1)),
+            OpeningBranch((9,), (3,), (0.3,)),
+            OpeningBranch((7, 3), (5,), (0.4,)),
+        ),
+    )
+    values = {(7,): 0.8, (2,): 0.05, (7, 3): 0.3, (7, 4): 0.9, (9, 3): 0.5, (7, 3, 5): 0.7}
+
+    def find_value(tokens: tuple[int, ...]) -> float:
+        """Return the value of the longest opening of these tokens that has one."""
+        openings = (tokens[:length] for length in (3, 2, 1))
+        return next((values[opening] for opening in openings if opening in values), 0.2)
+
+    prompts = [(5, 6, 7), (5, 6, 8, 9), (5, 300, 2)]
+    expected = []
+    for prompt in prompts:
+        total = 0.0
+        first = (2 * plain_logits(session, prompt)).softmax(0)
+        for token, probability in enumerate(first.tolist()):
+            if token not in (7, 9):
+                total += probability * find_value((token,))
+                continue
+            second = (2 * plain_logits(session, (*prompt, token))).softmax(0)
+            for next_token, next_probability in enumerate(second.tolist()):
+                if (token, next_token) != (7, 3):
+                    total += probability * next_probability * find_value((token, next_token))
+                    continue
+                third = (2 * plain_logits(session, (*prompt, 7, 3))).softmax(0)
+                total += (
+                    probability
+                    * next_probability
+                    * sum(p * find_value((7, 3, last)) for last, p in enumerate(third.tolist()))
+                )
+        expected.append(total)
+    for batch_size in (None, 1, 2):
+        session.engine.batch_size = batch_size  # the rows of a prompt may be in different batches
+        scores = score_prompts(session.loaded_model, session.engine, NONE, prompts, readout)
+        assert scores[:, 0].tolist() == pytest.approx(
+            np.log(expected) - np.log1p(-np.array(expected)), abs=1e-4
+        )
+
+
+def test_only_openings_of_several_refusals_and_several_others_are_mixed() -> None:
+    openings = [
+        (1, 2, 3),
+        (1, 2, 4),
+        (1, 2, 5),
+        (1, 2, 5),
+        (1, 6, 7),
+        (1, 6, 7),
+        (8, 9, 9),
+        (8, 9, 9),
+        (1, 0),
+    ]
+    is_refusal = np.array([True, True, False, False, True, True, False, False, False])
+    assert list_mixed_openings(openings, is_refusal, 3) == [(1,), (1, 2)]
+    assert list_mixed_openings(openings, is_refusal, 2) == [(1,)]
+    assert list_mixed_openings(openings, is_refusal, 1) == []
+    assert list_mixed_openings(openings, ~is_refusal, 3) == [(1,), (1, 2)]
+    # What follows an opening that is not mixed does not matter.
+    assert list_mixed_openings([(1, 2, 3)] * 4, np.array([True, True, True, False]), 3) == []
+
+
+def test_the_deeper_readout_tells_responses_with_the_same_first_token_apart() -> None:
+    session = make_toy_session()
+    words = derive_readout(session, QUERIES, NONE)
+    query_chats = DIRECT_ATTACK.build_query_chats(QUERIES)
+    prompts = [
+        prompts[0].append_prefix(words.response_prefix)
+        for prompts in session.render_prompts(NONE, query_chats)
+    ]
+    openings = []
+    for prompt in prompts:
+        first = int(plain_logits(session, prompt).argmax())
+        openings.append((first, int(plain_logits(session, (*prompt, first)).argmax())))
+    # Of the responses with the most frequent first token, those with the most frequent second one refuse.
+    refusing = max(set(openings), key=openings.count)
+    is_refusal = np.array([opening == refusing for opening in openings])
+    is_other = np.array([opening[0] == refusing[0] for opening in openings]) & ~is_refusal
+    assert min(is_refusal.sum(), is_other.sum()) >= MIN_MIXED_RESPONSES
+    labels = np.ones(len(QUERIES), bool), is_refusal
+    pairs = [query.pair for query in QUERIES]
+    shallow, deep = (
+        fit_outcome_readout(session, words, NONE, query_chats, pairs, labels, depth) for depth in (1, 3)
+    )
+    assert (shallow.ids, shallow.weights, shallow.branches) == (deep.ids, deep.weights, ())
+    (branch,) = deep.branches
+    assert branch.opening == refusing[:1] and deep.name == "outcome-3"
+    assert set(branch.ids) == {second for first, second in openings if first == refusing[0]}
+    # Shrunken toward the value of the opening, which is the prior of every token after it.
+    opening_value = deep.base_value + deep.weights[deep.ids.index(refusing[0])]
+    n = int(is_refusal.sum())
+    expected = (n + PRIOR_STRENGTH * opening_value) / (n + PRIOR_STRENGTH) - opening_value
+    assert branch.weights[branch.ids.index(refusing[1])] == pytest.approx(expected)
+    gaps = []
+    for readout in (shallow, deep):
+        margins = score_condition(session, "none", NONE, QUERIES, readout)["margin"].to_numpy()
+        gaps.append(margins[is_refusal].min() - margins[is_other].max())
+    assert gaps[1] > 0.4 > 0.1 > gaps[0]

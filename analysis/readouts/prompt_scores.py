@@ -1,0 +1,121 @@
+"""Scores of prompts: first-token logits → margin and coverage, with a cache (steps 4 and 5)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.models.cache import CacheKey, ScoreCache, describe_computation
+from analysis.models.engine import Engine
+from analysis.models.loading import LoadedModel
+from analysis.models.session import PromptLogitCallback, iterate_defended_logits, list_blend_members
+from analysis.readouts.readout import Readout
+from defenses.contract import Defense
+
+
+def score_prompts(
+    loaded_model: LoadedModel,
+    engine: Engine,
+    defense: Defense,
+    prompts: Sequence[tuple[int, ...]],
+    readout: Readout,
+    score_cache: ScoreCache | None = None,
+    on_progress: Callable[[int], None] = lambda n_prompts: None,
+) -> Float[Tensor, "prompts 2"]:
+    """Return margin (nats; positive refuses) and coverage of every prompt; cached scores are not recomputed.
+
+    Args:
+        loaded_model: the model.
+        engine: runs the model.
+        defense: applied to the model while it runs.
+        prompts: token ids, the readout's response prefix included.
+        readout: reduces first-token logits to a margin.
+        score_cache: scores of earlier runs, to which new ones are added; None disables caching.
+        on_progress: called with the number of prompts finished since the last call.
+    """
+    if not _is_cacheable(defense):
+        score_cache = None
+    cache_key = _make_score_key(loaded_model, defense, readout)
+    keys = [cache_key.make_key(ids) for ids in prompts]
+    scores = score_cache.read_scores(keys) if score_cache is not None else {}
+    if score_cache is not None:
+        score_cache.n_hits += sum(key in scores for key in keys)
+    # Identical prompts have the same key and are scored once.
+    new_rows = list({key: row for row, key in enumerate(keys) if key not in scores}.values())
+    new_prompts = [prompts[row] for row in new_rows]
+    for batch_rows, values in _iterate_scores(loaded_model, engine, defense, new_prompts, readout):
+        batch_keys = [keys[new_rows[row]] for row in batch_rows]
+        new_scores = dict(zip(batch_keys, map(tuple, values.tolist()), strict=True))
+        if score_cache is not None:
+            score_cache.write_scores((key, *score) for key, score in new_scores.items())
+        scores |= new_scores
+        on_progress(len(batch_rows))
+    on_progress(len(prompts) - len(new_rows))
+    return torch.tensor([scores[key] for key in keys], dtype=torch.float64)
+
+
+def make_score_writer(
+    loaded_model: LoadedModel, defense: Defense, readout: Readout, score_cache: ScoreCache | None
+) -> PromptLogitCallback:
+    """Return a function that caches the scores of prompts whose first-token logits were computed elsewhere.
+
+    Args:
+        loaded_model: the model.
+        defense: applied to the model while the logits were computed.
+        readout: reduces first-token logits to a margin.
+        score_cache: receives the scores; None discards them.
+    """
+    reads_other_prompts = readout.questions or readout.branches or readout.response_prefix != readout.prefill
+    if score_cache is None or reads_other_prompts or not _is_cacheable(defense):
+        return lambda prompts, logits: None
+    cache_key = _make_score_key(loaded_model, defense, readout)
+
+    def write_scores(prompts: Sequence[tuple[int, ...]], logits: Float[Tensor, "rows vocab"]) -> None:
+        scores = zip(prompts, readout.compute_margins(logits).tolist(), strict=True)
+        score_cache.write_scores((cache_key.make_key(ids), *score) for ids, score in scores)
+
+    return write_scores
+
+
+def _iterate_scores(
+    loaded_model: LoadedModel,
+    engine: Engine,
+    defense: Defense,
+    prompts: Sequence[tuple[int, ...]],
+    readout: Readout,
+) -> Iterator[tuple[list[int], Float[Tensor, "rows 2"]]]:
+    """Yield the indices and scores of prompts, once the logits of all their continuations are computed."""
+    if not prompts:
+        return
+    continuations = readout.continuations
+    sequences = [(*prompt, *tokens) for prompt in prompts for tokens in continuations]
+    # Terms of prompts, some of whose continuations are in a later batch.
+    pending: dict[int, dict[int, Tensor]] = defaultdict(dict)
+    for indices, values in iterate_defended_logits(
+        engine, loaded_model, defense, sequences, readout.compute_terms
+    ):
+        finished: dict[int, Tensor] = {}
+        for index, terms in zip(indices, values, strict=True):
+            row, number = divmod(index, len(continuations))
+            pending[row][number] = terms
+            if len(pending[row]) == len(continuations):
+                finished[row] = torch.stack([terms for _, terms in sorted(pending.pop(row).items())])
+        if finished:
+            yield list(finished), readout.combine_terms(torch.stack(list(finished.values())))
+
+
+def _is_cacheable(defense: Defense) -> bool:
+    """Whether scores can be cached; not if nothing is known about a user-defined change of the model."""
+    return all(member.cacheable_fingerprint() is not None for _, member in list_blend_members(defense))
+
+
+def _make_score_key(loaded_model: LoadedModel, defense: Defense, readout: Readout) -> CacheKey:
+    """Return the key of a condition's scores, which depend on the token ids besides."""
+    members = [(weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)]
+    return CacheKey(
+        {**describe_computation(loaded_model), "arms": members, "readout": readout.scoring_settings}
+    )
