@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy.special import ndtr, stdtrit
-from scipy.stats import binomtest, rankdata
+from scipy.special import ndtr, ndtri, stdtrit
+from scipy.stats import rankdata
 
 BOOTSTRAP_DRAWS = 2000
 SIGN_FLIPS = 9999
 CONFIDENCE_LEVEL = 0.95
+NORMAL_QUANTILE = float(ndtri((1 + CONFIDENCE_LEVEL) / 2))  # 1.96
 
 DrawVector = Float[np.ndarray, " draws"]
 
@@ -158,13 +159,48 @@ def make_rate_columns(column: str, count: int, total: int) -> dict[str, float]:
     >>> {key: round(value, 2) for key, value in make_rate_columns("asr", 10, 10).items()}
     {'asr': 1.0, 'asr_low': 0.72, 'asr_high': 1.0, 'asr_n': 10}
     """
-    low, high = binomtest(count, total).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
+    lows, highs = compute_wilson_intervals(np.array([count / total]), np.array([float(total)]))
     return {
         column: count / total,
-        f"{column}_low": float(low),
-        f"{column}_high": float(high),
+        f"{column}_low": float(lows[0]),
+        f"{column}_high": float(highs[0]),
         f"{column}_n": total,
     }
+
+
+def compute_wilson_intervals(rates: DrawVector, sizes: DrawVector) -> tuple[DrawVector, DrawVector]:
+    """Return the lower and upper ends of 95 % Wilson intervals; sizes may be fractions.
+
+    >>> low, high = compute_wilson_intervals(np.array([0.5]), np.array([40.0]))
+    >>> round(float(low[0]), 2), round(float(high[0]), 2)
+    (0.35, 0.65)
+
+    Args:
+        rates: estimated rates; values out of the range from 0 to 1 are clipped.
+        sizes: number of responses behind each rate.
+    """
+    rates = np.clip(rates, 0, 1)
+    return invert_score_test(rates, sizes, -NORMAL_QUANTILE), invert_score_test(rates, sizes, NORMAL_QUANTILE)
+
+
+def invert_score_test(
+    rates: Float[np.ndarray, " shares"],
+    sizes: Int[np.ndarray, " shares"] | Float[np.ndarray, " shares"],
+    z: float | Float[np.ndarray, "draws shares"],
+) -> np.ndarray:
+    """Return the rates p with (rate − p) / √(p (1 − p) / size) = −z: at ±1.96, the ends of Wilson's interval.
+
+    Args:
+        rates: estimated rates, from 0 to 1.
+        sizes: number of responses behind each rate.
+        z: a normal quantile, or draws of one for each rate.
+
+    Returns:
+        One share for each rate; one row per draw if `z` has draws.
+    """
+    centers = rates + z**2 / (2 * sizes)
+    offsets = z * np.sqrt(rates * (1 - rates) / sizes + z**2 / (4 * sizes**2))
+    return np.clip((centers + offsets) / (1 + z**2 / sizes), 0, 1)
 
 
 def draw_sign_flips(units: ResamplingUnits, seed: int = 0) -> Float[np.ndarray, "flips units"]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from analysis.stats.bootstrap import CONFIDENCE_LEVEL, DrawVector, make_rate_columns
+from analysis.stats.bootstrap import CONFIDENCE_LEVEL, DrawVector, invert_score_test, make_rate_columns
 from analysis.stats.format import Interval
 from analysis.stats.prediction_powered import MIN_LABELED_PER_STRATUM, estimate_prediction_powered_rate
 from analysis.stats.tables import INTERVAL_SUFFIXES, ResponseVerdict
@@ -282,7 +282,7 @@ def _draw_shares(
     Any middle part of the draws is therefore the Wilson interval of that level.
     """
     z = np.random.default_rng([seed, 0]).standard_normal((CORRECTION_DRAWS, len(counts)))
-    return _invert_score_test(counts, sizes, z)
+    return invert_score_test(counts / sizes, sizes, z)
 
 
 def _draw_joint_shares(
@@ -294,24 +294,9 @@ def _draw_joint_shares(
     """Return draws of the shares of all responses by verdict and label; see `_split_by_label`."""
     z = np.random.default_rng([seed, 1]).standard_normal((len(judged_rates), 2))
     refuses = np.array([counts.refused_refuses, counts.others_refuses])
-    hits, misses = _invert_score_test(refuses, np.array([counts.refused, counts.others]), z).T
+    labels = np.array([counts.refused, counts.others])
+    hits, misses = invert_score_test(refuses / labels, labels, z).T
     return _split_by_label(judged_rates @ (sizes / sizes.sum()), hits, misses)
-
-
-def _invert_score_test(
-    counts: Int[np.ndarray, " shares"],
-    sizes: Int[np.ndarray, " shares"],
-    z: Float[np.ndarray, "draws shares"],
-) -> Float[np.ndarray, "draws shares"]:
-    """Return the shares p with (k/n − p) / √(p (1 − p) / n) = −z: at ±1.96, the ends of Wilson's interval.
-
-    >>> _invert_score_test(np.array([10]), np.array([10]), np.array([[-1.96], [1.96]])).round(2).tolist()
-    [[0.72], [1.0]]
-    """
-    shares = counts / sizes
-    centers = shares + z**2 / (2 * sizes)
-    offsets = z * np.sqrt(shares * (1 - shares) / sizes + z**2 / (4 * sizes**2))
-    return np.clip((centers + offsets) / (1 + z**2 / sizes), 0, 1)
 
 
 def _estimate_joint_shares(

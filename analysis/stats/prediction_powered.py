@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy.special import ndtri
 
-from analysis.stats.bootstrap import CONFIDENCE_LEVEL, DrawVector
+from analysis.stats.bootstrap import NORMAL_QUANTILE, DrawVector, compute_wilson_intervals
 from analysis.stats.format import Interval
 
-_Z = float(ndtri((1 + CONFIDENCE_LEVEL) / 2))
 # Predictions are used only if at least this many labels differ from the most frequent one; fewer cannot show
 # whether the readout finds them.
 MIN_RARE_LABELS = 3
@@ -358,23 +356,6 @@ def compute_prediction_powered_means(
     return PredictionPoweredMeans(means, effective_sizes, weights, mean_squares)
 
 
-def compute_wilson_intervals(rates: DrawVector, sizes: DrawVector) -> tuple[DrawVector, DrawVector]:
-    """Return the lower and upper ends of 95 % Wilson intervals; sizes may be fractions.
-
-    >>> low, high = compute_wilson_intervals(np.array([0.5]), np.array([40.0]))
-    >>> round(float(low[0]), 2), round(float(high[0]), 2)
-    (0.35, 0.65)
-
-    Args:
-        rates: estimated rates; values out of the range from 0 to 1 are clipped.
-        sizes: number of responses behind each rate.
-    """
-    rates = np.clip(rates, 0, 1)
-    centers = (rates + _Z**2 / (2 * sizes)) / (1 + _Z**2 / sizes)
-    half_widths = _Z * np.sqrt(rates * (1 - rates) / sizes + _Z**2 / (4 * sizes**2)) / (1 + _Z**2 / sizes)
-    return np.clip(centers - half_widths, 0, 1), np.clip(centers + half_widths, 0, 1)
-
-
 def compute_paired_intervals(
     differences: DrawVector, changed_shares: DrawVector, sizes: DrawVector
 ) -> tuple[DrawVector, DrawVector]:
@@ -395,7 +376,7 @@ def compute_paired_intervals(
     changed_shares = np.maximum(changed_shares, np.abs(differences))
     centers = differences * sizes / (sizes + 2)
     variances = ((changed_shares * sizes + 2) / (sizes + 2) - centers**2) / (sizes + 2)
-    half_widths = _Z * np.sqrt(variances)
+    half_widths = NORMAL_QUANTILE * np.sqrt(variances)
     return np.clip(centers - half_widths, -1, 1), np.clip(centers + half_widths, -1, 1)
 
 

@@ -8,14 +8,13 @@ import pytest
 from scipy.special import expit, logit
 from scipy.stats import binom, binomtest, norm
 
-from analysis.stats.bootstrap import make_rate_columns
+from analysis.stats.bootstrap import compute_wilson_intervals, make_rate_columns
 from analysis.stats.prediction_powered import (
     MIN_RARE_LABELS,
     PredictionPoweredDifference,
     combine_class_changes,
     compute_paired_intervals,
     compute_prediction_powered_means,
-    compute_wilson_intervals,
     estimate_prediction_powered_difference,
     estimate_prediction_powered_rate,
 )
