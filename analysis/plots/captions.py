@@ -34,6 +34,7 @@ class CaptionContext:
         refusal_words: first words that indicate refusal.
         compliance_words: first words that indicate compliance; empty if the readout has none.
         readout: how the readout uses the logits of these words.
+        contrast: what stands between the two kinds of words.
         judge: origin of the threshold, as written in parentheses.
         interval: kind of the intervals and how they were computed.
         query_counts: numbers of harmful and benign queries drawn; None if they are unknown.
@@ -51,6 +52,7 @@ class CaptionContext:
     refusal_words: tuple[str, ...]
     compliance_words: tuple[str, ...] = ()
     readout: str = "first-token logits of"
+    contrast: str = " against"
     judge: str = "no judge: first-token readout"
     interval: str = "95\u00a0% paired bootstrap that resamples pairs, stratified by class, 2,000 draws"
     query_counts: QueryCounts = None
@@ -66,7 +68,7 @@ class CaptionContext:
         Args:
             attack: attack of the figure.
         """
-        against = f" against {_quote_words(self.compliance_words)}" if self.compliance_words else ""
+        against = f"{self.contrast} {_quote_words(self.compliance_words)}" if self.compliance_words else ""
         threshold = f"{self.threshold:.2f}".replace("-", "\N{MINUS SIGN}")  # no line breaks after this sign
         return (
             f"{self._format_setting(attack)} "
@@ -107,6 +109,7 @@ def make_caption_context(
         split=str(record.get("reported_on", data["split"])),
         threshold=float(readout["threshold"]),
         readout=_format_readout(readout),
+        contrast=" against" if readout.get("base_value") is None else ", lowest after",
         judge=f"fitted {fitted}" if fitted else "no judge: first-token readout",
         refusal_words=_unique_words(readout.get("refuse", [])),
         compliance_words=_unique_words(readout.get("comply", [])),
@@ -202,6 +205,9 @@ def _format_readout(readout: Mapping[str, Any]) -> str:
         return "first-token logits, asked whether the request should be refused, of"
     if name.startswith("prefilled-"):
         return f"after {name.removeprefix('prefilled-')} tokens of a complying opener, logits of"
+    if readout.get("base_value") is not None:
+        n_tokens = "the first tokens" if readout.get("branches") else "the first token"
+        return f"log-odds of the expected refusal given {n_tokens} ({name}), highest after"
     return (
         "log-odds, against all other first tokens, of" if readout.get("log_odds") else "first-token logits of"
     )
