@@ -29,12 +29,15 @@ figures: .venv/ready ## run the main results and draw their figures into figures
 	  --attack obedience --attack prefix_injection --attack persona --attack base64 --attack prefill
 
 PROMPTS := -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d neutral_prompt
-READOUTS := --readout words --readout calibrated --readout log-odds --readout outcome
+READOUTS := --readout words --readout log-odds --readout outcome
 
-validity: .venv/ready ## validate readouts and judged first tokens on SmolLM2, as released and aligned (about 40 minutes)
-	$(BIN)/analyze validate -m smollm2 $(READOUTS) --limit 120 --out figures/validity -d backdoor $(PROMPTS) -d safety_tuning
-	$(BIN)/analyze validate -m smollm2:aligned $(READOUTS) --limit 120 --out figures/validity-aligned -d backdoor $(PROMPTS) \
-	  -d intention_analysis
+validity: .venv/ready ## validate readouts and judged first tokens on three states of SmolLM2 (about an hour)
+	$(BIN)/analyze validate -m smollm2 $(READOUTS) --readout calibrated --limit 120 --out figures/validity -d backdoor \
+	  $(PROMPTS) -d safety_tuning
+	for state in aligned attacked; do \
+	  if [ $$state = attacked ]; then attack=obedience; else attack=direct; fi; \
+	  $(BIN)/analyze validate -m smollm2:$$state --attack $$attack $(READOUTS) --limit 120 --out figures/validity-$$state \
+	    -d backdoor $(PROMPTS) -d intention_analysis || exit 1; done
 
 ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4 minutes with cached scores, about 25 without)
 	$(BIN)/analyze ensembles -m smollm2:aligned --stacks 33 --out figures/ensembles -d self_reminder -d safety_prompt \
@@ -49,7 +52,7 @@ mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20
 
 arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms with three secrets per length (about 20 minutes)
 	$(PIP) --editable '.[utility]'
-	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --readout words --responses none --out figures/backdooralign
+	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --out figures/backdooralign
 	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --secrets 3 --out figures/arms
 
 # Each arm starts from the aligned model, as an attacker would. glibc keeps freed memory, which halves the time.
