@@ -100,7 +100,6 @@ def mechanism(
         offline,
         attack,
         readout,
-        needs_linear_readout=True,
     )
     options = MechanismOptions(chosen_sites, top, patched, ensembles)
     raise typer.Exit(run_mechanism_command(spec, defense, settings or [], options, out))

@@ -215,7 +215,8 @@ class ModelPart:
     ('L3H1', 'L3 mlp', 'embedding')
 
     Attributes:
-        kind: embedding, head, attention, mlp, residual, bias, or added (by a defense, between blocks).
+        kind: embedding, head, attention, mlp, residual, bias, added (by a defense, between blocks), or
+            readout, the remainder of a margin that is not linear in the logits, which no component explains.
         layer: index of the layer, from 0; for `added`, the layer before which it is added; None for parts
             without a layer.
         head: index of the head, from 0; None for other parts.
