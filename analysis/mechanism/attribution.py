@@ -24,7 +24,7 @@ from analysis.mechanism.components import ALL_TOKENS, OTHER_COMMANDS_HINT
 from analysis.mechanism.hooks import HookPoint, RecordedActivations, record_activations
 from analysis.mechanism.logit_weights import average_logit_gradients, compute_logit_gradients
 from analysis.models.session import list_blend_members
-from analysis.stats.tables import MARGIN_TOLERANCE, Decomposition, ModelPart
+from analysis.stats.tables import MARGIN_TOLERANCE, READOUT_PART, Decomposition, ModelPart
 from defenses.contract import Defense, QueryChat
 from defenses.errors import UserError
 
@@ -91,7 +91,7 @@ class DirectLogitAttribution:
             parts += [ModelPart("head", layer, head) for head in range(self.components.n_heads)]
             parts += [ModelPart("bias", layer), ModelPart("mlp", layer)]
         parts += [ModelPart("added", n_layers), ModelPart("bias")]
-        return tuple(parts) if self.readout.is_linear else (*parts, ModelPart("readout"))
+        return tuple(parts) if self.readout.is_linear else (*parts, ModelPart(READOUT_PART))
 
     def attribute_margins(
         self, session: ModelSession, defense: Defense, query_chats: Sequence[QueryChat]
@@ -210,9 +210,9 @@ class DirectLogitAttribution:
         """Raise if a defense mixes the logits of several models, and the margin is no sum over them."""
         if not self.readout.is_linear and (n_models := len(list_blend_members(defense))) > 1:
             raise UserError(
-                f"{defense.name} mixes the logits of {n_models} models, and the margin of --readout "
-                f"{self.readout.name} is no sum over models: use a readout that is linear in the logits, such "
-                "as words"
+                f"{defense.name} mixes the logits of {n_models} models, and the margins of --readout "
+                f"{self.readout.name} do not add up over models: use a readout that is linear in the logits, "
+                "such as words"
             )
 
     @property

@@ -1,7 +1,7 @@
-"""Weights of the logits in a margin: its gradient at one run's logits, or averaged on the way between two runs.
+"""Weights of the logits in a margin: its gradient at the logits of a run, or averaged between two runs.
 
-A readout that is linear in the logits has the same weights in every prompt. For any other readout, a margin is
-written as a weighted sum of this prompt's logits plus a remainder that belongs to no component,
+A readout that is linear in the logits has the same weights in every prompt. For any other readout, a margin
+is written as a weighted sum of this prompt's logits plus a remainder that belongs to no component,
 
     margin = Σ_t weight_t · logit_t + remainder.
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from analysis.readouts.readout import Readout
 
-# Sum of the absolute gradient, below which a readout counts as saturated. The words readout and log-odds have 2
-# in every prompt; 0.1 means that no change of the logits by up to 1 nat each moves the margin by more than 0.1.
+# Sum of the absolute gradient below which a readout counts as saturated: to first order, no change of the
+# logits by up to 1 nat each moves the margin by more than this, in nats. For words and log-odds the sum is 2.
 SATURATED_WEIGHT = 0.1
 PATH_TOLERANCE = 0.01  # nats; error of a difference of margins, above which the average takes more points
 _MIN_PATH_POINTS, _MAX_PATH_POINTS = 8, 256
@@ -48,7 +48,8 @@ def compute_logit_gradients(readout: Readout, logits: Logits) -> Logits:
         is_refusal = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
         is_refusal[ids] = True
         refusal_share, other_share = (
-            logits.masked_fill(is_excluded, -torch.inf).softmax(1) for is_excluded in (~is_refusal, is_refusal)
+            logits.masked_fill(is_excluded, -torch.inf).softmax(1)
+            for is_excluded in (~is_refusal, is_refusal)
         )
         return refusal_share - other_share
     token_weights = logits.new_zeros(logits.shape[1])

@@ -43,6 +43,11 @@ ESTIMATE_NAMES = (
 UNDEFENDED, DIRECT = "none", "direct"
 INTERVAL_SUFFIXES = ("", "_low", "_high")  # column suffixes of an estimate and of its interval
 MARGIN_TOLERANCE = 1e-3  # nats; largest allowed difference between a margin and the sum of its parts
+READOUT_PART = "readout"  # the kind of part that is no component
+READOUT_PART_MEANING = (
+    "the part of the change that is due to the curvature of the readout, which no component explains; large "
+    "values mean that the attribution over components says little"
+)
 
 
 class Trust(StrEnum):

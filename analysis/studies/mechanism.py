@@ -35,6 +35,7 @@ from analysis.mechanism.interventions import (
     measure_weight_patch_table,
 )
 from analysis.mechanism.knockout import describe_unsupported_attention
+from analysis.mechanism.logit_weights import SATURATED_WEIGHT
 from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
 from analysis.stats.attribution import (
     CONTRASTS,
@@ -47,7 +48,7 @@ from analysis.stats.attribution import (
 )
 from analysis.stats.effects import summarize_scores
 from analysis.stats.ensembles import REPORT_SPLIT, STACK
-from analysis.stats.tables import MARGIN_TOLERANCE, UNDEFENDED, ScoreTable
+from analysis.stats.tables import MARGIN_TOLERANCE, READOUT_PART, UNDEFENDED, ScoreTable
 from analysis.studies.manifest import RunTimer
 from analysis.studies.run_spec import PATCH_SITES, RunSpec
 from analysis.studies.setup import RunSetup
@@ -186,6 +187,8 @@ class MechanismStudy(TableCollector):
                         )
                     else:
                         attribution = direct_attribution.attribute_margins(session, defense, query_chats)
+                    if name == UNDEFENDED:
+                        self._note_saturation(attribution)
                     scored_margins = self.scores.select_condition(attack.name, name)["margin"].to_numpy(float)
                     error = float(np.abs(attribution.margins - scored_margins).max())
                     if direct_attribution.is_exact and error > MARGIN_TOLERANCE:
@@ -195,6 +198,17 @@ class MechanismStudy(TableCollector):
         if UNDEFENDED in attributions:
             references = {name: references.get(name, attributions[UNDEFENDED]) for name in attributions}
         return attributions, references
+
+    def _note_saturation(self, undefended: MarginAttribution) -> None:
+        """Note how many margins hardly depend on the logits, if slopes are estimated at these logits."""
+        if not self.intervention_queries or "heads" not in self.options.sites:
+            return
+        if share := float((undefended.weight_sizes < SATURATED_WEIGHT).mean()):
+            self.add_notice(
+                f"readout {self.setup.readout.name} is saturated in {share:.0%} of the undefended prompts: "
+                "small changes of the logits hardly move the margin there, so attribution patching "
+                "underestimates the effects of heads"
+            )
 
     def _add_attribution_tables(
         self,
@@ -217,7 +231,7 @@ class MechanismStudy(TableCollector):
                     name,
                     parts=estimate_part_contrasts(self.effect_queries, undefended.parts, attribution.parts),
                 )
-                is_component = [part.kind != "readout" for part in attribution.parts.parts]
+                is_component = [part.kind != READOUT_PART for part in attribution.parts.parts]
                 changes = attribution.parts.contributions - undefended.parts.contributions
                 profiles[name] = changes[:, is_component]
         similarity = estimate_profile_similarity(self.effect_queries, profiles)
