@@ -361,7 +361,7 @@ def test_averaged_weights_explain_the_whole_change_by_components(family, readout
 
 
 def test_both_runs_are_projected_on_the_average_of_the_gradients_between_them():
-    """A second derivation: derivatives by autograd at many steps, and the output of an MLP by a plain hook."""
+    """A second derivation: autograd at many steps, and the output of an MLP recorded by a plain hook."""
     session, query = make_toy_session(), QUERIES[0]
     direct_attribution = make_attribution(session, LOG_ODDS_READOUT)
     attributions = direct_attribution.attribute_change(
@@ -426,5 +426,5 @@ def test_the_logits_of_several_models_are_attributed_only_if_the_margin_is_their
         lambda: direct_attribution.attribute_margins(session, mixing, query_chats),
         lambda: direct_attribution.attribute_change(session, NONE, mixing, query_chats),
     ):
-        with pytest.raises(UserError, match="safe_decoding mixes the logits of 2 models.*such as words"):
+        with pytest.raises(UserError, match=r"safe_decoding mixes the logits of 2 models.*as words"):
             attribute()

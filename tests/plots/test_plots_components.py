@@ -142,7 +142,8 @@ def test_the_remainder_of_the_readout_is_drawn_and_captioned_and_no_component() 
     assert "readout" not in set(cells["kind"])
     caption = unwrap_text(figure.texts[1])
     minus = "\N{MINUS SIGN}"
-    assert "due to the curvature of the readout" in caption and "+0.03 [+0.02, +0.04] nats of shift" in caption
+    assert "due to the curvature of the readout" in caption
+    assert "+0.03 [+0.02, +0.04] nats of shift" in caption
     assert f"{minus}0.02 [{minus}0.03, {minus}0.01] nats of discrimination" in caption
     for stem in ("top-backdoor", "parts-backdoor"):
         assert "curvature" not in unwrap_text(without[stem][0].texts[1])
