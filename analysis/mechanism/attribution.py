@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.mechanism.components import ALL_TOKENS, OTHER_COMMANDS_HINT
+from analysis.mechanism.components import OTHER_COMMANDS_HINT
 from analysis.mechanism.hooks import HookPoint, RecordedActivations, record_activations
 from analysis.mechanism.logit_weights import average_logit_gradients, compute_logit_gradients
 from analysis.models.session import list_blend_members
@@ -260,10 +260,10 @@ class DirectLogitAttribution:
         embedding: HookPoint = (self.components.layers[0].block, "enters")
         # A hook sees the changes of hooks registered earlier: the embedding is recorded before the defense's.
         with (
-            torch.inference_mode(),
             record_activations(engine, {"embedding": embedding}) as undefended,
             defense.apply_to(session.loaded_model.model),
             record_activations(engine, self._hook_points) as activations,
+            torch.inference_mode(),
         ):
             for rows, logits in engine.iterate_logits(prompt_ids, [1] * len(prompt_ids)):
                 logit_weights = None if self.readout.is_linear else choose_weights(rows, logits)
@@ -375,12 +375,13 @@ class DirectLogitAttribution:
         final_stream = activations["stream", len(layers)]
         if logit_weights is None:
             token_ids, token_weights = self.components.make_readout_tensors(self.readout)
-            weighted_tokens = token_weights[None], token_ids
+            normed_direction, constant = self.components.linearize_weighted_logits(
+                activations["normed"], token_weights[None], token_ids
+            )
         else:
-            weighted_tokens = logit_weights.to(device), ALL_TOKENS
-        normed_direction, constant = self.components.linearize_weighted_logits(
-            activations["normed"], *weighted_tokens
-        )
+            normed_direction, constant = self.components.linearize_weighted_logits(
+                activations["normed"], logit_weights.to(device)
+            )
         direction = final_norm.pull_back_direction(
             normed_direction, final_norm.measure_scale(final_stream, activations["normed"])
         )

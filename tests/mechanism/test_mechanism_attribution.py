@@ -396,7 +396,7 @@ def test_averaged_weights_of_several_prompts_follow_the_pooling_of_the_defense(n
     session = make_toy_session()
     defense = get_defense(name).prepare(ModelInfo("toy", session.loaded_model.tokenizer, ()))
     assert defense.pool == {"smooth_llm": "mean", "erase_and_check": "max"}[name]
-    readout = replace(OUTCOME_READOUT, questions=("Refuse {request}? Yes or No.", "{request}: No or Yes?"))
+    readout = replace(LOG_ODDS_READOUT, questions=("Refuse {request}? Yes or No.", "{request}: No or Yes?"))
     query_chats = DIRECT_ATTACK.build_query_chats(QUERIES[:3])
     direct_attribution = make_attribution(session, readout)
     before, after = direct_attribution.attribute_change(session, NONE, defense, query_chats)
@@ -404,7 +404,7 @@ def test_averaged_weights_of_several_prompts_follow_the_pooling_of_the_defense(n
         scored = score_margins(session, condition, QUERIES[:3], readout)
         assert attribution.parts.contributions.sum(1) == pytest.approx(scored, abs=1e-4)
     changes = get_kind_contributions(after, "readout") - get_kind_contributions(before, "readout")
-    assert np.abs(changes).max() < PATH_TOLERANCE
+    assert np.abs(changes).max() < 1e-3  # log-odds are smooth, so that the average is nearly exact
     assert np.abs(get_kind_contributions(before, "readout")).max() > 0.1
     # Queries are paired in chunks, which must not change anything.
     monkeypatch.setattr("analysis.mechanism.attribution._MAX_PAIRED_PROMPTS", 3)
