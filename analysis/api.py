@@ -90,7 +90,6 @@ def analyze(
         offline,
         attacks,
         readout,
-        False,
         responses,
     )
     from analysis.studies.analyze import analyze_defenses
