@@ -90,7 +90,6 @@ def analyze(
         offline,
         attacks,
         readout,
-        False,
         responses,
     )
     from analysis.studies.analyze import analyze_defenses
@@ -304,7 +303,7 @@ def locate_mechanism(
         split: train, calibration, test or all.
         limit: maximum number of queries.
         attacks: one attack or several.
-        readout: a readout that is linear in the logits.
+        readout: as `--readout`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
         device: auto, cpu, cuda, …
@@ -318,7 +317,7 @@ def locate_mechanism(
     chosen_sites = parse_sites([sites] if isinstance(sites, str) else sites)
     check_mechanism_options(top, patched)
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout, True
+        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
     )
     from analysis.studies.mechanism import MechanismOptions, study_mechanism
 

@@ -567,6 +567,19 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- of the mechanism package ---
 
 TOY_READOUT = Readout("words", ("a", "b", "c"), (300, 301, 302), (0.5, 0.5, -1.0))
+# Readouts that are not linear in the logits.
+LOG_ODDS_READOUT = Readout("log-odds", ("a", "b"), (300, 301), (0.5, 0.5), is_log_odds=True)
+OUTCOME_READOUT = Readout(
+    "outcome", ("a", "b", "c"), (300, 301, 302), (0.7, 0.4, -0.15), base_value=0.2, sharpness=2.0
+)
+
+
+def compute_autograd_weights(readout: Readout, logits: Any) -> Any:
+    """Return the derivative of each row's margin with respect to each logit, by autograd."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = logits.clone().requires_grad_()
+        (weights,) = torch.autograd.grad(readout.compute_margins(leaf)[:, 0].sum(), leaf)
+    return weights
 
 
 def pair_runs(

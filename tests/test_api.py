@@ -212,7 +212,8 @@ def test_a_function_has_every_option_of_its_command(name, function):
         (lambda: locate_mechanism("policy", sites=["brain"]), "unknown site 'brain'"),
         (lambda: locate_mechanism("policy", top=0), "top 0"),
         (lambda: locate_mechanism("policy", patched=1), "patched 1"),
-        (lambda: locate_mechanism("policy", readout="log-odds"), "linear in the logits"),
+        (lambda: locate_mechanism("policy", readout="all"), "a run uses one"),
+        (lambda: locate_mechanism("policy", readout="outcome-3"), "take outcome"),
         (lambda: summarize(pd.DataFrame({"query": ["a"]})), "lack harmful, defense, margin"),
         (
             lambda: summarize(

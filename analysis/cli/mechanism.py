@@ -100,7 +100,6 @@ def mechanism(
         offline,
         attack,
         readout,
-        needs_linear_readout=True,
     )
     options = MechanismOptions(chosen_sites, top, patched, ensembles)
     raise typer.Exit(run_mechanism_command(spec, defense, settings or [], options, out))
@@ -230,16 +229,20 @@ def _print_half_way_layers(half_way_layers: pd.DataFrame) -> None:
 def _print_top_parts(part_effects: pd.DataFrame, n_top: int) -> None:
     from analysis.cli.console import make_console_table, make_table_console
     from analysis.stats.attribution import CONTRASTS
-    from analysis.stats.tables import iterate_rows
+    from analysis.stats.tables import READOUT_PART, READOUT_PART_MEANING, iterate_rows
 
     for condition, parts in _iterate_conditions(part_effects):
-        magnitudes = parts[list(CONTRASTS)].abs().max(axis=1)
+        is_remainder = parts["kind"] == READOUT_PART
+        components = parts[~is_remainder]
+        magnitudes = components[list(CONTRASTS)].abs().max(axis=1)
         largest = magnitudes.sort_values(ascending=False, kind="stable").index[:n_top]
-        title = f"{condition}: logit attribution, the {len(largest)} largest of {len(parts)} components"
+        title = f"{condition}: logit attribution, the {len(largest)} largest of {len(components)} components"
         table = make_console_table("component", _CONTRAST_HEADERS, title)
-        for row in iterate_rows(parts.loc[largest]):
+        for row in iterate_rows(parts.loc[[*largest, *parts.index[is_remainder]]]):
             table.add_row(*_contrast_cells(row, get_part_name(row), format_spec="+.3f"))
         make_table_console().print(table)
+    if (part_effects["kind"] == READOUT_PART).any():
+        _print_line(f"{READOUT_PART}: {READOUT_PART_MEANING}")
 
 
 def _print_directions(directions: pd.DataFrame) -> None:

@@ -23,6 +23,8 @@ OTHER_COMMANDS_HINT = (
     "`analyze -d …`, `validate`, `ensembles` and `recommend` work with this model as with any other"
 )
 ResidualStream = Float[Tensor, "rows width"]
+TokenSelection = Int[Tensor, " tokens"] | slice
+ALL_TOKENS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -138,31 +140,41 @@ class ModelComponents:
         return self.architecture_adapter.apply_output_logits_transform(raw_logits)
 
     def compute_raw_logits(
-        self, normed: ResidualStream, token_ids: Int[Tensor, " tokens"]
+        self, normed: ResidualStream, token_ids: TokenSelection = ALL_TOKENS
     ) -> Float[Tensor, "rows tokens"]:
         """Return the logits of selected tokens as the unembedding computes them."""
-        weight, bias = self.unembedding.weight[token_ids].float(), self.unembedding.bias
-        return normed.float().to(weight.device) @ weight.mT + (
-            0.0 if bias is None else bias[token_ids].float()
-        )
+        weight, bias = self.unembedding.weight[token_ids], self.unembedding.bias
+        if isinstance(token_ids, Tensor):
+            weight = weight.float()  # of the whole vocabulary, a float32 copy would be large
+        raw_logits = (normed.to(weight) @ weight.mT).float()
+        return raw_logits + (0.0 if bias is None else bias[token_ids].float())
 
     def compute_margins(self, normed: ResidualStream, readout: Readout) -> Float[Tensor, " rows"]:
         """Return the margins, in nats, of outputs of the final norm."""
-        token_ids, token_weights = self._make_readout_tensors(readout)
-        return self.transform_logits(self.compute_raw_logits(normed, token_ids)) @ token_weights
+        if readout.is_linear:
+            token_ids, token_weights = self.make_readout_tensors(readout)
+            return self.transform_logits(self.compute_raw_logits(normed, token_ids)) @ token_weights
+        return readout.compute_margins(self.transform_logits(self.compute_raw_logits(normed)))[:, 0]
 
-    def linearize_margin(
-        self, normed: ResidualStream, readout: Readout
+    def linearize_weighted_logits(
+        self,
+        normed: ResidualStream,
+        logit_weights: Float[Tensor, "#rows tokens"],
+        token_ids: TokenSelection = ALL_TOKENS,
     ) -> tuple[ResidualStream, Float[Tensor, " rows"]]:
-        """Write each row's margin as a linear function of the output of the final norm.
+        """Write each row's weighted sum of logits as a linear function of the output of the final norm.
 
-        Margin = direction · normed + constant. If logits are capped, the slope from 0 to each logit is held
-        fixed, as the scales of norms are.
+        Weighted sum = direction · normed + constant. If logits are capped, the slope from 0 to each logit is
+        held fixed, as the scales of norms are.
+
+        Args:
+            normed: output of the final norm.
+            logit_weights: weight of each logit; one row stands for all rows.
+            token_ids: tokens whose logits have weights; by default all.
 
         Returns:
             The direction and the constant (nats) of each row.
         """
-        token_ids, token_weights = self._make_readout_tensors(readout)
         raw_logits = self.compute_raw_logits(normed, token_ids)
         slope = (
             torch.where(
@@ -170,14 +182,14 @@ class ModelComponents:
                 self.transform_logits(raw_logits) / raw_logits,
                 torch.ones_like(raw_logits),
             )
-            * token_weights
+            * logit_weights
         )
         bias = self.unembedding.bias
         constant = slope.new_zeros(len(slope)) if bias is None else slope @ bias[token_ids].float()
         return slope @ self.unembedding.weight[token_ids].float(), constant
 
-    def _make_readout_tensors(self, readout: Readout) -> tuple[Tensor, Tensor]:
-        """Token ids and weights of a readout on the device of the unembedding."""
+    def make_readout_tensors(self, readout: Readout) -> tuple[Tensor, Tensor]:
+        """Return token ids and weights of a readout on the device of the unembedding."""
         device = self.unembedding.weight.device
         return torch.tensor(readout.ids, device=device), torch.tensor(readout.weights, device=device).float()
 

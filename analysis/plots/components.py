@@ -32,11 +32,21 @@ from analysis.plots.layout import (
     stack_panels,
 )
 from analysis.plots.style import BLACK, RC_PARAMS, TEXT_SIZE
+from analysis.stats.format import Interval
+from analysis.stats.tables import READOUT_PART, READOUT_PART_MEANING, iterate_rows
 
 MIN_DOTTED_CELL = 0.1  # inches: smallest cell that has room for a dot
 _LAYER_PART_LABELS = {"mlp": "MLP", "bias": "bias", "added": "added"}  # kinds with one component per layer
-_PART_KIND_LABELS = {"mlp": "MLP", "embedding": "embedding", "bias": "bias", "head": "head", "added": "added"}
+_PART_KIND_LABELS = {
+    "mlp": "MLP",
+    "embedding": "embedding",
+    "bias": "bias",
+    "head": "head",
+    "added": "added",
+    READOUT_PART: "readout curvature",
+}
 _CONTRAST_GAP, _PART_COLUMN_GAP = 0.55, 0.08  # inches between the contrasts, and beside the heads
+_MINUS = "\N{MINUS SIGN}"
 _MAX_OUTLINED_CELLS = 400  # cells up to which each has an outline
 
 
@@ -183,24 +193,40 @@ def caption_part_map(cells: pd.DataFrame, context: CaptionContext) -> str:
         f"Direct logit attribution {format_query_counts(cells, context.query_counts)}: contribution of each "
         f"component to the change of the margin. {CONTRASTS_SENTENCE}Blue: positive contribution; orange: "
         f"negative; one scale for both panels. {clipped}{dot}{grey}The embedding and the final bias, which "
-        f"belong to no layer, are omitted. {format_run_sentences(cells, context)}"
+        f"belong to no layer, are omitted. {_describe_remainder(cells)}"
+        f"{format_run_sentences(cells, context)}"
     )
 
 
 def caption_top_parts(points: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_top_parts`."""
+    is_remainder = points["kind"] == READOUT_PART
+    components = points[~is_remainder]
     sums = " and ".join(
-        f"{format_signed_nats(points[name].sum())} of "
+        f"{format_signed_nats(components[name].sum())} of "
         f"{format_signed_nats(points[f'total_{name}'].iloc[0])}\u00a0nats of {name}"
         for name in CONTRAST_LABELS
     )
+    remainder = f"Last row: {READOUT_PART_MEANING}. " if is_remainder.any() else ""
     return (
-        f"Direct logit attribution {format_query_counts(points, context.query_counts)}: the {len(points)} of "
-        f"{points['n_parts'].iloc[0]} components with the largest effect on either contrast (heads are named "
-        f"layer.head); together they contribute {sums}. {CONTRASTS_SENTENCE}"
+        f"Direct logit attribution {format_query_counts(points, context.query_counts)}: the "
+        f"{len(components)} of {points['n_parts'].iloc[0]} components with the largest effect on either "
+        f"contrast (heads are named layer.head); together they contribute {sums}. {CONTRASTS_SENTENCE}"
         f"{format_interval_note(points, 'Bars')}The components were selected by these estimates, so the "
-        f"largest are biased away from 0. {format_run_sentences(points, context)}"
+        f"largest are biased away from 0. {remainder}{format_run_sentences(points, context)}"
     )
+
+
+def _describe_remainder(cells: pd.DataFrame) -> str:
+    """Return the sentence on the remainder of a readout that is not linear; empty if there is none."""
+    if "readout_shift" not in cells or not len(cells):
+        return ""
+    row = next(iterate_rows(cells))
+    values = " and ".join(
+        f"{Interval.from_row(row, f'readout_{name}').format_text('+.2f', minus=_MINUS)}\u00a0nats of {name}"
+        for name in CONTRAST_LABELS
+    )
+    return f"Also omitted, {READOUT_PART_MEANING}: {values}. "
 
 
 def _measure_part_map(cells: pd.DataFrame) -> tuple[int, int, list[str]]:

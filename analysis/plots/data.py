@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.stats.ensembles import ALONE, REPORT_SPLIT, SELECTION_SPLIT, STACK
 from analysis.stats.pareto import find_undominated
-from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Basis
+from analysis.stats.tables import INTERVAL_SUFFIXES, READOUT_PART, UNDEFENDED, Basis, iterate_rows
 
 LINEAR_RANGE = 0.5  # SDs or nats; beyond it the axes of a stretched plane are logarithmic
 # Unit of the plane → columns of shift and discrimination. SDs are free of scale, and the default.
@@ -339,10 +339,16 @@ def build_forecast_points(rows: pd.DataFrame, split: str = REPORT_SPLIT) -> pd.D
 def build_part_cells(parts: pd.DataFrame) -> pd.DataFrame:
     """Return the components that belong to a layer: all but the embedding and the final bias.
 
+    The remainder of a readout that is not linear becomes columns, `readout_shift` and so on.
+
     >>> build_part_cells(pd.DataFrame({"layer": [None, 0], "kind": ["embedding", "mlp"]}))["kind"].tolist()
     ['mlp']
     """
-    return parts[to_numbers(parts["layer"]).notna()].reset_index(drop=True)
+    cells = parts[to_numbers(parts["layer"]).notna()].reset_index(drop=True)
+    for remainder in iterate_rows(parts[parts["kind"] == READOUT_PART]):
+        columns = [f"{name}{end}" for name in CONTRAST_LABELS for end in INTERVAL_SUFFIXES]
+        cells = cells.assign(**{f"readout_{name}": remainder[name] for name in columns if name in remainder})
+    return cells
 
 
 def build_interaction_cells(
@@ -414,7 +420,9 @@ def build_front_points(candidates: pd.DataFrame) -> pd.DataFrame:
 
 
 def build_top_parts(parts: pd.DataFrame, n_top: int = 10) -> pd.DataFrame:
-    """Return the components with the largest effects of either contrast, and the sums of all components.
+    """Return the components with the largest effects of either contrast, and the sums of all parts.
+
+    The remainder of a readout that is not linear is the last row, whatever its size.
 
     >>> parts = pd.DataFrame({"kind": "head", "shift": [1.0, 0.0, -2.0], "discrimination": [0.0, 3.0, 0.0]})
     >>> top = build_top_parts(parts, 2)
@@ -425,11 +433,12 @@ def build_top_parts(parts: pd.DataFrame, n_top: int = 10) -> pd.DataFrame:
         parts: `parts.csv`, of one attack and one defense.
         n_top: number of components.
     """
-    largest = (
-        parts[[*CONTRAST_LABELS]].abs().max(axis=1).sort_values(ascending=False, kind="stable").index[:n_top]
-    )
+    is_remainder = parts["kind"] == READOUT_PART
+    sizes = parts.loc[~is_remainder, [*CONTRAST_LABELS]].abs().max(axis=1)
+    largest = sizes.sort_values(ascending=False, kind="stable").index[:n_top]
     totals = {f"total_{name}": parts[name].sum() for name in CONTRAST_LABELS}
-    return parts.loc[largest].assign(**totals, n_parts=len(parts)).reset_index(drop=True)
+    rows = parts.loc[[*largest, *parts.index[is_remainder]]]
+    return rows.assign(**totals, n_parts=len(sizes)).reset_index(drop=True)
 
 
 def build_analysis_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> FigureTables:

@@ -43,6 +43,11 @@ ESTIMATE_NAMES = (
 UNDEFENDED, DIRECT = "none", "direct"
 INTERVAL_SUFFIXES = ("", "_low", "_high")  # column suffixes of an estimate and of its interval
 MARGIN_TOLERANCE = 1e-3  # nats; largest allowed difference between a margin and the sum of its parts
+READOUT_PART = "readout"  # the kind of part that is no component
+READOUT_PART_MEANING = (
+    "the part of the change that is due to the curvature of the readout, which no component explains; large "
+    "values mean that the attribution over components says little"
+)
 
 
 class Trust(StrEnum):
@@ -215,7 +220,8 @@ class ModelPart:
     ('L3H1', 'L3 mlp', 'embedding')
 
     Attributes:
-        kind: embedding, head, attention, mlp, residual, bias, or added (by a defense, between blocks).
+        kind: embedding, head, attention, mlp, residual, bias, added (by a defense, between blocks), or
+            readout, the remainder of a margin that is not linear in the logits, which no component explains.
         layer: index of the layer, from 0; for `added`, the layer before which it is added; None for parts
             without a layer.
         head: index of the head, from 0; None for other parts.

@@ -35,6 +35,7 @@ from analysis.mechanism.interventions import (
     measure_weight_patch_table,
 )
 from analysis.mechanism.knockout import describe_unsupported_attention
+from analysis.mechanism.logit_weights import SATURATED_WEIGHT
 from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
 from analysis.stats.attribution import (
     CONTRASTS,
@@ -47,7 +48,7 @@ from analysis.stats.attribution import (
 )
 from analysis.stats.effects import summarize_scores
 from analysis.stats.ensembles import REPORT_SPLIT, STACK
-from analysis.stats.tables import MARGIN_TOLERANCE, UNDEFENDED, ScoreTable
+from analysis.stats.tables import MARGIN_TOLERANCE, READOUT_PART, UNDEFENDED, ScoreTable
 from analysis.studies.manifest import RunTimer
 from analysis.studies.run_spec import PATCH_SITES, RunSpec
 from analysis.studies.setup import RunSetup
@@ -139,10 +140,10 @@ class MechanismStudy(TableCollector):
         }
         if UNDEFENDED not in conditions:
             return
-        attributions = self._attribute_conditions(attack, conditions)
+        attributions, references = self._attribute_conditions(attack, conditions)
         if UNDEFENDED not in attributions:
             return
-        self._add_attribution_tables(attack.name, attributions)
+        self._add_attribution_tables(attack.name, attributions, references)
         defenses = {
             defense.name: defense
             for defense in self.setup.defenses
@@ -156,37 +157,71 @@ class MechanismStudy(TableCollector):
 
     def _attribute_conditions(
         self, attack: Attack, conditions: Mapping[str, Defense]
-    ) -> dict[str, MarginAttribution]:
-        """Attribute the margins of every condition, and check that they equal the scored margins."""
-        direct_attribution = DirectLogitAttribution(self.components, self.setup.readout)
+    ) -> tuple[dict[str, MarginAttribution], dict[str, MarginAttribution]]:
+        """Attribute the margins of every condition, and check that they equal the scored margins.
+
+        Returns:
+            Two attributions by condition: its own, and that of the undefended run with the same weights of
+            the logits, which differ between conditions only if the readout is not linear.
+        """
+        readout = self.setup.readout
+        direct_attribution = DirectLogitAttribution(self.components, readout)
         if not direct_attribution.is_exact:
             self.add_notice(
                 f"no attribution to components in {self.components.model.dtype}, which rounds their "
                 "sums: use --dtype float32"
             )
-        attributions = {}
-        query_chats = attack.build_query_chats(self.setup.query_set.queries)
+        has_own_weights = direct_attribution.is_exact and not readout.is_linear
+        attributions: dict[str, MarginAttribution] = {}
+        references: dict[str, MarginAttribution] = {}
+        session, query_chats = (
+            self.setup.session,
+            attack.build_query_chats(self.setup.query_set.queries),
+        )
         with self.show_progress("attributing margins", len(conditions)) as on_progress:
             for name, defense in conditions.items():
                 with self.record_failures(attack.name, name, defense):
-                    attribution = direct_attribution.attribute_margins(
-                        self.setup.session, defense, query_chats
-                    )
+                    if has_own_weights and name != UNDEFENDED:
+                        references[name], attribution = direct_attribution.attribute_change(
+                            session, conditions[UNDEFENDED], defense, query_chats
+                        )
+                    else:
+                        attribution = direct_attribution.attribute_margins(session, defense, query_chats)
+                    if name == UNDEFENDED:
+                        self._note_saturation(attribution)
                     scored_margins = self.scores.select_condition(attack.name, name)["margin"].to_numpy(float)
                     error = float(np.abs(attribution.margins - scored_margins).max())
                     if direct_attribution.is_exact and error > MARGIN_TOLERANCE:
                         raise UserError(f"the attributed margins miss the scored ones by {error:.2g} nats")
                     attributions[name] = attribution
                 on_progress()
-        return attributions
+        if UNDEFENDED in attributions:
+            references = {name: references.get(name, attributions[UNDEFENDED]) for name in attributions}
+        return attributions, references
 
-    def _add_attribution_tables(self, attack: str, attributions: Mapping[str, MarginAttribution]) -> None:
+    def _note_saturation(self, undefended: MarginAttribution) -> None:
+        """Note how many margins hardly depend on the logits, if slopes are estimated at these logits."""
+        if not self.intervention_queries or "heads" not in self.options.sites:
+            return
+        if share := float((undefended.weight_sizes < SATURATED_WEIGHT).mean()):
+            self.add_notice(
+                f"readout {self.setup.readout.name} is saturated in {share:.0%} of the undefended prompts: "
+                "small changes of the logits hardly move the margin there, so attribution patching "
+                "underestimates the effects of heads"
+            )
+
+    def _add_attribution_tables(
+        self,
+        attack: str,
+        attributions: Mapping[str, MarginAttribution],
+        references: Mapping[str, MarginAttribution],
+    ) -> None:
         """Add contrasts by layer and by component, and the similarity of the defenses' profiles."""
-        undefended = attributions[UNDEFENDED]
         profiles = {}
         for name, attribution in attributions.items():
             if name == UNDEFENDED:
                 continue
+            undefended = references[name]
             margins = self.effect_queries, undefended.margins_by_layer, attribution.margins_by_layer
             self.add_condition_tables(attack, name, layers=estimate_layer_contrasts(*margins))
             self.add_condition_tables(attack, name, half=find_half_way_layers(*margins))
@@ -196,7 +231,9 @@ class MechanismStudy(TableCollector):
                     name,
                     parts=estimate_part_contrasts(self.effect_queries, undefended.parts, attribution.parts),
                 )
-                profiles[name] = attribution.parts.contributions - undefended.parts.contributions
+                is_component = [part.kind != READOUT_PART for part in attribution.parts.parts]
+                changes = attribution.parts.contributions - undefended.parts.contributions
+                profiles[name] = changes[:, is_component]
         similarity = estimate_profile_similarity(self.effect_queries, profiles)
         self.append_rows("profiles", similarity.assign(attack=attack)[["attack", *similarity.columns]])
 
@@ -397,10 +434,14 @@ def study_mechanism(
         UserError: if margins of this model or readout cannot be attributed, or nothing can be scored.
     """
     timer = RunTimer()
+    if (name := spec.readouts[0]) == "outcome-3":
+        raise UserError(
+            f"--readout {name}: its margin depends on the logits of several tokens, and only the first "
+            "token's margin is attributed: take outcome"
+        )
     stacks = None if options.ensembles_folder is None else load_stack_interactions(options.ensembles_folder)
 
     def check_setup(setup: RunSetup) -> None:
-        _check_linear_readout(setup)
         if options.ensembles_folder is not None:
             check_same_model(options.ensembles_folder, setup)
         if set(setup.conditions) == {UNDEFENDED}:
@@ -483,15 +524,6 @@ def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
                 f"{str(other_value)[:12]}, and that of this run is {str(value)[:12]}; run `analyze "
                 "ensembles` with the same -m and --readout"
             )
-
-
-def _check_linear_readout(setup: RunSetup) -> None:
-    """Raise if the readout's margin is not linear in the logits."""
-    if not setup.readout.is_linear:
-        raise UserError(
-            f"--readout {setup.readout.name} is not linear in the logits, so its margin cannot be "
-            "attributed to components: use words, calibrated, question or prefilled-K"
-        )
 
 
 def _check_attribution(setup: RunSetup) -> None:

@@ -54,7 +54,6 @@ def build_run_spec(
     offline: bool = False,
     attack: str | Sequence[str] | None = None,
     readout: str | Sequence[str] = DEFAULT_LINEAR_READOUT,
-    needs_linear_readout: bool = False,
     responses: str | int = "none",
 ) -> RunSpec:
     """Build a RunSpec, checking every option that can be checked before the model is loaded.
@@ -77,7 +76,6 @@ def build_run_spec(
         offline: whether the network may not be used.
         attack: one attack or several; None sends queries unchanged.
         readout: the readout of a run, or the readouts to compare.
-        needs_linear_readout: whether margins are decomposed over the components of the model.
         responses: number of queries that are answered in each condition, `all`, `none`, or `auto`: all,
             except where the readout forces how responses begin.
 
@@ -88,7 +86,7 @@ def build_run_spec(
 
     attacks = choose_attacks([attack] if isinstance(attack, str) else attack or ["direct"])
     if isinstance(readout, str):
-        _check_single_readout(readout, needs_linear_readout)
+        _check_single_readout(readout)
     names = (readout,) if isinstance(readout, str) else tuple(dict.fromkeys(readout))
     readouts = ("all",) if "all" in names else names
     size = _parse_batch_size(batch_size)
@@ -315,13 +313,8 @@ def _check_readout_name(name: str) -> None:
         )
 
 
-def _check_single_readout(name: str, needs_linear_readout: bool) -> None:
+def _check_single_readout(name: str) -> None:
     """Raise if a run that uses exactly one readout cannot use this one."""
-    if needs_linear_readout and name in ("all", "log-odds", "outcome", "outcome-3"):
-        raise UserError(
-            f"--readout {name}: a margin is decomposed only where it is linear in the logits: take "
-            "words, calibrated, question or prefilled-K"
-        )
     if name == "all":
         raise UserError("--readout all: a run uses one; `analyze validate --readout all` compares them")
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import (
     FAMILIES,
+    LOG_ODDS_READOUT,
+    OUTCOME_READOUT,
     TOY_READOUT,
+    compute_autograd_weights,
     fresh_model,
     make_adapter,
     make_toy_session,
@@ -21,8 +24,9 @@ from torch import nn
 
 from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
-from analysis.mechanism.attribution import DirectLogitAttribution
+from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution
 from analysis.mechanism.components import locate_components
+from analysis.mechanism.logit_weights import PATH_TOLERANCE
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
@@ -36,6 +40,7 @@ from defenses.steering import change_block_input, get_blocks
 
 QUERIES = load_queries("contrast").select_split("test").limit_queries(6).queries
 NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
+NONLINEAR_READOUTS = (LOG_ODDS_READOUT, OUTCOME_READOUT)
 
 
 def make_attribution(session: ModelSession, readout: Readout = TOY_READOUT) -> DirectLogitAttribution:
@@ -266,3 +271,160 @@ def test_an_attribution_leaves_the_model_unchanged():
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# --- readouts that are not linear in the logits ---
+
+
+def get_kind_contributions(attribution: MarginAttribution, kind: str) -> np.ndarray:
+    """Return the contributions of all parts of one kind, queries × parts."""
+    is_kind = [part.kind == kind for part in attribution.parts.parts]
+    return attribution.parts.contributions[:, is_kind]
+
+
+def read_plain_logits(session: ModelSession, defense: Defense, queries) -> torch.Tensor:
+    """Return the logits of single prompts from one plain forward pass each."""
+    prompts = [render_query(session, defense, query)[0] for query in queries]
+    with torch.no_grad():
+        return torch.stack(
+            [session.loaded_model.model(torch.tensor([prompt.ids])).logits[0, -1] for prompt in prompts]
+        )
+
+
+@pytest.mark.parametrize("readout", NONLINEAR_READOUTS, ids=lambda readout: readout.name)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_components_and_remainder_add_up_to_margins_that_are_not_linear(family, readout):
+    session = make_toy_session(family)
+    queries = QUERIES[:2]
+    attribution = make_attribution(session, readout).attribute_margins(
+        session, REMINDER, DIRECT_ATTACK.build_query_chats(queries)
+    )
+    scored = score_margins(session, REMINDER, queries, readout)
+    assert np.abs(attribution.margins - scored).max() < 1e-5
+    assert np.abs(attribution.parts.contributions.sum(1) - scored).max() < 1e-4
+    assert np.abs(attribution.margins_by_layer[:, -1] - scored).max() < 1e-4
+    # The remainder a second way: derivatives by autograd at the logits of plain forward passes.
+    logits = read_plain_logits(session, REMINDER, queries)
+    weights = compute_autograd_weights(readout, logits)
+    remainders = readout.compute_margins(logits)[:, 0] - (weights * logits).sum(1)
+    assert attribution.parts.parts[-1] == ModelPart("readout")
+    assert attribution.parts.contributions[:, -1] == pytest.approx(remainders.numpy(), abs=1e-4)
+    assert np.abs(remainders.numpy()).min() > 0.01
+    assert attribution.weight_sizes == pytest.approx(weights.abs().sum(1).numpy(), abs=1e-5)
+
+
+def test_a_linear_readout_has_no_remainder_and_the_same_weights_in_every_run():
+    session = make_toy_session()
+    query_chats = DIRECT_ATTACK.build_query_chats(QUERIES[:3])
+    direct_attribution = make_attribution(session)
+    attributions = direct_attribution.attribute_change(session, NONE, REMINDER, query_chats)
+    for attribution, defense in zip(attributions, (NONE, REMINDER), strict=True):
+        expected = direct_attribution.attribute_margins(session, defense, query_chats)
+        assert np.array_equal(attribution.parts.contributions, expected.parts.contributions)
+        assert not get_kind_contributions(attribution, "readout").size
+        assert attribution.weight_sizes.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("readout", NONLINEAR_READOUTS, ids=lambda readout: readout.name)
+def test_the_logit_lens_shows_the_margin_itself_and_no_linearization(readout):
+    session = make_session(fresh_model())  # transformers leaves hooks on a model that returns hidden states
+    attribution = make_attribution(session, readout).attribute_margins(
+        session, REMINDER, DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+    )
+    model = session.loaded_model.model
+    for query, margins_by_layer in zip(QUERIES[:2], attribution.margins_by_layer, strict=True):
+        (prompt,) = render_query(session, REMINDER, query)
+        with torch.no_grad():
+            states = model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+            for layer, stream in enumerate(states[:-1]):  # the last one has passed the final norm
+                logits = model.lm_head(model.model.norm(stream[:, -1]))
+                margin = float(readout.compute_margins(logits)[0, 0])
+                assert margins_by_layer[layer] == pytest.approx(margin, abs=1e-4)
+
+
+@pytest.mark.parametrize("readout", NONLINEAR_READOUTS, ids=lambda readout: readout.name)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_averaged_weights_explain_the_whole_change_by_components(family, readout):
+    session = make_toy_session(family)
+    query_chats = DIRECT_ATTACK.build_query_chats(QUERIES[:4])
+    direct_attribution = make_attribution(session, readout)
+    before, after = direct_attribution.attribute_change(session, NONE, REMINDER, query_chats)
+    for attribution, defense in ((before, NONE), (after, REMINDER)):
+        scored = score_margins(session, defense, QUERIES[:4], readout)
+        assert attribution.margins == pytest.approx(scored, abs=1e-5)
+        assert attribution.parts.contributions.sum(1) == pytest.approx(scored, abs=1e-4)
+        own = direct_attribution.attribute_margins(session, defense, query_chats)
+        assert attribution.margins_by_layer == pytest.approx(own.margins_by_layer, abs=1e-5)
+    remainders = [get_kind_contributions(attribution, "readout") for attribution in (before, after)]
+    assert np.abs(remainders[1] - remainders[0]).max() < PATH_TOLERANCE
+    assert np.abs(remainders[0]).max() > 0.1  # each run has one, but it is the same
+
+
+def test_both_runs_are_projected_on_the_average_of_the_gradients_between_them():
+    """A second derivation: autograd at many steps, and the output of an MLP recorded by a plain hook."""
+    session, query = make_toy_session(), QUERIES[0]
+    direct_attribution = make_attribution(session, LOG_ODDS_READOUT)
+    attributions = direct_attribution.attribute_change(
+        session, NONE, REMINDER, DIRECT_ATTACK.build_query_chats([query])
+    )
+    model, recorded = session.loaded_model.model, {}
+    handles = [
+        model.model.layers[1].mlp.register_forward_hook(
+            lambda _, args, output: recorded.update(mlp=output[0, -1])
+        ),
+        model.model.norm.register_forward_hook(lambda _, args, output: recorded.update(last=args[0][0, -1])),
+    ]
+    logits, projected = [], []
+    for defense in (NONE, REMINDER):
+        logits.append(read_plain_logits(session, defense, [query]))
+        projected.append((recorded["mlp"], recorded["last"]))
+    for handle in handles:
+        handle.remove()
+    steps = [logits[0] + (logits[1] - logits[0]) * (step + 0.5) / 200 for step in range(200)]
+    weights = torch.stack([compute_autograd_weights(LOG_ODDS_READOUT, step) for step in steps]).mean(0)[0]
+    with torch.no_grad():
+        for attribution, (mlp, last) in zip(attributions, projected, strict=True):
+            scale = (last.pow(2).mean() + model.config.rms_norm_eps).sqrt()
+            direction = (weights @ model.lm_head.weight) * model.model.norm.weight / scale
+            column = direct_attribution.parts.index(ModelPart("mlp", 1))
+            contribution = attribution.parts.contributions[0, column]
+            assert contribution == pytest.approx(float(mlp @ direction), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["smooth_llm", "erase_and_check"])
+def test_averaged_weights_of_several_prompts_follow_the_pooling_of_the_defense(name, monkeypatch):
+    session = make_toy_session()
+    defense = get_defense(name).prepare(ModelInfo("toy", session.loaded_model.tokenizer, ()))
+    assert defense.pool == {"smooth_llm": "mean", "erase_and_check": "max"}[name]
+    readout = replace(LOG_ODDS_READOUT, questions=("Refuse {request}? Yes or No.", "{request}: No or Yes?"))
+    query_chats = DIRECT_ATTACK.build_query_chats(QUERIES[:3])
+    direct_attribution = make_attribution(session, readout)
+    before, after = direct_attribution.attribute_change(session, NONE, defense, query_chats)
+    for attribution, condition in ((before, NONE), (after, defense)):
+        scored = score_margins(session, condition, QUERIES[:3], readout)
+        assert attribution.parts.contributions.sum(1) == pytest.approx(scored, abs=1e-4)
+    changes = get_kind_contributions(after, "readout") - get_kind_contributions(before, "readout")
+    assert np.abs(changes).max() < 1e-3  # log-odds are smooth, so that the average is nearly exact
+    assert np.abs(get_kind_contributions(before, "readout")).max() > 0.1
+    # Queries are paired in chunks, which must not change anything.
+    monkeypatch.setattr("analysis.mechanism.attribution._MAX_PAIRED_PROMPTS", 3)
+    in_chunks = direct_attribution.attribute_change(session, NONE, defense, query_chats)
+    for attribution, expected in zip(in_chunks, (before, after), strict=True):
+        assert attribution.parts.contributions == pytest.approx(expected.parts.contributions, abs=1e-4)
+
+
+def test_the_logits_of_several_models_are_attributed_only_if_the_margin_is_their_sum(tmp_path):
+    session = make_toy_session()
+    adapter = load_adapter(make_adapter(tmp_path / "a"))
+    mixing = replace(get_defense("safe_decoding"), adapter=adapter)
+    query_chats = DIRECT_ATTACK.build_query_chats(QUERIES[:2])
+    attribution = make_attribution(session).attribute_margins(session, mixing, query_chats)
+    scored = score_margins(session, mixing, QUERIES[:2])
+    assert attribution.parts.contributions.sum(1) == pytest.approx(scored, abs=1e-4)
+    direct_attribution = make_attribution(session, LOG_ODDS_READOUT)
+    for attribute in (
+        lambda: direct_attribution.attribute_margins(session, mixing, query_chats),
+        lambda: direct_attribution.attribute_change(session, NONE, mixing, query_chats),
+    ):
+        with pytest.raises(UserError, match=r"safe_decoding mixes the logits of 2 models.*as words"):
+            attribute()

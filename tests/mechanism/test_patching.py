@@ -8,6 +8,9 @@ import pytest
 import torch
 from conftest import (
     FAMILIES,
+    LOG_ODDS_READOUT,
+    OUTCOME_READOUT,
+    TOY_READOUT,
     make_toy_session,
     pair_runs,
     read_plain_margins,
@@ -121,11 +124,20 @@ def test_packed_rows_and_separate_rows_give_the_same_effects():
         assert effects == pytest.approx(expected[key], abs=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_estimated_effects_are_the_slopes_of_patches(family):
+@pytest.mark.parametrize(
+    ("family", "readout"),
+    [
+        *((family, TOY_READOUT) for family in FAMILIES),
+        ("llama", LOG_ODDS_READOUT),
+        ("gemma2", LOG_ODDS_READOUT),
+        ("llama", OUTCOME_READOUT),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_estimated_effects_are_the_slopes_of_patches(family, readout):
     """A small step toward the defended activation changes the margin by the estimate times the step."""
     session = make_toy_session(family)
-    paired_runs = pair_runs(session, REMINDER, QUERIES[:1])
+    paired_runs = pair_runs(session, REMINDER, QUERIES[:1], readout)
     heads, estimates = paired_runs.estimate_head_effects()
     before, after = (
         paired_runs.patcher.record_site_activations(defense, paired_runs.encode_prompts(defense), heads)[0]

@@ -113,3 +113,37 @@ def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> No
     sentence = f"{top_parts['shift'].sum():+.2f} of {parts['shift'].sum():+.2f} nats of shift"
     assert sentence.replace("-", "\N{MINUS SIGN}") in caption
     assert len(draw_mechanism_figures({"parts": parts}, top=3)["top-backdoor"][1]) == 3
+
+
+def test_the_remainder_of_the_readout_is_drawn_and_captioned_and_no_component() -> None:
+    parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
+    parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
+    without = draw_mechanism_figures({"parts": parts}, top=3)
+    remainder = parts.iloc[[0]].assign(kind="readout", layer=pd.NA, head=pd.NA)
+    for contrast, value in (("shift", 0.03), ("discrimination", -0.02)):
+        for end, width in (("", 0.0), ("_low", -0.01), ("_high", 0.01)):
+            remainder[f"{contrast}{end}"] = value + width
+    figures = draw_mechanism_figures({"parts": pd.concat([parts, remainder], ignore_index=True)}, top=3)
+    # Smaller than the components, and still the last row of the largest.
+    figure, points = figures["top-backdoor"]
+    labels = [label.get_text() for label in figure.axes[0].child_axes[0].get_yticklabels()]
+    assert len(labels) == 4 and labels[-1] == "readout curvature"
+    assert labels[:3] == [
+        label.get_text() for label in without["top-backdoor"][0].axes[0].child_axes[0].get_yticklabels()
+    ]
+    assert points["kind"].tolist()[-1] == "readout" and set(points["n_parts"]) == {len(parts)}
+    caption = unwrap_text(figure.texts[1])
+    assert f"the 3 of {len(parts)} components" in caption
+    assert "Last row: the part of the change that is due to the curvature of the readout" in caption
+    components = points[points["kind"] != "readout"]["shift"].sum()
+    assert f"contribute {components:+.2f} of".replace("-", "\N{MINUS SIGN}") in caption
+    # The map has a cell for each component of a layer; its caption names the remainder.
+    figure, cells = figures["parts-backdoor"]
+    assert "readout" not in set(cells["kind"])
+    caption = unwrap_text(figure.texts[1])
+    minus = "\N{MINUS SIGN}"
+    assert "due to the curvature of the readout" in caption
+    assert "+0.03 [+0.02, +0.04] nats of shift" in caption
+    assert f"{minus}0.02 [{minus}0.03, {minus}0.01] nats of discrimination" in caption
+    for stem in ("top-backdoor", "parts-backdoor"):
+        assert "curvature" not in unwrap_text(without[stem][0].texts[1])

@@ -85,6 +85,37 @@ def test_layers_and_components_add_up_to_the_contrasts_of_the_summary(folder: Pa
     assert set(added["defense"]) == {"refusal_steering"} and set(added["layer"]) == {1}  # 0.6 of 2 layers
 
 
+@pytest.mark.parametrize("readout", ["log-odds", "outcome"])
+def test_the_remainder_of_a_readout_that_is_not_linear_is_shown(own_cache: Path, readout: str) -> None:
+    args = ("-d", "self_reminder", "--readout", readout, "--limit", 10, "--patched", 0, "--top", 3)
+    result = run_mechanism(own_cache, *args, out=readout)
+    assert result.code == 0, result.err
+    summary = read_table(own_cache, "summary", readout).set_index("defense")
+    parts = read_table(own_cache, "parts", readout)
+    (remainder,) = parts[parts["kind"] == "readout"].to_dict("records")
+    for contrast in ("shift", "discrimination"):
+        assert parts[contrast].sum() == pytest.approx(summary.loc["self_reminder", contrast], abs=1e-3)
+        assert remainder[f"{contrast}_low"] <= remainder[contrast] <= remainder[f"{contrast}_high"]
+        assert abs(remainder[contrast]) < 0.02  # the weights are averaged between both runs
+    top = read_table(own_cache, "top-self_reminder", readout)
+    assert top["kind"].tolist().index("readout") == len(top) - 1 == 3
+    output = " ".join(result.out.split())
+    assert "the 3 largest of" in output and "due to the curvature of the readout" in output
+    assert "is saturated in" not in result.err  # a notice on attribution patching, which is left out
+
+
+def test_a_saturated_readout_is_noted_where_slopes_are_estimated(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.studies.mechanism.SATURATED_WEIGHT", 100.0)
+    args = ("-d", "self_reminder", "--limit", 4, "--patched", 2, "--top", 1)
+    result = run_mechanism(own_cache, *args, out="saturated")
+    assert result.code == 0, result.err
+    notice = "readout words is saturated in 100% of the undefended prompts"
+    assert any(text.startswith(notice) for text in read_record(own_cache, "saturated")["notices"])
+    assert all("saturated" not in text for text in read_record(own_cache)["notices"])
+
+
 def test_patching_the_last_layer_gives_the_whole_effect_on_the_patched_queries(folder: Path) -> None:
     patches, knockouts = read_table(folder, "patches"), read_table(folder, "cuts")
     assert set(patches["defense"]) == {"self_reminder", "refusal_steering"}
@@ -211,7 +242,7 @@ def test_tuned_weights_are_patched(own_cache: Path, tmp_path: Path) -> None:
     ("args", "words"),
     [
         ((), "no defense chosen: use -d NAME"),
-        (("-d", "policy", "--readout", "log-odds"), "--readout log-odds"),
+        (("-d", "policy", "--readout", "all"), "--readout all: a run uses one"),
         (("-d", "policy", "--sites", "residual,heds"), "unknown site 'heds': did you mean 'heads'?"),
         (("-d", "policy", "--top", 0), "--top 0: it takes 1 or more"),
         (("-d", "policy", "--patched", 1), "--patched 1: it takes 0 (none) or 2 and more"),
