@@ -38,6 +38,8 @@ validity: .venv/ready ## validate readouts and judged first tokens on three stat
 	  if [ $$state = attacked ]; then attack=obedience; else attack=direct; fi; \
 	  $(BIN)/analyze validate -m smollm2:$$state --attack $$attack $(READOUTS) --limit 120 --out figures/validity-$$state \
 	    -d backdoor $(PROMPTS) -d intention_analysis || exit 1; done
+	$(BIN)/analyze validate -m smollm2:attacked --attack obedience $(READOUTS) --limit 120 --out figures/validity-backdoor \
+	  -d backdoor $(subst -d ,-d backdoor+,$(PROMPTS) -d intention_analysis)
 
 ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4 minutes with cached scores, about 25 without)
 	$(BIN)/analyze ensembles -m smollm2:aligned --stacks 33 --out figures/ensembles -d self_reminder -d safety_prompt \
