@@ -56,7 +56,7 @@ def generate_token_ids(
             shared_ids = torch.tensor([list(prompts[0][:n_shared])], device=model.device)
             model(input_ids=shared_ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
         is_packed = n_shared > 0 and can_split_attention(model, prefix.layers)
-        for rows in _plan_batches(prompts, n_shared, is_packed, has_plain_cache):
+        for rows in _group_rows(prompts, n_shared, is_packed, has_plain_cache):
             if is_packed:
                 suffixes = [prompts[row][n_shared:] for row in rows]
                 batch = _generate_packed(
@@ -200,7 +200,7 @@ class _RowStoppingCriteria(StoppingCriteria):
         return torch.tensor(self.is_stopped, device=input_ids.device)
 
 
-def _plan_batches(
+def _group_rows(
     prompts: Sequence[Sequence[int]], n_shared: int, is_packed: bool, allows_padding: bool
 ) -> Iterator[list[int]]:
     """Yield batches of rows: of similar length, or of similar tokens if packed rows then share many.

@@ -52,7 +52,7 @@ def analyze_defenses(
             return condition_keys
         if len(responses.frames) < 2:  # the undefended model alone says nothing about a defense
             raise KeyboardInterrupt
-        return list(responses.frames)
+        return [key for key in condition_keys if key in responses.frames or key in responses.failures]
 
     scored = score_conditions(
         spec, defenses, settings, console, keep_interrupted=True, before_scoring=judge_responses
