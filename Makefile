@@ -23,7 +23,7 @@ check: .venv/ready-dev ## format, lint, types
 
 figures: .venv/ready ## run the main results and draw their figures into figures/ (about an hour)
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2
-	$(BIN)/analyze -m smollm2:aligned --limit 40 --readout words --responses none --out figures/attacks -d self_reminder -d safety_prompt -d policy \
+	$(BIN)/analyze -m smollm2:aligned --limit 40 --out figures/attacks -d self_reminder -d safety_prompt -d policy \
 	  -d goal_priority -d in_context_refusal -d clean_up -d keyword_only -d character_swap -d conditional_steering \
 	  -d direction_ablation -d preference_tuning -d safety_prefix -d neutral_prompt -d backdoor --attack direct \
 	  --attack obedience --attack prefix_injection --attack persona --attack base64 --attack prefill
