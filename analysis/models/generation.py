@@ -56,6 +56,9 @@ def generate_token_ids(
             shared_ids = torch.tensor([list(prompts[0][:n_shared])], device=model.device)
             model(input_ids=shared_ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
         is_packed = n_shared > 0 and can_split_attention(model, prefix.layers)
+        if is_packed:
+            engine.work_counter.computed_tokens += n_shared
+            engine.work_counter.saved_tokens += n_shared * (len(prompts) - 1)
         for rows in _group_rows(prompts, n_shared, is_packed, has_plain_cache):
             if is_packed:
                 suffixes = [prompts[row][n_shared:] for row in rows]
@@ -112,6 +115,7 @@ def _generate_packed(
         packed_rows,
         packed_rows.last_index,
     )
+    engine.work_counter.saved_tokens += int(lengths.sum()) - len(positions)
     on_first_logits(logits)
     while True:
         is_finished = []

@@ -81,7 +81,8 @@ def analyze_defenses(
     }
     failures = dict(scored.sweep_result.failures)
     if responses is not None:
-        failures |= {key: f"responses: {reason}" for key, reason in responses.failures.items()}
+        # A condition that could not be scored either has failed for the same reason.
+        failures = {key: f"responses: {reason}" for key, reason in responses.failures.items()} | failures
         tables["responses"] = responses.table
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
 

@@ -117,7 +117,8 @@ ENSEMBLE_CASES = {
     "long": {"defenses": 6, "name": "/a_defense_with_a_very_long_name(copies=10,$q$=0.1,more=7)"},
     "attacked": {"defenses": 5, "n_stacks": 5, "attacks": ("direct", "base64", "./my attack.py")},
     "refusing": {"defenses": 5, "raised": 30.0},
-    "many": {"defenses": 10, "n_stacks": 20},
+    "several": {"defenses": 10, "n_stacks": 20},
+    "many": {"defenses": 15, "n_stacks": 30},
 }
 
 

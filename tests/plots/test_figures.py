@@ -130,7 +130,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("folder", "words"),
     [
-        ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, the model answers 4 % \[1, 14\]"),
+        ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, the model answers 0 % \[0, 7\]"),
         ("validity", r"words is trusted for single queries in 0 of 12 conditions \(contradicted in 9\)"),
         ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],
@@ -296,7 +296,7 @@ def test_no_text_of_a_run_hides_another_and_none_leaves_the_canvas(defenses: int
                 assert not covers_point, f"{text.get_text()!r} covers a point"
 
 
-@pytest.mark.parametrize("case", ["pair", "votes", "long", "attacked", "refusing", "many"])
+@pytest.mark.parametrize("case", ["pair", "votes", "long", "attacked", "refusing", "several"])
 def test_no_text_of_ensembles_hides_another_and_none_leaves_the_canvas(case: str) -> None:
     for kind, (figure, _) in cached_ensemble_figures(case).items():
         assert_readable(kind, figure, collect_texts, slack=0.6, dpis=(100, 150) if case == "pair" else (100,))
