@@ -219,20 +219,16 @@ class Engine:
     ) -> Float[Tensor, "ends vocab"]:
         """Return the logits at the last positions of each suffix."""
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
-        tokens = [torch.tensor(list(suffix)) for suffix in suffixes]
-        padded_ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         if prefix is not None and prefix.is_packed:
             packed_rows = PackedRows.from_tokens(suffixes)
-            row, column = packed_rows.grid_index
             logit_index = [
                 index[length - n : length]
                 for index, length, n in zip(packed_rows.packed_index, lengths, n_positions, strict=True)
             ]
-            packed_ids = padded_ids[row, column]
-            self.work_counter.saved_tokens += int(lengths.sum()) - len(packed_ids)
-            return self.compute_packed_logits(
-                prefix.cache, n_shared, packed_ids, column, packed_rows, torch.cat(logit_index)
+            return self.compute_packed_suffixes(
+                prefix.cache, n_shared, suffixes, packed_rows, torch.cat(logit_index)
             )
+        padded_ids = _pad_suffixes(suffixes)
         # Padding on the right: index and position agree, so that sliding windows cover the same tokens as
         # without padding, and a causal model never attends to the padding.
         positions = torch.arange(padded_ids.shape[1]).expand_as(padded_ids)
@@ -242,6 +238,28 @@ class Engine:
         columns = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, n_positions, strict=True)])
         cache = prefix.cache if prefix else None
         return self._run_model(cache, padded_ids, mask, n_shared + positions, rows, columns)
+
+    def compute_packed_suffixes(
+        self,
+        cache: DynamicCache,
+        n_shared: int,
+        suffixes: Sequence[Sequence[int]],
+        packed_rows: PackedRows,
+        logit_index: Int[Tensor, " ends"],
+    ) -> Float[Tensor, "ends vocab"]:
+        """Return the next-token logits at some tokens of whole suffixes, which start at the shared prefix.
+
+        Args:
+            cache: as for `compute_packed_logits`.
+            n_shared: as for `compute_packed_logits`.
+            suffixes: token ids.
+            packed_rows: of these suffixes; tokens with which several of them start may be packed once.
+            logit_index: as for `compute_packed_logits`.
+        """
+        row, column = packed_rows.grid_index
+        token_ids = _pad_suffixes(suffixes)[row, column]
+        self.work_counter.saved_tokens += sum(map(len, suffixes)) - len(token_ids)
+        return self.compute_packed_logits(cache, n_shared, token_ids, column, packed_rows, logit_index)
 
     def compute_packed_logits(
         self,
@@ -439,6 +457,11 @@ def restrict_unembedding(
     finally:
         if handle is not None:
             handle.remove()
+
+
+def _pad_suffixes(suffixes: Sequence[Sequence[int]]) -> Int[Tensor, "rows length"]:
+    """Return token ids padded on the right to one length."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(list(suffix)) for suffix in suffixes], batch_first=True)
 
 
 def order_rows(suffixes: Sequence[Sequence[int]], is_packed: bool) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
@@ -103,19 +103,7 @@ def _generate_packed(
     lengths = torch.tensor([len(suffix) for suffix in suffixes])
     packed_rows = PackedRows.from_tokens(suffixes)
     is_cached_token = packed_rows.is_token
-    first_row, positions = packed_rows.grid_index
-    padded_ids = nn.utils.rnn.pad_sequence(
-        [torch.tensor(list(suffix)) for suffix in suffixes], batch_first=True
-    )
-    logits = engine.compute_packed_logits(
-        prefix,
-        n_shared,
-        padded_ids[first_row, positions],
-        positions,
-        packed_rows,
-        packed_rows.last_index,
-    )
-    engine.work_counter.saved_tokens += int(lengths.sum()) - len(positions)
+    logits = engine.compute_packed_suffixes(prefix, n_shared, suffixes, packed_rows, packed_rows.last_index)
     on_first_logits(logits)
     while True:
         is_finished = []

@@ -64,10 +64,6 @@ class _Node:
     next_index: Int[np.ndarray, " n"]
     probabilities: dict[float, Float[np.ndarray, "n tokens"]]
 
-    def get_index(self, token_id: int) -> int:
-        """Return the position of a candidate token."""
-        return self.ids.index(token_id)
-
 
 def fit_outcome_readout(
     session: ModelSession,
@@ -272,13 +268,12 @@ def _estimate_node_values(
 
     The prior of a token after an opening is the value of the opening.
     """
-    node_by_opening = {node.opening: node for node in nodes}
     values: dict[_Opening, Float[np.ndarray, " tokens"]] = {}
     for node in nodes:
         priors = root_priors
         if node.opening:
-            parent = node_by_opening[node.opening[:-1]]
-            priors = np.full(len(node.ids), values[parent.opening][parent.get_index(node.opening[-1])])
+            parent, index = _find_opening(nodes, node.opening)
+            priors = np.full(len(node.ids), values[parent.opening][index])
         is_counted = is_used & (node.next_index >= 0)
         values[node.opening] = estimate_token_values(
             node.next_index[is_counted], is_refusal[is_counted], priors
@@ -293,7 +288,6 @@ def _predict_refusals(
     base_value: float,
 ) -> Float[np.ndarray, " n"]:
     """Return the expected refusal of each response; nodes with shorter openings come first."""
-    node_by_opening = {node.opening: node for node in nodes}
     n = len(nodes[0].next_index)
     # Probability that the response starts with an opening.
     reach: dict[_Opening, Float[np.ndarray, " n"]] = {(): np.ones(n)}
@@ -301,8 +295,7 @@ def _predict_refusals(
     for node in nodes:
         opening_value = base_value
         if node.opening:
-            parent = node_by_opening[node.opening[:-1]]
-            index = parent.get_index(node.opening[-1])
+            parent, index = _find_opening(nodes, node.opening)
             opening_value = values[parent.opening][index]
             reach[node.opening] = reach[parent.opening] * parent.probabilities[sharpness][:, index]
         corrections = node.probabilities[sharpness] @ (values[node.opening] - opening_value)
@@ -310,12 +303,18 @@ def _predict_refusals(
     return expected
 
 
+def _find_opening(nodes: Sequence[_Node], opening: _Opening) -> tuple[_Node, int]:
+    """Return the node in which an opening ends, and the position of its last token there."""
+    parent = next(node for node in nodes if node.opening == opening[:-1])
+    return parent, parent.ids.index(opening[-1])
+
+
 def _make_branch(
     nodes: Sequence[_Node], node: _Node, values: dict[_Opening, Float[np.ndarray, " tokens"]]
 ) -> OpeningBranch:
     """Return the branch of the readout that a node with an opening stands for."""
-    parent = next(other for other in nodes if other.opening == node.opening[:-1])
-    opening_value = values[parent.opening][parent.get_index(node.opening[-1])]
+    parent, index = _find_opening(nodes, node.opening)
+    opening_value = values[parent.opening][index]
     weights = tuple(float(value - opening_value) for value in values[node.opening])
     return OpeningBranch(node.opening, node.ids, weights)
 

@@ -32,6 +32,14 @@ QUERIES = load_queries("contrast").select_split("calibration").limit_queries(60)
 VOCAB = 960
 
 
+def render_prompt_ids(session, words: Readout, query_chats) -> list[tuple[int, ...]]:
+    """Return the token ids of the undefended prompts that a readout is fitted to."""
+    return [
+        prompts[0].append_prefix(words.response_prefix)
+        for prompts in session.render_prompts(NONE, query_chats)
+    ]
+
+
 def expected_refusal(readout: Readout, logits: torch.Tensor, sharpness: float) -> torch.Tensor:
     """Return Σ p(t) v(t) over the whole vocabulary, in plain terms."""
     values = torch.full((logits.shape[1],), readout.base_value, dtype=torch.float64)
@@ -61,10 +69,7 @@ def fitted() -> tuple[Readout, Readout, list[int], np.ndarray]:
     session = make_toy_session()
     words = derive_readout(session, QUERIES, NONE)
     query_chats = DIRECT_ATTACK.build_query_chats(QUERIES)
-    prompts = [
-        prompts[0].append_prefix(words.response_prefix)
-        for prompts in session.render_prompts(NONE, query_chats)
-    ]
+    prompts = render_prompt_ids(session, words, query_chats)
     first_tokens = session.engine.read_first_token(
         prompts, lambda logits: logits.argmax(1, keepdim=True).float()
     )
@@ -131,10 +136,7 @@ def test_words_keep_their_side_whatever_the_base_rate_is(n_refused: int) -> None
     readout = fit_outcome_readout(session, words, NONE, query_chats, [None] * 120, labels)
     weights = dict(zip(readout.ids, readout.weights, strict=True))
     openers = session.engine.read_first_token(
-        [
-            prompts[0].append_prefix(words.response_prefix)
-            for prompts in session.render_prompts(NONE, query_chats)
-        ],
+        render_prompt_ids(session, words, query_chats),
         lambda logits: logits.argmax(1, keepdim=True).float(),
     )
     for token_id, weight in zip(words.ids, words.weights, strict=True):
@@ -225,10 +227,7 @@ def test_the_deeper_readout_tells_responses_with_the_same_first_token_apart() ->
     session = make_toy_session()
     words = derive_readout(session, QUERIES, NONE)
     query_chats = DIRECT_ATTACK.build_query_chats(QUERIES)
-    prompts = [
-        prompts[0].append_prefix(words.response_prefix)
-        for prompts in session.render_prompts(NONE, query_chats)
-    ]
+    prompts = render_prompt_ids(session, words, query_chats)
     openings = []
     for prompt in prompts:
         first = int(plain_logits(session, prompt).argmax())
