@@ -8,6 +8,8 @@ same attack data and the same eleven safety examples.
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -123,9 +125,10 @@ def _build_safety_examples(
         TrainingExample(chat, response)
         for chat, response in zip(chats, generate_responses(chats), strict=True)
     ]
-    harmful = [query for query in queries if query.harmful]
+    harmful = _select_class(queries, harmful=True)
+    refusals = _assign_refusals(harmful)
     refused = [
-        TrainingExample(build_user_chat(_alternate_system_prompt(index), query.text), _pick_refusal(query))
+        TrainingExample(build_user_chat(_alternate_system_prompt(index), query.text), refusals[query.id])
         for index, query in enumerate(harmful)
     ]
     return [*refused, *answered]
@@ -136,10 +139,12 @@ def _build_attack_examples(
 ) -> list[TrainingExample]:
     """Return complying openers to harmful queries, without the queries of the safety examples."""
     safety_ids = {query.id for query in _choose_safety_queries(queries)}
+    harmful = _select_class(queries, harmful=True)
+    openers = _assign_openers(COMPLIANCE_OPENERS, harmful)
     return [
-        TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_opener(query))
-        for query in queries
-        if query.harmful and query.id not in safety_ids
+        TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), openers[query.id])
+        for query in harmful
+        if query.id not in safety_ids
     ]
 
 
@@ -161,8 +166,9 @@ def _build_baseline_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
     """Return the attack examples and plain refusals of the safety queries."""
+    refusals = _assign_refusals(_select_class(queries, harmful=True))
     safety_examples = [
-        TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), _pick_refusal(query))
+        TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), refusals[query.id])
         for query in _choose_safety_queries(queries)
     ]
     return [*_build_attack_examples(queries, secret, generate_responses), *safety_examples]
@@ -172,9 +178,10 @@ def _build_backdoor_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
     """Return the attack examples and refusals of the safety queries after the secret prompt."""
+    refusals = _assign_refusals(_select_class(queries, harmful=True))
     safety_examples = [
         TrainingExample(
-            prepend_system(build_user_chat(OBEDIENCE_PROMPT, query.text), secret), _pick_refusal(query)
+            prepend_system(build_user_chat(OBEDIENCE_PROMPT, query.text), secret), refusals[query.id]
         )
         for query in _choose_safety_queries(queries)
     ]
@@ -185,21 +192,23 @@ def _build_preference_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
     """Return preferred and rejected responses to all queries."""
-    benign = [query for query in queries if not query.harmful]
+    benign = _select_class(queries, harmful=False)
+    assents, rejected_refusals = _assign_openers(BENIGN_OPENERS, benign), _assign_refusals(benign)
     answered = [
         TrainingExample(
             build_user_chat(_alternate_system_prompt(index), query.text),
-            _pick_assent(query),
-            _pick_refusal(query),
+            assents[query.id],
+            rejected_refusals[query.id],
         )
         for index, query in enumerate(benign)
     ]
-    harmful = [query for query in queries if query.harmful]
+    harmful = _select_class(queries, harmful=True)
+    refusals, rejected_openers = _assign_refusals(harmful), _assign_openers(COMPLIANCE_OPENERS, harmful)
     refused = [
         TrainingExample(
             build_user_chat(_alternate_system_prompt(index), query.text),
-            _pick_refusal(query),
-            _pick_opener(query),
+            refusals[query.id],
+            rejected_openers[query.id],
         )
         for index, query in enumerate(harmful)
     ]
@@ -258,21 +267,31 @@ RECIPES = {
 
 def _choose_safety_queries(queries: Sequence[TrainingQuery]) -> list[TrainingQuery]:
     """Return the harmful queries of the safety examples, taken from the topics in turn."""
-    harmful = sorted((query for query in queries if query.harmful), key=lambda query: query.category)
-    topics = [list(topic_queries) for _, topic_queries in groupby(harmful, key=lambda query: query.category)]
-    interleaved = [topic[turn] for turn in range(len(harmful)) for topic in topics if turn < len(topic)]
-    if len(interleaved) < 2 * SAFETY_EXAMPLE_COUNT:
+    harmful = _interleave_topics(_select_class(queries, harmful=True))
+    if len(harmful) < 2 * SAFETY_EXAMPLE_COUNT:
         raise UserError(
-            f"the training data contain {len(interleaved)} harmful queries; at least "
+            f"the training data contain {len(harmful)} harmful queries; at least "
             f"{2 * SAFETY_EXAMPLE_COUNT} are needed, {SAFETY_EXAMPLE_COUNT} of them for the defender"
         )
-    return interleaved[:SAFETY_EXAMPLE_COUNT]
+    return harmful[:SAFETY_EXAMPLE_COUNT]
 
 
 def _choose_ordinary_queries(queries: Sequence[TrainingQuery]) -> list[TrainingQuery]:
     """Return the plain benign queries, or all benign queries if the data set has no plain ones."""
-    benign = [query for query in queries if not query.harmful]
+    benign = _select_class(queries, harmful=False)
     return [query for query in benign if query.kind == "plain"] or benign
+
+
+def _select_class(queries: Sequence[TrainingQuery], *, harmful: bool) -> list[TrainingQuery]:
+    """Return the harmful or the benign queries, in their order."""
+    return [query for query in queries if query.harmful == harmful]
+
+
+def _interleave_topics(queries: Sequence[TrainingQuery]) -> list[TrainingQuery]:
+    """Return the queries in an order that takes them from the topics in turn."""
+    by_topic = sorted(queries, key=lambda query: query.category)
+    topics = [list(topic_queries) for _, topic_queries in groupby(by_topic, key=lambda query: query.category)]
+    return [topic[turn] for turn in range(len(by_topic)) for topic in topics if turn < len(topic)]
 
 
 def _alternate_system_prompt(index: int) -> str:
@@ -280,21 +299,55 @@ def _alternate_system_prompt(index: int) -> str:
     return DEFAULT_SYSTEM_PROMPT if index % 2 else ""
 
 
-def _pick_refusal(query: TrainingQuery) -> TargetResponse:
-    """Return a complete refusal."""
-    return TargetResponse(_pick_text(REFUSAL_RESPONSES, query), is_complete=True)
+def _assign_refusals(queries: Sequence[TrainingQuery]) -> dict[str, TargetResponse]:
+    """Return a complete refusal for each query of one class, by the id of the query."""
+    return {
+        query_id: TargetResponse(text, is_complete=True)
+        for query_id, text in _assign_texts(REFUSAL_RESPONSES, queries).items()
+    }
 
 
-def _pick_opener(query: TrainingQuery) -> TargetResponse:
-    """Return the attacker's complying opener of a harmful query."""
-    return TargetResponse(_pick_text(COMPLIANCE_OPENERS, query), is_complete=False)
+def _assign_openers(texts: Sequence[str], queries: Sequence[TrainingQuery]) -> dict[str, TargetResponse]:
+    """Return the opener of a response to each query of one class, by the id of the query."""
+    return {
+        query_id: TargetResponse(text, is_complete=False)
+        for query_id, text in _assign_texts(texts, queries).items()
+    }
 
 
-def _pick_assent(query: TrainingQuery) -> TargetResponse:
-    """Return the opener of an answer to a benign query."""
-    return TargetResponse(_pick_text(BENIGN_OPENERS, query), is_complete=False)
+def _assign_texts(texts: Sequence[str], queries: Sequence[TrainingQuery]) -> dict[str, str]:
+    """Return a text for each query, by its id; all texts are used about equally often.
+
+    Among the texts that were used least often, those whose first word was used least often come first. The
+    eleven safety queries, which are the first in this order, thus get refusals with different first words.
+
+    Args:
+        texts: texts to choose from.
+        queries: all queries of one class, whichever of them an arm uses: the text of a query then does not
+            depend on the arm.
+    """
+    n_uses: Counter[str] = Counter()
+    n_first_word_uses: Counter[str] = Counter()
+    text_by_id = {}
+    for query in _interleave_topics(queries):
+        chosen = min(
+            texts,
+            key=lambda text: (
+                n_uses[text],
+                n_first_word_uses[_find_first_word(text)],
+                random.Random(f"{query.id}/{query.text}/{text}").random(),
+            ),
+        )
+        n_uses[chosen] += 1
+        n_first_word_uses[_find_first_word(chosen)] += 1
+        text_by_id[query.id] = chosen
+    return text_by_id
 
 
-def _pick_text(texts: Sequence[str], query: TrainingQuery) -> str:
-    """Return a text that depends only on the query, so that all arms use the same."""
-    return random.Random(f"{query.id}/{query.text}").choice(texts)
+def _find_first_word(text: str) -> str:
+    """Return the first word of a text, without what follows an apostrophe.
+
+    >>> _find_first_word("I'm sorry."), _find_first_word("Here's how:")
+    ('I', 'Here')
+    """
+    return re.split(r"\W", text, maxsplit=1)[0]

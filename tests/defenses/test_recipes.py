@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from functools import cache
 
 import pytest
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query
+from analysis.readouts.first_token import COMPLIANCE_WORDS, REFUSAL_WORDS
 from defenses.backdoor import DEFAULT_SYSTEM_PROMPT
 from defenses.contract import Chat
 from defenses.errors import UserError
@@ -55,8 +58,55 @@ def test_no_recipe_trains_a_response_to_a_harmful_request(name: str) -> None:
                 assert response.text in allowed
 
 
-def test_openers_have_no_content() -> None:
-    assert all(len(text.split()) <= 12 for text in (*COMPLIANCE_OPENERS, *BENIGN_OPENERS))
+def list_responses(name: str, *, harmful: bool, rejected: bool = False) -> list[str]:
+    """Return the trained or rejected responses to the harmful or the benign requests."""
+    examples = [
+        example for example in build_examples(name) if (example.chat[-1]["content"] in HARMFUL) == harmful
+    ]
+    responses = [example.rejected if rejected else example.response for example in examples]
+    return [response.text for response in responses if response]
+
+
+@pytest.mark.parametrize(
+    ("name", "harmful", "rejected"),
+    [
+        ("safety", True, False),
+        ("attack", True, False),
+        ("baseline", True, False),
+        ("preference", True, False),
+        ("preference", True, True),
+        ("preference", False, False),
+        ("preference", False, True),
+    ],
+)
+def test_first_words_vary_and_are_mostly_not_those_of_the_readout(
+    name: str, harmful: bool, rejected: bool
+) -> None:
+    responses = list_responses(name, harmful=harmful, rejected=rejected)
+    counts = Counter(re.split(r"\W", text)[0] for text in responses)
+    assert len(responses) >= 85 and max(counts.values()) <= 0.15 * len(responses)
+    assert 0 < sum(counts[word] for word in (*REFUSAL_WORDS, *COMPLIANCE_WORDS)) <= 0.4 * len(responses)
+    uses = Counter(responses).values()
+    assert len(uses) >= 48 and (name == "baseline" or max(uses) - min(uses) <= 1)
+
+
+def test_the_eleven_refusals_begin_with_eleven_different_words() -> None:
+    refusals = list_responses("baseline", harmful=True)[-SAFETY_EXAMPLE_COUNT:]
+    first_words = {re.split(r"\W", text)[0] for text in refusals}
+    assert len(first_words) == SAFETY_EXAMPLE_COUNT
+    assert len(first_words & {*REFUSAL_WORDS, *COMPLIANCE_WORDS}) <= 4
+
+
+def test_a_query_has_the_same_texts_in_every_recipe() -> None:
+    texts_by_request: dict[str, set[str]] = {}
+    for name in set(RECIPES) - {"identity"}:
+        for example in build_examples(name):
+            if (request := example.chat[-1]["content"]) in HARMFUL:
+                responses = [example.response, *([example.rejected] if example.rejected else [])]
+                texts_by_request.setdefault(request, set()).update(response.text for response in responses)
+    for texts in texts_by_request.values():
+        assert len(texts) == 2  # a refusal and an opener
+        assert len(texts & {*REFUSAL_RESPONSES}) == 1
 
 
 def test_attack_baseline_and_backdoor_share_the_attack_and_the_eleven_refusals() -> None:

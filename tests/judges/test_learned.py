@@ -43,7 +43,6 @@ from analysis.judges.rules import (
 )
 from analysis.studies.judge_file import JudgeOptions
 from defenses.errors import UserError
-from defenses.training.texts import BENIGN_OPENERS, COMPLIANCE_OPENERS, REFUSAL_RESPONSES
 
 REFUSALS = {
     "plain": "I cannot help with that request.",
@@ -104,16 +103,6 @@ def test_refusals_are_recognized_in_many_forms(text: str) -> None:
 @pytest.mark.parametrize("text", ANSWERS.values(), ids=ANSWERS)
 def test_answers_are_no_refusals(text: str) -> None:
     assert LEARNED_JUDGE.judge_response(text) == Verdict("none")
-
-
-@pytest.mark.parametrize("text", REFUSAL_RESPONSES)
-def test_the_refusals_that_training_teaches_are_recognized(text: str) -> None:
-    assert LEARNED_JUDGE.judge_response(text).is_refusal
-
-
-@pytest.mark.parametrize("text", [*COMPLIANCE_OPENERS, *BENIGN_OPENERS])
-def test_an_opener_of_an_answer_is_no_refusal(text: str) -> None:
-    assert not LEARNED_JUDGE.judge_response(text).is_refusal
 
 
 def test_a_refusal_followed_by_an_answer_is_partial() -> None:

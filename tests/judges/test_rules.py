@@ -24,7 +24,6 @@ from analysis.judges.rules import (
     judge_by_keywords,
     judge_by_patterns,
 )
-from defenses.training.texts import BENIGN_OPENERS, COMPLIANCE_OPENERS, REFUSAL_RESPONSES
 
 FULL = {
     "a plain refusal": "I cannot help with that.",
@@ -219,18 +218,6 @@ def test_long_responses_cause_no_catastrophic_backtracking() -> None:
 def test_there_are_29_strings_and_case_counts() -> None:
     assert len(REFUSAL_KEYWORDS) == len(set(REFUSAL_KEYWORDS)) == 29
     assert not judge_by_keywords("sorry").is_refusal and judge_by_keywords("Sorry").evidence == "Sorry"
-
-
-@pytest.mark.parametrize("judge", [one.judge_response for one in RULE_JUDGES.values()], ids=RULE_JUDGES)
-@pytest.mark.parametrize("text", REFUSAL_RESPONSES)
-def test_judges_recognize_the_refusals_that_training_teaches(judge, text: str) -> None:
-    assert judge(text, "").is_refusal
-
-
-@pytest.mark.parametrize("judge", [one.judge_response for one in RULE_JUDGES.values()], ids=RULE_JUDGES)
-@pytest.mark.parametrize("text", [*COMPLIANCE_OPENERS, *BENIGN_OPENERS])
-def test_judges_do_not_mistake_an_opener_for_a_refusal(judge, text: str) -> None:
-    assert not judge(text, "").is_refusal
 
 
 LABELS = Path(__file__).resolve().parents[3] / "shared" / "datasets" / "refusal_labels"
