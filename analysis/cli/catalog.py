@@ -37,13 +37,6 @@ if TYPE_CHECKING:
 
 CatalogRows = list[dict[str, Any]]
 
-_SHIPPED_SET_DESCRIPTIONS = {
-    "contrast": "harmful requests, their matched benign twins, and plain benign requests",
-    "twins": "harmful requests and their matched benign twins only (the hard comparison)",
-    "plain": "harmful requests and plain benign ones only (the easy comparison)",
-    "everyday": "plain benign requests only, to complete a set without any: --data advbench+everyday",
-}
-
 
 def collect_catalog() -> dict[str, CatalogRows]:
     """Return what `analyze list` shows: for each kind, a list of rows of plain values."""
@@ -110,8 +103,8 @@ def _describe_shipped_set(name: str) -> dict[str, Any]:
     counts = {"harmful": n_harmful, "benign": len(queries) - n_harmful}
     return {
         "name": name,
-        "kinds": list(SHIPPED_SETS[name]),
-        "what": _SHIPPED_SET_DESCRIPTIONS[name],
+        "kinds": list(SHIPPED_SETS[name].kinds),
+        "what": SHIPPED_SETS[name].description,
         **counts,
         "licence": "CC BY 4.0",
     }

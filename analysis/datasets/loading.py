@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis.datasets.download import load_public_records
@@ -14,12 +14,42 @@ from analysis.datasets.records import RECORD_SUFFIXES, read_records
 from analysis.files import Notifier, combine_digests, data_folder
 from defenses.errors import unknown_name_error
 
-# Shipped sets: the kinds of query that each takes from data/contrast.jsonl.
+BENIGN_KINDS = ("twin", "sounds_unsafe", "same_topic", "plain")
+
+
+@dataclass(frozen=True)
+class ShippedSet:
+    """A query set that comes with the project.
+
+    Attributes:
+        description: what it contains, for `analyze data`.
+        kinds: the kinds of queries that it takes from its file.
+        file_name: its file in data/.
+    """
+
+    description: str
+    kinds: tuple[str, ...]
+    file_name: str = "contrast.jsonl"
+
+
 SHIPPED_SETS = {
-    "contrast": ("harmful", "twin", "plain"),
-    "twins": ("harmful", "twin"),
-    "plain": ("harmful", "plain"),
-    "everyday": ("plain",),
+    "contrast": ShippedSet("harmful requests and four kinds of benign ones", ("harmful", *BENIGN_KINDS)),
+    "twins": ShippedSet("harmful requests and their benign twins, alike in wording", ("harmful", "twin")),
+    "sounds-unsafe": ShippedSet(
+        "harmful requests, and benign ones with alarming words", ("harmful", "sounds_unsafe")
+    ),
+    "same-topic": ShippedSet(
+        "harmful requests, and legitimate questions on their topics", ("harmful", "same_topic")
+    ),
+    "plain": ShippedSet("harmful requests and plain benign ones (the easy comparison)", ("harmful", "plain")),
+    "everyday": ShippedSet(
+        "plain benign requests only, to complete a set without any: --data advbench+everyday", ("plain",)
+    ),
+    "contrast-v1": ShippedSet(
+        "the first version of contrast, for comparison with older runs",
+        ("harmful", "twin", "plain"),
+        "contrast-v1.jsonl",
+    ),
 }
 
 
@@ -30,7 +60,7 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
     True
 
     Args:
-        name: contrast, twins, plain or everyday (shipped); a public set, or NAME=PATH for a local copy of it;
+        name: contrast or another of `SHIPPED_SETS`; a public set, or NAME=PATH for a local copy of it;
             the path of a `.jsonl` or `.csv` file; or several of them joined with +.
         offline: whether downloads are forbidden.
         notify: prints a line before a download and when repeated queries are dropped.
@@ -50,9 +80,10 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
 
 def load_shipped_set(name: str) -> QuerySet:
     """Load a shipped set, without the check for both classes: everyday has only benign queries."""
-    contrast = _load_query_file(data_folder() / "contrast.jsonl")
-    queries = tuple(query for query in contrast.queries if query.kind in SHIPPED_SETS[name])
-    return replace(contrast, name=name, queries=queries, sources=({"name": name, "sha256": contrast.sha256},))
+    shipped = SHIPPED_SETS[name]
+    file_set = _load_query_file(data_folder() / shipped.file_name)
+    queries = tuple(query for query in file_set.queries if query.kind in shipped.kinds)
+    return replace(file_set, name=name, queries=queries, sources=({"name": name, "sha256": file_set.sha256},))
 
 
 def load_query_texts(name: str) -> tuple[dict[str, str], str]:
@@ -60,7 +91,7 @@ def load_query_texts(name: str) -> tuple[dict[str, str], str]:
 
     >>> texts, sha256 = load_query_texts("contrast")
     >>> len(texts), len(sha256)
-    (600, 64)
+    (1344, 64)
 
     Args:
         name: as for `load_queries`.
