@@ -266,7 +266,7 @@ def print_recommendation(
     console.print(table)
 
 
-def _describe_need(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+def _describe_need(row: pd.Series[Any], record: Mapping[str, Any]) -> str:
     """Return how many benign calibration queries the closest candidate would need, in a sentence."""
     needed, rate = row["n_benign_needed"], 1 - row["benign_calibration"]
     if needed != needed:

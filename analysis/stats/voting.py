@@ -260,7 +260,7 @@ def compute_fit_statistics(
         mean_absolute_error = (shares * np.abs(errors)).sum(1)
     return {
         "r2": np.where(is_defined, r2, np.nan),
-        "rank_correlation": np.where(is_defined & (scale > 0), rank_correlation, np.nan),
+        "rank_correlation": np.where(is_defined & (scale > 1e-9), rank_correlation, np.nan),
         "mean_absolute_error": mean_absolute_error,
     }
 
