@@ -145,7 +145,7 @@ def print_predictors(fit: pd.DataFrame | None, has_overlap: bool) -> None:
         has_overlap: whether the overlap of the defenses was given.
     """
     from analysis.cli.console import make_console_table, make_table_console
-    from analysis.stats.format import Interval
+    from analysis.stats.format import Interval, format_number
     from analysis.stats.predictors import OUTCOMES, SAME_ON_CALIBRATION
     from analysis.stats.tables import iterate_rows
 
@@ -158,15 +158,17 @@ def print_predictors(fit: pd.DataFrame | None, has_overlap: bool) -> None:
         if how == "stack":
             title = (
                 f"{attack}: {group['n'].iloc[0]} stacks of the test split, predicted from the calibration "
-                "split: R² (* smallest error on the calibration split)"
+                "split: R², 95 % interval (* smallest error on the calibration split)"
             )
             heads = tuple(_COORDINATE_LABELS[outcome].replace(" ", "\n") for outcome in OUTCOMES)
             table = make_console_table("predictor", heads, title)
             for predictor, rows in group.groupby("predictor", sort=False):
                 by_outcome = {row["outcome"]: row for row in iterate_rows(rows)}
+                # The interval has a line of its own, so that the table fits the width of a terminal.
                 cells = [
-                    Interval.from_row(by_outcome[outcome], "r2").format_text(".2f")
-                    + "*" * bool(by_outcome[outcome]["is_best"])
+                    Interval.from_row(by_outcome[outcome], "r2")
+                    .format_text(".2f")
+                    .replace(" [", "*\n[" if by_outcome[outcome]["is_best"] else "\n[")
                     for outcome in OUTCOMES
                 ]
                 table.add_row(*map(Text, (str(predictor), *cells)))
@@ -176,7 +178,7 @@ def print_predictors(fit: pd.DataFrame | None, has_overlap: bool) -> None:
             continue
         best = group[group["is_best"] & (group["predictor"] != SAME_ON_CALIBRATION)]
         agreement = [
-            f"{_COORDINATE_LABELS[row['outcome']]} R² {row['r2']:.2f} ({row['predictor']})"
+            f"{_COORDINATE_LABELS[row['outcome']]} R² {format_number(row['r2'], '.2f', 1)} ({row['predictor']})"
             for row in iterate_rows(best)
         ]
         n = f"{group['n'].iloc[0]:,}"

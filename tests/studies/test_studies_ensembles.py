@@ -211,8 +211,9 @@ def test_single_defenses_have_the_same_estimates_in_ensembles_and_summary(place:
 
 
 def test_the_recommendation_is_the_certified_candidate_that_refuses_most_harmful_queries(
-    kept: Path,
+    kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("analysis.studies.ensembles._MAX_ROWS_WITH_INTERVALS", 0)
     args = [f"-d{name}" for name in NAMES]
     limits = ["--max-over-refusal", "90%", "-o", kept / "rec", "--json", "--stacks", 1]
     result = run_cli("recommend", "-m", kept / "toy", *args, *SHORT[:2], *limits)
