@@ -178,7 +178,8 @@ def print_predictors(fit: pd.DataFrame | None, has_overlap: bool) -> None:
             continue
         best = group[group["is_best"] & (group["predictor"] != SAME_ON_CALIBRATION)]
         agreement = [
-            f"{_COORDINATE_LABELS[row['outcome']]} R² {format_number(row['r2'], '.2f', 1)} ({row['predictor']})"
+            f"{_COORDINATE_LABELS[row['outcome']]} R² {format_number(row['r2'], '.2f', 1)} "
+            f"({row['predictor']})"
             for row in iterate_rows(best)
         ]
         n = f"{group['n'].iloc[0]:,}"
