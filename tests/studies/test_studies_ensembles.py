@@ -16,11 +16,11 @@ from scipy.stats import binom
 from analysis.attacks import choose_attacks
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, QuerySet
-from analysis.stats.predictors import STACK_PREDICTORS
+from analysis.stats.predictors import SAME_ON_CALIBRATION, STACK_PREDICTORS
 from analysis.stats.risk_control import count_queries_needed
 from analysis.stats.voting import ENSEMBLE_COORDINATES, VOTE_RULES
 from analysis.studies.cost import time_conditions
-from analysis.studies.ensembles import rank_promising_stacks, score_ensembles
+from analysis.studies.ensembles import load_overlap, rank_promising_stacks, score_ensembles
 from analysis.studies.recommend import (
     RecommendationLimits,
     certify_ensembles,
@@ -43,7 +43,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # intervals for the front are enough
         save_model(place / "toy")
         args = [f"-d{name}" for name in [*NAMES, "policy+word_drop", "random_tokens"]]
-        result = run_cli("ensembles", "-m", place / "toy", *args, *SHORT, "-o", place / "out", "--stacks", 2)
+        profile = {"defense": "policy", "other": "self_reminder", "contrast": ["shift", "discrimination"]}
+        pd.DataFrame(profile | {"cosine": 0.5}).to_csv(place / "profiles.csv", index=False)
+        args += ["-o", place / "out", "--stacks", 2, "--overlap", place / "profiles.csv"]
+        result = run_cli("ensembles", "-m", place / "toy", *args, *SHORT)
         assert result.code == 0, result.err
         (place / "said.txt").write_text(result.out)
     return place
@@ -97,7 +100,7 @@ def test_every_table_and_figure_is_written(place: Path) -> None:
     said = " ".join((place / "said.txt").read_text().split())
     assert (
         "direct: 5 stacks of the test split, predicted from the calibration split" in said
-        and "Not compared: overlap, which needs --overlap FOLDER." in said
+        and "Not compared" not in said
         and "Stacks that interact, direct, shift (against " in said
         and "on the Pareto front" in said
     )
@@ -192,6 +195,7 @@ def test_named_random_and_promising_stacks_are_run_and_the_others_only_predicted
     assert predictor["measured_stacks"] == 3 and predictor["name"] in STACK_PREDICTORS
     fit = pd.read_csv(place / "out" / "predictors.csv")
     assert set(fit["how"]) == {"stack"} and set(fit["n"]) == {5}
+    assert set(fit["predictor"]) == {*STACK_PREDICTORS, SAME_ON_CALIBRATION}
     assert (fit[fit["is_best"]].groupby(["attack", "split", "outcome"]).size() == 1).all()
     interacting = pd.read_csv(place / "out" / "interacting.csv")
     assert set(interacting["members"]) == ran and len(interacting) == 2 * 5 * 5
@@ -369,6 +373,16 @@ def test_bad_input_is_a_one_line_error(kept: Path, args: tuple[str, ...], words:
     result = run_cli(*args, "-m", kept / "toy", "--limit", 24)
     (line,) = [line for line in result.err.splitlines() if not line.startswith("note: ")]
     assert result.code == 2 and words in line
+
+
+def test_the_overlap_is_read_from_a_folder_or_a_file_and_needs_its_columns(tmp_path: Path) -> None:
+    overlap = pd.DataFrame({"defense": ["a"], "other": ["b"], "contrast": ["shift"], "cosine": [0.5]})
+    overlap.to_csv(tmp_path / "profiles.csv", index=False)
+    for path in (tmp_path, tmp_path / "profiles.csv"):
+        pd.testing.assert_frame_equal(load_overlap(path), overlap, check_dtype=False)
+    overlap.drop(columns="cosine").to_csv(tmp_path / "profiles.csv", index=False)
+    with pytest.raises(UserError, match="lacks the columns cosine"):
+        load_overlap(tmp_path)
 
 
 def test_data_without_splits_are_split_at_random_with_pairs_kept_whole(tmp_path: Path) -> None:
