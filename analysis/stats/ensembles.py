@@ -336,6 +336,7 @@ def _build_ensemble_rows(
         "members": ["+".join(team) for team in teams],
         "how": combination,
         "size": [len(team) for team in teams],
+        "predicted_on": SELECTION_SPLIT,
     }
     for name in ENSEMBLE_COORDINATES:
         predicted_values = missing if predicted_coordinates is None else predicted_coordinates[name]
