@@ -112,8 +112,9 @@ def caption_forecast(points: pd.DataFrame, context: CaptionContext) -> str:
         "the margin's change against the undefended model, discrimination is harmful minus benign. "
         f"{stacks if n_stacks else ''}{votes if n_votes else ''}"
         f"{hollow if has_kinds and (n_stacks or not is_crowded) else ''}{bars}R²: of the prediction itself, "
-        f"no line fitted; ρ: rank correlation (Spearman); {by_definition}\N{EN DASH}: fewer than three observed "
-        f"values, or all equal. {omit_interval_note(context, not has_bars).format_sentences(points['attack'].iloc[0])}"
+        f"no line fitted; ρ: rank correlation (Spearman); {by_definition}\N{EN DASH}: fewer than three "
+        "observed values, or all equal. "
+        f"{omit_interval_note(context, not has_bars).format_sentences(points['attack'].iloc[0])}"
     )
 
 
