@@ -169,6 +169,7 @@ def ensembles(
     *,
     size: int = 2,
     stacks: int = 5,
+    overlap: Path | str | None = None,
     data: str | pd.DataFrame = "contrast",
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
@@ -186,7 +187,8 @@ def ensembles(
         defenses: defenses to combine: names, or defenses.
         model: short name, Hugging Face id, folder, or `.gguf` file.
         size: maximum number of members of an ensemble, 2 or 3.
-        stacks: number of most promising stacks to run, and of random ones.
+        stacks: number of random stacks to run, and of the most promising ones.
+        overlap: run folder of `analyze mechanism`, or its `profiles.csv`, for the predictor `overlap`.
         data: as `--data`, or a frame of queries.
         limit: maximum number of queries per split.
         attacks: one attack or several.
@@ -199,7 +201,8 @@ def ensembles(
         offline: whether the network may not be used.
 
     Returns:
-        A run whose tables include `ensembles` (predicted, observed, interaction), `additivity`, `candidates`.
+        A run whose tables include `ensembles` (predicted, observed, interaction), `predictors`,
+        `interacting`, `additivity` and `candidates`.
     """
     spec = build_run_spec(
         model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
@@ -208,7 +211,13 @@ def ensembles(
     from analysis.studies.ensembles import evaluate_ensembles
 
     return evaluate_ensembles(
-        spec, _as_defense_list(defenses), settings, size, stacks, _progress_console()
+        spec,
+        _as_defense_list(defenses),
+        settings,
+        size,
+        stacks,
+        _progress_console(),
+        None if overlap is None else Path(overlap),
     ).run
 
 
@@ -220,6 +229,7 @@ def recommend(
     max_cost: float | None = None,
     size: int = 2,
     stacks: int = 5,
+    overlap: Path | str | None = None,
     data: str | pd.DataFrame = "contrast",
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
@@ -241,7 +251,8 @@ def recommend(
         max_over_refusal: maximum share of benign queries refused: 0.05 or "5%".
         max_cost: maximum time to first token, as a multiple of the undefended model's.
         size: maximum number of members of an ensemble, 2 or 3.
-        stacks: number of most promising stacks to run, and of random ones.
+        stacks: number of random stacks to run, and of the most promising ones.
+        overlap: run folder of `analyze mechanism`, or its `profiles.csv`, for the predictor `overlap`.
         data: as `--data`, or a frame of queries.
         limit: maximum number of queries per split.
         attacks: one attack or several.
@@ -254,7 +265,7 @@ def recommend(
         offline: whether the network may not be used.
 
     Returns:
-        A run with the tables of `ensembles`, and `recommendation`.
+        A run with the tables of `ensembles`, `certification` and `recommendation`.
     """
     spec = build_run_spec(
         model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
@@ -266,7 +277,14 @@ def recommend(
 
     limits = RecommendationLimits(share, max_cost)
     return recommend_defense(
-        spec, _as_defense_list(defenses), settings, size, stacks, limits, _progress_console()
+        spec,
+        _as_defense_list(defenses),
+        settings,
+        size,
+        stacks,
+        limits,
+        _progress_console(),
+        None if overlap is None else Path(overlap),
     ).run
 
 

@@ -25,6 +25,7 @@ from analysis.cli.options import (
     ModelOption,
     OfflineOption,
     OutOption,
+    OverlapOption,
     ReadoutOption,
     SeedOption,
     SettingsOption,
@@ -91,7 +92,7 @@ def print_front(candidates: pd.DataFrame, record: Mapping[str, Any]) -> None:
 
 
 def print_prediction_fit(prediction_fit: pd.DataFrame) -> None:
-    """Print how well the predictions agree with the test split.
+    """Print how often stacks differ from the sum of their members' margins, by kind.
 
     Args:
         prediction_fit: `additivity.csv`.
@@ -100,18 +101,6 @@ def print_prediction_fit(prediction_fit: pd.DataFrame) -> None:
     from analysis.stats.tables import iterate_rows
 
     console = make_table_console()
-    rows = prediction_fit[
-        (prediction_fit["split"] == "test") & (prediction_fit["kind"] == "all") & (prediction_fit["n"] > 2)
-    ]
-    for attack, how in rows[["attack", "how"]].drop_duplicates().itertuples(index=False, name=None):
-        group = rows[(rows["attack"] == attack) & (rows["how"] == how)]
-        agreement = [
-            f"{_COORDINATE_LABELS[row['coordinate']]} R² {row['r2']:.2f}, rank {row['rank_correlation']:+.2f}"
-            for row in iterate_rows(group)
-            if row["coordinate"] in _COORDINATE_LABELS
-        ]
-        n = f"{group['n'].iloc[0]:,}"
-        console.print(Text(f"Predicted against observed, {attack}, {how} (n = {n}): {'; '.join(agreement)}"))
     stacks = prediction_fit[
         (prediction_fit["split"] == "test")
         & (prediction_fit["how"] == "stack")
@@ -146,37 +135,124 @@ def print_raised_distances(raised_distances: pd.DataFrame) -> None:
         )
 
 
-def print_recommendation(
-    recommendation: pd.DataFrame, max_over_refusal: float, max_cost: float | None
-) -> None:
-    """Print the recommendation next to the alternatives.
+def print_predictors(fit: pd.DataFrame | None, has_overlap: bool) -> None:
+    """Print how well ensembles of the test split are predicted from their members' calibration scores.
+
+    Of votes, the best predictor of each outcome is printed; of stacks, all.
 
     Args:
-        recommendation: `recommendation.csv`.
-        max_over_refusal: maximum share of benign queries refused.
-        max_cost: maximum cost, or None.
+        fit: `predictors.csv`; None if nothing was predicted.
+        has_overlap: whether the overlap of the defenses was given.
     """
     from analysis.cli.console import make_console_table, make_table_console
-    from analysis.stats.format import format_interval
-    from analysis.stats.pareto import REQUIRED_PROBABILITY
+    from analysis.stats.format import Interval, format_number
+    from analysis.stats.predictors import OUTCOMES, SAME_ON_CALIBRATION
     from analysis.stats.tables import iterate_rows
 
     console = make_table_console()
+    if fit is None:
+        return
+    reported = fit[(fit["split"] == "test") & (fit["n"] > 2)]
+    for attack, how in reported[["attack", "how"]].drop_duplicates().itertuples(index=False, name=None):
+        group = reported[(reported["attack"] == attack) & (reported["how"] == how)]
+        if how == "stack":
+            title = (
+                f"{attack}: {group['n'].iloc[0]} stacks of the test split, predicted from the calibration "
+                "split: R², 95 % interval (* smallest error on the calibration split)"
+            )
+            heads = tuple(_COORDINATE_LABELS[outcome].replace(" ", "\n") for outcome in OUTCOMES)
+            table = make_console_table("predictor", heads, title)
+            for predictor, rows in group.groupby("predictor", sort=False):
+                by_outcome = {row["outcome"]: row for row in iterate_rows(rows)}
+                # The interval has a line of its own, so that the table fits the width of a terminal.
+                cells = [
+                    Interval.from_row(by_outcome[outcome], "r2")
+                    .format_text(".2f")
+                    .replace(" [", "*\n[" if by_outcome[outcome]["is_best"] else "\n[")
+                    for outcome in OUTCOMES
+                ]
+                table.add_row(*map(Text, (str(predictor), *cells)))
+            console.print(table)
+            if not has_overlap:
+                console.print(Text("Not compared: overlap, which needs --overlap FOLDER.", style="dim"))
+            continue
+        best = group[group["is_best"] & (group["predictor"] != SAME_ON_CALIBRATION)]
+        agreement = [
+            f"{_COORDINATE_LABELS[row['outcome']]} R² {format_number(row['r2'], '.2f', 1)} "
+            f"({row['predictor']})"
+            for row in iterate_rows(best)
+        ]
+        n = f"{group['n'].iloc[0]:,}"
+        console.print(
+            Text(f"Votes, predicted from calibration, {attack}, {how} (n = {n}): {'; '.join(agreement)}")
+        )
+
+
+def print_interactions(pairs: pd.DataFrame | None) -> None:
+    """Print which stacks differ from the best prediction by more than is usual.
+
+    Args:
+        pairs: `interacting.csv`; None if no stack was run.
+    """
+    from analysis.cli.console import make_table_console
+
+    if pairs is None:
+        return
+    console = make_table_console()
+    for (attack, outcome), rows in pairs.groupby(["attack", "outcome"], sort=False):
+        words = [
+            f"{len(names)} {word} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+            for word in ("above", "below")
+            if (names := rows.loc[rows["interacts"] == word, "members"].tolist())
+        ]
+        label = _COORDINATE_LABELS[str(outcome)]
+        console.print(
+            Text(
+                f"Stacks that interact, {attack}, {label} (against {rows['predictor'].iloc[0]}): "
+                f"{' and '.join(words) or 'none'} of {len(rows)}"
+            )
+        )
+
+
+def print_recommendation(
+    recommendation: pd.DataFrame, certification: pd.DataFrame, record: Mapping[str, Any]
+) -> None:
+    """Print the recommendation with its guarantee, next to the alternatives.
+
+    Args:
+        recommendation: `recommendation.csv`.
+        certification: `certification.csv`.
+        record: `run.json`.
+    """
+    from analysis.cli.console import make_console_table, make_table_console
+    from analysis.stats.format import format_interval
+    from analysis.stats.risk_control import ERROR_BUDGET
+    from analysis.stats.tables import iterate_rows
+
+    console = make_table_console()
+    max_cost = record["max_cost"]
     cost_limit = f" and cost at most {max_cost:g} × undefended" if max_cost is not None else ""
-    limits = f"at most {max_over_refusal:.1%} of benign queries refused{cost_limit}"
-    certainty = f"with a probability of {REQUIRED_PROBABILITY:.0%} or more, given the calibration split"
-    best = recommendation[recommendation["role"] == "recommended"]
-    if best.empty:
-        console.print(Text(f"Nothing qualifies: {limits}, {certainty}. The closest:"))
+    limits = f"at most {record['max_over_refusal']:.1%} of benign queries refused{cost_limit}"
+    n_tested = int(certification["n_tested"].iloc[0])
+    counts = certification["status"].value_counts()
+    row = recommendation.iloc[0]
+    if row["role"] != "recommended":
+        console.print(Text(f"Nothing is certified: {limits}. {_describe_need(row, record)} The closest:"))
     else:
-        row = best.iloc[0]
-        console.print(Text(f"Use {row['members']} ({row['how']}): {limits}, {certainty}."))
-        if row["p_meets"] < 1 - REQUIRED_PROBABILITY:
+        console.print(Text(f"Use {row['members']} ({row['how']}): {limits}."))
+        if row["p_meets"] < ERROR_BUDGET:
             warning = (
                 "The test split contradicts this: the splits differ. Use more queries like your own before "
                 "you rely on it."
             )
             console.print(Text(warning))
+    guarantee = (
+        f"{record['guarantee']} It rests on {n_tested} benign calibration queries, of which no other use was "
+        "made except for the readout's threshold, and on refusals by first-token margins, not by judged "
+        f"responses. Tested in a fixed order: {int(counts.get('certified', 0))} certified, "
+        f"{int(counts.get('failed', 0))} failed."
+    )
+    console.print(Text(guarantee))
     heads = ("refuses (%)\nharmful\nbenign", "calibration\nharmful\nbenign", "P(meets\nlimit)", "\ncost (×)")
     table = make_console_table("\nmembers, how", heads, with_row_lines=True)
     for values in iterate_rows(recommendation):
@@ -191,6 +267,20 @@ def print_recommendation(
         )
         table.add_row(*map(Text, cells))
     console.print(table)
+
+
+def _describe_need(row: pd.Series[Any], record: Mapping[str, Any]) -> str:
+    """Return how many benign calibration queries the closest candidate would need, in a sentence."""
+    needed, rate = row["n_benign_needed"], 1 - row["benign_calibration"]
+    if needed != needed:
+        return (
+            f"{row['members']} ({row['how']}) refuses {rate:.1%} of the benign calibration queries; at this "
+            f"rate no number of queries would show that it refuses at most {record['max_over_refusal']:.1%}."
+        )
+    return (
+        f"If {row['members']} ({row['how']}) keeps refusing {rate:.1%} of the benign queries, it takes about "
+        f"{needed:,.0f} benign calibration queries to certify it."
+    )
 
 
 def _select_spread_rows(candidates: pd.DataFrame) -> pd.DataFrame:
@@ -210,6 +300,7 @@ def ensembles(
     readout: ReadoutOption = "words",
     size: MaxSizeOption = 2,
     stacks: StacksOption = 5,
+    overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -229,7 +320,7 @@ def ensembles(
     check_ensemble_options(size, stacks)
 
     names = defense or ["all"]
-    raise typer.Exit(run_ensembles_command(spec, names, settings or [], size, stacks, out))
+    raise typer.Exit(run_ensembles_command(spec, names, settings or [], size, stacks, out, overlap))
 
 
 @app.command()
@@ -248,6 +339,7 @@ def recommend(
     readout: ReadoutOption = "words",
     size: MaxSizeOption = 2,
     stacks: StacksOption = 5,
+    overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -276,7 +368,9 @@ def recommend(
     from analysis.studies.recommend import RecommendationLimits
 
     limits, names = RecommendationLimits(share, max_cost), defense or ["all"]
-    raise typer.Exit(run_recommend_command(spec, names, settings or [], size, stacks, limits, out, as_json))
+    raise typer.Exit(
+        run_recommend_command(spec, names, settings or [], size, stacks, limits, out, as_json, overlap)
+    )
 
 
 def run_ensembles_command(
@@ -286,6 +380,7 @@ def run_ensembles_command(
     max_size: int,
     n_stacks: int,
     out: Path | None,
+    overlap: Path | None = None,
 ) -> int:
     """Evaluate ensembles, save tables and figures, print the main tables; return the exit code.
 
@@ -296,6 +391,7 @@ def run_ensembles_command(
         max_size: maximum number of members of an ensemble.
         n_stacks: number of most promising stacks to run, and of random ones.
         out: output folder; None for the default.
+        overlap: output folder of `analyze mechanism`, or its `profiles.csv`.
     """
     from analysis.cli.console import print_run_location
     from analysis.files import check_output_folder
@@ -307,10 +403,12 @@ def run_ensembles_command(
         out or choose_run_folder(spec.model, ["ensembles", *defenses], datetime.now(UTC))
     )
     console = Console(stderr=True)
-    result = evaluate_ensembles(spec, defenses, settings, max_size, n_stacks, console)
+    result = evaluate_ensembles(spec, defenses, settings, max_size, n_stacks, console, overlap)
     save_run(out, result.run, console)
     tables = result.run.tables
     print_front(tables["candidates"], result.run.record)
+    print_predictors(tables.get("predictors"), overlap is not None)
+    print_interactions(tables.get("interacting"))
     print_prediction_fit(tables["additivity"])
     print_raised_distances(tables["distance"])
     print_run_location(out, result.failures, console)
@@ -326,6 +424,7 @@ def run_recommend_command(
     limits: RecommendationLimits,
     out: Path | None,
     as_json: bool,
+    overlap: Path | None = None,
 ) -> int:
     """Recommend a defense or an ensemble, save tables and figures, print the table; return the exit code.
 
@@ -338,6 +437,7 @@ def run_recommend_command(
         limits: limits of the recommendation.
         out: output folder; None for the default.
         as_json: whether to print the table as JSON.
+        overlap: output folder of `analyze mechanism`, or its `profiles.csv`.
     """
     from analysis.cli.console import print_json_table, print_run_location
     from analysis.files import check_output_folder
@@ -349,12 +449,12 @@ def run_recommend_command(
         out or choose_run_folder(spec.model, ["recommend", *defenses], datetime.now(UTC))
     )
     console = Console(stderr=True)
-    result = recommend_defense(spec, defenses, settings, max_size, n_stacks, limits, console)
+    result = recommend_defense(spec, defenses, settings, max_size, n_stacks, limits, console, overlap)
     save_run(out, result.run, console)
     recommendation = result.run.tables["recommendation"]
     if as_json:
         print_json_table(recommendation)
     else:
-        print_recommendation(recommendation, limits.max_over_refusal, limits.max_cost)
+        print_recommendation(recommendation, result.run.tables["certification"], result.run.record)
     print_run_location(out, result.failures, console)
     return 1 if result.failures else 0

@@ -52,7 +52,18 @@ LimitPerSplitOption = Annotated[
 ]
 MaxSizeOption = Annotated[int, typer.Option(help="Maximum number of defenses in an ensemble: 2 or 3.")]
 StacksOption = Annotated[
-    int, typer.Option(help="Run the N most promising stacks and N randomly chosen ones.")
+    int,
+    typer.Option(
+        help="Run N randomly chosen stacks, then the N that are most promising by the prediction that fits "
+        "those best."
+    ),
+]
+OverlapOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Output folder of `analyze mechanism`, or its profiles.csv: also predict stacks by how much the "
+        "parts of the model that their members use overlap. Default: not."
+    ),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Maximum number of queries; pairs are kept whole.")]
 BatchSizeOption = Annotated[str, typer.Option(help="Prompts per forward pass, or auto.")]

@@ -331,6 +331,7 @@ def build_forecast_points(rows: pd.DataFrame, split: str = REPORT_SPLIT) -> pd.D
         "members",
         "how",
         "kind",
+        "predicted_on",
         *(side.format(measure) for measure in FORECAST_PANELS for side in sides),
     ]
     return observed[[name for name in columns if name in observed]].reset_index(drop=True)

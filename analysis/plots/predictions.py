@@ -82,13 +82,20 @@ def caption_forecast(points: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_forecast`."""
     n_stacks = int((points["how"] == STACK).sum())
     n_votes = len(points) - n_stacks
+    # Runs of older versions predicted from the queries on which they observed.
+    where = " on the calibration split" if "predicted_on" in points else ""
+    by_definition = (
+        ""
+        if where
+        else "both exclude shift and discrimination of mean and fitted votes, which are exact by definition; "
+    )
     stacks = (
         "Stacks (all members applied together) were run; their margins are predicted query by query as the "
-        "sum of the members' changes from the undefended model. "
+        f"sum of the members' changes from the undefended model{where}. "
     )
     votes = (
         "Votes are computed from the margins of their members; they are predicted from the members' means, "
-        "spreads and correlations alone, as if margins were normal. "
+        f"spreads and correlations{where} alone, as if margins were normal. "
     )
     has_kinds = "kind" in points and bool(points["kind"].isin(["intra", "inter"]).any())
     is_crowded = n_votes > MAX_SHAPED_VOTES
@@ -105,9 +112,9 @@ def caption_forecast(points: pd.DataFrame, context: CaptionContext) -> str:
         "the margin's change against the undefended model, discrimination is harmful minus benign. "
         f"{stacks if n_stacks else ''}{votes if n_votes else ''}"
         f"{hollow if has_kinds and (n_stacks or not is_crowded) else ''}{bars}R²: of the prediction itself, "
-        "no line fitted; ρ: rank correlation (Spearman); both exclude shift and discrimination of mean and "
-        "fitted votes, which are exact by definition; \N{EN DASH}: fewer than three observed values, or all "
-        f"equal. {omit_interval_note(context, not has_bars).format_sentences(points['attack'].iloc[0])}"
+        f"no line fitted; ρ: rank correlation (Spearman); {by_definition}\N{EN DASH}: fewer than three "
+        "observed values, or all equal. "
+        f"{omit_interval_note(context, not has_bars).format_sentences(points['attack'].iloc[0])}"
     )
 
 
@@ -118,9 +125,9 @@ def _draw_forecast_panel(ax: Axes, points: pd.DataFrame, measure: str) -> None:
     known = points.dropna(subset=sides)
     at = factor * known[sides].to_numpy(float)
     stacked = (known["how"] == STACK).to_numpy(bool)
-    # These are on the diagonal by definition and say nothing about the prediction.
-    by_definition = known["how"].isin(MEAN_VOTE_RULES).to_numpy(bool) & (
-        measure in ("shift", "discrimination")
+    # Predictions from the same queries, of older runs, are on the diagonal by definition and say nothing.
+    is_exact = known["how"].isin(MEAN_VOTE_RULES).to_numpy(bool) & (
+        measure in ("shift", "discrimination") and "predicted_on" not in points
     )
     bars = factor * _stack_intervals(known[stacked], measure)
     drawn = [*at.ravel(), *bars[np.isfinite(bars)]]
@@ -138,10 +145,10 @@ def _draw_forecast_panel(ax: Axes, points: pd.DataFrame, measure: str) -> None:
         ax.set_yticks([0, 50, 100])
     ax.tick_params(labelsize=TEXT_SIZE - 0.5)
     lines = []
-    for chosen, noun in ((stacked, "stack"), (~stacked & ~by_definition, "vote")):
+    for chosen, noun in ((stacked, "stack"), (~stacked & ~is_exact, "vote")):
         if chosen.any():
-            statistics = compute_fit_statistics(*at[chosen].T[:, None]).values()
-            r2, rank = (_format_statistic(float(value[0])) for value in statistics)
+            statistics = compute_fit_statistics(*at[chosen].T[:, None])
+            r2, rank = (_format_statistic(float(statistics[name][0])) for name in ("r2", "rank_correlation"))
             lines.append(f"{_format_counted_noun(int(chosen.sum()), noun)}: R² {r2}, ρ {rank}")
     small = TEXT_SIZE - 0.7
     ax.set_title(title, loc="left", fontsize=8, weight="bold", pad=6 + len(lines) * small * LINE_HEIGHT)

@@ -170,6 +170,9 @@ def build_ensemble_tables(run: Run) -> list[HtmlTable]:
         if stem.startswith("recommendation"):
             limit = stem.removeprefix("recommendation").strip("-")
             title = "Recommendation" + f", at most {limit} % of benign queries refused" * bool(limit)
+            if "guarantee" in run.record:
+                based_on = f"refusals by {run.record['guarantee_based_on']}"
+                title += f". {run.record['guarantee'].removesuffix('.')} ({based_on})"
             tables += _build_plain_tables(run, stem, title, ("role", "members", "how"), pick_columns)
     return tables
 

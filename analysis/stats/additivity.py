@@ -14,10 +14,13 @@ from analysis.stats.bootstrap import BOOTSTRAP_DRAWS, bootstrap_interval, make_e
 from analysis.stats.effects import COUNTED_ESTIMATES, compute_estimates
 from analysis.stats.ensembles import (
     ALONE,
+    SELECTION_SPLIT,
     STACK,
     SplitScores,
     compute_ensemble_margins,
+    draw_team_weights,
     predict_stack_margins,
+    split_members,
 )
 from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.stats.voting import (
@@ -45,28 +48,40 @@ class EnsembleDraws:
 
 
 def draw_ensemble(
-    split_scores: SplitScores, team: Sequence[str], combination: str, calibration_scores: SplitScores
+    split_scores: SplitScores,
+    team: Sequence[str],
+    combination: str,
+    calibration_scores: SplitScores,
+    prediction_scores: SplitScores | None = None,
 ) -> EnsembleDraws:
     """Return predicted and observed coordinates of an ensemble in draws of the queries, pairs kept whole.
 
     Args:
-        split_scores: scores of the queries that are resampled.
+        split_scores: scores of the queries on which the ensemble is observed; they are resampled.
         team: members of the ensemble.
         combination: `stack` or a vote rule.
         calibration_scores: scores of the calibration split; vote weights are fitted to it once, not per draw.
+        prediction_scores: scores of the calibration split under the attack of `split_scores`, from which the
+            ensemble is predicted; they are resampled, too. By default `calibration_scores`.
     """
+    prediction_scores = prediction_scores or calibration_scores
+    sizes = split_scores.class_sizes
     margins = compute_ensemble_margins(split_scores, team, combination, calibration_scores)
     observed, observed_undefended = (
         compute_class_metrics(*_resample_classes(split_scores, values))
         for values in (margins, split_scores.margin_table.undefended_margins)
     )
     if combination == STACK:
-        predicted_margins = predict_stack_margins(split_scores, team)
-        predicted = compute_class_metrics(*_resample_classes(split_scores, predicted_margins))
-        predicted_undefended = observed_undefended
+        predicted, predicted_undefended = (
+            compute_class_metrics(*_resample_classes(prediction_scores, values), sizes)
+            for values in (
+                predict_stack_margins(prediction_scores, team),
+                prediction_scores.margin_table.undefended_margins,
+            )
+        )
     else:
         predicted, predicted_undefended = _draw_predicted_vote(
-            split_scores, team, combination, calibration_scores
+            prediction_scores, team, combination, calibration_scores, sizes
         )
     return EnsembleDraws(
         compute_coordinates(predicted, predicted_undefended),
@@ -75,7 +90,11 @@ def draw_ensemble(
 
 
 def _draw_predicted_vote(
-    split_scores: SplitScores, team: Sequence[str], rule: str, calibration_scores: SplitScores
+    prediction_scores: SplitScores,
+    team: Sequence[str],
+    rule: str,
+    calibration_scores: SplitScores,
+    class_sizes: tuple[int, int],
 ) -> tuple[ClassMetrics, ClassMetrics]:
     """Return predicted metrics of a vote, and of the undefended model by the same method, in every draw."""
     weights = None
@@ -87,15 +106,15 @@ def _draw_predicted_vote(
         )
     harmful, benign = (
         TeamMoments.from_draws(values)
-        for values in _resample_classes(split_scores, split_scores.get_member_margins(team))
+        for values in _resample_classes(prediction_scores, prediction_scores.get_member_margins(team))
     )
-    undefended_margins = split_scores.margin_table.undefended_margins[:, None]
+    undefended_margins = prediction_scores.margin_table.undefended_margins[:, None]
     undefended_harmful, undefended_benign = (
-        TeamMoments.from_draws(values) for values in _resample_classes(split_scores, undefended_margins)
+        TeamMoments.from_draws(values) for values in _resample_classes(prediction_scores, undefended_margins)
     )
     return (
-        predict_vote_metrics(harmful, benign, rule, weights, split_scores.class_sizes),
-        predict_vote_metrics(undefended_harmful, undefended_benign, "mean", None, split_scores.class_sizes),
+        predict_vote_metrics(harmful, benign, rule, weights, class_sizes),
+        predict_vote_metrics(undefended_harmful, undefended_benign, "mean", None, class_sizes),
     )
 
 
@@ -176,19 +195,20 @@ def _estimate_interaction_interval(
 def summarize_prediction_fit(rows: pd.DataFrame, draws_by_row: Mapping[int, EnsembleDraws]) -> pd.DataFrame:
     """Return how well predictions fit observations, per coordinate, by attack, split, combination and kind.
 
-    Kinds are the measured ones and, with the suffix "by family", those of the paper. Shift and discrimination
-    of votes by (weighted) mean are left out: their predictions are exact by construction.
+    Kinds are the measured ones and, with the suffix "by family", those of the paper. On the calibration
+    split, from which the predictions are made, shift and discrimination of votes by (weighted) mean are left
+    out: there, they are exact by construction.
 
     Args:
         rows: rows of `evaluate_votes` and `evaluate_stacks` with their kinds, and with intervals if there
             are any; rows without observed values are ignored.
-        draws_by_row: draws of some rows, by row index. R² and rank correlation have intervals in groups where
-            every row has draws.
+        draws_by_row: draws of some rows, by row index. The statistics have intervals in groups where every
+            row has draws; they resample the queries of both splits and the defenses.
 
     Returns:
-        The statistics of `compute_fit_statistics`; the mean interaction (`mean_interaction`) and its mean
-        absolute value (`mean_size`, above 0 by sampling noise alone); the number of rows with an interval of
-        the interaction (`tested`), and of those whose interval excludes 0 (`beyond_zero`).
+        The statistics of `compute_fit_statistics` (`mean_absolute_error` is above 0 by sampling noise alone);
+        the mean interaction (`mean_interaction`); the number of rows with an interval of the interaction
+        (`tested`), and of those whose interval excludes 0 (`beyond_zero`).
     """
     observed_rows = rows[(rows["how"] != ALONE) & rows["observed_shift"].notna()]
     rows_by_kind = {"all": observed_rows}
@@ -201,7 +221,8 @@ def summarize_prediction_fit(rows: pd.DataFrame, draws_by_row: Mapping[int, Ense
             labels = {"attack": attack, "split": split, "how": combination, "kind": kind, "n": len(group)}
             draws = [draws_by_row[index] for index in group.index if index in draws_by_row]
             for coordinate in ENSEMBLE_COORDINATES:
-                if combination in MEAN_VOTE_RULES and coordinate in ("shift", "discrimination"):
+                is_exact = combination in MEAN_VOTE_RULES and split == SELECTION_SPLIT
+                if is_exact and coordinate in ("shift", "discrimination"):
                     continue
                 fit_rows.append(labels | _summarize_coordinate_fit(group, coordinate, draws))
     return pd.DataFrame(fit_rows)
@@ -217,7 +238,6 @@ def _summarize_coordinate_fit(
     for name, values in compute_fit_statistics(predicted[None], observed[None]).items():
         row[name] = float(values[0])
     row["mean_interaction"] = (observed - predicted).mean()
-    row["mean_size"] = np.abs(observed - predicted).mean()
     if f"interaction_{coordinate}_low" in group:
         low, high = (group[f"interaction_{coordinate}{suffix}"] for suffix in ("_low", "_high"))
         row["tested"] = int(low.notna().sum())
@@ -225,12 +245,18 @@ def _summarize_coordinate_fit(
     if len(draws) == len(group) > 2:
         predicted_draws = np.stack([draw.predicted[coordinate] for draw in draws], axis=1)
         observed_draws = np.stack([draw.observed[coordinate] for draw in draws], axis=1)
-        row |= _compute_fit_intervals(row, compute_fit_statistics(predicted_draws, observed_draws))
+        weights = draw_team_weights(list(map(split_members, group["members"])), len(predicted_draws))
+        row |= compute_fit_intervals(row, compute_fit_statistics(predicted_draws, observed_draws, weights))
     return row
 
 
-def _compute_fit_intervals(row: Mapping[str, Any], draws_by_statistic: Mapping[str, Any]) -> dict[str, float]:
-    """Return the percentile interval of each statistic, widened to contain its estimate."""
+def compute_fit_intervals(row: Mapping[str, Any], draws_by_statistic: Mapping[str, Any]) -> dict[str, float]:
+    """Return the 95 % percentile interval of each statistic as columns, widened to contain its estimate.
+
+    Args:
+        row: estimate of each statistic.
+        draws_by_statistic: its draws; draws in which it is not defined are ignored.
+    """
     columns: dict[str, float] = {}
     for name, draws in draws_by_statistic.items():
         finite_draws = draws[np.isfinite(draws)]

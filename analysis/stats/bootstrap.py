@@ -50,6 +50,11 @@ class ResamplingUnits:
         composition = np.unique(class_counts, axis=0, return_inverse=True)[1].ravel()
         return cls(unit_of_query, composition, is_harmful)
 
+    def select_queries(self, is_selected: Bool[np.ndarray, " n"]) -> ResamplingUnits:
+        """Return the units of some of the queries; a unit of which only a part is kept becomes smaller."""
+        units = pd.Series(self.unit_of_query[is_selected])
+        return ResamplingUnits.from_pairs(units, self.is_harmful[is_selected])
+
 
 @dataclass(frozen=True)
 class ResamplingWeights:

@@ -1,21 +1,22 @@
 """Predicted and observed effects of ensembles, and the difference between them, the interaction.
 
-The margins of a stack, whose members are applied together, are predicted query by query: the undefended
-margin plus the sum of the members' separate changes. A vote is predicted from its members' means, spreads and
-correlations (`analysis.stats.voting`) and observed by combining the members' margins.
+Predictions use the members' scores on the calibration split only. The margins of a stack, whose members are
+applied together, are predicted query by query: the undefended margin plus the sum of the members' separate
+changes (`analysis.stats.predictors` compares rival predictions). A vote is predicted from its members' means,
+spreads and correlations (`analysis.stats.voting`) and observed by combining the members' margins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from analysis.stats.bootstrap import ResamplingUnits, ResamplingWeights
 from analysis.stats.tables import UNDEFENDED, ScoreTable
@@ -89,8 +90,8 @@ class SplitScores:
 
     @cached_property
     def bootstrap_weights(self) -> ResamplingWeights:
-        """Bootstrap draws, shared by all estimates of this split."""
-        return ResamplingWeights.from_bootstrap(self.units, seed=self.seed)
+        """Bootstrap draws, shared by all estimates of this split; those of the two splits are independent."""
+        return ResamplingWeights.from_bootstrap(self.units, seed=self.seed + (self.split == SELECTION_SPLIT))
 
     def find_team_indices(self, teams: Sequence[Sequence[str]]) -> Int[np.ndarray, "teams size"]:
         """Return the column indices of the members of teams of one size."""
@@ -107,11 +108,34 @@ class SplitScores:
         harmful = int(self.margin_table.is_harmful.sum())
         return harmful, len(self.margin_table.is_harmful) - harmful
 
-    def compute_metrics(self, margins: Float[np.ndarray, "teams n"]) -> ClassMetrics:
-        """Return the metrics of classifiers with these margins."""
+    def compute_metrics(
+        self, margins: Float[np.ndarray, "teams n"], class_sizes: tuple[int, int] | None = None
+    ) -> ClassMetrics:
+        """Return the metrics of classifiers with these margins.
+
+        Args:
+            margins: margins of each classifier on the queries of this split, nats above the threshold.
+            class_sizes: numbers of queries for the log-linear correction of d′; by default those of this
+                split, for a prediction those of the split that it is compared with.
+        """
         return compute_class_metrics(
-            margins[:, self.margin_table.is_harmful], margins[:, ~self.margin_table.is_harmful]
+            margins[:, self.margin_table.is_harmful], margins[:, ~self.margin_table.is_harmful], class_sizes
         )
+
+    def select_queries(self, is_selected: Bool[np.ndarray, " n"]) -> SplitScores:
+        """Return the margins of some of the queries; pairs must be kept whole for later resampling.
+
+        Args:
+            is_selected: whether each query is kept.
+        """
+        table = self.margin_table
+        part = MarginTable(
+            table.condition_names,
+            table.margins[is_selected],
+            table.undefended_margins[is_selected],
+            table.is_harmful[is_selected],
+        )
+        return replace(self, margin_table=part, units=self.units.select_queries(is_selected))
 
     @cached_property
     def undefended_metrics(self) -> ClassMetrics:
@@ -128,6 +152,42 @@ def list_teams(defenses: Sequence[str], max_size: int) -> list[tuple[str, ...]]:
     return [team for count in range(2, max_size + 1) for team in combinations(defenses, count)]
 
 
+def split_members(members: str) -> tuple[str, ...]:
+    """Return the members of an ensemble from their joined names.
+
+    >>> split_members("a+b")
+    ('a', 'b')
+    """
+    return tuple(members.split("+"))
+
+
+def draw_team_weights(
+    teams: Sequence[tuple[str, ...]], n_draws: int, seed: int = 0
+) -> Float[np.ndarray, "draws teams"]:
+    """Return how often each team counts in draws that resample the defenses.
+
+    A statistic over pairs of few defenses depends on which defenses there are, because each is in many pairs.
+    The defenses are therefore drawn with replacement, and a team counts as often as the product of the counts
+    of its members.
+
+    >>> weights = draw_team_weights([("a", "b"), ("a", "c")], 500)
+    >>> weights.shape, sorted(set(weights.ravel().tolist()))
+    ((500, 2), [0.0, 1.0, 2.0])
+
+    Args:
+        teams: members of each team.
+        n_draws: number of draws.
+        seed: random seed.
+    """
+    defenses = sorted({name for team in teams for name in team})
+    rng = np.random.default_rng([seed, len(defenses)])
+    counts = rng.multinomial(len(defenses), np.full(len(defenses), 1 / len(defenses)), size=n_draws)
+    columns = [
+        np.prod([counts[:, defenses.index(name)] for name in dict.fromkeys(team)], axis=0) for team in teams
+    ]
+    return np.stack(columns, axis=1).astype(float)
+
+
 def evaluate_single_defenses(split_scores: SplitScores, defenses: Iterable[str]) -> pd.DataFrame:
     """Return a row for each single defense."""
     teams = [(defense,) for defense in defenses]
@@ -135,19 +195,25 @@ def evaluate_single_defenses(split_scores: SplitScores, defenses: Iterable[str])
 
 
 def evaluate_votes(
-    split_scores: SplitScores, teams: Sequence[tuple[str, ...]], calibration_scores: SplitScores
+    split_scores: SplitScores,
+    teams: Sequence[tuple[str, ...]],
+    calibration_scores: SplitScores,
+    prediction_scores: SplitScores | None = None,
 ) -> pd.DataFrame:
     """Return a row for each team and vote rule, predicted and observed.
 
     Args:
-        split_scores: scores of the queries.
+        split_scores: scores of the queries on which the votes are observed.
         teams: teams of defenses.
         calibration_scores: scores of the calibration split, to which vote weights are fitted.
+        prediction_scores: scores of the calibration split under the attack of `split_scores`, from whose
+            moments the votes are predicted; by default `calibration_scores`.
     """
     tables, margin_table = [], split_scores.margin_table
-    classes = margin_table.is_harmful, ~margin_table.is_harmful
+    predicting_table = (prediction_scores or calibration_scores).margin_table
+    classes = predicting_table.is_harmful, ~predicting_table.is_harmful
     undefended_harmful, undefended_benign = (
-        TeamMoments.from_teams(margin_table.undefended_margins[in_class][:, None], np.array([[0]]))
+        TeamMoments.from_teams(predicting_table.undefended_margins[in_class][:, None], np.array([[0]]))
         for in_class in classes
     )
     predicted_undefended = predict_vote_metrics(
@@ -160,7 +226,7 @@ def evaluate_votes(
             calibration_scores.margin_table, calibration_scores.find_team_indices(sized_teams)
         )
         harmful, benign = (
-            TeamMoments.from_teams(margin_table.margins[in_class], team_indices) for in_class in classes
+            TeamMoments.from_teams(predicting_table.margins[in_class], team_indices) for in_class in classes
         )
         member_margins = margin_table.margins.T[team_indices].transpose(0, 2, 1)  # teams, queries, members
         for rule in list_vote_rules(size):
@@ -176,20 +242,35 @@ def evaluate_votes(
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def evaluate_stacks(split_scores: SplitScores, teams: Sequence[tuple[str, ...]]) -> pd.DataFrame:
-    """Return a row for each stack, predicted, and observed if it was run; those that were run come first."""
-    condition_names = split_scores.margin_table.condition_names
+def evaluate_stacks(
+    split_scores: SplitScores, teams: Sequence[tuple[str, ...]], prediction_scores: SplitScores
+) -> pd.DataFrame:
+    """Return a row for each stack, predicted, and observed if it was run; those that were run come first.
+
+    Args:
+        split_scores: scores of the queries on which the stacks are observed.
+        teams: members of each stack.
+        prediction_scores: scores of the calibration split under the same attack, from which the stacks are
+            predicted.
+    """
+    condition_names, sizes = split_scores.margin_table.condition_names, split_scores.class_sizes
+    undefended = prediction_scores.margin_table.undefended_margins[None]
+    predicted_undefended = prediction_scores.compute_metrics(undefended, sizes)
     tables = []
     for was_run in (True, False):
         selected_teams = [team for team in teams if ("+".join(team) in condition_names) == was_run]
         if selected_teams:
             predicted_margins = np.stack(
-                [predict_stack_margins(split_scores, team) for team in selected_teams]
+                [predict_stack_margins(prediction_scores, team) for team in selected_teams]
             )
-            predicted = split_scores.compute_metrics(predicted_margins)
+            predicted = prediction_scores.compute_metrics(predicted_margins, sizes)
             stacks = [("+".join(team),) for team in selected_teams]
             observed = _observe_conditions(split_scores, stacks) if was_run else None
-            tables.append(_build_ensemble_rows(split_scores, selected_teams, STACK, predicted, observed))
+            tables.append(
+                _build_ensemble_rows(
+                    split_scores, selected_teams, STACK, predicted, observed, predicted_undefended
+                )
+            )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -239,11 +320,13 @@ def _build_ensemble_rows(
     """Return a row for each team; values that were not predicted or not observed are NaN.
 
     Predicted changes are relative to `predicted_undefended`, the undefended model predicted by the same
-    method, or to the observed undefended model if it is None.
+    method from the same queries.
     """
     undefended = split_scores.undefended_metrics
     predicted_coordinates = (
-        None if predicted is None else compute_coordinates(predicted, predicted_undefended or undefended)
+        None
+        if predicted is None or predicted_undefended is None
+        else compute_coordinates(predicted, predicted_undefended)
     )
     observed_coordinates = None if observed is None else compute_coordinates(observed, undefended)
     missing = np.full(len(teams), np.nan)
@@ -253,6 +336,7 @@ def _build_ensemble_rows(
         "members": ["+".join(team) for team in teams],
         "how": combination,
         "size": [len(team) for team in teams],
+        "predicted_on": SELECTION_SPLIT,
     }
     for name in ENSEMBLE_COORDINATES:
         predicted_values = missing if predicted_coordinates is None else predicted_coordinates[name]

@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.stats import beta
 
 from analysis.stats.ensembles import ALONE, REPORT_SPLIT, SELECTION_SPLIT, STACK
-
-REQUIRED_PROBABILITY = 0.9  # of keeping to a limit, for a recommendation
 
 
 def list_member_conditions(members: str, combination: str) -> list[str]:
@@ -91,28 +88,16 @@ def find_undominated(objectives: Float[np.ndarray, "n goods"]) -> Bool[np.ndarra
     return on_front
 
 
-def rank_candidates(
-    candidates: pd.DataFrame, max_over_refusal: float, max_cost: float | None, n_benign: int
-) -> pd.DataFrame:
-    """Return the candidates that keep to the limits, those that refuse most harmful queries first.
+def rank_candidates(candidates: pd.DataFrame, max_cost: float | None) -> pd.DataFrame:
+    """Return the candidates within the cost, those that refuse most harmful queries first.
 
-    A candidate keeps to the limit if, given the calibration split, its over-refusal rate is within it with a
-    probability of at least `REQUIRED_PROBABILITY`; one whose observed rate is just within it may owe that to
-    selection. Ties are ordered by cost, then by size.
+    Ties are ordered by cost, then by size. The rates are those of the calibration split.
 
     Args:
-        candidates: table of `build_candidates`.
-        max_over_refusal: highest allowed share of benign queries refused.
+        candidates: table of `build_candidates`, or rows of it.
         max_cost: highest allowed time until the first token, as a multiple of the undefended time.
-        n_benign: number of benign queries of the calibration split.
     """
-    refused = ((1 - candidates[f"benign_{SELECTION_SPLIT}"]) * n_benign).round()
-    # The posterior of a rate under Jeffreys' prior, to whose intervals those of the tables are close.
-    allowed = candidates[
-        beta.cdf(max_over_refusal, refused + 0.5, n_benign - refused + 0.5) >= REQUIRED_PROBABILITY
-    ]
-    if max_cost is not None:
-        allowed = allowed[allowed["cost"] <= max_cost]
+    allowed = candidates if max_cost is None else candidates[candidates["cost"] <= max_cost]
     sort_keys = [-allowed[f"harmful_{SELECTION_SPLIT}"], allowed["cost"], allowed["size"]]
     return allowed.iloc[np.lexsort([np.asarray(column) for column in reversed(sort_keys)])]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import expit, ndtri
-from scipy.stats import qmc, rankdata
+from scipy.stats import qmc
 
 # Measures that are predicted and observed for every ensemble, in the order of the columns.
 ENSEMBLE_COORDINATES = (
@@ -224,36 +224,63 @@ def compute_coordinates(metrics: ClassMetrics, undefended_metrics: ReferenceMetr
 
 
 def compute_fit_statistics(
-    predicted: Float[np.ndarray, "draws n"], observed: Float[np.ndarray, "draws n"]
+    predicted: Float[np.ndarray, "draws n"],
+    observed: Float[np.ndarray, "draws n"],
+    weights: Float[np.ndarray, "draws n"] | None = None,
 ) -> dict[str, Float[np.ndarray, " draws"]]:
     """Return how well predictions fit observations in each draw; NaN below three values, or if all are equal.
 
     >>> statistics = compute_fit_statistics(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 6.0]]))
     >>> {name: round(float(values[0]), 2) for name, values in statistics.items()}
-    {'r2': 0.36, 'rank_correlation': 1.0}
+    {'r2': 0.36, 'rank_correlation': 1.0, 'mean_absolute_error': 1.0}
 
     Args:
         predicted: predicted values.
         observed: observed values.
+        weights: how often each value counts in each draw, for draws that resample defenses; by default once.
 
     Returns:
-        R² of the predictions themselves (no fitted line: 1 − squared error / variance), and Spearman's rank
-        correlation.
+        R² of the predictions themselves (no fitted line: 1 − squared error / variance), Spearman's rank
+        correlation, and the mean absolute error, in the unit of the values.
     """
-    deviations = observed - observed.mean(1, keepdims=True)
-    total = (deviations**2).sum(1)
-    ranks, observed_ranks = (rankdata(values, axis=1) for values in (predicted, observed))
-    ranks = ranks - ranks.mean(1, keepdims=True)
-    observed_ranks = observed_ranks - observed_ranks.mean(1, keepdims=True)
-    scale = np.sqrt((ranks**2).sum(1) * (observed_ranks**2).sum(1))
-    is_defined = (total > 1e-12 * (observed**2).sum(1)) & (observed.shape[1] > 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r2 = 1 - ((observed - predicted) ** 2).sum(1) / total
-        rank_correlation = (ranks * observed_ranks).sum(1) / scale
+    counts = np.ones_like(observed) if weights is None else weights
+    total_weight = counts.sum(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no value at all
+        shares = counts / total_weight
+        deviations = observed - (shares * observed).sum(1, keepdims=True)
+        total = (shares * deviations**2).sum(1)
+        ranks, observed_ranks = (_rank_weighted(values, counts) for values in (predicted, observed))
+        ranks = ranks - (shares * ranks).sum(1, keepdims=True)
+        observed_ranks = observed_ranks - (shares * observed_ranks).sum(1, keepdims=True)
+        scale = np.sqrt((shares * ranks**2).sum(1) * (shares * observed_ranks**2).sum(1))
+        is_defined = (total > 1e-12 * (shares * observed**2).sum(1)) & ((counts > 0).sum(1) > 2)
+        errors = observed - predicted
+        r2 = 1 - (shares * errors**2).sum(1) / total
+        rank_correlation = (shares * ranks * observed_ranks).sum(1) / scale
+        mean_absolute_error = (shares * np.abs(errors)).sum(1)
     return {
         "r2": np.where(is_defined, r2, np.nan),
-        "rank_correlation": np.where(is_defined & (scale > 0), rank_correlation, np.nan),
+        "rank_correlation": np.where(is_defined & (scale > 1e-9), rank_correlation, np.nan),
+        "mean_absolute_error": mean_absolute_error,
     }
+
+
+def _rank_weighted(
+    values: Float[np.ndarray, "draws n"], counts: Float[np.ndarray, "draws n"]
+) -> Float[np.ndarray, "draws n"]:
+    """Return the mid-ranks in each draw, in which each value occurs `counts` times."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    above = np.cumsum(np.take_along_axis(counts, order, axis=1), axis=1)
+    below = np.concatenate([np.zeros((len(values), 1)), above[:, :-1]], axis=1)
+    is_new = np.concatenate([np.ones((len(values), 1), dtype=bool), np.diff(ordered, axis=1) != 0], axis=1)
+    is_last = np.concatenate([is_new[:, 1:], np.ones((len(values), 1), dtype=bool)], axis=1)
+    # Equal values share the middle of their range.
+    start = np.maximum.accumulate(np.where(is_new, below, -np.inf), axis=1)
+    end = np.minimum.accumulate(np.where(is_last, above, np.inf)[:, ::-1], axis=1)[:, ::-1]
+    ranks = np.empty_like(ordered)
+    np.put_along_axis(ranks, order, (start + end) / 2, axis=1)
+    return ranks
 
 
 def compute_team_aurocs(

@@ -1,15 +1,18 @@
 """Ensembles of defenses: score the members once, predict all ensembles, observe votes and selected stacks.
 
-Every defense is scored on the calibration and on the test split. Votes are computed from these scores. Stacks
-are predicted from their members; those with the best predictions on the calibration split are run, with as
-many random ones, so that the predictions are not judged by the most promising stacks alone.
+Every defense is scored on the calibration and on the test split. Votes are computed from these scores. Of the
+stacks, random ones are run first. They show, on the calibration split, which prediction from the members is
+best, and by that prediction the most promising of the other stacks are selected and run. The test split is
+used for the report alone.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -37,8 +40,19 @@ from analysis.stats.ensembles import (
     evaluate_stacks,
     evaluate_votes,
     list_teams,
+    split_members,
 )
 from analysis.stats.pareto import build_candidates, list_member_conditions, summarize_predicted_rates
+from analysis.stats.predictors import (
+    DEFAULT_PREDICTOR,
+    OverlapTable,
+    build_overlap_table,
+    choose_rate_predictor,
+    compare_stack_predictors,
+    compare_vote_predictors,
+    predict_stack_rates,
+)
+from analysis.stats.risk_control import split_ordering_units
 from analysis.stats.tables import UNDEFENDED, ScoreTable, Trust, iterate_rows
 from analysis.studies.calibration import collect_trust
 from analysis.studies.cost import cached_cost
@@ -67,6 +81,7 @@ def evaluate_ensembles(
     max_size: int,
     n_stacks: int,
     console: Console,
+    overlap: Path | None = None,
 ) -> StudyResult:
     """Predict and observe the effects of ensembles of defenses.
 
@@ -77,10 +92,11 @@ def evaluate_ensembles(
         max_size: maximum number of members of an ensemble.
         n_stacks: number of most promising stacks to run, and of random ones.
         console: shows progress.
+        overlap: output folder of `analyze mechanism`, or its `profiles.csv`: adds the predictor `overlap`.
     """
     timer = RunTimer()
     ensemble_run = score_ensembles(
-        spec, defenses, settings, max_size, n_stacks, rank_promising_stacks, console
+        spec, defenses, settings, max_size, n_stacks, rank_promising_stacks, console, overlap
     )
     candidates = ensemble_run.list_candidates()
     tables, record = collect_ensemble_tables(ensemble_run, candidates, spec, console)
@@ -100,6 +116,11 @@ class EnsembleRun:
         mechanisms: mechanism of each defense.
         effect_rows: a row per single defense or ensemble, attack and split.
         costs: cost of the conditions on this machine.
+        predictor: the predictor of refusal rates by which the promising stacks were selected, and the number
+            of stacks that decided for it.
+        is_ordering: which calibration queries, in the order of `split_scores`, were used to select stacks;
+            None if all were.
+        overlaps: attack → overlap of the attribution profiles of the defenses; None if it is not given.
     """
 
     setup: RunSetup
@@ -110,6 +131,9 @@ class EnsembleRun:
     mechanisms: pd.DataFrame
     effect_rows: pd.DataFrame
     costs: pd.DataFrame
+    predictor: tuple[str, int] = (DEFAULT_PREDICTOR, 0)
+    is_ordering: Any = None
+    overlaps: Mapping[str, OverlapTable | None] = field(default_factory=dict)
 
     @property
     def calibration_scores(self) -> SplitScores:
@@ -148,64 +172,161 @@ def score_ensembles(
     n_stacks: int,
     select_stacks: StackSelector,
     console: Console,
+    overlap: Path | None = None,
+    ordering_share: float | None = None,
 ) -> EnsembleRun:
-    """Score single defenses, predict their ensembles, and run the most promising stacks and random ones.
+    """Score single defenses, predict their ensembles, and run random stacks and the most promising ones.
 
     Args:
         spec: options of the run; queries are always scored without an attack as well.
         defenses: names of defenses, or defenses; stacks among them are always run.
         settings: settings of the named defenses, `key=value`.
         max_size: maximum number of members of an ensemble.
-        n_stacks: number of most promising stacks to run, and of random ones.
-        select_stacks: maps the predicted rows of the calibration split, and a function from a stack to its
-            cost, to the stacks to run, the best first.
+        n_stacks: number of random stacks to run, and of the most promising ones.
+        select_stacks: maps the predicted rates of stacks on the calibration split, and a function from a
+            stack to its cost, to the stacks to run, the best first.
         console: shows progress.
+        overlap: output folder of `analyze mechanism`, or its `profiles.csv`, for the predictor `overlap`.
+        ordering_share: share of the calibration queries by which stacks are selected, so that the others can
+            be tested; None for all.
     """
+    overlap_frame = None if overlap is None else load_overlap(overlap)
     attacks = (DIRECT_ATTACK, *(attack for attack in spec.attacks if attack.name != DIRECT_ATTACK.name))
     setup = prepare_setup(replace(spec, split=BOTH_SPLITS, attacks=attacks), defenses, settings, console)
+    if overlap is not None:
+        _check_overlap_model(overlap, setup)
+    overlaps = {
+        attack.name: None if overlap_frame is None else build_overlap_table(overlap_frame, attack.name)
+        for attack in setup.attacks
+    }
     single, score_frames, failures = _score_single_defenses(setup, console)
     members = _list_stackable_members(single)
     costs = cached_cost(setup, single, spec.seed, console, _N_TIMED_QUERIES)
     named = _named_stacks(setup, single, failures)
     stacks = named | _composable_stacks(single, members, max_size)
-    teams = [tuple(name.split("+")) for name in stacks]
-    selected = _select_stacks(
-        setup,
-        single,
-        score_frames,
-        stacks,
-        named,
-        n_stacks,
-        select_stacks,
-        _cost_ratios(costs),
-        spec.seed,
-        console,
-    )
-    if selected:
+    others = [name for name in stacks if name not in named]
+    random_names = random.Random(f"{spec.seed}/stacks").sample(others, min(n_stacks, len(others)))
+    first = named | {name: stacks[name] for name in random_names}
+    conditions = dict(single)
+    is_ordering, predictor = None, (DEFAULT_PREDICTOR, 0)
+
+    def run_stacks(selected: Mapping[str, Stack]) -> None:
+        nonlocal score_frames, failures, costs, conditions
+        if not selected:
+            return
         reference = {UNDEFENDED: single[UNDEFENDED]}
-        stack_frames, stack_failures = _check_and_score(setup, reference | selected, console)
+        stack_frames, stack_failures = _check_and_score(setup, reference | dict(selected), console)
         score_frames, failures = score_frames | stack_frames, failures | stack_failures
         scored_stacks = _select_scored_everywhere(selected, score_frames, setup)
         stack_costs = cached_cost(setup, reference | scored_stacks, spec.seed, console, _N_TIMED_QUERIES)
         costs = pd.concat([costs, stack_costs[stack_costs["defense"] != UNDEFENDED]], ignore_index=True)
-        conditions = single | scored_stacks
-    else:
-        conditions = single
+        conditions |= scored_stacks
+
+    run_stacks(first)
+    if ordering_share is not None or n_stacks:
+        readout_record = {
+            "readout": describe_readout(setup.readout)
+        }  # predictions need no more of the record
+        tables = _score_tables(setup, conditions, score_frames, readout_record)
+        calibrations = [
+            half
+            for (_, split), half in _scores_by_split(setup, tables, spec.seed).items()
+            if split == SELECTION_SPLIT
+        ]
+        if ordering_share is not None:
+            is_ordering = split_ordering_units(calibrations[0].units, ordering_share, spec.seed)
+            calibrations = [half.select_queries(is_ordering) for half in calibrations]
+            if not all(calibrations[0].class_sizes):
+                raise UserError("too few calibration queries: it takes at least two of each class")
+        if n_stacks:
+            predictor, promising = _rank_stacks(
+                calibrations, list(stacks), overlaps, select_stacks, _cost_ratios(costs), console
+            )
+            promising = [name for name in promising if name not in first][:n_stacks]
+            run_stacks({name: stacks[name] for name in promising})
     record = build_record(setup, conditions, spec, failures)
     record["trusted"] = collect_trust(setup.session, setup.attacks, conditions, setup.readout, score_frames)
+    record["stack_predictor"] = {"name": predictor[0], "measured_stacks": predictor[1]}
     scores = _score_tables(setup, conditions, score_frames, record)
     split_scores = _scores_by_split(setup, scores, spec.seed)
+    teams = list(map(split_members, stacks))
     mechanisms, effect_rows = _ensemble_effects(
         split_scores, setup, single, members, max_size, teams, console
     )
-    return EnsembleRun(setup, conditions, scores, split_scores, failures, mechanisms, effect_rows, costs)
+    return EnsembleRun(
+        setup,
+        conditions,
+        scores,
+        split_scores,
+        failures,
+        mechanisms,
+        effect_rows,
+        costs,
+        predictor,
+        is_ordering,
+        overlaps,
+    )
+
+
+def load_overlap(path: Path) -> pd.DataFrame:
+    """Load the overlap of the attribution profiles of defenses from a run of `analyze mechanism`.
+
+    Args:
+        path: output folder of the run, or its `profiles.csv` or `overlap.csv`.
+    """
+    names = ("profiles.csv", "overlap.csv")
+    files = [path / name for name in names] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(f"--overlap {path}: there is no {' or '.join(names)}; `analyze mechanism` writes one")
+    frame = pd.read_csv(file)
+    missing = {"defense", "other", "contrast", "cosine"} - set(frame)
+    if missing:
+        raise UserError(f"--overlap {file}: it lacks the columns {', '.join(sorted(missing))}")
+    return frame
+
+
+def _check_overlap_model(path: Path, setup: RunSetup) -> None:
+    """Raise if the profiles are of another model, if the run that they come from says which."""
+    record_file = (path if path.is_dir() else path.parent) / "run.json"
+    if not record_file.is_file():
+        return
+    model, origin = (
+        json.loads(record_file.read_text("utf-8")).get("model", {}),
+        setup.session.loaded_model.origin,
+    )
+    for key in ("sha256", "state_sha256"):
+        if model.get(key) != origin.get(key):
+            raise UserError(
+                f"--overlap {path} was made with {model.get('name')}, another model than this run's; run "
+                "`analyze mechanism` with the same -m"
+            )
+
+
+def _rank_stacks(
+    calibrations: Sequence[SplitScores],
+    stack_names: Sequence[str],
+    overlaps: Mapping[str, OverlapTable | None],
+    select_stacks: StackSelector,
+    cost_ratios: Mapping[str, float],
+    console: Console,
+) -> tuple[tuple[str, int], list[str]]:
+    """Return the best predictor with the number of stacks that decided, and the stacks that it favors."""
+    with console.status("predicting"):
+        predictor = choose_rate_predictor(calibrations, [overlaps[half.attack] for half in calibrations])
+        teams = list(map(split_members, stack_names))
+        predicted = pd.concat(
+            [predict_stack_rates(half, teams, predictor[0], overlaps[half.attack]) for half in calibrations]
+        )
+        promising = select_stacks(predicted, lambda stack: _estimate_stack_cost(cost_ratios, stack))
+    return predictor, promising
 
 
 def rank_promising_stacks(predicted: pd.DataFrame, stack_cost: Callable[[str], float]) -> list[str]:
     """Return stacks by their predicted rate on harmful queries (mean over attacks) less that on benign ones.
 
     Args:
-        predicted: predicted rows of the calibration split.
+        predicted: table of `predict_stack_rates` of the calibration split under every attack.
         stack_cost: cost of a stack; not used.
     """
     rates = summarize_predicted_rates(predicted)
@@ -240,6 +361,7 @@ def collect_ensemble_tables(
             if split == REPORT_SPLIT
         ]
         ensembles = effect_rows.join(pd.DataFrame.from_dict(intervals, orient="index"))
+        predictors, pairs = _compare_predictors(ensemble_run, draws)
         tables = {
             "scores": pd.concat(
                 [table.frame.assign(split=split) for split, table in ensemble_run.scores.items()]
@@ -248,6 +370,8 @@ def collect_ensemble_tables(
             "mechanisms": ensemble_run.mechanisms,
             "ensembles": ensembles,
             "additivity": summarize_prediction_fit(ensembles, draws),
+            "predictors": predictors,
+            "interacting": pairs,
             "distance": pd.concat(raised_distances, ignore_index=True),
             "cost": ensemble_run.costs,
             "candidates": candidates,
@@ -256,7 +380,25 @@ def collect_ensemble_tables(
         "chosen_on": SELECTION_SPLIT,
         "reported_on": REPORT_SPLIT,
     }
-    return tables, record
+    return {name: table for name, table in tables.items() if len(table.columns)}, record
+
+
+def _compare_predictors(
+    ensemble_run: EnsembleRun, draws: Mapping[int, EnsembleDraws]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return how well each predictor does, and which stacks interact, under every attack."""
+    rows, fits, interacting = ensemble_run.effect_rows, [], []
+    for attack in ensemble_run.setup.attacks:
+        calibration, report = (
+            ensemble_run.split_scores[attack.name, split] for split in (SELECTION_SPLIT, REPORT_SPLIT)
+        )
+        fit, pairs = compare_stack_predictors(calibration, report, ensemble_run.overlaps.get(attack.name))
+        reported = rows[(rows["attack"] == attack.name) & (rows["split"] == REPORT_SPLIT)]
+        votes = compare_vote_predictors(calibration, report, ensemble_run.calibration_scores, reported, draws)
+        fits += [fit, votes]
+        interacting.append(pairs)
+    known = [table for table in fits if len(table)]
+    return (pd.concat(known, ignore_index=True) if known else pd.DataFrame()), pd.concat(interacting)
 
 
 def build_ensemble_result(
@@ -383,39 +525,6 @@ def _composable_stacks(
     return stacks
 
 
-def _select_stacks(
-    setup: RunSetup,
-    single_defenses: Mapping[str, Defense],
-    score_frames: ScoreFrames,
-    stacks: Mapping[str, Stack],
-    named_stacks: Mapping[str, Stack],
-    n_stacks: int,
-    select_stacks: StackSelector,
-    cost_ratios: Mapping[str, float],
-    seed: int,
-    console: Console,
-) -> dict[str, Stack]:
-    """Return the stacks to run: those that the user named, the most promising ones, and random ones."""
-    readout_record = {"readout": describe_readout(setup.readout)}  # predictions need no more of the record
-    scores = _score_tables(setup, single_defenses, score_frames, readout_record)
-    split_scores = _scores_by_split(setup, scores, seed)
-    teams = [tuple(name.split("+")) for name in stacks]
-    with console.status("predicting"):
-        predicted = pd.concat(
-            [
-                evaluate_stacks(half, teams)
-                for (_, split), half in split_scores.items()
-                if split == SELECTION_SPLIT
-            ]
-        )
-        promising = select_stacks(predicted, lambda stack: _estimate_stack_cost(cost_ratios, stack))[
-            :n_stacks
-        ]
-    others = [name for name in stacks if name not in promising and name not in named_stacks]
-    random_stacks = random.Random(f"{seed}/stacks").sample(others, min(n_stacks, len(others)))
-    return {name: stacks[name] for name in dict.fromkeys([*named_stacks, *promising, *random_stacks])}
-
-
 def _estimate_stack_cost(cost_ratios: Mapping[str, float], stack_name: str) -> float:
     """Return the lowest possible cost of a stack: each member adds what it adds to the undefended model."""
     return 1 + float(sum(cost_ratios[name] - 1 for name in stack_name.split("+")))
@@ -470,11 +579,12 @@ def _ensemble_effects(
     parts = []
     with make_progress_bar(console) as bar:
         task = bar.add_task("combining", total=len(split_scores))
-        for half in split_scores.values():
+        for (attack, _), half in split_scores.items():
+            predicting = split_scores[attack, SELECTION_SPLIT]
             parts += [
                 evaluate_single_defenses(half, single_defenses),
-                evaluate_stacks(half, stack_members),
-                evaluate_votes(half, teams, calibration),
+                evaluate_stacks(half, stack_members, predicting),
+                evaluate_votes(half, teams, calibration, predicting),
             ]
             bar.advance(task)
     rows = pd.concat(parts, ignore_index=True)
@@ -504,7 +614,8 @@ def _estimate_intervals(
             split_scores = ensemble_run.split_scores[row["attack"], REPORT_SPLIT]
             if row["how"] != ALONE:
                 members = row["members"].split("+")
-                draws[index] = draw_ensemble(split_scores, members, row["how"], calibration)
+                predicting = ensemble_run.split_scores[row["attack"], SELECTION_SPLIT]
+                draws[index] = draw_ensemble(split_scores, members, row["how"], calibration, predicting)
             intervals[index] = estimate_ensemble_intervals(split_scores, row, calibration, draws.get(index))
             bar.advance(task)
     return intervals, draws

@@ -1,9 +1,10 @@
-"""The study of `analyze recommend`: select the best defense or ensemble within limits."""
+"""The study of `analyze recommend`: select the best defense or ensemble that is certified within limits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,23 @@ from rich.console import Console
 
 from analysis.stats.bootstrap import make_estimate_columns
 from analysis.stats.effects import compute_estimates
-from analysis.stats.ensembles import ALONE, REPORT_SPLIT, compute_ensemble_margins
+from analysis.stats.ensembles import (
+    ALONE,
+    REPORT_SPLIT,
+    SELECTION_SPLIT,
+    compute_ensemble_margins,
+    split_members,
+)
 from analysis.stats.pareto import choose_best_single, rank_candidates, summarize_predicted_rates
-from analysis.stats.tables import UNDEFENDED
+from analysis.stats.risk_control import (
+    ORDERING_SHARE,
+    certify_candidates,
+    count_queries_needed,
+    describe_guarantee,
+    estimate_smooth_rates,
+    order_candidates,
+)
+from analysis.stats.tables import UNDEFENDED, Basis
 from analysis.studies.ensembles import (
     EnsembleRun,
     build_ensemble_result,
@@ -45,7 +60,7 @@ class RecommendationLimits:
         The stacks are run; whether they stay within the limits is decided from the observed scores.
 
         Args:
-            predicted: predicted rows of the calibration split.
+            predicted: table of `predict_stack_rates` of the calibration split under every attack.
             stack_cost: cost of a stack.
         """
         rates = summarize_predicted_rates(predicted)
@@ -62,8 +77,12 @@ def recommend_defense(
     n_stacks: int,
     limits: RecommendationLimits,
     console: Console,
+    overlap: Path | None = None,
 ) -> StudyResult:
     """Recommend the defense or ensemble that refuses the most harmful queries within the limits.
+
+    A quarter of the calibration queries selects the stacks to run and the order of the tests; on the others,
+    the candidates are tested.
 
     Args:
         spec: options of the run.
@@ -73,46 +92,131 @@ def recommend_defense(
         n_stacks: number of most promising stacks to run, and of random ones.
         limits: limits of the recommendation.
         console: shows progress.
+        overlap: output folder of `analyze mechanism`, or its `profiles.csv`, for the predictor `overlap`.
     """
     timer = RunTimer()
     ensemble_run = score_ensembles(
-        spec, defenses, settings, max_size, n_stacks, limits.select_stacks, console
+        spec,
+        defenses,
+        settings,
+        max_size,
+        n_stacks,
+        limits.select_stacks,
+        console,
+        overlap,
+        ORDERING_SHARE,
     )
     candidates = ensemble_run.list_candidates()
     tables, record = collect_ensemble_tables(ensemble_run, candidates, spec, console)
-    tables["recommendation"] = select_recommendations(ensemble_run, candidates, limits)
+    tables["certification"] = certify_ensembles(ensemble_run, candidates, limits)
+    tables["recommendation"] = select_recommendations(
+        ensemble_run, candidates, tables["certification"], limits
+    )
     record |= {
         "max_over_refusal": limits.max_over_refusal,
         "max_cost": limits.max_cost,
+        "guarantee": describe_guarantee(limits.max_over_refusal),
+        "guarantee_based_on": Basis.MARGINS.value,
         **timer.describe_time(),
     }
     return build_ensemble_result("recommend", ensemble_run, tables, record)
 
 
-def select_recommendations(
+def certify_ensembles(
     ensemble_run: EnsembleRun, candidates: pd.DataFrame, limits: RecommendationLimits
+) -> pd.DataFrame:
+    """Test which candidates keep to the limit on over-refusal, all with one guarantee.
+
+    The order of the tests comes from the ordering queries: rising over-refusal, without the candidates that
+    another one makes superfluous there. The benign queries among the others are tested. Votes with fitted
+    weights are left out, because the weights were fitted to the queries of the test.
+
+    Args:
+        ensemble_run: the scored ensembles, with the ordering queries.
+        candidates: the result of `list_candidates`.
+        limits: limits of the recommendation.
+
+    Returns:
+        A row per candidate within the cost, in the order of the tests: `ordering_harmful` and
+        `ordering_over_refusal` (rates on the ordering queries, if margins were normal), `n_refused` of
+        `n_tested` benign queries, `p_value` where it was tested, `status` (`certified`, `failed`, `not
+        tested` after a failure, `not needed`: another candidate promises no more over-refusal and no less
+        refusal of harmful queries) and `based_on`, what counts as a refusal.
+    """
+    allowed = rank_candidates(candidates[candidates["how"] != "fitted"], limits.max_cost).reset_index(
+        drop=True
+    )
+    calibrations = [
+        ensemble_run.split_scores[attack.name, SELECTION_SPLIT] for attack in ensemble_run.setup.attacks
+    ]
+    is_ordering, is_harmful = ensemble_run.is_ordering, calibrations[0].margin_table.is_harmful
+    margins = [
+        np.stack(
+            [
+                compute_ensemble_margins(half, split_members(members), how, ensemble_run.calibration_scores)
+                for members, how in zip(allowed["members"], allowed["how"], strict=True)
+            ]
+        )
+        for half in calibrations
+    ]
+    over_refusal = estimate_smooth_rates(margins[0][:, is_ordering & ~is_harmful])
+    harmful = np.mean(
+        [estimate_smooth_rates(values[:, is_ordering & is_harmful]) for values in margins], axis=0
+    )
+    sequence = order_candidates(over_refusal, harmful)
+    # Judged responses, once they exist for ensembles, can take the place of the signs of the margins.
+    losses = margins[0][:, ~is_ordering & ~is_harmful] > 0
+    certificate = certify_candidates(losses, [sequence], limits.max_over_refusal)
+    rest = [index for index in range(len(allowed)) if index not in set(sequence)]
+    status = np.full(len(allowed), "not needed", dtype=object)
+    status[sequence] = "not tested"
+    status[certificate.was_tested] = "failed"
+    status[certificate.is_certified] = "certified"
+    table = allowed[["members", "how"]].assign(
+        ordering_harmful=harmful,
+        ordering_over_refusal=over_refusal,
+        n_refused=certificate.n_losses,
+        n_tested=certificate.n_queries,
+        p_value=np.where(certificate.was_tested, certificate.p_values, np.nan),
+        status=status,
+        based_on=Basis.MARGINS.value,
+    )
+    return table.iloc[[*sequence, *rest]].reset_index(drop=True)
+
+
+def select_recommendations(
+    ensemble_run: EnsembleRun,
+    candidates: pd.DataFrame,
+    certification: pd.DataFrame,
+    limits: RecommendationLimits,
 ) -> pd.DataFrame:
     """Return the recommendation, the next best single defense, and the undefended model.
 
-    If nothing stays within the limits, the candidate that comes closest on the calibration split is first.
+    The recommendation is the certified candidate that refuses the most harmful queries of the calibration
+    split. If none is certified, the candidate with the lowest over-refusal on the calibration split is first.
 
     Args:
         ensemble_run: the scored ensembles.
         candidates: the result of `list_candidates`.
+        certification: the result of `certify_ensembles`.
         limits: limits of the recommendation.
 
     Returns:
         A row per `role`: rates on the test split with 95 % intervals (`harmful`: share of harmful queries
         refused, mean over attacks; `over_refusal`: share of benign queries refused), `p_meets` (probability,
-        given the test split, that the over-refusal rate is within the limit), and the candidates' columns.
+        given the test split, that the over-refusal rate is within the limit), `certified`,
+        `n_benign_needed` (number of benign calibration queries with which the closest candidate would pass,
+        if its rate stays the same; missing for others, or if none would do), and the candidates' columns.
     """
-    _, n_benign = ensemble_run.calibration_scores.class_sizes
-    allowed = rank_candidates(candidates, limits.max_over_refusal, limits.max_cost, n_benign)
+    keys = ["members", "how"]
+    certified_keys = pd.MultiIndex.from_frame(certification.loc[certification["status"] == "certified", keys])
+    is_certified = pd.MultiIndex.from_frame(candidates[keys]).isin(certified_keys)
+    allowed = rank_candidates(candidates[is_certified], limits.max_cost)
     if len(allowed):
         role, best = "recommended", allowed.iloc[0]
     else:
         # The undefended model is always affordable, so there is a closest candidate.
-        affordable = rank_candidates(candidates, 1.0, limits.max_cost, n_benign)
+        affordable = rank_candidates(candidates[candidates["how"] != "fitted"], limits.max_cost)
         by_benign = affordable.sort_values("benign_calibration", ascending=False, kind="stable")
         role, best = "closest", by_benign.iloc[0]
     rows: list[tuple[str, Any]] = [(role, best)]
@@ -123,8 +227,27 @@ def select_recommendations(
         is_undefended = (candidates["members"] == UNDEFENDED) & (candidates["how"] == ALONE)
         rows.append(("undefended", candidates[is_undefended].iloc[0]))
     return pd.DataFrame(
-        [{"role": role, **row.to_dict(), **_candidate_rates(ensemble_run, row, limits)} for role, row in rows]
+        [
+            {
+                "role": role,
+                **row.to_dict(),
+                **_candidate_rates(ensemble_run, row, limits),
+                "certified": (row["members"], row["how"]) in certified_keys,
+                "n_benign_needed": _count_benign_needed(ensemble_run, row, limits)
+                if role == "closest"
+                else np.nan,
+            }
+            for role, row in rows
+        ]
     )
+
+
+def _count_benign_needed(ensemble_run: EnsembleRun, candidate: Any, limits: RecommendationLimits) -> float:
+    """Return the number of benign calibration queries with which a candidate would pass; NaN if none."""
+    needed = count_queries_needed(1 - candidate["benign_calibration"], limits.max_over_refusal)
+    is_benign = ~ensemble_run.calibration_scores.margin_table.is_harmful
+    tested_share = float((~ensemble_run.is_ordering[is_benign]).mean())
+    return np.nan if needed is None else float(np.ceil(needed / tested_share))
 
 
 def _candidate_rates(

@@ -171,7 +171,7 @@ def plant_ensembles(manner: str = "usual") -> tuple[pd.DataFrame, pd.DataFrame, 
         evaluations = (
             evaluate_single_defenses(split_scores, ["none", *names]),
             evaluate_votes(split_scores, teams, fitted_to),
-            evaluate_stacks(split_scores, stacks),
+            evaluate_stacks(split_scores, stacks, fitted_to),
         )
         row_tables.append(pd.concat([table for table in evaluations if len(table)], ignore_index=True))
     rows = pd.concat(row_tables, ignore_index=True)

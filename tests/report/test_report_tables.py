@@ -30,6 +30,9 @@ def test_the_table_of_the_pareto_front_names_the_share_that_it_shows():
     assert "benign refused (%)" not in front.headers
     shown = dict(zip(recommendation.headers, recommendation.rows[0], strict=True))
     assert shown["benign refused (%)"] == "3"
+    record = {"guarantee": "In at least 90 of 100 samples, it holds.", "guarantee_based_on": "margins"}
+    titles = [table.title for table in build_ensemble_tables(Run("run", record, tables))]
+    assert titles[1].endswith("refused. In at least 90 of 100 samples, it holds (refusals by margins)")
 
 
 def test_no_shipped_table_names_its_defenses_by_another_column():

@@ -26,7 +26,7 @@ def test_the_interval_of_an_interaction_covers_the_planted_one():
     n_covered = 0
     for seed in range(20):
         scores = plant_stack(0.5, seed)
-        row = evaluate_stacks(scores, [("d0", "d1")]).iloc[0].to_dict()
+        row = evaluate_stacks(scores, [("d0", "d1")], scores).iloc[0].to_dict()
         draws = draw_ensemble(scores, ["d0", "d1"], "stack", scores)
         intervals = estimate_ensemble_intervals(scores, row, scores, draws)
         n_covered += intervals["interaction_shift_low"] <= 0.25 <= intervals["interaction_shift_high"]
@@ -61,7 +61,7 @@ def test_without_any_refusal_there_is_no_interval_of_an_interaction() -> None:
     margins, is_harmful = plant_defense_margins()
     never_refusing = {name: np.asarray(values) - 50 for name, values in margins.items()}
     scores = make_split_scores(never_refusing | {"d0+d1": never_refusing["d0"] + 0.1}, is_harmful)
-    row = evaluate_stacks(scores, [("d0", "d1")]).iloc[0].to_dict()
+    row = evaluate_stacks(scores, [("d0", "d1")], scores).iloc[0].to_dict()
     draws = draw_ensemble(scores, ["d0", "d1"], "stack", scores)
     intervals = estimate_ensemble_intervals(scores, row, scores, draws)
     assert np.isnan(intervals["interaction_refusal_rate_low"])
@@ -95,7 +95,7 @@ def test_agreement_is_that_of_other_libraries_and_lies_in_its_interval():
         stacked = margins[team[0]] + margins[team[1]] - margins["none"]
         margins["+".join(team)] = stacked + rng.normal(0.3, 0.3, len(stacked))
     scores = make_split_scores(margins, planted.margin_table.is_harmful)
-    rows = evaluate_stacks(scores, teams).assign(kind="intra", kind_by_family=["inter", *[""] * 5])
+    rows = evaluate_stacks(scores, teams, scores).assign(kind="intra", kind_by_family=["inter", *[""] * 5])
     draws = {
         index: draw_ensemble(scores, row["members"].split("+"), "stack", scores)
         for index, row in rows.iterrows()
@@ -121,8 +121,10 @@ def test_agreement_is_that_of_other_libraries_and_lies_in_its_interval():
     without_draws = summarize_prediction_fit(rows, {})
     assert without_draws.loc[without_draws["n"] > 2, "r2"].notna().all() and "r2_low" not in without_draws
     votes = evaluate_votes(scores, teams, scores).assign(kind="intra", kind_by_family="")
-    keys = summarize_prediction_fit(votes, {}).set_index(["how", "coordinate"]).index
-    assert ("highest", "shift") in keys and ("mean", "shift") not in keys and ("mean", "delta_auroc") in keys
+    for split, is_exact in (("test", False), ("calibration", True)):  # predictions come from calibration
+        keys = summarize_prediction_fit(votes.assign(split=split), {}).set_index(["how", "coordinate"]).index
+        assert ("highest", "shift") in keys and ("mean", "delta_auroc") in keys
+        assert (("mean", "shift") not in keys) == is_exact
 
 
 def test_a_raised_distance_is_of_the_scale_if_only_shifted_and_real_if_the_ranking_improves():
@@ -133,7 +135,7 @@ def test_a_raised_distance_is_of_the_scale_if_only_shifted_and_real_if_the_ranki
     shifting = {"a": undefended + 0.5, "b": undefended + 0.6, "a+b": undefended + 1.1}
     improving = {"c": undefended + 0.4, "d": undefended + 0.5, "c+d": undefended + 0.9 + 1.0 * is_harmful}
     scores = make_split_scores({"none": undefended, **shifting, **improving}, is_harmful)
-    rows = evaluate_stacks(scores, [("a", "b"), ("c", "d"), ("a", "c")])
+    rows = evaluate_stacks(scores, [("a", "b"), ("c", "d"), ("a", "c")], scores)
     raised = find_raised_distances(scores, rows, dict.fromkeys("abcd", 0.9), scores).set_index("members")
     assert raised["raise"].to_dict() == {"a+b": "probability scale", "c+d": "real"}
     assert raised.loc["a+b", "distance"] > raised.loc["a+b", ["distance_first", "distance_second"]].max()

@@ -45,23 +45,13 @@ def test_candidates_average_harmful_rates_over_attacks_and_take_benign_rates_wit
     assert len(candidates) == 5 + 4
 
 
-def test_the_first_candidate_keeps_to_the_limits_on_the_calibration_split_and_refuses_most_harm():
+def test_candidates_within_the_cost_are_ranked_by_the_harmful_queries_that_they_refuse():
     _, candidates = plant_candidates()
-    n = 60
-    limit = float(1 - candidates["benign_calibration"].median())
-    ranked = rank_candidates(candidates, limit, None, n)
-    assert 0 < len(ranked) < len(candidates)
-    # Nine in ten of the rates that a candidate may really have keep to the limit, by a simulation of them.
-    rng = np.random.default_rng(0)
-    for row in candidates.itertuples():
-        n_refused = round((1 - row.benign_calibration) * n)
-        rates = rng.beta(n_refused + 0.5, n - n_refused + 0.5, 20000)
-        if abs((rates <= limit).mean() - 0.9) > 0.02:
-            assert ((rates <= limit).mean() > 0.9) == (row.Index in ranked.index)
-    assert ranked.iloc[0]["harmful_calibration"] == ranked["harmful_calibration"].max()
-    assert set(rank_candidates(candidates, limit, 1.0, n)["cost"]) == {1.0}
-    best_single = choose_best_single(rank_candidates(candidates, 1.0, None, n), ["none"])
+    ranked = rank_candidates(candidates, None)
+    assert len(ranked) == len(candidates) and (np.diff(ranked["harmful_calibration"]) <= 0).all()
+    tied = ranked.groupby("harmful_calibration", sort=False)["cost"]
+    assert (tied.apply(lambda cost: cost.is_monotonic_increasing)).all()
+    assert set(rank_candidates(candidates, 1.0)["cost"]) == {1.0}
+    best_single = choose_best_single(ranked, ["none"])
     assert best_single is not None and best_single["how"] == "alone"
     assert choose_best_single(ranked[ranked["how"] != "alone"]) is None
-    assert rank_candidates(candidates, 0.0, None, n).empty
-    assert len(rank_candidates(candidates, 1.0, None, n)) == len(candidates)

@@ -40,7 +40,9 @@ def test_votes_of_normal_margins_are_as_predicted_and_gain_less_if_their_members
 
 def test_a_stack_is_predicted_by_adding_the_changes_of_its_members():
     scores = plant_stack(0.8)
-    stacks = evaluate_stacks(scores, [("d0", "d1"), ("d0", "d2"), ("d0", "d1", "d2")]).set_index("members")
+    stacks = evaluate_stacks(scores, [("d0", "d1"), ("d0", "d2"), ("d0", "d1", "d2")], scores).set_index(
+        "members"
+    )
     assert stacks.loc["d0+d1", "interaction_shift"] == pytest.approx(0.4, abs=0.03)
     assert stacks.loc["d0+d1", "interaction_discrimination"] == pytest.approx(0.8, abs=0.05)
     assert stacks["observed_shift"].notna().to_dict() == {"d0+d1": True, "d0+d2": False, "d0+d1+d2": False}

@@ -11,15 +11,21 @@ import pandas as pd
 import pytest
 from conftest import run_cli, save_model, set_home_folder
 from rich.console import Console
-from scipy.stats import beta
+from scipy.stats import binom
 
 from analysis.attacks import choose_attacks
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, QuerySet
+from analysis.stats.predictors import SAME_ON_CALIBRATION, STACK_PREDICTORS
+from analysis.stats.risk_control import count_queries_needed
 from analysis.stats.voting import ENSEMBLE_COORDINATES, VOTE_RULES
 from analysis.studies.cost import time_conditions
-from analysis.studies.ensembles import rank_promising_stacks, score_ensembles
-from analysis.studies.recommend import RecommendationLimits, select_recommendations
+from analysis.studies.ensembles import load_overlap, rank_promising_stacks, score_ensembles
+from analysis.studies.recommend import (
+    RecommendationLimits,
+    certify_ensembles,
+    select_recommendations,
+)
 from analysis.studies.run_spec import BOTH_SPLITS, RunSpec
 from defenses.errors import UserError
 
@@ -37,7 +43,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # intervals for the front are enough
         save_model(place / "toy")
         args = [f"-d{name}" for name in [*NAMES, "policy+word_drop", "random_tokens"]]
-        result = run_cli("ensembles", "-m", place / "toy", *args, *SHORT, "-o", place / "out", "--stacks", 2)
+        profile = {"defense": "policy", "other": "self_reminder", "contrast": ["shift", "discrimination"]}
+        pd.DataFrame(profile | {"cosine": 0.5}).to_csv(place / "profiles.csv", index=False)
+        args += ["-o", place / "out", "--stacks", 2, "--overlap", place / "profiles.csv"]
+        result = run_cli("ensembles", "-m", place / "toy", *args, *SHORT)
         assert result.code == 0, result.err
         (place / "said.txt").write_text(result.out)
     return place
@@ -80,6 +89,7 @@ def make_spec(place: Path, limit: int = 24) -> RunSpec:
 
 def test_every_table_and_figure_is_written(place: Path) -> None:
     tables = {"scores", "summary", "mechanisms", "ensembles", "additivity", "distance", "candidates", "cost"}
+    tables |= {"predictors", "interacting"}
     drawn = {"forecast", "interactions", "front"}
     names = {path.name for path in (place / "out").iterdir()}
     assert names == {f"{one}.csv" for one in tables | drawn} | {f"{one}.png" for one in drawn} | {"run.json"}
@@ -89,7 +99,9 @@ def test_every_table_and_figure_is_written(place: Path) -> None:
     assert list(members) == ["policy", "word_drop"] and members["word_drop"]["settings"]["rate"] == 0.3
     said = " ".join((place / "said.txt").read_text().split())
     assert (
-        "Predicted against observed, direct, mean (n = 6): harmful refused R²" in said
+        "direct: 5 stacks of the test split, predicted from the calibration split" in said
+        and "Not compared" not in said
+        and "Stacks that interact, direct, shift (against " in said
         and "on the Pareto front" in said
     )
     candidates = pd.read_csv(place / "out" / "candidates.csv")
@@ -157,28 +169,36 @@ def test_a_stack_is_scored_as_alone_and_predicted_from_its_members(kept: Path) -
     pd.testing.assert_frame_equal(alone, mine[alone.columns], atol=1e-4, check_exact=False)
     rows = pd.read_csv(kept / "out" / "ensembles.csv").set_index(["attack", "split", "members", "how"])
     row = rows.loc["direct", "test", "policy+word_drop", "stack"]
-    change = alone["policy"] + alone["word_drop"] - 2 * alone["none"]
-    harmful = scores.drop_duplicates("query").set_index("query")["harmful"].loc[alone.index]
+    # The prediction comes from the members on the calibration split.
+    direct = scores[(scores["attack"] == "direct") & (scores["split"] == "calibration")]
+    half = direct.pivot_table("margin", "query", "defense")
+    change = half["policy"] + half["word_drop"] - 2 * half["none"]
+    is_harmful = scores.drop_duplicates("query").set_index("query")["harmful"]
     for side, moved in (("predicted", change), ("observed", alone["policy+word_drop"] - alone["none"])):
+        harmful = is_harmful.loc[moved.index]
         by_class = moved[harmful].mean(), moved[~harmful].mean()
         assert row[f"{side}_shift"] == pytest.approx(sum(by_class) / 2, abs=1e-4)
         assert row[f"{side}_discrimination"] == pytest.approx(by_class[0] - by_class[1], abs=1e-4)
     assert row["interaction_shift_low"] <= row["interaction_shift"] <= row["interaction_shift_high"]
 
 
-def test_named_promising_and_random_stacks_are_run_and_the_others_only_predicted(
-    place: Path,
-) -> None:
+def test_named_random_and_promising_stacks_are_run_and_the_others_only_predicted(place: Path) -> None:
     rows = pd.read_csv(place / "out" / "ensembles.csv")
     stacks = rows[(rows["how"] == "stack") & (rows["attack"] == "direct") & (rows["split"] == "calibration")]
     # Six pairs, and the user's own order of one of them.
     assert len(stacks) == 7 and stacks["predicted_shift"].notna().all()
     ran = set(stacks.loc[stacks["observed_shift"].notna(), "members"])
-    assert "policy+word_drop" in ran and "word_drop+policy" in set(stacks["members"]) and 3 <= len(ran) <= 5
-    both = rows[(rows["how"] == "stack") & (rows["split"] == "calibration")]
-    harmful = both.groupby("members")["predicted_refusal_rate"].mean()
-    worth = harmful - stacks.set_index("members")["predicted_over_refusal_rate"]
-    assert set(worth.sort_values(ascending=False, kind="stable").index[:1]) <= ran
+    assert "policy+word_drop" in ran and "word_drop+policy" in set(stacks["members"])
+    assert len(ran) == 5  # the named one, two random ones, then two promising ones
+    # The named and the random ones decided by which prediction the promising ones were selected.
+    predictor = json.loads((place / "out" / "run.json").read_text())["stack_predictor"]
+    assert predictor["measured_stacks"] == 3 and predictor["name"] in STACK_PREDICTORS
+    fit = pd.read_csv(place / "out" / "predictors.csv")
+    assert set(fit["how"]) == {"stack"} and set(fit["n"]) == {5}
+    assert set(fit["predictor"]) == {*STACK_PREDICTORS, SAME_ON_CALIBRATION}
+    assert (fit[fit["is_best"]].groupby(["attack", "split", "outcome"]).size() == 1).all()
+    interacting = pd.read_csv(place / "out" / "interacting.csv")
+    assert set(interacting["members"]) == ran and len(interacting) == 2 * 5 * 5
 
 
 def test_single_defenses_have_the_same_estimates_in_ensembles_and_summary(place: Path) -> None:
@@ -194,42 +214,42 @@ def test_single_defenses_have_the_same_estimates_in_ensembles_and_summary(place:
                 )
 
 
-def test_a_recommendation_meets_its_limit_on_the_calibration_split_and_states_its_probability(
-    kept: Path,
+def test_the_recommendation_is_the_certified_candidate_that_refuses_most_harmful_queries(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("analysis.studies.ensembles._MAX_ROWS_WITH_INTERVALS", 0)
     args = [f"-d{name}" for name in NAMES]
-    result = run_cli(
-        "recommend",
-        "-m",
-        kept / "toy",
-        *args,
-        *SHORT[:2],
-        "--max-over-refusal",
-        "60%",
-        "-o",
-        kept / "rec",
-        "--json",
-        "--stacks",
-        1,
-    )
+    limits = ["--max-over-refusal", "90%", "-o", kept / "rec", "--json", "--stacks", 1]
+    result = run_cli("recommend", "-m", kept / "toy", *args, *SHORT[:2], *limits)
     assert result.code == 0, result.err
     told = json.loads(result.out)
     found = pd.read_csv(kept / "rec" / "recommendation.csv")
     assert [one["role"] for one in told] == found["role"].tolist()
     first = found.iloc[0]
-    scores = pd.read_csv(kept / "rec" / "scores.csv").drop_duplicates("query")
-    n = int((~scores["harmful"] & (scores["split"] == "calibration")).sum())
-    candidates = pd.read_csv(kept / "rec" / "candidates.csv")
-    refused = (n * (1 - candidates["benign_calibration"])).round()
-    allowed = candidates[beta.cdf(0.6, refused + 0.5, n - refused + 0.5) >= 0.9]
-    assert first["role"] == ("recommended" if len(allowed) else "closest")
-    if len(allowed):
-        assert first["harmful_calibration"] == allowed["harmful_calibration"].max()
+    certification = pd.read_csv(kept / "rec" / "certification.csv")
+    assert "fitted" not in set(certification["how"]) and set(certification["based_on"]) == {"margins"}
+    # What was tested follows from the scores: benign calibration queries that did not decide the order.
+    scores = pd.read_csv(kept / "rec" / "scores.csv")
+    record = json.loads((kept / "rec" / "run.json").read_text())
+    n_benign = scores.loc[~scores["harmful"] & (scores["split"] == "calibration"), "query"].nunique()
+    n_tested = certification["n_tested"].iloc[0]
+    assert 0.6 * n_benign < n_tested < n_benign
+    tested = certification[certification["p_value"].notna()]
+    assert binom.cdf(tested["n_refused"], n_tested, 0.9).tolist() == pytest.approx(tested["p_value"].tolist())
+    assert ((tested["p_value"] <= 0.1) == (tested["status"] == "certified")).all()
+    assert (tested["status"] == "failed").sum() <= 1 and len(tested) >= 1
+    assert record["guarantee"].startswith("In at least 90 of 100 calibration samples")
+    candidates = pd.read_csv(kept / "rec" / "candidates.csv").set_index(["members", "how"])
+    certified = certification[certification["status"] == "certified"]
+    assert first["role"] == ("recommended" if len(certified) else "closest")
+    if len(certified):
+        rates = candidates.loc[pd.MultiIndex.from_frame(certified[["members", "how"]]), "harmful_calibration"]
+        assert first["harmful_calibration"] == rates.max() and first["certified"]
     assert first["over_refusal"] == pytest.approx(1 - first["benign_test"])
     assert first["harmful"] == pytest.approx(first["harmful_test"])
     assert first["over_refusal_low"] <= first["over_refusal"] <= first["over_refusal_high"]
     # Jeffreys' interval of a share: its probability to be below the limit follows the same draws.
-    assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.6) or 0.02 < first["p_meets"] < 0.98
+    assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.9) or 0.02 < first["p_meets"] < 0.98
 
 
 def test_ensembles_of_three_are_recommended_under_attack_within_a_cost(
@@ -257,12 +277,19 @@ def test_ensembles_of_three_are_recommended_under_attack_within_a_cost(
     found = pd.read_csv(kept / "three" / "candidates.csv")
     first = pd.read_csv(kept / "three" / "recommendation.csv").iloc[0]
     assert first["cost"] <= 2.5 < found["cost"].max()
-    assert first["harmful_calibration"] == found.loc[found["cost"] <= 2.5, "harmful_calibration"].max()
+    certification = pd.read_csv(kept / "three" / "certification.csv")
+    affordable = found[(found["cost"] <= 2.5) & (found["how"] != "fitted")]
+    assert len(certification) == len(affordable)
+    assert set(certification["status"]) <= {"certified", "not needed"}  # no rate exceeds 100 %
+    certified = certification[certification["status"] == "certified"].merge(found, on=["members", "how"])
+    assert first["harmful_calibration"] == certified["harmful_calibration"].max()
     both = rows[
         (rows["members"] == first["members"]) & (rows["how"] == first["how"]) & (rows["split"] == "test")
     ]
     assert first["harmful"] == pytest.approx(both["observed_refusal_rate"].mean()) and len(both) == 2
-    assert "Use " in result.out
+    said = " ".join(result.out.split())
+    assert "Use " in said and "refuse more than 100% of new benign queries of this kind." in said
+    assert "by first-token margins, not by judged responses" in said
 
 
 def test_costs_are_cached(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,16 +311,26 @@ def test_costs_are_cached(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pd.testing.assert_frame_equal(first.costs, again.costs, check_dtype=False)
 
 
-def test_if_nothing_qualifies_the_closest_candidate_is_returned(kept: Path) -> None:
-    ensemble_run = score_ensembles(make_spec(kept), NAMES, [], 2, 0, rank_promising_stacks, Console())
-    found = ensemble_run.list_candidates().assign(
-        benign_calibration=lambda frame: np.linspace(0, 0.5, len(frame))
+def test_if_nothing_is_certified_the_closest_candidate_and_its_need_of_queries_are_returned(
+    kept: Path,
+) -> None:
+    ensemble_run = score_ensembles(
+        make_spec(kept), NAMES, [], 2, 0, rank_promising_stacks, Console(), None, 0.25
     )
-    recommendations = select_recommendations(ensemble_run, found, RecommendationLimits(0.1))
-    assert recommendations.iloc[0]["role"] == "closest"
-    assert recommendations.iloc[0]["members"] == found.iloc[-1]["members"] and "recommended" not in set(
-        recommendations["role"]
+    found = ensemble_run.list_candidates()
+    found = found[found["how"] != "fitted"].assign(
+        benign_calibration=lambda frame: np.linspace(0.5, 0.96, len(frame))
     )
+    limits = RecommendationLimits(0.1)
+    certification = certify_ensembles(ensemble_run, found, limits).assign(status="failed")
+    first = select_recommendations(ensemble_run, found, certification, limits).iloc[0]
+    assert first["role"] == "closest" and not first["certified"]
+    assert first["members"] == found.iloc[-1]["members"]
+    tested_share = certification["n_tested"].iloc[0] / ensemble_run.calibration_scores.class_sizes[1]
+    assert first["n_benign_needed"] == np.ceil(count_queries_needed(0.04, 0.1) / tested_share)
+    strict = RecommendationLimits(0.03)
+    first = select_recommendations(ensemble_run, found, certification, strict).iloc[0]
+    assert np.isnan(first["n_benign_needed"])  # at 4 %, no number of queries shows at most 3 %
 
 
 def test_a_defense_that_fails_is_left_out_and_reported(kept: Path) -> None:
@@ -329,12 +366,23 @@ def test_a_defense_that_fails_is_left_out_and_reported(kept: Path) -> None:
             "--max-cost 0.5: the undefended model costs 1",
         ),
         (("recommend",), "Missing option"),
+        (("ensembles", "--overlap", "nowhere"), "--overlap nowhere: there is no profiles.csv or overlap.csv"),
     ],
 )
 def test_bad_input_is_a_one_line_error(kept: Path, args: tuple[str, ...], words: str) -> None:
     result = run_cli(*args, "-m", kept / "toy", "--limit", 24)
     (line,) = [line for line in result.err.splitlines() if not line.startswith("note: ")]
     assert result.code == 2 and words in line
+
+
+def test_the_overlap_is_read_from_a_folder_or_a_file_and_needs_its_columns(tmp_path: Path) -> None:
+    overlap = pd.DataFrame({"defense": ["a"], "other": ["b"], "contrast": ["shift"], "cosine": [0.5]})
+    overlap.to_csv(tmp_path / "profiles.csv", index=False)
+    for path in (tmp_path, tmp_path / "profiles.csv"):
+        pd.testing.assert_frame_equal(load_overlap(path), overlap, check_dtype=False)
+    overlap.drop(columns="cosine").to_csv(tmp_path / "profiles.csv", index=False)
+    with pytest.raises(UserError, match="lacks the columns cosine"):
+        load_overlap(tmp_path)
 
 
 def test_data_without_splits_are_split_at_random_with_pairs_kept_whole(tmp_path: Path) -> None:
