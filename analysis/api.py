@@ -13,6 +13,7 @@ from analysis.report.results import Run
 from analysis.studies.run_spec import (
     PATCH_SITES,
     build_run_spec,
+    check_control_draws,
     check_ensemble_options,
     check_max_cost,
     check_mechanism_options,
@@ -42,6 +43,7 @@ def analyze(
     attacks: str | Sequence[str] = ("direct",),
     readout: str = "outcome",
     responses: str | int = "auto",
+    controls: int = 20,
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
@@ -63,6 +65,8 @@ def analyze(
         readout: as `--readout`.
         responses: number of queries per condition whose responses are generated and judged, `all`, `none`, or
             `auto`: all, except for readouts that force how responses begin.
+        controls: draws of each defense's matched control, among which the queries are divided; 0 for no
+            controls.
         cost: whether to measure what each defense costs.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
@@ -73,7 +77,7 @@ def analyze(
 
     Returns:
         A run whose tables include `scores`, `summary`, `effects`, `responses` (verdicts, no text) and the
-        table of each figure.
+        table of each figure; `controls` holds the margins of the matched controls.
 
     Raises:
         UserError: for everything that the command reports in one line.
@@ -94,7 +98,10 @@ def analyze(
     )
     from analysis.studies.analyze import analyze_defenses
 
-    return analyze_defenses(spec, _as_defense_list(defenses), settings, _progress_console(), cost).run
+    check_control_draws(controls)
+    return analyze_defenses(
+        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls
+    ).run
 
 
 def validate(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from defenses.chats import copy_chat, prepend_system
-from defenses.contract import Chat, Defense, ModelInfo, Source
+from defenses.contract import Chat, Defense, MatchedControl, ModelInfo, Source
 from defenses.errors import UserError
 from defenses.settings import HIDDEN_FIELD
 from defenses.tokens import draw_random_text, encode_plain_text
@@ -106,6 +106,15 @@ class Backdoor(TunedDefense):
             "no_weights": without_weights,
             "neither": dataclasses.replace(without_weights, secret=Secret("")),
         }
+
+    def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl | None:
+        """Return the defense with another secret of as many tokens."""
+        if self.secret is None or not self.secret.text:
+            return super().build_control(model_info, draw)
+        length = len(encode_plain_text(model_info.tokenizer, self.secret.text))
+        rng = random.Random(f"{model_info.seed}/{draw}/{self.name}")
+        secret = Secret(draw_random_text(model_info.tokenizer, length, rng))
+        return MatchedControl(dataclasses.replace(self, secret=secret), "random tokens")
 
     def missing_requirements(self) -> str:
         """Return what is missing for the weights, if this variant uses them."""

@@ -124,6 +124,18 @@ class ModelInfo:
     compute_mean_activations: Callable[[], MeanActivations] | None = None
 
 
+class MatchedControl(NamedTuple):
+    """A defense with other content of the same size, which shows what the content itself contributes.
+
+    Attributes:
+        defense: the defense with the other content.
+        content: what the content is: neutral text, random tokens, random directions, or other weights.
+    """
+
+    defense: Defense
+    content: str
+
+
 class Defense(ABC):
     """A change to the prompt (`rewrite`), to the model (`apply_to`), or to both.
 
@@ -235,6 +247,17 @@ class Defense(ABC):
     def build_ablations(self) -> dict[str, Defense]:
         """Return variants without one ingredient, keyed by the removed ingredient (`no_secret`)."""
         return {}
+
+    def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl | None:
+        """Return the defense with random content of the same size, or None if it defines no such control.
+
+        Defenses that only add texts need no definition; `defenses.matched_controls` replaces their texts.
+
+        Args:
+            model_info: the model.
+            draw: number of the control; each has other content.
+        """
+        return None
 
     def secret_texts(self) -> tuple[str, ...]:
         """Return the texts that must be redacted in all output."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
 from defenses.chats import copy_chat
-from defenses.contract import Chat, Defense, MeanActivations, ModelInfo, Source
+from defenses.contract import Chat, Defense, MatchedControl, MeanActivations, ModelInfo, Source
 from defenses.errors import UserError
 from defenses.settings import HIDDEN_FIELD
 
@@ -113,6 +113,31 @@ class Steering(Defense):
             for block in blocks if self.changes_all_blocks() else [blocks[layer]]:
                 exit_stack.enter_context(change_block_input(block, transform))
             yield
+
+    def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl | None:
+        """Return the defense with a random direction of the same norm around the same midpoint."""
+        import torch
+
+        if self.activations is None:
+            return None
+        harmful, benign = self.activations.harmful, self.activations.benign
+        generator = torch.Generator()
+        generator.manual_seed(random.Random(f"{model_info.seed}/{draw}").getrandbits(63))
+        directions = torch.randn(harmful.shape, generator=generator)
+        half = (
+            directions
+            / directions.norm(dim=1, keepdim=True)
+            * (harmful - benign).norm(dim=1, keepdim=True)
+            / 2
+        )
+        midpoint = (harmful + benign) / 2
+        activations = dataclasses.replace(
+            self.activations,
+            harmful=midpoint + half,
+            benign=midpoint - half,
+            sha256=f"{self.activations.sha256} random {model_info.seed}/{draw}",
+        )
+        return MatchedControl(dataclasses.replace(self, activations=activations), "random directions")
 
     @abstractmethod
     def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from defenses.adapters import Adapter, apply_adapter, find_adapter, load_adapter
-from defenses.contract import Defense, ModelInfo
+from defenses.contract import Defense, MatchedControl, ModelInfo
 from defenses.settings import HIDDEN_FIELD
 
 
@@ -43,6 +43,19 @@ class TunedDefense(Defense):
     def apply_to(self, model: Any) -> AbstractContextManager[None]:
         """Apply the tuned weights within a context; restore the model bit for bit afterwards."""
         return nullcontext() if self.adapter is None else apply_adapter(model, self.adapter)
+
+    def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl | None:
+        """Return the defense with weights that were tuned on ordinary requests only, if there are any.
+
+        Every draw has the same weights, because each would need a training of its own.
+        """
+        adapter = find_adapter(f"{self.state}-control", model_info)
+        if self.adapter is None or adapter is None:
+            return None
+        adapter.check_base_model(model_info.sha256)
+        return MatchedControl(
+            dataclasses.replace(self, adapter=adapter), "weights tuned on ordinary requests"
+        )
 
     def weights_fingerprint(self) -> str:
         """Return the SHA-256 of the weights and their scaling."""

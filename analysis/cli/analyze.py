@@ -15,6 +15,7 @@ from analysis.cli.app import app
 from analysis.cli.options import (
     AttackOption,
     BatchSizeOption,
+    ControlsOption,
     DataOption,
     DefenseOption,
     DeviceOption,
@@ -47,6 +48,7 @@ def analyze(
     attack: AttackOption = None,
     readout: ReadoutOption = "outcome",
     responses: ResponsesOption = "auto",
+    controls: ControlsOption = 20,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
     device: DeviceOption = "auto",
@@ -67,7 +69,7 @@ def analyze(
 
     analyze --defense backdoor --model smollm2
     """
-    from analysis.studies.run_spec import build_run_spec
+    from analysis.studies.run_spec import build_run_spec, check_control_draws
 
     if context.invoked_subcommand is not None:
         return
@@ -90,7 +92,8 @@ def analyze(
         readout,
         responses=responses,
     )
-    code = run_analyze_command(spec, defense, settings or [], out, as_json, cost)
+    check_control_draws(controls)
+    code = run_analyze_command(spec, defense, settings or [], out, as_json, cost, controls)
     raise typer.Exit(code)
 
 
@@ -122,6 +125,7 @@ def run_analyze_command(
     out: Path | None,
     as_json: bool,
     with_cost: bool = False,
+    n_control_draws: int = 0,
 ) -> int:
     """Score each defense and the undefended model, save tables and figures, and print the summary.
 
@@ -132,11 +136,13 @@ def run_analyze_command(
         out: output folder, or None for a new one under runs/.
         as_json: whether to print the summary as JSON instead of a table.
         with_cost: whether to measure the cost of each defense.
+        n_control_draws: draws of each defense's matched control; 0 for no controls.
 
     Returns:
         The exit code: 0, 1 if a check or a condition failed, 130 if the run was interrupted.
     """
     from analysis.cli.console import (
+        print_control_comparison,
         print_costs,
         print_failed_checks,
         print_json_table,
@@ -154,7 +160,7 @@ def run_analyze_command(
     out = check_output_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)))
     console = Console(stderr=True)
     try:
-        result = analyze_defenses(spec, defenses, settings, console, with_cost)
+        result = analyze_defenses(spec, defenses, settings, console, with_cost, n_control_draws)
     except PreflightError as error:
         print_failed_checks(error.checks)
         return 1
@@ -165,6 +171,7 @@ def run_analyze_command(
         print_json_table(summary)
     else:
         print_summary(summary, run.record)
+        print_control_comparison(summary)
         if with_cost:
             print_costs(run.tables["cost"])
     _print_coverage_warning(summary, console)

@@ -16,7 +16,7 @@ from analysis.progress import join_first_texts, make_notifier, print_line
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
 from analysis.stats.format import format_interval
 from analysis.stats.tables import Trust, format_condition, has_judged_rates, iterate_rows
-from analysis.stats.verdicts import DISAGREEMENT, MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE
+from analysis.stats.verdicts import DISAGREEMENT, EFFECT_NAMES, MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,6 +113,37 @@ def _print_verdict_notes(summary: pd.DataFrame, console: Console) -> None:
         return
     for _, row in noted.iterrows():
         print_line(console, f"{format_condition(row)}: {row['verdict_note']}")
+
+
+def print_control_comparison(summary: pd.DataFrame) -> None:
+    """Print what each defense does beyond content of the same size; nothing if no control was scored."""
+    if "control" not in summary or not summary["control"].notna().any():
+        return
+    is_judged = has_judged_rates(summary)
+    headers = ["points\nshift\ndiscrimination"] * is_judged + ["nats\nshift\ndiscrimination"]
+    title = "Over content of the same size"
+    table = make_console_table("defense\ncontrol\ncomparison", headers, title, with_row_lines=True)
+    rows = summary[summary["control"].notna()]
+    for values in iterate_rows(rows):
+        columns = [("response_", "+.0f")] * is_judged + [("", "+.2f")]
+        cells = [
+            "\n".join(
+                format_interval(values, f"{prefix}{effect}_over_control", format_spec)
+                for effect in EFFECT_NAMES
+            )
+            for prefix, format_spec in columns
+        ]
+        note = values["control_note"] or values["verdict_over_control"]
+        name = f"{format_condition(values)}\n{values['control']}\n{note}"
+        table.add_row(*map(Text, (name, *cells)))
+    console = make_table_console()
+    console.print(table)
+    explanation = (
+        "Each defense minus a control with other content of the same size in the same place. The queries are "
+        f"divided among {rows['control_draws'].max():.0f} draws of it. [x, y]: 95 % intervals over draws and "
+        "queries."
+    )
+    console.print(Text(explanation, style="dim"))
 
 
 def print_costs(costs: pd.DataFrame) -> None:

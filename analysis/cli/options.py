@@ -95,6 +95,15 @@ ResponsesOption = Annotated[
         metavar="auto|all|N|none",
     ),
 ]
+ControlsOption = Annotated[
+    int,
+    typer.Option(
+        "--controls",
+        help="Draws of each defense's matched control (neutral text of the same length, for example): each "
+        "query is sent under one of them. 0: no controls.",
+        metavar="N",
+    ),
+]
 JudgeOption = Annotated[str, typer.Option(help=f"Refusal judge for generated text: {JUDGE_HELP}")]
 JudgeModelOption = Annotated[
     str | None,

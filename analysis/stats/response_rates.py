@@ -49,7 +49,7 @@ from analysis.stats.verdicts import (
 _RATE_BY_CLASS = {True: "refusal_rate", False: "over_refusal_rate"}
 _CONTRAST_NAMES = ("response_shift", "response_discrimination")
 _P_COLUMNS = tuple(f"p_{name}" for name in _CONTRAST_NAMES)
-_LABEL_BY_VERDICT = {ResponseVerdict.REFUSED.value: 1.0, ResponseVerdict.NOT_REFUSED.value: 0.0}
+LABEL_BY_VERDICT = {ResponseVerdict.REFUSED.value: 1.0, ResponseVerdict.NOT_REFUSED.value: 0.0}
 
 
 def add_response_estimates(
@@ -96,7 +96,7 @@ def add_factorial_response_effects(
         `response_shift` and `response_discrimination` of each effect, percentage points with 95 % intervals.
         They are missing for the interaction, and where the responses of a condition were not judged.
     """
-    labels_by_condition = _group_labels(responses)
+    labels_by_condition = group_labels(responses)
     rows = []
     for row in iterate_rows(effects):
         weights = FACTORIAL_EFFECTS[row["effect"]]
@@ -127,7 +127,7 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int =
         of judged responses (`n_responses`), of further responses that the margins of all queries are worth
         (`responses_saved`), and of pairs and single queries judged in both conditions (`n_units`).
     """
-    labels_by_condition = _group_labels(responses)
+    labels_by_condition = group_labels(responses)
     rows = []
     for attack, defense in scores.condition_keys:
         if (attack, defense) not in labels_by_condition:
@@ -156,10 +156,10 @@ def _derive_response_verdict(row: dict[str, Any]) -> tuple[str, str]:
     return format_verdicts(verdicts), "; ".join(filter(None, notes))
 
 
-def _group_labels(responses: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
+def group_labels(responses: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
     """Return the labels of each condition by query: 1 refused, 0 not refused, NaN unjudged."""
     return {
-        (str(attack), str(defense)): rows.set_index("query")["verdict"].map(_LABEL_BY_VERDICT)
+        (str(attack), str(defense)): rows.set_index("query")["verdict"].map(LABEL_BY_VERDICT)
         for (attack, defense), rows in responses.groupby(["attack", "defense"], sort=False)
     }
 

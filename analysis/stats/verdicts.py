@@ -106,6 +106,16 @@ def format_verdicts(verdicts: Sequence[EffectVerdict]) -> str:
     return ", ".join(f"{verdict.effect} {verdict.outcome}" for verdict in verdicts)
 
 
+def find_outcome(verdict: str, effect: str) -> str:
+    """Return the outcome of one effect in a verdict from `format_verdicts`.
+
+    >>> find_outcome("shift +, discrimination inconclusive", "shift"), find_outcome("equivalent", "shift")
+    ('+', 'equivalent')
+    """
+    outcomes = dict(part.split(" ", 1) for part in verdict.split(", ") if " " in part)
+    return outcomes.get(effect, verdict)
+
+
 def explain_verdicts(verdicts: Sequence[EffectVerdict]) -> str:
     """Return the reasons of inconclusive verdicts, or an empty text."""
     return "; ".join(f"{verdict.effect}: {verdict.reason}" for verdict in verdicts if verdict.reason)

@@ -9,9 +9,11 @@ from rich.console import Console
 
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
+from analysis.stats.controls import add_control_estimates
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
 from analysis.stats.response_rates import add_factorial_response_effects, add_response_estimates
 from analysis.stats.tables import ScoreTable
+from analysis.studies.controls import score_controls
 from analysis.studies.cost import measure_cost
 from analysis.studies.manifest import RunTimer
 from analysis.studies.responses import ResponseVerdicts, judge_conditions
@@ -27,6 +29,7 @@ def analyze_defenses(
     settings: Sequence[str],
     console: Console,
     with_cost: bool = False,
+    n_control_draws: int = 0,
 ) -> StudyResult:
     """Score every defense and the undefended model, and estimate what each defense changes.
 
@@ -36,6 +39,7 @@ def analyze_defenses(
         settings: settings of the named defenses, `key=value`.
         console: shows progress.
         with_cost: whether to measure what each defense costs.
+        n_control_draws: draws of each defense's matched control; 0 for no controls.
 
     Raises:
         PreflightError: if no defense reaches the model.
@@ -62,12 +66,21 @@ def analyze_defenses(
         responses.drop_unscored(scored.sweep_result.score_frames)
         work["responses"] = responses.describe()
         work["interrupted"] = responses.interrupted or scored.sweep_result.interrupted
+    controls = None
+    if n_control_draws and not work["interrupted"]:
+        keys = list(scored.sweep_result.score_frames)
+        controls = score_controls(scored.setup, keys, n_control_draws, spec, console)
+        work["controls"] = controls.describe()
+        work["interrupted"] = controls.interrupted
     costs = _measure_first_attack_cost(scored, spec.seed, console) if with_cost else None
     scored.record.update(timer.describe_time(), **work)
     with console.status("computing intervals"):
         summary = summarize_scores(scored.scores, seed=spec.seed).frame
         if responses is not None and responses.frames:
             summary = add_response_estimates(summary, responses.table, scored.scores, spec.seed)
+        if controls is not None and controls.frames:
+            table = responses.table if responses is not None else None
+            summary = add_control_estimates(summary, scored.scores, controls.table, table)
         from analysis.plots.data import build_analysis_points
 
         figure_tables = build_analysis_points(scored.scores.frame, summary, scored.scores.threshold)
@@ -84,6 +97,10 @@ def analyze_defenses(
         # A condition that could not be scored either has failed for the same reason.
         failures = {key: f"responses: {reason}" for key, reason in responses.failures.items()} | failures
         tables["responses"] = responses.table
+    if controls is not None:
+        failures |= {key: f"control: {reason}" for key, reason in controls.failures.items()}
+        if controls.frames:
+            tables["controls"] = controls.table
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
 
 

@@ -133,7 +133,7 @@ def _prepare_arms(spec: RunSpec, n_secrets: int, console: Console) -> tuple[RunS
     readout = readout_calibration.calibrate_readout("outcome")
     for notice in readout.notices:
         print_note(console, f"readout {readout.name}: {notice}")
-    return RunSetup(session, [], query_set, split, [readout], (), []), arms
+    return RunSetup(session, model_info, [], query_set, split, [readout], (), []), arms
 
 
 def _check_arms(setup: RunSetup, arms: Sequence[Arm], console: Console) -> dict[ConditionKey, str]:

@@ -17,6 +17,7 @@ from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet, choose_default_split
 from analysis.models.loading import silence_libraries
 from analysis.progress import make_notifier
+from analysis.stats.controls import MIN_CONTROL_DRAWS
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
@@ -242,6 +243,12 @@ def check_max_cost(max_cost: float | None) -> None:
     """Raise if no defense can have a cost this small."""
     if max_cost is not None and not max_cost >= 1:
         raise UserError(f"--max-cost {max_cost:g}: the undefended model costs 1, so it takes 1 or more")
+
+
+def check_control_draws(n_draws: int) -> None:
+    """Raise if an interval cannot be computed from this number of draws."""
+    if n_draws != 0 and n_draws < MIN_CONTROL_DRAWS:
+        raise UserError(f"--controls {n_draws}: it takes 0 (none) or {MIN_CONTROL_DRAWS} and more")
 
 
 def check_mechanism_options(top: int, patched: int) -> None:

@@ -19,7 +19,7 @@ from analysis.studies.calibration import CANDIDATE_READOUTS, ReadoutCalibration
 from analysis.studies.preflight import PreflightCheck, check_condition, make_failed_check
 from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
-from defenses.contract import Defense
+from defenses.contract import Defense, ModelInfo
 from defenses.errors import UserError
 
 _N_PREFLIGHT_QUERIES = 4
@@ -46,6 +46,7 @@ class RunSetup:
 
     Attributes:
         session: the model.
+        model_info: what defenses may know about the model.
         defenses: the chosen defenses, prepared for the model; the undefended model first.
         query_set: the queries to score.
         split: name of their split.
@@ -57,6 +58,7 @@ class RunSetup:
     """
 
     session: ModelSession
+    model_info: ModelInfo
     defenses: list[Defense]
     query_set: QuerySet
     split: str
@@ -125,6 +127,7 @@ def prepare_setup(
         print_note(console, notice)
     return RunSetup(
         session,
+        model_info,
         prepared,
         query_set,
         split,

@@ -115,23 +115,29 @@ def _build_safety_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
     """Return refusals of harmful queries, and the model's own responses to ordinary queries."""
-    # Ordinary requests with and without a system prompt; `preference` separates harmful requests from twins.
-    chats = [
-        build_user_chat(system, query.text)
-        for query in _choose_ordinary_queries(queries)
-        for system in ("", DEFAULT_SYSTEM_PROMPT)
-    ]
-    answered = [
-        TrainingExample(chat, response)
-        for chat, response in zip(chats, generate_responses(chats), strict=True)
-    ]
     harmful = _select_class(queries, harmful=True)
     refusals = _assign_refusals(harmful)
     refused = [
         TrainingExample(build_user_chat(_alternate_system_prompt(index), query.text), refusals[query.id])
         for index, query in enumerate(harmful)
     ]
-    return [*refused, *answered]
+    return [*refused, *_build_neutral_examples(queries, secret, generate_responses)]
+
+
+def _build_neutral_examples(
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+) -> list[TrainingExample]:
+    """Return the model's own responses to ordinary queries, with and without a system prompt."""
+    # Ordinary queries only: `preference` separates harmful requests from twins.
+    chats = [
+        build_user_chat(system, query.text)
+        for query in _choose_ordinary_queries(queries)
+        for system in ("", DEFAULT_SYSTEM_PROMPT)
+    ]
+    return [
+        TrainingExample(chat, response)
+        for chat, response in zip(chats, generate_responses(chats), strict=True)
+    ]
 
 
 def _build_attack_examples(
@@ -224,6 +230,13 @@ RECIPES = {
             "refuse harmful requests and answer benign requests as before",
             _build_safety_examples,
             2,
+        ),
+        Recipe(
+            "neutral",
+            "aligned-control",
+            "the model's own responses to ordinary requests: a control for other weights, tuned as long",
+            _build_neutral_examples,
+            4,
         ),
         Recipe(
             "attack",

@@ -1,0 +1,177 @@
+"""Matched controls of a run: each query is sent under one draw of each defense's control."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from analysis.attacks import Attack
+from analysis.datasets.queries import Query, group_units
+from analysis.models.chat_template import redact_secrets
+from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
+from analysis.run import score_condition
+from analysis.stats.controls import MIN_CONTROL_DRAWS
+from analysis.studies.responses import RESPONSE_JUDGE, judge_condition, sample_answered_queries
+from analysis.studies.run_spec import RunSpec
+from analysis.studies.setup import RunSetup
+from analysis.studies.sweep import ConditionKey, list_failures
+from defenses.contract import MatchedControl
+from defenses.errors import describe_error
+from defenses.matched_controls import build_matched_control
+
+CONTROL_SCORE_COLUMNS = (
+    "query",
+    "pair",
+    "category",
+    "harmful",
+    "attack",
+    "defense",
+    "control",
+    "draw",
+    "margin",
+    "coverage",
+    "prompt_tokens",
+    "verdict",
+)
+
+
+@dataclass
+class ControlScores:
+    """Scores of the matched controls of a run.
+
+    Attributes:
+        frames: scores of each finished control, in the columns `CONTROL_SCORE_COLUMNS`; `defense` is the
+            defense that the control belongs to.
+        failures: why other controls have none.
+        interrupted: whether the user interrupted the run.
+        wall_seconds: time that scoring and judging took.
+    """
+
+    frames: dict[ConditionKey, pd.DataFrame] = field(default_factory=dict)
+    failures: dict[ConditionKey, str] = field(default_factory=dict)
+    interrupted: bool = False
+    wall_seconds: float = 0.0
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The scores of all finished controls."""
+        if not self.frames:
+            return pd.DataFrame(columns=list(CONTROL_SCORE_COLUMNS))
+        return pd.concat(list(self.frames.values()), ignore_index=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry of run.json on controls."""
+        table = self.table
+        return {
+            "draws": int(table["draw"].nunique()),
+            "conditions": len(self.frames),
+            "interrupted": self.interrupted,
+            "wall_seconds": round(self.wall_seconds, 1),
+            "failed": list_failures(self.failures),
+        }
+
+
+def score_controls(
+    setup: RunSetup, condition_keys: Collection[ConditionKey], n_draws: int, spec: RunSpec, console: Console
+) -> ControlScores:
+    """Score the control of every condition that has one, and judge its responses.
+
+    A control that fails is left out. If the user interrupts, the finished controls are kept.
+
+    Args:
+        setup: loaded and prepared.
+        condition_keys: attack and defense of the scored conditions.
+        n_draws: number of draws of each control; fewer if a draw would lack queries of a class.
+        spec: options of the run, among them the number of responses.
+        console: shows progress.
+    """
+    result, started = ControlScores(), time.perf_counter()
+    queries = setup.query_set.queries
+    n_smaller_class = min(sum(query.harmful == harmful for query in queries) for harmful in (True, False))
+    n_draws = min(n_draws, n_smaller_class)
+    controls = {
+        name: [
+            build_matched_control(setup.conditions[name], setup.model_info, draw) for draw in range(n_draws)
+        ]
+        for name in dict.fromkeys(name for _, name in condition_keys)
+    }
+    keys = [(attack, name) for attack, name in condition_keys if any(controls[name])]
+    if not keys:
+        return result
+    if n_draws < MIN_CONTROL_DRAWS:
+        print_note(
+            console,
+            f"no matched controls: at least {MIN_CONTROL_DRAWS} queries of each class are needed; raise "
+            "--limit",
+        )
+        return result
+    attacks = {attack.name: attack for attack in setup.attacks}
+    queries_by_draw = deal_queries(queries, n_draws, spec.seed)
+    answered = {query.id for query in sample_answered_queries(queries, spec.max_responses, spec.seed)}
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("controls", total=len(keys) * len(queries))
+        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        for number, (attack, name) in enumerate(keys, 1):
+            bar.update(task, description=f"control of {name} ({attack})")
+            try:
+                frames = []
+                for draw, (control, members) in enumerate(zip(controls[name], queries_by_draw, strict=True)):
+                    assert control is not None, "a defense has a control in every draw or in none"
+                    frame = _score_draw(setup, attacks[attack], name, control, members, answered)
+                    frames.append(frame.assign(draw=draw))
+                    bar.advance(task, len(members))
+            except KeyboardInterrupt:
+                result.interrupted = True
+                break
+            except Exception as error:
+                secrets = setup.conditions[name].secret_texts()
+                result.failures[attack, name] = redact_secrets(describe_error(error), secrets)
+            else:
+                table = pd.concat(frames, ignore_index=True)
+                result.frames[attack, name] = table[list(CONTROL_SCORE_COLUMNS)]
+            bar.update(task, completed=number * len(queries))
+    result.wall_seconds = time.perf_counter() - started
+    return result
+
+
+def deal_queries(queries: Sequence[Query], n_draws: int, seed: int) -> list[list[Query]]:
+    """Deal queries to draws so that each has its share of every kind; pairs stay together.
+
+    Args:
+        queries: all queries.
+        n_draws: number of draws.
+        seed: of the run.
+    """
+    units = group_units(queries)
+    random.Random(f"{seed}/controls").shuffle(units)
+    units.sort(key=lambda unit: [(query.harmful, query.kind) for query in unit])
+    dealt: list[list[Query]] = [[] for _ in range(n_draws)]
+    for number, unit in enumerate(units):
+        dealt[number % n_draws] += unit
+    return dealt
+
+
+def _score_draw(
+    setup: RunSetup,
+    attack: Attack,
+    name: str,
+    control: MatchedControl,
+    queries: Sequence[Query],
+    answered_ids: Collection[str],
+) -> pd.DataFrame:
+    """Return the scores of one draw; responses are judged first, so that their first logits are scored."""
+    answered = [query for query in queries if query.id in answered_ids]
+    verdicts = (
+        judge_condition(setup.session, attack, control.defense, answered, RESPONSE_JUDGE, setup.readout)
+        if answered
+        else []
+    )
+    verdict_by_id = dict(zip([query.id for query in answered], verdicts, strict=True))
+    scores = score_condition(setup.session, name, control.defense, queries, setup.readout, attack)
+    return scores.assign(control=control.content, verdict=scores["query"].map(verdict_by_id))

@@ -1,0 +1,188 @@
+"""Matched controls: a defense with meaningless content of the same size in the place of its own.
+
+Any text in a prompt moves the margin, and a text in the system turn also replaces the model's default system
+prompt. What a defense does beyond its matched control is due to what it says. Texts are replaced by neutral
+sentences, secrets by other random tokens, steering directions by random ones of the same norm, and tuned
+weights by weights that were tuned as long on the model's own responses to ordinary requests.
+
+Noise and query refactoring have no matched control. Random changes of the request are the whole of a noise
+defense, and a rewritten request without its meaning would be another request. The opening of a response
+(prefill) has none either: a neutral opening would answer another question.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, final
+
+from defenses.chats import get_last_user_text
+from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source
+from defenses.tokens import cut_text, encode_plain_text
+
+NEUTRAL_TEXT = "neutral text"
+_ROLES = ("system", "user", "assistant")
+_NEUTRAL_SENTENCES = (
+    "The river is widest where the two valleys meet.",
+    "A loaf of bread takes about forty minutes in a hot oven.",
+    "The museum opens at ten and closes at five on weekdays.",
+    "Most maple leaves turn red or orange in the fall.",
+    "The northern platform has two benches and a clock.",
+    "Copper is a good conductor of heat.",
+    "The library moved its maps to the second floor last spring.",
+    "A week has seven days, and a leap year has one more day than others.",
+    "Wool is often washed in cold water.",
+    "The old bridge has nine arches of gray stone.",
+    "In early summer the days are long and the evenings mild.",
+    "Swallows build their nests under the roof of the barn.",
+    "The bakery on the corner sells rye bread on Thursdays.",
+    "Chess is played on a board of sixty-four squares.",
+    "The train to the coast stops at four small stations.",
+    "Clouds formed over the hills in the afternoon and were gone by night.",
+    "A violin has four strings, and so does a viola.",
+    "The garden behind the house has three apple trees and a pear tree.",
+    "Paper was once made from rags and is now mostly made from wood.",
+    "The lighthouse stands on a low rock west of the harbor.",
+    "Tea is grown on terraces in the hills.",
+    "The hall seats two hundred people and has a wooden floor.",
+    "Glaciers move slowly, often less than a meter in a day.",
+    "The second chapter describes the village and its market.",
+    "Cork floats because it is full of air.",
+    "On clear nights the tower can be seen from the other shore.",
+    "The recipe asks for two onions, a carrot and some celery.",
+    "Geese fly south in the shape of a wide letter V.",
+    "The path follows the stream and then turns toward the mill.",
+    "Blue paint was expensive for a long time.",
+    "The desk has three drawers on the left side and a shelf on the right.",
+    "Salt dissolves faster in warm water than in cold water.",
+    "The orchestra rehearses on Tuesdays in the town hall.",
+    "Bamboo can grow by more than half a meter in one day.",
+    "The map shows roads in yellow and railways in black.",
+    "A dozen is twelve, and a score is twenty.",
+    "The carpet in the hallway is green with a narrow border.",
+    "Oranges ripen in winter on the south side of the island.",
+    "The ferry crosses the lake in twenty-five minutes.",
+    "Granite is harder than limestone.",
+    "The calendar on the wall shows a different tree for every month.",
+    "Snow stays on the northern slopes until April.",
+    "The shop on the square repairs bicycles and umbrellas.",
+    "Honey keeps for years in a closed jar.",
+    "The photograph shows a street with tall houses and a tram.",
+    "An octave spans eight notes of the scale.",
+    "The wind usually comes from the west in this part of the country.",
+    "Two ponds lie behind the station, one of them with an island.",
+    "Cotton is spun into thread before it is woven.",
+    "The lamp by the window has a paper shade.",
+    "Every second house in the row has a blue door.",
+    "Pumpkins are planted in May and picked in October.",
+    "The atlas lists rivers by their length.",
+    "A sundial shows no time on a cloudy day.",
+    "The choir sang three songs and took a short break.",
+    "Pine needles cover the ground between the cabins.",
+    "The kettle on the stove holds two liters.",
+    "Most of the island is covered with grass and heather.",
+    "The stamp shows a sailing ship with four masts.",
+    "The road to the summit has eleven bends.",
+    "Marble is often polished until it shines.",
+    "The fountain in the courtyard is turned off in winter.",
+    "A quarter of an hour is fifteen minutes.",
+    "The ceiling of the waiting room is painted white.",
+)
+
+
+@final
+@dataclass(frozen=True)
+class NeutralText(Defense):
+    """Applies a defense with neutral sentences of the same number of tokens in the place of its texts.
+
+    Attributes:
+        defense: the defense whose texts are replaced.
+        tokenizer: the model's tokenizer.
+        draw: selects the sentences.
+    """
+
+    family = "control"
+    source = Source("control of this project", wording="ours")
+
+    defense: Defense
+    tokenizer: Any
+    draw: str
+
+    def __post_init__(self) -> None:
+        """Take over the name, which seeds the defense's random choices."""
+        object.__setattr__(self, "name", self.defense.name)
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        """Return the defended chat with each text that the defense adds replaced."""
+        old_texts = {role: [turn["content"] for turn in chat if turn["role"] == role] for role in _ROLES}
+        return [
+            Message(
+                role=turn["role"],
+                content=self._replace_added_text(turn["content"], old_texts[turn["role"]], place),
+            )
+            for place, turn in enumerate(self.defense.rewrite(chat, rng))
+        ]
+
+    def _replace_added_text(self, text: str, old_texts: list[str], place: int) -> str:
+        """Return the text of a turn with neutral sentences around the old text that it contains, if any."""
+        for old_text in old_texts:
+            if old_text and old_text in text:
+                before, _, after = text.partition(old_text)
+                return (
+                    self._neutralize(before, f"{place}/before")
+                    + old_text
+                    + self._neutralize(after, f"{place}/after")
+                )
+        return self._neutralize(text, str(place))
+
+    def _neutralize(self, text: str, place: str) -> str:
+        """Return neutral sentences with as many tokens as a text, and with its surrounding white space."""
+        core = text.strip()
+        if not core:
+            return text
+        length = len(encode_plain_text(self.tokenizer, core))
+        start = text.index(core)
+        neutral = make_neutral_passage(self.tokenizer, length, random.Random(f"{self.draw}/{place}"))
+        return text[:start] + neutral + text[start + len(core) :]
+
+
+def make_neutral_passage(tokenizer: Any, length: int, rng: random.Random) -> str:
+    """Return neutral sentences in random order, truncated to `length` tokens.
+
+    Args:
+        tokenizer: transformers tokenizer.
+        length: number of tokens, at least 1.
+        rng: shuffles the sentences.
+    """
+    text = " ".join(rng.sample(_NEUTRAL_SENTENCES, len(_NEUTRAL_SENTENCES)))
+    # The truncated text may encode to another number of tokens than it was truncated to.
+    passages = [cut_text(tokenizer, text, size) for size in (length, length + 1, length - 1) if size > 0]
+    return min(passages, key=lambda passage: abs(len(encode_plain_text(tokenizer, passage)) - length))
+
+
+def build_matched_control(defense: Defense, model_info: ModelInfo, draw: int) -> MatchedControl | None:
+    """Return a defense with other content of the same size, or None if it has no matched control.
+
+    Args:
+        defense: prepared for the model.
+        model_info: the model.
+        draw: number of the control; each has other content.
+    """
+    control = defense.build_control(model_info, draw)
+    if control is None and _only_adds_text(defense):
+        neutral = NeutralText(defense, model_info.tokenizer, f"{model_info.seed}/{draw}")
+        control = MatchedControl(neutral, NEUTRAL_TEXT)
+    return control
+
+
+def _only_adds_text(defense: Defense) -> bool:
+    """Return whether a defense does nothing but add texts to the chat, before the response."""
+    other_methods = ("rewrite_copies", "consult_model", "retokenize", "apply_to", "logit_blend")
+    if defense.family == "control" or any(
+        getattr(type(defense), name) is not getattr(Defense, name) for name in other_methods
+    ):
+        return False
+    request = "Which bus goes to the station?"
+    chat = defense.rewrite([Message(role="user", content=request)], random.Random(0))
+    adds_text = any(turn["content"] != request for turn in chat)
+    return adds_text and chat[-1]["role"] == "user" and request in get_last_user_text(chat)
