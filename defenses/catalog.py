@@ -17,6 +17,8 @@ from defenses.contract import COST_LEVELS, Defense
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import get_settings, parse_setting
 
+_COMPOSED = ("stack", "matched_controls")  # modules of defenses that are made from other defenses
+
 
 def find_defense_classes() -> dict[str, type[Defense]]:
     """Return every concrete defense class of this package by name, the undefended model first."""
@@ -126,7 +128,7 @@ def _find_package_classes() -> dict[str, type[Defense]]:
     """Return the classes of `find_defense_classes`; the package does not change while the program runs."""
     classes: dict[str, type[Defense]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if not module.ispkg and module.name != "stack":  # a stack is composed of other defenses
+        if not module.ispkg and module.name not in _COMPOSED:
             classes.update(_find_concrete_defenses(importlib.import_module(f"defenses.{module.name}")))
     return dict(sorted(classes.items(), key=lambda item: (item[0] != "none", item[1].family, item[0])))
 

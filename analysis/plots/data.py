@@ -123,7 +123,8 @@ def build_margin_curves(scores: pd.DataFrame, summary: pd.DataFrame, threshold: 
 def build_plane_points(summary: pd.DataFrame) -> pd.DataFrame:
     """Return shift and discrimination of each defense with intervals; undefended is the origin.
 
-    Both are in nats, and in within-class SDs if the summary has them.
+    Both are in nats, and in within-class SDs if the summary has them; so are the positions of matched
+    controls (`control_shift`, …) if there are any.
 
     >>> row = {"attack": "direct", "defense": "smoothllm", "family": "noise", "n_harmful": 9, "n_benign": 9}
     >>> row |= {f"{x}{end}": 1.0 for x in ("shift", "discrimination") for end in INTERVAL_SUFFIXES}
@@ -133,7 +134,8 @@ def build_plane_points(summary: pd.DataFrame) -> pd.DataFrame:
     units = [PLANE_COLUMNS[unit] for unit in ("SD", "nats") if set(PLANE_COLUMNS[unit]) <= set(summary)]
     numbers = [f"{x}{end}" for columns in units for x in columns for end in INTERVAL_SUFFIXES]
     names = ["attack", "defense", "family", "n_harmful", "n_benign", *numbers]
-    names += ["trusted"] if "trusted" in summary else []
+    controls = [f"control_{x}" for columns in units for x in columns]
+    names += [name for name in ("trusted", *controls) if name in summary]
     return summary.loc[summary["defense"] != UNDEFENDED, names].reset_index(drop=True)
 
 
@@ -175,6 +177,7 @@ def build_refusal_points(summary: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=["attack", "defense", "family"])
     rates = [f"{x}{end}" for x in RATE_NAMES for end in INTERVAL_SUFFIXES]
     columns = ["attack", "defense", "family", "n_harmful", "n_benign", "n_responses", *rates]
+    columns += [f"control_{x}" for x in RATE_NAMES if f"control_{x}" in summary]
     rows = summary.loc[summary["based_on"] == Basis.RESPONSES, columns].reset_index(drop=True)
     return rows if rows["refusal_rate"].notna().any() else rows[:0]
 

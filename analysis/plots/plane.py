@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from analysis.plots.captions import CaptionContext, format_count_range
@@ -79,6 +80,7 @@ def draw_plane(points: pd.DataFrame, ax: Axes | None = None, unit: str = "SD") -
     with rc_context(RC_PARAMS):
         ax = ax or _make_plane_axes(points)
         origin = _draw_origin(ax)
+        controls = _draw_controls(ax, known, columns)
         for family, rows in known.groupby("family", sort=False):
             _draw_family(ax, str(family), rows, columns)
         is_logarithmic = is_stretched(known, unit)
@@ -89,7 +91,7 @@ def draw_plane(points: pd.DataFrame, ax: Axes | None = None, unit: str = "SD") -
         x_label, y_label = _AXIS_LABELS[unit]
         ax.set_xlabel(x_label)
         ax.set_ylabel(y_label)
-        _name_points(ax, points, known, columns, origin)
+        _name_points(ax, points, known, columns, [origin, *controls])
         _name_directions(ax)
     return ax
 
@@ -107,6 +109,7 @@ def draw_refusals(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax: axes to draw on, whose size must be final because labels are placed by it; by default new ones.
     """
     numbers = [f"{x}{end}" for x in RATE_NAMES for end in INTERVAL_SUFFIXES]
+    numbers += [name for name in (f"control_{x}" for x in RATE_NAMES) if name in points]
     percent = check_one_attack(points).assign(**(100 * points[numbers].astype(float)))
     is_undefended = percent["defense"] == UNDEFENDED
     undefended = percent[is_undefended].dropna(subset=[*RATE_NAMES])
@@ -122,12 +125,13 @@ def draw_refusals(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for row in undefended.to_dict("records"):
             _draw_contours(ax, row[harmful] - row[benign])
         _draw_bars(ax, undefended, (benign, harmful), BLACK)
+        controls = _draw_controls(ax, known, (benign, harmful))
         for family, rows in known.groupby("family", sort=False):
             _draw_family(ax, str(family), rows, (benign, harmful))
         ring = _draw_undefended(ax, undefended[benign], undefended[harmful], "undefended")
         ax.set_xlabel("benign queries refused (%)")
         ax.set_ylabel("harmful queries refused (%)")
-        _name_points(ax, points, known, (benign, harmful), ring, keep_clear=undefended)
+        _name_points(ax, points, known, (benign, harmful), [ring, *controls], keep_clear=undefended)
     return ax
 
 
@@ -191,7 +195,8 @@ def caption_plane(points: pd.DataFrame, context: CaptionContext, unit: str = "SD
         "Change of the first-token margin from the undefended model (the origin) on the same "
         f"{format_count_range(points['n_harmful'])} harmful and {format_count_range(points['n_benign'])} "
         f"benign queries: {definition}. Bars: 95\u00a0% intervals. Marker and color: family."
-        f"{_format_control_note(points)}{hollow}{scale} {context.format_sentences(points['attack'].iloc[0])}"
+        f"{_format_control_note(points, PLANE_COLUMNS[unit])}{hollow}{scale} "
+        f"{context.format_sentences(points['attack'].iloc[0])}"
     )
 
 
@@ -212,7 +217,7 @@ def caption_refusals(points: pd.DataFrame, context: CaptionContext) -> str:
         f"the {basis}: {judged} responses per condition{predicted}.{ring} Along a grey "
         "line, both rates change equally (shift); across the lines, their difference changes "
         f"(discrimination). The lines are {_CONTOUR_STEP} percentage points apart{dashed}. Bars: "
-        f"95\u00a0% intervals. Marker and color: family.{_format_control_note(points)} "
+        f"95\u00a0% intervals. Marker and color: family.{_format_control_note(points, RATE_NAMES)} "
         f"{context.format_response_sentences(points['attack'].iloc[0])}"
     )
 
@@ -239,8 +244,16 @@ def _sample_sides(coordinates: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(np.concatenate([*sides, [[0.0, 0.0]]]), columns=coordinates.columns)
 
 
-def _format_control_note(points: pd.DataFrame) -> str:
-    return " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
+def _format_control_note(points: pd.DataFrame, columns: tuple[str, ...]) -> str:
+    """Return the sentences on control conditions and on matched controls, where there are any."""
+    text = " Controls (grey) are not defenses." if (points["family"] == "control").any() else ""
+    controls = points.get(f"control_{columns[0]}")
+    if controls is not None and controls.notna().any():
+        text += (
+            f" Grey squares: matched controls of {controls.notna().sum()} conditions, with other content of "
+            "the same size in the same place; the grey band covers their range."
+        )
+    return text
 
 
 def _sort_families(points: pd.DataFrame) -> pd.DataFrame:
@@ -263,7 +276,7 @@ def _name_points(
     points: pd.DataFrame,
     known: pd.DataFrame,
     columns: tuple[str, str],
-    first_entry: Line2D,
+    first_entries: list[Line2D],
     keep_clear: pd.DataFrame | None = None,
 ) -> None:
     """Write names or numbers beside the known points, and place the legend that explains them."""
@@ -271,7 +284,7 @@ def _name_points(
     names = [fit_text(name, 95, TEXT_SIZE) for name in known["defense"]]
     reach = 36 if is_small else 16
     numbers = label_points(ax, known, names, reach, columns, keep_clear, number_rest=True)
-    key = [first_entry, *_plane_legend(points, known, numbers)]
+    key = [*first_entries, *_plane_legend(points, known, numbers)]
     if is_small:
         place_legend_beside(ax, key)
     else:
@@ -308,6 +321,21 @@ def _draw_undefended(ax: Axes, x: Any, y: Any, label: str) -> Line2D:
     }
     ax.plot(x, y, markersize=9, zorder=5, gid="undefended", **ring)
     return Line2D([], [], markersize=7, label=label, **ring)
+
+
+def _draw_controls(ax: Axes, points: pd.DataFrame, columns: tuple[str, str]) -> list[Line2D]:
+    """Draw the matched controls, and a band over the range in which they fall; return their legend entry."""
+    names = [f"control_{name}" for name in columns]
+    if not set(names) <= set(points):
+        return []
+    positions = points[names].astype(float).dropna()
+    if positions.empty:
+        return []
+    x, y = positions.to_numpy().T
+    corner, size = (x.min(), y.min()), (np.ptp(x), np.ptp(y))
+    ax.add_patch(Rectangle(corner, *size, facecolor=GREY, edgecolor=GREY, alpha=0.25, zorder=0.8))
+    ax.scatter(x, y, s=12, marker="s", color=GREY, zorder=2.5, linewidths=0, gid="controls")
+    return [make_legend_marker(GREY, "s", "matched controls")]
 
 
 def _draw_bars(ax: Axes, rows: pd.DataFrame, columns: tuple[str, str], color: str, level: float = 2) -> None:
@@ -390,7 +418,8 @@ def _thin_ticks(ax: Axes, ticks: list[float], is_vertical: bool) -> list[float]:
 
 def _plane_limits(points: pd.DataFrame, column: str, is_logarithmic: bool = False) -> tuple[float, float]:
     """Return limits that contain every interval and the origin, with room for labels."""
-    ends = points[[f"{column}{end}" for end in INTERVAL_SUFFIXES]].to_numpy(float)
+    names = [*(f"{column}{end}" for end in INTERVAL_SUFFIXES), f"control_{column}"]
+    ends = points[[name for name in names if name in points]].to_numpy(float)
     ends = ends[np.isfinite(ends)]
     low, high = min(ends.min(initial=0), 0), max(ends.max(initial=0), 0)
     if is_logarithmic:  # the same length on paper, on a logarithmic axis

@@ -136,7 +136,9 @@ def _read_table(path: Path, content: bytes) -> pd.DataFrame:
     if "defense" not in table:
         table = table.rename(columns={"condition": "defense"})  # the column's name in older runs
     if "verdict_note" in table:  # read_csv takes an empty text for missing, and an empty column for numbers
-        table["verdict_note"] = table["verdict_note"].astype(object).fillna("")
+        for name in ("verdict_note", "verdict_over_control", "control_note"):
+            if name in table:
+                table[name] = table[name].astype(object).fillna("")
     missing = [column for column in REQUIRED_COLUMNS.get(path.stem, ()) if column not in table]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]}; repeat the run")

@@ -113,7 +113,9 @@ def score_controls(
         return result
     attacks = {attack.name: attack for attack in setup.attacks}
     queries_by_draw = deal_queries(queries, n_draws, spec.seed)
-    answered = {query.id for query in sample_answered_queries(queries, spec.max_responses, spec.seed)}
+    answered = set()
+    if spec.max_responses != 0:
+        answered = {query.id for query in sample_answered_queries(queries, spec.max_responses, spec.seed)}
     with make_progress_bar(console) as bar:
         task = bar.add_task("controls", total=len(keys) * len(queries))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
