@@ -46,7 +46,7 @@ def load_public_records(
         digests.append(hashlib.sha256(content).hexdigest())
     n_harmful = sum(record["harmful"] is True for record, _ in records)
     n_benign = len(records) - n_harmful
-    if (n_harmful, n_benign) != (dataset.n_harmful, dataset.n_benign):
+    if copy_path is not None and (n_harmful, n_benign) != (dataset.n_harmful, dataset.n_benign):
         notify(
             f"note: this copy of {dataset.name} holds {n_harmful} harmful and {n_benign} benign queries; the "
             f"published set has {dataset.n_harmful} and {dataset.n_benign}"

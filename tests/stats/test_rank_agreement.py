@@ -147,17 +147,15 @@ def test_unrelated_orders_are_compatible_with_no_correlation() -> None:
 
 def test_sets_that_order_alike_agree_as_much_as_their_ceiling_says() -> None:
     """Effects of the size of their errors: sampling alone lowers the correlation, by as much as expected."""
-    effects = np.linspace(0, 0.8, 12)
+    effects = np.linspace(0, 1.2, 12)
     rows = []
     for seed in range(20):
         first, second = (sample_planted(effects, 2 * seed + side, noise=1.0) for side in (0, 1))
         rows.append(compare_effect_ranks(first["discrimination"], second["discrimination"]))
     table = pd.DataFrame(rows)
     observed, ceiling = table["rank_correlation"].mean(), table["ceiling"].mean()
-    assert 0.5 < observed < 0.9 and abs(observed - ceiling) < 0.08
-    # The percentile interval of the draws would hardly ever contain 1.
-    assert (table["corrected_high"] >= 1).mean() >= 0.9
-    assert (table["rank_correlation_high"] < 1).mean() >= 0.5
+    assert 0.6 < observed < 0.92 and abs(observed - ceiling) < 0.08
+    assert (table["corrected_high"] == 1).mean() >= 0.9  # the true order is the same
 
 
 def test_intervals_contain_the_true_correlation_in_most_samples() -> None:
