@@ -46,6 +46,18 @@ ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4
 	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
+DATA ?=
+RANKED := -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d clean_up \
+  -d keyword_only -d character_swap -d word_drop -d conditional_steering -d direction_ablation \
+  -d preference_tuning -d safety_tuning -d safety_prefix -d backdoor
+
+agreement: .venv/ready ## compare the order of 15 defenses on contrast and on DATA, such as DATA=jbb=PATH
+	$(if $(DATA),,$(error no data to compare with: use DATA=jbb=PATH, or DATA='jbb=PATH xstest=PATH' for several))
+	runs=runs/agreement/contrast; $(BIN)/analyze -m smollm2 $(RANKED) --out $$runs || exit 1; \
+	for data in $(DATA); do run=runs/agreement/$$(basename "$${data%%=*}"); runs="$$runs $$run"; \
+	  $(BIN)/analyze -m smollm2 $(RANKED) --data "$$data" --out "$$run" || exit 1; done; \
+	$(BIN)/analyze agreement $$runs --out runs/agreement/comparison
+
 mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20 minutes)
 	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --out figures/mechanism
 	$(BIN)/analyze mechanism -m smollm2:aligned --patched 0 --limit 120 --ensembles figures/ensembles --out figures/overlap \
@@ -92,5 +104,5 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage check figures validity ensembles mechanism arms adapters judge notebooks bench
+.PHONY: help demo test coverage check figures validity ensembles agreement mechanism arms adapters judge notebooks bench
 .DEFAULT_GOAL := help

@@ -1,9 +1,9 @@
 """Measure a defended chat model as a refuse/comply classifier; `analysis/run.py` shows the main idea.
 
 The Python API has a function for every command (`analyze`, `validate`, `ensembles`, `recommend`,
-`locate_mechanism`, `train`, `backdooralign`, `judge`, `label_run`); most return a `Run`. `read` loads the run
-of a folder, `summarize` estimates effects from scores of any origin, `intervals` formats estimates with their
-intervals. See docs/python.md.
+`locate_mechanism`, `train`, `backdooralign`, `judge`, `label_run`, `compare_rankings`); most return a `Run`.
+`read` loads the run of a folder, `summarize` estimates effects from scores of any origin, `intervals` formats
+estimates with their intervals. See docs/python.md.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from analysis.api import (
         analyze,
         backdooralign,
+        compare_rankings,
         ensembles,
         judge,
         label_run,
@@ -33,6 +34,7 @@ __all__ = [
     "Run",
     "analyze",
     "backdooralign",
+    "compare_rankings",
     "data_folder",
     "ensembles",
     "intervals",

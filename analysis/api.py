@@ -525,6 +525,31 @@ def label_run(
     return LabeledRun.from_run(judged_run).save_tables(Path(run_folder))
 
 
+def compare_rankings(runs: Sequence[Run | Path | str], *, seed: int = 0) -> Run:
+    """Compare the order of the defenses between data sets, as `analyze agreement` does.
+
+    Args:
+        runs: two or more runs of `analyze` of one model, attacks and readout on different data, or their
+            folders.
+        seed: random seed.
+
+    Returns:
+        A run with the tables `agreement`, a row per attack, pair of data sets and measure, and `ranks`.
+
+    Raises:
+        UserError: if the runs differ in more than their data, or share too few defenses.
+    """
+    from analysis.datasets.loading import load_query_texts
+    from analysis.report.folder import read_run
+    from analysis.studies.rank_agreement import compare_run_rankings
+
+    loaded: list[Run] = []
+    for run in runs:
+        taken_names = {other.name for other in loaded}
+        loaded.append(run if isinstance(run, Run) else read_run(Path(run), load_query_texts, taken_names))
+    return compare_run_rankings(loaded, seed)
+
+
 def read(folder: Path | str) -> Run:
     """Read the run in a folder that a command has written.
 

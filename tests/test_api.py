@@ -22,6 +22,7 @@ from analysis.api import (
     _as_defense_list,
     analyze,
     backdooralign,
+    compare_rankings,
     ensembles,
     judge,
     label_run,
@@ -183,6 +184,7 @@ def get_cli_commands():
         ("backdooralign", backdooralign),
         ("judge", judge),
         ("label", label_run),
+        ("agreement", compare_rankings),
     ],
 )
 def test_a_function_has_every_option_of_its_command(name, function):

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from analysis.cli import (  # noqa: F401  # each registers its commands
+    agreement,
     analyze,
     catalog,
     ensembles,

@@ -28,7 +28,7 @@ def load_public_records(
         dataset: a row of the table of public sets.
         copy_path: file or folder of a local copy; None reads the cache, and downloads missing files into it.
         offline: whether downloads are forbidden.
-        notify: prints a line before a download.
+        notify: prints a line before a download, and if a copy has another number of queries.
 
     Raises:
         UserError: if the files are missing, differ from the pinned ones, or have another format.
@@ -44,6 +44,13 @@ def load_public_records(
         rows, content = read_records(path, dataset.columns, format_hint)
         records += [(dataset.parse_row(row, path.stem), path) for row in rows]
         digests.append(hashlib.sha256(content).hexdigest())
+    n_harmful = sum(record["harmful"] is True for record, _ in records)
+    n_benign = len(records) - n_harmful
+    if copy_path is not None and (n_harmful, n_benign) != (dataset.n_harmful, dataset.n_benign):
+        notify(
+            f"note: this copy of {dataset.name} holds {n_harmful} harmful and {n_benign} benign queries; the "
+            f"published set has {dataset.n_harmful} and {dataset.n_benign}"
+        )
     source = {
         "name": dataset.name,
         "source": dataset.page,

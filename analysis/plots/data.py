@@ -480,6 +480,23 @@ def build_analysis_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold
     return figures
 
 
+def build_agreement_points(agreement: pd.DataFrame) -> FigureTables:
+    """Return the tables of the figures of `analyze agreement`: one, or one per attack if there are several.
+
+    >>> list(build_agreement_points(pd.DataFrame({"attack": ["direct", "base64"]})))
+    ['agreement-direct', 'agreement-base64']
+
+    Args:
+        agreement: `agreement.csv`.
+    """
+    attacks = list(agreement["attack"].unique())
+    suffixes = {attack: f"-{_sanitize_name(attack)}" if len(attacks) > 1 else "" for attack in attacks}
+    return {
+        f"agreement{suffix}": agreement[agreement["attack"] == attack].reset_index(drop=True)
+        for attack, suffix in suffixes.items()
+    }
+
+
 def build_ensemble_points(
     rows: pd.DataFrame, candidates: pd.DataFrame, families: Mapping[str, str]
 ) -> FigureTables:

@@ -44,6 +44,7 @@ from analysis.plots.plane import (
     draw_square,
 )
 from analysis.plots.predictions import caption_forecast, draw_forecast
+from analysis.plots.rank_agreement import caption_rank_agreement, draw_rank_agreement
 from analysis.plots.scores import caption_margins, caption_roc, draw_margins, draw_roc
 from analysis.plots.tradeoffs import caption_cost, caption_pareto_front, draw_cost, draw_pareto_front
 from analysis.plots.validity import (
@@ -123,6 +124,14 @@ _FIGURE_KINDS = (
         "secrets",
         draw_secrets,
         caption_secrets,
+    ),
+    FigureKind(
+        "agreement",
+        "run",
+        "Rank correlation of the defenses' effects on two data sets, by measure",
+        "agreement",
+        draw_rank_agreement,
+        caption_rank_agreement,
     ),
     FigureKind(
         "attacks",

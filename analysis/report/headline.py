@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.stats.agreement import RESPONSES_READOUT
+from analysis.stats.format import Interval
 from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Trust, find_defense_rows, has_judged_rates
 from analysis.stats.verdicts import EFFECT_NAMES, EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
 
@@ -125,6 +126,31 @@ def describe_validity(validity: pd.DataFrame, model_and_data: str) -> str:
     """
     counts = "; ".join(describe_readout_trust(validity))
     return f"Agreement of readouts with generated text on {model_and_data}: {counts}."
+
+
+def describe_rank_agreement(agreement: pd.DataFrame, model: str) -> str:
+    """Return one sentence on how alike each pair of data sets orders the defenses, under the first attack.
+
+    >>> row = {"attack": "direct", "first": "a", "second": "b", "measure": "shift", "n_defenses": 9}
+    >>> values = {"rank_correlation": 0.5, "rank_correlation_low": 0.25, "rank_correlation_high": 0.75}
+    >>> describe_rank_agreement(pd.DataFrame([row | values | {"ceiling": 0.875}]), "smollm2")
+    'Order of the defenses on smollm2, rank correlation: a and b, shift +0.50 [+0.25, +0.75] (ceiling 0.88).'
+
+    Args:
+        agreement: `agreement.csv`.
+        model: name of the model.
+    """
+    rows = agreement[agreement["attack"] == agreement["attack"].iloc[0]]
+    clauses = []
+    for (first, second), pair_rows in rows.groupby(["first", "second"], sort=False):
+        shown = pair_rows[pair_rows["measure"].isin(["shift", "discrimination"])]
+        texts = [
+            f"{row['measure']} {Interval.from_row(row, 'rank_correlation').format_text('+.2f')} "
+            f"(ceiling {Interval(row['ceiling']).format_text('.2f')})"
+            for row in shown.to_dict("records")
+        ]
+        clauses.append(f"{first} and {second}, {', '.join(texts)}")
+    return f"Order of the defenses on {model}, rank correlation: {'; '.join(clauses)}."
 
 
 def describe_readout_trust(validity: pd.DataFrame) -> list[str]:

@@ -12,6 +12,7 @@ from analysis.report.headline import (
     choose_headline_attack,
     describe_arms,
     describe_effects,
+    describe_rank_agreement,
     describe_validity,
 )
 from analysis.stats.agreement import RESPONSES_READOUT
@@ -98,6 +99,8 @@ class Run:
             return describe_effects(summary, self.model_and_data, choose_headline_attack(summary))
         if "validity" in self.tables:
             return describe_validity(self.tables["validity"], self.model_and_data)
+        if "agreement" in self.tables:
+            return describe_rank_agreement(self.tables["agreement"], self.model)
         return f"On {self.model_and_data}: this run holds no summary of its defenses."
 
     def format_summary(self, attack: str | None = None) -> pd.DataFrame:

@@ -130,3 +130,12 @@ def test_a_set_for_testing_only_is_not_trained_on(tmp_path):
         "mossbench may not be trained on",
         "CC BY-SA",
     )
+
+
+def test_a_copy_of_another_size_than_the_published_set_is_read_with_a_notice(tmp_path):
+    notices = []
+    data = load_queries(f"jbb={write_clone(tmp_path / 'jbb', 'jbb')}", notify=notices.append)
+    assert len(data.queries) == 3
+    assert notices == [
+        "note: this copy of jbb holds 2 harmful and 1 benign queries; the published set has 100 and 100"
+    ]
