@@ -139,12 +139,12 @@ def test_no_circle_between_modules():
         pytest.fail(f"modules import each other: {error.args[1]}")
 
 
-def test_a_package_holds_sixteen_modules_at_most():
+def test_a_package_holds_nineteen_modules_at_most():
     counts = defaultdict(int)
     for name, path in FILES.items():
         if name.startswith("analysis.") and path.name != "__init__.py":
             counts[package_of(name)] += 1
-    assert {package: count for package, count in counts.items() if count > 18} == {}
+    assert {package: count for package, count in counts.items() if count > 19} == {}
 
 
 def test_module_names_are_unique_nouns_without_gerunds():

@@ -35,7 +35,7 @@ class Query:
         category: topic.
         pair: name shared by a harmful query and its benign twin; None for a query without a twin.
         split: train, calibration or test; None if the set has no splits.
-        kind: harmful, twin or plain.
+        kind: harmful, or the kind of a benign query: one of `BENIGN_KINDS` in the shipped sets.
         image: path of an image that belongs to the text.
     """
 
