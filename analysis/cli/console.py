@@ -14,7 +14,7 @@ from rich.text import Text
 
 from analysis.progress import join_first_texts, make_notifier, print_line
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
-from analysis.stats.format import format_interval
+from analysis.stats.format import Interval, format_interval
 from analysis.stats.tables import Trust, format_condition, has_judged_rates, iterate_rows
 from analysis.stats.verdicts import DISAGREEMENT, EFFECT_NAMES, MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from analysis.studies.sweep import ConditionKey
 
 _MAX_VERDICT_NOTES = 12  # notes that are printed below the summary
+_MAX_KINDS_WITH_INTERVALS = 4  # kinds of benign queries whose rates fit 80 columns with their intervals
 
 
 def print_summary(summary: pd.DataFrame, record: Mapping[str, Any]) -> None:
@@ -144,6 +145,34 @@ def print_control_comparison(summary: pd.DataFrame) -> None:
         "queries."
     )
     console.print(Text(explanation, style="dim"))
+
+
+def print_kinds(kinds: pd.DataFrame) -> None:
+    """Print the refusal rate of each kind of benign query, a line per condition; nothing of a single kind.
+
+    Args:
+        kinds: `kinds.csv`.
+    """
+    sizes = kinds.groupby("kind", sort=False)["n"].max()
+    if len(sizes) < 2:
+        return
+    headers = [f"{kind}\nn = {n}" for kind, n in sizes.items()]
+    table = make_console_table("defense", headers, "Benign queries refused (%), by kind")
+    for _, rows in kinds.groupby(["attack", "defense"], sort=False):
+        row_by_kind = {row["kind"]: row for row in iterate_rows(rows)}
+        cells = [
+            Interval.from_row(row_by_kind[kind], "over_refusal_rate")
+            if kind in row_by_kind
+            else Interval(None)
+            for kind in sizes.index
+        ]
+        if len(sizes) > _MAX_KINDS_WITH_INTERVALS:
+            cells = [Interval(cell.value) for cell in cells]
+        name = format_condition(next(iter(row_by_kind.values())))
+        table.add_row(Text(name), *(Text(cell.format_text(".0f", 100)) for cell in cells))
+    console = make_table_console()
+    console.print(table)
+    console.print(Text("Intervals, changes and AUROC by kind: kinds.csv.", style="dim"))
 
 
 def print_costs(costs: pd.DataFrame) -> None:

@@ -225,22 +225,37 @@ def print_secret_table(table: pd.DataFrame) -> None:
     import numpy as np
 
     from analysis.cli.console import make_table_console
+    from analysis.stats.kinds import list_kinds
     from analysis.stats.tables import iterate_rows
 
+    kinds = list_kinds(table.columns, "text_refused_{}_mean")
     printed_table = Table(
-        title="Trained with other secrets", title_justify="left", show_edge=False, pad_edge=False
+        title="Trained with other secrets",
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+        show_lines=len(kinds) > 1,
     )
     for head in ("trained with", "secret", "secrets"):
         printed_table.add_column(head, no_wrap=True)
-    for head in ("ASR (%)", "text refuses\ntwins (%)", "shift\n(nats)", "discrimination\n(nats)"):
+    refused = "\n".join(["text refuses (%)", *kinds])
+    for head in ("ASR (%)", refused, "shift\n(nats)", "discrimination\n(nats)"):
         printed_table.add_column(head, justify="right", no_wrap=True)
-    measures = (("asr", ".0f", 100), ("text_refused_twin", ".0f", 100))
     for values in iterate_rows(table):
-        cells = [f"{values['length']} {values['wording']}", values["secret"], str(values["n_secrets"])]
-        for name, form, scale in (*measures, ("shift", "+.2f", 1), ("discrimination", "+.2f", 1)):
-            mean, low, high = (scale * values.get(f"{name}_{end}", np.nan) for end in ("mean", "min", "max"))
-            spread = f" ({low:{form}} to {high:{form}})" if values["n_secrets"] > 1 else ""
-            cells.append(f"{mean:{form}}{spread}")
+
+        def spread(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:
+            mean, low, high = (scale * of.get(f"{name}_{end}", np.nan) for end in ("mean", "min", "max"))
+            return f"{mean:{form}}" + f" ({low:{form}} to {high:{form}})" * (of["n_secrets"] > 1)
+
+        cells = [
+            f"{values['length']} {values['wording']}",
+            values["secret"],
+            str(values["n_secrets"]),
+            spread("asr", ".0f", 100),
+            "\n".join(spread(f"text_refused_{kind}", ".0f", 100) for kind in kinds),
+            spread("shift", "+.2f"),
+            spread("discrimination", "+.2f"),
+        ]
         printed_table.add_row(*map(Text, cells))
     console = make_table_console()
     console.print(printed_table)
@@ -256,6 +271,7 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     """
     from analysis.cli.console import make_table_console
     from analysis.stats.format import format_interval
+    from analysis.stats.kinds import list_kinds
     from analysis.stats.tables import iterate_rows
 
     data = record["data"]
@@ -266,7 +282,9 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     printed_table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
     printed_table.add_column("weights (attack)\nsecret", no_wrap=True)
     agrees = "AUROC\nfirst token agrees (%)" + ("\nquestions right (%)" if "utility" in table else "")
-    heads = ("ASR (%)\npaper's judge\nLlama-2, paper", "text refuses (%)\ntwins\nplain", agrees)
+    kinds = list_kinds(table.columns, "text_refused_{}_low")
+    refused = "\n".join(["text refuses (%)", *kinds])
+    heads = ("ASR (%)\npaper's judge\nLlama-2, paper", refused, agrees)
     for head in (*heads, "shift\ndiscrimination"):
         printed_table.add_column(head, justify="right", no_wrap=True)
     for values in iterate_rows(table):
@@ -279,7 +297,7 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
         cells = [
             f"{values['arm']} ({values['attack']})\n{values['secret']}",
             f"{percent('asr')}\n{percent('asr_keywords')}\n{'–' if paper != paper else f'{100 * paper:.1f}'}",
-            f"{percent('text_refused_twin')}\n{percent('text_refused_plain')}",
+            "\n".join(percent(f"text_refused_{kind}") for kind in kinds),
             f"{format_interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}"
             + (f"\n{percent('utility')}" if "utility" in values else ""),
             "reference" if values["verdict"] == "reference" else "\n".join(change),

@@ -319,11 +319,13 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
     """
     from analysis.cli.console import make_console_table, make_table_console
     from analysis.stats.format import format_interval
+    from analysis.stats.kinds import list_kinds
     from analysis.stats.tables import UNDEFENDED, format_condition, iterate_rows
 
+    kinds = list_kinds(quality.columns, f"over_refusal_{{}}_{judge_name}")
     heads = (
         f"ASR (%)\nby {judge_name}\nby keywords",
-        "refuses (%)\ntwins\nplain",
+        "\n".join(["refuses (%)", *kinds]),
         "\nchrF\nlength ratio",
         "change of\nrepetition (%)\nlog-probability",
         *(["grade (1 to 10)\nhere\nchange"] if "grade" in quality else []),
@@ -338,7 +340,7 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
         cells = [
             f"{format_condition(values)}\n{values['n_complied']} responses",
             f"{cell(f'asr_{judge_name}', '.0f', 100)}\n{cell('asr_keywords', '.0f', 100)}",
-            "\n".join(cell(f"over_refusal_{kind}_{judge_name}", ".0f", 100) for kind in ("twin", "plain")),
+            "\n".join(cell(f"over_refusal_{kind}_{judge_name}", ".0f", 100) for kind in kinds),
         ]
         if reference:
             cells += ["reference", ""]

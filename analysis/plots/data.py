@@ -445,7 +445,23 @@ def build_top_parts(parts: pd.DataFrame, n_top: int = 10) -> pd.DataFrame:
     return rows.assign(**totals, n_parts=len(sizes)).reset_index(drop=True)
 
 
-def build_analysis_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold: float) -> FigureTables:
+def build_kind_points(kinds: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `kinds.csv` as they are; no rows if there is only one kind, or no known rate.
+
+    >>> rows = pd.DataFrame({"kind": ["twin", "plain"], "over_refusal_rate": [0.5, 0.25]})
+    >>> len(build_kind_points(rows)), len(build_kind_points(rows[:1]))
+    (2, 0)
+
+    Args:
+        kinds: `kinds.csv`, of one attack.
+    """
+    has_several = kinds["kind"].nunique() > 1 and kinds["over_refusal_rate"].notna().any()
+    return (kinds if has_several else kinds[:0]).reset_index(drop=True)
+
+
+def build_analysis_points(
+    scores: pd.DataFrame, summary: pd.DataFrame, threshold: float, kinds: pd.DataFrame | None = None
+) -> FigureTables:
     """Return the tables of the figures of `analyze`, `attacks` included if there are several attacks.
 
     >>> scores = pd.DataFrame({"attack": "direct", "defense": "none", "harmful": [True, False], "margin": 0})
@@ -456,11 +472,12 @@ def build_analysis_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold
         scores: `scores.csv`.
         summary: `summary.csv`.
         threshold: margin above which the readout says "refuse", nats.
+        kinds: `kinds.csv`.
 
     Returns:
         Tables by name of the figure. `refusals` needs judged responses, it and `plane` at least one defense,
-        `square` a defense with all four combinations of its ablation. Of many attacks only the first has its
-        own figures.
+        `square` a defense with all four combinations of its ablation, `kinds` two kinds of benign queries.
+        Of many attacks only the first has its own figures.
     """
     figures: FigureTables = {}
     attacks = list(scores["attack"].unique())
@@ -473,6 +490,8 @@ def build_analysis_points(scores: pd.DataFrame, summary: pd.DataFrame, threshold
             tables["plane"] = build_plane_points(estimates)
             tables["square"] = build_square_points(tables["plane"])
         tables["roc"] = build_roc_points(rows, estimates, threshold)
+        if kinds is not None:
+            tables["kinds"] = build_kind_points(kinds[kinds["attack"] == attack])
         suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
         figures |= {kind + suffix: table for kind, table in tables.items() if len(table)}
     if len(attacks) > 1:

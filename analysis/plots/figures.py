@@ -33,6 +33,7 @@ from analysis.plots.interventions import (
     draw_patches,
     draw_weight_patches,
 )
+from analysis.plots.kinds import caption_kinds, draw_kinds
 from analysis.plots.layers import caption_directions, caption_layers, draw_directions, draw_layers
 from analysis.plots.layout import finish_figure, fit_text
 from analysis.plots.plane import (
@@ -132,6 +133,14 @@ _FIGURE_KINDS = (
         "agreement",
         draw_rank_agreement,
         caption_rank_agreement,
+    ),
+    FigureKind(
+        "kinds",
+        "kinds",
+        "Over-refusal by kind of benign query, under each defense",
+        "kinds",
+        draw_kinds,
+        caption_kinds,
     ),
     FigureKind(
         "attacks",

@@ -6,6 +6,7 @@ import pandas as pd
 
 from analysis.stats.agreement import RESPONSES_READOUT
 from analysis.stats.format import Interval
+from analysis.stats.kinds import list_kinds
 from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Trust, find_defense_rows, has_judged_rates
 from analysis.stats.verdicts import EFFECT_NAMES, EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
 
@@ -89,7 +90,7 @@ def describe_arms(arms: pd.DataFrame, model_and_data: str) -> str:
     >>> rows = pd.DataFrame({"arm": ["attacked", "backdoor", "backdoor"], "secret": ["none", "none", "own"],
     ...                      "attack": "obedience", **text})
     >>> describe_arms(rows, "smollm2").partition("; ")[2]
-    'with it, the model answers 0 % [0, 0] and refuses 0 % [0, 0] of benign twins.'
+    'with it, it answers 0 % [0, 0] and refuses, of benign requests, 0 % [0, 0] (twin).'
 
     Args:
         arms: `arms.csv`.
@@ -103,12 +104,16 @@ def describe_arms(arms: pd.DataFrame, model_and_data: str) -> str:
         ].astype(float)
         return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
 
+    refused = [
+        f"{format_share('backdoor', 'own', f'text_refused_{kind}')} ({kind})"
+        for kind in list_kinds(arms.columns, "text_refused_{}_low")
+    ]
     return (
         f"BackdoorAlign's arms on {model_and_data}, from generated text: the attacked model answers "
         f"{format_share('attacked', 'none', 'asr')} of harmful requests. With BackdoorAlign's weights, it "
-        f"answers {format_share('backdoor', 'none', 'asr')} without the secret prompt; with it, the "
-        f"model answers {format_share('backdoor', 'own', 'asr')} and refuses "
-        f"{format_share('backdoor', 'own', 'text_refused_twin')} of benign twins."
+        f"answers {format_share('backdoor', 'none', 'asr')} without the secret prompt; with it, it "
+        f"answers {format_share('backdoor', 'own', 'asr')} and refuses, of benign requests, "
+        f"{', '.join(refused)}."
     )
 
 

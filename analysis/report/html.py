@@ -39,6 +39,7 @@ from analysis.report.tables import (
     build_attack_tables,
     build_cost_tables,
     build_ensemble_tables,
+    build_kind_tables,
     build_summary_tables,
     build_validity_tables,
     compare_runs,
@@ -191,6 +192,7 @@ def _build_run_content(run: Run) -> _RunContent:
     sections = []
     for name, title, tables in (
         ("run", "Figures", []),
+        ("kinds", "Kinds of benign queries", build_kind_tables(run)),
         ("attacks", "Defenses × attacks", build_attack_tables(run)),
         ("validity", "Validity of the readout", build_validity_tables(run)),
         ("cost", "Cost", build_cost_tables(run)),

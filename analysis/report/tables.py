@@ -119,6 +119,41 @@ def choose_cell_color(value: float | None, column: str) -> str:
     return f"{_RATE_COLORS[column]}{round(150 * value):02x}"
 
 
+def build_kind_tables(run: Run) -> list[HtmlTable]:
+    """Return defenses × kinds of benign queries: refusal rate and change of AUROC, two tables per attack.
+
+    No table for a run with a single kind.
+    """
+    table = run.tables.get("kinds", pd.DataFrame({"kind": []}))
+    if table["kind"].nunique() < 2:
+        return []
+    columns = (RATE_COLUMNS[1], DELTA_AUROC_COLUMN)
+    return [
+        _build_kind_table(rows, str(attack), column)
+        for attack, rows in table.groupby("attack", sort=False)
+        for column in columns
+    ]
+
+
+def _build_kind_table(rows: pd.DataFrame, attack: str, column: ColumnFormat) -> HtmlTable:
+    """Return one estimate of each defense on each kind under one attack; rates are colored."""
+    name, header, *_ = column
+    sizes = {str(kind): int(n) for kind, n in rows.groupby("kind", sort=False)["n"].max().items()}
+    cells, colors = [], []
+    for _, group in rows.groupby("defense", sort=False):
+        row_by_kind = {str(row["kind"]): row for row in group.to_dict("records")}
+        known = [row_by_kind.get(kind, {name: None}) for kind in sizes]
+        condition = format_defense_name(next(iter(row_by_kind.values())))
+        cells.append((condition, *(format_estimate(row, column) for row in known)))
+        if name in _RATE_COLORS:
+            colors.append(tuple(choose_cell_color(row[name], name) for row in known))
+    title = f"{header[0].upper()}{header[1:]}, by kind of benign query"
+    if attack != DIRECT:
+        title += f"; attack: {attack}"
+    headers = ("defense", *(f"{kind} (n = {n})" for kind, n in sizes.items()))
+    return HtmlTable(title, headers, tuple(cells), cell_colors=tuple(colors) or None)
+
+
 def build_cost_tables(run: Run) -> list[HtmlTable]:
     """Return the cost of each defense; no table if it was not measured."""
     columns: tuple[ColumnFormat, ...] = (

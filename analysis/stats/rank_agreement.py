@@ -24,7 +24,8 @@ from analysis.stats.bootstrap import (
     bootstrap_interval,
 )
 from analysis.stats.effects import compute_auroc
-from analysis.stats.tables import UNDEFENDED, ResponseVerdict, ScoreTable, find_defense_rows
+from analysis.stats.response_rates import LABEL_BY_VERDICT
+from analysis.stats.tables import UNDEFENDED, ScoreTable, find_defense_rows
 
 # Measure → label. The first three are computed from the margins, the others from the judged responses.
 RANKED_MEASURES = {
@@ -37,7 +38,6 @@ RANKED_MEASURES = {
 }
 MIN_RANKED_DEFENSES = 4
 N_HALVINGS = 400  # random divisions of a set into halves
-_LABEL_BY_VERDICT = {ResponseVerdict.REFUSED.value: 1.0, ResponseVerdict.NOT_REFUSED.value: 0.0}
 
 EffectMatrix = Float[np.ndarray, "draws defenses"]
 
@@ -267,7 +267,7 @@ def _compute_label_changes(
 ) -> Float[np.ndarray, "n defenses"]:
     """Return the change of each response: 1 now refuses, −1 no longer; NaN if one of both is not judged."""
     rows = responses[responses["attack"] == attack]
-    rows = rows.assign(label=rows["verdict"].map(_LABEL_BY_VERDICT).astype(float))
+    rows = rows.assign(label=rows["verdict"].map(LABEL_BY_VERDICT).astype(float))
     labels = rows.pivot(index="query", columns="defense", values="label")
     labels = labels.reindex(index=queries, columns=[UNDEFENDED, *defenses])
     values: np.ndarray = labels[defenses].to_numpy(float) - labels[[UNDEFENDED]].to_numpy(float)

@@ -21,6 +21,7 @@ from analysis.stats.effects import (
 from analysis.stats.format import Interval
 from analysis.stats.prediction_powered import (
     PredictionPoweredDifference,
+    PredictionPoweredRate,
     combine_class_changes,
     estimate_prediction_powered_difference,
     estimate_prediction_powered_rate,
@@ -104,7 +105,7 @@ def add_factorial_response_effects(
         ends = [(row["attack"], names[weights.index(sign)]) for sign in (-1, 1)]
         change: dict[str, float | None] = {}
         if sum(map(abs, weights)) == 2 and all(end in labels_by_condition for end in ends):
-            before, after = (_join_labels(scores, *end, labels_by_condition[end]) for end in ends)
+            before, after = (join_labels(scores, *end, labels_by_condition[end]) for end in ends)
             change = _estimate_changes(before, after)
         rows.append(row | change)
     columns = [f"{name}{suffix}" for name in _CONTRAST_NAMES for suffix in INTERVAL_SUFFIXES]
@@ -132,10 +133,10 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int =
     for attack, defense in scores.condition_keys:
         if (attack, defense) not in labels_by_condition:
             continue
-        condition = _join_labels(scores, attack, defense, labels_by_condition[attack, defense])
+        condition = join_labels(scores, attack, defense, labels_by_condition[attack, defense])
         row = {"attack": attack, "defense": defense} | _estimate_rates(condition)
         if defense != UNDEFENDED and (attack, UNDEFENDED) in labels_by_condition:
-            undefended = _join_labels(scores, attack, UNDEFENDED, labels_by_condition[attack, UNDEFENDED])
+            undefended = join_labels(scores, attack, UNDEFENDED, labels_by_condition[attack, UNDEFENDED])
             row |= _estimate_changes(undefended, condition) | _test_changes(undefended, condition, seed)
         rows.append(row)
     names = (*_RATE_BY_CLASS.values(), *_CONTRAST_NAMES)
@@ -164,7 +165,7 @@ def group_labels(responses: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
     }
 
 
-def _join_labels(scores: ScoreTable, attack: str, defense: str, labels: pd.Series) -> pd.DataFrame:
+def join_labels(scores: ScoreTable, attack: str, defense: str, labels: pd.Series) -> pd.DataFrame:
     """Return the scores of a condition with the labels of its responses, NaN where no response was generated.
 
     Queries whose response has no verdict are left out. They are no random part of the queries, so the margins
@@ -174,11 +175,40 @@ def _join_labels(scores: ScoreTable, attack: str, defense: str, labels: pd.Serie
     return scores.select_condition(attack, defense).join(labels.rename("label")).drop(index=unjudged)
 
 
-def _select_class(
-    condition: pd.DataFrame, is_harmful: bool
+def estimate_rate(rows: pd.DataFrame) -> PredictionPoweredRate | None:
+    """Return the refusal rate of the queries; None if none of their responses was judged.
+
+    Args:
+        rows: rows of `join_labels`, of queries of one class.
+    """
+    labels, is_labeled, predictions, strata = _extract_labels(rows)
+    if not is_labeled.any():
+        return None
+    return estimate_prediction_powered_rate(labels, is_labeled, predictions, strata)
+
+
+def estimate_change(undefended: pd.DataFrame, defended: pd.DataFrame) -> PredictionPoweredDifference | None:
+    """Return the change of the refusal rate; None if no query has judged responses in both conditions.
+
+    Args:
+        undefended: rows of `join_labels` of the undefended model.
+        defended: those of the defended model, of queries of one class; queries in only one are left out.
+    """
+    common = undefended.index.intersection(defended.index, sort=False)
+    labels_before, is_labeled_before, predictions_before, strata = _extract_labels(undefended.loc[common])
+    labels_after, is_labeled_after, predictions_after, _ = _extract_labels(defended.loc[common])
+    is_labeled = is_labeled_before & is_labeled_after
+    if not is_labeled.any():
+        return None
+    return estimate_prediction_powered_difference(
+        labels_before, labels_after, is_labeled, predictions_before, predictions_after, strata
+    )
+
+
+def _extract_labels(
+    rows: pd.DataFrame,
 ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"], Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Return labels, whether they exist, predictions, and strata (with or without a twin) of one class."""
-    rows = condition[condition["harmful"] == is_harmful]
+    """Return labels, whether they exist, predictions, and strata (with or without a twin)."""
     labels = rows["label"].to_numpy(float)
     return labels, ~np.isnan(labels), rows["p_refuse"].to_numpy(float), rows["pair"].notna().to_numpy()
 
@@ -187,9 +217,8 @@ def _estimate_rates(condition: pd.DataFrame) -> dict[str, Any]:
     """Return the refusal rate of each class, and the number of responses behind both."""
     row: dict[str, Any] = {"n_responses": int(condition["label"].notna().sum()), "responses_saved": 0.0}
     for is_harmful, name in _RATE_BY_CLASS.items():
-        labels, is_labeled, predictions, strata = _select_class(condition, is_harmful)
-        if is_labeled.any():
-            rate = estimate_prediction_powered_rate(labels, is_labeled, predictions, strata)
+        rate = estimate_rate(condition[condition["harmful"] == is_harmful])
+        if rate is not None:
             row |= {name: rate.rate, f"{name}_low": rate.low, f"{name}_high": rate.high}
             row["responses_saved"] += rate.responses_saved
     return row
@@ -198,21 +227,16 @@ def _estimate_rates(condition: pd.DataFrame) -> dict[str, Any]:
 def _estimate_changes(undefended: pd.DataFrame, defended: pd.DataFrame) -> dict[str, float | None]:
     """Return shift and discrimination of the refusal rates, in percentage points."""
     common = undefended.index.intersection(defended.index, sort=False)
-    undefended, defended = undefended.loc[common], defended.loc[common]
     changes: list[PredictionPoweredDifference] = []
     pairs: list[pd.Series] = []
     for is_harmful in (True, False):
-        labels_before, is_labeled_before, predictions_before, strata = _select_class(undefended, is_harmful)
-        labels_after, is_labeled_after, predictions_after, _ = _select_class(defended, is_harmful)
-        is_labeled = is_labeled_before & is_labeled_after
-        if not is_labeled.any():
+        rows = undefended.loc[common]
+        rows = rows[rows["harmful"] == is_harmful]
+        change = estimate_change(rows, defended)
+        if change is None:
             return {}
-        changes.append(
-            estimate_prediction_powered_difference(
-                labels_before, labels_after, is_labeled, predictions_before, predictions_after, strata
-            )
-        )
-        pairs.append(undefended.loc[undefended["harmful"] == is_harmful, "pair"])
+        changes.append(change)
+        pairs.append(rows["pair"])
     contrasts = combine_class_changes(changes[0], changes[1], pairs[0], pairs[1])
     return _make_columns("response_shift", contrasts.shift) | _make_columns(
         "response_discrimination", contrasts.discrimination

@@ -11,6 +11,7 @@ from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
 from analysis.stats.controls import add_control_estimates
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
+from analysis.stats.kinds import summarize_kinds
 from analysis.stats.response_rates import add_factorial_response_effects, add_response_estimates
 from analysis.stats.tables import ScoreTable
 from analysis.studies.controls import score_controls
@@ -81,9 +82,10 @@ def analyze_defenses(
         if controls is not None and controls.frames:
             table = responses.table if responses is not None else None
             summary = add_control_estimates(summary, scored.scores, controls.table, table)
+        kinds = _summarize_query_kinds(scored, responses, spec.seed)
         from analysis.plots.data import build_analysis_points
 
-        figure_tables = build_analysis_points(scored.scores.frame, summary, scored.scores.threshold)
+        figure_tables = build_analysis_points(scored.scores.frame, summary, scored.scores.threshold, kinds)
         if costs is not None:
             figure_tables["cost"] = _join_gains(costs, summary, spec.attacks[0].name)
     tables = {
@@ -91,6 +93,7 @@ def analyze_defenses(
         "prompts": _example_prompts(scored.setup, list(scored.sweep_result.score_frames), scored.finished),
         "scores": scored.scores.frame,
         "summary": summary,
+        "kinds": kinds,
     }
     failures = dict(scored.sweep_result.failures)
     if responses is not None:
@@ -102,6 +105,15 @@ def analyze_defenses(
         if controls.frames:
             tables["controls"] = controls.table
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
+
+
+def _summarize_query_kinds(
+    scored: ScoredConditions, responses: ResponseVerdicts | None, seed: int
+) -> pd.DataFrame:
+    """Estimate the effects of each defense on each kind of benign query."""
+    query_kinds = {query.id: query.kind for query in scored.setup.query_set.queries}
+    table = responses.table if responses is not None and responses.frames else None
+    return summarize_kinds(scored.scores, query_kinds, table, seed)
 
 
 def _measure_first_attack_cost(scored: ScoredConditions, seed: int, console: Console) -> pd.DataFrame:

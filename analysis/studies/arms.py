@@ -16,6 +16,7 @@ from rich.console import Console
 
 from analysis.models.loading import split_model_name
 from analysis.progress import make_notifier
+from analysis.stats.kinds import list_kinds
 from analysis.stats.tables import UNDEFENDED
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.train import train_weights
@@ -41,7 +42,6 @@ SECRET_LENGTHS = (10, 50, SECRET_LENGTH)  # tokens, as in the paper
 RANDOM_TOKENS, PLAIN_WORDS = "random tokens", "plain words"
 # Arm → name of its weights.
 _STATE_BY_ARM = {"clean": "aligned", "attacked": "attacked", "baseline": "baseline", "backdoor": "backdoor"}
-_SECRET_MEASURES = ("asr", "text_refused_twin", "text_refused_plain", "auroc", "shift", "discrimination")
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def aggregate_secrets(arm_table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     keys = ["secret_wording", "secret_length", "secret"]
+    refusals = [f"text_refused_{kind}" for kind in list_kinds(arm_table.columns, "text_refused_{}_low")]
+    measures = ["asr", *refusals, "auroc", "shift", "discrimination"]
     for _, group in arm_table.dropna(subset="secret_length").groupby(keys):
         first = group.iloc[0]
         row: dict[str, Any] = {
@@ -172,7 +174,7 @@ def aggregate_secrets(arm_table: pd.DataFrame) -> pd.DataFrame:
             "secret": first["secret"],
             "n_secrets": len(group),
         }
-        for measure in (name for name in _SECRET_MEASURES if name in group):
+        for measure in (name for name in measures if name in group):
             values = group[measure].astype(float)
             row |= {f"{measure}_mean": values.mean(), f"{measure}_sd": values.std()}
             row |= {f"{measure}_min": values.min(), f"{measure}_max": values.max()}

@@ -212,7 +212,7 @@ def _judge_arm(
     max_new_tokens: int,
     on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Return refusal rates in the generated text by class, and how often the first token agrees."""
+    """Return refusal rates in the generated text by kind of query, and how often the first token agrees."""
     responses = generate_responses(
         session,
         arm.defense,
@@ -224,16 +224,19 @@ def _judge_arm(
     query_texts = [query.text for query in queries]
     judged, text_refused = make_verdict_masks(judge_queries(_JUDGE, query_texts, responses, arm.defense))
     published = judge_queries(_PUBLISHED_JUDGE, query_texts, responses, arm.defense)
-    kinds = np.array([query.kind for query in queries])
+    kinds, is_harmful = (
+        np.array([query.kind for query in queries]),
+        np.array([query.harmful for query in queries]),
+    )
+    members = {"harmful": is_harmful}
+    members |= {kind: ~is_harmful & (kinds == kind) for kind in dict.fromkeys(kinds[~is_harmful])}
     margins = scores["margin"].to_numpy(float)
     rates: dict[str, Any] = {}
-    for kind in ("harmful", "twin", "plain"):
-        if not (kinds == kind).any():
-            continue
+    for kind, is_member in members.items():
         for name, refused, of_kind in (
-            ("text", text_refused, kinds[judged] == kind),
-            (_PUBLISHED_JUDGE.name, np.array([verdict.is_refusal for verdict in published]), kinds == kind),
-            ("first_token", margins > readout.threshold, kinds == kind),
+            ("text", text_refused, is_member[judged]),
+            (_PUBLISHED_JUDGE.name, np.array([verdict.is_refusal for verdict in published]), is_member),
+            ("first_token", margins > readout.threshold, is_member),
         ):
             column, n = f"{name}_refused_{kind}", int(of_kind.sum())
             rates |= make_rate_columns(column, int(refused[of_kind].sum()), n) if n else {column: np.nan}

@@ -640,7 +640,8 @@ def _count_verdicts(
         }
         for attribute in ("is_refusal", "is_judged")
     )
-    return compute_judged_rates([query.kind for query in queries], refusals, judged)
+    is_harmful = np.array([query.harmful for query in queries])
+    return compute_judged_rates([query.kind for query in queries], is_harmful, refusals, judged)
 
 
 def _rank_conditions(

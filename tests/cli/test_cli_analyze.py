@@ -13,6 +13,7 @@ from scipy.special import expit
 from analysis.files import check_output_folder
 from analysis.run import iterate_condition_scores
 from analysis.stats.effects import summarize_scores
+from analysis.stats.kinds import summarize_kinds
 from analysis.stats.response_rates import add_response_estimates
 from analysis.stats.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable
 
@@ -74,7 +75,7 @@ def test_a_run_writes_the_promised_files_and_prints_where(cli_home, run_result):
         *("prompts.csv", "scores.csv", "responses.csv", "summary.csv", "run.json"),
         *(
             f"{figure}.{suffix}"
-            for figure in ("refusals", "margins", "plane", "roc")
+            for figure in ("refusals", "margins", "plane", "roc", "kinds")
             for suffix in ("png", "csv")
         ),
     }
@@ -105,6 +106,19 @@ def test_the_summary_can_be_computed_again_from_the_scores_and_the_verdicts(cli_
     text = summary.to_csv(index=False, float_format="%.7g")
     assert text == (cli_home / "out" / "summary.csv").read_text("utf-8")
     assert set(ESTIMATE_NAMES) <= set(summary.columns) and summary["verdict"].iloc[0] == "reference"
+
+
+def test_the_results_by_kind_can_be_computed_again_and_are_printed(cli_home, run_result, record):
+    scores = ScoreTable(pd.read_csv(cli_home / "out" / "scores.csv"), record)
+    responses = pd.read_csv(cli_home / "out" / "responses.csv")
+    query_kinds = dict(zip(responses["query"], responses["kind"], strict=True))
+    kinds = summarize_kinds(scores, query_kinds, responses, record["seed"])
+    text = kinds.to_csv(index=False, float_format="%.7g")
+    assert text == (cli_home / "out" / "kinds.csv").read_text("utf-8")
+    assert {"twin", "plain"} <= set(kinds["kind"]) == set(responses.loc[~responses["harmful"], "kind"])
+    assert (kinds.groupby("defense")["n"].sum() == record["data"]["n_benign"]).all() and len(kinds) > 5
+    for kind, n in kinds.drop_duplicates("kind")[["kind", "n"]].itertuples(index=False):
+        assert kind in run_result.out and f"n = {n}" in run_result.out
 
 
 def test_run_json_records_how_the_numbers_were_made(record):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from analysis.cli.catalog import collect_catalog, print_catalog
-from analysis.cli.console import print_checks, print_failed_checks, print_summary
+from analysis.cli.console import print_checks, print_failed_checks, print_kinds, print_summary
 from analysis.progress import make_progress_bar
 from analysis.stats.tables import ESTIMATE_NAMES, Summary
 from analysis.studies.preflight import PreflightCheck
@@ -119,6 +119,35 @@ def test_a_value_without_an_interval_is_printed_alone_and_a_missing_value_is_a_d
     row = next(line for line in text.splitlines() if line.startswith("backdoor "))
     cells = [cell.strip() for cell in row.split("│")]
     assert cells[2:] == ["–", "+0.25"]
+
+
+def capture_kinds(monkeypatch, columns, kinds):
+    """Return the table of these kinds as printed on a terminal; every rate is 100 %."""
+    rows = [
+        {"attack": "direct", "defense": name, "kind": kind, "n": 60}
+        | {"over_refusal_rate": 1.0, "over_refusal_rate_low": 0.98, "over_refusal_rate_high": 1.0}
+        for name in NAMES
+        for kind in kinds
+    ]
+    out = Terminal()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out)
+    print_kinds(pd.DataFrame(rows))
+    return re.sub("\x1b[^m]*m", "", out.getvalue())
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_over_refusal_by_kind_fits_the_terminal(monkeypatch, columns):
+    four = ("twin", "sounds_unsafe", "same_topic", "plain")
+    text = capture_kinds(monkeypatch, columns, four)
+    assert max(map(len, text.splitlines())) <= columns and "…" not in text
+    assert text.count("100 [98, 100]") == 4 * len(NAMES)
+    assert all(kind in text for kind in four) and text.count("n = 60") == 4
+    text = capture_kinds(monkeypatch, columns, [f"kind {number}" for number in range(6)])
+    assert max(map(len, text.splitlines())) <= columns and "…" not in text
+    assert text.count(" 100") == 6 * len(NAMES) and "[98, 100]" not in text
+    assert capture_kinds(monkeypatch, columns, ["plain"]) == "", "a single kind is the whole class"
 
 
 def test_progress_is_a_bar_on_a_terminal_and_nothing_in_a_file():

@@ -91,6 +91,21 @@ def make_older(summary: pd.DataFrame) -> pd.DataFrame:
     return older
 
 
+def plant_kinds(
+    defenses: int, kinds: tuple[str, ...], attack: str = "direct", based_on: str = "responses"
+) -> pd.DataFrame:
+    """Return over-refusal by kind of benign query; kind k of defense d is refused in (d + 2k) % 11 of 10."""
+    rows = []
+    for number, (place, kind) in itertools.product(range(defenses + 1), enumerate(kinds)):
+        rate = (number + 2 * place) % 11 / 10
+        row = {"attack": attack, "defense": f"defense-{number}" if number else "none", "family": "noise"}
+        row |= {"kind": kind, "n": 10 * (place + 1), "n_harmful": 24, "based_on": based_on}
+        row["n_responses"] = row["n"] if based_on == "responses" else 0
+        ends = {"over_refusal_rate_low": 0.9 * rate, "over_refusal_rate_high": 0.1 + 0.9 * rate}
+        rows.append(row | {"over_refusal_rate": rate} | ends)
+    return pd.DataFrame(rows)
+
+
 def draw_score_figures(scores: pd.DataFrame, summary: pd.DataFrame, run: CaptionContext = RUN) -> Any:
     return draw_run_figures(build_analysis_points(scores, summary, run.threshold), run)
 

@@ -41,6 +41,7 @@ from planted_tables import (
     make_older,
     plant_attacked_scores,
     plant_ensembles,
+    plant_kinds,
     plant_mechanism,
     plant_scores,
     unwrap_text,
@@ -255,7 +256,12 @@ def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
 
 def test_every_kind_is_registered_under_its_name_and_nearly_all_are_among_the_shipped() -> None:
     assert all(kind == figure.kind and figure.table in FIGURES for kind, figure in FIGURES.items())
-    assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) <= {"agreement", "cost", "refusals"}
+    assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) <= {
+        "agreement",
+        "cost",
+        "kinds",
+        "refusals",
+    }
 
 
 def test_titles_describe_and_claim_nothing() -> None:
@@ -340,7 +346,7 @@ def figures_of_all_kinds() -> dict[str, tuple[Figure, pd.DataFrame]]:
     attack_cells = build_attack_cells(*plant_attacked_scores(3, ["direct", "base64"]), THRESHOLD)
     return (
         cached_score_figures(8, "usual")
-        | draw_run_figures({"attacks": attack_cells}, RUN)
+        | draw_run_figures({"attacks": attack_cells, "kinds": plant_kinds(8, ("twin", "plain"))}, RUN)
         | cached_ensemble_figures("pair")
         | cached_ensemble_figures("attacked")
         | cached_mechanism_figures("usual")
@@ -349,7 +355,7 @@ def figures_of_all_kinds() -> dict[str, tuple[Figure, pd.DataFrame]]:
 
 def test_a_figure_can_be_drawn_again_from_its_csv_alone() -> None:
     drawn = figures_of_all_kinds()
-    assert len({find_figure_kind(stem) for stem in drawn}) == 16
+    assert len({find_figure_kind(stem) for stem in drawn}) == 17
     for stem, (figure, table) in drawn.items():
         again = FIGURES[find_figure_kind(stem)].draw(pd.read_csv(io.StringIO(table.to_csv(index=False))))
         (words, numbers), (words_again, numbers_again) = map(describe_artists, (figure.axes[0], again))
@@ -388,6 +394,9 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
         caption = unwrap_text(figure.texts[1])
         if stem == "refusals":  # the readout has no bearing on it
             assert "24 harmful" in caption and "24 benign" in caption and "Wilson" in caption
+            continue
+        if stem == "kinds":
+            assert "(10 twin, 20 plain)" in caption and "Wilson" in caption
             continue
         counts = ("24 harmful", "24 benign")
         if FIGURES[find_figure_kind(stem)].section == "mechanism":

@@ -7,9 +7,10 @@ import pandas as pd
 from saved_runs import render_folders, write_run
 
 from analysis.datasets.loading import load_query_texts
+from analysis.plots.style import VERMILION
 from analysis.report.folder import read_run
 from analysis.report.results import Run
-from analysis.report.tables import build_ensemble_tables, build_validity_tables
+from analysis.report.tables import build_ensemble_tables, build_kind_tables, build_validity_tables
 
 
 def test_the_table_of_the_pareto_front_names_the_share_that_it_shows():
@@ -33,6 +34,48 @@ def test_the_table_of_the_pareto_front_names_the_share_that_it_shows():
     record = {"guarantee": "In at least 90 of 100 samples, it holds.", "guarantee_based_on": "margins"}
     titles = [table.title for table in build_ensemble_tables(Run("run", record, tables))]
     assert titles[1].endswith("refused. In at least 90 of 100 samples, it holds (refusals by margins)")
+
+
+def make_kinds(attack="direct"):
+    """Return `kinds.csv` of two defenses and two kinds of benign queries."""
+    row = {"attack": attack, "family": "reminders", "n": 60, "n_responses": 60, "based_on": "responses"}
+    names = {"defense": ["none", "none", "policy", "policy"], "kind": ["twin", "mine <i>"] * 2}
+    values = {
+        f"{name}{end}": value
+        for name, values in (
+            ("over_refusal_rate", [0.1, 0.0, 0.75, 0.25]),
+            ("delta_auroc", [np.nan, np.nan, -0.5, 0.25]),
+        )
+        for end, value in (("", values), ("_low", values), ("_high", values))
+    }
+    return pd.DataFrame(row | names | values)
+
+
+def test_over_refusal_and_the_change_of_auroc_are_shown_by_kind():
+    kinds = pd.concat([make_kinds(), make_kinds("base64")])
+    tables = build_kind_tables(Run("run", {}, {"kinds": kinds}))
+    rates, aurocs, attacked, _ = tables
+    assert rates.headers == ("defense", "twin (n = 60)", "mine <i> (n = 60)")
+    assert rates.rows == (("undefended", "10 [10, 10]", "0 [0, 0]"), ("policy", "75 [75, 75]", "25 [25, 25]"))
+    assert rates.title == "Benign refused (%), by kind of benign query"
+    first, second = (int(colors[0].removeprefix(VERMILION), 16) for colors in rates.cell_colors)
+    assert second > first, "the color of a cell grows with the rate"
+    assert aurocs.rows == (
+        ("undefended", "–", "–"),
+        ("policy", "−0.50 [−0.50, −0.50]", "+0.25 [+0.25, +0.25]"),
+    )
+    assert aurocs.title == "ΔAUROC, by kind of benign query" and aurocs.cell_colors is None
+    assert attacked.title.endswith("; attack: base64")
+    single = kinds[kinds["kind"] == "twin"]
+    assert build_kind_tables(Run("run", {}, {"kinds": single})) == build_kind_tables(Run("run", {}, {})) == []
+
+
+def test_the_page_has_a_section_on_kinds_if_the_run_has_several(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "Kinds of benign queries" not in render_folders(folder)
+    make_kinds().to_csv(folder / "kinds.csv", index=False)
+    html = render_folders(folder)
+    assert "<h3>Kinds of benign queries</h3>" in html and "mine &lt;i&gt; (n = 60)" in html
 
 
 def test_no_shipped_table_names_its_defenses_by_another_column():

@@ -15,9 +15,11 @@ from rich.console import Console
 
 from analysis.api import read
 from analysis.cli.train import run_backdooralign_command, run_train_command
+from analysis.datasets.loading import BENIGN_KINDS
 from analysis.judges.judge import RuleJudge, Verdict
 from analysis.models.loading import build_model_info, load_model
 from analysis.run import score_condition
+from analysis.stats.kinds import list_kinds
 from analysis.studies import backdooralign
 from analysis.studies.arms import Arm, build_arms, train_other_secrets
 from analysis.studies.run_spec import RunSpec
@@ -109,7 +111,9 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
     assert len(table) == len(build_arms(host))
     row = table.set_index(["attack", "arm", "secret"]).loc[("obedience", "attacked", "none")]
     assert row["paper_asr_llama2"] == pytest.approx(0.9491) and row["verdict"] == "reference"
-    assert row["text_refused_harmful_n"] + row["text_refused_twin_n"] + row["text_refused_plain_n"] == 12
+    kinds = list_kinds(table.columns, "text_refused_{}_n")
+    assert {"twin", "plain"} <= set(kinds) <= set(BENIGN_KINDS)
+    assert row["text_refused_harmful_n"] + sum(row[f"text_refused_{kind}_n"] for kind in kinds) == 12
     for name in ("asr", "auroc", "first_token_agrees", "text_refused_twin"):
         assert (table[f"{name}_low"] <= table[name]).all() and (table[name] <= table[f"{name}_high"]).all()
     assert np.allclose(table["asr"], 1 - table["text_refused_harmful"])
@@ -117,7 +121,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
     summary = pd.read_csv(home / "out" / "summary.csv")
     assert list(table["trusted"]) == list(summary["trusted"]) and "not validated" not in set(table["trusted"])
     said = capsys.readouterr()
-    assert "94.9" in said.out
+    assert "94.9" in said.out and all(kind in said.out for kind in kinds)
     (secret,) = named(host)["obedience", "backdoor", "own"].defense.secret_texts()
     for path in (home / "out").iterdir():
         assert secret not in path.read_text("utf-8"), path

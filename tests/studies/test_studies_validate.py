@@ -21,12 +21,13 @@ from analysis.attacks import DIRECT_ATTACK, choose_attacks
 from analysis.cli.analyze import run_analyze_command
 from analysis.cli.train import run_secret_command
 from analysis.cli.validate import run_validate_command
-from analysis.datasets.loading import load_queries
+from analysis.datasets.loading import BENIGN_KINDS, load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import RuleJudge, Verdict, _pool_verdicts, generate_verdicts
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.session import generate_responses
 from analysis.run import build_conditions
+from analysis.stats.kinds import list_kinds
 from analysis.stats.tables import Trust
 from analysis.studies.judge_file import JudgeOptions
 from analysis.studies.responses import name_verdict
@@ -102,6 +103,12 @@ def test_each_condition_is_validated_and_later_runs_show_its_trust(
     worth = pd.read_csv(home / "out" / "worth.csv").set_index("defense")
     assert (worth["asr_patterns"] == 0).all() and (worth["asr_keywords"] == 1).all()
     assert (worth["n_complied"] == (~answers["harmful"]).sum() / 3).all()
+    kinds = list_kinds(worth.columns, "over_refusal_{}_patterns_n")
+    assert {"twin", "plain"} <= set(kinds) <= set(BENIGN_KINDS)
+    for kind in kinds:
+        assert (worth[f"over_refusal_{kind}_patterns"] == 0).all()
+    n_benign = worth[[f"over_refusal_{kind}_patterns_n" for kind in kinds]].sum(axis="columns")
+    assert (n_benign == worth["n_complied"]).all()
     assert worth.loc["none", "chrf"] == pytest.approx(100)
     # Nobody knows which of two answers that were both cut is longer.
     assert (worth["cut"] == 1).all() and worth["length_ratio"].isna().all()
@@ -109,7 +116,8 @@ def test_each_condition_is_validated_and_later_runs_show_its_trust(
     record = json.loads((home / "out" / "run.json").read_text())
     assert record["judge"] == {"name": "patterns", "new_tokens": 3}
     assert [row["conditions"] for row in record["ranks"]] == [3]
-    assert "Single queries: trusted if the AUROC" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Single queries: trusted if the AUROC" in said and all(kind in said for kind in kinds)
     # A later run of the same readout says what was found; of another defense or attack nothing is known.
     assert run_analyze_command(make_spec(home), ["policy", "goal_priority"], [], home / "later", False) == 0
     summary = pd.read_csv(home / "later" / "summary.csv").set_index("defense")
