@@ -293,7 +293,7 @@ def group_units(queries: Iterable[Query]) -> list[list[Query]]:
 
 
 def _rank_units(units: Sequence[list[Query]]) -> list[list[Query]]:
-    """Order units so that every leading part holds the kinds, and within each the categories, in proportion."""
+    """Order units so that every leading part holds kinds, and categories within them, in proportion."""
     units_by_kinds: dict[tuple[str, ...], list[list[Query]]] = defaultdict(list)
     for unit in units:
         units_by_kinds[tuple(query.kind for query in unit)].append(unit)

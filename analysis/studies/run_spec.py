@@ -17,7 +17,6 @@ from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet, choose_default_split
 from analysis.models.loading import silence_libraries
 from analysis.progress import make_notifier
-from analysis.stats.controls import MIN_CONTROL_DRAWS
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
@@ -247,6 +246,8 @@ def check_max_cost(max_cost: float | None) -> None:
 
 def check_control_draws(n_draws: int) -> None:
     """Raise if an interval cannot be computed from this number of draws."""
+    from analysis.stats.controls import MIN_CONTROL_DRAWS
+
     if n_draws != 0 and n_draws < MIN_CONTROL_DRAWS:
         raise UserError(f"--controls {n_draws}: it takes 0 (none) or {MIN_CONTROL_DRAWS} and more")
 

@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from analysis.files import check_output_folder
 from analysis.run import iterate_condition_scores
+from analysis.stats.controls import add_control_estimates
 from analysis.stats.effects import summarize_scores
 from analysis.stats.kinds import summarize_kinds
 from analysis.stats.response_rates import add_response_estimates
@@ -72,7 +73,7 @@ def read_secret(home, length):
 def test_a_run_writes_the_promised_files_and_prints_where(cli_home, run_result):
     assert run_result.code == 0, run_result.err
     assert {path.name for path in (cli_home / "out").iterdir()} == {
-        *("prompts.csv", "scores.csv", "responses.csv", "summary.csv", "run.json"),
+        *("prompts.csv", "scores.csv", "controls.csv", "responses.csv", "summary.csv", "run.json"),
         *(
             f"{figure}.{suffix}"
             for figure in ("refusals", "margins", "plane", "roc", "kinds")
@@ -103,6 +104,8 @@ def test_the_summary_can_be_computed_again_from_the_scores_and_the_verdicts(cli_
     responses = pd.read_csv(cli_home / "out" / "responses.csv")
     summary = summarize_scores(scores, seed=record["seed"]).frame
     summary = add_response_estimates(summary, responses, scores, record["seed"])
+    controls = pd.read_csv(cli_home / "out" / "controls.csv")
+    summary = add_control_estimates(summary, scores, controls, responses)
     text = summary.to_csv(index=False, float_format="%.7g")
     assert text == (cli_home / "out" / "summary.csv").read_text("utf-8")
     assert set(ESTIMATE_NAMES) <= set(summary.columns) and summary["verdict"].iloc[0] == "reference"
@@ -127,7 +130,7 @@ def test_run_json_records_how_the_numbers_were_made(record):
     assert {"refuse", "comply", "ids", "weights", "threshold"} <= set(record["readout"])
     assert len(record["readout"]["ids"]) == len(record["readout"]["weights"])
     assert re.fullmatch("[0-9a-f]{64}", record["data"]["sha256"])
-    assert (record["data"]["n_harmful"], record["data"]["n_benign"]) == (10, 14), "in proportion"
+    assert (record["data"]["n_harmful"], record["data"]["n_benign"]) == (5, 19), "in proportion"
     assert (record["seed"], record["dtype"], record["device"]) == (3, "float32", "cpu")
     assert record["defenses"]["backdoor/no_weights"]["settings"]["length"] == 30
     assert record["defenses"]["policy"]["settings"]["text"] == "Nothing is allowed here."
