@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,7 +129,7 @@ class QuerySet:
         return self._replace_queries(query for query in self.queries if query.split == "calibration")
 
     def limit_queries(self, max_queries: int | None) -> QuerySet:
-        """Return at most `max_queries` queries, with whole pairs and proportional categories.
+        """Return at most `max_queries` queries, with whole pairs and proportional kinds and categories.
 
         Args:
             max_queries: 2 or more; None keeps every query.
@@ -140,7 +140,8 @@ class QuerySet:
             raise UserError(
                 f"--limit {max_queries}: at least 2 queries are needed, a harmful and a benign one"
             )
-        ranked = _rank_units_by_category(group_units(self.queries))
+        by_category = _rank_units(group_units(self.queries), lambda unit: unit[0].category)
+        ranked = _rank_units(by_category, lambda unit: "+".join(sorted(query.kind for query in unit)))
         # A pair, or else one query of each class, comes first, so that a small limit covers both classes.
         largest_first = sorted(ranked, key=len, reverse=True)
         first_units = [
@@ -292,14 +293,14 @@ def group_units(queries: Iterable[Query]) -> list[list[Query]]:
     return list(units.values())
 
 
-def _rank_units_by_category(units: Sequence[list[Query]]) -> list[list[Query]]:
-    """Order units so that every leading part of the list holds the categories in proportion."""
-    sizes = Counter(unit[0].category for unit in units)
+def _rank_units(units: Sequence[list[Query]], get_group: Callable[[list[Query]], str]) -> list[list[Query]]:
+    """Order units so that every leading part holds the groups in proportion; a group keeps its order."""
+    groups = [get_group(unit) for unit in units]
+    sizes = Counter(groups)
     counts: Counter[str] = Counter()
     positions = []
-    for unit in units:
-        category = unit[0].category
-        positions.append((counts[category] + 0.5) / sizes[category])
-        counts[category] += 1
+    for group in groups:
+        positions.append((counts[group] + 0.5) / sizes[group])
+        counts[group] += 1
     order = sorted(range(len(units)), key=positions.__getitem__)
     return [units[index] for index in order]

@@ -113,7 +113,7 @@ def test_run_json_records_how_the_numbers_were_made(record):
     assert {"refuse", "comply", "ids", "weights", "threshold"} <= set(record["readout"])
     assert len(record["readout"]["ids"]) == len(record["readout"]["weights"])
     assert re.fullmatch("[0-9a-f]{64}", record["data"]["sha256"])
-    assert (record["data"]["n_harmful"], record["data"]["n_benign"]) == (10, 14), "in proportion"
+    assert (record["data"]["n_harmful"], record["data"]["n_benign"]) == (5, 19), "in proportion"
     assert (record["seed"], record["dtype"], record["device"]) == (3, "float32", "cpu")
     assert record["defenses"]["backdoor/no_weights"]["settings"]["length"] == 30
     assert record["defenses"]["policy"]["settings"]["text"] == "Nothing is allowed here."
