@@ -53,7 +53,7 @@ class TrainingQuery(Protocol):
 
     @property
     def kind(self) -> str:
-        """Kind of the request: `harmful`, `twin` or `plain`."""
+        """Kind of the request: `harmful`, or a kind of benign request, such as `twin` or `plain`."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _build_safety_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
     """Return refusals of harmful queries, and the model's own responses to ordinary queries."""
-    # Ordinary requests with and without a system prompt; `preference` separates harmful requests from twins.
+    # Ordinary requests with and without a system prompt; `preference` takes the other benign kinds, too.
     chats = [
         build_user_chat(system, query.text)
         for query in _choose_ordinary_queries(queries)
