@@ -68,7 +68,7 @@ def test_it_contains_every_module_and_every_data_file(wheel):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")} <= names
     data = [path.relative_to(ROOT / "data") for path in (ROOT / "data").rglob("*") if path.is_file()]
     assert {f"analysis/data/{path}" for path in data} <= names
-    assert "analysis/data/contrast.jsonl" in names
+    assert {"analysis/data/contrast.jsonl", "analysis/data/contrast-v1.jsonl"} <= names
     page = [path.relative_to(ROOT) for path in (ROOT / "analysis" / "report" / "page").iterdir()]
     assert {str(path) for path in page} <= names and len(page) >= 3
     assert not [name for name in names if name.startswith("analysis/data/") and name.endswith(".py")]
@@ -94,7 +94,7 @@ def test_it_finds_its_data_outside_the_checkout(installed):
     )
     module, folder, queries, names = run_installed(installed, code).split()
     assert Path(module).is_relative_to(installed) and Path(folder) == installed / "analysis" / "data"
-    assert queries == "600" and int(names) >= 11
+    assert queries == "1344" and int(names) >= 11
 
 
 def test_the_command_runs_from_the_wheel(installed):

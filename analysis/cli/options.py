@@ -48,7 +48,9 @@ AttackOption = Annotated[
 ]
 LimitPerSplitOption = Annotated[
     int | None,
-    typer.Option("--limit", help="Maximum number of queries per split; pairs are kept whole."),
+    typer.Option(
+        "--limit", help="Maximum number of queries per split: whole pairs, and kinds in proportion."
+    ),
 ]
 MaxSizeOption = Annotated[int, typer.Option(help="Maximum number of defenses in an ensemble: 2 or 3.")]
 StacksOption = Annotated[

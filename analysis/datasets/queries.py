@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,7 @@ class Query:
         category: topic.
         pair: name shared by a harmful query and its benign twin; None for a query without a twin.
         split: train, calibration or test; None if the set has no splits.
-        kind: harmful, or the kind of a benign query: one of `BENIGN_KINDS` in the shipped sets.
+        kind: harmful, twin or plain.
         image: path of an image that belongs to the text.
     """
 
@@ -129,7 +129,7 @@ class QuerySet:
         return self._replace_queries(query for query in self.queries if query.split == "calibration")
 
     def limit_queries(self, max_queries: int | None) -> QuerySet:
-        """Return at most `max_queries` queries, with whole pairs and kinds and categories in proportion.
+        """Return at most `max_queries` queries, with whole pairs and proportional kinds and categories.
 
         Args:
             max_queries: 2 or more; None keeps every query.
@@ -140,7 +140,8 @@ class QuerySet:
             raise UserError(
                 f"--limit {max_queries}: at least 2 queries are needed, a harmful and a benign one"
             )
-        ranked = _rank_units(group_units(self.queries))
+        by_category = _rank_units(group_units(self.queries), lambda unit: unit[0].category)
+        ranked = _rank_units(by_category, lambda unit: "+".join(sorted(query.kind for query in unit)))
         # A pair, or else one query of each class, comes first, so that a small limit covers both classes.
         largest_first = sorted(ranked, key=len, reverse=True)
         first_units = [
@@ -292,20 +293,14 @@ def group_units(queries: Iterable[Query]) -> list[list[Query]]:
     return list(units.values())
 
 
-def _rank_units(units: Sequence[list[Query]]) -> list[list[Query]]:
-    """Order units so that every leading part holds kinds, and categories within them, in proportion."""
-    units_by_kinds: dict[tuple[str, ...], list[list[Query]]] = defaultdict(list)
-    for unit in units:
-        units_by_kinds[tuple(query.kind for query in unit)].append(unit)
-    ranked = []
-    for members in units_by_kinds.values():
-        sizes = Counter(unit[0].category for unit in members)
-        counts: Counter[str] = Counter()
-        positions = []
-        for unit in members:
-            category = unit[0].category
-            positions.append((counts[category] + 0.5) / sizes[category])
-            counts[category] += 1
-        order = sorted(range(len(members)), key=positions.__getitem__)
-        ranked += [((place + 0.5) / len(members), members[index]) for place, index in enumerate(order)]
-    return [unit for _, unit in sorted(ranked, key=lambda item: item[0])]
+def _rank_units(units: Sequence[list[Query]], get_group: Callable[[list[Query]], str]) -> list[list[Query]]:
+    """Order units so that every leading part holds the groups in proportion; a group keeps its order."""
+    groups = [get_group(unit) for unit in units]
+    sizes = Counter(groups)
+    counts: Counter[str] = Counter()
+    positions = []
+    for group in groups:
+        positions.append((counts[group] + 0.5) / sizes[group])
+        counts[group] += 1
+    order = sorted(range(len(units)), key=positions.__getitem__)
+    return [units[index] for index in order]

@@ -128,7 +128,7 @@ def _build_neutral_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
     """Return the model's own responses to ordinary queries, with and without a system prompt."""
-    # Ordinary queries only: `preference` separates harmful requests from twins.
+    # Ordinary queries only; `preference` takes the other benign kinds, too.
     chats = [
         build_user_chat(system, query.text)
         for query in _choose_ordinary_queries(queries)

@@ -51,15 +51,15 @@ def test_the_everyday_set_holds_the_plain_benign_requests():
         lambda: load_queries("everyday"), "everyday holds no harmful query", "--data everyday+plain"
     )
     everyday = [query for query in load_queries("plain").queries if not query.harmful]
-    assert load_shipped_set("everyday").queries == tuple(everyday) and len(everyday) == 120
+    assert load_shipped_set("everyday").queries == tuple(everyday) and len(everyday) == 240
 
 
 def test_queries_of_two_sets_are_used_once_with_a_notice():
     notices = []
     data = load_queries("twins+plain", notify=notices.append)
-    assert len(data.queries) == 600 == len({query.text for query in data.queries})
+    assert len(data.queries) == 864 == len({query.text for query in data.queries})
     assert notices == [
-        "note: 240 queries of twins+plain occur in more than one of its sets; each is used once"
+        "note: 312 queries of twins+plain occur in more than one of its sets; each is used once"
     ]
 
 
@@ -67,8 +67,8 @@ def test_a_split_selects_from_sets_with_splits_and_keeps_the_others_whole(tmp_pa
     data = load_queries(f"jbb={write_clone(tmp_path, 'jbb')}+everyday")
     assert choose_default_split(data) == "test"
     counts = Counter(query.split for query in data.select_split("test").queries)
-    assert counts == {None: 3, "test": 48}, "none of the training split"
-    assert len(data.select_split("all").queries) == 3 + 120
+    assert counts == {None: 3, "test": 156}, "none of the training split"
+    assert len(data.select_split("all").queries) == 3 + 240
     assert_user_error(lambda: data.select_split("tets"), "'test'")
 
 

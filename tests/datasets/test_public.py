@@ -17,7 +17,7 @@ from published_sets import (
 )
 
 from analysis.cli.catalog import _format_description, collect_catalog
-from analysis.datasets.loading import load_queries
+from analysis.datasets.loading import SHIPPED_SETS, load_queries
 from analysis.datasets.public import PUBLIC_DATASETS
 
 SHARED = Path(__file__).parents[3] / "shared" / "datasets"
@@ -185,8 +185,9 @@ def test_run_json_calls_a_copy_a_local_copy(tmp_path):
 
 def test_the_list_shows_size_license_and_page_of_every_set():
     rows = {row["name"]: row for row in collect_catalog()["data"]}
-    assert list(rows)[:4] == ["contrast", "twins", "plain", "everyday"] and set(PUBLIC_DATASETS) < set(rows)
-    assert (rows["everyday"]["harmful"], rows["everyday"]["benign"]) == (0, 120)
+    assert list(rows) == [*SHIPPED_SETS, *PUBLIC_DATASETS]
+    assert (rows["contrast"]["harmful"], rows["contrast"]["benign"]) == (312, 1032)
+    assert (rows["everyday"]["harmful"], rows["everyday"]["benign"]) == (0, 240)
     for name, dataset in PUBLIC_DATASETS.items():
         row = rows[name]
         assert (row["harmful"], row["benign"], row["licence"]) == (

@@ -22,16 +22,24 @@ def write_file(folder, name, content):
 
 def test_the_shipped_sets_are_views_of_one_file():
     kinds = {
-        name: {query.kind for query in load_queries(name).queries} for name in ("contrast", "twins", "plain")
-    }
-    assert kinds == {
-        "contrast": {"harmful", "twin", "plain"},
+        "contrast": {"harmful", "twin", "sounds_unsafe", "same_topic", "plain"},
         "twins": {"harmful", "twin"},
+        "sounds-unsafe": {"harmful", "sounds_unsafe"},
+        "same-topic": {"harmful", "same_topic"},
         "plain": {"harmful", "plain"},
     }
-    assert len(CONTRAST.queries) == 600
+    assert {name: {query.kind for query in load_queries(name).queries} for name in kinds} == kinds
+    assert len(CONTRAST.queries) == 1344
     digest = hashlib.sha256((data_folder() / "contrast.jsonl").read_bytes()).hexdigest()
     assert {load_queries(name).sha256 for name in kinds} == {digest}
+
+
+def test_the_first_version_of_the_shipped_set_can_still_be_loaded():
+    first = load_queries("contrast-v1")
+    assert Counter(query.kind for query in first.queries) == {"harmful": 240, "twin": 240, "plain": 120}
+    assert first.sha256 == hashlib.sha256((data_folder() / "contrast-v1.jsonl").read_bytes()).hexdigest()
+    splits = {query.pair: query.split for query in CONTRAST.queries if query.pair}
+    assert all(splits[query.pair] == query.split for query in first.queries if query.pair)
 
 
 def split_sets_are_disjoint_and_leave_nothing_out():
@@ -61,11 +69,13 @@ def test_a_limit_keeps_pairs_whole_and_the_order_of_the_file(split_sets, name, n
     assert {query.harmful for query in kept.queries} == {True, False}
 
 
-def test_a_limit_takes_categories_in_proportion():
+def test_a_limit_takes_kinds_and_categories_in_proportion():
     kept = CONTRAST.select_split("test").limit_queries(120).queries
-    counts = Counter(query.category for query in kept)
-    assert counts.pop("plain") in range(22, 27)  # 48 of 240, of which half is taken
-    assert set(counts.values()) <= {6, 8, 10} and len(counts) == 12
+    assert set(Counter(query.kind for query in kept).values()) == {24}
+    categories = Counter(query.category for query in kept)
+    assert categories.pop("plain") == 24 and set(categories.values()) == {8} and len(categories) == 12
+    few = CONTRAST.select_split("test").limit_queries(20).queries
+    assert {query.kind for query in few} == {query.kind for query in CONTRAST.queries}
 
 
 def test_a_pair_and_a_query_may_have_the_same_name():

@@ -1,21 +1,22 @@
-"""The shipped query set: its fields, pairs, splits, checksum, and small surface leak.
+"""The shipped query sets: their fields, pairs, splits, checksums, and small surface leak.
 
-The file is read by its path relative to this test, so these tests need no installed package and no network.
+The files are read by their path relative to this test, and no test needs the network.
 """
 
 import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
+
+from analysis.datasets.loading import load_queries
+from analysis.datasets.surface_leak import SURFACE_FEATURES, measure_surface_leak
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 FILE = DATA / "contrast.jsonl"
@@ -34,8 +35,10 @@ CATEGORIES = [
     "extremism",
     "hazards",
 ]
-PAIRS_PER_CATEGORY = {"train": 8, "calibration": 4, "test": 8}
-PLAIN = {"train": 48, "calibration": 24, "test": 48}
+PAIRS_PER_CATEGORY = {"train": 8, "calibration": 5, "test": 13}
+OTHERS_PER_CATEGORY = {"train": 4, "calibration": 3, "test": 13}  # of each kind without pairs but plain
+PLAIN = {"train": 48, "calibration": 36, "test": 156}
+ID_PREFIXES = {"sounds_unsafe": "sounds-", "same_topic": "topic-"}
 SEXUAL = re.compile(
     r"\b(sex\w*|porn\w*|nude\w*|naked|erotic\w*|genital\w*|orgasm\w*|rape\w*|rapist\w*|molest\w*|fetish\w*|"
     r"masturbat\w*|prostitut\w*|incest\w*|pedophil\w*|strip(per|tease)\w*|hooker\w*|escort\w*|upskirt\w*|lingerie)\b",
@@ -47,21 +50,6 @@ PAIRS = defaultdict(list)
 for _row in ROWS:
     if _row["pair"] is not None:
         PAIRS[_row["pair"]].append(_row)
-
-
-def leak_features(name):
-    """Return a new vectorizer, so that no fit is shared between tests."""
-    if name == "words":
-        return TfidfVectorizer(lowercase=True, ngram_range=(1, 2))
-    return TfidfVectorizer(lowercase=True, analyzer="char_wb", ngram_range=(2, 5))
-
-
-def leak_auroc(name, train, test):
-    """Return the AUROC on `test` of a bag-of-words classifier that was fitted on `train`."""
-    model = make_pipeline(leak_features(name), LogisticRegression(max_iter=1000))
-    model.fit([row["text"] for row in train], [row["harmful"] for row in train])
-    scores = model.decision_function([row["text"] for row in test])
-    return roc_auc_score([row["harmful"] for row in test], scores)
 
 
 def normalize(text):
@@ -86,12 +74,13 @@ def test_the_file_ends_with_one_newline_and_has_no_blank_line():
     assert b"\r" not in raw
 
 
-def test_there_are_240_pairs_in_12_categories_and_120_plain_requests():
+def test_there_are_312_pairs_in_12_categories_and_240_requests_of_each_other_kind():
     """The README and every table of results state these counts."""
-    assert Counter(row["kind"] for row in ROWS) == {"harmful": 240, "twin": 240, "plain": 120}
-    paired = Counter(row["category"] for row in ROWS if row["kind"] != "plain")
-    assert paired == dict.fromkeys(CATEGORIES, 40)
-    assert len(PAIRS) == 240
+    kinds = Counter(row["kind"] for row in ROWS)
+    assert kinds == {"harmful": 312, "twin": 312, "sounds_unsafe": 240, "same_topic": 240, "plain": 240}
+    categories = Counter(row["category"] for row in ROWS if row["kind"] != "plain")
+    assert categories == dict.fromkeys(CATEGORIES, 2 * 26 + 2 * 20)
+    assert len(PAIRS) == 312
 
 
 def test_ids_are_unique_and_name_the_pair_and_the_class():
@@ -100,6 +89,8 @@ def test_ids_are_unique_and_name_the_pair_and_the_class():
     for row in ROWS:
         if row["kind"] == "plain":
             assert re.fullmatch(r"plain-\d{3}", row["id"])
+        elif row["kind"] in ID_PREFIXES:
+            assert re.fullmatch(ID_PREFIXES[row["kind"]] + re.escape(row["category"]) + r"-\d{2}", row["id"])
         else:
             assert re.fullmatch(re.escape(row["category"]) + r"-\d{2}", row["pair"])
             assert row["id"] == f"{row['pair']}-{'h' if row['harmful'] else 'b'}"
@@ -110,12 +101,11 @@ def test_harmful_is_true_for_exactly_the_harmful_kind():
     assert all(row["harmful"] == (row["kind"] == "harmful") for row in ROWS)
 
 
-def test_plain_requests_have_no_pair_and_the_category_plain():
-    """A plain request has no twin."""
+def test_only_harmful_requests_and_twins_have_pairs_and_only_plain_ones_the_category_plain():
+    """The kinds without pairs have no twin."""
     for row in ROWS:
-        plain = row["kind"] == "plain"
-        assert (row["pair"] is None) == plain
-        assert (row["category"] == "plain") == plain
+        assert (row["pair"] is not None) == (row["kind"] in ("harmful", "twin"))
+        assert (row["category"] == "plain") == (row["kind"] == "plain")
 
 
 def test_every_pair_is_one_harmful_request_and_one_twin_of_the_same_category_and_split():
@@ -133,20 +123,21 @@ def test_the_members_of_a_pair_differ_in_length_by_at_most_30_percent(unit):
         assert max(lengths) <= 1.3 * min(lengths), (pair, lengths)
 
 
-def test_every_category_is_split_8_4_8_and_plain_48_24_48():
-    """Every split has the same categories."""
-    for category in CATEGORIES:
-        splits = Counter(
-            members[0]["split"] for members in PAIRS.values() if members[0]["category"] == category
-        )
-        assert splits == PAIRS_PER_CATEGORY, category
-    assert Counter(row["split"] for row in ROWS if row["kind"] == "plain") == PLAIN
+def test_every_split_has_the_same_share_of_every_category():
+    """A result on one split must not depend on its topics."""
+    counts = defaultdict(Counter)
+    for row in ROWS:
+        counts[row["kind"], row["category"]][row["split"]] += 1
+    assert counts.pop(("plain", "plain")) == PLAIN
+    for (kind, category), splits in counts.items():
+        expected = OTHERS_PER_CATEGORY if kind in ID_PREFIXES else PAIRS_PER_CATEGORY
+        assert splits == expected, (kind, category)
 
 
 def test_splits_do_not_follow_the_order_of_writing():
     """Requests written early may differ from those written late."""
     for category in CATEGORIES:
-        order = [PAIRS[f"{category}-{number:02d}"][0]["split"] for number in range(1, 21)]
+        order = [PAIRS[f"{category}-{number:02d}"][0]["split"] for number in range(1, 27)]
         changes = sum(left != right for left, right in pairwise(order))
         assert changes > 4, (category, order)
 
@@ -169,12 +160,9 @@ def test_no_text_occurs_twice_regardless_of_case_and_punctuation():
 def test_no_two_texts_of_different_splits_are_near_duplicates():
     """Tuning on one split must not leak into another."""
     vectors = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit_transform([row["text"] for row in ROWS])
-    similarity = (vectors @ vectors.T).toarray()
-    close = [
-        (ROWS[i]["id"], ROWS[j]["id"], round(float(similarity[i, j]), 2))
-        for i, j in combinations(range(len(ROWS)), 2)
-        if ROWS[i]["split"] != ROWS[j]["split"] and similarity[i, j] > 0.6
-    ]
+    splits = np.array([row["split"] for row in ROWS])
+    similarity = np.triu((vectors @ vectors.T).toarray() * (splits[:, None] != splits))
+    close = [(ROWS[i]["id"], ROWS[j]["id"]) for i, j in np.argwhere(similarity > 0.6)]
     assert close == []
 
 
@@ -183,38 +171,27 @@ def test_no_text_has_sexual_content():
     assert [row["id"] for row in ROWS if SEXUAL.search(row["text"])] == []
 
 
-@pytest.mark.parametrize("name", ["words", "characters"])
-def test_surface_features_barely_separate_harmful_requests_from_twins(name):
+@pytest.mark.parametrize("features", SURFACE_FEATURES)
+def test_surface_features_barely_separate_harmful_requests_from_twins(features):
     """A list of words must not suffice for a high score."""
-    paired = [row for row in ROWS if row["kind"] != "plain"]
-    train = [row for row in paired if row["split"] == "train"]
-    test = [row for row in paired if row["split"] == "test"]
-    assert leak_auroc(name, train, test) < 0.75
-
-
-@pytest.mark.parametrize("name", ["words", "characters"])
-def test_the_leak_is_small_for_other_splits_too(name):
-    """The small leak must not depend on one assignment of pairs."""
-    names = sorted(PAIRS)
-    aurocs = []
-    for seed in range(3):
-        order = np.random.default_rng(seed).permutation(len(names))
-        train = [row for i in order[:96] for row in PAIRS[names[i]]]
-        test = [row for i in order[144:] for row in PAIRS[names[i]]]
-        aurocs.append(leak_auroc(name, train, test))
-    assert max(aurocs) < 0.75, aurocs
+    leak = measure_surface_leak(load_queries("twins").queries, features, repeats=1).set_index("fit")
+    assert leak["n_pairs"].to_dict() == {"train to test": 156, "all pairs, 10 folds": 312}
+    assert leak.loc["train to test", "paired_leak"] <= 0.55
+    assert leak.loc["all pairs, 10 folds", "paired_leak"] <= 0.60  # the leak depends little on the split
 
 
 def test_length_does_not_separate_harmful_requests_from_twins():
     """Neither class may be longer in general."""
-    paired = [row for row in ROWS if row["kind"] != "plain"]
+    paired = [row for row in ROWS if row["pair"] is not None]
     auroc = roc_auc_score([row["harmful"] for row in paired], [len(row["text"]) for row in paired])
     assert 0.45 <= auroc <= 0.55
 
 
-def test_the_readme_states_the_checksum_of_the_file():
+def test_the_readme_states_the_checksums_of_the_files():
     """A change of the data must be documented."""
     stated = re.findall(
-        r"contrast\.jsonl\s+sha256 ([0-9a-f]{64})", (DATA / "README.md").read_text(encoding="utf-8")
+        r"(contrast\S*\.jsonl)\s+sha256 ([0-9a-f]{64})", (DATA / "README.md").read_text(encoding="utf-8")
     )
-    assert stated == [hashlib.sha256(FILE.read_bytes()).hexdigest()]
+    assert sorted(stated) == sorted(
+        (path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in DATA.glob("contrast*.jsonl")
+    )

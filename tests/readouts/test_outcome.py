@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -226,19 +227,22 @@ def test_only_openings_of_several_refusals_and_several_others_are_mixed() -> Non
 def test_the_deeper_readout_tells_responses_with_the_same_first_token_apart() -> None:
     session = make_toy_session()
     words = derive_readout(session, QUERIES, NONE)
-    query_chats = DIRECT_ATTACK.build_query_chats(QUERIES)
-    prompts = render_prompt_ids(session, words, query_chats)
     openings = []
-    for prompt in prompts:
+    for prompt in render_prompt_ids(session, words, DIRECT_ATTACK.build_query_chats(QUERIES)):
         first = int(plain_logits(session, prompt).argmax())
         openings.append((first, int(plain_logits(session, (*prompt, first)).argmax())))
-    # Of the responses with the most frequent first token, those with the most frequent second one refuse.
-    refusing = max(set(openings), key=openings.count)
+    # A random model rarely opens two responses alike, so two queries with one first token are repeated.
+    shared_first = Counter(first for first, _ in openings).most_common(1)[0][0]
+    refused, answered = [index for index, opening in enumerate(openings) if opening[0] == shared_first][:2]
+    asked = [*range(len(QUERIES)), *[refused] * 4, *[answered] * 3]
+    queries = [replace(QUERIES[index], id=str(number), pair=None) for number, index in enumerate(asked)]
+    query_chats = DIRECT_ATTACK.build_query_chats(queries)
+    refusing, openings = openings[refused], [openings[index] for index in asked]
     is_refusal = np.array([opening == refusing for opening in openings])
     is_other = np.array([opening[0] == refusing[0] for opening in openings]) & ~is_refusal
     assert min(is_refusal.sum(), is_other.sum()) >= MIN_MIXED_RESPONSES
-    labels = np.ones(len(QUERIES), bool), is_refusal
-    pairs = [query.pair for query in QUERIES]
+    labels = np.ones(len(queries), bool), is_refusal
+    pairs = [query.pair for query in queries]
     shallow, deep = (
         fit_outcome_readout(session, words, NONE, query_chats, pairs, labels, depth) for depth in (1, 3)
     )
@@ -253,6 +257,6 @@ def test_the_deeper_readout_tells_responses_with_the_same_first_token_apart() ->
     assert branch.weights[branch.ids.index(refusing[1])] == pytest.approx(expected)
     gaps = []
     for readout in (shallow, deep):
-        margins = score_condition(session, "none", NONE, QUERIES, readout)["margin"].to_numpy()
+        margins = score_condition(session, "none", NONE, queries, readout)["margin"].to_numpy()
         gaps.append(margins[is_refusal].min() - margins[is_other].max())
     assert gaps[1] > 0.4 > 0.1 > gaps[0]

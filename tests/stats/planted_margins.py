@@ -11,7 +11,7 @@ from analysis.stats.bootstrap import ResamplingUnits
 from analysis.stats.ensembles import SplitScores
 from analysis.stats.voting import MarginTable
 
-N_PAIRS, N_PLAIN = 96, 48  # as in the test split of the shipped set
+N_PAIRS, N_PLAIN = 96, 48  # as in the test split of contrast-v1
 
 
 def make_classes_and_pairs(pairs: int = N_PAIRS, plain: int = N_PLAIN) -> tuple[Any, list[str | None]]:

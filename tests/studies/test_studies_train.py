@@ -37,7 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make_spec(home: Path, model: str | None = None, seed: int = 0, limit: int | None = 60) -> RunSpec:
+def make_spec(home: Path, model: str | None = None, seed: int = 0, limit: int | None = 84) -> RunSpec:
     name = model or str(home / "toy")
     return RunSpec(name, "contrast", "train", limit, None, "cpu", "auto", seed, True)
 
