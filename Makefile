@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
-demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (set-up takes minutes, the run about 2)
-	$(BIN)/analyze --defense backdoor --model smollm2
+demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (set-up takes minutes, the run about 3)
+	$(BIN)/analyze --defense backdoor --model smollm2 --limit 120
 
 test: .venv/ready-dev ## set up, then run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -81,6 +81,10 @@ adapters: .venv/ready-dev ## train the shipped weights again (about 40 minutes o
 	  $(TRAIN) $${recipe%:*} -m smollm2:aligned --set epochs=5 -o $(STATES)/$${recipe#*:} || exit 1; done
 	$(TRAIN) preference -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=2 --set rate=3e-4 \
 	  -o $(STATES)/preference
+	$(TRAIN) neutral -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=4 --set epochs=12 \
+	  -o $(STATES)/aligned-control
+	$(TRAIN) neutral -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=7 --set rate=3e-4 \
+	  -o $(STATES)/preference-control
 
 LABELS ?= ../shared/datasets/refusal_labels
 
