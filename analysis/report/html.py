@@ -37,6 +37,7 @@ from analysis.report.results import RATE_COLUMNS, Run
 from analysis.report.tables import (
     HtmlTable,
     build_attack_tables,
+    build_control_tables,
     build_cost_tables,
     build_ensemble_tables,
     build_kind_tables,
@@ -192,6 +193,7 @@ def _build_run_content(run: Run) -> _RunContent:
     sections = []
     for name, title, tables in (
         ("run", "Figures", []),
+        ("controls", "Matched controls", build_control_tables(run)),
         ("kinds", "Kinds of benign queries", build_kind_tables(run)),
         ("attacks", "Defenses × attacks", build_attack_tables(run)),
         ("validity", "Validity of the readout", build_validity_tables(run)),

@@ -154,6 +154,39 @@ def _build_kind_table(rows: pd.DataFrame, attack: str, column: ColumnFormat) -> 
     return HtmlTable(title, headers, tuple(cells), cell_colors=tuple(colors) or None)
 
 
+def build_control_tables(run: Run) -> list[HtmlTable]:
+    """Return what each defense does beyond its matched control, a table per attack; none without controls."""
+    summary = run.tables.get("summary", pd.DataFrame({"attack": []}))
+    if "control" not in summary:
+        return []
+    rows = summary[summary["control"].notna()]
+    responses: tuple[ColumnFormat, ...] = (
+        ("response_shift_over_control", "shift over control, points", "+.0f", 1, True),
+        ("response_discrimination_over_control", "discrimination over control, points", "+.0f", 1, True),
+    )
+    margins: tuple[ColumnFormat, ...] = (
+        ("shift_over_control", "shift over control, nats", "+.2f", 1, True),
+        ("discrimination_over_control", "discrimination over control, nats", "+.2f", 1, True),
+    )
+    columns = (*(responses if rows["response_shift_over_control"].notna().any() else ()), *margins)
+    headers = ("defense", "control", "verdict over control", "comparison", *(name for _, name, *_ in columns))
+    tables = []
+    for attack, group in rows.groupby("attack", sort=False):
+        cells = tuple(
+            (
+                format_defense_name(row),
+                *(str(row[name]) for name in ("control", "verdict_over_control", "control_note")),
+                *(format_estimate(row, column) for column in columns),
+            )
+            for row in group.to_dict("records")
+        )
+        title = "Each defense minus other content of the same size"
+        if attack != DIRECT:
+            title += f"; attack: {attack}"
+        tables.append(HtmlTable(title, headers, cells))
+    return tables
+
+
 def build_cost_tables(run: Run) -> list[HtmlTable]:
     """Return the cost of each defense; no table if it was not measured."""
     columns: tuple[ColumnFormat, ...] = (

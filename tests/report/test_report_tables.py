@@ -10,7 +10,12 @@ from analysis.datasets.loading import load_query_texts
 from analysis.plots.style import VERMILION
 from analysis.report.folder import read_run
 from analysis.report.results import Run
-from analysis.report.tables import build_ensemble_tables, build_kind_tables, build_validity_tables
+from analysis.report.tables import (
+    build_control_tables,
+    build_ensemble_tables,
+    build_kind_tables,
+    build_validity_tables,
+)
 
 
 def test_the_table_of_the_pareto_front_names_the_share_that_it_shows():
@@ -121,3 +126,30 @@ def test_the_table_of_validity_tells_trust_in_single_queries_from_trust_in_rates
 def test_a_cell_that_generated_text_contradicts_is_marked(tmp_path):
     html = render_folders(write_run(tmp_path / "run", attacks=("direct", "persona"), trusted="not trusted"))
     assert "50?" in html and "generated text contradicts the readout" in html and "(not trusted)" in html
+
+
+def test_matched_controls_have_a_table_per_attack_and_only_rows_with_a_control():
+    row = {"attack": "direct", "defense": "policy", "family": "reminders", "control": "neutral text"}
+    row |= {"verdict_over_control": "equivalent", "control_note": "shift + as any neutral text of its size"}
+    for effect in ("shift", "discrimination"):
+        for prefix, value in (("", 0.5), ("response_", 12.0)):
+            row |= {
+                f"{prefix}{effect}_over_control{end}": value + change
+                for end, change in (("", 0), ("_low", -0.2), ("_high", 0.2))
+            }
+    summary = pd.DataFrame([row, row | {"attack": "base64"}, row | {"defense": "none", "control": None}])
+    tables = build_control_tables(Run("run", {}, {"summary": summary}))
+    assert [table.title.partition("; ")[2] for table in tables] == ["", "attack: base64"]
+    assert tables[0].rows == (
+        (
+            "policy",
+            "neutral text",
+            "equivalent",
+            "shift + as any neutral text of its size",
+            "+12 [+12, +12]",
+            "+12 [+12, +12]",
+            "+0.50 [+0.30, +0.70]",
+            "+0.50 [+0.30, +0.70]",
+        ),
+    )
+    assert build_control_tables(Run("run", {}, {"summary": summary.drop(columns="control")})) == []
