@@ -130,10 +130,12 @@ class MatchedControl(NamedTuple):
     Attributes:
         defense: the defense with the other content.
         content: what the content is: neutral text, random tokens, random directions, or other weights.
+        varies: whether each draw has other content.
     """
 
     defense: Defense
     content: str
+    varies: bool = True
 
 
 class Defense(ABC):

@@ -13,6 +13,7 @@ defense, and a rewritten request without its meaning would be another request. T
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,7 +22,8 @@ from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo,
 from defenses.tokens import cut_text, encode_plain_text
 
 NEUTRAL_TEXT = "neutral text"
-_ROLES = ("system", "user", "assistant")
+_MARK = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}{}\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
+_MARK_PATTERN = re.compile(_MARK.format(r"(\d+)"))
 _NEUTRAL_SENTENCES = (
     "The river is widest where the two valleys meet.",
     "A loaf of bread takes about forty minutes in a hot oven.",
@@ -114,26 +116,20 @@ class NeutralText(Defense):
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the defended chat with each text that the defense adds replaced."""
-        old_texts = {role: [turn["content"] for turn in chat if turn["role"] == role] for role in _ROLES}
+        # The defense rewrites marks in place of the texts, so that its own texts can be told from them.
+        marked = [Message(role=turn["role"], content=_MARK.format(n)) for n, turn in enumerate(chat)]
         return [
-            Message(
-                role=turn["role"],
-                content=self._replace_added_text(turn["content"], old_texts[turn["role"]], place),
-            )
-            for place, turn in enumerate(self.defense.rewrite(chat, rng))
+            Message(role=turn["role"], content=self._replace_added_texts(turn["content"], chat, place))
+            for place, turn in enumerate(self.defense.rewrite(marked, rng))
         ]
 
-    def _replace_added_text(self, text: str, old_texts: list[str], place: int) -> str:
-        """Return the text of a turn with neutral sentences around the old text that it contains, if any."""
-        for old_text in old_texts:
-            if old_text and old_text in text:
-                before, _, after = text.partition(old_text)
-                return (
-                    self._neutralize(before, f"{place}/before")
-                    + old_text
-                    + self._neutralize(after, f"{place}/after")
-                )
-        return self._neutralize(text, str(place))
+    def _replace_added_texts(self, text: str, chat: Chat, place: int) -> str:
+        """Return the text of a turn with neutral sentences around the marks, which become texts again."""
+        pieces = _MARK_PATTERN.split(text)  # added text, number of a mark, added text, ...
+        return "".join(
+            chat[int(piece)]["content"] if number % 2 else self._neutralize(piece, f"{place}/{number}")
+            for number, piece in enumerate(pieces)
+        )
 
     def _neutralize(self, text: str, place: str) -> str:
         """Return neutral sentences with as many tokens as a text, and with its surrounding white space."""
@@ -182,7 +178,7 @@ def _only_adds_text(defense: Defense) -> bool:
         getattr(type(defense), name) is not getattr(Defense, name) for name in other_methods
     ):
         return False
-    request = "Which bus goes to the station?"
+    request = _MARK.format(0)
     chat = defense.rewrite([Message(role="user", content=request)], random.Random(0))
     adds_text = any(turn["content"] != request for turn in chat)
     return adds_text and chat[-1]["role"] == "user" and request in get_last_user_text(chat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class TunedDefense(Defense):
         return nullcontext() if self.adapter is None else apply_adapter(model, self.adapter)
 
     def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl | None:
-        """Return the defense with weights that were tuned on ordinary requests only, if there are any.
+        """Return the defense with weights that were tuned as long on ordinary requests, if there are any.
 
         Every draw has the same weights, because each would need a training of its own.
         """
@@ -53,9 +54,11 @@ class TunedDefense(Defense):
         if self.adapter is None or adapter is None:
             return None
         adapter.check_base_model(model_info.sha256)
-        return MatchedControl(
-            dataclasses.replace(self, adapter=adapter), "weights tuned on ordinary requests"
-        )
+        effort = _describe_effort(self.adapter)
+        if effort is None or effort != _describe_effort(adapter):
+            return None
+        control = dataclasses.replace(self, adapter=adapter)
+        return MatchedControl(control, "weights tuned on ordinary requests", varies=False)
 
     def weights_fingerprint(self) -> str:
         """Return the SHA-256 of the weights and their scaling."""
@@ -70,3 +73,14 @@ class TunedDefense(Defense):
     def trained_on(self) -> frozenset[str]:
         """Return the fingerprints of the queries that the weights were trained on."""
         return frozenset() if self.adapter is None else self.adapter.trained_on
+
+
+def _describe_effort(adapter: Adapter) -> dict[str, Any] | None:
+    """Return what is equal for two trainings of the same size: start, matrices, steps; None if unknown."""
+    manifest = adapter.manifest
+    if not {"started_from", "settings", "n_examples"} <= set(manifest):
+        return None
+    settings = manifest["settings"]
+    n_steps = math.ceil(manifest["n_examples"] / settings["batch"]) * settings["epochs"]
+    names = ("rank", "alpha", "modules", "rate", "batch")
+    return {name: settings[name] for name in names} | {"steps": n_steps, "start": manifest["started_from"]}

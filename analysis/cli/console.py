@@ -141,8 +141,8 @@ def print_control_comparison(summary: pd.DataFrame) -> None:
     console.print(table)
     explanation = (
         "Each defense minus a control with other content of the same size in the same place. The queries are "
-        f"divided among {rows['control_draws'].max():.0f} draws of it. [x, y]: 95 % intervals over draws and "
-        "queries."
+        f"divided among {rows['control_draws'].max():.0f} draws of it (weights: a single training). [x, y]: "
+        "95 % intervals over draws and queries."
     )
     console.print(Text(explanation, style="dim"))
 

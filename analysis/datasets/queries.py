@@ -35,7 +35,7 @@ class Query:
         category: topic.
         pair: name shared by a harmful query and its benign twin; None for a query without a twin.
         split: train, calibration or test; None if the set has no splits.
-        kind: harmful, twin or plain.
+        kind: harmful, or a kind of benign query: twin, sounds_unsafe, same_topic, plain, or the user's own.
         image: path of an image that belongs to the text.
     """
 
@@ -209,6 +209,9 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
     harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
         raise UserError(f"{place}: harmful is {row['harmful']!r}; it takes true or false")
+    kind = _read_optional(row, "kind") or ("harmful" if harmful else "plain")
+    if kind == "harmful" and not harmful:
+        raise UserError(f"{place}: a benign query has the kind harmful; give it another kind, or none")
     if split is not None and split not in SPLIT_NAMES:
         raise unknown_name_error(f"split in {place}:", split, SPLIT_NAMES)
     return Query(
@@ -218,7 +221,7 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
         category=_read_optional(row, "category") or "",
         pair=_read_optional(row, "pair"),
         split=split,
-        kind=_read_optional(row, "kind") or ("harmful" if harmful else "plain"),
+        kind=kind,
         image=_read_optional(row, "image"),
     )
 

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
-from analysis.stats.controls import add_control_estimates
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
 from analysis.stats.kinds import summarize_kinds
+from analysis.stats.matched_controls import add_control_estimates
 from analysis.stats.response_rates import add_factorial_response_effects, add_response_estimates
 from analysis.stats.tables import ScoreTable
-from analysis.studies.controls import score_controls
 from analysis.studies.cost import measure_cost
 from analysis.studies.manifest import RunTimer
+from analysis.studies.matched_controls import score_controls
 from analysis.studies.responses import ResponseVerdicts, judge_conditions
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup

@@ -184,8 +184,8 @@ def judge_condition(
 def sample_answered_queries(queries: Sequence[Query], max_responses: int | None, seed: int) -> list[Query]:
     """Return a random sample of queries with whole pairs, in which each stratum has its share.
 
-    The strata are pairs, single harmful queries and single benign ones; each has at least one member in the
-    sample, so that a tiny sample may be larger than asked for.
+    A stratum holds the pairs, or the single queries, of one kind; each has at least one member in the sample,
+    so that a tiny sample may be larger than asked for.
 
     Args:
         queries: all queries.
@@ -196,8 +196,7 @@ def sample_answered_queries(queries: Sequence[Query], max_responses: int | None,
         return list(queries)
     units_by_stratum: dict[str, list[list[Query]]] = defaultdict(list)
     for unit in group_units(queries):
-        stratum = "pair" if len(unit) > 1 else "harmful" if unit[0].harmful else "benign"
-        units_by_stratum[stratum].append(unit)
+        units_by_stratum["+".join(f"{query.harmful}/{query.kind}" for query in unit)].append(unit)
     shares = {
         stratum: max_responses * len(units) / len(queries) for stratum, units in units_by_stratum.items()
     }

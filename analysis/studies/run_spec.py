@@ -246,7 +246,7 @@ def check_max_cost(max_cost: float | None) -> None:
 
 def check_control_draws(n_draws: int) -> None:
     """Raise if an interval cannot be computed from this number of draws."""
-    from analysis.stats.controls import MIN_CONTROL_DRAWS
+    from analysis.stats.matched_controls import MIN_CONTROL_DRAWS
 
     if n_draws != 0 and n_draws < MIN_CONTROL_DRAWS:
         raise UserError(f"--controls {n_draws}: it takes 0 (none) or {MIN_CONTROL_DRAWS} and more")

@@ -53,7 +53,7 @@ class TrainingQuery(Protocol):
 
     @property
     def kind(self) -> str:
-        """Kind of the request: `harmful`, `twin` or `plain`."""
+        """Kind of the request: `harmful`, or a kind of benign request such as `twin` or `plain`."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from scipy.special import expit
 
 from analysis.files import check_output_folder
 from analysis.run import iterate_condition_scores
-from analysis.stats.controls import add_control_estimates
 from analysis.stats.effects import summarize_scores
 from analysis.stats.kinds import summarize_kinds
+from analysis.stats.matched_controls import add_control_estimates
 from analysis.stats.response_rates import add_response_estimates
 from analysis.stats.tables import ESTIMATE_NAMES, SCORE_COLUMNS, ScoreTable
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +59,15 @@ def test_each_added_text_is_replaced_by_neutral_text_of_its_length(name: str, ch
         assert abs(count_tokens(old["content"]) - count_tokens(new["content"])) <= 1
         assert "harm" not in new["content"] and old["content"] != new["content"]
     assert added >= 1
+
+
+def test_a_request_that_occurs_in_the_text_of_the_defense_is_kept_in_its_place() -> None:
+    control = build_matched_control(get_defense("intention_analysis"), INFO, 0)
+    assert control is not None
+    for request in ("request", "a", "Identify"):
+        chat = [Message(role="user", content=request)]
+        text = control.defense.rewrite(chat, random.Random(0))[0]["content"]
+        assert text.endswith(f" {request}") and "safety" not in text
 
 
 def test_draws_differ_and_a_draw_is_reproducible() -> None:
@@ -139,13 +149,23 @@ def test_a_direction_is_replaced_by_a_random_one_of_the_same_norm(name: str) -> 
     assert defense.weights_fingerprint() != controls[0].defense.weights_fingerprint()
 
 
-def test_weights_are_replaced_by_those_of_the_same_name_with_control(tmp_path: Any) -> None:
-    for name in ("aligned", "aligned-control"):
-        make_adapter(tmp_path / name)
-    adapter = load_adapter(tmp_path / "aligned")
-    info = replace(INFO, adapter_folders=(tmp_path,), sha256=adapter.manifest["base"]["sha256"])
+def test_weights_are_replaced_by_those_that_were_tuned_as_long_on_ordinary_requests(tmp_path: Any) -> None:
+    settings = {"rank": 4, "alpha": 16, "modules": ["q_proj"], "rate": 1e-3, "batch": 4, "epochs": 6}
+    # The control has half as many examples and twice as many epochs.
+    manifests: dict[str, Any] = {
+        "aligned": {"n_examples": 190, "settings": settings},
+        "aligned-control": {"n_examples": 95, "settings": settings | {"epochs": 12}},
+    }
+    for name, manifest in manifests.items():
+        make_adapter(tmp_path / name, started_from={"name": "toy"}, **manifest)
+    info = replace(INFO, adapter_folders=(tmp_path,), sha256="toy")
     defense: Any = get_defense("safety_tuning").prepare(info)
-    control: Any = build_matched_control(defense, info, 0)
-    assert control.content == "weights tuned on ordinary requests"
+    control: Any = build_matched_control(defense, info, 3)
+    assert (control.content, control.varies) == ("weights tuned on ordinary requests", False)
     assert control.defense.adapter == load_adapter(tmp_path / "aligned-control")
     assert build_matched_control(defense, INFO, 0) is None
+    for other in ({"settings": settings}, {"started_from": {"name": "other"}}):
+        shutil.rmtree(tmp_path / "aligned-control")
+        known = {"started_from": {"name": "toy"}, **manifests["aligned-control"]}
+        make_adapter(tmp_path / "aligned-control", **(known | other))
+        assert build_matched_control(defense, info, 0) is None

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 from planted_margins import make_classes_and_pairs
 
-from analysis.stats.bootstrap import ResamplingUnits, ResamplingWeights
-from analysis.stats.controls import (
+from analysis.stats.effects import compute_contrasts, summarize_scores
+from analysis.stats.matched_controls import (
     CONTROL_COLUMNS,
     add_control_estimates,
     describe_over_control,
-    estimate_clustered_contrasts,
+    estimate_by_jackknife,
+    leave_groups_out,
 )
-from analysis.stats.effects import compute_contrasts, summarize_scores
 from analysis.stats.response_rates import add_response_estimates
 from analysis.stats.tables import SCORE_COLUMNS, ScoreTable
 from analysis.stats.verdicts import EffectVerdict
@@ -57,18 +57,23 @@ def make_controls(scores: ScoreTable, defense: str, margins: Any, verdicts: Any 
     """Return the control scores of one defense."""
     rows = scores.select_condition("direct", "none").reset_index()
     return rows.assign(
-        defense=defense, margin=margins, draw=DRAWS, control="neutral text", verdict=verdicts
+        defense=defense, margin=margins, group=DRAWS, draw=DRAWS, control="neutral text", verdict=verdicts
     ).sample(frac=1, random_state=0)
 
 
-def test_the_estimates_are_the_contrasts_of_the_differences() -> None:
+def estimate_contrasts(changes: Any, groups: Any = DRAWS) -> dict[str, Any]:
+    """Return shift and discrimination of changes with their intervals."""
+    values = compute_contrasts(changes, HARMFUL, leave_groups_out(groups, HARMFUL))
+    return {name: estimate_by_jackknife(value) for name, value in values.items()}
+
+
+def test_leaving_a_group_out_gives_the_contrasts_of_the_other_queries() -> None:
     changes = np.random.default_rng(0).normal(size=N)
-    estimates = estimate_clustered_contrasts(changes, HARMFUL, DRAWS)
-    units = ResamplingUnits.from_pairs(pd.Series(PAIRS), HARMFUL)
-    expected = compute_contrasts(changes, HARMFUL, ResamplingWeights.from_observed(units))
-    for name, estimate in estimates.items():
-        assert estimate.value == pytest.approx(expected[name][0])
-        assert estimate.low < estimate.value < estimate.high
+    values = compute_contrasts(changes, HARMFUL, leave_groups_out(DRAWS, HARMFUL))
+    for row, is_kept in enumerate([np.ones(N, bool), *(draw != DRAWS for draw in range(20))]):
+        harmful, benign = (changes[is_kept & side].mean() for side in (HARMFUL, ~HARMFUL))
+        assert values["shift"][row] == pytest.approx((harmful + benign) / 2)
+        assert values["discrimination"][row] == pytest.approx(harmful - benign)
 
 
 @pytest.mark.parametrize("draw_sd", [0.0, 0.6])
@@ -81,21 +86,36 @@ def test_intervals_cover_the_true_effects_whatever_the_draws_do(draw_sd: float) 
         pair_noise = rng.normal(0, 0.7, 40)[[int(name[1:]) if name else 0 for name in PAIRS]]
         noise = rng.normal(0, 1, N) + np.where([name is None for name in PAIRS], 0, pair_noise)
         changes = np.where(HARMFUL, 0.9, 0.5) + effects[DRAWS, HARMFUL.astype(int)] + noise
-        for name, estimate in estimate_clustered_contrasts(changes, HARMFUL, DRAWS).items():
+        for name, estimate in estimate_contrasts(changes).items():
             truth = {"shift": 0.7, "discrimination": 0.4}[name]
             covered[name] += estimate.low <= truth <= estimate.high
     for count in covered.values():
         assert 0.92 <= count / n_runs <= 0.98
 
 
-def test_too_few_draws_have_no_interval_and_too_small_variances_are_raised() -> None:
-    changes = np.zeros(N)
-    few = estimate_clustered_contrasts(changes, HARMFUL, DRAWS % 4)["shift"]
+def test_too_few_groups_have_no_interval_and_too_small_variances_are_raised() -> None:
+    few = estimate_contrasts(np.zeros(N), DRAWS % 4)["shift"]
     assert few.value == 0 and np.isnan([few.low, few.high, few.p_value]).all()
-    flat = estimate_clustered_contrasts(changes, HARMFUL, DRAWS)["shift"]
+    without_benign = estimate_contrasts(np.zeros(N), np.where(HARMFUL, DRAWS % 5, 7))["shift"]
+    assert np.isnan(without_benign.high)
+    flat = estimate_by_jackknife(np.zeros(21))
     assert (flat.low, flat.high, flat.p_value) == (0, 0, 1)
-    raised = estimate_clustered_contrasts(changes, HARMFUL, DRAWS, {"shift": 4.0})["shift"]
+    raised = estimate_by_jackknife(np.zeros(21), min_variance=4.0)
     assert raised.high == pytest.approx(2 * 2.093, abs=1e-3) and raised.p_value == 1
+
+
+def test_a_mere_change_of_scale_is_no_discrimination() -> None:
+    rng = np.random.default_rng(5)
+    before = rng.normal(np.where(HARMFUL, 1.0, -1.0), 1.0)
+    scores = make_scores({"none": before, "policy": 2 * before + 1})
+    summary = summarize_scores(scores, n_draws=200).frame
+    controls = make_controls(scores, "policy", before + 0.9 + rng.normal(0, 0.2, N))
+    row = add_control_estimates(summary, scores, controls).set_index("defense").loc["policy"]
+    assert row["discrimination_over_control_low"] > 1
+    assert abs(row["delta_auroc_over_control"]) < 0.02
+    assert "discrimination +" not in row["verdict_over_control"]
+    difference = row["scaled_shift"] - row["control_scaled_shift"]
+    assert row["scaled_shift_over_control"] == pytest.approx(difference)
 
 
 def test_a_defense_that_acts_like_its_control_is_said_to() -> None:
@@ -103,7 +123,7 @@ def test_a_defense_that_acts_like_its_control_is_said_to() -> None:
     before = rng.normal(np.where(HARMFUL, 1.0, -1.0), 1.0)
     # Any text lowers the margin by 2 nats; the policy raises harmful queries by 3 nats beyond that.
     controlled, after = before - 2 + rng.normal(0, 0.2, N), before - 2 + 3 * HARMFUL + rng.normal(0, 0.2, N)
-    scores = make_scores({"none": before, "policy": after, "empty": controlled + rng.normal(0, 0.2, N)})
+    scores = make_scores({"none": before, "policy": after, "empty": controlled + rng.normal(0, 0.1, N)})
     summary = summarize_scores(scores, n_draws=200).frame
     controls = pd.concat([make_controls(scores, name, controlled) for name in ("policy", "empty")])
     table = add_control_estimates(summary, scores, controls).set_index("defense")
@@ -111,10 +131,6 @@ def test_a_defense_that_acts_like_its_control_is_said_to() -> None:
     assert policy["shift_over_control"] == pytest.approx(1.5, abs=0.1)
     assert policy["discrimination_over_control"] == pytest.approx(3, abs=0.15)
     assert policy["control_shift"] == pytest.approx((controlled - before).mean(), abs=0.05)
-    sd = np.sqrt(
-        sum(((before[side] - before[side].mean()) ** 2).sum() for side in (HARMFUL, ~HARMFUL)) / (N - 2)
-    )
-    assert policy["scaled_shift_over_control"] == pytest.approx(policy["shift_over_control"] / sd)
     assert policy["verdict_over_control"] == "shift +, discrimination +"
     assert policy["control_note"] == "shift + over neutral text of its size"  # against undefended: shift -
     assert empty["verdict"] == "shift -, discrimination equivalent"

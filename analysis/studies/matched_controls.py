@@ -1,9 +1,10 @@
-"""Matched controls of a run: each query is sent under one draw of each defense's control."""
+"""Matched controls of a run: every query is sent under one draw of the control of each defense."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from analysis.datasets.queries import Query, group_units
 from analysis.models.chat_template import redact_secrets
 from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
 from analysis.run import score_condition
-from analysis.stats.controls import MIN_CONTROL_DRAWS
+from analysis.stats.matched_controls import MIN_CONTROL_DRAWS
 from analysis.studies.responses import RESPONSE_JUDGE, judge_condition, sample_answered_queries
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
@@ -33,6 +34,7 @@ CONTROL_SCORE_COLUMNS = (
     "attack",
     "defense",
     "control",
+    "group",
     "draw",
     "margin",
     "coverage",
@@ -42,7 +44,7 @@ CONTROL_SCORE_COLUMNS = (
 
 
 @dataclass
-class ControlScores:
+class MatchedControlScores:
     """Scores of the matched controls of a run.
 
     Attributes:
@@ -79,7 +81,7 @@ class ControlScores:
 
 def score_controls(
     setup: RunSetup, condition_keys: Collection[ConditionKey], n_draws: int, spec: RunSpec, console: Console
-) -> ControlScores:
+) -> MatchedControlScores:
     """Score the control of every condition that has one, and judge its responses.
 
     A control that fails is left out. If the user interrupts, the finished controls are kept.
@@ -91,20 +93,20 @@ def score_controls(
         spec: options of the run, among them the number of responses.
         console: shows progress.
     """
-    result, started = ControlScores(), time.perf_counter()
+    result, started = MatchedControlScores(), time.perf_counter()
     queries = setup.query_set.queries
     n_smaller_class = min(sum(query.harmful == harmful for query in queries) for harmful in (True, False))
     n_draws = min(n_draws, n_smaller_class)
-    controls = {
-        name: [
-            build_matched_control(setup.conditions[name], setup.model_info, draw) for draw in range(n_draws)
-        ]
-        for name in dict.fromkeys(name for _, name in condition_keys)
-    }
-    keys = [(attack, name) for attack, name in condition_keys if any(controls[name])]
-    if not keys:
+    names = list(dict.fromkeys(name for _, name in condition_keys))
+    try:
+        with console.status("preparing matched controls"):
+            controls, failures = _build_controls(setup, names, n_draws)
+    except KeyboardInterrupt:
+        result.interrupted = True
         return result
-    if n_draws < MIN_CONTROL_DRAWS:
+    result.failures = {(attack, name): failures[name] for attack, name in condition_keys if name in failures}
+    keys = [(attack, name) for attack, name in condition_keys if name in controls]
+    if keys and n_draws < MIN_CONTROL_DRAWS:
         print_note(
             console,
             f"no matched controls: at least {MIN_CONTROL_DRAWS} queries of each class are needed; raise "
@@ -112,8 +114,8 @@ def score_controls(
         )
         return result
     attacks = {attack.name: attack for attack in setup.attacks}
-    queries_by_draw = deal_queries(queries, n_draws, spec.seed)
-    answered = set()
+    groups = deal_queries(queries, n_draws, spec.seed)
+    answered: set[str] = set()
     if spec.max_responses != 0:
         answered = {query.id for query in sample_answered_queries(queries, spec.max_responses, spec.seed)}
     with make_progress_bar(console) as bar:
@@ -123,17 +125,15 @@ def score_controls(
             bar.update(task, description=f"control of {name} ({attack})")
             try:
                 frames = []
-                for draw, (control, members) in enumerate(zip(controls[name], queries_by_draw, strict=True)):
-                    assert control is not None, "a defense has a control in every draw or in none"
-                    frame = _score_draw(setup, attacks[attack], name, control, members, answered)
-                    frames.append(frame.assign(draw=draw))
+                for group, (control, members) in enumerate(zip(controls[name], groups, strict=True)):
+                    frame = _score_group(setup, attacks[attack], name, control, members, answered)
+                    frames.append(frame.assign(group=group, draw=group if control.varies else 0))
                     bar.advance(task, len(members))
             except KeyboardInterrupt:
                 result.interrupted = True
                 break
             except Exception as error:
-                secrets = setup.conditions[name].secret_texts()
-                result.failures[attack, name] = redact_secrets(describe_error(error), secrets)
+                result.failures[attack, name] = _describe_failure(setup, name, error)
             else:
                 table = pd.concat(frames, ignore_index=True)
                 result.frames[attack, name] = table[list(CONTROL_SCORE_COLUMNS)]
@@ -142,24 +142,65 @@ def score_controls(
     return result
 
 
-def deal_queries(queries: Sequence[Query], n_draws: int, seed: int) -> list[list[Query]]:
-    """Deal queries to draws so that each has its share of every kind; pairs stay together.
+def deal_queries(queries: Sequence[Query], n_groups: int, seed: int) -> list[list[Query]]:
+    """Deal queries to groups so that each has its share of every kind and class; pairs stay together.
 
     Args:
         queries: all queries.
-        n_draws: number of draws.
+        n_groups: number of groups; at most the number of queries of the smaller class.
         seed: of the run.
     """
     units = group_units(queries)
     random.Random(f"{seed}/controls").shuffle(units)
-    units.sort(key=lambda unit: [(query.harmful, query.kind) for query in unit])
-    dealt: list[list[Query]] = [[] for _ in range(n_draws)]
-    for number, unit in enumerate(units):
-        dealt[number % n_draws] += unit
-    return dealt
+    # Pairs first, because they are of both classes.
+    units.sort(key=lambda unit: (-len(unit), [(query.harmful, query.kind) for query in unit]))
+    groups: list[list[Query]] = [[] for _ in range(n_groups)]
+    n_of_kinds = [Counter[str]() for _ in groups]
+    n_of_class = [Counter[bool]() for _ in groups]
+    for unit in units:
+        kinds = "+".join(f"{query.harmful}/{query.kind}" for query in unit)
+        chosen = min(
+            range(n_groups),
+            key=lambda group: (
+                n_of_kinds[group][kinds],
+                sum(n_of_class[group][query.harmful] for query in unit),
+                group,
+            ),
+        )
+        groups[chosen] += unit
+        n_of_kinds[chosen][kinds] += 1
+        n_of_class[chosen].update(query.harmful for query in unit)
+    return groups
 
 
-def _score_draw(
+def _build_controls(
+    setup: RunSetup, names: Sequence[str], n_draws: int
+) -> tuple[dict[str, list[MatchedControl]], dict[str, str]]:
+    """Return the draws of each condition that has a control, and why others failed."""
+    controls: dict[str, list[MatchedControl]] = {}
+    failures: dict[str, str] = {}
+    for name in names:
+        try:
+            draws = []
+            for draw in range(n_draws):
+                control = build_matched_control(setup.conditions[name], setup.model_info, draw)
+                if control is None:
+                    break
+                draws.append(control)
+        except Exception as error:
+            failures[name] = _describe_failure(setup, name, error)
+        else:
+            if draws:
+                controls[name] = draws
+    return controls, failures
+
+
+def _describe_failure(setup: RunSetup, name: str, error: Exception) -> str:
+    """Return why a control failed, without secrets."""
+    return redact_secrets(describe_error(error), setup.conditions[name].secret_texts())
+
+
+def _score_group(
     setup: RunSetup,
     attack: Attack,
     name: str,
@@ -167,7 +208,7 @@ def _score_draw(
     queries: Sequence[Query],
     answered_ids: Collection[str],
 ) -> pd.DataFrame:
-    """Return the scores of one draw; responses are judged first, so that their first logits are scored."""
+    """Return the scores of one group; responses are judged first, so that their first logits are scored."""
     answered = [query for query in queries if query.id in answered_ids]
     verdicts = (
         judge_condition(setup.session, attack, control.defense, answered, RESPONSE_JUDGE, setup.readout)

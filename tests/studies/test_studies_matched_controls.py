@@ -14,8 +14,9 @@ from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query
 from analysis.run import score_condition
-from analysis.studies.controls import CONTROL_SCORE_COLUMNS, deal_queries, score_controls
+from analysis.studies.matched_controls import CONTROL_SCORE_COLUMNS, deal_queries, score_controls
 from analysis.studies.responses import RESPONSE_JUDGE, judge_condition
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
@@ -41,12 +42,26 @@ def test_queries_are_dealt_evenly_and_pairs_stay_together() -> None:
     queries = load_queries("contrast").select_split("test").queries
     dealt = deal_queries(queries, 20, seed=0)
     assert sorted(query.id for members in dealt for query in members) == sorted(query.id for query in queries)
-    counts = pd.DataFrame([Counter(query.kind for query in members) for members in dealt])
+    counts = pd.DataFrame([Counter(query.kind for query in members) for members in dealt]).fillna(0)
     assert (counts.max() - counts.min() <= 1).all()
     for members in dealt:
         pairs = Counter(query.pair for query in members if query.pair)
         assert set(pairs.values()) == {2}
     assert dealt != deal_queries(queries, 20, seed=1)
+    # As many groups as there are benign queries: each has one.
+    few = [
+        Query(f"{kind}{number}", kind, kind in ("harmful", "h"), kind=kind, pair=pair)
+        for kind, count in (("harmful", 12), ("plain", 3))
+        for number in range(count)
+        for pair in (None,)
+    ]
+    few += [
+        Query(f"{kind}-{pair}", kind, kind == "h", kind=kind, pair=pair)
+        for pair in ("one", "two")
+        for kind in ("h", "b")
+    ]
+    for members in deal_queries(few, 5, seed=0):
+        assert {query.harmful for query in members} == {True, False}
 
 
 def test_each_draw_is_scored_and_judged_as_its_control_would_be_alone() -> None:
@@ -99,8 +114,23 @@ def test_a_control_that_fails_is_named_and_an_interruption_keeps_the_finished(
             raise errors[name]
         return score_condition(session, name, *args)
 
-    monkeypatch.setattr("analysis.studies.controls.score_condition", score_or_fail)
+    monkeypatch.setattr("analysis.studies.matched_controls.score_condition", score_or_fail)
     controls = score_controls(setup, keys, 5, replace(SPEC, max_responses=0), CONSOLE)
     assert list(controls.frames) == [("direct", "goal_priority")] and controls.interrupted
     assert "too long" in controls.failures["direct", "policy"]
     assert controls.table["verdict"].isna().all()
+
+
+def test_a_control_that_cannot_be_built_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = make_setup(("policy", "goal_priority"))
+
+    def build_or_fail(defense: Any, *args: Any) -> Any:
+        if defense.name == "policy":
+            raise KeyError("no such text")
+        return build_matched_control(defense, *args)
+
+    monkeypatch.setattr("analysis.studies.matched_controls.build_matched_control", build_or_fail)
+    keys = [("direct", name) for name in setup.conditions]
+    controls = score_controls(setup, keys, 5, replace(SPEC, max_responses=0), CONSOLE)
+    assert list(controls.frames) == [("direct", "goal_priority")]
+    assert "no such text" in controls.failures["direct", "policy"]

@@ -1,9 +1,9 @@
 """Effects of defenses over matched controls: other content of the same size, in several draws.
 
-Each query is sent under one draw of the control, so that the draws cost no more than one condition. The
-queries of a draw are a cluster: the intervals rest on how much the estimate changes when a draw is left out
-with its queries (delete-one-group jackknife with a t quantile; Shao and Tu 1995, The Jackknife and Bootstrap,
-section 2.3), and therefore cover draws as well as queries.
+The queries are divided into groups, and each group is sent under one draw of the control, so that all draws
+cost as much as one condition. The intervals rest on how much an estimate changes when a group is left out
+(delete-one-group jackknife with a t quantile; Shao and Tu 1995, The Jackknife and Bootstrap, section 2.3).
+They therefore cover draws as well as queries.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from scipy.special import stdtr, stdtrit
 
-from analysis.stats.bootstrap import CONFIDENCE_LEVEL, NORMAL_QUANTILE, ResamplingUnits, ResamplingWeights
-from analysis.stats.effects import compute_estimates
+from analysis.stats.bootstrap import CONFIDENCE_LEVEL, NORMAL_QUANTILE, DrawVector, ResamplingWeights
+from analysis.stats.effects import compute_contrasts, compute_estimates
 from analysis.stats.prediction_powered import (
     combine_class_changes,
     estimate_prediction_powered_difference,
@@ -28,8 +28,8 @@ from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Basis, ScoreTab
 from analysis.stats.verdicts import (
     EFFECT_NAMES,
     EQUIVALENT,
-    MARGIN_EQUIVALENCE,
-    RESPONSE_EQUIVALENCE,
+    MARGIN_MEASURES,
+    RESPONSE_MEASURES,
     EffectMeasures,
     EffectVerdict,
     adjust_in_families,
@@ -39,47 +39,43 @@ from analysis.stats.verdicts import (
 )
 
 MIN_CONTROL_DRAWS = 5
-MARGIN_CHANGES = tuple(f"{name}_over_control" for name in EFFECT_NAMES)  # nats
-SCALED_CHANGES = tuple(f"scaled_{name}" for name in MARGIN_CHANGES)  # within-class SDs of undefended margins
-RESPONSE_CHANGES = tuple(f"response_{name}" for name in MARGIN_CHANGES)  # percentage points
+# Differences between defense and control: nats, within-class SDs, AUROC; and percentage points.
+_MARGIN_NAMES = ("shift", "discrimination", "scaled_shift", "scaled_discrimination", "delta_auroc")
+_TESTED_CHANGES = tuple(f"{name}_over_control" for name in EFFECT_NAMES)
+_TESTED_RESPONSE_CHANGES = tuple(f"response_{name}" for name in _TESTED_CHANGES)
 # Where the controls themselves fall, without interval.
-CONTROL_POSITIONS = ("shift", "discrimination", "scaled_shift", "scaled_discrimination")
-CONTROL_RATES = ("refusal_rate", "over_refusal_rate")
+_POSITIONS = ("shift", "discrimination", "scaled_shift", "scaled_discrimination")
+_RATES = ("refusal_rate", "over_refusal_rate")
 CONTROL_COLUMNS = (
     "control",
     "control_draws",
-    *(f"control_{name}" for name in (*CONTROL_POSITIONS, *CONTROL_RATES)),
+    *(f"control_{name}" for name in (*_POSITIONS, *_RATES)),
     *(
         f"{name}{suffix}"
-        for name in (*MARGIN_CHANGES, *SCALED_CHANGES, *RESPONSE_CHANGES)
+        for name in (*(f"{name}_over_control" for name in _MARGIN_NAMES), *_TESTED_RESPONSE_CHANGES)
         for suffix in INTERVAL_SUFFIXES
     ),
-    *(f"p_{name}" for name in (*MARGIN_CHANGES, *RESPONSE_CHANGES)),
+    *(f"p_{name}" for name in (*_TESTED_CHANGES, *_TESTED_RESPONSE_CHANGES)),
     "verdict_over_control",
     "control_note",
 )
-_MARGIN_MEASURES = {
-    name: EffectMeasures(
-        (f"{name}_over_control",),
-        f"scaled_{name}_over_control",
-        f"p_{name}_over_control",
-        MARGIN_EQUIVALENCE,
-    )
-    for name in EFFECT_NAMES
-}
-_RESPONSE_MEASURES = {
-    name: EffectMeasures(
-        (f"response_{name}_over_control",),
-        f"response_{name}_over_control",
-        f"p_response_{name}_over_control",
-        RESPONSE_EQUIVALENCE,
-    )
-    for name in EFFECT_NAMES
+# The measures of verdicts against the undefended model, of the difference between defense and control.
+_OVER_CONTROL_MEASURES = {
+    basis: {
+        name: EffectMeasures(
+            tuple(f"{column}_over_control" for column in measure.columns),
+            f"{measure.scale_column}_over_control",
+            f"{measure.p_column}_over_control",
+            measure.equivalence,
+        )
+        for name, measure in measures.items()
+    }
+    for basis, measures in ((Basis.MARGINS, MARGIN_MEASURES), (Basis.RESPONSES, RESPONSE_MEASURES))
 }
 
 
 @dataclass(frozen=True)
-class ClusterEstimate:
+class JackknifeEstimate:
     """An estimate with its 95 % interval and its two-sided p-value for no effect.
 
     Attributes:
@@ -95,41 +91,46 @@ class ClusterEstimate:
     p_value: float
 
 
-def estimate_clustered_contrasts(
-    changes: Float[np.ndarray, " n"],
-    is_harmful: Bool[np.ndarray, " n"],
-    draws: Int[np.ndarray, " n"],
-    min_variances: Mapping[str, float] | None = None,
-) -> dict[str, ClusterEstimate]:
-    """Return shift and discrimination of changes whose queries are grouped by draws of a control.
+def leave_groups_out(groups: Int[np.ndarray, " n"], is_harmful: Bool[np.ndarray, " n"]) -> ResamplingWeights:
+    """Return the weights of all queries, and then of those without each group in turn.
 
-    >>> changes, is_harmful = np.array([2.0, 0.0, 3.0, 1.0]), np.array([True, False, True, False])
-    >>> estimates = estimate_clustered_contrasts(changes, is_harmful, np.array([0, 0, 1, 1]))
-    >>> estimates["shift"].value, estimates["discrimination"].value
-    (1.5, 2.0)
+    >>> weights = leave_groups_out(np.array([0, 1, 0, 1]), np.array([True, True, False, False]))
+    >>> weights.harmful_weights.tolist()
+    [[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]]
 
     Args:
-        changes: defended minus control value of each query.
+        groups: group of each query.
         is_harmful: class of each query.
-        draws: draw of the control that each query met.
-        min_variances: variance of each contrast that the jackknife must not fall below.
     """
-    values = _compute_contrasts(changes, is_harmful, np.ones(len(changes), bool))
-    groups = np.unique(draws)
-    without_each = np.array([_compute_contrasts(changes, is_harmful, draws != group) for group in groups])
-    n = len(groups)
-    estimates = {}
-    for index, name in enumerate(EFFECT_NAMES):
-        value, left_out = float(values[index]), without_each[:, index]
-        variance = (n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum())
-        if n < MIN_CONTROL_DRAWS or not np.isfinite(variance):
-            estimates[name] = ClusterEstimate(value, np.nan, np.nan, np.nan)
-            continue
-        error = float(np.sqrt(max(variance, (min_variances or {}).get(name, 0.0))))
-        half_width = -float(stdtrit(n - 1, (1 - CONFIDENCE_LEVEL) / 2)) * error
-        p_value = 2 * float(stdtr(n - 1, -abs(value) / error)) if error > 0 else float(value == 0)
-        estimates[name] = ClusterEstimate(value, value - half_width, value + half_width, p_value)
-    return estimates
+    is_kept = np.stack([np.ones(len(groups), bool), *(groups != group for group in np.unique(groups))])
+    weights = []
+    for in_class in (is_harmful, ~is_harmful):
+        kept = is_kept[:, in_class].astype(float)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a class may be missing without a group
+            weights.append(kept * (kept.shape[1] / kept.sum(1, keepdims=True)))
+    return ResamplingWeights(*weights, np.full((2, 2, 2, len(is_kept)), 0.5), is_observed=True)
+
+
+def estimate_by_jackknife(values: DrawVector, min_variance: float = 0.0) -> JackknifeEstimate:
+    """Return an estimate with the interval and the p-value of a delete-one-group jackknife.
+
+    >>> estimate = estimate_by_jackknife(np.array([0.0, 1.0, -1.0, 0.5, -0.5, 0.0]))
+    >>> estimate.value, round(estimate.high, 2), estimate.p_value
+    (0.0, 3.93, 1.0)
+
+    Args:
+        values: the estimate from all queries, and then without each group.
+        min_variance: variance that the jackknife must not fall below.
+    """
+    value, left_out = float(values[0]), values[1:]
+    n = len(left_out)
+    variance = (n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum())
+    if n < MIN_CONTROL_DRAWS or not np.isfinite(variance):
+        return JackknifeEstimate(value, np.nan, np.nan, np.nan)
+    error = float(np.sqrt(max(variance, min_variance)))
+    half_width = -float(stdtrit(n - 1, (1 - CONFIDENCE_LEVEL) / 2)) * error
+    p_value = 2 * float(stdtr(n - 1, -abs(value) / error)) if error > 0 else float(value == 0)
+    return JackknifeEstimate(value, value - half_width, value + half_width, p_value)
 
 
 def add_control_estimates(
@@ -143,8 +144,9 @@ def add_control_estimates(
     Args:
         summary: one row per attack and defense, with verdicts.
         scores: scores of the same conditions.
-        control_scores: one row per query, attack and defense with a control: `margin` (nats), `draw`,
-            `control` (what its content is), and `verdict` of the response, missing if it was not judged.
+        control_scores: one row per query, attack and defense with a control: `margin` (nats), `group` of the
+            query, `draw` (number of the control's content), `control` (what the content is), and `verdict` of
+            the response, missing if it was not judged.
         responses: verdicts on the responses of the conditions; None if none were judged.
 
     Returns:
@@ -163,7 +165,7 @@ def add_control_estimates(
         for row in iterate_rows(summary)
     ]
     frame = summary.join(pd.DataFrame(new_rows, index=summary.index, columns=list(CONTROL_COLUMNS)))
-    for changes in (MARGIN_CHANGES, RESPONSE_CHANGES):
+    for changes in (_TESTED_CHANGES, _TESTED_RESPONSE_CHANGES):
         p_columns = [f"p_{name}" for name in changes]
         frame[p_columns] = adjust_in_families(frame, p_columns)
     verdicts = [_derive_control_verdict(row) for row in iterate_rows(frame)]
@@ -195,15 +197,6 @@ def describe_over_control(verdict: str, over_control: Sequence[EffectVerdict], c
     return "; ".join(notes)
 
 
-def _compute_contrasts(
-    changes: Float[np.ndarray, " n"], is_harmful: Bool[np.ndarray, " n"], is_kept: Bool[np.ndarray, " n"]
-) -> tuple[float, float]:
-    """Return shift and discrimination of the kept queries; NaN if a class is missing."""
-    classes = changes[is_kept & is_harmful], changes[is_kept & ~is_harmful]
-    harmful, benign = (float(values.mean()) if len(values) else np.nan for values in classes)
-    return (harmful + benign) / 2, harmful - benign
-
-
 def _estimate_condition(
     scores: ScoreTable,
     attack: str,
@@ -215,21 +208,20 @@ def _estimate_condition(
     undefended = scores.select_condition(attack, UNDEFENDED)
     condition = scores.select_condition(attack, defense)
     control = control_rows.set_index("query").loc[condition.index]
-    is_harmful, draws = condition["harmful"].to_numpy(bool), control["draw"].to_numpy(int)
+    is_harmful = condition["harmful"].to_numpy(bool)
+    weights = leave_groups_out(control["group"].to_numpy(int), is_harmful)
     before, after, controlled = (
         frame["margin"].to_numpy(float) for frame in (undefended, condition, control)
     )
-    units = ResamplingUnits.from_pairs(undefended["pair"], is_harmful)
-    positions = compute_estimates(
-        before, controlled, is_harmful, scores.threshold, ResamplingWeights.from_observed(units)
+    of_defense, of_control = (
+        compute_estimates(before, margins, is_harmful, scores.threshold, weights)
+        for margins in (after, controlled)
     )
-    row: dict[str, Any] = {"control": control["control"].iloc[0], "control_draws": len(np.unique(draws))}
-    row |= {f"control_{name}": float(positions[name][0]) for name in CONTROL_POSITIONS}
-    sd = _pool_class_sd(before, is_harmful)
-    for name, estimate in estimate_clustered_contrasts(after - controlled, is_harmful, draws).items():
+    row: dict[str, Any] = {"control": control["control"].iloc[0], "control_draws": control["draw"].nunique()}
+    row |= {f"control_{name}": float(of_control[name][0]) for name in _POSITIONS}
+    for name in _MARGIN_NAMES:
+        estimate = estimate_by_jackknife(of_defense[name] - of_control[name])
         row |= _make_columns(f"{name}_over_control", estimate)
-        row |= _make_columns(f"scaled_{name}_over_control", estimate, 1 / sd if sd > 0 else np.nan)
-        row[f"p_{name}_over_control"] = estimate.p_value
     if (attack, defense) in labels:
         row |= _estimate_responses(condition, control, labels[attack, defense])
     return row
@@ -242,28 +234,24 @@ def _estimate_responses(condition: pd.DataFrame, control: pd.DataFrame, labels: 
             "after": labels.reindex(condition.index),
             "controlled": control["verdict"].map(LABEL_BY_VERDICT),
             "harmful": condition["harmful"],
-            "draw": control["draw"],
+            "group": control["group"],
             "pair": condition["pair"],
         }
     )
     known = table.dropna(subset=["controlled"])
     row: dict[str, Any] = {
         f"control_{name}": float(known.loc[known["harmful"] == is_harmful, "controlled"].mean())
-        for name, is_harmful in zip(CONTROL_RATES, (True, False), strict=True)
+        for name, is_harmful in zip(_RATES, (True, False), strict=True)
     }
     table = known.dropna(subset=["after"])
     is_harmful = table["harmful"].to_numpy(bool)
     if is_harmful.all() or not is_harmful.any():
         return row
-    estimates = estimate_clustered_contrasts(
-        100 * (table["after"] - table["controlled"]).to_numpy(float),
-        is_harmful,
-        table["draw"].to_numpy(int),
-        _compute_response_variances(table),
-    )
-    for name, estimate in estimates.items():
-        row |= _make_columns(f"response_{name}_over_control", estimate)
-        row[f"p_response_{name}_over_control"] = estimate.p_value
+    changes = 100 * (table["after"] - table["controlled"]).to_numpy(float)
+    weights = leave_groups_out(table["group"].to_numpy(int), is_harmful)
+    variances = _compute_response_variances(table)
+    for name, values in compute_contrasts(changes, is_harmful, weights).items():
+        row |= _make_columns(f"response_{name}_over_control", estimate_by_jackknife(values, variances[name]))
     return row
 
 
@@ -293,26 +281,22 @@ def _compute_response_variances(table: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _pool_class_sd(margins: Float[np.ndarray, " n"], is_harmful: Bool[np.ndarray, " n"]) -> float:
-    """Return the pooled within-class SD of margins, nats."""
-    squares = sum(
-        ((values - values.mean()) ** 2).sum() for values in (margins[is_harmful], margins[~is_harmful])
-    )
-    return float(np.sqrt(squares / max(len(margins) - 2, 1)))
-
-
 def _derive_control_verdict(row: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict on the difference between defense and control, and the note that compares both."""
     if not row["control_draws"] > 0:
         return "", ""
-    uses_responses = row["based_on"] == Basis.RESPONSES
-    measures = _RESPONSE_MEASURES if uses_responses else _MARGIN_MEASURES
+    measures = _OVER_CONTROL_MEASURES[Basis(row["based_on"])]
     # The p-values are those of a t test and have no smallest value.
     test = {"smallest_p": 0.0, "units_needed": 0.0}
     verdicts = derive_verdicts(row | test, measures, row["n_harmful"] + row["n_benign"])
     return format_verdicts(verdicts), describe_over_control(row["verdict"], verdicts, row["control"])
 
 
-def _make_columns(name: str, estimate: ClusterEstimate, scale: float = 1.0) -> dict[str, float]:
-    values = (estimate.value, estimate.low, estimate.high)
-    return {f"{name}{suffix}": value * scale for suffix, value in zip(INTERVAL_SUFFIXES, values, strict=True)}
+def _make_columns(name: str, estimate: JackknifeEstimate) -> dict[str, float]:
+    """Return an estimate in the columns of a table."""
+    return {
+        name: estimate.value,
+        f"{name}_low": estimate.low,
+        f"{name}_high": estimate.high,
+        f"p_{name}": estimate.p_value,
+    }
