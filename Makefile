@@ -60,7 +60,8 @@ agreement: .venv/ready ## compare the order of 15 defenses on contrast and on DA
 
 mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20 minutes)
 	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --out figures/mechanism
-	$(BIN)/analyze mechanism -m smollm2:aligned --patched 0 --limit 120 --ensembles figures/ensembles --out figures/overlap \
+	$(BIN)/analyze mechanism -m smollm2:aligned --split calibration --patched 0 --limit 120 --ensembles figures/ensembles \
+	  --out figures/overlap \
 	  -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 

@@ -75,13 +75,9 @@ def caption_kinds(points: pd.DataFrame, context: CaptionContext) -> str:
             f"{text}by the readout: the margin of the first token exceeds the threshold.{bars} "
             f"{context.format_sentences(attack)}"
         )
-    is_sample = points["n_responses"].max() < points["n"].max()
-    judged = points.loc[points["n_responses"] > 0, "n_responses"]
-    predicted = (
-        f" {format_count_range(judged)} responses per kind and condition, completed by the margins of the "
-        "other queries (prediction-powered)."
-    ) * bool(is_sample)
+    judged = format_count_range(points.loc[points["n_responses"] > 0, "n_responses"])
     return (
-        f"{text}by the {context.response_basis or 'judged responses'}.{predicted}{bars} "
+        f"{text}by the {context.response_basis or 'judged responses'}: {judged} responses per kind and "
+        f"condition.{bars} "
         f"{context.format_response_sentences(attack)}"
     )

@@ -557,7 +557,7 @@ def find_interacting_stacks(
 
 def _classify_interaction(difference: float, p_value: float, usual_error: float) -> str:
     """Return the plain word for a difference from the prediction; NaN p-values and errors show nothing."""
-    if not p_value < _SIGNIFICANCE_LEVEL:
+    if not p_value < _SIGNIFICANCE_LEVEL or np.isnan(usual_error):
         return "not shown"
     if not abs(difference) > usual_error:
         return "no more than usual"

@@ -100,9 +100,11 @@ def sample_effects(
         seed: seed of the bootstrap and of the halves; runs that are compared need different ones.
         n_draws: number of bootstrap draws.
     """
+    defenses = _list_defenses(scores, attack)
+    if not defenses:
+        return {}
     undefended = scores.select_condition(attack, UNDEFENDED)
     is_harmful = undefended["harmful"].to_numpy(bool)
-    defenses = _list_defenses(scores, attack)
     margins = np.stack(
         [scores.select_condition(attack, name)["margin"].to_numpy(float) for name in defenses], axis=1
     )

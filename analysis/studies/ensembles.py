@@ -287,14 +287,18 @@ def load_overlap(path: Path) -> pd.DataFrame:
 
 
 def _check_overlap_model(path: Path, setup: RunSetup) -> None:
-    """Raise if the profiles are of another model, if the run that they come from says which."""
+    """Raise if the profiles are of another model or of test queries, if the run that they come from says so."""
     record_file = (path if path.is_dir() else path.parent) / "run.json"
     if not record_file.is_file():
         return
-    model, origin = (
-        json.loads(record_file.read_text("utf-8")).get("model", {}),
-        setup.session.loaded_model.origin,
-    )
+    record = json.loads(record_file.read_text("utf-8"))
+    split = record.get("data", {}).get("split")
+    if split != SELECTION_SPLIT:
+        raise UserError(
+            f"--overlap {path} was measured on the {split} split, on which predictions are evaluated; run "
+            f"`analyze mechanism` with --split {SELECTION_SPLIT}"
+        )
+    model, origin = record.get("model", {}), setup.session.loaded_model.origin
     for key in ("sha256", "state_sha256"):
         if model.get(key) != origin.get(key):
             raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -124,7 +126,11 @@ def _describe_attacks(record: Mapping[str, Any]) -> str:
 
 
 def _describe_readout(record: Mapping[str, Any]) -> str:
-    return str(record["readout"]["name"])
+    """Return the name of the readout, and a short digest of what it was fitted to, except its threshold."""
+    readout = record["readout"]
+    fitted = [readout.get(name) for name in ("ids", "weights", "base_value", "sharpness")]
+    digest = hashlib.sha256(json.dumps(fitted, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{readout['name']} {digest}"
 
 
 def _describe_judge(record: Mapping[str, Any]) -> str:
