@@ -140,8 +140,8 @@ class QuerySet:
             raise UserError(
                 f"--limit {max_queries}: at least 2 queries are needed, a harmful and a benign one"
             )
-        by_category = _rank_units(group_units(self.queries), lambda unit: unit[0].category)
-        ranked = _rank_units(by_category, lambda unit: "+".join(sorted(query.kind for query in unit)))
+        by_category = rank_units(group_units(self.queries), lambda unit: unit[0].category)
+        ranked = rank_units(by_category, lambda unit: "+".join(sorted(query.kind for query in unit)))
         # A pair, or else one query of each class, comes first, so that a small limit covers both classes.
         largest_first = sorted(ranked, key=len, reverse=True)
         first_units = [
@@ -296,7 +296,7 @@ def group_units(queries: Iterable[Query]) -> list[list[Query]]:
     return list(units.values())
 
 
-def _rank_units(units: Sequence[list[Query]], get_group: Callable[[list[Query]], str]) -> list[list[Query]]:
+def rank_units(units: Sequence[list[Query]], get_group: Callable[[list[Query]], str]) -> list[list[Query]]:
     """Order units so that every leading part holds the groups in proportion; a group keeps its order."""
     groups = [get_group(unit) for unit in units]
     sizes = Counter(groups)

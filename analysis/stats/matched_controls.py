@@ -103,12 +103,12 @@ def leave_groups_out(groups: Int[np.ndarray, " n"], is_harmful: Bool[np.ndarray,
         is_harmful: class of each query.
     """
     is_kept = np.stack([np.ones(len(groups), bool), *(groups != group for group in np.unique(groups))])
-    weights = []
-    for in_class in (is_harmful, ~is_harmful):
-        kept = is_kept[:, in_class].astype(float)
-        with np.errstate(divide="ignore", invalid="ignore"):  # a class may be missing without a group
-            weights.append(kept * (kept.shape[1] / kept.sum(1, keepdims=True)))
-    return ResamplingWeights(*weights, np.full((2, 2, 2, len(is_kept)), 0.5), is_observed=True)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a class may be missing without a group
+        harmful, benign = (
+            kept * (kept.shape[1] / kept.sum(1, keepdims=True))
+            for kept in (is_kept[:, is_harmful].astype(float), is_kept[:, ~is_harmful].astype(float))
+        )
+    return ResamplingWeights(harmful, benign, np.full((2, 2, 2, len(is_kept)), 0.5), is_observed=True)
 
 
 def estimate_by_jackknife(values: DrawVector, min_variance: float = 0.0) -> JackknifeEstimate:
@@ -272,13 +272,11 @@ def _compute_response_variances(table: pd.DataFrame) -> dict[str, float]:
         )
         pairs.append(rows["pair"])
     contrasts = combine_class_changes(changes[0], changes[1], pairs[0], pairs[1])
-    return {
-        name: ((interval.high - interval.low) / 2 / NORMAL_QUANTILE) ** 2
-        for name, interval in (
-            ("shift", contrasts.shift),
-            ("discrimination", contrasts.discrimination),
-        )
-    }
+    variances = {}
+    for name, interval in (("shift", contrasts.shift), ("discrimination", contrasts.discrimination)):
+        assert interval.low is not None and interval.high is not None, "MOVER has both ends"
+        variances[name] = ((interval.high - interval.low) / 2 / NORMAL_QUANTILE) ** 2
+    return variances
 
 
 def _derive_control_verdict(row: dict[str, Any]) -> tuple[str, str]:

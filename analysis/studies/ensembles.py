@@ -287,7 +287,7 @@ def load_overlap(path: Path) -> pd.DataFrame:
 
 
 def _check_overlap_model(path: Path, setup: RunSetup) -> None:
-    """Raise if the profiles are of another model or of test queries, if the run that they come from says so."""
+    """Raise if the run of the profiles says that they are of another model or of test queries."""
     record_file = (path if path.is_dir() else path.parent) / "run.json"
     if not record_file.is_file():
         return

@@ -18,7 +18,7 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.attacks import Attack
-from analysis.datasets.queries import Query, group_units
+from analysis.datasets.queries import Query, group_units, rank_units
 from analysis.judges.judge import Judge, Verdict, generate_verdicts
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.cache import CacheKey, describe_computation, hash_code
@@ -184,8 +184,8 @@ def judge_condition(
 def sample_answered_queries(queries: Sequence[Query], max_responses: int | None, seed: int) -> list[Query]:
     """Return a random sample of queries with whole pairs, in which each stratum has its share.
 
-    A stratum holds the pairs, or the single queries, of one kind; each has at least one member in the sample,
-    so that a tiny sample may be larger than asked for.
+    The strata are pairs, single harmful queries and single benign ones; each has at least one member in the
+    sample, so that a tiny sample may be larger than asked for. Within a stratum, kinds are in proportion.
 
     Args:
         queries: all queries.
@@ -196,7 +196,8 @@ def sample_answered_queries(queries: Sequence[Query], max_responses: int | None,
         return list(queries)
     units_by_stratum: dict[str, list[list[Query]]] = defaultdict(list)
     for unit in group_units(queries):
-        units_by_stratum["+".join(f"{query.harmful}/{query.kind}" for query in unit)].append(unit)
+        stratum = "pair" if len(unit) > 1 else "harmful" if unit[0].harmful else "benign"
+        units_by_stratum[stratum].append(unit)
     shares = {
         stratum: max_responses * len(units) / len(queries) for stratum, units in units_by_stratum.items()
     }
@@ -209,7 +210,8 @@ def sample_answered_queries(queries: Sequence[Query], max_responses: int | None,
             counts[stratum] += 1
     sampled_ids: set[str] = set()
     for stratum, units in sorted(units_by_stratum.items()):
-        for unit in random.Random(f"{seed}/responses/{stratum}").sample(units, counts[stratum]):
+        shuffled = random.Random(f"{seed}/responses/{stratum}").sample(units, len(units))
+        for unit in rank_units(shuffled, lambda unit: unit[0].kind)[: counts[stratum]]:
             sampled_ids |= {query.id for query in unit}
     return [query for query in queries if query.id in sampled_ids]
 

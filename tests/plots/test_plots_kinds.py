@@ -55,7 +55,7 @@ def test_the_caption_says_what_is_counted() -> None:
         for table in (points, sample, margins)
     ]
     judged, sampled, by_readout = captions
-    assert "each kind (10 twin, 20 plain), by the judged responses. Bars: 95" in judged
+    assert "each kind (10 twin, 20 plain), by the judged responses: 10–20 responses per" in judged
     assert "prediction-powered" not in judged and "5 responses per kind and condition" in sampled
     assert "by the readout: the margin of the first token exceeds the threshold" in by_readout
     assert "threshold" not in judged

@@ -148,7 +148,11 @@ def test_shared_queries_are_noted(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"model": {"name": "toy", "sha256": "b" * 64}}, ("differ in the model", "with the -m of the other")),
-        ({"readout": {"name": "words", "threshold": 0.0}}, ("differ in the readout (outcome, words)",)),
+        ({"readout": {"name": "words", "threshold": 0.0}}, ("differ in the readout (outcome", ", words")),
+        (
+            {"readout": {"name": "outcome", "threshold": 0.0, "weights": [1.0]}},
+            ("differ in the readout (outcome", ", outcome"),
+        ),
         ({"attacks": ["base64"]}, ("differ in the attacks (direct, base64)", "--attack")),
         (
             {"responses": {"new_tokens": 24, "judge": {"name": "learned"}}},
