@@ -16,7 +16,7 @@ from analysis.stats.response_rates import add_factorial_response_effects, add_re
 from analysis.stats.tables import ScoreTable
 from analysis.studies.cost import measure_cost
 from analysis.studies.manifest import RunTimer
-from analysis.studies.matched_controls import score_controls
+from analysis.studies.matched_controls import MatchedControlScores, score_controls
 from analysis.studies.responses import ResponseVerdicts, judge_conditions
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
@@ -76,12 +76,7 @@ def analyze_defenses(
     costs = _measure_first_attack_cost(scored, spec.seed, console) if with_cost else None
     scored.record.update(timer.describe_time(), **work)
     with console.status("computing intervals"):
-        summary = summarize_scores(scored.scores, seed=spec.seed).frame
-        if responses is not None and responses.frames:
-            summary = add_response_estimates(summary, responses.table, scored.scores, spec.seed)
-        if controls is not None and controls.frames:
-            table = responses.table if responses is not None else None
-            summary = add_control_estimates(summary, scored.scores, controls.table, table)
+        summary = _summarize(scored.scores, responses, controls, spec.seed)
         kinds = _summarize_query_kinds(scored, responses, spec.seed)
         from analysis.plots.data import build_analysis_points
 
@@ -105,6 +100,22 @@ def analyze_defenses(
         if controls.frames:
             tables["controls"] = controls.table
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
+
+
+def _summarize(
+    scores: ScoreTable,
+    responses: ResponseVerdicts | None,
+    controls: MatchedControlScores | None,
+    seed: int,
+) -> pd.DataFrame:
+    """Return the summary of a run, from its margins and, where there are any, its responses and controls."""
+    summary = summarize_scores(scores, seed=seed).frame
+    verdicts = responses.table if responses is not None and responses.frames else None
+    if verdicts is not None:
+        summary = add_response_estimates(summary, verdicts, scores, seed)
+    if controls is not None and controls.frames:
+        summary = add_control_estimates(summary, scores, controls.table, verdicts)
+    return summary
 
 
 def _summarize_query_kinds(
