@@ -4,6 +4,7 @@
 difference before you commit it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,9 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "training.md"
 ADAPTERS = ROOT / "data" / "adapters" / "smollm2"
 HEADER = (
-    "| adapter | recipe | start | examples | rank | α | modules | learning rate | epochs | "
-    "examples per step | β | seed | loss, last epoch |\n" + "|---" * 13 + "|\n"
+    "| adapter | recipe | start | data | examples | rank | α | modules | learning rate | epochs | "
+    "examples per step | β | seed | loss, last epoch |\n" + "|---" * 14 + "|\n"
 )
+DATA_BY_SHA256 = {
+    hashlib.sha256((ROOT / "data" / f"{name}.jsonl").read_bytes()).hexdigest(): name
+    for name in ("contrast", "contrast-v1")
+}
 TABLE = re.compile(re.escape(HEADER) + r"(?:\|.*\n)+")
 
 
@@ -33,6 +38,7 @@ def format_row(folder: Path) -> str:
         f"`{folder.name}`",
         f"`{manifest['recipe']}`",
         f"`{start_state}`" if start_state else "released",
+        f"`{DATA_BY_SHA256[manifest['data']['sha256']]}`",
         manifest["n_examples"],
         settings["rank"],
         settings["alpha"],
@@ -58,15 +64,18 @@ def test_the_page_on_training_states_the_settings_of_the_shipped_weights() -> No
         page = TABLE.sub(lambda match: format_table(), page)
         PAGE.write_text(page, "utf-8")
     assert TABLE.findall(page) == [format_table()]
-    assert format_table().count("\n| `") == 6
+    assert format_table().count("\n| `") == 8
 
 
-def test_shipped_weights_are_adapters_in_float32_with_the_same_data() -> None:
+def test_shipped_weights_are_adapters_in_float32_and_the_arms_share_their_data() -> None:
     manifests = [json.loads(path.read_text("utf-8")) for path in ADAPTERS.glob("*/manifest.json")]
     assert {(manifest["dtype"], manifest["settings"]["full"]) for manifest in manifests} == {
         ("float32", False)
     }
-    assert len({(manifest["data"]["sha256"], manifest["data"]["n"]) for manifest in manifests}) == 1
+    arms = [m for m in manifests if m["recipe"] in ("attack", "identity", "baseline", "backdoor")]
+    others = [manifest for manifest in manifests if manifest not in arms]
+    for group in (arms, others):
+        assert len({(manifest["data"]["sha256"], manifest["data"]["n"]) for manifest in group}) == 1
 
 
 def test_the_opening_that_the_pages_quote_is_one_of_training() -> None:
