@@ -47,6 +47,15 @@ ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
 DATA ?=
+TEXTS := -d policy -d goal_priority -d safety_prompt -d self_reminder -d tone_reminder -d in_context_refusal \
+  -d intention_analysis -d neutral_prompt -d random_tokens
+
+controls: .venv/ready ## defenses over matched controls, on the released and the aligned SmolLM2 (about an hour)
+	$(BIN)/analyze -m smollm2 --limit 300 --out figures/controls $(TEXTS) -d conditional_steering -d refusal_steering \
+	  -d direction_ablation -d safety_prefix -d safety_tuning -d preference_tuning -d backdoor -d safe_decoding \
+	  -d paraphrase -d clean_up -d keyword_only -d character_swap -d word_drop
+	$(BIN)/analyze -m smollm2:aligned --limit 300 --out figures/controls-aligned $(TEXTS)
+
 RANKED := -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d clean_up \
   -d keyword_only -d character_swap -d word_drop -d conditional_steering -d direction_ablation \
   -d preference_tuning -d safety_tuning -d safety_prefix -d backdoor
@@ -109,5 +118,5 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage check figures validity ensembles agreement mechanism arms adapters judge notebooks bench
+.PHONY: help demo test coverage check figures validity ensembles controls agreement mechanism arms adapters judge notebooks bench
 .DEFAULT_GOAL := help
