@@ -106,7 +106,9 @@ def score_controls(
         return result
     result.failures = {(attack, name): failures[name] for attack, name in condition_keys if name in failures}
     keys = [(attack, name) for attack, name in condition_keys if name in controls]
-    if keys and n_draws < MIN_CONTROL_DRAWS:
+    if not keys:
+        return result
+    if n_draws < MIN_CONTROL_DRAWS:
         print_note(
             console,
             f"no matched controls: at least {MIN_CONTROL_DRAWS} queries of each class are needed; raise "
