@@ -94,7 +94,7 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
     with console.status("figures and tables"), stage_folder(folder) as staging:
         for stem, table in run.tables.items():
             # Scores are written exactly, so that the summary can be recomputed from them.
-            float_format = None if stem == "scores" else "%.7g"
+            float_format = None if stem in ("scores", "controls") else "%.7g"
             table.to_csv(staging / f"{stem}.csv", index=False, float_format=float_format)
         for stem in run.figures:
             run.draw_figure(stem).savefig(staging / f"{stem}.png")

@@ -167,8 +167,8 @@ def make_rate_columns(column: str, count: int, total: int) -> dict[str, float]:
     lows, highs = compute_wilson_intervals(np.array([count / total]), np.array([float(total)]))
     return {
         column: count / total,
-        f"{column}_low": float(lows[0]),
-        f"{column}_high": float(highs[0]),
+        f"{column}_low": min(float(lows[0]), count / total),
+        f"{column}_high": max(float(highs[0]), count / total),
         f"{column}_n": total,
     }
 

@@ -223,7 +223,12 @@ def test_the_command_without_arguments_shows_its_help(cli_home):
 
 def test_train_validate_and_backdooralign_are_reached_by_their_commands(cli_home):
     settings = ("--set", "epochs=1", "--set", "batch=16", "--set", "rank=2")
-    assert run_cli("train", "attack", "-m", "tiny", "--limit", "60", "-o", "tuned", *settings).code == 0
+    assert (
+        run_cli(
+            "train", "attack", "-m", "tiny", "--data", "twins", "--limit", "60", "-o", "tuned", *settings
+        ).code
+        == 0
+    )
     assert '"rank": 2' in (cli_home / "tuned" / "manifest.json").read_text("utf-8")
     args = ("-d", "policy", "-m", "tiny", "--limit", "8", "--tokens", "2", "-o", "validated")
     args += ("--judge", "keywords")  # to the default judge, the random text of a tiny model is no English

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import inspect
 import random
 import re
@@ -145,13 +146,14 @@ def test_a_class_describes_its_change_and_its_source(name):
 
 
 def test_names_are_unique_and_start_with_the_undefended_model():
+    importlib.import_module("defenses.matched_controls")
     assert list_defense_names() == NAMES and NAMES[0] == "none"
     names = [
         cls.name
         for cls in find_subclasses(Defense)
         if not inspect.isabstract(cls) and cls.__module__.startswith("defenses.")
     ]
-    assert sorted(names) == sorted([*NAMES, "stack"])
+    assert sorted(names) == sorted([*NAMES, "neutral_text", "stack"])
 
 
 def find_subclasses(cls):

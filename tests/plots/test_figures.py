@@ -116,7 +116,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")
     run = analyze(["policy", get_defense("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
-    assert run.figures == ("refusals", "margins", "plane", "roc")
+    assert run.figures == ("refusals", "margins", "plane", "roc", "kinds")
     save_run(tmp_path / "run", run, Console(quiet=True))
     again = read(tmp_path / "run")
     assert sorted(again.figures) == sorted(run.figures)
@@ -124,14 +124,14 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     for name in run.figures:
         saved = read_pixels(tmp_path / "run" / f"{name}.png")
         assert count_different_pixels(render_pixels(run.draw_figure(name)), saved) == 0
-    with pytest.raises(ValueError, match=r"no figure 'plan'.*refusals, margins, plane, roc"):
+    with pytest.raises(ValueError, match=r"no figure 'plan'.*refusals, margins, plane, roc, kinds"):
         run.draw_figure("plan")
 
 
 @pytest.mark.parametrize(
     ("folder", "words"),
     [
-        ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, the model answers 0 % \[0, 7\]"),
+        ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, it answers 0 % \[0, 7\]"),
         ("validity", r"words is trusted for single queries in 0 of 12 conditions \(contradicted in 9\)"),
         ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],

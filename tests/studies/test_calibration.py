@@ -177,7 +177,7 @@ def test_no_cached_result_is_used_by_other_code_or_under_other_libraries(
     one, session = calibrate(host), make_toy_session()
     words = one.calibrate_readout("words")
     kept_row(session, NONE, words, "trusted", 0.9)
-    ready = RunSetup(session, [NONE], QUERIES, "calibration", [words], (DIRECT_ATTACK,), [])
+    ready = RunSetup(session, host, [NONE], QUERIES, "calibration", [words], (DIRECT_ATTACK,), [])
     places = [
         one._readout_cache_path("words"),
         _validity_cache_path(session, DIRECT_ATTACK, NONE, words),
