@@ -9,7 +9,7 @@ They therefore cover draws as well as queries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -251,7 +251,10 @@ def _estimate_responses(condition: pd.DataFrame, control: pd.DataFrame, labels: 
     weights = leave_groups_out(table["group"].to_numpy(int), is_harmful)
     variances = _compute_response_variances(table)
     for name, values in compute_contrasts(changes, is_harmful, weights).items():
-        row |= _make_columns(f"response_{name}_over_control", estimate_by_jackknife(values, variances[name]))
+        estimate = estimate_by_jackknife(values, variances[name])
+        bound = 100 if name == "shift" else 200  # percentage points; the rates are shares
+        ends = {"low": max(estimate.low, -bound), "high": min(estimate.high, bound)}
+        row |= _make_columns(f"response_{name}_over_control", replace(estimate, **ends))
     return row
 
 
