@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from defenses.chats import get_last_user_text
@@ -101,6 +101,7 @@ class NeutralText(Defense):
         defense: the defense whose texts are replaced.
         tokenizer: the model's tokenizer.
         draw: selects the sentences.
+        passages: the passages made so far, by place and length, because every query has the same.
     """
 
     family = "control"
@@ -109,6 +110,7 @@ class NeutralText(Defense):
     defense: Defense
     tokenizer: Any
     draw: str
+    passages: dict[tuple[str, int], str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Take over the name, which seeds the defense's random choices."""
@@ -138,8 +140,10 @@ class NeutralText(Defense):
             return text
         length = len(encode_plain_text(self.tokenizer, core))
         start = text.index(core)
-        neutral = make_neutral_passage(self.tokenizer, length, random.Random(f"{self.draw}/{place}"))
-        return text[:start] + neutral + text[start + len(core) :]
+        if (place, length) not in self.passages:
+            rng = random.Random(f"{self.draw}/{place}")
+            self.passages[place, length] = make_neutral_passage(self.tokenizer, length, rng)
+        return text[:start] + self.passages[place, length] + text[start + len(core) :]
 
 
 def make_neutral_passage(tokenizer: Any, length: int, rng: random.Random) -> str:

@@ -6,7 +6,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -21,7 +20,7 @@ from analysis.stats.matched_controls import MIN_CONTROL_DRAWS
 from analysis.studies.responses import RESPONSE_JUDGE, judge_condition, sample_answered_queries
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
-from analysis.studies.sweep import ConditionKey, list_failures
+from analysis.studies.sweep import ConditionFrames, ConditionKey, list_failures
 from defenses.contract import MatchedControl
 from defenses.errors import describe_error
 from defenses.matched_controls import build_matched_control
@@ -43,29 +42,10 @@ CONTROL_SCORE_COLUMNS = (
 )
 
 
-@dataclass
-class MatchedControlScores:
-    """Scores of the matched controls of a run.
+class MatchedControlScores(ConditionFrames):
+    """Scores of the matched controls of a run; `defense` is the defense that the control belongs to."""
 
-    Attributes:
-        frames: scores of each finished control, in the columns `CONTROL_SCORE_COLUMNS`; `defense` is the
-            defense that the control belongs to.
-        failures: why other controls have none.
-        interrupted: whether the user interrupted the run.
-        wall_seconds: time that scoring and judging took.
-    """
-
-    frames: dict[ConditionKey, pd.DataFrame] = field(default_factory=dict)
-    failures: dict[ConditionKey, str] = field(default_factory=dict)
-    interrupted: bool = False
-    wall_seconds: float = 0.0
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The scores of all finished controls."""
-        if not self.frames:
-            return pd.DataFrame(columns=list(CONTROL_SCORE_COLUMNS))
-        return pd.concat(list(self.frames.values()), ignore_index=True)
+    columns = CONTROL_SCORE_COLUMNS
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of run.json on controls."""

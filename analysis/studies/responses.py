@@ -11,7 +11,6 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -30,7 +29,7 @@ from analysis.readouts.readout import Readout
 from analysis.stats.tables import ResponseVerdict
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
-from analysis.studies.sweep import ConditionKey, list_failures
+from analysis.studies.sweep import ConditionFrames, ConditionKey, list_failures
 from defenses.contract import Defense
 from defenses.errors import describe_error
 
@@ -41,28 +40,10 @@ _QUERIES_PER_BATCH = 64  # queries whose verdicts are cached together, so that a
 _JUDGE_SOURCES = ("analysis/judges/**/*.py",)
 
 
-@dataclass
-class ResponseVerdicts:
-    """Verdicts on the responses of a run.
+class ResponseVerdicts(ConditionFrames):
+    """Verdicts on the responses of a run, a row per query and condition."""
 
-    Attributes:
-        frames: verdicts of each finished condition, in the columns `RESPONSE_COLUMNS`.
-        failures: why other conditions have none.
-        interrupted: whether the user interrupted the generation.
-        wall_seconds: time that generating and judging took.
-    """
-
-    frames: dict[ConditionKey, pd.DataFrame] = field(default_factory=dict)
-    failures: dict[ConditionKey, str] = field(default_factory=dict)
-    interrupted: bool = False
-    wall_seconds: float = 0.0
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The verdicts of all finished conditions, a row per query and condition."""
-        if not self.frames:
-            return pd.DataFrame(columns=list(RESPONSE_COLUMNS))
-        return pd.concat(list(self.frames.values()), ignore_index=True)
+    columns = RESPONSE_COLUMNS
 
     def drop_unscored(self, condition_keys: Container[ConditionKey]) -> None:
         """Remove the verdicts of conditions without scores."""

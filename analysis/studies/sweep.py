@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 from rich.console import Console
@@ -32,6 +32,32 @@ from defenses.errors import UserError, describe_error
 ConditionKey = tuple[str, str]  # attack and condition
 # Called with the set-up and the conditions that can be scored; returns those to score.
 ConditionSelector = Callable[[RunSetup, list[ConditionKey]], list[ConditionKey]]
+
+
+@dataclass
+class ConditionFrames:
+    """Tables of finished conditions; a subclass says what they hold.
+
+    Attributes:
+        columns: columns of each table.
+        frames: table of each finished condition.
+        failures: why other conditions have none.
+        interrupted: whether the user interrupted the work.
+        wall_seconds: time that it took.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    frames: dict[ConditionKey, pd.DataFrame] = field(default_factory=dict)
+    failures: dict[ConditionKey, str] = field(default_factory=dict)
+    interrupted: bool = False
+    wall_seconds: float = 0.0
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows of all finished conditions."""
+        if not self.frames:
+            return pd.DataFrame(columns=list(self.columns))
+        return pd.concat(list(self.frames.values()), ignore_index=True)
 
 
 @dataclass
