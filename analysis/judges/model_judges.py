@@ -18,10 +18,10 @@ import torch
 from analysis.files import data_folder
 from analysis.judges.endpoint import CallBudget, EndpointChatModel
 from analysis.judges.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Verdict
-from analysis.models.chat_template import strip_thinking
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import load_model
 from analysis.models.session import ModelSession
+from analysis.models.thinking import strip_thinking
 from defenses.contract import Message
 from defenses.errors import UserError
 
@@ -169,7 +169,7 @@ class LocalChatModel:
             else []
         )
         replies = {
-            index: str(loaded_model.tokenizer.decode(ids, skip_special_tokens=True))
+            index: self.session.chat_template.decode_response(ids)
             for index, ids in zip(indices, reply_ids, strict=True)
         }
         results = []
