@@ -50,6 +50,8 @@ def analyze(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
@@ -73,6 +75,8 @@ def analyze(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -95,6 +99,8 @@ def analyze(
         attacks,
         readout,
         responses,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.analyze import analyze_defenses
 
@@ -124,6 +130,8 @@ def validate(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Validate readouts against generated text, and rate the responses, as `analyze validate` does.
@@ -149,6 +157,8 @@ def validate(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -156,7 +166,19 @@ def validate(
     """
     readouts = [readout] if isinstance(readout, str) else readout
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readouts
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readouts,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
@@ -186,6 +208,8 @@ def ensembles(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Predict and observe the effects of ensembles, as `analyze ensembles` does.
@@ -205,6 +229,8 @@ def ensembles(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -212,7 +238,19 @@ def ensembles(
         `interacting`, `additivity` and `candidates`.
     """
     spec = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     from analysis.studies.ensembles import evaluate_ensembles
@@ -247,6 +285,8 @@ def recommend(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Recommend the defense or ensemble that refuses the most harmful queries within limits.
@@ -272,13 +312,28 @@ def recommend(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
         A run with the tables of `ensembles`, `certification` and `recommendation`.
     """
     spec = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout, responses
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        responses,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
@@ -316,6 +371,8 @@ def locate_mechanism(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Locate the effect of defenses in layers, heads and MLPs, as `analyze mechanism` does.
@@ -337,6 +394,8 @@ def locate_mechanism(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -345,7 +404,19 @@ def locate_mechanism(
     chosen_sites = parse_sites([sites] if isinstance(sites, str) else sites)
     check_mechanism_options(top, patched)
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.mechanism import MechanismOptions, study_mechanism
 
@@ -366,6 +437,8 @@ def train(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> TrainedWeights:
     """Fine-tune a model by an attacker's or a defender's recipe, as `analyze train` does.
@@ -382,6 +455,8 @@ def train(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -390,7 +465,19 @@ def train(
     Raises:
         TrainingInterrupted: a KeyboardInterrupt, after which the same call resumes the training.
     """
-    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        "train",
+        limit,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     from analysis.studies.train import train_weights
 
     return train_weights(
@@ -417,6 +504,8 @@ def backdooralign(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Reproduce the experimental arms of BackdoorAlign, as `analyze backdooralign` does.
@@ -433,12 +522,26 @@ def backdooralign(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
         A run whose tables include `arms` and, if `secrets` is set, `lengths`.
     """
-    spec = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     check_response_tokens(tokens)
     check_secret_count(secrets)
     from analysis.studies.backdooralign import reproduce_backdooralign

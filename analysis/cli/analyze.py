@@ -13,6 +13,7 @@ from rich.console import Console
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     ControlsOption,
@@ -29,6 +30,7 @@ from analysis.cli.options import (
     SeedOption,
     SettingsOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -54,6 +56,8 @@ def analyze(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder. Default: runs/TIME-MODEL-DEFENSE.")
     ] = None,
@@ -91,6 +95,8 @@ def analyze(
         attack,
         readout,
         responses=responses,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_control_draws(controls)
     code = run_analyze_command(spec, defense, settings or [], out, as_json, cost, controls)
@@ -107,6 +113,8 @@ def check(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
     queries: Annotated[int, typer.Option(help="Number of queries to show and check.")] = 4,
@@ -114,7 +122,20 @@ def check(
     """Show the prompts that the model reads and check that the defense reaches it (exit 1 if not)."""
     from analysis.studies.run_spec import build_run_spec
 
-    spec = build_run_spec(model, data, split, None, None, device, dtype, seed, offline, attack)
+    spec = build_run_spec(
+        model,
+        data,
+        split,
+        None,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     raise typer.Exit(run_check_command(spec, defense or ["none"], settings or [], queries))
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     DataOption,
@@ -31,6 +32,7 @@ from analysis.cli.options import (
     SeedOption,
     SettingsOption,
     StacksOption,
+    TemplateOption,
 )
 
 if TYPE_CHECKING:
@@ -312,6 +314,8 @@ def ensembles(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -322,7 +326,21 @@ def ensembles(
     """
     from analysis.studies.run_spec import build_run_spec, check_ensemble_options
 
-    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    spec = build_run_spec(
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readout,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     check_ensemble_options(size, stacks)
 
     names = defense or ["all"]
@@ -351,6 +369,8 @@ def recommend(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     responses: ResponsesOption = "auto",
@@ -381,6 +401,8 @@ def recommend(
         attack,
         readout,
         responses,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)

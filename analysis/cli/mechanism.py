@@ -13,6 +13,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     DataOption,
@@ -27,6 +28,7 @@ from analysis.cli.options import (
     SeedOption,
     SettingsOption,
     SplitOption,
+    TemplateOption,
 )
 from analysis.studies.run_spec import PATCH_SITES
 from defenses.errors import UserError
@@ -73,6 +75,8 @@ def mechanism(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -100,6 +104,8 @@ def mechanism(
         offline,
         attack,
         readout,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     options = MechanismOptions(chosen_sites, top, patched, ensembles)
     raise typer.Exit(run_mechanism_command(spec, defense, settings or [], options, out))

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     BudgetOption,
@@ -31,6 +32,7 @@ from analysis.cli.options import (
     SeedOption,
     SettingsOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -67,6 +69,8 @@ def validate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -76,7 +80,19 @@ def validate(
 
     readouts = readout or ["outcome"]
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readouts
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readouts,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
     from analysis.studies.judge_file import JudgeOptions

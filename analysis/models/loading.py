@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from analysis.models.checkpoints import (
     validate_model_folder,
 )
 from analysis.models.registry import MODEL_REGISTRY
+from analysis.models.template_source import choose_template
 from defenses.adapters import (
     ADAPTER_MANIFEST_FILE,
     Adapter,
@@ -73,6 +75,8 @@ def load_model(
     dtype: str = "auto",
     offline: bool = False,
     notify: Notifier = lambda text: None,
+    template: str | None = None,
+    check_tokenizer: Callable[[Any], None] = lambda tokenizer: None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -83,6 +87,8 @@ def load_model(
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
         notify: called with a line of text before anything is downloaded or converted.
+        template: as `--template`: which chat template of the tokenizer to use.
+        check_tokenizer: called with the tokenizer before the weights are loaded; raises if it cannot be used.
 
     Raises:
         UserError: if the model does not exist, or must not or cannot be loaded.
@@ -92,6 +98,8 @@ def load_model(
     root, state = split_model_name(name)
     folder, origin = _locate_model_files(root, offline, notify)
     tokenizer = _read_tokenizer(folder, root)
+    _set_chat_template(tokenizer, root, template)
+    check_tokenizer(tokenizer)
     adapter = (
         find_state_adapter(build_model_info(name, tokenizer, sha256=origin["sha256"])) if state else None
     )
@@ -241,10 +249,9 @@ def _locate_model_files(
 
 
 def _read_tokenizer(folder: Path, name: str) -> Any:
-    """Return the tokenizer in a folder, with the registry's chat template if it has none of its own."""
+    """Return the tokenizer in a folder, with the chat templates that it has there."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    entry = MODEL_REGISTRY.get(name)
     # tokenizer.json is used unchanged: the class LlamaTokenizer handles the space before a text differently,
     # and Llama 2 would read "[INST]" where it was trained on " [INST]".
     tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
@@ -254,14 +261,20 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
+    return tokenizer
+
+
+def _set_chat_template(tokenizer: Any, name: str, template: str | None) -> None:
+    """Leave the tokenizer one chat template: the chosen one of its own, or else the registry's."""
+    entry = MODEL_REGISTRY.get(name)
+    tokenizer.chat_template = choose_template(tokenizer, template, name)
     if tokenizer.chat_template is None and entry is not None:
         tokenizer.chat_template = entry.chat_template
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{name} has no chat template, so its prompt format is unknown; use an instruct model, or put a "
-            "chat_template.jinja into its folder"
+            f"{name} has no chat template, so its prompt format is unknown; use an instruct model, put a "
+            "chat_template.jinja into its folder, or give one with --template FILE.jinja"
         )
-    return tokenizer
 
 
 def _choose_device(name: str) -> torch.device:

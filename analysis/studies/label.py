@@ -448,6 +448,8 @@ def _build_spec(options: Mapping[str, Any], offline: bool) -> RunSpec:
         options["attacks"],
         "words",
         responses=options["responses"],
+        template=options.get("template"),  # absent from runs of earlier versions
+        answer_prefix=options.get("answer_prefix"),
     )
 
 

@@ -55,6 +55,8 @@ def build_run_spec(
     attack: str | Sequence[str] | None = None,
     readout: str | Sequence[str] = DEFAULT_LINEAR_READOUT,
     responses: str | int = "none",
+    template: str | None = None,
+    answer_prefix: str | None = None,
 ) -> RunSpec:
     """Build a RunSpec, checking every option that can be checked before the model is loaded.
 
@@ -78,6 +80,8 @@ def build_run_spec(
         readout: the readout of a run, or the readouts to compare.
         responses: number of queries that are answered in each condition, `all`, `none`, or `auto`: all,
             except where the readout forces how responses begin.
+        template: the chat template to use, as `--template`; None uses the only one or the default.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
 
     Raises:
         UserError: if an option has no valid value.
@@ -94,7 +98,20 @@ def build_run_spec(
     forces_opening = any(name.startswith(_FORCED_PREFIX) for name in readouts)
     max_responses = _parse_responses(responses, forces_opening)
     return RunSpec(
-        model, queries, split, limit, size, device, dtype, seed, offline, attacks, readouts, max_responses
+        model,
+        queries,
+        split,
+        limit,
+        size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readouts,
+        max_responses,
+        template,
+        answer_prefix,
     )
 
 
@@ -116,6 +133,8 @@ class RunSpec:
         readouts: names of the readouts.
         max_responses: maximum number of queries whose responses are generated and judged in each condition;
             None for all.
+        template: name or file of the chat template; None uses the only one or the default.
+        answer_prefix: text between the prompt and the response; None finds it.
     """
 
     model: str
@@ -130,6 +149,8 @@ class RunSpec:
     attacks: tuple[Attack, ...] = (DIRECT_ATTACK,)
     readouts: tuple[str, ...] = (DEFAULT_LINEAR_READOUT,)
     max_responses: int | None = 0
+    template: str | None = None
+    answer_prefix: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.readouts:
@@ -185,15 +206,23 @@ class RunSpec:
         """
         from analysis.mechanism.directions import load_mean_activations
         from analysis.models.cache import ScoreCache, get_score_cache_path
+        from analysis.models.chat_template import ChatTemplate
         from analysis.models.loading import build_model_info, load_model
         from analysis.models.session import ModelSession
 
         silence_libraries(self.offline)
         with console.status(f"loading {self.model}"):
-            loaded = load_model(self.model, self.device, self.dtype, self.offline, make_notifier(console))
-        session = ModelSession.from_model(
-            loaded, self.batch_size, self.seed, ScoreCache(get_score_cache_path())
-        )
+            loaded = load_model(
+                self.model,
+                self.device,
+                self.dtype,
+                self.offline,
+                make_notifier(console),
+                self.template,
+                lambda tokenizer: ChatTemplate(tokenizer, self.answer_prefix).check_usable(),
+            )
+        score_cache = ScoreCache(get_score_cache_path())
+        session = ModelSession.from_model(loaded, self.batch_size, self.seed, score_cache, self.answer_prefix)
         model_info = build_model_info(self.model, loaded.tokenizer, self.seed, loaded.origin["sha256"])
 
         def compute_mean_activations() -> MeanActivations:
