@@ -21,7 +21,7 @@ from analysis.judges.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Ver
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import load_model
 from analysis.models.session import ModelSession
-from analysis.models.thinking import strip_thinking
+from analysis.models.thinking_blocks import strip_thinking
 from defenses.contract import Message
 from defenses.errors import UserError
 

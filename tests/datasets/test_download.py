@@ -158,7 +158,7 @@ def test_run_json_has_the_source_of_each_set(web, monkeypatch):
     model = SimpleNamespace(device="cpu", dtype="torch.float32")
     session = SimpleNamespace(
         loaded_model=SimpleNamespace(name="tiny", origin={}, model=model),
-        chat_template=SimpleNamespace(system_policy="native"),
+        chat_template=SimpleNamespace(system_policy="native", identity={}),
         seed=0,
     )
     record = describe_run.__wrapped__(session, None, {}, data, "all", None)["data"]
