@@ -29,6 +29,7 @@ from analysis.cli.options import (
     ReadoutOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     StacksOption,
 )
 
@@ -303,6 +304,7 @@ def ensembles(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -316,7 +318,20 @@ def ensembles(
     """
     from analysis.studies.run_spec import build_run_spec, check_ensemble_options
 
-    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    spec = build_run_spec(
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readout,
+        share_prefix=share_prefix,
+    )
     check_ensemble_options(size, stacks)
 
     names = defense or ["all"]
@@ -342,6 +357,7 @@ def recommend(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -361,7 +377,20 @@ def recommend(
         parse_share,
     )
 
-    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    spec = build_run_spec(
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readout,
+        share_prefix=share_prefix,
+    )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
     check_max_cost(max_cost)

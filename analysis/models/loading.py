@@ -52,6 +52,7 @@ class LoadedModel:
         origin: `id`, `revision` and `sha256`, for run.json.
         adapter: merged into the weights, which puts the model into a state; None for the weights as released.
         trained_on: fingerprints of the queries that this project trained the model on.
+        share_prefix: whether prompts may share the computation of their prefix.
     """
 
     name: str
@@ -60,11 +61,20 @@ class LoadedModel:
     origin: dict[str, str]
     adapter: Adapter | None = None
     trained_on: frozenset[str] = frozenset()
+    share_prefix: bool = True
 
     @property
     def context_length(self) -> int:
         """Maximum sequence length of the model, in tokens."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        config = self.model.config.get_text_config()
+        length = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        rope = getattr(config, "rope_parameters", None) or {}
+        # Dynamic NTK extends the length that max_position_embeddings states.
+        return (
+            int(length * rope["factor"])
+            if rope.get("rope_type") == "dynamic" and "factor" in rope
+            else length
+        )
 
 
 def load_model(

@@ -15,6 +15,7 @@ from analysis.models.chat_template import ChatTemplate, Prompt, strip_thinking
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
+from analysis.models.plain_passes import choose_batch_form
 from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat
@@ -62,7 +63,9 @@ class ModelSession:
     ) -> ModelSession:
         """Return a session for a model, without questions."""
         chat_template = ChatTemplate(loaded_model.tokenizer)
-        engine = Engine(loaded_model.model, batch_size)
+        form, slower = choose_batch_form(loaded_model.model, loaded_model.share_prefix)
+        engine = Engine(loaded_model.model, batch_size, form)
+        engine.notices += [slower] if slower else []
         shared_settings = describe_computation(loaded_model)
         defense_calls = DefenseCalls(
             engine, chat_template, loaded_model.context_length, shared_settings, score_cache
