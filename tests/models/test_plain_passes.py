@@ -108,7 +108,7 @@ def test_responses_are_those_of_plain_passes(model_type: str) -> None:
 
 
 def test_a_model_that_reads_later_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match='no causal language model: .*"is_decoder": true'):
+    with pytest.raises(UserError, match=r'no causal language model: .*"is_decoder": true'):
         choose_batch_form(build_model("bert"))
 
 
