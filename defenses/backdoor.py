@@ -205,8 +205,12 @@ def write_secret(path: Path, secret: Secret) -> None:
         raise UserError(
             f"{path} exists, and a secret is never overwritten; choose another path with -o"
         ) from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(secret.text + "\n")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(secret.text + "\n")
+    except BaseException:  # an empty file would keep the secret from being written later
+        path.unlink()
+        raise
 
 
 def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Secret:

@@ -252,6 +252,9 @@ def _check_file_hash(path: Path, sha256: str) -> Path:
 
 def _move_file(source: Path, target: Path) -> None:
     """Move a file atomically, also between file systems."""
-    part = target.with_name(f"{target.name}.part")
-    shutil.copyfile(source, part)
-    part.replace(target)
+    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

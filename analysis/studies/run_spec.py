@@ -16,7 +16,7 @@ from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet, choose_default_split
 from analysis.models.loading import silence_libraries
-from analysis.progress import make_notifier
+from analysis.progress import make_notifier, print_note
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
@@ -191,9 +191,14 @@ class RunSpec:
         silence_libraries(self.offline)
         with console.status(f"loading {self.model}"):
             loaded = load_model(self.model, self.device, self.dtype, self.offline, make_notifier(console))
-        session = ModelSession.from_model(
-            loaded, self.batch_size, self.seed, ScoreCache(get_score_cache_path())
-        )
+        score_cache = ScoreCache(get_score_cache_path())
+        if problem := score_cache.describe_problem():
+            print_note(
+                console,
+                f"{problem}: nothing that this run computes is kept for later runs; `analyze cache --clear` "
+                "removes a damaged cache",
+            )
+        session = ModelSession.from_model(loaded, self.batch_size, self.seed, score_cache)
         model_info = build_model_info(self.model, loaded.tokenizer, self.seed, loaded.origin["sha256"])
 
         def compute_mean_activations() -> MeanActivations:

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from analysis.datasets.public import PUBLIC_DATASETS
 from analysis.datasets.queries import QuerySet
-from analysis.files import check_output_folder, stage_folder
+from analysis.files import check_output_folder, lock_folder, stage_folder, write_text_file
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
-from analysis.progress import make_notifier, make_progress_bar
+from analysis.progress import make_notifier, make_progress_bar, print_note
 from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
@@ -30,7 +30,7 @@ from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
 from defenses.training.adapter_files import write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
-from defenses.training.trainer import TrainingSettings, train_model
+from defenses.training.trainer import TrainingSettings, find_last_checkpoint, train_model
 
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
 _MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
@@ -113,6 +113,8 @@ def train_weights(
     if out is None:
         out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
         _check_not_finished(out)
+    if not lock_folder(out):
+        raise UserError(f"{out}: another training that has not ended yet writes into it; choose another -o")
     secret = _load_secret(recipe, model_info, secret_length, secret_path)
     record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
 
@@ -126,6 +128,8 @@ def train_weights(
             lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
         )
     resume_folder = _prepare_resume_folder(out, record)
+    if checkpoint := find_last_checkpoint(resume_folder):
+        print_note(console, f"the interrupted training in {out} goes on from its {checkpoint.name}")
     tuned_model, losses = _fit_model(
         loaded_model, render, examples, training_settings, resume_folder, console
     )
@@ -271,8 +275,7 @@ def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
                 "it, or choose another -o"
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        inputs.write_text(json.dumps(record), encoding="utf-8")
+        write_text_file(inputs, json.dumps(record))
     return folder
 
 
@@ -287,7 +290,7 @@ def _write_trained_weights(
     """Write weights, manifest and loss curve: all files, or, if one cannot be written, none."""
     from analysis.plots.scores import draw_loss
 
-    with stage_folder(out) as folder:
+    with stage_folder(out, ADAPTER_MANIFEST_FILE) as folder:
         if training_settings.full:
             tuned_model.save_pretrained(folder)
             loaded_model.tokenizer.save_pretrained(folder)
