@@ -46,7 +46,7 @@ def run_agreement_command(folders: Sequence[Path], seed: int, out: Path | None, 
     """
     from analysis.api import compare_rankings
     from analysis.cli.console import print_json_table
-    from analysis.files import check_output_folder, claim_output_folder
+    from analysis.files import check_output_folder
     from analysis.progress import make_notifier, print_note
     from analysis.report.folder import save_run
     from analysis.studies.run_spec import choose_run_folder
@@ -58,7 +58,7 @@ def run_agreement_command(folders: Sequence[Path], seed: int, out: Path | None, 
         run = compare_rankings(folders, seed=seed)
     labels = [str(entry["label"]) for entry in run.record["runs"]]
     folder = choose_run_folder(run.model, ["agreement", *labels], datetime.now(UTC))
-    out = claim_output_folder(out, folder)
+    out = check_output_folder(out or folder)
     save_run(out, run, console)
     if as_json:
         print_json_table(run.tables["agreement"])

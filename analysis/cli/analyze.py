@@ -151,14 +151,14 @@ def run_analyze_command(
         print_summary,
         print_trust_warnings,
     )
-    from analysis.files import claim_output_folder
+    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
     from analysis.report.folder import save_run
     from analysis.studies.analyze import analyze_defenses
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
 
-    out = claim_output_folder(out, choose_run_folder(spec.model, defenses, datetime.now(UTC)))
+    out = check_output_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)))
     console = Console(stderr=True)
     try:
         result = analyze_defenses(spec, defenses, settings, console, with_cost, n_control_draws)

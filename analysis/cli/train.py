@@ -189,14 +189,14 @@ def run_backdooralign_command(
         n_secrets: number of other random secrets of each length.
     """
     from analysis.cli.console import print_failures, print_trust_warnings
-    from analysis.files import claim_output_folder
+    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
     from analysis.report.folder import save_run
     from analysis.studies.backdooralign import reproduce_backdooralign
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.train import TrainingInterrupted
 
-    out = claim_output_folder(out, choose_run_folder(spec.model, ["backdooralign"], datetime.now(UTC)))
+    out = check_output_folder(out or choose_run_folder(spec.model, ["backdooralign"], datetime.now(UTC)))
     console = Console(stderr=True)
     notify = make_notifier(console)
     try:
