@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.files import hash_file, stage_folder, write_text_file
+from analysis.files import check_output_folder, hash_file, stage_folder, write_text_file
 from analysis.report.results import Run
 from analysis.stats.tables import format_table, read_table
 from defenses.errors import UserError
@@ -117,12 +117,7 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
     for name in removed:
         (folder / name).unlink()
     if removed:
-        console.print(
-            f"Removed from {folder}, as parts of the run that was there before: {', '.join(removed)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        _print_line(console, f"Removed from {folder}, files of the run that it held: {', '.join(removed)}")
 
 
 def add_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -172,17 +167,36 @@ def read_run_table(path: Path, option: str, command: str, *names: str) -> pd.Dat
         raise UserError(f"{option} {file} is not a CSV table ({str(error).splitlines()[0]})") from error
 
 
-def describe_saved_run(folder: Path) -> str:
-    """Return which run is in a folder, for a line that says that it is replaced; empty if there is none."""
+def prepare_run_folder(folder: Path, console: Console) -> Path:
+    """Return the folder if a run can be written to it; print which run this would replace.
+
+    Called before the work starts.
+
+    Args:
+        folder: which may not exist yet.
+        console: where to print.
+    """
+    check_output_folder(folder)
+    if (folder / RECORD_FILE).exists():
+        _print_line(
+            console,
+            f"note: {_describe_saved_run(folder)} is in {folder}; this run replaces it when it is finished",
+        )
+    return folder
+
+
+def _describe_saved_run(folder: Path) -> str:
+    """Return which run is in a folder, in a few words."""
     try:
-        record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-        model, data = record["model"]["name"], record["data"]["name"]
-    except OSError:
-        return ""
-    except (ValueError, KeyError, TypeError):
-        return "a run.json of something else"
+        record = read_record(folder / RECORD_FILE)
+    except UserError:
+        return f"a {RECORD_FILE} of something else"
     created = str(record.get("created", ""))[:16].replace("T", " ")
-    return f"a run of {model} on {data}" + f" ({created})" * bool(created)
+    return f"a run of {record['model']['name']} on {record['data']['name']}" + f" ({created})" * bool(created)
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _choose_free_name(name: str, taken_names: Container[str]) -> str:
