@@ -1,8 +1,8 @@
 """Cache of results that depend on a model, and the keys of its entries.
 
 Scores, drafts (responses to a defense's own calls) and verdicts on responses are rows of one SQLite file.
-Other results are small JSON files next to it, in one folder for each of `CACHE_KINDS`, each with the SHA-256 of
-its content, so that a damaged file is computed again.
+Other results are small JSON files next to it, in one folder for each of `CACHE_KINDS`. Each has the SHA-256
+of its content, so that a damaged file is computed again.
 
 A key is a digest of everything that the result depends on: weights, configuration, dtype, device, source
 code, library versions, and for a row the defense's weight changes, the readout and the token ids. No prompt
