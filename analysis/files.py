@@ -34,31 +34,8 @@ def check_output_folder(folder: Path) -> Path:
     return folder
 
 
-def claim_output_folder(folder: Path | None, default: Path) -> Path:
-    """Return the folder for the results of a run, which no other process can claim before this one ends.
-
-    Args:
-        folder: as the user gave it.
-        default: used without it; a number is added to the name of a folder that exists.
-
-    Raises:
-        UserError: if the folder cannot be written, or another run is going to write into it.
-    """
-    if folder is not None:
-        if not lock_folder(check_output_folder(folder)):
-            raise UserError(
-                f"--out {folder}: another run that has not ended yet will write into it; wait for that run, or "
-                "choose another folder"
-            )
-        return folder
-    free, number = default, 2
-    while free.exists() or not lock_folder(free):
-        free, number = default.with_name(f"{default.name}-{number}"), number + 1
-    return check_output_folder(free)
-
-
 def lock_folder(folder: Path) -> bool:
-    """Keep other processes from locking a folder until this process ends; False if another one has locked it.
+    """Keep a folder for this process until it ends; return False if another process has it.
 
     The lock is one byte of a file in the cache, so that a killed process leaves nothing behind. Where files
     cannot be locked, every process gets the lock.
@@ -102,8 +79,8 @@ def write_text_file(path: Path, text: str) -> None:
 def stage_folder(folder: Path, manifest_name: str = "run.json") -> Iterator[Path]:
     """Context manager: yield a new folder whose files move into `folder` if no error occurs.
 
-    A new folder appears with all its files at once. In an existing one, the manifest is removed before files
-    are replaced, and moves last: files of two runs never look like one run, even if the process is killed.
+    A new folder appears with all its files at once. In an existing one, the manifest, which has the digests of
+    the others, is replaced last: files of two runs never look like one, even if the process is killed.
 
     Args:
         folder: created if it does not exist.
@@ -126,7 +103,6 @@ def _move_files(staging: Path, folder: Path, manifest_name: str) -> None:
             return
         except OSError:  # the folder was made in the meantime
             folder.mkdir(exist_ok=True)
-    (folder / manifest_name).unlink(missing_ok=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == manifest_name):
         file.replace(folder / file.name)
 

@@ -41,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or one that caused it, means that a file could not be written for lack of space.
+    """Return whether an error, or one that caused it, means that a file was not written for lack of space.
 
     Libraries that are not written in Python raise errors of their own, whose text is all they say.
 

@@ -60,7 +60,10 @@ def test_a_killed_run_goes_on_from_what_it_has_computed(home, whole_run):
     assert_equal_runs(home / "out", whole_run)
     # Between two files of a run that it replaces.
     assert finish_run(home, *ARGUMENTS, fault="kill", places=(("summary.csv", 2),))[0] == -signal.SIGKILL
-    assert_user_error(run_cli("report", home / "out", "-o", home / "page.html"), "it lacks run.json")
+    assert_user_error(
+        run_cli("report", home / "out", "-o", home / "page.html"),
+        "another run into this folder was cut short",
+    )
     assert finish_run(home, *ARGUMENTS)[0] == 0
     assert_equal_runs(home / "out", whole_run)
 

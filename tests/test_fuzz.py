@@ -6,7 +6,6 @@ import json
 import os
 from functools import cache
 
-import pytest
 from conftest import make_toy_session, toy_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

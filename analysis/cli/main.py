@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from typing import Any
@@ -20,6 +19,7 @@ from analysis.cli import (  # noqa: F401  # each registers its commands
     validate,
 )
 from analysis.cli.app import CommandInterrupted, app
+from analysis.cli.streams import flush_output_streams, prepare_output_streams
 from defenses.errors import UserError, is_disk_full
 
 _INTERRUPTED = 130  # exit code after Ctrl-C
@@ -32,6 +32,7 @@ def main() -> None:
     Ctrl-C, 143 for SIGTERM, with which batch systems end a job: it stops a run as Ctrl-C does.
     """
     debug = "--debug" in sys.argv
+    prepare_output_streams()
     terminations: list[int] = []
 
     def stop_run(number: int, frame: Any) -> None:
@@ -49,8 +50,7 @@ def main() -> None:
             signal.signal(number, signal.SIG_IGN)
         code = _report_error("interrupted; nothing was written", _INTERRUPTED, False, None)
     except BrokenPipeError:  # the reader of the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = 0
     except Exception as error:
         if is_disk_full(error):
             code = _report_error(_describe_full_disk(error), 2, debug, error)
@@ -74,6 +74,7 @@ def main() -> None:
             )
     finally:
         signal.signal(signal.SIGTERM, handler)
+    flush_output_streams()
     if terminations and code == _INTERRUPTED:
         code = 128 + signal.SIGTERM
     sys.exit(code if isinstance(code, int) else 0)
@@ -83,8 +84,8 @@ def _describe_full_disk(error: Exception) -> str:
     """Return what a user can do about a file that could not be written."""
     path = getattr(error, "filename", None)
     return (
-        f"no space left on the disk{f' for {path}' if path else ''}; the results were not written. Free some "
-        "space, or choose another -o, and run the same command again: it goes on from what is cached"
+        f"no space left on the disk: {f'{path} was not written' if path else 'the output is incomplete'}. Free "
+        "some space, or choose another -o, and run the same command again: it goes on from what is cached"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +36,7 @@ from analysis.mechanism.interventions import (
 from analysis.mechanism.knockout import describe_unsupported_attention
 from analysis.mechanism.logit_weights import SATURATED_WEIGHT
 from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
+from analysis.report.folder import RECORD_FILE, read_record, read_run_table
 from analysis.stats.attribution import (
     CONTRASTS,
     ContrastEstimator,
@@ -486,17 +486,12 @@ def load_stack_interactions(ensembles_folder: Path) -> pd.DataFrame:
     Args:
         ensembles_folder: output folder of the run, or its ensembles.csv.
     """
-    path = ensembles_folder / "ensembles.csv" if ensembles_folder.is_dir() else ensembles_folder
-    if not path.is_file():
-        raise UserError(
-            f"--ensembles {ensembles_folder}: there is no ensembles.csv; `analyze ensembles` writes one"
-        )
-    table = pd.read_csv(path)
+    table = read_run_table(ensembles_folder, "--ensembles", "analyze ensembles", "ensembles.csv")
     required = {"attack", "members", "how", "split", *(f"interaction_{name}" for name in CONTRASTS)}
     if missing := sorted(required - set(table.columns)):
         raise UserError(
-            f"{path} has no column {', '.join(missing)}: it was not written by this version of "
-            "`analyze ensembles`"
+            f"--ensembles {ensembles_folder}: ensembles.csv has no column {', '.join(missing)}: it was not "
+            "written by this version of `analyze ensembles`"
         )
     return table[(table["how"] == STACK) & (table["split"] == REPORT_SPLIT)]
 
@@ -508,12 +503,12 @@ def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
         ensembles_folder: output folder of the run, or its ensembles.csv.
         setup: set-up of this run.
     """
-    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / "run.json"
+    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / RECORD_FILE
     if not path.is_file():
         raise UserError(
             f"--ensembles {ensembles_folder}: there is no run.json beside it, so its model cannot be checked"
         )
-    record, origin = json.loads(path.read_text("utf-8")), setup.session.loaded_model.origin
+    record, origin = read_record(path), setup.session.loaded_model.origin
     weights = [
         (f"weights ({key})", record["model"].get(key), origin.get(key)) for key in ("sha256", "state_sha256")
     ]

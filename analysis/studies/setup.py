@@ -20,7 +20,7 @@ from analysis.studies.preflight import PreflightCheck, check_condition, make_fai
 from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_error
 
 _N_PREFLIGHT_QUERIES = 4
 # Without its margins, the shift and discrimination of the other conditions are undefined.
@@ -101,7 +101,7 @@ def prepare_setup(
     for attack in spec.attacks:
         attack.check_covers_queries(query_set.queries)
     session, model_info = spec.open_session(console)
-    prepared = [defense.prepare(model_info) for defense in chosen]
+    prepared = [_prepare_defense(defense, model_info) for defense in chosen]
     omissions = _missing_requirement_notices(prepared, defenses)
     check_training_overlap(query_set, session.loaded_model.trained_on, spec.model)
     conditions = build_conditions(prepared)
@@ -176,7 +176,10 @@ def find_preflight_failures(
                     ]
                 except Exception as error:
                     if len(conditions) * len(setup.attacks) <= 2:
-                        raise
+                        if not defense.is_user_defined or isinstance(error, UserError):
+                            raise
+                        reason = f"{describe_error(error)} (--debug shows where)"
+                        raise UserError(f"{defense.name!r} cannot be scored: {reason}") from error
                     checks = [make_failed_check(attack, name, defense, error)]
                 if failed := [check for check in checks if not check.passed]:
                     failed_checks[attack.name, name] = failed
@@ -225,6 +228,19 @@ def _calibration_overlap_notices(query_set: QuerySet, calibration: QuerySet) -> 
     return [
         f"{n_shared} of the {len(query_set.queries)} scored queries are calibration queries of the readout"
     ]
+
+
+def _prepare_defense(defense: Defense, model_info: ModelInfo) -> Defense:
+    """Return a defense prepared for the model; mistakes of a user-defined class become UserErrors."""
+    try:
+        prepared = defense.prepare(model_info)
+    except Exception as error:
+        if not defense.is_user_defined or isinstance(error, UserError):
+            raise
+        raise UserError(f"`prepare` of {defense.name!r} raised {describe_error(error)}") from error
+    if not isinstance(prepared, Defense):
+        raise UserError(f"`prepare` of {defense.name!r} returned {prepared!r:.60}; it returns a defense")
+    return prepared
 
 
 def _missing_requirement_notices(

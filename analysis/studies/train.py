@@ -267,7 +267,12 @@ def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
     folder = out / _RESUME_FOLDER
     inputs = folder / "inputs.json"
     if inputs.is_file():
-        earlier = json.loads(inputs.read_text("utf-8"))
+        try:
+            earlier = dict(json.loads(inputs.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{inputs} is damaged ({error}): remove {folder}, or choose another -o"
+            ) from error
         differs = sorted(key for key in record if record[key] != earlier.get(key))
         if differs:
             raise UserError(
