@@ -79,8 +79,8 @@ def write_text_file(path: Path, text: str) -> None:
 def stage_folder(folder: Path, manifest_name: str = "run.json") -> Iterator[Path]:
     """Context manager: yield a new folder whose files move into `folder` if no error occurs.
 
-    A new folder appears with all its files at once. In an existing one, the manifest, which has the digests of
-    the others, is replaced last: files of two runs never look like one, even if the process is killed.
+    A new folder appears with all its files at once. In an existing one, the manifest, which has the digests
+    of the others, is replaced last: files of two runs never look like one, even if the process is killed.
 
     Args:
         folder: created if it does not exist.
@@ -109,7 +109,7 @@ def _move_files(staging: Path, folder: Path, manifest_name: str) -> None:
 
 @contextmanager
 def _make_locked_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Context manager: yield a new folder that is locked as long as it is in use, and remove it afterwards."""
+    """Context manager: yield a new folder, which is locked while it is in use, and remove it afterwards."""
     number = uuid4().hex[:8]
     staging, new = parent / f"{prefix}{_STAGING_MARK}{number}", parent / f"{prefix}.new-{number}"
     with delay_interrupts():

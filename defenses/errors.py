@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 # No space, no quota left, and a file larger than the system allows.
 _FULL_DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The first three as safetensors words them, and torch.save.
+# As safetensors words them, and torch.save.
 _FULL_DISK_PHRASES = (
-    *("os error 28", "os error 122", "os error 27"),
-    *("PytorchStreamWriter failed writing", "No space left on device"),
+    *("os error 28", "os error 122", "os error 27", "No space left on device"),
+    *("PytorchStreamWriter failed writing", "inline_container.cc"),
 )
 
 

@@ -3,13 +3,22 @@
 import random
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import assert_user_error, run_cli, save_model
-from fault_runs import check_files_are_whole, finish_run, start_run
+from fault_runs import check_files_are_whole, finish_run, limit_file_size, start_run
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from analysis.cli.main import main
+from defenses.errors import is_disk_full
 
 ARGUMENTS = ("-d", "policy", "-m", "tiny", "--limit", 6, "--controls", 0, "-o", "out")
 
@@ -58,12 +67,14 @@ def test_a_killed_run_goes_on_from_what_it_has_computed(home, whole_run):
     code, messages = finish_run(home, *ARGUMENTS)
     assert code == 0 and "note: reused from earlier runs: 12 margins, 12 verdicts on responses" in messages
     assert_equal_runs(home / "out", whole_run)
-    # Between two files of a run that it replaces.
-    assert finish_run(home, *ARGUMENTS, fault="kill", places=(("summary.csv", 2),))[0] == -signal.SIGKILL
-    assert_user_error(
-        run_cli("report", home / "out", "-o", home / "page.html"),
-        "another run into this folder was cut short",
+    # Between two files of another run that it replaces.
+    other = ("--limit", 4, *ARGUMENTS[6:])
+    assert (
+        finish_run(home, *ARGUMENTS[:4], *other, fault="kill", places=(("summary.csv", 2),))[0]
+        == -signal.SIGKILL
     )
+    report = run_cli("report", home / "out", "-o", home / "page.html")
+    assert_user_error(report, "another run into this folder was cut short")
     assert finish_run(home, *ARGUMENTS)[0] == 0
     assert_equal_runs(home / "out", whole_run)
 
@@ -88,11 +99,38 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_one_lasts(home, w
         time.sleep(0.01)
     monkeypatch.chdir(home)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    assert_user_error(run_cli(*ARGUMENTS), "--out out: another run that has not ended yet")
+    assert_user_error(run_cli(*ARGUMENTS), "--out out: a run that has not ended yet")
     (home / "goes-on").touch()
     first.join()
     assert first.exitcode == 0
     assert_equal_runs(home / "out", whole_run)
+
+
+# How the results of the toolkit are written.
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 9_000),
+    "table": lambda path: pd.DataFrame({"text": ["x" * 9_000]}).to_csv(path),
+    "safetensors": lambda path: save_file({"weight": torch.zeros(9_000)}, path),
+    "checkpoint of a training": lambda path: torch.save({"weight": torch.zeros(9_000)}, path),
+    "picture": lambda path: Image.effect_noise((200, 200), 100).save(path, "PNG"),
+    "copy": lambda path: shutil.copyfile(np.__file__, path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_recognized_whatever_writes(tmp_path, writer):
+    with limit_file_size(2_000), pytest.raises((OSError, RuntimeError, SafetensorError)) as caught:
+        WRITERS[writer](tmp_path / "file")
+    assert is_disk_full(caught.value), repr(caught.value)
+
+
+def test_output_into_a_full_device_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyze", "list", "defenses"])
+    with Path("/dev/full").open("w") as full, pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(sys, "stdout", full)
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("analyze: no space left on the disk: the output is incomplete")
 
 
 @pytest.mark.sweep
@@ -102,6 +140,7 @@ def test_a_run_of_all_defenses_killed_at_twenty_random_moments(home):
     (home / "reference" / "tiny").symlink_to(home / "tiny")
     started = time.monotonic()
     assert finish_run(home / "reference", *arguments)[0] == 0
+    shutil.copytree(home / "reference" / "share", home / "share")  # with the secret of BackdoorAlign
     seconds = time.monotonic() - started
     rng = random.Random(22)
     for _ in range(20):

@@ -111,7 +111,7 @@ class CacheKey:
 
 
 class ScoreCache:
-    """Cached scores, drafts and verdicts; an unusable file acts as an empty cache that lasts for this run only.
+    """Cached scores, drafts and verdicts; an unusable file acts as an empty cache that ends with the run.
 
     Args:
         cache_path: of the SQLite file.
