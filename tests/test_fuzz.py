@@ -115,9 +115,11 @@ def test_a_file_of_queries_is_read_or_refused(tmp_path_factory, content, suffix)
             assert query.text.strip() and query.id
 
 
-_texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+# Python's csv module leaves a carriage return unquoted, so that its own reader ends the row there.
+_texts = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1, max_size=20)
+_texts = _texts.map(str.strip).filter(bool)
 _rows = st.lists(
-    st.tuples(_texts.filter(str.strip), st.booleans(), _texts.filter(str.strip)),
+    st.tuples(_texts, st.booleans(), _texts),
     min_size=2,
     max_size=6,
     unique_by=(lambda row: row[2], lambda row: row[0]),
@@ -147,7 +149,7 @@ def test_a_good_file_of_queries_gives_its_texts_and_ids(
     path.write_bytes(text.encode(encoding))
     queries = load_queries(str(path)).queries
     assert [(query.text, query.harmful, query.id) for query in queries] == [
-        (text.strip(), harmful, query_id) for text, harmful, query_id in rows
+        (text, harmful, query_id) for text, harmful, query_id in rows
     ]
 
 

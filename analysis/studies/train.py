@@ -16,7 +16,7 @@ from rich.console import Console
 
 from analysis.datasets.public import PUBLIC_DATASETS
 from analysis.datasets.queries import QuerySet
-from analysis.files import check_output_folder, lock_folder, stage_folder, write_text_file
+from analysis.files import check_output_folder, lock_folder, stage_folder, unlock_folder, write_text_file
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
@@ -115,28 +115,32 @@ def train_weights(
         _check_not_finished(out)
     if not lock_folder(out):
         raise UserError(f"{out}: another training that has not ended yet writes into it; choose another -o")
-    secret = _load_secret(recipe, model_info, secret_length, secret_path)
-    record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
+    try:
+        _check_not_finished(out)  # by another process, while the model was loaded
+        secret = _load_secret(recipe, model_info, secret_length, secret_path)
+        record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
 
-    def render(chat: Chat) -> tuple[int, ...]:
-        return session.chat_template.render_prompt(chat).ids
+        def render(chat: Chat) -> tuple[int, ...]:
+            return session.chat_template.render_prompt(chat).ids
 
-    with console.status("generating the model's own responses to benign queries"):
-        examples = recipe.build_examples(
-            query_set.queries,
-            secret.text if secret else "",
-            lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
+        with console.status("generating the model's own responses to benign queries"):
+            examples = recipe.build_examples(
+                query_set.queries,
+                secret.text if secret else "",
+                lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
+            )
+        resume_folder = _prepare_resume_folder(out, record)
+        if checkpoint := find_last_checkpoint(resume_folder):
+            print_note(console, f"the interrupted training in {out} goes on from its {checkpoint.name}")
+        tuned_model, losses = _fit_model(
+            loaded_model, render, examples, training_settings, resume_folder, console
         )
-    resume_folder = _prepare_resume_folder(out, record)
-    if checkpoint := find_last_checkpoint(resume_folder):
-        print_note(console, f"the interrupted training in {out} goes on from its {checkpoint.name}")
-    tuned_model, losses = _fit_model(
-        loaded_model, render, examples, training_settings, resume_folder, console
-    )
-    record |= {"n_examples": len(examples), **timer.describe_time()}
-    history = pd.DataFrame(losses, columns=["step", "loss"])
-    _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
-    shutil.rmtree(resume_folder, ignore_errors=True)
+        record |= {"n_examples": len(examples), **timer.describe_time()}
+        history = pd.DataFrame(losses, columns=["step", "loss"])
+        _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
+        shutil.rmtree(resume_folder, ignore_errors=True)
+    finally:
+        unlock_folder(out)
     base_name, _ = split_model_name(spec.model)
     model_option = str(out) if training_settings.full else f"{base_name}:{out}"
     return TrainedWeights(out, model_option, record, history)
