@@ -21,7 +21,7 @@ from defenses.errors import UserError
 from defenses.settings import get_settings
 
 # More by hand: FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -63,7 +63,7 @@ _FRAGMENTS = (
         "a,1\n",
         "b,0\n",
     ),
-    *("\\ud800", "\\u0000", "[" * 300, "1" * 5000, "-Infinity", "1e999"),
+    *("\\ud800", "\\u0000", "[" * 20_000, "1" * 5000, "-Infinity", "1e999"),
 )
 _ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252")
 _SUFFIXES = (".csv", ".jsonl", ".json", ".tsv", ".CSV", ".jsonl.gz", ".parquet", ".txt", "")
@@ -231,6 +231,8 @@ def test_a_chat_template_renders_a_prompt_or_is_refused(template):
         assert_line(error)
         return
     assert all(notices)
+    if "strftime_now" in template:  # the date is a fixed one
+        return
     # Up to what the toolkit adds on purpose, the prompt is what the template writes.
     ids = tokenizer.apply_chat_template(_CHATS[0], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert list(prompts[0].ids[: len(ids)]) == list(ids)
@@ -301,7 +303,7 @@ def test_texts_that_are_no_settings_are_refused(texts):
 
 
 _words = st.text(max_size=8) | st.sampled_from(
-    ("auto", "all", "none", "words", "prefilled-5", "1", "-1", "direct")
+    ("\ud800", "\udcff", "a\0", "auto", "all", "none", "words", "prefilled-5", "1", "-1", "direct")
 )
 
 
@@ -311,7 +313,7 @@ _words = st.text(max_size=8) | st.sampled_from(
     limit=st.none() | st.integers(),
     batch_size=_words,
     attack=_words | st.sampled_from(("direct+ignore", "base64", "all", "x.jsonl", "+ignore")),
-    readout=_words | st.sampled_from(("prefilled-0", "prefilled-999", "prefilled-" + "9" * 5000)),
+    readout=_words | st.sampled_from(("prefilled-0", "prefilled-999", "prefilled-" + "9" * 500)),
     responses=_words,
 )
 @fuzz
