@@ -21,6 +21,7 @@ from analysis.judges.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Ver
 from analysis.models.chat_template import strip_thinking
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import load_model
+from analysis.models.numerics import check_short_prompt
 from analysis.models.session import ModelSession
 from defenses.contract import Message
 from defenses.errors import UserError
@@ -253,11 +254,7 @@ def load_model_judge(
     Raises:
         UserError: if the budget is missing, the rubric unusable, or the model cannot be loaded.
     """
-    if budget is None or budget < 1:
-        raise UserError(
-            "a model judge makes one call per response: set the maximum number of calls with --budget"
-        )
-    rubric = _read_rubric(rubric_path)
+    budget, rubric = check_judge_inputs(budget, rubric_path)
     grading_rubric = (data_folder() / "rubrics" / "worth.txt").read_text("utf-8")
     if name.startswith(("http://", "https://")):
         return ModelJudge(
@@ -266,7 +263,24 @@ def load_model_judge(
     if (classifier := load_classifier(name, budget, offline, notify)) is not None:
         return classifier
     session = ModelSession.from_model(load_model(name, offline=offline, notify=notify))
+    check_short_prompt(session)
+    for notice in session.loaded_model.notices:
+        notify(f"note: {notice}")
     return ModelJudge(LocalChatModel(session, CallBudget(budget)), rubric, grading_rubric)
+
+
+def check_judge_inputs(budget: int | None, rubric_path: Path | None) -> tuple[int, str]:
+    """Return the budget and the text of the rubric; raise if one of them cannot be used.
+
+    Args:
+        budget: maximum number of calls.
+        rubric_path: file with the judge's prompt; None for the shipped one.
+    """
+    if budget is None or budget < 1:
+        raise UserError(
+            "a model judge makes one call per response: set the maximum number of calls with --budget"
+        )
+    return budget, _read_rubric(rubric_path)
 
 
 def load_classifier(
