@@ -36,10 +36,13 @@ def describe_download_error(error: Exception) -> str:
     """Say why a download failed and what to do about it."""
     if isinstance(error, (ImportError, ValueError)) and "proxy" in str(error).lower():
         return (
-            f"the proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY cannot be used ({error}). For a SOCKS proxy, "
-            "run `pip install httpx[socks]`; or unset these variables"
+            "the proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY cannot be used "
+            f"({describe_library_error(error)}): unset the variable, or, for a SOCKS proxy, run "
+            "`pip install httpx[socks]`"
         )
-    return f"{type(error).__name__}. Check the network connection and the free disk space"
+    if isinstance(error, PermissionError):
+        return f"the cache cannot be written ({describe_library_error(error)}); set HF_HOME to another folder"
+    return f"{describe_library_error(error)}. Check the network connection and the free disk space"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

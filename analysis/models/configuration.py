@@ -33,7 +33,7 @@ def read_config(folder: Path, name: str) -> Any:
         UserError: if it is damaged, or of a kind that cannot be evaluated.
     """
     from transformers import AutoConfig
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -55,7 +55,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 # A folder that no model has: transformers looks for an adapter there, and so does not apply one that was left
 # among the weights.
-_NO_ADAPTER = {"subfolder": "no-adapter"}
+NO_ADAPTER = {"subfolder": "no-adapter"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ModelCheckpoint:
                 local_files_only=True,
                 device_map=self._choose_device_map(quantization is not None),
                 output_loading_info=True,
-                adapter_kwargs=_NO_ADAPTER,
+                adapter_kwargs=NO_ADAPTER,
                 ignore_mismatched_sizes=True,  # so that they are listed, and refused here
             )
         except Exception as error:  # of transformers, of a quantization library, or of safetensors
@@ -308,7 +308,8 @@ def split_model_name(name: str) -> tuple[str, str]:
 def find_state_adapter(model_info: ModelInfo) -> Adapter:
     """Return the adapter that the state in a model's name stands for: by name, by folder, or by id."""
     root, state = split_model_name(model_info.name)
-    adapter = find_adapter(state, model_info)
+    # An absolute path would name the same folder in every folder of adapters.
+    adapter = None if Path(state).is_absolute() else find_adapter(state, model_info)
     if adapter is None and (Path(state).expanduser().is_dir() or re.fullmatch(_HUB_ID, state)):
         adapter = load_external_adapter(Path(state), model_info)
     if adapter is None:

@@ -1,4 +1,4 @@
-"""Numerical soundness of a loaded model: whether its logits are finite numbers, and the likely cause if not."""
+"""Numerical soundness of a loaded model: whether its logits are finite numbers, and if not, why."""
 
 from __future__ import annotations
 

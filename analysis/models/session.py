@@ -151,7 +151,7 @@ def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]])
         raise UserError(
             f"the tokenizer of {loaded_model.name} gives {token!r} the id {largest}, but the model has "
             f"embeddings for the ids 0 to {loaded_model.n_embeddings - 1} only: tokens were added and the "
-            "embedding was not resized. Use the tokenizer of this model, or resize_token_embeddings() and train it"
+            "embedding was not resized. Use the model's own tokenizer, or resize_token_embeddings() and train"
         )
 
 

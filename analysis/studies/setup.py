@@ -262,7 +262,7 @@ def _check_prompts(setup: RunSetup) -> None:
                 if name == UNDEFENDED:
                     raise
                 errors.append(error)
-            except Exception:  # noqa: S112  # the preflight reports it with the condition
+            except Exception:  # the preflight reports it with the condition
                 continue
         if errors and len(errors) == len(setup.conditions) - 1:
             raise errors[0]
