@@ -65,19 +65,20 @@ def find_model_class(config: Any, name: str) -> Any:
     """
     import transformers
 
-    refusal = f"transformers cannot load {name} as a causal language model: its type, {config.model_type}, is"
+    problem = f"transformers cannot load {name} as a causal language model: its type, {config.model_type}, is"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{refusal} an encoder with a decoder; only decoders that read the prompt are evaluated"
+            f"{problem} an encoder with a decoder; only decoders that read the prompt are evaluated"
         )
+    # The classes for images come first: those for text would drop the weights that read images.
     for loader, mapping in (
-        (transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
         (transformers.AutoModelForImageTextToText, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
         (transformers.AutoModelForMultimodalLM, transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING),
+        (transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
     ):
         if type(config) in mapping:
             return loader
-    raise UserError(f"{refusal} that of another kind of model")
+    raise UserError(f"{problem} that of another kind of model")
 
 
 def get_quantization_config(config: Any) -> dict[str, Any] | None:

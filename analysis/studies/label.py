@@ -294,14 +294,20 @@ def regenerate_responses(
     options = _get_options(run)
     spec = _build_spec(options, offline)
     judge = JudgeOptions(run.judge_name).load_judge(offline, make_notifier(console))
+    names = sorted(set(rows["defense"]))
+
+    def check_inputs(setup: RunSetup) -> None:
+        _check_unchanged(run, setup, spec, [name for name in names if name in setup.conditions])
+
     setup = prepare_setup(
         spec,
         options["defenses"],
         options["settings"],
         console,
         with_threshold=False,
-        check_inputs=lambda inputs: _check_unchanged(run, inputs, spec, sorted(set(rows["defense"]))),
+        check_inputs=check_inputs,
     )
+    _check_unchanged(run, setup, spec, names)
     queries_by_id = {query.id: query for query in setup.query_set.queries}
     attacks = {attack.name: attack for attack in setup.attacks}
     prefill = tuple(run.record["readout"]["answers_begin"])

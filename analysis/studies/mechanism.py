@@ -441,11 +441,10 @@ def study_mechanism(
         )
     stacks = None if options.ensembles_folder is None else load_stack_interactions(options.ensembles_folder)
 
+    if all((defense if isinstance(defense, str) else defense.name) == UNDEFENDED for defense in defenses):
+        raise UserError("no defense chosen except `none`, the undefended model; see `analyze list defenses`")
+
     def check_inputs(setup: RunSetup) -> None:
-        if set(setup.conditions) == {UNDEFENDED}:
-            raise UserError(
-                "no defense chosen except `none`, the undefended model; see `analyze list defenses`"
-            )
         if options.ensembles_folder is not None:
             check_same_model(options.ensembles_folder, setup)
 

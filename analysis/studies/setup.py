@@ -99,8 +99,8 @@ def prepare_setup(
         settings: settings of the named defenses, `key=value`.
         console: shows progress.
         with_threshold: whether readouts need their threshold, for which the model must generate responses.
-        check_inputs: called before the weights are loaded, with a set-up without weights and readouts; raises
-            if the study is impossible.
+        check_inputs: called before the weights are loaded, with a set-up without weights, readouts and the
+            defenses whose preparation needs the model; raises if the study is impossible.
         check_setup: called before responses are generated, with readouts as far as they can be made without
             responses; raises if the study is impossible with this model.
     """
@@ -113,12 +113,16 @@ def prepare_setup(
     for name in readout_names:
         encode_opener(name, opened.checkpoint.tokenizer)
     check_training_overlap(query_set, opened.checkpoint.trained_on, spec.model)
-    prepared = _prepare_defenses(chosen, opened.model_info)
-    omissions = _missing_requirement_notices(prepared, defenses)
+    prepared = {
+        row: defense.prepare(opened.model_info)
+        for row, defense in enumerate(chosen)
+        if not _may_run_model(defense)
+    }
+    _missing_requirement_notices(list(prepared.values()), defenses)
     setup = RunSetup(
         opened.prompt_session,
         opened.model_info,
-        prepared,
+        list(prepared.values()),
         query_set,
         split,
         [],
@@ -129,10 +133,17 @@ def prepare_setup(
     )
     for name, defense in setup.conditions.items():
         check_training_overlap(query_set, defense.trained_on(), name)
-    _check_prompts(setup)
+    _check_prompts(setup, has_all_defenses=len(prepared) == len(chosen))
     check_inputs(setup)
     session = opened.load_session()
-    setup = replace(setup, session=session)
+    all_prepared = [
+        prepared[row] if row in prepared else defense.prepare(opened.model_info)
+        for row, defense in enumerate(chosen)
+    ]
+    omissions = _missing_requirement_notices(all_prepared, defenses)
+    setup = replace(setup, session=session, defenses=all_prepared)
+    for name, defense in setup.conditions.items():
+        check_training_overlap(query_set, defense.trained_on(), name)
     readout_calibration = ReadoutCalibration(
         session, opened.model_info, setup.conditions[UNDEFENDED], calibration, console
     )
@@ -232,20 +243,16 @@ def describe_failed_checks(
     }
 
 
-def _prepare_defenses(chosen: Sequence[Defense], model_info: ModelInfo) -> list[Defense]:
-    """Return the defenses, prepared for the model.
-
-    Steering, which records activations, comes last: what the others lack shows before weights are loaded.
-    """
-
-    def needs_weights(row: int) -> bool:
-        return any(isinstance(member, Steering) for member in list_members(chosen[row]))
-
-    prepared = {row: chosen[row].prepare(model_info) for row in sorted(range(len(chosen)), key=needs_weights)}
-    return [prepared[row] for row in range(len(chosen))]
+def _may_run_model(defense: Defense) -> bool:
+    """Return whether the preparation of a defense may run the model, which needs its weights."""
+    return any(
+        isinstance(member, Steering)
+        or (member.is_user_defined and type(member).prepare is not Defense.prepare)
+        for member in list_members(defense)
+    )
 
 
-def _check_prompts(setup: RunSetup) -> None:
+def _check_prompts(setup: RunSetup, has_all_defenses: bool) -> None:
     """Raise if the prompt of the longest query cannot be read without a defense, or under any of them.
 
     Prompts of defenses that call the model are not known yet.
@@ -264,7 +271,7 @@ def _check_prompts(setup: RunSetup) -> None:
                 errors.append(error)
             except Exception:  # the preflight reports it with the condition
                 continue
-        if errors and len(errors) == len(setup.conditions) - 1:
+        if errors and has_all_defenses and len(errors) == len(setup.conditions) - 1:
             raise errors[0]
 
 

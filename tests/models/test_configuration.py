@@ -135,7 +135,6 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "llava": {},
     "mistral3": {},
     "gemma3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "qwen2_vl": _ROTATIONS,
     "qwen2_5_vl": _ROTATIONS,
     "qwen3_vl": _ROTATIONS,
     "internvl": {},

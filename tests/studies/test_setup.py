@@ -53,6 +53,10 @@ OPTIONS = {
         ("mechanism", *ANALYZE, "--ensembles", "run"),
         "run `analyze ensembles` with the same -m",
     ),
+    "ensembles, with steering": (
+        ("ensembles", "-d", "all", "--overlap", "run"),
+        "another model than this run",
+    ),
     "backdooralign": (("backdooralign",), "has no weights for"),
     "train, recipe": (("train", "safty"), "unknown recipe 'safty'"),
     "train, secret": (("train", "safety", "--secret", "x.txt"), "uses no secret"),
