@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from defenses.contract import ModelInfo
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_download_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -319,8 +319,8 @@ def fetch_weights_folder(source: Path, patterns: list[str], model_info: ModelInf
         return Path(
             snapshot_download(str(source), allow_patterns=patterns, local_files_only=model_info.offline)
         )
-    except (OSError, ValueError) as error:  # the errors of huggingface_hub derive from these
-        reason = " ".join(str(error).split())[:120]
+    except (OSError, ValueError, ImportError) as error:  # the errors of huggingface_hub derive from these
+        reason = describe_download_error(error)
         raise UserError(
             f"{source} is not a local folder and cannot be fetched from Hugging Face ({reason}); "
             "name a folder"

