@@ -414,15 +414,14 @@ def run_ensembles_command(
         overlap: output folder of `analyze mechanism`, or its `profiles.csv`.
     """
     from analysis.cli.console import print_run_location
-    from analysis.files import check_output_folder
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.ensembles import evaluate_ensembles
     from analysis.studies.run_spec import choose_run_folder
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["ensembles", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["ensembles", *defenses], datetime.now(UTC)), console
+    )
     result = evaluate_ensembles(spec, defenses, settings, max_size, n_stacks, console, overlap)
     save_run(out, result.run, console)
     tables = result.run.tables
@@ -460,15 +459,14 @@ def run_recommend_command(
         overlap: output folder of `analyze mechanism`, or its `profiles.csv`.
     """
     from analysis.cli.console import print_json_table, print_run_location
-    from analysis.files import check_output_folder
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.recommend import recommend_defense
     from analysis.studies.run_spec import choose_run_folder
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["recommend", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["recommend", *defenses], datetime.now(UTC)), console
+    )
     result = recommend_defense(spec, defenses, settings, max_size, n_stacks, limits, console, overlap)
     save_run(out, result.run, console)
     recommendation = result.run.tables["recommendation"]
