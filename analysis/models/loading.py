@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from analysis.models.checkpoints import (
 )
 from analysis.models.registry import MODEL_REGISTRY
 from defenses.adapters import (
-    ADAPTER_MANIFEST_FILE,
+    ADAPTER_CONFIG_FILE,
     Adapter,
     find_adapter,
-    load_adapter,
+    has_tokenizer,
+    load_external_adapter,
     merge_adapter,
     read_training_fingerprints,
 )
@@ -78,7 +79,8 @@ def load_model(
 
     Args:
         name: a short name, a Hugging Face id, a local folder, or a `.gguf` file; after an optional colon, the
-            state of the weights: the name of one of the model's adapters, or an adapter's folder.
+            state of the weights: the name of one of the model's adapters, or an adapter's folder or Hugging
+            Face id. A tokenizer in its folder replaces that of the model.
         device: auto (a GPU if available), cpu, cuda, cuda:1, mps.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
@@ -92,9 +94,12 @@ def load_model(
     root, state = split_model_name(name)
     folder, origin = _locate_model_files(root, offline, notify)
     tokenizer = _read_tokenizer(folder, root)
-    adapter = (
-        find_state_adapter(build_model_info(name, tokenizer, sha256=origin["sha256"])) if state else None
-    )
+    adapter = None
+    if state:
+        model_info = build_model_info(name, tokenizer, sha256=origin["sha256"])
+        adapter = find_state_adapter(replace(model_info, offline=offline, notify=notify))
+        if has_tokenizer(adapter.folder):
+            tokenizer = _read_tokenizer(adapter.folder, root)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -124,8 +129,10 @@ def load_model(
 
 def load_tokenizer(name: str, offline: bool = False, notify: Notifier = lambda text: None) -> Any:
     """Load only the tokenizer of a model; the weights of a hub model are not downloaded."""
-    root, _ = split_model_name(name)
+    root, state = split_model_name(name)
     folder, _ = _locate_model_files(root, offline, notify, with_weights=False)
+    if has_tokenizer(Path(state)) and (Path(state) / ADAPTER_CONFIG_FILE).is_file():
+        folder = Path(state)
     return _read_tokenizer(folder, root)
 
 
@@ -183,11 +190,11 @@ def split_model_name(name: str) -> tuple[str, str]:
 
 
 def find_state_adapter(model_info: ModelInfo) -> Adapter:
-    """Return the adapter that the state in a model's name stands for: a known adapter's name, or a folder."""
+    """Return the adapter that the state in a model's name stands for: a known name, or a folder or hub id."""
     root, state = split_model_name(model_info.name)
     adapter = find_adapter(state, model_info)
-    if adapter is None and (Path(state) / ADAPTER_MANIFEST_FILE).is_file():
-        adapter = load_adapter(Path(state))
+    if adapter is None and ("/" in state or Path(state).is_dir()):
+        adapter = load_external_adapter(Path(state), model_info)
     if adapter is None:
         known_states = {
             path.name for folder in model_info.adapter_folders for path in folder.glob("*") if path.is_dir()
