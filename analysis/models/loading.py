@@ -35,8 +35,10 @@ from analysis.models.weight_files import (
     hash_weights,
 )
 from defenses.adapters import (
+    ADAPTER_CONFIG_FILE,
     Adapter,
     find_adapter,
+    has_tokenizer,
     load_external_adapter,
     merge_adapter,
     read_training_fingerprints,
@@ -208,7 +210,8 @@ def open_checkpoint(
 
     Args:
         name: a short name, a Hugging Face id, a local folder, or a `.gguf` file; after an optional colon, the
-            state of the weights: the name of one of the model's adapters, or an adapter's folder or id.
+            state of the weights: the name of one of the model's adapters, or an adapter's folder or Hugging
+            Face id. A tokenizer in its folder replaces that of the model.
         device: auto (a GPU if available), cpu, cuda, cuda:1, mps.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
@@ -227,6 +230,8 @@ def open_checkpoint(
     if state:
         model_info = build_model_info(name, tokenizer, sha256=origin["sha256"])
         adapter = find_state_adapter(replace(model_info, offline=offline, notify=notify))
+        if has_tokenizer(adapter.folder):
+            tokenizer = _read_tokenizer(adapter.folder, root)
         origin |= {"state": state, "state_sha256": adapter.sha256}
     return ModelCheckpoint(name, folder, origin, tokenizer, config, torch_device, torch_dtype, adapter)
 
@@ -248,8 +253,10 @@ def load_model(
 
 def load_tokenizer(name: str, offline: bool = False, notify: Notifier = lambda text: None) -> Any:
     """Load only the tokenizer of a model; the weights of a hub model are not downloaded."""
-    root, _ = split_model_name(name)
+    root, state = split_model_name(name)
     folder, _ = _locate_model_files(root, offline, notify, with_weights=False)
+    if has_tokenizer(Path(state)) and (Path(state) / ADAPTER_CONFIG_FILE).is_file():
+        folder = Path(state)
     return _read_tokenizer(folder, root)
 
 

@@ -26,6 +26,7 @@ from defenses.errors import UserError
 from defenses.settings import get_settings, parse_setting
 from defenses.stack import Stack, list_members
 from defenses.tuned import TunedDefense
+from defenses.tuning import AdapterWeights
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def describe_defense(defense: Defense) -> dict[str, Any]:
             key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
         },
         "secrets": [Secret(text).fingerprint for text in defense.secret_texts()],
-        **({"weights_sha256": adapter.sha256, "weights_scaling": adapter.scaling} if adapter else {}),
+        **({"weights_sha256": adapter.sha256, "weights_config": adapter.config} if adapter else {}),
         **({"armed": fingerprint} if fingerprint and not adapter else {}),
         # The behavior of a user-defined class is known from its source only.
         **({"source_sha256": _hash_class_source(type(defense))} if defense.is_user_defined else {}),
@@ -243,10 +244,13 @@ def identify_defense(defense: Defense, seed: int) -> list[Any] | None:
 
 def _restate_defense(defense: Defense) -> tuple[str, list[str]] | None:
     """Return the name and the settings that make a defense object again; None if nothing does."""
-    settings = []
+    names, settings = [], []
     for member in list_members(defense):
         if member.is_user_defined:
             return None
+        # An adapter is named by its folder.
+        is_folder = isinstance(member, AdapterWeights) and bool(member.label)
+        names.append(str(member.weights) if is_folder else member.name)
         defaults = get_settings(type(member))
         for key, value in get_settings(member).items():
             if value == defaults[key]:
@@ -259,7 +263,7 @@ def _restate_defense(defense: Defense) -> tuple[str, list[str]] | None:
             if not is_restored:
                 return None
             settings.append(f"{member.name}.{key}={text}")
-    return "+".join(member.name for member in list_members(defense)), settings
+    return "+".join(names), settings
 
 
 def _hash_class_source(defense_class: type[Defense]) -> str | None:

@@ -28,7 +28,7 @@ from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
 from defenses.contract import Chat
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
-from defenses.training.adapter_files import write_adapter, write_weights_manifest
+from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
 from defenses.training.trainer import TrainingSettings, train_model
 
@@ -114,6 +114,8 @@ def train_weights(
         )
     opened = spec.open_model(console)
     model_info = opened.model_info
+    if opened.checkpoint.adapter is not None and not training_settings.full:
+        check_can_continue(opened.checkpoint.adapter)
     if out is None:
         out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
         _check_not_finished(out)
