@@ -18,11 +18,11 @@ import torch
 from analysis.files import data_folder
 from analysis.judges.endpoint import CallBudget, EndpointChatModel
 from analysis.judges.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Verdict
-from analysis.models.chat_template import strip_thinking
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import NO_ADAPTER, load_model
 from analysis.models.numerics import check_short_prompt
 from analysis.models.session import ModelSession
+from analysis.models.thinking import strip_thinking
 from analysis.models.weight_files import check_weights_complete
 from defenses.contract import Message
 from defenses.errors import UserError, describe_library_error
@@ -171,7 +171,7 @@ class LocalChatModel:
             else []
         )
         replies = {
-            index: str(loaded_model.tokenizer.decode(ids, skip_special_tokens=True))
+            index: self.session.chat_template.decode_response(ids)
             for index, ids in zip(indices, reply_ids, strict=True)
         }
         results = []

@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
-from analysis.models.chat_template import ChatTemplate, Prompt, strip_thinking
+from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
+from analysis.models.thinking import strip_thinking
 from defenses.chats import check_chats, edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat
@@ -60,9 +61,10 @@ class ModelSession:
         batch_size: int | None = None,
         seed: int = 0,
         score_cache: ScoreCache | None = None,
+        answer_prefix: str | None = None,
     ) -> ModelSession:
         """Return a session for a model, without questions."""
-        chat_template = ChatTemplate(loaded_model.tokenizer)
+        chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix)
         engine = Engine(loaded_model.model, batch_size)
         shared_settings = describe_computation(loaded_model)
         defense_calls = DefenseCalls(
@@ -227,7 +229,7 @@ def generate_responses(
         on_first_logits: called with the token ids of some prompts, the response prefix included, and their
             first-token logits; where `generate_token_ids` does so, and not if several models are blended.
     """
-    tokenizer = session.loaded_model.tokenizer
+    chat_template = session.chat_template
     prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
     prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
@@ -236,7 +238,7 @@ def generate_responses(
     def decode_response(token_ids: Sequence[int], is_prefilled: bool) -> str:
         # The text of a prefilled response is only what the model itself generated.
         prefix = () if is_prefilled else response_prefix
-        return str(tokenizer.decode([*prefix, *token_ids], skip_special_tokens=True))
+        return chat_template.decode_response([*prefix, *token_ids])
 
     def is_finished(token_ids: list[int]) -> bool:
         return should_stop is not None and should_stop(decode_response(token_ids, any(is_prefilled)))
@@ -249,7 +251,7 @@ def generate_responses(
                 session.engine,
                 prompt_ids,
                 max_new_tokens,
-                tokenizer.eos_token_id,
+                chat_template.tokenizer.eos_token_id,
                 is_finished,
                 on_progress,
                 lambda rows, logits: on_first_logits([prompt_ids[row] for row in rows], logits),
@@ -258,7 +260,7 @@ def generate_responses(
         Response(
             tuple(token_ids),
             decode_response(token_ids, prefilled),
-            str(tokenizer.decode(token_ids, skip_special_tokens=True)),
+            chat_template.decode_response(token_ids),
         )
         for token_ids, prefilled in zip(generated, is_prefilled, strict=True)
     )
@@ -364,7 +366,7 @@ class DefenseCalls:
         tokenizer = self._chat_template.tokenizer
 
         def decode_response(token_ids: Sequence[int]) -> str:
-            return strip_thinking(str(tokenizer.decode(list(token_ids), skip_special_tokens=True))).lstrip()
+            return strip_thinking(self._chat_template.decode_response(token_ids)).lstrip()
 
         def is_finished(token_ids: list[int]) -> bool:
             return stops_at_newline and "\n" in decode_response(token_ids)

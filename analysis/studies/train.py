@@ -160,12 +160,11 @@ def _generate_own_responses(
     session: ModelSession, prompts: Sequence[tuple[int, ...]]
 ) -> list[TargetResponse]:
     """Generate the model's own responses, and note which of them ended by themselves."""
-    tokenizer = session.loaded_model.tokenizer
-    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, tokenizer.eos_token_id)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    eos_token_id = session.loaded_model.tokenizer.eos_token_id
+    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, eos_token_id)
     return [
-        TargetResponse(text, len(response) < _MAX_RESPONSE_TOKENS)
-        for text, response in zip(texts, responses, strict=True)
+        TargetResponse(session.chat_template.decode_response(response), len(response) < _MAX_RESPONSE_TOKENS)
+        for response in responses
     ]
 
 

@@ -205,16 +205,14 @@ def judge_openings(
         responses: the whole responses to each query.
         prefill: token ids with which all of them start.
     """
-    tokenizer = session.loaded_model.tokenizer
+    decode_response = session.chat_template.decode_response
 
     def cut_response(response: Response) -> Response:
         ids = response.ids[:N_RESPONSE_TOKENS]
-        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        text = decode_response(ids)
         # The text of a response lacks the prefill if the chat has one of its own.
         has_prefill = response.text != response.generated_text
-        whole_text = (
-            str(tokenizer.decode([*prefill, *ids], skip_special_tokens=True)) if has_prefill else text
-        )
+        whole_text = decode_response([*prefill, *ids]) if has_prefill else text
         return replace(response, ids=ids, text=whole_text, generated_text=text)
 
     openings = [[cut_response(response) for response in copies] for copies in responses]
