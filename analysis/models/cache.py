@@ -292,6 +292,7 @@ def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
         "code": hash_code(*SCORING_SOURCES),
         "dtype": str(loaded_model.model.dtype),
         "device": loaded_model.model.device.type,
+        "share_prefix": loaded_model.share_prefix,
         "versions": versions,
     }
 

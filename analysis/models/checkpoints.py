@@ -20,7 +20,7 @@ from analysis.models.weight_files import (
     has_only_adapter,
     read_json_object,
 )
-from defenses.adapters import ADAPTER_CONFIG_FILE
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.errors import UserError, describe_download_error
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from analysis.models.weight_files import (
     describe_leftover_files,
     hash_weights,
 )
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.adapters import (
-    ADAPTER_CONFIG_FILE,
     Adapter,
     find_adapter,
     has_tokenizer,
@@ -74,6 +74,7 @@ class LoadedModel:
         trained_on: fingerprints of the queries that this project trained the model on.
         quantization: how the stored weights are quantized, for run.json; None if they are not.
         notices: remarks on the weights, for the user.
+        share_prefix: whether prompts may share the computation of their prefix.
     """
 
     name: str
@@ -84,11 +85,20 @@ class LoadedModel:
     trained_on: frozenset[str] = frozenset()
     quantization: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
+    share_prefix: bool = True
 
     @property
     def context_length(self) -> int:
         """Maximum sequence length of the model, in tokens."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        config = self.model.config.get_text_config()
+        length = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        rope = getattr(config, "rope_parameters", None) or {}
+        # Dynamic NTK extends the length that max_position_embeddings states.
+        return (
+            int(length * rope["factor"])
+            if rope.get("rope_type") == "dynamic" and "factor" in rope
+            else length
+        )
 
     @property
     def n_embeddings(self) -> int:

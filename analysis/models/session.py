@@ -16,6 +16,7 @@ from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
+from analysis.models.plain_passes import choose_batch_form
 from analysis.models.thinking import strip_thinking
 from defenses.chats import check_chats, edit_last_user, split_prefill
 from defenses.consultations import run_consultations
@@ -65,7 +66,7 @@ class ModelSession:
     ) -> ModelSession:
         """Return a session for a model, without questions."""
         chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix)
-        engine = Engine(loaded_model.model, batch_size)
+        engine = _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
         defense_calls = DefenseCalls(
             engine, chat_template, loaded_model.context_length, shared_settings, score_cache
@@ -139,6 +140,17 @@ class ModelSession:
             if not chats:
                 raise UserError(f"{defense.name!r} returns no chat for query {query_id!r}")
         return chats_by_query
+
+
+def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
+    """Return an engine that runs batches in the fastest form in which the model's logits are right."""
+    model = loaded_model.model
+    if model.device.type == "meta":  # without weights, nothing can be compared
+        return Engine(model, batch_size)
+    form, slower = choose_batch_form(model, loaded_model.share_prefix)
+    engine = Engine(model, batch_size, form)
+    engine.notices += [slower] if slower else []
+    return engine
 
 
 def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.files import combine_digests, hash_file
-from defenses.adapters import ADAPTER_CONFIG_FILE
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.errors import UserError, describe_library_error
 
 CONFIG_FILE = "config.json"

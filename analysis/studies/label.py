@@ -457,6 +457,7 @@ def _build_spec(options: Mapping[str, Any], offline: bool) -> RunSpec:
         options["attacks"],
         "words",
         responses=options["responses"],
+        share_prefix=options.get("share_prefix", True),
     )
 
 

@@ -151,6 +151,7 @@ def describe_options(
         "split": spec.split,
         "limit": spec.limit,
         "batch_size": spec.batch_size,
+        "share_prefix": spec.share_prefix,
         "device": spec.device,
         "dtype": spec.dtype,
         "seed": spec.seed,

@@ -56,6 +56,7 @@ def build_run_spec(
     attack: str | Sequence[str] | None = None,
     readout: str | Sequence[str] = DEFAULT_LINEAR_READOUT,
     responses: str | int = "none",
+    share_prefix: bool = True,
 ) -> RunSpec:
     """Build a RunSpec, checking every option that can be checked before the model is loaded.
 
@@ -79,6 +80,7 @@ def build_run_spec(
         readout: the readout of a run, or the readouts to compare.
         responses: number of queries that are answered in each condition, `all`, `none`, or `auto`: all,
             except where the readout forces how responses begin.
+        share_prefix: whether prompts may share the computation of their prefix.
 
     Raises:
         UserError: if an option has no valid value.
@@ -95,7 +97,19 @@ def build_run_spec(
     forces_opening = any(name.startswith(_FORCED_PREFIX) for name in readouts)
     max_responses = _parse_responses(responses, forces_opening)
     return RunSpec(
-        model, queries, split, limit, size, device, dtype, seed, offline, attacks, readouts, max_responses
+        model,
+        queries,
+        split,
+        limit,
+        size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readouts,
+        max_responses,
+        share_prefix,
     )
 
 
@@ -134,6 +148,7 @@ class RunSpec:
         readouts: names of the readouts.
         max_responses: maximum number of queries whose responses are generated and judged in each condition;
             None for all.
+        share_prefix: whether prompts may share the computation of their prefix.
     """
 
     model: str
@@ -148,6 +163,7 @@ class RunSpec:
     attacks: tuple[Attack, ...] = (DIRECT_ATTACK,)
     readouts: tuple[str, ...] = (DEFAULT_LINEAR_READOUT,)
     max_responses: int | None = 0
+    share_prefix: bool = True
 
     def __post_init__(self) -> None:
         for name in self.readouts:
@@ -222,7 +238,9 @@ class RunSpec:
             with console.status(f"loading {self.model}"):
                 loaded = checkpoint.load_weights()
                 score_cache = ScoreCache(get_score_cache_path())
-                session = ModelSession.from_model(loaded, self.batch_size, self.seed, score_cache)
+                session = ModelSession.from_model(
+                    replace(loaded, share_prefix=self.share_prefix), self.batch_size, self.seed, score_cache
+                )
                 check_short_prompt(session)
             return session
 

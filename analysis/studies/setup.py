@@ -9,7 +9,7 @@ from functools import cached_property
 from rich.console import Console
 
 from analysis.attacks import Attack
-from analysis.datasets.queries import QuerySet, sample_queries
+from analysis.datasets.queries import Query, QuerySet, sample_queries
 from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
 from analysis.readouts.readout import Readout
@@ -159,7 +159,13 @@ def prepare_setup(
             readout = readout_calibration.calibrate_readout(name)
         readouts[readout.name] = readout
     overlap = _calibration_overlap_notices(query_set, calibration)
-    notices = [*session.loaded_model.notices, *session.chat_template.notices, *omissions, *overlap]
+    notices = [
+        *session.loaded_model.notices,
+        *session.chat_template.notices,
+        *session.engine.notices,
+        *omissions,
+        *overlap,
+    ]
     for name, readout in readouts.items():
         notices += [f"readout {name}: {notice}" for notice in readout.notices]
     for notice in notices:
@@ -172,9 +178,9 @@ def find_preflight_failures(
 ) -> dict[tuple[str, str], list[PreflightCheck]]:
     """Return the failed preflight checks by attack and condition, from a few queries.
 
-    Prompts are checked in every condition. Margins are compared with plain forward passes for each defense
-    under the first attack and for the undefended model under each attack: how margins are computed does not
-    depend on the text of the prompt.
+    Prompts are checked in every condition, that of the longest query among them. Margins are compared with
+    plain forward passes for each defense under the first attack and for the undefended model under each
+    attack: how margins are computed does not depend on the text of the prompt.
 
     Args:
         setup: loaded and prepared.
@@ -182,13 +188,14 @@ def find_preflight_failures(
         console: shows progress.
     """
     failed_checks = {}
-    queries = sample_queries(setup.query_set.queries, _N_PREFLIGHT_QUERIES)
     description = "checking that defenses reach the model"
     with make_progress_bar(console) as bar:
         task = bar.add_task(description, total=len(conditions) * len(setup.attacks))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
         for attack in setup.attacks:
+            queries = select_preflight_queries(setup, attack)
             for name, defense in conditions.items():
+                n_notices = len(setup.session.engine.notices)
                 with_margins = attack is setup.attacks[0] or name == UNDEFENDED
                 try:
                     if defense.calls_model:
@@ -211,8 +218,31 @@ def find_preflight_failures(
                     checks = [make_failed_check(attack, name, defense, error)]
                 if failed := [check for check in checks if not check.passed]:
                     failed_checks[attack.name, name] = failed
+                for notice in setup.session.engine.notices[n_notices:]:
+                    print_note(console, notice)
+                    setup.notices.append(notice)
                 bar.update(task, advance=1, description=description)
     return failed_checks
+
+
+def select_preflight_queries(
+    setup: RunSetup, attack: Attack, n_queries: int = _N_PREFLIGHT_QUERIES
+) -> list[Query]:
+    """Return a few queries of each class, and the longest query of the run if it is not among them.
+
+    Args:
+        setup: loaded and prepared.
+        attack: the attack through which the queries are sent, which determines their lengths.
+        n_queries: number of queries without the longest.
+    """
+    queries = setup.query_set.queries
+    lengths = [
+        len(setup.session.chat_template.render_prompt(chat).ids)
+        for _, chat in attack.build_query_chats(queries)
+    ]
+    longest = queries[lengths.index(max(lengths))]
+    sample = sample_queries(queries, n_queries)
+    return sample if longest in sample else [*sample, longest]
 
 
 def exclude_failed_conditions(
