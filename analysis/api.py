@@ -241,6 +241,7 @@ def recommend(
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
     readout: str = "words",
+    responses: str | int = "auto",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     device: str = "auto",
@@ -264,6 +265,8 @@ def recommend(
         limit: maximum number of queries per split.
         attacks: one attack or several.
         readout: as `--readout`.
+        responses: number of queries per split whose responses are generated and judged to certify defenses
+            and stacks, `all`, `none`, or `auto`: all, except for readouts that force how responses begin.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
         device: auto, cpu, cuda, …
@@ -275,7 +278,7 @@ def recommend(
         A run with the tables of `ensembles`, `certification` and `recommendation`.
     """
     spec = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout, responses
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)

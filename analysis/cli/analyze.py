@@ -151,15 +151,14 @@ def run_analyze_command(
         print_summary,
         print_trust_warnings,
     )
-    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.analyze import analyze_defenses
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
 
-    out = check_output_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)))
     console = Console(stderr=True)
+    out = prepare_run_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)), console)
     try:
         result = analyze_defenses(spec, defenses, settings, console, with_cost, n_control_draws)
     except PreflightError as error:

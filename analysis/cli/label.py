@@ -82,8 +82,9 @@ def run_label_command(folder: Path, n: int, csv_path: Path | None, offline: bool
             )
         if csv_path is not None and len(sheet.rows):
             from analysis.files import write_text_file
+            from analysis.stats.tables import format_table
 
-            write_text_file(csv_path, sheet.rows.to_csv(index=False))
+            write_text_file(csv_path, format_table(sheet.rows))
             notify(
                 f"Wrote {len(sheet.rows)} responses to {csv_path}: fill in refuses or answers in the column "
                 "label (empty or skip: no label), then run the same command again"

@@ -18,6 +18,7 @@ from analysis.cli import (  # noqa: F401  # each registers its commands
     validate,
 )
 from analysis.cli.app import CommandInterrupted, app
+from analysis.cli.streams import flush_output_streams, prepare_output_streams
 from defenses.errors import UserError
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     Ctrl-C.
     """
     debug = "--debug" in sys.argv
+    prepare_output_streams()
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -61,6 +63,7 @@ def main() -> None:
                 debug,
                 error,
             )
+    flush_output_streams()
     sys.exit(code if isinstance(code, int) else 0)
 
 

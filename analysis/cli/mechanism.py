@@ -125,15 +125,14 @@ def run_mechanism_command(
         The exit code: 0, or 1 if a condition failed.
     """
     from analysis.cli.console import print_run_location, print_trust_warnings
-    from analysis.files import check_output_folder
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.mechanism import study_mechanism
     from analysis.studies.run_spec import choose_run_folder
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["mechanism", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["mechanism", *defenses], datetime.now(UTC)), console
+    )
     result = study_mechanism(spec, defenses, settings, options, console)
     save_run(out, result.run, console)
     print_mechanism(result.run.tables, result.run.record, options.n_top)

@@ -189,15 +189,16 @@ def run_backdooralign_command(
         n_secrets: number of other random secrets of each length.
     """
     from analysis.cli.console import print_failures, print_trust_warnings
-    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.backdooralign import reproduce_backdooralign
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.train import TrainingInterrupted
 
-    out = check_output_folder(out or choose_run_folder(spec.model, ["backdooralign"], datetime.now(UTC)))
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["backdooralign"], datetime.now(UTC)), console
+    )
     notify = make_notifier(console)
     try:
         result = reproduce_backdooralign(spec, max_new_tokens, with_utility, n_secrets, console)

@@ -130,17 +130,16 @@ def run_validate_command(
         max_new_tokens: maximum number of tokens generated per response.
     """
     from analysis.cli.console import print_failed_checks, print_failures
-    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
     from analysis.studies.validate import validate_readouts
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["validate", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["validate", *defenses], datetime.now(UTC)), console
+    )
     try:
         result = validate_readouts(spec, defenses, settings, judge_options, max_new_tokens, console)
     except PreflightError as error:

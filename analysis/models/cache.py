@@ -1,7 +1,8 @@
 """Cache of results that depend on a model, and the keys of its entries.
 
 Scores, drafts (responses to a defense's own calls) and verdicts on responses are rows of one SQLite file.
-Other results are small JSON files next to it, in one folder for each of `CACHE_KINDS`.
+Other results are small JSON files next to it, in one folder for each of `CACHE_KINDS`. Each has the SHA-256
+of its content, so that a damaged file is computed again.
 
 A key is a digest of everything that the result depends on: weights, configuration, dtype, device, source
 code, library versions, and for a row the defense's weight changes, the readout and the token ids. No prompt
@@ -17,17 +18,19 @@ import json
 import math
 import shutil
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 
 from analysis.files import write_text_file
 from analysis.models.loading import LoadedModel
 from defenses.errors import UserError
+
+Result = TypeVar("Result")
 
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS scores (name BLOB PRIMARY KEY, margin REAL, coverage REAL) WITHOUT ROWID;
@@ -235,19 +238,31 @@ def write_cached_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
     plain_content = {key: value.item() if hasattr(value, "item") else value for key, value in content.items()}
+    text = json.dumps(plain_content)
     with suppress(OSError):
-        write_text_file(path, json.dumps(plain_content))
+        write_text_file(path, f'{{"sha256": "{_digest_text(text)}", "content": {text}}}')
 
 
-def read_cached_json(path: Path | None) -> dict[str, Any] | None:
-    """Return a cached result; None without a path, or if the file is missing or damaged."""
+def read_cached_json(path: Path | None, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
+    """Return a cached result; None if it has to be computed, because the file is missing or damaged.
+
+    Args:
+        path: from `make_json_cache_path`.
+        parse: makes the result of what was written; it may fail on what another version wrote.
+    """
     if path is None:
         return None
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        stored = json.loads(path.read_text("utf-8"))
+        if stored["sha256"] != _digest_text(json.dumps(stored["content"])):
+            return None
+        return parse(stored["content"])
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache

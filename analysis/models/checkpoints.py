@@ -1,4 +1,4 @@
-"""Files of a model: fetched from the Hugging Face hub, found in a folder, or converted from GGUF.
+"""Files of a model: fetched from the Hugging Face hub, or found in a folder.
 
 Weights are read from safetensors or GGUF only, never from pickle, and code that comes with them is never run.
 """
@@ -6,18 +6,16 @@ Weights are read from safetensors or GGUF only, never from pickle, and code that
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis.files import get_cache_folder, hash_file
 from analysis.models.weight_files import (
     CONFIG_FILE,
-    check_weights_complete,
     find_missing_weights,
     has_only_adapter,
     read_json_object,
@@ -32,8 +30,6 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MODEL_FILE_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
 # Second copies of the weights for other programs: Mistral's format, and subfolders.
 _IGNORED_FILE_PATTERNS = ("consolidated*", "*/*")
-# Incremented when the conversion changes, so that older converted copies are not used.
-_CONVERSION_VERSION = 1
 
 
 def validate_model_folder(path: Path, name: str = "") -> Path:
@@ -152,47 +148,6 @@ def fetch_wheel_file(
     return cached
 
 
-def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, str]:
-    """Return a folder with a safetensors copy of a GGUF, converted at first use, and the SHA-256 of the GGUF.
-
-    The copy is cached under that SHA-256, in float32, so that nothing is rounded a second time.
-    """
-    sha256 = hash_file(path)
-    folder = get_cache_folder() / "gguf" / f"{sha256[:32]}-v{_CONVERSION_VERSION}"
-    if folder.is_dir():
-        return folder, sha256
-    notify(f"Converting {path.name} to safetensors in {folder}; this happens once.")
-    _check_gguf_template(path)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        loader: Any = AutoModelForCausalLM
-        quantized, loading_info = loader.from_pretrained(
-            path.parent, gguf_file=path.name, output_loading_info=True, trust_remote_code=False
-        )
-    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded: {error}") from error
-    check_weights_complete(str(path), loading_info)
-    # transformers marks the model as quantized and does not save it, although its weights are float32 now.
-    config = quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        if not folder.is_dir():  # a concurrent run may have finished first
-            part.replace(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the converted model to {folder.parent}: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder, sha256
-
-
 def _download_hub_model(repo: str, revision: str, is_gated: bool, with_weights: bool) -> Path:
     """Download a hub repository and return its folder; failures become UserErrors with advice."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -233,21 +188,6 @@ def _snapshot_hub_model(repo: str, revision: str, with_weights: bool, is_local: 
             local_files_only=is_local,
         )
     )
-
-
-def _check_gguf_template(path: Path) -> None:
-    """Check that a GGUF is readable and has a chat template."""
-    from gguf import GGUFReader
-
-    try:
-        fields = GGUFReader(path).fields
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a readable GGUF file: {error}") from error
-    if "tokenizer.chat_template" not in fields:
-        raise UserError(
-            f"{path} has no chat template, so its prompt format is unknown; use the GGUF of an instruct "
-            "model, or a folder with a chat_template.jinja"
-        )
 
 
 def _check_file_hash(path: Path, sha256: str) -> Path:

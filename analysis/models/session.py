@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from analysis.models.chat_template import ChatTemplate, Prompt, strip_thinking
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
-from defenses.chats import edit_last_user, split_prefill
+from defenses.chats import check_chats, edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat
 from defenses.errors import UserError
@@ -86,7 +87,7 @@ class ModelSession:
             if self.questions:
                 chats = self._ask_questions(chats)
             if defense.retokenizes:
-                retokenize = partial(defense.retokenize, rng=rng)
+                retokenize = partial(_retokenize_text, defense, rng=rng)
                 prompts = [self.chat_template.render_retokenized(chat, retokenize) for chat in chats]
             else:
                 prompts = [self.chat_template.render_prompt(chat) for chat in chats]
@@ -160,18 +161,31 @@ def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> 
     responses: list[str] | None = None
     try:
         consultation = defense.consult_model(query_chat.chat, rng)
+        if not hasattr(consultation, "send"):
+            raise TypeError("consult_model must yield; without calls, define rewrite_copies instead")
         while True:
             calls = consultation.send(responses)  # type: ignore[arg-type]
             if not isinstance(calls, list) or not all(isinstance(call, ModelCall) for call in calls):
                 raise TypeError("consult_model must yield lists of ModelCall")
             responses = yield calls
     except StopIteration as stop:
-        return stop.value
+        return check_chats(defense.name, stop.value)
     except Exception as error:
         if not defense.is_user_defined or isinstance(error, UserError):
             raise
         raise UserError(
             f"{defense.name!r} raised {type(error).__name__} on query {query_chat.query_id!r}: {error}"
+        ) from error
+
+
+def _retokenize_text(defense: Defense, ids: list[int], rng: QueryRng) -> list[int]:
+    """Return a defense's tokens of a text; raise if they are none."""
+    retokenized = defense.retokenize(ids, rng)
+    try:
+        return list(map(operator.index, retokenized))
+    except TypeError as error:
+        raise UserError(
+            f"{defense.name!r} returned {retokenized!r:.60} from `retokenize`; it takes a list of token ids"
         ) from error
 
 

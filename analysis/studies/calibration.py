@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,15 +96,7 @@ class ReadoutCalibration:
 
     def load_readout(self, name: str) -> Readout | None:
         """Return the cached readout of that name, or None."""
-        if (cached := read_cached_json(self._readout_cache_path(name))) is None:
-            return None
-        tuples = {key: tuple(value) for key, value in cached.items() if isinstance(value, list)}
-        branches = (
-            OpeningBranch(**{key: tuple(value) for key, value in branch.items()})
-            for branch in cached["branches"]
-        )
-        fields: dict[str, Any] = cached | tuples | {"branches": tuple(branches)}
-        return Readout(**fields)
+        return read_cached_json(self._readout_cache_path(name), _restore_readout)
 
     def draft_readout(
         self, name: str, conditions: Mapping[str, Defense], attacks: Sequence[Attack]
@@ -299,9 +291,16 @@ class ReadoutCalibration:
         """Return the verdicts on responses to the calibration split, from the cache if it has them."""
         key = self._verdict_cache_key(prefill) | {"defense": identify_defense(defense, self.session.seed)}
         path = make_json_cache_path("verdicts", self.session.loaded_model, key)
-        if (cached := read_cached_json(path)) is not None:
-            return [Verdict(refusal) for refusal in cached["refusals"]]
         queries = self._calibration_queries
+
+        def restore_verdicts(content: dict[str, Any]) -> list[Verdict]:
+            verdicts = [Verdict(refusal) for refusal in content["refusals"]]
+            if len(verdicts) != len(queries):
+                raise ValueError("one verdict per query is needed")
+            return verdicts
+
+        if (cached := read_cached_json(path, restore_verdicts)) is not None:
+            return cached
         with make_progress_bar(self.console) as bar:
             task = bar.add_task(f"calibrating: responses under {condition}", total=len(queries))
 
@@ -368,6 +367,18 @@ def encode_opener(readout_name: str, tokenizer: Any) -> tuple[int, ...]:
     return opener[:n_tokens]
 
 
+def _restore_readout(content: dict[str, Any]) -> Readout:
+    """Return the readout that was stored as a dictionary."""
+    if set(content) != {field.name for field in fields(Readout)}:
+        raise ValueError("another version has stored this readout")
+    tuples = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+    branches = (
+        OpeningBranch(**{key: tuple(value) for key, value in branch.items()})
+        for branch in content["branches"]
+    )
+    return Readout(**(content | tuples | {"branches": tuple(branches)}))
+
+
 def save_validity(
     session: ModelSession,
     attack: Attack,
@@ -389,7 +400,7 @@ def save_validity(
         row: the row.
     """
     path = _validity_cache_path(session, attack, defense, readout)
-    if (read_cached_json(path) or {}).get("n", 0) <= row["n"]:
+    if (read_cached_json(path, dict) or {}).get("n", 0) <= row["n"]:
         write_cached_json(path, row | {"judge": judge_name, "new_tokens": max_new_tokens})
 
 
@@ -397,7 +408,7 @@ def load_validity(
     session: ModelSession, attack: Attack, defense: Defense, readout: Readout
 ) -> dict[str, Any]:
     """Return the cached row of `validity.csv`; empty if there is none."""
-    return read_cached_json(_validity_cache_path(session, attack, defense, readout)) or {}
+    return read_cached_json(_validity_cache_path(session, attack, defense, readout), dict) or {}
 
 
 def load_trust(session: ModelSession, attack: Attack, defense: Defense, readout: Readout) -> str:

@@ -11,13 +11,19 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis.datasets.records import RECORD_SUFFIXES, read_records
+from analysis.datasets.records import (
+    RECORD_FORMATS,
+    RECORD_SUFFIXES,
+    get_record_suffix,
+    read_records,
+)
 from analysis.files import check_output_folder, write_text_file
 from analysis.judges.judge import Judge
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.loading import silence_libraries
 from analysis.progress import make_notifier, make_progress_bar
+from analysis.stats.tables import format_table
 from defenses.errors import UserError, unknown_name_error
 
 VERDICT_COLUMNS = ("refusal", "evidence", "judge")
@@ -122,7 +128,7 @@ class JudgedResponses:
     def write_records(self, path: Path) -> None:
         """Write the records as `.csv` or `.jsonl`, as the suffix says."""
         if path.suffix == ".csv":
-            text = pd.DataFrame(self.records).to_csv(index=False)
+            text = format_table(pd.DataFrame(self.records))
         else:
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
         write_text_file(path, text)
@@ -135,11 +141,15 @@ def choose_judged_path(path: Path, out: Path | None) -> Path:
         path: the file with the responses.
         out: the file that the user named, or None for the default beside the input.
     """
-    if path.suffix not in RECORD_SUFFIXES:
-        raise UserError(f"{path}: `analyze judge` takes a .csv or .jsonl file with a column of responses")
-    out = out or path.with_suffix(f".judged{path.suffix}")
-    if out.suffix != path.suffix:
-        raise UserError(f"-o {out}: the output has the format of the input, so give a {path.suffix} file")
+    suffix = get_record_suffix(path)
+    if suffix not in RECORD_SUFFIXES:
+        raise UserError(f"{path}: `analyze judge` takes a {RECORD_FORMATS} with a column of responses")
+    judged_suffix = ".csv" if suffix in (".csv", ".tsv") else ".jsonl"
+    out = out or path.with_name(f"{path.name[: path.name.lower().rindex(suffix)]}.judged{judged_suffix}")
+    if out.suffix != judged_suffix:
+        raise UserError(
+            f"-o {out}: the verdicts on {path.name} are written as {judged_suffix}; give such a file"
+        )
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten: choose another -o")
     check_output_folder(out.parent)
@@ -159,7 +169,7 @@ def judge_file(
     Of a file that this judge has judged before, only the responses without a verdict are judged again.
 
     Args:
-        path: a `.csv` or `.jsonl` file.
+        path: a file with one response per row.
         response_column: column with the responses.
         query_column: column with the queries, with which off-topic responses are recognized.
         judge_options: the judge.
@@ -201,8 +211,8 @@ def judge_records(
             raise unknown_name_error(f"column of {source}:", column, records[0])
     judge = judge_options.load_judge(offline, make_notifier(console))
     pending = _list_unjudged_rows(source, records, judge.name)
-    responses = [str(records[row][response_column] or "") for row in pending]
-    queries = [str(records[row][query_column] or "") if query_column else "" for row in pending]
+    responses = [_get_text(records[row], response_column) for row in pending]
+    queries = [_get_text(records[row], query_column) if query_column else "" for row in pending]
     with make_progress_bar(console) as bar:
         task = bar.add_task("judging", total=len(pending))
         verdicts = judge.judge_responses(responses, queries, lambda count: bar.advance(task, count))
@@ -214,6 +224,12 @@ def judge_records(
         judged[row] |= dict(zip(VERDICT_COLUMNS, values, strict=True))
     unjudged_reasons = [verdict.evidence for verdict in verdicts if not verdict.is_judged]
     return JudgedResponses(judged, judge.name, unjudged_reasons)
+
+
+def _get_text(record: dict[str, Any], column: str) -> str:
+    """Return a value as text; nothing for a missing value, which is no response named "nan"."""
+    value = record.get(column)
+    return "" if value is None or value != value else str(value)
 
 
 def _list_unjudged_rows(source: str, records: Sequence[dict[str, Any]], judge_name: str) -> list[int]:

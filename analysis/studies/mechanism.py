@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +36,7 @@ from analysis.mechanism.interventions import (
 from analysis.mechanism.knockout import describe_unsupported_attention
 from analysis.mechanism.logit_weights import SATURATED_WEIGHT
 from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
+from analysis.report.folder import RECORD_FILE, read_record, read_run_table
 from analysis.stats.attribution import (
     CONTRASTS,
     ContrastEstimator,
@@ -489,17 +489,12 @@ def load_stack_interactions(ensembles_folder: Path) -> pd.DataFrame:
     Args:
         ensembles_folder: output folder of the run, or its ensembles.csv.
     """
-    path = ensembles_folder / "ensembles.csv" if ensembles_folder.is_dir() else ensembles_folder
-    if not path.is_file():
-        raise UserError(
-            f"--ensembles {ensembles_folder}: there is no ensembles.csv; `analyze ensembles` writes one"
-        )
-    table = pd.read_csv(path)
+    table = read_run_table(ensembles_folder, "--ensembles", "analyze ensembles", "ensembles.csv")
     required = {"attack", "members", "how", "split", *(f"interaction_{name}" for name in CONTRASTS)}
     if missing := sorted(required - set(table.columns)):
         raise UserError(
-            f"{path} has no column {', '.join(missing)}: it was not written by this version of "
-            "`analyze ensembles`"
+            f"--ensembles {ensembles_folder}: ensembles.csv has no column {', '.join(missing)}: it was not "
+            "written by this version of `analyze ensembles`"
         )
     return table[(table["how"] == STACK) & (table["split"] == REPORT_SPLIT)]
 
@@ -528,12 +523,12 @@ def check_same_readout(ensembles_folder: Path, readout_name: str) -> None:
 
 def _check_same_value(ensembles_folder: Path, label: str, section: str, key: str, value: str | None) -> None:
     """Raise if an entry of the run.json of a run of `analyze ensembles` differs from that of this run."""
-    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / "run.json"
+    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / RECORD_FILE
     if not path.is_file():
         raise UserError(
             f"--ensembles {ensembles_folder}: there is no run.json beside it, so its model cannot be checked"
         )
-    record = json.loads(path.read_text("utf-8"))
+    record = read_record(path)
     if (other_value := record[section].get(key)) != value:
         raise UserError(
             f"--ensembles {ensembles_folder} was made with {record['model']['name']}: its {label} is "

@@ -20,7 +20,7 @@ from analysis.studies.preflight import PreflightCheck, check_condition, make_fai
 from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_error
 from defenses.stack import list_members
 from defenses.steering import Steering
 
@@ -114,7 +114,7 @@ def prepare_setup(
         encode_opener(name, opened.checkpoint.tokenizer)
     check_training_overlap(query_set, opened.checkpoint.trained_on, spec.model)
     prepared = {
-        row: defense.prepare(opened.model_info)
+        row: _prepare_defense(defense, opened.model_info)
         for row, defense in enumerate(chosen)
         if not _may_run_model(defense)
     }
@@ -137,7 +137,7 @@ def prepare_setup(
     check_inputs(setup)
     session = opened.load_session()
     all_prepared = [
-        prepared[row] if row in prepared else defense.prepare(opened.model_info)
+        prepared[row] if row in prepared else _prepare_defense(defense, opened.model_info)
         for row, defense in enumerate(chosen)
     ]
     omissions = _missing_requirement_notices(all_prepared, defenses)
@@ -204,7 +204,10 @@ def find_preflight_failures(
                     ]
                 except Exception as error:
                     if len(conditions) * len(setup.attacks) <= 2:
-                        raise
+                        if not defense.is_user_defined or isinstance(error, UserError):
+                            raise
+                        reason = f"{describe_error(error)} (--debug shows where)"
+                        raise UserError(f"{defense.name!r} cannot be scored: {reason}") from error
                     checks = [make_failed_check(attack, name, defense, error)]
                 if failed := [check for check in checks if not check.passed]:
                     failed_checks[attack.name, name] = failed
@@ -310,6 +313,19 @@ def _calibration_overlap_notices(query_set: QuerySet, calibration: QuerySet) -> 
     return [
         f"{n_shared} of the {len(query_set.queries)} scored queries are calibration queries of the readout"
     ]
+
+
+def _prepare_defense(defense: Defense, model_info: ModelInfo) -> Defense:
+    """Return a defense prepared for the model; mistakes of a user-defined class become UserErrors."""
+    try:
+        prepared = defense.prepare(model_info)
+    except Exception as error:
+        if not defense.is_user_defined or isinstance(error, UserError):
+            raise
+        raise UserError(f"`prepare` of {defense.name!r} raised {describe_error(error)}") from error
+    if not isinstance(prepared, Defense):
+        raise UserError(f"`prepare` of {defense.name!r} returned {prepared!r:.60}; it returns a defense")
+    return prepared
 
 
 def _missing_requirement_notices(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from analysis.datasets.public import PUBLIC_DATASETS
 from analysis.datasets.queries import QuerySet
-from analysis.files import check_output_folder, stage_folder
+from analysis.files import check_output_folder, stage_folder, write_text_file
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
@@ -258,7 +258,12 @@ def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
     folder = out / _RESUME_FOLDER
     inputs = folder / "inputs.json"
     if inputs.is_file():
-        earlier = json.loads(inputs.read_text("utf-8"))
+        try:
+            earlier = dict(json.loads(inputs.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{inputs} is damaged ({error}): remove {folder}, or choose another -o"
+            ) from error
         differs = sorted(key for key in record if record[key] != earlier.get(key))
         if differs:
             raise UserError(
@@ -266,8 +271,7 @@ def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
                 "it, or choose another -o"
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        inputs.write_text(json.dumps(record), encoding="utf-8")
+        write_text_file(inputs, json.dumps(record))
     return folder
 
 
