@@ -105,7 +105,9 @@ def test_then_the_weights_are_loaded(home: Path) -> None:
 def test_a_model_is_checked_before_responses_are_generated(home: Path) -> None:
     # Mamba has no layers of attention and MLP, and a weight that is NaN makes every logit NaN.
     save_model(home / "mamba", "mamba")
-    assert_user_error(run_cli("mechanism", *ANALYZE, "-m", "mamba", "--readout", "outcome"), "OTHER")
+    assert_user_error(
+        run_cli("mechanism", *ANALYZE, "-m", "mamba", "--readout", "outcome"), "is not attention and MLP"
+    )
     damaged = save_model(home / "damaged") / "model.safetensors"
     values = load_file(damaged)
     values["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
