@@ -16,10 +16,11 @@ coverage: .venv/ready-dev ## every test except the notebooks, with line and bran
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/test_notebooks.py --cov analysis \
 	  --cov defenses --cov-branch --cov-fail-under 90 --cov-report term-missing:skip-covered
 
-check: .venv/ready-dev ## format, lint, types
+check: .venv/ready-dev ## format, lint, types, known vulnerabilities, and the list of all packages (build/sbom.json)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/audit.py
 
 figures: .venv/ready ## run the main results and draw their figures into figures/ (about an hour)
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2

@@ -210,8 +210,12 @@ def write_secret(path: Path, secret: Secret) -> None:
             f"the secret cannot be written to {path} ({error.strerror}): choose a writable folder for data "
             "with XDG_DATA_HOME, or a secret of your own with --set trigger=FILE"
         ) from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(secret.text + "\n")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(secret.text + "\n")
+    except BaseException:  # an empty file would keep the secret from being written later
+        path.unlink()
+        raise
 
 
 def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Secret:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 _MAX_LIBRARY_TEXT = 240  # characters of a library's message that are shown
+# No space, no quota left, and a file larger than the system allows.
+_FULL_DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As safetensors words them, and torch.save.
+_FULL_DISK_PHRASES = (
+    *("os error 28", "os error 122", "os error 27", "No space left on device"),
+    *("PytorchStreamWriter failed writing", "inline_container.cc"),
+)
 
 
 class UserError(Exception):
@@ -55,6 +63,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     phrases = "allocate memory", "out of memory"
     return type(error).__name__ == "OutOfMemoryError" or any(phrase in str(error) for phrase in phrases)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, or one that caused it, means that a file was not written for lack of space.
+
+    Libraries that are not written in Python raise errors of their own, whose text is all they say.
+
+    >>> is_disk_full(OSError(errno.ENOSPC, "")), is_disk_full(RuntimeError("I/O error: ... (os error 28)"))
+    (True, True)
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        has_code = isinstance(cause, OSError) and cause.errno in _FULL_DISK_CODES
+        if has_code or any(phrase in str(cause) for phrase in _FULL_DISK_PHRASES):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def unknown_name_error(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:

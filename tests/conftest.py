@@ -28,6 +28,7 @@ import contextlib
 import copy
 import io
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -519,7 +520,7 @@ def run_cli(*args: Any) -> CommandResult:
     """Call `analyze` in this process, as a shell would, and return its exit code and output."""
     from analysis.cli.main import main
 
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = ["analyze", *map(str, args)]
     try:
         with (
@@ -530,6 +531,7 @@ def run_cli(*args: Any) -> CommandResult:
             main()
     finally:
         sys.argv = argv
+        signal.signal(signal.SIGINT, handler)  # the command ignores Ctrl-C at its end
     return CommandResult(stopped.value.code, out.getvalue(), err.getvalue())
 
 

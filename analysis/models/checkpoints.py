@@ -6,6 +6,7 @@ Weights are read from safetensors or GGUF only, never from pickle, and code that
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -199,6 +200,9 @@ def _check_file_hash(path: Path, sha256: str) -> Path:
 
 def _move_file(source: Path, target: Path) -> None:
     """Move a file atomically, also between file systems."""
-    part = target.with_name(f"{target.name}.part")
-    shutil.copyfile(source, part)
-    part.replace(target)
+    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

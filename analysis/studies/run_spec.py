@@ -15,8 +15,9 @@ from rich.console import Console
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet, choose_default_split
+from analysis.files import lock_folder
 from analysis.models.loading import silence_libraries
-from analysis.progress import make_notifier
+from analysis.progress import make_notifier, print_note
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
@@ -242,6 +243,12 @@ class RunSpec:
                     replace(loaded, share_prefix=self.share_prefix), self.batch_size, self.seed, score_cache
                 )
                 check_short_prompt(session)
+            if problem := score_cache.describe_problem():
+                print_note(
+                    console,
+                    f"{problem}: nothing that this run computes is kept for later runs; `analyze cache "
+                    "--clear` removes a damaged cache",
+                )
             return session
 
         def compute_mean_activations() -> MeanActivations:
@@ -349,7 +356,7 @@ def check_training_overlap(query_set: QuerySet, trained_on: frozenset[str], weig
 
 
 def choose_run_folder(model: str, labels: Sequence[str], started: datetime) -> Path:
-    """Return the default output folder of a run: time, model and labels.
+    """Return the default output folder of a run: time, model and labels, and a number if another run has it.
 
     Args:
         model: name, id, folder, or file of the model.
@@ -358,7 +365,10 @@ def choose_run_folder(model: str, labels: Sequence[str], started: datetime) -> P
     """
     label = "-".join(Path(name).stem for name in labels[:3])
     parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf").replace(":", "-"), label]
-    return Path("runs") / "-".join(parts)
+    folder, number = Path("runs") / "-".join(parts), 2
+    while folder.exists() or not lock_folder(folder):
+        folder, number = folder.with_name(f"{'-'.join(parts)}-{number}"), number + 1
+    return folder
 
 
 def _check_readout_name(name: str) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.models.chat_template import redact_secrets
+from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
 from analysis.report.results import Run
 from analysis.run import iterate_condition_scores
@@ -176,7 +177,19 @@ def check_and_sweep(
         if (attack, name) not in failures and (attack, UNDEFENDED) not in failures
     ]
     condition_keys = before_scoring(setup, condition_keys)
-    return sweep_conditions(setup, conditions, condition_keys, failures, console)
+    result = sweep_conditions(setup, conditions, condition_keys, failures, console)
+    print_cache_notes(setup.session, console)
+    return result
+
+
+def print_cache_notes(session: ModelSession, console: Console) -> None:
+    """Print what was found in the cache, and whether later runs will find the results of this one."""
+    if session.score_cache is None:
+        return
+    if reused := session.score_cache.describe_reuse():
+        print_note(console, f"reused from earlier runs: {reused}")
+    if problem := session.score_cache.describe_problem():
+        print_note(console, f"{problem}: later runs will compute some results of this run again")
 
 
 def check_conditions(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from analysis.datasets.public import PUBLIC_DATASETS
 from analysis.datasets.queries import QuerySet
-from analysis.files import check_output_folder, stage_folder, write_text_file
+from analysis.files import check_output_folder, lock_folder, stage_folder, unlock_folder, write_text_file
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
@@ -30,7 +30,7 @@ from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
 from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
-from defenses.training.trainer import TrainingSettings, train_model
+from defenses.training.trainer import TrainingSettings, find_last_checkpoint, train_model
 
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
 _MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
@@ -119,30 +119,38 @@ def train_weights(
     if out is None:
         out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
         _check_not_finished(out)
-    secret = find_secret(model_info, secret_length, secret_path) if recipe.needs_secret else None
-    session = opened.load_session()
-    loaded_model = session.loaded_model
-    for notice in loaded_model.notices:
-        print_note(console, notice)
-    record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
+    if not lock_folder(out):
+        raise UserError(f"{out}: another training that has not ended yet writes into it; choose another -o")
+    try:
+        _check_not_finished(out)  # by another process, which has ended since
+        secret = find_secret(model_info, secret_length, secret_path) if recipe.needs_secret else None
+        session = opened.load_session()
+        loaded_model = session.loaded_model
+        for notice in loaded_model.notices:
+            print_note(console, notice)
+        record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
 
-    def render(chat: Chat) -> tuple[int, ...]:
-        return session.chat_template.render_prompt(chat).ids
+        def render(chat: Chat) -> tuple[int, ...]:
+            return session.chat_template.render_prompt(chat).ids
 
-    with console.status("generating the model's own responses to benign queries"):
-        examples = recipe.build_examples(
-            query_set.queries,
-            secret.text if secret else "",
-            lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
+        with console.status("generating the model's own responses to benign queries"):
+            examples = recipe.build_examples(
+                query_set.queries,
+                secret.text if secret else "",
+                lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
+            )
+        resume_folder = _prepare_resume_folder(out, record)
+        if checkpoint := find_last_checkpoint(resume_folder):
+            print_note(console, f"the interrupted training in {out} goes on from its {checkpoint.name}")
+        tuned_model, losses = _fit_model(
+            loaded_model, render, examples, training_settings, resume_folder, console
         )
-    resume_folder = _prepare_resume_folder(out, record)
-    tuned_model, losses = _fit_model(
-        loaded_model, render, examples, training_settings, resume_folder, console
-    )
-    record |= {"n_examples": len(examples), **timer.describe_time()}
-    history = pd.DataFrame(losses, columns=["step", "loss"])
-    _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
-    shutil.rmtree(resume_folder, ignore_errors=True)
+        record |= {"n_examples": len(examples), **timer.describe_time()}
+        history = pd.DataFrame(losses, columns=["step", "loss"])
+        _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
+        shutil.rmtree(resume_folder, ignore_errors=True)
+    finally:
+        unlock_folder(out)
     base_name, _ = split_model_name(spec.model)
     model_option = str(out) if training_settings.full else f"{base_name}:{out}"
     return TrainedWeights(out, model_option, record, history)
@@ -287,7 +295,7 @@ def _write_trained_weights(
     """Write weights, manifest and loss curve: all files, or, if one cannot be written, none."""
     from analysis.plots.scores import draw_loss
 
-    with stage_folder(out) as folder:
+    with stage_folder(out, ADAPTER_MANIFEST_FILE) as folder:
         if training_settings.full:
             tuned_model.save_pretrained(folder)
             loaded_model.tokenizer.save_pretrained(folder)
