@@ -47,6 +47,7 @@ def analyze(
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -70,6 +71,7 @@ def analyze(
         cost: whether to measure what each defense costs.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -95,6 +97,7 @@ def analyze(
         attacks,
         readout,
         responses,
+        share_prefix=share_prefix,
     )
     from analysis.studies.analyze import analyze_defenses
 
@@ -121,6 +124,7 @@ def validate(
     readout: str | Sequence[str] = "outcome",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -146,6 +150,7 @@ def validate(
         readout: one readout, several, or `all`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -156,7 +161,18 @@ def validate(
     """
     readouts = [readout] if isinstance(readout, str) else readout
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readouts
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readouts,
+        share_prefix=share_prefix,
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
@@ -183,6 +199,7 @@ def ensembles(
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -202,6 +219,7 @@ def ensembles(
         readout: as `--readout`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -212,7 +230,18 @@ def ensembles(
         `interacting`, `additivity` and `candidates`.
     """
     spec = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        share_prefix=share_prefix,
     )
     check_ensemble_options(size, stacks)
     from analysis.studies.ensembles import evaluate_ensembles
@@ -244,6 +273,7 @@ def recommend(
     responses: str | int = "auto",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -269,6 +299,7 @@ def recommend(
             and stacks, `all`, `none`, or `auto`: all, except for readouts that force how responses begin.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -278,7 +309,19 @@ def recommend(
         A run with the tables of `ensembles`, `certification` and `recommendation`.
     """
     spec = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout, responses
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        responses,
+        share_prefix=share_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
@@ -313,6 +356,7 @@ def locate_mechanism(
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -334,6 +378,7 @@ def locate_mechanism(
         readout: as `--readout`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -345,7 +390,18 @@ def locate_mechanism(
     chosen_sites = parse_sites([sites] if isinstance(sites, str) else sites)
     check_mechanism_options(top, patched)
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        share_prefix=share_prefix,
     )
     from analysis.studies.mechanism import MechanismOptions, study_mechanism
 
@@ -414,6 +470,7 @@ def backdooralign(
     split: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -430,6 +487,7 @@ def backdooralign(
         split: train, calibration, test or all.
         limit: maximum number of queries.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -438,7 +496,9 @@ def backdooralign(
     Returns:
         A run whose tables include `arms` and, if `secrets` is set, `lengths`.
     """
-    spec = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, share_prefix=share_prefix
+    )
     check_response_tokens(tokens)
     check_secret_count(secrets)
     from analysis.studies.backdooralign import reproduce_backdooralign

@@ -6,6 +6,7 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+_MAX_LIBRARY_TEXT = 240  # characters of a library's message that are shown
 # No space, no quota left, and a file larger than the system allows.
 _FULL_DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As safetensors words them, and torch.save.
@@ -26,6 +27,30 @@ def describe_error(error: Exception) -> str:
     ('no such file', 'ValueError: odd')
     """
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def describe_library_error(error: Exception) -> str:
+    r"""Format an error of a library in one short line, with its type.
+
+    >>> describe_library_error(ValueError("no such\n  field"))
+    'ValueError: no such field'
+    """
+    text = " ".join(str(error).split())
+    shortened = text if len(text) <= _MAX_LIBRARY_TEXT else f"{text[:_MAX_LIBRARY_TEXT]} …"
+    return f"{type(error).__name__}: {shortened}" if text else type(error).__name__
+
+
+def describe_download_error(error: Exception) -> str:
+    """Say why a download failed and what to do about it."""
+    if isinstance(error, (ImportError, ValueError)) and "proxy" in str(error).lower():
+        return (
+            "the proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY cannot be used "
+            f"({describe_library_error(error)}): unset the variable, or, for a SOCKS proxy, run "
+            "`pip install httpx[socks]`"
+        )
+    if isinstance(error, PermissionError):
+        return f"the cache cannot be written ({describe_library_error(error)}); set HF_HOME to another folder"
+    return f"{describe_library_error(error)}. Check the network connection and the free disk space"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -271,12 +271,15 @@ def run_explain_command(
         query = next(query for query in test_split.queries if not query.harmful)
     for attack in spec.attacks:
         attack.check_covers_queries([query])
-    session, model_info = spec.open_session(Console(stderr=True))
-    prepared = chosen.prepare(model_info)
+    opened = spec.open_model(Console(stderr=True))
+    prepared = chosen.prepare(opened.model_info)
     if missing := prepared.missing_requirements():
         console.print(Text(f"\n{spec.model}: {missing}", style="yellow"))
+    conditions = build_conditions([prepared])
+    calls_model = any(defense.calls_model for defense in conditions.values())
+    session = opened.load_session() if calls_model else opened.prompt_session
     for attack in spec.attacks:
-        for name, defense in build_conditions([prepared]).items():
+        for name, defense in conditions.items():
             console.print()
             console.rule(Text(format_condition({"attack": attack.name, "defense": name})), align="left")
             _print_prompts(console, session, defense, attack.build_query_chats([query]))

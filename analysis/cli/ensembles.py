@@ -30,6 +30,7 @@ from analysis.cli.options import (
     ResponsesOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     StacksOption,
 )
 
@@ -309,6 +310,7 @@ def ensembles(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -322,7 +324,20 @@ def ensembles(
     """
     from analysis.studies.run_spec import build_run_spec, check_ensemble_options
 
-    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    spec = build_run_spec(
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readout,
+        share_prefix=share_prefix,
+    )
     check_ensemble_options(size, stacks)
 
     names = defense or ["all"]
@@ -348,6 +363,7 @@ def recommend(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -381,6 +397,7 @@ def recommend(
         attack,
         readout,
         responses,
+        share_prefix=share_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)

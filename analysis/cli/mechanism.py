@@ -26,6 +26,7 @@ from analysis.cli.options import (
     ReadoutOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
 )
 from analysis.studies.run_spec import PATCH_SITES
@@ -70,6 +71,7 @@ def mechanism(
     ] = None,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -100,6 +102,7 @@ def mechanism(
         offline,
         attack,
         readout,
+        share_prefix=share_prefix,
     )
     options = MechanismOptions(chosen_sites, top, patched, ensembles)
     raise typer.Exit(run_mechanism_command(spec, defense, settings or [], options, out))

@@ -69,6 +69,14 @@ OverlapOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Maximum number of queries; pairs are kept whole.")]
 BatchSizeOption = Annotated[str, typer.Option(help="Prompts per forward pass, or auto.")]
+SharePrefixOption = Annotated[
+    bool,
+    typer.Option(
+        "--shared-prefix/--no-shared-prefix",
+        help="Compute the tokens with which all prompts start once, or with every prompt (slower, same "
+        "margins). Models that allow no shared prefix are recognized.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[
     str,

@@ -23,6 +23,7 @@ from analysis.cli.options import (
     OfflineOption,
     OutOption,
     SeedOption,
+    SharePrefixOption,
     SplitOption,
 )
 from defenses.errors import UserError
@@ -107,6 +108,7 @@ def backdooralign(
         typer.Option(help="Also train with N other random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -118,7 +120,9 @@ def backdooralign(
 
     check_response_tokens(tokens)
     check_secret_count(secrets)
-    spec = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model, data, split, limit, batch_size, device, dtype, seed, offline, share_prefix=share_prefix
+    )
     raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets))
 
 

@@ -30,6 +30,7 @@ from analysis.cli.options import (
     RubricOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
 )
 from defenses.errors import UserError
@@ -64,6 +65,7 @@ def validate(
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -76,7 +78,18 @@ def validate(
 
     readouts = readout or ["outcome"]
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readouts
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readouts,
+        share_prefix=share_prefix,
     )
     check_response_tokens(tokens)
     from analysis.studies.judge_file import JudgeOptions

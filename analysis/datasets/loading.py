@@ -139,7 +139,8 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
         return QuerySet(name, tuple(queries), source["sha256"], (source,))
     query_set = _load_query_file(expand_path(name))
     if n_repeated := len(query_set.queries) - len({query.text for query in query_set.queries}):
-        notify(f"note: {n_repeated} queries of {name} repeat the text of another one; each counts as its own")
+        n = len(query_set.queries)
+        notify(f"note: {name} repeats texts ({n_repeated} of {n} queries); each counts as a query of its own")
     return replace(
         query_set,
         name=name,

@@ -212,7 +212,7 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
     check_unicode(text, f"{place}: the text")
     harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
-        raise UserError(f"{place}: harmful is {row['harmful']!r}; it takes true or false")
+        raise UserError(f"{place}: harmful is {row['harmful']!r}; it takes true or false, or 1 or 0")
     kind = _read_optional(row, "kind", place) or ("harmful" if harmful else "plain")
     if kind == "harmful" and not harmful:
         raise UserError(f"{place}: a benign query has the kind harmful; give it another kind, or none")

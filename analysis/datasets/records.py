@@ -309,9 +309,16 @@ def _parse_json_lines(path: Path, text: str, format_hint: str) -> Rows:
 def _load_json(text: str) -> Any:
     """Return a JSON document; raise ValueError if it cannot be read, or has the same key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_build_object)
+        return json.loads(text, object_pairs_hook=_build_object, parse_int=_parse_integer)
     except RecursionError as error:
         raise ValueError("the brackets are nested too deeply") from error
+
+
+def _parse_integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:  # Python reads at most 4,300 digits
+        raise ValueError(f"a number has {len(text)} digits; write it in quotes, as text") from error
 
 
 def _build_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -327,9 +327,11 @@ def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     return {
         "weights": [loaded_model.origin.get("sha256"), loaded_model.origin.get("state_sha256")],
         "config": {**loaded_model.model.config.to_dict(), "_name_or_path": ""},
+        "quantization": loaded_model.quantization,
         "code": hash_code(*SCORING_SOURCES),
         "dtype": str(loaded_model.model.dtype),
         "device": loaded_model.model.device.type,
+        "share_prefix": loaded_model.share_prefix,
         "versions": versions,
     }
 

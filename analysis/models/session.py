@@ -12,10 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
-from analysis.models.chat_template import ChatTemplate, Prompt, strip_thinking
+from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
+from analysis.models.plain_passes import choose_batch_form
+from analysis.models.thinking import strip_thinking
 from defenses.chats import check_chats, edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat
@@ -60,10 +62,11 @@ class ModelSession:
         batch_size: int | None = None,
         seed: int = 0,
         score_cache: ScoreCache | None = None,
+        answer_prefix: str | None = None,
     ) -> ModelSession:
         """Return a session for a model, without questions."""
-        chat_template = ChatTemplate(loaded_model.tokenizer)
-        engine = Engine(loaded_model.model, batch_size)
+        chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix)
+        engine = _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
         defense_calls = DefenseCalls(
             engine, chat_template, loaded_model.context_length, shared_settings, score_cache
@@ -98,6 +101,7 @@ class ModelSession:
                     f"{self.loaded_model.name} reads {self.loaded_model.context_length}: shorten the query "
                     "or the defense's text"
                 )
+            check_token_ids(self.loaded_model, [prompt.ids for prompt in prompts])
             prompts_by_query.append(prompts)
         return prompts_by_query
 
@@ -136,6 +140,34 @@ class ModelSession:
             if not chats:
                 raise UserError(f"{defense.name!r} returns no chat for query {query_id!r}")
         return chats_by_query
+
+
+def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
+    """Return an engine that runs batches in the fastest form in which the model's logits are right."""
+    model = loaded_model.model
+    if model.device.type == "meta":  # without weights, nothing can be compared
+        return Engine(model, batch_size)
+    form, slower = choose_batch_form(model, loaded_model.share_prefix)
+    engine = Engine(model, batch_size, form)
+    engine.notices += [slower] if slower else []
+    return engine
+
+
+def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise if a prompt has a token for which the model has no embedding.
+
+    Args:
+        loaded_model: the model.
+        prompts: token ids.
+    """
+    largest = max(max(ids) for ids in prompts)
+    if largest >= loaded_model.n_embeddings:
+        token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the tokenizer of {loaded_model.name} gives {token!r} the id {largest}, but the model has "
+            f"embeddings for the ids 0 to {loaded_model.n_embeddings - 1} only: tokens were added and the "
+            "embedding was not resized. Use the model's own tokenizer, or resize_token_embeddings() and train"
+        )
 
 
 def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> Consultation:
@@ -209,7 +241,7 @@ def generate_responses(
         on_first_logits: called with the token ids of some prompts, the response prefix included, and their
             first-token logits; where `generate_token_ids` does so, and not if several models are blended.
     """
-    tokenizer = session.loaded_model.tokenizer
+    chat_template = session.chat_template
     prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
     prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
@@ -218,7 +250,7 @@ def generate_responses(
     def decode_response(token_ids: Sequence[int], is_prefilled: bool) -> str:
         # The text of a prefilled response is only what the model itself generated.
         prefix = () if is_prefilled else response_prefix
-        return str(tokenizer.decode([*prefix, *token_ids], skip_special_tokens=True))
+        return chat_template.decode_response([*prefix, *token_ids])
 
     def is_finished(token_ids: list[int]) -> bool:
         return should_stop is not None and should_stop(decode_response(token_ids, any(is_prefilled)))
@@ -231,7 +263,7 @@ def generate_responses(
                 session.engine,
                 prompt_ids,
                 max_new_tokens,
-                tokenizer.eos_token_id,
+                chat_template.tokenizer.eos_token_id,
                 is_finished,
                 on_progress,
                 lambda rows, logits: on_first_logits([prompt_ids[row] for row in rows], logits),
@@ -240,7 +272,7 @@ def generate_responses(
         Response(
             tuple(token_ids),
             decode_response(token_ids, prefilled),
-            str(tokenizer.decode(token_ids, skip_special_tokens=True)),
+            chat_template.decode_response(token_ids),
         )
         for token_ids, prefilled in zip(generated, is_prefilled, strict=True)
     )
@@ -346,7 +378,7 @@ class DefenseCalls:
         tokenizer = self._chat_template.tokenizer
 
         def decode_response(token_ids: Sequence[int]) -> str:
-            return strip_thinking(str(tokenizer.decode(list(token_ids), skip_special_tokens=True))).lstrip()
+            return strip_thinking(self._chat_template.decode_response(token_ids)).lstrip()
 
         def is_finished(token_ids: list[int]) -> bool:
             return stops_at_newline and "\n" in decode_response(token_ids)

@@ -117,7 +117,9 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
     for name in removed:
         (folder / name).unlink()
     if removed:
-        _print_line(console, f"Removed from {folder}, files of the run that it held: {', '.join(removed)}")
+        more = f" and {len(removed) - 6} more" if len(removed) > 6 else ""
+        names = ", ".join(removed[:6]) + more
+        _print_line(console, f"Removed from {folder}, as files of the run before: {names}")
 
 
 def add_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:

@@ -107,7 +107,8 @@ def score_conditions(
     defenses: Sequence[str | Defense],
     settings: Sequence[str],
     console: Console,
-    check_setup: Callable[[RunSetup], None] = lambda setup: None,
+    check_inputs: Callable[[RunSetup], None] = lambda setup: None,
+    check_setup: Callable[[RunSetup], None] | None = None,
     keep_interrupted: bool = False,
     before_scoring: ConditionSelector = lambda setup, condition_keys: condition_keys,
 ) -> ScoredConditions:
@@ -118,7 +119,8 @@ def score_conditions(
         defenses: names of defenses, or defenses.
         settings: settings of the named defenses, `key=value`.
         console: shows progress.
-        check_setup: called before the preflight; raises if the study is impossible with this set-up.
+        check_inputs: as for `prepare_setup`.
+        check_setup: as for `prepare_setup`.
         keep_interrupted: whether to return the finished conditions if the user interrupts the sweep.
         before_scoring: called between preflight and scoring.
 
@@ -127,8 +129,9 @@ def score_conditions(
         UserError: if no condition can be scored.
         KeyboardInterrupt: if the user interrupts the sweep and nothing is kept.
     """
-    setup = prepare_setup(spec, defenses, settings, console)
-    check_setup(setup)
+    setup = prepare_setup(
+        spec, defenses, settings, console, check_inputs=check_inputs, check_setup=check_setup
+    )
     sweep_result = check_and_sweep(setup, setup.conditions, console, True, before_scoring)
     score_frames = sweep_result.score_frames
     # The undefended model alone says nothing about a defense.

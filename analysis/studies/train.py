@@ -25,10 +25,10 @@ from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
-from defenses.contract import Chat, ModelInfo
+from defenses.contract import Chat
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
-from defenses.training.adapter_files import write_adapter, write_weights_manifest
+from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
 from defenses.training.trainer import TrainingSettings, find_last_checkpoint, train_model
 
@@ -108,16 +108,26 @@ def train_weights(
     query_set = _load_training_queries(spec, console)
     if out is not None:
         _check_not_finished(check_output_folder(out))
-    session, model_info = spec.open_session(console)
-    loaded_model = session.loaded_model
+    if secret_path is not None and not recipe.needs_secret:
+        raise UserError(
+            f"--secret {secret_path}: the recipe {recipe.name!r} uses no secret; only backdoor does"
+        )
+    opened = spec.open_model(console)
+    model_info = opened.model_info
+    if opened.checkpoint.adapter is not None and not training_settings.full:
+        check_can_continue(opened.checkpoint.adapter)
     if out is None:
         out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
         _check_not_finished(out)
     if not lock_folder(out):
         raise UserError(f"{out}: another training that has not ended yet writes into it; choose another -o")
     try:
-        _check_not_finished(out)  # by another process, while the model was loaded
-        secret = _load_secret(recipe, model_info, secret_length, secret_path)
+        _check_not_finished(out)  # by another process, which has ended since
+        secret = find_secret(model_info, secret_length, secret_path) if recipe.needs_secret else None
+        session = opened.load_session()
+        loaded_model = session.loaded_model
+        for notice in loaded_model.notices:
+            print_note(console, notice)
         record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
 
         def render(chat: Chat) -> tuple[int, ...]:
@@ -158,12 +168,11 @@ def _generate_own_responses(
     session: ModelSession, prompts: Sequence[tuple[int, ...]]
 ) -> list[TargetResponse]:
     """Generate the model's own responses, and note which of them ended by themselves."""
-    tokenizer = session.loaded_model.tokenizer
-    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, tokenizer.eos_token_id)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    eos_token_id = session.loaded_model.tokenizer.eos_token_id
+    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, eos_token_id)
     return [
-        TargetResponse(text, len(response) < _MAX_RESPONSE_TOKENS)
-        for text, response in zip(texts, responses, strict=True)
+        TargetResponse(session.chat_template.decode_response(response), len(response) < _MAX_RESPONSE_TOKENS)
+        for response in responses
     ]
 
 
@@ -205,19 +214,6 @@ def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSett
             raise UserError(f"--set {setting}: it takes key=value")
         values[key] = parse_setting(TrainingSettings, key, text)
     return TrainingSettings(**values)
-
-
-def _load_secret(
-    recipe: Recipe, model_info: ModelInfo, secret_length: int, secret_path: Path | None
-) -> Secret | None:
-    """Return the secret of a recipe that needs one."""
-    if not recipe.needs_secret:
-        if secret_path is not None:
-            raise UserError(
-                f"--secret {secret_path}: the recipe {recipe.name!r} uses no secret; only backdoor does"
-            )
-        return None
-    return find_secret(model_info, secret_length, secret_path)
 
 
 def _training_record(

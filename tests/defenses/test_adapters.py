@@ -19,7 +19,6 @@ from defenses.adapters import (
     ADAPTER_MANIFEST_FILE,
     ADAPTER_WEIGHTS_FILE,
     apply_adapter,
-    check_weight_is_separate,
     find_adapter,
     fingerprint_queries,
     load_adapter,
@@ -168,12 +167,6 @@ def test_fingerprints_identify_a_request_without_showing_it() -> None:
     assert fingerprint_queries(["How do I\nsing?"]) == fingerprint_queries(["how do i sing?"])
     assert fingerprint_queries(["How do I sing?"]) != fingerprint_queries(["How do I swing?"])
     assert len(fingerprint_queries(["a", "A", "b"])) == 2
-
-
-def test_a_tied_weight_cannot_be_changed_alone() -> None:
-    model = tiny_model("qwen3")  # its unembedding is its embedding
-    with pytest.raises(UserError, match="which this model also uses as"):
-        check_weight_is_separate(model, "model.embed_tokens.weight", "it")
 
 
 # --- external adapters ------------------------------------------------------------------------------------

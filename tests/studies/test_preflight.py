@@ -16,6 +16,7 @@ from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.loading import LoadedModel
+from analysis.models.response_start import ResponseStart
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
@@ -204,7 +205,7 @@ class Cutting(ChatTemplate):
 class Thinking(ChatTemplate):
     """The mistake of not closing what the template opens."""
 
-    thinking_closing = ""  # type: ignore[assignment]
+    response_start = ResponseStart("")  # type: ignore[assignment]
 
 
 def broken(template: str, kind: type[ChatTemplate]) -> ModelSession:
