@@ -12,7 +12,7 @@ _FULL_DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As safetensors words them, and torch.save.
 _FULL_DISK_PHRASES = (
     *("os error 28", "os error 122", "os error 27", "No space left on device"),
-    *("PytorchStreamWriter failed writing", "inline_container.cc"),
+    *("PytorchStreamWriter failed writing", "unexpected pos"),
 )
 
 
