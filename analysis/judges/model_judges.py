@@ -164,7 +164,7 @@ class LocalChatModel:
                 self.session.engine,
                 [prompt_ids[index] for index in indices],
                 _MAX_REPLY_TOKENS,
-                loaded_model.tokenizer.eos_token_id,
+                loaded_model.end_token_ids,
                 on_progress=on_progress,
             )
             if indices

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -33,17 +34,17 @@ class ResponseEnd:
 
     Attributes:
         max_new_tokens: maximum length of each response.
-        eos_token_id: the token that ends a response.
+        end_token_ids: the tokens that end a response.
         should_stop: called with the token ids generated so far; True ends the response there.
     """
 
     max_new_tokens: int
-    eos_token_id: int
+    end_token_ids: frozenset[int]
     should_stop: StopCondition
 
     def append_token(self, response: list[int], token: int) -> bool:
         """Append a token to a response, except the end token; return whether the response is finished."""
-        if token == self.eos_token_id:
+        if token in self.end_token_ids:
             return True
         response.append(token)
         return len(response) == self.max_new_tokens or self.should_stop(response)
@@ -53,7 +54,7 @@ def generate_token_ids(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_token_id: int,
+    end_token_ids: frozenset[int],
     should_stop: StopCondition = lambda token_ids: False,
     on_progress: Callable[[int], None] = lambda n_responses: None,
     on_first_logits: LogitCallback = lambda rows, logits: None,
@@ -66,13 +67,13 @@ def generate_token_ids(
         engine: runs the model.
         prompts: token ids.
         max_new_tokens: maximum length of each response.
-        eos_token_id: the token that ends a response.
+        end_token_ids: the tokens that end a response, see `LoadedModel.end_token_ids`.
         should_stop: called with the token ids generated so far; True ends the response there.
         on_progress: called with the number of responses finished since the last call.
         on_first_logits: called with the float32 logits of the first token, batch by batch; only where rows
             are packed, because these logits are those of `Engine.read_first_token` up to rounding.
     """
-    response_end = ResponseEnd(max_new_tokens, eos_token_id, should_stop)
+    response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
     rotation, lengths = engine.rotation, [len(prompt) for prompt in prompts]
     responses: dict[int, list[int]] = {}
     with torch.inference_mode():
@@ -207,7 +208,7 @@ def _generate_padded(
     response_end: ResponseEnd,
 ) -> list[list[int]]:
     """Generate responses of a padded batch with transformers, with a copy of the prefix for each row."""
-    model, eos_token_id = engine.model, response_end.eos_token_id
+    model, end_token_ids = engine.model, response_end.end_token_ids
     token_ids, attention_mask = _pad_prompts(prompts, n_shared, model.device)
     cache = copy.deepcopy(prefix)
     if n_shared:
@@ -223,11 +224,11 @@ def _generate_padded(
             do_sample=False,
             num_beams=1,
             stopping_criteria=[_RowStoppingCriteria(response_end.should_stop, prompt_length, len(prompts))],
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
+            eos_token_id=sorted(end_token_ids) or None,
+            pad_token_id=min(end_token_ids, default=0),
         )
     responses = output[:, prompt_length:].tolist()
-    return [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in responses]
+    return [list(takewhile(lambda token: token not in end_token_ids, ids)) for ids in responses]
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class LoadedModel:
         name: as the user typed it.
         model: a transformers model in evaluation mode.
         tokenizer: a transformers tokenizer with a chat template.
-        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also `gguf`, how its metadata were read.
+        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also `gguf`, what was read of it.
         adapter: merged into the weights, which puts the model into a state; None for the weights as released.
         trained_on: fingerprints of the queries that this project trained the model on.
         quantization: how the stored weights are quantized, for run.json; None if they are not.
@@ -99,6 +99,17 @@ class LoadedModel:
             if rope.get("rope_type") == "dynamic" and "factor" in rope
             else length
         )
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a response: the tokenizer's, and those of the generation settings.
+
+        Gemma and Phi, for instance, end a turn with another token than their tokenizers' end of text.
+        """
+        settings = getattr(self.model, "generation_config", None)
+        ends = getattr(settings, "eos_token_id", None)
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        return frozenset(int(end) for end in (self.tokenizer.eos_token_id, *ends) if end is not None)
 
     @property
     def n_embeddings(self) -> int:
@@ -164,7 +175,7 @@ class ModelCheckpoint:
         except Exception as error:  # of transformers, of a quantization library, or of safetensors
             raise explain_loading_error(self.name, quantization, error) from error
         check_weights_complete(self.name, loading_info)
-        notices = describe_leftover_files(self.folder)
+        notices = describe_leftover_files(self.folder, split_model_name(self.name)[0])
         if _has_two_embeddings(model):
             notices.append(
                 f"the configuration of {self.name} says that the output layer is the embedding, but its "
