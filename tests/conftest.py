@@ -84,6 +84,13 @@ torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much be
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("here")
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweep over all architectures out, except where `-m` asks for it."""
+    if "sweep" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
+
+
 # --- templates, each rewritten after the known format of its family ---------------------------------------
 
 CHATML = (
