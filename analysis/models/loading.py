@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -122,7 +123,8 @@ def load_model(
     check_weights_complete(name, loading_info)
     if adapter is not None:
         merge_adapter(model, adapter)
-        origin |= {"state": state, "state_sha256": adapter.sha256}
+        config = json.dumps(adapter.config, sort_keys=True)
+        origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": config}
     trained_on = adapter.trained_on if adapter else read_training_fingerprints(folder)
     return LoadedModel(name, model.eval(), tokenizer, origin, adapter, trained_on)
 
@@ -192,7 +194,7 @@ def split_model_name(name: str) -> tuple[str, str]:
 def find_state_adapter(model_info: ModelInfo) -> Adapter:
     """Return the adapter that the state in a model's name stands for: a known name, or a folder or hub id."""
     root, state = split_model_name(model_info.name)
-    adapter = find_adapter(state, model_info)
+    adapter = None if "/" in state else find_adapter(state, model_info)
     if adapter is None and ("/" in state or Path(state).is_dir()):
         adapter = load_external_adapter(Path(state), model_info)
     if adapter is None:

@@ -21,6 +21,8 @@ from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
 from defenses.errors import UserError
+from defenses.stack import list_members
+from defenses.tuning import AdapterWeights
 
 _N_PREFLIGHT_QUERIES = 4
 # Without its margins, the shift and discrimination of the other conditions are undefined.
@@ -102,6 +104,10 @@ def prepare_setup(
         attack.check_covers_queries(query_set.queries)
     session, model_info = spec.open_session(console)
     prepared = [defense.prepare(model_info) for defense in chosen]
+    for defense in prepared:
+        if any(isinstance(member, AdapterWeights) for member in list_members(defense)):
+            with defense.apply_to(session.loaded_model.model):
+                pass  # an adapter of another model fails here, before responses are generated
     omissions = _missing_requirement_notices(prepared, defenses)
     check_training_overlap(query_set, session.loaded_model.trained_on, spec.model)
     conditions = build_conditions(prepared)
