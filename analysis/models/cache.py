@@ -323,9 +323,9 @@ def hash_code(*patterns: str) -> str:
 
 def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     """Return everything on which computations with a model depend, as a part of cache keys."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
-        "weights": [loaded_model.origin.get("sha256"), loaded_model.origin.get("state_sha256")],
+        "weights": [loaded_model.origin.get(key) for key in ("sha256", "state_sha256", "state_config")],
         "config": {**loaded_model.model.config.to_dict(), "_name_or_path": ""},
         "quantization": loaded_model.quantization,
         "code": hash_code(*SCORING_SOURCES),

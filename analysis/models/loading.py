@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -253,7 +254,8 @@ def open_checkpoint(
         adapter = find_state_adapter(replace(model_info, offline=offline, notify=notify))
         if has_tokenizer(adapter.folder):
             tokenizer = _read_tokenizer(adapter.folder, root)
-        origin |= {"state": state, "state_sha256": adapter.sha256}
+        adapter_config = json.dumps(adapter.config, sort_keys=True)
+        origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": adapter_config}
     return ModelCheckpoint(name, folder, origin, tokenizer, config, torch_device, torch_dtype, adapter)
 
 
