@@ -38,6 +38,7 @@ from analysis.models.weight_files import (
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.adapters import (
     Adapter,
+    extend_embeddings,
     find_adapter,
     has_tokenizer,
     load_external_adapter,
@@ -205,6 +206,8 @@ class ModelCheckpoint:
                 model = loader.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
         except Exception as error:
             raise explain_loading_error(self.name, get_quantization_config(self.config), error) from error
+        if self.adapter is not None:
+            extend_embeddings(model, self.adapter)
         return LoadedModel(
             self.name, model.eval(), self.tokenizer, self.origin, self.adapter, self.trained_on
         )
