@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from analysis.models.configuration import (
 from analysis.models.gguf_conversion import convert_gguf
 from analysis.models.registry import MODEL_REGISTRY
 from analysis.models.sentencepiece_vocabulary import follow_sentencepiece
+from analysis.models.template_source import choose_template
 from analysis.models.weight_files import (
     check_weight_files,
     check_weights_complete,
@@ -230,6 +232,8 @@ def open_checkpoint(
     dtype: str = "auto",
     offline: bool = False,
     notify: Notifier = lambda text: None,
+    template: str | None = None,
+    check_tokenizer: Callable[[Any], None] = lambda tokenizer: None,
 ) -> ModelCheckpoint:
     """Find a model's files and load its tokenizer, after a download if necessary.
 
@@ -241,6 +245,8 @@ def open_checkpoint(
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
         notify: called with a line of text before anything is downloaded or converted.
+        template: as `--template`: which chat template of the tokenizer to use.
+        check_tokenizer: called with the tokenizer before the weights are loaded; raises if it cannot be used.
 
     Raises:
         UserError: if the model does not exist, or must not or cannot be loaded.
@@ -259,6 +265,8 @@ def open_checkpoint(
             tokenizer = _read_tokenizer(adapter.folder, root)
         adapter_config = json.dumps(adapter.config, sort_keys=True)
         origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": adapter_config}
+    _set_chat_template(tokenizer, root, template)
+    check_tokenizer(tokenizer)
     return ModelCheckpoint(name, folder, origin, tokenizer, config, torch_device, torch_dtype, adapter)
 
 
@@ -405,10 +413,9 @@ def _locate_model_files(
 
 
 def _read_tokenizer(folder: Path, name: str) -> Any:
-    """Return the tokenizer in a folder, with the registry's chat template if it has none of its own."""
+    """Return the tokenizer in a folder, with the chat templates that it has there."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    entry = MODEL_REGISTRY.get(name)
     # tokenizer.json is used unchanged: the class LlamaTokenizer handles the space before a text differently,
     # and Llama 2 would read "[INST]" where it was trained on " [INST]".
     tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
@@ -422,14 +429,20 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {describe_library_error(error)}"
         ) from error
+    return tokenizer
+
+
+def _set_chat_template(tokenizer: Any, name: str, template: str | None) -> None:
+    """Leave the tokenizer one chat template: the chosen one of its own, or else the registry's."""
+    entry = MODEL_REGISTRY.get(name)
+    tokenizer.chat_template = choose_template(tokenizer, template, name)
     if tokenizer.chat_template is None and entry is not None:
         tokenizer.chat_template = entry.chat_template
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{name} has no chat template, so its prompt format is unknown; use an instruct model, or put a "
-            "chat_template.jinja into its folder"
+            f"{name} has no chat template, so its prompt format is unknown; use an instruct model, put a "
+            "chat_template.jinja into its folder, or give one with --template FILE.jinja"
         )
-    return tokenizer
 
 
 def _choose_device(name: str) -> torch.device:
