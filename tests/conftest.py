@@ -64,9 +64,9 @@ def check_hints(hinted: Any) -> Any:
 install_import_hook(["analysis", "defenses"], f"{__name__}.check_hints")
 
 from analysis.attacks import DIRECT_ATTACK, Attack  # noqa: E402
+from analysis.checkpoints.registry import MODEL_REGISTRY  # noqa: E402
 from analysis.datasets.queries import Query, sample_queries  # noqa: E402
 from analysis.models.loading import LoadedModel, load_model  # noqa: E402
-from analysis.models.registry import MODEL_REGISTRY  # noqa: E402
 from analysis.models.session import ModelSession  # noqa: E402
 from analysis.readouts.first_token import (  # noqa: E402
     COMPLIANCE_WORDS,

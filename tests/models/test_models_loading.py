@@ -13,6 +13,7 @@ import torch
 from conftest import FAMILIES, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
+from analysis.checkpoints.registry import MODEL_REGISTRY
 from analysis.models.chat_template import ChatTemplate
 from analysis.models.loading import (
     SMOLLM2_SHA256,
@@ -23,7 +24,6 @@ from analysis.models.loading import (
     load_tokenizer,
     open_checkpoint,
 )
-from analysis.models.registry import MODEL_REGISTRY
 from defenses.errors import UserError
 
 
