@@ -40,15 +40,15 @@ def lock_folder(folder: Path) -> bool:
     The lock is one byte of a file in the cache, so that a killed process leaves nothing behind. Where files
     cannot be locked, every process gets the lock.
     """
-    return _change_lock(folder, "LOCK_EX")
+    return _change_lock(folder, ("LOCK_EX", "LOCK_NB"))
 
 
 def unlock_folder(folder: Path) -> None:
     """Let other processes lock a folder, before this one ends."""
-    _change_lock(folder, "LOCK_UN")
+    _change_lock(folder, ("LOCK_UN",))
 
 
-def _change_lock(folder: Path, operation: str) -> bool:
+def _change_lock(folder: Path, flags: tuple[str, ...]) -> bool:
     """Lock or unlock a folder; return False if another process has locked it."""
     try:
         import fcntl
@@ -57,7 +57,7 @@ def _change_lock(folder: Path, operation: str) -> bool:
     position = int.from_bytes(hashlib.sha256(os.fsencode(folder.resolve())).digest()[:7])
     try:
         handle = _open_lock_file(get_cache_folder() / "folders.lock")
-        fcntl.lockf(handle, getattr(fcntl, operation) | fcntl.LOCK_NB, 1, position)
+        fcntl.lockf(handle, sum(getattr(fcntl, flag) for flag in flags), 1, position)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True

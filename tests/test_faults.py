@@ -130,7 +130,9 @@ def test_output_into_a_full_device_is_said_in_one_line(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", full)
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("analyze: no space left on the disk: the results could not be written")
+    assert capsys.readouterr().err.startswith(
+        "analyze: no space left on the disk: the results could not be written"
+    )
 
 
 @pytest.mark.sweep

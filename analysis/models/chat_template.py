@@ -79,7 +79,9 @@ class ChatTemplate:
         try:
             text = self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)])
         except UserError as error:
-            raise template_error(f"fails on a single user message: {_describe_failure(error.__cause__)}") from error
+            raise template_error(
+                f"fails on a single user message: {_describe_failure(error.__cause__)}"
+            ) from error
         if _PLACEHOLDER_TEXT not in text:
             raise template_error("drops the user's text")
         if self.response_start.problem:

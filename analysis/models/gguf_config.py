@@ -105,7 +105,9 @@ def read_config_changes(model: GgufModel, config: Any) -> ConfigChanges:
     """
     kind = model.metadata.get("general.type", "model")
     if kind != "model":
-        raise UserError(f"{model.paths[0]} holds no whole model but one of type {kind!r}: give the model's file")
+        raise UserError(
+            f"{model.paths[0]} holds no whole model but one of type {kind!r}: give the model's file"
+        )
     changes = ConfigChanges()
     settings: dict[str, Any] = {}
     prefix = f"{model.architecture}."
@@ -208,7 +210,9 @@ def _add_derived_settings(
             )
         values["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
         values["mlp_bias"] = "blk.0.ffn_up.bias" in model.tensors
-        if hasattr(config, "sliding_window"):  # transformers takes a file of the name "mistral" for that class
+        if hasattr(
+            config, "sliding_window"
+        ):  # transformers takes a file of the name "mistral" for that class
             values.setdefault("sliding_window", None)
     if architecture == "qwen2moe" and "expert_feed_forward_length" not in settings:
         values["moe_intermediate_size"] = settings["feed_forward_length"] // settings["expert_used_count"]
@@ -345,7 +349,12 @@ def _is_read_by_transformers(architecture: str, name: str) -> bool:
     """Whether transformers' own table maps a key of this architecture to a setting."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
-    spellings = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2"}
+    spellings = {
+        "qwen2moe": "qwen2_moe",
+        "qwen3moe": "qwen3_moe",
+        "gpt-oss": "gpt_oss",
+        "minimax-m2": "minimax_m2",
+    }
     return GGUF_CONFIG_MAPPING.get(spellings.get(architecture, architecture), {}).get(name) is not None
 
 

@@ -31,7 +31,9 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = r"[^\r\n\p{L}\p{N}]?"
 _SLASHES = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
 _TEKKEN = rf"{_CASED}{_UPPER}*{_LOWER}+|{_CASED}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHES}"
-_GPT4O = rf"{_CASED}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_CASED}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|{_SLASHES}"
+_GPT4O = (
+    rf"{_CASED}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_CASED}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|{_SLASHES}"
+)
 _DEEPSEEK3_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}"
@@ -78,7 +80,10 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"), "falcon"),
     (_DEEPSEEK_LLM, "deepseek-llm"),
     ((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"), "deepseek-coder"),
-    ((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3_WORDS), "deepseek-v3 hunyuan-dense"),
+    (
+        (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3_WORDS),
+        "deepseek-v3 hunyuan-dense",
+    ),
     ((_TEKKEN,), "tekken"),
     ((_GPT4O,), "gpt-4o llama4 kanana2 talkie minimax-m2"),
     ((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O), "tiny_aya cohere2moe"),
@@ -112,7 +117,15 @@ _UNDERSTOOD_KEYS = frozenset(
     )
 )
 # Of no account for a prompt: infilling, sentence pairs, the same vocabulary in other forms.
-_IGNORED_PARTS = ("fim_", "prefix_token", "suffix_token", "middle_token", "seperator_token", "mask_token", "cls_token")
+_IGNORED_PARTS = (
+    "fim_",
+    "prefix_token",
+    "suffix_token",
+    "middle_token",
+    "seperator_token",
+    "mask_token",
+    "cls_token",
+)
 _IGNORED_KEYS = ("tokenizer.huggingface.json", "tokenizer.chat_templates", "tokenizer.rwkv.world")
 
 
@@ -131,7 +144,12 @@ def classify_tokenizer_keys(model: GgufModel) -> tuple[list[str], list[str]]:
             understood.append(key)
         elif name.startswith(_IGNORED_PARTS) or key in _IGNORED_KEYS or not value:
             ignored.append(key)
-        elif name in ("token_type_count", "remove_extra_whitespaces", "add_sep_token", "precompiled_charsmap"):
+        elif name in (
+            "token_type_count",
+            "remove_extra_whitespaces",
+            "add_sep_token",
+            "precompiled_charsmap",
+        ):
             ignored.append(key)  # read by llama.cpp for other kinds of tokenizers only
         else:
             raise UserError(
@@ -159,13 +177,17 @@ def build_gguf_tokenizer(model: GgufModel) -> Any:
             "llama (sentencepiece BPE): use the model's folder or hub id"
         )
     if not pieces or len(set(pieces)) < len(pieces) or len(kinds) != len(pieces):
-        raise UserError(f"{path} has a broken vocabulary: no tokens, some twice, or not as many kinds of them")
+        raise UserError(
+            f"{path} has a broken vocabulary: no tokens, some twice, or not as many kinds of them"
+        )
     roles = {
         role: pieces[index]
         for role, name in _ROLES.items()
         if (index := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None and index < len(pieces)
     }
-    backend = _build_byte_level(model, pieces) if kind == "gpt2" else _build_sentencepiece(model, pieces, kinds)
+    backend = (
+        _build_byte_level(model, pieces) if kind == "gpt2" else _build_sentencepiece(model, pieces, kinds)
+    )
     _add_tokens(model, backend, pieces, kinds, set(roles.values()))
     _add_start_and_end(model, backend, kind, roles)
     return PreTrainedTokenizerFast(
@@ -212,7 +234,9 @@ def _build_byte_level(model: GgufModel, pieces: list[str]) -> Any:
             "the model's folder or hub id"
         )
     if "tokenizer.ggml.merges" not in model.metadata:
-        raise UserError(f"{model.paths[0]} has a byte-level vocabulary without merges (tokenizer.ggml.merges)")
+        raise UserError(
+            f"{model.paths[0]} has a byte-level vocabulary without merges (tokenizer.ggml.merges)"
+        )
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = _read_merges(model.metadata["tokenizer.ggml.merges"])
     backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=name in _IGNORING_MERGES))

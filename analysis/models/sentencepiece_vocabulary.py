@@ -60,7 +60,9 @@ def build_sentencepiece_bpe(
     )
 
 
-def set_space_rules(backend: Tokenizer, prefix: str, steps: Sequence[Any] = (), merges_spaces: bool = False) -> None:
+def set_space_rules(
+    backend: Tokenizer, prefix: str, steps: Sequence[Any] = (), merges_spaces: bool = False
+) -> None:
     """Set how a tokenizer writes spaces, and where it adds one in front of a text.
 
     Args:

@@ -16,7 +16,28 @@ from defenses.errors import UserError, unknown_name_error
 # date that Llama 3.x writes by default.
 FIXED_DATE = date(2024, 7, 26)
 _CLOCK = "strftime_now"  # the only function through which transformers shows a template the clock
-_DIRECTIVES = ("a", "A", "b", "B", "h", "d", "-d", "e", "m", "-m", "y", "Y", "j", "-j", "U", "W", "V", "G", "u", "w")
+_DIRECTIVES = (
+    "a",
+    "A",
+    "b",
+    "B",
+    "h",
+    "d",
+    "-d",
+    "e",
+    "m",
+    "-m",
+    "y",
+    "Y",
+    "j",
+    "-j",
+    "U",
+    "W",
+    "V",
+    "G",
+    "u",
+    "w",
+)
 _DIRECTIVES += ("F", "D", "x")
 # Midnight; no time of day is told apart from another.
 _TIMES = {"H": "00", "-H": "0", "k": " 0", "I": "12", "-I": "12", "l": "12", "M": "00", "-M": "0", "S": "00"}
@@ -97,14 +118,18 @@ def check_source(source: str) -> None:
     """Raise if a template cannot be parsed, or if what it writes depends on chance."""
     try:
         tokens = [
-            (kind, value) for _, kind, value in Environment().lex(source) if kind not in ("whitespace", "data")
+            (kind, value)
+            for _, kind, value in Environment().lex(source)
+            if kind not in ("whitespace", "data")
         ]
     except TemplateSyntaxError as error:
         raise template_error(f"cannot be read: {error.message} (line {error.lineno})") from error
     names = [value.strip("'\"") if kind == "string" else value for kind, value in tokens]
     uses_filter = any(pair == ("|", "random") for pair in zip(names, names[1:], strict=False))
     uses_function = any(pair == ("lipsum", "(") for pair in zip(names, names[1:], strict=False))
-    maps_filter = any(triple == ("map", "(", "random") for triple in zip(names, names[1:], names[2:], strict=False))
+    maps_filter = any(
+        triple == ("map", "(", "random") for triple in zip(names, names[1:], names[2:], strict=False)
+    )
     if uses_filter or uses_function or maps_filter:
         raise template_error(
             "writes random text (Jinja's random or lipsum), so the same query would have another margin each time"
@@ -135,7 +160,18 @@ def quote_text(text: str) -> str:
 def _format_date(day: date, directive: str) -> str:
     """Return one directive of strftime, in English and on every platform alike."""
     weekdays = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-    months = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
+    months = (
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+    )
     months += ("November", "December")
     names = {"A": weekdays[day.weekday()], "B": months[day.month - 1]}
     names |= {"a": names["A"][:3], "b": names["B"][:3], "h": names["B"][:3]}

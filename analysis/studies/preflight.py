@@ -277,7 +277,9 @@ def _check_margins(
         engine.batch_form, comparison = first_form, comparisons[0]
         # Whole prompts of equal length share nothing and are not padded, so they differ by rounding only.
         if model.dtype in HALF_PRECISION and comparison.largest_gap <= 3 * comparisons[-1].largest_gap:
-            comparison = replace(comparison, tolerance=spread, remark="by rounding, as without a shared prefix; ")
+            comparison = replace(
+                comparison, tolerance=spread, remark="by rounding, as without a shared prefix; "
+            )
     elif len(comparisons) > 1:
         engine.notices.append(
             f"{type(model).__name__} is run in {FORM_PHRASES[engine.batch_form]}, which takes longer: "
