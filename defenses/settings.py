@@ -74,7 +74,7 @@ def parse_setting(owner: Any, key: str, raw_value: object) -> Any:
                 return number
         except (ValueError, OverflowError):
             pass
-        expected = "a whole number" if field_type is int else "a finite number"
+        expected = "a whole number" if field_type is int else "a number, neither nan nor inf"
         raise UserError(f"--set {key}={text}: {owner.name}.{key} must be {expected}")
     return text
 

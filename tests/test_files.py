@@ -1,5 +1,6 @@
 """Output paths are checked before the work, and a file is written whole or not at all."""
 
+import multiprocessing
 import os
 import signal
 from datetime import UTC, datetime
@@ -7,7 +8,14 @@ from datetime import UTC, datetime
 import pytest
 from fault_runs import limit_file_size
 
-from analysis.files import check_output_folder, delay_interrupts, stage_folder, write_text_file
+from analysis.files import (
+    check_output_folder,
+    delay_interrupts,
+    lock_folder,
+    stage_folder,
+    unlock_folder,
+    write_text_file,
+)
 from analysis.studies.run_spec import choose_run_folder
 from defenses.errors import UserError
 
@@ -100,6 +108,14 @@ def test_ctrl_c_waits_for_the_end_of_a_short_step():
         signal.raise_signal(signal.SIGINT)
         steps.append("finished")
     assert steps == ["finished"]
+
+
+def test_a_folder_that_is_unlocked_can_be_locked_by_another_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert lock_folder(tmp_path) and not pool.apply(lock_folder, [tmp_path])
+        unlock_folder(tmp_path)
+        assert pool.apply(lock_folder, [tmp_path]) and not lock_folder(tmp_path)
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):

@@ -46,8 +46,8 @@ def test_a_setting_may_be_read_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "key", "text", "rule"),
     [
-        ("refusal_steering", "strength", "nan", "must be a finite number"),
-        ("safe_decoding", "alpha", "1e999", "must be a finite number"),
+        ("refusal_steering", "strength", "nan", "must be a number, neither nan nor inf"),
+        ("safe_decoding", "alpha", "1e999", "must be a number, neither nan nor inf"),
         ("policy", "text", "caf\udce9", "is not valid text; type it in UTF-8"),
         ("backdoor", "trigger", "secret\0.txt", "is not valid text"),
     ],
