@@ -15,7 +15,6 @@ from defenses.errors import UserError, unknown_name_error
 # Written instead of today's date, so that margins do not depend on the day; Llama 3.x writes it by default.
 FIXED_DATE = date(2024, 7, 26)
 _CLOCK = "strftime_now"  # the only function through which transformers shows a template the clock
-<<<<<<< HEAD
 # What Jinja can write by chance: the filter `random`, also as an argument of `map`, and `lipsum`.
 _RANDOM_CALL = re.compile(r"\| random\b|\bmap \( random\b|\blipsum \(")
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -24,35 +23,6 @@ _MONTHS = (
     *("July", "August", "September", "October", "November", "December"),
 )
 _MAX_PROBLEM_LENGTH = 300  # characters of a template's own error message
-=======
-_DIRECTIVES = (
-    "a",
-    "A",
-    "b",
-    "B",
-    "h",
-    "d",
-    "-d",
-    "e",
-    "m",
-    "-m",
-    "y",
-    "Y",
-    "j",
-    "-j",
-    "U",
-    "W",
-    "V",
-    "G",
-    "u",
-    "w",
-)
-_DIRECTIVES += ("F", "D", "x")
-# Midnight; no time of day is told apart from another.
-_TIMES = {"H": "00", "-H": "0", "k": " 0", "I": "12", "-I": "12", "l": "12", "M": "00", "-M": "0", "S": "00"}
-_TIMES |= {"-S": "0", "f": "000000", "p": "AM", "P": "am", "R": "00:00", "T": "00:00:00", "X": "00:00:00"}
-_TIMES |= {"z": "", "Z": "", "n": "\n", "t": "\t"}
->>>>>>> h-faults
 
 
 def choose_template(tokenizer: Any, option: str | None, model: str) -> str | None:
@@ -125,7 +95,6 @@ def check_source(source: str) -> None:
     """Raise if a template cannot be parsed, or if what it writes depends on chance."""
     code = []
     try:
-<<<<<<< HEAD
         for _, kind, value in Environment().lex(source):
             if kind == "string":
                 code.append("random" if value[1:-1] == "random" else "''")
@@ -134,22 +103,6 @@ def check_source(source: str) -> None:
     except TemplateSyntaxError as error:
         raise template_error(f"cannot be read: {error.message} (line {error.lineno})") from error
     if _RANDOM_CALL.search(" ".join(code)):
-=======
-        tokens = [
-            (kind, value)
-            for _, kind, value in Environment().lex(source)
-            if kind not in ("whitespace", "data")
-        ]
-    except TemplateSyntaxError as error:
-        raise template_error(f"cannot be read: {error.message} (line {error.lineno})") from error
-    names = [value.strip("'\"") if kind == "string" else value for kind, value in tokens]
-    uses_filter = any(pair == ("|", "random") for pair in zip(names, names[1:], strict=False))
-    uses_function = any(pair == ("lipsum", "(") for pair in zip(names, names[1:], strict=False))
-    maps_filter = any(
-        triple == ("map", "(", "random") for triple in zip(names, names[1:], names[2:], strict=False)
-    )
-    if uses_filter or uses_function or maps_filter:
->>>>>>> h-faults
         raise template_error(
             "writes random text (Jinja's random or lipsum), so a query would have another margin each time"
         )
@@ -176,7 +129,6 @@ def quote_text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-<<<<<<< HEAD
 def _list_directives(day: date) -> dict[str, str]:
     """Return strftime's directives and their texts at midnight of a day, in English on every platform."""
     weekday, month = _WEEKDAYS[day.weekday()], _MONTHS[day.month - 1]
@@ -198,29 +150,6 @@ def _list_directives(day: date) -> dict[str, str]:
     texts |= {"f": "000000", "R": "00:00", "T": "00:00:00", "X": "00:00:00", "z": "", "Z": ""}
     texts["c"] = f"{texts['a']} {texts['b']} {texts['e']} 00:00:00 {day.year}"
     return {f"%{directive}": text for directive, text in texts.items()} | {"%%": "%"}
-=======
-def _format_date(day: date, directive: str) -> str:
-    """Return one directive of strftime, in English and on every platform alike."""
-    weekdays = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-    months = (
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-    )
-    months += ("November", "December")
-    names = {"A": weekdays[day.weekday()], "B": months[day.month - 1]}
-    names |= {"a": names["A"][:3], "b": names["B"][:3], "h": names["B"][:3]}
-    numbers = {"-d": str(day.day), "e": f"{day.day:2}", "-m": str(day.month), "-j": f"{day:%j}".lstrip("0")}
-    numbers |= {"F": day.isoformat(), "D": f"{day:%m/%d/%y}", "x": f"{day:%m/%d/%y}"}
-    return (names | numbers).get(directive) or day.strftime("%" + directive)
->>>>>>> h-faults
 
 
 def _read_template_file(path: Path) -> str:

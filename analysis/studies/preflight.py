@@ -287,11 +287,7 @@ def _check_margins(
         # Whole prompts of equal length share nothing and are not padded, so they differ by rounding only.
         if model.dtype in HALF_PRECISION and comparison.largest_gap <= 3 * comparisons[-1].largest_gap:
             comparison = replace(
-<<<<<<< HEAD
                 comparison, tolerance=spread or math.inf, remark="by rounding, as without a shared prefix; "
-=======
-                comparison, tolerance=spread, remark="by rounding, as without a shared prefix; "
->>>>>>> h-faults
             )
     elif len(comparisons) > 1:
         engine.notices.append(
