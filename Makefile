@@ -19,10 +19,11 @@ coverage: .venv/ready-dev ## every test except the notebooks, with line and bran
 sweep: .venv/ready-dev ## read every causal architecture of transformers (some minutes; REWRITE=1 rewrites docs/models.md)
 	$(BIN)/python -m pytest -m sweep tests/models/test_sweep.py
 
-check: .venv/ready-dev ## format, lint, types
+check: .venv/ready-dev ## format, lint, types, known vulnerabilities, and the list of all packages (build/sbom.json)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/audit.py
 
 figures: .venv/ready ## run the main results and draw their figures into figures/ (about an hour)
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2

@@ -51,6 +51,8 @@ def analyze(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
@@ -75,6 +77,8 @@ def analyze(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -98,6 +102,8 @@ def analyze(
         readout,
         responses,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.analyze import analyze_defenses
 
@@ -128,6 +134,8 @@ def validate(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Validate readouts against generated text, and rate the responses, as `analyze validate` does.
@@ -154,6 +162,8 @@ def validate(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -173,6 +183,8 @@ def validate(
         attacks,
         readouts,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
@@ -203,6 +215,8 @@ def ensembles(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Predict and observe the effects of ensembles, as `analyze ensembles` does.
@@ -223,6 +237,8 @@ def ensembles(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -242,6 +258,8 @@ def ensembles(
         attacks,
         readout,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     from analysis.studies.ensembles import evaluate_ensembles
@@ -270,12 +288,15 @@ def recommend(
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
     readout: str = "words",
+    responses: str | int = "auto",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Recommend the defense or ensemble that refuses the most harmful queries within limits.
@@ -294,12 +315,16 @@ def recommend(
         limit: maximum number of queries per split.
         attacks: one attack or several.
         readout: as `--readout`.
+        responses: number of queries per split whose responses are generated and judged to certify defenses
+            and stacks, `all`, `none`, or `auto`: all, except for readouts that force how responses begin.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
         share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -317,7 +342,10 @@ def recommend(
         offline,
         attacks,
         readout,
+        responses,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
@@ -356,6 +384,8 @@ def locate_mechanism(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Locate the effect of defenses in layers, heads and MLPs, as `analyze mechanism` does.
@@ -378,6 +408,8 @@ def locate_mechanism(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -398,6 +430,8 @@ def locate_mechanism(
         attacks,
         readout,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.mechanism import MechanismOptions, study_mechanism
 
@@ -418,6 +452,8 @@ def train(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> TrainedWeights:
     """Fine-tune a model by an attacker's or a defender's recipe, as `analyze train` does.
@@ -434,6 +470,8 @@ def train(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -442,7 +480,19 @@ def train(
     Raises:
         TrainingInterrupted: a KeyboardInterrupt, after which the same call resumes the training.
     """
-    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        "train",
+        limit,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     from analysis.studies.train import train_weights
 
     return train_weights(
@@ -470,6 +520,8 @@ def backdooralign(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Reproduce the experimental arms of BackdoorAlign, as `analyze backdooralign` does.
@@ -487,13 +539,26 @@ def backdooralign(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
         A run whose tables include `arms` and, if `secrets` is set, `lengths`.
     """
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, share_prefix=share_prefix
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
     )
     check_response_tokens(tokens)
     check_secret_count(secrets)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -40,17 +41,17 @@ class ResponseEnd:
 
     Attributes:
         max_new_tokens: maximum length of each response.
-        eos_token_id: the token that ends a response.
+        end_token_ids: the tokens that end a response.
         should_stop: called with the token ids generated so far; True ends the response there.
     """
 
     max_new_tokens: int
-    eos_token_id: int
+    end_token_ids: frozenset[int]
     should_stop: StopCondition
 
     def append_token(self, response: list[int], token: int) -> bool:
         """Append a token to a response, except the end token; return whether the response is finished."""
-        if token == self.eos_token_id:
+        if token in self.end_token_ids:
             return True
         response.append(token)
         return len(response) == self.max_new_tokens or self.should_stop(response)
@@ -60,7 +61,7 @@ def generate_token_ids(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_token_id: int,
+    end_token_ids: frozenset[int],
     should_stop: StopCondition = lambda token_ids: False,
     on_progress: Callable[[int], None] = lambda n_responses: None,
     on_first_logits: LogitCallback = lambda rows, logits: None,
@@ -73,13 +74,13 @@ def generate_token_ids(
         engine: runs the model.
         prompts: token ids.
         max_new_tokens: maximum length of each response.
-        eos_token_id: the token that ends a response.
+        end_token_ids: the tokens that end a response, see `LoadedModel.end_token_ids`.
         should_stop: called with the token ids generated so far; True ends the response there.
         on_progress: called with the number of responses finished since the last call.
         on_first_logits: called with the float32 logits of the first token, batch by batch; only where rows
             are packed, because these logits are those of `Engine.read_first_token` up to rounding.
     """
-    response_end = ResponseEnd(max_new_tokens, eos_token_id, should_stop)
+    response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
     rotation, lengths = engine.rotation, [len(prompt) for prompt in prompts]
     responses: dict[int, list[int]] = {}
     with torch.inference_mode():
@@ -168,8 +169,7 @@ def _has_plain_cache(model: Any) -> bool:
 def _measure_generation_gap(engine: Engine, prompts: Sequence[Sequence[int]]) -> float:
     """Return the largest difference between logits while generating and those of plain passes."""
     n_shared, prefix = _compute_generation_prefix(engine, prompts)
-    no_token = int(engine.model.config.get_text_config().vocab_size)
-    response_end = ResponseEnd(_N_PROBE_TOKENS, no_token, lambda token_ids: False)
+    response_end = ResponseEnd(_N_PROBE_TOKENS, frozenset(), lambda token_ids: False)
     responses, logits = _generate_cached(prompts, engine, prefix, n_shared, response_end, True)
     gaps = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -265,7 +265,7 @@ def _generate_cached(
     with_logits: bool = False,
 ) -> tuple[list[list[int]], tuple[Tensor, ...]]:
     """Generate responses by transformers, with a copy of the prefix for each row; also return the logits."""
-    model, eos_token_id = engine.model, response_end.eos_token_id
+    model, end_token_ids = engine.model, response_end.end_token_ids
     token_ids, attention_mask = _pad_prompts(prompts, n_shared, model.device)
     cache = copy.deepcopy(prefix)
     if n_shared:
@@ -281,13 +281,13 @@ def _generate_cached(
             do_sample=False,
             num_beams=1,
             stopping_criteria=[_RowStoppingCriteria(response_end.should_stop, prompt_length, len(prompts))],
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
+            eos_token_id=sorted(end_token_ids) or None,
+            pad_token_id=min(end_token_ids, default=0),
             return_dict_in_generate=True,
             output_logits=with_logits,
         )
     responses = output.sequences[:, prompt_length:].tolist()
-    ended = [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in responses]
+    ended = [list(takewhile(lambda token: token not in end_token_ids, ids)) for ids in responses]
     return ended, output.logits or ()
 
 

@@ -18,13 +18,7 @@ import torch
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query
 from analysis.models.batches import BatchForm, count_shared_prefix
-from analysis.models.chat_template import (
-    THINKING_TAGS,
-    Prompt,
-    redact_secrets,
-    remove_thinking_and_whitespace,
-    remove_whitespace,
-)
+from analysis.models.chat_template import Prompt, redact_secrets, remove_whitespace
 from analysis.models.plain_passes import (
     FORM_PHRASES,
     HALF_PRECISION,
@@ -32,6 +26,7 @@ from analysis.models.plain_passes import (
     run_in_float32,
 )
 from analysis.models.session import ModelSession, list_blend_members
+from analysis.models.thinking import RESPONSE_TAGS, find_open_tag, remove_thinking
 from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import LOW_COVERAGE, Readout
 from analysis.stats.tables import format_condition
@@ -199,8 +194,12 @@ def _check_response_start(
 ) -> CheckOutcome:
     """Check that each prompt ends where a response begins, or continues the prefill of the attack."""
     name, template = "response starts at the end", session.chat_template
-    tail, header = template.generation_prompt + template.thinking_closing, template.response_header
-    opener = remove_thinking_and_whitespace(template.decode_tokens(prefix))
+    start, tags = template.response_start, template.thinking_tags
+    tail = template.generation_prompt + start.opening
+    opener = remove_thinking(template.decode_tokens(prefix), tags)
+    for tag in RESPONSE_TAGS:
+        opener = opener.replace(tag, "")
+    opener = remove_whitespace(opener)
     if opener and any(prompt.prefill for _, prompt in cases):
         return name, False, f"the readout prefills the response ({opener!r}), which is already prefilled"
     for (_, chat), prompt in cases:
@@ -214,10 +213,10 @@ def _check_response_start(
         if not _normalize_text(prompt.text).endswith(_normalize_text(tail + prompt.prefill)):
             end = tail + prompt.prefill
             return name, False, f"a prompt does not end in {end!r}, as the template requires"
-    if any(opening in remove_thinking_and_whitespace(tail) for opening in THINKING_TAGS):
+    if start.problem:
+        return name, False, start.problem
+    if template.answer_prefix is None and find_open_tag(tail, tags):
         return name, False, f"the prompt ends inside a thinking block: {tail!r}"
-    if header is not None and remove_thinking_and_whitespace(header) != remove_thinking_and_whitespace(tail):
-        return name, False, f"the prompt ends in {tail!r}, but the template puts responses after {header!r}"
     return name, True, repr(tail)
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import FOUR, USER_DEFENSE, run_cli, save_model
+from conftest import FOUR, USER_DEFENSE, assert_user_error, make_adapter, run_cli, save_model
 from scipy.special import expit
 
 from analysis.files import check_output_folder
@@ -275,6 +275,20 @@ def write_defense_that_drops_the_query(home):
     """Write a defense whose prompt does not hold the user's words."""
     source = USER_DEFENSE.replace("prepend_system(chat, self.text)", "[{**chat[0], 'content': 'Hi.'}]")
     (home / "lost.py").write_text(source)
+
+
+def test_adapters_of_one_name_are_defenses_of_their_own_and_a_stack(cli_home):
+    for seed, name in enumerate("ab"):
+        make_adapter(cli_home / name / "best", seed=seed, sha256=None)
+    args = ("-d", "a/best", "-d", "b/best", "-d", "a/best+b/best", "-m", "tiny")
+    result = run_cli("check", *args, "--queries", 1)
+    assert result.code == 0, result.err
+    assert all(f" {name} " in result.out for name in ("a-best", "b-best", "a-best+b-best")), result.out
+    path = cli_home / "b" / "best" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["c_attn"]}))
+    result = run_cli(*args, "-o", "misfit")
+    assert_user_error(result, "b/best cannot be applied to this model", "c_attn")
+    assert "readout" not in result.err  # found out before any response was generated
 
 
 def test_a_defense_that_does_not_reach_the_model_stops_the_run_and_the_check(cli_home):

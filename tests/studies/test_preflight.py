@@ -15,6 +15,7 @@ from conftest import (
     FAMILIES,
     FOUR,
     TEMPLATES,
+    THINKING_TEMPLATES,
     derive_readout,
     fresh_model,
     make_toy_session,
@@ -29,6 +30,7 @@ from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine
 from analysis.models.loading import LoadedModel
 from analysis.models.prefix_attention import SharedPrefix
+from analysis.models.response_start import ResponseStart
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
@@ -218,7 +220,7 @@ class Cutting(ChatTemplate):
 class Thinking(ChatTemplate):
     """The mistake of not closing what the template opens."""
 
-    thinking_closing = ""  # type: ignore[assignment]
+    response_start = ResponseStart("")  # type: ignore[assignment]
 
 
 def broken(template: str, kind: type[ChatTemplate]) -> ModelSession:
@@ -241,18 +243,19 @@ def test_an_open_thinking_block_is_reported() -> None:
     assert seen.keys() == {"response starts at the end"} and "thinking block" in str(seen)
 
 
-def test_a_template_that_opens_responses_elsewhere_is_reported() -> None:
-    channels = TEMPLATES["phi4"].replace(
-        "{{ '<|' + m.role + '|>' + m.content",
-        "{{ '<|' + m.role + '|>' + ('<|channel|>final' if m.role == 'assistant' else '') + m.content",
-    )
-    seen = find_failed(make_toy_session("llama", channels))
-    assert seen.keys() == {"response starts at the end"} and "<|channel|>final" in str(seen)
+def test_a_template_that_puts_responses_elsewhere_is_reported() -> None:
+    reminded = CHATML.replace("'<|im_start|>assistant", "'Be kind.<|im_start|>assistant")
+    seen = find_failed(make_toy_session("llama", reminded))
+    assert seen.keys() == {"response starts at the end"} and "--answer-prefix" in str(seen)
+    session = make_toy_session("llama", reminded)
+    given = replace(session, chat_template=ChatTemplate(session.loaded_model.tokenizer, ""))
+    assert not find_failed(given)
 
 
-def test_a_template_without_a_generation_prompt_is_reported() -> None:
-    forgot = CHATML.split("{% if add_generation_prompt %}")[0]
-    assert find_failed(make_toy_session("llama", forgot)).keys() == {"response starts at the end"}
+@pytest.mark.parametrize("template", THINKING_TEMPLATES)
+def test_responses_of_models_that_think_start_at_the_end(template: str) -> None:
+    assert not find_failed(make_toy_session("llama", template))
+    assert not find_failed(make_toy_session("llama", template), attack="prefill")
 
 
 def test_a_prompt_as_long_as_the_context_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
