@@ -296,7 +296,7 @@ def read_architecture(model_type: str, is_decoder: bool = False) -> Reading:
     if not gap <= TOLERANCE:
         return Reading(class_name, f"logits differ by {gap:.2g} SD", form)
     wanted = [generate_plainly(model, prompt, 6) for prompt in PROMPTS]
-    responses = generate_token_ids(engine, PROMPTS, 6, eos_token_id=VOCAB + 1)
+    responses = generate_token_ids(engine, PROMPTS, 6, frozenset())
     if any(response[: len(tokens)] != tokens for response, tokens in zip(responses, wanted, strict=True)):
         return Reading(class_name, "responses differ", form)
     return Reading(class_name, "right", form)
