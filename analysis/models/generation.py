@@ -201,9 +201,10 @@ def _generate_packed(
     """Generate responses of packed rows: the prefix is not copied, and finished rows are dropped."""
     row_caches = []
     for layer in prefix.layers:
-        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        row_caches.append(RowCache())
-        layer.update = make_split_update(layer.keys, layer.values, row_caches[-1])  # type: ignore[method-assign]
+        assert isinstance(layer, DynamicLayer)  # of `_has_plain_cache`
+        if layer.keys is not None and layer.values is not None:  # none in layers that only read images
+            row_caches.append(RowCache())
+            layer.update = make_split_update(layer.keys, layer.values, row_caches[-1])  # type: ignore[method-assign]
     responses: list[list[int]] = [[] for _ in suffixes]
     active_rows = list(range(len(suffixes)))
     lengths = torch.tensor([len(suffix) for suffix in suffixes])

@@ -130,7 +130,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "dbrx": {
         "n_heads": 4,
         "n_layers": 4,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -147,8 +147,18 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "jetmoe": {"kv_channels": 8},
     "kimi_linear": {"layer_types": HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2},
     "prophetnet": {"num_decoder_layers": 4, "num_decoder_attention_heads": 4, "num_encoder_layers": 1},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "local"],
@@ -199,7 +209,10 @@ def collect_sizes(model_type: str) -> dict[str, Any]:
     fields = inspect.signature(CONFIG_MAPPING[model_type]).parameters
     sub_configs = CONFIG_MAPPING[model_type].sub_configs
     if "text_config" in sub_configs:
-        text_type = sub_configs["text_config"].model_type
+        text_class = sub_configs["text_config"]
+        if text_class is AutoConfig:
+            text_class = type(AutoConfig.for_model(model_type).text_config)
+        text_type = text_class.model_type
         towers = {name: TOWER for name in sub_configs if name in ("vision_config", "audio_config")}
         own = OWN_SIZES.get(model_type, {})
         return {"text_config": {"model_type": text_type, **collect_sizes(text_type)}, **towers, **own}
@@ -283,7 +296,7 @@ def read_architecture(model_type: str, is_decoder: bool = False) -> Reading:
     if not gap <= TOLERANCE:
         return Reading(class_name, f"logits differ by {gap:.2g} SD", form)
     wanted = [generate_plainly(model, prompt, 6) for prompt in PROMPTS]
-    responses = generate_token_ids(engine, PROMPTS, 6, eos_token_id=VOCAB + 1)
+    responses = generate_token_ids(engine, PROMPTS, 6, frozenset())
     if any(response[: len(tokens)] != tokens for response, tokens in zip(responses, wanted, strict=True)):
         return Reading(class_name, "responses differ", form)
     return Reading(class_name, "right", form)
