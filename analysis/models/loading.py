@@ -22,8 +22,8 @@ from analysis.models.checkpoints import (
     validate_model_folder,
 )
 from analysis.models.registry import MODEL_REGISTRY
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.adapters import (
-    ADAPTER_CONFIG_FILE,
     Adapter,
     find_adapter,
     has_tokenizer,

@@ -226,9 +226,10 @@ def _restate_defense(defense: Defense) -> tuple[str, list[str]] | None:
     for member in list_members(defense):
         if member.is_user_defined:
             return None
-        # An adapter is named by its folder.
-        is_folder = isinstance(member, AdapterWeights) and bool(member.label)
-        names.append(str(member.weights) if is_folder else member.name)
+        if isinstance(member, AdapterWeights) and member.label:
+            names.append(str(member.weights))
+        else:
+            names.append(member.name)
         defaults = get_settings(type(member))
         for key, value in get_settings(member).items():
             if value == defaults[key]:
