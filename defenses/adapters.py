@@ -29,7 +29,7 @@ from defenses.adapter_merge import (
     read_tensor_shapes,
 )
 from defenses.contract import ModelInfo
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_download_error
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -147,26 +147,37 @@ def find_adapter(state: str, model_info: ModelInfo) -> Adapter | None:
     return None
 
 
+def extend_embeddings(model: Any, adapter: Adapter) -> bool:
+    """Give a model as many token embeddings as an adapter holds; return whether their number changed.
+
+    Raises:
+        UserError: if the adapter holds the added rows of one of two embeddings only.
+    """
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    input_rows, output_rows = read_embedding_rows(model, adapter.folder)
+    extended = input_rows or output_rows or n_rows
+    if extended == n_rows:
+        return False
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if input_rows is None or (output_rows is None and not is_tied):
+        raise UserError(
+            f"{adapter.folder} holds {extended} token embeddings for a model with {n_rows}, but only for "
+            "the input or the output; save it with PEFT's save_embedding_layers=True"
+        )
+    model.resize_token_embeddings(extended, mean_resizing=False)
+    return True
+
+
 def merge_adapter(model: Any, adapter: Adapter) -> None:
     """Apply an adapter permanently; the released parameters are stored on the model.
 
     If the adapter extends the vocabulary, the model's embeddings are extended first.
     """
-    n_rows = model.get_input_embeddings().weight.shape[0]
-    input_rows, output_rows = read_embedding_rows(model, adapter.folder)
-    extended = input_rows or output_rows or n_rows
-    if extended != n_rows:
-        is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        if input_rows is None or (output_rows is None and not is_tied):
-            raise UserError(
-                f"{adapter.folder} holds {extended} token embeddings for a model with {n_rows}, but only for "
-                "the input or the output; save it with PEFT's save_embedding_layers=True"
-            )
-        model.resize_token_embeddings(extended, mean_resizing=False)
+    is_extended = extend_embeddings(model, adapter)
     changed, released = _compute_parameters(model, (adapter,))
     _set_parameters(model, changed)
     # No other adapter fits the extended embeddings, and the released ones do not fit the tokens.
-    setattr(model, _RELEASED_PARAMETERS, released if extended == n_rows else None)
+    setattr(model, _RELEASED_PARAMETERS, None if is_extended else released)
 
 
 @contextmanager
@@ -295,8 +306,8 @@ def fetch_weights_folder(source: Path, patterns: list[str], model_info: ModelInf
         return Path(
             snapshot_download(str(source), allow_patterns=patterns, local_files_only=model_info.offline)
         )
-    except (OSError, ValueError) as error:  # the errors of huggingface_hub derive from these
-        reason = " ".join(str(error).split())[:120]
+    except (OSError, ValueError, ImportError) as error:  # the errors of huggingface_hub derive from these
+        reason = describe_download_error(error)
         raise UserError(
             f"{source} is not a local folder and cannot be fetched from Hugging Face ({reason}); "
             "name a folder"

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from defenses.chats import get_last_user_text
+from defenses.chats import check_chats, get_last_user_text
 from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source
 from defenses.tokens import cut_text, encode_plain_text
 
@@ -183,6 +183,7 @@ def _only_adds_text(defense: Defense) -> bool:
     ):
         return False
     request = _MARK.format(0)
-    chat = defense.rewrite([Message(role="user", content=request)], random.Random(0))
+    rewritten = defense.rewrite([Message(role="user", content=request)], random.Random(0))
+    (chat,) = check_chats(defense.name, [rewritten])
     adds_text = any(turn["content"] != request for turn in chat)
     return adds_text and chat[-1]["role"] == "user" and request in get_last_user_text(chat)

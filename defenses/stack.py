@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses.chats import copy_chat
+from defenses.chats import check_chats, copy_chat
 from defenses.consultations import run_consultations
 from defenses.contract import COST_LEVELS, Chat, Consultation, Defense, ModelInfo, Source
 from defenses.errors import UserError
@@ -74,7 +74,7 @@ class Stack(Defense):
         """Return the chat after every member has rewritten it in order."""
         chat = copy_chat(chat)
         for member in self.members:
-            chat = member.rewrite(chat, select_member_rng(rng, member.name))
+            (chat,) = check_chats(member.name, [member.rewrite(chat, select_member_rng(rng, member.name))])
         return chat
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
@@ -85,6 +85,7 @@ class Stack(Defense):
             copies_by_chat = yield from run_consultations(
                 [member.consult_model(member_chat, member_rng) for member_chat in chats]
             )
+            copies_by_chat = [check_chats(member.name, copies) for copies in copies_by_chat]
             if member.pool != self.pool and any(len(copies) > 1 for copies in copies_by_chat):
                 other = next(other.name for other in self.members if other.pool == self.pool)
                 raise UserError(

@@ -68,11 +68,35 @@ def describe_run(
         limit: maximum number of queries, as the user gave it.
     """
     return {
-        "model": {"name": session.loaded_model.name, **session.loaded_model.origin},
+        **describe_inputs(session, defenses, query_set, split, limit),
+        "readout": describe_readout(readout),
+        "versions": collect_versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
+    }
+
+
+def describe_inputs(
+    session: ModelSession, defenses: Mapping[str, Defense], query_set: QuerySet, split: str, limit: int | None
+) -> dict[str, Any]:
+    """Return the entries of `describe_run` on the model, the defenses and the queries.
+
+    Args:
+        session: the model, and the seed.
+        defenses: condition name → defense.
+        query_set: the queries that are scored.
+        split: name of their split.
+        limit: maximum number of queries, as the user gave it.
+    """
+    quantization = session.loaded_model.quantization
+    return {
+        "model": {
+            "name": session.loaded_model.name,
+            **session.loaded_model.origin,
+            **({"quantization": quantization} if quantization else {}),
+        },
         "device": str(session.loaded_model.model.device),
         "dtype": str(session.loaded_model.model.dtype).removeprefix("torch."),
-        "readout": describe_readout(readout),
         "system_role": session.chat_template.system_policy,
+        "chat_template": session.chat_template.identity,
         "defenses": {name: describe_defense(defense) for name, defense in defenses.items()},
         "data": {
             "name": query_set.name,
@@ -84,7 +108,6 @@ def describe_run(
             "n_benign": sum(not query.harmful for query in query_set.queries),
         },
         "seed": session.seed,
-        "versions": collect_versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
     }
 
 
@@ -129,11 +152,14 @@ def describe_options(
         "split": spec.split,
         "limit": spec.limit,
         "batch_size": spec.batch_size,
+        "share_prefix": spec.share_prefix,
         "device": spec.device,
         "dtype": spec.dtype,
         "seed": spec.seed,
         "attacks": [attack.option for attack in spec.attacks],
         "readouts": list(spec.readouts),
+        "template": spec.template,
+        "answer_prefix": spec.answer_prefix,
         "responses": "all" if spec.max_responses is None else spec.max_responses or "none",
         "defenses": names,
         "settings": redacted,
@@ -226,6 +252,7 @@ def _restate_defense(defense: Defense) -> tuple[str, list[str]] | None:
     for member in list_members(defense):
         if member.is_user_defined:
             return None
+        # An adapter with a name of its own is made again from its folder.
         if isinstance(member, AdapterWeights) and member.label:
             names.append(str(member.weights))
         else:

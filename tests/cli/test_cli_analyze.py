@@ -378,3 +378,17 @@ def test_a_second_run_computes_nothing_and_prints_the_same(cli_home, no_figures)
 def test_the_output_folder_is_checked_without_being_made(tmp_path):
     assert check_output_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_shared_prefix_the_margins_are_the_same_and_nothing_is_saved(cli_home, no_figures):
+    args = ("-d", "policy", "-m", "tiny", "--limit", "8", "--responses", "none", "--controls", "0")
+    records, margins = [], []
+    for option in ("--shared-prefix", "--no-shared-prefix"):
+        assert run_cli(*args, option, "-o", f"run{option}").code == 0
+        records.append(json.loads((cli_home / f"run{option}" / "run.json").read_text("utf-8")))
+        margins.append(pd.read_csv(cli_home / f"run{option}" / "scores.csv")["margin"])
+    assert np.allclose(*margins, atol=1e-4)
+    assert [record["options"]["share_prefix"] for record in records] == [True, False]
+    # The second run finds no scores of the first.
+    assert records[0]["tokens"]["saved"] > 0 and records[1]["tokens"]["saved"] == 0
+    assert records[1]["tokens"]["computed"] > 0 and records[1]["scores_found_in_cache"] == 0
