@@ -181,7 +181,7 @@ def _merge_with_peft(
             peft_model.add_adapter(name, config)
         _load_tensors(peft_model, name, adapter.folder)
     peft_model.base_model.set_adapter(names)
-    adapted = [
+    adapted: list[Any] = [
         module
         for module in peft_model.modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
@@ -229,7 +229,8 @@ def _list_config_fields(peft_type: str) -> frozenset[str]:
     """Return the keys that the installed version of PEFT knows for a type of adapter."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return frozenset(field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]))
+    configs: Mapping[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    return frozenset(field.name for field in dataclasses.fields(configs[peft_type]))
 
 
 def _build_peft_config(adapter: PeftAdapter) -> Any:
@@ -259,7 +260,7 @@ def _load_tensors(peft_model: Any, name: str, folder: Path) -> None:
     for key in tensors.keys() & parameters.keys():  # a whole weight; PEFT writes it into the model's own
         parameters[key].data = parameters[key].data.clone()
     try:
-        result = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
+        result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
     except KeyError as error:  # a whole module that its configuration names is missing
         raise _incomplete_adapter_error(folder, [str(error.args[0])]) from error
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[peft_model.peft_config[name].peft_type]

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from defenses.adapters import ADAPTER_CONFIG_FILE
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.contract import COST_LEVELS, Defense
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import get_settings, parse_setting
@@ -109,7 +109,9 @@ def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str])
 
     def make_defense(member: str, member_settings: Mapping[str, str]) -> Defense:
         defense = get_defense(member, member_settings)
-        return dataclasses.replace(defense, label=labels[member]) if member in labels else defense  # type: ignore[call-arg]
+        if isinstance(defense, AdapterWeights) and member in labels:
+            return dataclasses.replace(defense, label=labels[member])
+        return defense
 
     defenses = [make_defense(member, {}) if isinstance(member, str) else member for member in members]
     _check_unique_names(defenses)
@@ -166,8 +168,10 @@ def label_adapters(names: Sequence[str]) -> dict[str, str]:
 
 def _is_adapter_source(name: str) -> bool:
     """Return whether a name is the path of a folder, or could be a Hugging Face id."""
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-    return (name != "" and Path(name).expanduser().is_dir()) or (is_hub_id and not name.endswith(".py"))
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.endswith(".py")
+    # "backdoor/no_secret" is the name of an ablation.
+    is_ablation = name.partition("/")[0] in find_defense_classes()
+    return (name != "" and Path(name).expanduser().is_dir()) or (is_hub_id and not is_ablation)
 
 
 @cache

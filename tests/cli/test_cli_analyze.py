@@ -281,7 +281,7 @@ def test_adapters_of_one_name_are_defenses_of_their_own_and_a_stack(cli_home):
     for seed, name in enumerate("ab"):
         make_adapter(cli_home / name / "best", seed=seed, sha256=None)
     args = ("-d", "a/best", "-d", "b/best", "-d", "a/best+b/best", "-m", "tiny")
-    result = run_cli("check", *args, "--queries", 1)
+    result = run_cli("check", *args, "--queries", 2)
     assert result.code == 0, result.err
     assert all(f" {name} " in result.out for name in ("a-best", "b-best", "a-best+b-best")), result.out
     path = cli_home / "b" / "best" / "adapter_config.json"

@@ -40,10 +40,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from analysis.models.loading import load_model
 from analysis.studies.manifest import describe_options
 from analysis.studies.run_spec import RunSpec
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from defenses.adapters import (
-    ADAPTER_CONFIG_FILE,
     ADAPTER_MANIFEST_FILE,
-    ADAPTER_WEIGHTS_FILE,
     apply_adapter,
     find_adapter,
     fingerprint_queries,

@@ -20,7 +20,8 @@ from analysis.cli.train import run_train_command
 from analysis.datasets.queries import Query, QuerySet
 from analysis.models.loading import build_model_info, load_model, load_tokenizer, split_model_name
 from analysis.studies.run_spec import RunSpec, check_training_overlap
-from defenses.adapters import ADAPTER_MANIFEST_FILE, ADAPTER_WEIGHTS_FILE, fingerprint_queries
+from defenses.adapter_merge import ADAPTER_WEIGHTS_FILE
+from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import Secret, write_secret
 from defenses.catalog import get_defense
 from defenses.errors import UserError
