@@ -51,6 +51,8 @@ def analyze(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
@@ -75,6 +77,8 @@ def analyze(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -98,6 +102,8 @@ def analyze(
         readout,
         responses,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.analyze import analyze_defenses
 
@@ -128,6 +134,8 @@ def validate(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Validate readouts against generated text, and rate the responses, as `analyze validate` does.
@@ -154,6 +162,8 @@ def validate(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -173,6 +183,8 @@ def validate(
         attacks,
         readouts,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
@@ -203,6 +215,8 @@ def ensembles(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Predict and observe the effects of ensembles, as `analyze ensembles` does.
@@ -223,6 +237,8 @@ def ensembles(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -242,6 +258,8 @@ def ensembles(
         attacks,
         readout,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     from analysis.studies.ensembles import evaluate_ensembles
@@ -277,6 +295,8 @@ def recommend(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Recommend the defense or ensemble that refuses the most harmful queries within limits.
@@ -303,6 +323,8 @@ def recommend(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -322,6 +344,8 @@ def recommend(
         readout,
         responses,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
@@ -360,6 +384,8 @@ def locate_mechanism(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Locate the effect of defenses in layers, heads and MLPs, as `analyze mechanism` does.
@@ -382,6 +408,8 @@ def locate_mechanism(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -402,6 +430,8 @@ def locate_mechanism(
         attacks,
         readout,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.mechanism import MechanismOptions, study_mechanism
 
@@ -422,6 +452,8 @@ def train(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> TrainedWeights:
     """Fine-tune a model by an attacker's or a defender's recipe, as `analyze train` does.
@@ -438,6 +470,8 @@ def train(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -446,7 +480,19 @@ def train(
     Raises:
         TrainingInterrupted: a KeyboardInterrupt, after which the same call resumes the training.
     """
-    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        "train",
+        limit,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     from analysis.studies.train import train_weights
 
     return train_weights(
@@ -474,6 +520,8 @@ def backdooralign(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Reproduce the experimental arms of BackdoorAlign, as `analyze backdooralign` does.
@@ -491,13 +539,26 @@ def backdooralign(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
         A run whose tables include `arms` and, if `secrets` is set, `lengths`.
     """
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, share_prefix=share_prefix
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
     )
     check_response_tokens(tokens)
     check_secret_count(secrets)

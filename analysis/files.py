@@ -40,15 +40,26 @@ def lock_folder(folder: Path) -> bool:
     The lock is one byte of a file in the cache, so that a killed process leaves nothing behind. Where files
     cannot be locked, every process gets the lock.
     """
+<<<<<<< HEAD
+    return _change_lock(folder, is_locked=True)
+=======
     return _change_lock(folder, ("LOCK_EX", "LOCK_NB"))
+>>>>>>> h-faults
 
 
 def unlock_folder(folder: Path) -> None:
     """Let other processes lock a folder, before this one ends."""
+<<<<<<< HEAD
+    _change_lock(folder, is_locked=False)
+
+
+def _change_lock(folder: Path, is_locked: bool) -> bool:
+=======
     _change_lock(folder, ("LOCK_UN",))
 
 
 def _change_lock(folder: Path, flags: tuple[str, ...]) -> bool:
+>>>>>>> h-faults
     """Lock or unlock a folder; return False if another process has locked it."""
     try:
         import fcntl
@@ -57,7 +68,12 @@ def _change_lock(folder: Path, flags: tuple[str, ...]) -> bool:
     position = int.from_bytes(hashlib.sha256(os.fsencode(folder.resolve())).digest()[:7])
     try:
         handle = _open_lock_file(get_cache_folder() / "folders.lock")
+<<<<<<< HEAD
+        operation = fcntl.LOCK_EX | fcntl.LOCK_NB if is_locked else fcntl.LOCK_UN
+        fcntl.lockf(handle, operation, 1, position)
+=======
         fcntl.lockf(handle, sum(getattr(fcntl, flag) for flag in flags), 1, position)
+>>>>>>> h-faults
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True

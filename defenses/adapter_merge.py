@@ -66,7 +66,7 @@ def check_adapter_config(adapter: PeftAdapter) -> None:
     peft_type = config.get("peft_type")
     if peft_type not in _MERGED_TYPES:
         raise UserError(
-            f"{folder} is an adapter of type {peft_type}, which is not merged into weights; supported types are "
+            f"{folder} is an adapter of type {peft_type}, which is not merged into weights; supported are "
             f"{', '.join(_MERGED_TYPES)}"
         )
     known_keys = _MERGED_LORA_KEYS if peft_type == "LORA" else _list_config_fields(peft_type)
@@ -78,7 +78,7 @@ def check_adapter_config(adapter: PeftAdapter) -> None:
         values = ", ".join(f"{key}={str(config[key])[:60]}" for key in unsupported)
         raise UserError(
             f"{folder} has {values} in its {ADAPTER_CONFIG_FILE}, which is unknown or cannot be merged into "
-            "weights; if PEFT can, save the merged model with it, and use -d weights --set weights.path=FOLDER"
+            "weights; if PEFT can, save the merged model with it, and use -d weights --set path=FOLDER"
         )
 
 
@@ -128,6 +128,18 @@ def merge_adapters(
         ) from error
 
 
+def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in an adapter's file by key; raise UserError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / ADAPTER_WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); obtain the adapter again") from error
+
+
 def read_embedding_rows(model: Any, folder: Path) -> tuple[int | None, int | None]:
     """Return the numbers of rows of the whole input and output embeddings in an adapter's file.
 
@@ -138,19 +150,15 @@ def read_embedding_rows(model: Any, folder: Path) -> tuple[int | None, int | Non
     Returns:
         None for embeddings that the file does not hold.
     """
-    from safetensors import safe_open
-
-    with safe_open(folder / ADAPTER_WEIGHTS_FILE, framework="pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    rows = []
+    shapes, rows = read_tensor_shapes(folder), []
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        names = [name for name, other in model.named_modules() if other is module]
         keys = [
             f"{PEFT_PREFIX}{name}.{wrapper}weight"
-            for name in names
+            for name, other in model.named_modules()
             for wrapper in ("", "base_layer.", "token_adapter.base_layer.")
+            if other is module
         ]
-        rows.append(next((int(shapes[key][0]) for key in keys if key in shapes), None))
+        rows.append(next((shapes[key][0] for key in keys if key in shapes), None))
     return rows[0], rows[1]
 
 
@@ -180,8 +188,8 @@ def _merge_with_peft(
     ]
     if any(parameter.is_meta for module in adapted for parameter in module.parameters()):
         raise UserError(
-            f"{adapters[0].folder} changes weights that were offloaded from GPU memory; use --dtype bfloat16, "
-            "a larger GPU, or --device cpu"
+            f"{adapters[0].folder} changes weights that were offloaded from GPU memory; use --dtype "
+            "bfloat16, a larger GPU, or --device cpu"
         )
     for module in adapted:
         if isinstance(module, BaseTunerLayer):
@@ -260,8 +268,8 @@ def _load_tensors(peft_model: Any, name: str, folder: Path) -> None:
         raise _incomplete_adapter_error(folder, [key.replace(f".{name}", "") for key in missing])
     if unexpected := sorted(key for key in result.unexpected_keys if not _is_copy(key, tensors)):
         raise UserError(
-            f"{folder} holds {len(unexpected)} tensors for which this model or its {ADAPTER_CONFIG_FILE} has no "
-            f"place ({unexpected[0].removeprefix(PEFT_PREFIX)}); use the model that it was made for"
+            f"{folder} holds {len(unexpected)} tensors for which its {ADAPTER_CONFIG_FILE} or this model has "
+            f"no place ({unexpected[0].removeprefix(PEFT_PREFIX)}); use the model that it was made for"
         )
 
 

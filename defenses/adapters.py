@@ -26,6 +26,7 @@ from defenses.adapter_merge import (
     describe_adapter_config,
     merge_adapters,
     read_embedding_rows,
+    read_tensor_shapes,
 )
 from defenses.contract import ModelInfo
 from defenses.errors import UserError, describe_download_error
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
 ADAPTER_MANIFEST_FILE = "manifest.json"
-# Files next to an adapter that belong to its tokenizer.
+# Files of a tokenizer next to an adapter: the essential ones, and patterns of all.
+_TOKENIZER_NAMES = ("tokenizer_config.json", "tokenizer.json")
 _TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "added_tokens.json", "special_tokens_map.json")
 # Attributes of a model whose weights are changed: the released parameters that were replaced, by name (None
 # for a bias that was added), and the adapters that are applied within contexts.
@@ -145,26 +147,37 @@ def find_adapter(state: str, model_info: ModelInfo) -> Adapter | None:
     return None
 
 
+def extend_embeddings(model: Any, adapter: Adapter) -> bool:
+    """Give a model as many token embeddings as an adapter holds; return whether their number changed.
+
+    Raises:
+        UserError: if the adapter holds the added rows of one of two embeddings only.
+    """
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    input_rows, output_rows = read_embedding_rows(model, adapter.folder)
+    extended = input_rows or output_rows or n_rows
+    if extended == n_rows:
+        return False
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if input_rows is None or (output_rows is None and not is_tied):
+        raise UserError(
+            f"{adapter.folder} holds {extended} token embeddings for a model with {n_rows}, but only for "
+            "the input or the output; save it with PEFT's save_embedding_layers=True"
+        )
+    model.resize_token_embeddings(extended, mean_resizing=False)
+    return True
+
+
 def merge_adapter(model: Any, adapter: Adapter) -> None:
     """Apply an adapter permanently; the released parameters are stored on the model.
 
     If the adapter extends the vocabulary, the model's embeddings are extended first.
     """
-    n_rows = model.get_input_embeddings().weight.shape[0]
-    input_rows, output_rows = read_embedding_rows(model, adapter.folder)
-    extended = input_rows or output_rows or n_rows
-    if extended != n_rows:
-        is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        if input_rows is None or (output_rows is None and not is_tied):
-            raise UserError(
-                f"{adapter.folder} holds {extended} token embeddings for a model with {n_rows}, but only for "
-                "the input or the output; save it with PEFT's save_embedding_layers=True"
-            )
-        model.resize_token_embeddings(extended, mean_resizing=False)
+    is_extended = extend_embeddings(model, adapter)
     changed, released = _compute_parameters(model, (adapter,))
     _set_parameters(model, changed)
     # No other adapter fits the extended embeddings, and the released ones do not fit the tokens.
-    setattr(model, _RELEASED_PARAMETERS, released if extended == n_rows else None)
+    setattr(model, _RELEASED_PARAMETERS, None if is_extended else released)
 
 
 @contextmanager
@@ -232,14 +245,15 @@ def load_external_adapter(source: Path, model_info: ModelInfo) -> Adapter:
         return load_adapter(folder)
     digest = hashlib.sha256((folder / ADAPTER_WEIGHTS_FILE).read_bytes()).hexdigest()
     manifest = {"recipe": "unknown", "trained_on": [], "sha256": digest, "from": str(source)}
-    # Reading the configuration makes an unsupported kind fail before anything runs.
+    # A damaged file, and with the configuration an unsupported kind, fail before anything runs.
+    read_tensor_shapes(folder)
     base_name = Adapter(folder, manifest).peft_adapter.config.get("base_model_name_or_path")
     return Adapter(folder, {**manifest, "base": {"id": base_name or "unknown", "sha256": None}})
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether an adapter's folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return any((folder / name).is_file() for name in _TOKENIZER_NAMES)
 
 
 def find_tokenizer_differences(folder: Path, tokenizer: Any) -> list[str]:
@@ -249,17 +263,20 @@ def find_tokenizer_differences(folder: Path, tokenizer: Any) -> list[str]:
         folder: the adapter.
         tokenizer: tokenizer of the model.
     """
-    template_path, config_path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template_path = folder / "chat_template.jinja"
     try:
-        config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+        config, vocabulary = (
+            json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+            for name in _TOKENIZER_NAMES
+        )
         template = (
             template_path.read_text("utf-8") if template_path.is_file() else config.get("chat_template")
         )
-        added_tokens = {str(token["content"]) for token in config.get("added_tokens_decoder", {}).values()}
+        added_tokens = [*config.get("added_tokens_decoder", {}).values(), *vocabulary.get("added_tokens", ())]
+        new_tokens = {token["content"] for token in added_tokens} - tokenizer.get_vocab().keys()
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return ["a tokenizer that cannot be read"]
-    new_tokens = sorted(added_tokens - tokenizer.get_vocab().keys())
-    differences = [f"the tokens {', '.join(new_tokens)[:80]}"] if new_tokens else []
+        return ["files that cannot be read"]
+    differences = [f"the tokens {', '.join(sorted(new_tokens))[:80]}"] if new_tokens else []
     if isinstance(template, str) and template.strip() != str(tokenizer.chat_template or "").strip():
         differences.append("another chat template")
     return differences
@@ -316,8 +333,8 @@ def _compute_parameters(
     for adapter in adapters:
         if other_sizes := set(read_embedding_rows(model, adapter.folder)) - {None, n_rows}:
             raise UserError(
-                f"{adapter.folder} holds {other_sizes.pop()} token embeddings, and this model has {n_rows}: if "
-                f"the adapter extends its vocabulary, load both with -m MODEL:{adapter.folder}"
+                f"{adapter.folder} holds {other_sizes.pop()} token embeddings, and this model has {n_rows}: "
+                f"if the adapter extends its vocabulary, load both with -m MODEL:{adapter.folder}"
             )
     parameters = dict(model.named_parameters(remove_duplicate=False)) | released
     changed = merge_adapters(

@@ -167,7 +167,7 @@ def label_adapters(names: Sequence[str]) -> dict[str, str]:
 def _is_adapter_source(name: str) -> bool:
     """Return whether a name is the path of a folder, or could be a Hugging Face id."""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-    return Path(name).expanduser().is_dir() or (is_hub_id and not name.endswith(".py"))
+    return (name != "" and Path(name).expanduser().is_dir()) or (is_hub_id and not name.endswith(".py"))
 
 
 @cache

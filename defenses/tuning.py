@@ -16,6 +16,7 @@ from defenses.adapters import (
     ADAPTER_MANIFEST_FILE,
     fetch_weights_folder,
     find_tokenizer_differences,
+    has_tokenizer,
     load_external_adapter,
     read_training_fingerprints,
 )
@@ -137,10 +138,12 @@ class AdapterWeights(TunedDefense):
             return self
         adapter = load_external_adapter(self.weights, model_info)
         adapter.check_base_model(model_info.sha256)
-        if differences := find_tokenizer_differences(adapter.folder, model_info.tokenizer):
+        if has_tokenizer(adapter.folder) and (
+            differences := find_tokenizer_differences(adapter.folder, model_info.tokenizer)
+        ):
             model_info.notify(
-                f"note: {self.weights} comes with {' and '.join(differences)}, which are not used; "
-                f"-m MODEL:{self.weights} uses them"
+                f"note: the tokenizer in {self.weights} has {' and '.join(differences)}, but prompts are "
+                f"made by that of the model; -m MODEL:{self.weights} uses the adapter's"
             )
         return dataclasses.replace(self, adapter=adapter)
 

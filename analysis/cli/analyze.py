@@ -13,6 +13,7 @@ from rich.console import Console
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     ControlsOption,
@@ -30,6 +31,7 @@ from analysis.cli.options import (
     SettingsOption,
     SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -56,6 +58,8 @@ def analyze(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder. Default: runs/TIME-MODEL-DEFENSE.")
     ] = None,
@@ -94,6 +98,8 @@ def analyze(
         readout,
         responses=responses,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_control_draws(controls)
     code = run_analyze_command(spec, defense, settings or [], out, as_json, cost, controls)
@@ -111,6 +117,8 @@ def check(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
     queries: Annotated[int, typer.Option(help="Number of queries to show and check.")] = 4,
@@ -119,7 +127,19 @@ def check(
     from analysis.studies.run_spec import build_run_spec
 
     spec = build_run_spec(
-        model, data, split, None, None, device, dtype, seed, offline, attack, share_prefix=share_prefix
+        model,
+        data,
+        split,
+        None,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        template=template,
+        answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
     )
     raise typer.Exit(run_check_command(spec, defense or ["none"], settings or [], queries))
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     DeviceOption,
     DtypeOption,
@@ -25,6 +26,7 @@ from analysis.cli.options import (
     OfflineOption,
     SeedOption,
     SettingsOption,
+    TemplateOption,
 )
 from defenses.errors import UserError, unknown_name_error
 
@@ -41,9 +43,9 @@ CatalogRows = list[dict[str, Any]]
 def collect_catalog() -> dict[str, CatalogRows]:
     """Return what `analyze list` shows: for each kind, a list of rows of plain values."""
     from analysis.attacks import load_shipped_attacks
+    from analysis.checkpoints.registry import MODEL_REGISTRY
     from analysis.datasets.loading import SHIPPED_SETS
     from analysis.datasets.public import PUBLIC_DATASETS
-    from analysis.models.registry import MODEL_REGISTRY
     from analysis.studies.run_spec import READOUT_DESCRIPTIONS
     from defenses.catalog import find_defense_classes
     from defenses.settings import get_settings
@@ -178,6 +180,8 @@ def explain(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
@@ -187,7 +191,20 @@ def explain(
     """
     from analysis.studies.run_spec import build_run_spec
 
-    spec = build_run_spec(model, "contrast", "test", None, None, device, dtype, seed, offline, attack)
+    spec = build_run_spec(
+        model,
+        "contrast",
+        "test",
+        None,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     raise typer.Exit(run_explain_command(spec, defense, settings or [], text))
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     DataOption,
@@ -32,6 +33,7 @@ from analysis.cli.options import (
     SettingsOption,
     SharePrefixOption,
     StacksOption,
+    TemplateOption,
 )
 
 if TYPE_CHECKING:
@@ -314,6 +316,8 @@ def ensembles(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -337,6 +341,8 @@ def ensembles(
         attack,
         readout,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
 
@@ -367,6 +373,8 @@ def recommend(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     responses: ResponsesOption = "auto",
@@ -398,6 +406,8 @@ def recommend(
         readout,
         responses,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     DataOption,
@@ -28,6 +29,7 @@ from analysis.cli.options import (
     SettingsOption,
     SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from analysis.studies.run_spec import PATCH_SITES
 from defenses.errors import UserError
@@ -75,6 +77,8 @@ def mechanism(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -103,6 +107,8 @@ def mechanism(
         attack,
         readout,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     options = MechanismOptions(chosen_sites, top, patched, ensembles)
     raise typer.Exit(run_mechanism_command(spec, defense, settings or [], options, out))

@@ -82,6 +82,25 @@ DtypeOption = Annotated[
     str,
     typer.Option(help="Precision: float32, bfloat16, float16, or auto (float32 on CPU, bfloat16 on GPU)."),
 ]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Chat template: the name of one of the tokenizer's, or a .jinja file. Default: the only one, or "
+        "the one named default.",
+        metavar="NAME|FILE",
+    ),
+]
+AnswerPrefixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--answer-prefix",
+        help="Text between the prompt and the response, such as a channel header or an empty thinking block; "
+        "\\n stands for a line break, '' for no text. Default: found from the chat template.",
+        metavar="TEXT",
+        callback=lambda text: text if text is None else text.replace("\\n", "\n"),
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Random seed.")]
 SettingsOption = Annotated[
     list[str] | None,

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     BatchSizeOption,
     DataOption,
     DeviceOption,
@@ -25,6 +26,7 @@ from analysis.cli.options import (
     SeedOption,
     SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -77,6 +79,8 @@ def train(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Fine-tune a model by an attacker's or a defender's recipe; an interrupted training resumes.
@@ -85,7 +89,19 @@ def train(
     """
     from analysis.studies.run_spec import build_run_spec
 
-    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        "train",
+        limit,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     raise typer.Exit(run_train_command(spec, recipe, settings or [], out, secret, length))
 
 
@@ -112,6 +128,8 @@ def backdooralign(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     offline: OfflineOption = False,
 ) -> None:
@@ -121,7 +139,18 @@ def backdooralign(
     check_response_tokens(tokens)
     check_secret_count(secrets)
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, share_prefix=share_prefix
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
     )
     raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets))
 

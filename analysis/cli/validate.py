@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     BudgetOption,
@@ -32,6 +33,7 @@ from analysis.cli.options import (
     SettingsOption,
     SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -69,6 +71,8 @@ def validate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -90,6 +94,8 @@ def validate(
         attack,
         readouts,
         share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
     from analysis.studies.judge_file import JudgeOptions

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from analysis.checkpoints.weight_files import check_weights_complete
 from analysis.files import data_folder
 from analysis.judges.endpoint import CallBudget, EndpointChatModel
 from analysis.judges.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Verdict
@@ -23,7 +24,6 @@ from analysis.models.loading import NO_ADAPTER, load_model
 from analysis.models.numerics import check_short_prompt
 from analysis.models.session import ModelSession
 from analysis.models.thinking import strip_thinking
-from analysis.models.weight_files import check_weights_complete
 from defenses.contract import Message
 from defenses.errors import UserError, describe_library_error
 
@@ -164,7 +164,7 @@ class LocalChatModel:
                 self.session.engine,
                 [prompt_ids[index] for index in indices],
                 _MAX_REPLY_TOKENS,
-                loaded_model.tokenizer.eos_token_id,
+                loaded_model.end_token_ids,
                 on_progress=on_progress,
             )
             if indices

@@ -23,6 +23,14 @@ class BatchForm(StrEnum):
     EQUAL = "equal"  # whole prompts of equal length
 
 
+class CacheUse(StrEnum):
+    """How transformers generates with its own cache, the fastest way first; all give the same responses."""
+
+    PADDED = "batches of padded prompts"
+    EQUAL = "batches of prompts of equal length"
+    NONE = "a whole forward pass for every token"
+
+
 def count_shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Return the number of tokens with which all prompts start, leaving at least one token of each prompt.
 

@@ -45,6 +45,7 @@ _LOCK_TIMEOUT_SECONDS = 30
 # Source code that determines what a model reads and how its logits become a margin. Results computed by other
 # code are not found again.
 SCORING_SOURCES = (
+    "analysis/checkpoints/**/*.py",
     "analysis/models/**/*.py",
     "analysis/readouts/**/*.py",
     "analysis/attacks.py",
@@ -323,9 +324,9 @@ def hash_code(*patterns: str) -> str:
 
 def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     """Return everything on which computations with a model depend, as a part of cache keys."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
-        "weights": [loaded_model.origin.get("sha256"), loaded_model.origin.get("state_sha256")],
+        "weights": [loaded_model.origin.get(key) for key in ("sha256", "state_sha256", "state_config")],
         "config": {**loaded_model.model.config.to_dict(), "_name_or_path": ""},
         "quantization": loaded_model.quantization,
         "code": hash_code(*SCORING_SOURCES),

@@ -25,7 +25,6 @@ from analysis.models.thinking import (
     THINKING_TAGS,
     cut_token_spans,
     find_thinking_tags,
-    remove_thinking,
 )
 from defenses.chats import replace_last_user, split_prefill
 from defenses.contract import Chat, Message
@@ -67,7 +66,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template; never changed.
-        answer_prefix: text between the generation prompt and the response, as `--answer-prefix`; None finds it.
+        answer_prefix: text between the generation prompt and the response; None finds it.
     """
 
     tokenizer: Any
@@ -89,14 +88,14 @@ class ChatTemplate:
 
     @cached_property
     def source(self) -> str:
-        """Jinja source of the template as it is used here; `apply_chat_template` renders the same prompts."""
+        """The Jinja source that is rendered: with the fixed date and the text after which responses begin."""
         return append_text(fix_date(self._own_source), self.response_start.opening)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What distinguishes prompts of this template from others, in plain values, for run.json and cache keys.
+        """What distinguishes the prompts of this template, in plain values, for run.json and cache keys.
 
-        `date` is the date that the template is given instead of today's, if it writes any.
+        `date` is the date that is written instead of today's; None if the template writes none.
         """
         return {
             "sha256": hashlib.sha256(self._own_source.encode()).hexdigest(),
@@ -322,7 +321,7 @@ class ChatTemplate:
         return [(opening, closing) for opening, closing in tag_ids if special_ids & {*opening, *closing}]
 
     def _encode_tag(self, tag: str) -> list[int]:
-        """Return the token ids of a tag; a SentencePiece tokenizer would put a space before a single token."""
+        """Return the token ids of a tag; encoded as a text, a single token may get a space before it."""
         token_id = self.tokenizer.get_added_vocab().get(tag)
         return self.tokenizer.encode(tag, add_special_tokens=False) if token_id is None else [token_id]
 

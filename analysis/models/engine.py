@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from analysis.models.batches import BatchForm, count_shared_prefix, plan_batches
+from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, plan_batches
 from analysis.models.prefix_attention import (
     PackedRows,
     SharedPrefix,
@@ -65,6 +65,7 @@ class Engine:
 
     Attributes:
         rotation: prompts that are rotated with different frequencies share no forward pass and no prefix.
+        cache_use: how transformers generates with its cache, once `generate_token_ids` has compared the ways.
         notices: lines for the user on the form of the batches.
         work_counter: counts of computed and saved tokens.
         logit_positions: for hooks: while prompts run, rows and columns of the hidden states (rows × columns ×
@@ -78,6 +79,7 @@ class Engine:
         self.model = model
         self.batch_size = batch_size
         self.batch_form = batch_form or find_fastest_form(model)
+        self.cache_use: CacheUse | None = None
         self.notices: list[str] = []
         self.rotation = RotationSchedule.from_model(model)
         self.work_counter = WorkCounter()

@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from analysis.files import data_folder
-from analysis.models.checkpoints import (
-    fetch_hub_model,
-    fetch_wheel_file,
-    validate_model_folder,
-)
-from analysis.models.configuration import (
+from analysis.checkpoints.configuration import (
     describe_quantization,
     explain_loading_error,
     find_model_class,
     get_quantization_config,
     read_config,
 )
-from analysis.models.gguf_conversion import convert_gguf
-from analysis.models.registry import MODEL_REGISTRY
-from analysis.models.sentencepiece_vocabulary import follow_sentencepiece
-from analysis.models.weight_files import (
+from analysis.checkpoints.gguf_conversion import convert_gguf
+from analysis.checkpoints.registry import MODEL_REGISTRY
+from analysis.checkpoints.sentencepiece_vocabulary import follow_sentencepiece
+from analysis.checkpoints.sources import (
+    fetch_hub_model,
+    fetch_wheel_file,
+    validate_model_folder,
+)
+from analysis.checkpoints.weight_files import (
     check_weight_files,
     check_weights_complete,
     count_loaded_bytes,
     describe_leftover_files,
     hash_weights,
 )
+from analysis.files import data_folder
+from analysis.models.template_source import choose_template
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.adapters import (
     Adapter,
+    extend_embeddings,
     find_adapter,
     has_tokenizer,
     load_external_adapter,
@@ -69,7 +73,7 @@ class LoadedModel:
         name: as the user typed it.
         model: a transformers model in evaluation mode.
         tokenizer: a transformers tokenizer with a chat template.
-        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also `gguf`, how its metadata were read.
+        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also `gguf`, what was read of it.
         adapter: merged into the weights, which puts the model into a state; None for the weights as released.
         trained_on: fingerprints of the queries that this project trained the model on.
         quantization: how the stored weights are quantized, for run.json; None if they are not.
@@ -99,6 +103,17 @@ class LoadedModel:
             if rope.get("rope_type") == "dynamic" and "factor" in rope
             else length
         )
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a response: the tokenizer's, and those of the generation settings.
+
+        Gemma and Phi, for instance, end a turn with another token than their tokenizers' end of text.
+        """
+        settings = getattr(self.model, "generation_config", None)
+        ends = getattr(settings, "eos_token_id", None)
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        return frozenset(int(end) for end in (self.tokenizer.eos_token_id, *ends) if end is not None)
 
     @property
     def n_embeddings(self) -> int:
@@ -164,7 +179,7 @@ class ModelCheckpoint:
         except Exception as error:  # of transformers, of a quantization library, or of safetensors
             raise explain_loading_error(self.name, quantization, error) from error
         check_weights_complete(self.name, loading_info)
-        notices = describe_leftover_files(self.folder)
+        notices = describe_leftover_files(self.folder, split_model_name(self.name)[0])
         if _has_two_embeddings(model):
             notices.append(
                 f"the configuration of {self.name} says that the output layer is the embedding, but its "
@@ -193,6 +208,8 @@ class ModelCheckpoint:
                 model = loader.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
         except Exception as error:
             raise explain_loading_error(self.name, get_quantization_config(self.config), error) from error
+        if self.adapter is not None:
+            extend_embeddings(model, self.adapter)
         return LoadedModel(
             self.name, model.eval(), self.tokenizer, self.origin, self.adapter, self.trained_on
         )
@@ -215,6 +232,8 @@ def open_checkpoint(
     dtype: str = "auto",
     offline: bool = False,
     notify: Notifier = lambda text: None,
+    template: str | None = None,
+    check_tokenizer: Callable[[Any], None] = lambda tokenizer: None,
 ) -> ModelCheckpoint:
     """Find a model's files and load its tokenizer, after a download if necessary.
 
@@ -226,6 +245,8 @@ def open_checkpoint(
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
         notify: called with a line of text before anything is downloaded or converted.
+        template: as `--template`: which chat template of the tokenizer to use.
+        check_tokenizer: called with the tokenizer before the weights are loaded; raises if it cannot be used.
 
     Raises:
         UserError: if the model does not exist, or must not or cannot be loaded.
@@ -242,7 +263,10 @@ def open_checkpoint(
         adapter = find_state_adapter(replace(model_info, offline=offline, notify=notify))
         if has_tokenizer(adapter.folder):
             tokenizer = _read_tokenizer(adapter.folder, root)
-        origin |= {"state": state, "state_sha256": adapter.sha256}
+        adapter_config = json.dumps(adapter.config, sort_keys=True)
+        origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": adapter_config}
+    _set_chat_template(tokenizer, root, template)
+    check_tokenizer(tokenizer)
     return ModelCheckpoint(name, folder, origin, tokenizer, config, torch_device, torch_dtype, adapter)
 
 
@@ -389,10 +413,9 @@ def _locate_model_files(
 
 
 def _read_tokenizer(folder: Path, name: str) -> Any:
-    """Return the tokenizer in a folder, with the registry's chat template if it has none of its own."""
+    """Return the tokenizer in a folder, with the chat templates that it has there."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    entry = MODEL_REGISTRY.get(name)
     # tokenizer.json is used unchanged: the class LlamaTokenizer handles the space before a text differently,
     # and Llama 2 would read "[INST]" where it was trained on " [INST]".
     tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
@@ -406,14 +429,20 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {describe_library_error(error)}"
         ) from error
+    return tokenizer
+
+
+def _set_chat_template(tokenizer: Any, name: str, template: str | None) -> None:
+    """Leave the tokenizer one chat template: the chosen one of its own, or else the registry's."""
+    entry = MODEL_REGISTRY.get(name)
+    tokenizer.chat_template = choose_template(tokenizer, template, name)
     if tokenizer.chat_template is None and entry is not None:
         tokenizer.chat_template = entry.chat_template
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{name} has no chat template, so its prompt format is unknown; use an instruct model, or put a "
-            "chat_template.jinja into its folder"
+            f"{name} has no chat template, so its prompt format is unknown; use an instruct model, put a "
+            "chat_template.jinja into its folder, or give one with --template FILE.jinja"
         )
-    return tokenizer
 
 
 def _choose_device(name: str) -> torch.device:

@@ -6,8 +6,10 @@ Which form of batch a model allows follows from what it computes, not from its n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,13 +39,23 @@ FORM_PHRASES = {
 }
 
 
-def compute_plain_logits(model: Any, token_ids: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
-    """Return the float32 logits at every token of one prompt, from a plain forward pass."""
+def compute_plain_logits(
+    model: Any, token_ids: Sequence[int], last_only: bool = False
+) -> Float[Tensor, "tokens vocab"]:
+    """Return the float32 logits at every token of one prompt, from a plain forward pass.
+
+    Args:
+        model: in evaluation mode, on its device.
+        token_ids: of the prompt.
+        last_only: whether to return only those at the last token; all logits of a long prompt take gigabytes.
+    """
+    keeps_last = last_only and "logits_to_keep" in inspect.signature(model.forward).parameters
     ids = torch.tensor([list(token_ids)], device=model.device)
+    keep = {"logits_to_keep": 1} if keeps_last else {}
     RotationSchedule.from_model(model).reset_modules()
     with torch.inference_mode():
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return torch.as_tensor(output.logits[0]).float()
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep)
+    return torch.as_tensor(output.logits[0, -1:] if last_only else output.logits[0]).float()
 
 
 def choose_batch_form(model: Any, share_prefix: bool = True) -> tuple[BatchForm, str]:
@@ -62,20 +74,20 @@ def choose_batch_form(model: Any, share_prefix: bool = True) -> tuple[BatchForm,
     name = type(model).__name__
     fastest = find_fastest_form(model) if share_prefix else BatchForm.PADDED
     forms = list(BatchForm)[list(BatchForm).index(fastest) :]
-    prompts = _draw_prompts(int(model.config.get_text_config().vocab_size))
+    prompts = draw_probe_prompts(model)
     try:
         plain = [compute_plain_logits(model, prompt) for prompt in prompts]
     except Exception as error:
         raise UserError(
             f"transformers cannot run {name} on text alone ({_describe_error(error)}): use another model"
         ) from error
-    last_logits = torch.stack([logits[-1] for logits in plain])
-    if not last_logits.isfinite().all():
+    if not all(logits[-1].isfinite().all() for logits in plain):
         return fastest, ""  # no batch helps; the preflight names the likely cause
     _check_causal(model, prompts, plain)
     reasons = []
     for form in forms:
-        if not (reason := _find_disagreement(model, form, prompts, last_logits)):
+        engine = Engine(model, batch_form=form)
+        if not (reason := explain_disagreement(model, partial(_measure_engine_gap, engine, prompts))):
             slower = f"{name} is run in {FORM_PHRASES[form]}, which takes longer: {'; '.join(reasons)}"
             return form, slower if reasons else ""
         reasons.append(f"{FORM_PHRASES[form]} {reason}")
@@ -145,8 +157,9 @@ def _list_blocks(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return blocks, others
 
 
-def _draw_prompts(vocabulary_size: int) -> list[tuple[int, ...]]:
-    """Return prompts that share a prefix; two of them also share the tokens after it."""
+def draw_probe_prompts(model: Any) -> list[tuple[int, ...]]:
+    """Return three prompts that share a prefix; the last two share more tokens, and have equal length."""
+    vocabulary_size = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
 
     def draw_tokens(length: int) -> tuple[int, ...]:
@@ -164,20 +177,31 @@ def _check_causal(model: Any, prompts: Sequence[Sequence[int]], plain: Sequence[
     scale = plain[-1].std()
     gap = float((plain[0][:_SHARED_TOKENS] - plain[-1][:_SHARED_TOKENS]).abs().max() / scale)
     if gap > 0.1:
+        has_setting = getattr(model.config, "is_decoder", None) is False
+        remedy = "use another model"
+        if has_setting:
+            remedy = 'if it was trained as one, set "is_decoder": true in its config.json, or ' + remedy
         raise UserError(
             f"{type(model).__name__} reads later tokens at earlier positions (its logits there differ by "
-            f"{gap:.1g} standard deviations), so it is no causal language model: set is_decoder in its "
-            "config.json if it was trained as one, or use another model"
+            f"{gap:.1g} standard deviations), so it is no causal language model: {remedy}"
         )
 
 
-def _find_disagreement(
-    model: Any, form: BatchForm, prompts: Sequence[tuple[int, ...]], plain: Float[Tensor, "prompts vocab"]
-) -> str:
-    """Return how logits in one form of batch differ from those of plain passes; empty if they agree."""
-    engine, tolerance = Engine(model, batch_form=form), _LOGIT_TOLERANCE
+def _measure_engine_gap(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> float:
+    """Return the largest difference between the engine's logits and those of plain passes."""
+    plain = torch.stack([compute_plain_logits(engine.model, prompt)[-1] for prompt in prompts])
+    return measure_logit_gap(engine.read_first_token(prompts, lambda logits: logits), plain)
+
+
+def explain_disagreement(model: Any, measure_gap: Callable[[], float]) -> str:
+    """Return how logits differ from those of plain passes; empty if only by rounding.
+
+    Args:
+        model: in half precision, a difference is measured again in float32.
+        measure_gap: returns the largest difference, in standard deviations of the logits.
+    """
     try:
-        gap = _measure_gap(engine, prompts, plain)
+        gap, tolerance = measure_gap(), _LOGIT_TOLERANCE
     except UserError:
         raise
     except Exception as error:
@@ -187,16 +211,14 @@ def _find_disagreement(
         if not gap <= tolerance:
             try:
                 with run_in_float32(model):
-                    wide = torch.stack([compute_plain_logits(model, prompt)[-1] for prompt in prompts])
-                    gap, tolerance = _measure_gap(engine, prompts, wide), _LOGIT_TOLERANCE
+                    gap, tolerance = measure_gap(), _LOGIT_TOLERANCE
             except Exception:  # some models mix weights and inputs of modules, which then differ in precision
                 tolerance = rough_tolerance
     return "" if gap <= tolerance else f"change its logits by {gap:.2g} standard deviations"
 
 
-def _measure_gap(engine: Engine, prompts: Sequence[tuple[int, ...]], plain: Tensor) -> float:
-    """Return the largest difference between the engine's logits and plain ones, in standard deviations."""
-    logits = engine.read_first_token(prompts, lambda logits: logits)
+def measure_logit_gap(logits: Tensor, plain: Tensor) -> float:
+    """Return the largest difference between logits and plain ones, in standard deviations of the latter."""
     return float((logits - plain).abs().max() / plain.std())
 
 

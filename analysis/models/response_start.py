@@ -108,8 +108,8 @@ def _describe_opening(opening: str, generation_prompt: str, tags: Mapping[str, s
 def _text_after(text: str, start: str) -> str | None:
     """Return what follows the start of a text; None if the text does not begin so, spaces aside.
 
-    >>> _text_after("a b <final>", "ab"), _text_after("ab", "abc")
-    (' <final>', None)
+    >>> _text_after("a b <final>", "ab"), _text_after("a b <final>", "ab "), _text_after("ab", "abc")
+    (' <final>', '<final>', None)
     """
     position = 0
     for character in re.sub(r"\s", "", start):
@@ -119,4 +119,4 @@ def _text_after(text: str, start: str) -> str | None:
             return None
         position += 1
     rest = text[position:]
-    return rest if rest.strip() else ""
+    return rest.lstrip() if start[-1:].isspace() or not rest.strip() else rest

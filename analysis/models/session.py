@@ -68,9 +68,7 @@ class ModelSession:
         chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix)
         engine = _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
-        defense_calls = DefenseCalls(
-            engine, chat_template, loaded_model.context_length, shared_settings, score_cache
-        )
+        defense_calls = DefenseCalls(engine, chat_template, loaded_model, shared_settings, score_cache)
         return cls(loaded_model, chat_template, engine, defense_calls, score_cache, seed)
 
     def with_questions(self, questions: tuple[str, ...]) -> ModelSession:
@@ -263,7 +261,7 @@ def generate_responses(
                 session.engine,
                 prompt_ids,
                 max_new_tokens,
-                chat_template.tokenizer.eos_token_id,
+                session.loaded_model.end_token_ids,
                 is_finished,
                 on_progress,
                 lambda rows, logits: on_first_logits([prompt_ids[row] for row in rows], logits),
@@ -285,7 +283,7 @@ class DefenseCalls:
     Args:
         engine: runs the model; the defense is not applied to it meanwhile.
         chat_template: of the model's tokenizer.
-        context_length: maximum sequence length, in tokens.
+        loaded_model: the model that the engine runs.
         shared_settings: everything but the prompts that the responses depend on, for cache keys.
         score_cache: stores single-line responses for later runs; None keeps them in memory.
 
@@ -300,12 +298,12 @@ class DefenseCalls:
         self,
         engine: Engine,
         chat_template: ChatTemplate,
-        context_length: int,
+        loaded_model: LoadedModel,
         shared_settings: Mapping[str, Any],
         score_cache: ScoreCache | None = None,
     ) -> None:
         self._engine, self._chat_template = engine, chat_template
-        self._context_length, self._shared_settings = context_length, shared_settings
+        self._loaded_model, self._shared_settings = loaded_model, shared_settings
         self._score_cache = score_cache
         self._responses_by_key: dict[bytes, str] = {}
         self.on_progress: Callable[[int, int], None] = lambda n_generated, n_requested: None
@@ -318,11 +316,12 @@ class DefenseCalls:
             return []
         prompts = [self._chat_template.render_prompt(call.chat).ids for call in model_calls]
         n_tokens = max(len(ids) + call.max_new_tokens for ids, call in zip(prompts, model_calls, strict=True))
-        if n_tokens > self._context_length:
+        if n_tokens > self._loaded_model.context_length:
             raise UserError(
                 f"a defense calls the model about a query with {n_tokens} tokens, and the model reads "
-                f"{self._context_length}: shorten the query"
+                f"{self._loaded_model.context_length}: shorten the query"
             )
+        check_token_ids(self._loaded_model, prompts)
         keys = [self._make_key(ids, call) for ids, call in zip(prompts, model_calls, strict=True)]
         if self._score_cache is not None:
             self._responses_by_key |= self._score_cache.read_drafts(
@@ -359,7 +358,7 @@ class DefenseCalls:
 
     def copy_uncached(self) -> DefenseCalls:
         """Return a copy without cached responses, so that the cost of the calls can be measured."""
-        return DefenseCalls(self._engine, self._chat_template, self._context_length, self._shared_settings)
+        return DefenseCalls(self._engine, self._chat_template, self._loaded_model, self._shared_settings)
 
     def _make_key(self, token_ids: Sequence[int], call: ModelCall) -> bytes:
         """Return the cache key of a call."""
@@ -375,7 +374,6 @@ class DefenseCalls:
         on_progress: Callable[[int], None],
     ) -> None:
         """Generate and store the responses to calls with the same limits."""
-        tokenizer = self._chat_template.tokenizer
 
         def decode_response(token_ids: Sequence[int]) -> str:
             return strip_thinking(self._chat_template.decode_response(token_ids)).lstrip()
@@ -384,7 +382,12 @@ class DefenseCalls:
             return stops_at_newline and "\n" in decode_response(token_ids)
 
         generated = generate_token_ids(
-            self._engine, prompts, max_new_tokens, tokenizer.eos_token_id, is_finished, on_progress
+            self._engine,
+            prompts,
+            max_new_tokens,
+            self._loaded_model.end_token_ids,
+            is_finished,
+            on_progress,
         )
         texts = [decode_response(token_ids) for token_ids in generated]
         if stops_at_newline:
@@ -443,12 +446,12 @@ def _generate_blended(
     on_progress: Callable[[int], None],
 ) -> list[list[int]]:
     """Return greedy responses: first token from the blended logits, the rest from the defended model."""
-    eos_token_id = session.loaded_model.tokenizer.eos_token_id
+    end_token_ids = session.loaded_model.end_token_ids
     batches = iterate_defended_logits(
         session.engine, session.loaded_model, defense, prompts, _select_top_token
     )
     first_tokens = [int(token) for _, tokens in batches for token in tokens]
-    continued = [row for row, token in enumerate(first_tokens) if token != eos_token_id]
+    continued = [row for row, token in enumerate(first_tokens) if token not in end_token_ids]
     if max_new_tokens <= 1:
         continued = []
     on_progress(len(prompts) - len(continued))
@@ -457,11 +460,11 @@ def _generate_blended(
         extended = [(*prompts[row], first_tokens[row]) for row in continued]
         with defense.apply_to(session.loaded_model.model):
             continuations = generate_token_ids(
-                session.engine, extended, max_new_tokens - 1, eos_token_id, on_progress=on_progress
+                session.engine, extended, max_new_tokens - 1, end_token_ids, on_progress=on_progress
             )
     continuation_by_row = dict(zip(continued, continuations, strict=True))
     return [
-        [] if token == eos_token_id else [token, *continuation_by_row.get(row, [])]
+        [] if token in end_token_ids else [token, *continuation_by_row.get(row, [])]
         for row, token in enumerate(first_tokens)
     ]
 

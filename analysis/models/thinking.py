@@ -38,10 +38,8 @@ _RESPONSE_END_TAGS = ("</answer>", "</response>", "<|END_RESPONSE|>", "<|END_TEX
 def find_thinking_tags(texts: Iterable[str]) -> dict[str, str]:
     """Return the tags that open and close thinking blocks among all tags in some texts.
 
-    >>> find_thinking_tags(["[THINK]", "[/THINK]", "<|im_end|>"])
+    >>> find_thinking_tags(["[THINK]", "[/THINK]", "<|think|>", "<|im_end|>"])
     {'[THINK]': '[/THINK]'}
-    >>> find_thinking_tags(["content.split('</mm:think>')[-1]", "<mm:think>", "<|think|>"])
-    {'<mm:think>': '\\n</mm:think>\\n\\n'}
 
     Args:
         texts: a template's source, added tokens, or a response.

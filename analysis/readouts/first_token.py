@@ -239,7 +239,7 @@ def _check_not_control_token(tokenizer: Any, opening: tuple[int, ...]) -> None:
         token = tokenizer.added_tokens_decoder.get(token_id)
         if token is not None and token.special and not _END_TOKEN.search(token.content):
             raise UserError(
-                f"this model opens its responses with the control token {token.content!r}, so it is not known "
-                "where their text begins: say so with --answer-prefix TEXT, the text between the prompt and "
-                "the first word of a response"
+                f"this model opens its responses with the control token {token.content!r}, so it is not "
+                "known where their text begins: say so with --answer-prefix TEXT, the text between the "
+                "prompt and the first word of a response"
             )

@@ -7,6 +7,7 @@ discrimination are relative to the attacked model without the secret.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import logging
@@ -27,7 +28,7 @@ from analysis.files import data_folder
 from analysis.judges.judge import judge_queries, make_verdict_masks
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
-from analysis.models.chat_template import redact_secrets
+from analysis.models.chat_template import ChatTemplate, redact_secrets
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession, generate_responses
 from analysis.progress import make_notifier, make_progress_bar, print_note
@@ -339,10 +340,10 @@ def count_correct_answers(loaded_model: LoadedModel, system_prompt: str) -> tupl
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tokenizer = copy.copy(loaded_model.tokenizer)
+    tokenizer.chat_template = ChatTemplate(tokenizer).source  # the harness, too, reads the fixed date
     with redirect_stderr(io.StringIO()):  # the harness shows its own progress bars
-        harness_model: Any = HFLM(
-            pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, batch_size=16
-        )
+        harness_model: Any = HFLM(pretrained=loaded_model.model, tokenizer=tokenizer, batch_size=16)
         results: Any = simple_evaluate(
             model=harness_model,
             tasks=[_utility_task_config()],

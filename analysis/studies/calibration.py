@@ -344,7 +344,7 @@ class ReadoutCalibration:
             "data": [self.calibration_set.sha256, [query.id for query in self._calibration_queries]],
             "judge": [_CALIBRATION_JUDGE.manifest_entry, DEFAULT_MAX_NEW_TOKENS],
             "begins": prefill,
-            "template": self.session.loaded_model.tokenizer.chat_template,
+            "template": self.session.chat_template.identity,
         }
 
 
@@ -451,7 +451,7 @@ def _validity_cache_path(
     """
     key = {
         "defense": identify_defense(defense, session.seed),
-        "template": session.loaded_model.tokenizer.chat_template,
+        "template": session.chat_template.identity,
         "attack": "/".join((attack.name, *attack.wording_sha256)),
         "readout": [readout.scoring_settings, readout.threshold, readout.response_prefix],
         "asked": readout.questions,

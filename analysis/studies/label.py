@@ -458,6 +458,8 @@ def _build_spec(options: Mapping[str, Any], offline: bool) -> RunSpec:
         "words",
         responses=options["responses"],
         share_prefix=options.get("share_prefix", True),
+        template=options.get("template"),  # absent from runs of earlier versions
+        answer_prefix=options.get("answer_prefix"),
     )
 
 

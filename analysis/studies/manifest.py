@@ -96,6 +96,7 @@ def describe_inputs(
         "device": str(session.loaded_model.model.device),
         "dtype": str(session.loaded_model.model.dtype).removeprefix("torch."),
         "system_role": session.chat_template.system_policy,
+        "chat_template": session.chat_template.identity,
         "defenses": {name: describe_defense(defense) for name, defense in defenses.items()},
         "data": {
             "name": query_set.name,
@@ -157,6 +158,8 @@ def describe_options(
         "seed": spec.seed,
         "attacks": [attack.option for attack in spec.attacks],
         "readouts": list(spec.readouts),
+        "template": spec.template,
+        "answer_prefix": spec.answer_prefix,
         "responses": "all" if spec.max_responses is None else spec.max_responses or "none",
         "defenses": names,
         "settings": redacted,

@@ -7,6 +7,7 @@ of its rows alone.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from analysis.readouts.readout import LOW_COVERAGE, Readout
 from analysis.stats.tables import format_condition
 from defenses.chats import split_prefill
 from defenses.contract import Defense, QueryChat
-from defenses.errors import describe_error
+from defenses.errors import UserError, describe_error
 
 # Largest difference between two computations of the same margin that rounding explains, nats; a readout that
 # sharpens the logits multiplies it. Measured on SmolLM2-135M: 2.5e-5 in float32.
@@ -232,19 +233,21 @@ class _MarginComparison:
     Attributes:
         plain_gap: between the engine and plain forward passes.
         single_gap: between a batch and one of its prompts alone.
+        coverage: mean probability of the readout's tokens.
         tolerance: largest difference that rounding explains.
         remark: how the tolerance came about.
     """
 
     plain_gap: float
     single_gap: float
-    tolerance: float
+    coverage: float
+    tolerance: float = 0.0
     remark: str = ""
 
     @property
     def largest_gap(self) -> float:
         """The larger difference; infinite if one is not a number."""
-        return max(gap if gap == gap else float("inf") for gap in (self.plain_gap, self.single_gap))
+        return max(gap if gap == gap else math.inf for gap in (self.plain_gap, self.single_gap))
 
     @property
     def agrees(self) -> bool:
@@ -262,14 +265,20 @@ def _check_margins(
     engine, model = session.engine, session.loaded_model.model
     by_length = sorted((prompt.append_prefix(readout.response_prefix) for prompt in prompts), key=len)
     rows = [by_length[0], by_length[-1]]
-    scores = score_prompts(
-        session.loaded_model, engine, defense, by_length if model.dtype in HALF_PRECISION else rows, readout
-    )
-    spread = float(scores[:, 0].std(correction=0))
+    spread = 0.0
+    if model.dtype in HALF_PRECISION:
+        margins = score_prompts(session.loaded_model, engine, defense, by_length, readout)[:, 0]
+        spread = float(margins.std(correction=0))
     first_form, comparisons = engine.batch_form, list[_MarginComparison]()
     for form in list(BatchForm)[list(BatchForm).index(first_form) :]:
         engine.batch_form = form
-        comparisons.append(_compare_margins(session, defense, rows, readout, spread))
+        try:
+            comparisons.append(_compare_margins(session, defense, rows, readout, spread))
+        except Exception as error:
+            if isinstance(error, UserError) or form is BatchForm.EQUAL:
+                engine.batch_form = first_form
+                raise
+            comparisons.append(_MarginComparison(math.inf, math.inf, 0.0))
         if comparisons[-1].agrees:
             break
     comparison = comparisons[-1]
@@ -278,14 +287,18 @@ def _check_margins(
         # Whole prompts of equal length share nothing and are not padded, so they differ by rounding only.
         if model.dtype in HALF_PRECISION and comparison.largest_gap <= 3 * comparisons[-1].largest_gap:
             comparison = replace(
+<<<<<<< HEAD
+                comparison, tolerance=spread or math.inf, remark="by rounding, as without a shared prefix; "
+=======
                 comparison, tolerance=spread, remark="by rounding, as without a shared prefix; "
+>>>>>>> h-faults
             )
     elif len(comparisons) > 1:
         engine.notices.append(
             f"{type(model).__name__} is run in {FORM_PHRASES[engine.batch_form]}, which takes longer: "
             f"{FORM_PHRASES[first_form]} change its margins by {comparisons[0].largest_gap:.1e} nats"
         )
-    coverage = float(scores[:, 1].mean())
+    coverage = comparison.coverage
     warning = " (low: check which tokens the model's responses begin with)" if coverage < LOW_COVERAGE else ""
     allowed = f"nats apart, {comparison.remark}{comparison.tolerance:.2g} allowed"
     gaps = {"engine equals plain pass": comparison.plain_gap, "single equals batch": comparison.single_gap}
@@ -308,29 +321,31 @@ def _compare_margins(
         readout: the readout whose margins are compared.
         spread: standard deviation of margins, nats.
     """
-    model = session.loaded_model.model
-    plain_gap, single_gap = _measure_margin_gaps(session, defense, rows, readout)
+    model, factor = session.loaded_model.model, readout.sharpness
+    comparison = _measure_margin_gaps(session, defense, rows, readout)
     if model.dtype not in HALF_PRECISION:
-        return _MarginComparison(plain_gap, single_gap, MARGIN_TOLERANCES[model.dtype] * readout.sharpness)
-    comparison = _MarginComparison(
-        plain_gap, single_gap, _SPREAD_SHARE * spread, f"where margins spread by {spread:.2g}: "
+        return replace(comparison, tolerance=MARGIN_TOLERANCES[model.dtype] * factor)
+    comparison = replace(
+        comparison, tolerance=_SPREAD_SHARE * spread, remark=f"where margins spread by {spread:.2g}: "
     )
     if comparison.agrees:
         return comparison
     try:
         with run_in_float32(model):
-            wide_gap = max(_measure_margin_gaps(session, defense, rows, readout))
+            wide_gap = _measure_margin_gaps(session, defense, rows, readout).largest_gap
     except Exception:  # some models mix weights and inputs of modules, which then differ in precision
         return comparison
-    if not wide_gap <= MARGIN_TOLERANCES[torch.float32] * readout.sharpness:
+    if wide_gap > MARGIN_TOLERANCES[torch.float32] * factor:
         return replace(comparison, remark=f"{wide_gap:.1e} in float32; {comparison.remark}")
-    return replace(comparison, tolerance=spread, remark=f"by rounding ({wide_gap:.1e} in float32); ")
+    return replace(
+        comparison, tolerance=spread or math.inf, remark=f"by rounding ({wide_gap:.1e} in float32); "
+    )
 
 
 def _measure_margin_gaps(
     session: ModelSession, defense: Defense, rows: list[tuple[int, ...]], readout: Readout
-) -> tuple[float, float]:
-    """Return the largest differences between the engine and plain passes, and between batch and single."""
+) -> _MarginComparison:
+    """Measure the differences in the engine's form of batches and the model's current precision."""
     model = session.loaded_model.model
     # A row as long as the first, so that every form of batch has one with several rows.
     companion = (*rows[0][:-1], rows[0][0])
@@ -342,10 +357,13 @@ def _measure_margin_gaps(
     logits = torch.zeros(len(sequences), 1)
     for weight, member in list_blend_members(defense):
         with member.apply_to(model):
-            last_logits = torch.stack([compute_plain_logits(model, ids)[-1] for ids in sequences])
+            last_logits = torch.stack(
+                [compute_plain_logits(model, ids, last_only=True)[-1] for ids in sequences]
+            )
         logits = logits + weight * last_logits.cpu()
     plain = readout.combine_terms(readout.compute_terms(logits).unflatten(0, (len(rows), -1)))
-    return (
+    return _MarginComparison(
         float((batched[:, 0] - plain[:, 0]).abs().max()),
         float((batched[:1, 0] - single[:, 0]).abs().max()),
+        float(batched[:, 1].mean()),
     )

@@ -58,6 +58,8 @@ def build_run_spec(
     readout: str | Sequence[str] = DEFAULT_LINEAR_READOUT,
     responses: str | int = "none",
     share_prefix: bool = True,
+    template: str | None = None,
+    answer_prefix: str | None = None,
 ) -> RunSpec:
     """Build a RunSpec, checking every option that can be checked before the model is loaded.
 
@@ -82,6 +84,8 @@ def build_run_spec(
         responses: number of queries that are answered in each condition, `all`, `none`, or `auto`: all,
             except where the readout forces how responses begin.
         share_prefix: whether prompts may share the computation of their prefix.
+        template: the chat template to use, as `--template`; None uses the only one or the default.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
 
     Raises:
         UserError: if an option has no valid value.
@@ -111,6 +115,8 @@ def build_run_spec(
         readouts,
         max_responses,
         share_prefix,
+        template,
+        answer_prefix,
     )
 
 
@@ -150,6 +156,8 @@ class RunSpec:
         max_responses: maximum number of queries whose responses are generated and judged in each condition;
             None for all.
         share_prefix: whether prompts may share the computation of their prefix.
+        template: name or file of the chat template; None uses the only one or the default.
+        answer_prefix: text between the prompt and the response; None finds it.
     """
 
     model: str
@@ -165,6 +173,8 @@ class RunSpec:
     readouts: tuple[str, ...] = (DEFAULT_LINEAR_READOUT,)
     max_responses: int | None = 0
     share_prefix: bool = True
+    template: str | None = None
+    answer_prefix: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.readouts:
@@ -220,6 +230,7 @@ class RunSpec:
         """
         from analysis.mechanism.directions import load_mean_activations
         from analysis.models.cache import ScoreCache, get_score_cache_path
+        from analysis.models.chat_template import ChatTemplate
         from analysis.models.loading import build_model_info, open_checkpoint
         from analysis.models.numerics import check_short_prompt
         from analysis.models.session import ModelSession
@@ -227,8 +238,18 @@ class RunSpec:
         silence_libraries(self.offline)
         notify = make_notifier(console)
         with console.status(f"opening {self.model}"):
-            checkpoint = open_checkpoint(self.model, self.device, self.dtype, self.offline, notify)
-            prompt_session = ModelSession.from_model(checkpoint.build_without_weights(), seed=self.seed)
+            checkpoint = open_checkpoint(
+                self.model,
+                self.device,
+                self.dtype,
+                self.offline,
+                notify,
+                self.template,
+                lambda tokenizer: ChatTemplate(tokenizer, self.answer_prefix).check_usable(),
+            )
+            prompt_session = ModelSession.from_model(
+                checkpoint.build_without_weights(), seed=self.seed, answer_prefix=self.answer_prefix
+            )
             check_short_prompt(prompt_session)
         model_info = build_model_info(
             self.model, checkpoint.tokenizer, self.seed, checkpoint.origin["sha256"]
@@ -240,7 +261,11 @@ class RunSpec:
                 loaded = checkpoint.load_weights()
                 score_cache = ScoreCache(get_score_cache_path())
                 session = ModelSession.from_model(
-                    replace(loaded, share_prefix=self.share_prefix), self.batch_size, self.seed, score_cache
+                    replace(loaded, share_prefix=self.share_prefix),
+                    self.batch_size,
+                    self.seed,
+                    score_cache,
+                    self.answer_prefix,
                 )
                 check_short_prompt(session)
             if problem := score_cache.describe_problem():

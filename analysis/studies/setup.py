@@ -23,6 +23,7 @@ from defenses.contract import Defense, ModelInfo
 from defenses.errors import UserError, describe_error
 from defenses.stack import list_members
 from defenses.steering import Steering
+from defenses.tuning import AdapterWeights
 
 _N_PREFLIGHT_QUERIES = 4
 # Without its margins, the shift and discrimination of the other conditions are undefined.
@@ -142,6 +143,7 @@ def prepare_setup(
     ]
     omissions = _missing_requirement_notices(all_prepared, defenses)
     setup = replace(setup, session=session, defenses=all_prepared)
+    _check_adapters_fit(setup)
     for name, defense in setup.conditions.items():
         check_training_overlap(query_set, defense.trained_on(), name)
     readout_calibration = ReadoutCalibration(
@@ -171,6 +173,14 @@ def prepare_setup(
     for notice in notices:
         print_note(console, notice)
     return replace(setup, readouts=list(readouts.values()), notices=notices)
+
+
+def _check_adapters_fit(setup: RunSetup) -> None:
+    """Apply every defense with an adapter once, so that one of another model fails before any response."""
+    for defense in setup.defenses:
+        if any(isinstance(member, AdapterWeights) for member in list_members(defense)):
+            with defense.apply_to(setup.session.loaded_model.model):
+                pass
 
 
 def find_preflight_failures(

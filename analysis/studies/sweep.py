@@ -283,7 +283,7 @@ def build_record(
         "options": describe_options(spec, setup.requested_defenses, setup.requested_settings, secrets),
         **describe_run(setup.session, readout, conditions, setup.query_set, setup.split, spec.limit),
         **describe_attacks(setup.attacks),
-        "notices": setup.notices,
+        "notices": list(dict.fromkeys([*setup.notices, *setup.session.engine.notices])),
         "failed": list_failures(failures),
     }
 

@@ -168,8 +168,8 @@ def _generate_own_responses(
     session: ModelSession, prompts: Sequence[tuple[int, ...]]
 ) -> list[TargetResponse]:
     """Generate the model's own responses, and note which of them ended by themselves."""
-    eos_token_id = session.loaded_model.tokenizer.eos_token_id
-    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, eos_token_id)
+    end_token_ids = session.loaded_model.end_token_ids
+    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, end_token_ids)
     return [
         TargetResponse(session.chat_template.decode_response(response), len(response) < _MAX_RESPONSE_TOKENS)
         for response in responses

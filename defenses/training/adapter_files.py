@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from defenses.adapter_merge import ADAPTER_WEIGHTS_FILE, PEFT_PREFIX
+from defenses.adapter_merge import ADAPTER_WEIGHTS_FILE, PEFT_PREFIX, read_tensor_shapes
 from defenses.adapters import ADAPTER_MANIFEST_FILE, Adapter
 from defenses.errors import UserError
 
@@ -86,10 +86,7 @@ def write_adapter(
 
 def check_can_continue(adapter: Adapter) -> None:
     """Raise UserError unless training can start from an adapter's state, for which it must be plain LoRA."""
-    from safetensors import safe_open
-
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS_FILE, framework="pt") as file:
-        other_tensors = [key for key in file.keys() if not key.endswith(_LORA_SUFFIXES)]  # noqa: SIM118
+    other_tensors = [key for key in read_tensor_shapes(adapter.folder) if not key.endswith(_LORA_SUFFIXES)]
     if others := sorted(adapter.config.keys() - _PLAIN_SETTINGS) + other_tensors:
         raise UserError(
             f"training can start from a plain LoRA adapter only, but {adapter.folder} has {others[0]}: save "

@@ -13,6 +13,7 @@ import torch
 from conftest import FAMILIES, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
+from analysis.checkpoints.registry import MODEL_REGISTRY
 from analysis.models.chat_template import ChatTemplate
 from analysis.models.loading import (
     SMOLLM2_SHA256,
@@ -23,7 +24,6 @@ from analysis.models.loading import (
     load_tokenizer,
     open_checkpoint,
 )
-from analysis.models.registry import MODEL_REGISTRY
 from defenses.errors import UserError
 
 
@@ -94,6 +94,15 @@ def test_the_tokenizer_json_is_taken_as_it_is_whatever_class_the_folder_names(tm
     tokenizer = load_tokenizer(str(tmp_path))
     prompt = ChatTemplate(tokenizer).render_prompt([{"role": "user", "content": "Hi"}])
     assert tokenizer.convert_ids_to_tokens(prompt.ids)[:3] == ["<s>", "\u2581", "["]
+
+
+def test_a_response_ends_with_the_end_of_a_turn_or_of_a_text(tmp_path: Path) -> None:
+    # As Gemma and Phi do: the tokenizer knows the end of a text, the generation settings also that of a turn.
+    folder = save_model(tmp_path)
+    ends = {toy_tokenizer().eos_token_id}
+    for added, setting in (({7, 9}, [7, 9]), ({7}, 7), (set(), None)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": setting}), "utf-8")
+        assert load_model(str(folder)).end_token_ids == ends | added
 
 
 def refused(match: str, *args: Any, **kwargs: Any) -> None:

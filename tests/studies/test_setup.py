@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, make_adapter, run_cli, save_model, set_home_folder
+from conftest import CHATML, assert_user_error, make_adapter, run_cli, save_model, set_home_folder
 from safetensors.torch import load_file, save_file
 
 ANALYZE = ("-d", "self_reminder")
@@ -75,8 +75,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "run").mkdir()
     record = {
         "model": {"name": "other", "sha256": "1"},
-        "data": {"split": "calibration"},
-        "readout": {"name": "words"},
+        "data": {"name": "contrast", "split": "calibration", "n_harmful": 1, "n_benign": 1},
+        "readout": {"name": "words", "threshold": 0.0},
     }
     (folder / "run" / "run.json").write_text(json.dumps(record), "utf-8")
     (folder / "run" / "profiles.csv").write_text("attack,defense,other,contrast,cosine\n", "utf-8")
@@ -115,7 +115,8 @@ def test_a_model_is_checked_before_responses_are_generated(home: Path) -> None:
     assert_user_error(
         run_cli(*ANALYZE, "-m", "damaged"), "model.layers.0.mlp.up_proj.weight holds such values"
     )
-    # A template that drops the system turn fails the preflight.
-    save_model(home / "odd", template="deaf")
-    run_cli(*ANALYZE, "-m", "odd")
+    # A template that cuts messages fails the preflight.
+    template = save_model(home / "odd") / "chat_template.jinja"
+    template.write_text(CHATML.replace("m.content", "m.content[:9]"), "utf-8")
+    assert "message" in run_cli(*ANALYZE, "-m", "odd").err
     assert not (home / "cache" / "refusalscope" / "verdicts").exists()

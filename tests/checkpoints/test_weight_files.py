@@ -13,8 +13,8 @@ import torch
 from conftest import fresh_model, make_adapter, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
+from analysis.checkpoints.weight_files import hash_weights, list_weight_files
 from analysis.models.loading import load_model
-from analysis.models.weight_files import hash_weights, list_weight_files
 from defenses.errors import UserError
 
 PROMPT = torch.tensor([[5, 300, 310, 320]])

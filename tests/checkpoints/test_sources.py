@@ -19,14 +19,14 @@ import torch
 from conftest import save_model, tiny_model, toy_tokenizer
 from huggingface_hub import errors as hub
 
-from analysis.models.checkpoints import (
+from analysis.checkpoints.sources import (
     convert_gguf,
     fetch_hub_model,
     fetch_wheel_file,
     validate_model_folder,
 )
+from analysis.checkpoints.weight_files import find_missing_weights, hash_weights
 from analysis.models.loading import LoadedModel, load_model, load_tokenizer
-from analysis.models.weight_files import find_missing_weights, hash_weights
 from defenses.errors import UserError
 
 
@@ -34,7 +34,7 @@ from defenses.errors import UserError
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Keep what is made here out of the user's cache."""
     if "embedded" not in request.keywords:
-        monkeypatch.setattr("analysis.models.checkpoints.get_cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr("analysis.checkpoints.sources.get_cache_folder", lambda: tmp_path / "cache")
 
 
 def said() -> Any:

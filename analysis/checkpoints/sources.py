@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.files import get_cache_folder, hash_file
-from analysis.models.weight_files import (
+from analysis.checkpoints.weight_files import (
     CONFIG_FILE,
     find_missing_weights,
     has_only_adapter,
     read_json_object,
 )
+from analysis.files import get_cache_folder, hash_file
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.errors import UserError, describe_download_error
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.models.gguf_files import GgufModel
+    from analysis.checkpoints.gguf_files import GgufModel
 
 # Tensors that become settings of the rotation instead of weights.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -146,12 +146,13 @@ def _read_setting(
         pass
     elif name.startswith("rope.") and model.architecture in _ROTATED:
         _check_rope_key(model, config, name, value)
-    elif name in ("attention.key_length", "attention.value_length") and value == _get_head_size(config):
-        pass
-    elif name == "attention.value_length" and value == settings.get("attention.key_length"):
-        pass
-    elif name == "attention.scale" and math.isclose(
-        value, _get_stated_head_size(model, config) ** -0.5, rel_tol=1e-4
+    elif (
+        (name in ("attention.key_length", "attention.value_length") and value == _get_head_size(config))
+        or (name == "attention.value_length" and value == settings.get("attention.key_length"))
+        or (
+            name == "attention.scale"
+            and math.isclose(value, _get_stated_head_size(model, config) ** -0.5, rel_tol=1e-4)
+        )
     ):
         pass
     elif name == "attention.sliding_window" and model.architecture in _SLIDING_ARCHITECTURES:

@@ -9,16 +9,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.checkpoints.gguf_config import ROPE_TENSORS, apply_config_changes, read_config_changes
+from analysis.checkpoints.gguf_files import find_gguf_parts, merge_gguf_parts, read_gguf_model
+from analysis.checkpoints.gguf_tokenizer import (
+    build_gguf_tokenizer,
+    classify_tokenizer_keys,
+    find_end_token_ids,
+)
+from analysis.checkpoints.weight_files import check_weights_complete
 from analysis.files import combine_digests, get_cache_folder, hash_file
-from analysis.models.gguf_config import ROPE_TENSORS, apply_config_changes, read_config_changes
-from analysis.models.gguf_files import find_gguf_parts, merge_gguf_parts, read_gguf_model
-from analysis.models.gguf_tokenizer import build_gguf_tokenizer, classify_tokenizer_keys, find_end_token_ids
-from analysis.models.weight_files import check_weights_complete
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
+    from analysis.checkpoints.gguf_files import GgufModel
     from analysis.files import Notifier
-    from analysis.models.gguf_files import GgufModel
 
 # Incremented when the conversion changes, so that older converted copies are not used.
 _CONVERSION_VERSION = 2

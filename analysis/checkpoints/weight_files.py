@@ -21,7 +21,7 @@ _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _LFS_POINTER = b"version https://git-lfs"
 # Surplus weights that cannot change the first token's logits: buffers that are computed anew, heads for
-# training (a value head) or for faster generation (multi-token prediction).
+# training (a value head) or for faster generation (several tokens at once).
 _UNUSED_WEIGHTS = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|_extra_state|v_head\..*|medusa_head\..*)$"
     r"|(^|\.)mtp(\.|_)"
@@ -140,19 +140,23 @@ def check_weight_files(folder: Path) -> None:
             )
 
 
-def describe_leftover_files(folder: Path) -> list[str]:
-    """Return a notice for each file that another program could take for the weights, and that is not read."""
+def describe_leftover_files(folder: Path, name: str) -> list[str]:
+    """Return a notice for each file that another program could take for the weights, and that is not read.
+
+    Args:
+        folder: of the model.
+        name: of the model.
+    """
     notices = []
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         notices.append(
-            f"{folder.name} also holds an adapter ({ADAPTER_CONFIG_FILE}), which is not applied: its own "
-            f"weights are evaluated. To apply the adapter, move its files into another folder and use "
-            f"--model {folder.name}:FOLDER"
+            f"{name} also holds an adapter ({ADAPTER_CONFIG_FILE}), which is not applied: the model's own "
+            "weights are evaluated. To apply the adapter, move its files into another folder and use --model "
+            f"{name}:FOLDER"
         )
     if (folder / _SINGLE_FILE).is_file() and (folder / _INDEX_FILE).is_file():
         notices.append(
-            f"{folder.name} holds {_SINGLE_FILE} and an index of shards; as in transformers, {_SINGLE_FILE} "
-            "is read"
+            f"{name} holds {_SINGLE_FILE} and an index of shards; as in transformers, {_SINGLE_FILE} is read"
         )
     return notices
 

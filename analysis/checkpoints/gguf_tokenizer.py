@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.models.sentencepiece_vocabulary import (
+from analysis.checkpoints.sentencepiece_vocabulary import (
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -20,7 +20,7 @@ from analysis.models.sentencepiece_vocabulary import (
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.models.gguf_files import GgufModel
+    from analysis.checkpoints.gguf_files import GgufModel
 
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -101,11 +101,31 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
 _SPLITS_BY_NAME = {name: splits for splits, names in _SPLITS for name in names.split()}
 # Names with which a word that is in the vocabulary as a whole is one token, whatever the merges say.
 _IGNORING_MERGES = frozenset(
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken".split()
+    [
+        "llama3",
+        "llama-v3",
+        "llama-bpe",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "jina-v5-nano",
+        "tekken",
+    ]
 )
 # What llama.cpp takes for the end of a turn by its text, whatever kind the file says.
 _END_TOKENS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <EOT> <|eom_id|>".split()
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<EOT>",
+        "<|eom_id|>",
+    ]
 ) | {"<\uff5cend\u2581of\u2581sentence\uff5c>"}
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
