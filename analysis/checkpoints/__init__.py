@@ -1,1 +1,1 @@
-"""Checkpoints: the files of a model, from a name on the hub, a folder or a GGUF to checked configuration and weights."""
+"""Files of a model: from a hub id, a folder or a GGUF to checked configuration, weights and tokenizer."""

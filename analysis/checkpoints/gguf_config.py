@@ -1,7 +1,8 @@
-"""GGUF metadata → configuration of transformers, where transformers does not read it: what is not understood is
-refused by name, because llama.cpp would compute something else than the converted model.
+"""GGUF metadata → configuration of transformers, where transformers itself does not read it.
 
-The rules are those of llama.cpp (https://github.com/ggml-org/llama.cpp, src/llama-model.cpp and ggml's `rope`).
+What is not understood is refused by name, because llama.cpp would compute something else than the converted
+model. The rules are those of llama.cpp (https://github.com/ggml-org/llama.cpp, src/llama-model.cpp and ggml's
+`rope`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 # Tensors that become settings of the rotation instead of weights.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# Key behind the architecture's name → attributes of configurations; the first that a configuration has is set.
+# Key behind the architecture's name → attributes of configurations; the first that exists is set.
 _ATTRIBUTES = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
@@ -54,8 +55,8 @@ _DESCRIPTIVE_KEYS = {"tensor_data_layout", "pooling_type"}
 _QWEN35_KEYS = (
     "context_length embedding_length attention.head_count attention.head_count_kv attention.key_length "
     "attention.layer_norm_rms_epsilon full_attention_interval ssm.conv_kernel ssm.state_size ssm.group_count "
-    "ssm.time_step_rank ssm.inner_size nextn_predict_layers block_count rope.dimension_sections rope.freq_base "
-    "rope.dimension_count feed_forward_length"
+    "ssm.time_step_rank ssm.inner_size nextn_predict_layers block_count rope.dimension_sections "
+    "rope.freq_base rope.dimension_count feed_forward_length"
 )
 _LFM2_KEYS = (
     "context_length embedding_length feed_forward_length block_count attention.head_count "
@@ -281,7 +282,7 @@ def _add_rope_parameters(
 
 
 def _scale_each_frequency(factors: list[float], attention_factor: float, context: int) -> dict[str, Any]:
-    """Return the rotation with one divisor for each frequency: the type "longrope", which never has to switch."""
+    """Return the rotation with a divisor for each frequency: the type "longrope", which never switches."""
     return {
         "rope_type": "longrope",
         "short_factor": factors,
@@ -360,6 +361,6 @@ def _is_read_by_transformers(architecture: str, name: str) -> bool:
 
 
 def _simplify_list(value: Any) -> Any:
-    """Return the one value of a list that repeats it, as for layers that are all alike; else the value itself."""
+    """Return the one value of a list that repeats it, as for layers that are alike; else the value itself."""
     is_uniform = isinstance(value, list) and len(value) > 1 and all(item == value[0] for item in value)
     return value[0] if is_uniform else value

@@ -1,4 +1,4 @@
-"""Conversion of a GGUF to safetensors, once, into the cache: what transformers computes is what llama.cpp would compute."""
+"""Conversion of a GGUF to safetensors, once, into the cache; it computes what llama.cpp would compute."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _RECORD_FILE = "conversion.json"
 
 
 def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, dict[str, Any]]:
-    """Return a folder with a safetensors copy of a GGUF, converted at first use, and where the weights come from.
+    """Return a folder with a safetensors copy of a GGUF, converted at first use, and what was converted.
 
-    The copy is cached under the SHA-256 of the GGUF and the versions of the libraries that make it, in float32, so
-    that nothing is rounded a second time. A copy that is not complete is made again.
+    The copy is cached under the SHA-256 of the GGUF and the versions of the libraries that make it, in
+    float32, so that nothing is rounded a second time. A copy that is not complete is made again.
 
     Args:
         path: of the file, or of any part of a split model.
@@ -62,7 +62,7 @@ def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, dict[str, Any]]:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a converted copy; None if there is none or one of its files is not as long as written."""
+    """Return the record of a converted copy; None if there is none or a file is not as long as written."""
     try:
         record: dict[str, Any] = json.loads((folder / _RECORD_FILE).read_text("utf-8"))
         sizes = record["files"].items()
@@ -104,7 +104,7 @@ def _write_copy(model: GgufModel, tokenizer: Any, folder: Path) -> dict[str, Any
 
 
 def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
-    """Return the model of a GGUF in float32, and what its metadata says beyond transformers' configuration."""
+    """Return the model of a GGUF in float32, and what its metadata says beyond the configuration."""
     import torch
     import transformers
 
@@ -136,7 +136,7 @@ def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
 
 
 def _check_tensors_used(model: GgufModel, converted: Any) -> None:
-    """Check that the converted model holds every tensor of the file, of which transformers drops some unsaid."""
+    """Check that the converted model holds every tensor of the file: transformers drops some in silence."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     n_layers = converted.config.num_hidden_layers
@@ -156,6 +156,6 @@ def _check_tensors_used(model: GgufModel, converted: Any) -> None:
     known = {names.get_name(key, try_suffixes=(".weight", ".bias")) for key in converted.state_dict()}
     unused = [name for name in tensors if name not in known] or ["one that is not named alike"]
     raise UserError(
-        f"{model.paths[0]} holds tensors that transformers does not read ({', '.join(sorted(unused)[:3])}), so it "
-        "would compute something else than llama.cpp: use the model's folder or hub id"
+        f"{model.paths[0]} holds tensors that transformers does not read ({', '.join(sorted(unused)[:3])}), "
+        "so it would compute something else than llama.cpp: use the model's folder or hub id"
     )

@@ -82,8 +82,8 @@ def read_gguf_model(paths: tuple[Path, ...]) -> GgufModel:
         if count != len(paths) or int(_read_field(reader, "split.no") or 0) != number:
             part = f"part {int(_read_field(reader, 'split.no') or 0) + 1} of {count} of a split model"
             raise UserError(
-                f"{path} holds {part if count > 1 else 'a whole model'}, which its name does not say: name the "
-                "parts NAME-00001-of-0000N.gguf and so on, as they were written, in one folder"
+                f"{path} holds {part if count > 1 else 'a whole model'}, which its name does not say: name "
+                "the parts NAME-00001-of-0000N.gguf and so on, as they were written, in one folder"
             )
         if number == 0:
             metadata = {name: field.contents() for name, field in reader.fields.items()}

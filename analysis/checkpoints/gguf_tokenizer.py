@@ -1,7 +1,7 @@
-r"""Tokenizer of a GGUF: split into words as llama.cpp does for the file's `tokenizer.ggml.pre`, with its special tokens.
+r"""Tokenizer of a GGUF: words as llama.cpp splits them for `tokenizer.ggml.pre`, and special tokens.
 
-The rules are those of https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; each regular expression is the one of
-the tokenizer.json that llama.cpp's own stands for. A name that is not listed here is refused.
+The rules are those of https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; each regular expression is
+the one of the tokenizer.json that llama.cpp's own stands for. A name that is not listed here is refused.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((_BLOOM, r"\p{N}"), "viking"),
     (
         (
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+            r"\s*[\r\n]|\s+(?!\S)|\s+",
         ),
         "bailingmoe bailingmoe2 llada-moe",
     ),
@@ -173,8 +174,8 @@ def classify_tokenizer_keys(model: GgufModel) -> tuple[list[str], list[str]]:
             ignored.append(key)  # read by llama.cpp for other kinds of tokenizers only
         else:
             raise UserError(
-                f"{model.paths[0]} says {key} = {str(value)[:40]}, which the conversion does not understand, so "
-                "its texts could become other tokens than in llama.cpp: use the model's folder or hub id"
+                f"{model.paths[0]} says {key} = {str(value)[:40]}, which the conversion does not understand, "
+                "so its texts could become other tokens than in llama.cpp: use the model's folder or hub id"
             )
     return understood, ignored
 
@@ -230,8 +231,8 @@ def read_chat_template(model: GgufModel) -> Any:
     templates = ({"default": model.metadata[first]} if first in model.metadata else {}) | named
     if not templates:
         raise UserError(
-            f"{model.paths[0]} has no chat template, so its prompt format is unknown; use the GGUF of an instruct "
-            "model, or a folder with a chat_template.jinja"
+            f"{model.paths[0]} has no chat template, so its prompt format is unknown; use the GGUF of an "
+            "instruct model, or a folder with a chat_template.jinja"
         )
     return templates if len(templates) > 1 else next(iter(templates.values()))
 
@@ -250,8 +251,8 @@ def _build_byte_level(model: GgufModel, pieces: list[str]) -> Any:
     name = model.metadata.get("tokenizer.ggml.pre", "default")
     if name not in _SPLITS_BY_NAME:
         raise UserError(
-            f"{model.paths[0]} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known here: use "
-            "the model's folder or hub id"
+            f"{model.paths[0]} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known: "
+            "use the model's folder or hub id"
         )
     if "tokenizer.ggml.merges" not in model.metadata:
         raise UserError(
@@ -289,7 +290,7 @@ def _add_tokens(model: GgufModel, backend: Any, pieces: list[str], kinds: list[i
     from tokenizers import AddedToken
 
     name = str(model.metadata.get("general.name", "")).lower()
-    # Phi-3's templates write a newline behind such a token, which its tokenizer drops, as llama.cpp knows by name.
+    # Phi-3's templates write a newline behind such a token, which its tokenizer drops.
     is_phi3 = "phi-3" in name or "phi3" in name
     keeps_spaces = {"<unk>", "<s>", "<|endoftext|>"}
     for piece, kind in zip(pieces, kinds, strict=True):
@@ -301,7 +302,7 @@ def _add_tokens(model: GgufModel, backend: Any, pieces: list[str], kinds: list[i
 
 
 def _add_start_and_end(model: GgufModel, backend: Any, kind: str, roles: dict[str, str]) -> None:
-    """Add the tokens at the start and the end of a text, if the file or its kind of tokenizer asks for them."""
+    """Add the tokens at the start and the end of a text, if the file or its kind of tokenizer has them."""
     from tokenizers import processors
 
     name = model.metadata.get("tokenizer.ggml.pre")

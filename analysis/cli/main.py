@@ -84,8 +84,8 @@ def _describe_full_disk(error: Exception) -> str:
     """Return what a user can do about a file that could not be written."""
     path = getattr(error, "filename", None)
     return (
-        f"no space left on the disk: {path or 'the results'} could not be written. Free some space, or choose "
-        "another -o, and run the same command again: it goes on from what is cached"
+        f"no space left on the disk: {path or 'the results'} could not be written. Free some space, or "
+        "choose another -o, and run the same command again: it goes on from what is cached"
     )
 
 

@@ -183,7 +183,7 @@ def test_a_template_that_wants_turns_to_alternate_takes_demonstrations(template:
     ],
 )
 def test_a_template_that_cannot_be_used_is_an_error_of_one_line(source: str, problem: str) -> None:
-    with pytest.raises(UserError, match="^the model's chat template") as raised:
+    with pytest.raises(UserError, match=r"^the model's chat template") as raised:
         renderer(source).check_usable()
     assert problem in str(raised.value) and "\n" not in str(raised.value)
     assert "--template" in str(raised.value)
