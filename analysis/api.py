@@ -587,7 +587,7 @@ def judge(
     ['full', 'none']
 
     Args:
-        responses: a frame, or a `.csv` or `.jsonl` file.
+        responses: a frame, or a file with one response per row.
         column: column with the responses.
         request: column with the queries; off-topic responses then count as refusals.
         judge: patterns, keywords, or model.

@@ -28,8 +28,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a .jsonl/.csv "
-        "file; join several with +.",
+        help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a file (.csv, "
+        ".tsv, .json, .jsonl or .parquet); join several with +.",
     ),
 ]
 SplitOption = Annotated[
@@ -42,8 +42,8 @@ AttackOption = Annotated[
     list[str] | None,
     typer.Option(
         "--attack",
-        help="Jailbreak attack applied to every query: a name (`list attacks`), all, or a .jsonl/.csv file "
-        "of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: direct.",
+        help="Jailbreak attack applied to every query: a name (`list attacks`), all, or a file (.csv, "
+        ".jsonl) of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: direct.",
     ),
 ]
 LimitPerSplitOption = Annotated[

@@ -108,7 +108,7 @@ def validate(
 
 @app.command()
 def judge(
-    file: Annotated[Path, typer.Argument(help="A .csv or .jsonl file with a column of responses.")],
+    file: Annotated[Path, typer.Argument(help="A .csv, .tsv, .json, .jsonl or .parquet file with responses.")],
     column: Annotated[str, typer.Option(help="Name of the column with the responses.")] = "response",
     request: Annotated[
         str | None,
@@ -196,7 +196,7 @@ def run_judge_command(
     judges only those.
 
     Args:
-        path: a `.csv` or `.jsonl` file.
+        path: a file with one response per row.
         response_column: column with the responses.
         query_column: column with the queries, with which off-topic responses are recognized.
         judge_options: the judge.

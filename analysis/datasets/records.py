@@ -358,9 +358,7 @@ def _parse_parquet(path: Path, data: bytes) -> Rows:
         table = parquet.read_table(pyarrow.BufferReader(data))
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} is not a Parquet file that can be read ({reason}); write it again"
-        ) from error
+        raise UserError(f"{path} is not a readable Parquet file ({reason}); write it again") from error
     if len(names := table.column_names) > len(set(names)):
         raise UserError(f"{path} has two columns of the same name ({', '.join(names)}); rename one")
     return table.to_pylist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import multiprocessing
 import os
 import signal
@@ -12,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import derive_readout, make_adapter, make_toy_session, render_query
@@ -143,6 +146,32 @@ def test_where_the_file_cannot_be_used_everything_is_computed(tmp_path: Path, ha
         place.parent.chmod(0o500)
     assert margins(bench_with(place), POLICY) == margins(make_toy_session(), POLICY)
     place.parent.chmod(0o700)
+
+
+@pytest.mark.parametrize("harm", ["fields", "value", "flat", "list", "half", "bytes", "deep", "folder"])
+def test_a_damaged_result_is_computed_again(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "x.json"
+    content = {"threshold": np.float64(0.5), "bad": math.nan, "ids": [1, 2], "é": None}
+    write_cached_json(path, content)
+    assert str(read_cached_json(path, dict)) == str(json.loads(json.dumps(content)))
+    assert read_cached_json(path, lambda content: content["other"]) is None  # of another version
+    stored = json.loads(path.read_text("utf-8"))
+    harmed = {
+        "fields": json.dumps(stored | {"content": stored["content"] | {"new": 1}}),
+        "value": path.read_text("utf-8").replace("0.5", "0.6"),
+        "flat": json.dumps(content),
+        "list": "[1]",
+        "half": path.read_text("utf-8")[:30],
+        "deep": "[" * 100_000,
+    }
+    if harm == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\xfe" if harm == "bytes" else harmed[harm].encode())
+    assert read_cached_json(path, dict) is None
+    write_cached_json(path, content)
+    assert (read_cached_json(path, dict) is None) == (harm == "folder")
 
 
 def test_rows_are_counted_and_cleared(tmp_path: Path) -> None:
