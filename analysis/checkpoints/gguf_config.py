@@ -349,7 +349,7 @@ def _read_layer_types(pattern: Any, n_layers: int) -> list[str]:
 
 def _is_read_by_transformers(architecture: str, name: str) -> bool:
     """Whether transformers' own table maps a key of this architecture to a setting."""
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     spellings = {
         "qwen2moe": "qwen2_moe",
@@ -357,7 +357,8 @@ def _is_read_by_transformers(architecture: str, name: str) -> bool:
         "gpt-oss": "gpt_oss",
         "minimax-m2": "minimax_m2",
     }
-    return GGUF_CONFIG_MAPPING.get(spellings.get(architecture, architecture), {}).get(name) is not None
+    table: Any = GGUF_CONFIG_MAPPING
+    return table.get(spellings.get(architecture, architecture), {}).get(name) is not None
 
 
 def _simplify_list(value: Any) -> Any:

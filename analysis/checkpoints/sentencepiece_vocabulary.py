@@ -159,7 +159,7 @@ def _read_sentencepiece_file(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    spec = sentencepiece_model_pb2.ModelProto()
+    spec: Any = vars(sentencepiece_model_pb2)["ModelProto"]()
     try:
         spec.ParseFromString(path.read_bytes())
     except DecodeError:

@@ -84,7 +84,7 @@ def choose_batch_form(model: Any, share_prefix: bool = True) -> tuple[BatchForm,
     if not all(logits[-1].isfinite().all() for logits in plain):
         return fastest, ""  # no batch helps; the preflight names the likely cause
     _check_causal(model, prompts, plain)
-    reasons = []
+    reasons: list[str] = []
     for form in forms:
         engine = Engine(model, batch_form=form)
         if not (reason := explain_disagreement(model, partial(_measure_engine_gap, engine, prompts))):
@@ -111,7 +111,7 @@ def run_in_float32(model: nn.Module) -> Iterator[None]:
     def widen_weights(unit: nn.Module, *_: Any) -> None:
         replaced = originals.setdefault(unit, [])
         for module in unit.modules() if unit in blocks else [unit]:
-            for tensors in (module._parameters, module._buffers):
+            for tensors in _get_own_tensors(module):
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.dtype in HALF_PRECISION:
                         replaced.append((module, name, tensor))
@@ -122,7 +122,8 @@ def run_in_float32(model: nn.Module) -> Iterator[None]:
 
     def restore_weights(unit: nn.Module, *_: Any) -> None:
         for module, name, tensor in originals.pop(unit, []):
-            (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = tensor
+            parameters, buffers = _get_own_tensors(module)
+            (parameters if isinstance(tensor, nn.Parameter) else buffers)[name] = tensor
 
     blocks, others = _list_blocks(model)
     handles = []
@@ -138,6 +139,11 @@ def run_in_float32(model: nn.Module) -> Iterator[None]:
             handle.remove()
         for unit in list(originals):
             restore_weights(unit)
+
+
+def _get_own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a module's own parameters and buffers by name, to be replaced in place."""
+    return module._parameters, module._buffers
 
 
 def _list_blocks(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
