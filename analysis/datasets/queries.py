@@ -279,7 +279,7 @@ def sample_queries(queries: Sequence[Query], max_queries: int) -> list[Query]:
 def _read_optional(row: Mapping[str, Any], column: str, place: str) -> str | None:
     """Value of a column as text; None if it is missing, empty or NaN."""
     value: Any = row.get(column)
-    if isinstance(value, dict | list) or getattr(value, "shape", ()):
+    if isinstance(value, dict | list) or getattr(value, "shape", None):
         raise UserError(f"{place}: {column} is {value!r}; it takes a text")
     if value is None or value == "" or value != value:
         return None
