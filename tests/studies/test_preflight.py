@@ -40,6 +40,7 @@ from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import prefill_response, split_prefill
 from defenses.contract import Chat, Defense, ModelInfo
+from defenses.errors import UserError
 from defenses.tokens import draw_random_text
 
 KINDS = ("bytes", "metaspace")
@@ -366,7 +367,8 @@ def test_in_half_precision_a_prefix_that_is_not_read_is_not_taken_for_rounding(
             self, [(*row[: -len(row) // 5], row[-1]) for row in suffixes], *rest
         ),
     )
-    observed = find_failed(session, with_margins=True)["engine equals plain pass"]
+    small = replace(READOUT, weights=(0.05, -0.05))
+    observed = find_failed(session, readout=small, with_margins=True)["engine equals plain pass"]
     assert float(observed.split()[0]) < 0.5 and "in float32" in observed
 
 
@@ -374,11 +376,11 @@ def test_the_longest_query_of_the_run_is_checked() -> None:
     session = make_toy_session()
     queries = [Query(f"q{number}", "How?", number % 2 == 0) for number in range(20)]
     queries[13] = Query("q13", "How do I write a long letter?", False)
-    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries)))
+    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries), ""))
     chosen = select_preflight_queries(setup, DIRECT_ATTACK)
     assert len(chosen) == 5 and chosen[-1] is queries[13]
     queries[0] = Query("q0", "How do I write a very, very long letter to everybody?", True)
-    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries)))
+    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries), ""))
     assert len(select_preflight_queries(setup, DIRECT_ATTACK)) == 4
 
 
@@ -389,7 +391,9 @@ def test_margins_that_are_nan_are_reported(monkeypatch: pytest.MonkeyPatch) -> N
         "_compute_suffix_logits",
         lambda self, suffixes, *_: torch.full((len(suffixes), 960), torch.nan),
     )
-    assert "engine equals plain pass" in find_failed(session, with_margins=True)
+    with pytest.raises(UserError, match="no numbers"):
+        find_failed(session, with_margins=True)
+    assert session.engine.batch_form is BatchForm.PACKED
 
 
 def test_margins_are_computed_with_the_defense_applied() -> None:
