@@ -89,7 +89,9 @@ def validate(
 
 @app.command()
 def judge(
-    file: Annotated[Path, typer.Argument(help="A .csv, .tsv, .json, .jsonl or .parquet file with responses.")],
+    file: Annotated[
+        Path, typer.Argument(help="A .csv, .tsv, .json, .jsonl or .parquet file with responses.")
+    ],
     column: Annotated[str, typer.Option(help="Name of the column with the responses.")] = "response",
     request: Annotated[
         str | None,

@@ -16,9 +16,9 @@ from analysis.models.chat_template import ChatTemplate, Prompt, strip_thinking
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
-from defenses.chats import check_chats, edit_last_user, split_prefill
+from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
-from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat
+from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats
 from defenses.errors import UserError
 from defenses.rng import QueryRng
 
