@@ -43,7 +43,8 @@ AttackOption = Annotated[
     typer.Option(
         "--attack",
         help="Jailbreak attack applied to every query: a name (`list attacks`), all, or a file (.csv, "
-        ".jsonl) of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: direct.",
+        ".jsonl) of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: "
+        "direct.",
     ),
 ]
 LimitPerSplitOption = Annotated[

@@ -209,6 +209,7 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
         raise UserError(f"{place}: the text is {text!r}; it takes a string")
     if not (text or "").strip():
         raise UserError(f"{place}: the text is empty; write the request or remove the query")
+    text = str(text)
     check_unicode(text, f"{place}: the text")
     harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
@@ -221,7 +222,7 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
         raise unknown_name_error(f"split in {place}:", split, SPLIT_NAMES)
     return Query(
         query_id,
-        str(text).strip(),
+        text.strip(),
         harmful,
         category=_read_optional(row, "category", place) or "",
         pair=_read_optional(row, "pair", place),
@@ -279,7 +280,7 @@ def sample_queries(queries: Sequence[Query], max_queries: int) -> list[Query]:
 def _read_optional(row: Mapping[str, Any], column: str, place: str) -> str | None:
     """Value of a column as text; None if it is missing, empty or NaN."""
     value = row.get(column)
-    if isinstance(value, dict | list) or getattr(value, "ndim", 0):
+    if isinstance(value, dict | list) or getattr(value, "shape", ()):  # of numpy
         raise UserError(f"{place}: {column} is {value!r}; it takes a text")
     if value is None or value == "" or value != value:
         return None
