@@ -47,9 +47,12 @@ def analyze(
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
@@ -70,9 +73,12 @@ def analyze(
         cost: whether to measure what each defense costs.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -95,6 +101,9 @@ def analyze(
         attacks,
         readout,
         responses,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.analyze import analyze_defenses
 
@@ -121,9 +130,12 @@ def validate(
     readout: str | Sequence[str] = "outcome",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Validate readouts against generated text, and rate the responses, as `analyze validate` does.
@@ -146,9 +158,12 @@ def validate(
         readout: one readout, several, or `all`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -156,7 +171,20 @@ def validate(
     """
     readouts = [readout] if isinstance(readout, str) else readout
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readouts
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readouts,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
@@ -183,9 +211,12 @@ def ensembles(
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Predict and observe the effects of ensembles, as `analyze ensembles` does.
@@ -202,9 +233,12 @@ def ensembles(
         readout: as `--readout`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -212,7 +246,20 @@ def ensembles(
         `interacting`, `additivity` and `candidates`.
     """
     spec = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     from analysis.studies.ensembles import evaluate_ensembles
@@ -241,11 +288,15 @@ def recommend(
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
     readout: str = "words",
+    responses: str | int = "auto",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Recommend the defense or ensemble that refuses the most harmful queries within limits.
@@ -264,18 +315,37 @@ def recommend(
         limit: maximum number of queries per split.
         attacks: one attack or several.
         readout: as `--readout`.
+        responses: number of queries per split whose responses are generated and judged to certify defenses
+            and stacks, `all`, `none`, or `auto`: all, except for readouts that force how responses begin.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
         A run with the tables of `ensembles`, `certification` and `recommendation`.
     """
     spec = build_run_spec(
-        model, data, None, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        responses,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
@@ -310,9 +380,12 @@ def locate_mechanism(
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Locate the effect of defenses in layers, heads and MLPs, as `analyze mechanism` does.
@@ -331,9 +404,12 @@ def locate_mechanism(
         readout: as `--readout`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -342,7 +418,20 @@ def locate_mechanism(
     chosen_sites = parse_sites([sites] if isinstance(sites, str) else sites)
     check_mechanism_options(top, patched)
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attacks, readout
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        readout,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     from analysis.studies.mechanism import MechanismOptions, study_mechanism
 
@@ -363,6 +452,8 @@ def train(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> TrainedWeights:
     """Fine-tune a model by an attacker's or a defender's recipe, as `analyze train` does.
@@ -379,6 +470,8 @@ def train(
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
@@ -387,7 +480,19 @@ def train(
     Raises:
         TrainingInterrupted: a KeyboardInterrupt, after which the same call resumes the training.
     """
-    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        "train",
+        limit,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     from analysis.studies.train import train_weights
 
     return train_weights(
@@ -411,9 +516,12 @@ def backdooralign(
     split: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Reproduce the experimental arms of BackdoorAlign, as `analyze backdooralign` does.
@@ -427,15 +535,31 @@ def backdooralign(
         split: train, calibration, test or all.
         limit: maximum number of queries.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         offline: whether the network may not be used.
 
     Returns:
         A run whose tables include `arms` and, if `secrets` is set, `lengths`.
     """
-    spec = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
+    )
     check_response_tokens(tokens)
     check_secret_count(secrets)
     from analysis.studies.backdooralign import reproduce_backdooralign

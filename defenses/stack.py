@@ -15,6 +15,7 @@ from defenses.consultations import run_consultations
 from defenses.contract import COST_LEVELS, Chat, Consultation, Defense, ModelInfo, Source, check_chats
 from defenses.errors import UserError
 from defenses.rng import select_member_rng
+from defenses.tuning import AdapterWeights
 
 
 @final
@@ -42,9 +43,11 @@ class Stack(Defense):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} can be applied only once")
-        if len(tuned := [member.name for member in self.members if member.cost == "weights"]) > 1:
+        tuned = [member for member in self.members if member.cost == "weights"]
+        if len(tuned) > 1 and not all(isinstance(member, AdapterWeights) for member in tuned):
             raise ValueError(
-                f"{' and '.join(tuned)} each change the weights; a stack can contain only one such defense"
+                f"{' and '.join(member.name for member in tuned)} each change the weights; a stack can have "
+                "only one such defense, or several adapters given by their folders"
             )
         if len(blends := [member.name for member in self.members if member.logit_blend()]) > 1:
             raise ValueError(

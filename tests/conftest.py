@@ -28,6 +28,7 @@ import contextlib
 import copy
 import io
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ def check_hints(hinted: Any) -> Any:
 install_import_hook(["analysis", "defenses"], f"{__name__}.check_hints")
 
 from analysis.attacks import DIRECT_ATTACK, Attack  # noqa: E402
+from analysis.checkpoints.registry import MODEL_REGISTRY  # noqa: E402
 from analysis.datasets.queries import Query, sample_queries  # noqa: E402
 from analysis.models.loading import LoadedModel, load_model  # noqa: E402
-from analysis.models.registry import MODEL_REGISTRY  # noqa: E402
 from analysis.models.session import ModelSession  # noqa: E402
 from analysis.readouts.first_token import (  # noqa: E402
     COMPLIANCE_WORDS,
@@ -82,6 +83,13 @@ from defenses.training.adapter_files import write_adapter  # noqa: E402
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("here")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweep over all architectures out, except where `-m` asks for it."""
+    if "sweep" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
+
 
 # --- templates, each rewritten after the known format of its family ---------------------------------------
 
@@ -194,6 +202,187 @@ TEMPLATES: dict[str, Any] = {
         "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
     ),
 }
+
+_CHATML_TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+_CHATML_END = (
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+)
+
+
+def _chatml_with(assistant: str, opening: str) -> str:
+    """Return a ChatML template: how it writes assistant turns, and what it adds to the generation prompt."""
+    return (
+        f"{_CHATML_TURNS}{{% if m.role == 'assistant' %}}{assistant}{{% else %}}{{{{ m.content }}}}"
+        f"{{% endif %}}{_CHATML_END}{opening}{{% endif %}}"
+    )
+
+
+# Templates of models that think: the template, and the end of a prompt behind the user's text, as it is when
+# the next token is the first of the response; written out by hand.
+THINKING_TEMPLATES: dict[str, tuple[str, str]] = {
+    # gpt-oss: responses stand in a channel of their own; the date in the system turn
+    "harmony": (
+        "{{ '<|start|>system<|message|>Current date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking is defined %}"
+        "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+        "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}"
+        "{% elif m.role == 'system' %}{{ '<|start|>developer<|message|>' + m.content + '<|end|>' }}"
+        "{% else %}{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
+    # Gemma 4: an empty thought channel in prompts, none in finished turns
+    "gemma4": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}"
+        "{{ m.content | trim + '<turn|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|turn>model\\n' }}{% if not enable_thinking | default(false) %}"
+        "{{ '<|channel>thought\\n<channel|>' }}{% endif %}{% endif %}",
+        "<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
+    ),
+    # Magistral: thinks by itself, between control tokens
+    "magistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% elif m.role == 'user' %}"
+        "{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+        "[/INST]",
+    ),
+    # Seed-OSS: thinks by itself, and shows how in finished turns
+    "seed": (
+        "{% for m in messages %}{{ bos_token + m.role + '\\n' }}"
+        "{% if m.role == 'assistant' and m.reasoning_content %}"
+        "{{ '<seed:think>' + m.reasoning_content + '</seed:think>\\n' }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}",
+        "</s><s>assistant\n",
+    ),
+    # Qwen 3 thinking 2507: opens a block that cannot be switched off
+    "qwen3-thinking": (
+        _chatml_with(
+            "{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' + m.content }}",
+            "{{ '<think>\\n' }}",
+        ),
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    # OLMo 3 Think: opens a block that finished turns do not show
+    "olmo3": (
+        _chatml_with("{{ m.content }}", "{{ '<think>' }}"),
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n</think>\n\n",
+    ),
+    # MiniMax M2: the same, but thoughts are shown
+    "minimax": (
+        _chatml_with(
+            "{% if m.reasoning_content %}{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}"
+            "{% endif %}{{ m.content }}",
+            "{{ '<think>\\n' }}",
+        ),
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    # SmolLM3, Hunyuan, EXAONE 4: close the block themselves where thinking is switched off
+    "smollm3": (
+        _chatml_with(
+            "{{ '<think>\\n\\n</think>\\n' + m.content }}",
+            "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n' }}"
+            "{% else %}{{ '<think>\\n' }}{% endif %}",
+        ),
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n",
+    ),
+    # GLM 4.5: finished turns have a line break behind the empty block
+    "glm": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}"
+        "{{ '\\n<think>' + (m.reasoning_content or '') + '</think>\\n' + m.content }}"
+        "{% else %}{{ '\\n' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|assistant|>' }}{% if enable_thinking is false %}{{ '\\n<think></think>' }}{% endif %}"
+        "{% endif %}",
+        "<|assistant|>\n<think></think>\n",
+    ),
+    # DeepSeek V3.2: finished turns show a closing tag only
+    "deepseek": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+        "{{ '<|User|>' + m.content }}{% else %}"
+        "{{ '<|Assistant|></think>' + m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|><think></think>' }}{% endif %}",
+        "<|Assistant|><think></think>",
+    ),
+    # Kimi K2 Thinking: an empty block in finished turns, none in prompts
+    "kimi": (
+        _chatml_with("{{ '<think></think>' + m.content }}", ""),
+        "<|im_end|>\n<|im_start|>assistant\n<think></think>",
+    ),
+    # Nemotron Nano 2: opens a block in the last turn as well, so that finished turns show no response
+    "nemotron": (
+        _chatml_with("{% if loop.last %}{{ '<think>\\n' }}{% endif %}{{ m.content }}", "{{ '<think>\\n' }}"),
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    # Command A: the response has tags of its own
+    "cohere": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|TURN|>' + m.role }}{% if m.role == 'assistant' %}"
+        "{% if m.thinking %}{{ '<|START_THINKING|>' + m.thinking + '<|END_THINKING|>' }}{% endif %}"
+        "{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|TURN|>assistant<|START_THINKING|>' }}{% endif %}",
+        "<|TURN|>assistant<|START_THINKING|><|END_THINKING|><|START_RESPONSE|>",
+    ),
+    # Command R7B: closes the block, but its response has a tag in front
+    "command-r7b": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|TURN|>' + m.role }}{% if m.role == 'assistant' %}"
+        "{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|TURN|>assistant<|START_THINKING|><|END_THINKING|>' }}{% endif %}",
+        "<|TURN|>assistant<|START_THINKING|><|END_THINKING|><|START_RESPONSE|>",
+    ),
+    # EXAONE Deep: another pair of tags, known from the template only
+    "exaone": (
+        "{% for m in messages %}{{ '[|' + m.role + '|]' }}"
+        "{{ m.content.split('</thought>')[-1].lstrip('\\n') + '[|endofturn|]\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]<thought>\\n' }}{% endif %}",
+        "[|endofturn|]\n[|assistant|]<thought>\n\n</thought>\n\n",
+    ),
+    # ERNIE 4.5 Thinking: the response in tags, behind the block that the prompt opens
+    "ernie": (
+        _chatml_with(
+            "{{ '<response>\\n' + m.content.split('</think>')[-1] + '\\n</response>\\n' }}",
+            "{{ '<think>\\n' }}",
+        ),
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n<response>\n",
+    ),
+    # Apriel: thoughts in plain words, begun by the prompt
+    "apriel": (
+        _chatml_with(
+            "{% if m.reasoning_content %}"
+            "{{ m.reasoning_content + '\\n[BEGIN FINAL RESPONSE]\\n' }}{% endif %}{{ m.content }}",
+            "{{ 'Here are my reasoning steps:\\n' }}",
+        ),
+        "<|im_end|>\n<|im_start|>assistant\nHere are my reasoning steps:\n\n[BEGIN FINAL RESPONSE]\n",
+    ),
+    # A made-up one: tags that no list has, known from the tokenizer's added tokens only
+    "unlisted": (
+        _chatml_with("{{ m.content }}", "{{ '<|ponder_thought_start|>' }}"),
+        "<|im_end|>\n<|im_start|>assistant\n<|ponder_thought_start|><|ponder_thought_end|>",
+    ),
+    # SmolVLM, LLaVA: contents are lists of parts
+    "smolvlm": (
+        "{{ bos_token }}{% for m in messages %}{{ m.role | capitalize + ':' }}{% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ ' ' + part.text }}{% endif %}{% endfor %}{{ '</s>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+        "</s>\nAssistant:",
+    ),
+}
+# Tokens that these templates' tokenizers have beside those of the toy tokenizer, all of them control tokens.
+_CONTROL_TOKENS = {
+    "harmony": ["<|start|>", "<|message|>", "<|channel|>"],
+    "gemma4": ["<|turn>", "<turn|>", "<|channel>", "<channel|>"],
+    "magistral": ["[INST]", "[/INST]", "[THINK]", "[/THINK]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+    "seed": ["<seed:think>", "</seed:think>"],
+    "cohere": [
+        "<|TURN|>",
+        "<|START_THINKING|>",
+        "<|END_THINKING|>",
+        "<|START_RESPONSE|>",
+        "<|END_RESPONSE|>",
+    ],
+    "command-r7b": ["<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
+    "unlisted": ["<|ponder_thought_start|>", "<|ponder_thought_end|>"],
+}
 # The four families that a small model is run with from end to end.
 FOUR = ("chatml", "llama3", "gemma2", "llama2")
 
@@ -261,7 +450,10 @@ def _train_tokenizer(kind: str) -> Any:
 
 
 def toy_tokenizer(template: str | None = "chatml", kind: str = "bytes") -> Any:
-    """Return a new tokenizer of transformers; `template` is a name of TEMPLATES, a text, or None."""
+    """Return a new tokenizer of transformers.
+
+    `template` is a name of TEMPLATES or THINKING_TEMPLATES, a text, or None.
+    """
     from transformers import PreTrainedTokenizerFast
 
     bos, eos = _ENDS.get(str(template), ("<s>", "</s>"))
@@ -273,7 +465,10 @@ def toy_tokenizer(template: str | None = "chatml", kind: str = "bytes") -> Any:
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = TEMPLATES.get(template, template) if template else None
+    if template in _CONTROL_TOKENS:
+        tokenizer.add_tokens(_CONTROL_TOKENS[template], special_tokens=True)
+    known = TEMPLATES | {name: text for name, (text, _) in THINKING_TEMPLATES.items()}
+    tokenizer.chat_template = known.get(template, template) if template else None
     return tokenizer
 
 
@@ -519,7 +714,7 @@ def run_cli(*args: Any) -> CommandResult:
     """Call `analyze` in this process, as a shell would, and return its exit code and output."""
     from analysis.cli.main import main
 
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = ["analyze", *map(str, args)]
     try:
         with (
@@ -530,6 +725,7 @@ def run_cli(*args: Any) -> CommandResult:
             main()
     finally:
         sys.argv = argv
+        signal.signal(signal.SIGINT, handler)  # the command ignores Ctrl-C at its end
     return CommandResult(stopped.value.code, out.getvalue(), err.getvalue())
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     ControlsOption,
@@ -28,7 +29,9 @@ from analysis.cli.options import (
     ResponsesOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -51,9 +54,12 @@ def analyze(
     controls: ControlsOption = 20,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder. Default: runs/TIME-MODEL-DEFENSE.")
     ] = None,
@@ -91,6 +97,9 @@ def analyze(
         attack,
         readout,
         responses=responses,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_control_draws(controls)
     code = run_analyze_command(spec, defense, settings or [], out, as_json, cost, controls)
@@ -104,9 +113,12 @@ def check(
     data: DataOption = "contrast",
     split: SplitOption = None,
     attack: AttackOption = None,
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
     queries: Annotated[int, typer.Option(help="Number of queries to show and check.")] = 4,
@@ -114,7 +126,21 @@ def check(
     """Show the prompts that the model reads and check that the defense reaches it (exit 1 if not)."""
     from analysis.studies.run_spec import build_run_spec
 
-    spec = build_run_spec(model, data, split, None, None, device, dtype, seed, offline, attack)
+    spec = build_run_spec(
+        model,
+        data,
+        split,
+        None,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        template=template,
+        answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
+    )
     raise typer.Exit(run_check_command(spec, defense or ["none"], settings or [], queries))
 
 
@@ -206,7 +232,7 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
     from analysis.progress import print_note
     from analysis.run import build_conditions
     from analysis.studies.preflight import check_condition
-    from analysis.studies.setup import prepare_setup
+    from analysis.studies.setup import prepare_setup, select_preflight_queries
 
     if n_queries < 2:
         raise UserError(f"--queries {n_queries}: at least 2 are needed, one harmful and one benign")
@@ -216,8 +242,9 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
     n_failed = 0
     for attack in spec.attacks:
         query_chats = attack.build_query_chats(queries)
+        checked = select_preflight_queries(setup, attack, n_queries)
         for name, defense in build_conditions(setup.defenses).items():
-            checks = check_condition(setup.session, name, defense, queries, setup.readout, attack)
+            checks = check_condition(setup.session, name, defense, checked, setup.readout, attack)
             n_failed += sum(not check.passed for check in checks)
             prompts_by_query = setup.session.render_prompts(defense, query_chats)
             texts = [
@@ -226,7 +253,8 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
                 for prompt in prompts
             ]
             print_checks(console, checks[0].condition, checks, texts)
-    for notice in (*setup.session.chat_template.notices, *setup.readout.notices):
+    notices = *setup.session.chat_template.notices, *setup.session.engine.notices, *setup.readout.notices
+    for notice in notices:
         print_note(console, notice)
     return 1 if n_failed else 0
 

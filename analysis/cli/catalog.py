@@ -17,6 +17,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     DeviceOption,
     DtypeOption,
@@ -25,6 +26,7 @@ from analysis.cli.options import (
     OfflineOption,
     SeedOption,
     SettingsOption,
+    TemplateOption,
 )
 from defenses.errors import UserError, unknown_name_error
 
@@ -41,9 +43,9 @@ CatalogRows = list[dict[str, Any]]
 def collect_catalog() -> dict[str, CatalogRows]:
     """Return what `analyze list` shows: for each kind, a list of rows of plain values."""
     from analysis.attacks import load_shipped_attacks
+    from analysis.checkpoints.registry import MODEL_REGISTRY
     from analysis.datasets.loading import SHIPPED_SETS
     from analysis.datasets.public import PUBLIC_DATASETS
-    from analysis.models.registry import MODEL_REGISTRY
     from analysis.studies.run_spec import READOUT_DESCRIPTIONS
     from defenses.catalog import find_defense_classes
     from defenses.settings import get_settings
@@ -178,6 +180,8 @@ def explain(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
 ) -> None:
@@ -187,7 +191,20 @@ def explain(
     """
     from analysis.studies.run_spec import build_run_spec
 
-    spec = build_run_spec(model, "contrast", "test", None, None, device, dtype, seed, offline, attack)
+    spec = build_run_spec(
+        model,
+        "contrast",
+        "test",
+        None,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     raise typer.Exit(run_explain_command(spec, defense, settings or [], text))
 
 
@@ -273,12 +290,15 @@ def run_explain_command(
         query = next(query for query in test_split.queries if not query.harmful)
     for attack in spec.attacks:
         attack.check_covers_queries([query])
-    session, model_info = spec.open_session(Console(stderr=True))
-    prepared = chosen.prepare(model_info)
+    opened = spec.open_model(Console(stderr=True))
+    prepared = chosen.prepare(opened.model_info)
     if missing := prepared.missing_requirements():
         console.print(Text(f"\n{spec.model}: {missing}", style="yellow"))
+    conditions = build_conditions([prepared])
+    calls_model = any(defense.calls_model for defense in conditions.values())
+    session = opened.load_session() if calls_model else opened.prompt_session
     for attack in spec.attacks:
-        for name, defense in build_conditions([prepared]).items():
+        for name, defense in conditions.items():
             console.print()
             console.rule(Text(format_condition({"attack": attack.name, "defense": name})), align="left")
             _print_prompts(console, session, defense, attack.build_query_chats([query]))

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     DataOption,
@@ -27,9 +28,12 @@ from analysis.cli.options import (
     OutOption,
     OverlapOption,
     ReadoutOption,
+    ResponsesOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     StacksOption,
+    TemplateOption,
 )
 
 if TYPE_CHECKING:
@@ -227,7 +231,7 @@ def print_recommendation(
     from analysis.cli.console import make_console_table, make_table_console
     from analysis.stats.format import format_interval
     from analysis.stats.risk_control import ERROR_BUDGET
-    from analysis.stats.tables import iterate_rows
+    from analysis.stats.tables import Basis, iterate_rows
 
     console = make_table_console()
     max_cost = record["max_cost"]
@@ -246,11 +250,15 @@ def print_recommendation(
                 "you rely on it."
             )
             console.print(Text(warning))
+    basis = (
+        "the judged responses of defenses and stacks (votes: their margins)"
+        if record["guarantee_based_on"] == Basis.RESPONSES
+        else "refusals by first-token margins, not by judged responses"
+    )
     guarantee = (
         f"{record['guarantee']} It rests on {n_tested} benign calibration queries, of which no other use was "
-        "made except for the readout's threshold, and on refusals by first-token margins, not by judged "
-        f"responses. Tested in a fixed order: {int(counts.get('certified', 0))} certified, "
-        f"{int(counts.get('failed', 0))} failed."
+        f"made except for the readout, and on {basis}. Tested in a fixed order: "
+        f"{int(counts.get('certified', 0))} certified, {int(counts.get('failed', 0))} failed."
     )
     console.print(Text(guarantee))
     heads = ("refuses (%)\nharmful\nbenign", "calibration\nharmful\nbenign", "P(meets\nlimit)", "\ncost (×)")
@@ -274,7 +282,8 @@ def _describe_need(row: pd.Series[Any], record: Mapping[str, Any]) -> str:
     needed, rate = row["n_benign_needed"], 1 - row["benign_calibration"]
     if needed != needed:
         return (
-            f"{row['members']} ({row['how']}) refuses {rate:.1%} of the benign calibration queries; at this "
+            f"{row['members']} ({row['how']}) refuses {rate:.1%} of the benign calibration queries by its "
+            "margins; at this "
             f"rate no number of queries would show that it refuses at most {record['max_over_refusal']:.1%}."
         )
     return (
@@ -303,9 +312,12 @@ def ensembles(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -316,7 +328,22 @@ def ensembles(
     """
     from analysis.studies.run_spec import build_run_spec, check_ensemble_options
 
-    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    spec = build_run_spec(
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readout,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     check_ensemble_options(size, stacks)
 
     names = defense or ["all"]
@@ -342,11 +369,15 @@ def recommend(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
+    responses: ResponsesOption = "auto",
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -361,7 +392,23 @@ def recommend(
         parse_share,
     )
 
-    spec = build_run_spec(model, data, None, limit, batch_size, device, dtype, seed, offline, attack, readout)
+    spec = build_run_spec(
+        model,
+        data,
+        None,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readout,
+        responses,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     check_ensemble_options(size, stacks)
     share = parse_share(max_over_refusal)
     check_max_cost(max_cost)

@@ -105,6 +105,8 @@ def label_in_terminal(run: JudgedRun, sheet: LabelSheet) -> tuple[JudgedRun, boo
         run: the run.
         sheet: the responses to label.
     """
+    from analysis.studies.label import read_judged_run
+
     rows = sheet.rows.to_dict("records")
     console = Console()
     if not rows:
@@ -115,7 +117,8 @@ def label_in_terminal(run: JudgedRun, sheet: LabelSheet) -> tuple[JudgedRun, boo
 
     def store_label(index: int, text: str) -> None:
         nonlocal run
-        run = run.add_labels({keys[index]: text})
+        # Read again: somebody else may label the same run at the same time.
+        run = read_judged_run(run.folder).add_labels({keys[index]: text})
         run.save_labels()
 
     n_before = sheet.n_sampled - sheet.n_changed - len(rows)

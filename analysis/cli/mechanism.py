@@ -13,6 +13,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     DataOption,
@@ -26,7 +27,9 @@ from analysis.cli.options import (
     ReadoutOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from analysis.studies.run_spec import PATCH_SITES
 from defenses.errors import UserError
@@ -70,9 +73,12 @@ def mechanism(
     ] = None,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -100,6 +106,9 @@ def mechanism(
         offline,
         attack,
         readout,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     options = MechanismOptions(chosen_sites, top, patched, ensembles)
     raise typer.Exit(run_mechanism_command(spec, defense, settings or [], options, out))

@@ -70,10 +70,37 @@ OverlapOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Maximum number of queries; pairs are kept whole.")]
 BatchSizeOption = Annotated[str, typer.Option(help="Prompts per forward pass, or auto.")]
+SharePrefixOption = Annotated[
+    bool,
+    typer.Option(
+        "--shared-prefix/--no-shared-prefix",
+        help="Compute the tokens with which all prompts start once, or with every prompt (slower, same "
+        "margins). Models that allow no shared prefix are recognized.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[
     str,
     typer.Option(help="Precision: float32, bfloat16, float16, or auto (float32 on CPU, bfloat16 on GPU)."),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Chat template: the name of one of the tokenizer's, or a .jinja file. Default: the only one, or "
+        "the one named default.",
+        metavar="NAME|FILE",
+    ),
+]
+AnswerPrefixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--answer-prefix",
+        help="Text between the prompt and the response, such as a channel header or an empty thinking block; "
+        "\\n stands for a line break, '' for no text. Default: found from the chat template.",
+        metavar="TEXT",
+        callback=lambda text: text if text is None else text.replace("\\n", "\n"),
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed.")]
 SettingsOption = Annotated[

@@ -27,12 +27,12 @@ def prepare_output_streams() -> None:
 
 
 def flush_output_streams() -> None:
-    """Print what is still buffered; what nobody reads any more (`analyze list | head -1`) is dropped."""
+    """Print what is still buffered, or drop it if nobody reads it any more (`analyze list | head -1`)."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
-        except BrokenPipeError:  # Python would try again at its end, and complain
+        except OSError:  # Python would try again at its end, and complain
             with Path(os.devnull).open("wb") as nothing:
                 os.dup2(nothing.fileno(), stream.fileno())
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     BatchSizeOption,
     DataOption,
     DeviceOption,
@@ -23,7 +24,9 @@ from analysis.cli.options import (
     OfflineOption,
     OutOption,
     SeedOption,
+    SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -76,6 +79,8 @@ def train(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Fine-tune a model by an attacker's or a defender's recipe; an interrupted training resumes.
@@ -84,7 +89,19 @@ def train(
     """
     from analysis.studies.run_spec import build_run_spec
 
-    spec = build_run_spec(model, data, "train", limit, None, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        "train",
+        limit,
+        None,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
     raise typer.Exit(run_train_command(spec, recipe, settings or [], out, secret, length))
 
 
@@ -107,9 +124,12 @@ def backdooralign(
         typer.Option(help="Also train with N other random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     offline: OfflineOption = False,
 ) -> None:
@@ -118,7 +138,20 @@ def backdooralign(
 
     check_response_tokens(tokens)
     check_secret_count(secrets)
-    spec = build_run_spec(model, data, split, limit, batch_size, device, dtype, seed, offline)
+    spec = build_run_spec(
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        template=template,
+        answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
+    )
     raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets))
 
 

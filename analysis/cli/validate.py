@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
     BudgetOption,
@@ -30,7 +31,9 @@ from analysis.cli.options import (
     RubricOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
+    TemplateOption,
 )
 from defenses.errors import UserError
 
@@ -64,9 +67,12 @@ def validate(
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
+    template: TemplateOption = None,
+    answer_prefix: AnswerPrefixOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -76,7 +82,20 @@ def validate(
 
     readouts = readout or ["outcome"]
     spec = build_run_spec(
-        model, data, split, limit, batch_size, device, dtype, seed, offline, attack, readouts
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attack,
+        readouts,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
     from analysis.studies.judge_file import JudgeOptions

@@ -207,9 +207,8 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
     split, text = _read_optional(row, "split", place), row["text"]
     if not isinstance(text, str | None):
         raise UserError(f"{place}: the text is {text!r}; it takes a string")
-    if not (text or "").strip():
+    if text is None or not text.strip():
         raise UserError(f"{place}: the text is empty; write the request or remove the query")
-    text = str(text)
     check_unicode(text, f"{place}: the text")
     harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
@@ -279,8 +278,8 @@ def sample_queries(queries: Sequence[Query], max_queries: int) -> list[Query]:
 
 def _read_optional(row: Mapping[str, Any], column: str, place: str) -> str | None:
     """Value of a column as text; None if it is missing, empty or NaN."""
-    value = row.get(column)
-    if isinstance(value, dict | list) or getattr(value, "shape", ()):  # of numpy
+    value: Any = row.get(column)
+    if isinstance(value, dict | list) or getattr(value, "shape", None):
         raise UserError(f"{place}: {column} is {value!r}; it takes a text")
     if value is None or value == "" or value != value:
         return None

@@ -2,29 +2,41 @@
 
 Token ids come from `apply_chat_template` only: rendering to text and tokenizing the text again would add a
 second BOS. If a template has no system role, the system text is merged into the first user turn; it is never
-dropped.
+dropped. The source that is rendered is the tokenizer's, with a fixed date and with the text after which
+responses begin; the tokenizer is never changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from analysis.models.response_start import FinishedTurns, ResponseStart, find_response_start
+from analysis.models.template_source import FIXED_DATE, append_text, check_source, fix_date, template_error
+from analysis.models.thinking import (
+    RESPONSE_TAGS,
+    THINKING_TAGS,
+    cut_token_spans,
+    find_thinking_tags,
+)
 from defenses.chats import replace_last_user, split_prefill
 from defenses.contract import Chat, Message
 from defenses.errors import UserError
 
 _PLACEHOLDER_TEXT, _PLACEHOLDER_RESPONSE = "zxqmarkqxz", "zxqanswerqxz"
+_PLACEHOLDER_THOUGHT = "zxqthoughtqxz"
+_THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # names that templates know thoughts by
 _CONTINUATION_WORD = "I"  # a word with which a response may continue
-# The thinking block of a reasoning model is closed, so that the next token belongs to the response.
-THINKING_TAGS = {"<think>": "\n</think>\n\n", "<|START_THINKING|>": "<|END_THINKING|>"}
-# Llama 3.x writes the date into its system turn; a fixed date keeps margins independent of the day.
-_TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+# The switches by which templates close the thinking block themselves.
+_NO_THINKING = {"enable_thinking": False, "thinking": False}
+_OTHER_DATE = date(2031, 11, 5)  # differs from `FIXED_DATE` in every part
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,43 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template; never changed.
+        answer_prefix: text between the generation prompt and the response; None finds it.
     """
 
     tokenizer: Any
+    answer_prefix: str | None = None
+
+    def check_usable(self) -> None:
+        """Raise if the template cannot be used, or if it is not known where responses begin."""
+        check_source(self._own_source)
+        try:
+            text = self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)])
+        except UserError as error:
+            raise template_error(
+                f"fails on a single user message: {_describe_failure(error.__cause__)}"
+            ) from error
+        if _PLACEHOLDER_TEXT not in text:
+            raise template_error("drops the user's text")
+        if self.response_start.problem:
+            raise UserError(self.response_start.problem)
+
+    @cached_property
+    def source(self) -> str:
+        """The Jinja source that is rendered: with the fixed date and the text after which responses begin."""
+        return append_text(fix_date(self._own_source), self.response_start.opening)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes the prompts of this template, in plain values, for run.json and cache keys.
+
+        `date` is the date that is written instead of today's; None if the template writes none.
+        """
+        return {
+            "sha256": hashlib.sha256(self._own_source.encode()).hexdigest(),
+            "date": FIXED_DATE.isoformat() if self._writes_date else None,
+            "answers_begin_after": self.response_start.opening,
+            "content": "parts" if self._takes_parts else "text",
+        }
 
     @cached_property
     def system_policy(self) -> Literal["native", "merged"]:
@@ -65,7 +111,7 @@ class ChatTemplate:
             text = self._render_text(
                 [Message(role="system", content=_PLACEHOLDER_TEXT), Message(role="user", content="Hi")]
             )
-        except TemplateError:
+        except UserError:
             return "merged"
         return "native" if _PLACEHOLDER_TEXT in text else "merged"
 
@@ -76,36 +122,40 @@ class ChatTemplate:
         return text.rsplit(_PLACEHOLDER_TEXT, 1)[-1]
 
     @cached_property
-    def thinking_closing(self) -> str:
-        """Text that closes the thinking block which the template leaves open; empty if it opens none."""
-        for opening, closing in THINKING_TAGS.items():
-            _, found_opening, thinking = self.generation_prompt.rpartition(opening)
-            if found_opening and closing.strip() not in thinking:
-                return closing
-        return ""
+    def response_start(self) -> ResponseStart:
+        """Where responses begin: the text between the generation prompt and the response."""
+        if self.answer_prefix is None:
+            return find_response_start(self.generation_prompt, self._finished_turns, self.thinking_tags)
+        notice = f"every prompt is followed by {self.answer_prefix!r}, after which responses begin"
+        return ResponseStart(self.answer_prefix, notice=f"--answer-prefix: {notice}")
 
     @cached_property
-    def response_header(self) -> str | None:
-        """Text between a user turn and its response in a finished chat; None if no response is shown.
+    def thinking_tags(self) -> dict[str, str]:
+        """Opening tag of thinking blocks → text that ends the block, for this model."""
+        added_tokens = [str(token) for token in self.tokenizer.get_added_vocab()]
+        tags = {**THINKING_TAGS, **find_thinking_tags([self._own_source, *added_tokens])}
+        turns = self._finished_turns
+        if turns.before_thought is not None and turns.before_thought.startswith(self._plain_prompt):
+            opening = turns.before_thought.removeprefix(self._plain_prompt).strip()
+            if opening and turns.after_thought.strip():
+                tags[opening] = turns.after_thought
+        return tags
 
-        A prompt with a different tail does not end where responses begin.
+    @cached_property
+    def opening_texts(self) -> dict[str, str] | None:
+        """Text with which the model may open a response before its first word → text that ends that opening.
+
+        None where `answer_prefix` says where responses begin.
         """
-        chat = [
-            Message(role="user", content=_PLACEHOLDER_TEXT),
-            Message(role="assistant", content=_PLACEHOLDER_RESPONSE),
-        ]
-        try:
-            text = self._render_text(chat, with_generation_prompt=False)
-        except TemplateError:
+        if self.answer_prefix is not None:
             return None
-        before_response, placeholder, _ = text.partition(_PLACEHOLDER_RESPONSE)
-        return before_response.rsplit(_PLACEHOLDER_TEXT, 1)[-1] if placeholder else None
+        return {**self.thinking_tags, **dict.fromkeys(RESPONSE_TAGS, "")}
 
     @cached_property
     def has_leading_space(self) -> bool:
         """Whether finished chats have a space before the response, which then belongs to its first word."""
-        header = self.response_header
-        return header is not None and header.endswith(" ") and not self.generation_prompt.endswith(" ")
+        header = self._finished_turns.header
+        return header is not None and header.endswith(" ") and not self._prompt_end.endswith(" ")
 
     @cached_property
     def notices(self) -> tuple[str, ...]:
@@ -115,9 +165,14 @@ class ChatTemplate:
             notices.append(
                 "the template has no system role: system text is put before the first user message"
             )
-        if self.thinking_closing:
-            notices.append("the template opens a thinking block: it is closed before the response is scored")
-        if self.generation_prompt.endswith(" "):
+        if self.response_start.notice:
+            notices.append(self.response_start.notice)
+        if self._writes_date:
+            notices.append(
+                f"the template writes the date: it is {FIXED_DATE} in every prompt, so that margins do not "
+                "depend on the day"
+            )
+        if self._prompt_end.endswith(" "):
             notices.append(
                 "the template ends in a space: the first word of a response has no space of its own"
             )
@@ -140,15 +195,7 @@ class ChatTemplate:
             prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
         if self.system_policy == "merged" and chat[0]["role"] == "system":
             chat = _merge_system_turn(chat)
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                chat, tokenize=True, add_generation_prompt=True, return_dict=True, **_TEMPLATE_SETTINGS
-            )
-        except TemplateError as error:
-            raise UserError(f"the model's chat template rejects this chat: {error}") from error
-        ids = list(encoded["input_ids"])
-        if self.thinking_closing:
-            ids += self.tokenizer.encode(self.thinking_closing, add_special_tokens=False)
+        ids = list(self._apply(chat, self.source, tokenize=True)["input_ids"])
         ids += self._encode_prefill(prefill)
         return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill)
 
@@ -188,17 +235,140 @@ class ChatTemplate:
             self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
 
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """Return the text of a response without special tokens.
+
+        Thinking blocks whose tags are special tokens are cut out: without these, nobody could tell the
+        thoughts from the response.
+        """
+        for opening, closing in self._special_thinking_ids:
+            ids = cut_token_spans(ids, opening, closing)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def count_expected_bos(self, chat: Chat) -> int:
         """Return the number of BOS tokens that the template itself writes for a chat."""
         bos = self.tokenizer.bos_token
-        return self._render_text(chat).count(bos) if bos else 0
+        return str(self._apply(chat, self.source)).count(bos) if bos else 0
 
-    def _render_text(self, chat: Chat, with_generation_prompt: bool = True) -> str:
+    @cached_property
+    def _own_source(self) -> str:
+        """The Jinja source as the tokenizer has it."""
+        try:
+            return str(self.tokenizer.get_chat_template())
+        except ValueError as error:
+            raise UserError(f"the tokenizer has no chat template to use: {error}") from error
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the contents of messages are lists of parts, as in templates of vision-language models.
+
+        Such templates drop a plain text, or fail on it.
+        """
+        chat = [Message(role="user", content=_PLACEHOLDER_TEXT)]
+        source = fix_date(self._own_source)
+        shown = []
+        for takes_parts in (False, True):
+            try:
+                text = str(self._call_tokenizer(_split_into_parts(chat) if takes_parts else chat, source))
+            except UserError:
+                text = ""
+            shown.append(_PLACEHOLDER_TEXT in text)
+        return shown == [False, True]
+
+    @cached_property
+    def _prompt_end(self) -> str:
+        """Text between the last user turn and the response."""
+        return self.generation_prompt + self.response_start.opening
+
+    @cached_property
+    def _plain_prompt(self) -> str:
+        """The generation prompt where thinking is not switched off."""
+        text = self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)], switches={})
+        return text.rsplit(_PLACEHOLDER_TEXT, 1)[-1]
+
+    @cached_property
+    def _finished_turns(self) -> FinishedTurns:
+        """How the template shows a finished response, with and without thoughts."""
+        chat: list[Any] = [
+            {"role": "user", "content": _PLACEHOLDER_TEXT},
+            {"role": "assistant", "content": _PLACEHOLDER_RESPONSE},
+        ]
+        header = self._text_before_response(chat, _NO_THINKING)
+        thoughts = dict.fromkeys(_THOUGHT_FIELDS, _PLACEHOLDER_THOUGHT)
+        thinking_header = self._text_before_response([chat[0], chat[1] | thoughts], {})
+        before, shows_thought, after = (thinking_header or "").partition(_PLACEHOLDER_THOUGHT)
+        return FinishedTurns(header, before, after) if shows_thought else FinishedTurns(header)
+
+    def _text_before_response(self, chat: list[Any], switches: Mapping[str, Any]) -> str | None:
+        """Return the text between the user's text and the finished response; None if it is not shown."""
+        try:
+            text = self._render_text(chat, with_generation_prompt=False, switches=switches)
+        except UserError:
+            return None
+        before_response, placeholder, _ = text.partition(_PLACEHOLDER_RESPONSE)
+        return before_response.rsplit(_PLACEHOLDER_TEXT, 1)[-1] if placeholder else None
+
+    @cached_property
+    def _special_thinking_ids(self) -> list[tuple[list[int], list[int]]]:
+        """Token ids of the thinking tags that contain special tokens."""
+        special_ids = {
+            token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        tag_ids = [
+            [self._encode_tag(tag) for tag in (opening, closing.strip())]
+            for opening, closing in self.thinking_tags.items()
+        ]
+        return [(opening, closing) for opening, closing in tag_ids if special_ids & {*opening, *closing}]
+
+    def _encode_tag(self, tag: str) -> list[int]:
+        """Return the token ids of a tag; encoded as a text, a single token may get a space before it."""
+        token_id = self.tokenizer.get_added_vocab().get(tag)
+        return self.tokenizer.encode(tag, add_special_tokens=False) if token_id is None else [token_id]
+
+    @cached_property
+    def _writes_date(self) -> bool:
+        """Whether the template writes today's date, or the one that it is given."""
+        chats = [[Message(role="user", content="Hi")]]
+        if self.system_policy == "native":
+            chats.append([Message(role="system", content="Hi"), *chats[0]])
+        return any(self._render_text(chat) != self._render_text(chat, day=_OTHER_DATE) for chat in chats)
+
+    def _render_text(
+        self,
+        chat: Chat,
+        with_generation_prompt: bool = True,
+        switches: Mapping[str, Any] = _NO_THINKING,
+        day: date = FIXED_DATE,
+    ) -> str:
+        """Return the text of a chat without anything that is appended to the generation prompt."""
         return str(
-            self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=with_generation_prompt, **_TEMPLATE_SETTINGS
+            self._apply(
+                chat,
+                fix_date(self._own_source, day),
+                switches=switches,
+                add_generation_prompt=with_generation_prompt,
+                date_string=_format_date_string(day),
             )
         )
+
+    def _apply(self, chat: Chat, source: str, **options: Any) -> Any:
+        """Render a chat as text or, with `tokenize=True`, as token ids."""
+        return self._call_tokenizer(_split_into_parts(chat) if self._takes_parts else chat, source, **options)
+
+    def _call_tokenizer(
+        self, chat: Any, source: str, switches: Mapping[str, Any] = _NO_THINKING, **options: Any
+    ) -> Any:
+        """Call `apply_chat_template`; whatever a template raises becomes a UserError."""
+        defaults: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        defaults["date_string"] = _format_date_string(FIXED_DATE)
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat, chat_template=source, return_dict=True, **{**defaults, **switches, **options}
+            )
+        except Exception as error:  # Python's own errors come through Jinja unchanged
+            raise UserError(
+                f"the model's chat template rejects this chat: {_describe_failure(error)}"
+            ) from error
 
 
 def remove_whitespace(text: str) -> str:
@@ -208,17 +378,6 @@ def remove_whitespace(text: str) -> str:
     "Ican't"
     """
     return re.sub(r"\s+", "", text)
-
-
-def remove_thinking_and_whitespace(text: str) -> str:
-    """Return the text without thinking blocks and whitespace.
-
-    >>> remove_thinking_and_whitespace("<Assistant> <think> </think> Sure")
-    '<Assistant>Sure'
-    """
-    for opening, closing in THINKING_TAGS.items():
-        text = re.sub(f"{re.escape(opening)}.*?{re.escape(closing.strip())}", "", text, flags=re.DOTALL)
-    return remove_whitespace(text)
 
 
 def redact_secrets(text: str, secrets: tuple[str, ...]) -> str:
@@ -232,15 +391,6 @@ def redact_secrets(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-def strip_thinking(text: str) -> str:
-    """Return the text outside of thinking blocks; an unclosed block extends to the end.
-
-    >>> strip_thinking("<think>Hm.</think>Yes. <think>But")
-    ' Yes.  '
-    """
-    return re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)
-
-
 def _merge_system_turn(chat: Chat) -> Chat:
     """Return the chat with its system text put before the first user message."""
     system_text, turns = chat[0]["content"], [Message(**message) for message in chat[1:]]
@@ -249,3 +399,18 @@ def _merge_system_turn(chat: Chat) -> Chat:
         raise UserError("a chat without a user turn cannot be rendered")
     first_user["content"] = f"{system_text}\n\n{first_user['content']}"
     return turns
+
+
+def _split_into_parts(chat: Chat) -> list[dict[str, Any]]:
+    """Return the chat with each content as a list that holds one part of type text."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+
+
+def _format_date_string(day: date) -> str:
+    """Return a date as Llama 3.x writes it, which takes it as an argument."""
+    return f"{day:%d %b %Y}"
+
+
+def _describe_failure(error: BaseException | None) -> str:
+    """Return what a template raised; the type only where it is no message of the template's own."""
+    return str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"

@@ -12,10 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
-from analysis.models.chat_template import ChatTemplate, Prompt, strip_thinking
+from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
+from analysis.models.plain_passes import choose_batch_form
+from analysis.models.thinking import strip_thinking
 from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats
@@ -60,14 +62,13 @@ class ModelSession:
         batch_size: int | None = None,
         seed: int = 0,
         score_cache: ScoreCache | None = None,
+        answer_prefix: str | None = None,
     ) -> ModelSession:
         """Return a session for a model, without questions."""
-        chat_template = ChatTemplate(loaded_model.tokenizer)
-        engine = Engine(loaded_model.model, batch_size)
+        chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix)
+        engine = _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
-        defense_calls = DefenseCalls(
-            engine, chat_template, loaded_model.context_length, shared_settings, score_cache
-        )
+        defense_calls = DefenseCalls(engine, chat_template, loaded_model, shared_settings, score_cache)
         return cls(loaded_model, chat_template, engine, defense_calls, score_cache, seed)
 
     def with_questions(self, questions: tuple[str, ...]) -> ModelSession:
@@ -98,6 +99,7 @@ class ModelSession:
                     f"{self.loaded_model.name} reads {self.loaded_model.context_length}: shorten the query "
                     "or the defense's text"
                 )
+            check_token_ids(self.loaded_model, [prompt.ids for prompt in prompts])
             prompts_by_query.append(prompts)
         return prompts_by_query
 
@@ -136,6 +138,34 @@ class ModelSession:
             if not chats:
                 raise UserError(f"{defense.name!r} returns no chat for query {query_id!r}")
         return chats_by_query
+
+
+def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
+    """Return an engine that runs batches in the fastest form in which the model's logits are right."""
+    model = loaded_model.model
+    if model.device.type == "meta":  # without weights, nothing can be compared
+        return Engine(model, batch_size)
+    form, slower = choose_batch_form(model, loaded_model.share_prefix)
+    engine = Engine(model, batch_size, form)
+    engine.notices += [slower] if slower else []
+    return engine
+
+
+def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise if a prompt has a token for which the model has no embedding.
+
+    Args:
+        loaded_model: the model.
+        prompts: token ids.
+    """
+    largest = max(max(ids) for ids in prompts)
+    if largest >= loaded_model.n_embeddings:
+        token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the tokenizer of {loaded_model.name} gives {token!r} the id {largest}, but the model has "
+            f"embeddings for the ids 0 to {loaded_model.n_embeddings - 1} only: tokens were added and the "
+            "embedding was not resized. Use the model's own tokenizer, or resize_token_embeddings() and train"
+        )
 
 
 def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> Consultation:
@@ -209,7 +239,7 @@ def generate_responses(
         on_first_logits: called with the token ids of some prompts, the response prefix included, and their
             first-token logits; where `generate_token_ids` does so, and not if several models are blended.
     """
-    tokenizer = session.loaded_model.tokenizer
+    chat_template = session.chat_template
     prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
     prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
@@ -218,7 +248,7 @@ def generate_responses(
     def decode_response(token_ids: Sequence[int], is_prefilled: bool) -> str:
         # The text of a prefilled response is only what the model itself generated.
         prefix = () if is_prefilled else response_prefix
-        return str(tokenizer.decode([*prefix, *token_ids], skip_special_tokens=True))
+        return chat_template.decode_response([*prefix, *token_ids])
 
     def is_finished(token_ids: list[int]) -> bool:
         return should_stop is not None and should_stop(decode_response(token_ids, any(is_prefilled)))
@@ -231,7 +261,7 @@ def generate_responses(
                 session.engine,
                 prompt_ids,
                 max_new_tokens,
-                tokenizer.eos_token_id,
+                session.loaded_model.end_token_ids,
                 is_finished,
                 on_progress,
                 lambda rows, logits: on_first_logits([prompt_ids[row] for row in rows], logits),
@@ -240,7 +270,7 @@ def generate_responses(
         Response(
             tuple(token_ids),
             decode_response(token_ids, prefilled),
-            str(tokenizer.decode(token_ids, skip_special_tokens=True)),
+            chat_template.decode_response(token_ids),
         )
         for token_ids, prefilled in zip(generated, is_prefilled, strict=True)
     )
@@ -253,7 +283,7 @@ class DefenseCalls:
     Args:
         engine: runs the model; the defense is not applied to it meanwhile.
         chat_template: of the model's tokenizer.
-        context_length: maximum sequence length, in tokens.
+        loaded_model: the model that the engine runs.
         shared_settings: everything but the prompts that the responses depend on, for cache keys.
         score_cache: stores single-line responses for later runs; None keeps them in memory.
 
@@ -268,12 +298,12 @@ class DefenseCalls:
         self,
         engine: Engine,
         chat_template: ChatTemplate,
-        context_length: int,
+        loaded_model: LoadedModel,
         shared_settings: Mapping[str, Any],
         score_cache: ScoreCache | None = None,
     ) -> None:
         self._engine, self._chat_template = engine, chat_template
-        self._context_length, self._shared_settings = context_length, shared_settings
+        self._loaded_model, self._shared_settings = loaded_model, shared_settings
         self._score_cache = score_cache
         self._responses_by_key: dict[bytes, str] = {}
         self.on_progress: Callable[[int, int], None] = lambda n_generated, n_requested: None
@@ -286,11 +316,12 @@ class DefenseCalls:
             return []
         prompts = [self._chat_template.render_prompt(call.chat).ids for call in model_calls]
         n_tokens = max(len(ids) + call.max_new_tokens for ids, call in zip(prompts, model_calls, strict=True))
-        if n_tokens > self._context_length:
+        if n_tokens > self._loaded_model.context_length:
             raise UserError(
                 f"a defense calls the model about a query with {n_tokens} tokens, and the model reads "
-                f"{self._context_length}: shorten the query"
+                f"{self._loaded_model.context_length}: shorten the query"
             )
+        check_token_ids(self._loaded_model, prompts)
         keys = [self._make_key(ids, call) for ids, call in zip(prompts, model_calls, strict=True)]
         if self._score_cache is not None:
             self._responses_by_key |= self._score_cache.read_drafts(
@@ -327,7 +358,7 @@ class DefenseCalls:
 
     def copy_uncached(self) -> DefenseCalls:
         """Return a copy without cached responses, so that the cost of the calls can be measured."""
-        return DefenseCalls(self._engine, self._chat_template, self._context_length, self._shared_settings)
+        return DefenseCalls(self._engine, self._chat_template, self._loaded_model, self._shared_settings)
 
     def _make_key(self, token_ids: Sequence[int], call: ModelCall) -> bytes:
         """Return the cache key of a call."""
@@ -343,16 +374,20 @@ class DefenseCalls:
         on_progress: Callable[[int], None],
     ) -> None:
         """Generate and store the responses to calls with the same limits."""
-        tokenizer = self._chat_template.tokenizer
 
         def decode_response(token_ids: Sequence[int]) -> str:
-            return strip_thinking(str(tokenizer.decode(list(token_ids), skip_special_tokens=True))).lstrip()
+            return strip_thinking(self._chat_template.decode_response(token_ids)).lstrip()
 
         def is_finished(token_ids: list[int]) -> bool:
             return stops_at_newline and "\n" in decode_response(token_ids)
 
         generated = generate_token_ids(
-            self._engine, prompts, max_new_tokens, tokenizer.eos_token_id, is_finished, on_progress
+            self._engine,
+            prompts,
+            max_new_tokens,
+            self._loaded_model.end_token_ids,
+            is_finished,
+            on_progress,
         )
         texts = [decode_response(token_ids) for token_ids in generated]
         if stops_at_newline:
@@ -411,12 +446,12 @@ def _generate_blended(
     on_progress: Callable[[int], None],
 ) -> list[list[int]]:
     """Return greedy responses: first token from the blended logits, the rest from the defended model."""
-    eos_token_id = session.loaded_model.tokenizer.eos_token_id
+    end_token_ids = session.loaded_model.end_token_ids
     batches = iterate_defended_logits(
         session.engine, session.loaded_model, defense, prompts, _select_top_token
     )
     first_tokens = [int(token) for _, tokens in batches for token in tokens]
-    continued = [row for row, token in enumerate(first_tokens) if token != eos_token_id]
+    continued = [row for row, token in enumerate(first_tokens) if token not in end_token_ids]
     if max_new_tokens <= 1:
         continued = []
     on_progress(len(prompts) - len(continued))
@@ -425,11 +460,11 @@ def _generate_blended(
         extended = [(*prompts[row], first_tokens[row]) for row in continued]
         with defense.apply_to(session.loaded_model.model):
             continuations = generate_token_ids(
-                session.engine, extended, max_new_tokens - 1, eos_token_id, on_progress=on_progress
+                session.engine, extended, max_new_tokens - 1, end_token_ids, on_progress=on_progress
             )
     continuation_by_row = dict(zip(continued, continuations, strict=True))
     return [
-        [] if token == eos_token_id else [token, *continuation_by_row.get(row, [])]
+        [] if token in end_token_ids else [token, *continuation_by_row.get(row, [])]
         for row, token in enumerate(first_tokens)
     ]
 

@@ -7,16 +7,18 @@ a margin decomposes exactly over the components of a model.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.models.chat_template import THINKING_TAGS, Prompt
+from analysis.models.chat_template import Prompt
 from analysis.models.session import ModelSession
+from analysis.models.thinking import THINKING_TAGS
 from analysis.readouts.readout import Readout
 from defenses.errors import UserError
 
@@ -33,7 +35,10 @@ REFUSAL_QUESTIONS = tuple(
 YES_WORDS, NO_WORDS = ("Yes",), ("No",)
 
 N_OPENING_QUERIES = 16  # queries from whose responses the first tokens are collected
-_MAX_EMPTY_TOKENS = 3  # maximum number of empty tokens at the start of a response
+_MAX_EMPTY_TOKENS = 3  # maximum number of empty tokens, or of tags, at the start of a response
+_MAX_TAG_TOKENS = 12  # maximum number of tokens of a tag that is no token of its own
+# Control tokens with which a response ends, and so may have no text.
+_END_TOKEN = re.compile(r"end|eos|eot|eom|stop|return|pad|</s>", re.IGNORECASE)
 # Start of the response for `prefilled-k`; written for this project, without any topic.
 COMPLYING_OPENER = "Sure, here is what you asked for, step by step and in full detail:"
 
@@ -47,6 +52,7 @@ def make_words_readout(
     probe: FirstTokenProbe,
     refusal_words: Sequence[str] = REFUSAL_WORDS,
     compliance_words: Sequence[str] = COMPLIANCE_WORDS,
+    opening_texts: Mapping[str, str] | None = THINKING_TAGS,
 ) -> Readout:
     """Return the `words` readout: mean logit of refusal words' first tokens minus that of compliance words'.
 
@@ -59,14 +65,17 @@ def make_words_readout(
         probe: computes first-token probabilities.
         refusal_words: words with which refusals start.
         compliance_words: words with which compliant responses start.
+        opening_texts: text with which responses may open before their first word → text that ends that
+            opening, such as the tags of thinking blocks; None if it was given where responses begin.
 
     Returns:
         The readout, with threshold 0.
 
     Raises:
-        UserError: if the tokenizer has no token for any word of one side.
+        UserError: if the tokenizer has no token for any word of one side, or if responses open with a control
+            token that is not known.
     """
-    prefix, probabilities = _find_response_prefix(tokenizer, list(prompts), probe)
+    prefix, probabilities = _find_response_prefix(tokenizer, list(prompts), probe, opening_texts)
     forms = {
         form: _collect_first_tokens(tokenizer, leading_space, refusal_words, compliance_words)
         for form, leading_space in (("bare", ""), ("spaced", " "))
@@ -134,7 +143,11 @@ def derive_words_readout(
 
     prompt_ids = [(*prompt.ids, *opener_ids) for prompt in prompts]
     words_readout = make_words_readout(
-        session.loaded_model.tokenizer, prompt_ids, probe_first_token, *word_sides
+        session.loaded_model.tokenizer,
+        prompt_ids,
+        probe_first_token,
+        *word_sides,
+        session.chat_template.opening_texts,
     )
     prefix = (*opener_ids, *words_readout.response_prefix)
     return replace(words_readout, response_prefix=prefix, prefill=prefix, questions=session.questions)
@@ -175,7 +188,10 @@ def _collect_first_tokens(
 
 
 def _find_response_prefix(
-    tokenizer: Any, prompts: list[tuple[int, ...]], probe: FirstTokenProbe
+    tokenizer: Any,
+    prompts: list[tuple[int, ...]],
+    probe: FirstTokenProbe,
+    opening_texts: Mapping[str, str] | None,
 ) -> tuple[tuple[int, ...], Float[Tensor, " vocab"]]:
     """Return the meaningless tokens with which most responses start, and the probabilities of the next token.
 
@@ -183,11 +199,47 @@ def _find_response_prefix(
     """
     prefix: tuple[int, ...] = ()
     for _ in range(_MAX_EMPTY_TOKENS):
-        probabilities, top_tokens = probe([(*prompt, *prefix) for prompt in prompts])
-        token, count = Counter(top_tokens).most_common(1)[0]
-        text = tokenizer.decode([token], skip_special_tokens=False).strip()
-        if (text and text not in THINKING_TAGS) or count <= len(prompts) / 2:
+        probabilities, token = _find_common_token(prompts, prefix, probe)
+        opening: tuple[int, ...] = (token,) if token is not None else ()
+        text = tokenizer.decode(list(opening), skip_special_tokens=False).strip()
+        while opening and text and opening_texts and text not in opening_texts:
+            # A tag may consist of several tokens.
+            if len(opening) > _MAX_TAG_TOKENS or not any(known.startswith(text) for known in opening_texts):
+                break
+            _, token = _find_common_token(prompts, (*prefix, *opening), probe)
+            if token is None:
+                break
+            opening = (*opening, token)
+            text = tokenizer.decode(list(opening), skip_special_tokens=False).strip()
+        if not opening or (text and text not in (opening_texts or {})):
+            if opening_texts is not None:
+                _check_not_control_token(tokenizer, opening[:1])
             return prefix, probabilities
-        closing = tokenizer.encode(THINKING_TAGS[text], add_special_tokens=False) if text else []
-        prefix = (*prefix, token, *closing)
+        closing = opening_texts[text] if text and opening_texts else ""
+        prefix = (*prefix, *opening, *tokenizer.encode(closing, add_special_tokens=False))
     return prefix, probe([(*prompt, *prefix) for prompt in prompts])[0]
+
+
+def _find_common_token(
+    prompts: list[tuple[int, ...]], prefix: tuple[int, ...], probe: FirstTokenProbe
+) -> tuple[Float[Tensor, " vocab"], int | None]:
+    """Return the probabilities of the token after a prefix, and the token that most prompts continue with.
+
+    The token is None if no token has a majority.
+    """
+    probabilities, top_tokens = probe([(*prompt, *prefix) for prompt in prompts])
+    token, count = Counter(top_tokens).most_common(1)[0]
+    return probabilities, token if count > len(prompts) / 2 else None
+
+
+def _check_not_control_token(tokenizer: Any, opening: tuple[int, ...]) -> None:
+    """Raise if responses open with a control token that does not end them: the first word comes later."""
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    for token_id in set(opening) - ends:
+        token = tokenizer.added_tokens_decoder.get(token_id)
+        if token is not None and token.special and not _END_TOKEN.search(token.content):
+            raise UserError(
+                f"this model opens its responses with the control token {token.content!r}, so it is not "
+                "known where their text begins: say so with --answer-prefix TEXT, the text between the "
+                "prompt and the first word of a response"
+            )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.files import check_output_folder, hash_file, stage_folder, write_text_file
+from analysis.files import check_output_folder, hash_file, lock_folder, stage_folder, write_text_file
 from analysis.report.results import Run
 from analysis.stats.tables import format_table, read_table
 from defenses.errors import UserError
@@ -178,7 +178,11 @@ def prepare_run_folder(folder: Path, console: Console) -> Path:
         folder: which may not exist yet.
         console: where to print.
     """
-    check_output_folder(folder)
+    if not lock_folder(check_output_folder(folder)):
+        raise UserError(
+            f"--out {folder}: a run that has not ended yet will write into it; wait for that run, or choose "
+            "another folder"
+        )
     if (folder / RECORD_FILE).exists():
         _print_line(
             console,

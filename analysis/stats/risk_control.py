@@ -11,7 +11,7 @@ determines the order, and the other part is tested.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +35,9 @@ class RiskCertificate:
     Attributes:
         is_certified: whether each candidate is certified.
         was_tested: whether each candidate was tested; a sequence ends with its first failure.
-        p_values: p-value of each candidate for "its loss exceeds the limit"; valid for the tests only in
-            their order.
-        n_losses: number of losses of each candidate on the tested queries.
+        p_values: p-value of each tested candidate for "its loss exceeds the limit"; valid for the tests only
+            in their order. NaN for the others.
+        n_losses: number of losses of each tested candidate on the tested queries; 0 for the others.
         n_queries: number of tested queries.
     """
 
@@ -70,7 +70,9 @@ def compute_risk_p_values(
 
 
 def certify_candidates(
-    losses: Bool[np.ndarray, "candidates n"],
+    read_losses: Callable[[int], Bool[np.ndarray, " n"]],
+    n_candidates: int,
+    n_queries: int,
     sequences: Sequence[Sequence[int]],
     limit: float,
     error_budget: float = ERROR_BUDGET,
@@ -81,15 +83,18 @@ def certify_candidates(
     candidate has a loss rate of at most `limit` on new queries of the same kind. Each sequence may spend
     `error_budget` divided by the number of sequences. In one sequence, an error requires that the first
     candidate above the limit passes, which happens with at most that probability; later ones are not tested
-    unless it passes, so their number does not matter.
+    unless it passes, so their number does not matter. Losses are read only of the candidates that are tested.
 
     >>> losses = np.arange(60) < np.array([[0], [20], [0]])
-    >>> certify_candidates(losses, [[0, 1, 2]], 0.05).is_certified.tolist()
+    >>> certify_candidates(losses.__getitem__, 3, 60, [[0, 1, 2]], 0.05).is_certified.tolist()
     [True, False, False]
 
     Args:
-        losses: whether each candidate makes the error on each query (refuses a benign query); queries are
-            independent of each other and were not used to choose the sequences or the candidates.
+        read_losses: called with the index of a candidate; returns whether it makes the error on each query
+            (refuses a benign query). The queries are independent of each other and were not used to choose
+            the sequences or the candidates.
+        n_candidates: number of candidates.
+        n_queries: number of tested queries.
         sequences: indices of candidates in the order of their tests; several sequences are several starting
             points. A candidate in none of them is not tested.
         limit: highest allowed loss rate, 0 to 1.
@@ -102,13 +107,13 @@ def certify_candidates(
         raise ValueError(f"an error budget is between 0 and 1, not {error_budget}")
     if any(len(set(sequence)) < len(sequence) for sequence in sequences):
         raise ValueError("a sequence tests a candidate twice")
-    n_candidates, n_queries = losses.shape
-    n_losses = losses.sum(1).astype(int)
-    p_values = compute_risk_p_values(n_losses, n_queries, limit)
     is_certified, was_tested = np.zeros(n_candidates, dtype=bool), np.zeros(n_candidates, dtype=bool)
+    n_losses, p_values = np.zeros(n_candidates, dtype=int), np.full(n_candidates, np.nan)
     for sequence in sequences:
         for candidate in sequence:
             was_tested[candidate] = True
+            n_losses[candidate] = int(read_losses(candidate).sum())
+            p_values[[candidate]] = compute_risk_p_values(n_losses[[candidate]], n_queries, limit)
             if p_values[candidate] > error_budget / len(sequences):
                 break
             is_certified[candidate] = True

@@ -7,6 +7,7 @@ discrimination are relative to the attacked model without the secret.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import logging
@@ -27,7 +28,7 @@ from analysis.files import data_folder
 from analysis.judges.judge import judge_queries, make_verdict_masks
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
-from analysis.models.chat_template import redact_secrets
+from analysis.models.chat_template import ChatTemplate, redact_secrets
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession, generate_responses
 from analysis.progress import make_notifier, make_progress_bar, print_note
@@ -122,18 +123,27 @@ def reproduce_backdooralign(
 def _prepare_arms(spec: RunSpec, n_secrets: int, console: Console) -> tuple[RunSetup, list[Arm]]:
     """Load queries, model and weights, and fit the threshold; the arms take the place of defenses."""
     query_set, split, calibration = spec.select_queries(make_notifier(console))
-    session, model_info = spec.open_session(console)
+    opened = spec.open_model(console)
+    model_info = opened.model_info
     arms = build_arms(model_info)
-    if n_secrets:
-        arms += train_other_secrets(spec, model_info, n_secrets, console)
     for arm in arms:
         check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
+    if n_secrets:
+        other_arms = train_other_secrets(spec, model_info, n_secrets, console)
+        for arm in other_arms:
+            check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
+        arms += other_arms
+    session = opened.load_session()
     # The clean model is the first arm: its responses fix the threshold of all arms.
     readout_calibration = ReadoutCalibration(session, model_info, arms[0].defense, calibration, console)
     readout = readout_calibration.calibrate_readout("outcome")
-    for notice in readout.notices:
-        print_note(console, f"readout {readout.name}: {notice}")
-    return RunSetup(session, model_info, [], query_set, split, [readout], (), []), arms
+    notices = [
+        *session.loaded_model.notices,
+        *(f"readout {readout.name}: {text}" for text in readout.notices),
+    ]
+    for notice in notices:
+        print_note(console, notice)
+    return RunSetup(session, model_info, [], query_set, split, [readout], (), notices), arms
 
 
 def _check_arms(setup: RunSetup, arms: Sequence[Arm], console: Console) -> dict[ConditionKey, str]:
@@ -330,10 +340,10 @@ def count_correct_answers(loaded_model: LoadedModel, system_prompt: str) -> tupl
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tokenizer = copy.copy(loaded_model.tokenizer)
+    tokenizer.chat_template = ChatTemplate(tokenizer).source  # the harness, too, reads the fixed date
     with redirect_stderr(io.StringIO()):  # the harness shows its own progress bars
-        harness_model: Any = HFLM(
-            pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, batch_size=16
-        )
+        harness_model: Any = HFLM(pretrained=loaded_model.model, tokenizer=tokenizer, batch_size=16)
         results: Any = simple_evaluate(
             model=harness_model,
             tasks=[_utility_task_config()],

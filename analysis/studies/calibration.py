@@ -98,8 +98,43 @@ class ReadoutCalibration:
         """Return the cached readout of that name, or None."""
         return read_cached_json(self._readout_cache_path(name), _restore_readout)
 
+    def draft_readout(
+        self, name: str, conditions: Mapping[str, Defense], attacks: Sequence[Attack]
+    ) -> Readout:
+        """Return the readout of that name as far as it can be made without generating responses.
+
+        It is the cached readout if there is one. Otherwise, its threshold is 0, and the words readout stands
+        in for a readout that is fitted to responses.
+
+        Args:
+            name: as for `calibrate_readout`, or auto.
+            conditions: condition name → defense.
+            attacks: attacks of the run.
+        """
+        cached = self.find_best_readout(conditions, attacks) if name == "auto" else self.load_readout(name)
+        if cached is not None:
+            return cached
+        is_fitted = name in ("calibrated", *OUTCOME_DEPTHS)
+        readout = self.build_readout("words" if is_fitted or name == "auto" else name)
+        return replace(readout, name=name) if is_fitted else readout
+
     def select_best_readout(self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]) -> Readout:
         """Return the readout that `analyze validate` found best for these conditions, else words.
+
+        Args:
+            conditions: condition name → defense.
+            attacks: attacks of the run.
+        """
+        if (best := self.find_best_readout(conditions, attacks)) is not None:
+            return best
+        words = self.calibrate_readout("words")
+        reason = "none was validated under all of these conditions (`analyze validate --readout all` does it)"
+        return replace(words, notices=(*words.notices, f"--readout auto: {reason}, so words is used"))
+
+    def find_best_readout(
+        self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]
+    ) -> Readout | None:
+        """Return the readout that `analyze validate` found best for these conditions, or None.
 
         Among the readouts that were validated in all of these conditions, the best one is trusted in the most
         conditions, then not trusted in the fewest, then has the highest AUROC against the text (mean of the
@@ -127,11 +162,7 @@ class ReadoutCalibration:
                 )
                 ranked.append((rank, readout))
         if not ranked:
-            words = self.calibrate_readout("words")
-            reason = (
-                "none was validated under all of these conditions (`analyze validate --readout all` does it)"
-            )
-            return replace(words, notices=(*words.notices, f"--readout auto: {reason}, so words is used"))
+            return None
         best = max(ranked, key=lambda candidate: candidate[0])[1]
         counts = ", ".join(f"{readout.name} in {n_trusted}" for (n_trusted, *_), readout in ranked)
         notice = (
@@ -181,12 +212,8 @@ class ReadoutCalibration:
         with self.undefended.apply_to(session.loaded_model.model), status:
             prompts = self._opening_prompts(session)
             if name.startswith("prefilled-"):
-                tokenizer = session.loaded_model.tokenizer
-                opener = tuple(tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False))
-                n_tokens = int(name.removeprefix("prefilled-"))
-                if n_tokens > len(opener):
-                    raise UserError(f"--readout {name}: the opener has {len(opener)} tokens in this model")
-                readout = derive_words_readout(session, prompts, opener[:n_tokens])
+                opener = encode_opener(name, session.loaded_model.tokenizer)
+                readout = derive_words_readout(session, prompts, opener)
             elif name == "question":
                 question_session = session.with_questions(REFUSAL_QUESTIONS)
                 readout = derive_words_readout(
@@ -317,8 +344,27 @@ class ReadoutCalibration:
             "data": [self.calibration_set.sha256, [query.id for query in self._calibration_queries]],
             "judge": [_CALIBRATION_JUDGE.manifest_entry, DEFAULT_MAX_NEW_TOKENS],
             "begins": prefill,
-            "template": self.session.loaded_model.tokenizer.chat_template,
+            "template": self.session.chat_template.identity,
         }
+
+
+def encode_opener(readout_name: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids that a readout forces responses to start with; none for most readouts.
+
+    Args:
+        readout_name: as in `--readout`.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: if the opener has fewer tokens than the name says.
+    """
+    if not readout_name.startswith("prefilled-"):
+        return ()
+    opener = tuple(tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False))
+    n_tokens = int(readout_name.removeprefix("prefilled-"))
+    if n_tokens > len(opener):
+        raise UserError(f"--readout {readout_name}: the opener has {len(opener)} tokens in this model")
+    return opener[:n_tokens]
 
 
 def _restore_readout(content: dict[str, Any]) -> Readout:
@@ -405,7 +451,7 @@ def _validity_cache_path(
     """
     key = {
         "defense": identify_defense(defense, session.seed),
-        "template": session.loaded_model.tokenizer.chat_template,
+        "template": session.chat_template.identity,
         "attack": "/".join((attack.name, *attack.wording_sha256)),
         "readout": [readout.scoring_settings, readout.threshold, readout.response_prefix],
         "asked": readout.questions,

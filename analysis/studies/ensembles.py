@@ -192,9 +192,13 @@ def score_ensembles(
     """
     overlap_frame = None if overlap is None else load_overlap(overlap)
     attacks = (DIRECT_ATTACK, *(attack for attack in spec.attacks if attack.name != DIRECT_ATTACK.name))
-    setup = prepare_setup(replace(spec, split=BOTH_SPLITS, attacks=attacks), defenses, settings, console)
-    if overlap is not None:
-        _check_overlap_model(overlap, setup)
+
+    def check_inputs(setup: RunSetup) -> None:
+        if overlap is not None:
+            _check_overlap_model(overlap, setup)
+
+    spec_of_splits = replace(spec, split=BOTH_SPLITS, attacks=attacks)
+    setup = prepare_setup(spec_of_splits, defenses, settings, console, check_inputs=check_inputs)
     overlaps = {
         attack.name: None if overlap_frame is None else build_overlap_table(overlap_frame, attack.name)
         for attack in setup.attacks

@@ -27,6 +27,7 @@ from analysis.stats.tables import format_table
 from defenses.errors import UserError, unknown_name_error
 
 VERDICT_COLUMNS = ("refusal", "evidence", "judge")
+_SHIPPED_JUDGES: dict[str, Judge] = {**RULE_JUDGES, LEARNED_JUDGE.name: LEARNED_JUDGE}
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,15 @@ class JudgeOptions:
     rubric: Path | None = None
     grade: bool = False
 
-    def load_judge(self, offline: bool, notify: Any) -> Judge:
-        """Check the options and return the judge.
-
-        Args:
-            offline: whether the network may not be used.
-            notify: prints a line that the user should read before anything is sent.
+    def check_options(self) -> None:
+        """Check the options without loading a model.
 
         Raises:
             UserError: if an option has no valid value, or does not belong to this judge.
         """
-        shipped_judges: dict[str, Judge] = {**RULE_JUDGES, LEARNED_JUDGE.name: LEARNED_JUDGE}
-        if self.name not in (*shipped_judges, "model"):
-            raise unknown_name_error("judge", self.name, (*shipped_judges, "model"))
-        if self.name in shipped_judges:
+        if self.name not in (*_SHIPPED_JUDGES, "model"):
+            raise unknown_name_error("judge", self.name, (*_SHIPPED_JUDGES, "model"))
+        if self.name in _SHIPPED_JUDGES:
             model_options = {
                 "--judge-model": self.model,
                 "--rubric": self.rubric,
@@ -70,13 +66,31 @@ class JudgeOptions:
             for option, value in model_options.items():
                 if value is not None:
                     raise UserError(f"{option} is for --judge model; the judge is {self.name}")
-            return shipped_judges[self.name]
+            return
         if not self.model:
             raise UserError(
                 "--judge model: which one? --judge-model ID, folder, .gguf file, or http://host/v1#NAME"
             )
+        from analysis.judges.model_judges import check_judge_inputs
+
+        check_judge_inputs(self.budget, self.rubric)
+
+    def load_judge(self, offline: bool, notify: Any) -> Judge:
+        """Check the options and return the judge.
+
+        Args:
+            offline: whether the network may not be used.
+            notify: prints a line that the user should read before anything is sent.
+
+        Raises:
+            UserError: if an option has no valid value, or the judge cannot be loaded.
+        """
+        self.check_options()
+        if self.name in _SHIPPED_JUDGES:
+            return _SHIPPED_JUDGES[self.name]
         from analysis.judges.model_judges import ModelJudge, load_model_judge
 
+        assert self.model is not None  # `check_options` has checked it
         silence_libraries(offline)
         judge = load_model_judge(self.model, self.budget, self.rubric, offline, notify)
         if self.grade and not isinstance(judge, ModelJudge):

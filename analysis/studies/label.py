@@ -26,7 +26,7 @@ from analysis.report.folder import add_tables, read_run
 from analysis.stats.judge_correction import ANSWERS, REFUSES, CorrectedRates, correct_refusal_rates
 from analysis.stats.tables import ResponseVerdict, read_table
 from analysis.studies.judge_file import JudgeOptions
-from analysis.studies.manifest import describe_attacks, describe_run
+from analysis.studies.manifest import describe_attacks, describe_inputs
 from analysis.studies.responses import RESPONSE_COLUMNS, name_verdict
 from analysis.studies.run_spec import RunSpec, build_run_spec
 from analysis.studies.setup import RunSetup, prepare_setup
@@ -285,9 +285,21 @@ def regenerate_responses(
     """
     options = _get_options(run)
     spec = _build_spec(options, offline)
-    setup = prepare_setup(spec, options["defenses"], options["settings"], console, with_threshold=False)
-    _check_unchanged(run, setup, spec, sorted(set(rows["defense"])))
     judge = JudgeOptions(run.judge_name).load_judge(offline, make_notifier(console))
+    names = sorted(set(rows["defense"]))
+
+    def check_inputs(setup: RunSetup) -> None:
+        _check_unchanged(run, setup, spec, [name for name in names if name in setup.conditions])
+
+    setup = prepare_setup(
+        spec,
+        options["defenses"],
+        options["settings"],
+        console,
+        with_threshold=False,
+        check_inputs=check_inputs,
+    )
+    _check_unchanged(run, setup, spec, names)
     queries_by_id = {query.id: query for query in setup.query_set.queries}
     attacks = {attack.name: attack for attack in setup.attacks}
     prefill = tuple(run.record["readout"]["answers_begin"])
@@ -445,14 +457,16 @@ def _build_spec(options: Mapping[str, Any], offline: bool) -> RunSpec:
         options["attacks"],
         "words",
         responses=options["responses"],
+        share_prefix=options.get("share_prefix", True),
+        template=options.get("template"),  # absent from runs of earlier versions
+        answer_prefix=options.get("answer_prefix"),
     )
 
 
 def _check_unchanged(run: JudgedRun, setup: RunSetup, spec: RunSpec, conditions: Sequence[str]) -> None:
     """Raise if the model, the data, an attack or a defense is not the one of the run."""
     rebuilt = {name: setup.conditions[name] for name in conditions if name in setup.conditions}
-    readout, split, limit = setup.readouts[0], setup.split, spec.limit
-    described = describe_run(setup.session, readout, rebuilt, setup.query_set, split, limit)
+    described = describe_inputs(setup.session, rebuilt, setup.query_set, setup.split, spec.limit)
     described |= describe_attacks(setup.attacks)
     now, then = json.loads(json.dumps(described)), run.record
     changed = [

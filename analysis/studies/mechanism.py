@@ -441,17 +441,20 @@ def study_mechanism(
         )
     stacks = None if options.ensembles_folder is None else load_stack_interactions(options.ensembles_folder)
 
-    def check_setup(setup: RunSetup) -> None:
+    if all((defense if isinstance(defense, str) else defense.name) == UNDEFENDED for defense in defenses):
+        raise UserError("no defense chosen except `none`, the undefended model; see `analyze list defenses`")
+
+    def check_inputs(setup: RunSetup) -> None:
         if options.ensembles_folder is not None:
             check_same_model(options.ensembles_folder, setup)
-        if set(setup.conditions) == {UNDEFENDED}:
-            raise UserError(
-                "no defense chosen except `none`, the undefended model; see `analyze list defenses`"
-            )
+
+    def check_setup(setup: RunSetup) -> None:
+        if options.ensembles_folder is not None:
+            check_same_readout(options.ensembles_folder, setup.readout.name)
         with console.status("locating the model's components"):
             _check_attribution(setup)
 
-    scored = score_conditions(spec, defenses, settings, console, check_setup)
+    scored = score_conditions(spec, defenses, settings, console, check_inputs, check_setup)
     setup, sweep_result = scored.setup, scored.sweep_result
     if not any(name != UNDEFENDED for _, name in sweep_result.score_frames):
         raise UserError(f"nothing could be scored: {next(iter(sweep_result.failures.values()))}")
@@ -497,28 +500,41 @@ def load_stack_interactions(ensembles_folder: Path) -> pd.DataFrame:
 
 
 def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
-    """Raise if a run of `analyze ensembles` used another model or readout than this run.
+    """Raise if a run of `analyze ensembles` used another model than this run.
 
     Args:
         ensembles_folder: output folder of the run, or its ensembles.csv.
         setup: set-up of this run.
     """
+    origin = setup.session.loaded_model.origin
+    for key in ("sha256", "state_sha256"):
+        _check_same_value(ensembles_folder, f"weights ({key})", "model", key, origin.get(key))
+
+
+def check_same_readout(ensembles_folder: Path, readout_name: str) -> None:
+    """Raise if a run of `analyze ensembles` used another readout than this run.
+
+    Args:
+        ensembles_folder: output folder of the run, or its ensembles.csv.
+        readout_name: readout of this run.
+    """
+    _check_same_value(ensembles_folder, "readout", "readout", "name", readout_name)
+
+
+def _check_same_value(ensembles_folder: Path, label: str, section: str, key: str, value: str | None) -> None:
+    """Raise if an entry of the run.json of a run of `analyze ensembles` differs from that of this run."""
     path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / RECORD_FILE
     if not path.is_file():
         raise UserError(
             f"--ensembles {ensembles_folder}: there is no run.json beside it, so its model cannot be checked"
         )
-    record, origin = read_record(path), setup.session.loaded_model.origin
-    weights = [
-        (f"weights ({key})", record["model"].get(key), origin.get(key)) for key in ("sha256", "state_sha256")
-    ]
-    for name, other_value, value in (*weights, ("readout", record["readout"]["name"], setup.readout.name)):
-        if other_value != value:
-            raise UserError(
-                f"--ensembles {ensembles_folder} was made with {record['model']['name']}: its {name} is "
-                f"{str(other_value)[:12]}, and that of this run is {str(value)[:12]}; run `analyze "
-                "ensembles` with the same -m and --readout"
-            )
+    record = read_record(path)
+    if (other_value := record[section].get(key)) != value:
+        raise UserError(
+            f"--ensembles {ensembles_folder} was made with {record['model']['name']}: its {label} is "
+            f"{str(other_value)[:12]}, and that of this run is {str(value)[:12]}; run `analyze "
+            "ensembles` with the same -m and --readout"
+        )
 
 
 def _check_attribution(setup: RunSetup) -> None:

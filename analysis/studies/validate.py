@@ -90,8 +90,16 @@ def validate_readouts(
     """
     timer = RunTimer()
     check_response_tokens(max_new_tokens)
-    judge = judge_options.load_judge(spec.offline, make_notifier(console))
-    setup = prepare_setup(spec, defenses, settings, console)
+    judge_options.check_options()
+    judges: list[Judge] = []
+
+    def check_inputs(setup: RunSetup) -> None:
+        n_conditions = len(setup.attacks) * len(setup.conditions)
+        judge_options.check_budget(n_conditions * len(setup.query_set.queries))
+        judges.append(judge_options.load_judge(spec.offline, make_notifier(console)))
+
+    setup = prepare_setup(spec, defenses, settings, console, check_inputs=check_inputs)
+    (judge,) = judges
     failures = check_conditions(setup, setup.conditions, console)
     validation = _Validation(setup, judge, judge_options, max_new_tokens, spec.seed, failures)
     stop_reason = validation.run_conditions(console)
@@ -197,16 +205,14 @@ def judge_openings(
         responses: the whole responses to each query.
         prefill: token ids with which all of them start.
     """
-    tokenizer = session.loaded_model.tokenizer
+    decode_response = session.chat_template.decode_response
 
     def cut_response(response: Response) -> Response:
         ids = response.ids[:N_RESPONSE_TOKENS]
-        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        text = decode_response(ids)
         # The text of a response lacks the prefill if the chat has one of its own.
         has_prefill = response.text != response.generated_text
-        whole_text = (
-            str(tokenizer.decode([*prefill, *ids], skip_special_tokens=True)) if has_prefill else text
-        )
+        whole_text = decode_response([*prefill, *ids]) if has_prefill else text
         return replace(response, ids=ids, text=whole_text, generated_text=text)
 
     openings = [[cut_response(response) for response in copies] for copies in responses]

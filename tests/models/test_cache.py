@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import derive_readout, make_adapter, make_toy_session, render_query
+from fault_runs import limit_file_size
 
 from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
@@ -253,6 +255,52 @@ def test_a_run_that_is_killed_loses_one_batch_at_most(tmp_path: Path) -> None:
     assert held % 8 == 0 and held // 8 in (told + 1, told + 2)
     with sqlite3.connect(place) as file:
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_rows_that_did_not_fit_the_disk_are_stored_when_they_do(tmp_path: Path) -> None:
+    score_cache = ScoreCache(tmp_path / "s")
+    rows = [(CacheKey({}).make_key([row]), float(row), 1.0) for row in range(2_000)]
+    with limit_file_size(8_192):
+        score_cache.write_scores(rows[:1_000])
+        assert "cannot be used" in score_cache.describe_problem()
+        assert ScoreCache(tmp_path / "s").read_scores([rows[0][0]]) == {}
+    score_cache.write_scores(rows[1_000:])
+    assert score_cache.describe_problem() == ""
+    later = ScoreCache(tmp_path / "s")
+    assert len(later.read_scores([key for key, *_ in rows])) == len(rows)
+    assert (score_cache.describe_reuse(), later.describe_reuse()) == ("", "2,000 margins")
+    assert later.describe_reuse() == ""
+
+
+def test_what_an_unusable_file_costs_is_said(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(b"no database at all" * 100)
+    assert "file is not a database" in ScoreCache(tmp_path / "s").describe_problem()
+
+
+def write_cache(place: Path, number: int) -> None:
+    """Write rows and JSON files into a cache, as a run does; other processes do so at the same time."""
+    score_cache = ScoreCache(place)
+    for batch in range(40):
+        score_cache.write_scores((CacheKey({}).make_key([number, batch, row]), 1.0, 1.0) for row in range(8))
+        shared_path = place.with_name("readouts") / f"{batch % 3}.json"
+        write_cached_json(shared_path, {"rows": [number] * 2_000})
+        content = read_cached_json(shared_path, lambda content: content)
+        assert content is not None and len(set(content["rows"])) == 1
+    assert not score_cache.describe_problem()
+
+
+def test_three_processes_share_a_cache(tmp_path: Path) -> None:
+    writers = [
+        multiprocessing.get_context("fork").Process(target=write_cache, args=(tmp_path / "s", number))
+        for number in range(3)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert count_cached_rows(tmp_path / "s")["scores"] == 3 * 40 * 8
+    assert not list((tmp_path / "readouts").glob(".*"))
 
 
 # --- blends -----------------------------------------------------------------------------------------------

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import datetime
 from typing import Any
 
 import pytest
-from conftest import TEMPLATES, toy_tokenizer
+from conftest import CHATML, TEMPLATES, toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.models.chat_template import (
     ChatTemplate,
     redact_secrets,
-    remove_thinking_and_whitespace,
     remove_whitespace,
 )
+from analysis.models.thinking import remove_thinking
 from defenses.catalog import get_defense
 from defenses.contract import Chat
 from defenses.errors import UserError
@@ -109,7 +108,7 @@ def test_a_tokenizer_that_adds_bos_by_itself_does_not_double_it() -> None:
         assert tokenizer.encode("Hi").count(bos) == 1
         return tokenizer
 
-    asked = ChatTemplate(adds_bos("llama3"))
+    asked = ChatTemplate(adds_bos("gemma3"))
     assert asked.render_prompt(ASKED).ids.count(asked.tokenizer.bos_token_id) == 1
     assert not asked.notices
     # Vicuna's case, were its template not to write BOS: as transformers' chats have it, but it is said.
@@ -126,18 +125,13 @@ def test_a_thinking_block_is_closed_exactly_once(template: str, kind: str) -> No
     assert text.count("<think>") == text.count("</think>") == 1
     assert text.rstrip().endswith("</think>")
     answer = {"qwen3": "<|im_end|><|im_start|>assistant", "r1": "<|Assistant|>"}[template]
-    assert remove_thinking_and_whitespace(text).endswith(remove_whitespace(USER) + answer)
+    assert remove_whitespace(remove_thinking(text)).endswith(remove_whitespace(USER) + answer)
     assert any("thinking block" in notice for notice in asked.notices) == (template == "r1")
 
 
 def test_a_template_that_ends_in_a_space_is_noticed() -> None:
     assert any("ends in a space" in notice for notice in renderer("space").notices)
     assert not any("ends in a space" in notice for notice in renderer("chatml").notices)
-
-
-def test_a_prompt_does_not_depend_on_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = renderer("llama3").render_prompt(ASKED).text
-    assert "Today Date:" in text and f"{datetime.date.today():%d %b %Y}" not in text
 
 
 ODD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), min_size=1, max_size=30)
@@ -173,6 +167,41 @@ def test_a_template_that_wants_turns_to_alternate_takes_demonstrations(template:
     chat = defense.rewrite([{"role": "user", "content": USER}], random.Random(0))
     text = renderer(template).render_prompt(chat).text
     assert remove_whitespace(USER) in remove_whitespace(text) and len(chat) == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{% for t in tools %}{{ t }}{% endfor %}", "fails on a single user message: TypeError"),
+        ("{{ 'a' + 1 }}", "fails on a single user message: TypeError"),
+        ("{{ '%z' % 1 }}", "fails on a single user message: ValueError"),
+        ("{{ messages[0].none.content }}", "fails on a single user message: 'dict object' has no attr"),
+        ("{{ raise_exception('No\nuser\nturns') }}", "fails on a single user message: No user turns; choose"),
+        ("{{ ''.__class__.mro() }}", "fails on a single user message"),
+        ("{% for m in messages %}", "cannot be read"),
+        ("{{ 'Hi' }}", "drops the user's text"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_an_error_of_one_line(source: str, problem: str) -> None:
+    with pytest.raises(UserError, match=r"^the model's chat template") as raised:
+        renderer(source).check_usable()
+    assert problem in str(raised.value) and "\n" not in str(raised.value)
+    assert "--template" in str(raised.value)
+
+
+def test_a_system_turn_on_which_a_template_fails_is_merged() -> None:
+    failing = CHATML.replace("m.role +", "{'user': 'user', 'assistant': 'assistant'}[m.role] +")
+    assert renderer(failing).system_policy == "merged"
+    assert [message["role"] for message in renderer(failing).render_prompt(ASKED).chat] == ["user"]
+
+
+def test_contents_are_given_in_parts_to_templates_that_drop_plain_text() -> None:
+    asked = renderer("smolvlm")
+    plain = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in SHOWN]
+    ids = asked.tokenizer.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
+    prompt = asked.render_prompt(SHOWN)
+    assert list(prompt.ids) == ids and prompt.chat == SHOWN
+    assert asked.identity["content"] == "parts" and renderer("chatml").identity["content"] == "text"
 
 
 def test_a_chat_that_the_template_refuses_is_an_error_in_its_words() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
+from analysis.models.chat_template import ChatTemplate
 from analysis.readouts.first_token import (
     COMPLIANCE_WORDS,
     REFUSAL_WORDS,
@@ -101,6 +102,28 @@ def test_a_thinking_block_that_answers_open_with_is_closed_before_they_are_read(
         "</think>",
     ]
     assert any("appended to every prompt" in notice for notice in made.notices)
+
+
+def test_a_tag_of_several_tokens_and_one_around_the_answer_are_found_as_well() -> None:
+    tokenizer = toy_tokenizer("chatml")
+    tags = ChatTemplate(toy_tokenizer("seed")).opening_texts
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in ("<seed:think>", "<answer>", "Sure")]
+    assert len(ids[0]) > 2 and len(ids[1]) > 2
+    openers = [[token] for tag_ids in ids for token in tag_ids]
+    made = make_words_readout(tokenizer, [(1,)], opens(*openers), opening_texts=tags)
+    assert tokenizer.decode(list(made.response_prefix)) == "<seed:think></seed:think>\n<answer>"
+    # What only begins like a tag is the answer itself; where the start was given, there are no tags.
+    begun = make_words_readout(tokenizer, [(1,)], opens(*openers[:1], ids[2]), opening_texts=tags)
+    assert begun.response_prefix == ()
+    assert make_words_readout(tokenizer, [(1,)], opens(*openers), opening_texts=None).response_prefix == ()
+
+
+def test_an_unknown_control_token_at_the_start_of_answers_is_refused() -> None:
+    tokenizer = toy_tokenizer("harmony")
+    channel = tokenizer.convert_tokens_to_ids("<|channel|>")
+    with pytest.raises(UserError, match=r"control token '<\|channel\|>'.*--answer-prefix TEXT"):
+        make_words_readout(tokenizer, [(1,)], opens([channel]))
+    assert make_words_readout(tokenizer, [(1,)], opens([channel]), opening_texts=None).response_prefix == ()
 
 
 def test_what_only_half_of_the_answers_open_with_is_no_prefix() -> None:

@@ -22,6 +22,11 @@ from analysis.stats.risk_control import (
 N_DRAWS, N_CANDIDATES = 400, 60
 
 
+def certify_all(losses, *args):
+    """Return the certificate of candidates whose losses (candidates × queries) are all known."""
+    return certify_candidates(losses.__getitem__, *losses.shape, *args)
+
+
 def draw_margins(rng, centers, n):
     """Return margins, draws × candidates × queries; candidates agree on which queries are hard."""
     common, own = rng.normal(size=(N_DRAWS, 1, n)), rng.normal(size=(N_DRAWS, len(centers), n))
@@ -44,7 +49,7 @@ def test_the_limit_is_exceeded_at_most_as_often_as_promised(n_benign, limit, spr
     smooth = [estimate_smooth_rates(draw[:, :n_ordering]) for draw in margins]
     certified = np.array(
         [
-            certify_candidates(draw[:, n_ordering:] > 0, [order_candidates(rates, gains)], limit).is_certified
+            certify_all(draw[:, n_ordering:] > 0, [order_candidates(rates, gains)], limit).is_certified
             for draw, rates in zip(margins, smooth, strict=True)
         ]
     )
@@ -61,7 +66,7 @@ def test_the_budget_is_nearly_used_at_the_limit_and_shared_by_several_starting_p
     rng = np.random.default_rng(1)
     losses = draw_margins(rng, np.full(4, ndtri(0.2001)), 150) > 0
     for sequences in ([[0, 1, 2, 3]], [[0, 1], [2, 3]]):
-        errors = np.mean([certify_candidates(draw, sequences, 0.2).is_certified.any() for draw in losses])
+        errors = np.mean([certify_all(draw, sequences, 0.2).is_certified.any() for draw in losses])
         assert 0.02 < errors <= 0.1 + 2 * np.sqrt(0.09 / N_DRAWS)
     # Without an order, the same four candidates break the promise.
     assert (np.stack([compute_risk_p_values(d.sum(1), 150, 0.2) for d in losses]) <= 0.1).any(1).mean() > 0.11
@@ -70,21 +75,22 @@ def test_the_budget_is_nearly_used_at_the_limit_and_shared_by_several_starting_p
 def test_candidates_far_below_the_limit_are_certified_up_to_the_first_failure():
     n = 100
     losses = np.arange(n) < np.array([0, 2, 40, 1])[:, None]
-    certificate = certify_candidates(losses, [[0, 1, 2, 3]], 0.2)
+    certificate = certify_all(losses, [[0, 1, 2, 3]], 0.2)
     assert certificate.is_certified.tolist() == [True, True, False, False]
     assert certificate.was_tested.tolist() == [True, True, True, False]
-    assert certificate.n_losses.tolist() == [0, 2, 40, 1] and certificate.n_queries == n
-    for k, p_value in zip(certificate.n_losses, certificate.p_values, strict=True):
+    assert certificate.n_losses.tolist() == [0, 2, 40, 0] and certificate.n_queries == n
+    assert np.isnan(certificate.p_values[3])  # nothing was read after the failure
+    for k, p_value in zip(certificate.n_losses[:3], certificate.p_values[:3], strict=True):
         assert p_value == pytest.approx(binomtest(k, n, 0.2, alternative="less").pvalue)
     # Half the budget for each of two sequences: of 50 queries, none may be refused at 5 %.
     few = np.zeros((2, 50), dtype=bool)
-    assert certify_candidates(few, [[0], [1]], 0.05).is_certified.tolist() == [False, False]
-    assert certify_candidates(few, [[0, 1]], 0.05).is_certified.tolist() == [True, True]
-    assert certify_candidates(~few, [[0, 1]], 1.0).is_certified.all()  # no rate exceeds 100 %
+    assert certify_all(few, [[0], [1]], 0.05).is_certified.tolist() == [False, False]
+    assert certify_all(few, [[0, 1]], 0.05).is_certified.tolist() == [True, True]
+    assert certify_all(~few, [[0, 1]], 1.0).is_certified.all()  # no rate exceeds 100 %
     with pytest.raises(ValueError, match="twice"):
-        certify_candidates(few, [[0, 0]], 0.05)
+        certify_all(few, [[0, 0]], 0.05)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        certify_candidates(few, [[0]], 0.05, 1.0)
+        certify_all(few, [[0]], 0.05, 1.0)
 
 
 def test_no_candidate_of_the_order_is_superfluous_and_the_safest_is_first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from scipy.stats import binom
 from analysis.attacks import choose_attacks
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, QuerySet
+from analysis.judges.judge import Verdict
+from analysis.judges.rules import RuleJudge
 from analysis.stats.predictors import SAME_ON_CALIBRATION, STACK_PREDICTORS
 from analysis.stats.risk_control import count_queries_needed
 from analysis.stats.voting import ENSEMBLE_COORDINATES, VOTE_RULES
 from analysis.studies.cost import time_conditions
 from analysis.studies.ensembles import load_overlap, rank_promising_stacks, score_ensembles
 from analysis.studies.recommend import (
+    CandidateRefusals,
     RecommendationLimits,
     certify_ensembles,
     select_recommendations,
@@ -30,6 +34,7 @@ from analysis.studies.run_spec import BOTH_SPLITS, RunSpec
 from defenses.errors import UserError
 
 NAMES = ["policy", "self_reminder", "word_drop", "keyword_only"]
+VERDICTS = [Verdict("none"), Verdict("full"), Verdict("unjudged")]  # by the length of the query, modulo 3
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +232,9 @@ def test_the_recommendation_is_the_certified_candidate_that_refuses_most_harmful
     assert [one["role"] for one in told] == found["role"].tolist()
     first = found.iloc[0]
     certification = pd.read_csv(kept / "rec" / "certification.csv")
-    assert "fitted" not in set(certification["how"]) and set(certification["based_on"]) == {"margins"}
+    assert "fitted" not in set(certification["how"])
+    by_responses = certification["how"].isin(["alone", "stack"])
+    assert (by_responses == (certification["based_on"] == "responses")).all() and by_responses.any()
     # What was tested follows from the scores: benign calibration queries that did not decide the order.
     scores = pd.read_csv(kept / "rec" / "scores.csv")
     record = json.loads((kept / "rec" / "run.json").read_text())
@@ -236,6 +243,7 @@ def test_the_recommendation_is_the_certified_candidate_that_refuses_most_harmful
     assert 0.6 * n_benign < n_tested < n_benign
     tested = certification[certification["p_value"].notna()]
     assert binom.cdf(tested["n_refused"], n_tested, 0.9).tolist() == pytest.approx(tested["p_value"].tolist())
+    assert certification.loc[certification["p_value"].isna(), "n_refused"].isna().all()
     assert ((tested["p_value"] <= 0.1) == (tested["status"] == "certified")).all()
     assert (tested["status"] == "failed").sum() <= 1 and len(tested) >= 1
     assert record["guarantee"].startswith("In at least 90 of 100 calibration samples")
@@ -245,8 +253,11 @@ def test_the_recommendation_is_the_certified_candidate_that_refuses_most_harmful
     if len(certified):
         rates = candidates.loc[pd.MultiIndex.from_frame(certified[["members", "how"]]), "harmful_calibration"]
         assert first["harmful_calibration"] == rates.max() and first["certified"]
-    assert first["over_refusal"] == pytest.approx(1 - first["benign_test"])
-    assert first["harmful"] == pytest.approx(first["harmful_test"])
+    # Rates on the test split: by the margins of votes, otherwise by the responses.
+    for row in found.to_dict("records"):
+        if row["based_on"] == "margins":
+            assert row["over_refusal"] == pytest.approx(1 - row["benign_test"])
+            assert row["harmful"] == pytest.approx(row["harmful_test"])
     assert first["over_refusal_low"] <= first["over_refusal"] <= first["over_refusal_high"]
     # Jeffreys' interval of a share: its probability to be below the limit follows the same draws.
     assert (first["p_meets"] > 0.975) == (first["over_refusal_high"] < 0.9) or 0.02 < first["p_meets"] < 0.98
@@ -267,7 +278,7 @@ def test_ensembles_of_three_are_recommended_under_attack_within_a_cost(
         "--stacks",
         1,
     ]
-    limits = ["--max-over-refusal", "100%", "--max-cost", "2.5"]
+    limits = ["--max-over-refusal", "100%", "--max-cost", "2.5", "--responses", "none"]
     result = run_cli("recommend", "-m", kept / "toy", *args, *limits, "-o", kept / "three")
     assert result.code == 0, result.err
     rows = pd.read_csv(kept / "three" / "ensembles.csv")
@@ -290,6 +301,39 @@ def test_ensembles_of_three_are_recommended_under_attack_within_a_cost(
     said = " ".join(result.out.split())
     assert "Use " in said and "refuse more than 100% of new benign queries of this kind." in said
     assert "by first-token margins, not by judged responses" in said
+    assert set(certification["based_on"]) == {"margins"}
+
+
+def test_defenses_and_stacks_refuse_where_their_judged_responses_do_and_votes_by_margins(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = RuleJudge(
+        "length of the query", lambda text, query: VERDICTS[len(query) % 3], lambda partial: False
+    )
+    monkeypatch.setattr("analysis.studies.recommend.RESPONSE_JUDGE", judge)
+    spec = replace(make_spec(kept), max_responses=None)
+    ensemble_run = score_ensembles(
+        spec, ["policy", "word_drop", "policy+word_drop"], [], 2, 0, rank_promising_stacks, Console()
+    )
+    attack, scores = ensemble_run.setup.attacks[0], ensemble_run.split_scores["direct", "calibration"]
+    is_benign = ~scores.margin_table.is_harmful
+    refusals = CandidateRefusals(ensemble_run, spec, Console(quiet=True))
+    stack = refusals.read_refusals("policy+word_drop", "stack", attack, "calibration", is_benign)
+    texts = {query.id: query.text for query in ensemble_run.setup.query_set.queries}
+    ids = ensemble_run.scores["calibration"].select_condition("direct", "none").index[is_benign]
+    # A response without a verdict counts as a refusal.
+    expected = [len(texts[name]) % 3 != 0 for name in ids]
+    assert stack.tolist() == expected and 0 < sum(expected) < len(expected)
+    vote = refusals.read_refusals("policy+word_drop", "highest", attack, "calibration", is_benign)
+    assert (
+        vote.tolist() == (scores.get_member_margins(["policy", "word_drop"])[is_benign].max(1) > 0).tolist()
+    )
+    few = replace(refusals, spec=replace(spec, max_responses=5))
+    assert few.select_answered("calibration", is_benign).sum() == 5
+    assert not (few.select_answered("calibration", is_benign) & ~is_benign).any()
+    none = replace(refusals, spec=replace(spec, max_responses=0))
+    alone = none.read_refusals("policy", "alone", attack, "calibration", is_benign)
+    assert alone.tolist() == (scores.get_member_margins(["policy"])[is_benign, 0] > 0).tolist()
 
 
 def test_costs_are_cached(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,14 +366,15 @@ def test_if_nothing_is_certified_the_closest_candidate_and_its_need_of_queries_a
         benign_calibration=lambda frame: np.linspace(0.5, 0.96, len(frame))
     )
     limits = RecommendationLimits(0.1)
-    certification = certify_ensembles(ensemble_run, found, limits).assign(status="failed")
-    first = select_recommendations(ensemble_run, found, certification, limits).iloc[0]
+    refusals = CandidateRefusals(ensemble_run, make_spec(kept), Console(quiet=True))
+    certification = certify_ensembles(ensemble_run, found, limits, refusals).assign(status="failed")
+    first = select_recommendations(ensemble_run, found, certification, limits, refusals).iloc[0]
     assert first["role"] == "closest" and not first["certified"]
     assert first["members"] == found.iloc[-1]["members"]
     tested_share = certification["n_tested"].iloc[0] / ensemble_run.calibration_scores.class_sizes[1]
     assert first["n_benign_needed"] == np.ceil(count_queries_needed(0.04, 0.1) / tested_share)
     strict = RecommendationLimits(0.03)
-    first = select_recommendations(ensemble_run, found, certification, strict).iloc[0]
+    first = select_recommendations(ensemble_run, found, certification, strict, refusals).iloc[0]
     assert np.isnan(first["n_benign_needed"])  # at 4 %, no number of queries shows at most 3 %
 
 

@@ -1,0 +1,160 @@
+"""The Jinja source of a chat template: chosen among several, with a fixed date, without random text."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+
+from defenses.errors import UserError, unknown_name_error
+
+# Written instead of today's date, so that margins do not depend on the day; Llama 3.x writes it by default.
+FIXED_DATE = date(2024, 7, 26)
+_CLOCK = "strftime_now"  # the only function through which transformers shows a template the clock
+# What Jinja can write by chance: the filter `random`, also as an argument of `map`, and `lipsum`.
+_RANDOM_CALL = re.compile(r"\| random\b|\bmap \( random\b|\blipsum \(")
+_WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+_MAX_PROBLEM_LENGTH = 300  # characters of a template's own error message
+
+
+def choose_template(tokenizer: Any, option: str | None, model: str) -> str | None:
+    """Return the source of the template to use; None if the tokenizer has none.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        option: as `--template`: the name of one of the tokenizer's, or a file; None chooses the only
+            one, or the one named default.
+        model: the model's name, for errors.
+
+    Raises:
+        UserError: if there is no such template, or no default among several.
+    """
+    templates = tokenizer.chat_template
+    if option is not None and Path(option).suffix in (".jinja", ".jinja2", ".j2"):
+        return _read_template_file(Path(option))
+    if isinstance(templates, str) or not templates:
+        if option not in (None, "default"):
+            has = "one chat template, which has no name" if templates else "no chat template"
+            raise UserError(
+                f"--template {option}: {model} has {has}: omit the option, or give a .jinja file with it"
+            )
+        return templates or None
+    if option is None and "default" not in templates:
+        raise UserError(
+            f"{model} has several chat templates and none named default: choose one with --template NAME "
+            f"({', '.join(sorted(templates))})"
+        )
+    name = option or "default"
+    if name not in templates:
+        raise unknown_name_error(f"template of {model}", name, templates, " (or a .jinja file)")
+    return str(templates[name])
+
+
+def fix_date(source: str, day: date = FIXED_DATE) -> str:
+    """Return the source of a template with a fixed date in place of today's.
+
+    A macro at its start hides the function of the same name, so nothing outside of this template changes.
+
+    Args:
+        source: Jinja source.
+        day: the date.
+    """
+    if _CLOCK not in source:
+        return source
+    replacements = "".join(
+        f" | replace({quote_text(directive)}, {quote_text(text)})"
+        for directive, text in _list_directives(day).items()
+    )
+    macro = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{replacements} -}}}}{{%- endmacro %}}"
+    return f"{macro}\n{source}"
+
+
+def append_text(source: str, text: str) -> str:
+    """Return the source of a template that writes a text behind its generation prompt.
+
+    Args:
+        source: Jinja source.
+        text: the text.
+    """
+    if not text:
+        return source
+    # Jinja drops one line break at the end of a source.
+    source = re.sub(r"(\r\n|\r|\n)\Z", "", source)
+    return f"{source}{{{{ {quote_text(text)} if add_generation_prompt else '' }}}}"
+
+
+def check_source(source: str) -> None:
+    """Raise if a template cannot be parsed, or if what it writes depends on chance."""
+    code = []
+    try:
+        for _, kind, value in Environment().lex(source):
+            if kind == "string":
+                code.append("random" if value[1:-1] == "random" else "''")
+            elif kind not in ("whitespace", "data", "comment", "raw"):
+                code.append(value)
+    except TemplateSyntaxError as error:
+        raise template_error(f"cannot be read: {error.message} (line {error.lineno})") from error
+    if _RANDOM_CALL.search(" ".join(code)):
+        raise template_error(
+            "writes random text (Jinja's random or lipsum), so a query would have another margin each time"
+        )
+
+
+def template_error(problem: str) -> UserError:
+    """Return the error about a template that cannot be used, with the next step.
+
+    Args:
+        problem: what is wrong with it.
+    """
+    text = re.sub(r"\s+", " ", problem).strip()
+    if len(text) > _MAX_PROBLEM_LENGTH:
+        text = text[: _MAX_PROBLEM_LENGTH - 1] + "…"
+    return UserError(f"the model's chat template {text}; choose another with --template NAME or FILE.jinja")
+
+
+def quote_text(text: str) -> str:
+    r"""Return a text as a string in Jinja source.
+
+    >>> print(quote_text('a"b'))
+    "a\"b"
+    """
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _list_directives(day: date) -> dict[str, str]:
+    """Return strftime's directives and their texts at midnight of a day, in English on every platform."""
+    weekday, month = _WEEKDAYS[day.weekday()], _MONTHS[day.month - 1]
+    texts = {"A": weekday, "a": weekday[:3], "B": month, "b": month[:3], "h": month[:3]}
+    texts |= {letter: day.strftime(f"%{letter}") for letter in "dmyYjUWVGuw"}
+    texts |= {f"-{letter}": texts[letter].lstrip("0") for letter in "dmj"}
+    texts |= {"e": f"{day.day:2}", "F": day.isoformat(), "D": f"{day:%m/%d/%y}", "x": f"{day:%m/%d/%y}"}
+    texts |= {
+        "H": "00",
+        "-H": "0",
+        "I": "12",
+        "-I": "12",
+        "M": "00",
+        "-M": "0",
+        "S": "00",
+        "-S": "0",
+        "p": "AM",
+    }
+    texts |= {"f": "000000", "R": "00:00", "T": "00:00:00", "X": "00:00:00", "z": "", "Z": ""}
+    texts["c"] = f"{texts['a']} {texts['b']} {texts['e']} 00:00:00 {day.year}"
+    return {f"%{directive}": text for directive, text in texts.items()} | {"%%": "%"}
+
+
+def _read_template_file(path: Path) -> str:
+    """Return the text of a template file."""
+    try:
+        return path.expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--template {path}: cannot be read ({error})") from error
