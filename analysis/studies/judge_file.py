@@ -130,7 +130,9 @@ class JudgedResponses:
         if path.suffix == ".csv":
             text = format_table(pd.DataFrame(self.records))
         else:
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+            text = "".join(
+                json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in self.records
+            )
         write_text_file(path, text)
 
 
