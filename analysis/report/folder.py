@@ -265,8 +265,9 @@ def _read_file(path: Path, digest: str | None) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}); repeat the run") from error
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise UserError(
-            f"{path} is not the file that the run wrote (its SHA-256 differs from that in run.json): it "
-            "was changed since, or another run into this folder was cut short; repeat the run"
+            f"{path} is not the file that the run wrote (its SHA-256 differs from that in run.json): it was "
+            "changed since, or another run into this folder was cut short; repeat the run, or remove `files` "
+            "from run.json to have the folder read as it is"
         )
     return content
 
