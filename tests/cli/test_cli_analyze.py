@@ -284,7 +284,10 @@ def test_adapters_of_one_name_are_defenses_of_their_own_and_a_stack(cli_home):
     args = ("-d", "a/best", "-d", "b/best", "-d", "a/best+b/best", "-m", "tiny")
     result = run_cli("check", *args, "--queries", 2)
     assert result.code == 0, result.err
-    assert all(f" {name} " in result.out for name in ("a-best", "b-best", "a-best+b-best")), result.out
+    assert all(
+        f"{name} \N{BOX DRAWINGS LIGHT HORIZONTAL}" in result.out
+        for name in ("a-best", "b-best", "a-best+b-best")
+    )
     path = cli_home / "b" / "best" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["c_attn"]}))
     result = run_cli(*args, "-o", "misfit")
