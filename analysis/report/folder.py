@@ -246,7 +246,8 @@ def _list_files(folder: Path, record: Mapping[str, Any]) -> dict[str, str | None
         Path(name).name != name or Path(name).suffix not in _FILE_SUFFIXES for name in files
     ):
         raise UserError(f"{folder / RECORD_FILE}: files has to list tables and figures; repeat the run")
-    return files
+    # Tables without a digest were added later, such as labels, and may be removed again.
+    return {name: digest for name, digest in files.items() if digest or (folder / name).is_file()}
 
 
 def _list_saved_files(folder: Path) -> dict[str, str | None]:
