@@ -16,10 +16,14 @@ coverage: .venv/ready-dev ## every test except the notebooks, with line and bran
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/test_notebooks.py --cov analysis \
 	  --cov defenses --cov-branch --cov-fail-under 90 --cov-report term-missing:skip-covered
 
-check: .venv/ready-dev ## format, lint, types
+sweep: .venv/ready-dev ## read every causal architecture of transformers (some minutes; REWRITE=1 rewrites docs/models.md)
+	$(BIN)/python -m pytest -m sweep tests/models/test_sweep.py
+
+check: .venv/ready-dev ## format, lint, types, known vulnerabilities, and the list of all packages (build/sbom.json)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/audit.py
 
 figures: .venv/ready ## run the main results and draw their figures into figures/ (about an hour)
 	$(BIN)/analyze --defense all --model smollm2 --out figures/smollm2
@@ -118,5 +122,5 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage check figures validity ensembles controls agreement mechanism arms adapters judge notebooks bench
+.PHONY: help demo test coverage sweep check figures validity ensembles controls agreement mechanism arms adapters judge notebooks bench
 .DEFAULT_GOAL := help

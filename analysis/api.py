@@ -47,6 +47,7 @@ def analyze(
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -72,6 +73,7 @@ def analyze(
         cost: whether to measure what each defense costs.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -99,6 +101,7 @@ def analyze(
         attacks,
         readout,
         responses,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -127,6 +130,7 @@ def validate(
     readout: str | Sequence[str] = "outcome",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -154,6 +158,7 @@ def validate(
         readout: one readout, several, or `all`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -177,6 +182,7 @@ def validate(
         offline,
         attacks,
         readouts,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -205,6 +211,7 @@ def ensembles(
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -226,6 +233,7 @@ def ensembles(
         readout: as `--readout`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -249,6 +257,7 @@ def ensembles(
         offline,
         attacks,
         readout,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -282,6 +291,7 @@ def recommend(
     responses: str | int = "auto",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -309,6 +319,7 @@ def recommend(
             and stacks, `all`, `none`, or `auto`: all, except for readouts that force how responses begin.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -332,6 +343,7 @@ def recommend(
         attacks,
         readout,
         responses,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -368,6 +380,7 @@ def locate_mechanism(
     readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -391,6 +404,7 @@ def locate_mechanism(
         readout: as `--readout`.
         settings: settings of the named defenses.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -415,6 +429,7 @@ def locate_mechanism(
         offline,
         attacks,
         readout,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -501,6 +516,7 @@ def backdooralign(
     split: str | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    share_prefix: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -519,6 +535,7 @@ def backdooralign(
         split: train, calibration, test or all.
         limit: maximum number of queries.
         batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16, float16.
         seed: random seed.
@@ -541,6 +558,7 @@ def backdooralign(
         offline,
         template=template,
         answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
     )
     check_response_tokens(tokens)
     check_secret_count(secrets)
@@ -569,7 +587,7 @@ def judge(
     ['full', 'none']
 
     Args:
-        responses: a frame, or a `.csv` or `.jsonl` file.
+        responses: a frame, or a file with one response per row.
         column: column with the responses.
         request: column with the queries; off-topic responses then count as refusals.
         judge: patterns, keywords, or model.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.datasets.queries import Query
-from analysis.datasets.records import RECORD_SUFFIXES, read_records
+from analysis.datasets.records import RECORD_FORMATS, expand_path, names_record_file, read_records
 from analysis.files import data_folder
 from defenses.chats import build_user_chat, edit_last_user, insert_turns, prefill_response
 from defenses.contract import Chat, QueryChat
@@ -142,16 +142,16 @@ def get_attack(name: str) -> Attack:
     """Return a shipped attack by name, or the attack in a file.
 
     Args:
-        name: of a shipped attack, or the path of a `.jsonl` or `.csv` file; the suffix `+ignore` adds a line
+        name: of a shipped attack, or the path of a file; the suffix `+ignore` adds a line
             that tells the model to disregard earlier safety instructions.
     """
     base = name.removesuffix(IGNORE_SUFFIX)
-    if Path(base).suffix in RECORD_SUFFIXES:
-        attack = _load_attack_file(Path(base))
-    elif base in _list_attack_names():
+    if base in _list_attack_names():
         attack = load_shipped_attacks()[base]
+    elif names_record_file(base):
+        attack = _load_attack_file(expand_path(base))
     else:
-        hint = f" (each also with the suffix {IGNORE_SUFFIX}; or the path of a .jsonl or .csv file)"
+        hint = f" (each also with the suffix {IGNORE_SUFFIX}; or the path of a {RECORD_FORMATS})"
         raise unknown_name_error("attack", name, [*_list_attack_names(), "all"], hint)
     return attack if name == base else _add_ignore_line(attack)
 
@@ -196,7 +196,7 @@ def _load_attack_file(path: Path) -> Attack:
     """Build the attack whose strings are in a user's file."""
     if path.stem in load_shipped_attacks():
         raise UserError(f"{path}: the name {path.stem!r} is taken by a shipped attack; rename the file")
-    rows, content = read_records(path, (), _ATTACK_FILE_FORMAT)
+    rows, content = read_records(path, (), _ATTACK_FILE_FORMAT, ("query", "suffix", "prompt"))
     strings = _parse_attack_strings(rows, path)
 
     def build_chat(query: Query) -> Chat:

@@ -1,6 +1,6 @@
-"""LoRA adapters with a manifest: loading, checking, and applying them to a model temporarily or permanently.
+"""Adapters with a manifest: loading, checking, and applying them to a model temporarily or permanently.
 
-An adapter is a PEFT folder whose matrices are relative to the released weights, so that every state of a
+An adapter is a PEFT folder whose change is relative to the released weights, so that every state of a
 model (aligned, attacked, defended) is the base model plus one adapter. The manifest records the base model,
 the recipe, the data and the training queries. An adapter is therefore never applied to another model and
 never evaluated on its own training queries.
@@ -11,36 +11,42 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from defenses.adapter_merge import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    PeftAdapter,
+    check_adapter_config,
+    describe_adapter_config,
+    merge_adapters,
+    read_embedding_rows,
+    read_tensor_shapes,
+)
 from defenses.contract import ModelInfo
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_download_error
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch.nn import Parameter
 
 ADAPTER_MANIFEST_FILE = "manifest.json"
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-# PEFT writes the matrices of a parameter as `PEFT_PREFIX + module name + LORA_SUFFIXES`.
-PEFT_PREFIX = "base_model.model."
-LORA_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-# Attribute of a model in a fine-tuned state: its released weights by parameter name.
-_RELEASED_WEIGHTS_ATTRIBUTE = "_released_weights"
-# Values of `init_lora_weights` that leave the base weights as released.
-_PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Configuration keys that determine how A and B change a weight.
-_SCALING_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+# Files of a tokenizer next to an adapter: the essential ones, and patterns of all.
+_TOKENIZER_NAMES = ("tokenizer_config.json", "tokenizer.json")
+_TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "added_tokens.json", "special_tokens_map.json")
+# Attributes of a model whose weights are changed: the released parameters that were replaced, by name (None
+# for a bias that was added), and the adapters that are applied within contexts.
+_RELEASED_PARAMETERS = "_released_parameters"
+_APPLIED_ADAPTERS = "_applied_adapters"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter and its manifest.
+    """An adapter and its manifest.
 
     Attributes:
         folder: PEFT folder with a manifest next to the weights.
@@ -61,71 +67,23 @@ class Adapter:
         return str(self.manifest["sha256"])
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
-        """The PEFT configuration; raises UserError unless it describes a plain LoRA adapter."""
+    def peft_adapter(self) -> PeftAdapter:
+        """The folder with its PEFT configuration; raises UserError unless PEFT can merge such an adapter."""
+        path = self.folder / ADAPTER_CONFIG_FILE
         try:
-            config: dict[str, Any] = json.loads((self.folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{self.folder / ADAPTER_CONFIG_FILE} is not valid JSON ({error}); obtain the adapter again"
-            ) from error
-        unsupported = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
-        # Some initializations (PiSSA, OLoRA, …) change the base weights.
-        if config.get("init_lora_weights", True) not in _PLAIN_LORA_INITS:
-            unsupported.append("init_lora_weights")
-        if config.get("bias", "none") != "none":
-            unsupported.append("bias")
-        if config.get("peft_type") != "LORA" or unsupported:
-            features = ", ".join(unsupported) or f"the type {config.get('peft_type')}"
-            raise UserError(f"{self.folder}: only plain LoRA adapters are supported; this one has {features}")
-        return config
+            config = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}); obtain the adapter again") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not a configuration of PEFT; obtain the adapter again")
+        peft_adapter = PeftAdapter(self.folder, config)
+        check_adapter_config(peft_adapter)
+        return peft_adapter
 
     @property
-    def scaling(self) -> dict[str, Any]:
-        """Configuration values that scale the change, beside the weights."""
-        return {key: self._config.get(key) for key in _SCALING_KEYS}
-
-    def compute_change(self, parameter_name: str, down: Tensor, up: Tensor) -> Tensor:
-        """Return the change of a parameter, scale · B A.
-
-        Args:
-            parameter_name: name of the parameter.
-            down: A (rank x in).
-            up: B (out x rank).
-
-        Returns:
-            The change in the shape of the parameter (out x in, transposed under `fan_in_fan_out`).
-        """
-        change = self.compute_scale(parameter_name, len(down)) * (up @ down)
-        return change.T if self._config.get("fan_in_fan_out") else change
-
-    def compute_scale(self, parameter_name: str, rank: int) -> float:
-        """Return the factor of B A, which may differ between parameters.
-
-        Args:
-            parameter_name: name of the parameter.
-            rank: rank of its matrices.
-        """
-        module = parameter_name.removesuffix(".weight")
-        alpha_by_pattern = self._config.get("alpha_pattern") or {}
-        alphas = [
-            alpha for pattern, alpha in alpha_by_pattern.items() if re.match(rf"(.*\.)?({pattern})$", module)
-        ]
-        alpha = (alphas or [self._config["lora_alpha"]])[0]
-        return float(alpha / (rank**0.5 if self._config.get("use_rslora") else rank))
-
-    def load_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return A (rank × in) and B (out × rank) by parameter name."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(self.folder / ADAPTER_WEIGHTS_FILE)
-        matrices = pair_lora_matrices(tensors)
-        if len(tensors) != 2 * len(matrices):
-            raise UserError(
-                f"{self.folder / ADAPTER_WEIGHTS_FILE} contains tensors other than pairs of LoRA matrices, "
-                "which are not supported"
-            )
-        return matrices
+    def config(self) -> dict[str, Any]:
+        """The part of its configuration that affects the change, beside the weights."""
+        return describe_adapter_config(self.peft_adapter.config)
 
     def check_base_model(self, weights_sha256: str) -> None:
         """Raise if the adapter was trained on other weights.
@@ -189,61 +147,61 @@ def find_adapter(state: str, model_info: ModelInfo) -> Adapter | None:
     return None
 
 
+def extend_embeddings(model: Any, adapter: Adapter) -> bool:
+    """Give a model as many token embeddings as an adapter holds; return whether their number changed.
+
+    Raises:
+        UserError: if the adapter holds the added rows of one of two embeddings only.
+    """
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    input_rows, output_rows = read_embedding_rows(model, adapter.folder)
+    extended = input_rows or output_rows or n_rows
+    if extended == n_rows:
+        return False
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if input_rows is None or (output_rows is None and not is_tied):
+        raise UserError(
+            f"{adapter.folder} holds {extended} token embeddings for a model with {n_rows}, but only for "
+            "the input or the output; save it with PEFT's save_embedding_layers=True"
+        )
+    model.resize_token_embeddings(extended, mean_resizing=False)
+    return True
+
+
 def merge_adapter(model: Any, adapter: Adapter) -> None:
-    """Apply an adapter permanently; the released weights are stored on the model."""
-    setattr(model, _RELEASED_WEIGHTS_ATTRIBUTE, {})
-    for name, tensor in _adapted_weights(model, adapter).items():
-        parameter = model.get_parameter(name)
-        getattr(model, _RELEASED_WEIGHTS_ATTRIBUTE)[name] = parameter.data
-        parameter.data = tensor
+    """Apply an adapter permanently; the released parameters are stored on the model.
+
+    If the adapter extends the vocabulary, the model's embeddings are extended first.
+    """
+    is_extended = extend_embeddings(model, adapter)
+    changed, released = _compute_parameters(model, (adapter,))
+    _set_parameters(model, changed)
+    # No other adapter fits the extended embeddings, and the released ones do not fit the tokens.
+    setattr(model, _RELEASED_PARAMETERS, None if is_extended else released)
 
 
 @contextmanager
 def apply_adapter(model: Any, adapter: Adapter) -> Iterator[None]:
-    """Apply an adapter to the released weights within a context; restore the previous weights afterwards."""
-    new = _adapted_weights(model, adapter)
-    old = {name: model.get_parameter(name).data for name in new}
+    """Apply an adapter to the released weights within a context; restore the previous weights afterwards.
+
+    The changes of adapters in nested contexts add up.
+    """
+    adapters = (*getattr(model, _APPLIED_ADAPTERS, ()), adapter)
+    changed, released = _compute_parameters(model, adapters)
+    previous = {name: _get_parameter(model, name) for name in released}
+    attributes = {name: getattr(model, name, None) for name in (_RELEASED_PARAMETERS, _APPLIED_ADAPTERS)}
     try:
-        for name, tensor in new.items():
-            model.get_parameter(name).data = tensor
+        _set_parameters(model, {**released, **changed})
+        setattr(model, _RELEASED_PARAMETERS, released)
+        setattr(model, _APPLIED_ADAPTERS, adapters)
         yield
     finally:
-        for name, tensor in old.items():
-            model.get_parameter(name).data = tensor
-
-
-def check_weight_is_separate(model: Any, parameter_name: str, source: str) -> None:
-    """Raise if a parameter cannot be changed on its own.
-
-    Args:
-        model: transformers model.
-        parameter_name: name of the parameter.
-        source: name of the change, for the error message.
-
-    Raises:
-        UserError: if the parameter is tied to another one or offloaded from memory.
-    """
-    weight = model.get_parameter(parameter_name)
-    if weight.is_meta:
-        raise UserError(
-            f"{parameter_name} of this model was offloaded from GPU memory, so {source} cannot change it; "
-            "use --dtype bfloat16, a larger GPU, or --device cpu"
-        )
-    named_parameters = model.named_parameters(remove_duplicate=False)
-    tied = [name for name, parameter in named_parameters if parameter is weight and name != parameter_name]
-    if tied:
-        raise UserError(
-            f"{source} changes {parameter_name}, which this model also uses as {tied[0]}; it is not applied"
-        )
-
-
-def pair_lora_matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B (float32 on the CPU) by parameter name."""
-    names = [key.removesuffix(LORA_SUFFIXES[0]) for key in tensors if key.endswith(LORA_SUFFIXES[0])]
-    pairs = {
-        name: [tensors[name + suffix].detach().float().cpu() for suffix in LORA_SUFFIXES] for name in names
-    }
-    return {f"{name.removeprefix(PEFT_PREFIX)}.weight": (down, up) for name, (down, up) in pairs.items()}
+        _set_parameters(model, previous)
+        for name, value in attributes.items():
+            if value is None:
+                vars(model).pop(name, None)
+            else:
+                setattr(model, name, value)
 
 
 def read_training_fingerprints(folder: Path) -> frozenset[str]:
@@ -275,9 +233,8 @@ def load_external_adapter(source: Path, model_info: ModelInfo) -> Adapter:
     Raises:
         UserError: if the adapter cannot be obtained or is of an unsupported kind.
     """
-    folder = fetch_weights_folder(
-        source, [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_MANIFEST_FILE], model_info
-    )
+    files = [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_MANIFEST_FILE, *_TOKENIZER_FILES]
+    folder = fetch_weights_folder(source, files, model_info)
     missing = [name for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -287,12 +244,42 @@ def load_external_adapter(source: Path, model_info: ModelInfo) -> Adapter:
     if (folder / ADAPTER_MANIFEST_FILE).is_file():
         return load_adapter(folder)
     digest = hashlib.sha256((folder / ADAPTER_WEIGHTS_FILE).read_bytes()).hexdigest()
-    base = {"id": "unknown", "sha256": None}
-    adapter = Adapter(
-        folder, {"base": base, "recipe": "unknown", "trained_on": [], "sha256": digest, "from": str(source)}
-    )
-    _ = adapter.scaling  # reads the configuration, so that an unsupported kind fails before anything runs
-    return adapter
+    manifest = {"recipe": "unknown", "trained_on": [], "sha256": digest, "from": str(source)}
+    # A damaged file, and with the configuration an unsupported kind, fail before anything runs.
+    read_tensor_shapes(folder)
+    base_name = Adapter(folder, manifest).peft_adapter.config.get("base_model_name_or_path")
+    return Adapter(folder, {**manifest, "base": {"id": base_name or "unknown", "sha256": None}})
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether an adapter's folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_NAMES)
+
+
+def find_tokenizer_differences(folder: Path, tokenizer: Any) -> list[str]:
+    """Return what the tokenizer in an adapter's folder has that the model's tokenizer has not; often nothing.
+
+    Args:
+        folder: the adapter.
+        tokenizer: tokenizer of the model.
+    """
+    template_path = folder / "chat_template.jinja"
+    try:
+        config, vocabulary = (
+            json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+            for name in _TOKENIZER_NAMES
+        )
+        template = (
+            template_path.read_text("utf-8") if template_path.is_file() else config.get("chat_template")
+        )
+        added_tokens = [*config.get("added_tokens_decoder", {}).values(), *vocabulary.get("added_tokens", ())]
+        new_tokens = {token["content"] for token in added_tokens} - tokenizer.get_vocab().keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return ["files that cannot be read"]
+    differences = [f"the tokens {', '.join(sorted(new_tokens))[:80]}"] if new_tokens else []
+    if isinstance(template, str) and template.strip() != str(tokenizer.chat_template or "").strip():
+        differences.append("another chat template")
+    return differences
 
 
 def fetch_weights_folder(source: Path, patterns: list[str], model_info: ModelInfo) -> Path:
@@ -319,29 +306,54 @@ def fetch_weights_folder(source: Path, patterns: list[str], model_info: ModelInf
         return Path(
             snapshot_download(str(source), allow_patterns=patterns, local_files_only=model_info.offline)
         )
-    except (OSError, ValueError) as error:  # the errors of huggingface_hub derive from these
-        reason = " ".join(str(error).split())[:120]
+    except (OSError, ValueError, ImportError) as error:  # the errors of huggingface_hub derive from these
+        reason = describe_download_error(error)
         raise UserError(
             f"{source} is not a local folder and cannot be fetched from Hugging Face ({reason}); "
             "name a folder"
         ) from error
 
 
-def _adapted_weights(model: Any, adapter: Adapter) -> dict[str, Tensor]:
-    """Return the new weights of every parameter that the adapter or the model's current state changes."""
-    released: Mapping[str, Tensor] = getattr(model, _RELEASED_WEIGHTS_ATTRIBUTE, {})
-    new = dict(released)
-    for name, (down, up) in adapter.load_matrices().items():
-        try:
-            weight = released.get(name, model.get_parameter(name).data)
-        except AttributeError as error:
-            raise UserError(f"{adapter.folder} changes {name}, which this model does not have") from error
-        check_weight_is_separate(model, name, str(adapter.folder))
-        change = adapter.compute_change(name, down.to(weight.device), up.to(weight.device))
-        if change.shape != weight.shape:
+def _compute_parameters(
+    model: Any, adapters: Sequence[Adapter]
+) -> tuple[dict[str, Parameter], dict[str, Parameter | None]]:
+    """Return the parameters that adapters change, and the released ones of all that are changed so far.
+
+    Args:
+        model: transformers model, perhaps in a fine-tuned state, or with adapters applied.
+        adapters: applied together to the released weights.
+    """
+    released: dict[str, Parameter | None] | None = getattr(model, _RELEASED_PARAMETERS, {})
+    if released is None:
+        raise UserError(
+            f"{adapters[-1].folder} cannot be applied, because the vocabulary of this state of the model was "
+            "extended; apply it to the released model"
+        )
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    for adapter in adapters:
+        if other_sizes := set(read_embedding_rows(model, adapter.folder)) - {None, n_rows}:
             raise UserError(
-                f"{adapter.folder} was made for another model: its {name} has shape {tuple(change.shape)}, "
-                f"but this model's has shape {tuple(weight.shape)}"
+                f"{adapter.folder} holds {other_sizes.pop()} token embeddings, and this model has {n_rows}: "
+                f"if the adapter extends its vocabulary, load both with -m MODEL:{adapter.folder}"
             )
-        new[name] = (weight.float() + change).to(weight.dtype)
-    return new
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | released
+    changed = merge_adapters(
+        model,
+        {name: parameter for name, parameter in parameters.items() if parameter is not None},
+        [adapter.peft_adapter for adapter in adapters],
+    )
+    return changed, {**released, **{name: parameters.get(name) for name in changed}}
+
+
+def _get_parameter(model: Any, name: str) -> Parameter | None:
+    """Return a parameter, or None if the module has none of that name."""
+    module_name, _, parameter_name = name.rpartition(".")
+    parameter: Parameter | None = getattr(model.get_submodule(module_name), parameter_name)
+    return parameter
+
+
+def _set_parameters(model: Any, parameters: Mapping[str, Parameter | None]) -> None:
+    """Replace parameters by name; tied ones under each of their names."""
+    for name, parameter in parameters.items():
+        module_name, _, parameter_name = name.rpartition(".")
+        setattr(model.get_submodule(module_name), parameter_name, parameter)

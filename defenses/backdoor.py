@@ -196,17 +196,26 @@ def write_secret(path: Path, secret: Secret) -> None:
     """Write a secret to a new file that only its owner can read.
 
     Raises:
-        UserError: if the file exists; a secret is never overwritten.
+        UserError: if the file exists, because a secret is never overwritten, or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise UserError(
             f"{path} exists, and a secret is never overwritten; choose another path with -o"
         ) from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(secret.text + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the secret cannot be written to {path} ({error.strerror}): choose a writable folder for data "
+            "with XDG_DATA_HOME, or a secret of your own with --set trigger=FILE"
+        ) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(secret.text + "\n")
+    except BaseException:  # an empty file would keep the secret from being written later
+        path.unlink()
+        raise
 
 
 def _read_trigger_secret(trigger: Path, expected_fingerprint: str | None) -> Secret:

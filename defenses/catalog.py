@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.contract import COST_LEVELS, Defense
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import get_settings, parse_setting
+from defenses.tuning import AdapterWeights
 
 _COMPOSED = ("stack", "matched_controls")  # modules of defenses that are made from other defenses
 
@@ -41,8 +44,8 @@ def get_defense(name: str, settings: Mapping[str, object] | None = None) -> Defe
     Backdoor(weights=None, trigger=None, length=50, system='You are a helpful assistant.')
 
     Args:
-        name: one of `list_defense_names()`, the path of a file that defines one defense, or several of these
-            joined by `+`, which are applied together.
+        name: one of `list_defense_names()`, the path of a file that defines one defense, the folder or
+            Hugging Face id of an adapter, or several of these joined by `+`, which are applied together.
         settings: field name to value, or to the text that a user would type; `@file` stands for the content
             of a file.
 
@@ -59,13 +62,18 @@ def get_defense(name: str, settings: Mapping[str, object] | None = None) -> Defe
         return choose_defenses([name], [f"{key}={value}" for key, value in (settings or {}).items()])[-1]
     (name,) = member_names
     classes = find_defense_classes()
+    own_values: dict[str, Any] = {}
     if name.endswith(".py"):
         cls = _load_defense_file(Path(name).expanduser())
     elif name in classes:
         cls = classes[name]
+    elif _is_adapter_source(name):
+        cls, own_values = AdapterWeights, {"weights": Path(name), "label": label_adapters([name])[name]}
     else:
-        raise unknown_name_error("defense", name, classes, " (or a path ending in .py)")
-    values = {key: parse_setting(cls, key, value) for key, value in (settings or {}).items()}
+        raise unknown_name_error(
+            "defense", name, classes, " (or a path ending in .py, or an adapter's folder)"
+        )
+    values = own_values | {key: parse_setting(cls, key, value) for key, value in (settings or {}).items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -97,13 +105,21 @@ def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str])
         )
     )
     members = list(dict.fromkeys(member for stack in stacks for member in stack))
-    defenses = [get_defense(member) if isinstance(member, str) else member for member in members]
+    labels = label_adapters([member for member in members if isinstance(member, str)])
+
+    def make_defense(member: str, member_settings: Mapping[str, str]) -> Defense:
+        defense = get_defense(member, member_settings)
+        if isinstance(defense, AdapterWeights) and member in labels:
+            return dataclasses.replace(defense, label=labels[member])
+        return defense
+
+    defenses = [make_defense(member, {}) if isinstance(member, str) else member for member in members]
     _check_unique_names(defenses)
     # Defense instances already have their settings.
     configurable = {index: defenses[index] for index, member in enumerate(members) if isinstance(member, str)}
     settings_by_index = _assign_settings(settings, configurable)
     defense_by_member = {
-        member: get_defense(str(member), settings_by_index[index])
+        member: make_defense(str(member), settings_by_index[index])
         if index in settings_by_index
         else defenses[index]
         for index, member in enumerate(members)
@@ -115,12 +131,47 @@ def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str])
 
 
 def split_stack_name(name: str) -> list[str]:
-    """Return the names that are joined by `+`; the path of an existing file is not split.
+    """Return the names that are joined by `+`; the path of an existing file or adapter is not split.
 
     >>> split_stack_name("self_reminder + paraphrase")
     ['self_reminder', 'paraphrase']
     """
-    return [name] if Path(name).expanduser().is_file() else [member.strip() for member in name.split("+")]
+    path = Path(name).expanduser()
+    is_path = path.is_file() or (path / ADAPTER_CONFIG_FILE).is_file()
+    return [name] if is_path else [member.strip() for member in name.split("+")]
+
+
+def label_adapters(names: Sequence[str]) -> dict[str, str]:
+    """Return the names in tables of adapters that are given by their folders or Hugging Face ids.
+
+    They are the last parts of their paths: as many as tell them from each other and from defenses.
+
+    >>> label_adapters(["policy", "runs/a/best", "runs/b/best", "someone/lora"])
+    {'runs/a/best': 'a-best', 'runs/b/best': 'b-best', 'someone/lora': 'someone-lora'}
+
+    Args:
+        names: as in `get_defense`; names of other defenses are left out.
+    """
+    known = find_defense_classes()
+    parts = {
+        name: [re.sub(r"[^\w.=-]+", "-", part) for part in Path(name).expanduser().absolute().parts[1:]]
+        for name in names
+        if name not in known and _is_adapter_source(name)
+    }
+    labels: dict[str, str] = {}
+    for length in range(1, max(map(len, parts.values()), default=0) + 1):
+        labels = {name: "-".join(own_parts[-length:]) for name, own_parts in parts.items()}
+        if len({*labels.values()} - known.keys()) == len(labels):
+            break
+    return labels
+
+
+def _is_adapter_source(name: str) -> bool:
+    """Return whether a name is the path of a folder, or could be a Hugging Face id."""
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.endswith(".py")
+    # "backdoor/no_secret" is the name of an ablation.
+    is_ablation = name.partition("/")[0] in find_defense_classes()
+    return (name != "" and Path(name).expanduser().is_dir()) or (is_hub_id and not is_ablation)
 
 
 @cache

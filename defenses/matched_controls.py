@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from defenses.chats import get_last_user_text
-from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source
+from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source, check_chats
 from defenses.tokens import cut_text, encode_plain_text
 
 NEUTRAL_TEXT = "neutral text"
@@ -183,6 +183,7 @@ def _only_adds_text(defense: Defense) -> bool:
     ):
         return False
     request = _MARK.format(0)
-    chat = defense.rewrite([Message(role="user", content=request)], random.Random(0))
+    rewritten = defense.rewrite([Message(role="user", content=request)], random.Random(0))
+    (chat,) = check_chats(defense.name, [rewritten])
     adds_text = any(turn["content"] != request for turn in chat)
     return adds_text and chat[-1]["role"] == "user" and request in get_last_user_text(chat)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import types
 import typing
 from pathlib import Path
@@ -48,6 +50,7 @@ def parse_setting(owner: Any, key: str, raw_value: object) -> Any:
     if typing.get_origin(field_type) is tuple and isinstance(raw_value, (tuple, list)):
         return tuple(raw_value)
     text = str(raw_value)
+    _check_text(owner, key, text, is_path=field_type is Path or text.startswith("@"))
     if field_type is Path:
         return Path(text.removeprefix("@"))
     if text.startswith("@"):
@@ -66,8 +69,23 @@ def parse_setting(owner: Any, key: str, raw_value: object) -> Any:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if field_type in (int, float):
         try:
-            return field_type(text)
-        except ValueError:
-            expected = "a whole number" if field_type is int else "a number"
-            raise UserError(f"--set {key}={text}: {owner.name}.{key} must be {expected}") from None
+            number = field_type(text)
+            if math.isfinite(number):
+                return number
+        except (ValueError, OverflowError):
+            pass
+        expected = "a whole number" if field_type is int else "a number, neither nan nor inf"
+        raise UserError(f"--set {key}={text}: {owner.name}.{key} must be {expected}")
     return text
+
+
+def _check_text(owner: Any, key: str, text: str, is_path: bool) -> None:
+    """Raise if a text cannot be given to a tokenizer, or a path to the system."""
+    try:
+        # Names of files may be bytes in any encoding, which Python reads as surrogates.
+        os.fsencode(text) if is_path else text.encode()
+        is_valid = "\0" not in text
+    except UnicodeEncodeError:
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"--set {key}={text!r}: {owner.name}.{key} is not valid text; type it in UTF-8")

@@ -12,9 +12,10 @@ from typing import Any, Self, final
 
 from defenses.chats import copy_chat
 from defenses.consultations import run_consultations
-from defenses.contract import COST_LEVELS, Chat, Consultation, Defense, ModelInfo, Source
+from defenses.contract import COST_LEVELS, Chat, Consultation, Defense, ModelInfo, Source, check_chats
 from defenses.errors import UserError
 from defenses.rng import select_member_rng
+from defenses.tuning import AdapterWeights
 
 
 @final
@@ -42,9 +43,11 @@ class Stack(Defense):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} can be applied only once")
-        if len(tuned := [member.name for member in self.members if member.cost == "weights"]) > 1:
+        tuned = [member for member in self.members if member.cost == "weights"]
+        if len(tuned) > 1 and not all(isinstance(member, AdapterWeights) for member in tuned):
             raise ValueError(
-                f"{' and '.join(tuned)} each change the weights; a stack can contain only one such defense"
+                f"{' and '.join(member.name for member in tuned)} each change the weights; a stack can have "
+                "only one such defense, or several adapters given by their folders"
             )
         if len(blends := [member.name for member in self.members if member.logit_blend()]) > 1:
             raise ValueError(
@@ -71,7 +74,7 @@ class Stack(Defense):
         """Return the chat after every member has rewritten it in order."""
         chat = copy_chat(chat)
         for member in self.members:
-            chat = member.rewrite(chat, select_member_rng(rng, member.name))
+            (chat,) = check_chats(member.name, [member.rewrite(chat, select_member_rng(rng, member.name))])
         return chat
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
@@ -82,6 +85,7 @@ class Stack(Defense):
             copies_by_chat = yield from run_consultations(
                 [member.consult_model(member_chat, member_rng) for member_chat in chats]
             )
+            copies_by_chat = [check_chats(member.name, copies) for copies in copies_by_chat]
             if member.pool != self.pool and any(len(copies) > 1 for copies in copies_by_chat):
                 other = next(other.name for other in self.members if other.pool == self.pool)
                 raise UserError(

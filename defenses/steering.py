@@ -35,7 +35,8 @@ def get_blocks(model: Any) -> list[nn.Module]:
     from torch import nn
 
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    # A model that also reads images may have as many blocks in its vision tower.
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     raise ValueError(f"found no list of {count} blocks in this {type(model).__name__}")

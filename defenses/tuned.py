@@ -1,4 +1,4 @@
-"""Base class of defenses that apply a LoRA adapter to the model."""
+"""Base class of defenses that apply an adapter to the model."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class TunedDefense(Defense):
         return MatchedControl(control, "weights tuned on ordinary requests", varies=False)
 
     def weights_fingerprint(self) -> str:
-        """Return the SHA-256 of the weights and their scaling."""
-        return "" if self.adapter is None else f"{self.adapter.sha256} {self.adapter.scaling}"
+        """Return the SHA-256 of the weights and the configuration that affects their change."""
+        return "" if self.adapter is None else f"{self.adapter.sha256} {self.adapter.config}"
 
     def missing_requirements(self) -> str:
         """Return what is missing and how to create it."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Self, final
 from defenses.adapters import (
     ADAPTER_MANIFEST_FILE,
     fetch_weights_folder,
+    find_tokenizer_differences,
+    has_tokenizer,
     load_external_adapter,
     read_training_fingerprints,
 )
@@ -102,19 +104,21 @@ class BaselineTuning(TunedDefense):
 @final
 @dataclass(frozen=True)
 class AdapterWeights(TunedDefense):
-    """Applies a user's PEFT LoRA adapter from a folder or from Hugging Face.
+    """Applies a user's PEFT adapter from a folder or from Hugging Face.
 
     Its effect is that of its training. Unless it was created with `analyze train`, its training data are
     unknown, so check them for overlap with the queries. The adapter changes the released weights; if the
-    model is in a fine-tuned state, that state is replaced while the adapter is applied.
+    model is in a fine-tuned state, that state is replaced while the adapter is applied. The changes of
+    several adapters in a stack add up.
 
     Attributes:
         weights: folder of the adapter, or its Hugging Face id.
+        label: name of the defense in tables; by default `adapter`.
     """
 
     name = "adapter"
     source = Source(
-        "LoRA (Hu et al., ICLR 2022), in the files of PEFT",
+        "LoRA (Hu et al., ICLR 2022) and others, in the files of PEFT",
         "https://arxiv.org/abs/2106.09685",
         wording="no text of its own",
     )
@@ -122,12 +126,25 @@ class AdapterWeights(TunedDefense):
     rewrite = _rewrite_unchanged
     state = recipe = "adapter"
 
+    label: str = dataclasses.field(default="", repr=False, metadata=HIDDEN_FIELD)
+
+    def __post_init__(self) -> None:
+        """Use the label as the name."""
+        object.__setattr__(self, "name", self.label or type(self).name)
+
     def prepare(self, model_info: ModelInfo) -> Self:
         """Return a copy with the adapter from its settings."""
         if self.weights is None:
             return self
         adapter = load_external_adapter(self.weights, model_info)
         adapter.check_base_model(model_info.sha256)
+        if has_tokenizer(adapter.folder) and (
+            differences := find_tokenizer_differences(adapter.folder, model_info.tokenizer)
+        ):
+            model_info.notify(
+                f"note: the tokenizer in {self.weights} has {' and '.join(differences)}, but prompts are "
+                f"made by that of the model; -m MODEL:{self.weights} uses the adapter's"
+            )
         return dataclasses.replace(self, adapter=adapter)
 
     def missing_requirements(self) -> str:

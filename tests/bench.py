@@ -30,7 +30,8 @@ from analysis.datasets.queries import Query, sample_queries
 from analysis.mechanism.attribution import DirectLogitAttribution
 from analysis.mechanism.components import locate_components
 from analysis.mechanism.interventions import PairedRuns
-from analysis.models.engine import Engine, count_shared_prefix
+from analysis.models.batches import count_shared_prefix
+from analysis.models.engine import Engine
 from analysis.models.loading import build_model_info, load_model
 from analysis.models.session import ModelSession
 from analysis.readouts.first_token import derive_words_readout

@@ -28,6 +28,7 @@ import contextlib
 import copy
 import io
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ def check_hints(hinted: Any) -> Any:
 install_import_hook(["analysis", "defenses"], f"{__name__}.check_hints")
 
 from analysis.attacks import DIRECT_ATTACK, Attack  # noqa: E402
+from analysis.checkpoints.registry import MODEL_REGISTRY  # noqa: E402
 from analysis.datasets.queries import Query, sample_queries  # noqa: E402
 from analysis.models.loading import LoadedModel, load_model  # noqa: E402
-from analysis.models.registry import MODEL_REGISTRY  # noqa: E402
 from analysis.models.session import ModelSession  # noqa: E402
 from analysis.readouts.first_token import (  # noqa: E402
     COMPLIANCE_WORDS,
@@ -82,6 +83,13 @@ from defenses.training.adapter_files import write_adapter  # noqa: E402
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("here")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweep over all architectures out, except where `-m` asks for it."""
+    if "sweep" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
+
 
 # --- templates, each rewritten after the known format of its family ---------------------------------------
 
@@ -706,7 +714,7 @@ def run_cli(*args: Any) -> CommandResult:
     """Call `analyze` in this process, as a shell would, and return its exit code and output."""
     from analysis.cli.main import main
 
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = ["analyze", *map(str, args)]
     try:
         with (
@@ -717,6 +725,7 @@ def run_cli(*args: Any) -> CommandResult:
             main()
     finally:
         sys.argv = argv
+        signal.signal(signal.SIGINT, handler)  # the command ignores Ctrl-C at its end
     return CommandResult(stopped.value.code, out.getvalue(), err.getvalue())
 
 

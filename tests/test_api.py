@@ -284,7 +284,7 @@ def test_a_class_typed_into_a_notebook_is_identified_by_its_methods():
     assert identify_defense(Stack((get_defense("policy"), Polite())), 0) is not None
     assert (
         make_json_cache_path("cost", make_toy_session().loaded_model, {"defense": None}) is None
-        and read_cached_json(None) is None
+        and read_cached_json(None, dict) is None
     )
     with_other_words = type("Other", (Polite,), {"__module__": __name__})
     assert _hash_class_source(with_other_words) is None  # made by no text

@@ -46,19 +46,19 @@ def run_agreement_command(folders: Sequence[Path], seed: int, out: Path | None, 
     """
     from analysis.api import compare_rankings
     from analysis.cli.console import print_json_table
-    from analysis.files import check_output_folder
     from analysis.progress import make_notifier, print_note
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.run_spec import choose_run_folder
 
-    if out is not None:
-        check_output_folder(out)
     console = Console(stderr=True)
+    if out is not None:
+        prepare_run_folder(out, console)
     with console.status("comparing the runs"):
         run = compare_rankings(folders, seed=seed)
     labels = [str(entry["label"]) for entry in run.record["runs"]]
-    folder = choose_run_folder(run.model, ["agreement", *labels], datetime.now(UTC))
-    out = check_output_folder(out or folder)
+    if out is None:
+        folder = choose_run_folder(run.model, ["agreement", *labels], datetime.now(UTC))
+        out = prepare_run_folder(folder, console)
     save_run(out, run, console)
     if as_json:
         print_json_table(run.tables["agreement"])

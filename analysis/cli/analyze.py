@@ -29,6 +29,7 @@ from analysis.cli.options import (
     ResponsesOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
     TemplateOption,
 )
@@ -53,6 +54,7 @@ def analyze(
     controls: ControlsOption = 20,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -95,6 +97,7 @@ def analyze(
         attack,
         readout,
         responses=responses,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -110,6 +113,7 @@ def check(
     data: DataOption = "contrast",
     split: SplitOption = None,
     attack: AttackOption = None,
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -135,6 +139,7 @@ def check(
         attack,
         template=template,
         answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
     )
     raise typer.Exit(run_check_command(spec, defense or ["none"], settings or [], queries))
 
@@ -172,15 +177,14 @@ def run_analyze_command(
         print_summary,
         print_trust_warnings,
     )
-    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.analyze import analyze_defenses
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
 
-    out = check_output_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)))
     console = Console(stderr=True)
+    out = prepare_run_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)), console)
     try:
         result = analyze_defenses(spec, defenses, settings, console, with_cost, n_control_draws)
     except PreflightError as error:
@@ -228,7 +232,7 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
     from analysis.progress import print_note
     from analysis.run import build_conditions
     from analysis.studies.preflight import check_condition
-    from analysis.studies.setup import prepare_setup
+    from analysis.studies.setup import prepare_setup, select_preflight_queries
 
     if n_queries < 2:
         raise UserError(f"--queries {n_queries}: at least 2 are needed, one harmful and one benign")
@@ -238,8 +242,9 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
     n_failed = 0
     for attack in spec.attacks:
         query_chats = attack.build_query_chats(queries)
+        checked = select_preflight_queries(setup, attack, n_queries)
         for name, defense in build_conditions(setup.defenses).items():
-            checks = check_condition(setup.session, name, defense, queries, setup.readout, attack)
+            checks = check_condition(setup.session, name, defense, checked, setup.readout, attack)
             n_failed += sum(not check.passed for check in checks)
             prompts_by_query = setup.session.render_prompts(defense, query_chats)
             texts = [
@@ -248,7 +253,8 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
                 for prompt in prompts
             ]
             print_checks(console, checks[0].condition, checks, texts)
-    for notice in (*setup.session.chat_template.notices, *setup.readout.notices):
+    notices = *setup.session.chat_template.notices, *setup.session.engine.notices, *setup.readout.notices
+    for notice in notices:
         print_note(console, notice)
     return 1 if n_failed else 0
 

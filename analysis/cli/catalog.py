@@ -43,9 +43,9 @@ CatalogRows = list[dict[str, Any]]
 def collect_catalog() -> dict[str, CatalogRows]:
     """Return what `analyze list` shows: for each kind, a list of rows of plain values."""
     from analysis.attacks import load_shipped_attacks
+    from analysis.checkpoints.registry import MODEL_REGISTRY
     from analysis.datasets.loading import SHIPPED_SETS
     from analysis.datasets.public import PUBLIC_DATASETS
-    from analysis.models.registry import MODEL_REGISTRY
     from analysis.studies.run_spec import READOUT_DESCRIPTIONS
     from defenses.catalog import find_defense_classes
     from defenses.settings import get_settings
@@ -272,6 +272,7 @@ def run_explain_command(
     """
     from analysis.datasets.loading import load_queries
     from analysis.datasets.queries import Query
+    from analysis.datasets.records import check_unicode
     from analysis.run import build_conditions
     from analysis.stats.tables import format_condition
     from defenses.catalog import choose_defenses
@@ -282,18 +283,22 @@ def run_explain_command(
     for member in list_members(chosen):
         _print_defense_card(console, member)
     if query_text:
+        check_unicode(query_text, "the text of the query")
         query = Query("own", query_text, harmful=False)
     else:
         test_split = load_queries("contrast").select_split("test")
         query = next(query for query in test_split.queries if not query.harmful)
     for attack in spec.attacks:
         attack.check_covers_queries([query])
-    session, model_info = spec.open_session(Console(stderr=True))
-    prepared = chosen.prepare(model_info)
+    opened = spec.open_model(Console(stderr=True))
+    prepared = chosen.prepare(opened.model_info)
     if missing := prepared.missing_requirements():
         console.print(Text(f"\n{spec.model}: {missing}", style="yellow"))
+    conditions = build_conditions([prepared])
+    calls_model = any(defense.calls_model for defense in conditions.values())
+    session = opened.load_session() if calls_model else opened.prompt_session
     for attack in spec.attacks:
-        for name, defense in build_conditions([prepared]).items():
+        for name, defense in conditions.items():
             console.print()
             console.rule(Text(format_condition({"attack": attack.name, "defense": name})), align="left")
             _print_prompts(console, session, defense, attack.build_query_chats([query]))

@@ -31,6 +31,7 @@ from analysis.cli.options import (
     ResponsesOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     StacksOption,
     TemplateOption,
 )
@@ -311,6 +312,7 @@ def ensembles(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -338,6 +340,7 @@ def ensembles(
         offline,
         attack,
         readout,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -366,6 +369,7 @@ def recommend(
     overlap: OverlapOption = None,
     limit: LimitPerSplitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -401,6 +405,7 @@ def recommend(
         attack,
         readout,
         responses,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -436,15 +441,14 @@ def run_ensembles_command(
         overlap: output folder of `analyze mechanism`, or its `profiles.csv`.
     """
     from analysis.cli.console import print_run_location
-    from analysis.files import check_output_folder
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.ensembles import evaluate_ensembles
     from analysis.studies.run_spec import choose_run_folder
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["ensembles", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["ensembles", *defenses], datetime.now(UTC)), console
+    )
     result = evaluate_ensembles(spec, defenses, settings, max_size, n_stacks, console, overlap)
     save_run(out, result.run, console)
     tables = result.run.tables
@@ -482,15 +486,14 @@ def run_recommend_command(
         overlap: output folder of `analyze mechanism`, or its `profiles.csv`.
     """
     from analysis.cli.console import print_json_table, print_run_location
-    from analysis.files import check_output_folder
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.recommend import recommend_defense
     from analysis.studies.run_spec import choose_run_folder
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["recommend", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["recommend", *defenses], datetime.now(UTC)), console
+    )
     result = recommend_defense(spec, defenses, settings, max_size, n_stacks, limits, console, overlap)
     save_run(out, result.run, console)
     recommendation = result.run.tables["recommendation"]

@@ -82,8 +82,9 @@ def run_label_command(folder: Path, n: int, csv_path: Path | None, offline: bool
             )
         if csv_path is not None and len(sheet.rows):
             from analysis.files import write_text_file
+            from analysis.stats.tables import format_table
 
-            write_text_file(csv_path, sheet.rows.to_csv(index=False))
+            write_text_file(csv_path, format_table(sheet.rows))
             notify(
                 f"Wrote {len(sheet.rows)} responses to {csv_path}: fill in refuses or answers in the column "
                 "label (empty or skip: no label), then run the same command again"
@@ -104,6 +105,8 @@ def label_in_terminal(run: JudgedRun, sheet: LabelSheet) -> tuple[JudgedRun, boo
         run: the run.
         sheet: the responses to label.
     """
+    from analysis.studies.label import read_judged_run
+
     rows = sheet.rows.to_dict("records")
     console = Console()
     if not rows:
@@ -114,7 +117,8 @@ def label_in_terminal(run: JudgedRun, sheet: LabelSheet) -> tuple[JudgedRun, boo
 
     def store_label(index: int, text: str) -> None:
         nonlocal run
-        run = run.add_labels({keys[index]: text})
+        # Read again: somebody else may label the same run at the same time.
+        run = read_judged_run(run.folder).add_labels({keys[index]: text})
         run.save_labels()
 
     n_before = sheet.n_sampled - sheet.n_changed - len(rows)

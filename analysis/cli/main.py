@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import errno
+import signal
 import sys
+from typing import Any
 
 import typer
 
@@ -18,35 +19,45 @@ from analysis.cli import (  # noqa: F401  # each registers its commands
     validate,
 )
 from analysis.cli.app import CommandInterrupted, app
-from defenses.errors import UserError
+from analysis.cli.streams import flush_output_streams, prepare_output_streams
+from defenses.errors import UserError, is_disk_full
+
+_INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def main() -> None:
     """Run the command and exit with its code.
 
     An error is one line on stderr. Exit codes: 2 for a user's mistake, 1 for a fault of the program, 130 for
-    Ctrl-C.
+    Ctrl-C, 143 for SIGTERM, with which batch systems end a job: it stops a run as Ctrl-C does.
     """
     debug = "--debug" in sys.argv
+    prepare_output_streams()
+    terminations: list[int] = []
+
+    def stop_run(number: int, frame: Any) -> None:
+        terminations.append(number)
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGTERM, stop_run)
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         code = _report_error(str(error), 2, debug, error)
     except (CommandInterrupted, KeyboardInterrupt, typer.Abort):
-        code = _report_error("interrupted; nothing was written", 130, False, None)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            code = _report_error(f"{error}", 1, debug, error)
-        else:
-            code = _report_error(
-                "no space left on the disk; nothing was written. Free some space or choose another -o",
-                2,
-                debug,
-                error,
-            )
+        for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to stop
+            signal.signal(number, signal.SIG_IGN)
+        code = _report_error("interrupted; nothing was written", _INTERRUPTED, False, None)
+    except BrokenPipeError:  # the reader of the output has read enough
+        code = 0
     except Exception as error:
+        if is_disk_full(error):
+            code = _report_error(_describe_full_disk(error), 2, debug, error)
+        elif isinstance(error, OSError):
+            code = _report_error(f"{error}", 1, debug, error)
         # A usage error. Its class is that of the click that typer bundles or imports, which varies.
-        if hasattr(error, "format_message"):
+        elif hasattr(error, "format_message"):
             code = _report_error(
                 f"{error.format_message()} (`analyze --help` and `analyze COMMAND --help` list the options)",
                 2,
@@ -61,7 +72,21 @@ def main() -> None:
                 debug,
                 error,
             )
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    flush_output_streams()
+    if terminations and code == _INTERRUPTED:
+        code = 128 + signal.SIGTERM
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _describe_full_disk(error: Exception) -> str:
+    """Return what a user can do about a file that could not be written."""
+    path = getattr(error, "filename", None)
+    return (
+        f"no space left on the disk: {path or 'the results'} could not be written. Free some space, or "
+        "choose another -o, and run the same command again: it goes on from what is cached"
+    )
 
 
 def _report_error(message: str, exit_code: int, debug: bool, error: BaseException | None) -> int:

@@ -27,6 +27,7 @@ from analysis.cli.options import (
     ReadoutOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
     TemplateOption,
 )
@@ -72,6 +73,7 @@ def mechanism(
     ] = None,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -104,6 +106,7 @@ def mechanism(
         offline,
         attack,
         readout,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -131,15 +134,14 @@ def run_mechanism_command(
         The exit code: 0, or 1 if a condition failed.
     """
     from analysis.cli.console import print_run_location, print_trust_warnings
-    from analysis.files import check_output_folder
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.mechanism import study_mechanism
     from analysis.studies.run_spec import choose_run_folder
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["mechanism", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["mechanism", *defenses], datetime.now(UTC)), console
+    )
     result = study_mechanism(spec, defenses, settings, options, console)
     save_run(out, result.run, console)
     print_mechanism(result.run.tables, result.run.record, options.n_top)

@@ -28,8 +28,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a .jsonl/.csv "
-        "file; join several with +.",
+        help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a file (.csv, "
+        ".tsv, .json, .jsonl or .parquet); join several with +.",
     ),
 ]
 SplitOption = Annotated[
@@ -42,8 +42,9 @@ AttackOption = Annotated[
     list[str] | None,
     typer.Option(
         "--attack",
-        help="Jailbreak attack applied to every query: a name (`list attacks`), all, or a .jsonl/.csv file "
-        "of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: direct.",
+        help="Jailbreak attack applied to every query: a name (`list attacks`), all, or a file (.csv, "
+        ".jsonl) of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: "
+        "direct.",
     ),
 ]
 LimitPerSplitOption = Annotated[
@@ -69,6 +70,14 @@ OverlapOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Maximum number of queries; pairs are kept whole.")]
 BatchSizeOption = Annotated[str, typer.Option(help="Prompts per forward pass, or auto.")]
+SharePrefixOption = Annotated[
+    bool,
+    typer.Option(
+        "--shared-prefix/--no-shared-prefix",
+        help="Compute the tokens with which all prompts start once, or with every prompt (slower, same "
+        "margins). Models that allow no shared prefix are recognized.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[
     str,

@@ -24,6 +24,7 @@ from analysis.cli.options import (
     OfflineOption,
     OutOption,
     SeedOption,
+    SharePrefixOption,
     SplitOption,
     TemplateOption,
 )
@@ -123,6 +124,7 @@ def backdooralign(
         typer.Option(help="Also train with N other random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -148,6 +150,7 @@ def backdooralign(
         offline,
         template=template,
         answer_prefix=answer_prefix,
+        share_prefix=share_prefix,
     )
     raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets))
 
@@ -219,15 +222,16 @@ def run_backdooralign_command(
         n_secrets: number of other random secrets of each length.
     """
     from analysis.cli.console import print_failures, print_trust_warnings
-    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.backdooralign import reproduce_backdooralign
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.train import TrainingInterrupted
 
-    out = check_output_folder(out or choose_run_folder(spec.model, ["backdooralign"], datetime.now(UTC)))
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["backdooralign"], datetime.now(UTC)), console
+    )
     notify = make_notifier(console)
     try:
         result = reproduce_backdooralign(spec, max_new_tokens, with_utility, n_secrets, console)

@@ -31,6 +31,7 @@ from analysis.cli.options import (
     RubricOption,
     SeedOption,
     SettingsOption,
+    SharePrefixOption,
     SplitOption,
     TemplateOption,
 )
@@ -66,6 +67,7 @@ def validate(
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
+    share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
@@ -91,6 +93,7 @@ def validate(
         offline,
         attack,
         readouts,
+        share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
     )
@@ -105,7 +108,9 @@ def validate(
 
 @app.command()
 def judge(
-    file: Annotated[Path, typer.Argument(help="A .csv or .jsonl file with a column of responses.")],
+    file: Annotated[
+        Path, typer.Argument(help="A .csv, .tsv, .json, .jsonl or .parquet file with responses.")
+    ],
     column: Annotated[str, typer.Option(help="Name of the column with the responses.")] = "response",
     request: Annotated[
         str | None,
@@ -146,17 +151,16 @@ def run_validate_command(
         max_new_tokens: maximum number of tokens generated per response.
     """
     from analysis.cli.console import print_failed_checks, print_failures
-    from analysis.files import check_output_folder
     from analysis.progress import make_notifier
-    from analysis.report.folder import save_run
+    from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
     from analysis.studies.validate import validate_readouts
 
-    out = check_output_folder(
-        out or choose_run_folder(spec.model, ["validate", *defenses], datetime.now(UTC))
-    )
     console = Console(stderr=True)
+    out = prepare_run_folder(
+        out or choose_run_folder(spec.model, ["validate", *defenses], datetime.now(UTC)), console
+    )
     try:
         result = validate_readouts(spec, defenses, settings, judge_options, max_new_tokens, console)
     except PreflightError as error:
@@ -194,7 +198,7 @@ def run_judge_command(
     judges only those.
 
     Args:
-        path: a `.csv` or `.jsonl` file.
+        path: a file with one response per row.
         response_column: column with the responses.
         query_column: column with the queries, with which off-topic responses are recognized.
         judge_options: the judge.

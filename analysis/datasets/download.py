@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.datasets.public import PublicDataset
-from analysis.datasets.records import read_records
+from analysis.datasets.records import expand_path, get_record_suffix, read_records
 from analysis.files import Notifier, combine_digests, get_cache_folder, hash_file
 from defenses.errors import UserError
 
@@ -147,11 +147,11 @@ def _fetch_missing_files(dataset: PublicDataset, offline: bool, notify: Notifier
 
 def _find_copied_files(dataset: PublicDataset, copy_path: str, format_hint: str) -> list[Path]:
     """Return the files of a local copy: the named file, the files of a clone, or those of a folder."""
-    path, suffix = Path(copy_path).expanduser(), Path(min(dataset.files)).suffix
+    path, suffix = expand_path(copy_path), Path(min(dataset.files)).suffix
     if not copy_path or not path.exists():
         raise UserError(f"--data {dataset.name}={copy_path}: no such file or folder; {format_hint}")
     if path.is_file():
-        if path.suffix != suffix:
+        if get_record_suffix(path) != suffix:
             raise UserError(f"{path} is not a {suffix} file; {format_hint}")
         return [path]
     cloned = [match for name in dataset.files if (match := _find_in_clone(path, name))]

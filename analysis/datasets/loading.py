@@ -9,8 +9,21 @@ from pathlib import Path
 
 from analysis.datasets.download import load_public_records
 from analysis.datasets.public import PUBLIC_DATASETS
-from analysis.datasets.queries import QUERY_FILE_FORMAT, Query, QuerySet, check_queries, parse_query
-from analysis.datasets.records import RECORD_SUFFIXES, read_records
+from analysis.datasets.queries import (
+    QUERY_COLUMNS,
+    QUERY_FILE_FORMAT,
+    Query,
+    QuerySet,
+    check_queries,
+    parse_query,
+)
+from analysis.datasets.records import (
+    RECORD_FORMATS,
+    expand_path,
+    names_existing_file,
+    names_record_file,
+    read_records,
+)
 from analysis.files import Notifier, combine_digests, data_folder
 from defenses.errors import unknown_name_error
 
@@ -61,9 +74,9 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
 
     Args:
         name: contrast or another of `SHIPPED_SETS`; a public set, or NAME=PATH for a local copy of it;
-            the path of a `.jsonl` or `.csv` file; or several of them joined with +.
+            the path of a query file; or several of them joined with +.
         offline: whether downloads are forbidden.
-        notify: prints a line before a download and when repeated queries are dropped.
+        notify: prints a line before a download, and about repeated queries.
 
     Raises:
         UserError: if the set is unknown, cannot be read or downloaded, or lacks a class.
@@ -71,8 +84,9 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
     names = _split_set_names(name)
     for part in names:
         base = part.partition("=")[0]
-        if not (part in SHIPPED_SETS or base in PUBLIC_DATASETS or Path(part).suffix in RECORD_SUFFIXES):
-            hint = " (or NAME=PATH for a copy of a public set, or the path of a .jsonl or .csv file)"
+        is_file = names_record_file(part) and (base == part or names_existing_file(part))
+        if not (part in SHIPPED_SETS or base in PUBLIC_DATASETS or is_file):
+            hint = f" (or NAME=PATH for a copy of a public set, or the path of a {RECORD_FORMATS})"
             raise unknown_name_error("data set", base, [*SHIPPED_SETS, *PUBLIC_DATASETS], hint)
     sets = [_load_single_set(part, offline, notify) for part in names]
     return (sets[0] if len(sets) == 1 else _join_query_sets(name, sets, notify)).check_both_classes()
@@ -106,7 +120,7 @@ def load_query_texts(name: str) -> tuple[dict[str, str], str]:
 def _split_set_names(name: str) -> list[str]:
     """Names of the joined sets; an existing path may itself contain a +."""
     base, _, copy_path = name.partition("=")
-    if Path(name).exists() or (base in PUBLIC_DATASETS and Path(copy_path).expanduser().exists()):
+    if names_existing_file(name) or (base in PUBLIC_DATASETS and names_existing_file(copy_path)):
         return [name]
     return name.split("+")
 
@@ -123,7 +137,10 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
         queries = [parse_query(row, number, path) for number, (row, path) in enumerate(rows, 1)]
         check_queries(queries, copy_path or base)
         return QuerySet(name, tuple(queries), source["sha256"], (source,))
-    query_set = _load_query_file(Path(name))
+    query_set = _load_query_file(expand_path(name))
+    if n_repeated := len(query_set.queries) - len({query.text for query in query_set.queries}):
+        n = len(query_set.queries)
+        notify(f"note: {name} repeats texts ({n_repeated} of {n} queries); each counts as a query of its own")
     return replace(
         query_set,
         name=name,
@@ -157,7 +174,7 @@ def _join_query_sets(name: str, query_sets: Sequence[QuerySet], notify: Notifier
 
 def _load_query_file(path: Path) -> QuerySet:
     """Load a file in the project's own format."""
-    rows, content = read_records(path, ("text", "harmful"), QUERY_FILE_FORMAT)
+    rows, content = read_records(path, ("text", "harmful"), QUERY_FILE_FORMAT, QUERY_COLUMNS)
     queries = [parse_query(row, number, path) for number, row in enumerate(rows, 1)]
     check_queries(queries, path)
     return QuerySet(str(path), tuple(queries), hashlib.sha256(content).hexdigest())

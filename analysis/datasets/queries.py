@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from analysis.datasets.records import check_unicode
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SPLIT_NAMES = ("train", "calibration", "test")
+QUERY_COLUMNS = ("text", "harmful", "id", "pair", "category", "split", "kind", "image")
 QUERY_FILE_FORMAT = (
     "it needs the columns text and harmful (true/false), and may have id, pair, category, split "
     f"({'/'.join(SPLIT_NAMES)}), kind"
@@ -98,7 +100,8 @@ class QuerySet:
                 f"{name} holds no {missing_class} query, and a defense is evaluated on both classes; add "
                 "some rows"
             )
-        digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
+        content = frame.to_csv(index=False).encode(errors="surrogatepass")
+        digest = hashlib.sha256(content).hexdigest()
         query_set = cls(name, tuple(queries), digest, ({"name": name, "sha256": digest},))
         return replace(query_set, has_calibration_split="calibration" in query_set.split_names)
 
@@ -199,30 +202,32 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
         row_number: 1-based; makes the id of a row that has none.
         source: file or set, for error messages.
     """
-    query_id = _read_optional(row, "id") or f"q{row_number:04d}"
-    split, text = _read_optional(row, "split"), row["text"]
+    query_id = _read_optional(row, "id", f"{source}, row {row_number}") or f"q{row_number:04d}"
     place = f"{source}, query {query_id!r}"
+    split, text = _read_optional(row, "split", place), row["text"]
     if not isinstance(text, str | None):
         raise UserError(f"{place}: the text is {text!r}; it takes a string")
-    if not (text or "").strip():
+    if text is None or not text.strip():
         raise UserError(f"{place}: the text is empty; write the request or remove the query")
+    check_unicode(text, f"{place}: the text")
     harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
-        raise UserError(f"{place}: harmful is {row['harmful']!r}; it takes true or false")
-    kind = _read_optional(row, "kind") or ("harmful" if harmful else "plain")
+        raise UserError(f"{place}: harmful is {row['harmful']!r}; it takes true or false, or 1 or 0")
+    kind = _read_optional(row, "kind", place) or ("harmful" if harmful else "plain")
     if kind == "harmful" and not harmful:
         raise UserError(f"{place}: a benign query has the kind harmful; give it another kind, or none")
-    if split is not None and split not in SPLIT_NAMES:
+    split = split and split.strip()
+    if split and split not in SPLIT_NAMES:
         raise unknown_name_error(f"split in {place}:", split, SPLIT_NAMES)
     return Query(
         query_id,
-        str(text).strip(),
+        text.strip(),
         harmful,
-        category=_read_optional(row, "category") or "",
-        pair=_read_optional(row, "pair"),
-        split=split,
+        category=_read_optional(row, "category", place) or "",
+        pair=_read_optional(row, "pair", place),
+        split=split or None,
         kind=kind,
-        image=_read_optional(row, "image"),
+        image=_read_optional(row, "image", place),
     )
 
 
@@ -234,13 +239,20 @@ def check_queries(queries: Sequence[Query], source: Path | str) -> None:
         source: file or set, for error messages.
 
     Raises:
-        UserError: if an id repeats, only some queries have a split, or a pair is no harmful-benign pair
-            within one split.
+        UserError: if an id repeats, a text is both harmful and benign, only some queries have a split, or a
+            pair is no harmful-benign pair within one split.
     """
     counts = Counter(query.id for query in queries)
     repeated = [query_id for query_id, count in counts.items() if count > 1]
     if repeated:
         raise UserError(f"{source}: the id {repeated[0]!r} occurs more than once; ids have to be unique")
+    by_text: dict[str, Query] = {}
+    for query in queries:
+        if (other := by_text.setdefault(query.text, query)).harmful != query.harmful:
+            raise UserError(
+                f"{source}: {other.id!r} and {query.id!r} are the same text, once harmful and once benign; "
+                "remove one of them"
+            )
     without_split = [query.id for query in queries if query.split is None]
     if 0 < len(without_split) < len(queries):
         raise UserError(
@@ -264,10 +276,15 @@ def sample_queries(queries: Sequence[Query], max_queries: int) -> list[Query]:
     return sample
 
 
-def _read_optional(row: Mapping[str, Any], column: str) -> str | None:
-    """Value of a column as text; None if it is missing or empty."""
-    value = row.get(column)
-    return None if value is None or value == "" else str(value)
+def _read_optional(row: Mapping[str, Any], column: str, place: str) -> str | None:
+    """Value of a column as text; None if it is missing, empty or NaN."""
+    value: Any = row.get(column)
+    if isinstance(value, dict | list) or getattr(value, "shape", None):
+        raise UserError(f"{place}: {column} is {value!r}; it takes a text")
+    if value is None or value == "" or value != value:
+        return None
+    check_unicode(str(value), f"{place}: {column}")
+    return str(value)
 
 
 def _check_pairs(queries: Sequence[Query], source: Path | str) -> None:

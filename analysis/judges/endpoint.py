@@ -10,7 +10,7 @@ from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_download_error
 
 _MAX_CONCURRENT_CALLS = 8
 _TIMEOUT_SECONDS = 60.0  # limit of one call, and of one wait before a retry
@@ -126,13 +126,17 @@ class EndpointChatModel:
         if not is_local:
             with_key = ", with the key in OPENAI_API_KEY" if key else ""
             notify(f"queries and responses are sent to {host} for judging{with_key}")
+        try:
+            # A proxy would send texts meant for this machine to another one.
+            http_client = openai.DefaultHttpxClient(trust_env=not is_local)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--judge-model at {host}: {describe_download_error(error)}") from error
         client = openai.OpenAI(
             base_url=url,
             api_key=key or "none",
             max_retries=0,
             timeout=_TIMEOUT_SECONDS,
-            # A proxy would send texts meant for this machine to another one.
-            http_client=openai.DefaultHttpxClient(trust_env=not is_local),
+            http_client=http_client,
         )
         return cls(client, host, model, CallBudget(budget))
 

@@ -15,15 +15,17 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from analysis.checkpoints.weight_files import check_weights_complete
 from analysis.files import data_folder
 from analysis.judges.endpoint import CallBudget, EndpointChatModel
 from analysis.judges.judge import REFUSAL_KINDS, JudgeProgress, RefusalKind, Verdict
 from analysis.models.generation import generate_token_ids
-from analysis.models.loading import load_model
+from analysis.models.loading import NO_ADAPTER, load_model
+from analysis.models.numerics import check_short_prompt
 from analysis.models.session import ModelSession
 from analysis.models.thinking_blocks import strip_thinking
 from defenses.contract import Message
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_library_error
 
 _MAX_REPLY_TOKENS = 12  # of a local model's reply, which should be one word
 _MAX_EVIDENCE_LENGTH = 80  # characters of a reply that are kept as evidence
@@ -162,7 +164,7 @@ class LocalChatModel:
                 self.session.engine,
                 [prompt_ids[index] for index in indices],
                 _MAX_REPLY_TOKENS,
-                loaded_model.tokenizer.eos_token_id,
+                loaded_model.end_token_ids,
                 on_progress=on_progress,
             )
             if indices
@@ -253,11 +255,7 @@ def load_model_judge(
     Raises:
         UserError: if the budget is missing, the rubric unusable, or the model cannot be loaded.
     """
-    if budget is None or budget < 1:
-        raise UserError(
-            "a model judge makes one call per response: set the maximum number of calls with --budget"
-        )
-    rubric = _read_rubric(rubric_path)
+    budget, rubric = check_judge_inputs(budget, rubric_path)
     grading_rubric = (data_folder() / "rubrics" / "worth.txt").read_text("utf-8")
     if name.startswith(("http://", "https://")):
         return ModelJudge(
@@ -266,7 +264,24 @@ def load_model_judge(
     if (classifier := load_classifier(name, budget, offline, notify)) is not None:
         return classifier
     session = ModelSession.from_model(load_model(name, offline=offline, notify=notify))
+    check_short_prompt(session)
+    for notice in session.loaded_model.notices:
+        notify(f"note: {notice}")
     return ModelJudge(LocalChatModel(session, CallBudget(budget)), rubric, grading_rubric)
+
+
+def check_judge_inputs(budget: int | None, rubric_path: Path | None) -> tuple[int, str]:
+    """Return the budget and the text of the rubric; raise if one of them cannot be used.
+
+    Args:
+        budget: maximum number of calls.
+        rubric_path: file with the judge's prompt; None for the shipped one.
+    """
+    if budget is None or budget < 1:
+        raise UserError(
+            "a model judge makes one call per response: set the maximum number of calls with --budget"
+        )
+    return budget, _read_rubric(rubric_path)
 
 
 def load_classifier(
@@ -293,7 +308,7 @@ def load_classifier(
     options: Any = {"trust_remote_code": False, "local_files_only": offline or is_folder}
     try:
         config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError):
+    except Exception:
         return None  # `load_model` explains what is wrong with it
     if not any(
         architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ()
@@ -308,11 +323,18 @@ def load_classifier(
         labels = ", ".join(config.id2label.values())
         raise UserError(f"{name}: this classifier has no label for refused or rejected responses ({labels})")
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **options)
+        model, loading_info = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, adapter_kwargs=NO_ADAPTER, **options
+        )
     except OSError as error:
         raise UserError(
             f"{name}: has no safetensors weights, and other formats are not read ({error})".split("\n")[0]
         ) from error
+    except Exception as error:  # of transformers, of a quantization library, or of safetensors
+        raise UserError(
+            f"{name}: the classifier cannot be loaded: {describe_library_error(error)}"
+        ) from error
+    check_weights_complete(name, loading_info)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     return RefusalClassifier(f"model {name}", model.eval(), tokenizer, refusal_labels, CallBudget(budget))
 

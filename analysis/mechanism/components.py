@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from analysis.readouts.readout import Readout
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_library_error
 
 _LARGE_INPUT = 1e4  # large enough to make the epsilon of a norm negligible
 OTHER_COMMANDS_HINT = (
@@ -256,6 +256,11 @@ def _select_architecture_adapter(model: Any, class_name: str) -> Any:
     try:
         bridge_config = build_bridge_config_from_hf(model.config, class_name, class_name, model.dtype)
         return ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
+    except ImportError as error:
+        raise UserError(
+            f"TransformerLens cannot locate the components of {class_name} here "
+            f"({describe_library_error(error)}); {OTHER_COMMANDS_HINT}"
+        ) from error
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(
             f"TransformerLens does not know the architecture {class_name}, so its components cannot be "

@@ -154,7 +154,7 @@ def load_mean_activations(
     computation = {**describe_computation(session.loaded_model), **inputs}
     digest = hashlib.sha256(json.dumps(computation, sort_keys=True).encode()).hexdigest()
     path = make_json_cache_path("residuals", session.loaded_model, inputs)
-    if (means := read_cached_json(path)) is None:
+    if (means := read_cached_json(path, dict)) is None:
         states = _last_token_states(session, prompts)
         harmful_mask = torch.tensor(is_harmful)
         means = {

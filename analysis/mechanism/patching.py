@@ -128,10 +128,11 @@ class ActivationPatcher:
         Args:
             prompt: token ids, read by the model in its current state.
         """
-        model, last = self.session.loaded_model.model, len(prompt) - 1
+        model, engine = self.session.loaded_model.model, self.session.engine
+        n_shared = len(prompt) - 1 if engine.can_extend_prefix(len(prompt) - 1, len(prompt)) else 0
         ids = torch.tensor([prompt], device=model.device)
         positions = torch.arange(len(prompt), device=model.device)[None]
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=model.config) if n_shared else None
         head_outputs: dict[int, Tensor] = {}
 
         def make_recorder(layer: int) -> ActivationEdit:
@@ -139,15 +140,17 @@ class ActivationPatcher:
 
         with ExitStack() as stack:
             stack.enter_context(_explain_out_of_memory(prompt))
-            with torch.no_grad():
-                model(
-                    input_ids=ids[:, :last],
-                    attention_mask=torch.ones_like(ids[:, :last]),
-                    position_ids=positions[:, :last],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
+            engine.rotation.reset_modules()
+            if cache is not None:
+                with torch.no_grad():
+                    model(
+                        input_ids=ids[:, :n_shared],
+                        attention_mask=torch.ones_like(ids[:, :n_shared]),
+                        position_ids=positions[:, :n_shared],
+                        past_key_values=cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    )
             first_input: HookPoint = (self.components.layers[0].block, "enters")
             stack.enter_context(
                 edit_activations(first_input, lambda states: states.detach().requires_grad_())
@@ -157,11 +160,11 @@ class ActivationPatcher:
                 stack.enter_context(edit_activations(hook_point, make_recorder(number)))
             with torch.enable_grad():
                 logits = model(
-                    input_ids=ids[:, last:],
+                    input_ids=ids[:, n_shared:],
                     attention_mask=torch.ones_like(ids),
-                    position_ids=positions[:, last:],
+                    position_ids=positions[:, n_shared:],
                     past_key_values=cache,
-                    use_cache=True,
+                    use_cache=cache is not None,
                 ).logits[:, -1]
                 margin = self.readout.compute_margins(logits.float())[0, 0]
                 gradients = torch.autograd.grad(margin, list(head_outputs.values()))
@@ -212,6 +215,7 @@ class ActivationPatcher:
         self, patches: Sequence[ActivationPatch]
     ) -> list[tuple[HookPoint, ActivationEdit]]:
         """The edit at each hook point of a batch that has one row per patch."""
+        engine = self.session.engine
         rows_by_hook_point: dict[HookPoint, list[int]] = {}
         for row, (site, _) in enumerate(patches):
             rows_by_hook_point.setdefault(self._get_hook_point(site), []).append(row)
@@ -219,10 +223,11 @@ class ActivationPatcher:
         def make_edit(rows: list[int]) -> Callable[[Tensor], Tensor]:
             def edit(states: Tensor) -> Tensor:
                 edited = states.clone()
-                flat = edited.view(-1, edited.shape[-1])  # rows of tokens, whether packed into one row or not
+                assert engine.logit_positions is not None
+                batch_rows, columns = (indices.tolist() for indices in engine.logit_positions)
                 for row in rows:
                     site, activation = patches[row]
-                    self._select_head(site, flat[row]).copy_(activation)
+                    self._select_head(site, edited[batch_rows[row], columns[row]]).copy_(activation)
                 return edited
 
             return edit

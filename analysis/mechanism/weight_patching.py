@@ -25,9 +25,11 @@ def find_changed_weights(model: Any, defense: Defense) -> WeightChanges:
 
     Weights whose values are changed in place are not detected.
     """
-    original = {name: parameter.data for name, parameter in model.named_parameters()}
+    # Tied weights have several names; a defense may change one of them, and add a bias.
+    original = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
     with defense.apply_to(model):
         changed = {name: parameter.data for name, parameter in model.named_parameters()}
+    original |= {name: torch.zeros_like(changed[name]) for name in changed.keys() - original.keys()}
     return {
         name: (original[name], tensor)
         for name, tensor in changed.items()

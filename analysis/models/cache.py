@@ -1,7 +1,8 @@
 """Cache of results that depend on a model, and the keys of its entries.
 
 Scores, drafts (responses to a defense's own calls) and verdicts on responses are rows of one SQLite file.
-Other results are small JSON files next to it, in one folder for each of `CACHE_KINDS`.
+Other results are small JSON files next to it, in one folder for each of `CACHE_KINDS`. Each has the SHA-256
+of its content, so that a damaged file is computed again.
 
 A key is a digest of everything that the result depends on: weights, configuration, dtype, device, source
 code, library versions, and for a row the defense's weight changes, the readout and the token ids. No prompt
@@ -17,17 +18,19 @@ import json
 import math
 import shutil
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 
 from analysis.files import write_text_file
 from analysis.models.loading import LoadedModel
 from defenses.errors import UserError
+
+Result = TypeVar("Result")
 
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS scores (name BLOB PRIMARY KEY, margin REAL, coverage REAL) WITHOUT ROWID;
@@ -38,9 +41,11 @@ _TABLE_NAMES = ("scores", "drafts", "responses")
 # Kinds of cached results other than scores and drafts; each is the name of a folder.
 CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "cost")
 _MAX_KEYS_PER_STATEMENT = 500  # SQLite allows 999 parameters
+_LOCK_TIMEOUT_SECONDS = 30
 # Source code that determines what a model reads and how its logits become a margin. Results computed by other
 # code are not found again.
 SCORING_SOURCES = (
+    "analysis/checkpoints/**/*.py",
     "analysis/models/**/*.py",
     "analysis/readouts/**/*.py",
     "analysis/attacks.py",
@@ -107,7 +112,7 @@ class CacheKey:
 
 
 class ScoreCache:
-    """Cached scores and drafts; an unusable file acts as an empty cache that lasts for this run only.
+    """Cached scores, drafts and verdicts; an unusable file acts as an empty cache that ends with the run.
 
     Args:
         cache_path: of the SQLite file.
@@ -118,63 +123,101 @@ class ScoreCache:
 
     def __init__(self, cache_path: Path) -> None:
         self.n_hits = 0
+        self._cache_path = cache_path
+        self._read_error = self._write_error = ""
+        # Rows that could not be stored yet, keys of rows that this run made, and of rows that it found.
+        self._unsaved_rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in _TABLE_NAMES}
+        self._own_keys: set[bytes] = set()
+        self._reused_keys: dict[str, set[bytes]] = {name: set() for name in _TABLE_NAMES}
         try:
             cache_path.parent.mkdir(parents=True, exist_ok=True)
             cache_path.touch(mode=0o600)  # drafts may reword the user's queries
-            self._connection = sqlite3.connect(cache_path, timeout=30)
-            # Allows readers beside a writer; committed rows survive a killed process.
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.executescript(_CREATE_TABLES)
-        except (OSError, sqlite3.Error):
+            self._connection = _open_database(cache_path)
+        except (OSError, sqlite3.Error) as error:
+            self._read_error = str(error)
             self._connection = sqlite3.connect(":memory:")
             self._connection.executescript(_CREATE_TABLES)
 
     def read_scores(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
         """Return margin and coverage by key, for the keys that are cached."""
-        rows = self._select_rows("SELECT name, margin, coverage FROM scores", keys)
+        rows = self._select_rows("scores", "margin, coverage", keys)
         return {key: (margin, coverage) for key, margin, coverage in rows}
 
     def read_drafts(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """Return the draft texts by key, for the keys that are cached."""
-        return dict(self._select_rows("SELECT name, text FROM drafts", keys))
+        return dict(self._select_rows("drafts", "text", keys))
 
     def write_scores(self, rows: Iterable[tuple[bytes, float, float]]) -> None:
         """Store rows of key, margin and coverage; rows that are not finite are skipped."""
-        finite = [row for row in rows if math.isfinite(row[1]) and math.isfinite(row[2])]
-        self._write_rows("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", finite)
+        self._write_rows("scores", [row for row in rows if math.isfinite(row[1]) and math.isfinite(row[2])])
 
     def write_drafts(self, rows: Iterable[tuple[bytes, str]]) -> None:
         """Store rows of key and text."""
-        self._write_rows("INSERT OR REPLACE INTO drafts VALUES (?, ?)", rows)
+        self._write_rows("drafts", list(rows))
 
     def read_verdicts(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """Return the verdicts on responses by key, for the keys that are cached."""
-        return dict(self._select_rows("SELECT name, verdict FROM responses", keys))
+        return dict(self._select_rows("responses", "verdict", keys))
 
     def write_verdicts(self, rows: Iterable[tuple[bytes, str]]) -> None:
         """Store rows of key and verdict; no response is stored."""
-        self._write_rows("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
+        self._write_rows("responses", list(rows))
 
-    def _select_rows(self, statement: str, keys: Sequence[bytes]) -> list[Any]:
+    def describe_reuse(self) -> str:
+        """Return how many rows of earlier runs were found since the last call, such as "40 margins"."""
+        counts = {name: len(keys) for name, keys in self._reused_keys.items()}
+        self._own_keys |= set().union(*self._reused_keys.values())
+        self._reused_keys = {name: set() for name in _TABLE_NAMES}
+        nouns = {"scores": "margins", "drafts": "drafts of defenses", "responses": "verdicts on responses"}
+        return ", ".join(f"{count:,} {nouns[name]}" for name, count in counts.items() if count)
+
+    def describe_problem(self) -> str:
+        """Return why later runs will not find all results of this run; empty if they will.
+
+        Rows that could not be stored are tried again first.
+        """
+        for table, rows in self._unsaved_rows.items():
+            if rows:
+                self._write_rows(table, [])
+        error = self._read_error or self._write_error
+        return f"{self._cache_path} cannot be used ({error})" if error else ""
+
+    def _select_rows(self, table: str, columns: str, keys: Sequence[bytes]) -> list[Any]:
         rows: list[Any] = []
-        for start in range(0, len(keys), _MAX_KEYS_PER_STATEMENT):
-            chunk = keys[start : start + _MAX_KEYS_PER_STATEMENT]
-            placeholders = ",".join("?" * len(chunk))
-            try:
-                rows += self._connection.execute(
-                    f"{statement} WHERE name IN ({placeholders})", chunk
-                ).fetchall()
-            except sqlite3.Error:
-                return rows
+        try:
+            for start in range(0, len(keys), _MAX_KEYS_PER_STATEMENT):
+                chunk = keys[start : start + _MAX_KEYS_PER_STATEMENT]
+                placeholders = ",".join("?" * len(chunk))
+                statement = f"SELECT name, {columns} FROM {table} WHERE name IN ({placeholders})"
+                rows += self._connection.execute(statement, chunk).fetchall()
+        except sqlite3.Error as error:
+            self._read_error = str(error)
+        self._reused_keys[table].update(row[0] for row in rows if row[0] not in self._own_keys)
         return rows
 
-    def _write_rows(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    def _write_rows(self, table: str, new_rows: list[tuple[Any, ...]]) -> None:
+        self._own_keys.update(row[0] for row in new_rows)
+        rows = self._unsaved_rows[table] + new_rows
+        if not rows:
+            return
+        placeholders = ",".join("?" * len(rows[0]))
         try:
             with self._connection:  # one commit
-                self._connection.executemany(statement, rows)
-        except sqlite3.Error:  # full disk, locked or damaged file: the rows are recomputed next time
-            return
+                self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({placeholders})", rows)
+        except sqlite3.Error as error:  # full disk, locked or damaged file: tried again with the next rows
+            self._unsaved_rows[table], self._write_error = rows, str(error)
+        else:
+            self._unsaved_rows[table], self._write_error = [], ""
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    """Return a connection to the SQLite file, which is made if it does not exist."""
+    connection = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_SECONDS)
+    # Allows readers beside a writer; committed rows survive a killed process.
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.executescript(_CREATE_TABLES)
+    return connection
 
 
 def count_cached_rows(cache_path: Path) -> dict[str, int]:
@@ -187,7 +230,7 @@ def count_cached_rows(cache_path: Path) -> dict[str, int]:
         return {**dict.fromkeys(_TABLE_NAMES, 0), "bytes": 0}
     size = sum(file.stat().st_size for file in _list_database_files(cache_path) if file.is_file())
     try:
-        with closing(sqlite3.connect(cache_path, timeout=30)) as connection:
+        with closing(sqlite3.connect(cache_path, timeout=_LOCK_TIMEOUT_SECONDS)) as connection:
             connection.executescript(_CREATE_TABLES)  # an earlier version wrote fewer tables
             counts = {
                 table: int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
@@ -235,19 +278,31 @@ def write_cached_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
     plain_content = {key: value.item() if hasattr(value, "item") else value for key, value in content.items()}
+    text = json.dumps(plain_content)
     with suppress(OSError):
-        write_text_file(path, json.dumps(plain_content))
+        write_text_file(path, f'{{"sha256": "{_digest_text(text)}", "content": {text}}}')
 
 
-def read_cached_json(path: Path | None) -> dict[str, Any] | None:
-    """Return a cached result; None without a path, or if the file is missing or damaged."""
+def read_cached_json(path: Path | None, parse: Callable[[dict[str, Any]], Result]) -> Result | None:
+    """Return a cached result; None if it has to be computed, because the file is missing or damaged.
+
+    Args:
+        path: from `make_json_cache_path`.
+        parse: makes the result of what was written; it may fail on what another version wrote.
+    """
     if path is None:
         return None
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        stored = json.loads(path.read_text("utf-8"))
+        if stored["sha256"] != _digest_text(json.dumps(stored["content"])):
+            return None
+        return parse(stored["content"])
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
@@ -269,13 +324,15 @@ def hash_code(*patterns: str) -> str:
 
 def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     """Return everything on which computations with a model depend, as a part of cache keys."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
-        "weights": [loaded_model.origin.get("sha256"), loaded_model.origin.get("state_sha256")],
+        "weights": [loaded_model.origin.get(key) for key in ("sha256", "state_sha256", "state_config")],
         "config": {**loaded_model.model.config.to_dict(), "_name_or_path": ""},
+        "quantization": loaded_model.quantization,
         "code": hash_code(*SCORING_SOURCES),
         "dtype": str(loaded_model.model.dtype),
         "device": loaded_model.model.device.type,
+        "share_prefix": loaded_model.share_prefix,
         "versions": versions,
     }
 

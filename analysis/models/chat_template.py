@@ -369,8 +369,8 @@ class ChatTemplate:
         self, chat: Any, source: str, switches: Mapping[str, Any] = _NO_THINKING, **options: Any
     ) -> Any:
         """Call `apply_chat_template`; whatever a template raises becomes a UserError."""
-        defaults = {"tokenize": False, "add_generation_prompt": True}
-        defaults |= {"date_string": _format_date_string(FIXED_DATE)}
+        defaults: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        defaults["date_string"] = _format_date_string(FIXED_DATE)
         try:
             return self.tokenizer.apply_chat_template(
                 chat, chat_template=source, return_dict=True, **{**defaults, **switches, **options}

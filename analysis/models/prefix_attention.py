@@ -1,9 +1,9 @@
-"""Attention of many rows to one shared prefix, without copies of the prefix and without padding.
+"""Attention of many rows to one shared prefix: split from their own tokens, or to copies of the prefix.
 
 The usual implementation concatenates the keys of prefix and row and repeats them for grouped queries, which
-copies the prefix four times per layer and row. Here the queries of all rows are multiplied with the prefix's
-keys as one matrix, and one softmax covers the prefix and the row's own tokens. Outside of attention, the rows
-are packed into one sequence of tokens.
+copies the prefix four times per layer and row. In split attention, the queries of all rows are multiplied
+with the prefix's keys as one matrix, and one softmax covers the prefix and the row's own tokens. Outside of
+attention, the rows are packed into one sequence of tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 QueryTensor = Float[Tensor, "rows heads length size"]
@@ -33,6 +34,9 @@ _CAUSAL_ATTENTION_ARGUMENTS = {
     "position_ids",
     "cache_position",
 }
+
+# Cache layers that hold keys and values only; a recurrent state advances and cannot be shared.
+_SHAREABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -241,3 +245,53 @@ def _compute_split_attention(
     output = weights[..., n_shared:].view_as(own_scores) @ values.transpose(0, 1)
     output += torch.bmm(weights[..., :n_shared], shared_values[0]).view_as(output)
     return output.transpose(0, 1).reshape(rows, heads, length, -1).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Keys and values of a shared prefix.
+
+    Attributes:
+        cache: keys and values of all layers.
+        is_packed: whether rows are packed into one sequence, not padded to one length.
+    """
+
+    cache: DynamicCache
+    is_packed: bool
+
+
+def can_share_prefix(model: Any) -> bool:
+    """Return whether a model's cache holds keys and values only, which several rows can reuse."""
+    return all(type(layer) in _SHAREABLE_LAYERS for layer in DynamicCache(config=model.config).layers)
+
+
+def prepare_shared_prefix(cache: DynamicCache, is_packed: bool) -> SharedPrefix:
+    """Return a prefix that batches of any size can use, after replacing the `update` of its cache layers.
+
+    Args:
+        cache: keys and values of the prefix.
+        is_packed: whether rows will be packed into one sequence, with split attention.
+    """
+    make_update = make_split_update if is_packed else _make_broadcast_update
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)  # one of _SHAREABLE_LAYERS
+        if layer.keys is not None and layer.values is not None:  # some layers use those of another layer
+            layer.update = make_update(layer.keys, layer.values)  # type: ignore[method-assign]
+    return SharedPrefix(cache, is_packed)
+
+
+def _make_broadcast_update(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a cache layer's `update` that repeats the prefix for all rows of a batch and stores nothing.
+
+    New keys and values are needed in their own layer only. Stored, as transformers does, a batch would hold
+    those of all layers at once: at 7B parameters, tens of gigabytes instead of one.
+    """
+
+    def update(new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        rows = (len(new_keys), -1, -1, -1)
+        return (
+            torch.cat([keys.expand(rows), new_keys], dim=-2),
+            torch.cat([values.expand(rows), new_values], dim=-2),
+        )
+
+    return update

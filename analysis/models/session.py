@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,11 @@ from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
+from analysis.models.plain_passes import choose_batch_form
 from analysis.models.thinking_blocks import strip_thinking
 from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
-from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat
+from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats
 from defenses.errors import UserError
 from defenses.rng import QueryRng
 
@@ -64,11 +66,9 @@ class ModelSession:
     ) -> ModelSession:
         """Return a session for a model, without questions."""
         chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix)
-        engine = Engine(loaded_model.model, batch_size)
+        engine = _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
-        defense_calls = DefenseCalls(
-            engine, chat_template, loaded_model.context_length, shared_settings, score_cache
-        )
+        defense_calls = DefenseCalls(engine, chat_template, loaded_model, shared_settings, score_cache)
         return cls(loaded_model, chat_template, engine, defense_calls, score_cache, seed)
 
     def with_questions(self, questions: tuple[str, ...]) -> ModelSession:
@@ -88,7 +88,7 @@ class ModelSession:
             if self.questions:
                 chats = self._ask_questions(chats)
             if defense.retokenizes:
-                retokenize = partial(defense.retokenize, rng=rng)
+                retokenize = partial(_retokenize_text, defense, rng=rng)
                 prompts = [self.chat_template.render_retokenized(chat, retokenize) for chat in chats]
             else:
                 prompts = [self.chat_template.render_prompt(chat) for chat in chats]
@@ -99,6 +99,7 @@ class ModelSession:
                     f"{self.loaded_model.name} reads {self.loaded_model.context_length}: shorten the query "
                     "or the defense's text"
                 )
+            check_token_ids(self.loaded_model, [prompt.ids for prompt in prompts])
             prompts_by_query.append(prompts)
         return prompts_by_query
 
@@ -139,23 +140,64 @@ class ModelSession:
         return chats_by_query
 
 
+def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
+    """Return an engine that runs batches in the fastest form in which the model's logits are right."""
+    model = loaded_model.model
+    if model.device.type == "meta":  # without weights, nothing can be compared
+        return Engine(model, batch_size)
+    form, slower = choose_batch_form(model, loaded_model.share_prefix)
+    engine = Engine(model, batch_size, form)
+    engine.notices += [slower] if slower else []
+    return engine
+
+
+def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise if a prompt has a token for which the model has no embedding.
+
+    Args:
+        loaded_model: the model.
+        prompts: token ids.
+    """
+    largest = max(max(ids) for ids in prompts)
+    if largest >= loaded_model.n_embeddings:
+        token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the tokenizer of {loaded_model.name} gives {token!r} the id {largest}, but the model has "
+            f"embeddings for the ids 0 to {loaded_model.n_embeddings - 1} only: tokens were added and the "
+            "embedding was not resized. Use the model's own tokenizer, or resize_token_embeddings() and train"
+        )
+
+
 def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> Consultation:
     """Apply a defense to a chat; exceptions of a user-defined class become UserErrors."""
     responses: list[str] | None = None
     try:
         consultation = defense.consult_model(query_chat.chat, rng)
+        if not hasattr(consultation, "send"):
+            raise TypeError("consult_model must yield; without calls, define rewrite_copies instead")
         while True:
             calls = consultation.send(responses)  # type: ignore[arg-type]
             if not isinstance(calls, list) or not all(isinstance(call, ModelCall) for call in calls):
                 raise TypeError("consult_model must yield lists of ModelCall")
             responses = yield calls
     except StopIteration as stop:
-        return stop.value
+        return check_chats(defense.name, stop.value)
     except Exception as error:
         if not defense.is_user_defined or isinstance(error, UserError):
             raise
         raise UserError(
             f"{defense.name!r} raised {type(error).__name__} on query {query_chat.query_id!r}: {error}"
+        ) from error
+
+
+def _retokenize_text(defense: Defense, ids: list[int], rng: QueryRng) -> list[int]:
+    """Return a defense's tokens of a text; raise if they are none."""
+    retokenized = defense.retokenize(ids, rng)
+    try:
+        return list(map(operator.index, retokenized))
+    except TypeError as error:
+        raise UserError(
+            f"{defense.name!r} returned {retokenized!r:.60} from `retokenize`; it takes a list of token ids"
         ) from error
 
 
@@ -219,7 +261,7 @@ def generate_responses(
                 session.engine,
                 prompt_ids,
                 max_new_tokens,
-                chat_template.tokenizer.eos_token_id,
+                session.loaded_model.end_token_ids,
                 is_finished,
                 on_progress,
                 lambda rows, logits: on_first_logits([prompt_ids[row] for row in rows], logits),
@@ -241,7 +283,7 @@ class DefenseCalls:
     Args:
         engine: runs the model; the defense is not applied to it meanwhile.
         chat_template: of the model's tokenizer.
-        context_length: maximum sequence length, in tokens.
+        loaded_model: the model that the engine runs.
         shared_settings: everything but the prompts that the responses depend on, for cache keys.
         score_cache: stores single-line responses for later runs; None keeps them in memory.
 
@@ -256,12 +298,12 @@ class DefenseCalls:
         self,
         engine: Engine,
         chat_template: ChatTemplate,
-        context_length: int,
+        loaded_model: LoadedModel,
         shared_settings: Mapping[str, Any],
         score_cache: ScoreCache | None = None,
     ) -> None:
         self._engine, self._chat_template = engine, chat_template
-        self._context_length, self._shared_settings = context_length, shared_settings
+        self._loaded_model, self._shared_settings = loaded_model, shared_settings
         self._score_cache = score_cache
         self._responses_by_key: dict[bytes, str] = {}
         self.on_progress: Callable[[int, int], None] = lambda n_generated, n_requested: None
@@ -274,11 +316,12 @@ class DefenseCalls:
             return []
         prompts = [self._chat_template.render_prompt(call.chat).ids for call in model_calls]
         n_tokens = max(len(ids) + call.max_new_tokens for ids, call in zip(prompts, model_calls, strict=True))
-        if n_tokens > self._context_length:
+        if n_tokens > self._loaded_model.context_length:
             raise UserError(
                 f"a defense calls the model about a query with {n_tokens} tokens, and the model reads "
-                f"{self._context_length}: shorten the query"
+                f"{self._loaded_model.context_length}: shorten the query"
             )
+        check_token_ids(self._loaded_model, prompts)
         keys = [self._make_key(ids, call) for ids, call in zip(prompts, model_calls, strict=True)]
         if self._score_cache is not None:
             self._responses_by_key |= self._score_cache.read_drafts(
@@ -315,7 +358,7 @@ class DefenseCalls:
 
     def copy_uncached(self) -> DefenseCalls:
         """Return a copy without cached responses, so that the cost of the calls can be measured."""
-        return DefenseCalls(self._engine, self._chat_template, self._context_length, self._shared_settings)
+        return DefenseCalls(self._engine, self._chat_template, self._loaded_model, self._shared_settings)
 
     def _make_key(self, token_ids: Sequence[int], call: ModelCall) -> bytes:
         """Return the cache key of a call."""
@@ -331,7 +374,6 @@ class DefenseCalls:
         on_progress: Callable[[int], None],
     ) -> None:
         """Generate and store the responses to calls with the same limits."""
-        tokenizer = self._chat_template.tokenizer
 
         def decode_response(token_ids: Sequence[int]) -> str:
             return strip_thinking(self._chat_template.decode_response(token_ids)).lstrip()
@@ -340,7 +382,12 @@ class DefenseCalls:
             return stops_at_newline and "\n" in decode_response(token_ids)
 
         generated = generate_token_ids(
-            self._engine, prompts, max_new_tokens, tokenizer.eos_token_id, is_finished, on_progress
+            self._engine,
+            prompts,
+            max_new_tokens,
+            self._loaded_model.end_token_ids,
+            is_finished,
+            on_progress,
         )
         texts = [decode_response(token_ids) for token_ids in generated]
         if stops_at_newline:
@@ -399,12 +446,12 @@ def _generate_blended(
     on_progress: Callable[[int], None],
 ) -> list[list[int]]:
     """Return greedy responses: first token from the blended logits, the rest from the defended model."""
-    eos_token_id = session.loaded_model.tokenizer.eos_token_id
+    end_token_ids = session.loaded_model.end_token_ids
     batches = iterate_defended_logits(
         session.engine, session.loaded_model, defense, prompts, _select_top_token
     )
     first_tokens = [int(token) for _, tokens in batches for token in tokens]
-    continued = [row for row, token in enumerate(first_tokens) if token != eos_token_id]
+    continued = [row for row, token in enumerate(first_tokens) if token not in end_token_ids]
     if max_new_tokens <= 1:
         continued = []
     on_progress(len(prompts) - len(continued))
@@ -413,11 +460,11 @@ def _generate_blended(
         extended = [(*prompts[row], first_tokens[row]) for row in continued]
         with defense.apply_to(session.loaded_model.model):
             continuations = generate_token_ids(
-                session.engine, extended, max_new_tokens - 1, eos_token_id, on_progress=on_progress
+                session.engine, extended, max_new_tokens - 1, end_token_ids, on_progress=on_progress
             )
     continuation_by_row = dict(zip(continued, continuations, strict=True))
     return [
-        [] if token == eos_token_id else [token, *continuation_by_row.get(row, [])]
+        [] if token in end_token_ids else [token, *continuation_by_row.get(row, [])]
         for row, token in enumerate(first_tokens)
     ]
 

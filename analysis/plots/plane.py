@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from analysis.plots.captions import CaptionContext, format_count_range
@@ -251,7 +251,7 @@ def _format_control_note(points: pd.DataFrame, columns: tuple[str, ...]) -> str:
     if controls is not None and controls.notna().any():
         text += (
             f" Grey squares: matched controls of {controls.notna().sum()} conditions, with other content of "
-            "the same size in the same place; the grey band covers their range."
+            "the same size in the same place, each with a dotted line to its defense."
         )
     return text
 
@@ -324,16 +324,19 @@ def _draw_undefended(ax: Axes, x: Any, y: Any, label: str) -> Line2D:
 
 
 def _draw_controls(ax: Axes, points: pd.DataFrame, columns: tuple[str, str]) -> list[Line2D]:
-    """Draw the matched controls, and a band over the range in which they fall; return their legend entry."""
+    """Draw the matched controls, each with a line to its defense; return their legend entry."""
     names = [f"control_{name}" for name in columns]
     if not set(names) <= set(points):
         return []
-    positions = points[names].astype(float).dropna()
-    if positions.empty:
+    matched = points[[*names, *columns]].astype(float).dropna()
+    if matched.empty:
         return []
-    x, y = positions.to_numpy().T
-    corner, size = (x.min(), y.min()), (np.ptp(x), np.ptp(y))
-    ax.add_patch(Rectangle(corner, *size, facecolor=GREY, edgecolor=GREY, alpha=0.25, zorder=0.8))
+    controls, defenses = matched[names].to_numpy(), matched[list(columns)].to_numpy()
+    segments = list(np.stack([controls, defenses], axis=1))
+    lines = LineCollection(segments, colors=GREY, linewidths=0.7, linestyles=":", zorder=0.8)
+    lines.set_gid("control lines")
+    ax.add_collection(lines)
+    x, y = controls.T
     ax.scatter(x, y, s=12, marker="s", color=GREY, zorder=2.5, linewidths=0, gid="controls")
     return [make_legend_marker(GREY, "s", "matched controls")]
 

@@ -200,7 +200,7 @@ def _find_response_prefix(
     prefix: tuple[int, ...] = ()
     for _ in range(_MAX_EMPTY_TOKENS):
         probabilities, token = _find_common_token(prompts, prefix, probe)
-        opening = (token,) if token is not None else ()
+        opening: tuple[int, ...] = (token,) if token is not None else ()
         text = tokenizer.decode(list(opening), skip_special_tokens=False).strip()
         while opening and text and opening_texts and text not in opening_texts:
             # A tag may consist of several tokens.

@@ -195,7 +195,7 @@ def _generate_openings(
     """Generate the first tokens of each greedy response; the end token counts as one."""
     eos_token_id = session.loaded_model.tokenizer.eos_token_id
     with undefended.apply_to(session.loaded_model.model):
-        generated = generate_token_ids(session.engine, prompts, depth, eos_token_id)
+        generated = generate_token_ids(session.engine, prompts, depth, session.loaded_model.end_token_ids)
     return [tuple([*token_ids, eos_token_id][:depth]) for token_ids in generated]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.engine import Engine
 from analysis.models.loading import LoadedModel
+from analysis.models.numerics import check_finite
 from analysis.models.session import PromptLogitCallback, iterate_defended_logits, list_blend_members
 from analysis.readouts.readout import Readout
 from defenses.contract import Defense
@@ -36,6 +37,9 @@ def score_prompts(
         readout: reduces first-token logits to a margin.
         score_cache: scores of earlier runs, to which new ones are added; None disables caching.
         on_progress: called with the number of prompts finished since the last call.
+
+    Raises:
+        UserError: if a score is no finite number.
     """
     if not _is_cacheable(defense):
         score_cache = None
@@ -50,12 +54,14 @@ def score_prompts(
     for batch_rows, values in _iterate_scores(loaded_model, engine, defense, new_prompts, readout):
         batch_keys = [keys[new_rows[row]] for row in batch_rows]
         new_scores = dict(zip(batch_keys, map(tuple, values.tolist()), strict=True))
-        if score_cache is not None:
+        if score_cache is not None and values.isfinite().all():
             score_cache.write_scores((key, *score) for key, score in new_scores.items())
         scores |= new_scores
         on_progress(len(batch_rows))
     on_progress(len(prompts) - len(new_rows))
-    return torch.tensor([scores[key] for key in keys], dtype=torch.float64)
+    result = torch.tensor([scores[key] for key in keys], dtype=torch.float64)
+    check_finite(loaded_model, result.abs())
+    return result
 
 
 def make_score_writer(
@@ -75,7 +81,9 @@ def make_score_writer(
     cache_key = _make_score_key(loaded_model, defense, readout)
 
     def write_scores(prompts: Sequence[tuple[int, ...]], logits: Float[Tensor, "rows vocab"]) -> None:
-        scores = zip(prompts, readout.compute_margins(logits).tolist(), strict=True)
+        values = readout.compute_margins(logits)
+        check_finite(loaded_model, values.abs())
+        scores = zip(prompts, values.tolist(), strict=True)
         score_cache.write_scores((cache_key.make_key(ids), *score) for ids, score in scores)
 
     return write_scores
@@ -95,9 +103,14 @@ def _iterate_scores(
     sequences = [(*prompt, *tokens) for prompt in prompts for tokens in continuations]
     # Terms of prompts, some of whose continuations are in a later batch.
     pending: dict[int, dict[int, Tensor]] = defaultdict(dict)
-    for indices, values in iterate_defended_logits(
-        engine, loaded_model, defense, sequences, readout.compute_terms
-    ):
+
+    def compute_terms(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows terms"]:
+        # Checked here, while the defense is applied, so that a damaged weight of it is found.
+        terms = readout.compute_terms(logits)
+        check_finite(loaded_model, terms.abs())
+        return terms
+
+    for indices, values in iterate_defended_logits(engine, loaded_model, defense, sequences, compute_terms):
         finished: dict[int, Tensor] = {}
         for index, terms in zip(indices, values, strict=True):
             row, number = divmod(index, len(continuations))

@@ -1,7 +1,13 @@
-"""Read a run from its folder, and write a run into one."""
+"""Read a run from its folder, and write a run into one.
+
+`run.json` lists the files of the run under `files`, each with its SHA-256; what else lies in the folder is
+not read. Files that are added to a run later (by `analyze label`) have null in place of the digest. Runs of
+earlier versions have no such list: every table and figure in their folders is read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Container, Mapping
@@ -10,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.files import stage_folder
+from analysis.files import check_output_folder, hash_file, lock_folder, stage_folder, write_text_file
 from analysis.report.results import Run
+from analysis.stats.tables import format_table, read_table
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +45,8 @@ _REQUIRED_RECORD_FIELDS = {
     "data": ("name", "split", "n_harmful", "n_benign"),
     "readout": ("name", "threshold"),
 }
+RECORD_FILE = "run.json"
+_FILE_SUFFIXES = (".csv", ".png")
 _RUN_HINT = "`analyze -d NAME -o FOLDER` writes a run"
 
 # Name of a data set → texts of its queries by id, and the SHA-256 of the set.
@@ -58,15 +67,11 @@ def read_run(folder: Path, load_texts: TextLoader, taken_names: Container[str] =
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {problem}; give the folder of a run: {_RUN_HINT}")
-    record_path = folder / "run.json"
+    record_path = folder / RECORD_FILE
     if not record_path.is_file():
         raise UserError(f"{folder} is not a run: it lacks run.json; {_RUN_HINT}")
-    record = _read_record(record_path)
-    files = {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.suffix in (".csv", ".png") and path.is_file()
-    }
+    record = read_record(record_path)
+    files = {name: _read_file(folder / name, digest) for name, digest in _list_files(folder, record).items()}
     tables = {
         name.removesuffix(".csv"): _read_table(folder / name, content)
         for name, content in files.items()
@@ -87,19 +92,117 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
     """Write the tables, figures and run.json of a run: all of them, or none if one cannot be written.
 
     Args:
-        folder: created if it does not exist; files of the same names are replaced.
+        folder: created if it does not exist. Files of the same names are replaced, and unchanged files of the
+            run that was there before are removed.
         run: a run that was just computed.
-        console: shows the progress.
+        console: shows the progress, and which files were removed.
     """
+    earlier_files = _list_saved_files(folder)
     with console.status("figures and tables"), stage_folder(folder) as staging:
         for stem, table in run.tables.items():
             # Scores are written exactly, so that the summary can be recomputed from them.
             float_format = None if stem in ("scores", "controls") else "%.7g"
-            table.to_csv(staging / f"{stem}.csv", index=False, float_format=float_format)
+            path = staging / f"{stem}.csv"
+            path.write_text(format_table(table, float_format), encoding="utf-8", newline="")
         for stem in run.figures:
             run.draw_figure(stem).savefig(staging / f"{stem}.png")
-        text = json.dumps(run.record, indent=2, ensure_ascii=False)
-        (staging / "run.json").write_text(text + "\n", encoding="utf-8")
+        files = {path.name: hash_file(path) for path in sorted(staging.iterdir())}
+        record = {**run.record, "files": files}
+        (staging / RECORD_FILE).write_text(_format_record(record), encoding="utf-8")
+    removed = [
+        name
+        for name, digest in earlier_files.items()
+        if name not in files and (folder / name).is_file() and hash_file(folder / name) == digest
+    ]
+    for name in removed:
+        (folder / name).unlink()
+    if removed:
+        more = f" and {len(removed) - 6} more" if len(removed) > 6 else ""
+        names = ", ".join(removed[:6]) + more
+        _print_line(console, f"Removed from {folder}, as files of the run before: {names}")
+
+
+def add_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Add tables to the run in a folder; one without rows is removed.
+
+    Args:
+        folder: of a run.
+        tables: by stem.
+    """
+    for stem, table in tables.items():
+        path = folder / f"{stem}.csv"
+        if len(table):
+            write_text_file(path, format_table(table, "%.7g"))
+        else:
+            path.unlink(missing_ok=True)
+    record = read_record(folder / RECORD_FILE)
+    if "files" not in record:
+        return
+    files = {name: digest for name, digest in record["files"].items() if Path(name).stem not in tables}
+    files |= {f"{stem}.csv": None for stem, table in tables.items() if len(table)}
+    if files != record["files"]:
+        write_text_file(folder / RECORD_FILE, _format_record({**record, "files": files}))
+
+
+def read_run_table(path: Path, option: str, command: str, *names: str) -> pd.DataFrame:
+    """Read the first of several tables that a run has.
+
+    Args:
+        path: folder of the run, or the file itself.
+        option: that the user gave the path with, for error messages.
+        command: that writes the table, for error messages.
+        names: file names, the preferred ones first.
+
+    Raises:
+        UserError: if there is no such table, or it is damaged.
+    """
+    file: Path | None = path
+    if path.is_dir():
+        is_run = (path / RECORD_FILE).is_file()
+        listed = _list_files(path, read_record(path / RECORD_FILE)) if is_run else names
+        file = next((path / name for name in names if name in listed), None)
+    if file is None or not file.is_file():
+        raise UserError(f"{option} {path}: there is no {' or '.join(names)}; `{command}` writes one")
+    try:
+        return read_table(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {file} is not a CSV table ({str(error).splitlines()[0]})") from error
+
+
+def prepare_run_folder(folder: Path, console: Console) -> Path:
+    """Return the folder if a run can be written to it; print which run this would replace.
+
+    Called before the work starts.
+
+    Args:
+        folder: which may not exist yet.
+        console: where to print.
+    """
+    if not lock_folder(check_output_folder(folder)):
+        raise UserError(
+            f"--out {folder}: a run that has not ended yet will write into it; wait for that run, or choose "
+            "another folder"
+        )
+    if (folder / RECORD_FILE).exists():
+        _print_line(
+            console,
+            f"note: {_describe_saved_run(folder)} is in {folder}; this run replaces it when it is finished",
+        )
+    return folder
+
+
+def _describe_saved_run(folder: Path) -> str:
+    """Return which run is in a folder, in a few words."""
+    try:
+        record = read_record(folder / RECORD_FILE)
+    except UserError:
+        return f"a {RECORD_FILE} of something else"
+    created = str(record.get("created", ""))[:16].replace("T", " ")
+    return f"a run of {record['model']['name']} on {record['data']['name']}" + f" ({created})" * bool(created)
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _choose_free_name(name: str, taken_names: Container[str]) -> str:
@@ -111,10 +214,15 @@ def _choose_free_name(name: str, taken_names: Container[str]) -> str:
     return free_name
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the `run.json` of a run.
+
+    Raises:
+        UserError: if it is damaged, or lacks what every run has.
+    """
     try:
         record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); repeat the run") from error
     for section, fields in _REQUIRED_RECORD_FIELDS.items():
         values = record.get(section) if isinstance(record, dict) else None
@@ -124,18 +232,57 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def _format_record(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def _list_files(folder: Path, record: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the files of a run with their SHA-256, as far as they are known."""
+    if "files" not in record:  # a run of an earlier version
+        paths = sorted(path for path in folder.iterdir() if path.suffix in _FILE_SUFFIXES and path.is_file())
+        return {path.name: None for path in paths}
+    files = record["files"]
+    if not isinstance(files, dict) or any(
+        Path(name).name != name or Path(name).suffix not in _FILE_SUFFIXES for name in files
+    ):
+        raise UserError(f"{folder / RECORD_FILE}: files has to list tables and figures; repeat the run")
+    # Tables without a digest were added later, such as labels, and may be removed again.
+    return {name: digest for name, digest in files.items() if digest or (folder / name).is_file()}
+
+
+def _list_saved_files(folder: Path) -> dict[str, str | None]:
+    """Return the files of the run in a folder; none if there is no run, or one that cannot be read."""
+    try:
+        return _list_files(folder, read_record(folder / RECORD_FILE))
+    except UserError:
+        return {}
+
+
+def _read_file(path: Path, digest: str | None) -> bytes:
+    """Return the content of a file of a run; raise if it is not the one that the run wrote."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); repeat the run") from error
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(
+            f"{path} is not the file that the run wrote (its SHA-256 differs from that in run.json): it was "
+            "changed since, or another run into this folder was cut short; repeat the run, or remove `files` "
+            "from run.json to have the folder read as it is"
+        )
+    return content
+
+
 def _read_table(path: Path, content: bytes) -> pd.DataFrame:
     try:
-        table = pd.read_csv(io.BytesIO(content))
-    except pd.errors.EmptyDataError:
-        table = pd.DataFrame()
-    except (ValueError, pd.errors.ParserError) as error:
+        table = read_table(content)
+    except ValueError as error:
         raise UserError(
             f"{path} is not a CSV table ({str(error).splitlines()[0]}); repeat the run"
         ) from error
     if "defense" not in table:
         table = table.rename(columns={"condition": "defense"})  # the column's name in older runs
-    if "verdict_note" in table:  # read_csv takes an empty text for missing, and an empty column for numbers
+    if "verdict_note" in table:  # an empty text is read as missing
         for name in ("verdict_note", "verdict_over_control", "control_note"):
             if name in table:
                 table[name] = table[name].astype(object).fillna("")

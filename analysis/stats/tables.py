@@ -1,7 +1,9 @@
-"""Tables of scores, summaries and decompositions; each validates itself when it is created."""
+"""Tables of scores, summaries and decompositions, which validate themselves, and how a table is stored."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,6 +42,13 @@ ESTIMATE_NAMES = (
     "scaled_shift",
     "scaled_discrimination",
 )
+# Columns that hold names, ids or texts of the user, which may look like numbers (001, 1e5) or like missing
+# values (NA, None).
+TEXT_COLUMNS = (
+    *("query", "pair", "category", "kind", "attack", "defense", "condition", "control", "members"),
+    *("first", "second", "other", "most_influential", "better_member", "model", "data", "arm", "judge"),
+    *("read", "request", "response", "label", "evidence", "verdict", "verdict_note", "control_note"),
+)
 UNDEFENDED, DIRECT = "none", "direct"
 INTERVAL_SUFFIXES = ("", "_low", "_high")  # column suffixes of an estimate and of its interval
 MARGIN_TOLERANCE = 1e-3  # nats; largest allowed difference between a margin and the sum of its parts
@@ -48,6 +57,42 @@ READOUT_PART_MEANING = (
     "the part of the change that is due to the curvature of the readout, which no component explains; large "
     "values mean that the attribution over components says little"
 )
+
+
+def read_table(content: bytes) -> pd.DataFrame:
+    r"""Read a CSV table that `format_table` has written; ids and names stay text.
+
+    >>> read_table(b"query,margin\n001,1\nNA,\n").to_dict("list")
+    {'query': ['001', 'NA'], 'margin': [1.0, nan]}
+
+    Args:
+        content: of the file. Only an empty cell is a missing value.
+
+    Raises:
+        ValueError: if the file is not a CSV table.
+    """
+    try:
+        return pd.read_csv(
+            io.BytesIO(content), dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=[""]
+        )
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+
+
+def format_table(table: pd.DataFrame, float_format: str | None = None) -> str:
+    r"""Return a table as CSV.
+
+    >>> format_table(pd.DataFrame({"query": ["a\rb"], "margin": [0.5]}))
+    '"query","margin"\n"a\rb","0.5"\n'
+
+    Args:
+        table: the index is left out.
+        float_format: such as `%.7g`; None writes every digit.
+    """
+    text = table.to_csv(index=False, float_format=float_format)
+    if "\r" in text:  # otherwise written without quotes, and read back as the end of a row
+        text = table.to_csv(index=False, float_format=float_format, quoting=csv.QUOTE_ALL)
+    return text
 
 
 class Trust(StrEnum):

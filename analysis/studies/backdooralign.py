@@ -123,18 +123,27 @@ def reproduce_backdooralign(
 def _prepare_arms(spec: RunSpec, n_secrets: int, console: Console) -> tuple[RunSetup, list[Arm]]:
     """Load queries, model and weights, and fit the threshold; the arms take the place of defenses."""
     query_set, split, calibration = spec.select_queries(make_notifier(console))
-    session, model_info = spec.open_session(console)
+    opened = spec.open_model(console)
+    model_info = opened.model_info
     arms = build_arms(model_info)
-    if n_secrets:
-        arms += train_other_secrets(spec, model_info, n_secrets, console)
     for arm in arms:
         check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
+    if n_secrets:
+        other_arms = train_other_secrets(spec, model_info, n_secrets, console)
+        for arm in other_arms:
+            check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
+        arms += other_arms
+    session = opened.load_session()
     # The clean model is the first arm: its responses fix the threshold of all arms.
     readout_calibration = ReadoutCalibration(session, model_info, arms[0].defense, calibration, console)
     readout = readout_calibration.calibrate_readout("outcome")
-    for notice in readout.notices:
-        print_note(console, f"readout {readout.name}: {notice}")
-    return RunSetup(session, model_info, [], query_set, split, [readout], (), []), arms
+    notices = [
+        *session.loaded_model.notices,
+        *(f"readout {readout.name}: {text}" for text in readout.notices),
+    ]
+    for notice in notices:
+        print_note(console, notice)
+    return RunSetup(session, model_info, [], query_set, split, [readout], (), notices), arms
 
 
 def _check_arms(setup: RunSetup, arms: Sequence[Arm], console: Console) -> dict[ConditionKey, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,45 @@ class ReadoutCalibration:
 
     def load_readout(self, name: str) -> Readout | None:
         """Return the cached readout of that name, or None."""
-        if (cached := read_cached_json(self._readout_cache_path(name))) is None:
-            return None
-        tuples = {key: tuple(value) for key, value in cached.items() if isinstance(value, list)}
-        branches = (
-            OpeningBranch(**{key: tuple(value) for key, value in branch.items()})
-            for branch in cached["branches"]
-        )
-        fields: dict[str, Any] = cached | tuples | {"branches": tuple(branches)}
-        return Readout(**fields)
+        return read_cached_json(self._readout_cache_path(name), _restore_readout)
+
+    def draft_readout(
+        self, name: str, conditions: Mapping[str, Defense], attacks: Sequence[Attack]
+    ) -> Readout:
+        """Return the readout of that name as far as it can be made without generating responses.
+
+        It is the cached readout if there is one. Otherwise, its threshold is 0, and the words readout stands
+        in for a readout that is fitted to responses.
+
+        Args:
+            name: as for `calibrate_readout`, or auto.
+            conditions: condition name → defense.
+            attacks: attacks of the run.
+        """
+        cached = self.find_best_readout(conditions, attacks) if name == "auto" else self.load_readout(name)
+        if cached is not None:
+            return cached
+        is_fitted = name in ("calibrated", *OUTCOME_DEPTHS)
+        readout = self.build_readout("words" if is_fitted or name == "auto" else name)
+        return replace(readout, name=name) if is_fitted else readout
 
     def select_best_readout(self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]) -> Readout:
         """Return the readout that `analyze validate` found best for these conditions, else words.
+
+        Args:
+            conditions: condition name → defense.
+            attacks: attacks of the run.
+        """
+        if (best := self.find_best_readout(conditions, attacks)) is not None:
+            return best
+        words = self.calibrate_readout("words")
+        reason = "none was validated under all of these conditions (`analyze validate --readout all` does it)"
+        return replace(words, notices=(*words.notices, f"--readout auto: {reason}, so words is used"))
+
+    def find_best_readout(
+        self, conditions: Mapping[str, Defense], attacks: Sequence[Attack]
+    ) -> Readout | None:
+        """Return the readout that `analyze validate` found best for these conditions, or None.
 
         Among the readouts that were validated in all of these conditions, the best one is trusted in the most
         conditions, then not trusted in the fewest, then has the highest AUROC against the text (mean of the
@@ -135,11 +162,7 @@ class ReadoutCalibration:
                 )
                 ranked.append((rank, readout))
         if not ranked:
-            words = self.calibrate_readout("words")
-            reason = (
-                "none was validated under all of these conditions (`analyze validate --readout all` does it)"
-            )
-            return replace(words, notices=(*words.notices, f"--readout auto: {reason}, so words is used"))
+            return None
         best = max(ranked, key=lambda candidate: candidate[0])[1]
         counts = ", ".join(f"{readout.name} in {n_trusted}" for (n_trusted, *_), readout in ranked)
         notice = (
@@ -189,12 +212,8 @@ class ReadoutCalibration:
         with self.undefended.apply_to(session.loaded_model.model), status:
             prompts = self._opening_prompts(session)
             if name.startswith("prefilled-"):
-                tokenizer = session.loaded_model.tokenizer
-                opener = tuple(tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False))
-                n_tokens = int(name.removeprefix("prefilled-"))
-                if n_tokens > len(opener):
-                    raise UserError(f"--readout {name}: the opener has {len(opener)} tokens in this model")
-                readout = derive_words_readout(session, prompts, opener[:n_tokens])
+                opener = encode_opener(name, session.loaded_model.tokenizer)
+                readout = derive_words_readout(session, prompts, opener)
             elif name == "question":
                 question_session = session.with_questions(REFUSAL_QUESTIONS)
                 readout = derive_words_readout(
@@ -272,9 +291,16 @@ class ReadoutCalibration:
         """Return the verdicts on responses to the calibration split, from the cache if it has them."""
         key = self._verdict_cache_key(prefill) | {"defense": identify_defense(defense, self.session.seed)}
         path = make_json_cache_path("verdicts", self.session.loaded_model, key)
-        if (cached := read_cached_json(path)) is not None:
-            return [Verdict(refusal) for refusal in cached["refusals"]]
         queries = self._calibration_queries
+
+        def restore_verdicts(content: dict[str, Any]) -> list[Verdict]:
+            verdicts = [Verdict(refusal) for refusal in content["refusals"]]
+            if len(verdicts) != len(queries):
+                raise ValueError("one verdict per query is needed")
+            return verdicts
+
+        if (cached := read_cached_json(path, restore_verdicts)) is not None:
+            return cached
         with make_progress_bar(self.console) as bar:
             task = bar.add_task(f"calibrating: responses under {condition}", total=len(queries))
 
@@ -322,6 +348,37 @@ class ReadoutCalibration:
         }
 
 
+def encode_opener(readout_name: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids that a readout forces responses to start with; none for most readouts.
+
+    Args:
+        readout_name: as in `--readout`.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: if the opener has fewer tokens than the name says.
+    """
+    if not readout_name.startswith("prefilled-"):
+        return ()
+    opener = tuple(tokenizer.encode(COMPLYING_OPENER, add_special_tokens=False))
+    n_tokens = int(readout_name.removeprefix("prefilled-"))
+    if n_tokens > len(opener):
+        raise UserError(f"--readout {readout_name}: the opener has {len(opener)} tokens in this model")
+    return opener[:n_tokens]
+
+
+def _restore_readout(content: dict[str, Any]) -> Readout:
+    """Return the readout that was stored as a dictionary."""
+    if set(content) != {field.name for field in fields(Readout)}:
+        raise ValueError("another version has stored this readout")
+    tuples = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+    branches = (
+        OpeningBranch(**{key: tuple(value) for key, value in branch.items()})
+        for branch in content["branches"]
+    )
+    return Readout(**(content | tuples | {"branches": tuple(branches)}))
+
+
 def save_validity(
     session: ModelSession,
     attack: Attack,
@@ -343,7 +400,7 @@ def save_validity(
         row: the row.
     """
     path = _validity_cache_path(session, attack, defense, readout)
-    if (read_cached_json(path) or {}).get("n", 0) <= row["n"]:
+    if (read_cached_json(path, dict) or {}).get("n", 0) <= row["n"]:
         write_cached_json(path, row | {"judge": judge_name, "new_tokens": max_new_tokens})
 
 
@@ -351,7 +408,7 @@ def load_validity(
     session: ModelSession, attack: Attack, defense: Defense, readout: Readout
 ) -> dict[str, Any]:
     """Return the cached row of `validity.csv`; empty if there is none."""
-    return read_cached_json(_validity_cache_path(session, attack, defense, readout)) or {}
+    return read_cached_json(_validity_cache_path(session, attack, defense, readout), dict) or {}
 
 
 def load_trust(session: ModelSession, attack: Attack, defense: Defense, readout: Readout) -> str:

@@ -86,7 +86,7 @@ def cached_cost(
         n_queries: number of queries to time.
     """
     paths = {name: _cost_cache_path(setup, defense, n_queries) for name, defense in conditions.items()}
-    rows = {name: row for name, path in paths.items() if (row := read_cached_json(path)) is not None}
+    rows = {name: row for name, path in paths.items() if (row := read_cached_json(path, dict)) is not None}
     untimed = {name: defense for name, defense in conditions.items() if name not in rows}
     if untimed:
         reference = {UNDEFENDED: conditions[UNDEFENDED]}

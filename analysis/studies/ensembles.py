@@ -8,7 +8,6 @@ used for the report alone.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK
 from analysis.progress import make_progress_bar
+from analysis.report.folder import RECORD_FILE, read_record, read_run_table
 from analysis.stats.additivity import (
     EnsembleDraws,
     draw_ensemble,
@@ -192,9 +192,13 @@ def score_ensembles(
     """
     overlap_frame = None if overlap is None else load_overlap(overlap)
     attacks = (DIRECT_ATTACK, *(attack for attack in spec.attacks if attack.name != DIRECT_ATTACK.name))
-    setup = prepare_setup(replace(spec, split=BOTH_SPLITS, attacks=attacks), defenses, settings, console)
-    if overlap is not None:
-        _check_overlap_model(overlap, setup)
+
+    def check_inputs(setup: RunSetup) -> None:
+        if overlap is not None:
+            _check_overlap_model(overlap, setup)
+
+    spec_of_splits = replace(spec, split=BOTH_SPLITS, attacks=attacks)
+    setup = prepare_setup(spec_of_splits, defenses, settings, console, check_inputs=check_inputs)
     overlaps = {
         attack.name: None if overlap_frame is None else build_overlap_table(overlap_frame, attack.name)
         for attack in setup.attacks
@@ -274,35 +278,30 @@ def load_overlap(path: Path) -> pd.DataFrame:
     Args:
         path: output folder of the run, or its `profiles.csv` or `overlap.csv`.
     """
-    names = ("profiles.csv", "overlap.csv")
-    files = [path / name for name in names] if path.is_dir() else [path]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise UserError(f"--overlap {path}: there is no {' or '.join(names)}; `analyze mechanism` writes one")
-    frame = pd.read_csv(file)
+    frame = read_run_table(path, "--overlap", "analyze mechanism", "profiles.csv", "overlap.csv")
     missing = {"defense", "other", "contrast", "cosine"} - set(frame)
     if missing:
-        raise UserError(f"--overlap {file}: it lacks the columns {', '.join(sorted(missing))}")
+        raise UserError(f"--overlap {path}: it lacks the columns {', '.join(sorted(missing))}")
     return frame
 
 
 def _check_overlap_model(path: Path, setup: RunSetup) -> None:
     """Raise if the run of the profiles says that they are of another model or of test queries."""
-    record_file = (path if path.is_dir() else path.parent) / "run.json"
+    record_file = (path if path.is_dir() else path.parent) / RECORD_FILE
     if not record_file.is_file():
         return
-    record = json.loads(record_file.read_text("utf-8"))
-    split = record.get("data", {}).get("split")
+    record = read_record(record_file)
+    split = record["data"]["split"]
     if split != SELECTION_SPLIT:
         raise UserError(
             f"--overlap {path} was measured on the {split} split, on which predictions are evaluated; run "
             f"`analyze mechanism` with --split {SELECTION_SPLIT}"
         )
-    model, origin = record.get("model", {}), setup.session.loaded_model.origin
+    model, origin = record["model"], setup.session.loaded_model.origin
     for key in ("sha256", "state_sha256"):
         if model.get(key) != origin.get(key):
             raise UserError(
-                f"--overlap {path} was made with {model.get('name')}, another model than this run's; run "
+                f"--overlap {path} was made with {model['name']}, another model than this run's; run "
                 "`analyze mechanism` with the same -m"
             )
 

@@ -11,16 +11,23 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis.datasets.records import RECORD_SUFFIXES, read_records
+from analysis.datasets.records import (
+    RECORD_FORMATS,
+    RECORD_SUFFIXES,
+    get_record_suffix,
+    read_records,
+)
 from analysis.files import check_output_folder, write_text_file
 from analysis.judges.judge import Judge
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.loading import silence_libraries
 from analysis.progress import make_notifier, make_progress_bar
+from analysis.stats.tables import format_table
 from defenses.errors import UserError, unknown_name_error
 
 VERDICT_COLUMNS = ("refusal", "evidence", "judge")
+_SHIPPED_JUDGES: dict[str, Judge] = {**RULE_JUDGES, LEARNED_JUDGE.name: LEARNED_JUDGE}
 
 
 @dataclass(frozen=True)
@@ -41,20 +48,15 @@ class JudgeOptions:
     rubric: Path | None = None
     grade: bool = False
 
-    def load_judge(self, offline: bool, notify: Any) -> Judge:
-        """Check the options and return the judge.
-
-        Args:
-            offline: whether the network may not be used.
-            notify: prints a line that the user should read before anything is sent.
+    def check_options(self) -> None:
+        """Check the options without loading a model.
 
         Raises:
             UserError: if an option has no valid value, or does not belong to this judge.
         """
-        shipped_judges: dict[str, Judge] = {**RULE_JUDGES, LEARNED_JUDGE.name: LEARNED_JUDGE}
-        if self.name not in (*shipped_judges, "model"):
-            raise unknown_name_error("judge", self.name, (*shipped_judges, "model"))
-        if self.name in shipped_judges:
+        if self.name not in (*_SHIPPED_JUDGES, "model"):
+            raise unknown_name_error("judge", self.name, (*_SHIPPED_JUDGES, "model"))
+        if self.name in _SHIPPED_JUDGES:
             model_options = {
                 "--judge-model": self.model,
                 "--rubric": self.rubric,
@@ -64,13 +66,31 @@ class JudgeOptions:
             for option, value in model_options.items():
                 if value is not None:
                     raise UserError(f"{option} is for --judge model; the judge is {self.name}")
-            return shipped_judges[self.name]
+            return
         if not self.model:
             raise UserError(
                 "--judge model: which one? --judge-model ID, folder, .gguf file, or http://host/v1#NAME"
             )
+        from analysis.judges.model_judges import check_judge_inputs
+
+        check_judge_inputs(self.budget, self.rubric)
+
+    def load_judge(self, offline: bool, notify: Any) -> Judge:
+        """Check the options and return the judge.
+
+        Args:
+            offline: whether the network may not be used.
+            notify: prints a line that the user should read before anything is sent.
+
+        Raises:
+            UserError: if an option has no valid value, or the judge cannot be loaded.
+        """
+        self.check_options()
+        if self.name in _SHIPPED_JUDGES:
+            return _SHIPPED_JUDGES[self.name]
         from analysis.judges.model_judges import ModelJudge, load_model_judge
 
+        assert self.model is not None  # `check_options` has checked it
         silence_libraries(offline)
         judge = load_model_judge(self.model, self.budget, self.rubric, offline, notify)
         if self.grade and not isinstance(judge, ModelJudge):
@@ -108,9 +128,11 @@ class JudgedResponses:
     def write_records(self, path: Path) -> None:
         """Write the records as `.csv` or `.jsonl`, as the suffix says."""
         if path.suffix == ".csv":
-            text = pd.DataFrame(self.records).to_csv(index=False)
+            text = format_table(pd.DataFrame(self.records))
         else:
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+            text = "".join(
+                json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in self.records
+            )
         write_text_file(path, text)
 
 
@@ -121,11 +143,13 @@ def choose_judged_path(path: Path, out: Path | None) -> Path:
         path: the file with the responses.
         out: the file that the user named, or None for the default beside the input.
     """
-    if path.suffix not in RECORD_SUFFIXES:
-        raise UserError(f"{path}: `analyze judge` takes a .csv or .jsonl file with a column of responses")
-    out = out or path.with_suffix(f".judged{path.suffix}")
-    if out.suffix != path.suffix:
-        raise UserError(f"-o {out}: the output has the format of the input, so give a {path.suffix} file")
+    suffix = get_record_suffix(path)
+    if suffix not in RECORD_SUFFIXES:
+        raise UserError(f"{path}: `analyze judge` takes a {RECORD_FORMATS} with a column of responses")
+    judged_suffix = ".csv" if suffix in (".csv", ".tsv") else ".jsonl"
+    out = out or path.with_name(f"{path.name[: path.name.lower().rindex(suffix)]}.judged{judged_suffix}")
+    if out.suffix != judged_suffix:
+        raise UserError(f"-o {out}: give a {judged_suffix} file, the format for the rows of {path.name}")
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten: choose another -o")
     check_output_folder(out.parent)
@@ -145,7 +169,7 @@ def judge_file(
     Of a file that this judge has judged before, only the responses without a verdict are judged again.
 
     Args:
-        path: a `.csv` or `.jsonl` file.
+        path: a file with one response per row.
         response_column: column with the responses.
         query_column: column with the queries, with which off-topic responses are recognized.
         judge_options: the judge.
@@ -187,8 +211,8 @@ def judge_records(
             raise unknown_name_error(f"column of {source}:", column, records[0])
     judge = judge_options.load_judge(offline, make_notifier(console))
     pending = _list_unjudged_rows(source, records, judge.name)
-    responses = [str(records[row][response_column] or "") for row in pending]
-    queries = [str(records[row][query_column] or "") if query_column else "" for row in pending]
+    responses = [_get_text(records[row], response_column) for row in pending]
+    queries = [_get_text(records[row], query_column) if query_column else "" for row in pending]
     with make_progress_bar(console) as bar:
         task = bar.add_task("judging", total=len(pending))
         verdicts = judge.judge_responses(responses, queries, lambda count: bar.advance(task, count))
@@ -200,6 +224,12 @@ def judge_records(
         judged[row] |= dict(zip(VERDICT_COLUMNS, values, strict=True))
     unjudged_reasons = [verdict.evidence for verdict in verdicts if not verdict.is_judged]
     return JudgedResponses(judged, judge.name, unjudged_reasons)
+
+
+def _get_text(record: dict[str, Any], column: str) -> str:
+    """Return a value as text; nothing for a missing value, which is no response named "nan"."""
+    value = record.get(column)
+    return "" if value is None or value != value else str(value)
 
 
 def _list_unjudged_rows(source: str, records: Sequence[dict[str, Any]], judge_name: str) -> list[int]:

@@ -5,7 +5,6 @@ No text of a response is stored, so the sampled responses are generated again, w
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections import defaultdict
@@ -18,17 +17,16 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.datasets.records import read_records
-from analysis.files import write_text_file
 from analysis.judges.judge import judge_queries
 from analysis.models.cache import SCORING_SOURCES, hash_code
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import Response, generate_responses
 from analysis.progress import make_notifier, make_progress_bar
-from analysis.report.folder import read_run
+from analysis.report.folder import add_tables, read_run
 from analysis.stats.judge_correction import ANSWERS, REFUSES, CorrectedRates, correct_refusal_rates
-from analysis.stats.tables import ResponseVerdict
+from analysis.stats.tables import ResponseVerdict, read_table
 from analysis.studies.judge_file import JudgeOptions
-from analysis.studies.manifest import describe_attacks, describe_run
+from analysis.studies.manifest import describe_attacks, describe_inputs
 from analysis.studies.responses import RESPONSE_COLUMNS, name_verdict
 from analysis.studies.run_spec import RunSpec, build_run_spec
 from analysis.studies.setup import RunSetup, prepare_setup
@@ -94,7 +92,7 @@ class JudgedRun:
 
     def save_labels(self) -> None:
         """Write `labels.csv` into the folder of the run."""
-        write_text_file(self.folder / "labels.csv", self.labels.to_csv(index=False))
+        add_tables(self.folder, {"labels": self.labels})
 
 
 @dataclass(frozen=True)
@@ -148,15 +146,8 @@ class LabeledRun:
 
     def save_tables(self, folder: Path) -> LabeledRun:
         """Write `corrected_rates.csv` and `judge_accuracy.csv` into a run, as far as there are labels."""
-        for name, table in (
-            ("corrected_rates", self.corrected_rates),
-            ("judge_accuracy", self.judge_accuracy),
-        ):
-            path = folder / f"{name}.csv"
-            if len(table):
-                write_text_file(path, table.to_csv(index=False, float_format="%.7g"))
-            else:
-                path.unlink(missing_ok=True)  # of labels that were removed
+        tables = {"corrected_rates": self.corrected_rates, "judge_accuracy": self.judge_accuracy}
+        add_tables(folder, tables)
         return self
 
 
@@ -177,15 +168,16 @@ def read_judged_run(folder: Path) -> JudgedRun:
     judged_run = JudgedRun(folder, run.record, responses.assign(label=""))
     if not responses["verdict"].isin(_JUDGED_VERDICTS).any():
         raise UserError(f"{folder}: no response has a verdict, so there is nothing to label: repeat the run")
-    if "labels.csv" not in run.files:
+    path = folder / "labels.csv"  # also if it is of an earlier run, for it may be of the same responses
+    if not path.is_file():
         return judged_run
-    labels = _read_text_table(folder / "labels.csv", run.files["labels.csv"], LABEL_COLUMNS)
+    labels = _read_text_table(path, path.read_bytes(), LABEL_COLUMNS)
     verdicts = dict(zip(_list_keys(responses), responses["verdict"], strict=True))
     for key, verdict in zip(_list_keys(labels), labels["verdict"], strict=True):
         if verdicts.get(key) != verdict:
             raise UserError(
-                f"{folder / 'labels.csv'} belongs to other responses than responses.csv (query {key[0]!r}, "
-                f"defense {key[2]!r}): the run was repeated; remove labels.csv to label its new responses"
+                f"{path} belongs to other responses than responses.csv (query {key[0]!r}, "
+                f"defense {key[2]!r}): the run was repeated; move labels.csv away to label its new responses"
             )
     return judged_run.add_labels(parse_labels(judged_run, labels.to_dict("records"), "labels.csv"))
 
@@ -293,9 +285,21 @@ def regenerate_responses(
     """
     options = _get_options(run)
     spec = _build_spec(options, offline)
-    setup = prepare_setup(spec, options["defenses"], options["settings"], console, with_threshold=False)
-    _check_unchanged(run, setup, spec, sorted(set(rows["defense"])))
     judge = JudgeOptions(run.judge_name).load_judge(offline, make_notifier(console))
+    names = sorted(set(rows["defense"]))
+
+    def check_inputs(setup: RunSetup) -> None:
+        _check_unchanged(run, setup, spec, [name for name in names if name in setup.conditions])
+
+    setup = prepare_setup(
+        spec,
+        options["defenses"],
+        options["settings"],
+        console,
+        with_threshold=False,
+        check_inputs=check_inputs,
+    )
+    _check_unchanged(run, setup, spec, names)
     queries_by_id = {query.id: query for query in setup.query_set.queries}
     attacks = {attack.name: attack for attack in setup.attacks}
     prefill = tuple(run.record["readout"]["answers_begin"])
@@ -346,7 +350,8 @@ def read_labels(run: JudgedRun, path: Path) -> dict[ResponseKey, str]:
     Raises:
         UserError: if a label or a row is not valid, or no label is filled in.
     """
-    records, _ = read_records(path, (*KEY_COLUMNS, "label"), _SHEET_FORMAT)
+    columns = (*KEY_COLUMNS, "label")
+    records, _ = read_records(path, columns, _SHEET_FORMAT, columns)
     labels = parse_labels(run, records, str(path))
     if not any(labels.values()):
         raise UserError(
@@ -381,7 +386,8 @@ def parse_labels(run: JudgedRun, records: Sequence[Mapping[Any, Any]], source: s
         if key not in known_keys:
             raise UserError(
                 f"{place}: {run.folder} has no judged response to query {key[0]!r} under attack {key[1]!r} "
-                f"and defense {key[2]!r}: leave these columns as they were written"
+                f"and defense {key[2]!r}: leave these columns as they were written (a spreadsheet changes "
+                "ids such as 001 unless the columns are imported as text; so does pandas without dtype=str)"
             )
         if key in number_by_key:
             raise UserError(
@@ -407,8 +413,11 @@ def _list_keys(table: pd.DataFrame) -> list[ResponseKey]:
 
 
 def _read_text_table(path: Path, content: bytes, columns: Sequence[str]) -> pd.DataFrame:
-    """Return a CSV table whose values stay text, so that the id 007 stays an id."""
-    table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+    """Return a CSV table whose values are all text, empty where they are missing."""
+    try:
+        table = read_table(content).astype(object).fillna("").astype(str)
+    except ValueError as error:
+        raise UserError(f"{path} is not a CSV table ({str(error).splitlines()[0]}); repair it") from error
     if missing := [name for name in columns if name not in table]:
         raise UserError(f"{path} lacks the column {missing[0]}; repeat the run")
     return table
@@ -448,6 +457,7 @@ def _build_spec(options: Mapping[str, Any], offline: bool) -> RunSpec:
         options["attacks"],
         "words",
         responses=options["responses"],
+        share_prefix=options.get("share_prefix", True),
         template=options.get("template"),  # absent from runs of earlier versions
         answer_prefix=options.get("answer_prefix"),
     )
@@ -456,8 +466,7 @@ def _build_spec(options: Mapping[str, Any], offline: bool) -> RunSpec:
 def _check_unchanged(run: JudgedRun, setup: RunSetup, spec: RunSpec, conditions: Sequence[str]) -> None:
     """Raise if the model, the data, an attack or a defense is not the one of the run."""
     rebuilt = {name: setup.conditions[name] for name in conditions if name in setup.conditions}
-    readout, split, limit = setup.readouts[0], setup.split, spec.limit
-    described = describe_run(setup.session, readout, rebuilt, setup.query_set, split, limit)
+    described = describe_inputs(setup.session, rebuilt, setup.query_set, setup.split, spec.limit)
     described |= describe_attacks(setup.attacks)
     now, then = json.loads(json.dumps(described)), run.record
     changed = [

@@ -26,6 +26,7 @@ from defenses.errors import UserError
 from defenses.settings import get_settings, parse_setting
 from defenses.stack import Stack, list_members
 from defenses.tuned import TunedDefense
+from defenses.tuning import AdapterWeights
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,33 @@ def describe_run(
         limit: maximum number of queries, as the user gave it.
     """
     return {
-        "model": {"name": session.loaded_model.name, **session.loaded_model.origin},
+        **describe_inputs(session, defenses, query_set, split, limit),
+        "readout": describe_readout(readout),
+        "versions": collect_versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
+    }
+
+
+def describe_inputs(
+    session: ModelSession, defenses: Mapping[str, Defense], query_set: QuerySet, split: str, limit: int | None
+) -> dict[str, Any]:
+    """Return the entries of `describe_run` on the model, the defenses and the queries.
+
+    Args:
+        session: the model, and the seed.
+        defenses: condition name → defense.
+        query_set: the queries that are scored.
+        split: name of their split.
+        limit: maximum number of queries, as the user gave it.
+    """
+    quantization = session.loaded_model.quantization
+    return {
+        "model": {
+            "name": session.loaded_model.name,
+            **session.loaded_model.origin,
+            **({"quantization": quantization} if quantization else {}),
+        },
         "device": str(session.loaded_model.model.device),
         "dtype": str(session.loaded_model.model.dtype).removeprefix("torch."),
-        "readout": describe_readout(readout),
         "system_role": session.chat_template.system_policy,
         "chat_template": session.chat_template.identity,
         "defenses": {name: describe_defense(defense) for name, defense in defenses.items()},
@@ -84,7 +108,6 @@ def describe_run(
             "n_benign": sum(not query.harmful for query in query_set.queries),
         },
         "seed": session.seed,
-        "versions": collect_versions("refusalscope", "torch", "transformers", "numpy", "pandas", "scipy"),
     }
 
 
@@ -129,6 +152,7 @@ def describe_options(
         "split": spec.split,
         "limit": spec.limit,
         "batch_size": spec.batch_size,
+        "share_prefix": spec.share_prefix,
         "device": spec.device,
         "dtype": spec.dtype,
         "seed": spec.seed,
@@ -200,7 +224,7 @@ def describe_defense(defense: Defense) -> dict[str, Any]:
             key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
         },
         "secrets": [Secret(text).fingerprint for text in defense.secret_texts()],
-        **({"weights_sha256": adapter.sha256, "weights_scaling": adapter.scaling} if adapter else {}),
+        **({"weights_sha256": adapter.sha256, "weights_config": adapter.config} if adapter else {}),
         **({"armed": fingerprint} if fingerprint and not adapter else {}),
         # The behavior of a user-defined class is known from its source only.
         **({"source_sha256": _hash_class_source(type(defense))} if defense.is_user_defined else {}),
@@ -224,10 +248,15 @@ def identify_defense(defense: Defense, seed: int) -> list[Any] | None:
 
 def _restate_defense(defense: Defense) -> tuple[str, list[str]] | None:
     """Return the name and the settings that make a defense object again; None if nothing does."""
-    settings = []
+    names, settings = [], []
     for member in list_members(defense):
         if member.is_user_defined:
             return None
+        # An adapter with a name of its own is made again from its folder.
+        if isinstance(member, AdapterWeights) and member.label:
+            names.append(str(member.weights))
+        else:
+            names.append(member.name)
         defaults = get_settings(type(member))
         for key, value in get_settings(member).items():
             if value == defaults[key]:
@@ -240,7 +269,7 @@ def _restate_defense(defense: Defense) -> tuple[str, list[str]] | None:
             if not is_restored:
                 return None
             settings.append(f"{member.name}.{key}={text}")
-    return "+".join(member.name for member in list_members(defense)), settings
+    return "+".join(names), settings
 
 
 def _hash_class_source(defense_class: type[Defense]) -> str | None:

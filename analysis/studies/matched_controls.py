@@ -20,7 +20,7 @@ from analysis.stats.matched_controls import MIN_CONTROL_DRAWS
 from analysis.studies.responses import RESPONSE_JUDGE, judge_condition, sample_answered_queries
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
-from analysis.studies.sweep import ConditionFrames, ConditionKey, list_failures
+from analysis.studies.sweep import ConditionFrames, ConditionKey, list_failures, print_cache_notes
 from defenses.contract import MatchedControl
 from defenses.errors import describe_error
 from defenses.matched_controls import build_matched_control
@@ -121,6 +121,7 @@ def score_controls(
                 result.frames[attack, name] = table[list(CONTROL_SCORE_COLUMNS)]
             bar.update(task, completed=number * len(queries))
     result.wall_seconds = time.perf_counter() - started
+    print_cache_notes(setup.session, console)
     return result
 
 

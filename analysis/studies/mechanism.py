@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +36,7 @@ from analysis.mechanism.interventions import (
 from analysis.mechanism.knockout import describe_unsupported_attention
 from analysis.mechanism.logit_weights import SATURATED_WEIGHT
 from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
+from analysis.report.folder import RECORD_FILE, read_record, read_run_table
 from analysis.stats.attribution import (
     CONTRASTS,
     ContrastEstimator,
@@ -441,17 +441,20 @@ def study_mechanism(
         )
     stacks = None if options.ensembles_folder is None else load_stack_interactions(options.ensembles_folder)
 
-    def check_setup(setup: RunSetup) -> None:
+    if all((defense if isinstance(defense, str) else defense.name) == UNDEFENDED for defense in defenses):
+        raise UserError("no defense chosen except `none`, the undefended model; see `analyze list defenses`")
+
+    def check_inputs(setup: RunSetup) -> None:
         if options.ensembles_folder is not None:
             check_same_model(options.ensembles_folder, setup)
-        if set(setup.conditions) == {UNDEFENDED}:
-            raise UserError(
-                "no defense chosen except `none`, the undefended model; see `analyze list defenses`"
-            )
+
+    def check_setup(setup: RunSetup) -> None:
+        if options.ensembles_folder is not None:
+            check_same_readout(options.ensembles_folder, setup.readout.name)
         with console.status("locating the model's components"):
             _check_attribution(setup)
 
-    scored = score_conditions(spec, defenses, settings, console, check_setup)
+    scored = score_conditions(spec, defenses, settings, console, check_inputs, check_setup)
     setup, sweep_result = scored.setup, scored.sweep_result
     if not any(name != UNDEFENDED for _, name in sweep_result.score_frames):
         raise UserError(f"nothing could be scored: {next(iter(sweep_result.failures.values()))}")
@@ -486,44 +489,52 @@ def load_stack_interactions(ensembles_folder: Path) -> pd.DataFrame:
     Args:
         ensembles_folder: output folder of the run, or its ensembles.csv.
     """
-    path = ensembles_folder / "ensembles.csv" if ensembles_folder.is_dir() else ensembles_folder
-    if not path.is_file():
-        raise UserError(
-            f"--ensembles {ensembles_folder}: there is no ensembles.csv; `analyze ensembles` writes one"
-        )
-    table = pd.read_csv(path)
+    table = read_run_table(ensembles_folder, "--ensembles", "analyze ensembles", "ensembles.csv")
     required = {"attack", "members", "how", "split", *(f"interaction_{name}" for name in CONTRASTS)}
     if missing := sorted(required - set(table.columns)):
         raise UserError(
-            f"{path} has no column {', '.join(missing)}: it was not written by this version of "
-            "`analyze ensembles`"
+            f"--ensembles {ensembles_folder}: ensembles.csv has no column {', '.join(missing)}: it was not "
+            "written by this version of `analyze ensembles`"
         )
     return table[(table["how"] == STACK) & (table["split"] == REPORT_SPLIT)]
 
 
 def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
-    """Raise if a run of `analyze ensembles` used another model or readout than this run.
+    """Raise if a run of `analyze ensembles` used another model than this run.
 
     Args:
         ensembles_folder: output folder of the run, or its ensembles.csv.
         setup: set-up of this run.
     """
-    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / "run.json"
+    origin = setup.session.loaded_model.origin
+    for key in ("sha256", "state_sha256"):
+        _check_same_value(ensembles_folder, f"weights ({key})", "model", key, origin.get(key))
+
+
+def check_same_readout(ensembles_folder: Path, readout_name: str) -> None:
+    """Raise if a run of `analyze ensembles` used another readout than this run.
+
+    Args:
+        ensembles_folder: output folder of the run, or its ensembles.csv.
+        readout_name: readout of this run.
+    """
+    _check_same_value(ensembles_folder, "readout", "readout", "name", readout_name)
+
+
+def _check_same_value(ensembles_folder: Path, label: str, section: str, key: str, value: str | None) -> None:
+    """Raise if an entry of the run.json of a run of `analyze ensembles` differs from that of this run."""
+    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / RECORD_FILE
     if not path.is_file():
         raise UserError(
             f"--ensembles {ensembles_folder}: there is no run.json beside it, so its model cannot be checked"
         )
-    record, origin = json.loads(path.read_text("utf-8")), setup.session.loaded_model.origin
-    weights = [
-        (f"weights ({key})", record["model"].get(key), origin.get(key)) for key in ("sha256", "state_sha256")
-    ]
-    for name, other_value, value in (*weights, ("readout", record["readout"]["name"], setup.readout.name)):
-        if other_value != value:
-            raise UserError(
-                f"--ensembles {ensembles_folder} was made with {record['model']['name']}: its {name} is "
-                f"{str(other_value)[:12]}, and that of this run is {str(value)[:12]}; run `analyze "
-                "ensembles` with the same -m and --readout"
-            )
+    record = read_record(path)
+    if (other_value := record[section].get(key)) != value:
+        raise UserError(
+            f"--ensembles {ensembles_folder} was made with {record['model']['name']}: its {label} is "
+            f"{str(other_value)[:12]}, and that of this run is {str(value)[:12]}; run `analyze "
+            "ensembles` with the same -m and --readout"
+        )
 
 
 def _check_attribution(setup: RunSetup) -> None:

@@ -227,7 +227,7 @@ def _make_keys(
         "pool": defense.pool,
         "judge": [judge.manifest_entry, hash_code(*_JUDGE_SOURCES)],
         "response": [readout.prefill, N_RESPONSE_TOKENS],
-        "tokenizer": [vocabulary, tokenizer.eos_token_id],
+        "tokenizer": [vocabulary, sorted(session.loaded_model.end_token_ids)],
     }
     prompts_by_query = session.render_prompts(defense, attack.build_query_chats(queries))
     return [

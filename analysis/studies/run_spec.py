@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -15,14 +15,16 @@ from rich.console import Console
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet, choose_default_split
+from analysis.files import lock_folder
 from analysis.models.loading import silence_libraries
-from analysis.progress import make_notifier
+from analysis.progress import make_notifier, print_note
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.files import Notifier
+    from analysis.models.loading import ModelCheckpoint
     from analysis.models.session import ModelSession
     from defenses.contract import MeanActivations, ModelInfo
 
@@ -55,6 +57,7 @@ def build_run_spec(
     attack: str | Sequence[str] | None = None,
     readout: str | Sequence[str] = DEFAULT_LINEAR_READOUT,
     responses: str | int = "none",
+    share_prefix: bool = True,
     template: str | None = None,
     answer_prefix: str | None = None,
 ) -> RunSpec:
@@ -80,6 +83,7 @@ def build_run_spec(
         readout: the readout of a run, or the readouts to compare.
         responses: number of queries that are answered in each condition, `all`, `none`, or `auto`: all,
             except where the readout forces how responses begin.
+        share_prefix: whether prompts may share the computation of their prefix.
         template: the chat template to use, as `--template`; None uses the only one or the default.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
 
@@ -110,9 +114,27 @@ def build_run_spec(
         attacks,
         readouts,
         max_responses,
+        share_prefix,
         template,
         answer_prefix,
     )
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose weights are loaded when they are first needed.
+
+    Attributes:
+        checkpoint: its files and its tokenizer.
+        model_info: what defenses may know about it.
+        prompt_session: renders prompts; its model holds no weights.
+        load_session: returns the session with the weights, loaded by the first call.
+    """
+
+    checkpoint: ModelCheckpoint
+    model_info: ModelInfo
+    prompt_session: ModelSession
+    load_session: Callable[[], ModelSession]
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,7 @@ class RunSpec:
         readouts: names of the readouts.
         max_responses: maximum number of queries whose responses are generated and judged in each condition;
             None for all.
+        share_prefix: whether prompts may share the computation of their prefix.
         template: name or file of the chat template; None uses the only one or the default.
         answer_prefix: text between the prompt and the response; None finds it.
     """
@@ -149,6 +172,7 @@ class RunSpec:
     attacks: tuple[Attack, ...] = (DIRECT_ATTACK,)
     readouts: tuple[str, ...] = (DEFAULT_LINEAR_READOUT,)
     max_responses: int | None = 0
+    share_prefix: bool = True
     template: str | None = None
     answer_prefix: str | None = None
 
@@ -198,8 +222,8 @@ class RunSpec:
         split = self.split or choose_default_split(data)
         return data.select_split(split).limit_queries(self.limit).check_both_classes(), split, calibration
 
-    def open_session(self, console: Console) -> tuple[ModelSession, ModelInfo]:
-        """Load the model; return a session for it and what defenses may know about it.
+    def open_model(self, console: Console) -> OpenedModel:
+        """Find the model's files and load its tokenizer; the weights are loaded when they are needed.
 
         Args:
             console: shows progress.
@@ -207,37 +231,66 @@ class RunSpec:
         from analysis.mechanism.directions import load_mean_activations
         from analysis.models.cache import ScoreCache, get_score_cache_path
         from analysis.models.chat_template import ChatTemplate
-        from analysis.models.loading import build_model_info, load_model
+        from analysis.models.loading import build_model_info, open_checkpoint
+        from analysis.models.numerics import check_short_prompt
         from analysis.models.session import ModelSession
 
         silence_libraries(self.offline)
-        with console.status(f"loading {self.model}"):
-            loaded = load_model(
+        notify = make_notifier(console)
+        with console.status(f"opening {self.model}"):
+            checkpoint = open_checkpoint(
                 self.model,
                 self.device,
                 self.dtype,
                 self.offline,
-                make_notifier(console),
+                notify,
                 self.template,
                 lambda tokenizer: ChatTemplate(tokenizer, self.answer_prefix).check_usable(),
             )
-        score_cache = ScoreCache(get_score_cache_path())
-        session = ModelSession.from_model(loaded, self.batch_size, self.seed, score_cache, self.answer_prefix)
-        model_info = build_model_info(self.model, loaded.tokenizer, self.seed, loaded.origin["sha256"])
+            prompt_session = ModelSession.from_model(
+                checkpoint.build_without_weights(), seed=self.seed, answer_prefix=self.answer_prefix
+            )
+            check_short_prompt(prompt_session)
+        model_info = build_model_info(
+            self.model, checkpoint.tokenizer, self.seed, checkpoint.origin["sha256"]
+        )
+
+        @cache
+        def load_session() -> ModelSession:
+            with console.status(f"loading {self.model}"):
+                loaded = checkpoint.load_weights()
+                score_cache = ScoreCache(get_score_cache_path())
+                session = ModelSession.from_model(
+                    replace(loaded, share_prefix=self.share_prefix),
+                    self.batch_size,
+                    self.seed,
+                    score_cache,
+                    self.answer_prefix,
+                )
+                check_short_prompt(session)
+            if problem := score_cache.describe_problem():
+                print_note(
+                    console,
+                    f"{problem}: nothing that this run computes is kept for later runs; `analyze cache "
+                    "--clear` removes a damaged cache",
+                )
+            return session
 
         def compute_mean_activations() -> MeanActivations:
+            session = load_session()
             with console.status("recording activations on the training queries"):
                 queries = load_queries("contrast").select_split("train").queries
                 return load_mean_activations(
                     session, [query.text for query in queries], [query.harmful for query in queries]
                 )
 
-        return session, replace(
+        model_info = replace(
             model_info,
             offline=self.offline,
-            notify=make_notifier(console),
+            notify=notify,
             compute_mean_activations=cache(compute_mean_activations),
         )
+        return OpenedModel(checkpoint, model_info, prompt_session, load_session)
 
 
 def parse_sites(names: Sequence[str]) -> tuple[str, ...]:
@@ -328,7 +381,7 @@ def check_training_overlap(query_set: QuerySet, trained_on: frozenset[str], weig
 
 
 def choose_run_folder(model: str, labels: Sequence[str], started: datetime) -> Path:
-    """Return the default output folder of a run: time, model and labels.
+    """Return the default output folder of a run: time, model and labels, and a number if another run has it.
 
     Args:
         model: name, id, folder, or file of the model.
@@ -337,7 +390,10 @@ def choose_run_folder(model: str, labels: Sequence[str], started: datetime) -> P
     """
     label = "-".join(Path(name).stem for name in labels[:3])
     parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf").replace(":", "-"), label]
-    return Path("runs") / "-".join(parts)
+    folder, number = Path("runs") / "-".join(parts), 2
+    while folder.exists() or not lock_folder(folder):
+        folder, number = folder.with_name(f"{'-'.join(parts)}-{number}"), number + 1
+    return folder
 
 
 def _check_readout_name(name: str) -> None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rich.console import Console
 
 from analysis.attacks import Attack
-from analysis.datasets.queries import QuerySet, sample_queries
+from analysis.datasets.queries import Query, QuerySet, sample_queries
 from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
 from analysis.stats.tables import UNDEFENDED
-from analysis.studies.calibration import CANDIDATE_READOUTS, ReadoutCalibration
+from analysis.studies.calibration import CANDIDATE_READOUTS, ReadoutCalibration, encode_opener
 from analysis.studies.preflight import PreflightCheck, check_condition, make_failed_check
 from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_error
+from defenses.stack import list_members
+from defenses.steering import Steering
+from defenses.tuning import AdapterWeights
 
 _N_PREFLIGHT_QUERIES = 4
 # Without its margins, the shift and discrimination of the other conditions are undefined.
@@ -45,7 +48,7 @@ class RunSetup:
     """Everything loaded and prepared for a run.
 
     Attributes:
-        session: the model.
+        session: the model; without weights while inputs are checked.
         model_info: what defenses may know about the model.
         defenses: the chosen defenses, prepared for the model; the undefended model first.
         query_set: the queries to score.
@@ -86,8 +89,10 @@ def prepare_setup(
     settings: Sequence[str],
     console: Console,
     with_threshold: bool = True,
+    check_inputs: Callable[[RunSetup], None] = lambda setup: None,
+    check_setup: Callable[[RunSetup], None] | None = None,
 ) -> RunSetup:
-    """Check cheap inputs first, then load the model, then prepare the defenses and the readouts.
+    """Check all inputs first, then load the weights, then make the readouts, which may take many responses.
 
     Args:
         spec: options of the run.
@@ -95,48 +100,87 @@ def prepare_setup(
         settings: settings of the named defenses, `key=value`.
         console: shows progress.
         with_threshold: whether readouts need their threshold, for which the model must generate responses.
+        check_inputs: called before the weights are loaded, with a set-up without weights, readouts and the
+            defenses whose preparation needs the model; raises if the study is impossible.
+        check_setup: called before responses are generated, with readouts as far as they can be made without
+            responses; raises if the study is impossible with this model.
     """
     chosen = choose_defenses(defenses, settings)
     query_set, split, calibration = spec.select_queries(make_notifier(console))
     for attack in spec.attacks:
         attack.check_covers_queries(query_set.queries)
-    session, model_info = spec.open_session(console)
-    prepared = [defense.prepare(model_info) for defense in chosen]
-    omissions = _missing_requirement_notices(prepared, defenses)
-    check_training_overlap(query_set, session.loaded_model.trained_on, spec.model)
-    conditions = build_conditions(prepared)
-    for name, defense in conditions.items():
+    opened = spec.open_model(console)
+    readout_names = CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts
+    for name in readout_names:
+        encode_opener(name, opened.checkpoint.tokenizer)
+    check_training_overlap(query_set, opened.checkpoint.trained_on, spec.model)
+    prepared = {
+        row: _prepare_defense(defense, opened.model_info)
+        for row, defense in enumerate(chosen)
+        if not _may_run_model(defense)
+    }
+    _missing_requirement_notices(list(prepared.values()), defenses)
+    setup = RunSetup(
+        opened.prompt_session,
+        opened.model_info,
+        list(prepared.values()),
+        query_set,
+        split,
+        [],
+        spec.attacks,
+        [],
+        tuple(defenses),
+        tuple(settings),
+    )
+    for name, defense in setup.conditions.items():
+        check_training_overlap(query_set, defense.trained_on(), name)
+    _check_prompts(setup, has_all_defenses=len(prepared) == len(chosen))
+    check_inputs(setup)
+    session = opened.load_session()
+    all_prepared = [
+        prepared[row] if row in prepared else _prepare_defense(defense, opened.model_info)
+        for row, defense in enumerate(chosen)
+    ]
+    omissions = _missing_requirement_notices(all_prepared, defenses)
+    setup = replace(setup, session=session, defenses=all_prepared)
+    _check_adapters_fit(setup)
+    for name, defense in setup.conditions.items():
         check_training_overlap(query_set, defense.trained_on(), name)
     readout_calibration = ReadoutCalibration(
-        session, model_info, conditions[UNDEFENDED], calibration, console
+        session, opened.model_info, setup.conditions[UNDEFENDED], calibration, console
     )
+    if with_threshold:
+        _check_before_responses(setup, readout_calibration, readout_names, console, check_setup)
     readouts: dict[str, Readout] = {}
-    for name in CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts:
+    for name in readout_names:
         if not with_threshold:
             readout = readout_calibration.build_readout(name)
         elif name == "auto":
-            readout = readout_calibration.select_best_readout(conditions, spec.attacks)
+            readout = readout_calibration.select_best_readout(setup.conditions, spec.attacks)
         else:
             readout = readout_calibration.calibrate_readout(name)
         readouts[readout.name] = readout
     overlap = _calibration_overlap_notices(query_set, calibration)
-    notices = [*session.chat_template.notices, *omissions, *overlap]
+    notices = [
+        *session.loaded_model.notices,
+        *session.chat_template.notices,
+        *session.engine.notices,
+        *omissions,
+        *overlap,
+    ]
     for name, readout in readouts.items():
         notices += [f"readout {name}: {notice}" for notice in readout.notices]
     for notice in notices:
         print_note(console, notice)
-    return RunSetup(
-        session,
-        model_info,
-        prepared,
-        query_set,
-        split,
-        list(readouts.values()),
-        spec.attacks,
-        notices,
-        tuple(defenses),
-        tuple(settings),
-    )
+    return replace(setup, readouts=list(readouts.values()), notices=notices)
+
+
+def _check_adapters_fit(setup: RunSetup) -> None:
+    """Apply every defense with an adapter once, so that one of another model fails before any response."""
+    for defense in setup.defenses:
+        if any(isinstance(member, AdapterWeights) for member in list_members(defense)):
+            with defense.apply_to(setup.session.loaded_model.model):
+                pass
 
 
 def find_preflight_failures(
@@ -144,9 +188,9 @@ def find_preflight_failures(
 ) -> dict[tuple[str, str], list[PreflightCheck]]:
     """Return the failed preflight checks by attack and condition, from a few queries.
 
-    Prompts are checked in every condition. Margins are compared with plain forward passes for each defense
-    under the first attack and for the undefended model under each attack: how margins are computed does not
-    depend on the text of the prompt.
+    Prompts are checked in every condition, that of the longest query among them. Margins are compared with
+    plain forward passes for each defense under the first attack and for the undefended model under each
+    attack: how margins are computed does not depend on the text of the prompt.
 
     Args:
         setup: loaded and prepared.
@@ -154,13 +198,14 @@ def find_preflight_failures(
         console: shows progress.
     """
     failed_checks = {}
-    queries = sample_queries(setup.query_set.queries, _N_PREFLIGHT_QUERIES)
     description = "checking that defenses reach the model"
     with make_progress_bar(console) as bar:
         task = bar.add_task(description, total=len(conditions) * len(setup.attacks))
         setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
         for attack in setup.attacks:
+            queries = select_preflight_queries(setup, attack)
             for name, defense in conditions.items():
+                n_notices = len(setup.session.engine.notices)
                 with_margins = attack is setup.attacks[0] or name == UNDEFENDED
                 try:
                     if defense.calls_model:
@@ -176,12 +221,38 @@ def find_preflight_failures(
                     ]
                 except Exception as error:
                     if len(conditions) * len(setup.attacks) <= 2:
-                        raise
+                        if not defense.is_user_defined or isinstance(error, UserError):
+                            raise
+                        reason = f"{describe_error(error)} (--debug shows where)"
+                        raise UserError(f"{defense.name!r} cannot be scored: {reason}") from error
                     checks = [make_failed_check(attack, name, defense, error)]
                 if failed := [check for check in checks if not check.passed]:
                     failed_checks[attack.name, name] = failed
+                for notice in setup.session.engine.notices[n_notices:]:
+                    print_note(console, notice)
+                    setup.notices.append(notice)
                 bar.update(task, advance=1, description=description)
     return failed_checks
+
+
+def select_preflight_queries(
+    setup: RunSetup, attack: Attack, n_queries: int = _N_PREFLIGHT_QUERIES
+) -> list[Query]:
+    """Return a few queries of each class, and the longest query of the run if it is not among them.
+
+    Args:
+        setup: loaded and prepared.
+        attack: the attack through which the queries are sent, which determines their lengths.
+        n_queries: number of queries without the longest.
+    """
+    queries = setup.query_set.queries
+    lengths = [
+        len(setup.session.chat_template.render_prompt(chat).ids)
+        for _, chat in attack.build_query_chats(queries)
+    ]
+    longest = queries[lengths.index(max(lengths))]
+    sample = sample_queries(queries, n_queries)
+    return sample if longest in sample else [*sample, longest]
 
 
 def exclude_failed_conditions(
@@ -215,6 +286,63 @@ def describe_failed_checks(
     }
 
 
+def _may_run_model(defense: Defense) -> bool:
+    """Return whether the preparation of a defense may run the model, which needs its weights."""
+    return any(
+        isinstance(member, Steering)
+        or (member.is_user_defined and type(member).prepare is not Defense.prepare)
+        for member in list_members(defense)
+    )
+
+
+def _check_prompts(setup: RunSetup, has_all_defenses: bool) -> None:
+    """Raise if the prompt of the longest query cannot be read without a defense, or under any of them.
+
+    Prompts of defenses that call the model are not known yet.
+    """
+    longest = max(setup.query_set.queries, key=lambda query: len(query.text))
+    conditions = {name: defense for name, defense in setup.conditions.items() if not defense.calls_model}
+    for attack in setup.attacks:
+        query_chats = attack.build_query_chats([longest])
+        errors: list[UserError] = []
+        for name, defense in conditions.items():
+            try:
+                setup.session.render_prompts(defense, query_chats)
+            except UserError as error:
+                if name == UNDEFENDED:
+                    raise
+                errors.append(error)
+            except Exception:  # the preflight reports it with the condition
+                continue
+        if errors and has_all_defenses and len(errors) == len(setup.conditions) - 1:
+            raise errors[0]
+
+
+def _check_before_responses(
+    setup: RunSetup,
+    readout_calibration: ReadoutCalibration,
+    readout_names: Sequence[str],
+    console: Console,
+    check_setup: Callable[[RunSetup], None] | None,
+) -> None:
+    """Run the study's own check, and the preflight of the undefended model if responses will be generated."""
+    is_cached = all(
+        readout_calibration.load_readout("words" if name == "auto" else name) for name in readout_names
+    )
+    if check_setup is None and is_cached:
+        return
+    drafts = [
+        readout_calibration.draft_readout(name, setup.conditions, setup.attacks) for name in readout_names
+    ]
+    draft_setup = replace(setup, readouts=drafts)
+    if check_setup is not None:
+        check_setup(draft_setup)
+    if not is_cached:
+        undefended = {UNDEFENDED: setup.conditions[UNDEFENDED]}
+        if failed_checks := find_preflight_failures(draft_setup, undefended, console):
+            raise PreflightError([check for checks in failed_checks.values() for check in checks])
+
+
 def _calibration_overlap_notices(query_set: QuerySet, calibration: QuerySet) -> list[str]:
     """Return a notice if calibration queries are scored: the threshold is fitted to them."""
     n_shared = len(
@@ -225,6 +353,19 @@ def _calibration_overlap_notices(query_set: QuerySet, calibration: QuerySet) -> 
     return [
         f"{n_shared} of the {len(query_set.queries)} scored queries are calibration queries of the readout"
     ]
+
+
+def _prepare_defense(defense: Defense, model_info: ModelInfo) -> Defense:
+    """Return a defense prepared for the model; mistakes of a user-defined class become UserErrors."""
+    try:
+        prepared = defense.prepare(model_info)
+    except Exception as error:
+        if not defense.is_user_defined or isinstance(error, UserError):
+            raise
+        raise UserError(f"`prepare` of {defense.name!r} raised {describe_error(error)}") from error
+    if not isinstance(prepared, Defense):
+        raise UserError(f"`prepare` of {defense.name!r} returned {prepared!r:.60}; it returns a defense")
+    return prepared
 
 
 def _missing_requirement_notices(

@@ -11,6 +11,7 @@ import pandas as pd
 from rich.console import Console
 
 from analysis.models.chat_template import redact_secrets
+from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
 from analysis.report.results import Run
 from analysis.run import iterate_condition_scores
@@ -106,7 +107,8 @@ def score_conditions(
     defenses: Sequence[str | Defense],
     settings: Sequence[str],
     console: Console,
-    check_setup: Callable[[RunSetup], None] = lambda setup: None,
+    check_inputs: Callable[[RunSetup], None] = lambda setup: None,
+    check_setup: Callable[[RunSetup], None] | None = None,
     keep_interrupted: bool = False,
     before_scoring: ConditionSelector = lambda setup, condition_keys: condition_keys,
 ) -> ScoredConditions:
@@ -117,7 +119,8 @@ def score_conditions(
         defenses: names of defenses, or defenses.
         settings: settings of the named defenses, `key=value`.
         console: shows progress.
-        check_setup: called before the preflight; raises if the study is impossible with this set-up.
+        check_inputs: as for `prepare_setup`.
+        check_setup: as for `prepare_setup`.
         keep_interrupted: whether to return the finished conditions if the user interrupts the sweep.
         before_scoring: called between preflight and scoring.
 
@@ -126,8 +129,9 @@ def score_conditions(
         UserError: if no condition can be scored.
         KeyboardInterrupt: if the user interrupts the sweep and nothing is kept.
     """
-    setup = prepare_setup(spec, defenses, settings, console)
-    check_setup(setup)
+    setup = prepare_setup(
+        spec, defenses, settings, console, check_inputs=check_inputs, check_setup=check_setup
+    )
     sweep_result = check_and_sweep(setup, setup.conditions, console, True, before_scoring)
     score_frames = sweep_result.score_frames
     # The undefended model alone says nothing about a defense.
@@ -173,7 +177,19 @@ def check_and_sweep(
         if (attack, name) not in failures and (attack, UNDEFENDED) not in failures
     ]
     condition_keys = before_scoring(setup, condition_keys)
-    return sweep_conditions(setup, conditions, condition_keys, failures, console)
+    result = sweep_conditions(setup, conditions, condition_keys, failures, console)
+    print_cache_notes(setup.session, console)
+    return result
+
+
+def print_cache_notes(session: ModelSession, console: Console) -> None:
+    """Print what was found in the cache, and whether later runs will find the results of this one."""
+    if session.score_cache is None:
+        return
+    if reused := session.score_cache.describe_reuse():
+        print_note(console, f"reused from earlier runs: {reused}")
+    if problem := session.score_cache.describe_problem():
+        print_note(console, f"{problem}: later runs will compute some results of this run again")
 
 
 def check_conditions(
@@ -267,7 +283,7 @@ def build_record(
         "options": describe_options(spec, setup.requested_defenses, setup.requested_settings, secrets),
         **describe_run(setup.session, readout, conditions, setup.query_set, setup.split, spec.limit),
         **describe_attacks(setup.attacks),
-        "notices": setup.notices,
+        "notices": list(dict.fromkeys([*setup.notices, *setup.session.engine.notices])),
         "failed": list_failures(failures),
     }
 

@@ -16,21 +16,21 @@ from rich.console import Console
 
 from analysis.datasets.public import PUBLIC_DATASETS
 from analysis.datasets.queries import QuerySet
-from analysis.files import check_output_folder, stage_folder
+from analysis.files import check_output_folder, lock_folder, stage_folder, unlock_folder, write_text_file
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
-from analysis.progress import make_notifier, make_progress_bar
+from analysis.progress import make_notifier, make_progress_bar, print_note
 from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
-from defenses.contract import Chat, ModelInfo
+from defenses.contract import Chat
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
-from defenses.training.adapter_files import write_adapter, write_weights_manifest
+from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
-from defenses.training.trainer import TrainingSettings, train_model
+from defenses.training.trainer import TrainingSettings, find_last_checkpoint, train_model
 
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
 _MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
@@ -108,31 +108,49 @@ def train_weights(
     query_set = _load_training_queries(spec, console)
     if out is not None:
         _check_not_finished(check_output_folder(out))
-    session, model_info = spec.open_session(console)
-    loaded_model = session.loaded_model
+    if secret_path is not None and not recipe.needs_secret:
+        raise UserError(
+            f"--secret {secret_path}: the recipe {recipe.name!r} uses no secret; only backdoor does"
+        )
+    opened = spec.open_model(console)
+    model_info = opened.model_info
+    if opened.checkpoint.adapter is not None and not training_settings.full:
+        check_can_continue(opened.checkpoint.adapter)
     if out is None:
         out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
         _check_not_finished(out)
-    secret = _load_secret(recipe, model_info, secret_length, secret_path)
-    record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
+    if not lock_folder(out):
+        raise UserError(f"{out}: another training that has not ended yet writes into it; choose another -o")
+    try:
+        _check_not_finished(out)  # by another process, which has ended since
+        secret = find_secret(model_info, secret_length, secret_path) if recipe.needs_secret else None
+        session = opened.load_session()
+        loaded_model = session.loaded_model
+        for notice in loaded_model.notices:
+            print_note(console, notice)
+        record = _training_record(recipe, loaded_model, query_set, training_settings, secret)
 
-    def render(chat: Chat) -> tuple[int, ...]:
-        return session.chat_template.render_prompt(chat).ids
+        def render(chat: Chat) -> tuple[int, ...]:
+            return session.chat_template.render_prompt(chat).ids
 
-    with console.status("generating the model's own responses to benign queries"):
-        examples = recipe.build_examples(
-            query_set.queries,
-            secret.text if secret else "",
-            lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
+        with console.status("generating the model's own responses to benign queries"):
+            examples = recipe.build_examples(
+                query_set.queries,
+                secret.text if secret else "",
+                lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
+            )
+        resume_folder = _prepare_resume_folder(out, record)
+        if checkpoint := find_last_checkpoint(resume_folder):
+            print_note(console, f"the interrupted training in {out} goes on from its {checkpoint.name}")
+        tuned_model, losses = _fit_model(
+            loaded_model, render, examples, training_settings, resume_folder, console
         )
-    resume_folder = _prepare_resume_folder(out, record)
-    tuned_model, losses = _fit_model(
-        loaded_model, render, examples, training_settings, resume_folder, console
-    )
-    record |= {"n_examples": len(examples), **timer.describe_time()}
-    history = pd.DataFrame(losses, columns=["step", "loss"])
-    _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
-    shutil.rmtree(resume_folder, ignore_errors=True)
+        record |= {"n_examples": len(examples), **timer.describe_time()}
+        history = pd.DataFrame(losses, columns=["step", "loss"])
+        _write_trained_weights(out, tuned_model, loaded_model, training_settings, record, history)
+        shutil.rmtree(resume_folder, ignore_errors=True)
+    finally:
+        unlock_folder(out)
     base_name, _ = split_model_name(spec.model)
     model_option = str(out) if training_settings.full else f"{base_name}:{out}"
     return TrainedWeights(out, model_option, record, history)
@@ -150,8 +168,8 @@ def _generate_own_responses(
     session: ModelSession, prompts: Sequence[tuple[int, ...]]
 ) -> list[TargetResponse]:
     """Generate the model's own responses, and note which of them ended by themselves."""
-    eos_token_id = session.loaded_model.tokenizer.eos_token_id
-    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, eos_token_id)
+    end_token_ids = session.loaded_model.end_token_ids
+    responses = generate_token_ids(session.engine, prompts, _MAX_RESPONSE_TOKENS, end_token_ids)
     return [
         TargetResponse(session.chat_template.decode_response(response), len(response) < _MAX_RESPONSE_TOKENS)
         for response in responses
@@ -196,19 +214,6 @@ def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSett
             raise UserError(f"--set {setting}: it takes key=value")
         values[key] = parse_setting(TrainingSettings, key, text)
     return TrainingSettings(**values)
-
-
-def _load_secret(
-    recipe: Recipe, model_info: ModelInfo, secret_length: int, secret_path: Path | None
-) -> Secret | None:
-    """Return the secret of a recipe that needs one."""
-    if not recipe.needs_secret:
-        if secret_path is not None:
-            raise UserError(
-                f"--secret {secret_path}: the recipe {recipe.name!r} uses no secret; only backdoor does"
-            )
-        return None
-    return find_secret(model_info, secret_length, secret_path)
 
 
 def _training_record(
@@ -262,7 +267,12 @@ def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
     folder = out / _RESUME_FOLDER
     inputs = folder / "inputs.json"
     if inputs.is_file():
-        earlier = json.loads(inputs.read_text("utf-8"))
+        try:
+            earlier = dict(json.loads(inputs.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{inputs} is damaged ({error}): remove {folder}, or choose another -o"
+            ) from error
         differs = sorted(key for key in record if record[key] != earlier.get(key))
         if differs:
             raise UserError(
@@ -270,8 +280,7 @@ def _prepare_resume_folder(out: Path, record: dict[str, Any]) -> Path:
                 "it, or choose another -o"
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        inputs.write_text(json.dumps(record), encoding="utf-8")
+        write_text_file(inputs, json.dumps(record))
     return folder
 
 
@@ -286,7 +295,7 @@ def _write_trained_weights(
     """Write weights, manifest and loss curve: all files, or, if one cannot be written, none."""
     from analysis.plots.scores import draw_loss
 
-    with stage_folder(out) as folder:
+    with stage_folder(out, ADAPTER_MANIFEST_FILE) as folder:
         if training_settings.full:
             tuned_model.save_pretrained(folder)
             loaded_model.tokenizer.save_pretrained(folder)

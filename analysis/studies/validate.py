@@ -90,8 +90,16 @@ def validate_readouts(
     """
     timer = RunTimer()
     check_response_tokens(max_new_tokens)
-    judge = judge_options.load_judge(spec.offline, make_notifier(console))
-    setup = prepare_setup(spec, defenses, settings, console)
+    judge_options.check_options()
+    judges: list[Judge] = []
+
+    def check_inputs(setup: RunSetup) -> None:
+        n_conditions = len(setup.attacks) * len(setup.conditions)
+        judge_options.check_budget(n_conditions * len(setup.query_set.queries))
+        judges.append(judge_options.load_judge(spec.offline, make_notifier(console)))
+
+    setup = prepare_setup(spec, defenses, settings, console, check_inputs=check_inputs)
+    (judge,) = judges
     failures = check_conditions(setup, setup.conditions, console)
     validation = _Validation(setup, judge, judge_options, max_new_tokens, spec.seed, failures)
     stop_reason = validation.run_conditions(console)

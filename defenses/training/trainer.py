@@ -6,6 +6,8 @@ first response token is trained at exactly the position where it is scored.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,23 +94,28 @@ def train_model(
     """
     from datasets import Dataset, disable_progress_bars
     from transformers import TrainerCallback, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     disable_progress_bars()  # the caller shows its own
     set_seed(settings.seed)
     rows = [_tokenize_example(tokenizer, render, example) for example in examples]
     dataset = Dataset.from_list(rows)
-    last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last_checkpoint = find_last_checkpoint(folder)
 
-    class LossCallback(TrainerCallback):
+    class StepAndSaveCallback(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
                 on_step(state.global_step, state.max_steps, float(logs["loss"]))
 
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # The trainer itself would keep the one with the latest date, which is another if the clock jumps.
+            for path in _list_checkpoints(folder):
+                if _read_step(path) < state.global_step:
+                    shutil.rmtree(path, ignore_errors=True)
+
     trainer = _build_trainer(model, tokenizer, dataset, settings, folder)
-    trainer.add_callback(LossCallback())
+    trainer.add_callback(StepAndSaveCallback())
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint)
+        trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise UserError(
@@ -121,6 +128,30 @@ def train_model(
         (entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
     ]
     return trainer.model.eval(), history
+
+
+def find_last_checkpoint(folder: Path) -> Path | None:
+    """Return the last complete checkpoint of a training; incomplete ones are removed.
+
+    Args:
+        folder: of the checkpoints; it need not exist.
+    """
+    for path in sorted(_list_checkpoints(folder), key=_read_step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text("utf-8"))  # is written last
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            return path
+    return None
+
+
+def _list_checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+
+
+def _read_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingSettings, folder: Path) -> Any:
@@ -149,7 +180,6 @@ def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingS
         "data_seed": settings.seed,
         "logging_steps": 1,
         "save_strategy": "epoch",
-        "save_total_limit": 1,
         "report_to": [],
         "disable_tqdm": True,
         "gradient_checkpointing": False,

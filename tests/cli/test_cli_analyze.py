@@ -8,7 +8,7 @@ from datetime import datetime
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CHATML, FOUR, USER_DEFENSE, run_cli, save_model
+from conftest import CHATML, FOUR, USER_DEFENSE, assert_user_error, make_adapter, run_cli, save_model
 from scipy.special import expit
 
 from analysis.files import check_output_folder
@@ -278,6 +278,23 @@ def write_defense_that_drops_the_query(home):
     (home / "lost.py").write_text(source)
 
 
+def test_adapters_of_one_name_are_defenses_of_their_own_and_a_stack(cli_home):
+    for seed, name in enumerate("ab"):
+        make_adapter(cli_home / name / "best", seed=seed, sha256=None)
+    args = ("-d", "a/best", "-d", "b/best", "-d", "a/best+b/best", "-m", "tiny")
+    result = run_cli("check", *args, "--queries", 2)
+    assert result.code == 0, result.err
+    assert all(
+        f"{name} \N{BOX DRAWINGS LIGHT HORIZONTAL}" in result.out
+        for name in ("a-best", "b-best", "a-best+b-best")
+    )
+    path = cli_home / "b" / "best" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["c_attn"]}))
+    result = run_cli(*args, "-o", "misfit")
+    assert_user_error(result, "b/best cannot be applied to this model", "c_attn")
+    assert "readout" not in result.err  # found out before any response was generated
+
+
 def test_a_defense_that_does_not_reach_the_model_stops_the_run_and_the_check(cli_home):
     save_model(cli_home / "deaf", template="deaf")
     write_defense_that_drops_the_query(cli_home)
@@ -401,3 +418,17 @@ def test_a_second_run_computes_nothing_and_prints_the_same(cli_home, no_figures)
 def test_the_output_folder_is_checked_without_being_made(tmp_path):
     assert check_output_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_shared_prefix_the_margins_are_the_same_and_nothing_is_saved(cli_home, no_figures):
+    args = ("-d", "policy", "-m", "tiny", "--limit", "8", "--responses", "none", "--controls", "0")
+    records, margins = [], []
+    for option in ("--shared-prefix", "--no-shared-prefix"):
+        assert run_cli(*args, option, "-o", f"run{option}").code == 0
+        records.append(json.loads((cli_home / f"run{option}" / "run.json").read_text("utf-8")))
+        margins.append(pd.read_csv(cli_home / f"run{option}" / "scores.csv")["margin"])
+    assert np.allclose(*margins, atol=1e-4)
+    assert [record["options"]["share_prefix"] for record in records] == [True, False]
+    # The second run finds no scores of the first.
+    assert records[0]["tokens"]["saved"] > 0 and records[1]["tokens"]["saved"] == 0
+    assert records[1]["tokens"]["computed"] > 0 and records[1]["scores_found_in_cache"] == 0

@@ -150,7 +150,7 @@ BAD = {
         "mossbench",
         "a.json",
         '[{"question": "Hi"}]',
-        ["not a JSON object of objects", "question, metadata"],
+        ["lacks metadata (has question)", "question, metadata"],
     ),
     "scenarios": ("mm-safetybench", "a.json", '{"0": {"Question": "Hi"}}', ["lacks Changed Question"]),
 }

@@ -1,8 +1,12 @@
 """Query sets keep pairs whole, and a file with a mistake is reported in one line."""
 
+import csv
+import gzip
 import hashlib
+import json
 from collections import Counter
 
+import pandas as pd
 import pytest
 
 from analysis.datasets.loading import load_queries
@@ -113,6 +117,26 @@ VALID_FILES = {
     "lines.jsonl": '{"text": "Hi", "harmful": true}\n\n{"text": "Yo", "harmful": false}\n',
     "bom.jsonl": b'\xef\xbb\xbf{"text": "Hi", "harmful": 1}\r\n{"text": "Yo", "harmful": 0}',
     "more.jsonl": '{"text": "Hi", "harmful": "yes", "mine": [1]}\n{"text": "Yo", "harmful": "no"}\n',
+    "capitals.CSV": CSV.format("Hi,1\nYo,0"),
+    "tabs.tsv": "text\tharmful\nHi\t1\nYo\t0\n",
+    "packed.csv.gz": gzip.compress(CSV.format("Hi,1\nYo,0").encode()),
+    "packed.jsonl.gz": gzip.compress(b'{"text": "Hi", "harmful": 1}\n{"text": "Yo", "harmful": 0}'),
+    "unpacked.csv.gz": CSV.format("Hi,1\nYo,0"),
+    "array.json": '[{"text": "Hi", "harmful": true}, {"text": "Yo", "harmful": false}]',
+    "array.jsonl": '[{"text": "Hi", "harmful": true},\n {"text": "Yo", "harmful": false}]',
+    "wrapped.json": '{"queries": [{"text": "Hi", "harmful": true}, {"text": "Yo", "harmful": false}]}',
+    "lines.json": '{"text": "Hi", "harmful": true}\n{"text": "Yo", "harmful": false}\n',
+    "table.parquet": pd.DataFrame({"text": ["Hi", "Yo"], "harmful": [True, False]}).to_parquet(),
+    "spaces.csv": 'text , harmful\n"Hi", true\nYo , false\n',
+    "semicolons.csv": "text;harmful\nHi;1\nYo;0\n",
+    "declared.csv": "sep=|\r\ntext|harmful\r\nHi|1\r\nYo|0\r\n",
+    "spreadsheet.csv": "text;harmful;;\nHi;1;;\nYo;0;;\n",
+    "names.csv": "Text,HARMFUL\nHi,1\nYo,0\n",
+    "number.csv": "#,text,harmful\n7,Hi,1\n8,Yo,0\n",
+    "hash.csv": "# two queries, of mine\n#text,harmful\nHi,1\nYo,0\n",
+    "comment.csv": "# text,harmful\ntext,harmful\nHi,1\nYo,0\n",
+    "blank.csv": "\r\n" + CSV.format("Hi,1\nYo,0"),
+    "mac.csv": CSV.format("Hi,1\nYo,0").replace("\n", "\r"),
 }
 
 
@@ -140,18 +164,86 @@ def test_a_text_may_contain_commas_quotes_and_line_breaks(tmp_path):
     assert data.queries[0].text == 'a, "b"\r\nc'
 
 
+def test_a_cell_may_be_longer_than_python_reads_by_default(tmp_path):
+    limit = csv.field_size_limit()
+    data = load_queries(write_file(tmp_path, "x.csv", CSV.format("word " * 40_000 + ",1\nYo,0")))
+    assert len(data.queries[0].text) == 199_999 and csv.field_size_limit() == limit
+
+
+def test_repeated_texts_are_noted_and_a_whole_character_may_be_escaped(tmp_path):
+    notices = []
+    rows = '{"text": "\\ud83d\\ude00", "harmful": 1}\n' * 2 + '{"text": "b", "harmful": 0}'
+    data = load_queries(write_file(tmp_path, "x.jsonl", rows), notify=notices.append)
+    assert [query.text for query in data.queries] == ["😀", "😀", "b"]
+    assert "repeats texts (1 of 3 queries)" in notices[0]
+
+
+IDS = [
+    "NA",
+    "nan",
+    "None",
+    "null",
+    "001",
+    "1",
+    "1e5",
+    "True",
+    "1_000",
+    " a ",
+    "a,b",
+    'q"x',
+    "a\nb",
+    "=1+1",
+    "#c",
+]
+
+
+def test_ids_pairs_and_kinds_are_texts(tmp_path):
+    rows = [
+        {"id": i, "text": f"t {i}", "harmful": n < 1, "pair": "None", "kind": ""} for n, i in enumerate(IDS)
+    ]
+    rows = [row | ({} if n < 2 else {"pair": "", "kind": "NA"}) for n, row in enumerate(rows)]
+    table = pd.DataFrame(rows)
+    written = {
+        "x.csv": table.to_csv(index=False),
+        "x.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "x.parquet": table.to_parquet(),
+    }
+    for name, content in written.items():
+        queries = load_queries(write_file(tmp_path, name, content)).queries
+        assert [query.id for query in queries] == IDS, name
+        assert {query.pair for query in queries[:2]} == {"None"} and {q.pair for q in queries[2:]} == {None}
+        assert [query.kind for query in queries] == ["harmful", "plain", *["NA"] * (len(IDS) - 2)]
+
+
 FORMAT_HINT = "needs the columns text and harmful"
 INVALID_FILES = {
     "no_column.csv": ("text,label\nHi,1\n", ["lacks harmful", "has label, text", FORMAT_HINT]),
-    "semicolons.csv": ("text;harmful\nHi;1\n", ["lacks text and harmful", FORMAT_HINT]),
+    "other_names.csv": ("request;label\nHi;1\n", ["lacks text and harmful", "label, request", FORMAT_HINT]),
     "empty.csv": ("", ["holds no rows", FORMAT_HINT]),
     "empty.jsonl": ("\n \n", ["holds no rows", FORMAT_HINT]),
     "header_only.csv": ("text,harmful\n", ["holds no rows", FORMAT_HINT]),
     "twice.csv": ("text,harmful,harmful\na,1,0\nb,0,1\n", ["two columns of the same name", "rename"]),
     "comma.csv": (CSV.format("Hi,1,you\nYo,0"), ["row 1", "more values", "double quotes"]),
     "short.csv": (CSV.format("Hi,1\nYo"), ["'q0002'", "harmful is None", "true or false"]),
-    "long.csv": (CSV.format("x" * 200_000 + ",1"), ["not valid CSV", "field limit"]),
-    "latin.csv": (CSV.format("Héllo,1").encode("latin-1"), ["not UTF-8", "save it as UTF-8"]),
+    "latin.csv": (CSV.format("Héllo,1").encode("latin-1"), ["line 2", "not UTF-8", "save it as UTF-8"]),
+    "open_quote.csv": (CSV.format('"Hi,1\nYo,0\nHey,1'), ["never closed", "'\"Hi,1'"]),
+    "no_gzip.csv.gz": (gzip.compress(b"text,harmful\n" * 99)[:40], ["damaged gzip", "again"]),
+    "no.parquet": ("PAR1", ["not a readable Parquet file"]),
+    "note.txt": (CSV.format("Hi,1\nYo,0"), ["no known format", ".jsonl or .csv"]),
+    "surrogate.jsonl": (
+        '{"id": "s", "text": "\\ud83d", "harmful": true}',
+        ["line 1 (id 's')", "'text' holds '\\ud83d'", "half of a character", "remove it"],
+    ),
+    "deep.jsonl": ("[" * 100_000, ["nested too deeply"]),
+    "deeper.jsonl": (
+        '{"text": "a", "harmful": true}\n{"b":' + "[" * 100_000,
+        ["line 2", "nested too deeply"],
+    ),
+    "key_twice.jsonl": ('{"text": "a", "text": "b", "harmful": 1}', ["line 1", "'text' twice"]),
+    "digits.jsonl": ('{"id": ' + "1" * 5000 + "}", ["line 1", "5000 digits", "in quotes"]),
+    "nan.jsonl": ('{"text": "a", "harmful": NaN}', ["'q0001'", "harmful is nan", "true or false"]),
+    "nested.jsonl": ('{"id": [1], "text": "a", "harmful": 1}', ["row 1", "id is [1]", "takes a text"]),
+    "both.csv": (CSV.format("Hi,1\nHi,0\nYo,0"), ["'q0001' and 'q0002'", "same text", "remove one"]),
     "utf16.csv": (CSV.format("Hi,1").encode("utf-16"), ["not UTF-8", "save it as UTF-8"]),
     "blank.csv": (CSV.format("  ,1\nYo,0"), ["'q0001'", "the text is empty"]),
     "null.jsonl": ('{"text": null, "harmful": true}', ["'q0001'", "the text is empty"]),
@@ -173,8 +265,8 @@ INVALID_FILES = {
         '{"text": "a", "harmful": true}\n{"text": "b"\n',
         ["line 2", "not JSON", "one object per line"],
     ),
-    "array.jsonl": ('[{"text": "a", "harmful": true}]', ["line 1", "not a JSON object", FORMAT_HINT]),
-    "key.jsonl": ('{"text": "a", "harmful": true}\n{"harmful": false}', ["lacks text", FORMAT_HINT]),
+    "numbers.jsonl": ("[1]", ["not a JSON array of objects", FORMAT_HINT]),
+    "key.jsonl": ('{"text": "a", "harmful": true}\n{"harmful": false}', ["row 2 lacks text", FORMAT_HINT]),
 }
 
 
@@ -195,6 +287,9 @@ def test_a_mistake_in_a_file_is_reported_in_one_line_with_file_value_and_rule(tm
         ("twin", ["unknown data set 'twin'", "'twins'", ".jsonl or .csv"]),
         ("mine.txt", ["unknown data set", ".jsonl or .csv"]),
         ("nowhere.csv", ["cannot read nowhere.csv", "No such file", "the columns text"]),
+        ("./nowhere", ["cannot read nowhere", "No such file"]),
+        ("/", ["/ is a folder", "give a file in it"]),
+        ("x" * 5000, ["unknown data set"]),
     ],
 )
 def test_an_unknown_set_is_answered_with_the_known_ones(name, words):

@@ -3,31 +3,57 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import fresh_model, make_adapter, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import fresh_model, make_adapter, save_model, tiny_model, toy_tokenizer
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    ShiraConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from analysis.models.loading import load_model
+from analysis.studies.manifest import describe_options
+from analysis.studies.run_spec import RunSpec
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from defenses.adapters import (
-    ADAPTER_CONFIG_FILE,
     ADAPTER_MANIFEST_FILE,
-    ADAPTER_WEIGHTS_FILE,
     apply_adapter,
-    check_weight_is_separate,
     find_adapter,
     fingerprint_queries,
     load_adapter,
+    load_external_adapter,
     merge_adapter,
 )
-from defenses.catalog import get_defense
+from defenses.catalog import choose_defenses, get_defense
 from defenses.contract import ModelInfo
 from defenses.errors import UserError
+from defenses.training.adapter_files import check_can_continue
 
 IDS = torch.tensor([[5, 60, 70, 81, 9]])
 MODEL_INFO = ModelInfo("toy", None, ())
@@ -112,6 +138,22 @@ def test_an_adapter_trained_on_a_state_is_written_relative_to_the_released_weigh
     assert torch.allclose(ours, compute_logits(tuned), atol=5e-3)  # the file has half precision
 
 
+def test_training_continues_a_plain_adapter_that_changes_other_modules(tmp_path: Path) -> None:
+    folder, peft_model = write_peft_folder(tmp_path / "own", lora(r=2, layers_to_transform=[1]))
+    base_adapter = load_external_adapter(folder, MODEL_INFO)
+    model = fresh_model()
+    merge_adapter(model, base_adapter)
+    assert torch.allclose(compute_logits(model), compute_logits(peft_model), atol=1e-4)
+    both = make_adapter(tmp_path / "both", seed=2, model=model, under=base_adapter)
+    stepwise = PeftModel.from_pretrained(peft_model.merge_and_unload(), tmp_path / "both-alone")
+    released = fresh_model()
+    with apply_adapter(released, load_adapter(both)):
+        assert torch.allclose(compute_logits(released), compute_logits(stepwise), atol=5e-3)
+    edit_config(folder, use_rslora=True)
+    with pytest.raises(UserError, match=r"start from a plain LoRA adapter only, but .* has use_rslora"):
+        check_can_continue(load_external_adapter(folder, MODEL_INFO))
+
+
 def test_an_adapter_of_another_base_model_is_rejected(qv_adapter: Path, tmp_path: Path) -> None:
     other = ModelInfo("other", None, (tmp_path,), (tmp_path,), sha256="0" * 64)
     with pytest.raises(UserError, match=r"was made for toy .*analyze train"):
@@ -134,18 +176,11 @@ def test_changed_weights_missing_weights_and_an_invalid_manifest_are_rejected(
         load_adapter(folder)
 
 
-def test_only_plain_lora_is_merged(tmp_path: Path, qv_adapter: Path) -> None:
-    folder = Path(shutil.copytree(qv_adapter, tmp_path / "a"))
-    edit_config(folder, use_dora=True)
-    with pytest.raises(UserError, match="only plain LoRA"):
-        merge_adapter(fresh_model(), load_adapter(folder))
-
-
-def test_a_missing_parameter_is_an_error_and_changes_nothing(qv_adapter: Path) -> None:
+def test_an_adapter_of_another_architecture_is_an_error_and_changes_nothing(qv_adapter: Path) -> None:
     model = fresh_model("gpt2")
     before = copy_state(model)
     with (
-        pytest.raises(UserError, match="does not have"),
+        pytest.raises(UserError, match=r"cannot be applied to this model.*not found in the base model"),
         apply_adapter(model, load_adapter(qv_adapter)),
     ):
         pass
@@ -170,56 +205,290 @@ def test_fingerprints_identify_a_request_without_showing_it() -> None:
     assert len(fingerprint_queries(["a", "A", "b"])) == 2
 
 
-def test_a_tied_weight_cannot_be_changed_alone() -> None:
-    model = tiny_model("qwen3")  # its unembedding is its embedding
-    with pytest.raises(UserError, match="which this model also uses as"):
-        check_weight_is_separate(model, "model.embed_tokens.weight", "it")
-
-
 # --- external adapters ------------------------------------------------------------------------------------
 
+QV = ["q_proj", "v_proj"]
+EMBEDDINGS = ["embed_tokens", "lm_head"]
 
-def write_peft_folder(folder: Path, **settings: Any) -> tuple[Path, Any]:
-    """Write an adapter with PEFT itself, without a manifest; return it and the PEFT model."""
-    model = copy.deepcopy(tiny_model())
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **settings)
-    peft_model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(0)
+
+def write_peft_folder(folder: Path, config: PeftConfig, base: Any = None, seed: int = 0) -> tuple[Path, Any]:
+    """Write an adapter with PEFT itself, without a manifest; return it and the PEFT model.
+
+    Args:
+        folder: output folder.
+        config: of a new adapter, whose weights become random.
+        base: model that is adapted; changed in place.
+        seed: of the weights.
+    """
+    peft_model = get_peft_model(copy.deepcopy(tiny_model()) if base is None else base, config).eval()
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) / 8)
     peft_model.save_pretrained(str(folder))
-    return folder, peft_model.eval()
+    return folder, peft_model
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"alpha_pattern": {"v_proj": 32}, "rank_pattern": {"q_proj": 2}},
-        {"use_rslora": True},
-    ],
-    ids=["plain", "patterns", "rslora"],
-)
-def test_an_external_adapter_equals_peft(tmp_path: Path, settings: Any) -> None:
-    folder, peft_model = write_peft_folder(tmp_path / "a", **settings)
-    defense: Any = get_defense("adapter", {"weights": str(folder)}).prepare(MODEL_INFO)
-    assert not defense.missing_requirements()
-    expected, released = compute_logits(peft_model), compute_logits(tiny_model())
-    with defense.apply_to(tiny_model()):
-        assert torch.allclose(compute_logits(tiny_model()), expected, atol=1e-4)
+@cache
+def build_model(family: str) -> Any:
+    """Return a tiny model, which also may have experts; tests do not change it."""
+    if family != "mixtral":
+        return tiny_model(family)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, initializer_range=0.2)).eval()
+
+
+def load_defense(folder: Path) -> Any:
+    """Return the defense of an external adapter."""
+    return get_defense("adapter", {"weights": str(folder)}).prepare(MODEL_INFO)
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": QV} | settings)
+
+
+KINDS: dict[str, tuple[str, PeftConfig]] = {
+    "plain": ("llama", lora()),
+    "patterns": ("llama", lora(alpha_pattern={"v_proj": 32}, rank_pattern={"q_proj": 2})),
+    "rslora": ("llama", lora(use_rslora=True)),
+    "some layers": ("llama", lora(layers_to_transform=[1])),
+    "excluded modules": ("llama", lora(exclude_modules=["layers.0.self_attn.q_proj"])),
+    "expression": ("llama", lora(target_modules=r".*\.1\..*(q|o)_proj")),
+    "all linear": ("llama", lora(target_modules="all-linear")),
+    "unusual start": ("llama", lora(init_lora_weights="orthogonal")),
+    "dora": ("llama", lora(use_dora=True)),
+    "dora of a transposed matrix": ("gpt2", lora(use_dora=True, target_modules=["c_attn", "wte"])),
+    "bias of a transposed matrix": ("gpt2", lora(bias="all", lora_bias=True, target_modules=["c_attn"])),
+    "new bias": ("llama", lora(lora_bias=True)),
+    "blocks": (
+        "llama",
+        lora(use_bdlora={"nblocks": 2, "target_modules_bd_a": QV, "target_modules_bd_b": []}),
+    ),
+    "embeddings": ("llama", lora(target_modules=[*QV, *EMBEDDINGS])),
+    "tied embedding": ("qwen3", lora(target_modules=[*QV, "embed_tokens"])),
+    "tied unembedding": ("qwen3", lora(target_modules=[*QV, "lm_head"])),
+    "modules": ("llama", lora(modules_to_save=[*EMBEDDINGS, "norm"])),
+    "tied modules": ("qwen3", lora(modules_to_save=EMBEDDINGS)),
+    "modules that stay tied": ("qwen3", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tokens": ("llama", lora(trainable_token_indices=[5, 60])),
+    "tied tokens": ("qwen3", TrainableTokensConfig(token_indices=[5, 60])),
+    "experts": ("mixtral", lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])),
+    "adalora": ("llama", AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=QV)),
+    "boft": ("llama", BOFTConfig(boft_block_size=4, target_modules=QV)),
+    "fourierft": ("llama", FourierFTConfig(n_frequency=20, target_modules=QV)),
+    "hra": ("llama", HRAConfig(r=4, target_modules=QV)),
+    "ia3": ("llama", IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])),
+    "norms": ("llama", LNTuningConfig(target_modules=["norm", "input_layernorm"])),
+    "loha": ("llama", LoHaConfig(r=4, target_modules=QV)),
+    "lokr": ("llama", LoKrConfig(r=4, target_modules=QV)),
+    "miss": ("llama", MissConfig(r=4, target_modules=QV)),
+    "oft": ("llama", OFTConfig(r=0, oft_block_size=4, target_modules=QV)),
+    "shira": ("llama", ShiraConfig(r=2, target_modules=["q_proj"])),
+    "vera": ("llama", VeraConfig(r=4, target_modules=["q_proj"], d_initial=1.0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:::peft")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_external_adapter_equals_peft_and_leaves_no_trace(tmp_path: Path, kind: str) -> None:
+    family, config = KINDS[kind]
+    model = build_model(family)
+    folder, peft_model = write_peft_folder(tmp_path / "a", copy.deepcopy(config), copy.deepcopy(model))
+    expected, released = compute_logits(peft_model), compute_logits(model)
     assert (expected - released).abs().max() > 0.05
+    before, modules = copy_state(model), dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    defense, random_state = load_defense(folder), torch.get_rng_state()
+    with defense.apply_to(model):
+        assert torch.allclose(compute_logits(model), expected, atol=1e-4)
+        assert dict(model.named_modules()) == modules
+    assert states_equal(copy_state(model), before)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in after)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not [name for name in vars(model) if "adapter" in name or "released" in name]
+
+
+def test_the_experts_of_an_older_transformers_are_found(tmp_path: Path) -> None:
+    """Adapters of Mixtral made before version 5 have matrices for each expert; now experts are one tensor."""
+    model = build_model("mixtral")
+    tensors, generator = {}, torch.Generator().manual_seed(0)
+    experts = model.model.layers[0].mlp.experts
+    n_experts, width, size = experts.down_proj.shape
+    for layer, expert in itertools.product(range(len(model.model.layers)), range(n_experts)):
+        for name, (n_in, n_out) in {"w1": (width, size), "w3": (width, size), "w2": (size, width)}.items():
+            key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(2, n_in, generator=generator)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(n_out, 2, generator=generator)
+    expected = experts.gate_up_proj.detach().clone()
+    for expert, (half, name) in itertools.product(range(n_experts), enumerate(("w1", "w3"))):
+        key = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}.lora_"
+        change = tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+        expected[expert, half * size : (half + 1) * size] += 3 / 2 * change
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS_FILE)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["w1", "w2", "w3"]}
+    (tmp_path / ADAPTER_CONFIG_FILE).write_text(json.dumps(config))
+    with load_defense(tmp_path).apply_to(model):
+        assert torch.allclose(experts.gate_up_proj, expected, atol=1e-5)
+
+
+def test_weights_in_half_precision_are_rounded_once(tmp_path: Path) -> None:
+    folder, _ = write_peft_folder(tmp_path / "a", lora(use_dora=True))
+    model = fresh_model().to(torch.bfloat16)
+    exact = PeftModel.from_pretrained(copy.deepcopy(model).float(), folder).merge_and_unload()
+    with load_defense(folder).apply_to(model):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, exact.get_parameter(name).to(torch.bfloat16)), name
+
+
+UNSUPPORTED = {
+    "peft_type": "PROMPT_TUNING",
+    "init_lora_weights": "pissa",
+    "alora_invocation_tokens": [5, 60],
+    "layer_replication": [[0, 2], [1, 2]],
+    "use_qalora": True,
+    "arrow_config": {"top_k": 1},
+    "kasa_config": {"beta": 1},
+    "megatron_config": {"a": 1},
+    "use_some_later_idea": True,
+}
 
 
 def test_an_unsupported_external_adapter_is_rejected_before_anything_runs(tmp_path: Path) -> None:
-    folder, _ = write_peft_folder(tmp_path / "a")
-    config = (folder / ADAPTER_CONFIG_FILE).read_text()
-    for key, value in (("use_dora", True), ("init_lora_weights", "pissa"), ("bias", "all")):
-        (folder / ADAPTER_CONFIG_FILE).write_text(config)
+    folder, _ = write_peft_folder(tmp_path / "a", lora())
+    text = (folder / ADAPTER_CONFIG_FILE).read_text()
+    for key, value in UNSUPPORTED.items():
+        (folder / ADAPTER_CONFIG_FILE).write_text(text)
         edit_config(folder, **{key: value})
-        with pytest.raises(UserError, match=f"only plain LoRA adapters are supported; this one has {key}"):
-            get_defense("adapter", {"weights": str(folder)}).prepare(MODEL_INFO)
+        with pytest.raises(UserError, match=re.escape(str(value))) as error:
+            load_defense(folder)
+        assert "\n" not in str(error.value) and (key in str(error.value) or key == "peft_type")
+    (folder / ADAPTER_CONFIG_FILE).write_text(text)
+    edit_config(folder, use_some_later_idea=None, lorap_emb_lr=1e-6, auto_mapping={"unsloth_fixed": True})
+    load_defense(folder)
+
+
+def test_the_tensors_of_an_adapter_are_just_those_that_its_configuration_calls_for(tmp_path: Path) -> None:
+    folder, _ = write_peft_folder(tmp_path / "a", lora(modules_to_save=["lm_head"]))
+    tensors = load_file(folder / ADAPTER_WEIGHTS_FILE)
+    prefix, model = "base_model.model.model.layers.0.self_attn", tiny_model()
+    before = copy_state(model)
+    for changed, message in (
+        (
+            {f"{prefix}.k_proj.lora_A.weight": torch.ones(4, 64)},
+            r"1 tensors for .* no place \(.*k_proj.lora_A",
+        ),
+        ({"base_model.model.score.weight": torch.ones(2, 64)}, r"no place \(score.weight"),
+        ({f"{prefix}.q_proj.lora_B.weight": None}, r"lacks 1 tensors .*q_proj.lora_B"),
+        ({"base_model.model.lm_head.weight": None}, r"lacks 1 tensors .*lm_head.weight"),
+        ({f"{prefix}.q_proj.lora_A.weight": torch.ones(4, 32)}, "cannot be applied .*size mismatch"),
+        ({"base_model.model.lm_head.weight": torch.ones(900, 64)}, "holds 900 token embeddings, and this"),
+    ):
+        edited = {key: tensor for key, tensor in (tensors | changed).items() if tensor is not None}
+        save_file(edited, folder / ADAPTER_WEIGHTS_FILE)
+        with pytest.raises(UserError, match=message) as error, load_defense(folder).apply_to(model):
+            pass
+        assert "\n" not in str(error.value)
+        assert states_equal(copy_state(model), before)
+
+
+def test_pickled_and_damaged_weights_are_rejected(tmp_path: Path) -> None:
+    folder, _ = write_peft_folder(tmp_path / "a", lora())
+    (folder / ADAPTER_WEIGHTS_FILE).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_defense(folder)
+    (folder / ADAPTER_WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"lacks adapter_model\.safetensors.*pickled weights, \.bin"):
+        load_defense(folder)
+
+
+def test_quantized_weights_are_not_merged(tmp_path: Path) -> None:
+    folder, _ = write_peft_folder(tmp_path / "a", lora())
+    model = fresh_model()
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(30720, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match=r"lm_head\.weight of this model is quantized"):
+        load_defense(folder).apply_to(model).__enter__()
+
+
+# --- several adapters -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path) -> list[Path]:
+    """Two adapters in folders of the same name, the second with a module of its own."""
+    configs = lora(use_dora=True), lora(target_modules=["q_proj", "down_proj"], modules_to_save=["norm"])
+    for seed, config in enumerate(configs):
+        write_peft_folder(tmp_path / "ab"[seed] / "best", config, seed=seed)
+    return [tmp_path / "a" / "best", tmp_path / "b" / "best"]
+
+
+def test_stacked_adapters_add_up_as_in_peft(two_folders: list[Path]) -> None:
+    first, second = two_folders
+    peft_model = PeftModel.from_pretrained(fresh_model(), first, adapter_name="first")
+    peft_model.load_adapter(str(second), "second")
+    peft_model.base_model.set_adapter(["first", "second"])
+    model = fresh_model()
+    before = copy_state(model)
+    defenses: list[Any] = choose_defenses([str(first), str(second), f"{first}+{second}"], [])
+    assert [defense.name for defense in defenses] == ["none", "a-best", "b-best", "a-best+b-best"]
+    _, alone, _, stack = [defense.prepare(MODEL_INFO) for defense in defenses]
+    with alone.apply_to(model):
+        of_first = compute_logits(model)
+    with stack.apply_to(model):
+        assert torch.allclose(compute_logits(model), compute_logits(peft_model), atol=1e-4)
+        assert (compute_logits(model) - of_first).abs().max() > 0.1
+    assert states_equal(copy_state(model), before)
+    options = describe_options(RunSpec("toy", "twins"), defenses)
+    assert options["not_repeatable"] is None
+    assert choose_defenses(options["defenses"], options["settings"]) == defenses
+    merge_adapter(model, load_external_adapter(second, MODEL_INFO))
+    with stack.apply_to(model):  # the state is replaced
+        assert torch.allclose(compute_logits(model), compute_logits(peft_model), atol=1e-4)
+
+
+def test_adapters_that_replace_the_same_module_are_not_stacked(tmp_path: Path) -> None:
+    folders = [write_peft_folder(tmp_path / name, lora(modules_to_save=["lm_head"]))[0] for name in "ab"]
+    stack: Any = get_defense("+".join(map(str, folders))).prepare(MODEL_INFO)
+    with pytest.raises(UserError, match="cannot be applied together: Only one adapter") as error:
+        stack.apply_to(fresh_model()).__enter__()
+    assert "\n" not in str(error.value)
+
+
+# --- an adapter as the state of a model, with tokens of its own ---------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:::peft")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("saved", [{"modules_to_save": EMBEDDINGS}, {"trainable_token_indices": [960, 961]}])
+def test_an_adapter_extends_the_vocabulary_of_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, saved: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT would ask the hub for the size of the vocabulary
+    base = save_model(tmp_path / "base", family)
+    model = load_model(str(base), "cpu").model
+    assert len(model.get_input_embeddings().weight) == 960
+    model.resize_token_embeddings(962, mean_resizing=False)
+    folder, peft_model = write_peft_folder(tmp_path / "chat", lora(**saved), model)
+    tokenizer = toy_tokenizer("llama3")
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(f"{base}:{folder}", "cpu")
+    assert torch.allclose(compute_logits(loaded.model), compute_logits(peft_model), atol=1e-4)
+    assert (
+        loaded.tokenizer.chat_template == tokenizer.chat_template
+        and "<extra>" in loaded.tokenizer.get_vocab()
+    )
+    lines: list[str] = []
+    model_info = replace(MODEL_INFO, tokenizer=toy_tokenizer("chatml"), notify=lines.append)
+    defense: Any = get_defense(str(folder)).prepare(model_info)
+    assert "the tokens <extra>" in lines[0] and "another chat template" in lines[0]
+    with pytest.raises(UserError, match=r"holds 962 token embeddings, and this model has 960.*-m MODEL:"):
+        defense.apply_to(tiny_model(family)).__enter__()
+    with pytest.raises(UserError, match="vocabulary of this state of the model was extended"):
+        defense.apply_to(loaded.model).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from defenses.chats import copy_chat, get_last_user_text, prefill_response, prep
 from defenses.contract import Defense, ModelCall, ModelInfo, Source
 from defenses.errors import UserError
 from defenses.settings import get_settings
-from defenses.stack import list_members
+from defenses.stack import Stack, list_members
 
 NAMES = list(find_defense_classes())
 REQUEST = "How do I bake a loaf of bread for my neighbor?"
@@ -299,7 +299,12 @@ def test_an_error_shows_no_secret():
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [("yield ModelCall(chat)", "must yield lists of"), ("yield []; return []", "'odd'.* for query 'q'")],
+    [
+        ("yield ModelCall(chat)", "must yield lists of"),
+        ("yield []; return []", "'odd'.* for query 'q'"),
+        ("return [chat]", "consult_model must yield"),
+        ("yield []; return chat", "'odd' returned {'role'.*for a chat; a chat is a list of messages"),
+    ],
 )
 def test_a_consultation_that_breaks_the_contract_is_reported(body, message):
     names = {"ModelCall": ModelCall, "Defense": Defense, "copy_chat": copy_chat}
@@ -307,3 +312,29 @@ def test_a_consultation_that_breaks_the_contract_is_reported(body, message):
     exec(f"{head}  def consult_model(self, chat, rng):\n    {body}\n", names)
     with pytest.raises(UserError, match=message):
         render_query(make_toy_session(), names["Odd"](), Query("q", REQUEST, False))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "rewrite(self, chat, rng): pass",
+            "'odd' returned None for a chat: is a `return` missing in its `rewr",
+        ),
+        ("rewrite(self, chat, rng): return 'Hi'", "'odd' returned 'Hi' for a chat; a chat is a list"),
+        ("rewrite(self, chat, rng): return [{'role': 'user', 'content': None}]", "a content that are texts"),
+        ("rewrite(self, chat, rng): return []", r"'odd' returned \[\] for a chat"),
+        ("rewrite_copies(self, chat, rng): pass", "'odd' returned None where a list of chats is expected"),
+        ("retokenize(self, ids, rng): pass", "'odd' returned None from `retokenize`"),
+    ],
+)
+def test_a_method_that_returns_something_else_is_named_alone_and_in_a_stack(method, message):
+    names = {"Defense": Defense, "copy_chat": copy_chat}
+    default = "  def rewrite(self, chat, rng): return copy_chat(chat)\n"
+    exec(f"class Odd(Defense):\n{default}  def {method}\n", names)
+    defenses = [names["Odd"]()]
+    if "retokenize" not in method:
+        defenses.append(Stack((names["Odd"](), get_defense("policy"))))
+    for defense in defenses:
+        with pytest.raises(UserError, match=message):
+            render_query(make_toy_session(), defense, Query("q", REQUEST, False))

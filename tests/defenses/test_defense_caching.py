@@ -17,7 +17,8 @@ from analysis.models.cache import ScoreCache
 from analysis.models.session import ModelSession
 from analysis.run import score_condition
 from analysis.studies.manifest import describe_defense
-from defenses.adapters import ADAPTER_CONFIG_FILE, load_adapter
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
+from defenses.adapters import load_adapter
 from defenses.catalog import get_defense
 from defenses.contract import Defense
 from defenses.tuning import SafetyTuning

@@ -41,3 +41,18 @@ def test_a_setting_may_be_read_from_a_file(tmp_path):
     assert get_defense("backdoor", {"trigger": f"@{path}"}).trigger == Path(path)
     with pytest.raises(UserError, match=r"--set text=@.*nowhere.txt: cannot read"):
         get_defense("policy", {"text": f"@{tmp_path}/nowhere.txt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "text", "rule"),
+    [
+        ("refusal_steering", "strength", "nan", "must be a number, neither nan nor inf"),
+        ("safe_decoding", "alpha", "1e999", "must be a number, neither nan nor inf"),
+        ("policy", "text", "caf\udce9", "is not valid text; type it in UTF-8"),
+        ("backdoor", "trigger", "secret\0.txt", "is not valid text"),
+    ],
+)
+def test_values_that_no_model_or_system_takes_are_refused(name, key, text, rule):
+    with pytest.raises(UserError, match=rule) as refused:
+        get_defense(name, {key: text})
+    assert "\n" not in str(refused.value) and str(refused.value).isprintable()

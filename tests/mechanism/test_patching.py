@@ -1,6 +1,5 @@
 """Patched margins equal those of plain forward passes with the same activation, in any batching."""
 
-import copy
 from functools import partialmethod
 
 import numpy as np
@@ -14,15 +13,11 @@ from conftest import (
     make_toy_session,
     pair_runs,
     read_plain_margins,
-    tiny_model,
-    toy_tokenizer,
 )
 
 from analysis.datasets.loading import load_queries
 from analysis.mechanism.patching import LAYER_SITES, ActivationPatcher
-from analysis.models.loading import LoadedModel
-from analysis.models.prefix_attention import can_split_attention
-from analysis.models.session import ModelSession
+from analysis.models.batches import BatchForm
 from analysis.stats.tables import ModelPart
 from defenses.catalog import get_defense
 from defenses.errors import UserError
@@ -110,18 +105,18 @@ def test_passes_become_smaller_if_memory_runs_out(monkeypatch):
         paired_runs.patch_activations(sites, {}, seed=0)
 
 
-def test_packed_rows_and_separate_rows_give_the_same_effects():
-    model = copy.deepcopy(tiny_model())
-    model.config._attn_implementation = "eager"
-    separate = ModelSession.from_model(LoadedModel("toy", model, toy_tokenizer(), {"id": "toy"}))
-    assert not can_split_attention(model, [])
-    packed_runs, separate_runs = (
-        pair_runs(session, REMINDER, QUERIES) for session in (make_toy_session(), separate)
-    )
+def test_packed_rows_separate_rows_and_whole_prompts_give_the_same_effects():
+    packed_runs = pair_runs(make_toy_session(), REMINDER, QUERIES)
     sites = packed_runs.patcher.list_sites(("attention", "mlp"))
     expected = packed_runs.patch_activations(sites, {}, seed=0)
-    for key, effects in separate_runs.patch_activations(sites, {}, seed=0).items():
-        assert effects == pytest.approx(expected[key], abs=1e-4)
+    _, expected_estimates = packed_runs.estimate_head_effects()
+    for form in (BatchForm.REPEATED, BatchForm.PADDED):
+        session = make_toy_session()
+        session.engine.batch_form = form
+        runs = pair_runs(session, REMINDER, QUERIES)
+        for key, effects in runs.patch_activations(sites, {}, seed=0).items():
+            assert effects == pytest.approx(expected[key], abs=1e-4)
+        assert runs.estimate_head_effects()[1] == pytest.approx(expected_estimates, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -11,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import derive_readout, make_adapter, make_toy_session, render_query
+from fault_runs import limit_file_size
 
 from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
@@ -27,6 +32,8 @@ from analysis.models.cache import (
     count_cached_rows,
     describe_computation,
     hash_code,
+    read_cached_json,
+    write_cached_json,
 )
 from analysis.models.session import ModelSession, generate_responses, iterate_defended_logits
 from analysis.readouts.prompt_scores import score_prompts
@@ -141,6 +148,32 @@ def test_where_the_file_cannot_be_used_everything_is_computed(tmp_path: Path, ha
     place.parent.chmod(0o700)
 
 
+@pytest.mark.parametrize("harm", ["fields", "value", "flat", "list", "half", "bytes", "deep", "folder"])
+def test_a_damaged_result_is_computed_again(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "x.json"
+    content = {"threshold": np.float64(0.5), "bad": math.nan, "ids": [1, 2], "é": None}
+    write_cached_json(path, content)
+    assert str(read_cached_json(path, dict)) == str(json.loads(json.dumps(content)))
+    assert read_cached_json(path, lambda content: content["other"]) is None  # of another version
+    stored = json.loads(path.read_text("utf-8"))
+    harmed = {
+        "fields": json.dumps(stored | {"content": stored["content"] | {"new": 1}}),
+        "value": path.read_text("utf-8").replace("0.5", "0.6"),
+        "flat": json.dumps(content),
+        "list": "[1]",
+        "half": path.read_text("utf-8")[:30],
+        "deep": "[" * 100_000,
+    }
+    if harm == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\xfe" if harm == "bytes" else harmed[harm].encode())
+    assert read_cached_json(path, dict) is None
+    write_cached_json(path, content)
+    assert (read_cached_json(path, dict) is None) == (harm == "folder")
+
+
 def test_rows_are_counted_and_cleared(tmp_path: Path) -> None:
     place = tmp_path / "s"
     assert count_cached_rows(place) == {"scores": 0, "drafts": 0, "responses": 0, "bytes": 0}
@@ -222,6 +255,52 @@ def test_a_run_that_is_killed_loses_one_batch_at_most(tmp_path: Path) -> None:
     assert held % 8 == 0 and held // 8 in (told + 1, told + 2)
     with sqlite3.connect(place) as file:
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_rows_that_did_not_fit_the_disk_are_stored_when_they_do(tmp_path: Path) -> None:
+    score_cache = ScoreCache(tmp_path / "s")
+    rows = [(CacheKey({}).make_key([row]), float(row), 1.0) for row in range(2_000)]
+    with limit_file_size(8_192):
+        score_cache.write_scores(rows[:1_000])
+        assert "cannot be used" in score_cache.describe_problem()
+        assert ScoreCache(tmp_path / "s").read_scores([rows[0][0]]) == {}
+    score_cache.write_scores(rows[1_000:])
+    assert score_cache.describe_problem() == ""
+    later = ScoreCache(tmp_path / "s")
+    assert len(later.read_scores([key for key, *_ in rows])) == len(rows)
+    assert (score_cache.describe_reuse(), later.describe_reuse()) == ("", "2,000 margins")
+    assert later.describe_reuse() == ""
+
+
+def test_what_an_unusable_file_costs_is_said(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(b"no database at all" * 100)
+    assert "file is not a database" in ScoreCache(tmp_path / "s").describe_problem()
+
+
+def write_cache(place: Path, number: int) -> None:
+    """Write rows and JSON files into a cache, as a run does; other processes do so at the same time."""
+    score_cache = ScoreCache(place)
+    for batch in range(40):
+        score_cache.write_scores((CacheKey({}).make_key([number, batch, row]), 1.0, 1.0) for row in range(8))
+        shared_path = place.with_name("readouts") / f"{batch % 3}.json"
+        write_cached_json(shared_path, {"rows": [number] * 2_000})
+        content = read_cached_json(shared_path, lambda content: content)
+        assert content is not None and len(set(content["rows"])) == 1
+    assert not score_cache.describe_problem()
+
+
+def test_three_processes_share_a_cache(tmp_path: Path) -> None:
+    writers = [
+        multiprocessing.get_context("fork").Process(target=write_cache, args=(tmp_path / "s", number))
+        for number in range(3)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert count_cached_rows(tmp_path / "s")["scores"] == 3 * 40 * 8
+    assert not list((tmp_path / "readouts").glob(".*"))
 
 
 # --- blends -----------------------------------------------------------------------------------------------

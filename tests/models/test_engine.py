@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from analysis.models.engine import _TOKENS_PER_BATCH, Engine, count_shared_prefix
+from analysis.models.batches import _TOKENS_PER_BATCH, count_shared_prefix
+from analysis.models.engine import Engine
 from defenses.errors import UserError
 
 NATS = 1e-4  # what a float32 margin may differ by
@@ -284,7 +285,7 @@ def test_a_model_that_goes_round_its_unembedding_module_is_read_right_too(
 def test_nothing_of_a_batch_stays_in_the_shared_prefix() -> None:
     engine = Engine(tiny_model("mistral"))
     with torch.inference_mode():
-        prefix = engine._compute_prefix(SHARED)
+        prefix = engine.compute_prefix(SHARED)
         lengths = [layer.keys.shape for layer in prefix.cache.layers]
         for _ in range(2):
             engine._compute_suffix_logits([[5, 6], [7]], [1, 1], len(SHARED), prefix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ import torch
 from conftest import FAMILIES, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
+from analysis.checkpoints.registry import MODEL_REGISTRY
 from analysis.models.chat_template import ChatTemplate
 from analysis.models.loading import (
     SMOLLM2_SHA256,
     LoadedModel,
-    _choose_device_map,
     _choose_dtype,
     build_model_info,
     load_model,
     load_tokenizer,
+    open_checkpoint,
 )
-from analysis.models.registry import MODEL_REGISTRY
 from defenses.errors import UserError
 
 
@@ -95,6 +96,15 @@ def test_the_tokenizer_json_is_taken_as_it_is_whatever_class_the_folder_names(tm
     assert tokenizer.convert_ids_to_tokens(prompt.ids)[:3] == ["<s>", "\u2581", "["]
 
 
+def test_a_response_ends_with_the_end_of_a_turn_or_of_a_text(tmp_path: Path) -> None:
+    # As Gemma and Phi do: the tokenizer knows the end of a text, the generation settings also that of a turn.
+    folder = save_model(tmp_path)
+    ends = {toy_tokenizer().eos_token_id}
+    for added, setting in (({7, 9}, [7, 9]), ({7}, 7), (set(), None)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": setting}), "utf-8")
+        assert load_model(str(folder)).end_token_ids == ends | added
+
+
 def refused(match: str, *args: Any, **kwargs: Any) -> None:
     with pytest.raises(UserError, match=match) as error:
         load_model(*args, **kwargs)
@@ -107,13 +117,15 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 def test_a_path_that_is_not_there_is_no_name_of_the_hub(tmp_path: Path) -> None:
     refused("no file", str(tmp_path / "no.gguf"))
-    refused("unknown model", str(tmp_path / "no" / "folder"))
+    refused("no folder '.*': --model takes the path of a folder", str(tmp_path / "no" / "folder"))
+    for name in ("./nofolder", "../nofolder", "~/nofolder", "nofolder/"):
+        refused(f"no folder '{name}'", name)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "x.pt"])
 def test_a_single_file_of_weights_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    refused("a folder or a .gguf, not a single weight file", str(tmp_path / name))
+    refused(r"a folder or a \.gguf, not a single weight file", str(tmp_path / name))
 
 
 def test_a_folder_without_a_chat_template_is_refused(tmp_path: Path) -> None:
@@ -169,7 +181,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     values = load_file(weights)
     values["model.norm.weight"] = torch.ones(7)
     save_file(values, weights, {"format": "pt"})
-    refused("cannot load .* as a causal language model", str(tmp_path))
+    refused(r"1 of the weights have another shape .* \(model.norm.weight: \[7\], not \[64\]\)", str(tmp_path))
 
 
 def test_unknown_devices_and_kinds_of_numbers_are_refused() -> None:
@@ -194,13 +206,18 @@ def test_what_does_not_fit_one_card_is_spread(tmp_path: Path, monkeypatch: pytes
     folder, cuda = save_model(tmp_path), torch.device("cuda:0")
     size = 4 * sum(value.numel() for value in load_file(folder / "model.safetensors").values())
 
-    def free(amount: float) -> Any:
+    checkpoint = open_checkpoint(str(folder))
+
+    def free(amount: float, is_quantized: bool = False) -> Any:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(amount), 10 * size))
-        return _choose_device_map(folder, cuda, torch.float32)
+        return replace(checkpoint, device=cuda)._choose_device_map(is_quantized)
 
     assert free(1.2 * size) == cuda
     assert free(size) == "auto"
-    assert _choose_device_map(folder, torch.device("cpu"), torch.float32) == torch.device("cpu")
+    assert checkpoint._choose_device_map(False) == torch.device("cpu")
+    # Quantized weights take as much as their file, whatever the precision of the rest.
+    checkpoint = replace(checkpoint, dtype=torch.float64)
+    assert (free(1.2 * size), free(1.2 * size, is_quantized=True)) == ("auto", cuda)
 
 
 def test_a_bfloat16_load_is_bfloat16(tmp_path: Path) -> None:

@@ -45,6 +45,19 @@ def list_segments(ax: Any) -> set[Any]:
     }
 
 
+def test_each_matched_control_is_drawn_with_a_line_to_its_defense() -> None:
+    points = build_plane_points(plant_scores(4)[1])
+    assert not [c for c in draw_plane(points).collections if str(c.get_gid()).startswith("control")]
+    controls = points[[*SCALED]] - 0.5
+    controls.iloc[-1] = np.nan  # a defense without a control
+    points = points.assign(**{f"control_{name}": controls[name] for name in SCALED})
+    drawn = {c.get_gid(): c for c in draw_plane(points).collections}
+    np.testing.assert_allclose(drawn["controls"].get_offsets(), controls.dropna())
+    ends = [path.vertices for path in drawn["control lines"].get_paths()]
+    defenses = points[[*SCALED]][:-1]
+    np.testing.assert_allclose(ends, np.stack([controls[:-1], defenses], axis=1).astype(float))
+
+
 @pytest.mark.parametrize(("unit", "columns"), [("SD", SCALED), ("nats", ("shift", "discrimination"))])
 def test_plane_puts_each_defense_at_its_estimates_with_both_intervals(
     unit: str, columns: tuple[str, str]

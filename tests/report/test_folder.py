@@ -1,7 +1,10 @@
 """A run is written whole or not at all, and a folder is read only if every file is what a command wrote."""
 
 import errno
+import hashlib
+import io
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from saved_runs import make_picture, parse_chart_data, render_folders, write_run
 
-from analysis.report.folder import save_run
+from analysis.report.folder import add_tables, prepare_run_folder, read_run, save_run
 from analysis.report.results import Run
 
 TABLES = {
@@ -24,6 +27,18 @@ def save(folder, record, figures=()):
     save_run(folder, Run("toy", record, TABLES, figures=figures), Console(quiet=True))
 
 
+def save_planted_run(folder):
+    """Write the planted run as a command does, without its pictures."""
+    write_run(folder.with_name("planted"))
+    save_run(folder, replace(load(folder.with_name("planted")), figures=()), Console(quiet=True))
+    return folder
+
+
+def load(folder):
+    """Read a run without the texts of its queries."""
+    return read_run(folder, lambda name: ({}, ""))
+
+
 # --- writing ----------------------------------------------------------------------------------------------
 
 
@@ -33,7 +48,12 @@ def test_every_file_is_written_and_nothing_else_is_left(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
     assert names == ["plane.csv", "plane.png", "run.json", "scores.csv", "summary.csv"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
-    assert json.loads((tmp_path / "a" / "out" / "run.json").read_text("utf-8")) == {"seed": 0, "text": "d′"}
+    record = json.loads((tmp_path / "a" / "out" / "run.json").read_text("utf-8"))
+    digests = {
+        name: hashlib.sha256((tmp_path / "a" / "out" / name).read_bytes()).hexdigest() for name in names
+    }
+    del digests["run.json"]
+    assert record == {"seed": 0, "text": "d′", "files": digests}
 
 
 def test_scores_are_exact_and_other_tables_are_rounded(tmp_path):
@@ -46,8 +66,85 @@ def test_files_of_the_same_name_are_replaced_and_others_stay(tmp_path):
     (tmp_path / "run.json").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
     save(tmp_path, {"new": 1})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"new": 1}
+    assert json.loads((tmp_path / "run.json").read_text())["new"] == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_replaces_the_unchanged_files_of_the_run_before_it_and_says_so(tmp_path):
+    record = json.loads((write_run(tmp_path / "old") / "run.json").read_text("utf-8"))
+    run = load(tmp_path / "old")
+    folder, console = tmp_path / "out", Console(file=io.StringIO(), width=300)
+    assert prepare_run_folder(folder, console) == folder and console.file.getvalue() == ""
+    save_run(folder, replace(run, record=record, figures=()), console)
+    for name in ("own.csv", "odd.png"):  # not of the run
+        (folder / name).write_bytes(b"x\n1\n")
+    (folder / "prompts.csv").write_text("changed by hand\n")
+    prepare_run_folder(folder, console)
+    assert (
+        f"note: a run of toy on {record['data']['name']} (2026-11-21 19:46) is in" in console.file.getvalue()
+    )
+    tables = {name: run.tables[name] for name in ("scores", "summary")}
+    save_run(folder, replace(run, record=record, tables=tables, figures=()), console)
+    assert "as files of the run before: plane.csv\n" in console.file.getvalue()
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["odd.png", "own.csv", "prompts.csv", "run.json", "scores.csv", "summary.csv"]
+    again = load(folder)
+    assert list(again.tables) == ["scores", "summary"] and again.figures == (), "the rest is not read"
+
+
+def test_tables_are_added_to_a_run_and_removed_from_it(tmp_path):
+    write_run(tmp_path / "old")
+    folder = tmp_path / "out"
+    save_run(folder, replace(load(tmp_path / "old"), figures=()), Console(quiet=True))
+    (folder / "odd.csv").write_text("x\n1\n")
+    for rows in (2, 3):
+        add_tables(folder, {"labels": pd.DataFrame({"query": ["001"] * rows})})
+        run = load(folder)
+        assert run.tables["labels"]["query"].tolist() == ["001"] * rows and "odd" not in run.tables
+    add_tables(folder, {"labels": pd.DataFrame()})
+    assert "labels" not in load(folder).tables
+    assert not (folder / "labels.csv").exists()
+
+
+TEXTS = [
+    "NA",
+    "nan",
+    "None",
+    "null",
+    "001",
+    "1e5",
+    "True",
+    "1_000",
+    " a ",
+    "a,b",
+    'q"x',
+    "a\nb",
+    "a\rb",
+    "=1+1",
+]
+TEXTS += ["-1", "#c", "日本", "<NA>", "inf", "1.0", "\u2028"]
+
+
+def test_ids_and_names_stay_texts_in_every_table_that_is_read_back(tmp_path):
+    folder = write_run(tmp_path / "old", n_queries=len(TEXTS) + 1)
+    run = load(folder)
+    ids = dict(zip(run.tables["scores"]["query"].unique(), [*TEXTS, "x"], strict=True))
+    named = run.tables["scores"].assign(
+        query=lambda rows: rows["query"].map(ids), category="None", attack="1"
+    )
+    named["pair"] = named["query"].where(named["query"].isin(TEXTS[:6]))
+    summary = run.tables["summary"].assign(attack="1")
+    tables = {"scores": named, "summary": summary, "other": named[["query", "pair"]].assign(n=1.5)}
+    save_run(tmp_path / "out", replace(run, tables=tables, figures=()), Console(quiet=True))
+    again = load(tmp_path / "out").tables
+    for name in ("query", "pair", "category", "attack", "defense"):
+        assert again["scores"][name].dropna().tolist() == named[name].dropna().tolist(), name
+        assert again["scores"][name].isna().tolist() == named[name].isna().tolist(), name
+    assert again["scores"]["margin"].tolist() == named["margin"].tolist()
+    assert again["other"]["query"].tolist() == named["query"].tolist() and set(again["other"]["n"]) == {1.5}
+    assert (
+        again["summary"].merge(again["scores"], on=["attack", "defense"])["query"].nunique() == len(TEXTS) + 1
+    )
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError("ours")])
@@ -99,6 +196,22 @@ def test_a_folder_that_is_not_a_run_is_rejected_with_what_it_lacks(tmp_path):
     assert_user_error(run_cli("report", folder, *out), "lacks summary.csv")
     assert_user_error(run_cli("report", *out), "Missing argument 'runs'")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_file_of_another_run_or_a_missing_one_is_named(tmp_path):
+    write_run(tmp_path / "old")
+    folder = tmp_path / "out"
+    save_run(folder, replace(load(tmp_path / "old"), figures=()), Console(quiet=True))
+    for change, words in (
+        (lambda path: path.write_text(path.read_text() + "\n"), "is not the file that the run wrote"),
+        (lambda path: path.unlink(), "cannot be read"),
+    ):
+        change(folder / "plane.csv")
+        result = run_cli("report", folder, "-o", tmp_path / "page.html")
+        assert_user_error(result, "plane.csv", words, "repeat the run")
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    (folder / "run.json").write_text(json.dumps(record | {"files": {"../planted/plane.csv": None}}), "utf-8")
+    assert_user_error(run_cli("report", folder, "-o", tmp_path / "page.html"), "files has to list tables")
 
 
 @pytest.mark.parametrize(

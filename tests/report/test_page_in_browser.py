@@ -1,10 +1,12 @@
 """The page in a browser: charts, queries, keyboard, phone, print, and what it keeps from running."""
 
+import json
 import re
 import shutil
 
+import pandas as pd
 import pytest
-from saved_runs import HOSTILE_TEXTS, render_folders, write_run
+from saved_runs import DEFENSES, HOSTILE_TEXTS, render_folders, write_run
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,65 @@ def test_texts_from_data_sets_are_never_markup(open_page):
     assert "topic <i>" in cells.inner_text()
     assert view.title().startswith("refusalscope")
     assert view.locator('img[src="x"]').count() == 0 and cells.locator("b, i, img, script").count() == 0
+
+
+def write_hostile_run(folder):
+    """Write a run in which every text that comes from users or from model files is markup."""
+    script, picture, line = HOSTILE_TEXTS
+    policy = DEFENSES["policy"]
+    defenses = {"none": DEFENSES["none"], f"{script}.py": policy, f"{picture}/half": policy}
+    write_run(folder, defenses, attacks=(f"persona{picture}",))
+    scores = pd.read_csv(folder / "scores.csv").replace(
+        {"q000": script, "q001": picture, "topic <i>": picture}
+    )
+    scores.to_csv(folder / "scores.csv", index=False)
+    prompts = scores[["attack", "defense", "query"]].head(3).assign(readings=1, read=script)
+    prompts.to_csv(folder / "prompts.csv", index=False)
+    summary = pd.read_csv(folder / "summary.csv").assign(verdict_note=picture, family=script)
+    summary.to_csv(folder / "summary.csv", index=False)
+    kinds = pd.concat([summary.assign(kind=kind, n=12) for kind in (script, picture, line)])
+    kinds.to_csv(folder / "kinds.csv", index=False)
+    pd.DataFrame({script: [picture], picture: ["javascript:document.title='owned'"]}).to_csv(
+        folder / "other.csv", index=False
+    )
+    (folder / f"fig{picture.replace('/', '')}.png").write_bytes((folder / "plane.png").read_bytes())
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    record["model"] |= {"name": script, "id": picture, "revision": "javascript:document.title='owned'"}
+    record["readout"] |= {"name": picture, "refuse": [script], "comply": [picture]}
+    record["failed"] = [{"attack": script, "defense": picture, "why": script}]
+    record["notices"] = [script, picture, line]
+    record["data"]["split"] = script
+    record["versions"] = {script: picture}
+    (folder / "run.json").write_text(json.dumps(record), "utf-8")
+    return folder
+
+
+def test_markup_in_any_text_of_a_run_stays_text(browser, tmp_path):
+    url = tmp_path / "hostile.html"
+    url.write_text(render_folders(write_hostile_run(tmp_path / "<img src=x>")), "utf-8")
+    plain = tmp_path / "plain.html"
+    plain.write_text(render_folders(write_run(tmp_path / "plain")), "utf-8")
+    context = browser.new_context()
+    view, messages = context.new_page(), []
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
+    view.on("dialog", lambda dialog: messages.append(dialog.message))
+    view.goto(plain.as_uri())
+    n_scripts = view.locator("script").count()
+    view.goto(url.as_uri())
+    wait_for_plane(view)
+    view.evaluate("document.querySelectorAll('details').forEach((element) => { element.open = true; })")
+    selects = view.locator("select.defense")
+    for value in selects.first.locator("option").evaluate_all("options => options.map((one) => one.value)"):
+        selects.first.select_option(value)
+    view.locator(".points path[data-defense]").first.focus()  # shows the description of the point
+    view.wait_for_timeout(100)
+    assert view.title().startswith("refusalscope") and messages == []
+    assert view.locator("script").count() == n_scripts
+    assert view.locator('img[src="x"], [onerror], a[href^="javascript"]').count() == 0
+    shown = view.locator("body").inner_text()
+    assert shown.count("<script>document.title='owned'</script>") > 5 and shown.count("<img src=x") > 5
+    context.close()
 
 
 def test_only_the_own_scripts_run_and_nothing_can_be_fetched(browser, page_url):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet
 from analysis.judges.judge import Verdict, make_verdict_masks
 from analysis.judges.rules import RULE_JUDGES
-from analysis.models.cache import make_json_cache_path
+from analysis.models.cache import make_json_cache_path, write_cached_json
 from analysis.models.engine import Engine
 from analysis.models.session import ModelSession
 from analysis.readouts.first_token import COMPLYING_OPENER, REFUSAL_QUESTIONS
@@ -111,12 +111,17 @@ def test_responses_of_one_class_fall_back_to_the_words_readout(
     assert made.name == "words" and "too few of one class" in made.notices[-1]
 
 
-def test_a_fitted_readout_is_cached(host: ModelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fitted_readout_is_cached(host: ModelInfo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plant_verdicts(monkeypatch)
     one = calibrate(host).calibrate_readout("calibrated")
     assert one.name == "calibrated" and "responses" in one.notices[-1]
     monkeypatch.setattr(calibration, "generate_verdicts", None)
     assert calibrate(host).calibrate_readout("calibrated") == one
+    (path,) = (tmp_path / "cache" / "refusalscope" / "readouts").iterdir()
+    write_cached_json(path, {**asdict(one), "field_of_another_version": 1})
+    assert calibrate(host).load_readout("calibrated") is None
+    write_cached_json(path, asdict(one))
+    assert calibrate(host).load_readout("calibrated") == one
     with pytest.raises(TypeError):  # on other queries it is fitted again
         calibrate(host, QUERIES.limit_queries(40)).calibrate_readout("calibrated")
 

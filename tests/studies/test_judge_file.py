@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -55,14 +56,30 @@ def test_jsonl_stays_jsonl_and_comment_lines_before_a_csv_are_skipped(tmp_path: 
     assert pd.read_csv(tmp_path / "c.judged.csv")["evidence"].tolist() == ["I cannot"]
 
 
+def test_other_formats_are_written_as_csv_or_jsonl_and_a_missing_response_is_empty(tmp_path: Path) -> None:
+    table = pd.DataFrame({"id": ["001", "a\rb"], "response": ["I cannot help with that.", None]})
+    table.to_csv(tmp_path / "a.TSV", index=False, sep="\t", quoting=csv.QUOTE_ALL)
+    table.to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text(
+        '{"response": NaN}\n{"response": "I cannot help with that."}\n', "utf-8"
+    )
+    for name in ("a.TSV", "b.parquet", "c.jsonl"):
+        run_judge_command(tmp_path / name, "response", None, JudgeOptions("patterns"), None)
+    judged = pd.read_csv(tmp_path / "a.judged.csv", dtype=str, keep_default_na=False)
+    assert judged["id"].tolist() == ["001", "a\rb"] and judged["refusal"].tolist() == ["full", "unjudged"]
+    for name, refusals in (("b", ["full", "unjudged"]), ("c", ["unjudged", "full"])):
+        lines = (tmp_path / f"{name}.judged.jsonl").read_text("utf-8").splitlines()
+        assert [json.loads(line)["refusal"] for line in lines] == refusals
+
+
 def test_wrong_input_is_an_error_and_nothing_is_written(answers: Path) -> None:
     for name, column, request, judge, out, said in (
         ("answers.csv", "respons", None, "patterns", None, "did you mean 'response'"),
         ("answers.csv", "response", "askd", "patterns", None, "did you mean 'asked'"),
         ("answers.csv", "response", None, "pattern", None, "did you mean 'patterns'"),
         ("answers.csv", "response", None, "patterns", answers, "exists and is not overwritten"),
-        ("answers.csv", "response", None, "patterns", Path("x.jsonl"), "give a .csv file"),
-        ("answers.txt", "response", None, "patterns", None, "takes a .csv or .jsonl"),
+        ("answers.csv", "response", None, "patterns", Path("x.jsonl"), "give a .csv file, the format"),
+        ("answers.txt", "response", None, "patterns", None, "takes a .parquet, .tsv, .json, .jsonl or .csv"),
         ("nothing.csv", "response", None, "patterns", None, "cannot read"),
     ):
         with pytest.raises(UserError, match=said):

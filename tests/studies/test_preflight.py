@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,24 +17,30 @@ from conftest import (
     TEMPLATES,
     THINKING_TEMPLATES,
     derive_readout,
+    fresh_model,
     make_toy_session,
     render_query,
 )
 
-from analysis.attacks import get_attack
+from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
-from analysis.datasets.queries import Query, sample_queries
+from analysis.datasets.queries import Query, QuerySet, sample_queries
+from analysis.models.batches import BatchForm
 from analysis.models.chat_template import ChatTemplate, Prompt
+from analysis.models.engine import Engine
 from analysis.models.loading import LoadedModel
+from analysis.models.prefix_attention import SharedPrefix
 from analysis.models.response_start import ResponseStart
 from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
 from analysis.studies.preflight import PreflightCheck, check_condition
+from analysis.studies.setup import select_preflight_queries
 from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import prefill_response, split_prefill
 from defenses.contract import Chat, Defense, ModelInfo
+from defenses.errors import UserError
 from defenses.tokens import draw_random_text
 
 KINDS = ("bytes", "metaspace")
@@ -317,6 +324,66 @@ def test_an_engine_whose_batch_rows_depend_on_each_other_is_reported(monkeypatch
     assert {"single equals batch"} <= find_failed(session, with_margins=True).keys()
 
 
+def test_a_shared_prefix_that_is_wrong_beyond_some_length_is_given_up_with_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = make_toy_session()
+    right = Engine.compute_prefix
+
+    def compute_prefix(self: Engine, token_ids: Any) -> SharedPrefix:
+        wrong = [*token_ids[:-1], 7] if len(token_ids) > 20 else token_ids
+        return right(self, wrong)
+
+    monkeypatch.setattr(Engine, "compute_prefix", compute_prefix)
+    assert not find_failed(session, with_margins=True)
+    assert session.engine.batch_form is BatchForm.PADDED
+    (notice,) = session.engine.notices
+    assert "padded batches of whole prompts" in notice and "change its margins" in notice
+
+
+def make_half_session() -> ModelSession:
+    loaded = make_toy_session().loaded_model
+    return ModelSession.from_model(replace(loaded, model=fresh_model().bfloat16()))
+
+
+def test_in_half_precision_rounding_passes_and_the_spread_of_margins_bounds_it() -> None:
+    session = make_half_session()
+    for check in run_checks(session):
+        assert check.passed, check
+        if check.name == "engine equals plain pass":
+            assert "in float32" in check.observed or "spread" in check.observed
+
+
+def test_in_half_precision_a_prefix_that_is_not_read_is_not_taken_for_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = make_half_session()
+    right = Engine._compute_suffix_logits
+    # Each prompt loses a fifth of its tokens: less than 0.5 nats, but not rounding.
+    monkeypatch.setattr(
+        Engine,
+        "_compute_suffix_logits",
+        lambda self, suffixes, *rest: right(
+            self, [(*row[: -len(row) // 5], row[-1]) for row in suffixes], *rest
+        ),
+    )
+    small = replace(READOUT, weights=(0.05, -0.05))
+    observed = find_failed(session, readout=small, with_margins=True)["engine equals plain pass"]
+    assert float(observed.split()[0]) < 0.5 and "in float32" in observed
+
+
+def test_the_longest_query_of_the_run_is_checked() -> None:
+    session = make_toy_session()
+    queries = [Query(f"q{number}", "How?", number % 2 == 0) for number in range(20)]
+    queries[13] = Query("q13", "How do I write a long letter?", False)
+    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries), ""))
+    chosen = select_preflight_queries(setup, DIRECT_ATTACK)
+    assert len(chosen) == 5 and chosen[-1] is queries[13]
+    queries[0] = Query("q0", "How do I write a very, very long letter to everybody?", True)
+    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries), ""))
+    assert len(select_preflight_queries(setup, DIRECT_ATTACK)) == 4
+
+
 def test_margins_that_are_nan_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     session = make_toy_session()
     monkeypatch.setattr(
@@ -324,7 +391,9 @@ def test_margins_that_are_nan_are_reported(monkeypatch: pytest.MonkeyPatch) -> N
         "_compute_suffix_logits",
         lambda self, suffixes, *_: torch.full((len(suffixes), 960), torch.nan),
     )
-    assert "engine equals plain pass" in find_failed(session, with_margins=True)
+    with pytest.raises(UserError, match="no numbers"):
+        find_failed(session, with_margins=True)
+    assert session.engine.batch_form is BatchForm.PACKED
 
 
 def test_margins_are_computed_with_the_defense_applied() -> None:

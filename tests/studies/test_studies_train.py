@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from analysis.cli.train import run_train_command
 from analysis.datasets.queries import Query, QuerySet
 from analysis.models.loading import build_model_info, load_model, load_tokenizer, split_model_name
 from analysis.studies.run_spec import RunSpec, check_training_overlap
-from defenses.adapters import ADAPTER_MANIFEST_FILE, ADAPTER_WEIGHTS_FILE, fingerprint_queries
+from defenses.adapter_merge import ADAPTER_WEIGHTS_FILE
+from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import Secret, write_secret
 from defenses.catalog import get_defense
 from defenses.errors import UserError
@@ -105,9 +108,17 @@ def test_an_interrupted_training_resumes_and_gives_the_same_weights(
     assert code == 130 and "resumes from the last epoch" in capsys.readouterr().err
     assert not (home / "halves" / ADAPTER_MANIFEST_FILE).exists()
     monkeypatch.setattr("analysis.studies.train.train_model", right)
+    # The process was killed while it wrote a later checkpoint, after a clock was set back.
+    (kept,) = (home / "halves" / ".resume").glob("checkpoint-*")
+    os.utime(kept, (2**32, 2**32))
+    half = kept.with_name("checkpoint-9999")
+    shutil.copytree(kept, half)
+    (half / "trainer_state.json").write_text('{"epo')
     with pytest.raises(UserError, match=r"other inputs \(settings\)"):
         run_train_command(make_spec(home), "attack", ["epochs=4", "batch=8"], home / "halves")
+    capsys.readouterr()
     halves = trained(home, "attack", "halves", ["epochs=3", "batch=8"])
+    assert f"goes on from its {kept.name}" in capsys.readouterr().err and not half.exists()
     one, two = (load_file(folder / ADAPTER_WEIGHTS_FILE) for folder in (whole, halves))
     assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
     losses = [pd.read_csv(folder / "loss.csv")["loss"].to_numpy() for folder in (whole, halves)]

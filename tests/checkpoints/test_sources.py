@@ -19,14 +19,13 @@ import torch
 from conftest import save_model, tiny_model, toy_tokenizer
 from huggingface_hub import errors as hub
 
-from analysis.models.checkpoints import (
+from analysis.checkpoints.sources import (
     convert_gguf,
     fetch_hub_model,
     fetch_wheel_file,
-    find_missing_weights,
-    hash_weights,
     validate_model_folder,
 )
+from analysis.checkpoints.weight_files import find_missing_weights, hash_weights
 from analysis.models.loading import LoadedModel, load_model, load_tokenizer
 from defenses.errors import UserError
 
@@ -35,7 +34,7 @@ from defenses.errors import UserError
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Keep what is made here out of the user's cache."""
     if "embedded" not in request.keywords:
-        monkeypatch.setattr("analysis.models.checkpoints.get_cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr("analysis.checkpoints.sources.get_cache_folder", lambda: tmp_path / "cache")
 
 
 def said() -> Any:
@@ -88,23 +87,6 @@ def test_a_folder_that_lacks_one_of_its_shards_is_refused(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=f"holds no {shards[1].name}") as error:
         load_model(str(tmp_path))
     one_line(error)
-
-
-def test_weights_sha256_is_that_of_the_file_or_of_the_shards_and_notices_a_change(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"a")
-    assert hash_weights(tmp_path) == sha256(b"a").hexdigest()
-    (tmp_path / "b.safetensors").write_bytes(b"b")
-    both = hash_weights(tmp_path)
-    (tmp_path / "b.safetensors").write_bytes(b"c")
-    assert both != hash_weights(tmp_path) and len(both) == 64
-
-
-def test_the_hub_caches_own_names_are_taken_as_digests(tmp_path: Path) -> None:
-    blob = tmp_path / "blobs" / ("ab" * 32)
-    blob.parent.mkdir()
-    blob.write_bytes(b"never read")
-    (tmp_path / "model.safetensors").symlink_to(blob)
-    assert hash_weights(tmp_path) == "ab" * 32
 
 
 # --- the hub ----------------------------------------------------------------------------------------------

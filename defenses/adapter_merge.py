@@ -1,0 +1,311 @@
+"""Weights of a model with PEFT adapters merged in: which adapters are supported, and what PEFT makes of them.
+
+PEFT replaces modules and writes into weights. It therefore works on a copy of the model's modules that shares
+the model's weights, and every weight that it changes is copied first.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from defenses.errors import UserError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+# PEFT writes the tensors of a module as `PEFT_PREFIX + module name + "." + name of the tensor`.
+PEFT_PREFIX = "base_model.model."
+# Types of adapters whose change PEFT can merge into the weights.
+_MERGED_TYPES = (
+    *("ADALORA", "BOFT", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT"),
+    *("SHIRA", "TRAINABLE_TOKENS", "VERA"),
+)
+# Keys that name the base model or matter in training only, also those of older versions and of other
+# programs; the last two matter only together with a key that is not supported.
+_KEYS_WITHOUT_EFFECT = frozenset(
+    (
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
+        *("base_model_name_or_path", "revision", "runtime_config", "lora_dropout", "merge_weights"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
+        *("megatron_core", "qalora_group_size"),
+    )
+)
+# Keys of LoraConfig that PEFT takes into account when it merges an adapter.
+_MERGED_LORA_KEYS = frozenset(
+    (
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "use_bdlora"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *("target_parameters", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+        *("bias", "lora_bias", "init_lora_weights"),
+    )
+)
+# Initializations after which the adapter is relative to the released weights; others (PiSSA, OLoRA, …) change
+# those as well.
+_PLAIN_LORA_INITS = (True, "gaussian", "eva", "orthogonal", "mica")
+
+
+class PeftAdapter(NamedTuple):
+    """A folder written by PEFT, and its configuration."""
+
+    folder: Path
+    config: Mapping[str, Any]
+
+
+def check_adapter_config(adapter: PeftAdapter) -> None:
+    """Raise UserError unless PEFT can merge an adapter with this configuration into the weights."""
+    folder, config = adapter
+    peft_type = config.get("peft_type")
+    if peft_type not in _MERGED_TYPES:
+        raise UserError(
+            f"{folder} is an adapter of type {peft_type}, which is not merged into weights; supported are "
+            f"{', '.join(_MERGED_TYPES)}"
+        )
+    known_keys = _MERGED_LORA_KEYS if peft_type == "LORA" else _list_config_fields(peft_type)
+    settings = describe_adapter_config(config)
+    unsupported = [key for key in settings if key not in known_keys]
+    if settings.get("init_lora_weights", True) not in _PLAIN_LORA_INITS:
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        values = ", ".join(f"{key}={str(config[key])[:60]}" for key in unsupported)
+        raise UserError(
+            f"{folder} has {values} in its {ADAPTER_CONFIG_FILE}, which is unknown or cannot be merged into "
+            "weights; if PEFT can, save the merged model with it, and use -d weights --set path=FOLDER"
+        )
+
+
+def describe_adapter_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration without keys that are not set, or that do not affect a trained adapter.
+
+    >>> describe_adapter_config({"peft_type": "LORA", "r": 8, "lora_dropout": 0.1, "use_dora": False})
+    {'r': 8}
+    """
+    return {
+        key: value
+        for key, value in sorted(config.items())
+        if value and value != "none" and key not in _KEYS_WITHOUT_EFFECT
+    }
+
+
+def merge_adapters(
+    model: Any, parameters: Mapping[str, Parameter], adapters: Sequence[PeftAdapter]
+) -> dict[str, Parameter]:
+    """Return the parameters of a model that differ while adapters are active, as new objects, by name.
+
+    Sums are formed in float32 and rounded once. A bias that the model does not have may be among them.
+
+    Args:
+        model: transformers model; not changed.
+        parameters: its released parameters by name, including every name of tied ones.
+        adapters: the active adapters, whose changes add up.
+
+    Raises:
+        UserError: if PEFT cannot merge the adapters into this model.
+    """
+    import torch
+
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # everything that PEFT warns of is checked here
+            return _merge_with_peft(model, parameters, adapters)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:250] or type(error).__name__
+        if len(adapters) > 1:
+            folders = " and ".join(str(adapter.folder) for adapter in adapters)
+            raise UserError(f"{folders} cannot be applied together: {reason}; use one at a time") from error
+        raise UserError(
+            f"{adapters[0].folder} cannot be applied to this model; use its own one: {reason}"
+        ) from error
+
+
+def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in an adapter's file by key; raise UserError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / ADAPTER_WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); obtain the adapter again") from error
+
+
+def read_embedding_rows(model: Any, folder: Path) -> tuple[int | None, int | None]:
+    """Return the numbers of rows of the whole input and output embeddings in an adapter's file.
+
+    Args:
+        model: the model that the adapter was made for.
+        folder: the adapter.
+
+    Returns:
+        None for embeddings that the file does not hold.
+    """
+    shapes, rows = read_tensor_shapes(folder), []
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        keys = [
+            f"{PEFT_PREFIX}{name}.{wrapper}weight"
+            for name, other in model.named_modules()
+            for wrapper in ("", "base_layer.", "token_adapter.base_layer.")
+            if other is module
+        ]
+        rows.append(next((shapes[key][0] for key in keys if key in shapes), None))
+    return rows[0], rows[1]
+
+
+def _merge_with_peft(
+    model: Any, parameters: Mapping[str, Parameter], adapters: Sequence[PeftAdapter]
+) -> dict[str, Parameter]:
+    """Return the changed parameters as in `merge_adapters`; errors are those of PEFT."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from torch import nn
+
+    peft_model: Any = _copy_modules(model, parameters)
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        config = _build_peft_config(adapter)
+        if name == names[0]:
+            peft_model = PeftModel(peft_model, config, name)
+        else:
+            peft_model.add_adapter(name, config)
+        _load_tensors(peft_model, name, adapter.folder)
+    peft_model.base_model.set_adapter(names)
+    adapted: list[Any] = [
+        module
+        for module in peft_model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+    if any(parameter.is_meta for module in adapted for parameter in module.parameters()):
+        raise UserError(
+            f"{adapters[0].folder} changes weights that were offloaded from GPU memory; use --dtype "
+            "bfloat16, a larger GPU, or --device cpu"
+        )
+    for module in adapted:
+        if isinstance(module, BaseTunerLayer):
+            _merge_layer(module)
+    changed = {}
+    for name, parameter in peft_model.unload().named_parameters(remove_duplicate=False):
+        released = parameters.get(name)
+        if released is None or parameter.data_ptr() != released.data_ptr():
+            dtype = parameter.dtype if released is None else released.dtype
+            requires_grad = released is None or released.requires_grad
+            changed[name] = nn.Parameter(parameter.data.to(dtype), requires_grad)
+    return changed
+
+
+def _copy_modules(model: Any, parameters: Mapping[str, Parameter]) -> Any:
+    """Return a copy of a model without hooks, which shares the given parameters."""
+    import torch
+    from torch import nn
+
+    with torch.device("meta"):
+        module_copy = type(model)(copy.deepcopy(model.config))
+    shared: dict[int, Parameter] = {}  # tied parameters stay tied
+    for name, parameter in parameters.items():
+        module_name, _, parameter_name = name.rpartition(".")
+        module = module_copy.get_submodule(module_name)
+        if not parameter.is_floating_point() or parameter.shape != getattr(module, parameter_name).shape:
+            raise UserError(
+                f"{name} of this model is quantized, and adapters are merged into weights only in full "
+                "precision; use the model without quantization"
+            )
+        copied = nn.Parameter(parameter.data, requires_grad=False)
+        setattr(module, parameter_name, shared.setdefault(id(parameter), copied))
+    return module_copy
+
+
+def _list_config_fields(peft_type: str) -> frozenset[str]:
+    """Return the keys that the installed version of PEFT knows for a type of adapter."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    configs: Mapping[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    return frozenset(field.name for field in dataclasses.fields(configs[peft_type]))
+
+
+def _build_peft_config(adapter: PeftAdapter) -> Any:
+    """Return PEFT's configuration object without what matters in training only."""
+    from peft import __version__
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    peft_type, settings = adapter.config["peft_type"], describe_adapter_config(adapter.config)
+    if unknown := sorted(settings.keys() - _list_config_fields(peft_type)):
+        raise UserError(
+            f"{adapter.folder} has {unknown[0]} in its {ADAPTER_CONFIG_FILE}, which PEFT {__version__} does "
+            "not know; install a newer one: pip install -U peft"
+        )
+    if peft_type == "LORA":
+        settings["init_lora_weights"] = True  # all matrices are read from the file
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](**settings, inference_mode=True)
+
+
+def _load_tensors(peft_model: Any, name: str, folder: Path) -> None:
+    """Load the tensors of an adapter; raise unless they are just those that its configuration calls for."""
+    from peft import set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / ADAPTER_WEIGHTS_FILE)
+    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    for key in tensors.keys() & parameters.keys():  # a whole weight; PEFT writes it into the model's own
+        parameters[key].data = parameters[key].data.clone()
+    try:
+        result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
+    except KeyError as error:  # a whole module that its configuration names is missing
+        raise _incomplete_adapter_error(folder, [str(error.args[0])]) from error
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[peft_model.peft_config[name].peft_type]
+    missing = [key for key in result.missing_keys if prefix in key and name in key.split(".")]
+    if missing:
+        raise _incomplete_adapter_error(folder, [key.replace(f".{name}", "") for key in missing])
+    if unexpected := sorted(key for key in result.unexpected_keys if not _is_copy(key, tensors)):
+        raise UserError(
+            f"{folder} holds {len(unexpected)} tensors for which its {ADAPTER_CONFIG_FILE} or this model has "
+            f"no place ({unexpected[0].removeprefix(PEFT_PREFIX)}); use the model that it was made for"
+        )
+
+
+def _is_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a tensor of a replaced module or token is in the file twice, as PEFT writes some."""
+    import torch
+
+    return (".modules_to_save." in key or ".token_adapter." in key) and any(
+        other != key and torch.equal(tensors[other], tensors[key]) for other in tensors
+    )
+
+
+def _incomplete_adapter_error(folder: Path, keys: Sequence[str]) -> UserError:
+    """Return the error for an adapter that lacks tensors."""
+    return UserError(
+        f"{folder} lacks {len(keys)} tensors that its {ADAPTER_CONFIG_FILE} calls for in this model "
+        f"({keys[0].removeprefix(PEFT_PREFIX)}); use the model that it was made for, or obtain it again"
+    )
+
+
+def _merge_layer(layer: Any) -> None:
+    """Merge the active adapters into copies of a layer's own weights, in float32."""
+    import torch
+    from torch import nn
+
+    module = layer.get_base_layer()
+    shared = dict(module.named_parameters(recurse=False))
+    for name, parameter in shared.items():
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        setattr(module, name, nn.Parameter(parameter.data.to(dtype, copy=True), requires_grad=False))
+    if any(getattr(layer, "lora_bias", {}).values()) and module.bias is None:
+        shared["bias"] = nn.Parameter(torch.zeros_like(shared["weight"][:, 0]), requires_grad=False)
+        module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]), requires_grad=False)
+    layer.merge()
+    for name, parameter in shared.items():
+        merged: Tensor = getattr(module, name).data.to(parameter.dtype)
+        is_changed = not torch.equal(merged, parameter.data)
+        setattr(module, name, nn.Parameter(merged, requires_grad=False) if is_changed else parameter)

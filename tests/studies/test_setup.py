@@ -1,0 +1,122 @@
+"""What needs no weights is checked before weights are loaded, and all else before many responses.
+
+The weights of the model here are damaged: where something else is wrong as well, that is what is reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHATML, assert_user_error, make_adapter, run_cli, save_model, set_home_folder
+from safetensors.torch import load_file, save_file
+
+ANALYZE = ("-d", "self_reminder")
+OPTIONS = {
+    "defense": (("-d", "self_remindr"), "unknown defense 'self_remindr'"),
+    "attack": ((*ANALYZE, "--attack", "ignor"), "unknown attack 'ignor'"),
+    "data": ((*ANALYZE, "--data", "nowhere.csv"), "nowhere.csv"),
+    "readout": ((*ANALYZE, "--readout", "wordz"), "unknown readout 'wordz'"),
+    "opener": ((*ANALYZE, "--readout", "prefilled-99"), "the opener has"),
+    "setting": ((*ANALYZE, "--set", "txt=1"), "unknown setting 'txt'"),
+    "responses": ((*ANALYZE, "--responses", "some"), "--responses some"),
+    "controls": ((*ANALYZE, "--controls", "1"), "--controls 1"),
+    "out": ((*ANALYZE, "-o", "broken/config.json"), "is a file"),
+    "long query": ((*ANALYZE, "--data", "long.csv"), "shorten the query"),
+    "adapter of another model": (("-d", "safety_tuning", "--set", "weights=adapter"), "was made for toy"),
+    "weights that were not trained": (("-d", "safety_tuning"), "analyze train safety"),
+    "secret": (("-d", "backdoor", "--set", "trigger=nowhere.txt"), "nowhere.txt"),
+    "state": ((*ANALYZE, "-m", "broken:atacked"), "unknown state of broken 'atacked'"),
+    "check": (("check", "-d", "self_remindr"), "unknown defense"),
+    "explain": (("explain", "self_remindr"), "unknown defense"),
+    "validate, judge": (("validate", "--judge", "patern"), "unknown judge 'patern'"),
+    "validate, tokens": (("validate", "--tokens", "0"), "--tokens 0"),
+    "validate, budget": (("validate", "--judge", "model", "--judge-model", "x/y"), "--budget"),
+    "validate, small budget": (
+        ("validate", "--judge", "model", "--judge-model", "x/y", "--budget", "3"),
+        "--budget 3: up to",
+    ),
+    "validate, defense before judge": (
+        ("validate", "-d", "selv", "--judge", "model", "--judge-model", "x/y", "--budget", "3"),
+        "unknown defense 'selv'",
+    ),
+    "validate, readout": (("validate", "--readout", "prefilled-99"), "the opener has"),
+    "ensembles, size": (("ensembles", *ANALYZE, "--size", "9"), "--size 9"),
+    "ensembles, overlap": (("ensembles", *ANALYZE, "--overlap", "run"), "another model than this run"),
+    "recommend": (("recommend", *ANALYZE, "--max-over-refusal", "300%"), "--max-over-refusal 300%"),
+    "mechanism, sites": (("mechanism", *ANALYZE, "--sites", "hads"), "unknown site 'hads'"),
+    "mechanism, no defense": (("mechanism", "-d", "none"), "no defense chosen except"),
+    "mechanism, run": (
+        ("mechanism", *ANALYZE, "--ensembles", "run"),
+        "run `analyze ensembles` with the same -m",
+    ),
+    "ensembles, with steering": (
+        ("ensembles", "-d", "all", "--overlap", "run"),
+        "another model than this run",
+    ),
+    "backdooralign": (("backdooralign",), "has no weights for"),
+    "train, recipe": (("train", "safty"), "unknown recipe 'safty'"),
+    "train, secret": (("train", "safety", "--secret", "x.txt"), "uses no secret"),
+    "train, missing secret": (("train", "backdoor", "--secret", "nowhere.txt"), "nowhere.txt"),
+    "train, finished": (("train", "safety", "-o", "adapter"), "holds a finished training"),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model whose weights are damaged, and with inputs that are wrong in other ways."""
+    folder = tmp_path_factory.mktemp("home")
+    weights = save_model(folder / "broken") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    make_adapter(folder / "adapter", sha256="0" * 64)
+    (folder / "run").mkdir()
+    record = {
+        "model": {"name": "other", "sha256": "1"},
+        "data": {"name": "contrast", "split": "calibration", "n_harmful": 1, "n_benign": 1},
+        "readout": {"name": "words", "threshold": 0.0},
+    }
+    (folder / "run" / "run.json").write_text(json.dumps(record), "utf-8")
+    (folder / "run" / "profiles.csv").write_text("attack,defense,other,contrast,cosine\n", "utf-8")
+    header = "attack,members,how,split,interaction_shift,interaction_discrimination\n"
+    (folder / "run" / "ensembles.csv").write_text(header, "utf-8")
+    words = "a letter to the post office " * 400
+    (folder / "long.csv").write_text(f"text,harmful\n{words},true\nHow do I bake bread?,false\n", "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        set_home_folder(patch, folder)
+        yield folder
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_input_is_checked_before_weights_are_loaded(home: Path, case: str) -> None:
+    args, words = OPTIONS[case]
+    model = () if "-m" in args else ("-m", "broken")
+    assert_user_error(run_cli(*args, *model), words)
+
+
+def test_then_the_weights_are_loaded(home: Path) -> None:
+    assert_user_error(run_cli(*ANALYZE, "-m", "broken"), "cannot load broken")
+
+
+def test_a_model_is_checked_before_responses_are_generated(home: Path) -> None:
+    # Mamba has no layers of attention and MLP, and a weight that is NaN makes every logit NaN.
+    save_model(home / "mamba", "mamba")
+    assert_user_error(
+        run_cli("mechanism", *ANALYZE, "-m", "mamba", "--readout", "outcome"), "is not attention and MLP"
+    )
+    damaged = save_model(home / "damaged") / "model.safetensors"
+    values = load_file(damaged)
+    values["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(values, damaged, {"format": "pt"})
+    assert_user_error(
+        run_cli(*ANALYZE, "-m", "damaged"), "model.layers.0.mlp.up_proj.weight holds such values"
+    )
+    # A template that cuts messages fails the preflight.
+    template = save_model(home / "odd") / "chat_template.jinja"
+    template.write_text(CHATML.replace("m.content", "m.content[:9]"), "utf-8")
+    assert "message" in run_cli(*ANALYZE, "-m", "odd").err
+    assert not (home / "cache" / "refusalscope" / "verdicts").exists()
