@@ -328,7 +328,11 @@ class ChatTemplate:
             [self._encode_tag(tag) for tag in (opening, closing.strip())]
             for opening, closing in self.thinking_tags.items()
         ]
-        return [(opening, closing) for opening, closing in tag_ids if special_ids & {*opening, *closing}]
+        return [
+            (opening, closing)
+            for opening, closing in tag_ids
+            if opening and special_ids & {*opening, *closing}
+        ]
 
     def _encode_tag(self, tag: str) -> list[int]:
         """Return the token ids of a tag; encoded as a text, a single token may get a space before it."""
