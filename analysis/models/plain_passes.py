@@ -226,7 +226,8 @@ def explain_disagreement(model: Any, measure_gap: Callable[[], float]) -> str:
 
 def measure_logit_gap(logits: Tensor, plain: Tensor) -> float:
     """Return the largest difference between logits and plain ones, in standard deviations of the latter."""
-    return float((logits - plain).abs().max() / plain.std())
+    spread = plain.std().clamp_min(torch.finfo(plain.dtype).tiny)  # logits may be all alike
+    return float((logits - plain).abs().max() / spread)
 
 
 def _describe_error(error: Exception) -> str:
