@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from defenses.contract import Chat, Message
-from defenses.errors import UserError
 
 
 def copy_chat(chat: Chat) -> Chat:
@@ -16,34 +14,6 @@ def copy_chat(chat: Chat) -> Chat:
     [{'role': 'user', 'content': 'Hi'}]
     """
     return [Message(**message) for message in chat]
-
-
-def check_chats(defense_name: str, chats: Any) -> list[Chat]:
-    """Return what a defense made of a query, or raise if it is not a list of chats.
-
-    >>> check_chats("mine", [None])
-    Traceback (most recent call last):
-    defenses.errors.UserError: 'mine' returned None for a chat: is a `return` missing in its `rewrite`? ...
-
-    Args:
-        defense_name: for the error message.
-        chats: what `consult_model`, `rewrite_copies`, or `rewrite` returned, the last in a list.
-    """
-    rule = "a chat is a list of messages, each with a role and a content that are texts"
-    if not isinstance(chats, list):
-        raise UserError(f"{defense_name!r} returned {chats!r:.60} where a list of chats is expected; {rule}")
-    for chat in chats:
-        if chat is None:
-            raise UserError(
-                f"{defense_name!r} returned None for a chat: is a `return` missing in its `rewrite`? {rule}"
-            )
-        is_chat = isinstance(chat, list | tuple) and all(
-            isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-            for turn in chat
-        )
-        if not is_chat or not chat:
-            raise UserError(f"{defense_name!r} returned {chat!r:.60} for a chat; {rule}")
-    return [list(chat) for chat in chats]
 
 
 def build_user_chat(system_prompt: str, text: str) -> Chat:

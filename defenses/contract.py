@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypedDict
+
+from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +29,34 @@ class Message(TypedDict):
 
 
 Chat = list[Message]
+
+
+def check_chats(defense_name: str, chats: Any) -> list[Chat]:
+    """Return what a defense made of a query, or raise if it is not a list of chats.
+
+    >>> check_chats("mine", [None])
+    Traceback (most recent call last):
+    defenses.errors.UserError: 'mine' returned None for a chat: is a `return` missing in its `rewrite`? ...
+
+    Args:
+        defense_name: for the error message.
+        chats: what `consult_model`, `rewrite_copies`, or `rewrite` returned, the last in a list.
+    """
+    rule = "a chat is a list of messages, each with a role and a content that are texts"
+    if not isinstance(chats, list):
+        raise UserError(f"{defense_name!r} returned {chats!r:.60} where a list of chats is expected; {rule}")
+    for chat in chats:
+        if chat is None:
+            raise UserError(
+                f"{defense_name!r} returned None for a chat: is a `return` missing in its `rewrite`? {rule}"
+            )
+        is_chat = isinstance(chat, list | tuple) and all(
+            isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+            for turn in chat
+        )
+        if not is_chat or not chat:
+            raise UserError(f"{defense_name!r} returned {chat!r:.60} for a chat; {rule}")
+    return [list(chat) for chat in chats]
 
 
 class QueryChat(NamedTuple):
@@ -182,7 +212,7 @@ class Defense(ABC):
 
     def rewrite_copies(self, chat: Chat, rng: random.Random) -> list[Chat]:
         """Return the chats whose margins are pooled into one, such as several perturbed copies."""
-        return [self.rewrite(chat, rng)]
+        return check_chats(self.name, [self.rewrite(chat, rng)])
 
     def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
         """Call the undefended model any number of times and return the chats to be scored.

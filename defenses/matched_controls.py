@@ -17,8 +17,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from defenses.chats import check_chats, get_last_user_text
-from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source
+from defenses.chats import get_last_user_text
+from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source, check_chats
 from defenses.tokens import cut_text, encode_plain_text
 
 NEUTRAL_TEXT = "neutral text"

@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-from defenses.chats import check_chats, copy_chat
+from defenses.chats import copy_chat
 from defenses.consultations import run_consultations
-from defenses.contract import COST_LEVELS, Chat, Consultation, Defense, ModelInfo, Source
+from defenses.contract import COST_LEVELS, Chat, Consultation, Defense, ModelInfo, Source, check_chats
 from defenses.errors import UserError
 from defenses.rng import select_member_rng
 from defenses.tuning import AdapterWeights

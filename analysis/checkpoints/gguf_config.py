@@ -129,6 +129,25 @@ def read_config_changes(model: GgufModel, config: Any) -> ConfigChanges:
     return changes
 
 
+def find_corrections(model: GgufModel) -> dict[str, int]:
+    """Return the metadata keys that transformers has to find in another form, with the number for each.
+
+    A list that repeats one number says no more than the number. Without a number of key heads, transformers
+    does not undo llama.cpp's order of the query and key weights.
+    """
+    prefix = f"{model.architecture}."
+    settings = {key: value for key, value in model.metadata.items() if key.startswith(prefix)}
+    corrections = {
+        key: _simplify_list(value)
+        for key, value in settings.items()
+        if isinstance(value, list) and isinstance(_simplify_list(value), int)
+    }
+    n_heads, n_key_heads = f"{prefix}attention.head_count", f"{prefix}attention.head_count_kv"
+    if n_heads in settings and n_key_heads not in settings and model.architecture in _ROTATED:
+        corrections[n_key_heads] = _simplify_list(settings[n_heads])
+    return corrections
+
+
 def apply_config_changes(config: Any, changes: ConfigChanges) -> Any:
     """Return a new configuration with the changes, checked by its own class."""
     values = config.to_dict()
@@ -179,8 +198,8 @@ def _read_setting(
     else:
         shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
         raise UserError(
-            f"{model.paths[0]} says {key} = {shown}, which the conversion does not understand, so it would "
-            "compute something else than llama.cpp: use the model's folder or hub id"
+            f"{model.paths[0]} says {key} = {shown}, which the conversion does not understand, so the model "
+            "could compute something else than in llama.cpp: use the model's folder or hub id"
         )
     changes.understood.append(key)
 
@@ -192,9 +211,9 @@ def _add_derived_settings(
     architecture, values = model.architecture, changes.values
     # transformers takes Falcon and Bloom for tied even where the file holds an output matrix of its own.
     values["tie_word_embeddings"] = "output.weight" not in model.tensors
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        values[f"{role}_token_id"] = model.metadata.get(f"tokenizer.ggml.{name}_token_id")
     head_size = values.get("head_dim", _get_head_size(config))
-    if "attention.head_count_kv" not in settings and getattr(config, "num_key_value_heads", None):
-        values["num_key_value_heads"] = config.num_attention_heads
     if architecture == "falcon" and settings.get("attention.head_count_kv") != 1:
         raise UserError(
             f"{model.paths[0]} is a Falcon with several groups of keys, whose order of weights transformers "
@@ -252,9 +271,7 @@ def _add_rope_parameters(
             "original_max_position_embeddings": original,
         }
     elif kind == "yarn" and factor != 1.0:
-        logarithm = math.log(factor) if factor > 1 else 0.0
-        log_multiplier = settings.get("rope.scaling.yarn_log_multiplier") or 0.0
-        attention_factor *= (0.1 * logarithm + 1.0) / (0.1 * log_multiplier * logarithm + 1.0)
+        attention_factor *= 0.1 * math.log(max(factor, 1.0)) + 1.0
         rope |= {
             "rope_type": "yarn",
             "factor": factor,
@@ -301,7 +318,6 @@ def _check_rope_key(model: GgufModel, config: Any, name: str, value: Any) -> Non
         "rope.scaling.attn_factor",
         "rope.scaling.original_context_length",
         "rope.scaling.finetuned",
-        "rope.scaling.yarn_log_multiplier",
         "rope.scaling.yarn_beta_fast",
         "rope.scaling.yarn_beta_slow",
     }

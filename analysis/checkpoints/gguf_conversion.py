@@ -9,8 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.checkpoints.gguf_config import ROPE_TENSORS, apply_config_changes, read_config_changes
-from analysis.checkpoints.gguf_files import find_gguf_parts, merge_gguf_parts, read_gguf_model
+from analysis.checkpoints.gguf_config import (
+    ROPE_TENSORS,
+    apply_config_changes,
+    find_corrections,
+    read_config_changes,
+)
+from analysis.checkpoints.gguf_files import find_gguf_parts, read_gguf_model, write_gguf_copy
 from analysis.checkpoints.gguf_tokenizer import (
     build_gguf_tokenizer,
     classify_tokenizer_keys,
@@ -78,10 +83,11 @@ def _write_copy(model: GgufModel, tokenizer: Any, folder: Path) -> dict[str, Any
     try:
         part.mkdir(parents=True, exist_ok=True)
         path = model.paths[0]
-        if len(model.paths) > 1:
-            path = merge_gguf_parts(model, part / "merged.gguf")
+        corrections = find_corrections(model)
+        if corrections or len(model.paths) > 1:
+            path = write_gguf_copy(model, part / "copy.gguf", corrections)
         converted, changes = _convert_weights(model, path)
-        (part / "merged.gguf").unlink(missing_ok=True)
+        (part / "copy.gguf").unlink(missing_ok=True)
         converted.save_pretrained(part)
         tokenizer.save_pretrained(part)
         understood, ignored = classify_tokenizer_keys(model)

@@ -6,6 +6,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,24 +100,32 @@ def read_gguf_model(paths: tuple[Path, ...]) -> GgufModel:
     return GgufModel(paths, metadata, tensors)
 
 
-def merge_gguf_parts(model: GgufModel, path: Path) -> Path:
-    """Write the parts of a model into one file and return it; the tensors keep their quantization."""
+def write_gguf_copy(model: GgufModel, path: Path, corrections: Mapping[str, Any]) -> Path:
+    """Write a model into one file and return it; the tensors keep their quantization.
+
+    Args:
+        model: in one or several files.
+        path: of the new file.
+        corrections: metadata keys with whole numbers to write instead of the file's own, or beside them.
+    """
     from gguf import GGUFValueType, GGUFWriter
 
     readers = [_open_gguf(part) for part in model.paths]
     writer = GGUFWriter(path, model.architecture)
     for name, field in readers[0].fields.items():
-        if name.startswith(("GGUF.", "split.")) or name == "general.architecture":
+        if name.startswith(("GGUF.", "split.")) or name == "general.architecture" or name in corrections:
             continue
         is_array = field.types[0] == GGUFValueType.ARRAY
-        if is_array and not field.data:  # an empty array has no type of elements
-            continue
-        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if is_array else None)
+        if not is_array or field.data:  # an empty array has no type of elements
+            writer.add_key_value(
+                name, field.contents(), field.types[0], field.types[-1] if is_array else None
+            )
+    for name, value in corrections.items():
+        writer.add_uint32(name, value)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
-        )
+        array = tensor.data
+        writer.add_tensor_info(tensor.name, array.shape, array.dtype, array.nbytes, tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -272,6 +272,7 @@ def run_explain_command(
     """
     from analysis.datasets.loading import load_queries
     from analysis.datasets.queries import Query
+    from analysis.datasets.records import check_unicode
     from analysis.run import build_conditions
     from analysis.stats.tables import format_condition
     from defenses.catalog import choose_defenses
@@ -282,6 +283,7 @@ def run_explain_command(
     for member in list_members(chosen):
         _print_defense_card(console, member)
     if query_text:
+        check_unicode(query_text, "the text of the query")
         query = Query("own", query_text, harmful=False)
     else:
         test_split = load_queries("contrast").select_split("test")

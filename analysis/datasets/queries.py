@@ -221,7 +221,7 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
         raise unknown_name_error(f"split in {place}:", split, SPLIT_NAMES)
     return Query(
         query_id,
-        str(text).strip(),
+        text.strip(),
         harmful,
         category=_read_optional(row, "category", place) or "",
         pair=_read_optional(row, "pair", place),

@@ -166,6 +166,7 @@ def _parse_csv(path: Path, text: str, expected_names: set[str]) -> Rows:
     previous_limit = csv.field_size_limit()
     csv.field_size_limit(max(previous_limit, len(text)))  # the default refuses cells over 131,072 characters
     try:
+        text = text.lstrip("\r\n")
         header = _find_csv_header(path, text, expected_names)
         return _parse_csv_rows(path, text[header.start :], header)
     except csv.Error as error:
@@ -186,15 +187,19 @@ def _find_csv_header(path: Path, text: str, expected_names: set[str]) -> _CsvHea
         expected_names: in lowercase.
     """
     declared = _SPREADSHEET_DELIMITER.match(text)
-    delimiters = sorted(
-        _DELIMITERS, key=lambda delimiter: delimiter != "\t" or get_record_suffix(path) != ".tsv"
-    )
-    if declared:
-        delimiters = [declared[1]]
+    delimiters = [declared[1]] if declared else list(_DELIMITERS)
+    if get_record_suffix(path) == ".tsv":
+        delimiters.sort(key=lambda delimiter: delimiter != "\t")
     starts = [declared.end() if declared else 0]
     while text.startswith("#", starts[-1]) and (line := _FIRST_LINE.match(text, starts[-1])):
         starts.append(line.end())
-    headers = [_read_csv_header(text, start, delimiter) for start in starts[::-1] for delimiter in delimiters]
+    # Only the first line without # may go on behind its end, inside quotes.
+    ends = [*starts[1:], len(text)]
+    headers = [
+        _read_csv_header(text[start:end], start, delimiter)
+        for start, end in zip(starts[::-1], ends[::-1], strict=True)
+        for delimiter in delimiters
+    ]
 
     def count_expected(header: _CsvHeader) -> int:
         return len(expected_names & {name.casefold() for name in _clean_names(header.names)})
@@ -205,7 +210,7 @@ def _find_csv_header(path: Path, text: str, expected_names: set[str]) -> _CsvHea
 
 
 def _read_csv_header(text: str, start: int, delimiter: str) -> _CsvHeader:
-    lines = io.StringIO(text[start:], newline="")
+    lines = io.StringIO(text, newline="")
     return _CsvHeader(start, delimiter, tuple(next(csv.reader(lines, delimiter=delimiter), [])))
 
 

@@ -121,7 +121,7 @@ def read_labels(folder: Path, openers_path: Path) -> pd.DataFrame:
 
 
 def _read_xstest(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, keep_default_na=False)  # "None" is a response
     kinds = {"1_full_compliance": "none", "2_full_refusal": "full", "3_partial_refusal": "partial"}
     return pd.DataFrame(
         {
@@ -135,7 +135,7 @@ def _read_xstest(path: Path) -> pd.DataFrame:
 
 
 def _read_pyrit(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, comment="#")
+    table = pd.read_csv(path, comment="#", keep_default_na=False)
     labels = [
         "off_topic"  # PyRIT counts an answer to a different question as a refusal; here it is none
         if score and judge_by_patterns(response, query).evidence == DIFFERENT_QUESTION

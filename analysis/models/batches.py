@@ -21,6 +21,9 @@ class BatchForm(StrEnum):
     REPEATED = "repeated"  # padded to one length, behind a shared prefix that is repeated for each row
     PADDED = "padded"  # whole prompts, padded to one length
     EQUAL = "equal"  # whole prompts of equal length
+    SINGLE = (
+        "single"  # one whole prompt: some quantized models round with a scale that the whole batch decides
+    )
 
 
 class CacheUse(StrEnum):

@@ -77,8 +77,8 @@ class Engine:
         self, model: Any, batch_size: int | None = None, batch_form: BatchForm | None = None
     ) -> None:
         self.model = model
-        self.batch_size = batch_size
         self.batch_form = batch_form or find_fastest_form(model)
+        self.batch_size = 1 if self.batch_form is BatchForm.SINGLE else batch_size
         self.cache_use: CacheUse | None = None
         self.notices: list[str] = []
         self.rotation = RotationSchedule.from_model(model)
@@ -172,7 +172,7 @@ class Engine:
 
     def _group_rows(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the indices of rows that may share forward passes and a prefix, longest rows first."""
-        if self.batch_form is not BatchForm.EQUAL:
+        if self.batch_form not in (BatchForm.EQUAL, BatchForm.SINGLE):
             yield from self.rotation.group_rows(lengths)
             return
         for length in sorted(set(lengths), reverse=True):
@@ -372,7 +372,7 @@ class Engine:
         """Run one forward pass and return float32 logits at the given rows and columns."""
         device = self.model.device
         # Some models count positions from another number than 0; without padding, they do so themselves.
-        own_positions = self.batch_form is BatchForm.EQUAL
+        own_positions = self.batch_form in (BatchForm.EQUAL, BatchForm.SINGLE)
         self.rotation.reset_modules()
         self.logit_positions = logit_rows.to(device), logit_columns.to(device)
         try:

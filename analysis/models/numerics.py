@@ -36,8 +36,8 @@ def check_short_prompt(session: ModelSession) -> None:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"{loaded_model.name} cannot read a prompt of text alone ({describe_library_error(error)}); only "
-            "models that can are evaluated"
+            f"{loaded_model.name} fails on a short prompt of text ({describe_library_error(error)}); a model "
+            "that needs images or other inputs beside it cannot be evaluated"
         ) from error
     check_finite(loaded_model, logits)
 

@@ -36,6 +36,7 @@ FORM_PHRASES = {
     BatchForm.REPEATED: "rows behind copies of a shared prefix",
     BatchForm.PADDED: "padded batches of whole prompts",
     BatchForm.EQUAL: "batches of whole prompts of equal length",
+    BatchForm.SINGLE: "passes of one prompt each",
 }
 
 

@@ -246,7 +246,8 @@ def _list_files(folder: Path, record: Mapping[str, Any]) -> dict[str, str | None
         Path(name).name != name or Path(name).suffix not in _FILE_SUFFIXES for name in files
     ):
         raise UserError(f"{folder / RECORD_FILE}: files has to list tables and figures; repeat the run")
-    return files
+    # Tables without a digest were added later, such as labels, and may be removed again.
+    return {name: digest for name, digest in files.items() if digest or (folder / name).is_file()}
 
 
 def _list_saved_files(folder: Path) -> dict[str, str | None]:
@@ -265,8 +266,9 @@ def _read_file(path: Path, digest: str | None) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}); repeat the run") from error
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise UserError(
-            f"{path} is not the file that the run wrote (its SHA-256 differs from that in run.json): it "
-            "was changed since, or another run into this folder was cut short; repeat the run"
+            f"{path} is not the file that the run wrote (its SHA-256 differs from that in run.json): it was "
+            "changed since, or another run into this folder was cut short; repeat the run, or remove `files` "
+            "from run.json to have the folder read as it is"
         )
     return content
 

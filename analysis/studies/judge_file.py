@@ -130,7 +130,9 @@ class JudgedResponses:
         if path.suffix == ".csv":
             text = format_table(pd.DataFrame(self.records))
         else:
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+            text = "".join(
+                json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in self.records
+            )
         write_text_file(path, text)
 
 
@@ -147,9 +149,7 @@ def choose_judged_path(path: Path, out: Path | None) -> Path:
     judged_suffix = ".csv" if suffix in (".csv", ".tsv") else ".jsonl"
     out = out or path.with_name(f"{path.name[: path.name.lower().rindex(suffix)]}.judged{judged_suffix}")
     if out.suffix != judged_suffix:
-        raise UserError(
-            f"-o {out}: the verdicts on {path.name} are written as {judged_suffix}; give such a file"
-        )
+        raise UserError(f"-o {out}: give a {judged_suffix} file, the format for the rows of {path.name}")
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten: choose another -o")
     check_output_folder(out.parent)

@@ -482,6 +482,9 @@ def _check_unchanged(run: JudgedRun, setup: RunSetup, spec: RunSpec, conditions:
     for entry, subject in (("dtype", "precision"), ("attacks_sha256", "wording of an attack")):
         if now[entry] != then.get(entry):
             changed.append(f"the {subject}")
+    # Runs of earlier versions do not tell their template.
+    if now["chat_template"] != then.get("chat_template", now["chat_template"]):
+        changed.append("the chat template")
     for name in conditions:
         if name not in rebuilt:
             changed.append(f"the defense {name!r}, which this model now lacks something for,")

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import re
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import FOUR, USER_DEFENSE, assert_user_error, make_adapter, run_cli, save_model
+from conftest import CHATML, FOUR, USER_DEFENSE, assert_user_error, make_adapter, run_cli, save_model
 from scipy.special import expit
 
 from analysis.files import check_output_folder
@@ -283,7 +284,10 @@ def test_adapters_of_one_name_are_defenses_of_their_own_and_a_stack(cli_home):
     args = ("-d", "a/best", "-d", "b/best", "-d", "a/best+b/best", "-m", "tiny")
     result = run_cli("check", *args, "--queries", 2)
     assert result.code == 0, result.err
-    assert all(f" {name} " in result.out for name in ("a-best", "b-best", "a-best+b-best")), result.out
+    assert all(
+        f"{name} \N{BOX DRAWINGS LIGHT HORIZONTAL}" in result.out
+        for name in ("a-best", "b-best", "a-best+b-best")
+    )
     path = cli_home / "b" / "best" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["c_attn"]}))
     result = run_cli(*args, "-o", "misfit")
@@ -301,6 +305,42 @@ def test_a_defense_that_does_not_reach_the_model_stops_the_run_and_the_check(cli
     assert "Nothing was scored" in result.err
     # A template that drops system turns is recognized, and the system text goes into the user turn.
     assert run_cli("check", "-d", "policy", "-m", "deaf").code == 0
+
+
+def test_a_dated_template_gives_the_same_margins_on_another_day_and_says_which_date(
+    cli_home, no_figures, monkeypatch
+):
+    dated = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}" + CHATML
+    save_model(cli_home / "dated", template=dated)
+    options = ("-d", "policy", "-m", "dated", "--limit", "4", "--responses", "none", "--controls", "0")
+    scores = []
+    for day in (1, 2):
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return cls(2026, 12, day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cli_home / f"cache-{day}"))
+        assert run_cli(*options, "-o", f"day-{day}").code == 0
+        scores.append(pd.read_csv(cli_home / f"day-{day}" / "scores.csv"))
+    pd.testing.assert_frame_equal(*scores)
+    record = json.loads((cli_home / "day-1" / "run.json").read_text())
+    assert record["chat_template"]["date"] == "2024-07-26"
+
+
+def test_template_and_answer_prefix_reach_the_prompt_and_run_json(cli_home, no_figures):
+    (cli_home / "mine.jinja").write_text(CHATML.replace("<|im_start|>assistant", "<|assistant|>"))
+    options = ("-m", "tiny", "--template", "mine.jinja", "--answer-prefix", "<think>\\n</think>\\n")
+    check = run_cli("check", *options, "--queries", "2")
+    assert check.code == 0 and "<|assistant|>" in check.out and "<think>\n</think>\n" in check.out
+    result = run_cli("-d", "policy", *options, "--limit", "4", "--responses", "none", "-o", "prefixed")
+    assert result.code == 0, result.err
+    record = json.loads((cli_home / "prefixed" / "run.json").read_text())
+    assert record["chat_template"]["answers_begin_after"] == "<think>\n</think>\n"
+    asked = record["options"]
+    assert (asked["template"], asked["answer_prefix"]) == ("mine.jinja", "<think>\n</think>\n")
 
 
 # --- failures, interruption, resumption -------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """How the command ends: exit codes, one line for each mistake, and help that loads nothing heavy."""
 
 import errno
+import json
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from conftest import USER_DEFENSE, assert_user_error, run_cli, save_model
+from conftest import CHATML, USER_DEFENSE, assert_user_error, run_cli, save_model
 
 from analysis.cli.main import main
 
@@ -38,12 +39,24 @@ def bad_files(cli_home):
     (cli_home / "no.gguf").write_bytes(b"no gguf at all")
     (cli_home / "good.csv").write_text("text,harmful\nHi,1\nYo,0\n")
     save_model(cli_home / "mute", template=None)
+    save_model(cli_home / "reminded", template=CHATML.replace("'<|im_start|>ass", "'Be kind.<|im_start|>ass"))
+    save_model(cli_home / "failing", template="{% for t in tools %}{{ t }}{% endfor %}" + CHATML)
+    config = save_model(cli_home / "named", template=None) / "tokenizer_config.json"
+    templates = [{"name": name, "template": CHATML} for name in ("rag", "tool_use")]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": templates}))
 
 
 POLICY = ("-d", "policy", "-m", "tiny")
 MISTAKES = {
     "no defense": (("--seed", "1"), ["no defense chosen", "analyze list defenses"]),
     "unknown defense": (("-d", "polcy"), ["unknown defense 'polcy'", "'policy'"]),
+    "several templates": (
+        ("-d", "policy", "-m", "named"),
+        ["choose one with --template NAME (rag, tool_use)"],
+    ),
+    "unknown template": ((*POLICY[:2], "-m", "named", "--template", "rga"), ["unknown template", "'rag'"]),
+    "failing template": (("-d", "policy", "-m", "failing"), ["fails on a single user message: TypeError"]),
+    "unknown start": (("-d", "policy", "-m", "reminded"), ["where responses begin", "--answer-prefix TEXT"]),
     "unknown model": (("-d", "policy", "-m", "smolm2"), ["unknown model 'smolm2'", "'smollm2'"]),
     "unknown data": ((*POLICY, "--data", "contrasts"), ["unknown data set", "'contrast'"]),
     "unknown split": ((*POLICY, "--split", "tset"), ["unknown split 'tset'", "'test'"]),

@@ -135,6 +135,7 @@ VALID_FILES = {
     "number.csv": "#,text,harmful\n7,Hi,1\n8,Yo,0\n",
     "hash.csv": "# two queries, of mine\n#text,harmful\nHi,1\nYo,0\n",
     "comment.csv": "# text,harmful\ntext,harmful\nHi,1\nYo,0\n",
+    "blank.csv": "\r\n" + CSV.format("Hi,1\nYo,0"),
     "mac.csv": CSV.format("Hi,1\nYo,0").replace("\n", "\r"),
 }
 

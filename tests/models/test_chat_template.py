@@ -178,7 +178,7 @@ def test_a_template_that_wants_turns_to_alternate_takes_demonstrations(template:
         ("{{ messages[0].none.content }}", "fails on a single user message: 'dict object' has no attr"),
         ("{{ raise_exception('No\nuser\nturns') }}", "fails on a single user message: No user turns; choose"),
         ("{{ ''.__class__.mro() }}", "fails on a single user message"),
-        ("{% for m in messages %}", "cannot be read"),
+        ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ 'Hi' }}", "drops the user's text"),
     ],
 )

@@ -154,3 +154,21 @@ def test_half_precision_is_measured_again_in_float32_which_leaves_the_weights_al
     )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_rounds_by_the_whole_batch_is_run_one_prompt_at_a_time() -> None:
+    model = fresh_model()
+
+    def round_by_largest(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        step = output.abs().max() / 256  # of all tokens of all prompts, as in bitsandbytes' 8 bits
+        return (output / step).round() * step
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(round_by_largest)
+    form, reason = choose_batch_form(model)
+    assert form is BatchForm.SINGLE
+    assert "is run in passes of one prompt each, which takes longer" in reason
+    prompts = draw_probe_prompts(model)
+    plain = torch.stack([compute_plain_logits(model, prompt)[-1] for prompt in prompts])
+    engine = Engine(model, batch_size=8, batch_form=form)
+    assert torch.equal(engine.read_first_token(prompts, lambda logits: logits), plain)

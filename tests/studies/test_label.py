@@ -70,6 +70,12 @@ def copy_run(folder: Path, name: str) -> Path:
     return copy
 
 
+def change_responses(folder: Path, responses: pd.DataFrame) -> None:
+    """Replace the responses of a run; as in a run of an earlier version, run.json does not list its files."""
+    responses.to_csv(folder / "responses.csv", index=False)
+    change_record(folder, lambda record: record.pop("files", None))
+
+
 def change_record(folder: Path, change) -> None:
     """Change run.json."""
     record = json.loads((folder / "run.json").read_text("utf-8"))
@@ -186,11 +192,11 @@ def test_other_responses_than_the_judged_ones_are_not_labeled(judged_folder: Pat
     # In one response, the verdict differs: it is left out. In half of them: these are other responses.
     one = sampled.index[:1]
     swapped = table["verdict"].where(~table.index.isin(one), table["verdict"].map(other))
-    table.assign(verdict=swapped).to_csv(folder / "responses.csv", index=False)
+    change_responses(folder, table.assign(verdict=swapped))
     sheet = build_label_sheet(read_judged_run(folder), 20, QUIET)
     assert sheet.n_changed <= 1 and len(sheet.rows) == sheet.n_sampled - sheet.n_changed
     swapped = table["verdict"].where(table.index % 2 == 0, table["verdict"].map(other))
-    table.assign(verdict=swapped).to_csv(folder / "responses.csv", index=False)
+    change_responses(folder, table.assign(verdict=swapped))
     with pytest.raises(UserError, match="of 20 responses that were generated again have another verdict"):
         label_run(folder, n=20)
 
@@ -203,6 +209,7 @@ def test_labels_of_a_repeated_run_are_not_used(judged_folder: Path) -> None:
     with pytest.raises(UserError, match=r"labels.csv belongs to other responses"):
         read_judged_run(folder)
     (folder / "responses.csv").unlink()
+    change_record(folder, lambda record: record.pop("files"))
     with pytest.raises(UserError, match="holds no judged responses: repeat the run with --responses all"):
         read_judged_run(folder)
 

@@ -183,7 +183,8 @@ def test_similarity_is_compared_with_the_interactions_of_stacks(own_cache: Path,
     )
     stacks["interaction_shift"], stacks["interaction_discrimination"] = -0.5, 0.25
     stacks.to_csv(tmp_path / "ensembles.csv", index=False)
-    (tmp_path / "run.json").write_text((own_cache / "out" / "run.json").read_text())
+    record = json.loads((own_cache / "out" / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"files": {"ensembles.csv": None}}))
     args = ("-d", "policy", "-d", "self_reminder", "--limit", 6, "--patched", 0, "--ensembles", tmp_path)
     result = run_mechanism(own_cache, *args, out="both")
     assert result.code == 0, result.err
