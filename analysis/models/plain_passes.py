@@ -89,7 +89,7 @@ def choose_batch_form(model: Any, share_prefix: bool = True) -> tuple[BatchForm,
     for form in forms:
         engine = Engine(model, batch_form=form)
         if not (reason := explain_disagreement(model, partial(_measure_engine_gap, engine, prompts))):
-            slower = f"{name} is run in {FORM_PHRASES[form]}, which takes longer: {'; '.join(reasons)}"
+            slower = f"{name} is run with {FORM_PHRASES[form]}, which takes longer: {'; '.join(reasons)}"
             return form, slower if reasons else ""
         reasons.append(f"{FORM_PHRASES[form]} {reason}")
     raise UserError(
