@@ -3,7 +3,8 @@
 Functions (import them: `from conftest import tiny_model, ...`):
 
 - `tiny_model(family="llama")`: a fixed random model of 2 to 4 layers, float32, of a family in `FAMILIES`.
-- `toy_tokenizer(template="chatml", kind="bytes")`: a new small BPE tokenizer with a template of `TEMPLATES`;
+- `toy_tokenizer(template="chatml", kind="bytes")`: a new small BPE tokenizer with a template of `TEMPLATES`
+  or `THINKING_TEMPLATES`;
   kind is "bytes" (GPT-2, Llama 3, Qwen) or "metaspace" (Llama 2, Mistral: words begin with "▁").
 - `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
 - `make_toy_session(family="llama", template="chatml", kind="bytes")`: a `ModelSession` with both.

@@ -23,7 +23,7 @@ from analysis.models.generation import generate_token_ids
 from analysis.models.loading import NO_ADAPTER, load_model
 from analysis.models.numerics import check_short_prompt
 from analysis.models.session import ModelSession
-from analysis.models.thinking import strip_thinking
+from analysis.models.thinking_blocks import strip_thinking
 from defenses.contract import Message
 from defenses.errors import UserError, describe_library_error
 

@@ -16,11 +16,17 @@ from datetime import date
 from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from analysis.models.response_start import FinishedTurns, ResponseStart, find_response_start
-from analysis.models.template_source import FIXED_DATE, append_text, check_source, fix_date, template_error
-from analysis.models.thinking import (
+from analysis.models.template_source import (
+    FIXED_DATE,
+    append_text,
+    fix_date,
+    template_error,
+    uses_random_text,
+)
+from analysis.models.thinking_blocks import (
     RESPONSE_TAGS,
     THINKING_TAGS,
     cut_token_spans,
@@ -74,15 +80,19 @@ class ChatTemplate:
 
     def check_usable(self) -> None:
         """Raise if the template cannot be used, or if it is not known where responses begin."""
-        check_source(self._own_source)
         try:
             text = self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)])
         except UserError as error:
-            raise template_error(
-                f"fails on a single user message: {_describe_failure(error.__cause__)}"
-            ) from error
+            cause = error.__cause__
+            if isinstance(cause, TemplateSyntaxError):
+                raise template_error(f"cannot be read: {cause.message} (line {cause.lineno})") from error
+            raise template_error(f"fails on a single user message: {_describe_failure(cause)}") from error
         if _PLACEHOLDER_TEXT not in text:
             raise template_error("drops the user's text")
+        if uses_random_text(self._own_source):
+            raise template_error(
+                "writes random text (Jinja's random or lipsum), so that margins would change from run to run"
+            )
         if self.response_start.problem:
             raise UserError(self.response_start.problem)
 
@@ -318,7 +328,11 @@ class ChatTemplate:
             [self._encode_tag(tag) for tag in (opening, closing.strip())]
             for opening, closing in self.thinking_tags.items()
         ]
-        return [(opening, closing) for opening, closing in tag_ids if special_ids & {*opening, *closing}]
+        return [
+            (opening, closing)
+            for opening, closing in tag_ids
+            if opening and special_ids & {*opening, *closing}
+        ]
 
     def _encode_tag(self, tag: str) -> list[int]:
         """Return the token ids of a tag; encoded as a text, a single token may get a space before it."""

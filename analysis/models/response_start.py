@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from analysis.models.thinking import find_open_tag, remove_thinking
+from analysis.models.thinking_blocks import find_open_tag, remove_thinking
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
-from analysis.models.thinking import strip_thinking
+from analysis.models.thinking_blocks import strip_thinking
 from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from analysis.models.chat_template import Prompt
 from analysis.models.session import ModelSession
-from analysis.models.thinking import THINKING_TAGS
+from analysis.models.thinking_blocks import THINKING_TAGS
 from analysis.readouts.readout import Readout
 from defenses.errors import UserError
 

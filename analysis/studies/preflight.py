@@ -26,7 +26,7 @@ from analysis.models.plain_passes import (
     run_in_float32,
 )
 from analysis.models.session import ModelSession, list_blend_members
-from analysis.models.thinking import RESPONSE_TAGS, find_open_tag, remove_thinking
+from analysis.models.thinking_blocks import RESPONSE_TAGS, find_open_tag, remove_thinking
 from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import LOW_COVERAGE, Readout
 from analysis.stats.tables import format_condition

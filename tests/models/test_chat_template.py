@@ -15,7 +15,7 @@ from analysis.models.chat_template import (
     redact_secrets,
     remove_whitespace,
 )
-from analysis.models.thinking import remove_thinking
+from analysis.models.thinking_blocks import remove_thinking
 from defenses.catalog import get_defense
 from defenses.contract import Chat
 from defenses.errors import UserError

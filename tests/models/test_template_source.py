@@ -10,7 +10,7 @@ import pytest
 from conftest import CHATML, TEMPLATES, THINKING_TEMPLATES, toy_tokenizer
 
 from analysis.models.chat_template import ChatTemplate
-from analysis.models.template_source import append_text, check_source, choose_template, fix_date
+from analysis.models.template_source import append_text, choose_template, fix_date, uses_random_text
 from defenses.errors import UserError
 
 CHAT = [{"role": "user", "content": "How do I bake bread?"}]
@@ -90,8 +90,9 @@ def test_a_text_behind_the_generation_prompt_changes_nothing_else(name: str) -> 
 )
 def test_random_text_is_refused(code: str) -> None:
     with pytest.raises(UserError, match="random text"):
-        check_source(CHATML + code)
-    check_source(CHATML + "{# a | random choice, lipsum(1) #}{{ '| random' }}{% set random = 1 %} | random")
+        ChatTemplate(toy_tokenizer(CHATML + code)).check_usable()
+    harmless = "{# a | random choice, lipsum(1) #}{{ '| random' }}{% set random = 1 %} | random"
+    assert not uses_random_text(CHATML + harmless)
 
 
 def test_the_default_is_chosen_among_several_templates_and_others_by_name(tmp_path: Path) -> None:

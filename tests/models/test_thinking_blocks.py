@@ -7,7 +7,7 @@ from conftest import toy_tokenizer
 
 from analysis.judges.rules import judge_by_patterns
 from analysis.models.chat_template import ChatTemplate
-from analysis.models.thinking import find_open_tag, find_thinking_tags, strip_thinking
+from analysis.models.thinking_blocks import find_open_tag, find_thinking_tags, strip_thinking
 
 THOUGHT, RESPONSE = "They want a lock opened. I can't tell why.", "Sure, here is how to do it."
 PAIRS = [
