@@ -11,7 +11,12 @@ import numpy as np
 from conftest import tiny_model, toy_tokenizer
 
 # Families of the tests whose architecture llama.cpp calls otherwise.
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+_ARCHITECTURES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
 
 
 def write_gguf(
@@ -89,7 +94,9 @@ def _describe_model(config: Any, architecture: str) -> dict[str, Any]:
     }
     norm = getattr(config, "rms_norm_eps", None)
     values |= (
-        {"attention.layer_norm_rms_epsilon": norm} if norm else {"attention.layer_norm_epsilon": config.norm_epsilon}
+        {"attention.layer_norm_rms_epsilon": norm}
+        if norm
+        else {"attention.layer_norm_epsilon": config.norm_epsilon}
     )
     if architecture in ("gemma2", "gemma3", "phi3"):
         values["attention.sliding_window"] = config.sliding_window or 0

@@ -83,8 +83,8 @@ def read_gguf_model(paths: tuple[Path, ...]) -> GgufModel:
         if count != len(paths) or int(_read_field(reader, "split.no") or 0) != number:
             part = f"part {int(_read_field(reader, 'split.no') or 0) + 1} of {count} of a split model"
             raise UserError(
-                f"{path} holds {part if count > 1 else 'a whole model'}, which its name does not say: name the "
-                "parts NAME-00001-of-0000N.gguf and so on, as they were written, in one folder"
+                f"{path} holds {part if count > 1 else 'a whole model'}, which its name does not say: name "
+                "the parts NAME-00001-of-0000N.gguf and so on, as they were written, in one folder"
             )
         if number == 0:
             metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -117,7 +117,9 @@ def write_gguf_copy(model: GgufModel, path: Path, corrections: Mapping[str, Any]
             continue
         is_array = field.types[0] == GGUFValueType.ARRAY
         if not is_array or field.data:  # an empty array has no type of elements
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if is_array else None)
+            writer.add_key_value(
+                name, field.contents(), field.types[0], field.types[-1] if is_array else None
+            )
     for name, value in corrections.items():
         writer.add_uint32(name, value)
     tensors = [tensor for reader in readers for tensor in reader.tensors]

@@ -1,7 +1,7 @@
-r"""Tokenizer of a GGUF: split into words as llama.cpp does for the file's `tokenizer.ggml.pre`, with its special tokens.
+"""Tokenizer of a GGUF, which splits texts as llama.cpp does for the file's `tokenizer.ggml.pre`.
 
-The rules are those of https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; each regular expression is the one of
-the tokenizer.json that llama.cpp's own stands for. A name that is not listed here is refused.
+The rules are those of https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; each regular expression is the
+one of the tokenizer.json that llama.cpp's own stands for. A name that is not listed here is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = r"[^\r\n\p{L}\p{N}]?"
 _SLASHES = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
 _TEKKEN = rf"{_CASED}{_UPPER}*{_LOWER}+|{_CASED}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHES}"
-_GPT4O = rf"{_CASED}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_CASED}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|{_SLASHES}"
+_GPT4O = (
+    rf"{_CASED}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_CASED}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|{_SLASHES}"
+)
 _DEEPSEEK3_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}"
@@ -64,8 +66,7 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (_LLAMA3,),
-        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe glm4 "
-        "chatglm-bpe",
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe glm4 chatglm-bpe",
     ),
     ((_QWEN2,), "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open grok-2"),
     ((_QWEN35,), "qwen35"),
@@ -78,7 +79,10 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"), "falcon"),
     (_DEEPSEEK_LLM, "deepseek-llm"),
     ((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"), "deepseek-coder"),
-    ((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3_WORDS), "deepseek-v3 hunyuan-dense"),
+    (
+        (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3_WORDS),
+        "deepseek-v3 hunyuan-dense",
+    ),
     ((_TEKKEN,), "tekken"),
     ((_GPT4O,), "gpt-4o llama4 kanana2 talkie minimax-m2"),
     ((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O), "tiny_aya cohere2moe"),
@@ -87,7 +91,8 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((_BLOOM, r"\p{N}"), "viking"),
     (
         (
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+            rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+            r"|\s*[\r\n]|\s+(?!\S)|\s+",
         ),
         "bailingmoe bailingmoe2 llada-moe",
     ),
@@ -96,12 +101,15 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
 _SPLITS_BY_NAME = {name: splits for splits, names in _SPLITS for name in names.split()}
 # Names with which a word that is in the vocabulary as a whole is one token, whatever the merges say.
 _IGNORING_MERGES = frozenset(
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken".split()
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 )
 # What llama.cpp takes for the end of a turn by its text, whatever kind the file says.
 _END_TOKENS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <EOT> <|eom_id|>".split()
-) | {"<\uff5cend\u2581of\u2581sentence\uff5c>"}
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
+        *("<EOT>", "<|eom_id|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    )
+)
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
 _UNDERSTOOD_KEYS = frozenset(
@@ -111,8 +119,7 @@ _UNDERSTOOD_KEYS = frozenset(
         *(f"{role}_token_id" for role in (*_ROLES.values(), "eot", "eom")),
     )
 )
-# Of no account for a prompt: infilling, sentence pairs, the same vocabulary in other forms.
-_IGNORED_PARTS = ("fim_", "prefix_token", "suffix_token", "middle_token", "seperator_token", "mask_token", "cls_token")
+# The same vocabulary in other forms.
 _IGNORED_KEYS = ("tokenizer.huggingface.json", "tokenizer.chat_templates", "tokenizer.rwkv.world")
 
 
@@ -129,14 +136,19 @@ def classify_tokenizer_keys(model: GgufModel) -> tuple[list[str], list[str]]:
             continue
         if key in _UNDERSTOOD_KEYS or key.startswith("tokenizer.chat_template"):
             understood.append(key)
-        elif name.startswith(_IGNORED_PARTS) or key in _IGNORED_KEYS or not value:
+        elif name.endswith(("_token_id", "_token_ids")) or key in _IGNORED_KEYS or not value:
             ignored.append(key)
-        elif name in ("token_type_count", "remove_extra_whitespaces", "add_sep_token", "precompiled_charsmap"):
-            ignored.append(key)  # read by llama.cpp for other kinds of tokenizers only
+        elif name in (
+            "token_type_count",
+            "remove_extra_whitespaces",
+            "add_sep_token",
+            "precompiled_charsmap",
+        ):
+            ignored.append(key)  # for other kinds of tokenizers
         else:
             raise UserError(
-                f"{model.paths[0]} says {key} = {str(value)[:40]}, which the conversion does not understand, so "
-                "its texts could become other tokens than in llama.cpp: use the model's folder or hub id"
+                f"{model.paths[0]} says {key} = {str(value)[:40]}, which the conversion does not understand, "
+                "so its texts could become other tokens than in llama.cpp: use the model's folder or hub id"
             )
     return understood, ignored
 
@@ -159,13 +171,17 @@ def build_gguf_tokenizer(model: GgufModel) -> Any:
             "llama (sentencepiece BPE): use the model's folder or hub id"
         )
     if not pieces or len(set(pieces)) < len(pieces) or len(kinds) != len(pieces):
-        raise UserError(f"{path} has a broken vocabulary: no tokens, some twice, or not as many kinds of them")
+        raise UserError(
+            f"{path} has a broken vocabulary: no tokens, some twice, or not as many kinds of them"
+        )
     roles = {
         role: pieces[index]
         for role, name in _ROLES.items()
         if (index := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None and index < len(pieces)
     }
-    backend = _build_byte_level(model, pieces) if kind == "gpt2" else _build_sentencepiece(model, pieces, kinds)
+    backend = (
+        _build_byte_level(model, pieces) if kind == "gpt2" else _build_sentencepiece(model, pieces, kinds)
+    )
     _add_tokens(model, backend, pieces, kinds, set(roles.values()))
     _add_start_and_end(model, backend, kind, roles)
     return PreTrainedTokenizerFast(
@@ -188,8 +204,8 @@ def read_chat_template(model: GgufModel) -> Any:
     templates = ({"default": model.metadata[first]} if first in model.metadata else {}) | named
     if not templates:
         raise UserError(
-            f"{model.paths[0]} has no chat template, so its prompt format is unknown; use the GGUF of an instruct "
-            "model, or a folder with a chat_template.jinja"
+            f"{model.paths[0]} has no chat template, so its prompt format is unknown; use the GGUF of an "
+            "instruct model, or a folder with a chat_template.jinja"
         )
     return templates if len(templates) > 1 else next(iter(templates.values()))
 
@@ -208,11 +224,13 @@ def _build_byte_level(model: GgufModel, pieces: list[str]) -> Any:
     name = model.metadata.get("tokenizer.ggml.pre", "default")
     if name not in _SPLITS_BY_NAME:
         raise UserError(
-            f"{model.paths[0]} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known here: use "
-            "the model's folder or hub id"
+            f"{model.paths[0]} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known "
+            "here: use the model's folder or hub id"
         )
     if "tokenizer.ggml.merges" not in model.metadata:
-        raise UserError(f"{model.paths[0]} has a byte-level vocabulary without merges (tokenizer.ggml.merges)")
+        raise UserError(
+            f"{model.paths[0]} has a byte-level vocabulary without merges (tokenizer.ggml.merges)"
+        )
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = _read_merges(model.metadata["tokenizer.ggml.merges"])
     backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=name in _IGNORING_MERGES))
@@ -245,7 +263,8 @@ def _add_tokens(model: GgufModel, backend: Any, pieces: list[str], kinds: list[i
     from tokenizers import AddedToken
 
     name = str(model.metadata.get("general.name", "")).lower()
-    # Phi-3's templates write a newline behind such a token, which its tokenizer drops, as llama.cpp knows by name.
+    # Phi-3's templates write a newline behind such a token, which its tokenizer drops. So does llama.cpp,
+    # which goes by the name, too.
     is_phi3 = "phi-3" in name or "phi3" in name
     keeps_spaces = {"<unk>", "<s>", "<|endoftext|>"}
     for piece, kind in zip(pieces, kinds, strict=True):
@@ -257,7 +276,7 @@ def _add_tokens(model: GgufModel, backend: Any, pieces: list[str], kinds: list[i
 
 
 def _add_start_and_end(model: GgufModel, backend: Any, kind: str, roles: dict[str, str]) -> None:
-    """Add the tokens at the start and the end of a text, if the file or its kind of tokenizer asks for them."""
+    """Add the tokens at the start and the end of a text, if the file or its kind of tokenizer has them."""
     from tokenizers import processors
 
     name = model.metadata.get("tokenizer.ggml.pre")

@@ -1,7 +1,7 @@
 """sentencepiece vocabularies as `tokenizers` objects: of a `tokenizer.model` or of a GGUF, with the same ids.
 
-transformers' own conversion loses a space where a text begins with one, and adds the space in front of a text by
-another rule. The algorithm: https://github.com/google/sentencepiece/blob/master/src/bpe_model.cc
+transformers' own conversion loses a space where a text begins with one, and adds the space in front of a text
+by another rule. The algorithm: https://github.com/google/sentencepiece/blob/master/src/bpe_model.cc
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def build_sentencepiece_bpe(
     Args:
         pieces: by id.
         scores: by id; the pair whose piece has the highest score is joined first.
-        kinds: by id, one of the constants of this module; only normal and unused pieces are results of joining.
+        kinds: by id, one of the constants of this module; only normal and unused pieces result from joining.
         has_symbols: the text comes with user-defined pieces split off, each to be one token.
     """
     from tokenizers.models import BPE
@@ -60,7 +60,9 @@ def build_sentencepiece_bpe(
     )
 
 
-def set_space_rules(backend: Tokenizer, prefix: str, steps: Sequence[Any] = (), merges_spaces: bool = False) -> None:
+def set_space_rules(
+    backend: Tokenizer, prefix: str, steps: Sequence[Any] = (), merges_spaces: bool = False
+) -> None:
     """Set how a tokenizer writes spaces, and where it adds one in front of a text.
 
     Args:
@@ -92,7 +94,7 @@ def set_space_rules(backend: Tokenizer, prefix: str, steps: Sequence[Any] = (), 
 
 
 def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
-    """Return a tokenizer with sentencepiece's ids for one that was read from a folder's sentencepiece file alone.
+    """Return a tokenizer with sentencepiece's ids for one that was read from a `tokenizer.model` alone.
 
     The setting `legacy` of `tokenizer_config.json` says whether a space is added behind special tokens, too: it
     is, as sentencepiece does with every text, unless it is false.
