@@ -29,7 +29,7 @@ def write_gguf(
     parts: int = 1,
     kinds: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write a model and a tokenizer, by default the tiny Llama and the toy tokenizer; return the (first) file.
+    """Write a model and a tokenizer, by default the tiny Llama and the toy tokenizer; return the first file.
 
     Args:
         path: of the file; of the parts, `name-00001-of-0000N.gguf` beside it.

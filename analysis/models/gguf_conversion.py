@@ -172,7 +172,8 @@ def _check_tensors_used(model: GgufModel, converted: Any) -> None:
     names = get_tensor_name_map(architectures[model.architecture], n_layers)
     known = {names.get_name(key, try_suffixes=(".weight", ".bias")) for key in converted.state_dict()}
     unused = [name for name in tensors if name not in known] or ["some of those in layers"]
+    shown = ", ".join(sorted(unused)[:3])
     raise UserError(
-        f"{model.paths[0]} holds tensors that transformers does not read ({', '.join(sorted(unused)[:3])}), so "
+        f"{model.paths[0]} holds tensors that transformers does not read ({shown}), so "
         "it would compute something else than llama.cpp: use the model's folder or hub id"
     )

@@ -1,7 +1,7 @@
 """Tokenizer of a GGUF, which splits texts as llama.cpp does for the file's `tokenizer.ggml.pre`.
 
-The rules are those of https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; each regular expression is the
-one of the tokenizer.json that llama.cpp's own stands for. A name that is not listed here is refused.
+The rules are those of https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; each regular expression is
+the one of the tokenizer.json that llama.cpp's own stands for. A name that is not listed here is refused.
 """
 
 from __future__ import annotations

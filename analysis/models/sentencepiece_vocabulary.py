@@ -96,8 +96,8 @@ def set_space_rules(
 def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
     """Return a tokenizer with sentencepiece's ids for one that was read from a `tokenizer.model` alone.
 
-    The setting `legacy` of `tokenizer_config.json` says whether a space is added behind special tokens, too: it
-    is, as sentencepiece does with every text, unless it is false.
+    The setting `legacy` of `tokenizer_config.json` says whether a space is added behind special tokens, too:
+    it is, as sentencepiece does with every text, unless it is false.
 
     Args:
         tokenizer: of transformers, whose special tokens and chat template are kept.
@@ -122,7 +122,7 @@ def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
     if is_renumbered or spec.trainer_spec.treat_whitespace_as_suffix:
         raise UserError(
             f"{path} cannot be read as {type(tokenizer).__name__}, which numbers its pieces or writes its "
-            "spaces differently: save the tokenizer with its tokenizer.json (save_pretrained() of transformers)"
+            "spaces differently: save the tokenizer with its tokenizer.json by save_pretrained()"
         )
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
