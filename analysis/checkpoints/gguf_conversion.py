@@ -129,16 +129,19 @@ def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    location: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # weights of some architectures would stay packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader: Any = transformers.AutoModelForCausalLM
     try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, **location)
+        config = transformers.AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
         changes = read_config_changes(model, config)
         config = apply_config_changes(config, changes)
-        loaded, loading_info = loader.from_pretrained(path.parent, config=config, **location, **options)
+        loaded, loading_info = loader.from_pretrained(
+            path.parent, config=config, gguf_file=path.name, trust_remote_code=False, **options
+        )
     except UserError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise

@@ -44,7 +44,7 @@ def toy_gguf(tmp_path_factory: pytest.TempPathFactory) -> GgufModel:
     return read_gguf_model((write_gguf(tmp_path_factory.mktemp("gguf") / "toy.gguf"),))
 
 
-def change_metadata(model: GgufModel, **values: Any) -> GgufModel:
+def change_metadata(model: GgufModel, /, **values: Any) -> GgufModel:
     """Return a file with other values under `tokenizer.ggml.`; None leaves a key out."""
     changed = model.metadata | {f"tokenizer.ggml.{name}": value for name, value in values.items()}
     metadata = {key: value for key, value in changed.items() if value is not None}
@@ -165,11 +165,11 @@ def make_sentencepiece_gguf(toy: GgufModel, name: str = "Toy", **values: Any) ->
         ("hi", {}, ["\u2581hi"]),
         ("  hi", {}, ["\u2581\u2581", "\u2581hi"]),
         ("hi", {"add_space_prefix": False}, ["hi"]),
-        ("ab<|end|>hi", {}, ["\u2581a", "b", "<|end|>", "\u2581hi"]),
-        ("ab\n\u00e9", {}, ["\u2581a", "b", "<0x0A>", "<0xC3>", "<0xA9>"]),
-        ("ab<|end|>\nhi", {}, ["\u2581a", "b", "<|end|>", "\u2581", "<0x0A>", "hi"]),
+        ("ab<|end|>hi", {}, ["\u2581", "ab", "<|end|>", "\u2581hi"]),
+        ("ab\n\u00e9", {}, ["\u2581", "ab", "<0x0A>", "<0xC3>", "<0xA9>"]),
+        ("ab<|end|>\nhi", {}, ["\u2581", "ab", "<|end|>", "\u2581", "<0x0A>", "hi"]),
         # Phi-3's templates write a newline that its tokens drop.
-        ("ab<|end|>\nhi", {"name": "Phi-3 Mini"}, ["\u2581a", "b", "<|end|>", "\u2581hi"]),
+        ("ab<|end|>\nhi", {"name": "Phi-3 Mini"}, ["\u2581", "ab", "<|end|>", "\u2581hi"]),
     ],
 )
 def test_a_sentencepiece_vocabulary_reads_spaces_as_llama_cpp_does(
