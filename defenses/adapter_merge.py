@@ -124,7 +124,7 @@ def merge_adapters(
             folders = " and ".join(str(adapter.folder) for adapter in adapters)
             raise UserError(f"{folders} cannot be applied together: {reason}; use one at a time") from error
         raise UserError(
-            f"{adapters[0].folder} cannot be applied to this model; use its own one: {reason}"
+            f"{adapters[0].folder} cannot be applied to this model ({reason}); use the one it was made for"
         ) from error
 
 
@@ -211,17 +211,25 @@ def _copy_modules(model: Any, parameters: Mapping[str, Parameter]) -> Any:
 
     with torch.device("meta"):
         module_copy = type(model)(copy.deepcopy(model.config))
+    # Quantized weights are integers or floats of 8 bits, are packed, or have other names.
+    full_shapes = {
+        name: parameter.shape for name, parameter in module_copy.named_parameters(remove_duplicate=False)
+    }
+    shapes = {
+        name: parameter.shape
+        for name, parameter in parameters.items()
+        if parameter.is_floating_point() and parameter.element_size() > 1
+    }
+    if quantized := sorted({name for name, _ in full_shapes.items() ^ shapes.items()}):
+        raise UserError(
+            f"{quantized[0]} of this model is quantized, and adapters are merged into weights only in full "
+            "precision; use the model without quantization"
+        )
     shared: dict[int, Parameter] = {}  # tied parameters stay tied
     for name, parameter in parameters.items():
         module_name, _, parameter_name = name.rpartition(".")
-        module = module_copy.get_submodule(module_name)
-        if not parameter.is_floating_point() or parameter.shape != getattr(module, parameter_name).shape:
-            raise UserError(
-                f"{name} of this model is quantized, and adapters are merged into weights only in full "
-                "precision; use the model without quantization"
-            )
-        copied = nn.Parameter(parameter.data, requires_grad=False)
-        setattr(module, parameter_name, shared.setdefault(id(parameter), copied))
+        copied = shared.setdefault(id(parameter), nn.Parameter(parameter.data, requires_grad=False))
+        setattr(module_copy.get_submodule(module_name), parameter_name, copied)
     return module_copy
 
 

@@ -146,8 +146,8 @@ def label_adapters(names: Sequence[str]) -> dict[str, str]:
 
     They are the last parts of their paths: as many as tell them from each other and from defenses.
 
-    >>> label_adapters(["policy", "runs/a/best", "runs/b/best", "someone/lora"])
-    {'runs/a/best': 'a-best', 'runs/b/best': 'b-best', 'someone/lora': 'someone-lora'}
+    >>> label_adapters(["policy", "a/best", "b/best", "someone/lora"])
+    {'a/best': 'a-best', 'b/best': 'b-best', 'someone/lora': 'someone-lora'}
 
     Args:
         names: as in `get_defense`; names of other defenses are left out.

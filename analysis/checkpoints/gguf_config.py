@@ -1,8 +1,7 @@
-"""GGUF metadata → configuration of transformers, where transformers itself does not read it.
+"""GGUF metadata → configuration of transformers, where transformers does not read it.
 
-What is not understood is refused by name, because llama.cpp would compute something else than the converted
-model. The rules are those of llama.cpp (https://github.com/ggml-org/llama.cpp, src/llama-model.cpp and ggml's
-`rope`).
+What is not understood is refused by name. The rules are those of llama.cpp
+(https://github.com/ggml-org/llama.cpp, src/llama-model.cpp, and the rotation of ggml).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 # Tensors that become settings of the rotation instead of weights.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# Key behind the architecture's name → attributes of configurations; the first that exists is set.
+# Key behind the architecture's name → attributes; the first that a configuration has is set.
 _ATTRIBUTES = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
@@ -55,8 +54,8 @@ _DESCRIPTIVE_KEYS = {"tensor_data_layout", "pooling_type"}
 _QWEN35_KEYS = (
     "context_length embedding_length attention.head_count attention.head_count_kv attention.key_length "
     "attention.layer_norm_rms_epsilon full_attention_interval ssm.conv_kernel ssm.state_size ssm.group_count "
-    "ssm.time_step_rank ssm.inner_size nextn_predict_layers block_count rope.dimension_sections "
-    "rope.freq_base rope.dimension_count feed_forward_length"
+    "ssm.time_step_rank ssm.inner_size nextn_predict_layers block_count feed_forward_length "
+    "rope.dimension_sections rope.freq_base rope.dimension_count"
 )
 _LFM2_KEYS = (
     "context_length embedding_length feed_forward_length block_count attention.head_count "
@@ -75,6 +74,13 @@ _PARTLY_ROTATED = ("phi3", "stablelm", "nemotron")
 _ROTATED = (
     *_PARTLY_ROTATED,
     *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma2", "gemma3", "starcoder2", "falcon"),
+)
+_ROPE_KEYS = frozenset(
+    f"rope.{name}"
+    for name in (
+        *("freq_base", "scale_linear", "scaling.factor", "scaling.attn_factor", "scaling.finetuned"),
+        *("scaling.original_context_length", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"),
+    )
 )
 _SLIDING_ARCHITECTURES = ("phi3", "gemma2", "gemma3")
 
@@ -117,7 +123,7 @@ def read_config_changes(model: GgufModel, config: Any) -> ConfigChanges:
             settings[key.removeprefix(prefix)] = _simplify_list(value)
         elif key == "general.architecture":
             changes.understood.append(key)
-        elif not key.startswith("tokenizer."):  # tokenizers have a module of their own
+        elif not key.startswith(("tokenizer.", "GGUF.")):  # tokenizers have a module of their own
             changes.ignored.append(key)
     for name, value in settings.items():
         _read_setting(model, config, settings, name, value, changes)
@@ -135,6 +141,8 @@ def find_corrections(model: GgufModel) -> dict[str, int]:
     A list that repeats one number says no more than the number. Without a number of key heads, transformers
     does not undo llama.cpp's order of the query and key weights.
     """
+    if model.architecture not in _ROTATED:
+        return {}
     prefix = f"{model.architecture}."
     settings = {key: value for key, value in model.metadata.items() if key.startswith(prefix)}
     corrections = {
@@ -143,7 +151,7 @@ def find_corrections(model: GgufModel) -> dict[str, int]:
         if isinstance(value, list) and isinstance(_simplify_list(value), int)
     }
     n_heads, n_key_heads = f"{prefix}attention.head_count", f"{prefix}attention.head_count_kv"
-    if n_heads in settings and n_key_heads not in settings and model.architecture in _ROTATED:
+    if n_heads in settings and n_key_heads not in settings:
         corrections[n_key_heads] = _simplify_list(settings[n_heads])
     return corrections
 
@@ -166,23 +174,12 @@ def _read_setting(
         pass
     elif name.startswith("rope.") and model.architecture in _ROTATED:
         _check_rope_key(model, config, name, value)
-    elif (
-        (name in ("attention.key_length", "attention.value_length") and value == _get_head_size(config))
-        or (name == "attention.value_length" and value == settings.get("attention.key_length"))
-        or (
-            name == "attention.scale"
-            and math.isclose(value, _get_stated_head_size(model, config) ** -0.5, rel_tol=1e-4)
-        )
-    ):
+    elif _is_default(model, config, settings, name, value):
         pass
     elif name == "attention.sliding_window" and model.architecture in _SLIDING_ARCHITECTURES:
         changes.values["sliding_window"] = value or None
-    elif name == "attention.sliding_window" and value >= settings.get("context_length", math.inf):
-        pass
     elif name == "attention.sliding_window_pattern" and getattr(config, "layer_types", None):
         changes.values["layer_types"] = _read_layer_types(value, config.num_hidden_layers)
-    elif name == "use_parallel_residual" and value == getattr(config, "use_parallel_residual", None):
-        pass
     elif attribute and not isinstance(value, list) and not is_built:
         if getattr(config, attribute) != value:
             changes.values[attribute] = value
@@ -202,6 +199,19 @@ def _read_setting(
             "could compute something else than in llama.cpp: use the model's folder or hub id"
         )
     changes.understood.append(key)
+
+
+def _is_default(model: GgufModel, config: Any, settings: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether a key says what holds without it."""
+    head_size = _get_stated_head_size(model, config)
+    return {
+        "attention.key_length": value == _get_head_size(config),
+        "attention.value_length": value in (_get_head_size(config), settings.get("attention.key_length")),
+        "attention.scale": isinstance(value, float) and math.isclose(value, head_size**-0.5, rel_tol=1e-4),
+        "attention.sliding_window": isinstance(value, int)
+        and value >= settings.get("context_length", math.inf),
+        "use_parallel_residual": value == getattr(config, "use_parallel_residual", None),
+    }.get(name, False)
 
 
 def _add_derived_settings(
@@ -231,9 +241,8 @@ def _add_derived_settings(
             )
         values["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
         values["mlp_bias"] = "blk.0.ffn_up.bias" in model.tensors
-        if hasattr(
-            config, "sliding_window"
-        ):  # transformers takes a file of the name "mistral" for that class
+        # transformers takes a file of the name "mistral" for that class, with its default window.
+        if hasattr(config, "sliding_window"):
             values.setdefault("sliding_window", None)
     if architecture == "qwen2moe" and "expert_feed_forward_length" not in settings:
         values["moe_intermediate_size"] = settings["feed_forward_length"] // settings["expert_used_count"]
@@ -271,6 +280,8 @@ def _add_rope_parameters(
             "original_max_position_embeddings": original,
         }
     elif kind == "yarn" and factor != 1.0:
+        if model.architecture == "phi3":
+            _refuse_rope(model, "rope.scaling.type yarn")
         attention_factor *= 0.1 * math.log(max(factor, 1.0)) + 1.0
         rope |= {
             "rope_type": "yarn",
@@ -280,8 +291,6 @@ def _add_rope_parameters(
             "beta_slow": float(settings.get("rope.scaling.yarn_beta_slow", 1.0)),
             "attention_factor": attention_factor,
         }
-        if model.architecture == "phi3":
-            _refuse_rope(model, "rope.scaling.type yarn")
     elif attention_factor != 1.0:
         rope |= _scale_each_frequency([factor] * (n_rotated // 2), attention_factor, context)
     elif factor != 1.0:
@@ -299,7 +308,7 @@ def _add_rope_parameters(
 
 
 def _scale_each_frequency(factors: list[float], attention_factor: float, context: int) -> dict[str, Any]:
-    """Return the rotation with a divisor for each frequency: the type "longrope", which never switches."""
+    """Return the rotation with a divisor for each frequency, as "longrope" that never changes its list."""
     return {
         "rope_type": "longrope",
         "short_factor": factors,
@@ -311,18 +320,8 @@ def _scale_each_frequency(factors: list[float], attention_factor: float, context
 
 def _check_rope_key(model: GgufModel, config: Any, name: str, value: Any) -> None:
     """Check that a key of the rotation is one that `_add_rope_parameters` follows, or without effect."""
-    known = {
-        "rope.freq_base",
-        "rope.scale_linear",
-        "rope.scaling.factor",
-        "rope.scaling.attn_factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-    }
     is_followed = (
-        name in known
+        name in _ROPE_KEYS
         or (name == "rope.scaling.type" and value in ("none", "linear", "yarn", "longrope"))
         or (name == "rope.freq_base_swa" and model.architecture == "gemma3")
         or (name in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor") and value in (1, -1))
@@ -378,6 +377,6 @@ def _is_read_by_transformers(architecture: str, name: str) -> bool:
 
 
 def _simplify_list(value: Any) -> Any:
-    """Return the one value of a list that repeats it, as for layers that are alike; else the value itself."""
+    """Return the one value of a list that repeats it, as for layers that are alike; else the value."""
     is_uniform = isinstance(value, list) and len(value) > 1 and all(item == value[0] for item in value)
     return value[0] if is_uniform else value

@@ -1,7 +1,8 @@
-"""Conversion of a GGUF to safetensors, once, into the cache; it computes what llama.cpp would compute."""
+"""Conversion of a GGUF to safetensors, once, into the cache, so that it computes what llama.cpp computes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ _RECORD_FILE = "conversion.json"
 
 
 def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, dict[str, Any]]:
-    """Return a folder with a safetensors copy of a GGUF, converted at first use, and what was converted.
+    """Return a folder with a safetensors copy of a GGUF, converted at first use, and where it comes from.
 
     The copy is cached under the SHA-256 of the GGUF and the versions of the libraries that make it, in
     float32, so that nothing is rounded a second time. A copy that is not complete is made again.
@@ -67,7 +68,7 @@ def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, dict[str, Any]]:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a converted copy; None if there is none or a file is not as long as written."""
+    """Return the record of a converted copy; None if it, or a file as long as it says, is missing."""
     try:
         record: dict[str, Any] = json.loads((folder / _RECORD_FILE).read_text("utf-8"))
         sizes = record["files"].items()
@@ -80,8 +81,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 def _write_copy(model: GgufModel, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Write the converted model into a folder, whole or not at all, and return its record."""
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     try:
-        part.mkdir(parents=True, exist_ok=True)
+        part.mkdir(parents=True)
         path = model.paths[0]
         corrections = find_corrections(model)
         if corrections or len(model.paths) > 1:
@@ -99,9 +101,7 @@ def _write_copy(model: GgufModel, tokenizer: Any, folder: Path) -> dict[str, Any
             },
         }
         (part / _RECORD_FILE).write_text(json.dumps(record, indent=1), "utf-8")
-        if _read_record(folder) is None:  # a concurrent run may have finished first
-            shutil.rmtree(folder, ignore_errors=True)
-            part.replace(folder)
+        _move_copy(part, folder)
     except OSError as error:
         raise UserError(f"cannot write the converted model to {folder.parent}: {error}") from error
     finally:
@@ -109,21 +109,39 @@ def _write_copy(model: GgufModel, tokenizer: Any, folder: Path) -> dict[str, Any
     return record
 
 
+def _move_copy(part: Path, folder: Path) -> None:
+    """Put a finished copy into its place, unless a concurrent run was first; a damaged one makes room."""
+    if _read_record(folder) is not None:
+        return
+    damaged = part.with_name(f"{part.name}.damaged")
+    with contextlib.suppress(FileNotFoundError):
+        folder.replace(damaged)
+    shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        part.replace(folder)
+    except OSError:
+        if _read_record(folder) is None:
+            raise
+
+
 def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
-    """Return the model of a GGUF in float32, and what its metadata says beyond the configuration."""
+    """Return the model of a GGUF in float32, and how its configuration was changed."""
     import torch
     import transformers
 
-    location: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # weights of some architectures would stay packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader: Any = transformers.AutoModelForCausalLM
     try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, **location)
+        config = transformers.AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
         changes = read_config_changes(model, config)
         config = apply_config_changes(config, changes)
-        loaded, loading_info = loader.from_pretrained(path.parent, config=config, **location, **options)
+        loaded, loading_info = loader.from_pretrained(
+            path.parent, config=config, gguf_file=path.name, trust_remote_code=False, **options
+        )
     except UserError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
@@ -142,16 +160,16 @@ def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
 
 
 def _check_tensors_used(model: GgufModel, converted: Any) -> None:
-    """Check that the converted model holds every tensor of the file: transformers drops some in silence."""
+    """Check that the converted model holds every tensor of the file: transformers drops others in silence."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     n_layers = converted.config.num_hidden_layers
-    # Behind the last layer there are blocks that predict several tokens at once, which answers do not use.
-    extra = {f"blk.{number}." for number in range(n_layers, n_layers + 9)}
+    # Blocks behind the last layer guess further tokens ahead, and do not change the next one.
+    extra = tuple(f"blk.{number}." for number in range(n_layers, n_layers + 9))
     tensors = {
         name: size
         for name, size in model.tensors.items()
-        if name not in ROPE_TENSORS and not name.startswith(tuple(extra))
+        if name not in ROPE_TENSORS and not name.startswith(extra)
     }
     # Tied weights, which share their memory, count once, as in the file.
     weights = {tensor.data_ptr(): tensor.numel() for tensor in converted.state_dict().values()}
@@ -160,7 +178,7 @@ def _check_tensors_used(model: GgufModel, converted: Any) -> None:
     architectures = {name: key for key, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(architectures[model.architecture], n_layers)
     known = {names.get_name(key, try_suffixes=(".weight", ".bias")) for key in converted.state_dict()}
-    unused = [name for name in tensors if name not in known] or ["one that is not named alike"]
+    unused = [name for name in tensors if name not in known] or ["some of those in layers"]
     raise UserError(
         f"{model.paths[0]} holds tensors that transformers does not read ({', '.join(sorted(unused)[:3])}), "
         "so it would compute something else than llama.cpp: use the model's folder or hub id"

@@ -1,4 +1,4 @@
-r"""Tokenizer of a GGUF: words as llama.cpp splits them for `tokenizer.ggml.pre`, and special tokens.
+"""Tokenizer of a GGUF, which splits texts as llama.cpp does for the file's `tokenizer.ggml.pre`.
 
 The rules are those of https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; each regular expression is
 the one of the tokenizer.json that llama.cpp's own stands for. A name that is not listed here is refused.
@@ -66,8 +66,7 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (_LLAMA3,),
-        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe glm4 "
-        "chatglm-bpe",
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe glm4 chatglm-bpe",
     ),
     ((_QWEN2,), "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open grok-2"),
     ((_QWEN35,), "qwen35"),
@@ -92,8 +91,8 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((_BLOOM, r"\p{N}"), "viking"),
     (
         (
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-            r"\s*[\r\n]|\s+(?!\S)|\s+",
+            rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+            r"|\s*[\r\n]|\s+(?!\S)|\s+",
         ),
         "bailingmoe bailingmoe2 llada-moe",
     ),
@@ -102,32 +101,15 @@ _SPLITS: tuple[tuple[tuple[str, ...], str], ...] = (
 _SPLITS_BY_NAME = {name: splits for splits, names in _SPLITS for name in names.split()}
 # Names with which a word that is in the vocabulary as a whole is one token, whatever the merges say.
 _IGNORING_MERGES = frozenset(
-    [
-        "llama3",
-        "llama-v3",
-        "llama-bpe",
-        "falcon3",
-        "falcon-h1",
-        "pixtral",
-        "midm-2.0",
-        "lfm2",
-        "jina-v5-nano",
-        "tekken",
-    ]
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 )
 # What llama.cpp takes for the end of a turn by its text, whatever kind the file says.
 _END_TOKENS = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<EOT>",
-        "<|eom_id|>",
-    ]
-) | {"<\uff5cend\u2581of\u2581sentence\uff5c>"}
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
+        *("<EOT>", "<|eom_id|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    )
+)
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
 _UNDERSTOOD_KEYS = frozenset(
@@ -137,16 +119,7 @@ _UNDERSTOOD_KEYS = frozenset(
         *(f"{role}_token_id" for role in (*_ROLES.values(), "eot", "eom")),
     )
 )
-# Of no account for a prompt: infilling, sentence pairs, the same vocabulary in other forms.
-_IGNORED_PARTS = (
-    "fim_",
-    "prefix_token",
-    "suffix_token",
-    "middle_token",
-    "seperator_token",
-    "mask_token",
-    "cls_token",
-)
+# The same vocabulary in other forms.
 _IGNORED_KEYS = ("tokenizer.huggingface.json", "tokenizer.chat_templates", "tokenizer.rwkv.world")
 
 
@@ -163,7 +136,7 @@ def classify_tokenizer_keys(model: GgufModel) -> tuple[list[str], list[str]]:
             continue
         if key in _UNDERSTOOD_KEYS or key.startswith("tokenizer.chat_template"):
             understood.append(key)
-        elif name.startswith(_IGNORED_PARTS) or key in _IGNORED_KEYS or not value:
+        elif name.endswith(("_token_id", "_token_ids")) or key in _IGNORED_KEYS or not value:
             ignored.append(key)
         elif name in (
             "token_type_count",
@@ -171,7 +144,7 @@ def classify_tokenizer_keys(model: GgufModel) -> tuple[list[str], list[str]]:
             "add_sep_token",
             "precompiled_charsmap",
         ):
-            ignored.append(key)  # read by llama.cpp for other kinds of tokenizers only
+            ignored.append(key)  # for other kinds of tokenizers
         else:
             raise UserError(
                 f"{model.paths[0]} says {key} = {str(value)[:40]}, which the conversion does not understand, "
@@ -251,8 +224,8 @@ def _build_byte_level(model: GgufModel, pieces: list[str]) -> Any:
     name = model.metadata.get("tokenizer.ggml.pre", "default")
     if name not in _SPLITS_BY_NAME:
         raise UserError(
-            f"{model.paths[0]} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known: "
-            "use the model's folder or hub id"
+            f"{model.paths[0]} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known "
+            "here: use the model's folder or hub id"
         )
     if "tokenizer.ggml.merges" not in model.metadata:
         raise UserError(
@@ -290,7 +263,8 @@ def _add_tokens(model: GgufModel, backend: Any, pieces: list[str], kinds: list[i
     from tokenizers import AddedToken
 
     name = str(model.metadata.get("general.name", "")).lower()
-    # Phi-3's templates write a newline behind such a token, which its tokenizer drops.
+    # Phi-3's templates write a newline behind such a token, which its tokenizer drops. So does llama.cpp,
+    # which goes by the name, too.
     is_phi3 = "phi-3" in name or "phi3" in name
     keeps_spaces = {"<unk>", "<s>", "<|endoftext|>"}
     for piece, kind in zip(pieces, kinds, strict=True):

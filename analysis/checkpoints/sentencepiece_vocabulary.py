@@ -1,7 +1,7 @@
 """sentencepiece vocabularies as `tokenizers` objects: of a `tokenizer.model` or of a GGUF, with the same ids.
 
-transformers' own conversion loses a space where a text begins with one, and adds the space in front of a
-text by another rule. The algorithm: https://github.com/google/sentencepiece/blob/master/src/bpe_model.cc
+transformers' own conversion loses a space where a text begins with one, and adds the space in front of a text
+by another rule. The algorithm: https://github.com/google/sentencepiece/blob/master/src/bpe_model.cc
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def set_space_rules(
 
 
 def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
-    """Return a tokenizer with sentencepiece's ids for one that was read from a sentencepiece file alone.
+    """Return a tokenizer with sentencepiece's ids for one that was read from a `tokenizer.model` alone.
 
     The setting `legacy` of `tokenizer_config.json` says whether a space is added behind special tokens, too:
     it is, as sentencepiece does with every text, unless it is false.

@@ -73,7 +73,7 @@ class LoadedModel:
         name: as the user typed it.
         model: a transformers model in evaluation mode.
         tokenizer: a transformers tokenizer with a chat template.
-        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also `gguf`, what was read of it.
+        origin: `id`, `revision` and `sha256`, for run.json; of a GGUF also how its metadata were read.
         adapter: merged into the weights, which puts the model into a state; None for the weights as released.
         trained_on: fingerprints of the queries that this project trained the model on.
         quantization: how the stored weights are quantized, for run.json; None if they are not.

@@ -89,7 +89,7 @@ def choose_batch_form(model: Any, share_prefix: bool = True) -> tuple[BatchForm,
     for form in forms:
         engine = Engine(model, batch_form=form)
         if not (reason := explain_disagreement(model, partial(_measure_engine_gap, engine, prompts))):
-            slower = f"{name} is run in {FORM_PHRASES[form]}, which takes longer: {'; '.join(reasons)}"
+            slower = f"{name} is run with {FORM_PHRASES[form]}, which takes longer: {'; '.join(reasons)}"
             return form, slower if reasons else ""
         reasons.append(f"{FORM_PHRASES[form]} {reason}")
     raise UserError(
@@ -226,7 +226,8 @@ def explain_disagreement(model: Any, measure_gap: Callable[[], float]) -> str:
 
 def measure_logit_gap(logits: Tensor, plain: Tensor) -> float:
     """Return the largest difference between logits and plain ones, in standard deviations of the latter."""
-    return float((logits - plain).abs().max() / plain.std())
+    spread = plain.std().clamp_min(torch.finfo(plain.dtype).tiny)  # logits may be all alike
+    return float((logits - plain).abs().max() / spread)
 
 
 def _describe_error(error: Exception) -> str:

@@ -27,7 +27,11 @@ from analysis.stats.tables import format_table
 from defenses.errors import UserError, unknown_name_error
 
 VERDICT_COLUMNS = ("refusal", "evidence", "judge")
-_SHIPPED_JUDGES: dict[str, Judge] = {**RULE_JUDGES, LEARNED_JUDGE.name: LEARNED_JUDGE}
+
+
+def list_shipped_judges() -> dict[str, Judge]:
+    """Return the judges that need no model, by name."""
+    return {**RULE_JUDGES, LEARNED_JUDGE.name: LEARNED_JUDGE}
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ class JudgeOptions:
         Raises:
             UserError: if an option has no valid value, or does not belong to this judge.
         """
-        if self.name not in (*_SHIPPED_JUDGES, "model"):
-            raise unknown_name_error("judge", self.name, (*_SHIPPED_JUDGES, "model"))
-        if self.name in _SHIPPED_JUDGES:
+        if self.name not in (*list_shipped_judges(), "model"):
+            raise unknown_name_error("judge", self.name, (*list_shipped_judges(), "model"))
+        if self.name in list_shipped_judges():
             model_options = {
                 "--judge-model": self.model,
                 "--rubric": self.rubric,
@@ -86,8 +90,8 @@ class JudgeOptions:
             UserError: if an option has no valid value, or the judge cannot be loaded.
         """
         self.check_options()
-        if self.name in _SHIPPED_JUDGES:
-            return _SHIPPED_JUDGES[self.name]
+        if self.name in list_shipped_judges():
+            return list_shipped_judges()[self.name]
         from analysis.judges.model_judges import ModelJudge, load_model_judge
 
         assert self.model is not None  # `check_options` has checked it

@@ -292,7 +292,7 @@ def _check_margins(
     elif len(comparisons) > 1:
         engine.cache_use = None  # is compared again
         engine.notices.append(
-            f"{type(model).__name__} is run in {FORM_PHRASES[engine.batch_form]}, which takes longer: "
+            f"{type(model).__name__} is run with {FORM_PHRASES[engine.batch_form]}, which takes longer: "
             f"{FORM_PHRASES[first_form]} change its margins by {comparisons[0].largest_gap:.1e} nats"
         )
     coverage = comparison.coverage

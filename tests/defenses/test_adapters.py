@@ -407,10 +407,16 @@ def test_pickled_and_damaged_weights_are_rejected(tmp_path: Path) -> None:
 
 def test_quantized_weights_are_not_merged(tmp_path: Path) -> None:
     folder, _ = write_peft_folder(tmp_path / "a", lora())
-    model = fresh_model()
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros(30720, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UserError, match=r"lm_head\.weight of this model is quantized"):
-        load_defense(folder).apply_to(model).__enter__()
+    packed, small, elsewhere = fresh_model(), fresh_model(), fresh_model()
+    integers = torch.zeros(30720, 1, dtype=torch.uint8)
+    packed.lm_head.weight = torch.nn.Parameter(integers, requires_grad=False)
+    floats = small.lm_head.weight.detach().to(torch.float8_e4m3fn)
+    small.lm_head.weight = torch.nn.Parameter(floats, requires_grad=False)
+    del elsewhere.lm_head.weight
+    elsewhere.lm_head.register_buffer("qweight", integers)
+    for model in (packed, small, elsewhere):
+        with pytest.raises(UserError, match=r"lm_head\.weight of this model is quantized"):
+            load_defense(folder).apply_to(model).__enter__()
 
 
 # --- several adapters -------------------------------------------------------------------------------------

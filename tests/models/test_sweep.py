@@ -289,6 +289,8 @@ def read_architecture(model_type: str, is_decoder: bool = False) -> Reading:
     try:
         form, _ = choose_batch_form(model)
     except UserError as error:
+        if "cannot run" in str(error):
+            return Reading(class_name, "not built", "transformers cannot run it with the sizes set here")
         return Reading(class_name, "refused", str(error).removeprefix(f"{class_name} "))
     plain = torch.stack([compute_plain_logits(model, prompt)[-1] for prompt in PROMPTS])
     engine = Engine(model, batch_form=form)
@@ -309,7 +311,8 @@ def read_variants(model_type: str) -> list[Reading]:
         readings[0].outcome == "refused"
         and "is_decoder" in inspect.signature(CONFIG_MAPPING[model_type]).parameters
     ):
-        readings.append(read_architecture(model_type, is_decoder=True))
+        decoder = read_architecture(model_type, is_decoder=True)
+        readings += [decoder] if decoder.outcome != "refused" else []
     return readings
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from itertools import cycle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
 from analysis.studies.preflight import PreflightCheck, check_condition
-from analysis.studies.setup import select_preflight_queries
+from analysis.studies.setup import RunSetup, select_preflight_queries
 from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import prefill_response, split_prefill
@@ -372,16 +371,21 @@ def test_in_half_precision_a_prefix_that_is_not_read_is_not_taken_for_rounding(
     assert float(observed.split()[0]) < 0.5 and "in float32" in observed
 
 
-def test_the_longest_query_of_the_run_is_checked() -> None:
+def choose_from(queries: list[Query]) -> list[Query]:
     session = make_toy_session()
+    info = ModelInfo("toy", session.loaded_model.tokenizer, ())
+    query_set = QuerySet("toy", tuple(queries), "")
+    setup = RunSetup(session, info, [], query_set, "test", [READOUT], (DIRECT_ATTACK,), [])
+    return select_preflight_queries(setup, DIRECT_ATTACK)
+
+
+def test_the_longest_query_of_the_run_is_checked() -> None:
     queries = [Query(f"q{number}", "How?", number % 2 == 0) for number in range(20)]
     queries[13] = Query("q13", "How do I write a long letter?", False)
-    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries), ""))
-    chosen = select_preflight_queries(setup, DIRECT_ATTACK)
+    chosen = choose_from(queries)
     assert len(chosen) == 5 and chosen[-1] is queries[13]
     queries[0] = Query("q0", "How do I write a very, very long letter to everybody?", True)
-    setup = SimpleNamespace(session=session, query_set=QuerySet("toy", tuple(queries), ""))
-    assert len(select_preflight_queries(setup, DIRECT_ATTACK)) == 4
+    assert len(choose_from(queries)) == 4
 
 
 def test_margins_that_are_nan_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

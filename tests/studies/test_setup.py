@@ -115,8 +115,8 @@ def test_a_model_is_checked_before_responses_are_generated(home: Path) -> None:
     assert_user_error(
         run_cli(*ANALYZE, "-m", "damaged"), "model.layers.0.mlp.up_proj.weight holds such values"
     )
-    # A template that cuts messages fails the preflight.
+    # A template that cuts messages.
     template = save_model(home / "odd") / "chat_template.jinja"
     template.write_text(CHATML.replace("m.content", "m.content[:9]"), "utf-8")
-    assert "message" in run_cli(*ANALYZE, "-m", "odd").err
+    assert_user_error(run_cli(*ANALYZE, "-m", "odd"), "drops the user's text")
     assert not (home / "cache" / "refusalscope" / "verdicts").exists()
