@@ -307,13 +307,9 @@ def test_a_defense_that_does_not_reach_the_model_stops_the_run_and_the_check(cli
     assert run_cli("check", "-d", "policy", "-m", "deaf").code == 0
 
 
-def test_a_dated_template_gives_the_same_margins_on_another_day_and_says_which_date(
-    cli_home, no_figures, monkeypatch
-):
-    dated = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}" + CHATML
-    save_model(cli_home / "dated", template=dated)
-    options = ("-d", "policy", "-m", "dated", "--limit", "4", "--responses", "none", "--controls", "0")
-    scores = []
+def test_a_dated_template_reads_the_same_on_another_day(cli_home, monkeypatch):
+    save_model(cli_home / "dated", template="{{ 'Today: ' + strftime_now('%d %B %Y') }}" + CHATML)
+    outputs = []
     for day in (1, 2):
 
         class Clock(datetime):
@@ -322,25 +318,28 @@ def test_a_dated_template_gives_the_same_margins_on_another_day_and_says_which_d
                 return cls(2026, 12, day)
 
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(cli_home / f"cache-{day}"))
-        assert run_cli(*options, "-o", f"day-{day}").code == 0
-        scores.append(pd.read_csv(cli_home / f"day-{day}" / "scores.csv"))
-    pd.testing.assert_frame_equal(*scores)
-    record = json.loads((cli_home / "day-1" / "run.json").read_text())
-    assert record["chat_template"]["date"] == "2024-07-26"
+        outputs.append(run_cli("check", "-d", "policy", "-m", "dated", "--queries", "2"))
+        assert outputs[-1].code == 0 and "Today: 26 July 2024" in outputs[-1].out
+    assert outputs[0] == outputs[1]
 
 
 def test_template_and_answer_prefix_reach_the_prompt_and_run_json(cli_home, no_figures):
-    (cli_home / "mine.jinja").write_text(CHATML.replace("<|im_start|>assistant", "<|assistant|>"))
+    template = "{{ strftime_now('%Y') }}" + CHATML.replace("<|im_start|>assistant", "<|assistant|>")
+    (cli_home / "mine.jinja").write_text(template)
+    rows = [f"q{row},{row // 2 % 2},{split}" for row, split in enumerate(["calibration", "test"] * 4)]
+    (cli_home / "few.csv").write_text("\n".join(["text,harmful,split", *rows]))
     options = ("-m", "tiny", "--template", "mine.jinja", "--answer-prefix", "<think>\\n</think>\\n")
-    check = run_cli("check", *options, "--queries", "2")
-    assert check.code == 0 and "<|assistant|>" in check.out and "<think>\n</think>\n" in check.out
-    result = run_cli("-d", "policy", *options, "--limit", "4", "--responses", "none", "-o", "prefixed")
+    options += ("--data", "few.csv", "--responses", "none", "--controls", "0", "-o", "prefixed")
+    result = run_cli("-d", "policy", *options)
     assert result.code == 0, result.err
+    assert "every prompt is followed by '<think>\\n</think>\\n'" in result.err
     record = json.loads((cli_home / "prefixed" / "run.json").read_text())
-    assert record["chat_template"]["answers_begin_after"] == "<think>\n</think>\n"
+    about = record["chat_template"]
+    assert (about["date"], about["answers_begin_after"]) == ("2024-07-26", "<think>\n</think>\n")
     asked = record["options"]
     assert (asked["template"], asked["answer_prefix"]) == ("mine.jinja", "<think>\n</think>\n")
+    prompts = pd.read_csv(cli_home / "prefixed" / "prompts.csv")
+    assert prompts["prompt"].str.endswith("<|assistant|>\n<think>\n</think>\n").all()
 
 
 # --- failures, interruption, resumption -------------------------------------------------------------------
