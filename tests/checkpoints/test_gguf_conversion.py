@@ -86,10 +86,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
-GEMMA3_ROPE = (
-    ("full_attention", {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}),
-    ("sliding_attention", {"rope_type": "default", "rope_theta": 10000.0}),
-)
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
