@@ -339,7 +339,7 @@ def test_template_and_answer_prefix_reach_the_prompt_and_run_json(cli_home, no_f
     asked = record["options"]
     assert (asked["template"], asked["answer_prefix"]) == ("mine.jinja", "<think>\n</think>\n")
     prompts = pd.read_csv(cli_home / "prefixed" / "prompts.csv")
-    assert prompts["prompt"].str.endswith("<|assistant|>\n<think>\n</think>\n").all()
+    assert prompts["read"].str.endswith("<|assistant|>\n<think>\n</think>\n").all()
 
 
 # --- failures, interruption, resumption -------------------------------------------------------------------
