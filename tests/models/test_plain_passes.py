@@ -167,7 +167,7 @@ def test_a_model_that_rounds_by_the_whole_batch_is_run_one_prompt_at_a_time() ->
         layer.mlp.register_forward_hook(round_by_largest)
     form, reason = choose_batch_form(model)
     assert form is BatchForm.SINGLE
-    assert "is run in passes of one prompt each, which takes longer" in reason
+    assert "is run with passes of one prompt each, which takes longer" in reason
     prompts = draw_probe_prompts(model)
     plain = torch.stack([compute_plain_logits(model, prompt)[-1] for prompt in prompts])
     engine = Engine(model, batch_size=8, batch_form=form)

@@ -30,7 +30,7 @@ _PLAIN = {
 }
 TRAINERS: dict[str, dict[str, Any]] = {
     "bpe": {"model_type": "bpe", "byte_fallback": True, "vocab_size": 400, **_PLAIN},
-    "bpe, unknown characters": {"model_type": "bpe", "character_coverage": 0.9, "vocab_size": 110, **_PLAIN},
+    "bpe, unknown characters": {"model_type": "bpe", "character_coverage": 0.98, "vocab_size": 110, **_PLAIN},
     "bpe, no space in front": {
         "model_type": "bpe",
         "byte_fallback": True,
@@ -46,7 +46,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
         **_PLAIN,
     },
     "bpe, normalized": {"model_type": "bpe", "byte_fallback": True, "vocab_size": 400},
-    "unigram": {"model_type": "unigram", "byte_fallback": True, "vocab_size": 330, **_PLAIN},
+    "unigram": {"model_type": "unigram", "byte_fallback": True, "vocab_size": 300, **_PLAIN},
 }
 TEXTS = [
     *["bread", " bread", "   bread  with ", " ", "   ", "\n", "a\n\nb", "\t\ta", "I can't!  12 eggs"],
