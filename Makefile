@@ -19,10 +19,12 @@ coverage: .venv/ready-dev ## every test except the notebooks, with line and bran
 sweep: .venv/ready-dev ## read every causal architecture of transformers (some minutes; REWRITE=1 rewrites docs/models.md)
 	$(BIN)/python -m pytest -m sweep tests/models/test_sweep.py
 
-check: .venv/ready-dev ## format, lint, types, known vulnerabilities, and the list of all packages (build/sbom.json)
+lint: .venv/ready-dev ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint ## lint, known vulnerabilities, and the list of all packages (build/sbom.json)
 	$(BIN)/python tests/audit.py
 
 figures: .venv/ready ## run the main results and draw their figures into figures/ (about an hour)
@@ -122,5 +124,5 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage sweep check figures validity ensembles controls agreement mechanism arms adapters judge notebooks bench
+.PHONY: help demo test coverage sweep lint check figures validity ensembles controls agreement mechanism arms adapters judge notebooks bench
 .DEFAULT_GOAL := help
