@@ -229,7 +229,8 @@ def add_condition(monkeypatch: pytest.MonkeyPatch, defense: Defense, name: str =
 def find_unchecked_text(home: Path) -> str:
     """Return the text of a query that the preflight does not look at."""
     every = make_spec(home).select_queries()[0].queries
-    return next(one.text for one in every if one not in sample_queries(every, 4))
+    checked = [*sample_queries(every, 4), max(every, key=lambda query: len(query.text))]
+    return next(query.text for query in every if query not in checked)
 
 
 @pytest.mark.parametrize("fails", ["every query", "a check", "a query that is checked", "a later query"])
