@@ -16,8 +16,8 @@ coverage: .venv/ready-dev ## every test except the notebooks, with line and bran
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/test_notebooks.py --cov analysis \
 	  --cov defenses --cov-branch --cov-fail-under 90 --cov-report term-missing:skip-covered
 
-sweep: .venv/ready-dev ## read every causal architecture of transformers (some minutes; REWRITE=1 rewrites docs/models.md)
-	$(BIN)/python -m pytest -m sweep tests/models/test_sweep.py
+sweep: .venv/ready-dev ## tests that take minutes, such as every causal architecture (REWRITE=1 rewrites docs/models.md)
+	$(BIN)/python -m pytest -m sweep
 
 lint: .venv/ready-dev ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -86,8 +86,16 @@ settings.register_profile("here", deadline=None, max_examples=50, derandomize=Tr
 settings.load_profile("here")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C interrupt, also where the tests were started in the background, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the sweep over all architectures out, except where `-m` asks for it."""
+    """Leave tests that take minutes (`sweep`) out, except where `-m` asks for them."""
     if "sweep" not in config.getoption("markexpr"):
         items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
 

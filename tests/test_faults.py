@@ -58,6 +58,7 @@ def assert_equal_runs(folder, reference):
     assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.sweep
 def test_a_killed_run_goes_on_from_what_it_has_computed(home, whole_run):
     # In a cached file, in a commit of scores, in a table, and before the folder gets its name.
     for place in (("readouts", 2), ("commit", 3), ("scores.csv", 1), ("move out", 1)):
@@ -79,7 +80,8 @@ def test_a_killed_run_goes_on_from_what_it_has_computed(home, whole_run):
     assert_equal_runs(home / "out", whole_run)
 
 
-def test_a_stopped_run_says_so_in_one_line_and_goes_on_later(home, whole_run):
+@pytest.mark.sweep
+def test_a_stopped_run_says_so_in_one_line_and_goes_on_later(home, whole_run, interruptible):
     twice = (("commit", 11), ("scores.csv", 1))  # again while the two finished conditions are written
     for fault, places, expected in (("terminate", (("commit", 4),), 143), ("interrupt", twice, 130)):
         code, messages = finish_run(home, "-d", "word_drop", *ARGUMENTS, fault=fault, places=places)

@@ -102,7 +102,7 @@ def test_what_a_killed_process_left_is_removed_but_not_what_is_in_use(tmp_path):
     assert [(tmp_path / name / "run.json").read_text() for name in ("a", "b", "run")] == ["a", "b", "c"]
 
 
-def test_ctrl_c_waits_for_the_end_of_a_short_step():
+def test_ctrl_c_waits_for_the_end_of_a_short_step(interruptible):
     steps = []
     with pytest.raises(KeyboardInterrupt), delay_interrupts():
         signal.raise_signal(signal.SIGINT)

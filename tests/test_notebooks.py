@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 
 NOTEBOOK_FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOK_FOLDER.glob("*.ipynb"))
+LIVE = ("01-first-analysis", "06-your-own")  # they run the model for minutes; the others read stored runs
 NUMBER = re.compile(r"(?<![\w.-])[-−+]?\d+(?:\.\d+)?(?![\w.])")
 pytestmark = [pytest.mark.slow, pytest.mark.embedded, pytest.mark.timeout(600)]
 
@@ -42,7 +43,9 @@ def test_there_are_six_notebooks_and_they_are_numbered():
     assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name in LIVE)) for name in NAMES]
+)
 def test_a_notebook_runs_from_the_top_and_reproduces_its_outputs(name, smollm2, monkeypatch):
     assert smollm2.model is not None  # converted before, so that no notebook shows the conversion
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two notebooks run at once

@@ -200,6 +200,7 @@ def test_colors_are_symmetric_about_no_interaction_in_either_panel() -> None:
     assert legend_texts == ["noise", "tuning"]  # all pairs were run, so none is grey
 
 
+@pytest.mark.sweep
 def test_families_stand_together_in_the_palettes_order_with_a_strip_of_their_color() -> None:
     figure, cells = cached_ensemble_figures("many")["interactions"]
     families = plant_ensembles("many")[2]

@@ -189,6 +189,7 @@ def test_the_true_values_in_closed_form_are_those_of_very_large_samples():
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_intervals_contain_the_true_value_in_95_percent_of_500_data_sets():
     """Test the coverage of each estimate in each setting, and of each estimate over all six settings.
 

@@ -221,6 +221,7 @@ def test_if_nothing_can_be_compared_the_command_stops_with_one_line(
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.sweep
 def test_other_secrets_are_trained_like_the_models_own_weights(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
