@@ -282,6 +282,15 @@ def find_tokenizer_differences(folder: Path, tokenizer: Any) -> list[str]:
     return differences
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hugging Face id.
+
+    >>> is_hub_id("owner/name"), is_hub_id("./folder"), is_hub_id("name")
+    (True, False, False)
+    """
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
 def fetch_weights_folder(source: Path, patterns: list[str], model_info: ModelInfo) -> Path:
     """Return a local folder, or the cache folder of a Hugging Face repository after downloading its files.
 
@@ -296,7 +305,7 @@ def fetch_weights_folder(source: Path, patterns: list[str], model_info: ModelInf
     folder = source.expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+    if not is_hub_id(str(source)):
         raise UserError(f"{source} is neither a folder nor a Hugging Face id (NAME/NAME)")
     from huggingface_hub import snapshot_download
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
+from defenses.adapters import is_hub_id
 from defenses.contract import COST_LEVELS, Defense
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import get_settings, parse_setting
@@ -168,10 +169,10 @@ def label_adapters(names: Sequence[str]) -> dict[str, str]:
 
 def _is_adapter_source(name: str) -> bool:
     """Return whether a name is the path of a folder, or could be a Hugging Face id."""
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.endswith(".py")
+    may_be_id = is_hub_id(name) and not name.endswith(".py")
     # "backdoor/no_secret" is the name of an ablation.
     is_ablation = name.partition("/")[0] in find_defense_classes()
-    return (name != "" and Path(name).expanduser().is_dir()) or (is_hub_id and not is_ablation)
+    return (name != "" and Path(name).expanduser().is_dir()) or (may_be_id and not is_ablation)
 
 
 @cache

@@ -24,6 +24,7 @@ from analysis.models.loading import NO_ADAPTER, load_model
 from analysis.models.numerics import check_short_prompt
 from analysis.models.session import ModelSession
 from analysis.models.thinking_blocks import strip_thinking
+from defenses.adapters import is_hub_id
 from defenses.contract import Message
 from defenses.errors import UserError, describe_library_error
 
@@ -301,7 +302,7 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     is_folder = (Path(name) / "config.json").is_file()
-    if not is_folder and (Path(name).suffix == ".gguf" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    if not is_folder and (Path(name).suffix == ".gguf" or not is_hub_id(name)):
         return None
     if not is_folder and not offline:
         notify(f"looking up {name} on huggingface.co; it is downloaded if it is not cached")

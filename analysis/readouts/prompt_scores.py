@@ -54,7 +54,7 @@ def score_prompts(
     for batch_rows, values in _iterate_scores(loaded_model, engine, defense, new_prompts, readout):
         batch_keys = [keys[new_rows[row]] for row in batch_rows]
         new_scores = dict(zip(batch_keys, map(tuple, values.tolist()), strict=True))
-        if score_cache is not None and values.isfinite().all():
+        if score_cache is not None:  # which skips scores that are not finite
             score_cache.write_scores((key, *score) for key, score in new_scores.items())
         scores |= new_scores
         on_progress(len(batch_rows))

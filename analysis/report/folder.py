@@ -214,6 +214,11 @@ def _choose_free_name(name: str, taken_names: Container[str]) -> str:
     return free_name
 
 
+def locate_record(path: Path) -> Path:
+    """Return the path of the `run.json` that belongs to a run's folder, or to a table in it."""
+    return (path if path.is_dir() else path.parent) / RECORD_FILE
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read the `run.json` of a run.
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK
 from analysis.progress import make_progress_bar
-from analysis.report.folder import RECORD_FILE, read_record, read_run_table
+from analysis.report.folder import locate_record, read_record, read_run_table
 from analysis.stats.additivity import (
     EnsembleDraws,
     draw_ensemble,
@@ -287,7 +287,7 @@ def load_overlap(path: Path) -> pd.DataFrame:
 
 def _check_overlap_model(path: Path, setup: RunSetup) -> None:
     """Raise if the run of the profiles says that they are of another model or of test queries."""
-    record_file = (path if path.is_dir() else path.parent) / RECORD_FILE
+    record_file = locate_record(path)
     if not record_file.is_file():
         return
     record = read_record(record_file)

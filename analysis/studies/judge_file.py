@@ -58,9 +58,10 @@ class JudgeOptions:
         Raises:
             UserError: if an option has no valid value, or does not belong to this judge.
         """
-        if self.name not in (*list_shipped_judges(), "model"):
-            raise unknown_name_error("judge", self.name, (*list_shipped_judges(), "model"))
-        if self.name in list_shipped_judges():
+        shipped_judges = list_shipped_judges()
+        if self.name not in (*shipped_judges, "model"):
+            raise unknown_name_error("judge", self.name, (*shipped_judges, "model"))
+        if self.name in shipped_judges:
             model_options = {
                 "--judge-model": self.model,
                 "--rubric": self.rubric,
@@ -90,8 +91,8 @@ class JudgeOptions:
             UserError: if an option has no valid value, or the judge cannot be loaded.
         """
         self.check_options()
-        if self.name in list_shipped_judges():
-            return list_shipped_judges()[self.name]
+        if (shipped_judge := list_shipped_judges().get(self.name)) is not None:
+            return shipped_judge
         from analysis.judges.model_judges import ModelJudge, load_model_judge
 
         assert self.model is not None  # `check_options` has checked it

@@ -36,7 +36,7 @@ from analysis.mechanism.interventions import (
 from analysis.mechanism.knockout import describe_unsupported_attention
 from analysis.mechanism.logit_weights import SATURATED_WEIGHT
 from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
-from analysis.report.folder import RECORD_FILE, read_record, read_run_table
+from analysis.report.folder import locate_record, read_record, read_run_table
 from analysis.stats.attribution import (
     CONTRASTS,
     ContrastEstimator,
@@ -523,7 +523,7 @@ def check_same_readout(ensembles_folder: Path, readout_name: str) -> None:
 
 def _check_same_value(ensembles_folder: Path, label: str, section: str, key: str, value: str | None) -> None:
     """Raise if an entry of the run.json of a run of `analyze ensembles` differs from that of this run."""
-    path = (ensembles_folder if ensembles_folder.is_dir() else ensembles_folder.parent) / RECORD_FILE
+    path = locate_record(ensembles_folder)
     if not path.is_file():
         raise UserError(
             f"--ensembles {ensembles_folder}: there is no run.json beside it, so its model cannot be checked"
