@@ -30,7 +30,12 @@ from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
 from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
-from defenses.training.trainer import TrainingSettings, find_last_checkpoint, train_model
+from defenses.training.trainer import (
+    TrainingSettings,
+    find_adapted_layers,
+    find_last_checkpoint,
+    train_model,
+)
 
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
 _MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
@@ -114,8 +119,10 @@ def train_weights(
         )
     opened = spec.open_model(console)
     model_info = opened.model_info
-    if opened.checkpoint.adapter is not None and not training_settings.full:
-        check_can_continue(opened.checkpoint.adapter)
+    if not training_settings.full:
+        find_adapted_layers(opened.checkpoint.build_without_weights().model, training_settings.modules)
+        if opened.checkpoint.adapter is not None:
+            check_can_continue(opened.checkpoint.adapter)
     if out is None:
         out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
         _check_not_finished(out)

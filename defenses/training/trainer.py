@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from defenses.contract import Chat
-from defenses.errors import UserError, is_out_of_memory
+from defenses.errors import UserError, is_out_of_memory, unknown_name_error
 from defenses.training.recipes import TargetResponse, TrainingExample
 
 PromptRenderer = Callable[[Chat], Sequence[int]]
@@ -130,6 +130,33 @@ def train_model(
     return trainer.model.eval(), history
 
 
+def find_adapted_layers(model: Any, names: Sequence[str]) -> list[str]:
+    """Return the full names of the layers that an adapter changes: those of the language model.
+
+    A model that also reads images may have layers of the same names in its vision tower.
+
+    Args:
+        model: transformers model; its weights are not read.
+        names: last parts of the names, such as q_proj.
+
+    Raises:
+        UserError: if the language model has no layer of one of the names.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    decoder_modules = set(model.get_decoder().modules())
+    layers = {
+        name: name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if module in decoder_modules and isinstance(module, (nn.Linear, Conv1D))
+    }
+    for name in names:
+        if name not in layers.values():
+            raise unknown_name_error("layer in --set modules", name, set(layers.values()))
+    return [full_name for full_name, name in layers.items() if name in names]
+
+
 def find_last_checkpoint(folder: Path) -> Path | None:
     """Return the last complete checkpoint of a training; incomplete ones are removed.
 
@@ -192,7 +219,7 @@ def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingS
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        target_modules=list(settings.modules),
+        target_modules=find_adapted_layers(model, settings.modules),
         task_type="CAUSAL_LM",
     )
     options: dict[str, Any] = {

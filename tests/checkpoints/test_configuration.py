@@ -16,6 +16,7 @@ from analysis.models.session import ModelSession
 from analysis.studies.manifest import describe_inputs
 from defenses.errors import UserError
 from defenses.steering import get_blocks
+from defenses.training.trainer import find_adapted_layers
 
 
 def change_config(folder: Path, **values: Any) -> Path:
@@ -171,11 +172,13 @@ def test_a_model_that_also_reads_images_reads_text_as_in_transformers(tmp_path: 
     got = engine.read_first_token(prompts, lambda logits: logits)
     assert torch.allclose(got, want, atol=1e-4) and want.abs().max() > 0.5
     assert (loaded.context_length, loaded.n_embeddings) == (2048, 960)
-    # Steering changes the language model, not the vision tower.
+    # Steering and adapters change the language model, not the vision tower.
     blocks = get_blocks(loaded.model)
     assert len(blocks) == 2 and all(
         "vision" not in name for name, module in loaded.model.named_modules() if module in blocks
     )
+    layers = find_adapted_layers(loaded.model, ["q_proj", "v_proj"])
+    assert len(layers) == 4 and not any("vision" in name for name in layers)
 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_training_queries_are_not_evaluated() -> None:
         (["batch=0"], "must be more than 0"),
         (["full=maybe"], "must be true or false"),
         (["rate=fast"], "must be a number"),
+        (["modules=q_proj,k_prog"], "did you mean 'k_proj'"),
     ],
 )
 def test_wrong_settings_are_user_errors(home: Path, settings: list[str], said: str) -> None:
