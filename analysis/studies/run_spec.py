@@ -38,7 +38,7 @@ READOUT_DESCRIPTIONS = {
     "prefilled-K": "the words readout after the first K tokens of a complying opener",
     "auto": "the readout that `analyze validate` found best for this model and these conditions",
 }
-DEFAULT_LINEAR_READOUT = "words"  # where margins are added up or decomposed over components
+_UNFITTED_READOUT = "words"  # of commands that choose none; it needs no responses of the model
 _FORCED_PREFIX = "prefilled-"  # readouts that force how responses begin
 PATCH_SITES = ("residual", "attention", "mlp", "heads")  # activation sites of `analyze mechanism`
 BOTH_SPLITS = "calibration and test"  # split name of runs that select on one split and report on the other
@@ -55,7 +55,7 @@ def build_run_spec(
     seed: int = 0,
     offline: bool = False,
     attack: str | Sequence[str] | None = None,
-    readout: str | Sequence[str] = DEFAULT_LINEAR_READOUT,
+    readout: str | Sequence[str] = _UNFITTED_READOUT,
     responses: str | int = "none",
     share_prefix: bool = True,
     template: str | None = None,
@@ -170,7 +170,7 @@ class RunSpec:
     seed: int = 0
     offline: bool = False
     attacks: tuple[Attack, ...] = (DIRECT_ATTACK,)
-    readouts: tuple[str, ...] = (DEFAULT_LINEAR_READOUT,)
+    readouts: tuple[str, ...] = (_UNFITTED_READOUT,)
     max_responses: int | None = 0
     share_prefix: bool = True
     template: str | None = None

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         set_home_folder(patch, folder)
         save_model(folder / "toy")
-        options = ("--limit", 10, "--patched", 4, "--top", 3, "-o", folder / "out")
+        options = ("--readout", "words", "--limit", 10, "--patched", 4, "--top", 3, "-o", folder / "out")
         result = run_cli("mechanism", "-m", folder / "toy", *DEFENSES, *SETTINGS, *options)
         assert result.code == 0, result.err
         (folder / "output.txt").write_text(result.out + result.err)
@@ -108,7 +108,7 @@ def test_a_saturated_readout_is_noted_where_slopes_are_estimated(
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("analysis.studies.mechanism.SATURATED_WEIGHT", 100.0)
-    args = ("-d", "self_reminder", "--limit", 4, "--patched", 2, "--top", 1)
+    args = ("-d", "self_reminder", "--readout", "words", "--limit", 4, "--patched", 2, "--top", 1)
     result = run_mechanism(own_cache, *args, out="saturated")
     assert result.code == 0, result.err
     notice = "readout words is saturated in 100% of the undefended prompts"
@@ -185,7 +185,8 @@ def test_similarity_is_compared_with_the_interactions_of_stacks(own_cache: Path,
     stacks.to_csv(tmp_path / "ensembles.csv", index=False)
     record = json.loads((own_cache / "out" / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | {"files": {"ensembles.csv": None}}))
-    args = ("-d", "policy", "-d", "self_reminder", "--limit", 6, "--patched", 0, "--ensembles", tmp_path)
+    args = ("-d", "policy", "-d", "self_reminder", "--readout", "words", "--limit", 6, "--patched", 0)
+    args = (*args, "--ensembles", tmp_path)
     result = run_mechanism(own_cache, *args, out="both")
     assert result.code == 0, result.err
     assert read_table(own_cache, "overlap", "both")["interaction"].tolist() == [-0.5, 0.25]

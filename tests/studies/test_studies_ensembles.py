@@ -158,8 +158,6 @@ def test_a_stack_is_scored_as_alone_and_predicted_from_its_members(kept: Path) -
         kept / "toy",
         "--limit",
         24,
-        "--readout",
-        "words",
         "--responses",
         "none",
         "-o",
