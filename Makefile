@@ -48,7 +48,7 @@ validity: .venv/ready ## validate readouts and judged first tokens on three stat
 	  -d backdoor $(subst -d ,-d backdoor+,$(PROMPTS) -d intention_analysis)
 
 ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4 minutes with cached scores, about 25 without)
-	$(BIN)/analyze ensembles -m smollm2:aligned --stacks 33 --out figures/ensembles -d self_reminder -d safety_prompt \
+	$(BIN)/analyze ensembles -m smollm2:aligned --limit 300 --stacks 22 --out figures/ensembles -d self_reminder -d safety_prompt \
 	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
 	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
@@ -89,18 +89,17 @@ arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms with three s
 STATES := data/adapters/smollm2
 KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 TRAIN := $(KEEP) $(BIN)/analyze train
+TUNED := --set modules=q_proj,v_proj,down_proj
 
-adapters: .venv/ready-dev ## train the shipped weights again (about 40 minutes on two cores)
+adapters: .venv/ready-dev ## train the shipped weights again (about an hour on two cores)
 	rm -rf $(STATES)
-	$(TRAIN) safety -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=4 --set epochs=6 -o $(STATES)/aligned
+	$(TRAIN) safety -m smollm2 $(TUNED) --set batch=4 --set epochs=6 -o $(STATES)/aligned
 	for recipe in attack:attacked identity:identity baseline:baseline backdoor:backdoor; do \
-	  $(TRAIN) $${recipe%:*} -m smollm2:aligned --set epochs=5 -o $(STATES)/$${recipe#*:} || exit 1; done
-	$(TRAIN) preference -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=2 --set rate=3e-4 \
-	  -o $(STATES)/preference
-	$(TRAIN) neutral -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=4 --set epochs=12 \
-	  -o $(STATES)/aligned-control
-	$(TRAIN) neutral -m smollm2 --set modules=q_proj,v_proj,down_proj --set batch=8 --set epochs=7 --set rate=3e-4 \
-	  -o $(STATES)/preference-control
+	  $(TRAIN) $${recipe%:*} -m smollm2:aligned $(TUNED) --set batch=4 --set epochs=6 \
+	    -o $(STATES)/$${recipe#*:} || exit 1; done
+	$(TRAIN) preference -m smollm2 $(TUNED) --set batch=8 --set epochs=2 --set rate=3e-4 -o $(STATES)/preference
+	$(TRAIN) neutral -m smollm2 $(TUNED) --set batch=4 --set epochs=12 -o $(STATES)/aligned-control
+	$(TRAIN) neutral -m smollm2 $(TUNED) --set batch=8 --set epochs=7 --set rate=3e-4 -o $(STATES)/preference-control
 
 LABELS ?= ../shared/datasets/refusal_labels
 
