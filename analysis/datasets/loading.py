@@ -141,6 +141,8 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
     if n_repeated := len(query_set.queries) - len({query.text for query in query_set.queries}):
         n = len(query_set.queries)
         notify(f"note: {name} repeats texts ({n_repeated} of {n} queries); each counts as a query of its own")
+    if n_images := sum(query.image is not None for query in query_set.queries):
+        notify(f"note: {n_images} queries of {name} have an image, which is not read: only their text is")
     return replace(
         query_set,
         name=name,
