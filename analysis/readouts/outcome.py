@@ -103,20 +103,24 @@ def fit_outcome_readout(
         for opening in [(), *branch_openings]
     ]
     priors = _make_priors(nodes[0].ids, words_readout, base_value)
-    losses = {
-        sharpness: _compute_held_out_loss(nodes, sharpness, is_refusal, folds, priors, base_value)
-        for sharpness in SHARPNESS_CANDIDATES
-    }
-    sharpness = min(losses, key=losses.__getitem__)
+    n, n_refused = len(is_refusal), int(is_refusal.sum())
+    if min(n_refused, n - n_refused) < _N_FOLDS:
+        # Responses of one class alone fit the better, the sharper the probabilities are.
+        sharpness, reason = 1.0, "because too few are of one class to choose a sharpness"
+    else:
+        losses = {
+            sharpness: _compute_held_out_loss(nodes, sharpness, is_refusal, folds, priors, base_value)
+            for sharpness in SHARPNESS_CANDIDATES
+        }
+        sharpness, reason = min(losses, key=losses.__getitem__), "by cross-validation"
     values = _estimate_node_values(nodes, is_refusal, np.ones(len(is_refusal), bool), priors)
     tokenizer = session.loaded_model.tokenizer
     root_values = values[()]
     order = np.argsort(-root_values, kind="stable")
     notices = [
         *words_readout.notices[1:],
-        f"values of {len({opening[0] for opening in openings})} first tokens from {len(is_refusal)} "
-        f"undefended responses, {int(is_refusal.sum())} of them refusals; logits × {sharpness:g} by "
-        "cross-validation",
+        f"values of {len({opening[0] for opening in openings})} first tokens from {n} undefended responses, "
+        f"{n_refused} of them refusals; logits × {sharpness:g} {reason}",
     ]
     if depth > 1:
         texts = ", ".join(repr(str(tokenizer.decode(list(opening)))) for opening in branch_openings)

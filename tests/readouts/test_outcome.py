@@ -114,6 +114,20 @@ def test_sharpness_is_the_best_on_held_out_responses(fitted) -> None:
     assert f"{len(is_refusal)} undefended responses" in readout.notices[-1]
 
 
+def test_responses_of_one_class_choose_no_sharpness() -> None:
+    session, n = make_toy_session(), len(QUERIES)
+    labels = np.ones(n, bool), np.arange(n) < 4
+    readout = fit_outcome_readout(
+        session,
+        derive_readout(session, QUERIES, NONE),
+        NONE,
+        DIRECT_ATTACK.build_query_chats(QUERIES),
+        [None] * n,
+        labels,
+    )
+    assert readout.sharpness == 1 and "too few are of one class" in readout.notices[-1]
+
+
 def test_the_loss_of_a_response_does_not_depend_on_its_own_label() -> None:
     # Each response has a first token of its own, so that values fitted on all responses know the labels.
     n = 20
