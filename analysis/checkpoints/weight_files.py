@@ -121,12 +121,7 @@ def check_weight_files(folder: Path, is_quantized: bool = False) -> None:
 
     paths = list_weight_files(folder)
     for path in paths:
-        with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(
-                    f"{path} is a placeholder of Git LFS, not the weights themselves: run `git lfs pull` in "
-                    "its folder, or download the model with `hf download`"
-                )
+        check_not_placeholder(path)
     weight_map = _read_weight_map(folder / _INDEX_FILE) if len(paths) > 1 else {}
     for path in paths:
         try:
@@ -148,6 +143,19 @@ def check_weight_files(folder: Path, is_quantized: bool = False) -> None:
                 f"{path} stores {integers[0]} as whole numbers, but config.json has no quantization_config "
                 "that says what they stand for: save or download the model again"
             )
+
+
+def check_not_placeholder(path: Path) -> None:
+    """Raise UserError if a file of a model is empty, or only the pointer to it that Git LFS leaves."""
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise UserError(
+            f"{path} is a placeholder of Git LFS, not the file itself: run `git lfs pull` in its folder, or "
+            "download the model with `hf download`"
+        )
+    if not start:
+        raise UserError(f"{path} is empty; save or download the model again")
 
 
 def describe_leftover_files(folder: Path, name: str) -> list[str]:
