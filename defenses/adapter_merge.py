@@ -48,6 +48,13 @@ _MERGED_LORA_KEYS = frozenset(
         *("bias", "lora_bias", "init_lora_weights"),
     )
 )
+# Keys whose value zero or false counts, since PEFT's own default is another one.
+_KEYS_WITH_DEFAULTS = frozenset(
+    (
+        *("r", "lora_alpha", "alpha", "scaling", "random_loc_seed", "save_projection"),
+        *("boft_block_size", "boft_n_butterfly_factor", "oft_block_size", "use_cayley_neumann"),
+    )
+)
 # Initializations after which the adapter is relative to the released weights; others (PiSSA, OLoRA, …) change
 # those as well.
 _PLAIN_LORA_INITS = (True, "gaussian", "eva", "orthogonal", "mica")
@@ -91,7 +98,9 @@ def describe_adapter_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in sorted(config.items())
-        if value and value != "none" and key not in _KEYS_WITHOUT_EFFECT
+        if (value or (value is not None and key in _KEYS_WITH_DEFAULTS))
+        and value != "none"
+        and key not in _KEYS_WITHOUT_EFFECT
     }
 
 

@@ -83,6 +83,7 @@ _ROPE_KEYS = frozenset(
     )
 )
 _SLIDING_ARCHITECTURES = ("phi3", "gemma2", "gemma3")
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 
 
 @dataclass
@@ -110,11 +111,6 @@ def read_config_changes(model: GgufModel, config: Any) -> ConfigChanges:
     Raises:
         UserError: if a key that may change the computation is not understood.
     """
-    kind = model.metadata.get("general.type", "model")
-    if kind != "model":
-        raise UserError(
-            f"{model.paths[0]} holds no whole model but one of type {kind!r}: give the model's file"
-        )
     changes = ConfigChanges()
     settings: dict[str, Any] = {}
     prefix = f"{model.architecture}."
@@ -125,6 +121,7 @@ def read_config_changes(model: GgufModel, config: Any) -> ConfigChanges:
             changes.understood.append(key)
         elif not key.startswith(("tokenizer.", "GGUF.")):  # tokenizers have a module of their own
             changes.ignored.append(key)
+    _check_required_keys(model, settings)
     for name, value in settings.items():
         _read_setting(model, config, settings, name, value, changes)
     if model.architecture not in _BUILT_BY_TRANSFORMERS:
@@ -133,6 +130,21 @@ def read_config_changes(model: GgufModel, config: Any) -> ConfigChanges:
             _add_rope_parameters(model, config, settings, changes)
     changes.understood += [name for name in ROPE_TENSORS if name in model.tensors]
     return changes
+
+
+def _check_required_keys(model: GgufModel, settings: dict[str, Any]) -> None:
+    """Raise unless a file has the keys that llama.cpp insists on; transformers would use its own defaults."""
+    required: list[tuple[str, ...]] = [("context_length",), ("embedding_length",), ("block_count",)]
+    if model.architecture in _ROTATED:
+        required += [("attention.head_count",), _EPSILONS]
+    if settings.get("expert_count"):
+        required.append(("expert_used_count",))
+    for names in required:
+        if not any(name in settings for name in names):
+            raise UserError(
+                f"{model.paths[0]} lacks {model.architecture}.{names[0]}, without which llama.cpp does not "
+                "load it: download the file again, or use the model's folder or hub id"
+            )
 
 
 def find_corrections(model: GgufModel) -> dict[str, int]:
@@ -177,7 +189,8 @@ def _read_setting(
     elif _is_default(model, config, settings, name, value):
         pass
     elif name == "attention.sliding_window" and model.architecture in _SLIDING_ARCHITECTURES:
-        changes.values["sliding_window"] = value or None
+        if value or model.architecture == "phi3":  # Gemma's layers say whether they have a window
+            changes.values["sliding_window"] = value or None
     elif name == "attention.sliding_window_pattern" and getattr(config, "layer_types", None):
         changes.values["layer_types"] = _read_layer_types(value, config.num_hidden_layers)
     elif attribute and not isinstance(value, list) and not is_built:
@@ -233,6 +246,8 @@ def _add_derived_settings(
         is_27b = settings.get("block_count") == {"gemma2": 46, "gemma3": 62}[architecture]
         n_heads = settings["attention.head_count"]
         values["query_pre_attn_scalar"] = settings["embedding_length"] // n_heads if is_27b else head_size
+    if architecture == "gemma3" and not settings.get("attention.sliding_window"):
+        values["layer_types"] = ["full_attention"] * config.num_hidden_layers
     if architecture == "llama":
         if settings.get("expert_count"):
             raise UserError(
@@ -263,14 +278,14 @@ def _add_rope_parameters(
     factor = 1.0 if kind == "none" else float(factor)
     attention_factor = float(settings.get("rope.scaling.attn_factor", 1.0))
     original = settings.get("rope.scaling.original_context_length") or context
-    has_factors = "rope_factors_long.weight" in model.tensors
+    n_factors = sum(f"rope_factors_{name}.weight" in model.tensors for name in ("long", "short"))
     if "rope_freqs.weight" in model.tensors:
         if kind in ("yarn", "longrope"):
             _refuse_rope(model, f"rope.scaling.type {kind} beside rope_freqs.weight")
         factors = [factor * value for value in model.read_tensor("rope_freqs.weight")]
         rope |= _scale_each_frequency(factors, attention_factor, context)
-    elif kind == "longrope" or has_factors:
-        if not has_factors or factor != 1.0:
+    elif kind == "longrope" or n_factors:
+        if n_factors < 2 or factor != 1.0:
             _refuse_rope(model, "rope.scaling.type longrope, with another factor or without its two tensors")
         rope |= {
             "rope_type": "longrope",

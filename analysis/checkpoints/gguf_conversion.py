@@ -24,14 +24,14 @@ from analysis.checkpoints.gguf_tokenizer import (
 )
 from analysis.checkpoints.weight_files import check_weights_complete
 from analysis.files import combine_digests, get_cache_folder, hash_file
-from defenses.errors import UserError
+from defenses.errors import UserError, describe_library_error
 
 if TYPE_CHECKING:
     from analysis.checkpoints.gguf_files import GgufModel
     from analysis.files import Notifier
 
 # Incremented when the conversion changes, so that older converted copies are not used.
-_CONVERSION_VERSION = 2
+_CONVERSION_VERSION = 3
 _RECORD_FILE = "conversion.json"
 
 
@@ -130,6 +130,7 @@ def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
     import transformers
 
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # so that they are listed, and refused here
     if hasattr(transformers, "GgufConfig"):  # weights of some architectures would stay packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader: Any = transformers.AutoModelForCausalLM
@@ -145,8 +146,10 @@ def _convert_weights(model: GgufModel, path: Path) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{model.paths[0]} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"{model.paths[0]} cannot be converted ({describe_library_error(error)}): use the model's folder "
+            "or hub id"
+        ) from error
     check_weights_complete(str(model.paths[0]), loading_info)
     # transformers marks the model as quantized and does not save it, although its weights are float32 now.
     config = loaded.config
@@ -164,8 +167,9 @@ def _check_tensors_used(model: GgufModel, converted: Any) -> None:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     n_layers = converted.config.num_hidden_layers
-    # Blocks behind the last layer guess further tokens ahead, and do not change the next one.
-    extra = tuple(f"blk.{number}." for number in range(n_layers, n_layers + 9))
+    # Blocks behind the last layer guess further tokens ahead, and do not change the next; they also count.
+    n_blocks = int(model.metadata[f"{model.architecture}.block_count"])
+    extra = tuple(f"blk.{number}." for number in range(n_layers, n_blocks))
     tensors = {
         name: size
         for name, size in model.tensors.items()

@@ -73,7 +73,7 @@ def read_gguf_model(paths: tuple[Path, ...]) -> GgufModel:
     """Return the metadata and the tensors' sizes of a model in one or several files.
 
     Raises:
-        UserError: if a file is not a readable GGUF, or the files are not the parts of one model.
+        UserError: if a file is not a readable GGUF, or the files are not a model or not the parts of one.
     """
     metadata: dict[str, Any] = {}
     tensors: dict[str, int] = {}
@@ -95,6 +95,8 @@ def read_gguf_model(paths: tuple[Path, ...]) -> GgufModel:
             f"{paths[0]} and its other parts hold {len(tensors)} of the model's {expected} tensors: download "
             "all parts again, from one source"
         )
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise UserError(f"{paths[0]} holds no whole model but one of type {kind!r}: give the model's file")
     if "general.architecture" not in metadata:
         raise UserError(f"{paths[0]} is not a readable GGUF file: it names no general.architecture")
     return GgufModel(paths, metadata, tensors)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
-_FILE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 
 
 def build_sentencepiece_bpe(
@@ -110,7 +110,7 @@ def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
     from tokenizers import Regex, Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    path = next((folder / name for name in _FILE_NAMES if (folder / name).is_file()), None)
+    path = next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
     spec = _read_sentencepiece_file(path) if path and tokenizer.is_fast else None
     if spec is None:  # another kind of file, such as tiktoken's
         return tokenizer

@@ -51,16 +51,28 @@ def validate_model_folder(path: Path, name: str = "") -> Path:
     if not (path / CONFIG_FILE).is_file():
         inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
         hint = f"; its folder {inner[-1]} does: use --model {path / inner[-1]}" if inner else ""
+        if not inner and (ggufs := sorted(path.glob("*.gguf"))):
+            hint = f"; for a GGUF give the file: --model {ggufs[0]}"
         raise UserError(
             f"{name} holds no config.json: --model takes a folder written by save_pretrained(){hint}"
         )
     if missing := find_missing_weights(path):
+        if (path / missing).is_symlink():
+            raise UserError(
+                f"{path / missing} is a link to {(path / missing).readlink()}, where there is no file: copy "
+                "the folder with the files behind its links (cp -rL), or download the model again"
+            )
+        if missing != "model.safetensors":
+            raise UserError(
+                f"{name} holds no {missing}, which its configuration or index names: download the model "
+                "again, or save it again with save_pretrained()"
+            )
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
         others = sorted(file.name for file in path.glob("*.safetensors"))
         problem = f"no {missing}"
         if pickles and not others:
             problem = f"only pickled weights ({pickles[0]})"
-        elif others and missing == "model.safetensors":
+        elif others:
             problem += f", which transformers reads, but {others[0]}"
         raise UserError(
             f"{name} holds {problem}; weights are read from safetensors or GGUF only, because a pickle can "

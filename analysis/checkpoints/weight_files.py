@@ -103,32 +103,32 @@ def has_only_adapter(folder: Path) -> bool:
     )
 
 
-def check_weight_files(folder: Path) -> None:
+def check_weight_files(folder: Path, is_quantized: bool = False) -> None:
     """Check that the weight files of a folder are no placeholders, and that an index agrees with its shards.
 
     transformers reads all tensors of all shards, whatever the index says, so that a shard of another save
-    would replace weights in silence.
+    would replace weights in silence. Without a quantization in the configuration, it takes whole numbers for
+    the weights themselves.
+
+    Args:
+        folder: of the model.
+        is_quantized: whether its configuration says that weights are quantized.
 
     Raises:
-        UserError: if a file is damaged or belongs to another save.
+        UserError: if a file is damaged, belongs to another save, or holds quantized weights unexpectedly.
     """
     from safetensors import SafetensorError, safe_open
 
     paths = list_weight_files(folder)
     for path in paths:
-        with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(
-                    f"{path} is a placeholder of Git LFS, not the weights themselves: run `git lfs pull` in "
-                    "its folder, or download the model with `hf download`"
-                )
-    if len(paths) == 1:
-        return
-    weight_map = _read_weight_map(folder / _INDEX_FILE)
+        check_not_placeholder(path)
+    weight_map = _read_weight_map(folder / _INDEX_FILE) if len(paths) > 1 else {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
+                slices = [(name, file.get_slice(name)) for name in names if name.endswith(".weight")]
+                integers = [name for name, part in slices if _is_integer_matrix(part)]
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is damaged ({describe_library_error(error)}); save or download the model again"
@@ -138,6 +138,24 @@ def check_weight_files(folder: Path) -> None:
                 f"{path} holds {other[0]}, which is in {weight_map[other[0]]} by the index: the files come "
                 "from different saves; save or download the model again"
             )
+        if integers and not is_quantized:
+            raise UserError(
+                f"{path} stores {integers[0]} as whole numbers, but config.json has no quantization_config "
+                "that says what they stand for: save or download the model again"
+            )
+
+
+def check_not_placeholder(path: Path) -> None:
+    """Raise UserError if a file of a model is empty, or only the pointer to it that Git LFS leaves."""
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise UserError(
+            f"{path} is a placeholder of Git LFS, not the file itself: run `git lfs pull` in its folder, or "
+            "download the model with `hf download`"
+        )
+    if not start:
+        raise UserError(f"{path} is empty; save or download the model again")
 
 
 def describe_leftover_files(folder: Path, name: str) -> list[str]:
@@ -216,6 +234,11 @@ def count_loaded_bytes(folder: Path, bytes_per_weight: int | None) -> int:
     return n_weights * bytes_per_weight
 
 
+def _is_integer_matrix(tensor: Any) -> bool:
+    """Return whether a tensor of a safetensors file is a matrix of whole numbers."""
+    return len(tensor.get_shape()) > 1 and str(tensor.get_dtype()).startswith(("I", "U", "BOOL"))
+
+
 def _is_safetensors_name(name: str) -> bool:
     """Return whether a name is that of a safetensors file, without a folder."""
     return bool(re.fullmatch(r"[\w.-]+\.safetensors", name))
@@ -225,7 +248,7 @@ def _read_weight_map(index_path: Path) -> dict[str, Any]:
     """Return weight → file name from an index of shards."""
     index = read_json_object(index_path)
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or "metadata" not in index:
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata"), dict):
         raise UserError(
             f"{index_path} is no index of weights (it needs `metadata` and `weight_map`); save or download "
             "the model again"

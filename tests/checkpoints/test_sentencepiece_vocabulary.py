@@ -165,3 +165,19 @@ def test_a_kind_of_file_without_counterpart_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match="only BPE and unigram"):
         _read_tokenizer(folder, "toy")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", r"tokenizer\.model is empty"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"Git LFS.*git lfs pull"),
+    ],
+)
+def test_a_file_without_a_vocabulary_is_refused(content: str, match: str, tmp_path: Path) -> None:
+    # transformers reads an empty one as a tokenizer that gives no ids, and takes the other for tiktoken's.
+    folder = write_tokenizer(tmp_path / "t", "bpe")
+    (folder / "tokenizer.model").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=match) as error:
+        _read_tokenizer(folder, "toy")
+    assert "\n" not in str(error.value)

@@ -84,6 +84,20 @@ def test_a_folder_that_lacks_one_of_its_shards_is_refused(tmp_path: Path) -> Non
     one_line(error)
 
 
+def test_a_link_without_its_file_and_a_folder_of_ggufs_say_what_to_do(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "linked")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"model\.safetensors is a link to .*gone.*cp -rL") as error:
+        load_model(str(folder))
+    one_line(error)
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized" / "toy-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"no config\.json.*--model .*/toy-Q4_K_M\.gguf") as error:
+        load_model(str(tmp_path / "quantized"))
+    one_line(error)
+
+
 # --- the hub ----------------------------------------------------------------------------------------------
 
 ANSWER = httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co/x"))

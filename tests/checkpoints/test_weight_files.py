@@ -185,6 +185,13 @@ def test_a_damaged_index_is_refused(tmp_path: Path, index: str, match: str) -> N
     refuse_folder(tmp_path, match)
 
 
+def test_whole_numbers_are_not_taken_for_weights(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = save_model(tmp_path)
+    edit_weights(folder, lambda values: values.update({name: (values[name] * 100).to(torch.int8)}))
+    refuse_folder(folder, rf"stores {name} as whole numbers.*no quantization_config")
+
+
 def test_a_placeholder_of_git_lfs_is_named_as_such(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (save_model(tmp_path) / "model.safetensors").write_text(pointer, "utf-8")

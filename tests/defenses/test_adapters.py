@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -250,6 +251,13 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": QV} | settings)
 
 
+def make_vera_without_matrices() -> VeraConfig:
+    """Return a configuration of which PEFT warns that the matrices are drawn again from its seed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return VeraConfig(r=4, target_modules=["q_proj"], d_initial=1.0, save_projection=False)
+
+
 KINDS: dict[str, tuple[str, PeftConfig]] = {
     "plain": ("llama", lora()),
     "patterns": ("llama", lora(alpha_pattern={"v_proj": 32}, rank_pattern={"q_proj": 2})),
@@ -259,6 +267,7 @@ KINDS: dict[str, tuple[str, PeftConfig]] = {
     "expression": ("llama", lora(target_modules=r".*\.1\..*(q|o)_proj")),
     "all linear": ("llama", lora(target_modules="all-linear")),
     "unusual start": ("llama", lora(init_lora_weights="orthogonal")),
+    "alpha of zero": ("llama", lora(lora_alpha=0, alpha_pattern={"v_proj": 32})),
     "dora": ("llama", lora(use_dora=True)),
     "dora of a transposed matrix": ("gpt2", lora(use_dora=True, target_modules=["c_attn", "wte"])),
     "bias of a transposed matrix": ("gpt2", lora(bias="all", lora_bias=True, target_modules=["c_attn"])),
@@ -278,6 +287,14 @@ KINDS: dict[str, tuple[str, PeftConfig]] = {
     "experts": ("mixtral", lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])),
     "adalora": ("llama", AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=QV)),
     "boft": ("llama", BOFTConfig(boft_block_size=4, target_modules=QV)),
+    "boft, a number of blocks": (
+        "llama",
+        BOFTConfig(boft_block_size=0, boft_block_num=8, target_modules=QV),
+    ),
+    "fourierft, another seed": (
+        "llama",
+        FourierFTConfig(n_frequency=20, random_loc_seed=0, target_modules=QV),
+    ),
     "fourierft": ("llama", FourierFTConfig(n_frequency=20, target_modules=QV)),
     "hra": ("llama", HRAConfig(r=4, target_modules=QV)),
     "ia3": ("llama", IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])),
@@ -286,7 +303,14 @@ KINDS: dict[str, tuple[str, PeftConfig]] = {
     "lokr": ("llama", LoKrConfig(r=4, target_modules=QV)),
     "miss": ("llama", MissConfig(r=4, target_modules=QV)),
     "oft": ("llama", OFTConfig(r=0, oft_block_size=4, target_modules=QV)),
+    "oft, exact": (
+        "llama",
+        OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False, target_modules=QV),
+    ),
+    "oft, a number of blocks": ("llama", OFTConfig(r=4, oft_block_size=0, target_modules=QV)),
+    "miss by blocks": ("llama", MissConfig(r=4, init_weights="bat", target_modules=QV)),
     "shira": ("llama", ShiraConfig(r=2, target_modules=["q_proj"])),
+    "vera without its matrices": ("llama", make_vera_without_matrices()),
     "vera": ("llama", VeraConfig(r=4, target_modules=["q_proj"], d_initial=1.0)),
 }
 
