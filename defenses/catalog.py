@@ -269,6 +269,8 @@ def _load_defense_file(path: Path) -> type[Defense]:
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} raised {type(error).__name__} while loading: {error}") from error
     classes = list(_find_concrete_defenses(module).values())
+    if not classes:
+        _check_not_abstract(module, path)
     if len(classes) != 1:
         class_names = ", ".join(cls.__name__ for cls in classes) or "none"
         raise UserError(
@@ -286,6 +288,14 @@ def _load_defense_file(path: Path) -> type[Defense]:
             f"{path}: every field of {cls.__name__} needs a default; {', '.join(without_default)} has none"
         )
     return cls
+
+
+def _check_not_abstract(module: types.ModuleType, path: Path) -> None:
+    """Raise if a user's file defines a defense that lacks a method."""
+    for _, cls in inspect.getmembers(module, inspect.isclass):
+        if issubclass(cls, Defense) and cls.__module__ == module.__name__:
+            methods = ", ".join(sorted(cls.__abstractmethods__))
+            raise UserError(f"{path}: {cls.__name__} does not define {methods}, which every defense has")
 
 
 def _check_defense_choice(choice: Any) -> None:

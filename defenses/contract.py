@@ -56,6 +56,11 @@ def check_chats(defense_name: str, chats: Any) -> list[Chat]:
         )
         if not is_chat or not chat:
             raise UserError(f"{defense_name!r} returned {chat!r:.60} for a chat; {rule}")
+        if any(re.search("[\ud800-\udfff]", turn["content"]) for turn in chat):
+            raise UserError(
+                f"{defense_name!r} returned a chat with half of a character (a lone surrogate), which no "
+                "tokenizer reads: write the whole character"
+            )
     return [list(chat) for chat in chats]
 
 

@@ -168,6 +168,9 @@ def _parse_csv(path: Path, text: str, expected_names: set[str]) -> Rows:
     try:
         text = text.lstrip("\r\n")
         header = _find_csv_header(path, text, expected_names)
+        is_expected = any(name.casefold() in expected_names for name in _clean_names(header.names))
+        if not is_expected and re.match(r"(?:\[\s*)?\{", text):
+            raise UserError(f"{path} holds JSON, not CSV: rename it to {path.with_suffix('.jsonl').name}")
         return _parse_csv_rows(path, text[header.start :], header)
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV ({error})") from error

@@ -456,7 +456,9 @@ def normalize_response(response: str) -> str:
     text = unicodedata.normalize("NFKC", strip_thinking(response)).translate(_QUOTE_TABLE)
     text = re.sub(r"[*_#`~]+", "", text)
     text = re.sub(r"\s+", " ", text).strip()
-    return re.sub(r"^(\[[^\]]{1,20}\]|\(?[A-Z][\w ]{1,18}\)?:)\s+(?=[A-Z])", "", text)
+    label = re.match(r"(\[[^\]]{1,20}\]|\(?[A-Z][\w ]{1,18}\)?:)\s+(?=[A-Z])", text)
+    # "Step 1:" and "Subject:" are no speakers, but belong to the answer.
+    return text if label is None or COMPLIANCE_PATTERN.search(label[0]) else text[label.end() :]
 
 
 def split_sentences(text: str) -> list[str]:

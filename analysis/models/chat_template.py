@@ -42,6 +42,7 @@ _THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # names that t
 _CONTINUATION_WORD = "I"  # a word with which a response may continue
 # The switches by which templates close the thinking block themselves.
 _NO_THINKING = {"enable_thinking": False, "thinking": False}
+_MEMORY_ADDRESS = re.compile(r"<[\w. ]+ at 0x[0-9A-Fa-f]+>")  # as Python shows objects
 _OTHER_DATE = date(2031, 11, 5)  # differs from `FIXED_DATE` in every part
 
 
@@ -89,7 +90,12 @@ class ChatTemplate:
             raise template_error(f"fails on a single user message: {_describe_failure(cause)}") from error
         if _PLACEHOLDER_TEXT not in text:
             raise template_error("drops the user's text")
-        if uses_random_text(self._own_source):
+        if address := _MEMORY_ADDRESS.search(text):
+            raise template_error(
+                f"writes the place of an object in memory ({address[0]}), which is another one in every run"
+            )
+        texts = {self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)]) for _ in range(9)}
+        if uses_random_text(self._own_source) or texts != {text}:
             raise template_error(
                 "writes random text (Jinja's random or lipsum), so that margins would change from run to run"
             )

@@ -15,8 +15,8 @@ from defenses.errors import UserError, unknown_name_error
 # Written instead of today's date, so that margins do not depend on the day; Llama 3.x writes it by default.
 FIXED_DATE = date(2024, 7, 26)
 _CLOCK = "strftime_now"  # the only function through which transformers shows a template the clock
-# What Jinja can write by chance: the filter `random`, also as an argument of `map`, and `lipsum`.
-_RANDOM_CALL = re.compile(r"\| random\b|\bmap \( random\b|\blipsum \(")
+# What Jinja can write by chance: the filter `random`, also as a block or an argument of `map`, and `lipsum`.
+_RANDOM_CALL = re.compile(r"(?:\||\bfilter) random\b|\bmap \( random\b|\blipsum\b")
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -38,6 +38,11 @@ def choose_template(tokenizer: Any, option: str | None, model: str) -> str | Non
         UserError: if there is no such template, or no default among several.
     """
     templates = tokenizer.chat_template
+    if templates and not isinstance(templates, str | dict):
+        raise UserError(
+            f"the chat template of {model} is {templates!a:.60}, which is no text: correct chat_template in "
+            "its tokenizer_config.json"
+        )
     if option is not None and Path(option).suffix in (".jinja", ".jinja2", ".j2"):
         return _read_template_file(Path(option))
     if isinstance(templates, str) or not templates:
@@ -69,11 +74,15 @@ def fix_date(source: str, day: date = FIXED_DATE) -> str:
     """
     if _CLOCK not in source:
         return source
-    replacements = "".join(
-        f" | replace({quote_text(directive)}, {quote_text(text)})"
-        for directive, text in _list_directives(day).items()
+    # `%%` is a percent sign, also in front of a letter.
+    replacements = {"%%": "\0", **_list_directives(day), "\0": "%"}
+    pairs = ", ".join(f"[{quote_text(old)}, {quote_text(new)}]" for old, new in replacements.items())
+    macro = (
+        f"{{%- macro {_CLOCK}(format) -%}}{{%- set written = namespace(text=format) -%}}"
+        f"{{%- for old, new in [{pairs}] -%}}"
+        "{%- set written.text = written.text | replace(old, new) -%}{%- endfor -%}"
+        "{{- written.text -}}{%- endmacro %}"
     )
-    macro = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{replacements} -}}}}{{%- endmacro %}}"
     return f"{macro}\n{source}"
 
 
@@ -132,27 +141,23 @@ def _list_directives(day: date) -> dict[str, str]:
     weekday, month = _WEEKDAYS[day.weekday()], _MONTHS[day.month - 1]
     texts = {"A": weekday, "a": weekday[:3], "B": month, "b": month[:3], "h": month[:3]}
     texts |= {letter: day.strftime(f"%{letter}") for letter in "dmyYjUWVGuw"}
-    texts |= {f"-{letter}": texts[letter].lstrip("0") for letter in "dmj"}
     texts |= {"e": f"{day.day:2}", "F": day.isoformat(), "D": f"{day:%m/%d/%y}", "x": f"{day:%m/%d/%y}"}
-    texts |= {
-        "H": "00",
-        "-H": "0",
-        "I": "12",
-        "-I": "12",
-        "M": "00",
-        "-M": "0",
-        "S": "00",
-        "-S": "0",
-        "p": "AM",
-    }
+    texts |= {"C": f"{day.year // 100}", "g": texts["G"][2:], "H": "00", "I": "12", "M": "00", "S": "00"}
+    texts |= {"k": " 0", "l": "12", "p": "AM", "P": "am", "r": "12:00:00 AM", "n": "\n", "t": "\t"}
     texts |= {"f": "000000", "R": "00:00", "T": "00:00:00", "X": "00:00:00", "z": "", "Z": ""}
+    texts["s"] = str((day - date(1970, 1, 1)).days * 24 * 60 * 60)
     texts["c"] = f"{texts['a']} {texts['b']} {texts['e']} 00:00:00 {day.year}"
-    return {f"%{directive}": text for directive, text in texts.items()} | {"%%": "%"}
+    # Flags of Unix: no padding, padding with spaces, capitals.
+    bare = {letter: texts[letter].lstrip(" 0") or "0" for letter in "dmyjUWVeHIMSkl"}
+    texts |= {f"-{letter}": text for letter, text in bare.items()}
+    texts |= {f"_{letter}": text.rjust(len(texts[letter])) for letter, text in bare.items()}
+    texts |= {f"^{letter}": texts[letter].upper() for letter in "AaBbhp"}
+    return {f"%{directive}": text for directive, text in texts.items()}
 
 
 def _read_template_file(path: Path) -> str:
     """Return the text of a template file."""
     try:
-        return path.expanduser().read_text("utf-8")
+        return path.expanduser().read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--template {path}: cannot be read ({error})") from error

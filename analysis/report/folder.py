@@ -92,10 +92,10 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
     """Write the tables, figures and run.json of a run: all of them, or none if one cannot be written.
 
     Args:
-        folder: created if it does not exist. Files of the same names are replaced, and unchanged files of the
-            run that was there before are removed.
+        folder: created if it does not exist. Unchanged files of the run that was there before are replaced or
+            removed; other files of the same names get another name.
         run: a run that was just computed.
-        console: shows the progress, and which files were removed.
+        console: shows the progress, and which files were removed or renamed.
     """
     earlier_files = _list_saved_files(folder)
     with console.status("figures and tables"), stage_folder(folder) as staging:
@@ -109,6 +109,9 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
         files = {path.name: hash_file(path) for path in sorted(staging.iterdir())}
         record = {**run.record, "files": files}
         (staging / RECORD_FILE).write_text(_format_record(record), encoding="utf-8")
+        kept = _rename_other_files(folder, files, earlier_files)
+    if kept:
+        _print_line(console, f"Kept in {folder}, as files that no run wrote: {', '.join(kept)}")
     removed = [
         name
         for name, digest in earlier_files.items()
@@ -120,6 +123,34 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
         more = f" and {len(removed) - 6} more" if len(removed) > 6 else ""
         names = ", ".join(removed[:6]) + more
         _print_line(console, f"Removed from {folder}, as files of the run before: {names}")
+
+
+def _rename_other_files(
+    folder: Path, files: Mapping[str, str], earlier_files: Mapping[str, str | None]
+) -> list[str]:
+    """Give another name to files that a run would replace, but that the run before did not write.
+
+    Args:
+        folder: of the run.
+        files: of the new run, with their SHA-256.
+        earlier_files: of the run before, with their SHA-256; None where it is not known.
+
+    Returns:
+        The old and the new names, for the user.
+    """
+    renamed = []
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or (name in earlier_files and earlier_files[name] is None):
+            continue
+        if hash_file(path) in (digest, earlier_files.get(name)):
+            continue
+        number = 1
+        while (other := path.with_name(f"{path.stem}.kept-{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(other)
+        renamed.append(f"{name} as {other.name}")
+    return renamed
 
 
 def add_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:

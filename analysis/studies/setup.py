@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from rich.console import Console
 
@@ -365,7 +366,33 @@ def _prepare_defense(defense: Defense, model_info: ModelInfo) -> Defense:
         raise UserError(f"`prepare` of {defense.name!r} raised {describe_error(error)}") from error
     if not isinstance(prepared, Defense):
         raise UserError(f"`prepare` of {defense.name!r} returned {prepared!r:.60}; it returns a defense")
+    for member in list_members(prepared):
+        if member.is_user_defined:
+            _check_described(member)
     return prepared
+
+
+def _check_described(defense: Defense) -> None:
+    """Raise if a user-defined defense describes its secrets or ablations in another form than it should."""
+    described: dict[str, Any] = {}
+    for method in ("secret_texts", "build_ablations"):
+        try:
+            described[method] = getattr(defense, method)()
+        except Exception as error:
+            raise UserError(f"`{method}` of {defense.name!r} raised {describe_error(error)}") from error
+    secrets, ablations = described["secret_texts"], described["build_ablations"]
+    if not isinstance(secrets, tuple) or not all(isinstance(text, str) and text for text in secrets):
+        raise UserError(
+            f"`secret_texts` of {defense.name!r} returned a {type(secrets).__name__}; it returns a tuple of "
+            "texts, such as (self.secret,)"
+        )
+    if not isinstance(ablations, dict) or not all(
+        isinstance(name, str) and isinstance(part, Defense) for name, part in ablations.items()
+    ):
+        raise UserError(
+            f"`build_ablations` of {defense.name!r} returned {ablations!r:.60}; it returns a dict from names "
+            "to defenses"
+        )
 
 
 def _missing_requirement_notices(

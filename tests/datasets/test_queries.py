@@ -229,6 +229,8 @@ INVALID_FILES = {
     "empty.csv": ("", ["holds no rows", FORMAT_HINT]),
     "empty.jsonl": ("\n \n", ["holds no rows", FORMAT_HINT]),
     "header_only.csv": ("text,harmful\n", ["holds no rows", FORMAT_HINT]),
+    "lines.csv": ('{"text": "a", "harmful": true}\n', ["holds JSON, not CSV", "rename it to lines.jsonl"]),
+    "array.csv": ('[\n {"text": "a", "harmful": true}]', ["holds JSON, not CSV", "rename it"]),
     "twice.csv": ("text,harmful,harmful\na,1,0\nb,0,1\n", ["two columns of the same name", "rename"]),
     "comma.csv": (CSV.format("Hi,1,you\nYo,0"), ["row 1", "more values", "double quotes"]),
     "short.csv": (CSV.format("Hi,1\nYo"), ["'q0002'", "harmful is None", "true or false"]),

@@ -324,6 +324,10 @@ def test_a_consultation_that_breaks_the_contract_is_reported(body, message):
         ("rewrite(self, chat, rng): return 'Hi'", "'odd' returned 'Hi' for a chat; a chat is a list"),
         ("rewrite(self, chat, rng): return [{'role': 'user', 'content': None}]", "a content that are texts"),
         ("rewrite(self, chat, rng): return []", r"'odd' returned \[\] for a chat"),
+        (
+            "rewrite(self, chat, rng): return [{'role': 'user', 'content': '\\ud83d'}]",
+            "a chat with half of a character",
+        ),
         ("rewrite_copies(self, chat, rng): pass", "'odd' returned None where a list of chats is expected"),
         ("retokenize(self, ids, rng): pass", "'odd' returned None from `retokenize`"),
     ],

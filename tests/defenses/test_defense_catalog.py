@@ -75,6 +75,7 @@ def test_a_users_file_is_a_defense_with_settings(tmp_path):
     [
         ("x = 1\n", ["exactly one defense", "has none"]),
         (OWN_DEFENSE + OWN_DEFENSE.replace("MyOwn", "Other"), ["exactly one defense", "MyOwn, Other"]),
+        (OWN_DEFENSE.replace("def rewrite(", "def rewrites("), ["MyOwn does not define rewrite, which"]),
         ("1 / 0\n", ["raised ZeroDivisionError while loading"]),
         ("import nothing_like_it\n", ["raised ModuleNotFoundError while loading"]),
         ("def broken(:\n", ["raised SyntaxError while loading"]),
@@ -94,7 +95,7 @@ def test_a_users_file_is_a_defense_with_settings(tmp_path):
         ),
     ],
     ids=[
-        *("none", "two", "raises", "import", "syntax", "exit"),
+        *("none", "two", "no rewrite", "raises", "import", "syntax", "exit"),
         *("no default", "no dataclass", "plus", "cost", "taken"),
     ],
 )

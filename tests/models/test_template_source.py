@@ -60,6 +60,14 @@ def test_the_fixed_date_is_written_as_strftime_writes_it() -> None:
     written = render(fix_date(f"{{{{ strftime_now('{shape}') }}}}"))
     assert written == datetime(2024, 7, 26).strftime(shape)
     assert render(fix_date("{{ strftime_now('%-d.%-m.') }}")) == "26.7."
+    assert render(fix_date("{{ strftime_now('%%d %%%d') }}")) == "%d %26"
+
+
+def test_the_fixed_date_is_written_with_the_directives_of_unix() -> None:
+    # As `date` of GNU writes them: LC_ALL=C date -u -d 2024-07-26 "+%C|…"
+    shape = "%C|%g|%k|%l|%P|%r|%s|%-y|%-H|%-I|%-M|%-j|%_m|%_H|%^a|%^B|%n|%t|"
+    expected = "20|24| 0|12|am|12:00:00 AM|1721952000|24|0|12|0|208| 7| 0|FRI|JULY|\n|\t|"
+    assert render(fix_date(f"{{{{ strftime_now('{shape}') }}}}")) == expected
 
 
 def test_the_fixed_date_is_seen_wherever_a_template_asks_for_it() -> None:
@@ -86,13 +94,26 @@ def test_a_text_behind_the_generation_prompt_changes_nothing_else(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "code", ["{{ ['a', 'b'] | random }}", "{{ [['a']] | map('random') | join }}", "{{ lipsum(1) }}"]
+    "code",
+    [
+        "{{ ['a', 'b'] | random }}",
+        "{{ [['a']] | map('random') | join }}",
+        "{{ lipsum(1) }}",
+        "{% filter random %}ab{% endfilter %}",
+        "{% set words = lipsum %}{{ words(1) }}",
+        "{% set name = 'random' %}{{ [range(1000)] | map(name) | join }}",
+    ],
 )
 def test_random_text_is_refused(code: str) -> None:
     with pytest.raises(UserError, match="random text"):
         ChatTemplate(toy_tokenizer(CHATML + code)).check_usable()
     harmless = "{# a | random choice, lipsum(1) #}{{ '| random' }}{% set random = 1 %} | random"
     assert not uses_random_text(CHATML + harmless)
+
+
+def test_the_place_of_an_object_in_memory_is_refused() -> None:
+    with pytest.raises(UserError, match=r"in memory \(<jinja2.utils.Joiner object at 0x"):
+        ChatTemplate(toy_tokenizer("{{ joiner(',') }}" + CHATML)).check_usable()
 
 
 def test_the_default_is_chosen_among_several_templates_and_others_by_name(tmp_path: Path) -> None:
@@ -113,5 +134,9 @@ def test_the_default_is_chosen_among_several_templates_and_others_by_name(tmp_pa
         choose(NAMED, "tool-use")
     with pytest.raises(UserError, match="one chat template, which has no name"):
         choose(CHATML, "rag")
+    (tmp_path / "marked.jinja").write_text(DATED, "utf-8-sig")
+    assert choose(CHATML, str(tmp_path / "marked.jinja")) == DATED
+    with pytest.raises(UserError, match="the chat template of toy is 5, which is no text"):
+        choose(5)
     with pytest.raises(UserError, match="cannot be read"):
         choose(CHATML, str(tmp_path / "none.jinja"))

@@ -62,12 +62,29 @@ def test_scores_are_exact_and_other_tables_are_rounded(tmp_path):
     assert (tmp_path / "summary.csv").read_text() == "x\n0.3333333\n"
 
 
-def test_files_of_the_same_name_are_replaced_and_others_stay(tmp_path):
+def test_files_that_no_run_wrote_stay_under_another_name_if_a_table_has_theirs(tmp_path):
     (tmp_path / "run.json").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
-    save(tmp_path, {"new": 1})
-    assert json.loads((tmp_path / "run.json").read_text())["new"] == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    for name in ("notes.txt", "summary.csv", "summary.kept-1.csv"):
+        (tmp_path / name).write_text(f"my {name}")
+    console = Console(file=io.StringIO(), width=300)
+    for _ in range(2):  # the second time, all tables are of the run before
+        save_run(tmp_path, Run("toy", {"new": 1}, TABLES), console)
+        assert json.loads((tmp_path / "run.json").read_text())["new"] == 1
+        assert (tmp_path / "notes.txt").read_text() == "my notes.txt"
+        assert (tmp_path / "summary.kept-1.csv").read_text() == "my summary.kept-1.csv"
+        assert (tmp_path / "summary.kept-2.csv").read_text() == "my summary.csv"
+        assert (tmp_path / "summary.csv").read_text() == "x\n0.3333333\n"
+    assert console.file.getvalue().count("that no run wrote: summary.csv as summary.kept-2.csv\n") == 1
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_a_table_that_was_changed_by_hand_is_not_lost(tmp_path):
+    folder = save_planted_run(tmp_path / "out")
+    (folder / "scores.csv").write_text("changed by hand\n")
+    save_run(folder, replace(load(tmp_path / "planted"), figures=()), Console(quiet=True))
+    assert (folder / "scores.kept-1.csv").read_text() == "changed by hand\n"
+    assert [path.name for path in folder.glob("*.kept-*")] == ["scores.kept-1.csv"]
+    assert "scores.kept-1.csv" not in load(folder).files
 
 
 def test_a_run_replaces_the_unchanged_files_of_the_run_before_it_and_says_so(tmp_path):

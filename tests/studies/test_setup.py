@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, assert_user_error, make_adapter, run_cli, save_model, set_home_folder
+from conftest import (
+    CHATML,
+    USER_DEFENSE,
+    assert_user_error,
+    make_adapter,
+    run_cli,
+    save_model,
+    set_home_folder,
+)
 from safetensors.torch import load_file, save_file
 
 ANALYZE = ("-d", "self_reminder")
@@ -30,6 +38,12 @@ OPTIONS = {
     "weights that were not trained": (("-d", "safety_tuning"), "analyze train safety"),
     "secret": (("-d", "backdoor", "--set", "trigger=nowhere.txt"), "nowhere.txt"),
     "state": ((*ANALYZE, "-m", "broken:atacked"), "unknown state of broken 'atacked'"),
+    "secret of a file": (
+        ("-d", "secret.py"),
+        "`secret_texts` of 'my_own' returned a str; it returns a tuple",
+    ),
+    "ablations of a file": (("-d", "parts.py"), "`build_ablations` of 'my_own' returned [MyOwn("),
+    "method of a file": (("-d", "raises.py"), "`secret_texts` of 'my_own' raised KeyError"),
     "check": (("check", "-d", "self_remindr"), "unknown defense"),
     "explain": (("explain", "self_remindr"), "unknown defense"),
     "validate, judge": (("validate", "--judge", "patern"), "unknown judge 'patern'"),
@@ -82,6 +96,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "run" / "profiles.csv").write_text("attack,defense,other,contrast,cosine\n", "utf-8")
     header = "attack,members,how,split,interaction_shift,interaction_discrimination\n"
     (folder / "run" / "ensembles.csv").write_text(header, "utf-8")
+    for name, method in (
+        ("secret", "secret_texts(self): return 'tulip'"),
+        ("parts", "build_ablations(self): return [self]"),
+        ("raises", "secret_texts(self): return {}['x']"),
+    ):
+        (folder / f"{name}.py").write_text(f"{USER_DEFENSE}    def {method}\n", "utf-8")
     words = "a letter to the post office " * 400
     (folder / "long.csv").write_text(f"text,harmful\n{words},true\nHow do I bake bread?,false\n", "utf-8")
     with pytest.MonkeyPatch.context() as patch:
