@@ -92,8 +92,8 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
     """Write the tables, figures and run.json of a run: all of them, or none if one cannot be written.
 
     Args:
-        folder: created if it does not exist. Unchanged files of the run that was there before are replaced or
-            removed; other files of the same names get another name.
+        folder: created if it does not exist. Files of the run that was there before are replaced or, if they
+            are unchanged, removed; other files of the same names get another name.
         run: a run that was just computed.
         console: shows the progress, and which files were removed or renamed.
     """
@@ -125,15 +125,13 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
         _print_line(console, f"Removed from {folder}, as files of the run before: {names}")
 
 
-def _rename_other_files(
-    folder: Path, files: Mapping[str, str], earlier_files: Mapping[str, str | None]
-) -> list[str]:
+def _rename_other_files(folder: Path, files: Mapping[str, str], earlier_names: Container[str]) -> list[str]:
     """Give another name to files that a run would replace, but that the run before did not write.
 
     Args:
         folder: of the run.
         files: of the new run, with their SHA-256.
-        earlier_files: of the run before, with their SHA-256; None where it is not known.
+        earlier_names: files of the run before.
 
     Returns:
         The old and the new names, for the user.
@@ -141,9 +139,7 @@ def _rename_other_files(
     renamed = []
     for name, digest in files.items():
         path = folder / name
-        if not path.is_file() or (name in earlier_files and earlier_files[name] is None):
-            continue
-        if hash_file(path) in (digest, earlier_files.get(name)):
+        if name in earlier_names or not path.is_file() or hash_file(path) == digest:
             continue
         number = 1
         while (other := path.with_name(f"{path.stem}.kept-{number}{path.suffix}")).exists():

@@ -78,15 +78,6 @@ def test_files_that_no_run_wrote_stay_under_another_name_if_a_table_has_theirs(t
     assert len(list(tmp_path.iterdir())) == 7
 
 
-def test_a_table_that_was_changed_by_hand_is_not_lost(tmp_path):
-    folder = save_planted_run(tmp_path / "out")
-    (folder / "scores.csv").write_text("changed by hand\n")
-    save_run(folder, replace(load(tmp_path / "planted"), figures=()), Console(quiet=True))
-    assert (folder / "scores.kept-1.csv").read_text() == "changed by hand\n"
-    assert [path.name for path in folder.glob("*.kept-*")] == ["scores.kept-1.csv"]
-    assert "scores.kept-1.csv" not in load(folder).files
-
-
 def test_a_run_replaces_the_unchanged_files_of_the_run_before_it_and_says_so(tmp_path):
     record = json.loads((write_run(tmp_path / "old") / "run.json").read_text("utf-8"))
     run = load(tmp_path / "old")
