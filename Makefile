@@ -47,10 +47,16 @@ validity: .venv/ready ## validate readouts and judged first tokens on three stat
 	$(BIN)/analyze validate -m smollm2:attacked --attack obedience $(READOUTS) --limit 120 --out figures/validity-backdoor \
 	  -d backdoor $(subst -d ,-d backdoor+,$(PROMPTS) -d intention_analysis)
 
-ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2 (4 minutes with cached scores, about 25 without)
-	$(BIN)/analyze ensembles -m smollm2:aligned --limit 300 --stacks 22 --out figures/ensembles -d self_reminder -d safety_prompt \
-	  -d policy -d goal_priority -d in_context_refusal -d paraphrase -d keyword_only -d word_drop \
-	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
+COMBINED := -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d paraphrase \
+  -d keyword_only -d word_drop -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
+
+ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2, and recommendations (about an hour)
+	$(BIN)/analyze ensembles -m smollm2:aligned --limit 300 --stacks 22 --out figures/ensembles $(COMBINED)
+	$(BIN)/analyze mechanism -m smollm2:aligned --split calibration --patched 0 --limit 120 --ensembles figures/ensembles \
+	  --out figures/overlap $(subst -d paraphrase,,$(COMBINED))
+	$(BIN)/analyze ensembles -m smollm2:aligned --limit 300 --stacks 22 --overlap figures/overlap --out figures/ensembles \
+	  $(COMBINED)
+	$(BIN)/analyze recommend -m smollm2:aligned --limit 300 --max-over-refusal 20% --out figures/recommend $(COMBINED)
 
 DATA ?=
 TEXTS := -d policy -d goal_priority -d safety_prompt -d self_reminder -d tone_reminder -d in_context_refusal \
@@ -74,16 +80,12 @@ agreement: .venv/ready ## compare the order of 15 defenses on contrast and on DA
 	$(BIN)/analyze agreement $$runs --out runs/agreement/comparison
 
 mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20 minutes)
-	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --out figures/mechanism
-	$(BIN)/analyze mechanism -m smollm2:aligned --split calibration --patched 0 --limit 120 --ensembles figures/ensembles \
-	  --out figures/overlap \
-	  -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d keyword_only -d word_drop \
-	  -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
+	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --limit 240 --out figures/mechanism
 
-arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms with three secrets per length (about 20 minutes)
+arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms (about 30 minutes)
 	$(PIP) --editable '.[utility]'
-	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --out figures/backdooralign
-	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --secrets 3 --out figures/arms
+	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --limit 300 --out figures/backdooralign
+	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --out figures/arms
 
 # Each arm starts from the aligned model, as an attacker would. glibc keeps freed memory, which halves the time.
 STATES := data/adapters/smollm2

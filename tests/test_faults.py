@@ -138,6 +138,7 @@ def test_output_into_a_full_device_is_said_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(1800)
 def test_a_run_of_all_defenses_killed_at_twenty_random_moments(home):
     arguments = ("-d", "all", *ARGUMENTS[2:])
     (home / "reference").mkdir()
