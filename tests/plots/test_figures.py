@@ -108,6 +108,9 @@ def test_a_changed_number_changes_the_picture(tmp_path):
     value = str(run.tables["square"]["shift"].max())
     assert text.count(value) == 1
     (folder / "square.csv").write_text(text.replace(value, str(float(value) - 0.1)), "utf-8")
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    del record["files"]  # so that the folder is read as it is
+    (folder / "run.json").write_text(json.dumps(record), "utf-8")
     after = render_pixels(read(folder).draw_figure("square"))
     assert before.shape != after.shape or count_different_pixels(before, after) > 40
 
@@ -131,7 +134,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("folder", "words"),
     [
-        ("arms", r"the attacked model answers 100 % \[93, 100\].*with it, it answers 0 % \[0, 7\]"),
+        ("arms", r"the attacked model answers 100 % \[86, 100\].*with it, it answers 17 % \[7, 36\]"),
         ("validity", r"words is trusted for single queries in 0 of 12 conditions \(contradicted in 9\)"),
         ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],

@@ -119,7 +119,7 @@ def test_an_input_is_checked_before_weights_are_loaded(home: Path, case: str) ->
 
 
 def test_then_the_weights_are_loaded(home: Path) -> None:
-    assert_user_error(run_cli(*ANALYZE, "-m", "broken"), "cannot load broken")
+    assert_user_error(run_cli(*ANALYZE, "-m", "broken"), "broken/model.safetensors is damaged")
 
 
 def test_a_model_is_checked_before_responses_are_generated(home: Path) -> None:
