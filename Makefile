@@ -52,8 +52,8 @@ COMBINED := -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_c
 
 ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2, and recommendations (about an hour)
 	$(BIN)/analyze ensembles -m smollm2:aligned --limit 300 --stacks 22 --out figures/ensembles $(COMBINED)
-	$(BIN)/analyze mechanism -m smollm2:aligned --split calibration --patched 0 --limit 120 --ensembles figures/ensembles \
-	  --out figures/overlap $(subst -d paraphrase,,$(COMBINED))
+	$(BIN)/analyze mechanism -m smollm2:aligned --readout outcome --split calibration --patched 0 --limit 120 \
+	  --ensembles figures/ensembles --out figures/overlap $(subst -d paraphrase,,$(COMBINED))
 	$(BIN)/analyze ensembles -m smollm2:aligned --limit 300 --stacks 22 --overlap figures/overlap --out figures/ensembles \
 	  $(COMBINED)
 	$(BIN)/analyze recommend -m smollm2:aligned --limit 300 --max-over-refusal 20% --out figures/recommend $(COMBINED)

@@ -377,7 +377,7 @@ def locate_mechanism(
     split: str | None = None,
     limit: int | None = None,
     attacks: str | Sequence[str] = ("direct",),
-    readout: str = "outcome",
+    readout: str = "words",
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     share_prefix: bool = True,

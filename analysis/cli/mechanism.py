@@ -51,7 +51,7 @@ def mechanism(
     data: DataOption = "contrast",
     split: SplitOption = None,
     attack: AttackOption = None,
-    readout: ReadoutOption = "outcome",
+    readout: ReadoutOption = "words",
     sites: Annotated[
         str,
         typer.Option(help=f"Activation sites to patch, comma-separated: {', '.join(PATCH_SITES)}."),
