@@ -92,6 +92,7 @@ def test_two_points_have_no_measure_and_a_missing_point_is_not_counted() -> None
     assert two_stacks.texts[0].get_text() == "2 stacks: R² \N{EN DASH}, ρ \N{EN DASH}"
 
 
+@pytest.mark.sweep
 def test_many_votes_are_all_drawn_as_small_dots_in_a_mixed_layer() -> None:
     figure, points = cached_ensemble_figures("many")["forecast"]
     n_votes = int((points["how"] != "stack").sum())
