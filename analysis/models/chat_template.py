@@ -81,8 +81,9 @@ class ChatTemplate:
 
     def check_usable(self) -> None:
         """Raise if the template cannot be used, or if it is not known where responses begin."""
+        chat = [Message(role="user", content=_PLACEHOLDER_TEXT)]
         try:
-            text = self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)])
+            text = self._render_text(chat)
         except UserError as error:
             cause = error.__cause__
             if isinstance(cause, TemplateSyntaxError):
@@ -94,8 +95,8 @@ class ChatTemplate:
             raise template_error(
                 f"writes the place of an object in memory ({address[0]}), which is another one in every run"
             )
-        texts = {self._render_text([Message(role="user", content=_PLACEHOLDER_TEXT)]) for _ in range(9)}
-        if uses_random_text(self._own_source) or texts != {text}:
+        # Chance that the source does not show, such as a filter named by a variable, shows in the renderings.
+        if uses_random_text(self._own_source) or {self._render_text(chat) for _ in range(9)} != {text}:
             raise template_error(
                 "writes random text (Jinja's random or lipsum), so that margins would change from run to run"
             )
