@@ -9,12 +9,14 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NotRequired, Self, TypedDict
 
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from defenses.images import QueryImage
 
 
 # Cost classes of defenses, in increasing order.
@@ -22,10 +24,14 @@ COST_LEVELS = ("static", "weights", "one call", "N calls")
 
 
 class Message(TypedDict):
-    """One turn of a chat; `role` is `system`, `user` or `assistant`."""
+    """One turn of a chat; `role` is `system`, `user` or `assistant`.
+
+    A user turn may have an image, which stands before its content.
+    """
 
     role: str
     content: str
+    image: NotRequired[QueryImage]
 
 
 Chat = list[Message]
