@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS responses (name BLOB PRIMARY KEY, verdict TEXT) WITHO
 """
 _TABLE_NAMES = ("scores", "drafts", "responses")
 # Kinds of cached results other than scores and drafts; each is the name of a folder.
-CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "cost")
+CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "cost", "image_texts")
 _MAX_KEYS_PER_STATEMENT = 500  # SQLite allows 999 parameters
 _LOCK_TIMEOUT_SECONDS = 30
 # Source code that determines what a model reads and how its logits become a margin. Results computed by other
@@ -333,6 +333,7 @@ def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
         "dtype": str(loaded_model.model.dtype),
         "device": loaded_model.model.device.type,
         "share_prefix": loaded_model.share_prefix,
+        "images": loaded_model.image_reader.identity if loaded_model.image_reader else None,
         "versions": versions,
     }
 

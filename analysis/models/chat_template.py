@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from analysis.models.image_tokens import split_text_and_images
 from analysis.models.response_start import FinishedTurns, ResponseStart, find_response_start
 from analysis.models.template_source import (
     FIXED_DATE,
@@ -32,9 +33,13 @@ from analysis.models.thinking_blocks import (
     cut_token_spans,
     find_thinking_tags,
 )
-from defenses.chats import replace_last_user, split_prefill
+from defenses.chats import copy_chat, replace_last_user, split_prefill
 from defenses.contract import Chat, Message
 from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    from analysis.models.cascade import OcrReader
+    from analysis.models.vision import ImageReader
 
 _PLACEHOLDER_TEXT, _PLACEHOLDER_RESPONSE = "zxqmarkqxz", "zxqanswerqxz"
 _PLACEHOLDER_THOUGHT = "zxqthoughtqxz"
@@ -55,12 +60,14 @@ class Prompt:
         text: the decoded tokens, special tokens included.
         chat: the messages passed to the template, after merging of the system turn.
         prefill: given start of the response, the last of the tokens; usually empty.
+        images: the images in the prompt as they are shown to the user, such as "[image: 576 tokens, …]".
     """
 
     ids: tuple[int, ...]
     text: str
     chat: Chat
     prefill: str = ""
+    images: tuple[str, ...] = ()
 
     def append_prefix(self, response_prefix: tuple[int, ...]) -> tuple[int, ...]:
         """Return the token ids followed by the response prefix, which a prefilled response does not get."""
@@ -74,10 +81,12 @@ class ChatTemplate:
     Args:
         tokenizer: a transformers tokenizer with a chat template; never changed.
         answer_prefix: text between the generation prompt and the response; None finds it.
+        image_reader: prepares the images of chats; None for a model that reads text only.
     """
 
     tokenizer: Any
     answer_prefix: str | None = None
+    image_reader: ImageReader | OcrReader | None = None
 
     def check_usable(self) -> None:
         """Raise if the template cannot be used, or if it is not known where responses begin."""
@@ -119,6 +128,7 @@ class ChatTemplate:
             "date": FIXED_DATE.isoformat() if self._writes_date else None,
             "answers_begin_after": self.response_start.opening,
             "content": "parts" if self._takes_parts else "text",
+            **({"images": self.image_reader.identity} if self.image_reader else {}),
         }
 
     @cached_property
@@ -207,6 +217,8 @@ class ChatTemplate:
         An assistant message at the end is a prefill. It is not rendered as a turn, because the template would
         close it; its tokens follow the generation prompt.
         """
+        if any("image" in message for message in chat):
+            return self._render_images(chat)
         chat, prefill = split_prefill(chat)
         if self.has_leading_space:
             prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
@@ -215,6 +227,53 @@ class ChatTemplate:
         ids = list(self._apply(chat, self.source, tokenize=True)["input_ids"])
         ids += self._encode_prefill(prefill)
         return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill)
+
+    def _render_images(self, chat: Chat) -> Prompt:
+        """Return the prompt for a chat with images."""
+        from analysis.models.cascade import OcrReader
+
+        reader = self.image_reader
+        if reader is None:
+            raise UserError(
+                "the queries have images, and this model reads text only: use a model that reads images, or "
+                "-m MODEL+ocr, which reads the text in an image in its place (pip install "
+                "'refusalscope[vision]')"
+            )
+        if isinstance(reader, OcrReader):
+            return self.render_prompt(reader.replace_images(chat))
+        chat, prefill = split_prefill(chat)
+        if self.has_leading_space:
+            prefill = prefill.rstrip()
+        if self.system_policy == "merged" and chat[0]["role"] == "system":
+            chat = _merge_system_turn(chat)
+        prepared = [reader.prepare(message["image"]) for message in chat if "image" in message]
+        shown = _escape_marks(chat, reader.reserved_texts)
+        text = str(self._apply_with_images(shown, reader.image_mark))
+        ids = reader.encode_text(text, prepared) + self._encode_prefill(prefill)
+        images = tuple(image.describe() for image in prepared)
+        return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill, images)
+
+    def _apply_with_images(self, chat: Chat, image_mark: str) -> Any:
+        """Return the text of a chat with the mark of an image where each image stands."""
+        if self._shows_image_parts(image_mark):
+            return self._call_tokenizer(_split_into_parts(chat), self.source)
+        marked = [
+            Message(
+                role=message["role"],
+                content=f"{image_mark}\n{message['content']}" if "image" in message else message["content"],
+            )
+            for message in chat
+        ]
+        return self._apply(marked, self.source)
+
+    def _shows_image_parts(self, image_mark: str) -> bool:
+        """Return whether the template writes the mark of an image for a part of type image."""
+        parts = [{"type": "image"}, {"type": "text", "text": _PLACEHOLDER_TEXT}]
+        try:
+            text = str(self._call_tokenizer([{"role": "user", "content": parts}], self.source))
+        except UserError:
+            return False
+        return image_mark in text and _PLACEHOLDER_TEXT in text
 
     def _encode_prefill(self, prefill: str) -> list[int]:
         """Return the prefill's token ids as they are when a word follows.
@@ -247,9 +306,17 @@ class ChatTemplate:
         return replace(prompt, ids=ids, text=self.decode_tokens(ids))
 
     def decode_tokens(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Return the text of the tokens, special tokens included, without any clean-up."""
-        return str(
-            self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """Return the text of the tokens, special tokens included, without any clean-up.
+
+        The tokens of an image are shown as their number.
+        """
+        return "".join(
+            f"[{len(run)} image tokens]"
+            if is_image
+            else str(
+                self.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            )
+            for is_image, run in split_text_and_images(ids)
         )
 
     def decode_response(self, ids: Sequence[int]) -> str:
@@ -423,8 +490,29 @@ def _merge_system_turn(chat: Chat) -> Chat:
 
 
 def _split_into_parts(chat: Chat) -> list[dict[str, Any]]:
-    """Return the chat with each content as a list that holds one part of type text."""
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+    """Return the chat with each content as a list of parts: an image if there is one, and the text."""
+    parts_by_message = []
+    for message in chat:
+        image_part = [{"type": "image"}] if "image" in message else []
+        parts = [*image_part, {"type": "text", "text": message["content"]}]
+        parts_by_message.append({**message, "content": parts})
+        parts_by_message[-1].pop("image", None)
+    return parts_by_message
+
+
+def _escape_marks(chat: Chat, reserved_texts: Sequence[str]) -> Chat:
+    """Return the chat with a space in every mark of an image that its texts contain.
+
+    A text must not add an image, or take the place of one.
+
+    >>> _escape_marks([{"role": "user", "content": "<image> a"}], ["<image>"])[0]["content"]
+    '< image> a'
+    """
+    escaped = copy_chat(chat)
+    for message in escaped:
+        for mark in reserved_texts:
+            message["content"] = message["content"].replace(mark, f"{mark[:1]} {mark[1:]}")
+    return escaped
 
 
 def _format_date_string(day: date) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, plan_batches
+from analysis.models.image_tokens import contains_image
 from analysis.models.prefix_attention import (
     PackedRows,
     SharedPrefix,
@@ -62,8 +64,11 @@ class Engine:
         batch_size: prompts per forward pass; by default it follows from the number of tokens.
         batch_form: by default the fastest that the model's kind of cache allows; `choose_batch_form` also
             compares its logits with those of plain forward passes.
+        make_image_engine: returns the engine for prompts with images, which may need another form of batches;
+            called when the first one is read.
 
     Attributes:
+        probe_prompts: prompts with which ways of generation are compared; None draws some of text.
         rotation: prompts that are rotated with different frequencies share no forward pass and no prefix.
         cache_use: how transformers generates with its cache, once `generate_token_ids` has compared the ways.
         notices: lines for the user on the form of the batches.
@@ -74,7 +79,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, batch_size: int | None = None, batch_form: BatchForm | None = None
+        self,
+        model: Any,
+        batch_size: int | None = None,
+        batch_form: BatchForm | None = None,
+        make_image_engine: Callable[[], Engine] | None = None,
     ) -> None:
         self.model = model
         self.batch_form = batch_form or find_fastest_form(model)
@@ -84,6 +93,26 @@ class Engine:
         self.rotation = RotationSchedule.from_model(model)
         self.work_counter = WorkCounter()
         self.logit_positions: tuple[Tensor, Tensor] | None = None
+        self.probe_prompts: Sequence[tuple[int, ...]] | None = None
+        self._make_image_engine = make_image_engine
+
+    @cached_property
+    def image_engine(self) -> Engine:
+        """The engine for prompts with images; this one, if it was not told otherwise."""
+        if self._make_image_engine is None:
+            return self
+        engine = self._make_image_engine()
+        self.notices += engine.notices
+        engine.notices, engine.work_counter = self.notices, self.work_counter
+        return engine
+
+    def split_rows(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Engine, list[int]]]:
+        """Return the engines that read the prompts, each with the indices of its prompts."""
+        image_rows = [row for row, prompt in enumerate(prompts) if contains_image(prompt)]
+        if not image_rows or self.image_engine is self:
+            return [(self, list(range(len(prompts))))]
+        text_rows = sorted(set(range(len(prompts))) - set(image_rows))
+        return [(self.image_engine, image_rows), *([(self, text_rows)] if text_rows else [])]
 
     def read_first_token(
         self,
@@ -155,10 +184,15 @@ class Engine:
         """
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
-        for rows in self._group_rows([len(prompt) for prompt in prompts]):
-            group, group_positions = [prompts[row] for row in rows], [n_positions[row] for row in rows]
-            for part, logits in self._iterate_group_logits(group, group_positions, share_prefix):
-                yield [rows[row] for row in part], logits
+        for engine, engine_rows in self.split_rows(prompts):
+            for group in engine._group_rows([len(prompts[row]) for row in engine_rows]):
+                rows = [engine_rows[index] for index in group]
+                group_prompts = [prompts[row] for row in rows]
+                group_positions = [n_positions[row] for row in rows]
+                for part, logits in engine._iterate_group_logits(
+                    group_prompts, group_positions, share_prefix
+                ):
+                    yield [rows[row] for row in part], logits
 
     def can_extend_prefix(self, n_shared: int, length: int) -> bool:
         """Return whether keys and values of the first tokens serve a longer sequence that starts with them.

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, order_rows
 from analysis.models.engine import Engine
+from analysis.models.image_tokens import contains_image
 from analysis.models.plain_passes import (
     compute_plain_logits,
     draw_probe_prompts,
@@ -80,26 +81,39 @@ def generate_token_ids(
         on_first_logits: called with the float32 logits of the first token, batch by batch; only where rows
             are packed, because these logits are those of `Engine.read_first_token` up to rounding.
     """
-    response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
-    rotation, lengths = engine.rotation, [len(prompt) for prompt in prompts]
     responses: dict[int, list[int]] = {}
+    response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
     with torch.inference_mode():
-        for group in rotation.group_rows(lengths):
-            # Cached keys are of no use to a response in which the frequencies of rotation change.
-            changing = [
-                row
-                for row in group
-                if rotation.changes_between(lengths[row], lengths[row] + max_new_tokens - 1)
-            ]
-            steady = sorted(set(group) - set(changing))
-            for rows, batch in _generate_group(engine, prompts, steady, response_end, on_first_logits):
-                responses.update(zip(rows, batch, strict=True))
-                on_progress(len(rows))
-            if changing:
-                batch = _generate_uncached(engine, [prompts[row] for row in changing], response_end)
-                responses.update(zip(changing, batch, strict=True))
-                on_progress(len(changing))
+        for reading_engine, engine_rows in engine.split_rows(prompts):
+
+            def on_engine_logits(part: Sequence[int], logits: Tensor, rows: list[int] = engine_rows) -> None:
+                on_first_logits([rows[row] for row in part], logits)
+
+            engine_prompts = [prompts[row] for row in engine_rows]
+            for part, batch in _generate_batches(
+                reading_engine, engine_prompts, response_end, on_engine_logits
+            ):
+                responses.update(zip([engine_rows[row] for row in part], batch, strict=True))
+                on_progress(len(part))
     return [responses[row] for row in range(len(prompts))]
+
+
+def _generate_batches(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    response_end: ResponseEnd,
+    on_first_logits: LogitCallback,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Yield row indices and responses, batch by batch."""
+    rotation, lengths = engine.rotation, [len(prompt) for prompt in prompts]
+    for group in rotation.group_rows(lengths):
+        # Cached keys are of no use to a response in which the frequencies of rotation change.
+        n_more = response_end.max_new_tokens - 1
+        changing = [row for row in group if rotation.changes_between(lengths[row], lengths[row] + n_more)]
+        steady = sorted(set(group) - set(changing))
+        yield from _generate_group(engine, prompts, steady, response_end, on_first_logits)
+        if changing:
+            yield changing, _generate_uncached(engine, [prompts[row] for row in changing], response_end)
 
 
 def _generate_group(
@@ -145,7 +159,7 @@ def choose_cache_use(engine: Engine) -> CacheUse:
     """
     if engine.cache_use is None:
         engine.cache_use, model = CacheUse.NONE, engine.model
-        prompts, reasons = draw_probe_prompts(model), []
+        prompts, reasons = engine.probe_prompts or draw_probe_prompts(model), []
         # The last two prompts have equal length. A recurrent state would start with the padding.
         trials = {CacheUse.PADDED: prompts} if _has_plain_cache(model) else {}
         for cache_use, rows in {**trials, CacheUse.EQUAL: prompts[1:]}.items():
@@ -272,9 +286,11 @@ def _generate_cached(
         cache.batch_repeat_interleave(len(prompts))
     prompt_length = token_ids.shape[1]
     engine.rotation.reset_modules()
+    has_images = contains_image(token_ids.flatten().tolist())
+    inputs = model.image_reader.build_inputs(token_ids) if has_images else {"input_ids": token_ids}
     with _plain_generation_settings(model):
         output = model.generate(
-            input_ids=token_ids,
+            **inputs,
             attention_mask=attention_mask,
             past_key_values=cache if n_shared else None,
             max_new_tokens=response_end.max_new_tokens,

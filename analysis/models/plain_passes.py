@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from analysis.models.batches import BatchForm
 from analysis.models.engine import Engine, find_fastest_form
+from analysis.models.image_tokens import contains_image
 from analysis.models.rotation import RotationSchedule
+from analysis.models.vision import takes_token_kinds
 from defenses.errors import UserError
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -45,26 +47,35 @@ def compute_plain_logits(
 ) -> Float[Tensor, "tokens vocab"]:
     """Return the float32 logits at every token of one prompt, from a plain forward pass.
 
+    Images enter as pixels, so that features which were computed before are compared as well.
+
     Args:
         model: in evaluation mode, on its device.
         token_ids: of the prompt.
         last_only: whether to return only those at the last token; all logits of a long prompt take gigabytes.
     """
     keeps_last = last_only and "logits_to_keep" in inspect.signature(model.forward).parameters
-    ids = torch.tensor([list(token_ids)], device=model.device)
+    if contains_image(token_ids):
+        inputs = model.image_reader.build_plain_inputs(token_ids)
+    else:
+        inputs = {"input_ids": torch.tensor([list(token_ids)], device=model.device)}
     keep = {"logits_to_keep": 1} if keeps_last else {}
     RotationSchedule.from_model(model).reset_modules()
     with torch.inference_mode():
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep)
+        attention_mask = torch.ones_like(inputs["input_ids"])
+        output = model(**inputs, attention_mask=attention_mask, use_cache=False, **keep)
     return torch.as_tensor(output.logits[0, -1:] if last_only else output.logits[0]).float()
 
 
-def choose_batch_form(model: Any, share_prefix: bool = True) -> tuple[BatchForm, str]:
+def choose_batch_form(
+    model: Any, share_prefix: bool = True, image_prompts: Sequence[tuple[int, ...]] = ()
+) -> tuple[BatchForm, str]:
     """Return the fastest form of a batch that gives the logits of plain passes, and why no faster one does.
 
     Args:
         model: in evaluation mode, on its device.
         share_prefix: whether prompts may share their prefix.
+        image_prompts: prompts with images to compare instead of prompts of text.
 
     Returns:
         The form, and a line for the user; empty if the form is the fastest for the model's kind of cache.
@@ -74,22 +85,29 @@ def choose_batch_form(model: Any, share_prefix: bool = True) -> tuple[BatchForm,
     """
     name = type(model).__name__
     fastest = find_fastest_form(model) if share_prefix else BatchForm.PADDED
+    if image_prompts and takes_token_kinds(model):
+        # Where an image lies decides on positions or on what its tokens attend to, in the whole prompt.
+        fastest = BatchForm.EQUAL
     forms = list(BatchForm)[list(BatchForm).index(fastest) :]
-    prompts = draw_probe_prompts(model)
+    prompts = image_prompts or draw_probe_prompts(model)
+    kind = "images" if image_prompts else "text alone"
     try:
         plain = [compute_plain_logits(model, prompt) for prompt in prompts]
     except Exception as error:
         raise UserError(
-            f"transformers cannot run {name} on text alone ({_describe_error(error)}): use another model"
+            f"transformers cannot run {name} on {kind} ({_describe_error(error)}): use another model"
         ) from error
     if not all(logits[-1].isfinite().all() for logits in plain):
         return fastest, ""  # no batch helps; the preflight names the likely cause
-    _check_causal(model, prompts, plain)
+    if not image_prompts:  # some models let the tokens of one image see each other
+        _check_causal(model, prompts, plain)
     reasons: list[str] = []
     for form in forms:
         engine = Engine(model, batch_form=form)
         if not (reason := explain_disagreement(model, partial(_measure_engine_gap, engine, prompts))):
-            slower = f"{name} is run with {FORM_PHRASES[form]}, which takes longer: {'; '.join(reasons)}"
+            run = f"{name} is run with {FORM_PHRASES[form]}"
+            slower = f"{run}{' where prompts have images' if image_prompts else ''}, which takes longer: "
+            slower += "; ".join(reasons)
             return form, slower if reasons else ""
         reasons.append(f"{FORM_PHRASES[form]} {reason}")
     raise UserError(

@@ -193,7 +193,9 @@ def use_split_attention(packed_rows: PackedRows, hidden_mask: HiddenMask | None 
         scaling: float | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        shared_keys, shared_values, row_cache = key.prefix  # type: ignore[attr-defined]
+        if not hasattr(key, "prefix"):  # of the part that reads images
+            return original_attention(module, query, key, value, attention_mask, scaling=scaling, **more)
+        shared_keys, shared_values, row_cache = key.prefix
         query, key, value = map(packed_rows.unpack_rows, (query, key, value))
         if row_cache is not None:
             key, value = row_cache.append_tokens(key, value)

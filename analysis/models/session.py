@@ -15,9 +15,11 @@ from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine, LogitReducer
 from analysis.models.generation import generate_token_ids
+from analysis.models.image_tokens import is_image_id
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
 from analysis.models.thinking_blocks import strip_thinking
+from analysis.models.vision import ImageReader
 from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats
@@ -65,7 +67,7 @@ class ModelSession:
         answer_prefix: str | None = None,
     ) -> ModelSession:
         """Return a session for a model, without questions."""
-        chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix)
+        chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix, loaded_model.image_reader)
         engine = _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
         defense_calls = DefenseCalls(engine, chat_template, loaded_model, shared_settings, score_cache)
@@ -146,7 +148,20 @@ def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
     if model.device.type == "meta":  # without weights, nothing can be compared
         return Engine(model, batch_size)
     form, slower = choose_batch_form(model, loaded_model.share_prefix)
+    engine = Engine(model, batch_size, form, partial(_make_image_engine, loaded_model, batch_size))
+    engine.notices += [slower] if slower else []
+    return engine
+
+
+def _make_image_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
+    """Return an engine for prompts with images, which runs them in the fastest form that is right."""
+    reader, model = loaded_model.image_reader, loaded_model.model
+    if not isinstance(reader, ImageReader):
+        raise TypeError("this model reads no images")
+    prompts = reader.draw_probe_prompts()
+    form, slower = choose_batch_form(model, loaded_model.share_prefix, prompts)
     engine = Engine(model, batch_size, form)
+    engine.probe_prompts = prompts
     engine.notices += [slower] if slower else []
     return engine
 
@@ -158,7 +173,7 @@ def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]])
         loaded_model: the model.
         prompts: token ids.
     """
-    largest = max(max(ids) for ids in prompts)
+    largest = max(token_id for ids in prompts for token_id in ids if not is_image_id(token_id))
     if largest >= loaded_model.n_embeddings:
         token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
         raise UserError(

@@ -262,12 +262,13 @@ def _check_margins(
 
     If they differ, slower forms of batches are tried, and the engine keeps the first that agrees.
     """
-    engine, model = session.engine, session.loaded_model.model
+    model = session.loaded_model.model
     by_length = sorted((prompt.append_prefix(readout.response_prefix) for prompt in prompts), key=len)
     rows = [by_length[0], by_length[-1]]
+    engine, _ = session.engine.split_rows(rows)[0]
     spread = 0.0
     if model.dtype in HALF_PRECISION:
-        margins = score_prompts(session.loaded_model, engine, defense, by_length, readout)[:, 0]
+        margins = score_prompts(session.loaded_model, session.engine, defense, by_length, readout)[:, 0]
         spread = float(margins.std(correction=0))
     first_form, comparisons = engine.batch_form, list[_MarginComparison]()
     for form in list(BatchForm)[list(BatchForm).index(first_form) :]:

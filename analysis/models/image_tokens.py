@@ -1,0 +1,65 @@
+"""Token ids that stand for images: one for each position of each image, equal for equal images only.
+
+A model's vocabulary has one placeholder for all images. Prompts are compared by their ids, in batches that
+share a prefix and in keys of caches, so that the placeholder is replaced by ids above every vocabulary, which
+follow from the digest of the image. `ImageReader` puts the placeholder back when the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+# Layout of an id: 1 bit that marks images, 45 bits of the image's digest, 16 bits of the position.
+_POSITION_BITS = 16
+_DIGEST_DIGITS = 11  # hexadecimal: 44 bits
+FIRST_IMAGE_ID = 1 << 61
+MAX_IMAGE_TOKENS = 1 << _POSITION_BITS
+
+
+def make_image_ids(digest: str, n_tokens: int) -> range:
+    """Return the token ids of an image.
+
+    >>> ids = make_image_ids("0f" * 32, 3)
+    >>> len(ids), is_image_id(ids[0]), is_image_id(49151), ids[1] - ids[0]
+    (3, True, False, 1)
+
+    Args:
+        digest: SHA-256 of the image, hexadecimal.
+        n_tokens: number of its tokens in a prompt.
+    """
+    if n_tokens > MAX_IMAGE_TOKENS:
+        raise ValueError(f"an image has {n_tokens} tokens; {MAX_IMAGE_TOKENS} are the most")
+    first = FIRST_IMAGE_ID + (int(digest[:_DIGEST_DIGITS], 16) << _POSITION_BITS)
+    return range(first, first + n_tokens)
+
+
+def is_image_id(token_id: int) -> bool:
+    """Return whether a token id stands for a part of an image."""
+    return token_id >= FIRST_IMAGE_ID
+
+
+def contains_image(token_ids: Sequence[int]) -> bool:
+    """Return whether any of the token ids stands for a part of an image."""
+    return max(token_ids, default=0) >= FIRST_IMAGE_ID
+
+
+def get_first_id(token_id: int) -> int:
+    """Return the id of the first token of the image to which an image's token belongs."""
+    return token_id - token_id % MAX_IMAGE_TOKENS
+
+
+def split_text_and_images(token_ids: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
+    """Yield the prompt's tokens in runs of text (False) and of images (True).
+
+    >>> ids = [5, *make_image_ids("0f" * 32, 2), 6]
+    >>> [(is_image, len(run)) for is_image, run in split_text_and_images(ids)]
+    [(False, 1), (True, 2), (False, 1)]
+    """
+    run: list[int] = []
+    for token_id in token_ids:
+        if run and is_image_id(token_id) != is_image_id(run[0]):
+            yield is_image_id(run[0]), run
+            run = []
+        run.append(token_id)
+    if run:
+        yield is_image_id(run[0]), run

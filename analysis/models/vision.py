@@ -1,0 +1,441 @@
+"""Images as a model reads them: pixels prepared once per image, features computed once and reused.
+
+An image is prepared by the processor of the model, alone, so that no other image of a batch matters. Its
+features are computed alone as well. They are kept in memory up to a limit, then in files of a temporary
+folder. Only a change to the weights that read images makes them invalid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, make_image_ids
+from defenses.errors import UserError, describe_library_error
+from defenses.images import QueryImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_MAX_FEATURE_BYTES = 2**30  # of features in memory
+_MAX_PREPARED_IMAGES = 64  # whose pixels are in memory; others are prepared again
+_PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")  # not needed where features are given
+_KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # 1 at the tokens of images
+_FEATURES = ("pooler_output", "deepstack_features")  # of the outputs of the part that reads images
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as the processor prepares it for the model.
+
+    Attributes:
+        image: the image.
+        ids: the token ids that stand for it.
+        text: what the processor writes in the place of the image's mark, placeholders included.
+        inputs: arguments of the model with the pixels and their layout.
+        size: width and height of the image, in pixels.
+        seen_share: share of the pixels that reach the model, from 0 to 1; None if it could not be measured.
+    """
+
+    image: QueryImage
+    ids: range
+    text: str
+    inputs: dict[str, Tensor]
+    size: tuple[int, int]
+    seen_share: float | None
+
+    def describe(self) -> str:
+        """Return tokens, size and the share of pixels that reach the model, for the user."""
+        width, height = self.size
+        shape = tuple(self.inputs["pixel_values"].shape) if "pixel_values" in self.inputs else ()
+        if len(shape) >= 4:
+            n_tiles = 1
+            for count in shape[:-3]:
+                n_tiles *= count
+            tiles = f"{n_tiles} × " if n_tiles > 1 else ""
+            target = f" → {tiles}{shape[-1]}×{shape[-2]}"
+        elif "image_grid_thw" in self.inputs:
+            _, rows, columns = self.inputs["image_grid_thw"][0].tolist()
+            target = f" → {columns}×{rows} patches"
+        else:
+            target = ""
+        share = "" if self.seen_share is None else f", {self.seen_share:.0%} of the pixels"
+        return f"[image: {len(self.ids)} tokens, {width}×{height}{target}{share}]"
+
+
+class ImageReader:
+    """Prepares images for one model, and gives the model their features in place of their token ids.
+
+    Args:
+        processor: of transformers.
+        model: reads images; it gets a hook that replaces the ids of images by the model's placeholder.
+        name: of the model, for errors.
+
+    Attributes:
+        n_computed: number of images whose features were computed.
+    """
+
+    def __init__(self, processor: Any, model: Any, name: str) -> None:
+        self.processor, self.model, self.name = processor, model, name
+        self.n_computed = 0
+        self._prepared: OrderedDict[str, PreparedImage] = OrderedDict()
+        self._images: dict[int, QueryImage] = {}
+        self._features: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
+        self._feature_bytes = 0
+        self._files: set[tuple[int, int]] = set()
+        self._seen_shares: dict[tuple[int, int], float | None] = {}
+        model.image_reader = self
+        model.register_forward_pre_hook(self._replace_ids, with_kwargs=True)
+
+    @cached_property
+    def placeholder_id(self) -> int:
+        """The token id that the model replaces by features."""
+        return int(self.model.config.image_token_id)
+
+    @cached_property
+    def _neutral_id(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    @cached_property
+    def image_mark(self) -> str:
+        """The text that a chat template writes where an image stands."""
+        mark = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
+        if mark is None:
+            raise UserError(f"the processor of {self.name} has no token for images; use another model")
+        return str(mark)
+
+    @cached_property
+    def reserved_texts(self) -> tuple[str, ...]:
+        """The texts that stand for images, which no message may contain."""
+        tokens = [*self.processor.all_special_multimodal_tokens, self.image_mark]
+        tokens.append(self.processor.tokenizer.decode([self.placeholder_id]))
+        return tuple(dict.fromkeys(str(token) for token in tokens if token))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the pixels that reach the model depend on, in plain values, for run.json and cache keys."""
+        settings = self.processor.image_processor.to_dict()
+        return {
+            "processor": type(self.processor).__name__,
+            "image_processor": type(self.processor.image_processor).__name__,
+            "settings": {key: value for key, value in sorted(settings.items()) if key != "processor_class"},
+        }
+
+    def prepare(self, image: QueryImage) -> PreparedImage:
+        """Return an image as the model reads it.
+
+        Raises:
+            UserError: if the image cannot be loaded or prepared.
+        """
+        if (prepared := self._prepared.get(image.digest)) is not None:
+            self._prepared.move_to_end(image.digest)
+            return prepared
+        pixels = image.load()
+        inputs, text, n_tokens = self._process(pixels, image.name)
+        ids = make_image_ids(image.digest, n_tokens)
+        if self._images.setdefault(ids.start, image).digest != image.digest:
+            raise UserError(f"{image.name}: its digest starts like that of {self._images[ids.start].name}")
+        prepared = PreparedImage(image, ids, text, inputs, pixels.size, self._measure_seen_share(pixels.size))
+        self._prepared[image.digest] = prepared
+        while len(self._prepared) > _MAX_PREPARED_IMAGES:
+            self._prepared.popitem(last=False)
+        return prepared
+
+    def encode_text(self, text: str, prepared: Sequence[PreparedImage]) -> list[int]:
+        """Return the token ids of a rendered chat, with those of the images in the places of their marks.
+
+        Args:
+            text: contains one `image_mark` for each image.
+            prepared: the images, in their order.
+        """
+        pieces = text.split(self.image_mark)
+        if len(pieces) != len(prepared) + 1:
+            raise UserError(
+                f"the chat template of {self.name} writes {len(pieces) - 1} marks for {len(prepared)} images: "
+                "give one that shows images with --template"
+            )
+        expanded = pieces[0] + "".join(
+            image.text + piece for image, piece in zip(prepared, pieces[1:], strict=True)
+        )
+        ids: list[int] = self.processor.tokenizer.encode(expanded, add_special_tokens=False)
+        image_ids = [token_id for image in prepared for token_id in image.ids]
+        if (n_places := ids.count(self.placeholder_id)) != len(image_ids):
+            raise UserError(
+                f"a prompt of {self.name} has {n_places} placeholders for {len(image_ids)} features of images"
+            )
+        remaining = iter(image_ids)
+        return [next(remaining) if token_id == self.placeholder_id else token_id for token_id in ids]
+
+    def draw_probe_prompts(self) -> list[tuple[int, ...]]:
+        """Return three prompts of words and random images; the last two have equal length and other images."""
+        import numpy as np
+        from PIL import Image as Images
+
+        generator, prompts = np.random.default_rng(0), []
+        for size, words in (((80, 40, 3), "this is"), ((48, 64, 3), "what is"), ((48, 64, 3), "what is")):
+            pixels = Images.fromarray(generator.integers(0, 256, size, dtype=np.uint8))
+            digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+            prepared = self.prepare(QueryImage("a test image", digest, pixels.copy))
+            text = f"look at the image: {self.image_mark} {words}"
+            prompts.append(tuple(self.encode_text(text, [prepared])))
+        return prompts
+
+    def build_inputs(self, token_ids: Tensor) -> dict[str, Any]:
+        """Return the arguments of the model for rows of token ids in which images occur.
+
+        Args:
+            token_ids: rows × length, on any device; every image is complete.
+
+        Returns:
+            `input_ids` with the placeholder, and features, layouts and kinds of tokens.
+        """
+        built, prepared = self._list_token_inputs(token_ids)
+        parameters = inspect.signature(self.model.forward).parameters
+        if "mm_encoder_outputs" not in parameters:
+            return built | self._merge_inputs(prepared)
+        layouts = self._merge_inputs(prepared, set(parameters) - set(_PIXEL_INPUTS))
+        features = _merge_values([self._get_features(image) for image in prepared])
+        return built | layouts | {"mm_encoder_outputs": {"image": _FeatureOutput(features)}}
+
+    def build_plain_inputs(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """Return the arguments of the model for one prompt with the pixels themselves, to compare with."""
+        ids = torch.tensor([list(token_ids)], device=self.model.device)
+        built, prepared = self._list_token_inputs(ids)
+        return built | self._merge_inputs(prepared)
+
+    def _list_token_inputs(self, token_ids: Tensor) -> tuple[dict[str, Any], list[PreparedImage]]:
+        """Return ids with placeholders and the kinds of tokens, and the images in the order of their tokens."""
+        is_image = token_ids >= FIRST_IMAGE_ID
+        # A placeholder that the model itself generated is no image.
+        text_ids = token_ids.masked_fill(token_ids == self.placeholder_id, self._neutral_id)
+        built: dict[str, Any] = {"input_ids": torch.where(is_image, self.placeholder_id, text_ids)}
+        parameters = inspect.signature(self.model.forward).parameters
+        built |= {name: is_image.long() for name in _KIND_INPUTS if name in parameters}
+        return built, self._list_images(token_ids[is_image].tolist())
+
+    def _merge_inputs(
+        self, prepared: Sequence[PreparedImage], names: set[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the inputs of several images, as if they had been prepared together."""
+        inputs = [
+            {name: value for name, value in image.inputs.items() if names is None or name in names}
+            for image in prepared
+        ]
+        return {name: value.to(self.model.device) for name, value in _merge_values(inputs).items()}
+
+    def _replace_ids(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the model: put features in the place of the ids of images."""
+        token_ids = kwargs.get("input_ids")
+        if token_ids is None or not bool((token_ids >= FIRST_IMAGE_ID).any()):
+            return None
+        return args, {**kwargs, **self.build_inputs(token_ids)}
+
+    def _list_images(self, image_ids: Sequence[int]) -> list[PreparedImage]:
+        """Return the images in the order in which their tokens occur; raise unless all are whole."""
+        prepared = [
+            self.prepare(self._images[token_id]) for token_id in image_ids if token_id % MAX_IMAGE_TOKENS == 0
+        ]
+        if [token_id for image in prepared for token_id in image.ids] != list(image_ids):
+            raise ValueError("an image is not complete in a batch, or its parts are in another order")
+        return prepared
+
+    def _process(self, pixels: Image, name: str) -> tuple[dict[str, Tensor], str, int]:
+        """Return the model's inputs for an image, the text in the place of its mark, and its tokens' number."""
+        try:
+            outputs = self.processor(
+                images=[pixels],
+                text=[self.image_mark],
+                return_tensors="pt",
+                return_text_replacement_offsets=True,
+                add_special_tokens=False,
+            )
+        except Exception as error:  # of transformers, numpy or Pillow
+            raise UserError(
+                f"{name}: {self.name} cannot take this image: {describe_library_error(error)}"
+            ) from error
+        replacements = outputs.pop("text_replacement_offsets", None)
+        n_tokens = int((outputs["input_ids"] == self.placeholder_id).sum())
+        if not n_tokens:
+            raise UserError(
+                f"the processor of {self.name} writes no placeholder for an image, so that it would not be "
+                "read; use another model"
+            )
+        text = (
+            self.processor.tokenizer.decode(outputs["input_ids"][0])
+            if not replacements or not replacements[0]
+            else self.image_mark.replace(replacements[0][0]["text"], replacements[0][0]["replacement"])
+        )
+        text_inputs = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        inputs = {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_inputs}
+        return inputs, text, n_tokens
+
+    def _measure_seen_share(self, size: tuple[int, int]) -> float | None:
+        """Return the share of an image's pixels that reach the model.
+
+        An image whose red rises from left to right and whose green rises from top to bottom is prepared; the
+        largest and the smallest value that are left tell what was cut off. What fills the margins may lie
+        between them.
+        """
+        if size not in self._seen_shares:
+            self._seen_shares[size] = self._compute_seen_share(size)
+        return self._seen_shares[size]
+
+    def _compute_seen_share(self, size: tuple[int, int]) -> float | None:
+        import numpy as np
+        from PIL import Image as Images
+
+        width, height = size
+        low, high = 64, 192
+        ramps = np.full((height, width, 3), 128, dtype=np.uint8)
+        ramps[..., 0] = np.linspace(low, high, width).round()[None, :]
+        ramps[..., 1] = np.linspace(low, high, height).round()[:, None]
+
+        def read_channels(pixels: Any) -> list[Tensor]:
+            inputs, _, _ = self._process(Images.fromarray(pixels), "a test image")
+            values = inputs["pixel_values"].float()
+            if values.ndim == 2:  # patches, each with its channels one after another
+                values = values.reshape(len(values), 3, -1).transpose(0, 1)
+            else:
+                values = values.movedim(-3, 0)
+            return [channel.flatten() for channel in values[:2]]
+
+        try:
+            bounds = [read_channels(np.full_like(ramps, value)) for value in (low, high)]
+            shares = []
+            for channel, darkest, brightest in zip(read_channels(ramps), *bounds, strict=True):
+                first, last = darkest.median(), brightest.median()
+                places = (channel - first) / (last - first)
+                places = places[(places > -0.02) & (places < 1.02)]
+                shares.append(float((places.max() - places.min()).clamp(0, 1)))
+        except (UserError, RuntimeError, ValueError, KeyError):
+            return None
+        return shares[0] * shares[1]
+
+    @torch.inference_mode()
+    def _get_features(self, prepared: PreparedImage) -> dict[str, Any]:
+        """Return the features of an image under the model's present weights."""
+        key = (prepared.ids.start, self._hash_vision_weights())
+        if key in self._features:
+            self._features.move_to_end(key)
+            return self._features[key]
+        if key in self._files:
+            stored = torch.load(self._get_file(key), weights_only=True)
+            return {name: _map_tensors(value, self._to_device) for name, value in stored.items()}
+        features = self._compute_features(prepared)
+        self.n_computed += 1
+        self._features[key] = features
+        self._feature_bytes += _count_bytes(features)
+        while self._feature_bytes > _MAX_FEATURE_BYTES and len(self._features) > 1:
+            old_key, old = self._features.popitem(last=False)
+            self._feature_bytes -= _count_bytes(old)
+            on_cpu = {name: _map_tensors(value, Tensor.cpu) for name, value in old.items()}
+            torch.save(on_cpu, self._get_file(old_key))
+            self._files.add(old_key)
+        return features
+
+    def _compute_features(self, prepared: PreparedImage) -> dict[str, Any]:
+        """Return the output of the part that reads images: features, and those of deeper layers if any."""
+        compute = self.model.base_model.get_image_features
+        accepted = inspect.signature(compute).parameters
+        inputs = {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in prepared.inputs.items()
+            if name in accepted
+        }
+        output = compute(**inputs, return_dict=True)
+        features = {name: output[name] for name in _FEATURES if output.get(name) is not None}
+        tensors = _list_tensors(features["pooler_output"])
+        n_features = sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
+        if n_features != len(prepared.ids):
+            raise UserError(
+                f"the processor of {self.name} writes {len(prepared.ids)} placeholders for "
+                f"{prepared.image.name}, and the model makes {n_features} features of it: processor and model "
+                "do not fit"
+            )
+        return features
+
+    @cached_property
+    def _vision_weights(self) -> list[Tensor]:
+        """The weights on which features depend: all but those of the language part."""
+        language = {id(weight) for weight in self.model.get_decoder().parameters()}
+        output = self.model.get_output_embeddings()
+        language |= {id(weight) for weight in output.parameters()} if output is not None else set()
+        return [weight for weight in self.model.parameters() if id(weight) not in language]
+
+    def _hash_vision_weights(self) -> int:
+        """Return a number that changes when the weights that read images are replaced or changed in place."""
+        return hash(tuple((weight.data_ptr(), weight._version) for weight in self._vision_weights))
+
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="refusalscope-features-")
+
+    def _get_file(self, key: tuple[int, int]) -> Path:
+        return Path(self._folder.name) / f"{key[0]:x}-{key[1] & (2**64 - 1):x}.pt"
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        return value.to(self.model.device)
+
+
+def takes_token_kinds(model: Any) -> bool:
+    """Return whether the model must be told which tokens are those of images."""
+    return any(name in inspect.signature(model.forward).parameters for name in _KIND_INPUTS)
+
+
+class _FeatureOutput(dict[str, Any]):
+    """Features of images, as the model's own part for images returns them."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+def _merge_values(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the values of several images, joined as if the images had been prepared together."""
+    return {name: _join([part[name] for part in parts]) for name in parts[0]}
+
+
+def _join(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return first if len(values) == 1 else torch.cat(list(values))
+    # A sequence over images, or one over layers of sequences over images.
+    if first and isinstance(first[0], Tensor):
+        return [tensor for value in values for tensor in value]
+    return [_join(layer) for layer in zip(*values, strict=True)]
+
+
+def _list_tensors(value: Any) -> list[Tensor]:
+    return (
+        [value] if isinstance(value, Tensor) else [tensor for part in value for tensor in _list_tensors(part)]
+    )
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    if value is None:
+        return None
+    return function(value) if isinstance(value, Tensor) else [_map_tensors(part, function) for part in value]
+
+
+def _count_bytes(features: dict[str, Any]) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for value in features.values()
+        if value is not None
+        for tensor in _list_tensors(value)
+    )
