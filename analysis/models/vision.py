@@ -162,8 +162,8 @@ class ImageReader:
         pieces = text.split(self.image_mark)
         if len(pieces) != len(prepared) + 1:
             raise UserError(
-                f"the chat template of {self.name} writes {len(pieces) - 1} marks for {len(prepared)} images: "
-                "give one that shows images with --template"
+                f"the chat template of {self.name} writes {len(pieces) - 1} marks for {len(prepared)} "
+                "images: give one that shows images with --template"
             )
         expanded = pieces[0] + "".join(
             image.text + piece for image, piece in zip(prepared, pieces[1:], strict=True)
@@ -178,7 +178,7 @@ class ImageReader:
         return [next(remaining) if token_id == self.placeholder_id else token_id for token_id in ids]
 
     def draw_probe_prompts(self) -> list[tuple[int, ...]]:
-        """Return three prompts of words and random images; the last two have equal length and other images."""
+        """Return three prompts of words and random images; the last two have equal length."""
         import numpy as np
         from PIL import Image as Images
 
@@ -215,7 +215,7 @@ class ImageReader:
         return built | self._merge_inputs(prepared)
 
     def _list_token_inputs(self, token_ids: Tensor) -> tuple[dict[str, Any], list[PreparedImage]]:
-        """Return ids with placeholders and the kinds of tokens, and the images in the order of their tokens."""
+        """Return ids with placeholders and the kinds of tokens, and the images in their order."""
         is_image = token_ids >= FIRST_IMAGE_ID
         # A placeholder that the model itself generated is no image.
         text_ids = token_ids.masked_fill(token_ids == self.placeholder_id, self._neutral_id)
@@ -251,7 +251,7 @@ class ImageReader:
         return prepared
 
     def _process(self, pixels: Image, name: str) -> tuple[dict[str, Tensor], str, int]:
-        """Return the model's inputs for an image, the text in the place of its mark, and its tokens' number."""
+        """Return the model's inputs for an image, the text in the place of its mark, and the number of tokens."""
         try:
             outputs = self.processor(
                 images=[pixels],
@@ -360,8 +360,8 @@ class ImageReader:
         if n_features != len(prepared.ids):
             raise UserError(
                 f"the processor of {self.name} writes {len(prepared.ids)} placeholders for "
-                f"{prepared.image.name}, and the model makes {n_features} features of it: processor and model "
-                "do not fit"
+                f"{prepared.image.name}, and the model makes {n_features} features of it: processor "
+                "and model do not fit"
             )
         return features
 
