@@ -251,7 +251,7 @@ class ImageReader:
         return prepared
 
     def _process(self, pixels: Image, name: str) -> tuple[dict[str, Tensor], str, int]:
-        """Return the model's inputs for an image, the text in the place of its mark, and the number of tokens."""
+        """Return the inputs for an image, the text in the place of its mark, and the number of tokens."""
         try:
             outputs = self.processor(
                 images=[pixels],
