@@ -186,9 +186,9 @@ def _scale_to_8_bits(image: Image, name: str) -> Image:
 
 
 def _read_content(path: Path, name: str) -> bytes:
-    if path.is_dir():
-        raise UserError(f"{name} is a folder; write the path of a file in it")
     try:
+        if path.is_dir():
+            raise UserError(f"{name} is a folder; write the path of a file in it")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{name} does not exist; correct the path or add the file") from error
