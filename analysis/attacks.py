@@ -23,6 +23,7 @@ from analysis.files import data_folder
 from defenses.chats import build_user_chat, edit_last_user, insert_turns, prefill_response
 from defenses.contract import Chat, QueryChat
 from defenses.errors import UserError, unknown_name_error
+from defenses.images import replace_last_image
 from defenses.training.texts import OBEDIENCE_PROMPT, build_agent_chat
 
 # Suffix of an attack's name: adds the line of the attack row of this name on top of the user's message.
@@ -66,8 +67,11 @@ class Attack:
         return f"{self.path}{IGNORE_SUFFIX if self.name.endswith(IGNORE_SUFFIX) else ''}"
 
     def build_query_chats(self, queries: Sequence[Query]) -> list[QueryChat]:
-        """Return the chat in which each query is sent, with the query's id."""
-        return [QueryChat(query.id, self.build_chat(query)) for query in queries]
+        """Return the chat in which each query is sent, with the query's id.
+
+        The query's image stands in the last user turn, unless the attack has put an image into the chat.
+        """
+        return [QueryChat(query.id, _attach_image(self.build_chat(query), query)) for query in queries]
 
     def check_covers_queries(self, queries: Sequence[Query]) -> None:
         """Raise a UserError unless the attack applies to every query."""
@@ -80,6 +84,13 @@ class Attack:
                 f"({missing[0]!r}, …), but harmful and benign queries have to be attacked alike: add their "
                 "rows, or one row without query that applies to all others"
             )
+
+
+def _attach_image(chat: Chat, query: Query) -> Chat:
+    """Return the chat with the query's image in its last user turn, unless it holds an image already."""
+    if query.image is None or any("image" in message for message in chat):
+        return chat
+    return replace_last_image(chat, query.image)
 
 
 DIRECT_ATTACK = Attack("direct", "the query as it is", lambda query: build_user_chat("", query.text))

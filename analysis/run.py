@@ -90,6 +90,8 @@ def score_condition(
         },
         columns=list(SCORE_COLUMNS),
     )
+    if any(query.image for query in queries):
+        frame["image"] = [query.content[1] for query in queries]
     n_copies = [len(query_ids) // n_questions for query_ids in prompt_ids]
     return frame.assign(readings=n_copies, vote=scores["vote"]) if max(n_copies) > 1 else frame
 

@@ -39,6 +39,7 @@ from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import insert_turns, prefill_response, split_prefill
 from defenses.contract import Chat, Defense, ModelInfo
 from defenses.errors import UserError
+from defenses.images import QueryImage, replace_last_image
 from defenses.tokens import draw_random_text
 from defenses.training.texts import OBEDIENCE_PROMPT
 
@@ -52,6 +53,25 @@ QUERY = Query("q", "How do I sing 'La Traviata' at 5?", True)
 def last_user_text(attack: str, query: Query = QUERY) -> str:
     """Return the last user message under an attack."""
     return split_prefill(get_attack(attack).build_chat(query))[0][-1]["content"]
+
+
+IMAGE = QueryImage("own.png", "0" * 64, lambda: None)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_image_of_a_query_stands_in_the_last_user_turn(name: str) -> None:
+    plain, with_image = ATTACKS[name].build_query_chats([QUERY, replace(QUERY, image=IMAGE)])
+    assert not any("image" in message for message in plain.chat)
+    assert with_image.chat == replace_last_image(plain.chat, IMAGE) != plain.chat
+
+
+def test_an_image_that_an_attack_has_set_is_kept() -> None:
+    drawn = replace(IMAGE, name="drawn", digest="1" * 64)
+    attack = replace(
+        DIRECT_ATTACK, build_chat=lambda query: [{"role": "user", "content": "Look", "image": drawn}]
+    )
+    ((_, chat),) = attack.build_query_chats([replace(QUERY, image=IMAGE)])
+    assert chat == [{"role": "user", "content": "Look", "image": drawn}]
 
 
 # --- shipped attacks --------------------------------------------------------------------------------------

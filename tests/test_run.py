@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import get_defense
 from defenses.contract import Chat, Defense
 from defenses.errors import UserError
+from defenses.images import QueryImage, replace_last_image
 
 ASKED = sample_queries(load_queries("twins").queries, 6)
 READOUT = Readout("words", ("I", "Sure"), (301, 302), (1.0, -1.0), threshold=0.5)
@@ -65,6 +66,22 @@ def test_the_columns_are_those_of_scores_csv_and_readings_only_where_there_are_s
     assert list(frame["query"]) == [query.id for query in ASKED]
     assert list(frame["harmful"]) == [query.harmful for query in ASKED]
     assert list(frame["p_refuse"]) == pytest.approx(list(expit(frame["margin"] - 0.5)))
+
+
+@dataclass(frozen=True)
+class WithoutImage(Defense):
+    """Removes the image, so that a model of texts can read the query."""
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        return replace_last_image(chat, None)
+
+
+def test_scores_have_the_digest_of_the_image_if_any_query_has_one() -> None:
+    image = QueryImage("a.png", "0" * 64, lambda: None)
+    queries = [replace(ASKED[0], image=image), *ASKED[1:]]
+    frame = score_condition(make_toy_session(), "without_image", WithoutImage(), queries, READOUT)
+    assert list(frame.columns) == [*SCORE_COLUMNS, "image"]
+    assert list(frame["image"]) == ["0" * 64] + [None] * 5
 
 
 def test_an_answer_prefix_goes_behind_every_prompt() -> None:

@@ -31,7 +31,7 @@ from analysis.cli.options import (
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
-    from analysis.datasets.public import PublicDataset
+    from analysis.datasets.public_dataset import PublicDataset
     from analysis.models.session import ModelSession
     from analysis.report.results import Run
     from analysis.studies.run_spec import RunSpec

@@ -10,12 +10,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from analysis.datasets.public import PublicDataset
+from analysis.datasets.public_dataset import PublicDataset
 from analysis.datasets.records import expand_path, get_record_suffix, read_records
 from analysis.files import Notifier, combine_digests, get_cache_folder, hash_file
 from defenses.errors import UserError
 
 _DOWNLOAD_TIMEOUT_SECONDS = 60
+_MAX_LEVELS_TO_IMAGES = 3  # from a file in data/processed_questions to the root of its clone
 _MAX_DOWNLOAD_BYTES = 64 * 2**20  # bytes; every set in the table is far smaller
 
 
@@ -28,10 +29,12 @@ def load_public_records(
         dataset: a row of the table of public sets.
         copy_path: file or folder of a local copy; None reads the cache, and downloads missing files into it.
         offline: whether downloads are forbidden.
-        notify: prints a line before a download, and if a copy has another number of queries.
+        notify: prints a line before a download, if a copy has another number of queries, and if it lacks
+            some images.
 
     Raises:
-        UserError: if the files are missing, differ from the pinned ones, or have another format.
+        UserError: if the files or all images are missing, or the files differ from the pinned ones or have
+            another format.
     """
     format_hint = f"{dataset.name} as published has the columns {', '.join(dataset.columns)} ({dataset.page})"
     paths = (
@@ -42,8 +45,10 @@ def load_public_records(
     records, digests = [], []
     for path in paths:
         rows, content = read_records(path, dataset.columns, format_hint)
-        records += [(dataset.parse_row(row, path.stem), path) for row in rows]
+        records += [(record, path) for row in rows for record in dataset.parse_row(row, path)]
         digests.append(hashlib.sha256(content).hexdigest())
+    if dataset.image_folders:
+        records = _locate_images(dataset, records, notify)
     n_harmful = sum(record["harmful"] is True for record, _ in records)
     n_benign = len(records) - n_harmful
     if copy_path is not None and (n_harmful, n_benign) != (dataset.n_harmful, dataset.n_benign):
@@ -110,6 +115,11 @@ def get_digest_path(path: Path) -> Path:
 def _fetch_missing_files(dataset: PublicDataset, offline: bool, notify: Notifier) -> list[Path]:
     """Return the files in the user's cache, after downloading those that are missing."""
     copy_hint = f"--data {dataset.name}=PATH reads a copy that you have"
+    if dataset.image_folders:
+        raise UserError(
+            f"{dataset.name} has images, which are never downloaded for you: get the files from "
+            f"{dataset.page}, then use --data {dataset.name}=PATH"
+        )
     if not dataset.revision:
         raise UserError(
             f"{dataset.name} cannot be downloaded for you, because its license has to be accepted first: do "
@@ -156,12 +166,54 @@ def _find_copied_files(dataset: PublicDataset, copy_path: str, format_hint: str)
         return [path]
     cloned = [match for name in dataset.files if (match := _find_in_clone(path, name))]
     if len(cloned) == len(dataset.files):
-        return cloned
+        contrast = path / dataset.contrast_file if dataset.contrast_file else None
+        return [*cloned, contrast] if contrast and contrast.is_file() else cloned
     # A part of the files, or renamed files: use every file of this format in one folder.
     folder = cloned[0].parent if cloned else path
     if not (files := sorted(folder.glob(f"*{suffix}"))):
         raise UserError(f"{path} holds no {suffix} file; {format_hint}")
     return files
+
+
+def _locate_images(
+    dataset: PublicDataset, records: list[tuple[dict[str, Any], Path]], notify: Notifier
+) -> list[tuple[dict[str, Any], Path]]:
+    """Return the rows whose image is in the copy, each with the path of its image."""
+    located = [
+        ({**record, "image": image}, path)
+        for record, path in records
+        if (image := _find_image(dataset, str(record["image"]), path))
+    ]
+    n_missing = len(records) - len(located)
+    if not located:
+        record, path = records[0]
+        raise UserError(
+            f"{path.parent}: this copy of {dataset.name} holds none of its {n_missing} images, such as "
+            f"{dataset.image_folders[0]}/{record['image']}; get them from {dataset.page}"
+        )
+    if n_missing:
+        notify(
+            f"note: {n_missing} of {len(records)} queries of {dataset.name} are left out, because this copy "
+            f"does not hold their images; the others are on {dataset.page}"
+        )
+    return located
+
+
+def _find_image(dataset: PublicDataset, name: str, data_file: Path) -> Path | None:
+    """Find an image of a copy: in an image folder, or a part of its path, near the file of its row.
+
+    Args:
+        dataset: for its image folders.
+        name: path of the image in one of them.
+        data_file: file of the row; the nearest folder above it comes first.
+    """
+    candidates = (
+        folder.joinpath(*parts[start:], name)
+        for folder in list(data_file.parents)[:_MAX_LEVELS_TO_IMAGES]
+        for parts in (Path(image_folder).parts for image_folder in dataset.image_folders)
+        for start in range(len(parts) + 1)
+    )
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _find_in_clone(folder: Path, repository_path: str) -> Path | None:

@@ -14,6 +14,7 @@ from analysis.datasets.queries import (
     QUERY_FILE_FORMAT,
     Query,
     QuerySet,
+    add_image_digests,
     check_queries,
     parse_query,
 )
@@ -74,7 +75,8 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
 
     Args:
         name: contrast or another of `SHIPPED_SETS`; a public set, or NAME=PATH for a local copy of it;
-            the path of a query file; or several of them joined with +.
+            the path of a query file; or several of them joined with +. Names of sets may be written with _
+            instead of -.
         offline: whether downloads are forbidden.
         notify: prints a line before a download, and about repeated queries.
 
@@ -119,10 +121,21 @@ def load_query_texts(name: str) -> tuple[dict[str, str], str]:
 
 def _split_set_names(name: str) -> list[str]:
     """Names of the joined sets; an existing path may itself contain a +."""
-    base, _, copy_path = name.partition("=")
+    base, _, copy_path = _normalize_set_name(name).partition("=")
     if names_existing_file(name) or (base in PUBLIC_DATASETS and names_existing_file(copy_path)):
-        return [name]
-    return name.split("+")
+        return [_normalize_set_name(name)]
+    return [_normalize_set_name(part) for part in name.split("+")]
+
+
+def _normalize_set_name(name: str) -> str:
+    """Return the name of a set with hyphens, as in the tables; the path of a file stays as it is.
+
+    >>> _normalize_set_name("mm_safetybench=my_copy"), _normalize_set_name("my_file.csv")
+    ('mm-safetybench=my_copy', 'my_file.csv')
+    """
+    base, equals, copy_path = name.partition("=")
+    known = base.replace("_", "-")
+    return f"{known}{equals}{copy_path}" if known in {*SHIPPED_SETS, *PUBLIC_DATASETS} else name
 
 
 def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
@@ -136,13 +149,12 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
         )
         queries = [parse_query(row, number, path) for number, (row, path) in enumerate(rows, 1)]
         check_queries(queries, copy_path or base)
+        source["sha256"] = add_image_digests(source["sha256"], queries)
         return QuerySet(name, tuple(queries), source["sha256"], (source,))
     query_set = _load_query_file(expand_path(name))
-    if n_repeated := len(query_set.queries) - len({query.text for query in query_set.queries}):
+    if n_repeated := len(query_set.queries) - len({query.content for query in query_set.queries}):
         n = len(query_set.queries)
         notify(f"note: {name} repeats texts ({n_repeated} of {n} queries); each counts as a query of its own")
-    if n_images := sum(query.image is not None for query in query_set.queries):
-        notify(f"note: {n_images} queries of {name} have an image, which is not read: only their text is")
     return replace(
         query_set,
         name=name,
@@ -152,16 +164,16 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
 
 
 def _join_query_sets(name: str, query_sets: Sequence[QuerySet], notify: Notifier) -> QuerySet:
-    """Join sets: prefix ids and pairs with the set's short name, and drop texts of earlier sets."""
+    """Join sets: prefix ids and pairs with the set's short name, and drop the queries of earlier sets."""
     stems = [Path(query_set.name.partition("=")[0]).stem for query_set in query_sets]
     queries: list[Query] = []
     for number, (stem, query_set) in enumerate(zip(stems, query_sets, strict=True), 1):
         prefix = stem if stems.count(stem) == 1 else f"{stem}-{number}"
-        earlier_texts = {query.text for query in queries}
+        earlier = {query.content for query in queries}
         queries += [
             replace(query, id=f"{prefix}:{query.id}", pair=query.pair and f"{prefix}:{query.pair}")
             for query in query_set.queries
-            if query.text not in earlier_texts
+            if query.content not in earlier
         ]
     if n_repeated := sum(len(query_set.queries) for query_set in query_sets) - len(queries):
         notify(f"note: {n_repeated} queries of {name} occur in more than one of its sets; each is used once")
@@ -177,6 +189,7 @@ def _join_query_sets(name: str, query_sets: Sequence[QuerySet], notify: Notifier
 def _load_query_file(path: Path) -> QuerySet:
     """Load a file in the project's own format."""
     rows, content = read_records(path, ("text", "harmful"), QUERY_FILE_FORMAT, QUERY_COLUMNS)
-    queries = [parse_query(row, number, path) for number, row in enumerate(rows, 1)]
+    queries = [parse_query(row, number, path, path.parent) for number, row in enumerate(rows, 1)]
     check_queries(queries, path)
-    return QuerySet(str(path), tuple(queries), hashlib.sha256(content).hexdigest())
+    digest = add_image_digests(hashlib.sha256(content).hexdigest(), queries)
+    return QuerySet(str(path), tuple(queries), digest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from analysis.datasets.images import find_image_path, list_images, open_image
 from analysis.datasets.records import check_unicode
+from analysis.files import combine_digests
 from defenses.errors import UserError, unknown_name_error
+from defenses.images import QueryImage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +24,7 @@ SPLIT_NAMES = ("train", "calibration", "test")
 QUERY_COLUMNS = ("text", "harmful", "id", "pair", "category", "split", "kind", "image")
 QUERY_FILE_FORMAT = (
     "it needs the columns text and harmful (true/false), and may have id, pair, category, split "
-    f"({'/'.join(SPLIT_NAMES)}), kind"
+    f"({'/'.join(SPLIT_NAMES)}), kind, image (path of a file, relative to the folder of this one)"
 )
 _HARMFUL_VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "harmful": True}
 _HARMFUL_VALUES |= {"false": False, "0": False, "0.0": False, "no": False, "benign": False}
@@ -38,7 +42,7 @@ class Query:
         pair: name shared by a harmful query and its benign twin; None for a query without a twin.
         split: train, calibration or test; None if the set has no splits.
         kind: harmful, or a kind of benign query: twin, sounds_unsafe, same_topic, plain, or the user's own.
-        image: path of an image that belongs to the text.
+        image: the image that belongs to the text; None for a query without one.
     """
 
     id: str
@@ -48,7 +52,12 @@ class Query:
     pair: str | None = None
     split: str | None = None
     kind: str = ""
-    image: str | None = None
+    image: QueryImage | None = None
+
+    @property
+    def content(self) -> tuple[str, str | None]:
+        """What the user sends: the text and the digest of the image."""
+        return self.text, None if self.image is None else self.image.digest
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class QuerySet:
     Attributes:
         name: as given by the user.
         queries: in the order of their files.
-        sha256: digest of the source file, or of the digests of several files.
+        sha256: digest of the source file, or of the digests of several files; images are files as well.
         sources: entries of run.json, one per source set: name and SHA-256; for a public set also its page,
             revision and license.
         has_calibration_split: whether a file or frame of the user has a calibration split.
@@ -80,7 +89,8 @@ class QuerySet:
         'a frame of 2 queries'
 
         Args:
-            frame: one row per query; the columns `text` and `harmful` are required.
+            frame: one row per query; the columns `text` and `harmful` are required. Relative paths of
+                images are relative to the current folder.
 
         Raises:
             UserError: if a column, a value or a class is missing or invalid.
@@ -101,7 +111,7 @@ class QuerySet:
                 "some rows"
             )
         content = frame.to_csv(index=False).encode(errors="surrogatepass")
-        digest = hashlib.sha256(content).hexdigest()
+        digest = add_image_digests(hashlib.sha256(content).hexdigest(), queries)
         query_set = cls(name, tuple(queries), digest, ({"name": name, "sha256": digest},))
         return replace(query_set, has_calibration_split="calibration" in query_set.split_names)
 
@@ -194,13 +204,19 @@ class QuerySet:
         return replace(self, queries=tuple(queries))
 
 
-def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> Query:
+def parse_query(
+    row: Mapping[str, Any], row_number: int, source: Path | str, image_folder: Path = Path()
+) -> Query:
     """Build a query from a row in the project's own format.
 
     Args:
         row: column → value, with at least `text` and `harmful`.
         row_number: 1-based; makes the id of a row that has none.
         source: file or set, for error messages.
+        image_folder: folder to which the path of an image is relative.
+
+    Raises:
+        UserError: if a value is invalid, or an image cannot be read.
     """
     query_id = _read_optional(row, "id", f"{source}, row {row_number}") or f"q{row_number:04d}"
     place = f"{source}, query {query_id!r}"
@@ -208,7 +224,9 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
     if not isinstance(text, str | None):
         raise UserError(f"{place}: the text is {text!r}; it takes a string")
     if text is None or not text.strip():
-        raise UserError(f"{place}: the text is empty; write the request or remove the query")
+        raise UserError(
+            f"{place}: the text is empty; write the request, also beside an image, or remove the query"
+        )
     check_unicode(text, f"{place}: the text")
     harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
@@ -227,7 +245,7 @@ def parse_query(row: Mapping[str, Any], row_number: int, source: Path | str) -> 
         pair=_read_optional(row, "pair", place),
         split=split or None,
         kind=kind,
-        image=_read_optional(row, "image", place),
+        image=_read_image(row, place, image_folder),
     )
 
 
@@ -239,18 +257,19 @@ def check_queries(queries: Sequence[Query], source: Path | str) -> None:
         source: file or set, for error messages.
 
     Raises:
-        UserError: if an id repeats, a text is both harmful and benign, only some queries have a split, or a
-            pair is no harmful-benign pair within one split.
+        UserError: if an id repeats, a text with its image is both harmful and benign, only some queries have
+            a split, or a pair is no harmful-benign pair within one split.
     """
     counts = Counter(query.id for query in queries)
     repeated = [query_id for query_id, count in counts.items() if count > 1]
     if repeated:
         raise UserError(f"{source}: the id {repeated[0]!r} occurs more than once; ids have to be unique")
-    by_text: dict[str, Query] = {}
+    by_content: dict[tuple[str, str | None], Query] = {}
     for query in queries:
-        if (other := by_text.setdefault(query.text, query)).harmful != query.harmful:
+        if (other := by_content.setdefault(query.content, query)).harmful != query.harmful:
+            what = "text with the same image" if query.image else "text"
             raise UserError(
-                f"{source}: {other.id!r} and {query.id!r} are the same text, once harmful and once benign; "
+                f"{source}: {other.id!r} and {query.id!r} are the same {what}, once harmful and once benign; "
                 "remove one of them"
             )
     without_split = [query.id for query in queries if query.split is None]
@@ -259,6 +278,12 @@ def check_queries(queries: Sequence[Query], source: Path | str) -> None:
             f"{source}: the query {without_split[0]!r} has no split, but others do; give each query one"
         )
     _check_pairs(queries, source)
+
+
+def add_image_digests(sha256: str, queries: Iterable[Query]) -> str:
+    """Return the digest of a file and of the images of its queries; without images, that of the file."""
+    images = list_images(queries)
+    return combine_digests([sha256, *(image.digest for image in images)]) if images else sha256
 
 
 def choose_default_split(query_set: QuerySet) -> Literal["test", "all"]:
@@ -285,6 +310,15 @@ def _read_optional(row: Mapping[str, Any], column: str, place: str) -> str | Non
         return None
     check_unicode(str(value), f"{place}: {column}")
     return str(value)
+
+
+def _read_image(row: Mapping[str, Any], place: str, folder: Path) -> QueryImage | None:
+    """Image whose path a row holds; None if the cell is missing, blank or NaN."""
+    value = row.get("image")
+    is_blank = isinstance(value, str) and not value.strip()
+    if value is None or is_blank or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return open_image(find_image_path(value, folder, place), place)
 
 
 def _check_pairs(queries: Sequence[Query], source: Path | str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from analysis.attacks import Attack
+from analysis.datasets.images import check_images, list_images
 from analysis.datasets.queries import Query, QuerySet, sample_queries
 from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
@@ -108,6 +109,7 @@ def prepare_setup(
     """
     chosen = choose_defenses(defenses, settings)
     query_set, split, calibration = spec.select_queries(make_notifier(console))
+    _check_query_images([*query_set.queries, *calibration.queries], console)
     for attack in spec.attacks:
         attack.check_covers_queries(query_set.queries)
     opened = spec.open_model(console)
@@ -174,6 +176,15 @@ def prepare_setup(
     for notice in notices:
         print_note(console, notice)
     return replace(setup, readouts=list(readouts.values()), notices=notices)
+
+
+def _check_query_images(queries: Sequence[Query], console: Console) -> None:
+    """Decode every image once, so that a bad one is reported before the weights are loaded."""
+    if not (images := list_images(queries)):
+        return
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("checking images", total=len(images))
+        check_images(queries, lambda n_finished, _: bar.update(task, completed=n_finished))
 
 
 def _check_adapters_fit(setup: RunSetup) -> None:

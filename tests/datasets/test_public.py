@@ -9,6 +9,7 @@ import pytest
 from published_sets import (
     OPENER,
     PUBLISHED,
+    PUBLISHED_WITH_IMAGES,
     assert_user_error,
     list_fields,
     load_alone,
@@ -29,7 +30,10 @@ def both_classes(tmp_path):
 
 
 def test_the_table_pins_every_download_and_states_the_size_of_each_set():
-    assert set(PUBLIC_DATASETS) == set(PUBLISHED)
+    assert set(PUBLIC_DATASETS) == {*PUBLISHED, *PUBLISHED_WITH_IMAGES}
+    assert {name for name, dataset in PUBLIC_DATASETS.items() if dataset.image_folders} == set(
+        PUBLISHED_WITH_IMAGES
+    )
     for dataset in PUBLIC_DATASETS.values():
         assert dataset.page.startswith("https://") and dataset.addresses[1].startswith("https://")
         assert dataset.license and dataset.description and dataset.n_harmful + dataset.n_benign > 0
@@ -39,14 +43,15 @@ def test_the_table_pins_every_download_and_states_the_size_of_each_set():
         assert len({Path(name).name for name in dataset.files}) == len(dataset.files), (
             "the files share one folder"
         )
-        if dataset.name == "sorry-bench":
+        if dataset.name == "sorry-bench" or dataset.image_folders:
             assert dataset.revision == ""
         else:
             assert re.fullmatch("[0-9a-f]{40}", dataset.revision) and dataset.kilobytes > 0
     images = {
         name for name, dataset in PUBLIC_DATASETS.items() if "images are left out" in dataset.description
     }
-    assert images == {"mm-safetybench", "mossbench", "figstep"}
+    assert images == {"mm-safetybench", "figstep"}
+    assert all("local copies only" in PUBLIC_DATASETS[name].description for name in PUBLISHED_WITH_IMAGES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -75,6 +80,81 @@ def test_the_files_are_also_read_from_one_folder_and_one_by_one(tmp_path, both_c
     assert len(one_by_one) == len(PUBLISHED[name][1])
 
 
+@pytest.mark.parametrize("name", PUBLISHED_WITH_IMAGES)
+def test_a_clone_with_images_is_read_in_the_published_format(tmp_path, both_classes, name):
+    files, expected, images = PUBLISHED_WITH_IMAGES[name]
+    write_clone(tmp_path, name)
+    copies = [tmp_path, *(tmp_path / file for file in files)] if len(files) == 1 else [tmp_path]
+    for copy in copies:
+        queries, prefix = load_alone(f"{name}={copy}", both_classes)
+        assert list_fields(queries, prefix) == expected
+        assert [query.image.name for query in queries] == [str(tmp_path / image) for image in images]
+        assert {query.kind for query in queries if not query.harmful} <= {"twin"}
+        assert OPENER not in str(queries)
+        for query in queries:
+            query.image.load()
+
+
+def test_the_files_of_vlguard_are_its_splits(tmp_path):
+    data = load_queries(f"vlguard={write_clone(tmp_path, 'vlguard')}")
+    assert [query.id for query in data.select_split("test").queries] == ["B-h", "B-b", "C"]
+
+
+def test_a_copy_of_mossbench_without_its_contrast_set_is_benign(tmp_path, both_classes):
+    copy = write_clone(tmp_path, "mossbench")
+    for path in (copy / "data", copy / "data" / "images_information" / "information.json"):
+        queries, _ = load_alone(f"mossbench={path}", both_classes)
+        assert [query.harmful for query in queries] == [False]
+    queries, _ = load_alone(f"mossbench={copy / 'data_contrast'}", both_classes)
+    assert [query.harmful for query in queries] == [True]
+
+
+def test_queries_whose_image_a_copy_lacks_are_left_out_with_a_note(tmp_path, both_classes):
+    notices = []
+    name = f"mm-safetybench-sd={write_clone(tmp_path, 'mm-safetybench-sd')}"
+    first, second = [tmp_path / path for path in PUBLISHED_WITH_IMAGES["mm-safetybench-sd"][2]]
+    first.unlink()
+    data = load_queries(f"{name}+{both_classes}", notify=notices.append)
+    assert [query.image and query.image.name for query in data.queries] == [str(second), None, None]
+    assert notices[0].startswith("note: 1 of 2 queries of mm-safetybench-sd are left out")
+    second.unlink()
+    page = PUBLIC_DATASETS["mm-safetybench-sd"].page
+    assert_user_error(
+        lambda: load_queries(name), "none of its 2 images", "data/imgs/02-HateSpeech/SD/0.jpg", page
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WITH_IMAGES)
+def test_a_set_with_images_is_never_downloaded(name):
+    assert_user_error(
+        lambda: load_queries(name), "never downloaded", PUBLIC_DATASETS[name].page, f"--data {name}=PATH"
+    )
+
+
+def test_names_of_sets_may_be_written_with_underscores(tmp_path, both_classes):
+    copy = write_clone(tmp_path / "mm_safetybench", "mm-safetybench")
+    data = load_queries(f"mm_safetybench={copy}+{both_classes}")
+    assert [query.id for query in data.queries[:2]] == [
+        "mm-safetybench:02-HateSpeech-0",
+        "mm-safetybench:06-Fraud-0",
+    ]
+    assert load_queries("same_topic") == load_queries("same-topic")
+    assert_user_error(lambda: load_queries("mm_safetybnch"), "'mm_safetybnch'", "'mm-safetybench'")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="samples of the published files are not here")
+def test_samples_with_images_are_read(both_classes):
+    queries, _ = load_alone(f"mossbench={SHARED / 'mossbench'}", both_classes)
+    assert Counter(query.harmful for query in queries) == {True: 4, False: 4}
+    twins = [query for query in queries if query.pair == "mossbench:87"]
+    assert len(twins) == 2 and twins[0].image.digest == twins[1].image.digest
+    assert {query.image.load().mode for query in queries} == {"RGB"}
+    for name, folder in (("mm-safetybench-sd", "mm_safetybench"), ("figstep-image", "figstep")):
+        assert_user_error(
+            lambda copy=f"{name}={SHARED / folder}": load_queries(copy), "holds none of its 12 images"
+        )
+
+
 @pytest.mark.parametrize("name", ["jbb", "advbench"])
 def test_openings_of_responses_are_not_read(tmp_path, both_classes, name):
     copy = write_clone(tmp_path, name)
@@ -98,7 +178,6 @@ SAMPLES = {
     "advbench": (24, 24, "advbench"),
     "strongreject": (24, 24, "strongreject"),
     "mm-safetybench": (12, 12, "mm_safetybench"),
-    "mossbench": (4, 0, "mossbench"),
     "figstep": (12, 12, "figstep/safebench.csv"),
 }
 
@@ -149,8 +228,14 @@ BAD = {
     "list": (
         "mossbench",
         "a.json",
-        '[{"question": "Hi"}]',
-        ["lacks metadata (has question)", "question, metadata"],
+        '[{"question": "Hi", "image": "images/1.png"}]',
+        ["lacks metadata (has image, question)", "question, metadata"],
+    ),
+    "split": (
+        "vlguard",
+        "a.json",
+        PUBLISHED_WITH_IMAGES["vlguard"][0]["test.json"],
+        ["rename it to train.json"],
     ),
     "scenarios": ("mm-safetybench", "a.json", '{"0": {"Question": "Hi"}}', ["lacks Changed Question"]),
 }

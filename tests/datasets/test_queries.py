@@ -178,13 +178,6 @@ def test_repeated_texts_are_noted_and_a_whole_character_may_be_escaped(tmp_path)
     assert "repeats texts (1 of 3 queries)" in notices[0]
 
 
-def test_images_beside_queries_are_noted_as_not_read(tmp_path):
-    notices = []
-    rows = '{"text": "a", "harmful": 1, "image": "a.png"}\n{"text": "b", "harmful": 0}'
-    load_queries(write_file(tmp_path, "x.jsonl", rows), notify=notices.append)
-    assert len(notices) == 1 and "1 queries of" in notices[0] and "only their text" in notices[0]
-
-
 IDS = [
     "NA",
     "nan",
