@@ -22,6 +22,7 @@ from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
 from defenses.errors import UserError, describe_error
+from defenses.images import get_last_image
 from defenses.stack import list_members
 from defenses.steering import Steering
 from defenses.tuning import AdapterWeights
@@ -110,6 +111,7 @@ def prepare_setup(
     query_set, split, calibration = spec.select_queries(make_notifier(console))
     for attack in spec.attacks:
         attack.check_covers_queries(query_set.queries)
+    chosen, image_notices = _select_by_images(chosen, query_set.queries, spec.attacks, "all" in defenses)
     opened = spec.open_model(console)
     readout_names = CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts
     for name in readout_names:
@@ -166,6 +168,7 @@ def prepare_setup(
         *session.loaded_model.notices,
         *session.chat_template.notices,
         *session.engine.notices,
+        *image_notices,
         *omissions,
         *overlap,
     ]
@@ -174,6 +177,44 @@ def prepare_setup(
     for notice in notices:
         print_note(console, notice)
     return replace(setup, readouts=list(readouts.values()), notices=notices)
+
+
+def _select_by_images(
+    chosen: list[Defense], queries: Sequence[Query], attacks: Sequence[Attack], leave_out: bool
+) -> tuple[list[Defense], list[str]]:
+    """Return the defenses that can act on the queries, and notices on those that act on images only.
+
+    Args:
+        chosen: the chosen defenses.
+        queries: the queries to score.
+        attacks: the attacks through which they are sent.
+        leave_out: whether to leave such a defense out if there are no images at all, instead of raising.
+
+    Raises:
+        UserError: if a defense acts on images only, and no query has one under any attack.
+    """
+    image_defenses = [defense.name for defense in chosen if defense.needs_images]
+    if not image_defenses:
+        return chosen, []
+    names = ", ".join(image_defenses)
+    n_without = {
+        attack.name: sum(get_last_image(chat) is None for _, chat in attack.build_query_chats(queries))
+        for attack in attacks
+    }
+    if any(n < len(queries) for n in n_without.values()):
+        return chosen, [
+            f"{attack}: {n} of {len(queries)} queries have no image, and these defenses leave them as they "
+            f"are: {names}"
+            for attack, n in n_without.items()
+            if n
+        ]
+    reason = (
+        f"{names}: acts on images only, and no query has one: choose queries with images, or an attack that "
+        "draws them, such as --attack typographic"
+    )
+    if not leave_out:
+        raise UserError(reason)
+    return [defense for defense in chosen if not defense.needs_images], [f"left out: {reason}"]
 
 
 def _check_adapters_fit(setup: RunSetup) -> None:
