@@ -63,7 +63,7 @@ def build_image_request_chat(query: Query) -> Chat:
 
 
 def build_image_strip_chat(query: Query) -> Chat:
-    """Return the chat with the request as a strip of text below the query's image, or below a white square."""
+    """Return the chat with the request as a strip of text below the query's image or a white square."""
     _check_glyphs("image_strip", query)
     picture = query.image if isinstance(query.image, QueryImage) else None
     name = "white" if picture is None else picture.name
@@ -79,8 +79,8 @@ def _ask_about_square(name: str, query: Query, list_lines: tuple[str, ...]) -> C
     size, lines = _fit_square(query.text, list_lines)
     if size < _MIN_FONT_SIZE:
         raise UserError(
-            f"--attack {name}: the query {query.id!r} has {len(query.text)} characters, which are too many to "
-            f"be read in an image of {_SIDE} × {_SIDE} pixels: remove the query or the attack"
+            f"--attack {name}: the query {query.id!r} has {len(query.text)} characters, which are too many "
+            f"for an image of {_SIDE} × {_SIDE} pixels: remove the query or the attack"
         )
     digest = hashlib.sha256(f"{describe_image_wording(name)}/{query.text}".encode()).hexdigest()
     image = QueryImage(f"{name} image of {query.id}", digest, lambda: _draw_square(size, lines))
@@ -90,10 +90,15 @@ def _ask_about_square(name: str, query: Query, list_lines: tuple[str, ...]) -> C
 def _fit_square(text: str, list_lines: tuple[str, ...]) -> tuple[int, list[str]]:
     """Return the largest size of letters at which a text fits into the square, and its lines at that size."""
     for size in range(_FONT_SIZE, _MIN_FONT_SIZE - 2, -1):
-        lines = [*textwrap.wrap(text, _COLUMNS * _FONT_SIZE // size), *list_lines]
+        lines = [*_wrap_text(text, _COLUMNS * _FONT_SIZE // size), *list_lines]
         if len(lines) * size * _LINE_HEIGHT + 2 * _MARGIN <= _SIDE:
             break
     return size, lines
+
+
+def _wrap_text(text: str, columns: int) -> list[str]:
+    """Return the lines of a text; words are divided only if they are longer than a line."""
+    return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 
 def _draw_square(size: int, lines: list[str]) -> Image:
@@ -118,7 +123,7 @@ def add_text_strip(picture: Image, text: str) -> Image:
     largest = round(picture.width * _STRIP_FONT_SHARE)
     # Smaller letters, until the strip is at most half as high as the picture.
     for size in range(largest, _MIN_FONT_SIZE - 1, -1):
-        lines = textwrap.wrap(text, int((picture.width - 2 * _MARGIN) / (size * _LETTER_WIDTH)))
+        lines = _wrap_text(text, int((picture.width - 2 * _MARGIN) / (size * _LETTER_WIDTH)))
         height = round(len(lines) * size * _LINE_HEIGHT) + 2 * _MARGIN
         if height <= picture.height / 2:
             break

@@ -1,8 +1,8 @@
 """Image noise: changes of a query's image that keep most of its content, and break brittle attack images.
 
-A change is a function of the image, the settings and a seed, which is drawn by the generator of the query: the
-image of a query is changed in the same way in every run with that seed. Size and mode (RGB) stay, and a chat
-without an image stays as it is. Pillow and numpy are imported when pixels are needed.
+A change is a function of the image, the settings and a seed, which is drawn by the generator of the query:
+the image of a query is changed in the same way in every run with that seed. Size and mode (RGB) stay, and a
+chat without an image stays as it is. Pillow and numpy are imported when pixels are needed.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ _MIN_CONFIDENCE = 0.5
 # Named, so that RapidOCR never looks for others, and never downloads any.
 _WEIGHT_FILES = {
     "Det": "PP-OCRv6_det_small.onnx",  # finds the lines
-    "Cls": "ch_ppocr_mobile_v2.0_cls_mobile.onnx",  # finds lines that are upside down
     "Rec": "PP-OCRv6_rec_small.onnx",  # reads a line
 }
 _LIST_ITEM = re.compile(r"(\d{1,2}[.)]|[•*-])(\s|$)")
@@ -58,7 +57,7 @@ def read_image_text(image: QueryImage) -> str:
 
     Lines are read from top to bottom and from left to right. A line that continues the one above it is
     joined to it by a space, and other lines begin a new line. Lines that are read with a confidence below
-    0.5 are left out. The text of an image is kept in memory.
+    0.5 are left out, and text that is upside down is not read. The text of an image is kept in memory.
 
     Args:
         image: the image.
@@ -75,7 +74,7 @@ def join_lines(lines: list[TextLine]) -> str:
     r"""Return the text of lines in reading order, with the lines of a paragraph joined by spaces.
 
     A line continues the one above it if its first word would not have fit there: into the width of the widest
-    line. A list item, another size of letters, or a gap of more than half a line begin a new line.
+    line. A list item, letters of twice or half the size, or a gap of more than half a line begin a new line.
 
     >>> first, second = TextLine("Bake a loaf", 0, 0, 110, 20), TextLine("today.", 0, 22, 60, 42)
     >>> join_lines([second, first, TextLine("1.", 0, 44, 20, 64)])
@@ -95,7 +94,7 @@ def _continues(row: TextLine, above: TextLine, edge: float) -> bool:
     letter_width = (row.right - row.left) / len(row.text)
     first_word = row.text.split()[0]
     fits_above = above.right + letter_width * (1 + len(first_word)) <= edge
-    has_same_size = max(row.height, above.height) < 1.5 * min(row.height, above.height)
+    has_same_size = max(row.height, above.height) < 2 * min(row.height, above.height)
     is_near = row.top - above.bottom < 0.5 * min(row.height, above.height)
     return not fits_above and has_same_size and is_near and not _LIST_ITEM.match(row.text)
 
@@ -141,11 +140,12 @@ def _load_engine() -> Any:
     paths = {part: folder / name for part, name in _WEIGHT_FILES.items()}
     if missing := [path.name for path in paths.values() if not path.is_file()]:
         raise UserError(
-            f"the installed RapidOCR comes without {missing[0]}: pip install 'rapidocr>=3.10,<4', which has it"
+            f"the installed RapidOCR comes without {missing[0]}: pip install rapidocr==3.10.0, which has it"
         )
     return rapidocr.RapidOCR(
         params={
             "Global.log_level": "critical",
+            "Global.use_cls": False,  # it turned some upright lines upside down, which were then misread
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             **{f"{part}.model_path": str(path) for part, path in paths.items()},
