@@ -20,6 +20,12 @@ from typing import Any
 from analysis.datasets.queries import Query
 from analysis.datasets.records import RECORD_FORMATS, expand_path, names_record_file, read_records
 from analysis.files import data_folder
+from analysis.image_attacks import (
+    build_image_request_chat,
+    build_image_strip_chat,
+    build_typographic_chat,
+    describe_image_wording,
+)
 from defenses.chats import build_user_chat, edit_last_user, insert_turns, prefill_response
 from defenses.contract import Chat, QueryChat
 from defenses.errors import UserError, unknown_name_error
@@ -48,6 +54,7 @@ class Attack:
         wording_sha256: SHA-256 of each row, or of the user's file, that contains its wording.
         query_ids: ids of the queries that it has strings for; None if it applies to every query.
         path: the user's file with its strings; None for a shipped attack.
+        needs_images: whether its chats have images, which a model must be able to read.
     """
 
     name: str
@@ -58,6 +65,7 @@ class Attack:
     wording_sha256: tuple[str, ...] = ()
     query_ids: frozenset[str] | None = None
     path: Path | None = None
+    needs_images: bool = False
 
     @property
     def option(self) -> str:
@@ -111,6 +119,41 @@ _FINE_TUNING_ATTACKS = (
         "https://arxiv.org/abs/2310.03693",
     ),
 )
+# Attacks that draw an image; their wordings and layouts are in `analysis/image_attacks.py`.
+_IMAGE_ATTACKS = tuple(
+    Attack(
+        name,
+        description,
+        build_chat,
+        source,
+        url,
+        (hashlib.sha256(describe_image_wording(name).encode()).hexdigest(),),
+        needs_images=True,
+    )
+    for name, description, build_chat, source, url in (
+        (
+            "typographic",
+            "draws the request as the title of an empty list, to be filled in",
+            build_typographic_chat,
+            "FigStep (Gong et al., AAAI 2025)",
+            "https://arxiv.org/abs/2311.05608",
+        ),
+        (
+            "image_strip",
+            "draws the request below the query's image, or below a white one",
+            build_image_strip_chat,
+            "MM-SafetyBench (Liu et al., ECCV 2024)",
+            "https://arxiv.org/abs/2311.17600",
+        ),
+        (
+            "image_request",
+            "draws the request, and asks a harmless question about the image",
+            build_image_request_chat,
+            "FigStep (Gong et al., AAAI 2025)",
+            "https://arxiv.org/abs/2311.05608",
+        ),
+    )
+)
 
 
 @cache
@@ -118,12 +161,15 @@ def load_shipped_attacks() -> Mapping[str, Attack]:
     """Load the attacks of this project, by name; the row for `+ignore` is the last.
 
     >>> list(load_shipped_attacks())[:4]
-    ['direct', 'obedience', 'identity', 'prefix_injection']
+    ['direct', 'obedience', 'identity', 'typographic']
     """
     lines = (data_folder() / "attacks.jsonl").read_text("utf-8").splitlines()
     return {
         attack.name: attack
-        for attack in (DIRECT_ATTACK, *_FINE_TUNING_ATTACKS, *map(_parse_attack_row, lines))
+        for attack in (
+            *(DIRECT_ATTACK, *_FINE_TUNING_ATTACKS, *_IMAGE_ATTACKS),
+            *map(_parse_attack_row, lines),
+        )
     }
 
 
@@ -134,12 +180,14 @@ def choose_attacks(names: Sequence[str]) -> tuple[Attack, ...]:
     ['direct', 'persona+ignore']
 
     Args:
-        names: as for `get_attack`; `all` and `all+ignore` select every shipped attack.
+        names: as for `get_attack`; `all` and `all+ignore` select every shipped attack that draws no image,
+            which models without images read as well.
     """
     chosen: dict[str, Attack] = {}
+    text_attacks = [name for name in _list_attack_names() if not load_shipped_attacks()[name].needs_images]
     for name in names:
         is_all = name.removesuffix(IGNORE_SUFFIX) == "all"
-        expanded = [base + name.removeprefix("all") for base in _list_attack_names()] if is_all else [name]
+        expanded = [base + name.removeprefix("all") for base in text_attacks] if is_all else [name]
         for attack in map(get_attack, expanded):
             if chosen.setdefault(attack.name, attack).wording_sha256 != attack.wording_sha256:
                 raise UserError(

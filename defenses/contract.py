@@ -198,6 +198,7 @@ class Defense(ABC):
         reads: whether the defense scores one chat or may score several.
         cost: cost beyond one forward pass over the request: none (`static`), one more model call, several
             calls or copies, or weights that must be trained and stored.
+        needs_images: whether the defense acts on images only and leaves a query without one as it is.
     """
 
     name: ClassVar[str]
@@ -206,6 +207,7 @@ class Defense(ABC):
     pool: ClassVar[Literal["mean", "max"]] = "mean"
     reads: ClassVar[Literal["one", "several"]] = "one"
     cost: ClassVar[Literal["static", "one call", "N calls", "weights"]] = "static"
+    needs_images: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

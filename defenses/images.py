@@ -66,6 +66,21 @@ def replace_last_image(chat: Chat, image: QueryImage | None) -> Chat:
     return new_chat
 
 
+def edit_images(chat: Chat, change: Callable[[Image], Image], identity: str | None = None) -> Chat:
+    """Return the chat with the images of all its turns edited.
+
+    Args:
+        chat: the chat.
+        change: as for `QueryImage.edit`.
+        identity: as for `QueryImage.edit`.
+    """
+    new_chat = [Message(**message) for message in chat]
+    for message in new_chat:
+        if "image" in message:
+            message["image"] = message["image"].edit(change, identity)
+    return new_chat
+
+
 def edit_last_image(chat: Chat, change: Callable[[Image], Image], identity: str | None = None) -> Chat:
     """Return the chat with the image of its last user turn edited; a turn without an image stays.
 

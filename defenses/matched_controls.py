@@ -15,11 +15,15 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from defenses.chats import get_last_user_text
+from defenses.chats import copy_chat, get_last_user_text
 from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source, check_chats
+from defenses.images import QueryImage
 from defenses.tokens import cut_text, encode_plain_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NEUTRAL_TEXT = "neutral text"
 _MARK = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}{}\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
@@ -119,11 +123,13 @@ class NeutralText(Defense):
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the defended chat with each text that the defense adds replaced."""
         # The defense rewrites marks in place of the texts, so that its own texts can be told from them.
-        marked = [Message(role=turn["role"], content=_MARK.format(n)) for n, turn in enumerate(chat)]
-        return [
-            Message(role=turn["role"], content=self._replace_added_texts(turn["content"], chat, place))
-            for place, turn in enumerate(self.defense.rewrite(marked, rng))
-        ]
+        marked = copy_chat(chat)
+        for number, turn in enumerate(marked):
+            turn["content"] = _MARK.format(number)
+        new_chat = copy_chat(self.defense.rewrite(marked, rng))
+        for place, turn in enumerate(new_chat):
+            turn["content"] = self._replace_added_texts(turn["content"], chat, place)
+        return new_chat
 
     def _replace_added_texts(self, text: str, chat: Chat, place: int) -> str:
         """Return the text of a turn with neutral sentences around the marks, which become texts again."""
@@ -175,15 +181,25 @@ def build_matched_control(defense: Defense, model_info: ModelInfo, draw: int) ->
     return control
 
 
+def _draw_white_image() -> Image:
+    """Return a white image."""
+    from PIL import Image as image_module
+
+    return image_module.new("RGB", (64, 64), "white")
+
+
 def _only_adds_text(defense: Defense) -> bool:
     """Return whether a defense does nothing but add texts to the chat, before the response."""
     other_methods = ("rewrite_copies", "consult_model", "retokenize", "apply_to", "logit_blend")
-    if defense.family == "control" or any(
+    if defense.family in ("control", "noise", "image_noise", "refactoring") or any(
         getattr(type(defense), name) is not getattr(Defense, name) for name in other_methods
     ):
         return False
     request = _MARK.format(0)
-    rewritten = defense.rewrite([Message(role="user", content=request)], random.Random(0))
+    query = Message(role="user", content=request)
+    if defense.needs_images:
+        query["image"] = QueryImage("a white image", "white", _draw_white_image)
+    rewritten = defense.rewrite([query], random.Random(0))
     (chat,) = check_chats(defense.name, [rewritten])
     adds_text = any(turn["content"] != request for turn in chat)
     return adds_text and chat[-1]["role"] == "user" and request in get_last_user_text(chat)

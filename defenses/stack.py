@@ -38,7 +38,7 @@ class Stack(Defense):
     members: tuple[Defense, ...]
 
     def __post_init__(self) -> None:
-        """Derive name, cost and pooling from the members, and check that they can be combined."""
+        """Derive the class attributes from the members, and check that they can be combined."""
         names = [member.name for member in self.members]
         for name in names:
             if names.count(name) > 1:
@@ -62,6 +62,7 @@ class Stack(Defense):
             "cost": max((member.cost for member in self.members), key=COST_LEVELS.index),
             "pool": "max" if any(member.pool == "max" for member in self.members) else "mean",
             "reads": "several" if pools else "one",
+            "needs_images": any(member.needs_images for member in self.members),
         }
         for attribute, value in attributes.items():
             object.__setattr__(self, attribute, value)

@@ -276,6 +276,7 @@ def run_explain_command(
     from analysis.run import build_conditions
     from analysis.stats.tables import format_condition
     from defenses.catalog import choose_defenses
+    from defenses.images import get_last_image
     from defenses.stack import list_members
 
     *_, chosen = choose_defenses([defense_name], settings)
@@ -298,10 +299,15 @@ def run_explain_command(
     calls_model = any(defense.calls_model for defense in conditions.values())
     session = opened.load_session() if calls_model else opened.prompt_session
     for attack in spec.attacks:
+        query_chats = attack.build_query_chats([query])
+        if chosen.needs_images and get_last_image(query_chats[0].chat) is None:
+            remedy = "such as --attack typographic"
+            note = f"\nThe query has no image for {chosen.name} to change; use an attack that draws one, {remedy}."
+            console.print(Text(note, style="yellow"))
         for name, defense in conditions.items():
             console.print()
             console.rule(Text(format_condition({"attack": attack.name, "defense": name})), align="left")
-            _print_prompts(console, session, defense, attack.build_query_chats([query]))
+            _print_prompts(console, session, defense, query_chats)
     return 0
 
 

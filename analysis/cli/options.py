@@ -42,9 +42,9 @@ AttackOption = Annotated[
     list[str] | None,
     typer.Option(
         "--attack",
-        help="Jailbreak attack applied to every query: a name (`list attacks`), all, or a file (.csv, "
-        ".jsonl) of attack strings; NAME+ignore adds an ignore-instructions line. Repeatable. Default: "
-        "direct.",
+        help="Jailbreak attack applied to every query: a name (`list attacks`), all (those that draw no "
+        "image), or a file (.csv, .jsonl) of attack strings; NAME+ignore adds an ignore-instructions line. "
+        "Repeatable. Default: direct.",
     ),
 ]
 LimitPerSplitOption = Annotated[

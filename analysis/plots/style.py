@@ -17,6 +17,7 @@ FAMILY_STYLES = {
     "backdoor": (VERMILION, "D"),
     "refactoring": (GREEN, "s"),
     "noise": (SKY, "^"),
+    "image_noise": (SKY, "<"),
     "tuning": (PURPLE, "v"),
     "steering": (ORANGE, "P"),
     "decoding": (VIOLET, "h"),

@@ -67,8 +67,12 @@ from defenses.stack import Stack, list_members
 # Up to this number of rows, all have intervals; beyond it, single defenses, stacks and the Pareto front.
 _MAX_ROWS_WITH_INTERVALS = 1000
 _N_TIMED_QUERIES = 4  # queries on which costs are measured
-# Order in a stack: first what changes the user's words, then the text around them, then the model.
-_STACKING_ORDER = ("refactoring", "noise", "reminders", "backdoor", "tuning", "steering", "decoding")
+# Order in a stack: first what changes the image and the user's words, then the text around them, then the
+# model. A caption is then one of the changed image.
+_STACKING_ORDER = (
+    *("image_noise", "refactoring", "noise", "reminders"),
+    *("backdoor", "tuning", "steering", "decoding"),
+)
 
 StackSelector = Callable[[pd.DataFrame, Callable[[str], float]], list[str]]
 ScoreFrames = Mapping[ConditionKey, pd.DataFrame]

@@ -23,6 +23,7 @@ from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
 from defenses.errors import UserError, describe_error
+from defenses.images import get_last_image
 from defenses.stack import list_members
 from defenses.steering import Steering
 from defenses.tuning import AdapterWeights
@@ -112,6 +113,7 @@ def prepare_setup(
     _check_query_images([*query_set.queries, *calibration.queries], console)
     for attack in spec.attacks:
         attack.check_covers_queries(query_set.queries)
+    chosen, image_notices = _select_by_images(chosen, query_set.queries, spec.attacks, "all" in defenses)
     opened = spec.open_model(console)
     readout_names = CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts
     for name in readout_names:
@@ -168,6 +170,7 @@ def prepare_setup(
         *session.loaded_model.notices,
         *session.chat_template.notices,
         *session.engine.notices,
+        *image_notices,
         *omissions,
         *overlap,
     ]
@@ -423,3 +426,41 @@ def _missing_requirement_notices(
             scored = f"only {', '.join(ablations)} can be scored" if ablations else "skipped"
             notices.append(f"{defense.name}: {scored}: {reason}")
     return notices
+
+
+def _select_by_images(
+    chosen: list[Defense], queries: Sequence[Query], attacks: Sequence[Attack], leave_out: bool
+) -> tuple[list[Defense], list[str]]:
+    """Return the defenses that can act on the queries, and notices on those that act on images only.
+
+    Args:
+        chosen: the chosen defenses.
+        queries: the queries to score.
+        attacks: the attacks through which they are sent.
+        leave_out: whether to leave such a defense out if there are no images at all, instead of raising.
+
+    Raises:
+        UserError: if a defense acts on images only, and no query has one under any attack.
+    """
+    image_defenses = [defense.name for defense in chosen if defense.needs_images]
+    if not image_defenses:
+        return chosen, []
+    names = ", ".join(image_defenses)
+    n_without = {
+        attack.name: sum(get_last_image(chat) is None for _, chat in attack.build_query_chats(queries))
+        for attack in attacks
+    }
+    if any(n < len(queries) for n in n_without.values()):
+        return chosen, [
+            f"{attack}: {n} of {len(queries)} queries have no image, and these defenses leave them as they "
+            f"are: {names}"
+            for attack, n in n_without.items()
+            if n
+        ]
+    reason = (
+        f"{names}: no query has an image to change: choose queries with images, or an attack that draws them, "
+        "such as --attack typographic"
+    )
+    if not leave_out:
+        raise UserError(reason)
+    return [defense for defense in chosen if not defense.needs_images], [f"left out: {reason}"]

@@ -51,6 +51,7 @@ STACKS = [
     "retokenization+in_context_refusal+conditional_steering",
     "two_pass_intention+safety_prefix",
     "policy+safe_decoding+refusal_steering",
+    "image_mask+caption_beside+self_reminder",
 ]
 
 
@@ -198,9 +199,10 @@ def test_only_a_defense_that_changes_the_model_or_the_tokens_leaves_the_chat_unc
         for name, defense in defenses.items()
         if defense.weights_fingerprint() != "" or defense.logit_blend() or defense.retokenizes
     }
-    # Plain text has no obfuscation for clean_up to reverse.
+    # Plain text has no obfuscation for clean_up to reverse, and no image.
     assert unchanged == {
         *("none", "clean_up", *NEED_WEIGHTS),
+        *(name for name, defense in defenses.items() if defense.needs_images),
         *changes_model - {"backdoor", "backdoor/no_secret"},
     }
 

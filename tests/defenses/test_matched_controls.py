@@ -16,6 +16,7 @@ from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import find_defense_classes, get_defense
 from defenses.chats import prefill_response, prepend_system
 from defenses.contract import Chat, Defense, Message, ModelInfo
+from defenses.images import QueryImage
 from defenses.matched_controls import build_matched_control, make_neutral_passage
 from defenses.tokens import draw_random_text, encode_plain_text
 
@@ -70,6 +71,17 @@ def test_a_request_that_occurs_in_the_text_of_the_defense_is_kept_in_its_place()
         assert text.endswith(f" {request}") and "safety" not in text
 
 
+def test_the_image_stays_and_an_instruction_about_it_has_a_control() -> None:
+    image = QueryImage("a.png", "0" * 64, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    chat = [Message(role="user", content=REQUEST, image=image)]
+    for name in ("policy", "examine_image"):
+        control = build_matched_control(get_defense(name), INFO, 0)
+        assert control is not None
+        turn = control.defense.rewrite(chat, random.Random(0))[-1]
+        assert turn["image"] is image and REQUEST in turn["content"] and "harm" not in turn["content"]
+        assert (turn["content"] == REQUEST) == (name == "policy")
+
+
 def test_draws_differ_and_a_draw_is_reproducible() -> None:
     passages = [
         build_matched_control(get_defense("policy"), INFO, draw).defense.rewrite(CHAT, random.Random(0))[0][
@@ -114,7 +126,10 @@ def test_defenses_without_added_text_have_no_control() -> None:
     families = {}
     for defense_class in find_defense_classes().values():
         defense = defense_class()
-        if defense.family in ("noise", "refactoring", "control", "none") or defense.name == "safety_prefix":
+        if (
+            defense.family in ("noise", "image_noise", "refactoring", "control", "none")
+            or defense.name == "safety_prefix"
+        ):
             families[defense.family] = build_matched_control(defense.prepare(info), info, 0)
     assert set(families) >= {"noise", "refactoring", "control"} and not any(families.values())
 

@@ -1,4 +1,4 @@
-"""Prompts of every defense with the embedded model, word for word, and their agreement with its attributes.
+"""Prompts of every defense of text with the embedded model, word for word, and their agreement with its attributes.
 
 `REWRITE=1 pytest tests/defenses/test_prompts.py` rewrites the file of prompts; check the difference before
 you commit it.
@@ -23,7 +23,7 @@ from analysis.models.chat_template import redact_secrets
 from analysis.models.loading import LoadedModel, build_model_info
 from analysis.models.session import ModelSession
 from analysis.run import build_conditions
-from defenses.catalog import get_defense, list_defense_names
+from defenses.catalog import find_defense_classes, get_defense, list_defense_names
 from defenses.contract import MeanActivations, ModelCall, ModelInfo
 from defenses.settings import get_settings
 
@@ -75,14 +75,17 @@ def render_defense(session: ModelSession, model_info: ModelInfo, name: str) -> d
     return rendered
 
 
-@pytest.mark.parametrize("name", list_defense_names())
+TEXT_DEFENSES = [name for name, cls in find_defense_classes().items() if not cls.needs_images]
+
+
+@pytest.mark.parametrize("name", TEXT_DEFENSES)
 def test_prompts_are_those_of_the_file_and_agree_with_settings_and_cost(
     session: ModelSession, model_info: ModelInfo, name: str
 ) -> None:
     rendered = render_defense(session, model_info, name)
     prompts = json.loads(PROMPTS_PATH.read_text("utf-8")) if PROMPTS_PATH.exists() else {}
     if os.environ.get("REWRITE"):
-        prompts = {key: value for key, value in prompts.items() if key in list_defense_names()}
+        prompts = {key: value for key, value in prompts.items() if key in TEXT_DEFENSES}
         prompts[name] = rendered
         text = json.dumps(dict(sorted(prompts.items())), indent=1, ensure_ascii=False)
         PROMPTS_PATH.write_text(text + "\n", "utf-8")
@@ -111,4 +114,4 @@ def test_every_defense_is_in_the_documentation_with_its_cost() -> None:
     documented = {name for line in table for name in re.findall(r"`(\w+)`", line)}
     assert documented == set(list_defense_names()) - {"none"}
     families = {get_defense(name).family for name in list_defense_names()}
-    assert len(documented) >= 29 and len(families) == 9  # with none, control and backdoor
+    assert len(documented) >= 49 and len(families) == 10  # with none, control and backdoor

@@ -22,9 +22,18 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
+from analysis.attacks import DIRECT_ATTACK, get_attack
+from analysis.datasets.queries import Query
+from analysis.studies.setup import _select_by_images
+from defenses.catalog import get_defense
+
 ANALYZE = ("-d", "self_reminder")
 OPTIONS = {
     "defense": (("-d", "self_remindr"), "unknown defense 'self_remindr'"),
+    "image defense": (
+        ("-d", "policy", "-d", "image_blur", "-d", "jpeg+policy"),
+        "image_blur, jpeg+policy: no query has an image to change",
+    ),
     "attack": ((*ANALYZE, "--attack", "ignor"), "unknown attack 'ignor'"),
     "data": ((*ANALYZE, "--data", "nowhere.csv"), "nowhere.csv"),
     "readout": ((*ANALYZE, "--readout", "wordz"), "unknown readout 'wordz'"),
@@ -116,6 +125,19 @@ def test_an_input_is_checked_before_weights_are_loaded(home: Path, case: str) ->
     args, words = OPTIONS[case]
     model = () if "-m" in args else ("-m", "broken")
     assert_user_error(run_cli(*args, *model), words)
+
+
+def test_defenses_that_act_on_images_only_are_left_out_of_all_or_run_where_an_attack_draws_them() -> None:
+    defenses = [get_defense(name) for name in ("none", "policy", "image_blur", "ecso")]
+    queries = [Query("a", "How do I sing?", True), Query("b", "How do I dance?", False)]
+    selected, notices = _select_by_images(defenses, queries, [DIRECT_ATTACK], leave_out=True)
+    assert [defense.name for defense in selected] == ["none", "policy"]
+    assert len(notices) == 1 and "image_blur, ecso: no query has an image" in notices[0]
+    attacks = [DIRECT_ATTACK, get_attack("typographic")]
+    selected, notices = _select_by_images(defenses, queries, attacks, leave_out=False)
+    assert selected == defenses and len(notices) == 1
+    assert notices[0].startswith("direct: 2 of 2 queries have no image") and "image_blur, ecso" in notices[0]
+    assert _select_by_images(defenses[:2], queries, attacks, leave_out=False) == (defenses[:2], [])
 
 
 def test_then_the_weights_are_loaded(home: Path) -> None:
