@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -330,5 +331,11 @@ def save_vision_model(folder: Path, family: str) -> Path:
     """Write a tiny model and its processor into a folder, as save_pretrained() does, and return it."""
     model, processor = build_vision_model(family)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # the part for videos needs torchvision
+    names = ("image_seq_len", "image_seq_length", "patch_size", "vision_feature_select_strategy")
+    settings = {name: getattr(processor, name) for name in names if hasattr(processor, name)}
+    settings["num_additional_image_tokens"] = getattr(processor, "num_additional_image_tokens", 0)
+    settings["processor_class"] = type(processor).__name__
+    (folder / "processor_config.json").write_text(json.dumps(settings))
     return folder

@@ -301,8 +301,8 @@ def run_explain_command(
     for attack in spec.attacks:
         query_chats = attack.build_query_chats([query])
         if chosen.needs_images and get_last_image(query_chats[0].chat) is None:
-            remedy = "such as --attack typographic"
-            note = f"\nThe query has no image for {chosen.name} to change; use an attack that draws one, {remedy}."
+            note = f"\nThe query has no image for {chosen.name} to change; use an attack that draws one, "
+            note += "such as --attack typographic."
             console.print(Text(note, style="yellow"))
         for name, defense in conditions.items():
             console.print()
@@ -344,6 +344,8 @@ def _print_prompts(
         title = f"prompt ({number} of {len(prompts)}):" if len(prompts) > 1 else "prompt:"
         console.print(Text(title, style="bold"))
         console.print(Text(redact_secrets(prompt.text, secrets), style="cyan"))
+        for image in prompt.images:
+            console.print(Text(image.describe(), style="cyan"))
     if len(prompts) > 1:
         pooling = "maximum" if defense.pool == "max" else "mean"
         console.print(Text(f"The margin is the {pooling} over these prompts."))

@@ -39,7 +39,7 @@ from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.models.cascade import OcrReader
-    from analysis.models.vision import ImageReader
+    from analysis.models.vision import ImageReader, PreparedImage
 
 _PLACEHOLDER_TEXT, _PLACEHOLDER_RESPONSE = "zxqmarkqxz", "zxqanswerqxz"
 _PLACEHOLDER_THOUGHT = "zxqthoughtqxz"
@@ -60,14 +60,14 @@ class Prompt:
         text: the decoded tokens, special tokens included.
         chat: the messages passed to the template, after merging of the system turn.
         prefill: given start of the response, the last of the tokens; usually empty.
-        images: the images in the prompt as they are shown to the user, such as "[image: 576 tokens, …]".
+        images: the images in the prompt, as they are prepared for the model.
     """
 
     ids: tuple[int, ...]
     text: str
     chat: Chat
     prefill: str = ""
-    images: tuple[str, ...] = ()
+    images: tuple[PreparedImage, ...] = ()
 
     def append_prefix(self, response_prefix: tuple[int, ...]) -> tuple[int, ...]:
         """Return the token ids followed by the response prefix, which a prefilled response does not get."""
@@ -250,8 +250,7 @@ class ChatTemplate:
         shown = _escape_marks(chat, reader.reserved_texts)
         text = str(self._apply_with_images(shown, reader.image_mark))
         ids = reader.encode_text(text, prepared) + self._encode_prefill(prefill)
-        images = tuple(image.describe() for image in prepared)
-        return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill, images)
+        return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill, tuple(prepared))
 
     def _apply_with_images(self, chat: Chat, image_mark: str) -> Any:
         """Return the text of a chat with the mark of an image where each image stands."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MAX_FEATURE_BYTES = 2**30  # of features in memory
-_MAX_PREPARED_IMAGES = 64  # whose pixels are in memory; others are prepared again
+_MAX_KEPT_IMAGES = 64  # whose prepared pixels are in memory; others are prepared again
 _PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")  # not needed where features are given
 _KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # 1 at the tokens of images
 _FEATURES = ("pooler_output", "deepstack_features")  # of the outputs of the part that reads images
@@ -36,41 +37,31 @@ _FEATURES = ("pooler_output", "deepstack_features")  # of the outputs of the par
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image as the processor prepares it for the model.
+    """What a prompt needs to know of an image as the processor prepares it.
 
     Attributes:
         image: the image.
         ids: the token ids that stand for it.
         text: what the processor writes in the place of the image's mark, placeholders included.
-        inputs: arguments of the model with the pixels and their layout.
+        layout: arguments of the model that say how the pixels are arranged, such as the number of patches.
         size: width and height of the image, in pixels.
+        target: what the pixels are scaled to, such as "336×336".
         seen_share: share of the pixels that reach the model, from 0 to 1; None if it could not be measured.
     """
 
     image: QueryImage
     ids: range
     text: str
-    inputs: dict[str, Tensor]
+    layout: dict[str, Tensor]
     size: tuple[int, int]
+    target: str
     seen_share: float | None
 
     def describe(self) -> str:
         """Return tokens, size and the share of pixels that reach the model, for the user."""
         width, height = self.size
-        shape = tuple(self.inputs["pixel_values"].shape) if "pixel_values" in self.inputs else ()
-        if len(shape) >= 4:
-            n_tiles = 1
-            for count in shape[:-3]:
-                n_tiles *= count
-            tiles = f"{n_tiles} × " if n_tiles > 1 else ""
-            target = f" → {tiles}{shape[-1]}×{shape[-2]}"
-        elif "image_grid_thw" in self.inputs:
-            _, rows, columns = self.inputs["image_grid_thw"][0].tolist()
-            target = f" → {columns}×{rows} patches"
-        else:
-            target = ""
         share = "" if self.seen_share is None else f", {self.seen_share:.0%} of the pixels"
-        return f"[image: {len(self.ids)} tokens, {width}×{height}{target}{share}]"
+        return f"[image: {len(self.ids)} tokens, {width}×{height} → {self.target}{share}]"
 
 
 class ImageReader:
@@ -88,8 +79,9 @@ class ImageReader:
     def __init__(self, processor: Any, model: Any, name: str) -> None:
         self.processor, self.model, self.name = processor, model, name
         self.n_computed = 0
-        self._prepared: OrderedDict[str, PreparedImage] = OrderedDict()
-        self._images: dict[int, QueryImage] = {}
+        self._prepared: dict[str, PreparedImage] = {}
+        self._by_first_id: dict[int, PreparedImage] = {}
+        self._pixels: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._features: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
         self._feature_bytes = 0
         self._files: set[tuple[int, int]] = set()
@@ -138,19 +130,36 @@ class ImageReader:
         Raises:
             UserError: if the image cannot be loaded or prepared.
         """
-        if (prepared := self._prepared.get(image.digest)) is not None:
-            self._prepared.move_to_end(image.digest)
-            return prepared
-        pixels = image.load()
-        inputs, text, n_tokens = self._process(pixels, image.name)
-        ids = make_image_ids(image.digest, n_tokens)
-        if self._images.setdefault(ids.start, image).digest != image.digest:
-            raise UserError(f"{image.name}: its digest starts like that of {self._images[ids.start].name}")
-        prepared = PreparedImage(image, ids, text, inputs, pixels.size, self._measure_seen_share(pixels.size))
-        self._prepared[image.digest] = prepared
-        while len(self._prepared) > _MAX_PREPARED_IMAGES:
-            self._prepared.popitem(last=False)
-        return prepared
+        if image.digest not in self._prepared:
+            pixels = image.load()
+            inputs, text, n_tokens = self._process(pixels, image.name)
+            prepared = PreparedImage(
+                image,
+                make_image_ids(image.digest, n_tokens),
+                text,
+                {name: value for name, value in inputs.items() if name not in _PIXEL_INPUTS},
+                pixels.size,
+                _describe_target(inputs),
+                self._measure_seen_share(pixels.size),
+            )
+            other = self._by_first_id.setdefault(prepared.ids.start, prepared)
+            if other is not prepared:
+                raise UserError(f"{image.name} and {other.image.name} cannot be told apart by their digests")
+            self._prepared[image.digest] = prepared
+            self._keep_pixels(image.digest, inputs)
+        return self._prepared[image.digest]
+
+    def _get_pixels(self, image: QueryImage) -> dict[str, Tensor]:
+        """Return the arguments of the model that hold an image's pixels."""
+        if image.digest not in self._pixels:
+            inputs, _, _ = self._process(image.load(), image.name)
+            self._keep_pixels(image.digest, inputs)
+        return self._pixels[image.digest]
+
+    def _keep_pixels(self, digest: str, inputs: dict[str, Tensor]) -> None:
+        self._pixels[digest] = {name: value for name, value in inputs.items() if name in _PIXEL_INPUTS}
+        while len(self._pixels) > _MAX_KEPT_IMAGES:
+            self._pixels.popitem(last=False)
 
     def encode_text(self, text: str, prepared: Sequence[PreparedImage]) -> list[int]:
         """Return the token ids of a rendered chat, with those of the images in the places of their marks.
@@ -201,12 +210,14 @@ class ImageReader:
             `input_ids` with the placeholder, and features, layouts and kinds of tokens.
         """
         built, prepared = self._list_token_inputs(token_ids)
-        parameters = inspect.signature(self.model.forward).parameters
-        if "mm_encoder_outputs" not in parameters:
+        if "mm_encoder_outputs" not in self._parameters:
             return built | self._merge_inputs(prepared)
-        layouts = self._merge_inputs(prepared, set(parameters) - set(_PIXEL_INPUTS))
+        layout = _merge_values([image.layout for image in prepared])
+        built |= {
+            name: value.to(self.model.device) for name, value in layout.items() if name in self._parameters
+        }
         features = _merge_values([self._get_features(image) for image in prepared])
-        return built | layouts | {"mm_encoder_outputs": {"image": _FeatureOutput(features)}}
+        return built | {"mm_encoder_outputs": {"image": _FeatureOutput(features)}}
 
     def build_plain_inputs(self, token_ids: Sequence[int]) -> dict[str, Any]:
         """Return the arguments of the model for one prompt with the pixels themselves, to compare with."""
@@ -214,25 +225,24 @@ class ImageReader:
         built, prepared = self._list_token_inputs(ids)
         return built | self._merge_inputs(prepared)
 
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        """Names of the arguments that the model takes."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
     def _list_token_inputs(self, token_ids: Tensor) -> tuple[dict[str, Any], list[PreparedImage]]:
         """Return ids with placeholders and the kinds of tokens, and the images in their order."""
         is_image = token_ids >= FIRST_IMAGE_ID
         # A placeholder that the model itself generated is no image.
         text_ids = token_ids.masked_fill(token_ids == self.placeholder_id, self._neutral_id)
         built: dict[str, Any] = {"input_ids": torch.where(is_image, self.placeholder_id, text_ids)}
-        parameters = inspect.signature(self.model.forward).parameters
-        built |= {name: is_image.long() for name in _KIND_INPUTS if name in parameters}
+        built |= {name: is_image.long() for name in _KIND_INPUTS if name in self._parameters}
         return built, self._list_images(token_ids[is_image].tolist())
 
-    def _merge_inputs(
-        self, prepared: Sequence[PreparedImage], names: set[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the inputs of several images, as if they had been prepared together."""
-        inputs = [
-            {name: value for name, value in image.inputs.items() if names is None or name in names}
-            for image in prepared
-        ]
-        return {name: value.to(self.model.device) for name, value in _merge_values(inputs).items()}
+    def _merge_inputs(self, prepared: Sequence[PreparedImage]) -> dict[str, Tensor]:
+        """Return pixels and layouts of several images, as if they had been prepared together."""
+        inputs = _merge_values([image.layout | self._get_pixels(image.image) for image in prepared])
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def _replace_ids(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: put features in the place of the ids of images."""
@@ -243,9 +253,7 @@ class ImageReader:
 
     def _list_images(self, image_ids: Sequence[int]) -> list[PreparedImage]:
         """Return the images in the order in which their tokens occur; raise unless all are whole."""
-        prepared = [
-            self.prepare(self._images[token_id]) for token_id in image_ids if token_id % MAX_IMAGE_TOKENS == 0
-        ]
+        prepared = [self._by_first_id[token_id] for token_id in image_ids if token_id % MAX_IMAGE_TOKENS == 0]
         if [token_id for image in prepared for token_id in image.ids] != list(image_ids):
             raise ValueError("an image is not complete in a batch, or its parts are in another order")
         return prepared
@@ -350,7 +358,7 @@ class ImageReader:
         accepted = inspect.signature(compute).parameters
         inputs = {
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in prepared.inputs.items()
+            for name, value in (prepared.layout | self._get_pixels(prepared.image)).items()
             if name in accepted
         }
         output = compute(**inputs, return_dict=True)
@@ -386,6 +394,18 @@ class ImageReader:
 
     def _to_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device)
+
+
+def _describe_target(inputs: dict[str, Tensor]) -> str:
+    """Return what an image is scaled to: the size of its tiles, or the number of its patches."""
+    shape = inputs["pixel_values"].shape
+    if len(shape) >= 4:
+        n_tiles = math.prod(shape[:-3])
+        return f"{f'{n_tiles} × ' if n_tiles > 1 else ''}{shape[-1]}×{shape[-2]}"
+    if "image_grid_thw" in inputs:
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        return f"{columns}×{rows} patches"
+    return f"{shape[0]} patches"
 
 
 def takes_token_kinds(model: Any) -> bool:

@@ -98,6 +98,7 @@ def check_condition(
         _check_bos_count(session, prompts),
         _check_system_role(session, prompts),
         _check_not_truncated(session, prompts),
+        *([_describe_images(prompts)] if any(prompt.images for prompt in prompts) else []),
         _check_response_start(session, cases, readout.response_prefix),
         *(_check_margins(session, defense, prompts, readout) if with_margins else []),
     ]
@@ -224,6 +225,13 @@ def _normalize_text(text: str) -> str:
     """Remove what templates trim and tokenizers may change: white space and the composition of letters."""
     # SentencePiece writes a space as "\u2581", and decodes one that is in the text as a space.
     return remove_whitespace(unicodedata.normalize("NFKC", text).replace("\u2581", " "))
+
+
+def _describe_images(prompts: Sequence[Prompt]) -> CheckOutcome:
+    """Tell how the image of which the model sees least is prepared; encoding has counted its tokens."""
+    images = [image for prompt in prompts for image in prompt.images]
+    least = min(images, key=lambda image: 1.0 if image.seen_share is None else image.seen_share)
+    return "images", True, least.describe()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from analysis.attacks import Attack
 from analysis.datasets.images import check_images, list_images
 from analysis.datasets.queries import Query, QuerySet, sample_queries
+from analysis.models.cascade import OcrReader
 from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
 from analysis.readouts.readout import Readout
@@ -119,6 +120,7 @@ def prepare_setup(
     for name in readout_names:
         encode_opener(name, opened.checkpoint.tokenizer)
     check_training_overlap(query_set, opened.checkpoint.trained_on, spec.model)
+    _read_image_texts(opened.prompt_session, query_set.queries, spec.attacks, console)
     prepared = {
         row: _prepare_defense(defense, opened.model_info)
         for row, defense in enumerate(chosen)
@@ -188,6 +190,22 @@ def _check_query_images(queries: Sequence[Query], console: Console) -> None:
     with make_progress_bar(console) as bar:
         task = bar.add_task("checking images", total=len(images))
         check_images(queries, lambda n_finished, _: bar.update(task, completed=n_finished))
+
+
+def _read_image_texts(
+    session: ModelSession, queries: Sequence[Query], attacks: Sequence[Attack], console: Console
+) -> None:
+    """Read the texts in all images first, if the model's name says so: each takes about a second."""
+    reader = session.chat_template.image_reader
+    if not isinstance(reader, OcrReader):
+        return
+    chats = [chat for attack in attacks for _, chat in attack.build_query_chats(queries)]
+    images = {image.digest: image for chat in chats if (image := get_last_image(chat)) is not None}
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("reading the text in images", total=len(images))
+        for image in images.values():
+            reader.read_text(image)
+            bar.update(task, advance=1)
 
 
 def _check_adapters_fit(setup: RunSetup) -> None:
@@ -458,8 +476,8 @@ def _select_by_images(
             if n
         ]
     reason = (
-        f"{names}: no query has an image to change: choose queries with images, or an attack that draws them, "
-        "such as --attack typographic"
+        f"{names}: no query has an image to change: choose queries with images, or an attack that draws "
+        "them, such as --attack typographic"
     )
     if not leave_out:
         raise UserError(reason)

@@ -1,4 +1,4 @@
-"""Prompts of every defense of text with the embedded model, word for word, and their agreement with its attributes.
+"""Prompts of every text defense with the embedded model, word for word, and their agreement with attributes.
 
 `REWRITE=1 pytest tests/defenses/test_prompts.py` rewrites the file of prompts; check the difference before
 you commit it.
