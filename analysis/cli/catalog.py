@@ -301,8 +301,8 @@ def run_explain_command(
     for attack in spec.attacks:
         query_chats = attack.build_query_chats([query])
         if chosen.needs_images and get_last_image(query_chats[0].chat) is None:
-            remedy = "such as --attack typographic"
-            note = f"\nThe query has no image for {chosen.name} to change; use an attack that draws one, {remedy}."
+            remedy = "use an attack that draws one, such as --attack typographic"
+            note = f"\nThe query has no image for {chosen.name} to change; {remedy}."
             console.print(Text(note, style="yellow"))
         for name, defense in conditions.items():
             console.print()

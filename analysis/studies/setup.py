@@ -447,8 +447,8 @@ def _select_by_images(
             if n
         ]
     reason = (
-        f"{names}: no query has an image to change: choose queries with images, or an attack that draws them, "
-        "such as --attack typographic"
+        f"{names}: no query has an image to change: choose queries with images, or an attack that draws "
+        "them, such as --attack typographic"
     )
     if not leave_out:
         raise UserError(reason)

@@ -1,4 +1,6 @@
-"""Prompts of every defense of text with the embedded model, word for word, and their agreement with its attributes.
+"""Prompts of every defense with the embedded model, word for word, and their agreement with its attributes.
+
+The embedded model reads no images, so defenses that act on images only are tested elsewhere.
 
 `REWRITE=1 pytest tests/defenses/test_prompts.py` rewrites the file of prompts; check the difference before
 you commit it.
