@@ -56,7 +56,7 @@ class ImageNoise(Defense):
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat with its image changed."""
         seed = rng.getrandbits(32) if self.is_random else 0
-        identity = json.dumps([self.name, get_settings(self), seed])
+        identity = json.dumps([self.name, get_settings(self), seed], default=str)
         return edit_images(chat, lambda image: self.change_image(image, random.Random(seed)), identity)
 
 

@@ -216,10 +216,10 @@ def test_a_text_counts_together_with_its_image(folder: Path) -> None:
 
 
 def test_joined_sets_use_a_text_once_with_each_image(folder: Path) -> None:
-    for name, color in (("one", "red"), ("two", "blue")):
+    for name, color in (("one", "red"), ("two", "blue"), ("three", "red")):
         rows = f"id,text,harmful,image\na,What is it?,1,pictures/{color}.png\nb,Yo,0,\n"
         (folder / f"{name}.csv").write_text(rows, "utf-8")
-    joined = load_queries(f"{folder}/one.csv+{folder}/two.csv")
+    joined = load_queries(f"{folder}/one.csv+{folder}/two.csv+{folder}/three.csv")
     assert [query.id for query in joined.queries] == ["one:a", "one:b", "two:a"]
 
 
