@@ -1,10 +1,6 @@
-<<<<<<< .merge_file_9R59gX
-"""Prompts of every text defense with the embedded model, word for word, and their agreement with attributes.
-=======
 """Prompts of every defense with the embedded model, word for word, and their agreement with its attributes.
 
 The embedded model reads no images, so defenses that act on images only are tested elsewhere.
->>>>>>> .merge_file_OkvZJO
 
 `REWRITE=1 pytest tests/defenses/test_prompts.py` rewrites the file of prompts; check the difference before
 you commit it.
