@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,15 @@ class WorkCounter:
         self.computed_tokens = self.saved_tokens = 0
 
 
+@dataclass
+class _SharedState:
+    """What the engines of one model share."""
+
+    notices: list[str] = field(default_factory=list)
+    work_counter: WorkCounter = field(default_factory=WorkCounter)
+    logit_positions: tuple[Tensor, Tensor] | None = None
+
+
 class Engine:
     """Computes next-token logits of a transformers causal language model for many prompts.
 
@@ -71,11 +80,6 @@ class Engine:
         probe_prompts: prompts with which ways of generation are compared; None draws some of text.
         rotation: prompts that are rotated with different frequencies share no forward pass and no prefix.
         cache_use: how transformers generates with its cache, once `generate_token_ids` has compared the ways.
-        notices: lines for the user on the form of the batches.
-        work_counter: counts of computed and saved tokens.
-        logit_positions: for hooks: while prompts run, rows and columns of the hidden states (rows × columns ×
-            width) at which logits are computed, in the order of the logits. None otherwise, and while a
-            shared prefix runs.
     """
 
     def __init__(
@@ -89,10 +93,8 @@ class Engine:
         self.batch_form = batch_form or find_fastest_form(model)
         self.batch_size = 1 if self.batch_form is BatchForm.SINGLE else batch_size
         self.cache_use: CacheUse | None = None
-        self.notices: list[str] = []
         self.rotation = RotationSchedule.from_model(model)
-        self.work_counter = WorkCounter()
-        self.logit_positions: tuple[Tensor, Tensor] | None = None
+        self._shared = _SharedState()
         self.probe_prompts: Sequence[tuple[int, ...]] | None = None
         self._make_image_engine = make_image_engine
 
@@ -102,9 +104,28 @@ class Engine:
         if self._make_image_engine is None:
             return self
         engine = self._make_image_engine()
-        self.notices += engine.notices
-        engine.notices, engine.work_counter = self.notices, self.work_counter
+        self.notices.extend(engine.notices)
+        engine._shared = self._shared
         return engine
+
+    @property
+    def notices(self) -> list[str]:
+        """Lines for the user on the form of the batches."""
+        return self._shared.notices
+
+    @property
+    def work_counter(self) -> WorkCounter:
+        """Counts of computed and saved tokens."""
+        return self._shared.work_counter
+
+    @property
+    def logit_positions(self) -> tuple[Tensor, Tensor] | None:
+        """For hooks: rows and columns of the hidden states at which logits are computed, while prompts run.
+
+        The hidden states are rows × columns × width; the positions are in the order of the logits. None
+        otherwise, and while a shared prefix runs.
+        """
+        return self._shared.logit_positions
 
     def split_rows(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Engine, list[int]]]:
         """Return the engines that read the prompts, each with the indices of its prompts."""
@@ -408,7 +429,7 @@ class Engine:
         # Some models count positions from another number than 0; without padding, they do so themselves.
         own_positions = self.batch_form in (BatchForm.EQUAL, BatchForm.SINGLE)
         self.rotation.reset_modules()
-        self.logit_positions = logit_rows.to(device), logit_columns.to(device)
+        self._shared.logit_positions = logit_rows.to(device), logit_columns.to(device)
         try:
             with restrict_unembedding(self.model, logit_rows, logit_columns):
                 output = self.model(
@@ -419,7 +440,7 @@ class Engine:
                     use_cache=cache is not None,
                 )
         finally:
-            self.logit_positions = None
+            self._shared.logit_positions = None
         self.work_counter.computed_tokens += token_ids.numel()
         # One position per logit is left, or all positions if the model does not call its unembedding module.
         logits = output.logits

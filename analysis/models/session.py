@@ -149,7 +149,7 @@ def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
         return Engine(model, batch_size)
     form, slower = choose_batch_form(model, loaded_model.share_prefix)
     engine = Engine(model, batch_size, form, partial(_make_image_engine, loaded_model, batch_size))
-    engine.notices += [slower] if slower else []
+    engine.notices.extend([slower] if slower else [])
     return engine
 
 
@@ -162,7 +162,7 @@ def _make_image_engine(loaded_model: LoadedModel, batch_size: int | None) -> Eng
     form, slower = choose_batch_form(model, loaded_model.share_prefix, prompts)
     engine = Engine(model, batch_size, form)
     engine.probe_prompts = prompts
-    engine.notices += [slower] if slower else []
+    engine.notices.extend([slower] if slower else [])
     return engine
 
 
