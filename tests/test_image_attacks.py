@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -52,16 +53,16 @@ def test_no_letter_is_cut_at_an_edge(attack: Attack) -> None:
         assert min(left, top, image.width - right, image.height - bottom) >= 10, text
 
 
-def test_the_square_is_that_of_figstep_and_long_text_has_smaller_letters() -> None:
-    heights = []
+def test_the_square_is_that_of_figstep_and_long_text_has_smaller_letters_that_use_its_width() -> None:
+    heights, widths = [], []
     for text in ("I", "I " * 400):
         image = draw_image(get_attack("image_request"), replace(QUERY, text=text))
         assert (image.size, image.mode) == ((760, 760), "RGB")
-        rows = [y for y in range(760) if min(image.crop((0, y, 760, y + 1)).tobytes()) < 128]
-        heights.append(
-            next(n for n, y in enumerate(rows) if y != rows[0] + n) if len(text) > 1 else len(rows)
-        )
-    assert heights[0] > 50 and heights[1] < 25
+        is_black = np.asarray(image.convert("L")) < 128
+        rows, columns = np.flatnonzero(is_black.any(axis=1)), np.flatnonzero(is_black.any(axis=0))
+        heights.append(np.flatnonzero(np.diff([*rows, 999]) > 1)[0] + 1)  # of the first line
+        widths.append(np.ptp(columns))
+    assert heights[0] > 50 and heights[1] < 25 and widths[1] > 650
 
 
 def test_the_strip_is_below_the_picture_of_the_query() -> None:

@@ -470,15 +470,13 @@ def _select_by_images(
     }
     if any(n < len(queries) for n in n_without.values()):
         return chosen, [
-            f"{attack}: {n} of {len(queries)} queries have no image, and these defenses leave them as they "
-            f"are: {names}"
+            f"{attack}: {n} of {len(queries)} queries have no image for these defenses to change: {names}"
             for attack, n in n_without.items()
             if n
         ]
-    reason = (
-        f"{names}: no query has an image to change: choose queries with images, or an attack that draws "
-        "them, such as --attack typographic"
-    )
+    remedy = "choose queries with images, or an attack that draws them, such as --attack typographic"
     if not leave_out:
-        raise UserError(reason)
-    return [defense for defense in chosen if not defense.needs_images], [f"left out: {reason}"]
+        raise UserError(f"{names}: no query has an image to change: {remedy}")
+    return [defense for defense in chosen if not defense.needs_images], [
+        f"{len(image_defenses)} defenses are left out, because no query has an image to change: {remedy}"
+    ]

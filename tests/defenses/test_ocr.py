@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ def test_wrapped_lines_are_joined_and_list_items_and_short_lines_begin_a_new_lin
     assert join_lines(lines) == expected
     random.Random(0).shuffle(lines)
     assert join_lines(lines) == expected and join_lines([]) == ""
+    assert join_lines([make_line("Hi.", 0), make_line("1.", 1)]) == "Hi.\n1."
 
 
 def test_a_gap_or_letters_of_another_size_begin_a_new_line() -> None:
@@ -62,7 +64,7 @@ def test_an_image_without_text_has_none_and_nothing_is_printed(
     for side in (3, 200):
         image = QueryImage("white", f"white {side}", partial(draw_word, (side, side), ""))
         assert read_image_text(image) == ""
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not logging.getLogger("RapidOCR").isEnabledFor(logging.ERROR)
 
 
 def draw_word(size: tuple[int, int], word: str) -> Image.Image:

@@ -132,11 +132,15 @@ def test_defenses_that_act_on_images_only_are_left_out_of_all_or_run_where_an_at
     queries = [Query("a", "How do I sing?", True), Query("b", "How do I dance?", False)]
     selected, notices = _select_by_images(defenses, queries, [DIRECT_ATTACK], leave_out=True)
     assert [defense.name for defense in selected] == ["none", "policy"]
-    assert len(notices) == 1 and "image_blur, ecso: no query has an image" in notices[0]
+    assert len(notices) == 1 and notices[0].startswith(
+        "2 defenses are left out, because no query has an image"
+    )
     attacks = [DIRECT_ATTACK, get_attack("typographic")]
     selected, notices = _select_by_images(defenses, queries, attacks, leave_out=False)
     assert selected == defenses and len(notices) == 1
-    assert notices[0].startswith("direct: 2 of 2 queries have no image") and "image_blur, ecso" in notices[0]
+    assert (
+        notices[0].startswith("direct: 2 of 2 queries have no image for") and "image_blur, ecso" in notices[0]
+    )
     assert _select_by_images(defenses[:2], queries, attacks, leave_out=False) == (defenses[:2], [])
 
 
