@@ -65,9 +65,7 @@ def build_image_request_chat(query: Query) -> Chat:
 def build_image_strip_chat(query: Query) -> Chat:
     """Return the chat with the request as a strip of text below the query's image or a white square."""
     _check_glyphs("image_strip", query)
-    picture = query.image if isinstance(query.image, QueryImage) else None
-    name = "white" if picture is None else picture.name
-    base = QueryImage(name, "white", _draw_white_square) if picture is None else picture
+    base = query.image or QueryImage("white", "white", _draw_white_square)
     identity = f"{describe_image_wording('image_strip')}/{query.text}"
     image = base.edit(lambda pixels: add_text_strip(pixels, query.text), identity)
     return [Message(role="user", content=_QUESTIONS["image_strip"], image=image)]

@@ -67,9 +67,7 @@ def test_the_square_is_that_of_figstep_and_long_text_has_smaller_letters_that_us
 
 def test_the_strip_is_below_the_picture_of_the_query() -> None:
     red = QueryImage("red.png", "7" * 64, lambda: Image.new("RGB", (600, 300), "red"))
-    query = replace(QUERY)
-    object.__setattr__(query, "image", red)
-    chat = get_attack("image_strip").build_chat(query)
+    chat = get_attack("image_strip").build_chat(replace(QUERY, image=red))
     image = chat[0]["image"].load()
     assert image.crop((0, 0, 600, 300)).tobytes() == red.load().tobytes()
     strip = image.crop((0, 300, *image.size))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, make_image_ids
+from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, is_image_id, make_image_ids
 from defenses.errors import UserError, describe_library_error
 from defenses.images import QueryImage
 
@@ -196,6 +196,8 @@ class ImageReader:
             pixels = Images.fromarray(generator.integers(0, 256, size, dtype=np.uint8))
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()
             prepared = self.prepare(QueryImage("a test image", digest, pixels.copy))
+            if "mm_encoder_outputs" in self._parameters:
+                self._get_features(prepared)  # raises if processor and model do not fit
             text = f"look at the image: {self.image_mark} {words}"
             prompts.append(tuple(self.encode_text(text, [prepared])))
         return prompts
@@ -237,7 +239,7 @@ class ImageReader:
         text_ids = token_ids.masked_fill(token_ids == self.placeholder_id, self._neutral_id)
         built: dict[str, Any] = {"input_ids": torch.where(is_image, self.placeholder_id, text_ids)}
         built |= {name: is_image.long() for name in _KIND_INPUTS if name in self._parameters}
-        return built, self._list_images(token_ids[is_image].tolist())
+        return built, self._list_images(token_ids)
 
     def _merge_inputs(self, prepared: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """Return pixels and layouts of several images, as if they had been prepared together."""
@@ -251,12 +253,17 @@ class ImageReader:
             return None
         return args, {**kwargs, **self.build_inputs(token_ids)}
 
-    def _list_images(self, image_ids: Sequence[int]) -> list[PreparedImage]:
-        """Return the images in the order in which their tokens occur; raise unless all are whole."""
-        prepared = [self._by_first_id[token_id] for token_id in image_ids if token_id % MAX_IMAGE_TOKENS == 0]
-        if [token_id for image in prepared for token_id in image.ids] != list(image_ids):
-            raise ValueError("an image is not complete in a batch, or its parts are in another order")
-        return prepared
+    def _list_images(self, token_ids: Tensor) -> list[PreparedImage]:
+        """Return the images of rows of token ids in their order; raise unless each row has whole images."""
+        images: list[PreparedImage] = []
+        for row in token_ids.tolist():
+            image_ids = [token_id for token_id in row if is_image_id(token_id)]
+            firsts = [token_id for token_id in image_ids if token_id % MAX_IMAGE_TOKENS == 0]
+            in_row = [self._by_first_id[token_id] for token_id in firsts]
+            if [token_id for image in in_row for token_id in image.ids] != image_ids:
+                raise ValueError("an image is not complete in a prompt, or its parts are in another order")
+            images += in_row
+        return images
 
     def _process(self, pixels: Image, name: str) -> tuple[dict[str, Tensor], str, int]:
         """Return the inputs for an image, the text in the place of its mark, and the number of tokens."""

@@ -1,0 +1,251 @@
+"""Models that read images: prompts as the processor writes them, margins as of plain passes over pixels.
+
+The numbers in the names of tests are those of the mistakes that other tools have made with images
+(docs/images.md). The right values come from the processor and the model of transformers alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vision_models import VISION_FAMILIES, build_vision_model, save_vision_model
+
+from analysis.models.generation import generate_token_ids
+from analysis.models.image_tokens import contains_image, is_image_id
+from analysis.models.loading import LoadedModel, open_checkpoint
+from analysis.models.session import ModelSession, check_token_ids
+from analysis.models.vision import ImageReader
+from defenses.errors import UserError
+from defenses.images import QueryImage
+
+
+def draw_image(width, height, seed=0):
+    """Return an image of random pixels."""
+    pixels = np.random.default_rng([seed, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    return QueryImage(
+        f"{width}x{height}", hashlib.sha256(f"{width}{height}{seed}".encode()).hexdigest(), image.copy
+    )
+
+
+# Of different sizes and numbers of tiles; two of equal size, which could be exchanged without an error.
+IMAGES = (draw_image(130, 70), draw_image(60, 60), draw_image(300, 100), draw_image(60, 60, seed=1))
+
+
+@cache
+def open_session(family):
+    """Return a session with a tiny model of a family."""
+    model, processor = build_vision_model(family)
+    reader = ImageReader(processor, model, family)
+    return ModelSession.from_model(
+        LoadedModel(family, model, processor.tokenizer, {"id": family}, image_reader=reader)
+    )
+
+
+def make_chat(image, text="What is this?", system=""):
+    turns = [{"role": "user", "content": text} | ({"image": image} if image else {})]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+CASES = [
+    (image, f"What is this?{' Really?' * index}", system)
+    for index, image in enumerate(IMAGES)
+    for system in ("", "You are kind.")
+] + [(None, "What is this?", "")]
+
+
+@cache
+def render_prompts(family):
+    """Return the token ids of the prompts of all cases."""
+    template = open_session(family).chat_template
+    return [template.render_prompt(make_chat(*case)).ids for case in CASES]
+
+
+def run_plainly(family, image, text="What is this?", system="", more_ids=()):
+    """Return the last logits of a plain pass with everything that the processor returns, and its ids."""
+    model, processor = build_vision_model(family)
+    parts = [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
+    chat = [{"role": "user", "content": parts}]
+    if system:
+        chat = [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
+    rendered = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = processor(
+        text=[rendered],
+        images=[image.load()] if image else None,
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    if more_ids:
+        length = len(more_ids)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([more_ids])], dim=1)
+        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                fill = torch.full((1, length), int(name == "attention_mask"))
+                inputs[name] = torch.cat([inputs[name], fill], dim=1)
+    known = {
+        name: value for name, value in inputs.items() if image or name in ("input_ids", "attention_mask")
+    }
+    with torch.inference_mode():
+        logits = model(**known, use_cache=False).logits[0, -1].float()
+    return logits, inputs["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_prompts_are_those_of_the_processor(family):
+    """Mistakes 2 and 11: pixels if and only if placeholders, ids as the processor writes them."""
+    placeholder = open_session(family).chat_template.image_reader.placeholder_id
+    for case, ids in zip(CASES, render_prompts(family), strict=True):
+        _, expected = run_plainly(family, *case)
+        assert [placeholder if is_image_id(token) else token for token in ids] == expected
+        assert contains_image(ids) == (case[0] is not None)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_logits_are_those_of_plain_passes_in_any_order(family):
+    """Mistakes 3, 5 to 9 and 15: batches of images of any size, text between them, in every order."""
+    session, prompts = open_session(family), render_prompts(family)
+    plain = torch.stack([run_plainly(family, *case)[0] for case in CASES])
+    forward = session.engine.read_first_token(prompts, lambda logits: logits)
+    assert (forward - plain).abs().max() < 1e-4
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = session.engine.read_first_token([prompts[row] for row in order], lambda logits: logits)
+    assert (shuffled - plain[order]).abs().max() < 1e-4
+    assert (plain[2] - plain[6]).abs().max() > 0.1  # two images of equal size
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_responses_are_those_of_plain_passes(family):
+    """Mistake 10: every generated token is the one that a plain pass over the pixels ranks first."""
+    session, prompts = open_session(family), render_prompts(family)
+    placeholder = session.chat_template.image_reader.placeholder_id
+    generated = generate_token_ids(session.engine, [prompts[0], prompts[4]], 3, frozenset())
+    for image, text, response in zip(
+        (IMAGES[0], IMAGES[2]), ("What is this?", "What is this? Really? Really?"), generated, strict=True
+    ):
+        for length, token in enumerate(response):
+            if placeholder in response[:length]:
+                break  # a random model may write the mark of an image
+            logits, _ = run_plainly(family, image, text, more_ids=response[:length])
+            assert logits[token] > logits.max() - 1e-4
+
+
+def test_features_are_computed_once_for_each_image_and_state_of_the_weights():
+    """Conditions reuse features; mistake 17: a change of the weights that read images makes them invalid."""
+    model, processor = build_vision_model.__wrapped__("llava")
+    reader = ImageReader(processor, model, "llava")
+    session = ModelSession.from_model(
+        LoadedModel("llava", model, processor.tokenizer, {"id": "llava"}, image_reader=reader)
+    )
+    prompts = [session.chat_template.render_prompt(make_chat(image)).ids for image in IMAGES]
+    before = session.engine.read_first_token(prompts, lambda logits: logits)
+    n_computed = reader.n_computed
+    session.engine.read_first_token(prompts, lambda logits: logits)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)  # not read by features
+    session.engine.read_first_token(prompts, lambda logits: logits)
+    assert reader.n_computed == n_computed
+    with torch.no_grad():
+        model.lm_head.weight.div_(1.5)
+        model.model.multi_modal_projector.linear_2.weight.mul_(1.5)
+    after = session.engine.read_first_token(prompts, lambda logits: logits)
+    assert reader.n_computed == n_computed + len(IMAGES)
+    assert (after - before).abs().max() > 0.01
+
+
+def test_features_beyond_the_limit_are_kept_in_files(monkeypatch):
+    session, prompts = open_session("qwen3_vl"), render_prompts("qwen3_vl")
+    expected = session.engine.read_first_token(prompts, lambda logits: logits)
+    monkeypatch.setattr("analysis.models.vision._MAX_FEATURE_BYTES", 1)
+    reader = session.chat_template.image_reader
+    monkeypatch.setattr(reader, "_features", type(reader._features)())
+    n_computed = reader.n_computed
+    for _ in range(2):
+        found = session.engine.read_first_token(prompts, lambda logits: logits)
+        assert torch.equal(found, expected)
+    assert reader.n_computed == n_computed + len(IMAGES)
+    assert len(reader._features) == 1 and reader._files
+
+
+def test_ids_tell_images_apart_and_edits_too():
+    """Mistake 16: equal prompts have equal ids only if their images are equal."""
+    template = open_session("llava").chat_template
+    image, other = IMAGES[1], IMAGES[3]
+
+    def render(image):
+        return template.render_prompt(make_chat(image)).ids
+
+    edited = image.edit(lambda pixels: pixels.rotate(90), "rotate/90")
+    assert render(image) == render(replace(image, name="another file"))
+    assert len({render(image), render(other), render(edited)}) == 3
+    check_token_ids(open_session("llava").loaded_model, [render(image)])
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3_vl"])
+def test_marks_of_images_in_texts_are_no_images(family):
+    """Mistake 12: what a user or a defense writes adds no image and takes the place of none."""
+    template = open_session(family).chat_template
+    marks = template.image_reader.reserved_texts
+    text = f"Look: {' '.join(marks)}"
+    ids = template.render_prompt(make_chat(IMAGES[0], text)).ids
+    assert sum(map(is_image_id, ids)) == len(template.image_reader.prepare(IMAGES[0]).ids)
+    assert not set(template.tokenizer.encode("".join(marks))) & set(ids[-12:])
+
+
+def test_share_of_pixels_that_reach_the_model():
+    """Mistake 1: the processor of LLaVA-1.5 cuts off what lies outside of the central square."""
+    cropping = open_session("llava").chat_template.image_reader
+    assert cropping.prepare(draw_image(150, 50)).seen_share == pytest.approx(1 / 3, abs=0.02)
+    assert "150×50 → 56×56, 3" in cropping.prepare(draw_image(150, 50)).describe()
+    for family in ("llava_next", "idefics3", "internvl", "qwen2_5_vl", "gemma3_vl"):
+        shown = open_session(family).chat_template.image_reader.prepare(draw_image(150, 50))
+        assert shown.seen_share > 0.95, family
+
+
+def test_processor_and_model_that_do_not_fit_are_named():
+    """Mistake 4: a processor that writes another number of placeholders than the model has features."""
+    model, processor = build_vision_model.__wrapped__("llava")
+    processor.patch_size = 28
+    session = ModelSession.from_model(
+        LoadedModel(
+            "mine",
+            model,
+            processor.tokenizer,
+            {"id": "mine"},
+            image_reader=ImageReader(processor, model, "mine"),
+        )
+    )
+    ids = session.chat_template.render_prompt(make_chat(IMAGES[0])).ids
+    with pytest.raises(UserError, match=r"writes 4 placeholders .* 16 features .* do not fit"):
+        session.engine.read_first_token([ids], lambda logits: logits)
+
+
+def test_models_and_templates_of_text_alone():
+    template = open_session("llava").chat_template
+    text_only = replace(template, image_reader=None)
+    with pytest.raises(UserError, match=r"reads text only.*\+ocr"):
+        text_only.render_prompt(make_chat(IMAGES[0]))
+    silent_source = "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}"
+    template.tokenizer.chat_template, source = silent_source, template.tokenizer.chat_template
+    try:  # the mark then stands before the text, as LLaVA was trained
+        ids = replace(template).render_prompt(make_chat(IMAGES[0])).ids
+        assert [is_image_id(token) for token in ids[:17]] == [True] * 16 + [False]
+    finally:
+        template.tokenizer.chat_template = source
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "internvl"])
+def test_saved_folders_are_loaded_with_a_pinned_processor(family, tmp_path):
+    """Mistake 14: the implementation of the image processor is the same everywhere, and recorded."""
+    folder = save_vision_model(tmp_path / family, family)
+    loaded = open_checkpoint(str(folder), "cpu", "float32", offline=True).load_weights()
+    identity = loaded.image_reader.identity
+    assert identity["image_processor"].endswith("Pil")
+    ids = ModelSession.from_model(loaded).chat_template.render_prompt(make_chat(IMAGES[2])).ids
+    expected = open_session(family).chat_template.render_prompt(make_chat(IMAGES[2])).ids
+    assert ids == expected
