@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from analysis.datasets.records import check_unicode
-from defenses.errors import UserError, unknown_name_error
+from defenses.errors import UserError, check_unicode, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
