@@ -37,7 +37,8 @@ class TimeLimitError(BaseException):
 def limit_time(seconds: float) -> Iterator[None]:
     """Context manager: raise TimeLimitError in its body after some seconds.
 
-    Only the main thread can be interrupted, and only where the system has timers; elsewhere there is no limit.
+    Only the main thread can be interrupted, and only where the system has timers. Elsewhere there is no
+    limit.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield

@@ -199,7 +199,7 @@ def test_a_template_that_cannot_be_used_is_an_error_of_one_line(source: str, pro
 )
 def test_a_template_that_takes_very_long_is_refused(endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("analysis.models.chat_template._MAX_CHECK_SECONDS", 0.5)
-    with pytest.raises(UserError, match="takes more than 0.5 seconds for a short chat; choose another"):
+    with pytest.raises(UserError, match=r"takes more than 0\.5 seconds for a short chat; choose another"):
         renderer(endless + CHATML).check_usable()
 
 
