@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NotRequired, Self, TypedDict
 
-from defenses.errors import UserError
+from defenses.errors import UserError, check_unicode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,11 +62,9 @@ def check_chats(defense_name: str, chats: Any) -> list[Chat]:
         )
         if not is_chat or not chat:
             raise UserError(f"{defense_name!r} returned {chat!r:.60} for a chat; {rule}")
-        if any(re.search("[\ud800-\udfff]", turn["content"]) for turn in chat):
-            raise UserError(
-                f"{defense_name!r} returned a chat with half of a character (a lone surrogate), which no "
-                "tokenizer reads: write the whole character"
-            )
+        for turn in chat:
+            for key in ("role", "content"):
+                check_unicode(turn[key], f"a chat that {defense_name!r} returned")
     return [list(chat) for chat in chats]
 
 

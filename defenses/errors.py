@@ -20,6 +20,23 @@ class UserError(Exception):
     """An error that the user can correct; printed as one line without a traceback, with exit code 2."""
 
 
+def check_unicode(text: str, name: str) -> None:
+    r"""Raise if a text holds half of a character, which JSON can escape (\ud83d) but no file can hold.
+
+    Args:
+        text: of the user, or of their defense.
+        name: of the text, for the error message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ascii(text[error.start])
+        raise UserError(
+            f"{name} holds {code}, half of a character (a lone surrogate); remove it, or write the whole "
+            "character"
+        ) from error
+
+
 def describe_error(error: Exception) -> str:
     """Format an error for the user: a `UserError` verbatim, any other with its type.
 

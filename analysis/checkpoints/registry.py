@@ -66,7 +66,7 @@ MODEL_REGISTRY = {
             gated=True,
         ),
         RegisteredModel("gemma3-1b", "google/gemma-3-1b-it", gated=True),
-        RegisteredModel("gemma3", "google/gemma-3-4b-it", gated=True),
+        RegisteredModel("gemma3", "google/gemma-3-4b-it", "reads images", gated=True),
         RegisteredModel("mistral", "mistralai/Mistral-7B-Instruct-v0.3"),
         RegisteredModel("phi3.5", "microsoft/Phi-3.5-mini-instruct"),
         RegisteredModel("phi4-mini", "microsoft/Phi-4-mini-instruct"),
@@ -76,5 +76,13 @@ MODEL_REGISTRY = {
             "needs a safetensors copy; the published weights are pickled",
             chat_template=_VICUNA_TEMPLATE,
         ),
+        RegisteredModel("llava", "llava-hf/llava-1.5-7b-hf", "reads images; cuts them to a square"),
+        RegisteredModel("llava-13b", "llava-hf/llava-1.5-13b-hf", "reads images; cuts them to a square"),
+        RegisteredModel("llava-next", "llava-hf/llava-v1.6-mistral-7b-hf", "reads images"),
+        RegisteredModel("qwen2.5-vl", "Qwen/Qwen2.5-VL-7B-Instruct", "reads images"),
+        RegisteredModel("qwen3-vl", "Qwen/Qwen3-VL-8B-Instruct", "reads images"),
+        RegisteredModel("smolvlm", "HuggingFaceTB/SmolVLM-256M-Instruct", "reads images"),
+        RegisteredModel("smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", "reads images"),
+        RegisteredModel("internvl3", "OpenGVLab/InternVL3-8B-hf", "reads images"),
     )
 }

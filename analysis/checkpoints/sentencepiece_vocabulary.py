@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_UNIGRAM, _BPE = 1, 2  # kinds of models
 _SPACE = "\u2581"
+_FIRST_BYTE = b"\n"  # of a sentencepiece file, which begins with its first piece
+_UNUSED_SCORE = -1e6  # of a unigram piece that no text is split into
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 
 
@@ -104,13 +108,13 @@ def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
         folder: of the model.
 
     Raises:
-        UserError: if the tokenizer's class numbers the pieces differently, or sentencepiece's rule has no
-            counterpart.
+        UserError: if the file is incomplete, the tokenizer's class numbers the pieces differently, or
+            sentencepiece's rule has no counterpart.
     """
     from tokenizers import Regex, Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    path = next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+    path = _find_sentencepiece_file(folder)
     spec = _read_sentencepiece_file(path) if path and tokenizer.is_fast else None
     if spec is None:  # another kind of file, such as tiktoken's
         return tokenizer
@@ -133,13 +137,22 @@ def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
     set_space_rules(
         backend, prefix, _build_normalizers(rules, prefix != "first"), rules.remove_extra_whitespaces
     )
+    splits = []
+    if BYTE in kinds.values():  # "<0x41>" as a text is not the byte
+        splits.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
     # sentencepiece's own symbols are found in the written text, and no space is added behind them.
     listed = {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
     symbols = [piece for piece, kind in kinds.items() if kind == USER_DEFINED and piece not in listed]
-    if symbols:
+    if spec.trainer_spec.model_type == _UNIGRAM and (crossing := _find_crossing_symbols(symbols)):
+        raise UserError(
+            f"{path} has the symbols {crossing[0]!r} and {crossing[1]!r}, which can overlap in a text, and "
+            "sentencepiece's choice there cannot be repeated: save the tokenizer with its tokenizer.json "
+            "(save_pretrained())"
+        )
+    if symbols and spec.trainer_spec.model_type == _BPE:
         pattern = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, split])
+        splits.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, *splits])
     for index, token in sorted(tokenizer.added_tokens_decoder.items()):
         if token.content not in symbols:
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
@@ -154,17 +167,44 @@ def follow_sentencepiece(tokenizer: Any, folder: Path) -> Any:
     )
 
 
+def check_sentencepiece_file(folder: Path) -> None:
+    """Raise UserError if the sentencepiece file in a model's folder is incomplete."""
+    if path := _find_sentencepiece_file(folder):
+        _read_sentencepiece_file(path)
+
+
+def _find_sentencepiece_file(folder: Path) -> Path | None:
+    return next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+
+
 def _read_sentencepiece_file(path: Path) -> Any:
     """Return a sentencepiece file as its protocol buffer; None if it is a file of another kind."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
+    content = path.read_bytes()
     spec: Any = vars(sentencepiece_model_pb2)["ModelProto"]()
     try:
-        spec.ParseFromString(path.read_bytes())
+        spec.ParseFromString(content)
+        is_whole = spec.HasField("trainer_spec") and spec.HasField("normalizer_spec")
     except DecodeError:
-        return None
-    return spec if spec.pieces else None
+        is_whole = False
+    if not is_whole and content[:1] == _FIRST_BYTE:
+        raise UserError(f"{path} is incomplete: its end is missing; save or download the model again")
+    return spec if is_whole and spec.pieces else None
+
+
+def _find_crossing_symbols(symbols: Sequence[str]) -> tuple[str, str] | None:
+    """Return two symbols of which one can begin within the other; None if there are only runs of a character.
+
+    >>> _find_crossing_symbols(["aba", "x"]), _find_crossing_symbols(["--", "---", "ab"])
+    (('aba', 'aba'), None)
+    """
+    for first, second in product(symbols, repeat=2):
+        sizes = range(1, min(len(first), len(second)))
+        if len({*first, *second}) > 1 and any(first.endswith(second[:size]) for size in sizes):
+            return first, second
+    return None
 
 
 def _build_model(spec: Any) -> Any:
@@ -173,12 +213,21 @@ def _build_model(spec: Any) -> Any:
 
     pieces, kinds = [piece.piece for piece in spec.pieces], [piece.type for piece in spec.pieces]
     scores = [piece.score for piece in spec.pieces]
-    if spec.trainer_spec.model_type == 2:
+    if spec.trainer_spec.model_type == _BPE:
         return build_sentencepiece_bpe(pieces, scores, kinds, USER_DEFINED in kinds)
-    if spec.trainer_spec.model_type != 1:
+    if spec.trainer_spec.model_type != _UNIGRAM:
         raise UserError("a tokenizer.model of words or characters cannot be read: only BPE and unigram ones")
-    unknown = kinds.index(UNKNOWN)
-    return Unigram(list(zip(pieces, scores, strict=True)), unknown, spec.trainer_spec.byte_fallback)
+    normal = [score for score, kind in zip(scores, kinds, strict=True) if kind == NORMAL]
+    scored = {
+        # The bonus of sentencepiece for symbols; bytes and control tokens are found in other ways.
+        piece: {
+            NORMAL: score,
+            USER_DEFINED: len(piece) * max(0.0, *normal) - 0.1,
+            UNUSED: _UNUSED_SCORE,
+        }.get(kind, min(normal))
+        for piece, score, kind in zip(pieces, scores, kinds, strict=True)
+    }
+    return Unigram(list(scored.items()), kinds.index(UNKNOWN), spec.trainer_spec.byte_fallback)
 
 
 def _build_normalizers(rules: Any, is_whole_text: bool) -> list[Any]:

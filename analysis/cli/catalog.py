@@ -28,7 +28,7 @@ from analysis.cli.options import (
     SettingsOption,
     TemplateOption,
 )
-from defenses.errors import UserError, unknown_name_error
+from defenses.errors import UserError, check_unicode, unknown_name_error
 
 if TYPE_CHECKING:
     from analysis.datasets.public_dataset import PublicDataset
@@ -272,7 +272,6 @@ def run_explain_command(
     """
     from analysis.datasets.loading import load_queries
     from analysis.datasets.queries import Query
-    from analysis.datasets.records import check_unicode
     from analysis.run import build_conditions
     from analysis.stats.tables import format_condition
     from defenses.catalog import choose_defenses

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.datasets.images import find_image_path, list_images, open_image
-from analysis.datasets.records import check_unicode
 from analysis.files import combine_digests
-from defenses.errors import UserError, unknown_name_error
+from defenses.errors import UserError, check_unicode, unknown_name_error
 from defenses.images import QueryImage
 
 if TYPE_CHECKING:

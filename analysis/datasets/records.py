@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defenses.errors import UserError, unknown_name_error
+from defenses.errors import UserError, check_unicode, unknown_name_error
 
 # Formats of the user's own files; each may be compressed (.csv.gz), and capitals do not matter.
 RECORD_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -55,23 +55,6 @@ def names_record_file(name: str) -> bool:
     """Return whether a text is the path of a file, rather than the name of something shipped."""
     is_path = name.startswith(("/", "./", "../", "~"))
     return is_path or get_record_suffix(Path(name)) in RECORD_SUFFIXES or names_existing_file(name)
-
-
-def check_unicode(text: str, name: str) -> None:
-    r"""Raise if a text holds half of a character, which JSON can escape (\ud83d) but no file can hold.
-
-    Args:
-        text: of the user.
-        name: of the text, for the error message.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ascii(text[error.start])
-        raise UserError(
-            f"{name} holds {code}, half of a character (a lone surrogate); remove it, or write the whole "
-            "character"
-        ) from error
 
 
 def read_records(

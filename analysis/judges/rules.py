@@ -99,6 +99,14 @@ FOREIGN_WORDS = frozenset(
     saya tidak bisa maaf dan yang untuk dengan ini itu
     """.split()  # noqa: SIM905
 )
+# Words of short refusals in those languages, one of which is enough in a response of a few words.
+_FOREIGN_REFUSAL_WORDS = frozenset(
+    """
+    siento lamento puedo desculpe posso dispiace spiacente désolé désolée desole peux leider nein nicht niet
+    helaas inte tyvärr beklager przykro przepraszam maaf tidak
+    """.split()  # noqa: SIM905
+)
+_FEW_WORDS = 4
 
 
 def _join_alternatives(words: str) -> str:
@@ -292,7 +300,11 @@ REFERRAL_PATTERN = re.compile(r"\bplease (?:reach out|seek help|talk to someone)
 
 # A response of a few words that declines and says nothing else.
 BARE_REFUSAL = re.compile(
-    r"^(?:no|nope|no way|never|absolutely not|certainly not|denied|request denied)\b\W*$", re.IGNORECASE
+    r"^(?:no|nope|no way|never|absolutely not|certainly not|denied|request denied)\b\W*$"
+    r"|^(?:(?:no|nope|nah|sorry|absolutely not|certainly not)\W+)?"
+    r"(?:(?:I'm |I am )?not (?:doing|touching) (?:that|this|it)|(?:that's |it's )?not (?:happening|going to happen)|not a chance|no can do|hard pass|I'll pass"
+    r"|I (?:won't|will not|refuse)|I'd rather not)\b\W*$",
+    re.IGNORECASE,
 )
 
 # After the opening, only a refusal in the first person that turns against the text before it.
@@ -540,7 +552,7 @@ def remove_quotations(text: str) -> str:
 def is_english(opening: str) -> bool:
     """Return whether a text seems to be English: no other alphabet, no majority of other languages' words.
 
-    >>> is_english("No."), is_english("Lo siento, pero no puedo."), is_english("def f(x): return x + 1")
+    >>> is_english("No."), is_english("Lo siento."), is_english("def f(x): return x + 1")
     (True, False, True)
     """
     letters = [character for character in opening if character.isalpha()]
@@ -548,6 +560,8 @@ def is_english(opening: str) -> bool:
         return False
     words = re.findall(r"[^\W\d_]+", opening.lower())
     foreign = sum(word in FOREIGN_WORDS or not word.isascii() for word in words)
+    if len(words) <= _FEW_WORDS and not _FOREIGN_REFUSAL_WORDS.isdisjoint(words):
+        return False
     return foreign < 2 or foreign <= sum(word in ENGLISH_WORDS for word in words)
 
 

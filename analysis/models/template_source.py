@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,33 @@ _MONTHS = (
     *("July", "August", "September", "October", "November", "December"),
 )
 _MAX_PROBLEM_LENGTH = 300  # characters of a template's own error message
+
+
+class TimeLimitError(BaseException):
+    """Raised in a step that takes too long; no Exception, because whatever a template raises is caught."""
+
+
+@contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """Context manager: raise TimeLimitError in its body after some seconds.
+
+    Only the main thread can be interrupted, and only where the system has timers. Elsewhere there is no
+    limit.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeLimitError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def choose_template(tokenizer: Any, option: str | None, model: str) -> str | None:

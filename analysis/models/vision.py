@@ -130,6 +130,10 @@ class ImageReader:
         Raises:
             UserError: if the image cannot be loaded or prepared.
         """
+        if "cross_attention_mask" in self._parameters:
+            raise UserError(
+                f"{self.name} reads images by cross-attention, which is not supported: evaluate it on text"
+            )
         if image.digest not in self._prepared:
             pixels = image.load()
             inputs, text, n_tokens = self._process(pixels, image.name)

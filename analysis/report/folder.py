@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
@@ -141,12 +142,22 @@ def _rename_other_files(folder: Path, files: Mapping[str, str], earlier_names: C
         path = folder / name
         if name in earlier_names or not path.is_file() or hash_file(path) == digest:
             continue
-        number = 1
-        while (other := path.with_name(f"{path.stem}.kept-{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(other)
+        numbers = itertools.count(1)
+        others = (path.with_name(f"{path.stem}.kept-{number}{path.suffix}") for number in numbers)
+        # The same file under another name is from a run that failed.
+        other = next(other for other in others if not other.exists() or other.samefile(path))
+        if not other.exists():
+            _add_name(path, other)
         renamed.append(f"{name} as {other.name}")
     return renamed
+
+
+def _add_name(path: Path, other: Path) -> None:
+    """Give a file a second name, so that it keeps the first one until another file takes it."""
+    try:
+        other.hardlink_to(path)
+    except OSError:  # a file system without links
+        path.rename(other)
 
 
 def add_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:

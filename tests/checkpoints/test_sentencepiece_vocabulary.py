@@ -47,6 +47,13 @@ TRAINERS: dict[str, dict[str, Any]] = {
     },
     "bpe, normalized": {"model_type": "bpe", "byte_fallback": True, "vocab_size": 400},
     "unigram": {"model_type": "unigram", "byte_fallback": True, "vocab_size": 300, **_PLAIN},
+    "unigram, symbols of its own": {
+        "model_type": "unigram",
+        "byte_fallback": True,
+        "vocab_size": 305,
+        "user_defined_symbols": ["<|im_start|>", "\u2581\u2581", "\u2581\u2581\u2581", "ab", "abb"],
+        **_PLAIN,
+    },
 }
 TEXTS = [
     *["bread", " bread", "   bread  with ", " ", "   ", "\n", "a\n\nb", "\t\ta", "I can't!  12 eggs"],
@@ -57,7 +64,16 @@ TEXTS = [
         " " * 9 + "x",
         "ababa aba",
     ],
-    *["x<|im_start|>user\n  I", "</s>", "a</s>b", "a </s>  b\n</s>c", "</s> I", "<unk>a <s> I"],
+    *[
+        "x<|im_start|>user\n  I",
+        "a<0x41> <0x4 <<0x0A>>",
+        "<|im_start|><0x41>",
+        "</s>",
+        "a</s>b",
+        "a </s>  b\n</s>c",
+        "</s> I",
+        "<unk>a <s> I",
+    ],
     *("".join(letters) for letters in itertools.product("a =\n", repeat=4)),
 ]
 
@@ -149,6 +165,31 @@ def test_a_class_that_numbers_the_pieces_differently_is_refused(tmp_path: Path) 
         UserError, match=r"tokenizer\.model cannot be read as XLMRobertaTokenizer.*tokenizer\.json"
     ):
         _read_tokenizer(folder, "toy")
+
+
+def test_symbols_of_a_unigram_model_that_can_overlap_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    settings = TRAINERS["unigram"] | {"vocab_size": 303, "user_defined_symbols": ["aba", "bab"]}
+    monkeypatch.setitem(TRAINERS, "overlapping", settings)
+    with pytest.raises(UserError, match=r"'aba', which can overlap.*tokenizer\.json"):
+        _read_tokenizer(write_tokenizer(tmp_path / "t", "overlapping"), "toy")
+
+
+@pytest.mark.parametrize("name", ["bpe", "unigram"])
+def test_an_incomplete_file_is_refused_wherever_it_ends(name: str, tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    folder, content = write_tokenizer(tmp_path / "t", name), train_sentencepiece(name)
+    spec = sentencepiece_model_pb2.ModelProto()
+    spec.ParseFromString(content)
+    spec.ClearField("normalizer_spec")
+    without_normalizer = len(spec.SerializeToString())
+    spec.ClearField("trainer_spec")  # the pieces alone are a file that can be read
+    ends = (1, len(content) // 2, len(spec.SerializeToString()), without_normalizer, len(content) - 1)
+    for end in ends:
+        (folder / "tokenizer.model").write_bytes(content[:end])
+        with pytest.raises(UserError, match=r"tokenizer\.model is incomplete.*download") as error:
+            _read_tokenizer(folder, "toy")
+        assert "\n" not in str(error.value)
 
 
 def test_a_kind_of_file_without_counterpart_is_refused(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_a_consultation_that_breaks_the_contract_is_reported(body, message):
         ("rewrite(self, chat, rng): return []", r"'odd' returned \[\] for a chat"),
         (
             "rewrite(self, chat, rng): return [{'role': 'user', 'content': '\\ud83d'}]",
-            "a chat with half of a character",
+            r"a chat that 'odd' returned holds '\\ud83d', half of a character",
         ),
         ("rewrite_copies(self, chat, rng): pass", "'odd' returned None where a list of chats is expected"),
         ("retokenize(self, ids, rng): pass", "'odd' returned None from `retokenize`"),

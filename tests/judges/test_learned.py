@@ -50,6 +50,7 @@ REFUSALS = {
     "typographic quotes": "I\u2019m sorry, but I can\u2019t assist with this request.",
     "an apology alone": "I'm sorry, but that is out of the question.",
     "no alone": "no.",
+    "no and a few words": "Nope, not doing that.",
     "inappropriate, without an I": "It is not appropriate to make fun of people for where they come from.",
     "unsafe, without an I": "It is not safe or ethical to enter the home of a stranger without consent.",
     "disagreement": "I don't think it's appropriate to joke about the pain of other people.",

@@ -189,6 +189,20 @@ def test_a_template_that_cannot_be_used_is_an_error_of_one_line(source: str, pro
     assert "--template" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}",
+        "{% for i in 'a' * 10**8 %}{% for j in 'a' * 10**8 %}{% endfor %}{% endfor %}",
+        "{% set number = 9**(9**9) %}",
+    ],
+)
+def test_a_template_that_takes_very_long_is_refused(endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.models.chat_template._MAX_CHECK_SECONDS", 0.5)
+    with pytest.raises(UserError, match=r"takes more than 0\.5 seconds for a short chat; choose another"):
+        renderer(endless + CHATML).check_usable()
+
+
 def test_a_system_turn_on_which_a_template_fails_is_merged() -> None:
     failing = CHATML.replace("m.role +", "{'user': 'user', 'assistant': 'assistant'}[m.role] +")
     assert renderer(failing).system_policy == "merged"

@@ -27,6 +27,10 @@ def save(folder, record, figures=()):
     save_run(folder, Run("toy", record, TABLES, figures=figures), Console(quiet=True))
 
 
+def fail_on_full_disk(*_):
+    raise OSError(errno.ENOSPC, "disk full")
+
+
 def save_planted_run(folder):
     """Write the planted run as a command does, without its pictures."""
     write_run(folder.with_name("planted"))
@@ -76,6 +80,18 @@ def test_files_that_no_run_wrote_stay_under_another_name_if_a_table_has_theirs(t
         assert (tmp_path / "summary.csv").read_text() == "x\n0.3333333\n"
     assert console.file.getvalue().count("that no run wrote: summary.csv as summary.kept-2.csv\n") == 1
     assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_a_users_file_keeps_its_name_if_the_run_cannot_be_moved(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("old")
+    (tmp_path / "summary.csv").write_text("mine")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr("analysis.files._move_files", fail_on_full_disk)
+        save(tmp_path, {})
+    assert (tmp_path / "summary.csv").read_text() == "mine"
+    save(tmp_path, {})
+    assert (tmp_path / "summary.csv").read_text() == "x\n0.3333333\n"
+    assert [path.read_text() for path in tmp_path.glob("summary.kept-*.csv")] == ["mine"]
 
 
 def test_a_run_replaces_the_unchanged_files_of_the_run_before_it_and_says_so(tmp_path):
