@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.datasets.records import check_unicode, expand_path
-from defenses.errors import UserError, describe_library_error
+from analysis.datasets.records import expand_path
+from defenses.errors import UserError, check_unicode, describe_library_error
 from defenses.images import QueryImage
 
 if TYPE_CHECKING:

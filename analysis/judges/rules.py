@@ -302,7 +302,8 @@ REFERRAL_PATTERN = re.compile(r"\bplease (?:reach out|seek help|talk to someone)
 BARE_REFUSAL = re.compile(
     r"^(?:no|nope|no way|never|absolutely not|certainly not|denied|request denied)\b\W*$"
     r"|^(?:(?:no|nope|nah|sorry|absolutely not|certainly not)\W+)?"
-    r"(?:(?:I'm |I am )?not (?:doing|touching) (?:that|this|it)|(?:that's |it's )?not (?:happening|going to happen)|not a chance|no can do|hard pass|I'll pass"
+    r"(?:(?:I'm |I am )?not (?:doing|touching) (?:that|this|it)"
+    r"|(?:that's |it's )?not (?:happening|going to happen)|not a chance|no can do|hard pass|I'll pass"
     r"|I (?:won't|will not|refuse)|I'd rather not)\b\W*$",
     re.IGNORECASE,
 )
