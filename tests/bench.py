@@ -21,8 +21,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from vision_models import build_vision_model
 
 from analysis.attacks import DIRECT_ATTACK
 from analysis.datasets.loading import load_queries
@@ -32,15 +34,17 @@ from analysis.mechanism.components import locate_components
 from analysis.mechanism.interventions import PairedRuns
 from analysis.models.batches import count_shared_prefix
 from analysis.models.engine import Engine
-from analysis.models.loading import build_model_info, load_model
+from analysis.models.loading import LoadedModel, build_model_info, load_model
 from analysis.models.session import ModelSession
+from analysis.models.vision import ImageReader
 from analysis.readouts.first_token import derive_words_readout
 from analysis.readouts.readout import Readout
 from analysis.stats.bootstrap import ResamplingUnits
 from analysis.stats.ensembles import SplitScores, evaluate_votes, list_teams
 from analysis.stats.voting import MarginTable
 from defenses.catalog import get_defense
-from defenses.contract import Defense
+from defenses.contract import Defense, Message
+from defenses.images import QueryImage
 
 Ids = tuple[int, ...]
 
@@ -57,6 +61,7 @@ def main() -> None:
     console = Console()
     time_startup(console)
     time_votes(console)
+    time_images(console)
     queries = load_queries("contrast").select_split("test").limit_queries(args.queries).queries
     for dtype in args.dtype:
         loaded = load_model(args.model, args.device, dtype)
@@ -105,6 +110,49 @@ def time_votes(console: Console, n_defenses: int = 30, n_queries: int = 500) -> 
     rows = evaluate_votes(split_scores, trios, split_scores)
     seconds = time.perf_counter() - start
     console.print(f"{len(rows):,} votes of {len(trios):,} teams on {n_queries} queries: {seconds:.1f} s\n")
+
+
+def time_images(console: Console, n_images: int = 2, n_conditions: int = 30) -> None:
+    """Time many conditions on the same images with and without reuse of their features.
+
+    The model is random and as large as SmolVLM-256M; each image is one tile of 512 × 512 pixels.
+    """
+    model, processor = build_vision_model("smolvlm-256m")
+    reader = ImageReader(processor, model, "smolvlm-256m")
+    session = ModelSession.from_model(
+        LoadedModel("smolvlm-256m", model, processor.tokenizer, {"id": "random"}, image_reader=reader)
+    )
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (512, 512, 3), np.uint8)) for _ in range(n_images)]
+    shown = [QueryImage(str(index), f"{index:064x}", image.copy) for index, image in enumerate(images)]
+    conditions = [
+        [
+            session.chat_template.render_prompt(
+                [
+                    Message(role="system", content=f"Condition {number}: answer in a responsible way."),
+                    Message(role="user", content="What does the image show?", image=image),
+                ]
+            ).ids
+            for image in shown
+        ]
+        for number in range(n_conditions)
+    ]
+    session.engine.read_first_token(conditions[0], lambda logits: logits[:, :1])
+    seconds, logits = [], []
+    for reuses in (False, True):
+        reader.forget_features()
+        start = time.perf_counter()
+        for prompts in conditions:
+            if not reuses:
+                reader.forget_features()
+            logits.append(session.engine.read_first_token(prompts, lambda logits: logits[:, :1]))
+        seconds.append(time.perf_counter() - start)
+    gap = float((torch.cat(logits[:n_conditions]) - torch.cat(logits[n_conditions:])).abs().max())
+    console.print(
+        f"{n_conditions} conditions on {n_images} images, random SmolVLM-256M: {seconds[0] / seconds[1]:.1f} "
+        f"times as fast with features computed once ({seconds[0]:.0f} s and {seconds[1]:.0f} s), logits "
+        f"{gap:.1e} apart\n"
+    )
 
 
 def time_attribution(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def _build_llava_next() -> tuple[Any, Any]:
     return LlavaNextForConditionalGeneration, (config, processor)
 
 
-def _build_smolvlm() -> tuple[Any, Any]:
+def _build_smolvlm(as_released: bool = False) -> tuple[Any, Any]:
+    """Return a tiny configuration, or that of SmolVLM-256M with images in one tile."""
     from transformers import (
         SmolVLMConfig,
         SmolVLMForConditionalGeneration,
@@ -121,15 +122,26 @@ def _build_smolvlm() -> tuple[Any, Any]:
         end_of_utterance_token="<end_of_utterance>",
         global_image_token="<global-img>",
     )
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
-    processor = build_processor(
-        SmolVLMProcessor, images, tokenizer, {"image_seq_len": 4, "chat_template": tokenizer.chat_template}
+    edge = 512 if as_released else 56
+    images = SmolVLMImageProcessorPil(
+        size={"longest_edge": 2 * edge},
+        max_image_size={"longest_edge": edge},
+        do_image_splitting=not as_released,
     )
+    settings = {"image_seq_len": 64 if as_released else 4, "chat_template": tokenizer.chat_template}
+    processor = build_processor(SmolVLMProcessor, images, tokenizer, settings)
+    text, vision = {**_TEXT, "model_type": "llama"}, {**_VISION}
+    if as_released:
+        text |= {"vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536}
+        text |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+        vision |= {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+        vision |= {"num_attention_heads": 12, "image_size": 512, "patch_size": 16}
+        vision["initializer_range"] = text["initializer_range"] = 0.02
     config = SmolVLMConfig(
-        vision_config={**_VISION},
-        text_config={**_TEXT, "model_type": "llama"},
+        vision_config=vision,
+        text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
+        scale_factor=4 if as_released else 2,
     )
     return SmolVLMForConditionalGeneration, (config, processor)
 
@@ -308,13 +320,14 @@ _BUILDERS = {
     "llava": _build_llava,
     "llava_next": _build_llava_next,
     "smolvlm": _build_smolvlm,
+    "smolvlm-256m": partial(_build_smolvlm, as_released=True),
     "idefics3": _build_idefics3,
     "internvl": _build_internvl,
     "qwen2_5_vl": _build_qwen2_5_vl,
     "qwen3_vl": _build_qwen3_vl,
     "gemma3_vl": _build_gemma3,
 }
-VISION_FAMILIES = tuple(_BUILDERS)
+VISION_FAMILIES = tuple(family for family in _BUILDERS if family != "smolvlm-256m")
 
 
 @cache

@@ -190,6 +190,12 @@ class ImageReader:
         remaining = iter(image_ids)
         return [next(remaining) if token_id == self.placeholder_id else token_id for token_id in ids]
 
+    def forget_features(self) -> None:
+        """Forget all features, so that they are computed again."""
+        self._features.clear()
+        self._files.clear()
+        self._feature_bytes = 0
+
     def draw_probe_prompts(self) -> list[tuple[int, ...]]:
         """Return three prompts of words and random images; the last two have equal length."""
         import numpy as np
