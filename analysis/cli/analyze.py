@@ -13,6 +13,7 @@ from rich.console import Console
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    DEFAULT_DATA,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -46,7 +47,7 @@ def analyze(
     context: typer.Context,
     defense: DefenseOption = None,
     model: ModelOption = "smollm2",
-    data: DataOption = "contrast",
+    data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,
     readout: ReadoutOption = "outcome",
@@ -110,7 +111,7 @@ def analyze(
 def check(
     defense: DefenseOption = None,
     model: ModelOption = "smollm2",
-    data: DataOption = "contrast",
+    data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,
     share_prefix: SharePrefixOption = True,

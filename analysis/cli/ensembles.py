@@ -13,6 +13,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    DEFAULT_DATA,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -304,7 +305,7 @@ def _select_spread_rows(candidates: pd.DataFrame) -> pd.DataFrame:
 def ensembles(
     defense: DefenseOption = None,
     model: ModelOption = "smollm2",
-    data: DataOption = "contrast",
+    data: DataOption = DEFAULT_DATA,
     attack: AttackOption = None,
     readout: ReadoutOption = "outcome",
     size: MaxSizeOption = 2,
@@ -361,7 +362,7 @@ def recommend(
     ] = None,
     defense: DefenseOption = None,
     model: ModelOption = "smollm2",
-    data: DataOption = "contrast",
+    data: DataOption = DEFAULT_DATA,
     attack: AttackOption = None,
     readout: ReadoutOption = "outcome",
     size: MaxSizeOption = 2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,13 +25,14 @@ ModelOption = Annotated[
     typer.Option("-m", "--model", help="Model: short name, Hugging Face id, folder, or .gguf file."),
 ]
 DataOption = Annotated[
-    str,
+    list[str],
     typer.Option(
         "--data",
         help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a file (.csv, "
-        ".tsv, .json, .jsonl or .parquet); join several with +.",
+        ".tsv, .json, .jsonl or .parquet). Repeatable; several are joined, as with +.",
     ),
 ]
+DEFAULT_DATA: Any = ("contrast",)
 SplitOption = Annotated[
     str | None,
     typer.Option(

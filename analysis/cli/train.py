@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    DEFAULT_DATA,
     AnswerPrefixOption,
     BatchSizeOption,
     DataOption,
@@ -55,7 +56,7 @@ def train(
         str, typer.Argument(help="Recipe: safety, attack, identity, baseline, backdoor or preference.")
     ],
     model: ModelOption = "smollm2",
-    data: DataOption = "contrast",
+    data: DataOption = DEFAULT_DATA,
     limit: Annotated[int | None, typer.Option(help="Maximum number of training queries.")] = None,
     out: Annotated[
         Path | None,
@@ -108,7 +109,7 @@ def train(
 @app.command()
 def backdooralign(
     model: ModelOption = "smollm2",
-    data: DataOption = "contrast",
+    data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     limit: LimitOption = None,
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,

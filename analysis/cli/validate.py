@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    DEFAULT_DATA,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 def validate(
     defense: DefenseOption = None,
     model: ModelOption = "smollm2",
-    data: DataOption = "contrast",
+    data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,
     readout: Annotated[

@@ -46,7 +46,7 @@ BOTH_SPLITS = "calibration and test"  # split name of runs that select on one sp
 
 def build_run_spec(
     model: str,
-    data: str | pd.DataFrame,
+    data: str | Sequence[str] | pd.DataFrame,
     split: str | None = None,
     limit: int | None = None,
     batch_size: str | int | None = None,
@@ -71,7 +71,7 @@ def build_run_spec(
 
     Args:
         model: short name, Hugging Face id, folder, or file.
-        data: as `--data`, or a frame of queries.
+        data: as `--data`, or a frame of queries; several names are joined.
         split: part of the data; None chooses the test split if there is one.
         limit: maximum number of queries.
         batch_size: prompts per forward pass, a number or its text; `auto` or None uses what fits.
@@ -98,7 +98,11 @@ def build_run_spec(
     names = (readout,) if isinstance(readout, str) else tuple(dict.fromkeys(readout))
     readouts = ("all",) if "all" in names else names
     size = _parse_batch_size(batch_size)
-    queries = data if isinstance(data, str) else QuerySet.from_frame(data)
+    queries: str | QuerySet
+    if isinstance(data, Sequence):
+        queries = data if isinstance(data, str) else "+".join(data)
+    else:
+        queries = QuerySet.from_frame(data)
     forces_opening = any(name.startswith(_FORCED_PREFIX) for name in readouts)
     max_responses = _parse_responses(responses, forces_opening)
     return RunSpec(
