@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MAX_FEATURE_BYTES = 2**30  # of features in memory
+_TEST_IMAGE = "a test image"  # name of images that no query has
+_MIN_SEEN_SHARE = 0.95  # of an image's pixels; less is told
 _MAX_KEPT_IMAGES = 64  # whose prepared pixels are in memory; others are prepared again
 _PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")  # not needed where features are given
 _KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # 1 at the tokens of images
@@ -190,6 +192,18 @@ class ImageReader:
         remaining = iter(image_ids)
         return [next(remaining) if token_id == self.placeholder_id else token_id for token_id in ids]
 
+    def describe_losses(self) -> str:
+        """Return how many of the images read so far reach the model in part only; empty if none."""
+        read = [image for image in self._prepared.values() if image.image.name != _TEST_IMAGE]
+        cut = [image for image in read if image.seen_share and image.seen_share < _MIN_SEEN_SHARE]
+        if not cut:
+            return ""
+        least = min(cut, key=lambda image: image.seen_share or 1)
+        return (
+            f"{len(cut)} of {len(read)} images reach the model in part only, because its processor "
+            f"cuts them; of {least.image.name}, {least.seen_share:.0%} of the pixels"
+        )
+
     def forget_features(self) -> None:
         """Forget all features, so that they are computed again."""
         self._features.clear()
@@ -205,7 +219,7 @@ class ImageReader:
         for size, words in (((80, 40, 3), "this is"), ((48, 64, 3), "what is"), ((48, 64, 3), "what is")):
             pixels = Images.fromarray(generator.integers(0, 256, size, dtype=np.uint8))
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-            prepared = self.prepare(QueryImage("a test image", digest, pixels.copy))
+            prepared = self.prepare(QueryImage(_TEST_IMAGE, digest, pixels.copy))
             if "mm_encoder_outputs" in self._parameters:
                 self._get_features(prepared)  # raises if processor and model do not fit
             text = f"look at the image: {self.image_mark} {words}"
@@ -327,7 +341,7 @@ class ImageReader:
         ramps[..., 1] = np.linspace(low, high, height).round()[:, None]
 
         def read_channels(pixels: Any) -> list[Tensor]:
-            inputs, _, _ = self._process(Images.fromarray(pixels), "a test image")
+            inputs, _, _ = self._process(Images.fromarray(pixels), _TEST_IMAGE)
             values = inputs["pixel_values"].float()
             if values.ndim == 2:  # patches, each with its channels one after another
                 values = values.reshape(len(values), 3, -1).transpose(0, 1)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession
+from analysis.models.vision import ImageReader
 from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
 from analysis.report.results import Run
 from analysis.run import iterate_condition_scores
@@ -259,6 +260,10 @@ def sweep_conditions(
             if (attack.name, UNDEFENDED) not in result.score_frames:
                 for name in conditions:
                     result.failures.setdefault((attack.name, name), NO_REFERENCE)
+    reader = setup.session.loaded_model.image_reader
+    if isinstance(reader, ImageReader) and (notice := reader.describe_losses()):
+        print_note(console, notice)
+        setup.notices.append(notice)
     return result
 
 

@@ -202,9 +202,11 @@ def test_share_of_pixels_that_reach_the_model():
     cropping = open_session("llava").chat_template.image_reader
     assert cropping.prepare(draw_image(150, 50)).seen_share == pytest.approx(1 / 3, abs=0.02)
     assert "150×50 → 56×56, 3" in cropping.prepare(draw_image(150, 50)).describe()
+    assert "images reach the model in part only" in cropping.describe_losses()
     for family in ("llava_next", "idefics3", "internvl", "qwen2_5_vl", "gemma3_vl"):
         shown = open_session(family).chat_template.image_reader.prepare(draw_image(150, 50))
         assert shown.seen_share > 0.95, family
+        assert not open_session(family).chat_template.image_reader.describe_losses()
 
 
 def test_processor_and_model_that_do_not_fit_are_named():
