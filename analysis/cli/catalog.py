@@ -343,8 +343,6 @@ def _print_prompts(
         title = f"prompt ({number} of {len(prompts)}):" if len(prompts) > 1 else "prompt:"
         console.print(Text(title, style="bold"))
         console.print(Text(redact_secrets(prompt.text, secrets), style="cyan"))
-        for image in prompt.images:
-            console.print(Text(image.describe(), style="cyan"))
     if len(prompts) > 1:
         pooling = "maximum" if defense.pool == "max" else "mean"
         console.print(Text(f"The margin is the {pooling} over these prompts."))

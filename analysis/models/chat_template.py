@@ -260,7 +260,7 @@ class ChatTemplate:
         shown = _escape_marks(chat, reader.reserved_texts)
         text = str(self._apply_with_images(shown, reader.image_mark))
         ids = reader.encode_text(text, prepared) + self._encode_prefill(prefill)
-        return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill, tuple(prepared))
+        return Prompt(tuple(ids), self.decode_tokens(ids, prepared), chat, prefill, tuple(prepared))
 
     def _apply_with_images(self, chat: Chat, image_mark: str) -> Any:
         """Return the text of a chat with the mark of an image where each image stands."""
@@ -314,19 +314,24 @@ class ChatTemplate:
         ids = (*prompt.ids[:start], *retokenize(list(prompt.ids[start:stop])), *prompt.ids[stop:])
         return replace(prompt, ids=ids, text=self.decode_tokens(ids))
 
-    def decode_tokens(self, ids: list[int] | tuple[int, ...]) -> str:
+    def decode_tokens(self, ids: list[int] | tuple[int, ...], images: Sequence[PreparedImage] = ()) -> str:
         """Return the text of the tokens, special tokens included, without any clean-up.
 
-        The tokens of an image are shown as their number.
+        Args:
+            ids: of the tokens.
+            images: in these tokens, to be described; other images are shown as the number of their tokens.
         """
-        return "".join(
-            f"[{len(run)} image tokens]"
-            if is_image
-            else str(
-                self.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            )
-            for is_image, run in split_text_and_images(ids)
-        )
+        descriptions = {image.ids.start: image.describe() for image in images}
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        texts = []
+        for is_image, run in split_text_and_images(ids):
+            if not is_image:
+                texts.append(str(self.tokenizer.decode(run, **options)))
+            elif images:  # described once, although text may lie between its tiles
+                texts.append(descriptions.get(run[0], ""))
+            else:
+                texts.append(f"[{len(run)} image tokens]")
+        return "".join(texts)
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Return the text of a response without special tokens.
