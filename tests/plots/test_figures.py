@@ -135,7 +135,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     ("folder", "words"),
     [
         ("arms", r"the attacked model answers 100 % \[86, 100\].*with it, it answers 17 % \[7, 36\]"),
-        ("validity", r"words is trusted for single queries in 0 of 12 conditions \(contradicted in 9\)"),
+        ("validity", r"words is trusted for single queries in 0 of 12 conditions \(contradicted in 10\)"),
         ("smollm2", r"^Results for 34 defenses on smollm2"),
     ],
 )
