@@ -35,13 +35,14 @@ from analysis.models.thinking_blocks import (
     cut_token_spans,
     find_thinking_tags,
 )
+from analysis.models.vision import ImageReader
 from defenses.chats import copy_chat, replace_last_user, split_prefill
 from defenses.contract import Chat, Message
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.models.cascade import OcrReader
-    from analysis.models.vision import ImageReader, PreparedImage
+    from analysis.models.vision import PreparedImage
 
 _PLACEHOLDER_TEXT, _PLACEHOLDER_RESPONSE = "zxqmarkqxz", "zxqanswerqxz"
 _PLACEHOLDER_THOUGHT = "zxqthoughtqxz"
@@ -234,7 +235,9 @@ class ChatTemplate:
             prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
         if self.system_policy == "merged" and chat[0]["role"] == "system":
             chat = _merge_system_turn(chat)
-        ids = list(self._apply(chat, self.source, tokenize=True)["input_ids"])
+        if isinstance(self.image_reader, ImageReader):  # also where no message has an image
+            chat = _escape_marks(chat, self.image_reader.reserved_texts)
+        ids = self._add_bos(list(self._apply(chat, self.source, tokenize=True)["input_ids"]))
         ids += self._encode_prefill(prefill)
         return Prompt(tuple(ids), self.decode_tokens(ids), chat, prefill)
 
@@ -259,8 +262,16 @@ class ChatTemplate:
         prepared = [reader.prepare(message["image"]) for message in chat if "image" in message]
         shown = _escape_marks(chat, reader.reserved_texts)
         text = str(self._apply_with_images(shown, reader.image_mark))
-        ids = reader.encode_text(text, prepared) + self._encode_prefill(prefill)
+        ids = self._add_bos(reader.encode_text(text, prepared)) + self._encode_prefill(prefill)
         return Prompt(tuple(ids), self.decode_tokens(ids, prepared), chat, prefill, tuple(prepared))
+
+    def _add_bos(self, ids: list[int]) -> list[int]:
+        """Return the prompt's tokens with the BOS that processors, unlike tokenizers, put before prompts."""
+        bos = self.tokenizer.bos_token_id
+        has_processor = isinstance(self.image_reader, ImageReader) and bos is not None
+        if not has_processor or ids[:1] == [bos] or self.tokenizer.encode("Hi")[:1] != [bos]:
+            return ids
+        return [bos, *ids]
 
     def _apply_with_images(self, chat: Chat, image_mark: str) -> Any:
         """Return the text of a chat with the mark of an image where each image stands."""
@@ -346,7 +357,11 @@ class ChatTemplate:
     def count_expected_bos(self, chat: Chat) -> int:
         """Return the number of BOS tokens that the template itself writes for a chat."""
         bos = self.tokenizer.bos_token
-        return str(self._apply(chat, self.source)).count(bos) if bos else 0
+        if not bos:
+            return 0
+        text = str(self._apply(chat, self.source))
+        n_added = 0 if text.startswith(bos) else len(self._add_bos([]))  # by a processor
+        return text.count(bos) + n_added
 
     @cached_property
     def _own_source(self) -> str:

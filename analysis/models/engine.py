@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, plan_batches
-from analysis.models.image_tokens import contains_image
+from analysis.models.image_tokens import contains_image, find_whole_prefix
 from analysis.models.prefix_attention import (
     PackedRows,
     SharedPrefix,
@@ -240,6 +240,7 @@ class Engine:
         # All positions of a prompt with logits belong to its own suffix.
         max_shared = min(len(prompt) - n for prompt, n in zip(prompts, n_positions, strict=True))
         n_shared = min(count_shared_prefix(prompts), max_shared) if share_prefix else 0
+        n_shared = find_whole_prefix(prompts[0], n_shared)
         if not self.can_extend_prefix(n_shared, len(prompts[0])):
             n_shared = 0
         prefix = self.compute_prefix(prompts[0][:n_shared]) if n_shared else None

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, order_rows
 from analysis.models.engine import Engine
-from analysis.models.image_tokens import contains_image
+from analysis.models.image_tokens import contains_image, is_image_id
 from analysis.models.plain_passes import (
     compute_plain_logits,
     draw_probe_prompts,
@@ -196,6 +196,8 @@ def _compute_generation_prefix(engine: Engine, prompts: Sequence[Sequence[int]])
     """Return the number of tokens that the prompts share, and their keys and values."""
     model, prefix = engine.model, DynamicCache(config=engine.model.config)
     n_shared = count_shared_prefix(prompts) if _has_plain_cache(model) else 0
+    # transformers wants the features of all images of a prompt, also of those behind cached keys.
+    n_shared = sum(1 for _ in takewhile(lambda token_id: not is_image_id(token_id), prompts[0][:n_shared]))
     if not engine.can_extend_prefix(n_shared, len(prompts[0])):
         return 0, prefix
     engine.rotation.reset_modules()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-# Layout of an id: 1 bit that marks images, 45 bits of the image's digest, 16 bits of the position.
+# Layout of an id: a bit that marks images, 44 bits of the image's digest, 16 bits of the position.
 _POSITION_BITS = 16
 _DIGEST_DIGITS = 11  # hexadecimal: 44 bits
 FIRST_IMAGE_ID = 1 << 61
@@ -43,9 +43,16 @@ def contains_image(token_ids: Sequence[int]) -> bool:
     return max(token_ids, default=0) >= FIRST_IMAGE_ID
 
 
-def get_first_id(token_id: int) -> int:
-    """Return the id of the first token of the image to which an image's token belongs."""
-    return token_id - token_id % MAX_IMAGE_TOKENS
+def find_whole_prefix(token_ids: Sequence[int], n_prefix: int) -> int:
+    """Return the largest number of first tokens, up to a limit, that splits no image.
+
+    >>> ids = [5, *make_image_ids("0f" * 32, 3), 6]
+    >>> find_whole_prefix(ids, 3), find_whole_prefix(ids, 4)
+    (1, 4)
+    """
+    next_id = next((token_id for token_id in token_ids[n_prefix:] if is_image_id(token_id)), 0)
+    position = next_id % MAX_IMAGE_TOKENS
+    return token_ids.index(next_id - position) if position else n_prefix
 
 
 def split_text_and_images(token_ids: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:

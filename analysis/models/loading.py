@@ -301,6 +301,8 @@ def open_checkpoint(
             tokenizer = _read_tokenizer(adapter.folder, root)
         adapter_config = json.dumps(adapter.config, sort_keys=True)
         origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": adapter_config}
+    if processor is not None:
+        processor.tokenizer = tokenizer
     _set_chat_template(tokenizer, root, template)
     check_tokenizer(tokenizer)
     return ModelCheckpoint(

@@ -147,7 +147,14 @@ def run_in_float32(model: nn.Module) -> Iterator[None]:
     blocks, others = _list_blocks(model)
     handles = []
     try:
+        reader: Any = getattr(model, "image_reader", None)
+        reading = reader.list_vision_modules() if reader is not None else []
+        for unit in others:
+            if unit in reading:  # some ask for the type of their weights before they run
+                widen_weights(unit)
         for unit in (*blocks, *others):
+            if unit in originals:
+                continue
             handles += [
                 unit.register_forward_pre_hook(widen_weights, prepend=True),
                 unit.register_forward_hook(restore_weights, always_call=True),

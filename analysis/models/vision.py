@@ -2,7 +2,7 @@
 
 An image is prepared by the processor of the model, alone, so that no other image of a batch matters. Its
 features are computed alone as well. They are kept in memory up to a limit, then in files of a temporary
-folder. Only a change to the weights that read images makes them invalid.
+folder. They are computed again if a weight that reads images is changed or replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, is_image_id, make_image_ids
 from defenses.errors import UserError, describe_library_error
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _MAX_FEATURE_BYTES = 2**30  # of features in memory
 _TEST_IMAGE = "a test image"  # name of images that no query has
 _MIN_SEEN_SHARE = 0.95  # of an image's pixels; less is told
-_MAX_KEPT_IMAGES = 64  # whose prepared pixels are in memory; others are prepared again
+_MAX_PIXEL_BYTES = 2**30  # of prepared pixels in memory; others are prepared again
 _PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")  # not needed where features are given
 _KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # 1 at the tokens of images
 _FEATURES = ("pooler_output", "deepstack_features")  # of the outputs of the part that reads images
@@ -76,25 +76,35 @@ class ImageReader:
 
     Attributes:
         n_computed: number of images whose features were computed.
+        hook: of the model.
     """
 
     def __init__(self, processor: Any, model: Any, name: str) -> None:
         self.processor, self.model, self.name = processor, model, name
         self.n_computed = 0
+        self._weights: list[Tensor] = []  # that the features were computed with, so that none is freed
+        self._weight_versions: list[tuple[int, int]] = []
         self._prepared: dict[str, PreparedImage] = {}
         self._by_first_id: dict[int, PreparedImage] = {}
         self._pixels: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._features: OrderedDict[tuple[int, int], dict[str, Any]] = OrderedDict()
+        self._features: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._feature_bytes = 0
-        self._files: set[tuple[int, int]] = set()
+        self._files: set[int] = set()
         self._seen_shares: dict[tuple[int, int], float | None] = {}
+        if (other := getattr(model, "image_reader", None)) is not None:
+            other.hook.remove()
         model.image_reader = self
-        model.register_forward_pre_hook(self._replace_ids, with_kwargs=True)
+        self.hook = model.register_forward_pre_hook(self._replace_ids, with_kwargs=True)
 
     @cached_property
     def placeholder_id(self) -> int:
         """The token id that the model replaces by features."""
-        return int(self.model.config.image_token_id)
+        placeholder = getattr(self.model.config, "image_token_id", None)
+        if placeholder is None:
+            raise UserError(
+                f"{self.name} has no placeholder for images in its prompts, which is not supported"
+            )
+        return int(placeholder)
 
     @cached_property
     def _neutral_id(self) -> int:
@@ -104,10 +114,12 @@ class ImageReader:
     @cached_property
     def image_mark(self) -> str:
         """The text that a chat template writes where an image stands."""
-        mark = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
-        if mark is None:
+        names = ("image_token", "boi_token")
+        marks = [str(mark) for name in names if (mark := getattr(self.processor, name, None)) is not None]
+        if not marks:
             raise UserError(f"the processor of {self.name} has no token for images; use another model")
-        return str(mark)
+        template = str(self.processor.tokenizer.chat_template)
+        return next((mark for mark in marks if mark in template), marks[0])
 
     @cached_property
     def reserved_texts(self) -> tuple[str, ...]:
@@ -119,9 +131,12 @@ class ImageReader:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the pixels that reach the model depend on, in plain values, for run.json and cache keys."""
+        import PIL
+
         settings = self.processor.image_processor.to_dict()
         return {
             "processor": type(self.processor).__name__,
+            "pillow": PIL.__version__,
             "image_processor": type(self.processor.image_processor).__name__,
             "settings": {key: value for key, value in sorted(settings.items()) if key != "processor_class"},
         }
@@ -139,6 +154,8 @@ class ImageReader:
         if image.digest not in self._prepared:
             pixels = image.load()
             inputs, text, n_tokens = self._process(pixels, image.name)
+            if n_tokens > MAX_IMAGE_TOKENS:
+                raise UserError(f"{image.name}: {n_tokens} tokens are too many for {self.name}")
             prepared = PreparedImage(
                 image,
                 make_image_ids(image.digest, n_tokens),
@@ -160,11 +177,12 @@ class ImageReader:
         if image.digest not in self._pixels:
             inputs, _, _ = self._process(image.load(), image.name)
             self._keep_pixels(image.digest, inputs)
+        self._pixels.move_to_end(image.digest)
         return self._pixels[image.digest]
 
     def _keep_pixels(self, digest: str, inputs: dict[str, Tensor]) -> None:
         self._pixels[digest] = {name: value for name, value in inputs.items() if name in _PIXEL_INPUTS}
-        while len(self._pixels) > _MAX_KEPT_IMAGES:
+        while len(self._pixels) > 1 and sum(map(_count_bytes, self._pixels.values())) > _MAX_PIXEL_BYTES:
             self._pixels.popitem(last=False)
 
     def encode_text(self, text: str, prepared: Sequence[PreparedImage]) -> list[int]:
@@ -268,7 +286,9 @@ class ImageReader:
     def _merge_inputs(self, prepared: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """Return pixels and layouts of several images, as if they had been prepared together."""
         inputs = _merge_values([image.layout | self._get_pixels(image.image) for image in prepared])
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
+        return {
+            name: value.to(self.model.device) for name, value in inputs.items() if name in self._parameters
+        }
 
     def _replace_ids(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: put features in the place of the ids of images."""
@@ -364,7 +384,9 @@ class ImageReader:
     @torch.inference_mode()
     def _get_features(self, prepared: PreparedImage) -> dict[str, Any]:
         """Return the features of an image under the model's present weights."""
-        key = (prepared.ids.start, self._hash_vision_weights())
+        if not self._can_reuse_features():
+            return self._compute_features(prepared)
+        key = prepared.ids.start
         if key in self._features:
             self._features.move_to_end(key)
             return self._features[key]
@@ -372,7 +394,6 @@ class ImageReader:
             stored = torch.load(self._get_file(key), weights_only=True)
             return {name: _map_tensors(value, self._to_device) for name, value in stored.items()}
         features = self._compute_features(prepared)
-        self.n_computed += 1
         self._features[key] = features
         self._feature_bytes += _count_bytes(features)
         while self._feature_bytes > _MAX_FEATURE_BYTES and len(self._features) > 1:
@@ -387,8 +408,10 @@ class ImageReader:
         """Return the output of the part that reads images: features, and those of deeper layers if any."""
         compute = self.model.base_model.get_image_features
         accepted = inspect.signature(compute).parameters
+        self.n_computed += 1
+        dtype = next(weight.dtype for weight in self._list_vision_weights() if weight.is_floating_point())
         inputs = {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            name: value.to(self.model.device, dtype if value.is_floating_point() else None)
             for name, value in (prepared.layout | self._get_pixels(prepared.image)).items()
             if name in accepted
         }
@@ -404,24 +427,43 @@ class ImageReader:
             )
         return features
 
-    @cached_property
-    def _vision_weights(self) -> list[Tensor]:
-        """The weights on which features depend: all but those of the language part."""
-        language = {id(weight) for weight in self.model.get_decoder().parameters()}
-        output = self.model.get_output_embeddings()
-        language |= {id(weight) for weight in output.parameters()} if output is not None else set()
-        return [weight for weight in self.model.parameters() if id(weight) not in language]
+    def _can_reuse_features(self) -> bool:
+        """Return whether features may be reused; forget those of other weights.
 
-    def _hash_vision_weights(self) -> int:
-        """Return a number that changes when the weights that read images are replaced or changed in place."""
-        return hash(tuple((weight.data_ptr(), weight._version) for weight in self._vision_weights))
+        Weights may be changed in place, replaced, or changed while a module runs, by its hooks.
+        """
+        hooks = [
+            hook
+            for module in self.list_vision_modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        ]
+        if not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+            return False
+        weights = self._list_vision_weights()
+        versions = [(weight.data_ptr(), weight._version) for weight in weights]
+        if versions != self._weight_versions:
+            self.forget_features()
+            self._weights = [weight.detach() for weight in weights]
+            self._weight_versions = versions
+        return True
+
+    def list_vision_modules(self) -> list[nn.Module]:
+        """Return the modules on which features depend: all but the language part and the output."""
+        language = set(self.model.get_decoder().modules())
+        others = {self.model, self.model.base_model, self.model.get_output_embeddings()}
+        return [module for module in self.model.modules() if module not in language | others]
+
+    def _list_vision_weights(self) -> list[Tensor]:
+        """Return the weights on which features depend, as they are now."""
+        own = [self.model.base_model, *self.list_vision_modules()]
+        return [weight for module in own for weight in module.parameters(recurse=False)]
 
     @cached_property
     def _folder(self) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix="refusalscope-features-")
 
-    def _get_file(self, key: tuple[int, int]) -> Path:
-        return Path(self._folder.name) / f"{key[0]:x}-{key[1] & (2**64 - 1):x}.pt"
+    def _get_file(self, key: int) -> Path:
+        return Path(self._folder.name) / f"{key:x}.pt"
 
     def _to_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device)

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from vision_models import VISION_FAMILIES, build_vision_model, save_vision_model
 
+from analysis.models.batches import BatchForm
+from analysis.models.engine import Engine
 from analysis.models.generation import generate_token_ids
 from analysis.models.image_tokens import contains_image, is_image_id
 from analysis.models.loading import LoadedModel, open_checkpoint
+from analysis.models.plain_passes import compute_plain_logits, run_in_float32
 from analysis.models.session import ModelSession, check_token_ids
 from analysis.models.vision import ImageReader
 from defenses.errors import UserError
@@ -156,6 +160,77 @@ def test_features_are_computed_once_for_each_image_and_state_of_the_weights():
     after = session.engine.read_first_token(prompts, lambda logits: logits)
     assert reader.n_computed == n_computed + len(IMAGES)
     assert (after - before).abs().max() > 0.01
+    # Other tensors, which may get the addresses of those that they replace, and hooks.
+    layer = model.model.multi_modal_projector.linear_1
+    for factor in (2, 3, 4):
+        layer.weight.data = torch.full_like(layer.weight, factor / 100)
+        _assert_plain(session, prompts[:1])
+    layer.weight = torch.nn.Parameter(torch.full_like(layer.weight, 0.5))
+    _assert_plain(session, prompts[:1])
+    handle = layer.register_forward_hook(lambda module, args, output: output + 1)
+    _assert_plain(session, prompts[:1])
+    handle.remove()
+    _assert_plain(session, prompts[:1])
+
+
+def _assert_plain(session, prompts):
+    """Assert that the engine's logits are those of plain passes over the pixels."""
+    found = session.engine.read_first_token(prompts, lambda logits: logits)
+    plain = [compute_plain_logits(session.loaded_model.model, ids)[-1] for ids in prompts]
+    assert (found - torch.stack(plain)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_5_vl"])
+def test_half_precision_is_compared_in_float32(family):
+    model, processor = build_vision_model.__wrapped__(family)
+    reader = ImageReader(processor, model.bfloat16(), family)
+    loaded = LoadedModel(family, model, processor.tokenizer, {"id": family}, image_reader=reader)
+    session = ModelSession.from_model(loaded)
+    ids = [session.chat_template.render_prompt(make_chat(image)).ids for image in IMAGES[:2]]
+    assert session.engine.image_engine.batch_form is open_session(family).engine.image_engine.batch_form
+    with run_in_float32(model):
+        _assert_plain(session, ids)
+    assert model.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
+def test_an_image_in_a_prefix_that_is_repeated(family):
+    """Caption calls of one query: the whole prompt is its own prefix."""
+    session, prompts = open_session(family), render_prompts(family)
+    engine = Engine(session.loaded_model.model, batch_form=BatchForm.REPEATED)
+    found = generate_token_ids(engine, prompts[:1], 3, frozenset())
+    assert found == generate_token_ids(session.engine, prompts[:1], 3, frozenset())
+    # Logits at many positions, which reach into the image, so that the prefix ends before it.
+    n_positions = len(prompts[0]) - 8
+    with torch.inference_mode():
+        ((_, logits),) = session.engine.image_engine.iterate_logits(prompts[:1], [n_positions])
+    plain = compute_plain_logits(session.loaded_model.model, prompts[0])[-n_positions:]
+    assert (logits - plain).abs().max() < 1e-4
+
+
+def test_a_bos_that_the_processor_writes_is_written():
+    """Mistake 11: where the template writes none and the tokenizer would, as for LLaVA-1.5."""
+    _, processor = build_vision_model.__wrapped__("llava")
+    tokenizer, model = processor.tokenizer, build_vision_model("llava")[0]
+    tokenizer.bos_token = "<s>"
+    post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    tokenizer.backend_tokenizer.post_processor = post_processor
+    loaded = LoadedModel("mine", model, tokenizer, {"id": "mine"})
+    session = ModelSession.from_model(replace(loaded, image_reader=ImageReader(processor, model, "mine")))
+    for image in (IMAGES[0], None):
+        parts = [
+            *([{"type": "image", "image": image.load()}] if image else []),
+            {"type": "text", "text": "Hi"},
+        ]
+        expected = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=True, return_dict=True, add_generation_prompt=True
+        )["input_ids"][0]
+        chat = make_chat(image, "Hi")
+        ids = session.chat_template.render_prompt(chat).ids
+        assert len(ids) == len(expected) and ids[0] == expected[0] == tokenizer.bos_token_id
+        assert session.chat_template.count_expected_bos(chat) == 1
 
 
 def test_features_beyond_the_limit_are_kept_in_files(monkeypatch):
