@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from analysis.report.results import Run
     from analysis.studies.run_spec import RunSpec
     from defenses.contract import Defense, QueryChat
+    from defenses.images import QueryImage
 
 CatalogRows = list[dict[str, Any]]
 
@@ -248,12 +250,19 @@ def cache(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several runs are also compared.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path("report.html"),
+    images: Annotated[
+        bool,
+        typer.Option(
+            "--images/--no-images",
+            help="Show thumbnails of the queries' images, if the run's data set is still there, unchanged.",
+        ),
+    ] = True,
 ) -> None:
     """Build one self-contained, interactive HTML report from one or more runs.
 
     analyze report runs/a runs/b -o report.html
     """
-    raise typer.Exit(write_report(runs, out))
+    raise typer.Exit(write_report(runs, out, images))
 
 
 def run_explain_command(
@@ -354,17 +363,18 @@ def _print_prompts(
         console.print(Text(f"Logits: {blend}." if blend else "The defense changes the model itself."))
 
 
-def write_report(folders: Sequence[Path], out: Path) -> int:
+def write_report(folders: Sequence[Path], out: Path, with_images: bool = True) -> int:
     """Write the report of these runs; print its path and what it does not contain.
 
     Args:
         folders: run folders, in the order of the report.
         out: the HTML file; an existing file is replaced.
+        with_images: whether the report shows the images of queries.
 
     Returns:
         The exit code, 0.
     """
-    from analysis.datasets.loading import load_query_texts
+    from analysis.datasets.loading import load_queries
     from analysis.files import check_output_folder, write_text_file
     from analysis.report.folder import read_run
     from analysis.report.html import render_page
@@ -374,9 +384,20 @@ def write_report(folders: Sequence[Path], out: Path) -> int:
     if out.suffix.lower() not in (".html", ".htm"):  # so that no file of a run is replaced by mistake
         raise UserError(f"--out {out}: the report is an HTML file; use {out.with_suffix('.html')}")
     check_output_folder(out.parent)
+    # Cached, because it reads every image of the set.
+    load_set = functools.cache(functools.partial(load_queries, offline=True))
+
+    def load_texts(name: str) -> tuple[dict[str, str], str]:
+        query_set = load_set(name)
+        return {query.id: query.text for query in query_set.queries}, query_set.sha256
+
+    def load_images(name: str) -> dict[str, QueryImage]:
+        return {query.id: query.image for query in load_set(name).queries if query.image}
+
     runs: list[Run] = []
     for folder in folders:
-        runs.append(read_run(folder, load_query_texts, {run.name for run in runs}))
+        taken_names = {run.name for run in runs}
+        runs.append(read_run(folder, load_texts, taken_names, load_images if with_images else None))
     text = render_page(runs)
     try:
         write_text_file(out, text)

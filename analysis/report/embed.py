@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from markupsafe import Markup
+    from PIL.Image import Image
 
 MAX_PICTURE_WIDTH = 1900  # pixels
+MAX_THUMBNAIL_SIDE = 256  # pixels
 MAX_PLAIN_TABLE_BYTES = 20_000  # larger tables are compressed; smaller ones open in any program
 
 
@@ -47,6 +49,15 @@ def encode_picture(png: bytes) -> str:
     buffer = io.BytesIO()
     reduced.save(buffer, "PNG", optimize=True)
     return _data_uri("image/png", min(buffer.getvalue(), png, key=len))
+
+
+def encode_thumbnail(image: Image) -> str:
+    """Return an RGB image as a data URI, reduced until its longer side is at most `MAX_THUMBNAIL_SIDE`."""
+    small = image.copy()
+    small.thumbnail((MAX_THUMBNAIL_SIDE, MAX_THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=75)
+    return _data_uri("image/webp", buffer.getvalue())
 
 
 def encode_table(name: str, content: bytes) -> tuple[str, str]:

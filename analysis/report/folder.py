@@ -25,6 +25,8 @@ from defenses.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from defenses.images import QueryImage
+
 # Columns that a known table must have; other tables are optional and shown as they are.
 REQUIRED_COLUMNS = {
     "scores": ("query", "category", "harmful", "attack", "defense", "margin"),
@@ -52,15 +54,24 @@ _RUN_HINT = "`analyze -d NAME -o FOLDER` writes a run"
 
 # Name of a data set → texts of its queries by id, and the SHA-256 of the set.
 TextLoader = Callable[[str], tuple[Mapping[str, str], str]]
+# Name of a data set → images of its queries by id.
+ImageLoader = Callable[[str], Mapping[str, "QueryImage"]]
 
 
-def read_run(folder: Path, load_texts: TextLoader, taken_names: Container[str] = ()) -> Run:
+def read_run(
+    folder: Path,
+    load_texts: TextLoader,
+    taken_names: Container[str] = (),
+    load_images: ImageLoader | None = None,
+) -> Run:
     """Read a run from its folder.
 
     Args:
         folder: with `run.json` and tables.
         load_texts: loads the query texts of a data set without the network; it may raise a UserError.
         taken_names: names of other runs in the same report; the run gets another name.
+        load_images: loads the images of the queries of a data set, as `load_texts` does the texts; None
+            leaves them out.
 
     Raises:
         UserError: if the folder holds no run, or one of its files is damaged or has another format.
@@ -83,10 +94,11 @@ def read_run(folder: Path, load_texts: TextLoader, taken_names: Container[str] =
     for name, content in files.items():
         if name.endswith(".png") and not _is_whole_png(content):
             raise UserError(f"{folder / name} is not a complete PNG; remove it or repeat the run")
-    texts, missing_texts_reason = _load_query_texts(record, load_texts)
+    digests = _list_image_digests(tables.get("scores", pd.DataFrame()))
+    texts, images, reason = _load_queries(record, load_texts, load_images, digests)
     figures = tuple(name.removesuffix(".png") for name in files if name.endswith(".png"))
     name = _choose_free_name(folder.resolve().name, taken_names)
-    return Run(name, record, tables, files, texts, missing_texts_reason, figures)
+    return Run(name, record, tables, files, texts, reason, figures, images)
 
 
 def save_run(folder: Path, run: Run, console: Console) -> None:
@@ -348,16 +360,39 @@ def _is_whole_png(content: bytes) -> bool:
     return True
 
 
-def _load_query_texts(record: Mapping[str, Any], load_texts: TextLoader) -> tuple[Mapping[str, str], str]:
-    """Load the texts of a run's queries by id; if that fails, none and the reason."""
+def _list_image_digests(scores: pd.DataFrame) -> dict[str, str]:
+    """Return the digests of the images of a run's queries by id; none for a run without images."""
+    if "image" not in scores:
+        return {}
+    rows = scores.dropna(subset=["image"]).drop_duplicates("query")
+    return dict(zip(rows["query"].astype(str), rows["image"].astype(str), strict=True))
+
+
+def _load_queries(
+    record: Mapping[str, Any],
+    load_texts: TextLoader,
+    load_images: ImageLoader | None,
+    digests: Mapping[str, str],
+) -> tuple[Mapping[str, str], Mapping[str, QueryImage], str]:
+    """Load the texts and images of a run's queries by id; if that fails, none and the reason.
+
+    Args:
+        record: contents of `run.json`.
+        load_texts: loads the texts of a data set.
+        load_images: loads the images of a data set; None if they are not wanted.
+        digests: of the images of the run by query id; an image with another digest is left out.
+    """
     data = record["data"]
+    name = str(data["name"])
+    has_images = bool(load_images and digests)
+    how = "by their ids and without their images" if has_images else "by their ids"
     try:
-        texts, sha256 = load_texts(str(data["name"]))
+        texts, sha256 = load_texts(name)
+        loaded = load_images(name) if load_images and digests else {}
     except (UserError, OSError) as error:
-        return {}, f"queries are shown by their ids, because their texts cannot be read: {error}"
+        what = "texts and images" if has_images else "texts"
+        return {}, {}, f"queries are shown {how}, because their {what} cannot be read: {error}"
     if data.get("sha256") not in (None, sha256):
-        return (
-            {},
-            f"queries are shown by their ids, because {data['name']} has changed since the run (SHA-256)",
-        )
-    return texts, ""
+        return {}, {}, f"queries are shown {how}, because {name} has changed since the run (SHA-256)"
+    images = {query_id: image for query_id, image in loaded.items() if digests.get(query_id) == image.digest}
+    return texts, images, ""

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -45,8 +45,12 @@ from analysis.report.tables import (
     build_validity_tables,
     compare_runs,
 )
+from analysis.report.thumbnails import describe_left_out_images, embed_thumbnails, locate_thumbnails
 from analysis.stats.format import ColumnFormat, format_estimate, format_verdict
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, iterate_rows
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MAX_PAGE_BYTES = 7_900_000  # small enough for mail servers and for a phone
 MAX_QUERY_LENGTH = 1500  # characters of a query's text
@@ -119,6 +123,7 @@ def render_page(runs: Sequence[Run], max_bytes: int = MAX_PAGE_BYTES) -> str:
     Args:
         runs: in the order of the page, with unique names.
         max_bytes: size limit of the page; figures and tables beyond it are left out, and the page names them.
+            Thumbnails of images take up to half of what the page itself leaves.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -132,11 +137,12 @@ def render_page(runs: Sequence[Run], max_bytes: int = MAX_PAGE_BYTES) -> str:
     )
     scripts = _load_scripts()
     comparison, comparison_points = compare_runs(runs)
-    data = {
+    data: dict[str, Any] = {
         "runs": [build_chart_data(run) for run in runs],
         "comparison": comparison_points,
         "colors": RUN_COLORS,
         "shapes": map_family_shapes(),
+        "thumbnails": [],
     }
     context: dict[str, Any] = {
         "contents": [_build_run_content(run) for run in runs],
@@ -145,17 +151,30 @@ def render_page(runs: Sequence[Run], max_bytes: int = MAX_PAGE_BYTES) -> str:
         "scripts": [Markup(script) for script in scripts],
         "style": Markup((_PAGE_FOLDER / "report.css").read_text("utf-8")),
         "data": dump_script_json(data),
+        "image_notes": [""] * len(runs),
         "colors": {family: color for family, (color, _) in FAMILY_STYLES.items()},
     }
     template = environment.get_template("report.html")
-    size_without_files = len(template.render(context, embedded={}, left_out=[]).encode())
+    budget = max_bytes - _LEFT_OUT_LIST_BYTES - _measure_without_files(template, context)
+    if any(run.images for run in runs):
+        thumbnails = embed_thumbnails(runs, budget // 2)
+        for run, run_data in zip(runs, data["runs"], strict=True):
+            run_data["images"] = locate_thumbnails(run, thumbnails)
+        data["thumbnails"] = list(thumbnails.values())
+        context["data"] = dump_script_json(data)
+        context["image_notes"] = [describe_left_out_images(run, thumbnails) for run in runs]
+        budget = max_bytes - _LEFT_OUT_LIST_BYTES - _measure_without_files(template, context)
     encoded = _encode_files(runs)
     # Figures before tables and short files before long ones, so that as many as possible fit.
     order = sorted(encoded, key=lambda key: (key[1].endswith(".csv"), len(encoded[key][1])))
-    budget = max_bytes - size_without_files - _LEFT_OUT_LIST_BYTES
     fitting = choose_fitting({key: len(encoded[key][1]) for key in order}, budget)
     left_out = [f"{run_name}/{name}" for run_name, name in order if (run_name, name) not in fitting]
     return template.render(context, embedded={key: encoded[key] for key in fitting}, left_out=left_out)
+
+
+def _measure_without_files(template: Template, context: Mapping[str, Any]) -> int:
+    """Return the size of the page in bytes without the figures and tables that it embeds."""
+    return len(template.render(context, embedded={}, left_out=[]).encode())
 
 
 @cache

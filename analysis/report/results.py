@@ -22,6 +22,8 @@ from analysis.stats.tables import DIRECT, Trust, format_condition, has_judged_ra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from defenses.images import QueryImage
+
 RATE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("refusal_rate", "harmful refused (%)", ".0f", 100, True),
     ("over_refusal_rate", "benign refused (%)", ".0f", 100, True),
@@ -57,6 +59,7 @@ class Run:
         texts: texts of the queries by id; empty if they are not available.
         missing_texts_reason: why the texts are not available.
         figures: names of the figures that `draw_figure` can draw.
+        images: images of the queries by id, for the report; empty if they are not available or not wanted.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Run:
     texts: Mapping[str, str] = field(default_factory=dict)
     missing_texts_reason: str = ""
     figures: tuple[str, ...] = ()
+    images: Mapping[str, QueryImage] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return the headline, failures and notices, and the names of tables and figures."""

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from analysis.datasets.loading import load_query_texts
+from analysis.datasets.images import open_image
+from analysis.datasets.loading import load_queries, load_query_texts
 from analysis.report.folder import read_run
 from analysis.report.html import MAX_PAGE_BYTES, render_page
 
@@ -66,8 +67,12 @@ def write_run(
     trusted="trusted",
     extra_words=0,
     based_on="margins",
+    pictures=(),
 ):
-    """Write a run folder, and the file of its queries beside it; return the folder."""
+    """Write a run folder, and the file of its queries beside it; return the folder.
+
+    The first queries have the pictures (contents of files, or None) as images.
+    """
     folder.mkdir(parents=True)
     ids = [f"q{number:03d}" for number in range(n_queries)]
     data = folder.parent / f"{folder.name}-queries.csv"
@@ -75,10 +80,16 @@ def write_run(
         HOSTILE_TEXTS[n] if n < len(HOSTILE_TEXTS) else f"Question {n}? " + "word " * extra_words
         for n in range(n_queries)
     ]
+    paths, digests = [""] * n_queries, [None] * n_queries
+    for n, picture in enumerate(pictures):
+        if picture is not None:
+            path = folder.parent / f"{folder.name}-{n}.png"
+            path.write_bytes(picture)
+            paths[n], digests[n] = path.name, open_image(path, "query").digest
     with data.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "text", "harmful"])
-        writer.writerows(zip(ids, texts, [n % 2 == 0 for n in range(n_queries)], strict=True))
+        writer.writerow(["id", "text", "harmful", "image"])
+        writer.writerows(zip(ids, texts, [n % 2 == 0 for n in range(n_queries)], paths, strict=True))
     rng, score_frames = np.random.default_rng(0), []
     for attack in attacks:
         base = rng.normal(0, 1, n_queries)
@@ -93,6 +104,7 @@ def write_run(
                     {
                         **{"query": ids, "pair": None, "category": "topic <i>", "harmful": harmful},
                         **{"attack": attack, "defense": name, "margin": margin},
+                        **({"image": digests} if any(digests) else {}),
                     }
                 )
             )
@@ -128,11 +140,17 @@ def write_run(
     return folder
 
 
+def load_query_images(name):
+    """Load the images of a data set by the ids of their queries."""
+    return {query.id: query.image for query in load_queries(name, offline=True).queries if query.image}
+
+
 def render_folders(*folders, max_bytes=MAX_PAGE_BYTES):
     """Render the page of some run folders."""
     runs = []
     for folder in folders:
-        runs.append(read_run(folder, load_query_texts, {run.name for run in runs}))
+        taken_names = {run.name for run in runs}
+        runs.append(read_run(folder, load_query_texts, taken_names, load_query_images))
     return render_page(runs, max_bytes)
 
 

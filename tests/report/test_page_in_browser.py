@@ -6,7 +6,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from saved_runs import DEFENSES, HOSTILE_TEXTS, render_folders, write_run
+from saved_runs import DEFENSES, HOSTILE_TEXTS, make_picture, render_folders, write_run
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,31 @@ def test_only_the_own_scripts_run_and_nothing_can_be_fetched(browser, page_url):
     }"""
     assert view.evaluate(attempts) == ["connect-src", "img-src", "script-src-attr", "script-src-elem"]
     assert view.title().startswith("refusalscope")
+    context.close()
+
+
+def test_the_image_of_a_query_stands_below_its_text_and_its_words_stay_text(browser, tmp_path):
+    folder = write_run(tmp_path / "run", pictures=[make_picture("#CC79A7"), None, make_picture(noise_seed=1)])
+    hostile_id = 'q" onerror="document.title=1'
+    for path in (folder / "scores.csv", tmp_path / "run-queries.csv"):
+        pd.read_csv(path).replace({"q000": hostile_id}).to_csv(path, index=False)
+    (tmp_path / "page.html").write_text(render_folders(folder), "utf-8")
+    context = browser.new_context(viewport={"width": 360, "height": 740})
+    view, messages = context.new_page(), []
+    view.on("console", lambda message: messages.append(message.text))
+    view.goto((tmp_path / "page.html").as_uri())
+    wait_for_plane(view)
+    images = view.locator(".queries img")
+    images.nth(1).scroll_into_view_if_needed()
+    sizes = "images => images.map((one) => [one.alt, one.naturalWidth, one.naturalHeight])"
+    assert sorted(images.evaluate_all(sizes)) == [
+        [f"image of {hostile_id}", 80, 60],
+        ["image of q002", 256, 256],
+    ]
+    cell = view.locator(".queries td", has=view.locator(".id", has_text="q002"))
+    assert cell.locator("img").count() == 1 and HOSTILE_TEXTS[2][:4] in cell.inner_text()
+    assert view.locator("[onerror]").count() == 0 and messages == []
+    assert view.evaluate("document.documentElement.scrollWidth") <= 360
     context.close()
 
 

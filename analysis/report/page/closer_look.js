@@ -64,9 +64,16 @@ function listChanges(run, attack, defense) {
     .sort((first, second) => Math.abs(second.change) - Math.abs(first.change));
 }
 
-function makeQueryRow(row, prompt) {
+// The thumbnail of a query's image; null if it has none.
+function makeThumbnail(run, id) {
+  const address = DATA.thumbnails[(run.images || {})[id]];
+  return address === undefined ? null : Object.assign(makeElement("img"), { src: address, alt: `image of ${id}` });
+}
+
+function makeQueryRow(row, prompt, thumbnail) {
   const [id, text, harmful, category] = row.query;
   const tableRow = makeElement("tr"), queryCell = makeElement("td", text || undefined);
+  if (thumbnail) queryCell.append(thumbnail);
   queryCell.append(makeElement("span", id, "id"));
   if (prompt) {
     const details = makeElement("details", undefined, "read"), copies = prompt.readings;

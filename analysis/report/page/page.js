@@ -31,7 +31,8 @@ function RunView(article, run) {
     const rows = listChanges(run, state.attack, state.defense), flippedOnly = find(".flipped").checked, chosenClass = find("select.class").value;
     const matching = rows.filter((row) => (!flippedOnly || row.flipped) && (chosenClass === "" || row.query[2] === Number(chosenClass)));
     const visible = state.showAll ? matching : matching.slice(0, INITIAL_ROWS);
-    find(".queries tbody").replaceChildren(...visible.map((row) => makeQueryRow(row, findPrompt(run, state.attack, state.defense, row.query))));
+    find(".queries tbody").replaceChildren(...visible.map((row) =>
+      makeQueryRow(row, findPrompt(run, state.attack, state.defense, row.query), makeThumbnail(run, row.query[0]))));
     find(".more").hidden = visible.length === matching.length;
     find(".more").textContent = `Show all ${matching.length}`;
     const countFlips = (harmful, after) => rows.filter((row) => row.flipped && row.query[2] === harmful && row.classes[1] === after).length;
