@@ -12,13 +12,14 @@ import inspect
 import math
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, is_image_id, make_image_ids
@@ -89,7 +90,7 @@ class ImageReader:
         self._pixels: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._features: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._feature_bytes = 0
-        self._files: set[int] = set()
+        self._files: dict[int, dict[str, Any]] = {}  # names of the tensors in the file
         self._seen_shares: dict[tuple[int, int], float | None] = {}
         if (other := getattr(model, "image_reader", None)) is not None:
             other.hook.remove()
@@ -391,17 +392,17 @@ class ImageReader:
             self._features.move_to_end(key)
             return self._features[key]
         if key in self._files:
-            stored = torch.load(self._get_file(key), weights_only=True)
-            return {name: _map_tensors(value, self._to_device) for name, value in stored.items()}
+            stored = load_file(self._get_file(key))
+            return _map_leaves(self._files[key], lambda name: self._to_device(stored[name]))
         features = self._compute_features(prepared)
         self._features[key] = features
         self._feature_bytes += _count_bytes(features)
         while self._feature_bytes > _MAX_FEATURE_BYTES and len(self._features) > 1:
             old_key, old = self._features.popitem(last=False)
             self._feature_bytes -= _count_bytes(old)
-            on_cpu = {name: _map_tensors(value, Tensor.cpu) for name, value in old.items()}
-            torch.save(on_cpu, self._get_file(old_key))
-            self._files.add(old_key)
+            tensors: dict[str, Tensor] = {}
+            self._files[old_key] = _map_leaves(old, partial(_name_tensor, tensors))
+            save_file(tensors, self._get_file(old_key))
         return features
 
     def _compute_features(self, prepared: PreparedImage) -> dict[str, Any]:
@@ -463,7 +464,7 @@ class ImageReader:
         return tempfile.TemporaryDirectory(prefix="refusalscope-features-")
 
     def _get_file(self, key: int) -> Path:
-        return Path(self._folder.name) / f"{key:x}.pt"
+        return Path(self._folder.name) / f"{key:x}.safetensors"
 
     def _to_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device)
@@ -519,10 +520,20 @@ def _list_tensors(value: Any) -> list[Tensor]:
     )
 
 
-def _map_tensors(value: Any, function: Any) -> Any:
-    if value is None:
-        return None
-    return function(value) if isinstance(value, Tensor) else [_map_tensors(part, function) for part in value]
+def _name_tensor(tensors: dict[str, Tensor], tensor: Tensor) -> str:
+    """Add a tensor to those of a file, and return its name."""
+    name = str(len(tensors))
+    tensors[name] = tensor.cpu().contiguous()
+    return name
+
+
+def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return nested dictionaries and sequences with a function applied to what they hold."""
+    if isinstance(value, dict):
+        return {key: _map_leaves(part, function) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_leaves(part, function) for part in value]
+    return function(value)
 
 
 def _count_bytes(features: dict[str, Any]) -> int:

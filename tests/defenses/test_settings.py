@@ -10,8 +10,9 @@ from defenses.errors import UserError
 from defenses.settings import get_settings
 
 MAKE_TEXT = {
-    int: lambda value: str(value + 1),
-    float: lambda value: str(value + 0.25),
+    bool: lambda value: str(not value),
+    int: lambda value: str(value + 2),  # a size may have to be odd
+    float: lambda value: str(value + 0.02),
     str: lambda value: f"{value} And more.",
 }
 
