@@ -131,18 +131,23 @@ class ImageReader:
     @cached_property
     def image_mark(self) -> str:
         """The text that a chat template writes where an image stands."""
-        names = ("image_token", "boi_token")
-        marks = [str(mark) for name in names if (mark := getattr(self.processor, name, None)) is not None]
-        if not marks:
+        if not self._marks:
             raise UserError(f"the processor of {self.name} has no token for images; use another model")
         template = str(self.processor.tokenizer.chat_template)
-        return next((mark for mark in marks if mark in template), marks[0])
+        return next((mark for mark in self._marks if mark in template), self._marks[0])
+
+    @cached_property
+    def _marks(self) -> list[str]:
+        """The texts that may stand for an image in a template."""
+        names = ("image_token", "boi_token")
+        return [str(mark) for name in names if (mark := getattr(self.processor, name, None)) is not None]
 
     @cached_property
     def reserved_texts(self) -> tuple[str, ...]:
         """The texts that stand for images, which no message may contain."""
-        tokens = [*self.processor.all_special_multimodal_tokens, self.image_mark]
-        tokens.append(self.processor.tokenizer.decode([self.placeholder_id]))
+        tokens = [*self.processor.all_special_multimodal_tokens, *self._marks]
+        if (placeholder := getattr(self.model.config, "image_token_id", None)) is not None:
+            tokens.append(self.processor.tokenizer.decode([placeholder]))
         return tuple(dict.fromkeys(str(token) for token in tokens if token))
 
     @cached_property

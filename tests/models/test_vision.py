@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,20 @@ def test_marks_of_images_in_texts_are_no_images(family):
     ids = template.render_prompt(make_chat(IMAGES[0], text)).ids
     assert sum(map(is_image_id, ids)) == len(template.image_reader.prepare(IMAGES[0]).ids)
     assert not set(template.tokenizer.encode("".join(marks))) & set(ids[-12:])
+
+
+def test_text_needs_no_placeholder():
+    session = open_session("llava")
+    reader = ImageReader.__new__(ImageReader)
+    reader.processor = SimpleNamespace(all_special_multimodal_tokens=[])
+    reader.model, reader.name = SimpleNamespace(config=None), "mine"
+    template = replace(session.chat_template, image_reader=reader)
+    assert (
+        template.render_prompt(make_chat(None)).ids
+        == session.chat_template.render_prompt(make_chat(None)).ids
+    )
+    with pytest.raises(UserError, match="no placeholder for images"):
+        _ = reader.placeholder_id
 
 
 def test_share_of_pixels_that_reach_the_model():
