@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from defenses.contract import Chat, Message
+from defenses.chats import copy_chat
+from defenses.contract import Chat
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +60,7 @@ def replace_last_image(chat: Chat, image: QueryImage | None) -> Chat:
     [{'role': 'user', 'content': 'Hi'}]
     """
     last = max(index for index, message in enumerate(chat) if message["role"] == "user")
-    new_chat = [Message(**message) for message in chat]
+    new_chat = copy_chat(chat)
     new_chat[last].pop("image", None)
     if image is not None:
         new_chat[last]["image"] = image
@@ -74,7 +75,7 @@ def edit_images(chat: Chat, change: Callable[[Image], Image], identity: str | No
         change: as for `QueryImage.edit`.
         identity: as for `QueryImage.edit`.
     """
-    new_chat = [Message(**message) for message in chat]
+    new_chat = copy_chat(chat)
     for message in new_chat:
         if "image" in message:
             message["image"] = message["image"].edit(change, identity)
