@@ -120,7 +120,7 @@ ResponsesOption = Annotated[
     str,
     typer.Option(
         "--responses",
-        help="Queries per condition whose responses (first 16 tokens) are generated and judged: all, none, a "
+        help="Queries per condition whose responses (first 32 tokens) are generated and judged: all, none, a "
         "number (the margins extend its rates to all queries), or auto: all, except for readouts that force "
         "how responses begin.",
         metavar="auto|all|N|none",

@@ -34,7 +34,7 @@ from defenses.contract import Defense
 from defenses.errors import describe_error
 
 RESPONSE_COLUMNS = ("query", "pair", "category", "harmful", "kind", "attack", "defense", "verdict")
-N_RESPONSE_TOKENS = 16  # 12 tokens miss more refusals; see docs/validity.md
+N_RESPONSE_TOKENS = 32  # 16 miss refusals of models that do not open with them; see docs/validity.md
 RESPONSE_JUDGE = LEARNED_JUDGE
 _QUERIES_PER_BATCH = 64  # queries whose verdicts are cached together, so that a killed run keeps most of them
 _JUDGE_SOURCES = ("analysis/judges/**/*.py",)

@@ -69,7 +69,7 @@ def write_run(
         "data": {"name": f"jbb=/somewhere/{folder.name}" if seed else "contrast", "sha256": folder.name}
         | {"split": "test", "limit": None, "n_harmful": n // 2, "n_benign": n // 2},
         "defenses": {name: {"family": "own", "settings": {}} for name in ("none", *known)},
-        **({"responses": {"new_tokens": 16, "judge": {"name": "learned"}}} if judged else {}),
+        **({"responses": {"new_tokens": 32, "judge": {"name": "learned"}}} if judged else {}),
     }
     (folder / "run.json").write_text(json.dumps(record | changes), "utf-8")
     return folder
