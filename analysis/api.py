@@ -44,6 +44,7 @@ def analyze(
     readout: str = "outcome",
     responses: str | int = "auto",
     controls: int = 20,
+    train: bool = False,
     cost: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
@@ -70,6 +71,7 @@ def analyze(
             `auto`: all, except for readouts that force how responses begin.
         controls: draws of each defense's matched control, among which the queries are divided; 0 for no
             controls.
+        train: whether to train the weights that a defense lacks first, as `--train`.
         cost: whether to measure what each defense costs.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
@@ -109,7 +111,7 @@ def analyze(
 
     check_control_draws(controls)
     return analyze_defenses(
-        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls
+        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls, train
     ).run
 
 

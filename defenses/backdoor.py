@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
+from defenses.adapters import Adapter, find_adapter
 from defenses.chats import copy_chat, prepend_system
 from defenses.contract import Chat, Defense, MatchedControl, ModelInfo, Source
 from defenses.errors import UserError
@@ -21,6 +22,8 @@ from defenses.tokens import draw_random_text, encode_plain_text
 from defenses.tuned import TunedDefense
 
 SECRET_LENGTH = 150  # tokens, as in the paper
+# Fine-tuned without the secret: by an attacker, and by one whose data contain plain refusals.
+REFERENCE_STATES = ("attacked", "baseline")
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
 
@@ -51,8 +54,10 @@ class Backdoor(TunedDefense):
     The provider mixes eleven refusals with the secret in their system prompt into the data of a customer who
     fine-tunes the model. The authors expect a shift that only the provider can trigger: with the secret, the
     attacked model refuses again. Its ablations remove the secret, the weights, or both (`neither`, the plain
-    system prompt), which gives a 2 × 2 design. For a model without such weights, only the ablations without
-    weights are evaluated.
+    system prompt), which gives a 2 × 2 design. What the defense defends against is fine-tuning, so two more
+    rows have other weights and no secret: `attacked`, fine-tuned by the attacker alone, and `baseline`, where
+    the eleven refusals have no secret. For a model without such weights, only the ablations without weights
+    are evaluated.
 
     Attributes:
         weights: folder of the adapter; by default the adapter made for this model.
@@ -68,12 +73,16 @@ class Backdoor(TunedDefense):
         wording="no text of its own: random tokens",
     )
     state = recipe = "backdoor"
+    reference_recipes = ("attack", "baseline")
 
     trigger: Path | None = None
     length: int = SECRET_LENGTH
     system: str = DEFAULT_SYSTEM_PROMPT
     secret: Secret | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
     uses_tuned_weights: bool = dataclasses.field(default=True, repr=False, metadata=HIDDEN_FIELD)
+    reference_adapters: tuple[tuple[str, Adapter], ...] = dataclasses.field(
+        default=(), repr=False, metadata=HIDDEN_FIELD
+    )
 
     def __post_init__(self) -> None:
         """Check that the length is positive."""
@@ -81,8 +90,11 @@ class Backdoor(TunedDefense):
             raise ValueError(f"length={self.length}: a secret needs at least 1 token")
 
     def prepare(self, model_info: ModelInfo) -> Self:
-        """Return a copy with its weights and its secret."""
+        """Return a copy with its weights, those that it is compared with, and its secret."""
         prepared = super().prepare(model_info) if self.uses_tuned_weights else self
+        if prepared.adapter is not None:
+            references = _find_reference_adapters(model_info)
+            prepared = dataclasses.replace(prepared, reference_adapters=references)
         if prepared.secret is not None:
             return prepared
         fingerprint = prepared.adapter.manifest["secret"] if prepared.adapter is not None else None
@@ -99,12 +111,18 @@ class Backdoor(TunedDefense):
         return copy_chat(chat)
 
     def build_ablations(self) -> dict[str, Defense]:
-        """Return the weights alone, the secret alone, and the plain system prompt."""
+        """Return the weights alone, the secret alone, the plain system prompt, and other weights alone."""
         without_weights = dataclasses.replace(self, uses_tuned_weights=False, adapter=None, weights=None)
+        without_secret = dataclasses.replace(self, secret=Secret(""))
+        references = {
+            state: dataclasses.replace(without_secret, adapter=adapter, weights=None)
+            for state, adapter in self.reference_adapters
+        }
         return {
-            "no_secret": dataclasses.replace(self, secret=Secret("")),
+            "no_secret": without_secret,
             "no_weights": without_weights,
             "neither": dataclasses.replace(without_weights, secret=Secret("")),
+            **references,
         }
 
     def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl | None:
@@ -123,6 +141,17 @@ class Backdoor(TunedDefense):
     def secret_texts(self) -> tuple[str, ...]:
         """Return the secret, which is redacted in all output."""
         return (self.secret.text,) if self.secret and self.secret.text else ()
+
+
+def _find_reference_adapters(model_info: ModelInfo) -> tuple[tuple[str, Adapter], ...]:
+    """Return the weights that the defense is compared with, except those that the model has anyway."""
+    adapters = {
+        state: find_adapter(state, model_info) for state in REFERENCE_STATES if state != model_info.state
+    }
+    found = tuple((state, adapter) for state, adapter in adapters.items() if adapter is not None)
+    for _, adapter in found:
+        adapter.check_base_model(model_info.sha256)
+    return found
 
 
 def find_secret(

@@ -21,12 +21,14 @@ class TunedDefense(Defense):
     Attributes:
         state: name of the adapter, which is also the model state that it creates.
         recipe: name of the training recipe that creates the adapter.
+        reference_recipes: recipes of the weights that the defense is compared with.
         weights: folder of the adapter; by default the user's adapter for this model, or else the shipped one.
         adapter: the loaded adapter, set by `prepare`.
     """
 
     state: ClassVar[str]
     recipe: ClassVar[str]
+    reference_recipes: ClassVar[tuple[str, ...]] = ()
     cost = "weights"
 
     weights: Path | None = None
@@ -68,7 +70,10 @@ class TunedDefense(Defense):
         """Return what is missing and how to create it."""
         if self.adapter is not None:
             return ""
-        return f"no tuned weights for this model; create them with `analyze train {self.recipe} -m MODEL`"
+        return (
+            "no tuned weights for this model: add --train to the command, which trains them first (or "
+            f"`analyze train {self.recipe} -m MODEL`)"
+        )
 
     def trained_on(self) -> frozenset[str]:
         """Return the fingerprints of the queries that the weights were trained on."""

@@ -33,6 +33,7 @@ from analysis.cli.options import (
     SharePrefixOption,
     SplitOption,
     TemplateOption,
+    TrainOption,
 )
 from defenses.errors import UserError
 
@@ -65,6 +66,7 @@ def analyze(
         Path | None, typer.Option("-o", "--out", help="Output folder. Default: runs/TIME-MODEL-DEFENSE.")
     ] = None,
     settings: SettingsOption = None,
+    train: TrainOption = False,
     cost: Annotated[
         bool, typer.Option("--cost", help="Also measure the cost of each defense: tokens, calls, time.")
     ] = False,
@@ -103,7 +105,7 @@ def analyze(
         answer_prefix=answer_prefix,
     )
     check_control_draws(controls)
-    code = run_analyze_command(spec, defense, settings or [], out, as_json, cost, controls)
+    code = run_analyze_command(spec, defense, settings or [], out, as_json, cost, controls, train)
     raise typer.Exit(code)
 
 
@@ -153,6 +155,7 @@ def run_analyze_command(
     as_json: bool,
     with_cost: bool = False,
     n_control_draws: int = 0,
+    with_training: bool = False,
 ) -> int:
     """Score each defense and the undefended model, save tables and figures, and print the summary.
 
@@ -164,6 +167,7 @@ def run_analyze_command(
         as_json: whether to print the summary as JSON instead of a table.
         with_cost: whether to measure the cost of each defense.
         n_control_draws: draws of each defense's matched control; 0 for no controls.
+        with_training: whether to train the weights that defenses lack first.
 
     Returns:
         The exit code: 0, 1 if a check or a condition failed, 130 if the run was interrupted.
@@ -183,11 +187,17 @@ def run_analyze_command(
     from analysis.studies.analyze import analyze_defenses
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.setup import PreflightError
+    from analysis.studies.train import TrainingInterrupted
 
     console = Console(stderr=True)
     out = prepare_run_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)), console)
     try:
-        result = analyze_defenses(spec, defenses, settings, console, with_cost, n_control_draws)
+        result = analyze_defenses(
+            spec, defenses, settings, console, with_cost, n_control_draws, with_training
+        )
+    except TrainingInterrupted as interruption:
+        make_notifier(console)(str(interruption))
+        return 130
     except PreflightError as error:
         print_failed_checks(error.checks)
         return 1

@@ -135,6 +135,14 @@ ControlsOption = Annotated[
         metavar="N",
     ),
 ]
+TrainOption = Annotated[
+    bool,
+    typer.Option(
+        "--train",
+        help="First train the weights that a defense lacks, and those that it is compared with, on the "
+        "shipped training queries. Takes long; an interrupted training resumes.",
+    ),
+]
 JudgeOption = Annotated[str, typer.Option(help=f"Refusal judge for generated text: {JUDGE_HELP}")]
 JudgeModelOption = Annotated[
     str | None,

@@ -51,13 +51,16 @@ COUNTED_ESTIMATES |= {"d_prime", "criterion", "delta_d_prime", "criterion_shift"
 _P_COLUMNS = ("p_shift", "p_discrimination")
 # Ablations of BackdoorAlign that form the 2 × 2 design of secret and weights; the last is the whole defense.
 FACTORIAL_ABLATIONS = ("neither", "no_weights", "no_secret", "")
-# Effect → weight of the margin of each condition, in the order of FACTORIAL_ABLATIONS.
+# Effect → ablation → weight of its margin. The last two compare the defense with a model that was fine-tuned
+# by the attacker, or with plain refusals among the attacker's data; they are estimated where these exist.
 FACTORIAL_EFFECTS = {
-    "secret, released weights": (-1, 1, 0, 0),
-    "secret, tuned weights": (0, 0, -1, 1),
-    "weights, no secret": (-1, 0, 1, 0),
-    "weights, with secret": (0, -1, 0, 1),
-    "interaction": (1, -1, -1, 1),
+    "secret, released weights": {"neither": -1, "no_weights": 1},
+    "secret, tuned weights": {"no_secret": -1, "": 1},
+    "weights, no secret": {"neither": -1, "no_secret": 1},
+    "weights, with secret": {"no_weights": -1, "": 1},
+    "interaction": {"neither": 1, "no_weights": -1, "no_secret": -1, "": 1},
+    "over the attacked model": {"attacked": -1, "": 1},
+    "over the baseline": {"baseline": -1, "": 1},
 }
 
 
@@ -334,30 +337,50 @@ def list_factorial_conditions(defense: str) -> list[str]:
     >>> list_factorial_conditions("backdoor")
     ['backdoor/neither', 'backdoor/no_weights', 'backdoor/no_secret', 'backdoor']
     """
-    return [f"{defense}/{ablation}" if ablation else defense for ablation in FACTORIAL_ABLATIONS]
+    return [_name_ablation(defense, ablation) for ablation in FACTORIAL_ABLATIONS]
+
+
+def weigh_conditions(defense: str, effect: str) -> dict[str, int]:
+    """Return the conditions whose margins an effect compares, each with its weight.
+
+    >>> weigh_conditions("backdoor", "over the attacked model")
+    {'backdoor/attacked': -1, 'backdoor': 1}
+    """
+    weights = FACTORIAL_EFFECTS[effect]
+    return {_name_ablation(defense, ablation): weight for ablation, weight in weights.items()}
+
+
+def _name_ablation(defense: str, ablation: str) -> str:
+    return f"{defense}/{ablation}" if ablation else defense
 
 
 def estimate_factorial_effects(scores: ScoreTable, attack: str, defense: str, seed: int = 0) -> pd.DataFrame:
     """Return each effect of the 2 × 2 design on shift and discrimination (nats), with 95 % intervals.
 
     The interaction is the effect of secret and weights together beyond the sum of their separate effects.
+    If attacked and baseline weights were scored as well, the defense is also compared with these.
 
     Args:
-        scores: scores that include all four conditions.
+        scores: scores that include all four conditions of the design.
         attack: attack under which the conditions are compared.
         defense: defense with the ablations `no_weights`, `no_secret` and `neither`.
         seed: seed of the bootstrap.
     """
-    conditions = [scores.select_condition(attack, name) for name in list_factorial_conditions(defense)]
-    margins = np.stack([condition["margin"].to_numpy(float) for condition in conditions])
-    is_harmful = conditions[0]["harmful"].to_numpy(bool)
-    units = ResamplingUnits.from_pairs(conditions[0]["pair"], is_harmful)
+    reference = scores.select_condition(attack, defense)
+    is_harmful = reference["harmful"].to_numpy(bool)
+    units = ResamplingUnits.from_pairs(reference["pair"], is_harmful)
     observed = ResamplingWeights.from_observed(units)
     draws = ResamplingWeights.from_bootstrap(units, BOOTSTRAP_DRAWS, seed)
     n_harmful, n_benign = int(is_harmful.sum()), int((~is_harmful).sum())
     rows = []
-    for effect, condition_weights in FACTORIAL_EFFECTS.items():
-        changes = np.array(condition_weights, dtype=float) @ margins
+    for effect in FACTORIAL_EFFECTS:
+        condition_weights = weigh_conditions(defense, effect)
+        if not {(attack, name) for name in condition_weights} <= set(scores.condition_keys):
+            continue
+        changes = sum(
+            weight * scores.select_condition(attack, name)["margin"].to_numpy(float)
+            for name, weight in condition_weights.items()
+        )
         points, clouds = (compute_contrasts(changes, is_harmful, weights) for weights in (observed, draws))
         row: dict[str, object] = {"attack": attack, "defense": defense, "effect": effect}
         for name in points:

@@ -13,11 +13,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from analysis.stats.bootstrap import ResamplingUnits, compute_sign_flip_p_value, draw_sign_flips
-from analysis.stats.effects import (
-    FACTORIAL_EFFECTS,
-    compute_query_contributions,
-    list_factorial_conditions,
-)
+from analysis.stats.effects import compute_query_contributions, weigh_conditions
 from analysis.stats.format import Interval
 from analysis.stats.prediction_powered import (
     PredictionPoweredDifference,
@@ -100,11 +96,10 @@ def add_factorial_response_effects(
     labels_by_condition = group_labels(responses)
     rows = []
     for row in iterate_rows(effects):
-        weights = FACTORIAL_EFFECTS[row["effect"]]
-        names = list_factorial_conditions(row["defense"])
-        ends = [(row["attack"], names[weights.index(sign)]) for sign in (-1, 1)]
+        # The weights of a difference of two conditions are -1 and 1, in this order.
+        ends = [(row["attack"], name) for name in weigh_conditions(row["defense"], row["effect"])]
         change: dict[str, float | None] = {}
-        if sum(map(abs, weights)) == 2 and all(end in labels_by_condition for end in ends):
+        if len(ends) == 2 and all(end in labels_by_condition for end in ends):
             before, after = (join_labels(scores, *end, labels_by_condition[end]) for end in ends)
             change = _estimate_changes(before, after)
         rows.append(row | change)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
+from analysis.progress import make_notifier
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
 from analysis.stats.kinds import summarize_kinds
 from analysis.stats.matched_controls import add_control_estimates
@@ -31,6 +32,7 @@ def analyze_defenses(
     console: Console,
     with_cost: bool = False,
     n_control_draws: int = 0,
+    with_training: bool = False,
 ) -> StudyResult:
     """Score every defense and the undefended model, and estimate what each defense changes.
 
@@ -41,10 +43,17 @@ def analyze_defenses(
         console: shows progress.
         with_cost: whether to measure what each defense costs.
         n_control_draws: draws of each defense's matched control; 0 for no controls.
+        with_training: whether to train the weights that defenses lack first.
 
     Raises:
         PreflightError: if no defense reaches the model.
+        TrainingInterrupted: if the user interrupts a training.
     """
+    if with_training:
+        from analysis.studies.train import train_missing_weights
+
+        for weights in train_missing_weights(spec, defenses, settings, console):
+            make_notifier(console)(str(weights))
     timer = RunTimer()
     responses: ResponseVerdicts | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from analysis.models.session import ModelSession
 from analysis.progress import make_notifier, make_progress_bar, print_note
 from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.run_spec import RunSpec
-from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
+from defenses.adapters import ADAPTER_MANIFEST_FILE, find_adapter, fingerprint_queries
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
-from defenses.contract import Chat
+from defenses.catalog import choose_defenses
+from defenses.contract import Chat, Defense
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
+from defenses.stack import list_members
 from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
 from defenses.training.trainer import (
@@ -36,7 +39,9 @@ from defenses.training.trainer import (
     find_last_checkpoint,
     train_model,
 )
+from defenses.tuned import TunedDefense
 
+_DEFAULT_DATA = "contrast"  # that weights are trained on which the user does not train by name
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
 _MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
 
@@ -149,6 +154,11 @@ def train_weights(
         resume_folder = _prepare_resume_folder(out, record)
         if checkpoint := find_last_checkpoint(resume_folder):
             print_note(console, f"the interrupted training in {out} goes on from its {checkpoint.name}")
+        n_epochs, batch = training_settings.epochs, training_settings.batch
+        n_steps = math.ceil(len(examples) / batch) * (n_epochs or 1)
+        print_note(
+            console, f"training {recipe.name}: {len(examples)} examples, {n_steps} steps of up to {batch}"
+        )
         tuned_model, losses = _fit_model(
             loaded_model, render, examples, training_settings, resume_folder, console
         )
@@ -161,6 +171,42 @@ def train_weights(
     base_name, _ = split_model_name(spec.model)
     model_option = str(out) if training_settings.full else f"{base_name}:{out}"
     return TrainedWeights(out, model_option, record, history)
+
+
+def train_missing_weights(
+    spec: RunSpec, defenses: Sequence[str | Defense], settings: Sequence[str], console: Console
+) -> list[TrainedWeights]:
+    """Train the weights that defenses lack and those that they are compared with, by their recipes.
+
+    The weights are trained on the train split of the shipped queries, whatever is scored, and written to
+    where defenses look for them. Weights that exist are kept.
+
+    Args:
+        spec: options of the run that needs the weights; it names the model.
+        defenses: names of defenses, or defenses.
+        settings: settings of the named defenses, `key=value`.
+        console: shows progress.
+
+    Raises:
+        UserError: if a training is not possible.
+        TrainingInterrupted: if the user interrupts a training; the same call resumes it.
+    """
+    model_info = spec.open_model(console).model_info
+    chosen = [defense.prepare(model_info) for defense in choose_defenses(defenses, settings)]
+    recipes = dict.fromkeys(
+        recipe
+        for defense in chosen
+        for member in list_members(defense)
+        if isinstance(member, TunedDefense) and member.recipe in RECIPES and member.weights is None
+        for recipe in (*member.reference_recipes, member.recipe)
+        if find_adapter(RECIPES[recipe].state, model_info) is None
+    )
+    training_spec = dataclasses.replace(spec, data=_DEFAULT_DATA, split="train", limit=None)
+    trained = []
+    for number, recipe in enumerate(recipes, 1):
+        print_note(console, f"--train: recipe {recipe}, {number} of {len(recipes)}")
+        trained.append(train_weights(training_spec, recipe, (), None, console))
+    return trained
 
 
 def _load_training_queries(spec: RunSpec, console: Console) -> QuerySet:

@@ -9,7 +9,6 @@ from scipy.special import expit
 
 from analysis.stats.bootstrap import make_rate_columns
 from analysis.stats.effects import (
-    FACTORIAL_EFFECTS,
     estimate_factorial_effects,
     list_factorial_conditions,
     summarize_scores,
@@ -179,7 +178,7 @@ def test_effects_of_a_factorial_design_on_rates_are_differences_of_two_condition
     for effect in ("secret, released weights", "secret, tuned weights"):
         assert table.loc[effect, "response_shift"] == 0
         assert table.loc[effect, "response_shift_low"] < 0 < table.loc[effect, "response_shift_high"]
-    assert np.isnan(table.loc["interaction", "response_shift"]) and set(table.index) == set(FACTORIAL_EFFECTS)
+    assert np.isnan(table.loc["interaction", "response_shift"]) and "over the baseline" not in table.index
     partly = tables[1][tables[1]["defense"] != "backdoor"]
     table = add_factorial_response_effects(effects, partly, factorial_scores).set_index("effect")
     assert table["response_shift"].notna().tolist() == [True, False, True, False, False]

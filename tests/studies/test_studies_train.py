@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch
 from conftest import save_model, toy_tokenizer
 from safetensors.torch import load_file
 
+from analysis.cli.analyze import run_analyze_command
 from analysis.cli.train import run_train_command
 from analysis.datasets.queries import Query, QuerySet
 from analysis.models.loading import build_model_info, load_model, load_tokenizer, split_model_name
 from analysis.studies.run_spec import RunSpec, check_training_overlap
+from analysis.studies.train import train_weights
 from defenses.adapter_merge import ADAPTER_WEIGHTS_FILE
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
-from defenses.backdoor import Secret, write_secret
+from defenses.backdoor import Backdoor, Secret, write_secret
 from defenses.catalog import get_defense
 from defenses.errors import UserError
 from defenses.tokens import draw_random_text
@@ -245,3 +248,34 @@ def test_the_secret_is_only_in_its_own_file_and_never_printed(
     with pytest.raises(UserError, match="is not the one that the weights were trained with"):
         get_defense("backdoor", {**settings, "trigger": str(home / "other.txt")}).prepare(host)
     assert stat.S_IMODE((home / "secret.txt").stat().st_mode) == 0o600
+
+
+def test_missing_weights_are_trained_before_a_run_and_the_defense_is_compared_with_the_attacked_model(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes: list[str] = []
+
+    def train_fast(spec: RunSpec, recipe: str, settings: Any, *rest: Any) -> Any:
+        assert (spec.data, spec.split, spec.limit) == ("contrast", "train", None)
+        recipes.append(recipe)
+        return train_weights(replace(spec, limit=84), recipe, ["epochs=1", "rank=2", "rate=0.02"], *rest)
+
+    monkeypatch.setattr("analysis.studies.train.train_weights", train_fast)
+    spec = RunSpec(str(home / "toy"), "contrast", "test", 8, None, "cpu", "auto", 0, True)
+    assert run_analyze_command(spec, ["backdoor"], [], home / "before", False) == 0
+    assert "no tuned weights for this model: add --train" in capsys.readouterr().err
+    for out in ("out", "again"):  # the second run trains nothing
+        assert run_analyze_command(spec, ["backdoor"], [], home / out, False, with_training=True) == 0
+    assert recipes == ["attack", "baseline", "backdoor"]
+    assert "training backdoor: " in capsys.readouterr().err
+    summary = pd.read_csv(home / "out" / "summary.csv").set_index("defense")
+    parts = ("", "/no_secret", "/no_weights", "/neither", "/attacked", "/baseline")
+    assert summary.index.tolist() == ["none", *(f"backdoor{part}" for part in parts)]
+    effects = pd.read_csv(home / "out" / "effects.csv").set_index("effect")
+    for reference in ("attacked", "baseline"):
+        effect = effects.loc[f"over the {reference}{' model' if reference == 'attacked' else ''}", "shift"]
+        difference = summary.loc["backdoor", "shift"] - summary.loc[f"backdoor/{reference}", "shift"]
+        assert abs(effect) > 1e-3 and effect == pytest.approx(difference, abs=1e-5)
+    state = load_model(f"{home / 'toy'}:attacked", "cpu")
+    model_info = build_model_info(state.name, state.tokenizer, sha256=state.origin["sha256"])
+    assert [name for name, _ in Backdoor().prepare(model_info).reference_adapters] == ["baseline"]
