@@ -61,12 +61,20 @@ def score_condition(
     prefix = readout.response_prefix
     prompt_ids = [[prompt.append_prefix(prefix) for prompt in prompts] for prompts in prompts_by_query]
     flat_ids = [ids for query_ids in prompt_ids for ids in query_ids]
+    member_ids = [prompt.list_member_ids(prefix) for prompts in prompts_by_query for prompt in prompts]
     flat_query = [row for row, query_ids in enumerate(prompt_ids) for _ in query_ids]
 
     # Steps 4 and 5: prompts → first-token logits → margins.
     on_prompts = _count_queries(on_progress, len(queries), len(flat_ids))
     values = score_prompts(
-        session.loaded_model, session.engine, defense, flat_ids, readout, session.score_cache, on_prompts
+        session.loaded_model,
+        session.engine,
+        defense,
+        flat_ids,
+        readout,
+        session.score_cache,
+        on_prompts,
+        member_ids,
     )
 
     # Scores of prompts → scores of copies (mean over questions) → scores of queries (by the defense's rule).

@@ -197,6 +197,8 @@ class Defense(ABC):
         cost: cost beyond one forward pass over the request: none (`static`), one more model call, several
             calls or copies, or weights that must be trained and stored.
         needs_images: whether the defense acts on images only and leaves a query without one as it is.
+        blends_prompts: whether each defense of `logit_blend` makes its own prompt of the chat, instead of
+            reading the prompt of this defense.
     """
 
     name: ClassVar[str]
@@ -206,6 +208,7 @@ class Defense(ABC):
     reads: ClassVar[Literal["one", "several"]] = "one"
     cost: ClassVar[Literal["static", "one call", "N calls", "weights"]] = "static"
     needs_images: ClassVar[bool] = False
+    blends_prompts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -261,7 +264,8 @@ class Defense(ABC):
     def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
         """Return (weight, defense) pairs whose first-token logits are summed.
 
-        Empty if the defense uses the logits of the model to which it is applied.
+        Empty if the defense uses the logits of the model to which it is applied. All read the prompt of this
+        defense, or each its own if `blends_prompts` is set; then each makes as many copies.
         """
         return ()
 

@@ -63,6 +63,7 @@ class Stack(Defense):
             "pool": "max" if any(member.pool == "max" for member in self.members) else "mean",
             "reads": "several" if pools else "one",
             "needs_images": any(member.needs_images for member in self.members),
+            "blends_prompts": any(member.blends_prompts for member in self.members),
         }
         for attribute, value in attributes.items():
             object.__setattr__(self, attribute, value)

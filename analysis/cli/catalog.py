@@ -360,7 +360,10 @@ def _print_prompts(
         console.print(Text("tokens:", style="bold"), Text("|".join(tokens), style="cyan"))
     if defense.weights_fingerprint() != "" or defense.logit_blend():
         blend = " and ".join(f"{weight:+g} x {member.name}" for weight, member in defense.logit_blend())
-        console.print(Text(f"Logits: {blend}." if blend else "The defense changes the model itself."))
+        prompts_note = ", each after its own prompt" if defense.blends_prompts else ""
+        console.print(
+            Text(f"Logits: {blend}{prompts_note}." if blend else "The defense changes the model itself.")
+        )
 
 
 def write_report(folders: Sequence[Path], out: Path, with_images: bool = True) -> int:

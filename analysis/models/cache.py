@@ -104,10 +104,10 @@ class CacheKey:
     def __init__(self, shared_settings: Mapping[str, Any]) -> None:
         self._shared_digest = _digest_settings(shared_settings)
 
-    def make_key(self, token_ids: Sequence[int]) -> bytes:
-        """Return the key of the row for these token ids."""
+    def make_key(self, token_ids: Sequence[int], *member_ids: Sequence[int]) -> bytes:
+        """Return the key of the row for these token ids, and for those of the members of a blend."""
         digest = self._shared_digest.copy()
-        digest.update(",".join(map(str, token_ids)).encode())
+        digest.update("|".join(",".join(map(str, ids)) for ids in (token_ids, *member_ids)).encode())
         return digest.digest()[:16]
 
 

@@ -29,6 +29,7 @@ from defenses.rng import QueryRng
 DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentences
 # Receives the token ids of some prompts and their first-token logits, rows × vocabulary.
 PromptLogitCallback = Callable[[Sequence[tuple[int, ...]], Float[Tensor, "rows vocab"]], None]
+MemberIds = tuple[tuple[int, ...], ...]  # token ids of the prompt of each member of a blend; empty: the same
 _CALLS_PER_COMMIT = 64
 _MAX_BLENDED_PROMPTS = (
     128  # prompts whose full logits are held in memory while those of several models are summed
@@ -82,6 +83,20 @@ class ModelSession:
 
         A defense's calls to the model are batched over the queries.
         """
+        prompts_by_query = self._render_own_prompts(defense, query_chats)
+        if not defense.blends_prompts:
+            return prompts_by_query
+        by_member = [self._render_own_prompts(member, query_chats) for _, member in defense.logit_blend()]
+        return [
+            [
+                replace(prompt, members=tuple(members))
+                for prompt, *members in zip(prompts, *members_by_copy, strict=True)
+            ]
+            for prompts, *members_by_copy in zip(prompts_by_query, *by_member, strict=True)
+        ]
+
+    def _render_own_prompts(self, defense: Defense, query_chats: Sequence[QueryChat]) -> list[list[Prompt]]:
+        """Return what `render_prompts` returns, without the prompts of the members of a blend."""
         # The only randomness of a defense: a query is perturbed in the same way in every run with this seed.
         rngs = [QueryRng(f"{self.seed}/{query_id}", defense.name) for query_id, _ in query_chats]
         chats_by_query = self._rewrite_chats(defense, query_chats, rngs)
@@ -258,6 +273,7 @@ def generate_responses(
     prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
     prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
+    member_ids = [prompt.list_member_ids(response_prefix) for prompt in prompts]
     is_prefilled = [bool(prompt.prefill) for prompt in prompts]
 
     def decode_response(token_ids: Sequence[int], is_prefilled: bool) -> str:
@@ -269,7 +285,7 @@ def generate_responses(
         return should_stop is not None and should_stop(decode_response(token_ids, any(is_prefilled)))
 
     if defense.logit_blend():
-        generated = _generate_blended(session, defense, prompt_ids, max_new_tokens, on_progress)
+        generated = _generate_blended(session, defense, prompt_ids, member_ids, max_new_tokens, on_progress)
     else:
         with defense.apply_to(session.loaded_model.model):
             generated = generate_token_ids(
@@ -428,6 +444,7 @@ def iterate_defended_logits(
     defense: Defense,
     prompts: Sequence[tuple[int, ...]],
     reducer: LogitReducer,
+    member_prompts: Sequence[MemberIds] = (),
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the prompt indices and the reduced first-token logits of each batch, with the defense applied.
 
@@ -437,6 +454,7 @@ def iterate_defended_logits(
         defense: if it blends several models, the weighted sum of their logits is reduced.
         prompts: token ids.
         reducer: logits, rows × vocabulary → values to keep.
+        member_prompts: for each prompt, what the members of a blend read instead; empty if all read it.
     """
     blend = list_blend_members(defense)
     if not defense.logit_blend():
@@ -446,10 +464,13 @@ def iterate_defended_logits(
     for start in range(0, len(prompts), _MAX_BLENDED_PROMPTS):
         rows = list(range(start, min(start + _MAX_BLENDED_PROMPTS, len(prompts))))
         logits = []
-        for weight, member in blend:
+        for number, (weight, member) in enumerate(blend):
+            own_prompts = [
+                member_prompts[row][number] if member_prompts and member_prompts[row] else prompts[row]
+                for row in rows
+            ]
             with member.apply_to(loaded_model.model):
-                member_logits = engine.read_first_token([prompts[row] for row in rows], lambda raw: raw.cpu())
-                logits.append(weight * member_logits)
+                logits.append(weight * engine.read_first_token(own_prompts, lambda raw: raw.cpu()))
         yield rows, reducer(sum(logits[1:], start=logits[0]))
 
 
@@ -457,13 +478,14 @@ def _generate_blended(
     session: ModelSession,
     defense: Defense,
     prompts: Sequence[tuple[int, ...]],
+    member_prompts: Sequence[MemberIds],
     max_new_tokens: int,
     on_progress: Callable[[int], None],
 ) -> list[list[int]]:
     """Return greedy responses: first token from the blended logits, the rest from the defended model."""
     end_token_ids = session.loaded_model.end_token_ids
     batches = iterate_defended_logits(
-        session.engine, session.loaded_model, defense, prompts, _select_top_token
+        session.engine, session.loaded_model, defense, prompts, _select_top_token, member_prompts
     )
     first_tokens = [int(token) for _, tokens in batches for token in tokens]
     continued = [row for row, token in enumerate(first_tokens) if token not in end_token_ids]

@@ -232,7 +232,13 @@ def _make_keys(
     prompts_by_query = session.render_prompts(defense, attack.build_query_chats(queries))
     return [
         # The judge also reads the query.
-        CacheKey({**settings, "query": query.text, "ids": [prompt.ids for prompt in prompts]}).make_key(())
+        CacheKey(
+            {
+                **settings,
+                "query": query.text,
+                "ids": [[prompt.ids, *prompt.list_member_ids()] for prompt in prompts],
+            }
+        ).make_key(())
         for query, prompts in zip(queries, prompts_by_query, strict=True)
     ]
 

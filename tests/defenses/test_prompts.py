@@ -103,8 +103,9 @@ def test_prompts_are_those_of_the_file_and_agree_with_settings_and_cost(
                 assert escaped.strip() in everything, key
 
     if defense.cost != "weights":
+        n_other_prompts = max(0, len(defense.logit_blend()) - 1)
         for condition in rendered.values():
-            counts = len(condition["asked"]), len(condition["reads"])
+            counts = len(condition["asked"]) + n_other_prompts, len(condition["reads"])
             assert defense.cost == {(0, 1): "static", (1, 1): "one call"}.get(counts, "N calls")
 
 
