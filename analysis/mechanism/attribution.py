@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis.mechanism.components import OTHER_COMMANDS_HINT
-from analysis.mechanism.hooks import HookPoint, RecordedActivations, record_activations
 from analysis.mechanism.logit_weights import average_logit_gradients, compute_logit_gradients
+from analysis.models.hooks import HookPoint, RecordedActivations, record_activations
 from analysis.models.session import list_blend_members
 from analysis.stats.tables import MARGIN_TOLERANCE, READOUT_PART, Decomposition, ModelPart
 from defenses.contract import Defense, QueryChat

@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS responses (name BLOB PRIMARY KEY, verdict TEXT) WITHO
 """
 _TABLE_NAMES = ("scores", "drafts", "responses")
 # Kinds of cached results other than scores and drafts; each is the name of a folder.
-CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "cost", "image_texts")
+CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "detectors", "cost", "image_texts")
 _MAX_KEYS_PER_STATEMENT = 500  # SQLite allows 999 parameters
 _LOCK_TIMEOUT_SECONDS = 30
 # Source code that determines what a model reads and how its logits become a margin. Results computed by other

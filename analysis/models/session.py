@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from analysis.models.generation import generate_token_ids
 from analysis.models.image_tokens import is_image_id
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
+from analysis.models.requests import ModelRequestReader
 from analysis.models.thinking_blocks import strip_thinking
 from analysis.models.vision import ImageReader
 from defenses.chats import edit_last_user, split_prefill
@@ -26,6 +28,7 @@ from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat,
 from defenses.errors import UserError
 from defenses.rng import QueryRng
 
+DETECTOR_REFUSAL = "I cannot help with that request."  # the response where a detector refuses
 DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentences
 # Receives the token ids of some prompts and their first-token logits, rows × vocabulary.
 PromptLogitCallback = Callable[[Sequence[tuple[int, ...]], Float[Tensor, "rows vocab"]], None]
@@ -77,6 +80,35 @@ class ModelSession:
     def with_questions(self, questions: tuple[str, ...]) -> ModelSession:
         """Return the same session with requests replaced by questions about them."""
         return replace(self, questions=questions)
+
+    @cached_property
+    def request_reader(self) -> ModelRequestReader:
+        """Reads requests for detectors."""
+        return ModelRequestReader(self.loaded_model, self.engine, self.chat_template, self.defense_calls)
+
+    def score_requests(self, defense: Defense, query_chats: Sequence[QueryChat]) -> list[float] | None:
+        """Return the log-odds (nats) of a defense's detector that each request is harmful; None without one.
+
+        A request with positive log-odds is refused without asking the model.
+        """
+        if not defense.detects:
+            return None
+        prompts = [self.chat_template.render_prompt(chat).ids for _, chat in query_chats]
+        fingerprint = defense.detector_fingerprint()
+        cache = self.score_cache if fingerprint is not None else None
+        settings = {**describe_computation(self.loaded_model), "detector": fingerprint}
+        keys = [CacheKey(settings).make_key(ids) for ids in prompts]
+        known = cache.read_scores(keys) if cache is not None else {}
+        new_rows = list({key: row for row, key in enumerate(keys) if key not in known}.values())
+        if new_rows:
+            new_scores = _run_detector(defense, self.request_reader, [query_chats[row] for row in new_rows])
+            if new_scores is None:
+                return None
+            rows = [(keys[row], score, 1.0) for row, score in zip(new_rows, new_scores, strict=True)]
+            if cache is not None:
+                cache.write_scores(rows)
+            known |= {key: (score, 1.0) for key, score, _ in rows}
+        return [known[key][0] for key in keys]
 
     def render_prompts(self, defense: Defense, query_chats: Sequence[QueryChat]) -> list[list[Prompt]]:
         """Return each query's prompts: one for each of the defense's copies and each question.
@@ -220,6 +252,31 @@ def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> 
         ) from error
 
 
+def _run_detector(
+    defense: Defense, reader: ModelRequestReader, query_chats: Sequence[QueryChat]
+) -> list[float] | None:
+    """Return the log-odds of a defense's detector; mistakes of a user-defined class become UserErrors."""
+    try:
+        scores = defense.score_requests(reader, query_chats)
+    except Exception as error:
+        if not defense.is_user_defined or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"`score_requests` of {defense.name!r} raised {type(error).__name__}: {error}"
+        ) from error
+    if scores is None:
+        return None
+    if not isinstance(scores, list) or len(scores) != len(query_chats):
+        raise UserError(
+            f"`score_requests` of {defense.name!r} returned {scores!r:.60}; it returns a list with a number "
+            "for each request"
+        )
+    for (query_id, _), score in zip(query_chats, scores, strict=True):
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise UserError(f"the detector of {defense.name!r} scores query {query_id!r} {score!r:.60}")
+    return [float(score) for score in scores]
+
+
 def _retokenize_text(defense: Defense, ids: list[int], rng: QueryRng) -> list[int]:
     """Return a defense's tokens of a text; raise if they are none."""
     retokenized = defense.retokenize(ids, rng)
@@ -258,6 +315,8 @@ def generate_responses(
 ) -> list[list[Response]]:
     """Return the greedy responses to each query under a defense, one per prompt of the query.
 
+    A query that the defense's detector refuses has one response, `DETECTOR_REFUSAL`; the model is not asked.
+
     Args:
         session: the model.
         defense: prepared for this model.
@@ -269,6 +328,33 @@ def generate_responses(
         on_first_logits: called with the token ids of some prompts, the response prefix included, and their
             first-token logits; where `generate_token_ids` does so, and not if several models are blended.
     """
+    log_odds = session.score_requests(defense, query_chats) or [-math.inf] * len(query_chats)
+    is_refused = [value > 0 for value in log_odds]
+    on_progress(sum(is_refused))
+    asked = [query_chat for query_chat, refused in zip(query_chats, is_refused, strict=True) if not refused]
+    arguments = response_prefix, max_new_tokens, should_stop, on_progress, on_first_logits
+    answers = iter(_generate_model_responses(session, defense, asked, *arguments) if asked else [])
+    refusal = _make_detector_refusal(session.chat_template)
+    return [[refusal] if refused else next(answers) for refused in is_refused]
+
+
+def _make_detector_refusal(chat_template: ChatTemplate) -> Response:
+    """Return the response to a request that a detector refuses."""
+    ids = tuple(chat_template.tokenizer.encode(DETECTOR_REFUSAL, add_special_tokens=False))
+    return Response(ids, DETECTOR_REFUSAL, DETECTOR_REFUSAL)
+
+
+def _generate_model_responses(
+    session: ModelSession,
+    defense: Defense,
+    query_chats: Sequence[QueryChat],
+    response_prefix: tuple[int, ...],
+    max_new_tokens: int,
+    should_stop: Callable[[str], bool] | None,
+    on_progress: Callable[[int], None],
+    on_first_logits: PromptLogitCallback,
+) -> list[list[Response]]:
+    """Return what `generate_responses` returns, without the defense's detector."""
     chat_template = session.chat_template
     prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
