@@ -112,12 +112,11 @@ class Detector(Defense):
         requests = model_info.load_training_requests()
         learned = requests.recall(f"{self!r}", partial(self._learn, requests))
         fit = DetectorFit(
-            tuple(learned["parameters"]),
-            *(float(learned[name]) for name in ("threshold", "slope", "auroc")),
-            sum(requests.is_harmful),
-            len(requests.is_harmful) - sum(requests.is_harmful),
-            requests.query_fingerprints,
-            requests.sha256,
+            **{**learned, "parameters": tuple(learned["parameters"])},
+            n_harmful=sum(requests.is_harmful),
+            n_benign=len(requests.is_harmful) - sum(requests.is_harmful),
+            query_fingerprints=requests.query_fingerprints,
+            sha256=requests.sha256,
         )
         return dataclasses.replace(self, fit=fit)
 
@@ -221,10 +220,10 @@ def _fit_logistic(features: Tensor, targets: Tensor, ridge: float) -> tuple[Tens
                 inputs @ weights + intercept, wanted, reduction="sum"
             )
             loss = losses + ridge / 2 * weights.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
-        optimizer.step(compute_loss)  # type: ignore[no-untyped-call]
+        optimizer.step(compute_loss)
     return weights.detach(), intercept.detach()
 
 
