@@ -85,10 +85,11 @@ class ModelRequestReader:
         return torch.stack([values[row] for row in range(len(chats))])
 
     def unembed(self, stream: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
-        """Return the logits of a residual stream: final norm, then unembedding."""
+        """Return the logits of a residual stream (final norm, unembedding), without scaling or capping."""
         unembedding = self._model.get_output_embeddings()
-        weight = unembedding.weight
-        return unembedding(self._final_norm(stream.to(weight))).float()
+        normed = self._final_norm(stream.to(self._model.dtype))
+        logits: Tensor = unembedding(normed.to(unembedding.weight.device)).float()
+        return logits
 
     def find_token_ids(self, words: Sequence[str]) -> list[int]:
         """Return the ids of the first tokens of words, with and without a space before them."""
@@ -150,7 +151,7 @@ class ModelRequestReader:
             for handle in handles:
                 handle.remove()
         for module, output in outputs.items():
-            if normed and output.shape == normed[0].shape and torch.equal(output, normed[0]):
+            if normed and output.shape == normed[0].shape and torch.equal(output.cpu(), normed[0].cpu()):
                 return module
         raise UserError(
             f"{type(self._model).__name__} has no final norm before its unembedding that could be found, so "

@@ -512,11 +512,12 @@ def test_a_users_detector_may_call_the_model(session: ModelSession) -> None:
     assert session.request_reader.call_model(calls) == session.defense_calls.complete_calls(calls)
 
 
-def test_a_model_without_a_final_norm_is_refused_in_one_line() -> None:
-    session = make_toy_session()
-    reader = session.request_reader
-    with torch.inference_mode():
-        assert reader._final_norm is session.loaded_model.model.model.norm
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mamba", "lfm2"])
+def test_the_final_norm_is_found_in_every_architecture(family: str) -> None:
+    session = make_toy_session(family)
+    names = {"gpt2": "ln_f", "mamba": "norm_f", "lfm2": "embedding_norm"}
+    expected = getattr(session.loaded_model.model.get_decoder(), names.get(family, "norm"))
+    assert session.request_reader._final_norm is expected
 
 
 # --- commands ---------------------------------------------------------------------------------------------
