@@ -528,18 +528,8 @@ def test_a_run_with_detectors_has_their_log_odds_and_what_they_learned(
     cli_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("analysis.studies.responses.RESPONSE_JUDGE", RULE_JUDGES["keywords"])
-    options = (
-        "-d",
-        "harm_probe",
-        "-d",
-        "policy+harm_direction",
-        "-m",
-        "tiny",
-        "--limit",
-        "12",
-        "--controls",
-        "0",
-    )
+    words = "-d harm_probe -d policy+harm_direction -m tiny --limit 12 --controls 0 --readout words"
+    options = words.split()
     result = run_cli(*options, "--set", "harm_probe.over_refusal=0.6", "-o", "detected")
     assert result.code == 0, result.err
     scores = pd.read_csv(cli_home / "detected" / "scores.csv").set_index(["defense", "query"])
