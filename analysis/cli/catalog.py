@@ -328,6 +328,14 @@ def _print_defense_card(console: Console, defense: Defense) -> None:
     description, _, attributes = (inspect.getdoc(type(defense)) or "").partition("\n\nAttributes:\n")
     for paragraph in description.split("\n\n"):
         console.print(Text(" ".join(paragraph.split())))
+    if defense.detects:
+        console.print(
+            Text(
+                "The system refuses if the model or the detector does: its margin is the larger of the "
+                "model's margin and of the readout's threshold plus the detector's log-odds. The detector "
+                "reads the request as it is sent."
+            )
+        )
     console.print(Text(f"\n{attributes}" if attributes else ""))
     console.print(Text(f"Source: {source.title} {source.url}\nWording: {source.wording}", style="dim"))
     if settings := get_settings(defense):
