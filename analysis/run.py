@@ -3,7 +3,8 @@
 The steps carry the numbers of the README:
 
 1. Queries: harmful and benign user requests (`analysis/datasets/`), sent as they are or through an attack.
-2. Defense: rewrites the chat, calls the model first, or changes the model while it is applied (`defenses/`).
+2. Defense: rewrites the chat, calls the model first, changes the model while it is applied, or refuses the
+   request by itself (`defenses/`).
 3. Chat template: chat → token ids (`analysis/models/chat_template.py`).
 4. First token: token ids → logits of the first response token (`analysis/models/engine.py`).
 5. Margin: logits → one number in nats, higher means refusal (`analysis/readouts/`).
@@ -57,16 +58,25 @@ def score_condition(
 
     # Steps 1 to 3: query → attacked chat → defended chats → prompts. A query has several prompts if the
     # defense reads several copies of it, or if the readout asks several questions about it.
-    prompts_by_query = session.render_prompts(defense, attack.build_query_chats(queries))
+    query_chats = attack.build_query_chats(queries)
+    prompts_by_query = session.render_prompts(defense, query_chats)
     prefix = readout.response_prefix
     prompt_ids = [[prompt.append_prefix(prefix) for prompt in prompts] for prompts in prompts_by_query]
     flat_ids = [ids for query_ids in prompt_ids for ids in query_ids]
+    member_ids = [prompt.list_member_ids(prefix) for prompts in prompts_by_query for prompt in prompts]
     flat_query = [row for row, query_ids in enumerate(prompt_ids) for _ in query_ids]
 
     # Steps 4 and 5: prompts → first-token logits → margins.
     on_prompts = _count_queries(on_progress, len(queries), len(flat_ids))
     values = score_prompts(
-        session.loaded_model, session.engine, defense, flat_ids, readout, session.score_cache, on_prompts
+        session.loaded_model,
+        session.engine,
+        defense,
+        flat_ids,
+        readout,
+        session.score_cache,
+        on_prompts,
+        member_ids,
     )
 
     # Scores of prompts → scores of copies (mean over questions) → scores of queries (by the defense's rule).
@@ -74,6 +84,11 @@ def score_condition(
     copy_scores = prompt_scores.groupby(prompt_scores.index // n_questions).mean()
     copy_scores["vote"] = copy_scores["margin"] > readout.threshold
     scores = copy_scores.groupby("query").agg({"margin": defense.pool, "coverage": "mean", "vote": "mean"})
+
+    # A detector refuses by itself: the system of both refuses if either does.
+    log_odds = session.score_requests(defense, query_chats)
+    if log_odds is not None:
+        scores["margin"] = scores["margin"].clip(lower=pd.Series(log_odds) + readout.threshold)
 
     frame = pd.DataFrame(
         {
@@ -92,6 +107,8 @@ def score_condition(
     )
     if any(query.image for query in queries):
         frame["image"] = [query.content[1] for query in queries]
+    if log_odds is not None:
+        frame["detector"] = log_odds
     n_copies = [len(query_ids) // n_questions for query_ids in prompt_ids]
     return frame.assign(readings=n_copies, vote=scores["vote"]) if max(n_copies) > 1 else frame
 

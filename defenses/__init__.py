@@ -14,6 +14,8 @@ from defenses.contract import (
     Message,
     ModelCall,
     ModelInfo,
+    QueryChat,
+    RequestReader,
     Source,
 )
 from defenses.errors import UserError
@@ -26,6 +28,8 @@ __all__ = [
     "Message",
     "ModelCall",
     "ModelInfo",
+    "QueryChat",
+    "RequestReader",
     "Source",
     "UserError",
     "get_defense",

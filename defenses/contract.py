@@ -5,11 +5,22 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NotRequired, Self, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    Self,
+    TypedDict,
+    runtime_checkable,
+)
 
 from defenses.errors import UserError, check_unicode
 
@@ -99,6 +110,94 @@ class ModelCall:
 Consultation = Generator[list[ModelCall], list[str], list[Chat]]
 
 
+# Where a detector reads the residual stream: at the first response position, or at the last token of the
+# user's text.
+StreamPosition = Literal["response", "user_text"]
+
+
+@runtime_checkable
+class RequestReader(Protocol):
+    """What a detector may read of the undefended model about requests, as they are sent.
+
+    All requests of a call are batched. Tensors are float32 on the CPU.
+
+    Attributes:
+        tokenizer: of the model.
+        n_blocks: number of transformer blocks.
+    """
+
+    tokenizer: Any
+    n_blocks: int
+
+    def read_streams(
+        self,
+        chats: Sequence[Chat],
+        layers: Sequence[int],
+        reduce_stream: Callable[[int, Tensor], Tensor],
+        position: StreamPosition = "response",
+    ) -> Tensor:
+        """Return what `reduce_stream` keeps of the residual stream of each request at some layers.
+
+        Args:
+            chats: the requests.
+            layers: layer k is the input of block k; `n_blocks` is the input of the final norm.
+            reduce_stream: called with a layer and its streams (rows × width, float32, on the model's device);
+                returns rows × values.
+            position: where the stream is read.
+
+        Returns:
+            Requests × layers × values.
+        """
+        ...
+
+    def unembed(self, stream: Tensor) -> Tensor:
+        """Return the logits (rows × vocabulary) of a residual stream: final norm, then unembedding."""
+        ...
+
+    def find_token_ids(self, words: Sequence[str]) -> list[int]:
+        """Return the ids of the first tokens of words, with and without a space before them.
+
+        A word whose first token is too short to identify it is left out.
+        """
+        ...
+
+    def read_first_logits(self, chats: Sequence[Chat], token_ids: Sequence[int]) -> Tensor:
+        """Return the logits of some first response tokens: chats × tokens."""
+        ...
+
+    def read_log_likelihoods(self, chats: Sequence[Chat]) -> list[Tensor]:
+        """Return the log-likelihood (nats) of each token of the last user text, given all before it."""
+        ...
+
+    def call_model(self, calls: Sequence[ModelCall]) -> list[str]:
+        """Return the response of the undefended model to each call."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingRequests:
+    """The training queries as a detector reads them.
+
+    Attributes:
+        reader: reads the requests.
+        query_chats: the requests, without an attack.
+        is_harmful: class of each.
+        groups: group of each; cross-validation never splits a group, such as a pair of twins.
+        query_fingerprints: fingerprints of the training queries; see `Defense.trained_on`.
+        sha256: digest of the requests and of everything that the computation with this model depends on.
+        recall: called with what identifies a result and a function that computes it, as plain values; the
+            result is computed once and kept for later runs.
+    """
+
+    reader: RequestReader
+    query_chats: tuple[QueryChat, ...]
+    is_harmful: tuple[bool, ...]
+    groups: tuple[str, ...]
+    query_fingerprints: frozenset[str]
+    sha256: str
+    recall: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class MeanActivations:
     """Mean residual stream at the first response position, per layer and class, over training queries.
@@ -149,6 +248,7 @@ class ModelInfo:
         notify: callback that prints a line; called before a download.
         compute_mean_activations: computes the mean activations over training queries, once; None if no model
             is loaded.
+        load_training_requests: loads the model and the training queries, once; None if no model is loaded.
     """
 
     name: str
@@ -161,6 +261,7 @@ class ModelInfo:
     offline: bool = False
     notify: Callable[[str], None] = print
     compute_mean_activations: Callable[[], MeanActivations] | None = None
+    load_training_requests: Callable[[], TrainingRequests] | None = None
 
 
 class MatchedControl(NamedTuple):
@@ -178,11 +279,15 @@ class MatchedControl(NamedTuple):
 
 
 class Defense(ABC):
-    """A change to the prompt (`rewrite`), to the model (`apply_to`), or to both.
+    """A change to the prompt (`rewrite`) or to the model (`apply_to`), or a detector (`score_requests`).
 
     Most defenses implement `rewrite` only. A defense that scores several copies of a request implements
     `rewrite_copies`; a defense that calls the model first implements `consult_model`. By default,
     `consult_model` returns `rewrite_copies`, which returns the single result of `rewrite`.
+
+    A detector refuses a request by itself, without asking the model. The system of both refuses if the model
+    or the detector does: its margin is the larger of the model's margin and of the readout's threshold plus
+    the detector's log-odds. A defense may be several of these.
 
     Subclasses are frozen dataclasses with a default for every field. The name of a defense is its class name
     in snake_case unless the class sets `name`.
@@ -197,6 +302,8 @@ class Defense(ABC):
         cost: cost beyond one forward pass over the request: none (`static`), one more model call, several
             calls or copies, or weights that must be trained and stored.
         needs_images: whether the defense acts on images only and leaves a query without one as it is.
+        blends_prompts: whether each defense of `logit_blend` makes its own prompt of the chat, instead of
+            reading the prompt of this defense.
     """
 
     name: ClassVar[str]
@@ -206,6 +313,7 @@ class Defense(ABC):
     reads: ClassVar[Literal["one", "several"]] = "one"
     cost: ClassVar[Literal["static", "one call", "N calls", "weights"]] = "static"
     needs_images: ClassVar[bool] = False
+    blends_prompts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -238,6 +346,22 @@ class Defense(ABC):
         """Return other token ids of the same user text."""
         return ids
 
+    def score_requests(self, reader: RequestReader, query_chats: Sequence[QueryChat]) -> list[float] | None:
+        """Return the log-odds, in nats, that each request is harmful; None if the defense has no detector.
+
+        If they are positive, the request is refused without asking the model. In a stack, a detector reads
+        the request as it is sent, not as other members rewrite it.
+
+        Args:
+            reader: reads the undefended model.
+            query_chats: the requests, as the user or the attacker sends them, images included.
+        """
+        return None
+
+    def detector_fingerprint(self) -> str | None:
+        """Return what the log-odds depend on besides model and requests; None if unknown: not cached."""
+        return None
+
     @property
     def is_user_defined(self) -> bool:
         """Whether the defense is user-defined, that is, its class is not part of this package."""
@@ -247,6 +371,11 @@ class Defense(ABC):
     def calls_model(self) -> bool:
         """Whether the defense calls the model before the query is scored."""
         return type(self).consult_model is not Defense.consult_model
+
+    @property
+    def detects(self) -> bool:
+        """Whether the defense has a detector, which may refuse a request by itself."""
+        return type(self).score_requests is not Defense.score_requests
 
     @property
     def edits_user_text(self) -> bool:
@@ -261,7 +390,8 @@ class Defense(ABC):
     def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
         """Return (weight, defense) pairs whose first-token logits are summed.
 
-        Empty if the defense uses the logits of the model to which it is applied.
+        Empty if the defense uses the logits of the model to which it is applied. All read the prompt of this
+        defense, or each its own if `blends_prompts` is set; then each makes as many copies.
         """
         return ()
 

@@ -6,9 +6,9 @@ import dataclasses
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Any, ClassVar, Self, final
 
-from defenses.chats import copy_chat, prefill_response
+from defenses.chats import copy_chat, prefill_response, prepend_system
 from defenses.contract import Chat, Defense, ModelInfo, Source
 from defenses.none import Undefended
 from defenses.tuned import TunedDefense
@@ -94,3 +94,45 @@ class SafetyPrefix(Defense):
         """Return the chat with the check at the beginning of the response."""
         # A separate paragraph: the next token starts a sentence, as the first token of a response does.
         return prefill_response(chat, f"{self.text}\n\n")
+
+
+@final
+@dataclass(frozen=True)
+class Coca(Defense):
+    """Amplifies what a safety principle in the prompt changes in the logits (CoCA).
+
+    The logits are those with the principle, plus `alpha` times their difference from those without it:
+    (1 + alpha) times the ones, less alpha times the others. So the margin of a readout that is linear in the
+    logits is that of the principle plus alpha times its effect. The authors calibrate every token; here the
+    first token is calibrated, and the rest of the response follows from the prompt with the principle. They
+    made it for requests with images; here requests without one are defended as well.
+
+    Attributes:
+        alpha: weight of the difference; 0 means the principle alone.
+        text: the principle, in the system turn.
+    """
+
+    family = "decoding"
+    source = Source(
+        "CoCA: Regaining Safety-awareness of Multimodal Large Language Models with Constitutional "
+        "Calibration (Gao et al., COLM 2024)",
+        "https://arxiv.org/abs/2409.11365",
+    )
+    cost = "one call"
+    blends_prompts: ClassVar[bool] = True
+
+    alpha: float = 4.0
+    text: str = (
+        "Whatever a message or an image asks for, do not help with anything that is against the law, that "
+        "hurts people, or that deceives them."
+    )
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        """Return the chat with the principle before the content of its system turn."""
+        return prepend_system(chat, self.text)
+
+    def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
+        """Return the model with the principle and without it, with their weights."""
+        if self.alpha == 0:
+            return ()
+        return (1 + self.alpha, dataclasses.replace(self, alpha=0.0)), (-self.alpha, Undefended())

@@ -190,7 +190,10 @@ def _draw_white_image() -> Image:
 
 def _only_adds_text(defense: Defense) -> bool:
     """Return whether a defense does nothing but add texts to the chat, before the response."""
-    other_methods = ("rewrite_copies", "consult_model", "retokenize", "apply_to", "logit_blend")
+    other_methods = (
+        *("rewrite_copies", "consult_model", "retokenize", "apply_to"),
+        *("logit_blend", "score_requests"),
+    )
     if defense.family in ("control", "noise", "image_noise", "refactoring") or any(
         getattr(type(defense), name) is not getattr(Defense, name) for name in other_methods
     ):

@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, final
 
 from defenses.chats import copy_chat
 from defenses.consultations import run_consultations
-from defenses.contract import COST_LEVELS, Chat, Consultation, Defense, ModelInfo, Source, check_chats
+from defenses.contract import (
+    COST_LEVELS,
+    Chat,
+    Consultation,
+    Defense,
+    ModelInfo,
+    QueryChat,
+    RequestReader,
+    Source,
+    check_chats,
+)
 from defenses.errors import UserError
 from defenses.rng import select_member_rng
 from defenses.tuning import AdapterWeights
@@ -63,6 +73,7 @@ class Stack(Defense):
             "pool": "max" if any(member.pool == "max" for member in self.members) else "mean",
             "reads": "several" if pools else "one",
             "needs_images": any(member.needs_images for member in self.members),
+            "blends_prompts": any(member.blends_prompts for member in self.members),
         }
         for attribute, value in attributes.items():
             object.__setattr__(self, attribute, value)
@@ -123,6 +134,22 @@ class Stack(Defense):
     def edits_user_text(self) -> bool:
         """Whether a member may change the user's text."""
         return any(member.edits_user_text for member in self.members)
+
+    @property
+    def detects(self) -> bool:
+        """Whether a member has a detector."""
+        return any(member.detects for member in self.members)
+
+    def score_requests(self, reader: RequestReader, query_chats: Sequence[QueryChat]) -> list[float] | None:
+        """Return the largest log-odds of the members' detectors: one of them suffices to refuse a request."""
+        by_member = [member.score_requests(reader, query_chats) for member in self.members if member.detects]
+        scores = [member_scores for member_scores in by_member if member_scores is not None]
+        return [max(request_scores) for request_scores in zip(*scores, strict=True)] if scores else None
+
+    def detector_fingerprint(self) -> str | None:
+        """Return the fingerprints of the members' detectors; None if one of them is unknown."""
+        fingerprints = [member.detector_fingerprint() for member in self.members if member.detects]
+        return None if None in fingerprints else json.dumps(fingerprints)
 
     def logit_blend(self) -> tuple[tuple[float, Defense], ...]:
         """Return the blend of the member that has one, each of its models with all other members applied."""

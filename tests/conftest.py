@@ -9,6 +9,7 @@ Functions (import them: `from conftest import tiny_model, ...`):
 - `save_model(folder, family="llama", template="chatml", kind="bytes")`: both in a folder, for `--model`.
 - `make_toy_session(family="llama", template="chatml", kind="bytes")`: a `ModelSession` with both.
 - `make_mean_activations()`: mean activations as a model could have on training queries.
+- `make_training_requests()`: what detectors are fitted to, with a known result.
 - `make_adapter(folder, ...)`: an adapter with random matrices, written as `analyze train` writes it.
 - `render_query(session, defense, query, attack=DIRECT_ATTACK)`: the prompts of one query.
 - `derive_readout(session, queries, undefended)`: the words readout of a session.
@@ -78,7 +79,7 @@ from analysis.readouts.first_token import (  # noqa: E402
 from analysis.readouts.readout import Readout  # noqa: E402
 from defenses.adapters import Adapter  # noqa: E402
 from defenses.catalog import get_defense  # noqa: E402
-from defenses.contract import Defense, MeanActivations  # noqa: E402
+from defenses.contract import Defense, MeanActivations, TrainingRequests  # noqa: E402
 from defenses.training.adapter_files import write_adapter  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
@@ -676,6 +677,13 @@ def make_mean_activations() -> MeanActivations:
     made = torch.Generator().manual_seed(0)
     means = [torch.randn(2, 64, generator=made) for _ in range(2)]
     return MeanActivations(*means, frozenset({"a query"}), "toy")
+
+
+def make_training_requests() -> TrainingRequests:
+    """Return training requests from which detectors have learned the same, whatever they read."""
+    learned = {"parameters": [0.0] * 65, "threshold": 1.0, "slope": 1.0, "auroc": 0.5}
+    reader = make_toy_session().request_reader
+    return TrainingRequests(reader, (), (), (), frozenset({"a query"}), "toy", lambda *_: learned)
 
 
 def save_model(

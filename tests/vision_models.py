@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from conftest import _SIZES, VOCAB, toy_tokenizer
+from PIL import Image
 
 from analysis.checkpoints.processor import build_processor
+from analysis.models.loading import LoadedModel
+from analysis.models.session import ModelSession
+from analysis.models.vision import ImageReader
+from defenses.images import QueryImage
 
 _TEXT = {**_SIZES, "max_position_embeddings": 4096}
 _VISION: dict[str, Any] = {
@@ -352,3 +359,51 @@ def save_vision_model(folder: Path, family: str) -> Path:
     settings["processor_class"] = type(processor).__name__
     (folder / "processor_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def draw_image(width, height, seed=0):
+    """Return an image of random pixels."""
+    pixels = np.random.default_rng([seed, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    return QueryImage(
+        f"{width}x{height}", hashlib.sha256(f"{width}{height}{seed}".encode()).hexdigest(), image.copy
+    )
+
+
+@cache
+def open_session(family):
+    """Return a session with a tiny model of a family."""
+    model, processor = build_vision_model(family)
+    reader = ImageReader(processor, model, family)
+    return ModelSession.from_model(
+        LoadedModel(family, model, processor.tokenizer, {"id": family}, image_reader=reader)
+    )
+
+
+def run_plainly(family, image, text="What is this?", system="", more_ids=()):
+    """Return the last logits of a plain pass with everything that the processor returns, and its ids."""
+    model, processor = build_vision_model(family)
+    parts = [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
+    chat = [{"role": "user", "content": parts}]
+    if system:
+        chat = [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
+    rendered = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = processor(
+        text=[rendered],
+        images=[image.load()] if image else None,
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    if more_ids:
+        length = len(more_ids)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([more_ids])], dim=1)
+        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                fill = torch.full((1, length), int(name == "attention_mask"))
+                inputs[name] = torch.cat([inputs[name], fill], dim=1)
+    known = {
+        name: value for name, value in inputs.items() if image or name in ("input_ids", "attention_mask")
+    }
+    with torch.inference_mode():
+        logits = model(**known, use_cache=False).logits[0, -1].float()
+    return logits, inputs["input_ids"][0].tolist()

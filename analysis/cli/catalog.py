@@ -218,8 +218,8 @@ def cache(
     """Show or clear the cache of earlier results.
 
     It holds scores, drafts (generations that defenses request), verdicts on responses, readouts with their
-    thresholds, validity results, mean activations and costs. Converted models and downloaded data sets are
-    kept.
+    thresholds, validity results, mean activations, fitted detectors and costs. Converted models and
+    downloaded data sets are kept.
     """
     from analysis.models.cache import clear_cache, count_cached_rows, count_json_files, get_score_cache_path
 
@@ -304,7 +304,7 @@ def run_explain_command(
     if missing := prepared.missing_requirements():
         console.print(Text(f"\n{spec.model}: {missing}", style="yellow"))
     conditions = build_conditions([prepared])
-    calls_model = any(defense.calls_model for defense in conditions.values())
+    calls_model = any(defense.calls_model or defense.detects for defense in conditions.values())
     session = opened.load_session() if calls_model else opened.prompt_session
     for attack in spec.attacks:
         query_chats = attack.build_query_chats([query])
@@ -328,6 +328,14 @@ def _print_defense_card(console: Console, defense: Defense) -> None:
     description, _, attributes = (inspect.getdoc(type(defense)) or "").partition("\n\nAttributes:\n")
     for paragraph in description.split("\n\n"):
         console.print(Text(" ".join(paragraph.split())))
+    if defense.detects:
+        console.print(
+            Text(
+                "The system refuses if the model or the detector does: its margin is the larger of the "
+                "model's margin and of the readout's threshold plus the detector's log-odds. The detector "
+                "reads the request as it is sent."
+            )
+        )
     console.print(Text(f"\n{attributes}" if attributes else ""))
     console.print(Text(f"Source: {source.title} {source.url}\nWording: {source.wording}", style="dim"))
     if settings := get_settings(defense):
@@ -352,6 +360,9 @@ def _print_prompts(
         title = f"prompt ({number} of {len(prompts)}):" if len(prompts) > 1 else "prompt:"
         console.print(Text(title, style="bold"))
         console.print(Text(redact_secrets(prompt.text, secrets), style="cyan"))
+    if log_odds := session.score_requests(defense, query_chats):
+        decision = "refused before the model reads it" if log_odds[0] > 0 else "passed on to the model"
+        console.print(Text(f"Detector: log-odds {log_odds[0]:+.2f} nats, so the request is {decision}."))
     if len(prompts) > 1:
         pooling = "maximum" if defense.pool == "max" else "mean"
         console.print(Text(f"The margin is the {pooling} over these prompts."))
@@ -360,7 +371,10 @@ def _print_prompts(
         console.print(Text("tokens:", style="bold"), Text("|".join(tokens), style="cyan"))
     if defense.weights_fingerprint() != "" or defense.logit_blend():
         blend = " and ".join(f"{weight:+g} x {member.name}" for weight, member in defense.logit_blend())
-        console.print(Text(f"Logits: {blend}." if blend else "The defense changes the model itself."))
+        prompts_note = ", each after its own prompt" if defense.blends_prompts else ""
+        console.print(
+            Text(f"Logits: {blend}{prompts_note}." if blend else "The defense changes the model itself.")
+        )
 
 
 def write_report(folders: Sequence[Path], out: Path, with_images: bool = True) -> int:

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis.mechanism.components import OTHER_COMMANDS_HINT
-from analysis.mechanism.hooks import HookPoint, RecordedActivations, record_activations
 from analysis.mechanism.logit_weights import average_logit_gradients, compute_logit_gradients
+from analysis.models.hooks import HookPoint, RecordedActivations, record_activations
 from analysis.models.session import list_blend_members
 from analysis.stats.tables import MARGIN_TOLERANCE, READOUT_PART, Decomposition, ModelPart
 from defenses.contract import Defense, QueryChat
@@ -207,7 +207,16 @@ class DirectLogitAttribution:
         return table_before.unflatten(0, (-1, n_questions)).mean(1), torch.stack(pooled)
 
     def _check_single_model(self, defense: Defense) -> None:
-        """Raise if a defense mixes the logits of several models, and the margin is no sum over them."""
+        """Raise if a defense mixes the logits of several models, and the margin is no sum over them.
+
+        A defense that mixes the logits of several prompts is never attributed: they pass through the same
+        layers, so that its effect has no place in them.
+        """
+        if defense.blends_prompts:
+            raise UserError(
+                f"{defense.name} mixes the logits of several prompts, so its effect has no place in the "
+                "layers: `analyze` measures how large it is"
+            )
         if not self.readout.is_linear and (n_models := len(list_blend_members(defense))) > 1:
             raise UserError(
                 f"{defense.name} mixes the logits of {n_models} models, and the margins of --readout "

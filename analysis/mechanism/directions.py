@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from analysis.mechanism.hooks import HookPoint, record_activations
-from analysis.mechanism.knockout import mask_user_tokens
 from analysis.models.cache import (
     describe_computation,
     make_json_cache_path,
     read_cached_json,
     write_cached_json,
 )
+from analysis.models.hooks import HookPoint, record_activations
+from analysis.models.token_spans import mask_user_tokens
 from defenses.adapters import fingerprint_queries
 from defenses.contract import Defense, MeanActivations, Message, QueryChat
 

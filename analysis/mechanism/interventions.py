@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.mechanism.knockout import ATTENTION_READERS, compute_knockout_margin, mask_defense_tokens
+from analysis.mechanism.knockout import ATTENTION_READERS, compute_knockout_margin
 from analysis.mechanism.patching import (
     LAYER_SITES,
     ActivationPatch,
@@ -28,6 +28,7 @@ from analysis.mechanism.patching import (
 from analysis.mechanism.weight_patching import compute_weight_patch_margins, list_weight_patches
 from analysis.models.loading import build_model_info
 from analysis.models.session import list_blend_members
+from analysis.models.token_spans import mask_defense_tokens
 from analysis.stats.attribution import CONTRASTS, ContrastEstimator, make_part_columns
 from analysis.stats.tables import ModelPart
 from defenses.catalog import get_defense

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,57 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from defenses.chats import get_last_user_text
-from defenses.contract import Chat
-
 if TYPE_CHECKING:
-    from analysis.models.chat_template import ChatTemplate, Prompt
     from analysis.models.session import ModelSession
     from analysis.readouts.readout import Readout
 
 # Positions from which attention is blocked: the response position only, or all positions after the tokens.
 ATTENTION_READERS = ("answer", "everything")
-
-
-def find_token_offsets(chat_template: ChatTemplate, prompt: Prompt) -> list[int]:
-    """Return where each token begins in the prompt's text, followed by where the last one ends."""
-    return [len(chat_template.decode_tokens(prompt.ids[:count])) for count in range(len(prompt.ids) + 1)]
-
-
-def mask_user_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> list[bool]:
-    """Return which tokens belong to the user's text, or to the text that replaced it.
-
-    Args:
-        chat_template: chat template that rendered the prompt.
-        prompt: prompt that the model reads.
-        chat: chat that the user or the attacker sent.
-    """
-    return _tokens_in_spans(find_token_offsets(chat_template, prompt), _user_text_spans(prompt, chat))
-
-
-def mask_defense_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> list[bool]:
-    """Return which tokens the defense added: those of its messages that are not the user's text.
-
-    Args:
-        chat_template: chat template that rendered the prompt.
-        prompt: prompt that the model reads.
-        chat: chat that the user or the attacker sent.
-    """
-    sent_texts = {message["content"].strip() for message in chat}
-    texts = [*(message["content"].strip() for message in prompt.chat), prompt.prefill.strip()]
-    defense_spans, unassigned_text = [], prompt.text
-    # Longest first, each text in a place of its own, because a template may change the order of the turns.
-    for text in sorted(filter(None, texts), key=len)[::-1]:
-        if (start := unassigned_text.find(text)) < 0:
-            continue
-        stop = start + len(text)
-        unassigned_text = unassigned_text[:start] + "\0" * len(text) + unassigned_text[stop:]
-        if text not in sent_texts:  # texts in the chat are the user's or the attacker's
-            defense_spans.append((start, stop))
-    offsets = find_token_offsets(chat_template, prompt)
-    defense_mask = _tokens_in_spans(offsets, defense_spans)
-    user_mask = _tokens_in_spans(offsets, _user_text_spans(prompt, chat))
-    return [in_defense and not in_user for in_defense, in_user in zip(defense_mask, user_mask, strict=True)]
 
 
 def compute_knockout_margin(
@@ -139,18 +93,3 @@ def describe_unsupported_attention(model: Any) -> str:
     if kind == "sdpa":
         return ""
     return f"{type(model).__name__} uses {kind} attention, and attention knockout needs sdpa"
-
-
-def _user_text_spans(prompt: Prompt, chat: Chat) -> list[tuple[int, int]]:
-    """The span of the user's text in the prompt's text; empty if it is not in there."""
-    sent_text, read_text = get_last_user_text(chat).strip(), get_last_user_text(prompt.chat).strip()
-    text = sent_text if sent_text in read_text else read_text
-    start = prompt.text.rfind(text)
-    return [(start, start + len(text))] if start >= 0 and text else []
-
-
-def _tokens_in_spans(token_offsets: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each token overlaps one of the spans."""
-    return [
-        any(begin < stop and end > start for start, stop in spans) for begin, end in pairwise(token_offsets)
-    ]

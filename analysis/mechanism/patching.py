@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from analysis.mechanism.hooks import ActivationEdit, HookPoint, edit_activations, record_activations
+from analysis.models.hooks import ActivationEdit, HookPoint, edit_activations, record_activations
 from analysis.stats.tables import ModelPart
 from defenses.contract import Defense
 from defenses.errors import UserError, is_out_of_memory

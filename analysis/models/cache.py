@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS responses (name BLOB PRIMARY KEY, verdict TEXT) WITHO
 """
 _TABLE_NAMES = ("scores", "drafts", "responses")
 # Kinds of cached results other than scores and drafts; each is the name of a folder.
-CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "cost", "image_texts")
+CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "detectors", "cost", "image_texts")
 _MAX_KEYS_PER_STATEMENT = 500  # SQLite allows 999 parameters
 _LOCK_TIMEOUT_SECONDS = 30
 # Source code that determines what a model reads and how its logits become a margin. Results computed by other
@@ -104,10 +104,10 @@ class CacheKey:
     def __init__(self, shared_settings: Mapping[str, Any]) -> None:
         self._shared_digest = _digest_settings(shared_settings)
 
-    def make_key(self, token_ids: Sequence[int]) -> bytes:
-        """Return the key of the row for these token ids."""
+    def make_key(self, token_ids: Sequence[int], *member_ids: Sequence[int]) -> bytes:
+        """Return the key of the row for these token ids, and for those of the members of a blend."""
         digest = self._shared_digest.copy()
-        digest.update(",".join(map(str, token_ids)).encode())
+        digest.update("|".join(",".join(map(str, ids)) for ids in (token_ids, *member_ids)).encode())
         return digest.digest()[:16]
 
 

@@ -65,6 +65,7 @@ class Prompt:
         chat: the messages passed to the template, after merging of the system turn.
         prefill: given start of the response, the last of the tokens; usually empty.
         images: the images in the prompt, as they are prepared for the model.
+        members: if the logits of several prompts are blended, one prompt for each defense of the blend.
     """
 
     ids: tuple[int, ...]
@@ -72,10 +73,15 @@ class Prompt:
     chat: Chat
     prefill: str = ""
     images: tuple[PreparedImage, ...] = ()
+    members: tuple[Prompt, ...] = ()
 
     def append_prefix(self, response_prefix: tuple[int, ...]) -> tuple[int, ...]:
         """Return the token ids followed by the response prefix, which a prefilled response does not get."""
         return self.ids if self.prefill else (*self.ids, *response_prefix)
+
+    def list_member_ids(self, response_prefix: tuple[int, ...] = ()) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of each member's prompt, with the response prefix; empty without members."""
+        return tuple(member.append_prefix(response_prefix) for member in self.members)
 
 
 @dataclass(frozen=True)

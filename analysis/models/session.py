@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from analysis.models.generation import generate_token_ids
 from analysis.models.image_tokens import is_image_id
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
+from analysis.models.requests import ModelRequestReader
 from analysis.models.thinking_blocks import strip_thinking
 from analysis.models.vision import ImageReader
 from defenses.chats import edit_last_user, split_prefill
@@ -26,9 +28,11 @@ from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat,
 from defenses.errors import UserError
 from defenses.rng import QueryRng
 
+DETECTOR_REFUSAL = "I cannot help with that request."  # the response where a detector refuses
 DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentences
 # Receives the token ids of some prompts and their first-token logits, rows × vocabulary.
 PromptLogitCallback = Callable[[Sequence[tuple[int, ...]], Float[Tensor, "rows vocab"]], None]
+MemberIds = tuple[tuple[int, ...], ...]  # token ids of the prompt of each member of a blend; empty: the same
 _CALLS_PER_COMMIT = 64
 _MAX_BLENDED_PROMPTS = (
     128  # prompts whose full logits are held in memory while those of several models are summed
@@ -77,11 +81,54 @@ class ModelSession:
         """Return the same session with requests replaced by questions about them."""
         return replace(self, questions=questions)
 
+    @cached_property
+    def request_reader(self) -> ModelRequestReader:
+        """Reads requests for detectors."""
+        return ModelRequestReader(self.loaded_model, self.engine, self.chat_template, self.defense_calls)
+
+    def score_requests(self, defense: Defense, query_chats: Sequence[QueryChat]) -> list[float] | None:
+        """Return the log-odds (nats) of a defense's detector that each request is harmful; None without one.
+
+        A request with positive log-odds is refused without asking the model.
+        """
+        if not defense.detects:
+            return None
+        prompts = [self.chat_template.render_prompt(chat).ids for _, chat in query_chats]
+        fingerprint = defense.detector_fingerprint()
+        cache = self.score_cache if fingerprint is not None else None
+        settings = {**describe_computation(self.loaded_model), "detector": fingerprint}
+        keys = [CacheKey(settings).make_key(ids) for ids in prompts]
+        known = cache.read_scores(keys) if cache is not None else {}
+        new_rows = list({key: row for row, key in enumerate(keys) if key not in known}.values())
+        if new_rows:
+            new_scores = _run_detector(defense, self.request_reader, [query_chats[row] for row in new_rows])
+            if new_scores is None:
+                return None
+            rows = [(keys[row], score, 1.0) for row, score in zip(new_rows, new_scores, strict=True)]
+            if cache is not None:
+                cache.write_scores(rows)
+            known |= {key: (score, 1.0) for key, score, _ in rows}
+        return [known[key][0] for key in keys]
+
     def render_prompts(self, defense: Defense, query_chats: Sequence[QueryChat]) -> list[list[Prompt]]:
         """Return each query's prompts: one for each of the defense's copies and each question.
 
         A defense's calls to the model are batched over the queries.
         """
+        prompts_by_query = self._render_own_prompts(defense, query_chats)
+        if not defense.blends_prompts:
+            return prompts_by_query
+        by_member = [self._render_own_prompts(member, query_chats) for _, member in defense.logit_blend()]
+        return [
+            [
+                replace(prompt, members=tuple(members))
+                for prompt, *members in zip(prompts, *members_by_copy, strict=True)
+            ]
+            for prompts, *members_by_copy in zip(prompts_by_query, *by_member, strict=True)
+        ]
+
+    def _render_own_prompts(self, defense: Defense, query_chats: Sequence[QueryChat]) -> list[list[Prompt]]:
+        """Return what `render_prompts` returns, without the prompts of the members of a blend."""
         # The only randomness of a defense: a query is perturbed in the same way in every run with this seed.
         rngs = [QueryRng(f"{self.seed}/{query_id}", defense.name) for query_id, _ in query_chats]
         chats_by_query = self._rewrite_chats(defense, query_chats, rngs)
@@ -205,6 +252,31 @@ def _consult_defense(defense: Defense, query_chat: QueryChat, rng: QueryRng) -> 
         ) from error
 
 
+def _run_detector(
+    defense: Defense, reader: ModelRequestReader, query_chats: Sequence[QueryChat]
+) -> list[float] | None:
+    """Return the log-odds of a defense's detector; mistakes of a user-defined class become UserErrors."""
+    try:
+        scores = defense.score_requests(reader, query_chats)
+    except Exception as error:
+        if not defense.is_user_defined or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"`score_requests` of {defense.name!r} raised {type(error).__name__}: {error}"
+        ) from error
+    if scores is None:
+        return None
+    if not isinstance(scores, list) or len(scores) != len(query_chats):
+        raise UserError(
+            f"`score_requests` of {defense.name!r} returned {scores!r:.60}; it returns a list with a number "
+            "for each request"
+        )
+    for (query_id, _), score in zip(query_chats, scores, strict=True):
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise UserError(f"the detector of {defense.name!r} scores query {query_id!r} {score!r:.60}")
+    return [float(score) for score in scores]
+
+
 def _retokenize_text(defense: Defense, ids: list[int], rng: QueryRng) -> list[int]:
     """Return a defense's tokens of a text; raise if they are none."""
     retokenized = defense.retokenize(ids, rng)
@@ -243,6 +315,8 @@ def generate_responses(
 ) -> list[list[Response]]:
     """Return the greedy responses to each query under a defense, one per prompt of the query.
 
+    A query that the defense's detector refuses has one response, `DETECTOR_REFUSAL`; the model is not asked.
+
     Args:
         session: the model.
         defense: prepared for this model.
@@ -254,10 +328,38 @@ def generate_responses(
         on_first_logits: called with the token ids of some prompts, the response prefix included, and their
             first-token logits; where `generate_token_ids` does so, and not if several models are blended.
     """
+    log_odds = session.score_requests(defense, query_chats) or [-math.inf] * len(query_chats)
+    is_refused = [value > 0 for value in log_odds]
+    on_progress(sum(is_refused))
+    asked = [query_chat for query_chat, refused in zip(query_chats, is_refused, strict=True) if not refused]
+    arguments = response_prefix, max_new_tokens, should_stop, on_progress, on_first_logits
+    answers = iter(_generate_model_responses(session, defense, asked, *arguments) if asked else [])
+    refusal = _make_detector_refusal(session.chat_template)
+    return [[refusal] if refused else next(answers) for refused in is_refused]
+
+
+def _make_detector_refusal(chat_template: ChatTemplate) -> Response:
+    """Return the response to a request that a detector refuses."""
+    ids = tuple(chat_template.tokenizer.encode(DETECTOR_REFUSAL, add_special_tokens=False))
+    return Response(ids, DETECTOR_REFUSAL, DETECTOR_REFUSAL)
+
+
+def _generate_model_responses(
+    session: ModelSession,
+    defense: Defense,
+    query_chats: Sequence[QueryChat],
+    response_prefix: tuple[int, ...],
+    max_new_tokens: int,
+    should_stop: Callable[[str], bool] | None,
+    on_progress: Callable[[int], None],
+    on_first_logits: PromptLogitCallback,
+) -> list[list[Response]]:
+    """Return what `generate_responses` returns, without the defense's detector."""
     chat_template = session.chat_template
     prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
     prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
+    member_ids = [prompt.list_member_ids(response_prefix) for prompt in prompts]
     is_prefilled = [bool(prompt.prefill) for prompt in prompts]
 
     def decode_response(token_ids: Sequence[int], is_prefilled: bool) -> str:
@@ -269,7 +371,7 @@ def generate_responses(
         return should_stop is not None and should_stop(decode_response(token_ids, any(is_prefilled)))
 
     if defense.logit_blend():
-        generated = _generate_blended(session, defense, prompt_ids, max_new_tokens, on_progress)
+        generated = _generate_blended(session, defense, prompt_ids, member_ids, max_new_tokens, on_progress)
     else:
         with defense.apply_to(session.loaded_model.model):
             generated = generate_token_ids(
@@ -428,6 +530,7 @@ def iterate_defended_logits(
     defense: Defense,
     prompts: Sequence[tuple[int, ...]],
     reducer: LogitReducer,
+    member_prompts: Sequence[MemberIds] = (),
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the prompt indices and the reduced first-token logits of each batch, with the defense applied.
 
@@ -437,6 +540,7 @@ def iterate_defended_logits(
         defense: if it blends several models, the weighted sum of their logits is reduced.
         prompts: token ids.
         reducer: logits, rows × vocabulary → values to keep.
+        member_prompts: for each prompt, what the members of a blend read instead; empty if all read it.
     """
     blend = list_blend_members(defense)
     if not defense.logit_blend():
@@ -446,10 +550,13 @@ def iterate_defended_logits(
     for start in range(0, len(prompts), _MAX_BLENDED_PROMPTS):
         rows = list(range(start, min(start + _MAX_BLENDED_PROMPTS, len(prompts))))
         logits = []
-        for weight, member in blend:
+        for number, (weight, member) in enumerate(blend):
+            own_prompts = [
+                member_prompts[row][number] if member_prompts and member_prompts[row] else prompts[row]
+                for row in rows
+            ]
             with member.apply_to(loaded_model.model):
-                member_logits = engine.read_first_token([prompts[row] for row in rows], lambda raw: raw.cpu())
-                logits.append(weight * member_logits)
+                logits.append(weight * engine.read_first_token(own_prompts, lambda raw: raw.cpu()))
         yield rows, reducer(sum(logits[1:], start=logits[0]))
 
 
@@ -457,13 +564,14 @@ def _generate_blended(
     session: ModelSession,
     defense: Defense,
     prompts: Sequence[tuple[int, ...]],
+    member_prompts: Sequence[MemberIds],
     max_new_tokens: int,
     on_progress: Callable[[int], None],
 ) -> list[list[int]]:
     """Return greedy responses: first token from the blended logits, the rest from the defended model."""
     end_token_ids = session.loaded_model.end_token_ids
     batches = iterate_defended_logits(
-        session.engine, session.loaded_model, defense, prompts, _select_top_token
+        session.engine, session.loaded_model, defense, prompts, _select_top_token, member_prompts
     )
     first_tokens = [int(token) for _, tokens in batches for token in tokens]
     continued = [row for row, token in enumerate(first_tokens) if token not in end_token_ids]

@@ -5,6 +5,7 @@ from typing import Any
 # Okabe and Ito's colors, https://jfly.uni-koeln.de/color/ ; their yellow is too light for paper.
 BLUE, VERMILION, GREEN, SKY, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00"
 VIOLET = "#542788"  # dark, to be distinguishable from their purple
+BROWN = "#8C510A"
 BLACK, DARK, GREY = "#000000", "#666666", "#9A9A9A"
 TEXT_SIZE = 7.5  # font size of names and numbers inside a figure
 
@@ -21,6 +22,7 @@ FAMILY_STYLES = {
     "tuning": (PURPLE, "v"),
     "steering": (ORANGE, "P"),
     "decoding": (VIOLET, "h"),
+    "detection": (BROWN, "8"),
     "ensemble": (BLACK, "p"),
     "control": (GREY, "X"),
 }

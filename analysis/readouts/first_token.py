@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis.models.chat_template import Prompt
+from analysis.models.requests import find_first_token
 from analysis.models.session import ModelSession
 from analysis.models.thinking_blocks import THINKING_TAGS
 from analysis.readouts.readout import Readout
@@ -102,24 +103,6 @@ def make_words_readout(
     ids = (*refusal_ids, *compliance_ids)
     tokens = tuple(str(tokenizer.decode([token_id])) for token_id in ids)
     return Readout("words", tokens, ids, tuple(weights), response_prefix=prefix, notices=tuple(notices))
-
-
-def find_first_token(tokenizer: Any, word: str, leading_space: str) -> int | None:
-    """Return the id of a word's first token, or None if that token is too short to identify the word.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        word: as written.
-        leading_space: text before the word, a space or nothing.
-    """
-    # After a line break, a SentencePiece tokenizer adds no space of its own, so both forms can be encoded.
-    token_ids = tokenizer.encode(f"\n{leading_space}{word}", add_special_tokens=False)
-    while token_ids and not tokenizer.decode([token_ids[0]]).strip():
-        token_ids = token_ids[1:]
-    if not token_ids or token_ids[0] == tokenizer.unk_token_id:
-        return None
-    text = tokenizer.decode([token_ids[0]]).strip()
-    return int(token_ids[0]) if text == word or len(text) >= 3 else None
 
 
 def derive_words_readout(

@@ -13,7 +13,12 @@ from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.engine import Engine
 from analysis.models.loading import LoadedModel
 from analysis.models.numerics import check_finite
-from analysis.models.session import PromptLogitCallback, iterate_defended_logits, list_blend_members
+from analysis.models.session import (
+    MemberIds,
+    PromptLogitCallback,
+    iterate_defended_logits,
+    list_blend_members,
+)
 from analysis.readouts.readout import Readout
 from defenses.contract import Defense
 
@@ -26,6 +31,7 @@ def score_prompts(
     readout: Readout,
     score_cache: ScoreCache | None = None,
     on_progress: Callable[[int], None] = lambda n_prompts: None,
+    member_prompts: Sequence[MemberIds] = (),
 ) -> Float[Tensor, "prompts 2"]:
     """Return margin (nats; positive refuses) and coverage of every prompt; cached scores are not recomputed.
 
@@ -37,6 +43,7 @@ def score_prompts(
         readout: reduces first-token logits to a margin.
         score_cache: scores of earlier runs, to which new ones are added; None disables caching.
         on_progress: called with the number of prompts finished since the last call.
+        member_prompts: as for `iterate_defended_logits`, with the response prefix.
 
     Raises:
         UserError: if a score is no finite number.
@@ -44,14 +51,17 @@ def score_prompts(
     if not _is_cacheable(defense):
         score_cache = None
     cache_key = _make_score_key(loaded_model, defense, readout)
-    keys = [cache_key.make_key(ids) for ids in prompts]
+    members = list(member_prompts) or [()] * len(prompts)
+    keys = [cache_key.make_key(ids, *more) for ids, more in zip(prompts, members, strict=True)]
     scores = score_cache.read_scores(keys) if score_cache is not None else {}
     if score_cache is not None:
         score_cache.n_hits += sum(key in scores for key in keys)
     # Identical prompts have the same key and are scored once.
     new_rows = list({key: row for row, key in enumerate(keys) if key not in scores}.values())
-    new_prompts = [prompts[row] for row in new_rows]
-    for batch_rows, values in _iterate_scores(loaded_model, engine, defense, new_prompts, readout):
+    new_prompts, new_members = [prompts[row] for row in new_rows], [members[row] for row in new_rows]
+    for batch_rows, values in _iterate_scores(
+        loaded_model, engine, defense, new_prompts, new_members, readout
+    ):
         batch_keys = [keys[new_rows[row]] for row in batch_rows]
         new_scores = dict(zip(batch_keys, map(tuple, values.tolist()), strict=True))
         if score_cache is not None:  # which skips scores that are not finite
@@ -94,6 +104,7 @@ def _iterate_scores(
     engine: Engine,
     defense: Defense,
     prompts: Sequence[tuple[int, ...]],
+    members: Sequence[MemberIds],
     readout: Readout,
 ) -> Iterator[tuple[list[int], Float[Tensor, "rows 2"]]]:
     """Yield the indices and scores of prompts, once the logits of all their continuations are computed."""
@@ -101,6 +112,11 @@ def _iterate_scores(
         return
     continuations = readout.continuations
     sequences = [(*prompt, *tokens) for prompt in prompts for tokens in continuations]
+    member_sequences = [
+        tuple((*ids, *tokens) for ids in prompt_members)
+        for prompt_members in members
+        for tokens in continuations
+    ]
     # Terms of prompts, some of whose continuations are in a later batch.
     pending: dict[int, dict[int, Tensor]] = defaultdict(dict)
 
@@ -110,7 +126,9 @@ def _iterate_scores(
         check_finite(loaded_model, terms.abs())
         return terms
 
-    for indices, values in iterate_defended_logits(engine, loaded_model, defense, sequences, compute_terms):
+    for indices, values in iterate_defended_logits(
+        engine, loaded_model, defense, sequences, compute_terms, member_sequences
+    ):
         finished: dict[int, Tensor] = {}
         for index, terms in zip(indices, values, strict=True):
             row, number = divmod(index, len(continuations))

@@ -163,7 +163,8 @@ class ScoreTable:
     """One row per query × attack × defense.
 
     Attributes:
-        frame: the columns `SCORE_COLUMNS`, and `readings` if a defense reads several copies of a query.
+        frame: the columns `SCORE_COLUMNS`, `readings` if a defense reads several copies of a query, and
+            `detector` (log-odds, nats) if it has a detector.
             `margin` is in nats, positive means refusing; `coverage` is the probability mass on the readout's
             words.
         record: manifest of the run: model, readout (with its threshold), defenses (with their families),

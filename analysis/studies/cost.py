@@ -128,19 +128,30 @@ def _time_condition(
 ) -> tuple[int, int, int, float, float, int]:
     """Return the columns of `TIMING_COLUMNS` after the first two."""
     model = session.loaded_model.model
-    # Calls of the defense to the model are part of the time until the response begins.
+    # Calls of the defense to the model, and its detector, are part of the time until the response begins.
     defense_calls = session.defense_calls.copy_uncached()
     started = _synchronized_time(model)
-    timed_session = replace(session, defense_calls=defense_calls)
-    prompts = [prompt.ids for prompt in timed_session.render_prompts(defense, [query_chat])[0]]
-    call_seconds = _synchronized_time(model) - started if defense_calls.n_calls else 0.0
+    timed_session = replace(session, defense_calls=defense_calls, score_cache=None)
+    (prompts,) = timed_session.render_prompts(defense, [query_chat])
+    counter = session.engine.work_counter
+    n_tokens_before = counter.computed_tokens
+    timed_session.score_requests(defense, [query_chat])
+    detector_tokens = counter.computed_tokens - n_tokens_before
+    is_timed = defense_calls.n_calls or defense.detects
+    call_seconds = _synchronized_time(model) - started if is_timed else 0.0
     members = [member for _, member in defense.logit_blend()] or [defense]
-    timings = [_fastest_timing(model, member, prompts) for member in members]
+    ids_by_member = [
+        [(prompt.list_member_ids() or (prompt.ids,) * len(members))[number] for prompt in prompts]
+        for number in range(len(members))
+    ]
+    timings = [
+        _fastest_timing(model, member, ids) for member, ids in zip(members, ids_by_member, strict=True)
+    ]
     # A blend of models chooses the first token only. With `max`, one of the copies is answered.
     token_seconds = timings[0][1] / (len(prompts) if defense.pool == "max" else 1)
     return (
-        len(members) * sum(map(len, prompts)),
-        defense_calls.n_tokens,
+        sum(len(ids) for member_ids in ids_by_member for ids in member_ids),
+        defense_calls.n_tokens + detector_tokens,
         len(members) * len(prompts) + defense_calls.n_calls,
         call_seconds + sum(prefill_seconds for prefill_seconds, _, _ in timings),
         token_seconds,

@@ -22,6 +22,7 @@ from analysis.readouts.readout import Readout
 from analysis.studies.run_spec import RunSpec
 from defenses.backdoor import Secret
 from defenses.contract import Defense
+from defenses.detection import Detector
 from defenses.errors import UserError
 from defenses.settings import get_settings, parse_setting
 from defenses.stack import Stack, list_members
@@ -226,6 +227,7 @@ def describe_defense(defense: Defense) -> dict[str, Any]:
         "secrets": [Secret(text).fingerprint for text in defense.secret_texts()],
         **({"weights_sha256": adapter.sha256, "weights_config": adapter.config} if adapter else {}),
         **({"armed": fingerprint} if fingerprint and not adapter else {}),
+        **({"detector": defense.describe_fit()} if isinstance(defense, Detector) else {}),
         # The behavior of a user-defined class is known from its source only.
         **({"source_sha256": _hash_class_source(type(defense))} if defense.is_user_defined else {}),
     }

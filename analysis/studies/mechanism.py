@@ -181,6 +181,11 @@ class MechanismStudy(TableCollector):
         with self.show_progress("attributing margins", len(conditions)) as on_progress:
             for name, defense in conditions.items():
                 with self.record_failures(attack.name, name, defense):
+                    if defense.detects:
+                        raise UserError(
+                            f"{name} has a detector, whose effect is not in the layers of the model: "
+                            "`analyze` measures how large it is"
+                        )
                     if has_own_weights and name != UNDEFENDED:
                         references[name], attribution = direct_attribution.attribute_change(
                             session, conditions[UNDEFENDED], defense, query_chats

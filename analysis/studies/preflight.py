@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query
@@ -271,12 +273,14 @@ def _check_margins(
     If they differ, slower forms of batches are tried, and the engine keeps the first that agrees.
     """
     model = session.loaded_model.model
-    by_length = sorted((prompt.append_prefix(readout.response_prefix) for prompt in prompts), key=len)
+    prefix = readout.response_prefix
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.append_prefix(prefix)))
     rows = [by_length[0], by_length[-1]]
-    engine, _ = session.engine.split_rows(rows)[0]
+    row_ids = [prompt.append_prefix(prefix) for prompt in rows]
+    engine, _ = session.engine.split_rows(row_ids)[0]
     spread = 0.0
     if model.dtype in HALF_PRECISION:
-        margins = score_prompts(session.loaded_model, session.engine, defense, by_length, readout)[:, 0]
+        margins = _score_rows(session, defense, by_length, readout)[:, 0]
         spread = float(margins.std(correction=0))
     first_form, comparisons = engine.batch_form, list[_MarginComparison]()
     for form in list(BatchForm)[list(BatchForm).index(first_form) :]:
@@ -310,20 +314,20 @@ def _check_margins(
     gaps = {"engine equals plain pass": comparison.plain_gap, "single equals batch": comparison.single_gap}
     return [
         *((name, gap <= comparison.tolerance, f"{gap:.1e} {allowed}") for name, gap in gaps.items()),
-        ("shared prefix", True, f"{count_shared_prefix(rows)} of {len(rows[-1])} tokens"),
+        ("shared prefix", True, f"{count_shared_prefix(row_ids)} of {len(row_ids[-1])} tokens"),
         ("coverage", True, f"{coverage:.1%}{warning}"),
     ]
 
 
 def _compare_margins(
-    session: ModelSession, defense: Defense, rows: list[tuple[int, ...]], readout: Readout, spread: float
+    session: ModelSession, defense: Defense, rows: list[Prompt], readout: Readout, spread: float
 ) -> _MarginComparison:
     """Compare margins in the engine's form of batches, in half precision relative to their spread.
 
     Args:
         session: the model.
         defense: applied to the model.
-        rows: prompts, the readout's prefix included; the first is compared with a batch of it alone.
+        rows: prompts; the first is compared with a batch of it alone.
         readout: the readout whose margins are compared.
         spread: standard deviation of margins, nats.
     """
@@ -349,19 +353,22 @@ def _compare_margins(
 
 
 def _measure_margin_gaps(
-    session: ModelSession, defense: Defense, rows: list[tuple[int, ...]], readout: Readout
+    session: ModelSession, defense: Defense, rows: list[Prompt], readout: Readout
 ) -> _MarginComparison:
     """Measure the differences in the engine's form of batches and the model's current precision."""
     model = session.loaded_model.model
     # A row as long as the first, so that every form of batch has one with several rows.
-    companion = (*rows[0][:-1], rows[0][0])
+    companion = _replace_last_token(rows[0])
     batched, single = (
-        score_prompts(session.loaded_model, session.engine, defense, part, readout)[: len(rows)]
-        for part in ([*rows, companion], rows[:1])
+        _score_rows(session, defense, part, readout)[: len(rows)] for part in ([*rows, companion], rows[:1])
     )
-    sequences = [(*ids, *tokens) for ids in rows for tokens in readout.continuations]
-    logits = torch.zeros(len(sequences), 1)
-    for weight, member in list_blend_members(defense):
+    logits = torch.zeros(len(rows) * len(readout.continuations), 1)
+    for number, (weight, member) in enumerate(list_blend_members(defense)):
+        sequences = [
+            (*(row.members[number] if row.members else row).append_prefix(readout.response_prefix), *tokens)
+            for row in rows
+            for tokens in readout.continuations
+        ]
         with member.apply_to(model):
             last_logits = torch.stack(
                 [compute_plain_logits(model, ids, last_only=True)[-1] for ids in sequences]
@@ -372,4 +379,28 @@ def _measure_margin_gaps(
         float((batched[:, 0] - plain[:, 0]).abs().max()),
         float((batched[:1, 0] - single[:, 0]).abs().max()),
         float(batched[:, 1].mean()),
+    )
+
+
+def _score_rows(
+    session: ModelSession, defense: Defense, rows: Sequence[Prompt], readout: Readout
+) -> Float[Tensor, "rows 2"]:
+    """Return the uncached margins and coverages of prompts."""
+    prefix = readout.response_prefix
+    return score_prompts(
+        session.loaded_model,
+        session.engine,
+        defense,
+        [row.append_prefix(prefix) for row in rows],
+        readout,
+        member_prompts=[row.list_member_ids(prefix) for row in rows],
+    )
+
+
+def _replace_last_token(prompt: Prompt) -> Prompt:
+    """Return the prompt, and those of the members of a blend, with the first token in place of the last."""
+    return replace(
+        prompt,
+        ids=(*prompt.ids[:-1], prompt.ids[0]),
+        members=tuple(_replace_last_token(member) for member in prompt.members),
     )

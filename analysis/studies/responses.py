@@ -229,11 +229,20 @@ def _make_keys(
         "response": [readout.prefill, N_RESPONSE_TOKENS],
         "tokenizer": [vocabulary, sorted(session.loaded_model.end_token_ids)],
     }
-    prompts_by_query = session.render_prompts(defense, attack.build_query_chats(queries))
+    query_chats = attack.build_query_chats(queries)
+    log_odds = session.score_requests(defense, query_chats) or [0.0] * len(queries)
+    prompts_by_query = session.render_prompts(defense, query_chats)
     return [
         # The judge also reads the query.
-        CacheKey({**settings, "query": query.text, "ids": [prompt.ids for prompt in prompts]}).make_key(())
-        for query, prompts in zip(queries, prompts_by_query, strict=True)
+        CacheKey(
+            {
+                **settings,
+                "query": query.text,
+                "detector_refuses": value > 0,
+                "ids": [[prompt.ids, *prompt.list_member_ids()] for prompt in prompts],
+            }
+        ).make_key(())
+        for query, prompts, value in zip(queries, prompts_by_query, log_odds, strict=True)
     ]
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from analysis.files import Notifier
     from analysis.models.loading import ModelCheckpoint
     from analysis.models.session import ModelSession
-    from defenses.contract import MeanActivations, ModelInfo
+    from defenses.contract import MeanActivations, ModelInfo, TrainingRequests
 
 READOUT_DESCRIPTIONS = {
     "words": "refusing against complying first words, equal weights",
@@ -237,6 +237,7 @@ class RunSpec:
         from analysis.models.chat_template import ChatTemplate
         from analysis.models.loading import build_model_info, open_checkpoint
         from analysis.models.numerics import check_short_prompt
+        from analysis.models.requests import load_training_requests
         from analysis.models.session import ModelSession
 
         silence_libraries(self.offline)
@@ -288,11 +289,21 @@ class RunSpec:
                     session, [query.text for query in queries], [query.harmful for query in queries]
                 )
 
+        def load_requests() -> TrainingRequests:
+            queries = load_queries("contrast").select_split("train").queries
+            return load_training_requests(
+                load_session(),
+                [query.text for query in queries],
+                [query.harmful for query in queries],
+                [query.pair for query in queries],
+            )
+
         model_info = replace(
             model_info,
             offline=self.offline,
             notify=notify,
             compute_mean_activations=cache(compute_mean_activations),
+            load_training_requests=cache(load_requests),
         )
         return OpenedModel(checkpoint, model_info, prompt_session, load_session)
 

@@ -23,6 +23,7 @@ from analysis.studies.preflight import PreflightCheck, check_condition, make_fai
 from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
+from defenses.detection import Detector
 from defenses.errors import UserError, describe_error
 from defenses.images import get_last_image
 from defenses.stack import list_members
@@ -175,6 +176,7 @@ def prepare_setup(
         *image_notices,
         *omissions,
         *overlap,
+        *_detector_notices(setup.defenses),
     ]
     for name, readout in readouts.items():
         notices += [f"readout {name}: {notice}" for notice in readout.notices]
@@ -322,7 +324,7 @@ def describe_failed_checks(
 def _may_run_model(defense: Defense) -> bool:
     """Return whether the preparation of a defense may run the model, which needs its weights."""
     return any(
-        isinstance(member, Steering)
+        isinstance(member, Steering | Detector)
         or (member.is_user_defined and type(member).prepare is not Defense.prepare)
         for member in list_members(defense)
     )
@@ -444,6 +446,21 @@ def _missing_requirement_notices(
             scored = f"only {', '.join(ablations)} can be scored" if ablations else "skipped"
             notices.append(f"{defense.name}: {scored}: {reason}")
     return notices
+
+
+def _detector_notices(defenses: Sequence[Defense]) -> list[str]:
+    """Return how well each detector separates the classes of its training queries."""
+    detectors = {
+        member.name: member.fit
+        for defense in defenses
+        for member in list_members(defense)
+        if isinstance(member, Detector) and member.fit is not None
+    }
+    return [
+        f"{name}: AUROC {fit.auroc:.2f} in cross-validation on {fit.n_harmful} harmful and {fit.n_benign} "
+        "benign training queries"
+        for name, fit in detectors.items()
+    ]
 
 
 def _select_by_images(

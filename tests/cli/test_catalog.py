@@ -35,6 +35,8 @@ EXPLANATIONS = {
     "policy": "Content policy.",
     "retokenization": "tokens: <",
     "refusal_steering": "The defense changes the model itself.",
+    "coca": "Logits: +5 x coca and -4 x none, each after its own prompt.",
+    "harm_probe": "Detector: log-odds",
 }
 
 

@@ -17,6 +17,7 @@ from conftest import (
     make_adapter,
     make_mean_activations,
     make_toy_session,
+    make_training_requests,
     render_query,
     tiny_model,
     toy_tokenizer,
@@ -52,6 +53,8 @@ STACKS = [
     "two_pass_intention+safety_prefix",
     "policy+safe_decoding+refusal_steering",
     "image_mask+caption_beside+self_reminder",
+    "coca+paraphrase",
+    "self_reminder+harm_probe",
 ]
 
 
@@ -68,7 +71,11 @@ def host(folder, seed=0):
     """Return the properties of a toy model, with a separate folder of secrets."""
     adapters, tokenizer = make_shared_files()
     folders = (folder / "secrets", folder / "shipped"), (Path(adapters.name),)
-    return ModelInfo("toy", tokenizer, *folders, "toy", seed, compute_mean_activations=make_mean_activations)
+    learned = {
+        "compute_mean_activations": make_mean_activations,
+        "load_training_requests": make_training_requests,
+    }
+    return ModelInfo("toy", tokenizer, *folders, "toy", seed, **learned)
 
 
 def rewrite_copies(defense, chat, seed=0, response="What is bread?"):
@@ -197,12 +204,14 @@ def test_only_a_defense_that_changes_the_model_or_the_tokens_leaves_the_chat_unc
     changes_model = {
         name
         for name, defense in defenses.items()
-        if defense.weights_fingerprint() != "" or defense.logit_blend() or defense.retokenizes
+        if defense.weights_fingerprint() != ""
+        or (defense.logit_blend() and not defense.blends_prompts)
+        or defense.retokenizes
     }
     # Plain text has no obfuscation for clean_up to reverse, and no image.
     assert unchanged == {
         *("none", "clean_up", *NEED_WEIGHTS),
-        *(name for name, defense in defenses.items() if defense.needs_images),
+        *(name for name, defense in defenses.items() if defense.needs_images or defense.detects),
         *changes_model - {"backdoor", "backdoor/no_secret"},
     }
 

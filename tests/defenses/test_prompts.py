@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import render_query
+from conftest import make_training_requests, render_query
 
 from analysis.datasets.queries import Query
 from analysis.models.chat_template import redact_secrets
@@ -60,6 +60,7 @@ def model_info(smollm2: LoadedModel) -> ModelInfo:
     return replace(
         build_model_info("smollm2", smollm2.tokenizer, sha256=smollm2.origin["sha256"]),
         compute_mean_activations=lambda: activations,
+        load_training_requests=make_training_requests,
     )
 
 
@@ -94,6 +95,8 @@ def test_prompts_are_those_of_the_file_and_agree_with_settings_and_cost(
     assert prompts[name] == rendered
 
     defense = get_defense(name)
+    if defense.detects:  # its own prompts are tested with what it reads
+        return
     # Every setting that is a text appears in a prompt; an empty one stands for another text.
     everything = " ".join(json.dumps(rendered, ensure_ascii=False).split())
     for key, text in get_settings(defense).items():
@@ -103,8 +106,9 @@ def test_prompts_are_those_of_the_file_and_agree_with_settings_and_cost(
                 assert escaped.strip() in everything, key
 
     if defense.cost != "weights":
+        n_other_prompts = max(0, len(defense.logit_blend()) - 1)
         for condition in rendered.values():
-            counts = len(condition["asked"]), len(condition["reads"])
+            counts = len(condition["asked"]) + n_other_prompts, len(condition["reads"])
             assert defense.cost == {(0, 1): "static", (1, 1): "one call"}.get(counts, "N calls")
 
 
@@ -116,4 +120,4 @@ def test_every_defense_is_in_the_documentation_with_its_cost() -> None:
     documented = {name for line in table for name in re.findall(r"`(\w+)`", line)}
     assert documented == set(list_defense_names()) - {"none"}
     families = {get_defense(name).family for name in list_defense_names()}
-    assert len(documented) >= 49 and len(families) == 10  # with none, control and backdoor
+    assert len(documented) >= 49 and len(families) == 11  # with none, control and backdoor

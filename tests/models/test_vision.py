@@ -6,17 +6,21 @@ The numbers in the names of tests are those of the mistakes that other tools hav
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from vision_models import VISION_FAMILIES, build_vision_model, save_vision_model
+from vision_models import (
+    VISION_FAMILIES,
+    build_vision_model,
+    draw_image,
+    open_session,
+    run_plainly,
+    save_vision_model,
+)
 
 from analysis.models.batches import BatchForm
 from analysis.models.engine import Engine
@@ -27,30 +31,9 @@ from analysis.models.plain_passes import compute_plain_logits, run_in_float32
 from analysis.models.session import ModelSession, check_token_ids
 from analysis.models.vision import ImageReader
 from defenses.errors import UserError
-from defenses.images import QueryImage
-
-
-def draw_image(width, height, seed=0):
-    """Return an image of random pixels."""
-    pixels = np.random.default_rng([seed, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    return QueryImage(
-        f"{width}x{height}", hashlib.sha256(f"{width}{height}{seed}".encode()).hexdigest(), image.copy
-    )
-
 
 # Of different sizes and numbers of tiles; two of equal size, which could be exchanged without an error.
 IMAGES = (draw_image(130, 70), draw_image(60, 60), draw_image(300, 100), draw_image(60, 60, seed=1))
-
-
-@cache
-def open_session(family):
-    """Return a session with a tiny model of a family."""
-    model, processor = build_vision_model(family)
-    reader = ImageReader(processor, model, family)
-    return ModelSession.from_model(
-        LoadedModel(family, model, processor.tokenizer, {"id": family}, image_reader=reader)
-    )
 
 
 def make_chat(image, text="What is this?", system=""):
@@ -70,35 +53,6 @@ def render_prompts(family):
     """Return the token ids of the prompts of all cases."""
     template = open_session(family).chat_template
     return [template.render_prompt(make_chat(*case)).ids for case in CASES]
-
-
-def run_plainly(family, image, text="What is this?", system="", more_ids=()):
-    """Return the last logits of a plain pass with everything that the processor returns, and its ids."""
-    model, processor = build_vision_model(family)
-    parts = [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
-    chat = [{"role": "user", "content": parts}]
-    if system:
-        chat = [{"role": "system", "content": [{"type": "text", "text": system}]}, *chat]
-    rendered = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    inputs = processor(
-        text=[rendered],
-        images=[image.load()] if image else None,
-        return_tensors="pt",
-        add_special_tokens=False,
-    )
-    if more_ids:
-        length = len(more_ids)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([more_ids])], dim=1)
-        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-            if name in inputs:
-                fill = torch.full((1, length), int(name == "attention_mask"))
-                inputs[name] = torch.cat([inputs[name], fill], dim=1)
-    known = {
-        name: value for name, value in inputs.items() if image or name in ("input_ids", "attention_mask")
-    }
-    with torch.inference_mode():
-        logits = model(**known, use_cache=False).logits[0, -1].float()
-    return logits, inputs["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import ChatTemplate
+from analysis.models.requests import find_first_token
 from analysis.readouts.first_token import (
     COMPLIANCE_WORDS,
     REFUSAL_WORDS,
-    find_first_token,
     make_words_readout,
 )
 from analysis.readouts.readout import Readout

@@ -1,0 +1,219 @@
+"""What detectors read of the undefended model about requests: streams, logits and likelihoods, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from analysis.models.cache import (
+    describe_computation,
+    make_json_cache_path,
+    read_cached_json,
+    write_cached_json,
+)
+from analysis.models.chat_template import ChatTemplate, Prompt
+from analysis.models.engine import Engine
+from analysis.models.hooks import HookPoint, record_activations
+from analysis.models.loading import LoadedModel
+from analysis.models.token_spans import mask_user_tokens
+from defenses.adapters import fingerprint_queries
+from defenses.contract import Chat, Message, ModelCall, QueryChat, StreamPosition, TrainingRequests
+from defenses.errors import UserError
+from defenses.steering import get_blocks
+
+if TYPE_CHECKING:
+    from analysis.models.session import DefenseCalls, ModelSession
+
+
+class ModelRequestReader:
+    """Reads requests with a model; see `defenses.contract.RequestReader`.
+
+    Args:
+        loaded_model: the model, to which no defense may be applied.
+        engine: runs the model.
+        chat_template: of the model's tokenizer.
+        defense_calls: generates responses.
+
+    Attributes:
+        tokenizer: of the model.
+        n_blocks: number of transformer blocks.
+    """
+
+    def __init__(
+        self,
+        loaded_model: LoadedModel,
+        engine: Engine,
+        chat_template: ChatTemplate,
+        defense_calls: DefenseCalls,
+    ) -> None:
+        self._model, self._engine = loaded_model.model, engine
+        self._chat_template, self._defense_calls = chat_template, defense_calls
+        self.tokenizer: Any = loaded_model.tokenizer
+        self.n_blocks = len(get_blocks(self._model))
+
+    def read_streams(
+        self,
+        chats: Sequence[Chat],
+        layers: Sequence[int],
+        reduce_stream: Callable[[int, Tensor], Tensor],
+        position: StreamPosition = "response",
+    ) -> Float[Tensor, "requests layers values"]:
+        """Return what `reduce_stream` keeps of the residual stream of each request at some layers."""
+        prompts = [self._chat_template.render_prompt(chat) for chat in chats]
+        if position == "user_text":
+            spans = [self._find_user_text(prompt, chat) for prompt, chat in zip(prompts, chats, strict=True)]
+            sequences = [prompt.ids[: span.stop] for prompt, span in zip(prompts, spans, strict=True)]
+        else:
+            sequences = [prompt.ids for prompt in prompts]
+        blocks = get_blocks(self._model)
+        hook_points: dict[int, HookPoint] = {
+            layer: (blocks[layer] if layer < self.n_blocks else self._final_norm, "enters")
+            for layer in layers
+        }
+        values: dict[int, Tensor] = {}
+        with torch.inference_mode(), record_activations(self._engine, hook_points) as streams:
+            for rows, _ in self._engine.iterate_logits(sequences, [1] * len(sequences)):
+                kept = [reduce_stream(layer, streams[layer].float()).float().cpu() for layer in hook_points]
+                values.update(zip(rows, torch.stack(kept, 1), strict=True))
+        return torch.stack([values[row] for row in range(len(chats))])
+
+    def unembed(self, stream: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
+        """Return the logits of a residual stream (final norm, unembedding), without scaling or capping."""
+        unembedding = self._model.get_output_embeddings()
+        normed = self._final_norm(stream.to(self._model.dtype))
+        logits: Tensor = unembedding(normed.to(unembedding.weight.device)).float()
+        return logits
+
+    def find_token_ids(self, words: Sequence[str]) -> list[int]:
+        """Return the ids of the first tokens of words, with and without a space before them."""
+        ids = [
+            token_id
+            for word in words
+            for space in ("", " ")
+            if (token_id := find_first_token(self.tokenizer, word, space)) is not None
+        ]
+        return list(dict.fromkeys(ids))
+
+    def read_first_logits(
+        self, chats: Sequence[Chat], token_ids: Sequence[int]
+    ) -> Float[Tensor, "requests tokens"]:
+        """Return the logits of some first response tokens."""
+        prompts = [self._chat_template.render_prompt(chat).ids for chat in chats]
+        return self._engine.read_first_token(prompts, lambda logits: logits[:, list(token_ids)].cpu())
+
+    def read_log_likelihoods(self, chats: Sequence[Chat]) -> list[Float[Tensor, " tokens"]]:
+        """Return the log-likelihood (nats) of each token of the last user text, given all before it."""
+        befores, texts = [], []
+        for chat in chats:
+            prompt = self._chat_template.render_prompt(chat)
+            span = self._find_user_text(prompt, chat)
+            start = max(span.start, 1)  # the first token of a prompt has no likelihood
+            befores.append(prompt.ids[:start])
+            texts.append(prompt.ids[start : span.stop] or prompt.ids[-1:])
+        return self._engine.compute_log_probabilities(befores, texts)
+
+    def call_model(self, calls: Sequence[ModelCall]) -> list[str]:
+        """Return the response of the undefended model to each call."""
+        return self._defense_calls.complete_calls(calls)
+
+    def _find_user_text(self, prompt: Prompt, chat: Chat) -> slice:
+        """Return where the tokens of the last user text are; the last token if there are none."""
+        mask = mask_user_tokens(self._chat_template, prompt, chat)
+        positions = [position for position, is_user in enumerate(mask) if is_user] or [len(mask) - 1]
+        return slice(positions[0], positions[-1] + 1)
+
+    @cached_property
+    def _final_norm(self) -> nn.Module:
+        """The module whose output the unembedding reads."""
+        unembedding, outputs = self._model.get_output_embeddings(), dict[nn.Module, Tensor]()
+        normed: list[Tensor] = []
+
+        def record_output(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs[module] = output
+
+        handles = [
+            unembedding.register_forward_pre_hook(lambda _, args: normed.append(args[0])),
+            *(child.register_forward_hook(record_output) for child in self._model.get_decoder().children()),
+        ]
+        try:
+            with torch.inference_mode():
+                ids = torch.tensor([[0, 1]], device=self._model.device)
+                self._model(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for module, output in outputs.items():
+            if normed and output.shape == normed[0].shape and torch.equal(output.cpu(), normed[0].cpu()):
+                return module
+        raise UserError(
+            f"{type(self._model).__name__} has no final norm before its unembedding that could be found, so "
+            "its residual stream cannot be read: choose a detector that reads none, such as self_examination"
+        )
+
+
+def find_first_token(tokenizer: Any, word: str, leading_space: str) -> int | None:
+    """Return the id of a word's first token, or None if that token is too short to identify the word.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        word: as written.
+        leading_space: text before the word, a space or nothing.
+    """
+    # After a line break, a SentencePiece tokenizer adds no space of its own, so both forms can be encoded.
+    token_ids = tokenizer.encode(f"\n{leading_space}{word}", add_special_tokens=False)
+    while token_ids and not tokenizer.decode([token_ids[0]]).strip():
+        token_ids = token_ids[1:]
+    if not token_ids or token_ids[0] == tokenizer.unk_token_id:
+        return None
+    text = tokenizer.decode([token_ids[0]]).strip()
+    return int(token_ids[0]) if text == word or len(text) >= 3 else None
+
+
+def load_training_requests(
+    session: ModelSession, texts: Sequence[str], is_harmful: Sequence[bool], pairs: Sequence[str | None]
+) -> TrainingRequests:
+    """Return the training queries as detectors read them; what is learned from them is kept in the cache.
+
+    Args:
+        session: the model; it is read undefended.
+        texts: training queries of both classes.
+        is_harmful: class of each query.
+        pairs: pair of each query, or None.
+    """
+    query_chats = tuple(
+        QueryChat(f"training query {number}", [Message(role="user", content=text)])
+        for number, text in enumerate(texts)
+    )
+    groups = [pair or query_chat.query_id for pair, query_chat in zip(pairs, query_chats, strict=True)]
+    inputs = {
+        "prompts": [session.chat_template.render_prompt(chat).ids for _, chat in query_chats],
+        "harmful": list(is_harmful),
+        "groups": groups,
+    }
+    computation = {**describe_computation(session.loaded_model), **inputs}
+    digest = hashlib.sha256(json.dumps(computation, sort_keys=True).encode()).hexdigest()
+
+    def recall(settings: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = make_json_cache_path("detectors", session.loaded_model, {**inputs, "settings": settings})
+        if (learned := read_cached_json(path, dict)) is None:
+            learned = compute()
+            write_cached_json(path, learned)
+        return learned
+
+    return TrainingRequests(
+        session.request_reader,
+        query_chats,
+        tuple(is_harmful),
+        tuple(groups),
+        frozenset(fingerprint_queries(texts)),
+        digest,
+        recall,
+    )
