@@ -230,11 +230,7 @@ class ChatTemplate:
         """
         if any("image" in message for message in chat):
             return self._render_images(chat)
-        chat, prefill = split_prefill(chat)
-        if self.has_leading_space:
-            prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
-        if self.system_policy == "merged" and chat[0]["role"] == "system":
-            chat = _merge_system_turn(chat)
+        chat, prefill = self._split_chat(chat)
         if isinstance(self.image_reader, ImageReader):  # also where no message has an image
             chat = _escape_marks(chat, self.image_reader.reserved_texts)
         ids = self._add_bos(list(self._apply(chat, self.source, tokenize=True)["input_ids"]))
@@ -256,16 +252,21 @@ class ChatTemplate:
             raise UserError(reader.reason)
         if isinstance(reader, OcrReader):
             return self.render_prompt(reader.replace_images(chat))
-        chat, prefill = split_prefill(chat)
-        if self.has_leading_space:
-            prefill = prefill.rstrip()
-        if self.system_policy == "merged" and chat[0]["role"] == "system":
-            chat = _merge_system_turn(chat)
+        chat, prefill = self._split_chat(chat)
         prepared = [reader.prepare(message["image"]) for message in chat if "image" in message]
         shown = _escape_marks(chat, reader.reserved_texts)
         text = str(self._apply_with_images(shown, reader.image_mark))
         ids = self._add_bos(reader.encode_text(text, prepared)) + self._encode_prefill(prefill)
         return Prompt(tuple(ids), self.decode_tokens(ids, prepared), chat, prefill, tuple(prepared))
+
+    def _split_chat(self, chat: Chat) -> tuple[Chat, str]:
+        """Return the messages for the template, system text merged where it has no role, and the prefill."""
+        chat, prefill = split_prefill(chat)
+        if self.has_leading_space:
+            prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
+        if self.system_policy == "merged" and chat[0]["role"] == "system":
+            chat = _merge_system_turn(chat)
+        return chat, prefill
 
     def _add_bos(self, ids: list[int]) -> list[int]:
         """Return the prompt's tokens with the BOS that processors, unlike tokenizers, put before prompts."""

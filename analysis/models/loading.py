@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -206,17 +206,7 @@ class ModelCheckpoint:
             )
         if self.adapter is not None:
             merge_adapter(model, self.adapter)
-        return LoadedModel(
-            self.name,
-            model.eval(),
-            self.tokenizer,
-            self.origin,
-            self.adapter,
-            self.trained_on,
-            describe_quantization(quantization, model),
-            tuple(notices),
-            image_reader=self._make_image_reader(model),
-        )
+        return self._build_loaded_model(model, describe_quantization(quantization, model), notices)
 
     def build_without_weights(self) -> LoadedModel:
         """Return a model of this architecture that holds no weights, for what depends on prompts alone."""
@@ -230,6 +220,12 @@ class ModelCheckpoint:
             raise explain_loading_error(self.name, get_quantization_config(self.config), error) from error
         if self.adapter is not None:
             extend_embeddings(model, self.adapter)
+        return self._build_loaded_model(model)
+
+    def _build_loaded_model(
+        self, model: Any, quantization: dict[str, Any] | None = None, notices: Sequence[str] = ()
+    ) -> LoadedModel:
+        """Return a model of transformers with what this checkpoint knows of it."""
         return LoadedModel(
             self.name,
             model.eval(),
@@ -237,6 +233,8 @@ class ModelCheckpoint:
             self.origin,
             self.adapter,
             self.trained_on,
+            quantization,
+            tuple(notices),
             image_reader=self._make_image_reader(model),
         )
 

@@ -1,8 +1,7 @@
 """Images as a model reads them: pixels prepared once per image, features computed once and reused.
 
 An image is prepared by the processor of the model, alone, so that no other image of a batch matters. Its
-features are computed alone as well. They are kept in memory up to a limit, then in files of a temporary
-folder. They are computed again if a weight that reads images is changed or replaced.
+features are computed alone as well.
 """
 
 from __future__ import annotations
@@ -10,26 +9,31 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from analysis.models.batches import BatchForm
+from analysis.models.image_features import (
+    Features,
+    FeatureStore,
+    count_bytes,
+    list_tensors,
+    list_vision_weights,
+)
 from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, is_image_id, make_image_ids
+from analysis.models.pixel_share import measure_pixel_share
 from defenses.errors import UserError, describe_library_error
 from defenses.images import QueryImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MAX_FEATURE_BYTES = 2**30  # of features in memory
 _TEST_IMAGE = "a test image"  # name of images that no query has
 _MIN_SEEN_SHARE = 0.95  # of an image's pixels; less is told
 _MAX_PIXEL_BYTES = 2**30  # of prepared pixels in memory; others are prepared again
@@ -92,6 +96,7 @@ class ImageReader:
         name: of the model, for errors.
 
     Attributes:
+        feature_store: features of images under the model's present weights.
         n_computed: number of images whose features were computed.
         hook: of the model.
     """
@@ -99,14 +104,10 @@ class ImageReader:
     def __init__(self, processor: Any, model: Any, name: str) -> None:
         self.processor, self.model, self.name = processor, model, name
         self.n_computed = 0
-        self._weights: list[Tensor] = []  # that the features were computed with, so that none is freed
-        self._weight_versions: list[tuple[int, int]] = []
+        self.feature_store = FeatureStore(model)
         self._prepared: dict[str, PreparedImage] = {}
         self._by_first_id: dict[int, PreparedImage] = {}
         self._pixels: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._features: OrderedDict[int, dict[str, Any]] = OrderedDict()
-        self._feature_bytes = 0
-        self._files: dict[int, dict[str, Any]] = {}  # names of the tensors in the file
         self._seen_shares: dict[tuple[int, int], float | None] = {}
         if (other := getattr(model, "image_reader", None)) is not None:
             other.hook.remove()
@@ -204,7 +205,7 @@ class ImageReader:
 
     def _keep_pixels(self, digest: str, inputs: dict[str, Tensor]) -> None:
         self._pixels[digest] = {name: value for name, value in inputs.items() if name in _PIXEL_INPUTS}
-        while len(self._pixels) > 1 and sum(map(_count_bytes, self._pixels.values())) > _MAX_PIXEL_BYTES:
+        while len(self._pixels) > 1 and sum(map(count_bytes, self._pixels.values())) > _MAX_PIXEL_BYTES:
             self._pixels.popitem(last=False)
 
     def encode_text(self, text: str, prepared: Sequence[PreparedImage]) -> list[int]:
@@ -243,12 +244,6 @@ class ImageReader:
             f"{len(cut)} of {len(read)} images reach the model in part only, because its processor "
             f"cuts them; of {least.image.name}, {least.seen_share:.0%} of the pixels"
         )
-
-    def forget_features(self) -> None:
-        """Forget all features, so that they are computed again."""
-        self._features.clear()
-        self._files.clear()
-        self._feature_bytes = 0
 
     def draw_probe_prompts(self) -> list[tuple[int, ...]]:
         """Return three prompts of words and random images; the last two have equal length."""
@@ -290,6 +285,12 @@ class ImageReader:
         ids = torch.tensor([list(token_ids)], device=self.model.device)
         built, prepared = self._list_token_inputs(ids)
         return built | self._merge_inputs(prepared)
+
+    @property
+    def fastest_form(self) -> BatchForm:
+        """The fastest form of a batch that prompts with images may have."""
+        # Where an image lies decides on positions or on what its tokens attend to, in the whole prompt.
+        return BatchForm.EQUAL if self._parameters & {*_KIND_INPUTS} else BatchForm.PACKED
 
     @cached_property
     def _parameters(self) -> frozenset[str]:
@@ -362,76 +363,24 @@ class ImageReader:
         return inputs, text, n_tokens
 
     def _measure_seen_share(self, size: tuple[int, int]) -> float | None:
-        """Return the share of an image's pixels that reach the model.
-
-        An image whose red rises from left to right and whose green rises from top to bottom is prepared; the
-        largest and the smallest value that are left tell what was cut off. What fills the margins may lie
-        between them.
-        """
+        """Return the share of an image's pixels that reach the model, measured once for each size."""
         if size not in self._seen_shares:
-            self._seen_shares[size] = self._compute_seen_share(size)
+            self._seen_shares[size] = measure_pixel_share(
+                lambda pixels: self._process(pixels, _TEST_IMAGE)[0], size
+            )
         return self._seen_shares[size]
 
-    def _compute_seen_share(self, size: tuple[int, int]) -> float | None:
-        import numpy as np
-        from PIL import Image as Images
-
-        width, height = size
-        low, high = 64, 192
-        ramps = np.full((height, width, 3), 128, dtype=np.uint8)
-        ramps[..., 0] = np.linspace(low, high, width).round()[None, :]
-        ramps[..., 1] = np.linspace(low, high, height).round()[:, None]
-
-        def read_channels(pixels: Any) -> list[Tensor]:
-            inputs, _, _ = self._process(Images.fromarray(pixels), _TEST_IMAGE)
-            values = inputs["pixel_values"].float()
-            if values.ndim == 2:  # patches, each with its channels one after another
-                values = values.reshape(len(values), 3, -1).transpose(0, 1)
-            else:
-                values = values.movedim(-3, 0)
-            return [channel.flatten() for channel in values[:2]]
-
-        try:
-            bounds = [read_channels(np.full_like(ramps, value)) for value in (low, high)]
-            shares = []
-            for channel, darkest, brightest in zip(read_channels(ramps), *bounds, strict=True):
-                first, last = darkest.median(), brightest.median()
-                places = (channel - first) / (last - first)
-                places = places[(places > -0.02) & (places < 1.02)]
-                shares.append(float((places.max() - places.min()).clamp(0, 1)))
-        except (UserError, RuntimeError, ValueError, KeyError):
-            return None
-        return shares[0] * shares[1]
-
     @torch.inference_mode()
-    def _get_features(self, prepared: PreparedImage) -> dict[str, Any]:
+    def _get_features(self, prepared: PreparedImage) -> Features:
         """Return the features of an image under the model's present weights."""
-        if not self._can_reuse_features():
-            return self._compute_features(prepared)
-        key = prepared.ids.start
-        if key in self._features:
-            self._features.move_to_end(key)
-            return self._features[key]
-        if key in self._files:
-            stored = load_file(self._get_file(key))
-            return _map_leaves(self._files[key], lambda name: self._to_device(stored[name]))
-        features = self._compute_features(prepared)
-        self._features[key] = features
-        self._feature_bytes += _count_bytes(features)
-        while self._feature_bytes > _MAX_FEATURE_BYTES and len(self._features) > 1:
-            old_key, old = self._features.popitem(last=False)
-            self._feature_bytes -= _count_bytes(old)
-            tensors: dict[str, Tensor] = {}
-            self._files[old_key] = _map_leaves(old, partial(_name_tensor, tensors))
-            save_file(tensors, self._get_file(old_key))
-        return features
+        return self.feature_store.get_features(prepared.ids.start, lambda: self._compute_features(prepared))
 
-    def _compute_features(self, prepared: PreparedImage) -> dict[str, Any]:
+    def _compute_features(self, prepared: PreparedImage) -> Features:
         """Return the output of the part that reads images: features, and those of deeper layers if any."""
         compute = self.model.base_model.get_image_features
         accepted = inspect.signature(compute).parameters
         self.n_computed += 1
-        dtype = next(weight.dtype for weight in self._list_vision_weights() if weight.is_floating_point())
+        dtype = next(weight.dtype for weight in list_vision_weights(self.model) if weight.is_floating_point())
         inputs = {
             name: value.to(self.model.device, dtype if value.is_floating_point() else None)
             for name, value in (prepared.layout | self._get_pixels(prepared.image)).items()
@@ -439,7 +388,7 @@ class ImageReader:
         }
         output = compute(**inputs, return_dict=True)
         features = {name: output[name] for name in _FEATURES if output.get(name) is not None}
-        tensors = _list_tensors(features["pooler_output"])
+        tensors = list_tensors(features["pooler_output"])
         n_features = sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
         if n_features != len(prepared.ids):
             raise UserError(
@@ -448,47 +397,6 @@ class ImageReader:
                 "and model do not fit"
             )
         return features
-
-    def _can_reuse_features(self) -> bool:
-        """Return whether features may be reused; forget those of other weights.
-
-        Weights may be changed in place, replaced, or changed while a module runs, by its hooks.
-        """
-        hooks = [
-            hook
-            for module in self.list_vision_modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        ]
-        if not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
-            return False
-        weights = self._list_vision_weights()
-        versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        if versions != self._weight_versions:
-            self.forget_features()
-            self._weights = [weight.detach() for weight in weights]
-            self._weight_versions = versions
-        return True
-
-    def list_vision_modules(self) -> list[nn.Module]:
-        """Return the modules on which features depend: all but the language part and the output."""
-        language = set(self.model.get_decoder().modules())
-        others = {self.model, self.model.base_model, self.model.get_output_embeddings()}
-        return [module for module in self.model.modules() if module not in language | others]
-
-    def _list_vision_weights(self) -> list[Tensor]:
-        """Return the weights on which features depend, as they are now."""
-        own = [self.model.base_model, *self.list_vision_modules()]
-        return [weight for module in own for weight in module.parameters(recurse=False)]
-
-    @cached_property
-    def _folder(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix="refusalscope-features-")
-
-    def _get_file(self, key: int) -> Path:
-        return Path(self._folder.name) / f"{key:x}.safetensors"
-
-    def _to_device(self, value: Tensor) -> Tensor:
-        return value.to(self.model.device)
 
 
 def _describe_target(inputs: dict[str, Tensor]) -> str:
@@ -501,11 +409,6 @@ def _describe_target(inputs: dict[str, Tensor]) -> str:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return f"{columns}×{rows} patches"
     return f"{shape[0]} patches"
-
-
-def takes_token_kinds(model: Any) -> bool:
-    """Return whether the model must be told which tokens are those of images."""
-    return any(name in inspect.signature(model.forward).parameters for name in _KIND_INPUTS)
 
 
 class _FeatureOutput(dict[str, Any]):
@@ -533,34 +436,3 @@ def _join(values: Sequence[Any]) -> Any:
     if first and isinstance(first[0], Tensor):
         return [tensor for value in values for tensor in value]
     return [_join(layer) for layer in zip(*values, strict=True)]
-
-
-def _list_tensors(value: Any) -> list[Tensor]:
-    return (
-        [value] if isinstance(value, Tensor) else [tensor for part in value for tensor in _list_tensors(part)]
-    )
-
-
-def _name_tensor(tensors: dict[str, Tensor], tensor: Tensor) -> str:
-    """Add a tensor to those of a file, and return its name."""
-    name = str(len(tensors))
-    tensors[name] = tensor.cpu().contiguous()
-    return name
-
-
-def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Return nested dictionaries and sequences with a function applied to what they hold."""
-    if isinstance(value, dict):
-        return {key: _map_leaves(part, function) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_leaves(part, function) for part in value]
-    return function(value)
-
-
-def _count_bytes(features: dict[str, Any]) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for value in features.values()
-        if value is not None
-        for tensor in _list_tensors(value)
-    )

@@ -237,15 +237,15 @@ def test_a_bos_that_the_processor_writes_is_written():
 def test_features_beyond_the_limit_are_kept_in_files(monkeypatch):
     session, prompts = open_session("qwen3_vl"), render_prompts("qwen3_vl")
     expected = session.engine.read_first_token(prompts, lambda logits: logits)
-    monkeypatch.setattr("analysis.models.vision._MAX_FEATURE_BYTES", 1)
+    monkeypatch.setattr("analysis.models.image_features.MAX_FEATURE_BYTES", 1)
     reader = session.chat_template.image_reader
-    monkeypatch.setattr(reader, "_features", type(reader._features)())
+    reader.feature_store.forget()
     n_computed = reader.n_computed
     for _ in range(2):
         found = session.engine.read_first_token(prompts, lambda logits: logits)
         assert torch.equal(found, expected)
     assert reader.n_computed == n_computed + len(IMAGES)
-    assert len(reader._features) == 1 and reader._files
+    assert reader.feature_store.n_files == len(IMAGES) - 1
 
 
 def test_ids_tell_images_apart_and_edits_too():
