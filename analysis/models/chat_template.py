@@ -139,7 +139,7 @@ class ChatTemplate:
             "date": FIXED_DATE.isoformat() if self._writes_date else None,
             "answers_begin_after": self.response_start.opening,
             "content": "parts" if self._takes_parts else "text",
-            **({"images": self.image_reader.identity} if self.image_reader else {}),
+            **({"images": images} if self.image_reader and (images := self.image_reader.identity) else {}),
         }
 
     @cached_property
@@ -203,6 +203,11 @@ class ChatTemplate:
             notices.append(
                 "the template has no system role: system text is put before the first user message"
             )
+        elif isinstance(self.image_reader, ImageReader) and not self._takes_system_beside_image:
+            notices.append(
+                "the template takes no system turn beside an image: there, system text is put before the "
+                "first user message"
+            )
         if self.response_start.notice:
             notices.append(self.response_start.notice)
         if self._writes_date:
@@ -264,8 +269,10 @@ class ChatTemplate:
         chat, prefill = split_prefill(chat)
         if self.has_leading_space:
             prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
-        if self.system_policy == "merged" and chat[0]["role"] == "system":
-            chat = _merge_system_turn(chat)
+        if chat[0]["role"] == "system":
+            has_image = any("image" in message for message in chat)
+            takes_system = self._takes_system_beside_image if has_image else self.system_policy == "native"
+            chat = chat if takes_system else _merge_system_turn(chat)
         return chat, prefill
 
     def _add_bos(self, ids: list[int]) -> list[int]:
@@ -288,6 +295,21 @@ class ChatTemplate:
             for message in chat
         ]
         return self._apply(marked, self.source)
+
+    @cached_property
+    def _takes_system_beside_image(self) -> bool:
+        """Whether the template shows a system turn beside an image; Llama 3.2's first one refused it."""
+        reader = self.image_reader
+        if self.system_policy == "merged" or not isinstance(reader, ImageReader):
+            return False
+        chat: list[Any] = [
+            Message(role="system", content=_PLACEHOLDER_TEXT),
+            {"role": "user", "content": "Hi", "image": None},
+        ]
+        try:
+            return _PLACEHOLDER_TEXT in str(self._apply_with_images(chat, reader.image_mark))
+        except UserError:
+            return False
 
     def _shows_image_parts(self, image_mark: str) -> bool:
         """Return whether the template writes the mark of an image for a part of type image."""

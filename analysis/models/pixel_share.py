@@ -17,8 +17,8 @@ def measure_pixel_share(prepare: Callable[[Image], dict[str, Tensor]], size: tup
     """Return the share of an image's pixels that reach the model, from 0 to 1; None if it cannot be measured.
 
     An image whose red rises from left to right and whose green rises from top to bottom is prepared; the
-    largest and the smallest value that are left tell what was cut off. What fills the margins may lie
-    between them.
+    largest and the smallest value that are left tell what was cut off. Which prepared values are red or green
+    follows from images that differ in that color only, whatever their order and what fills the margins.
 
     Args:
         prepare: image → arguments of the model, among them `pixel_values`.
@@ -29,26 +29,24 @@ def measure_pixel_share(prepare: Callable[[Image], dict[str, Tensor]], size: tup
 
     width, height = size
     low, high = 64, 192
-    ramps = np.full((height, width, 3), 128, dtype=np.uint8)
-    ramps[..., 0] = np.linspace(low, high, width).round()[None, :]
-    ramps[..., 1] = np.linspace(low, high, height).round()[:, None]
+    dark = np.full((height, width, 3), low, dtype=np.uint8)
+    rising = dark.copy()
+    rising[..., 0] = np.linspace(low, high, width).round()[None, :]
+    rising[..., 1] = np.linspace(low, high, height).round()[:, None]
 
-    def read_channels(pixels: Any) -> list[Tensor]:
-        values = prepare(Images.fromarray(pixels))["pixel_values"].float()
-        if values.ndim == 2:  # patches, each with its channels one after another
-            values = values.reshape(len(values), 3, -1).transpose(0, 1)
-        else:
-            values = values.movedim(-3, 0)
-        return [channel.flatten() for channel in values[:2]]
+    def read_values(pixels: Any) -> Tensor:
+        return prepare(Images.fromarray(pixels))["pixel_values"].float()
 
+    share = 1.0
     try:
-        bounds = [read_channels(np.full_like(ramps, value)) for value in (low, high)]
-        shares = []
-        for channel, darkest, brightest in zip(read_channels(ramps), *bounds, strict=True):
-            first, last = darkest.median(), brightest.median()
-            places = (channel - first) / (last - first)
-            places = places[(places > -0.02) & (places < 1.02)]
-            shares.append(float((places.max() - places.min()).clamp(0, 1)))
+        lowest, values = read_values(dark), read_values(rising)
+        for channel in (0, 1):
+            bright = dark.copy()
+            bright[..., channel] = high
+            span = read_values(bright) - lowest
+            is_channel = span > 0
+            places = ((values - lowest)[is_channel] / span[is_channel]).clamp(0, 1)
+            share *= float(places.max() - places.min())
     except (UserError, RuntimeError, ValueError, KeyError):
         return None
-    return shares[0] * shares[1]
+    return share

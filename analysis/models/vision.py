@@ -39,6 +39,7 @@ _MIN_SEEN_SHARE = 0.95  # of an image's pixels; less is told
 _MAX_PIXEL_BYTES = 2**30  # of prepared pixels in memory; others are prepared again
 _PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")  # not needed where features are given
 _KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # 1 at the tokens of images
+_TEXT_INPUTS = ("input_ids", "attention_mask", *_KIND_INPUTS, "cross_attention_mask")  # of the whole prompt
 _FEATURES = ("pooler_output", "deepstack_features")  # of the outputs of the part that reads images
 
 
@@ -68,12 +69,13 @@ class PreparedImage:
         """Return tokens, size and the share of pixels that reach the model, for the user."""
         width, height = self.size
         share = "" if self.seen_share is None else f", {self.seen_share:.0%} of the pixels"
-        return f"[image: {len(self.ids)} tokens, {width}×{height} → {self.target}{share}]"
+        tokens = f"{len(self.ids)} token{'' if len(self.ids) == 1 else 's'}"
+        return f"[image: {tokens}, {width}×{height} → {self.target}{share}]"
 
 
 @dataclass(frozen=True)
 class MissingImageReader:
-    """In the place of an image reader of a model whose processor cannot be loaded; text is read as ever.
+    """In the place of an image reader of a model that cannot be given images; text is read as ever.
 
     Attributes:
         reason: why, for the user.
@@ -170,10 +172,6 @@ class ImageReader:
         Raises:
             UserError: if the image cannot be loaded or prepared.
         """
-        if "cross_attention_mask" in self._parameters:
-            raise UserError(
-                f"{self.name} reads images by cross-attention, which is not supported: evaluate it on text"
-            )
         if image.digest not in self._prepared:
             pixels = image.load()
             inputs, text, n_tokens = self._process(pixels, image.name)
@@ -215,6 +213,8 @@ class ImageReader:
             text: contains one `image_mark` for each image.
             prepared: the images, in their order.
         """
+        if self.reads_by_cross_attention and len(prepared) > 1:
+            raise UserError(f"{self.name} is given one image per prompt only: use queries of one image each")
         pieces = text.split(self.image_mark)
         if len(pieces) != len(prepared) + 1:
             raise UserError(
@@ -255,7 +255,7 @@ class ImageReader:
             pixels = Images.fromarray(generator.integers(0, 256, size, dtype=np.uint8))
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()
             prepared = self.prepare(QueryImage(_TEST_IMAGE, digest, pixels.copy))
-            if "mm_encoder_outputs" in self._parameters:
+            if self._takes_features:
                 self._get_features(prepared)  # raises if processor and model do not fit
             text = f"look at the image: {self.image_mark} {words}"
             prompts.append(tuple(self.encode_text(text, [prepared])))
@@ -271,13 +271,15 @@ class ImageReader:
             `input_ids` with the placeholder, and features, layouts and kinds of tokens.
         """
         built, prepared = self._list_token_inputs(token_ids)
-        if "mm_encoder_outputs" not in self._parameters:
+        if not self._takes_features:
             return built | self._merge_inputs(prepared)
+        features = _merge_values([self._get_features(image) for image in prepared])
+        if self.reads_by_cross_attention:
+            return built | features
         layout = _merge_values([image.layout for image in prepared])
         built |= {
             name: value.to(self.model.device) for name, value in layout.items() if name in self._parameters
         }
-        features = _merge_values([self._get_features(image) for image in prepared])
         return built | {"mm_encoder_outputs": {"image": _FeatureOutput(features)}}
 
     def build_plain_inputs(self, token_ids: Sequence[int]) -> dict[str, Any]:
@@ -289,8 +291,21 @@ class ImageReader:
     @property
     def fastest_form(self) -> BatchForm:
         """The fastest form of a batch that prompts with images may have."""
-        # Where an image lies decides on positions or on what its tokens attend to, in the whole prompt.
-        return BatchForm.EQUAL if self._parameters & {*_KIND_INPUTS} else BatchForm.PACKED
+        if self._parameters & {*_KIND_INPUTS}:
+            # Where an image lies decides on positions or on what its tokens attend to, in the whole prompt.
+            return BatchForm.EQUAL
+        # In cross-attention, also the tokens before an image read it.
+        return BatchForm.PADDED if self.reads_by_cross_attention else BatchForm.PACKED
+
+    @property
+    def reads_by_cross_attention(self) -> bool:
+        """Whether the model reads an image from outside of the prompt, where one token stands for it."""
+        return "cross_attention_states" in self._parameters
+
+    @property
+    def _takes_features(self) -> bool:
+        """Whether the model takes features in the place of pixels."""
+        return self.reads_by_cross_attention or "mm_encoder_outputs" in self._parameters
 
     @cached_property
     def _parameters(self) -> frozenset[str]:
@@ -304,7 +319,13 @@ class ImageReader:
         text_ids = token_ids.masked_fill(token_ids == self.placeholder_id, self._neutral_id)
         built: dict[str, Any] = {"input_ids": torch.where(is_image, self.placeholder_id, text_ids)}
         built |= {name: is_image.long() for name in _KIND_INPUTS if name in self._parameters}
-        return built, self._list_images(token_ids)
+        prepared = self._list_images(token_ids)
+        if self.reads_by_cross_attention:
+            # rows × length × images × tiles: an image is read by its token and those behind it.
+            is_tile = torch.cat([image.layout["aspect_ratio_mask"] for image in prepared])
+            is_behind = is_image.long().cumsum(1)[:, :, None, None]
+            built["cross_attention_mask"] = is_behind * is_tile[:, None].to(token_ids.device)
+        return built, prepared
 
     def _merge_inputs(self, prepared: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """Return pixels and layouts of several images, as if they had been prepared together."""
@@ -315,7 +336,10 @@ class ImageReader:
 
     def _replace_ids(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: put features in the place of the ids of images."""
-        token_ids = kwargs.get("input_ids")
+        token_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if kwargs.get("cross_attention_states") is not None and cache is not None and cache.get_seq_length():
+            # `generate` gives them with every token, and their keys and values are in the cache.
+            return args, {**kwargs, "cross_attention_states": None}
         if token_ids is None or not bool((token_ids >= FIRST_IMAGE_ID).any()):
             return None
         return args, {**kwargs, **self.build_inputs(token_ids)}
@@ -358,8 +382,9 @@ class ImageReader:
             if not replacements or not replacements[0]
             else self.image_mark.replace(replacements[0][0]["text"], replacements[0][0]["replacement"])
         )
-        text_inputs = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-        inputs = {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_inputs}
+        if self.reads_by_cross_attention:
+            text = self.image_mark  # to which some processors add a BOS
+        inputs = {key: torch.as_tensor(value) for key, value in outputs.items() if key not in _TEXT_INPUTS}
         return inputs, text, n_tokens
 
     def _measure_seen_share(self, size: tuple[int, int]) -> float | None:
@@ -377,8 +402,9 @@ class ImageReader:
 
     def _compute_features(self, prepared: PreparedImage) -> Features:
         """Return the output of the part that reads images: features, and those of deeper layers if any."""
-        compute = self.model.base_model.get_image_features
-        accepted = inspect.signature(compute).parameters
+        base = self.model.base_model
+        compute = base.vision_model if self.reads_by_cross_attention else base.get_image_features
+        accepted = inspect.signature(getattr(compute, "forward", compute)).parameters
         self.n_computed += 1
         dtype = next(weight.dtype for weight in list_vision_weights(self.model) if weight.is_floating_point())
         inputs = {
@@ -387,6 +413,9 @@ class ImageReader:
             if name in accepted
         }
         output = compute(**inputs, return_dict=True)
+        if self.reads_by_cross_attention:  # one row per tile, as the model makes them of pixels
+            states = base.multi_modal_projector(output.last_hidden_state)
+            return {"cross_attention_states": states.flatten(0, -3)}
         features = {name: output[name] for name in _FEATURES if output.get(name) is not None}
         tensors = list_tensors(features["pooler_output"])
         n_features = sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
@@ -403,12 +432,15 @@ def _describe_target(inputs: dict[str, Tensor]) -> str:
     """Return what an image is scaled to: the size of its tiles, or the number of its patches."""
     shape = inputs["pixel_values"].shape
     if len(shape) >= 4:
-        n_tiles = math.prod(shape[:-3])
+        is_tile = inputs.get("aspect_ratio_mask")  # of a fixed number of places
+        n_tiles = math.prod(shape[:-3]) if is_tile is None else int(is_tile.sum())
         return f"{f'{n_tiles} × ' if n_tiles > 1 else ''}{shape[-1]}×{shape[-2]}"
     if "image_grid_thw" in inputs:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return f"{columns}×{rows} patches"
-    return f"{shape[0]} patches"
+    positions = inputs.get("image_position_ids")  # of a fixed number of places, as far as there are patches
+    n_patches = shape[-2] if positions is None else int((positions >= 0).all(-1).sum())
+    return f"{n_patches} patches"
 
 
 class _FeatureOutput(dict[str, Any]):
