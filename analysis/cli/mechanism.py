@@ -314,7 +314,7 @@ def _print_attention_knockouts(knockouts: pd.DataFrame) -> None:
     from analysis.cli.console import make_console_table, make_table_console
     from analysis.stats.tables import iterate_rows
 
-    blocked = {"defense": "its tokens is blocked", "image": "images is blocked, with and without it"}
+    blocked = {"defense": "its tokens is blocked", "image": "images is blocked in both runs"}
     for condition, rows in _iterate_conditions(knockouts):
         for tokens, of_tokens in rows.groupby("tokens", sort=False):
             title = f"{condition}: effect that remains when attention to {blocked[str(tokens)]}"

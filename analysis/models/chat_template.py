@@ -348,7 +348,7 @@ class ChatTemplate:
         is_same_tail = [a == b for a, b in zip(prompt.ids[:start:-1], replaced_ids[:start:-1], strict=False)]
         stop = len(prompt.ids) - (is_same_tail.index(False) if False in is_same_tail else len(is_same_tail))
         ids = (*prompt.ids[:start], *retokenize(list(prompt.ids[start:stop])), *prompt.ids[stop:])
-        return replace(prompt, ids=ids, text=self.decode_tokens(ids))
+        return replace(prompt, ids=ids, text=self.decode_tokens(ids, prompt.images))
 
     def decode_tokens(self, ids: list[int] | tuple[int, ...], images: Sequence[PreparedImage] = ()) -> str:
         """Return the text of the tokens, special tokens included, without any clean-up.

@@ -1,10 +1,11 @@
 """Features of images under a model's present weights: kept, reused, and computed again if a weight changes.
 
-Features are kept in memory up to a limit, then in files of a temporary folder.
+Features are kept in memory up to a limit, then in files of a temporary folder while the disk has room.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 MAX_FEATURE_BYTES = 2**30  # in memory
+MIN_FREE_BYTES = 2**32  # that files leave on the disk
 
 # Outputs of the part that reads images, by name: tensors, or sequences of them over images or layers.
 Features: TypeAlias = dict[str, Any]
@@ -65,10 +67,16 @@ class FeatureStore:
         while self._n_bytes > MAX_FEATURE_BYTES and len(self._features) > 1:
             old_key, old = self._features.popitem(last=False)
             self._n_bytes -= count_bytes(old)
-            tensors: dict[str, Tensor] = {}
-            self._files[old_key] = _map_leaves(old, partial(_name_tensor, tensors))
-            save_file(tensors, self._get_file(old_key))
+            self._write_file(old_key, old)
         return features
+
+    def _write_file(self, key: int, features: Features) -> None:
+        """Write features into a file, unless the disk is nearly full: then they are computed again."""
+        if shutil.disk_usage(self._folder.name).free < MIN_FREE_BYTES + count_bytes(features):
+            return
+        tensors: dict[str, Tensor] = {}
+        self._files[key] = _map_leaves(features, partial(_name_tensor, tensors))
+        save_file(tensors, self._get_file(key))
 
     def forget(self) -> None:
         """Forget all features, so that they are computed again."""

@@ -230,15 +230,12 @@ def caption_patches(points: pd.DataFrame, context: CaptionContext) -> str:
 
 def caption_attention_knockouts(points: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_attention_knockouts`."""
-    sentences = {
-        "defense": "attention to the defense's own tokens is knocked out",
-        "image": "attention to the tokens of images is knocked out, with and without the defense,",
-    }
-    shown = [text for tokens, text in sentences.items() if len(_select_knockouts(points, tokens))]
+    groups = {"defense": "the defense's own tokens", "image": "the tokens of images, in both runs,"}
+    shown = [text for tokens, text in groups.items() if len(_select_knockouts(points, tokens))]
     return (
-        f"Effect that remains {format_query_counts(points, context.query_counts)} when "
-        f"{', or '.join(shown)} in a range of layers (both ends included): filled, at the "
-        f"answer position only; hollow, at every later token. {CONTRASTS_SENTENCE}"
+        f"Effect that remains {format_query_counts(points, context.query_counts)} when attention to "
+        f"{', or to '.join(shown)} is knocked out in a range of layers (both ends included): filled, at "
+        f"the answer position only; hollow, at every later token. {CONTRASTS_SENTENCE}"
         f"{format_interval_note(points, 'Bars')}{format_grey_note(points)}"
         f"{format_run_sentences(points, context)}"
     )

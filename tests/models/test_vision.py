@@ -267,6 +267,10 @@ def test_features_beyond_the_limit_are_kept_in_files(monkeypatch):
         assert torch.equal(found, expected)
     assert reader.n_computed == n_computed + len(IMAGES)
     assert reader.feature_store.n_files == len(IMAGES) - 1
+    monkeypatch.setattr("analysis.models.image_features.MIN_FREE_BYTES", 2**62)  # a disk that is full
+    reader.feature_store.forget()
+    assert torch.equal(session.engine.read_first_token(prompts, lambda logits: logits), expected)
+    assert reader.feature_store.n_files == 0
 
 
 def test_ids_tell_images_apart_and_edits_too():
