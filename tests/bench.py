@@ -140,11 +140,11 @@ def time_images(console: Console, n_images: int = 2, n_conditions: int = 30) -> 
     session.engine.read_first_token(conditions[0], lambda logits: logits[:, :1])
     seconds, logits = [], []
     for reuses in (False, True):
-        reader.forget_features()
+        reader.feature_store.forget()
         start = time.perf_counter()
         for prompts in conditions:
             if not reuses:
-                reader.forget_features()
+                reader.feature_store.forget()
             logits.append(session.engine.read_first_token(prompts, lambda logits: logits[:, :1]))
         seconds.append(time.perf_counter() - start)
     gap = float((torch.cat(logits[:n_conditions]) - torch.cat(logits[n_conditions:])).abs().max())

@@ -21,6 +21,7 @@ FILES = {
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
 PLOT_LIBRARIES = {"matplotlib", "seaborn", "PIL"}
 TERMINAL_LIBRARIES = {"rich", "typer", "click"}
+IMAGE_MODULES = {"analysis.datasets.images", "analysis.models.vision", "analysis.models.pixel_share"}
 COMPUTING = {
     "stats",
     "files",
@@ -194,8 +195,8 @@ def test_plots_and_reports_load_no_model():
 
 def test_computing_packages_draw_and_print_nothing():
     for module in list_modules(*COMPUTING):
-        reads_images = {"PIL"} if module in ("analysis.datasets.images", "analysis.models.vision") else set()
-        forbidden = (PLOT_LIBRARIES | TERMINAL_LIBRARIES) - reads_images
+        reads_images = module in IMAGE_MODULES
+        forbidden = (PLOT_LIBRARIES | TERMINAL_LIBRARIES) - ({"PIL"} if reads_images else set())
         assert not top_packages(imports_of(module)) & forbidden, module
 
 

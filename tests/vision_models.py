@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from conftest import _SIZES, VOCAB, toy_tokenizer
 from PIL import Image
 
@@ -19,8 +20,8 @@ from analysis.models.session import ModelSession
 from analysis.models.vision import ImageReader
 from defenses.images import QueryImage
 
-_TEXT = {**_SIZES, "max_position_embeddings": 4096}
-_VISION: dict[str, Any] = {
+TEXT_SIZES = {**_SIZES, "max_position_embeddings": 4096}
+VISION_SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -59,280 +60,256 @@ def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-def _build_llava() -> tuple[Any, Any]:
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
+def _assemble(
+    name: str, tokenizer: Any, images: Any, settings: dict[str, Any], **config: Any
+) -> tuple[Any, Any, Any]:
+    """Return the class of a model, its configuration and its processor.
+
+    Args:
+        name: with which the classes of transformers begin.
+        tokenizer: of the family.
+        images: the part of the processor that prepares images.
+        settings: of the processor.
+        **config: of the model, with the texts of tokens in the place of their ids.
+    """
+    settings |= {"chat_template": tokenizer.chat_template}
+    processor = build_processor(getattr(transformers, f"{name}Processor"), images, tokenizer, settings)
+    ids = {
+        key: tokenizer.convert_tokens_to_ids(value) if isinstance(value, str) else value
+        for key, value in config.items()
+    }
+    made = getattr(transformers, f"{name}Config")(**ids)
+    return getattr(transformers, f"{name}ForConditionalGeneration"), made, processor
+
+
+_LLAVA = {
+    "vision_config": {**VISION_SIZES, "projection_dim": 32, "model_type": "clip_vision_model"},
+    "text_config": {**TEXT_SIZES, "model_type": "llama"},
+    "image_token_index": "<image>",
+    "vision_feature_layer": -1,
+}
+_LLAVA_PROCESSOR = {
+    "patch_size": 14,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
+_GRID = [[56, 112], [112, 56], [112, 112]]
+
+
+def _build_llava() -> tuple[Any, Any, Any]:
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=_square(56))
+    return _assemble(
+        "Llava", _make_tokenizer(["<image>"], "<image>\n"), images, {**_LLAVA_PROCESSOR}, **_LLAVA
     )
 
+
+def _build_llava_next() -> tuple[Any, Any, Any]:
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size=_square(56), image_grid_pinpoints=_GRID
+    )
     tokenizer = _make_tokenizer(["<image>"], "<image>\n")
-    images = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=_square(56))
-    processor = LlavaProcessor(
-        images, tokenizer, 14, "default", tokenizer.chat_template, num_additional_image_tokens=1
-    )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_VISION, projection_dim=32),
-        text_config=LlamaConfig(**_TEXT),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration, (config, processor)
+    config = {**_LLAVA, "image_grid_pinpoints": _GRID}
+    return _assemble("LlavaNext", tokenizer, images, {**_LLAVA_PROCESSOR}, **config)
 
 
-def _build_llava_next() -> tuple[Any, Any]:
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
+def _build_llava_onevision() -> tuple[Any, Any, Any]:
+    tokenizer = _make_tokenizer(["<image>", "<video>"], "<image>\n")
+    images = transformers.LlavaOnevisionImageProcessorPil(size=_square(56), image_grid_pinpoints=_GRID)
+    return _assemble(
+        "LlavaOnevision",
+        tokenizer,
+        images,
+        {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+        vision_config={**VISION_SIZES, "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config={**TEXT_SIZES, "model_type": "qwen2"},
+        image_token_index="<image>",
+        video_token_index="<video>",
+        image_grid_pinpoints=_GRID,
     )
 
-    tokenizer = _make_tokenizer(["<image>"], "<image>\n")
-    grid = [[56, 112], [112, 56], [112, 112]]
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 56}, crop_size=_square(56), image_grid_pinpoints=grid
-    )
-    processor = LlavaNextProcessor(
-        images, tokenizer, 14, "default", tokenizer.chat_template, num_additional_image_tokens=1
-    )
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**_VISION, projection_dim=32),
-        text_config=LlamaConfig(**_TEXT),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        image_grid_pinpoints=grid,
-    )
-    return LlavaNextForConditionalGeneration, (config, processor)
 
-
-def _build_smolvlm(as_released: bool = False) -> tuple[Any, Any]:
-    """Return a tiny configuration, or that of SmolVLM-256M with images in one tile."""
-    from transformers import (
-        SmolVLMConfig,
-        SmolVLMForConditionalGeneration,
-        SmolVLMImageProcessorPil,
-        SmolVLMProcessor,
-    )
-
-    tokens = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-    tokenizer = _make_tokenizer(
-        tokens,
-        "<image>",
-        fake_image_token="<fake_token_around_image>",
-        image_token="<image>",
-        end_of_utterance_token="<end_of_utterance>",
-        global_image_token="<global-img>",
-    )
-    edge = 512 if as_released else 56
-    images = SmolVLMImageProcessorPil(
-        size={"longest_edge": 2 * edge},
-        max_image_size={"longest_edge": edge},
-        do_image_splitting=not as_released,
-    )
-    settings = {"image_seq_len": 64 if as_released else 4, "chat_template": tokenizer.chat_template}
-    processor = build_processor(SmolVLMProcessor, images, tokenizer, settings)
-    text, vision = {**_TEXT, "model_type": "llama"}, {**_VISION}
-    if as_released:
-        text |= {"vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536}
-        text |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-        vision |= {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-        vision |= {"num_attention_heads": 12, "image_size": 512, "patch_size": 16}
-        vision["initializer_range"] = text["initializer_range"] = 0.02
-    config = SmolVLMConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=4 if as_released else 2,
-    )
-    return SmolVLMForConditionalGeneration, (config, processor)
-
-
-def _build_idefics3() -> tuple[Any, Any]:
-    from transformers import (
-        Idefics3Config,
-        Idefics3ForConditionalGeneration,
-        Idefics3ImageProcessorPil,
-        Idefics3Processor,
-    )
-
-    tokens = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-    tokenizer = _make_tokenizer(
-        tokens,
-        "<image>",
-        fake_image_token="<fake_token_around_image>",
-        image_token="<image>",
-        end_of_utterance_token="<end_of_utterance>",
-        global_image_token="<global-img>",
-    )
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
-    config = Idefics3Config(
-        vision_config={**_VISION},
-        text_config={**_TEXT, "model_type": "llama"},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+def _build_idefics(name: str) -> tuple[Any, Any, Any]:
+    """Return Idefics3, or SmolVLM, which is built alike."""
+    images_class = getattr(transformers, f"{name}ImageProcessorPil")
+    images = images_class(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    return _assemble(
+        name,
+        _make_tokenizer([*_IDEFICS_TOKENS.values()], "<image>", **_IDEFICS_TOKENS),
+        images,
+        {"image_seq_len": 4},
+        vision_config={**VISION_SIZES},
+        text_config={**TEXT_SIZES, "model_type": "llama"},
+        image_token_id="<image>",
         scale_factor=2,
     )
-    return Idefics3ForConditionalGeneration, (config, processor)
 
 
-def _build_internvl() -> tuple[Any, Any]:
-    from transformers import (
-        GotOcr2ImageProcessorPil,
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLProcessor,
+_IDEFICS_TOKENS = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+}
+
+
+def _build_smolvlm_256m() -> tuple[Any, Any, Any]:
+    """Return the released configuration, with images in one tile."""
+    images = transformers.SmolVLMImageProcessorPil(
+        size={"longest_edge": 1024}, max_image_size={"longest_edge": 512}, do_image_splitting=False
     )
-
-    tokenizer = _make_tokenizer(
-        ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
-        "<IMG_CONTEXT>\n",
-        start_image_token="<img>",
-        end_image_token="</img>",
-        context_image_token="<IMG_CONTEXT>",
-        video_token="<video>",
-    )
-    images = GotOcr2ImageProcessorPil(size=_square(56), crop_to_patches=True, min_patches=1, max_patches=4)
-    processor = build_processor(
-        InternVLProcessor,
+    text = {"vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+    vision |= {"num_attention_heads": 12, "image_size": 512, "patch_size": 16}
+    return _assemble(
+        "SmolVLM",
+        _make_tokenizer([*_IDEFICS_TOKENS.values()], "<image>", **_IDEFICS_TOKENS),
         images,
-        tokenizer,
-        {"image_seq_length": 4, "chat_template": tokenizer.chat_template},
+        {"image_seq_len": 64},
+        vision_config=vision,
+        text_config={
+            **TEXT_SIZES,
+            **text,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "model_type": "llama",
+        }
+        | {"initializer_range": 0.02},
+        image_token_id="<image>",
+        scale_factor=4,
     )
-    config = InternVLConfig(
-        vision_config={**_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
-        text_config={**_TEXT, "model_type": "qwen2"},
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+
+
+def _build_internvl() -> tuple[Any, Any, Any]:
+    tokens = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    tokens |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    images = transformers.GotOcr2ImageProcessorPil(
+        size=_square(56), crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    return _assemble(
+        "InternVL",
+        _make_tokenizer([*tokens.values()], "<IMG_CONTEXT>\n", **tokens),
+        images,
+        {"image_seq_length": 4},
+        vision_config={**VISION_SIZES, "image_size": [56, 56], "patch_size": [14, 14]},
+        text_config={**TEXT_SIZES, "model_type": "qwen2"},
+        image_token_id="<IMG_CONTEXT>",
         image_seq_length=4,
         downsample_ratio=0.5,
     )
-    return InternVLForConditionalGeneration, (config, processor)
 
 
-def _build_qwen2_5_vl() -> tuple[Any, Any]:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessorPil,
+def _build_qwen_vl(name: str, patch_size: int, text: dict[str, Any], **vision: Any) -> tuple[Any, Any, Any]:
+    """Return a Qwen-VL model; images have 4 × 4 to 8 × 8 patches."""
+    ids = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    edges = {"shortest_edge": (4 * patch_size) ** 2, "longest_edge": (8 * patch_size) ** 2}
+    images = transformers.Qwen2VLImageProcessorPil(size=edges, patch_size=patch_size)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+    return _assemble(
+        name,
+        _make_tokenizer([*ids.values()], "<|vision_start|><|image_pad|><|vision_end|>"),
+        images,
+        {},
+        vision_config={**sizes, "initializer_range": 0.2, **vision},
+        text_config={**TEXT_SIZES, "rope_parameters": rope, **text},
+        **ids,
     )
 
-    tokens = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _make_tokenizer(tokens, "<|vision_start|><|image_pad|><|vision_end|>")
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
-    processor = build_processor(
-        Qwen2_5_VLProcessor, images, tokenizer, {"chat_template": tokenizer.chat_template}
-    )
-    get = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-            "window_size": 56,
-            "initializer_range": 0.2,
-        },
-        text_config={
-            **_TEXT,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        },
-        image_token_id=get("<|image_pad|>"),
-        video_token_id=get("<|video_pad|>"),
-        vision_start_token_id=get("<|vision_start|>"),
-        vision_end_token_id=get("<|vision_end|>"),
-    )
-    return Qwen2_5_VLForConditionalGeneration, (config, processor)
 
-
-def _build_qwen3_vl() -> tuple[Any, Any]:
-    from transformers import (
-        Qwen2VLImageProcessorPil,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-    )
-
-    tokens = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _make_tokenizer(tokens, "<|vision_start|><|image_pad|><|vision_end|>")
-    images = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}, patch_size=16
-    )
-    processor = build_processor(
-        Qwen3VLProcessor, images, tokenizer, {"chat_template": tokenizer.chat_template}
-    )
-    get = tokenizer.convert_tokens_to_ids
-    config = Qwen3VLConfig(
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "deepstack_visual_indexes": [0, 1],
-            "initializer_range": 0.2,
-            "num_position_embeddings": 64,
-        },
-        text_config={
-            **_TEXT,
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        },
-        image_token_id=get("<|image_pad|>"),
-        video_token_id=get("<|video_pad|>"),
-        vision_start_token_id=get("<|vision_start|>"),
-        vision_end_token_id=get("<|vision_end|>"),
-    )
-    return Qwen3VLForConditionalGeneration, (config, processor)
-
-
-def _build_gemma3() -> tuple[Any, Any]:
-    from transformers import (
-        Gemma3Config,
-        Gemma3ForConditionalGeneration,
-        Gemma3ImageProcessorPil,
-        Gemma3Processor,
-    )
-
-    tokens = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
-    tokenizer = _make_tokenizer(
-        tokens,
-        "<start_of_image>",
-        boi_token="<start_of_image>",
-        eoi_token="<end_of_image>",
-        image_token="<image_soft_token>",
-    )
-    images = Gemma3ImageProcessorPil(size=_square(56))
-    processor = Gemma3Processor(images, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=4)
-    get = tokenizer.convert_tokens_to_ids
-    config = Gemma3Config(
-        text_config={**_TEXT, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 512},
-        vision_config={**_VISION},
+def _build_gemma3() -> tuple[Any, Any, Any]:
+    tokens = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokens["image_token"] = "<image_soft_token>"
+    return _assemble(
+        "Gemma3",
+        _make_tokenizer([*tokens.values()], "<start_of_image>", **tokens),
+        transformers.Gemma3ImageProcessorPil(size=_square(56)),
+        {"image_seq_length": 4},
+        text_config={**TEXT_SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 512},
+        vision_config={**VISION_SIZES},
         mm_tokens_per_image=4,
-        boi_token_index=get("<start_of_image>"),
-        eoi_token_index=get("<end_of_image>"),
-        image_token_index=get("<image_soft_token>"),
+        boi_token_index="<start_of_image>",
+        eoi_token_index="<end_of_image>",
+        image_token_index="<image_soft_token>",
     )
-    return Gemma3ForConditionalGeneration, (config, processor)
+
+
+def _build_gemma4() -> tuple[Any, Any, Any]:
+    tokens = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"}
+    tokens |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    text = {
+        **TEXT_SIZES,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "sliding_window": 512,
+        "num_hidden_layers": 4,
+    }
+    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    text |= {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+    text["use_bidirectional_attention"] = "vision"
+    vision = {**VISION_SIZES, "head_dim": 16, "num_key_value_heads": 2, "pooling_kernel_size": 2}
+    return _assemble(
+        "Gemma4",
+        _make_tokenizer([*tokens.values()], "<|image|>", **tokens),
+        transformers.Gemma4ImageProcessorPil(patch_size=14, max_soft_tokens=70, pooling_kernel_size=2),
+        {"image_seq_length": 70},
+        text_config=text,
+        vision_config=vision | {"position_embedding_size": 64},
+        image_token_id="<|image|>",
+        boi_token_id="<|image>",
+        eoi_token_id="<image|>",
+        audio_token_id="<|audio|>",
+        boa_token_id="<|audio>",
+        eoa_token_index="<audio|>",
+        video_token_id="<|video|>",
+    )
+
+
+def _build_mllama() -> tuple[Any, Any, Any]:
+    """Return a model that reads images by cross-attention: one placeholder, whatever the number of tiles."""
+    tokenizer = _make_tokenizer(["<|image|>"], "<|image|>")
+    tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "attention_heads": 2}
+    vision |= {"num_global_layers": 1, "vision_output_dim": 96, "image_size": 28, "patch_size": 14}
+    vision |= {"intermediate_layers_indices": [0, 1], "initializer_range": 0.2}
+    return _assemble(
+        "Mllama",
+        tokenizer,
+        transformers.MllamaImageProcessorPil(size=_square(28)),
+        {},
+        vision_config=vision,
+        text_config={**TEXT_SIZES, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
+        image_token_index="<|image|>",
+    )
 
 
 _BUILDERS = {
     "llava": _build_llava,
     "llava_next": _build_llava_next,
-    "smolvlm": _build_smolvlm,
-    "smolvlm-256m": partial(_build_smolvlm, as_released=True),
-    "idefics3": _build_idefics3,
+    "llava_onevision": _build_llava_onevision,
+    "smolvlm": partial(_build_idefics, "SmolVLM"),
+    "smolvlm-256m": _build_smolvlm_256m,
+    "idefics3": partial(_build_idefics, "Idefics3"),
     "internvl": _build_internvl,
-    "qwen2_5_vl": _build_qwen2_5_vl,
-    "qwen3_vl": _build_qwen3_vl,
+    "qwen2_5_vl": partial(
+        _build_qwen_vl, "Qwen2_5_VL", 14, {}, depth=2, fullatt_block_indexes=[1], window_size=56
+    ),
+    "qwen3_vl": partial(
+        _build_qwen_vl,
+        "Qwen3VL",
+        16,
+        {"head_dim": 16},
+        depth=3,
+        deepstack_visual_indexes=[0, 1],
+        num_position_embeddings=64,
+    ),
     "gemma3_vl": _build_gemma3,
+    "gemma4_vl": _build_gemma4,
+    "mllama": _build_mllama,
 }
 VISION_FAMILIES = tuple(family for family in _BUILDERS if family != "smolvlm-256m")
 
@@ -340,11 +317,15 @@ VISION_FAMILIES = tuple(family for family in _BUILDERS if family != "smolvlm-256
 @cache
 def build_vision_model(family: str) -> tuple[Any, Any]:
     """Return a random model of a family and its processor; the same objects each time."""
-    model_class, (config, processor) = _BUILDERS[family]()
+    model_class, config, processor = _BUILDERS[family]()
     assert len(processor.tokenizer) <= VOCAB
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return model_class(config).eval(), processor
+        model = model_class(config).eval()
+    for name, weight in model.named_parameters():
+        if "gate" in name and weight.numel() == 1:  # closed before training: images would change nothing
+            weight.data.fill_(0.5)
+    return model, processor
 
 
 def save_vision_model(folder: Path, family: str) -> Path:
@@ -401,6 +382,9 @@ def run_plainly(family, image, text="What is this?", system="", more_ids=()):
             if name in inputs:
                 fill = torch.full((1, length), int(name == "attention_mask"))
                 inputs[name] = torch.cat([inputs[name], fill], dim=1)
+        if "cross_attention_mask" in inputs:  # what is generated reads the image as the last token does
+            mask = inputs["cross_attention_mask"]
+            inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].repeat(1, length, 1, 1)], dim=1)
     known = {
         name: value for name, value in inputs.items() if image or name in ("input_ids", "attention_mask")
     }

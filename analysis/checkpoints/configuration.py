@@ -19,6 +19,8 @@ _QUANTIZATION_LIBRARIES = {
     "quanto": ("optimum-quanto",),
     "auto-round": ("auto-round",),
 }
+# Types of models in which the tokens of a prompt read later ones, and which have no chat format.
+_BIDIRECTIONAL_TYPES = {"paligemma"}
 _KERNEL_LIBRARIES = ("kernels", "triton")
 
 
@@ -69,6 +71,11 @@ def find_model_class(config: Any, name: str) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{problem} an encoder with a decoder; only decoders that read the prompt are evaluated"
+        )
+    if config.model_type in _BIDIRECTIONAL_TYPES:
+        raise UserError(
+            f"{name} ({config.model_type}) reads its prompt in both directions and has no chat format, which "
+            "is not supported: use a chat model that reads images, such as smolvlm or llava"
         )
     # The classes for images come first: those for text would drop the weights that read images.
     for loader, mapping in (

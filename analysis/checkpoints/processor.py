@@ -37,6 +37,11 @@ def read_processor(folder: Path, config: Any, tokenizer: Any, name: str) -> Any 
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        if getattr(config, "vision_config", None) is not None:  # such as Phi-4-multimodal
+            raise UserError(
+                f"transformers loads {name} ({config.model_type}) without images, and the queries have "
+                "images: evaluate it on text, or use a model such as smolvlm or llava"
+            )
         return None
     if not any((folder / file).is_file() for file in _IMAGE_SETTINGS_FILES):
         raise UserError(

@@ -81,6 +81,12 @@ MODEL_REGISTRY = {
         RegisteredModel("llava-next", "llava-hf/llava-v1.6-mistral-7b-hf", "reads images"),
         RegisteredModel("qwen2.5-vl", "Qwen/Qwen2.5-VL-7B-Instruct", "reads images"),
         RegisteredModel("qwen3-vl", "Qwen/Qwen3-VL-8B-Instruct", "reads images"),
+        RegisteredModel(
+            "llama-3.2-vision",
+            "meta-llama/Llama-3.2-11B-Vision-Instruct",
+            "reads images, by cross-attention; one per prompt",
+            gated=True,
+        ),
         RegisteredModel("smolvlm", "HuggingFaceTB/SmolVLM-256M-Instruct", "reads images"),
         RegisteredModel("smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", "reads images"),
         RegisteredModel("internvl3", "OpenGVLab/InternVL3-8B-hf", "reads images"),

@@ -314,13 +314,15 @@ def _print_attention_knockouts(knockouts: pd.DataFrame) -> None:
     from analysis.cli.console import make_console_table, make_table_console
     from analysis.stats.tables import iterate_rows
 
+    blocked = {"defense": "its tokens is blocked", "image": "images is blocked in both runs"}
     for condition, rows in _iterate_conditions(knockouts):
-        title = f"{condition}: effect that remains when attention to its tokens is blocked"
-        table = make_console_table("blocked from", ("in layers", *_CONTRAST_HEADERS), title)
-        for row in iterate_rows(rows):
-            layers = "none" if row["first"] < 0 else f"{row['first']}-{row['last']}"
-            table.add_row(*_contrast_cells(row, row["reader"], layers))
-        make_table_console().print(table)
+        for tokens, of_tokens in rows.groupby("tokens", sort=False):
+            title = f"{condition}: effect that remains when attention to {blocked[str(tokens)]}"
+            table = make_console_table("blocked from", ("in layers", *_CONTRAST_HEADERS), title)
+            for row in iterate_rows(of_tokens):
+                layers = "none" if row["first"] < 0 else f"{row['first']}-{row['last']}"
+                table.add_row(*_contrast_cells(row, row["reader"], layers))
+            make_table_console().print(table)
 
 
 def _print_weight_patches(weight_patches: pd.DataFrame) -> None:

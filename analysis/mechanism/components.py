@@ -22,6 +22,12 @@ _LARGE_INPUT = 1e4  # large enough to make the epsilon of a norm negligible
 OTHER_COMMANDS_HINT = (
     "`analyze -d …`, `validate`, `ensembles` and `recommend` work with this model as with any other"
 )
+
+
+class UnknownArchitectureError(UserError):
+    """TransformerLens cannot say which modules of a model are its components."""
+
+
 ResidualStream = Float[Tensor, "rows width"]
 TokenSelection = Int[Tensor, " tokens"] | slice
 ALL_TOKENS = slice(None)
@@ -201,7 +207,8 @@ def locate_components(model: Any) -> ModelComponents:
         model: transformers model.
 
     Raises:
-        UserError: If the architecture is unknown, has layers other than attention and MLP, or keeps its
+        UnknownArchitectureError: If the architecture is unknown, or needs a library that is missing.
+        UserError: If the architecture has layers other than attention and MLP, or keeps its
             unembedding out of memory.
     """
     class_name = type(model).__name__
@@ -257,12 +264,12 @@ def _select_architecture_adapter(model: Any, class_name: str) -> Any:
         bridge_config = build_bridge_config_from_hf(model.config, class_name, class_name, model.dtype)
         return ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
     except ImportError as error:
-        raise UserError(
+        raise UnknownArchitectureError(
             f"TransformerLens cannot locate the components of {class_name} here "
             f"({describe_library_error(error)}); {OTHER_COMMANDS_HINT}"
         ) from error
     except (ValueError, AttributeError, KeyError) as error:
-        raise UserError(
+        raise UnknownArchitectureError(
             f"TransformerLens does not know the architecture {class_name}, so its components cannot be "
             f"located; {OTHER_COMMANDS_HINT}"
         ) from error

@@ -28,7 +28,7 @@ from analysis.mechanism.patching import (
 from analysis.mechanism.weight_patching import compute_weight_patch_margins, list_weight_patches
 from analysis.models.loading import build_model_info
 from analysis.models.session import list_blend_members
-from analysis.models.token_spans import mask_defense_tokens
+from analysis.models.token_spans import mask_defense_tokens, mask_image_tokens
 from analysis.stats.attribution import CONTRASTS, ContrastEstimator, make_part_columns
 from analysis.stats.tables import ModelPart
 from defenses.catalog import get_defense
@@ -84,7 +84,7 @@ class PairedRuns:
 
     Args:
         session: the model.
-        components: components of the model.
+        components: components of the model; None if only attention and weights are changed.
         readout: readout that defines the margin.
         undefended: defense of the undefended run, which changes nothing.
         defense: defense of the defended run, prepared for the model.
@@ -92,7 +92,7 @@ class PairedRuns:
     """
 
     session: ModelSession
-    components: ModelComponents
+    components: ModelComponents | None
     readout: Readout
     undefended: Defense
     defense: Defense
@@ -131,6 +131,8 @@ class PairedRuns:
     @property
     def patcher(self) -> ActivationPatcher:
         """The activation patcher of this model and readout."""
+        if self.components is None:
+            raise ValueError("activations are patched at the components of a model")
         return ActivationPatcher(self.session, self.components, self.readout)
 
     def estimate_head_effects(
@@ -144,9 +146,7 @@ class PairedRuns:
         Returns:
             All heads, and the estimated change of each margin (nats) by head.
         """
-        heads = [
-            head for layer in range(len(self.components.layers)) for head in self.patcher.list_heads(layer)
-        ]
+        heads = [head for layer in range(self._n_layers) for head in self.patcher.list_heads(layer)]
         undefended_ids = self.encode_prompts(self.undefended)
         runs = [(self.undefended, undefended_ids), (self.defense, self.encode_prompts(self.defense))]
         effects = []
@@ -258,40 +258,48 @@ class PairedRuns:
             masks.append(mask if prompt.prefill else mask + response_prefix)
         return masks
 
-    def measure_knockouts(
-        self,
-        defense_tokens: Sequence[Sequence[bool]],
-        undefended_margins: Float[np.ndarray, " queries"],
-        on_progress: QueryCallback = lambda: None,
-    ) -> tuple[list[tuple[str, range]], InterventionEffects]:
-        """Measure the effect of the defense that remains when attention to its tokens is blocked.
+    def find_image_tokens(self, defense: Defense) -> list[list[bool]]:
+        """Return for each query which tokens of its prompt under a defense are those of images."""
+        return [mask_image_tokens(ids) for ids in self.encode_prompts(defense)]
 
-        Args:
-            defense_tokens: result of `find_defense_tokens`.
-            undefended_margins: margins of the queries without the defense, nats.
-            on_progress: called after each query.
+    @property
+    def _n_layers(self) -> int:
+        if self.components is not None:
+            return len(self.components.layers)
+        return int(self.session.loaded_model.model.config.get_text_config().num_hidden_layers)
 
-        Returns:
-            The knockouts as (reader, layers), and the remaining change of each margin (nats) by knockout.
-        """
-        depth = len(self.components.layers)
+    def list_knockouts(self) -> list[tuple[str, range]]:
+        """Return the knockouts as (reader, layers): from each reader in no, some and all layers."""
+        depth = self._n_layers
         edges = [round(depth * number / N_LAYER_RANGES) for number in range(N_LAYER_RANGES + 1)]
         layer_ranges = [range(start, stop) for start, stop in pairwise(edges) if stop > start]
         layer_ranges = [range(0), *layer_ranges, range(depth)]
-        knockouts = [(reader, layers) for reader in ATTENTION_READERS for layers in layer_ranges]
+        return [(reader, layers) for reader in ATTENTION_READERS for layers in layer_ranges]
+
+    def measure_knockouts(
+        self,
+        defense: Defense,
+        hidden_tokens: Sequence[Sequence[bool]],
+        on_progress: QueryCallback = lambda: None,
+    ) -> InterventionEffects:
+        """Return the margins (nats) under a defense with attention to some tokens blocked, by knockout.
+
+        Args:
+            defense: one of the two.
+            hidden_tokens: for each query, whether attention to each token is blocked.
+            on_progress: called after each query.
+        """
         margins = []
-        with self.defense.apply_to(self.session.loaded_model.model):
-            for ids, hidden_tokens in zip(self.encode_prompts(self.defense), defense_tokens, strict=True):
+        with defense.apply_to(self.session.loaded_model.model):
+            for ids, hidden in zip(self.encode_prompts(defense), hidden_tokens, strict=True):
                 margins.append(
                     [
-                        compute_knockout_margin(
-                            self.session, ids, hidden_tokens, layers, reader, self.readout
-                        )
-                        for reader, layers in knockouts
+                        compute_knockout_margin(self.session, ids, hidden, layers, reader, self.readout)
+                        for reader, layers in self.list_knockouts()
                     ]
                 )
                 on_progress()
-        return knockouts, np.array(margins) - undefended_margins[:, None]
+        return np.array(margins)
 
     def measure_weight_patches(
         self,
@@ -481,9 +489,41 @@ def measure_knockout_table(
     Returns:
         One row per reader and layer range, `first` to `last`; both are -1 if attention is blocked nowhere.
     """
-    knockouts, effects = paired_runs.measure_knockouts(defense_tokens, undefended_margins, on_progress)
+    margins = paired_runs.measure_knockouts(paired_runs.defense, defense_tokens, on_progress)
+    effects = margins - undefended_margins[:, None]
+    return _make_knockout_table(paired_runs, estimator, effects, "defense")
+
+
+def measure_image_knockout_table(
+    paired_runs: PairedRuns, estimator: ContrastEstimator, on_progress: QueryCallback = lambda: None
+) -> pd.DataFrame:
+    """Block attention to the tokens of images in both runs and return the defense's effect that remains.
+
+    What the image itself does to the margin is absent from both runs, and so from their difference.
+
+    Args:
+        paired_runs: the two runs.
+        estimator: estimator of contrasts over their queries.
+        on_progress: called after each query of each of the two runs.
+
+    Returns:
+        As `measure_knockout_table`.
+    """
+    undefended, defended = (
+        paired_runs.measure_knockouts(defense, paired_runs.find_image_tokens(defense), on_progress)
+        for defense in (paired_runs.undefended, paired_runs.defense)
+    )
+    return _make_knockout_table(paired_runs, estimator, defended - undefended, "image")
+
+
+def _make_knockout_table(
+    paired_runs: PairedRuns, estimator: ContrastEstimator, effects: InterventionEffects, tokens: str
+) -> pd.DataFrame:
+    """The contrasts of each knockout; `tokens` is the group to which attention was blocked."""
+    knockouts = paired_runs.list_knockouts()
     n_harmful, n_benign = estimator.class_sizes
     return estimator.estimate_contrasts(effects).assign(
+        tokens=tokens,
         reader=[reader for reader, _ in knockouts],
         first=[layers.start if layers else -1 for _, layers in knockouts],
         last=[layers.stop - 1 for _, layers in knockouts],

@@ -1,4 +1,4 @@
-"""Attention knockout: block attention to a defense's own tokens in a range of layers.
+"""Attention knockout: block attention to a defense's own tokens, or to those of images, in a range of layers.
 
 After https://arxiv.org/abs/2304.14767: the effect of an attention edge is measured by removing it. A
 defense's own tokens are those of its messages that are not the user's text.
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Positions from which attention is blocked: the response position only, or all positions after the tokens.
 ATTENTION_READERS = ("answer", "everything")
+# Tokens to which attention is blocked: the defense's own, or those of images.
+TOKEN_GROUPS = ("defense", "image")
 
 
 def compute_knockout_margin(
@@ -47,20 +49,24 @@ def compute_knockout_margin(
     else:
         blocked_edges[torch.tensor(hidden_tokens)] = False  # hidden tokens still attend to each other
     blocked_edges.fill_diagonal_(False)  # every token attends to itself
-    with torch.inference_mode(), knock_out_attention(layers, blocked_edges):
+    with torch.inference_mode(), knock_out_attention(session.loaded_model.model, layers, blocked_edges):
         ((_, logits),) = session.engine.iterate_logits([prompt_ids], [1], share_prefix=False)
     return float(readout.compute_margins(logits)[0, 0])
 
 
 @contextmanager
-def knock_out_attention(layers: range, blocked_edges: Bool[Tensor, "tokens tokens"]) -> Iterator[None]:
-    """Block attention edges of a single prompt within a context, in every model with `sdpa` attention.
+def knock_out_attention(
+    model: Any, layers: range, blocked_edges: Bool[Tensor, "tokens tokens"]
+) -> Iterator[None]:
+    """Block attention edges of a single prompt within a context.
 
     Args:
+        model: with `sdpa` attention; the part that reads images is left as it is.
         layers: layers in which the edges are blocked.
         blocked_edges: whether the token of the row cannot attend to the token of the column.
     """
     original_attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    language_modules = set(model.get_decoder().modules())
 
     def attend(
         module: Any,
@@ -70,7 +76,8 @@ def knock_out_attention(layers: range, blocked_edges: Bool[Tensor, "tokens token
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if module.layer_idx in layers:
+        is_self_attention = key.shape[2] == query.shape[2]  # not cross-attention to images
+        if module in language_modules and is_self_attention and module.layer_idx in layers:
             allowed = ~blocked_edges.to(query.device)
             if attention_mask is None:
                 attention_mask = (allowed & torch.ones_like(allowed).tril())[None, None]
@@ -85,6 +92,13 @@ def knock_out_attention(layers: range, blocked_edges: Bool[Tensor, "tokens token
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = original_attention
+
+
+def describe_unsupported_images(model: Any) -> str:
+    """Return why attention to the tokens of images cannot be blocked; empty if it can."""
+    if getattr(model.image_reader, "reads_by_cross_attention", False):
+        return f"{type(model).__name__} reads images by cross-attention, not from tokens of the prompt"
+    return ""
 
 
 def describe_unsupported_attention(model: Any) -> str:

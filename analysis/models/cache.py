@@ -333,7 +333,7 @@ def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
         "dtype": str(loaded_model.model.dtype),
         "device": loaded_model.model.device.type,
         "share_prefix": loaded_model.share_prefix,
-        "images": loaded_model.image_reader.identity if loaded_model.image_reader else None,
+        "images": (loaded_model.image_reader.identity or None) if loaded_model.image_reader else None,
         "versions": versions,
     }
 

@@ -145,7 +145,7 @@ class ChatTemplate:
             "date": FIXED_DATE.isoformat() if self._writes_date else None,
             "answers_begin_after": self.response_start.opening,
             "content": "parts" if self._takes_parts else "text",
-            **({"images": self.image_reader.identity} if self.image_reader else {}),
+            **({"images": images} if self.image_reader and (images := self.image_reader.identity) else {}),
         }
 
     @cached_property
@@ -209,6 +209,11 @@ class ChatTemplate:
             notices.append(
                 "the template has no system role: system text is put before the first user message"
             )
+        elif isinstance(self.image_reader, ImageReader) and not self._takes_system_beside_image:
+            notices.append(
+                "the template takes no system turn beside an image: there, system text is put before the "
+                "first user message"
+            )
         if self.response_start.notice:
             notices.append(self.response_start.notice)
         if self._writes_date:
@@ -236,11 +241,7 @@ class ChatTemplate:
         """
         if any("image" in message for message in chat):
             return self._render_images(chat)
-        chat, prefill = split_prefill(chat)
-        if self.has_leading_space:
-            prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
-        if self.system_policy == "merged" and chat[0]["role"] == "system":
-            chat = _merge_system_turn(chat)
+        chat, prefill = self._split_chat(chat)
         if isinstance(self.image_reader, ImageReader):  # also where no message has an image
             chat = _escape_marks(chat, self.image_reader.reserved_texts)
         ids = self._add_bos(list(self._apply(chat, self.source, tokenize=True)["input_ids"]))
@@ -262,16 +263,23 @@ class ChatTemplate:
             raise UserError(reader.reason)
         if isinstance(reader, OcrReader):
             return self.render_prompt(reader.replace_images(chat))
-        chat, prefill = split_prefill(chat)
-        if self.has_leading_space:
-            prefill = prefill.rstrip()
-        if self.system_policy == "merged" and chat[0]["role"] == "system":
-            chat = _merge_system_turn(chat)
+        chat, prefill = self._split_chat(chat)
         prepared = [reader.prepare(message["image"]) for message in chat if "image" in message]
         shown = _escape_marks(chat, reader.reserved_texts)
         text = str(self._apply_with_images(shown, reader.image_mark))
         ids = self._add_bos(reader.encode_text(text, prepared)) + self._encode_prefill(prefill)
         return Prompt(tuple(ids), self.decode_tokens(ids, prepared), chat, prefill, tuple(prepared))
+
+    def _split_chat(self, chat: Chat) -> tuple[Chat, str]:
+        """Return the messages for the template, system text merged where it has no role, and the prefill."""
+        chat, prefill = split_prefill(chat)
+        if self.has_leading_space:
+            prefill = prefill.rstrip()  # else the next word would lack the space that responses open with
+        if chat[0]["role"] == "system":
+            has_image = any("image" in message for message in chat)
+            takes_system = self._takes_system_beside_image if has_image else self.system_policy == "native"
+            chat = chat if takes_system else _merge_system_turn(chat)
+        return chat, prefill
 
     def _add_bos(self, ids: list[int]) -> list[int]:
         """Return the prompt's tokens with the BOS that processors, unlike tokenizers, put before prompts."""
@@ -293,6 +301,21 @@ class ChatTemplate:
             for message in chat
         ]
         return self._apply(marked, self.source)
+
+    @cached_property
+    def _takes_system_beside_image(self) -> bool:
+        """Whether the template shows a system turn beside an image; Llama 3.2's first one refused it."""
+        reader = self.image_reader
+        if self.system_policy == "merged" or not isinstance(reader, ImageReader):
+            return False
+        chat: list[Any] = [
+            Message(role="system", content=_PLACEHOLDER_TEXT),
+            {"role": "user", "content": "Hi", "image": None},
+        ]
+        try:
+            return _PLACEHOLDER_TEXT in str(self._apply_with_images(chat, reader.image_mark))
+        except UserError:
+            return False
 
     def _shows_image_parts(self, image_mark: str) -> bool:
         """Return whether the template writes the mark of an image for a part of type image."""
@@ -331,7 +354,7 @@ class ChatTemplate:
         is_same_tail = [a == b for a, b in zip(prompt.ids[:start:-1], replaced_ids[:start:-1], strict=False)]
         stop = len(prompt.ids) - (is_same_tail.index(False) if False in is_same_tail else len(is_same_tail))
         ids = (*prompt.ids[:start], *retokenize(list(prompt.ids[start:stop])), *prompt.ids[stop:])
-        return replace(prompt, ids=ids, text=self.decode_tokens(ids))
+        return replace(prompt, ids=ids, text=self.decode_tokens(ids, prompt.images))
 
     def decode_tokens(self, ids: list[int] | tuple[int, ...], images: Sequence[PreparedImage] = ()) -> str:
         """Return the text of the tokens, special tokens included, without any clean-up.

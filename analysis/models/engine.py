@@ -52,8 +52,14 @@ class WorkCounter:
 
 
 @dataclass
-class _SharedState:
-    """What the engines of one model share."""
+class EngineRecords:
+    """What the engines of one model record together.
+
+    Attributes:
+        notices: lines for the user on the form of the batches.
+        work_counter: counts of computed and saved tokens.
+        logit_positions: see `Engine.logit_positions`.
+    """
 
     notices: list[str] = field(default_factory=list)
     work_counter: WorkCounter = field(default_factory=WorkCounter)
@@ -74,10 +80,11 @@ class Engine:
         batch_form: by default the fastest that the model's kind of cache allows; `choose_batch_form` also
             compares its logits with those of plain forward passes.
         make_image_engine: returns the engine for prompts with images, which may need another form of batches;
-            called when the first one is read.
+            called with the records of this engine when the first one is read.
+        probe_prompts: prompts with which ways of generation are compared; None draws some of text.
+        records: of other engines of the model, which this one continues.
 
     Attributes:
-        probe_prompts: prompts with which ways of generation are compared; None draws some of text.
         rotation: prompts that are rotated with different frequencies share no forward pass and no prefix.
         cache_use: how transformers generates with its cache, once `generate_token_ids` has compared the ways.
     """
@@ -87,36 +94,33 @@ class Engine:
         model: Any,
         batch_size: int | None = None,
         batch_form: BatchForm | None = None,
-        make_image_engine: Callable[[], Engine] | None = None,
+        make_image_engine: Callable[[EngineRecords], Engine] | None = None,
+        probe_prompts: Sequence[tuple[int, ...]] | None = None,
+        records: EngineRecords | None = None,
     ) -> None:
         self.model = model
         self.batch_form = batch_form or find_fastest_form(model)
         self.batch_size = 1 if self.batch_form is BatchForm.SINGLE else batch_size
         self.cache_use: CacheUse | None = None
         self.rotation = RotationSchedule.from_model(model)
-        self._shared = _SharedState()
-        self.probe_prompts: Sequence[tuple[int, ...]] | None = None
+        self.probe_prompts = probe_prompts
+        self._records = records or EngineRecords()
         self._make_image_engine = make_image_engine
 
     @cached_property
     def image_engine(self) -> Engine:
         """The engine for prompts with images; this one, if it was not told otherwise."""
-        if self._make_image_engine is None:
-            return self
-        engine = self._make_image_engine()
-        self.notices.extend(engine.notices)
-        engine._shared = self._shared
-        return engine
+        return self if self._make_image_engine is None else self._make_image_engine(self._records)
 
     @property
     def notices(self) -> list[str]:
         """Lines for the user on the form of the batches."""
-        return self._shared.notices
+        return self._records.notices
 
     @property
     def work_counter(self) -> WorkCounter:
         """Counts of computed and saved tokens."""
-        return self._shared.work_counter
+        return self._records.work_counter
 
     @property
     def logit_positions(self) -> tuple[Tensor, Tensor] | None:
@@ -125,7 +129,7 @@ class Engine:
         The hidden states are rows × columns × width; the positions are in the order of the logits. None
         otherwise, and while a shared prefix runs.
         """
-        return self._shared.logit_positions
+        return self._records.logit_positions
 
     def split_rows(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Engine, list[int]]]:
         """Return the engines that read the prompts, each with the indices of its prompts."""
@@ -430,7 +434,7 @@ class Engine:
         # Some models count positions from another number than 0; without padding, they do so themselves.
         own_positions = self.batch_form in (BatchForm.EQUAL, BatchForm.SINGLE)
         self.rotation.reset_modules()
-        self._shared.logit_positions = logit_rows.to(device), logit_columns.to(device)
+        self._records.logit_positions = logit_rows.to(device), logit_columns.to(device)
         try:
             with restrict_unembedding(self.model, logit_rows, logit_columns):
                 output = self.model(
@@ -441,7 +445,7 @@ class Engine:
                     use_cache=cache is not None,
                 )
         finally:
-            self._shared.logit_positions = None
+            self._records.logit_positions = None
         self.work_counter.computed_tokens += token_ids.numel()
         # One position per logit is left, or all positions if the model does not call its unembedding module.
         logits = output.logits

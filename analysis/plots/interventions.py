@@ -45,9 +45,11 @@ WEIGHT_PATCH_STYLES: dict[str, tuple[tuple[str, Any, str], str]] = {
 }
 _ACTIVATION_KINDS = {"residual": "residual stream", "attention": "attention", "mlp": "MLP", "head": "heads"}
 _PATCH_PANEL_HEIGHT, _DOT_ROW_HEIGHT = 0.95, 0.2  # inches: a panel of curves, a row of dots
+KNOCKOUT_TOKENS = {"defense": "defense's tokens", "image": "tokens of images"}
 KNOCKOUT_READERS = {"answer": "answer position", "everything": "every later token"}
 # Inches: row of a dot, gap between two ranges, all ranges together.
 _KNOCKOUT_DOT_HEIGHT, _KNOCKOUT_ROW_GAP, _KNOCKOUT_MAX_HEIGHT = 0.065, 0.1, 12.0
+_KNOCKOUT_PANEL_GAP = 0.5  # inches, between the groups of tokens
 
 
 def draw_patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -143,7 +145,7 @@ def draw_weight_patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def draw_attention_knockouts(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the effect of each defense under attention knockout, a row per range of layers.
+    """Draw the effect of each defense under attention knockout: panels per group of tokens, a row per layers.
 
     Filled: knocked out at the answer position only; hollow: at every later token.
 
@@ -153,12 +155,15 @@ def draw_attention_knockouts(points: pd.DataFrame, ax: Axes | None = None) -> Ax
     ['no knockout', 'layers 0–3']
 
     Args:
-        points: `cuts.csv`, of one attack.
+        points: `cuts.csv`, of one attack; without `tokens`, all are those of the defense.
         ax: axes that the panels are placed in; by default new ones.
     """
     styles = assign_curve_styles(check_one_attack(points)["defense"])
     ranges = list(dict.fromkeys(zip(points["first"].astype(int), points["last"].astype(int), strict=True)))
     readers = [name for name in KNOCKOUT_READERS if (points["reader"] == name).any()]
+    groups = {
+        tokens: rows for tokens in KNOCKOUT_TOKENS if len(rows := _select_knockouts(points, tokens)) > 0
+    }
     n_dots = len(styles) * len(readers)
     row_height = min(
         max(_KNOCKOUT_DOT_HEIGHT * n_dots + _KNOCKOUT_ROW_GAP, 0.22),
@@ -166,23 +171,28 @@ def draw_attention_knockouts(points: pd.DataFrame, ax: Axes | None = None) -> Ax
     )
     used_share = 1 - _KNOCKOUT_ROW_GAP / row_height / 2
     with rc_context(RC_PARAMS):
-        ax, (panels,) = stack_panels(ax, [max(row_height * len(ranges), 0.7)], [])
-        set_panel_titles(panels, CONTRAST_LABELS.values())
-        for contrast, panel in zip(CONTRAST_LABELS, panels, strict=True):
-            for place in range(1, len(ranges)):
-                panel.axhline(0.5 - place, color="#E0E0E0", linewidth=0.6, zorder=0.5)
-            for number, (defense, style) in enumerate(styles.items()):
-                for side, reader in enumerate(readers):
-                    rows = points[(points["defense"] == defense) & (points["reader"] == reader)]
-                    lowered = (number * len(readers) + side - (n_dots - 1) / 2) / n_dots * used_share
-                    heights = [
-                        -ranges.index((int(first), int(last))) - lowered
-                        for first, last in zip(rows["first"], rows["last"], strict=True)
-                    ]
-                    is_hollow = reader == "everything"
-                    draw_dots(panel, rows, contrast, heights, style, f"{defense} {reader}", is_hollow)
-            labels = [_layer_range_label(*layers) for layers in ranges]
-            set_row_axis(panel, labels, "nats", with_names=panel is panels[0])
+        heights = [max(row_height * len(ranges), 0.7)] * len(groups)
+        ax, panel_rows = stack_panels(ax, heights, [_KNOCKOUT_PANEL_GAP] * (len(groups) - 1))
+        set_panel_titles(panel_rows[0], CONTRAST_LABELS.values())
+        labels = [_layer_range_label(*layers) for layers in ranges]
+        for (tokens, rows), panels in zip(groups.items(), panel_rows, strict=True):
+            for contrast, panel in zip(CONTRAST_LABELS, panels, strict=True):
+                for place in range(1, len(ranges)):
+                    panel.axhline(0.5 - place, color="#E0E0E0", linewidth=0.6, zorder=0.5)
+                for number, (defense, style) in enumerate(styles.items()):
+                    for side, reader in enumerate(readers):
+                        of_reader = rows[(rows["defense"] == defense) & (rows["reader"] == reader)]
+                        lowered = (number * len(readers) + side - (n_dots - 1) / 2) / n_dots * used_share
+                        dot_heights = [
+                            -ranges.index((int(first), int(last))) - lowered
+                            for first, last in zip(of_reader["first"], of_reader["last"], strict=True)
+                        ]
+                        is_hollow = reader == "everything"
+                        name = f"{defense} {reader}"
+                        draw_dots(panel, of_reader, contrast, dot_heights, style, name, is_hollow)
+                set_row_axis(panel, labels, "nats", with_names=panel is panels[0])
+            if len(groups) > 1:
+                panels[0].set_ylabel(f"knocked out:\n{KNOCKOUT_TOKENS[tokens]}", fontsize=8)
         dot: Any = {"linestyle": "", "markersize": 4.5}
         key = [
             Line2D([], [], color=color, marker=marker, label=fit_text(name, 140, TEXT_SIZE), **dot)
@@ -220,10 +230,12 @@ def caption_patches(points: pd.DataFrame, context: CaptionContext) -> str:
 
 def caption_attention_knockouts(points: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_attention_knockouts`."""
+    groups = {"defense": "the defense's own tokens", "image": "the tokens of images, in both runs,"}
+    shown = [text for tokens, text in groups.items() if len(_select_knockouts(points, tokens))]
     return (
-        f"Effect that remains {format_query_counts(points, context.query_counts)} when attention to the "
-        "defense's own tokens is knocked out in a range of layers (both ends included): filled, at the "
-        f"answer position only; hollow, at every later token. {CONTRASTS_SENTENCE}"
+        f"Effect that remains {format_query_counts(points, context.query_counts)} when attention to "
+        f"{', or to '.join(shown)} is knocked out in a range of layers (both ends included): filled, at "
+        f"the answer position only; hollow, at every later token. {CONTRASTS_SENTENCE}"
         f"{format_interval_note(points, 'Bars')}{format_grey_note(points)}"
         f"{format_run_sentences(points, context)}"
     )
@@ -267,6 +279,13 @@ def _heads_by_effect(rows: pd.DataFrame) -> list[str]:
     size = rows[[*CONTRAST_LABELS]].abs().max(axis=1).where(rows["source"].isin(OTHER_RUN_SOURCES), -1)
     order = np.argsort(-size.to_numpy(float), kind="stable")
     return list(dict.fromkeys(_head_names(rows.iloc[order])))
+
+
+def _select_knockouts(points: pd.DataFrame, tokens: str) -> pd.DataFrame:
+    """Return the rows of a group of tokens; runs of earlier versions have those of the defense only."""
+    if "tokens" not in points:
+        return points if tokens == "defense" else points[:0]
+    return points[points["tokens"] == tokens]
 
 
 def _layer_range_label(first_layer: int, last_layer: int) -> str:

@@ -17,7 +17,12 @@ from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
 from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution
-from analysis.mechanism.components import ModelComponents, locate_components
+from analysis.mechanism.components import (
+    OTHER_COMMANDS_HINT,
+    ModelComponents,
+    UnknownArchitectureError,
+    locate_components,
+)
 from analysis.mechanism.directions import (
     DIRECTION_NAMES,
     ConceptDirections,
@@ -29,13 +34,15 @@ from analysis.mechanism.interventions import (
     choose_patch_sites,
     estimate_heads,
     find_length_control,
+    measure_image_knockout_table,
     measure_knockout_table,
     measure_patches,
     measure_weight_patch_table,
 )
-from analysis.mechanism.knockout import describe_unsupported_attention
+from analysis.mechanism.knockout import describe_unsupported_attention, describe_unsupported_images
 from analysis.mechanism.logit_weights import SATURATED_WEIGHT
 from analysis.mechanism.weight_patching import find_changed_weights, list_weight_patches
+from analysis.models.vision import ImageReader
 from analysis.report.folder import locate_record, read_record, read_run_table
 from analysis.stats.attribution import (
     CONTRASTS,
@@ -86,7 +93,8 @@ class MechanismStudy(TableCollector):
 
     Attributes:
         setup: what was loaded and prepared.
-        components: components of the model.
+        located_components: components of the model; None if they cannot be located; attribution, directions
+            and patching of activations need them.
         conditions: condition name → defense.
         scores: scores of all conditions.
         options: options of the study.
@@ -97,13 +105,20 @@ class MechanismStudy(TableCollector):
     """
 
     setup: RunSetup
-    components: ModelComponents
+    located_components: ModelComponents | None
     conditions: Mapping[str, Defense]
     scores: ScoreTable
     options: MechanismOptions
     seed: int
     slope_agreement: list[dict[str, Any]] = field(default_factory=list)
     neutral_prompts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def components(self) -> ModelComponents:
+        """The components of the model, where they could be located."""
+        if self.located_components is None:
+            raise ValueError("the components of this model are not located")
+        return self.located_components
 
     @cached_property
     def effect_queries(self) -> ContrastEstimator:
@@ -140,16 +155,19 @@ class MechanismStudy(TableCollector):
         }
         if UNDEFENDED not in conditions:
             return
-        attributions, references = self._attribute_conditions(attack, conditions)
-        if UNDEFENDED not in attributions:
-            return
-        self._add_attribution_tables(attack.name, attributions, references)
+        studied = set(conditions)
+        if self.located_components is not None:
+            attributions, references = self._attribute_conditions(attack, conditions)
+            if UNDEFENDED not in attributions:
+                return
+            self._add_attribution_tables(attack.name, attributions, references)
+            studied = set(attributions)
         defenses = {
             defense.name: defense
             for defense in self.setup.defenses
-            if defense.name in attributions and defense.name != UNDEFENDED
+            if defense.name in studied and defense.name != UNDEFENDED
         }
-        if self._is_held_out:
+        if self.located_components is not None and self._is_held_out:
             self._project_conditions(attack, conditions[UNDEFENDED], defenses)
         if self.intervention_queries:
             for name, defense in defenses.items():
@@ -316,7 +334,7 @@ class MechanismStudy(TableCollector):
             return
         paired_runs = PairedRuns(
             self.setup.session,
-            self.components,
+            self.located_components,
             readout,
             undefended,
             defense,
@@ -331,8 +349,9 @@ class MechanismStudy(TableCollector):
         query_ids = [query.id for query in self.intervention_queries]
         undefended_scores = self.scores.select_condition(attack.name, UNDEFENDED)
         undefended_margins = undefended_scores.loc[query_ids, "margin"].to_numpy(float)
-        with self.record_failures(attack.name, condition, defense):
-            self._patch_activations(paired_runs, attack.name, condition)
+        if self.located_components is not None:
+            with self.record_failures(attack.name, condition, defense):
+                self._patch_activations(paired_runs, attack.name, condition)
         with self.record_failures(attack.name, condition, defense):
             self._knock_out_attention(paired_runs, attack.name, condition, undefended_margins)
         with self.record_failures(attack.name, condition, defense):
@@ -384,14 +403,25 @@ class MechanismStudy(TableCollector):
     def _knock_out_attention(
         self, paired_runs: PairedRuns, attack: str, condition: str, undefended_margins: np.ndarray
     ) -> None:
-        """Add the effect that remains without attention to the defense's own tokens, if it has any."""
-        defense_tokens = paired_runs.find_defense_tokens()
+        """Add the effect that remains without attention to the defense's own tokens, and to images."""
         if reason := describe_unsupported_attention(paired_runs.session.loaded_model.model):
             self.add_notice(f"no attention knockout: {reason}")
             return
+        tables = [
+            *self._knock_out_defense_tokens(paired_runs, condition, undefended_margins),
+            *self._knock_out_images(paired_runs, condition),
+        ]
+        if tables:
+            self.add_condition_tables(attack, condition, cuts=pd.concat(tables, ignore_index=True))
+
+    def _knock_out_defense_tokens(
+        self, paired_runs: PairedRuns, condition: str, undefended_margins: np.ndarray
+    ) -> list[pd.DataFrame]:
+        """Return the table of knockouts of the defense's own tokens; none if it has no tokens."""
+        defense_tokens = paired_runs.find_defense_tokens()
         has_tokens = [any(mask) for mask in defense_tokens]
         if not any(has_tokens):
-            return
+            return []
         if not all(has_tokens):
             self.add_notice(
                 f"attention knockout leaves some prompts of {condition} unchanged, to which it adds no tokens"
@@ -401,7 +431,27 @@ class MechanismStudy(TableCollector):
             table = measure_knockout_table(
                 paired_runs, self._intervention_estimator, defense_tokens, undefended_margins, on_progress
             )
-        self.add_condition_tables(attack, condition, cuts=table)
+        return [table]
+
+    def _knock_out_images(self, paired_runs: PairedRuns, condition: str) -> list[pd.DataFrame]:
+        """Return the table of knockouts of the tokens of images; none if prompts have no images."""
+        has_image, defended_has_image = (
+            [any(mask) for mask in paired_runs.find_image_tokens(defense)]
+            for defense in (paired_runs.undefended, paired_runs.defense)
+        )
+        if not any(has_image) and not any(defended_has_image):
+            return []
+        reason = describe_unsupported_images(paired_runs.session.loaded_model.model)
+        if has_image != defended_has_image:
+            reason = f"{condition} takes images out of prompts, or adds them"
+        if reason:
+            self.add_notice(f"no attention knockout of images: {reason}")
+            return []
+        if not all(has_image):
+            self.add_notice("attention knockout of images leaves prompts without images unchanged")
+        label = f"attention knockout of images, {condition}"
+        with self.show_progress(label, 2 * len(paired_runs.query_chats)) as on_progress:
+            return [measure_image_knockout_table(paired_runs, self._intervention_estimator, on_progress)]
 
     def _patch_weights(
         self, paired_runs: PairedRuns, attack: str, condition: str, undefended_margins: np.ndarray
@@ -457,15 +507,16 @@ def study_mechanism(
         if options.ensembles_folder is not None:
             check_same_readout(options.ensembles_folder, setup.readout.name)
         with console.status("locating the model's components"):
-            _check_attribution(setup)
+            _check_attribution(setup, options)
 
     scored = score_conditions(spec, defenses, settings, console, check_inputs, check_setup)
     setup, sweep_result = scored.setup, scored.sweep_result
     if not any(name != UNDEFENDED for _, name in sweep_result.score_frames):
         raise UserError(f"nothing could be scored: {next(iter(sweep_result.failures.values()))}")
+    components, problem = _find_components(setup, options)
     study = MechanismStudy(
         setup=setup,
-        components=locate_components(setup.session.loaded_model.model),
+        located_components=components,
         conditions=setup.conditions,
         scores=scored.scores,
         options=options,
@@ -473,12 +524,15 @@ def study_mechanism(
         console=console,
         failures=dict(sweep_result.failures),
     )
+    if problem:
+        study.add_notice(f"attention knockout and weight patching only: {problem}")
     for attack in spec.attacks:
         study.study_attack(attack)
     summary = summarize_scores(scored.scores, seed=spec.seed).frame
     tables = study.tables | {"scores": scored.scores.frame, "summary": summary}
-    if not any(name in tables for name in ("layers", "directions")):
-        raise UserError(f"no margin could be attributed: {next(iter(study.failures.values()))}")
+    if not any(name in tables for name in ("layers", "directions", "cuts", "weights")):
+        reason = next(iter(study.failures.values()), "") or "; ".join(study.notices)
+        raise UserError(f"no margin could be attributed: {reason}")
     if stacks is not None and len(tables.get("profiles", ())):
         tables["overlap"] = join_stack_interactions(tables["profiles"], stacks)
     record = scored.record | _describe_study(study) | timer.describe_time()
@@ -542,9 +596,25 @@ def _check_same_value(ensembles_folder: Path, label: str, section: str, key: str
         )
 
 
-def _check_attribution(setup: RunSetup) -> None:
+def _find_components(setup: RunSetup, options: MechanismOptions) -> tuple[ModelComponents | None, str]:
+    """Return the components of the model, or why they cannot be located although other parts can run.
+
+    Attention and weights of a model that reads images are changed without TransformerLens.
+    """
+    loaded_model = setup.session.loaded_model
+    try:
+        return locate_components(loaded_model.model), ""
+    except UnknownArchitectureError as error:
+        if not isinstance(loaded_model.image_reader, ImageReader) or not options.n_patched_queries:
+            raise
+        return None, str(error).partition(f"; {OTHER_COMMANDS_HINT}")[0]
+
+
+def _check_attribution(setup: RunSetup, options: MechanismOptions) -> None:
     """Raise if margins of the undefended model cannot be attributed; tried on two queries, before scoring."""
-    components = locate_components(setup.session.loaded_model.model)
+    components, _ = _find_components(setup, options)
+    if components is None:
+        return
     DirectLogitAttribution(components, setup.readout).attribute_margins(
         setup.session,
         setup.conditions[UNDEFENDED],

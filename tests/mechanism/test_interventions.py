@@ -255,8 +255,9 @@ def test_patching_finds_the_planted_heads_and_the_head_that_arms_them(circuit):
 
 def test_attention_knockout_finds_the_layer_that_reads_the_defense(circuit):
     paired_runs, _, before, after = circuit
-    knockouts, effects = paired_runs.measure_knockouts(paired_runs.find_defense_tokens(), before.margins)
-    effect_of = dict(zip([(reader, tuple(layers)) for reader, layers in knockouts], effects.T, strict=True))
+    margins = paired_runs.measure_knockouts(paired_runs.defense, paired_runs.find_defense_tokens())
+    knockouts = [(reader, tuple(layers)) for reader, layers in paired_runs.list_knockouts()]
+    effect_of = dict(zip(knockouts, (margins - before.margins[:, None]).T, strict=True))
     whole = after.margins - before.margins
     for reader in ATTENTION_READERS:
         assert effect_of[reader, ()] == pytest.approx(whole, abs=1e-4)

@@ -4,13 +4,28 @@ import copy
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from conftest import TOY_READOUT, make_toy_session, pair_runs, read_plain_margins, tiny_model
+from PIL import Image
+from vision_models import build_vision_model
 
 from analysis.attacks import choose_attacks
 from analysis.datasets.loading import load_queries
-from analysis.mechanism.knockout import compute_knockout_margin, describe_unsupported_attention
+from analysis.mechanism.interventions import measure_image_knockout_table
+from analysis.mechanism.knockout import (
+    ATTENTION_READERS,
+    compute_knockout_margin,
+    describe_unsupported_attention,
+    mask_user_tokens,
+)
+from analysis.models.loading import LoadedModel
+from analysis.models.session import ModelSession
+from analysis.models.vision import ImageReader
+from analysis.stats.attribution import ContrastEstimator
 from defenses.catalog import get_defense
+from defenses.images import QueryImage
 
 QUERIES = load_queries("contrast").select_split("test").limit_queries(4).queries
 NONE, REMINDER = get_defense("none"), get_defense("self_reminder")
@@ -60,7 +75,8 @@ def test_a_knockout_blocks_attention_in_its_layers_and_nothing_else():
         read_plain_margins(session, defense, paired_runs.encode_prompts(defense))
         for defense in (NONE, REMINDER)
     )
-    knockouts, effects = paired_runs.measure_knockouts(paired_runs.find_defense_tokens(), before)
+    knockouts = paired_runs.list_knockouts()
+    effects = paired_runs.measure_knockouts(REMINDER, paired_runs.find_defense_tokens()) - before[:, None]
     without = [column for column, (_, layers) in enumerate(knockouts) if not layers]
     assert effects[:, without] == pytest.approx(np.stack([after - before] * 2, 1), abs=1e-4)
     blocked = [column for column in range(len(knockouts)) if column not in without]
@@ -91,3 +107,61 @@ def test_unsupported_attention_is_named():
     reason = describe_unsupported_attention(model)
     assert reason == "LlamaForCausalLM uses eager attention, and attention knockout needs sdpa"
     assert not describe_unsupported_attention(tiny_model())
+
+
+@pytest.fixture(scope="module")
+def image_runs():
+    """A tiny LLaVA, which reads queries with images undefended and under a reminder."""
+    model, processor = build_vision_model("llava")
+    reader = ImageReader(processor, model, "llava")
+    loaded = LoadedModel("llava", model, processor.tokenizer, {"id": "llava"}, image_reader=reader)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 60, 90, 3), dtype=np.uint8)
+    images = [QueryImage(str(row), str(row) * 64, Image.fromarray(pixels[row]).copy) for row in range(2)]
+    queries = [replace(query, image=image) for query, image in zip(QUERIES[:2], images, strict=True)]
+    return replace(pair_runs(ModelSession.from_model(loaded), REMINDER, queries), components=None)
+
+
+def test_the_tokens_of_a_defense_are_found_around_an_image(image_runs):
+    """The text of a prompt describes an image, whose tokens are many."""
+    masks, prompts = image_runs.find_defense_tokens(), image_runs.render_prompts(REMINDER)
+    for mask, prompt, (_, chat) in zip(masks, prompts, image_runs.query_chats, strict=True):
+        defense_text = decode_masked(image_runs.session, prompt, mask)
+        other_text = decode_masked(image_runs.session, prompt, mask, wanted=False)
+        assert "responsible" in defense_text and "responsible" not in other_text
+        assert chat[-1]["content"] in other_text and "[16 image tokens]" in other_text
+        assert "<|im_start|>" not in defense_text
+        user_mask = mask_user_tokens(image_runs.session.chat_template, prompt, chat)
+        assert decode_masked(image_runs.session, prompt, user_mask).strip() == chat[-1]["content"]
+
+
+def test_a_knockout_of_images_is_a_mask_of_attention(image_runs):
+    """Margins of plain passes over the pixels, with an attention mask made by hand."""
+    model = image_runs.session.loaded_model.model
+    knockouts = image_runs.list_knockouts()
+    hidden = image_runs.find_image_tokens(REMINDER)
+    assert [sum(mask) for mask in hidden] == [16, 16]
+    margins = image_runs.measure_knockouts(REMINDER, hidden)
+    for row, (ids, mask) in enumerate(zip(image_runs.encode_prompts(REMINDER), hidden, strict=True)):
+        for reader in ATTENTION_READERS:
+            allowed = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+            start = len(ids) - 1 if reader == "answer" else max(np.flatnonzero(mask)) + 1
+            allowed[start:, torch.tensor(mask)] = False
+            bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+            with torch.inference_mode():
+                inputs = model.image_reader.build_plain_inputs(ids)
+                logits = model(**inputs, attention_mask=bias[None, None], use_cache=False).logits[0, -1:]
+            expected = float(TOY_READOUT.compute_margins(logits)[0, 0])
+            column = knockouts.index((reader, range(2)))
+            assert margins[row, column] == pytest.approx(expected, abs=1e-4)
+            assert abs(expected - margins[row, knockouts.index((reader, range(0)))]) > 1e-3
+
+
+def test_the_effect_without_images_is_measured_against_the_undefended_run_without_them(image_runs):
+    estimator = ContrastEstimator(pd.Series(["a", "a"]), np.array([True, False]), 0)
+    table = measure_image_knockout_table(image_runs, estimator)
+    before, after = (
+        image_runs.measure_knockouts(defense, image_runs.find_image_tokens(defense))
+        for defense in (image_runs.undefended, REMINDER)
+    )
+    assert table["shift"].to_numpy() == pytest.approx((after - before).mean(axis=0), abs=1e-6)
+    assert set(table["tokens"]) == {"image"} and len(table) == len(image_runs.list_knockouts())

@@ -71,6 +71,27 @@ def test_a_run_on_images(image_queries, cli_home, no_figures):
     assert any("8 of 8 images reach the model in part only" in text for text in record["notices"])
 
 
+def test_knockouts_of_attention_need_no_known_components(image_queries, cli_home):
+    """TransformerLens does not know InternVL, whose attention can be blocked all the same."""
+    save_vision_model(cli_home / "internvl", "internvl")
+    args = ("mechanism", "-d", "self_reminder", "-m", "./internvl", "--data", image_queries, "--split", "all")
+    result = run_cli(*args, "--readout", "words", "--patched", 2, "-o", "cuts")
+    assert result.code == 0, result.err
+    knockouts = pd.read_csv(cli_home / "cuts" / "cuts.csv")
+    whole = knockouts[knockouts["first"] == -1]
+    assert whole["tokens"].tolist() == ["defense", "defense", "image", "image"]
+    assert whole["shift"].to_numpy() == pytest.approx([whole["shift"].iloc[0]] * 4, abs=1e-3)
+    written = {path.name for path in (cli_home / "cuts").iterdir()}
+    assert "cuts.png" in written and not {"layers.csv", "parts.csv", "patches.csv"} & written
+    record = json.loads((cli_home / "cuts" / "run.json").read_text("utf-8"))
+    notice = (
+        "attention knockout and weight patching only: TransformerLens does not know the architecture InternVL"
+    )
+    assert any(text.startswith(notice) for text in record["notices"])
+    assert "attention to images is blocked" in " ".join(result.out.split())
+    assert_user_error(run_cli(*args, "--patched", 0), "does not know the architecture InternVL")
+
+
 def test_check_shows_what_the_model_sees_of_an_image(image_queries):
     shown = " ".join(
         run_cli("check", "-d", "self_reminder", "-m", "./llava", "--data", image_queries).out.split()

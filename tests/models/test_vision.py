@@ -12,9 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import VOCAB
+from gguf_models import write_gguf
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, Phi4MultimodalConfig
 from vision_models import (
+    TEXT_SIZES,
     VISION_FAMILIES,
+    VISION_SIZES,
     build_vision_model,
     draw_image,
     open_session,
@@ -22,12 +28,14 @@ from vision_models import (
     save_vision_model,
 )
 
-from analysis.models.batches import BatchForm
+from analysis.checkpoints.configuration import read_config
+from analysis.checkpoints.processor import read_processor
+from analysis.models.batches import BatchForm, CacheUse
 from analysis.models.engine import Engine
-from analysis.models.generation import generate_token_ids
+from analysis.models.generation import choose_cache_use, generate_token_ids
 from analysis.models.image_tokens import contains_image, is_image_id
 from analysis.models.loading import LoadedModel, open_checkpoint
-from analysis.models.plain_passes import compute_plain_logits, run_in_float32
+from analysis.models.plain_passes import choose_batch_form, compute_plain_logits, run_in_float32
 from analysis.models.session import ModelSession, check_token_ids
 from analysis.models.vision import ImageReader
 from defenses.errors import UserError
@@ -55,12 +63,19 @@ def render_prompts(family):
     return [template.render_prompt(make_chat(*case)).ids for case in CASES]
 
 
+@cache
+def run_cases_plainly(family):
+    """Return the last logits and the ids of plain passes over all cases."""
+    logits, ids = zip(*(run_plainly(family, *case) for case in CASES), strict=True)
+    return torch.stack(logits), ids
+
+
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_prompts_are_those_of_the_processor(family):
     """Mistakes 2 and 11: pixels if and only if placeholders, ids as the processor writes them."""
     placeholder = open_session(family).chat_template.image_reader.placeholder_id
-    for case, ids in zip(CASES, render_prompts(family), strict=True):
-        _, expected = run_plainly(family, *case)
+    _, plain_ids = run_cases_plainly(family)
+    for case, ids, expected in zip(CASES, render_prompts(family), plain_ids, strict=True):
         assert [placeholder if is_image_id(token) else token for token in ids] == expected
         assert contains_image(ids) == (case[0] is not None)
 
@@ -69,7 +84,7 @@ def test_prompts_are_those_of_the_processor(family):
 def test_logits_are_those_of_plain_passes_in_any_order(family):
     """Mistakes 3, 5 to 9 and 15: batches of images of any size, text between them, in every order."""
     session, prompts = open_session(family), render_prompts(family)
-    plain = torch.stack([run_plainly(family, *case)[0] for case in CASES])
+    plain, _ = run_cases_plainly(family)
     forward = session.engine.read_first_token(prompts, lambda logits: logits)
     assert (forward - plain).abs().max() < 1e-4
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(1)).tolist()
@@ -191,15 +206,19 @@ def test_a_bos_that_the_processor_writes_is_written():
 def test_features_beyond_the_limit_are_kept_in_files(monkeypatch):
     session, prompts = open_session("qwen3_vl"), render_prompts("qwen3_vl")
     expected = session.engine.read_first_token(prompts, lambda logits: logits)
-    monkeypatch.setattr("analysis.models.vision._MAX_FEATURE_BYTES", 1)
+    monkeypatch.setattr("analysis.models.image_features.MAX_FEATURE_BYTES", 1)
     reader = session.chat_template.image_reader
-    monkeypatch.setattr(reader, "_features", type(reader._features)())
+    reader.feature_store.forget()
     n_computed = reader.n_computed
     for _ in range(2):
         found = session.engine.read_first_token(prompts, lambda logits: logits)
         assert torch.equal(found, expected)
     assert reader.n_computed == n_computed + len(IMAGES)
-    assert len(reader._features) == 1 and reader._files
+    assert reader.feature_store.n_files == len(IMAGES) - 1
+    monkeypatch.setattr("analysis.models.image_features.MIN_FREE_BYTES", 2**62)  # a disk that is full
+    reader.feature_store.forget()
+    assert torch.equal(session.engine.read_first_token(prompts, lambda logits: logits), expected)
+    assert reader.feature_store.n_files == 0
 
 
 def test_ids_tell_images_apart_and_edits_too():
@@ -247,10 +266,38 @@ def test_share_of_pixels_that_reach_the_model():
     assert cropping.prepare(draw_image(150, 50)).seen_share == pytest.approx(1 / 3, abs=0.02)
     assert "150×50 → 56×56, 3" in cropping.prepare(draw_image(150, 50)).describe()
     assert "images reach the model in part only" in cropping.describe_losses()
-    for family in ("llava_next", "idefics3", "internvl", "qwen2_5_vl", "gemma3_vl"):
+    wholes = ("llava_next", "llava_onevision", "idefics3", "internvl", "qwen2_5_vl", "gemma3_vl", "gemma4_vl")
+    for family in (*wholes, "mllama"):
         shown = open_session(family).chat_template.image_reader.prepare(draw_image(150, 50))
         assert shown.seen_share > 0.95, family
         assert not open_session(family).chat_template.image_reader.describe_losses()
+
+
+def test_images_that_are_read_by_cross_attention():
+    """Llama 3.2: features are reused, one image per prompt, and its first template had no system turn."""
+    session, prompts = open_session("mllama"), render_prompts("mllama")
+    reader = session.chat_template.image_reader
+    session.engine.read_first_token(prompts, lambda logits: logits)
+    n_computed = reader.n_computed
+    session.engine.read_first_token(prompts, lambda logits: logits)
+    assert reader.n_computed == n_computed
+    assert session.engine.image_engine.batch_form is BatchForm.PADDED
+    assert session.engine.batch_form is BatchForm.PACKED  # text alone
+    assert choose_cache_use(session.engine.image_engine) is CacheUse.PADDED
+    assert "[image: 1 token, 300×100 → 3 × 28×28" in reader.prepare(IMAGES[2]).describe()
+    with pytest.raises(UserError, match="one image per prompt only"):
+        session.chat_template.render_prompt(make_chat(IMAGES[0]) + make_chat(IMAGES[1]))
+    tokenizer, source = session.loaded_model.tokenizer, session.loaded_model.tokenizer.chat_template
+    refusal = "{% if 'image' in messages | string and messages[0]['role'] == 'system' %}"
+    tokenizer.chat_template = refusal + "{{ raise_exception('no system turn') }}{% endif %}" + source
+    try:
+        template = replace(session.chat_template)
+        with_image = template.render_prompt(make_chat(IMAGES[0], "Hi", "Be kind.")).text
+        assert "system" not in with_image and with_image.index("Be kind.") < with_image.index("Hi")
+        assert "system" in template.render_prompt(make_chat(None, "Hi", "Be kind.")).text
+        assert any("beside an image" in notice for notice in template.notices)
+    finally:
+        tokenizer.chat_template = source
 
 
 def test_processor_and_model_that_do_not_fit_are_named():
@@ -285,7 +332,34 @@ def test_models_and_templates_of_text_alone():
         template.tokenizer.chat_template = source
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "internvl"])
+def test_models_that_cannot_be_given_images_say_why(tmp_path):
+    config = PaliGemmaConfig(
+        vision_config={**VISION_SIZES, "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config={**TEXT_SIZES, "model_type": "gemma", "head_dim": 16},
+        image_token_index=VOCAB - 1,
+        projection_dim=64,
+    )
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="reads later tokens at earlier positions"):
+        choose_batch_form(PaliGemmaForConditionalGeneration(config).eval())
+    config.save_pretrained(tmp_path)  # known before weights are loaded
+    with pytest.raises(UserError, match=r"^\S+ \(paligemma\) reads its prompt in both directions .* use a"):
+        read_config(tmp_path, "mine")
+    with pytest.raises(
+        UserError, match=r"^transformers loads mine \(phi4_multimodal\) without images, .* use a"
+    ):
+        read_processor(tmp_path, Phi4MultimodalConfig(), None, "mine")
+    path = write_gguf(tmp_path / "mine.gguf")
+    loaded = open_checkpoint(str(path), "cpu", "float32", offline=True).build_without_weights()
+    template = ModelSession.from_model(loaded).chat_template
+    assert "images" not in template.identity and template.render_prompt(make_chat(None)).ids
+    with pytest.raises(
+        UserError, match=r"^\S+ holds the language part of a model only, as every \.gguf, .*use"
+    ):
+        template.render_prompt(make_chat(IMAGES[0]))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "internvl", "mllama"])
 def test_saved_folders_are_loaded_with_a_pinned_processor(family, tmp_path):
     """Mistake 14: the implementation of the image processor is the same everywhere, and recorded."""
     folder = save_vision_model(tmp_path / family, family)

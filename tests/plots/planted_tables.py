@@ -222,7 +222,7 @@ MECHANISM_DEFENSES = (
 LONG_NAME = "./somewhere/a_defense_with_a_very_long_name.py(copies=10,$q$=0.1)+"
 MECHANISM_CASES: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 2, "heads": 4, "defenses": 1},
-    "usual": {"layers": 12, "heads": 9, "defenses": 3},
+    "usual": {"layers": 12, "heads": 9, "defenses": 3, "token_groups": ("defense", "image")},
     "large": {"layers": 80, "heads": 64, "defenses": 8},
     "crowd": {"layers": 24, "heads": 16, "defenses": 9, "ranges": 12},
     "long": {"layers": 6, "heads": 4, "defenses": 2, "name": 3 * LONG_NAME},
@@ -249,6 +249,7 @@ def plant_mechanism(
     name: str = "",
     attacks: tuple[str, ...] = ("direct",),
     with_interval: bool = True,
+    token_groups: tuple[str, ...] = ("defense",),
 ) -> dict[str, pd.DataFrame]:
     """Return all tables of `analyze mechanism`."""
     generator = np.random.default_rng(layers)
@@ -290,8 +291,13 @@ def plant_mechanism(
         edges = np.unique(np.linspace(0, layers, ranges + 1).astype(int))
         spans = [(-1, -1), *zip(edges[:-1], edges[1:] - 1, strict=True)]
         tables["cuts"] = pd.DataFrame(
-            [(reader, *span) for reader in ("answer", "everything") for span in spans],
-            columns=["reader", "first", "last"],
+            [
+                (tokens, reader, *span)
+                for tokens in token_groups
+                for reader in ("answer", "everything")
+                for span in spans
+            ],
+            columns=["tokens", "reader", "first", "last"],
         )
         weight_patches = [(how, layer, None) for how in ("alone", "up to") for layer in range(layers)]
         weight_patches += [("module", None, module) for module in ("q_proj", "k_proj", "v_proj", "down_proj")]

@@ -73,18 +73,24 @@ def test_weights_draws_single_and_cumulative_patches_over_layers_and_modules_as_
         assert len(FIGURES["weights"].draw(of_part).child_axes) == 2
 
 
-def test_cuts_draws_a_row_per_range_filled_and_hollow() -> None:
+def test_cuts_draws_a_row_per_range_filled_and_hollow_for_each_group_of_tokens() -> None:
     ax, table = find_figure("cuts")
     names = ["no knockout", *(f"layers {first}\N{EN DASH}{first + 2}" for first in (0, 3, 6, 9))]
-    assert [label.get_text() for label in ax.child_axes[0].get_yticklabels()] == names
-    for contrast, panel in zip(CONTRAST_LABELS, ax.child_axes, strict=True):
-        for (defense, reader), rows in table.groupby(["defense", "reader"]):
-            points = line_points(panel, f"{defense} {reader}")
-            np.testing.assert_allclose(points[:, 0], rows[contrast])
-            assert (-np.round(points[:, 1])).tolist() == [0, 1, 2, 3, 4]
-            (line,) = (drawn for drawn in panel.lines if drawn.get_gid() == f"{defense} {reader}")
-            assert (line.get_markerfacecolor() == "white") == (reader == "everything")
-        heights = np.concatenate(
-            [line_points(panel, str(drawn.get_gid()))[:, 1] for drawn in panel.lines if drawn.get_gid()]
-        )
-        assert len(set(heights.round(6))) == len(heights)  # no dot has the height of another
+    panel_rows = np.array(ax.child_axes).reshape(2, 2)
+    for tokens, panels in zip(("defense", "image"), panel_rows, strict=True):
+        assert [label.get_text() for label in panels[0].get_yticklabels()] == names
+        assert tokens in panels[0].get_ylabel()
+        of_tokens = table[table["tokens"] == tokens]
+        for contrast, panel in zip(CONTRAST_LABELS, panels, strict=True):
+            for (defense, reader), rows in of_tokens.groupby(["defense", "reader"]):
+                points = line_points(panel, f"{defense} {reader}")
+                np.testing.assert_allclose(points[:, 0], rows[contrast])
+                assert (-np.round(points[:, 1])).tolist() == [0, 1, 2, 3, 4]
+                (line,) = (drawn for drawn in panel.lines if drawn.get_gid() == f"{defense} {reader}")
+                assert (line.get_markerfacecolor() == "white") == (reader == "everything")
+            heights = np.concatenate(
+                [line_points(panel, str(drawn.get_gid()))[:, 1] for drawn in panel.lines if drawn.get_gid()]
+            )
+            assert len(set(heights.round(6))) == len(heights)  # no dot has the height of another
+    stored = table[table["tokens"] == "defense"].drop(columns="tokens")  # of an earlier version
+    assert len(FIGURES["cuts"].draw(stored).child_axes) == 2
