@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import VOCAB
 from gguf_models import write_gguf
-from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, Phi4MultimodalConfig
 from vision_models import (
