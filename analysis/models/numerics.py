@@ -60,14 +60,15 @@ def check_finite(loaded_model: LoadedModel, values: Tensor) -> None:
     if (values < torch.inf).all():  # NaN is not below infinity
         return
     _check_weights_finite(loaded_model)
+    dtype = str(loaded_model.model.dtype).removeprefix("torch.")
     subject = f"{loaded_model.name} computes logits that are no numbers (NaN or infinite)"
     if _has_float16(loaded_model.model):
         raise UserError(
             f"{subject}: activations probably exceed the range of float16; use --dtype bfloat16 or float32"
         )
     raise UserError(
-        f"{subject}, although all its weights are finite: activations probably exceed the range of "
-        f"{str(loaded_model.model.dtype).removeprefix('torch.')}; use --dtype float32, or milder settings of the defense"
+        f"{subject}, although all its weights are finite: activations probably exceed the range of {dtype}; "
+        "use --dtype float32, or milder settings of the defense"
     )
 
 
