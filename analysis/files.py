@@ -19,18 +19,32 @@ import platformdirs
 
 from defenses.errors import UserError
 
+# How the small file begins that Git LFS leaves in place of a large one.
+LFS_POINTER = b"version https://git-lfs"
 Notifier = Callable[[str], None]  # prints one line for the user
 _STAGING_MARK = ".partial-"
 _STAGING_PATTERN = f".*{_STAGING_MARK[1:]}{'[0-9a-f]' * 8}"
 
 
 def check_output_folder(folder: Path) -> Path:
-    """Return the folder if results can be written to it; called before the work starts."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; give a new or an existing folder")
-    parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {folder} cannot be written: {parent} is not writable; choose another folder")
+    """Return the folder if results can be written to it; called before the work starts.
+
+    A folder is made and removed where `stage_folder` will make one: permissions alone do not tell of names
+    that are too long, of file systems that are full of files, or of those that take none.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder} is a file; give a new or an existing folder")
+        parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        for name in folder.resolve().relative_to(parent.resolve()).parts or ("",):
+            probe = parent / f".{name}{_STAGING_MARK}{uuid4().hex[:8]}"
+            probe.mkdir()
+            probe.rmdir()
+    except (OSError, ValueError) as error:  # a path cannot hold a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--out {folder!s:.200} cannot be written ({reason}); choose another folder"
+        ) from error
     return folder
 
 

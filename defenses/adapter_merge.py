@@ -273,6 +273,11 @@ def _load_tensors(peft_model: Any, name: str, folder: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(folder / ADAPTER_WEIGHTS_FILE)
+    if damaged := sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise UserError(
+            f"{folder} holds values that are no numbers (NaN or infinite), in "
+            f"{damaged[0].removeprefix(PEFT_PREFIX)}: it is damaged; save or obtain it again"
+        )
     parameters = dict(peft_model.named_parameters(remove_duplicate=False))
     for key in tensors.keys() & parameters.keys():  # a whole weight; PEFT writes it into the model's own
         parameters[key].data = parameters[key].data.clone()

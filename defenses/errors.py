@@ -114,4 +114,4 @@ def unknown_name_error(kind: str, name: str, known: Iterable[str], hint: str = "
     names = sorted(known)
     matches = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     suggestion = f"did you mean {' or '.join(map(repr, matches))}? " if matches else ""
-    return UserError(f"unknown {kind} {name!r}: {suggestion}Available: {', '.join(names)}{hint}")
+    return UserError(f"unknown {kind} {name!r}: {suggestion}Available: {', '.join(names) or 'none'}{hint}")

@@ -1,5 +1,6 @@
 """Output paths are checked before the work, and a file is written whole or not at all."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -26,15 +27,23 @@ def test_a_folder_is_usable_if_it_exists_or_can_be_created(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_or_a_read_only_folder_is_rejected_before_the_work(tmp_path, monkeypatch):
+def test_a_file_or_a_place_that_takes_no_folder_is_rejected_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file; give a new or an existing folder"):
         check_output_folder(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be written"):
-        check_output_folder(tmp_path / "file" / "below")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match=r"cannot be written: .* choose another folder"):
+    # 245 letters are a name, but not one from which the name of a folder beside it can be made.
+    for name in ("file/below", "x" * 300, "x" * 245, f"{'x' * 245}/new", "a\0b"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another folder"):
+            check_output_folder(tmp_path / name)
+    monkeypatch.setattr(type(tmp_path), "mkdir", raise_read_only)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\); choose another"):
         check_output_folder(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def raise_read_only(path):
+    """Fail as a folder of a read-only file system does, also for root."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_a_written_file_has_the_usual_mode_and_is_whole_or_absent(tmp_path):

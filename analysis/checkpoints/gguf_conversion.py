@@ -60,11 +60,24 @@ def convert_gguf(path: Path, notify: Notifier) -> tuple[Path, dict[str, Any]]:
     if record is None:
         is_again = folder.is_dir()
         model = read_gguf_model(paths)
-        tokenizer = build_gguf_tokenizer(model)
+        tokenizer = _build_tokenizer(model)
         reason = "the copy there is damaged" if is_again else "this happens once"
         notify(f"Converting {path.name} to safetensors in {folder}; {reason}.")
         record = _write_copy(model, tokenizer, folder)
     return folder, {"sha256": sha256, "gguf": {key: record[key] for key in ("understood", "ignored")}}
+
+
+def _build_tokenizer(model: GgufModel) -> Any:
+    """Return the tokenizer of a GGUF, or raise UserError if its vocabulary contradicts itself."""
+    try:
+        return build_gguf_tokenizer(model)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise UserError(
+            f"{model.paths[0]} has a vocabulary that cannot be read ({describe_library_error(error)}): "
+            "download the file again, or use the model's folder or hub id"
+        ) from error
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

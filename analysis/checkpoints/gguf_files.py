@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.checkpoints.weight_files import check_not_placeholder
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
@@ -142,10 +143,13 @@ def _open_gguf(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
     try:
+        check_not_placeholder(path)
         return GGUFReader(path)
     except (ValueError, OSError, LookupError, OverflowError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a readable GGUF file: {reason}") from error
+        raise UserError(
+            f"{path} is not a readable GGUF file ({reason}), or only a part of one: download it again"
+        ) from error
 
 
 def _read_field(reader: GGUFReader, name: str) -> Any:

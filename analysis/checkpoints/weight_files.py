@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from analysis.files import combine_digests, hash_file
+from analysis.files import LFS_POINTER, combine_digests, hash_file
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.errors import UserError, describe_library_error
 
@@ -19,7 +19,6 @@ CONFIG_FILE = "config.json"
 _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Sharded files of a distributed training, which transformers prefers to all others.
 _DISTRIBUTED_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_LFS_POINTER = b"version https://git-lfs"
 # Surplus weights that cannot change the first token's logits: buffers that are computed anew, heads for
 # training (a value head) or for faster generation (several tokens at once).
 _UNUSED_WEIGHTS = re.compile(
@@ -148,8 +147,8 @@ def check_weight_files(folder: Path, is_quantized: bool = False) -> None:
 def check_not_placeholder(path: Path) -> None:
     """Raise UserError if a file of a model is empty, or only the pointer to it that Git LFS leaves."""
     with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
         raise UserError(
             f"{path} is a placeholder of Git LFS, not the file itself: run `git lfs pull` in its folder, or "
             "download the model with `hf download`"

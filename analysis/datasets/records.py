@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.files import LFS_POINTER
 from defenses.errors import UserError, check_unicode, unknown_name_error
 
 # Formats of the user's own files; each may be compressed (.csv.gz), and capitals do not matter.
@@ -97,9 +98,15 @@ def _read_bytes(path: Path, format_hint: str) -> bytes:
         example = f", such as {files[0]}" if files else ""
         raise UserError(f"{path} is a folder; give a file in it{example}; {format_hint}")
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {format_hint}") from error
+    if content.startswith(LFS_POINTER):
+        raise UserError(
+            f"{path} is a placeholder of Git LFS, not the file itself: run `git lfs pull` in its folder, or "
+            "download the file"
+        )
+    return content
 
 
 def _decompress(path: Path, content: bytes) -> bytes:

@@ -13,15 +13,17 @@ from defenses.errors import UserError, describe_library_error, is_out_of_memory
 
 
 def check_short_prompt(session: ModelSession) -> None:
-    """Check that the model reads a short text, in one plain forward pass, and that its logits are finite.
+    """Check that the model reads a short text, in one plain forward pass, with finite weights and logits.
 
-    Of a model without weights, only the tokens are checked.
+    Weights are checked apart from the logits, because attention on a CPU turns a row of NaN into zeros. Of a
+    model without weights, only the tokens are checked.
 
     Args:
         session: the model.
 
     Raises:
-        UserError: if a token has no embedding, the model needs more than text, or logits are not finite.
+        UserError: if a token has no embedding, the model needs more than text, or weights or logits are not
+            finite.
     """
     loaded_model, model = session.loaded_model, session.loaded_model.model
     prompt = session.chat_template.render_prompt([{"role": "user", "content": "Hello"}])
@@ -39,6 +41,7 @@ def check_short_prompt(session: ModelSession) -> None:
             f"{loaded_model.name} fails on a short prompt of text ({describe_library_error(error)}); a model "
             "that needs images or other inputs beside it cannot be evaluated"
         ) from error
+    _check_weights_finite(loaded_model)
     check_finite(loaded_model, logits)
 
 
@@ -56,22 +59,37 @@ def check_finite(loaded_model: LoadedModel, values: Tensor) -> None:
     """
     if (values < torch.inf).all():  # NaN is not below infinity
         return
-    model = loaded_model.model
+    _check_weights_finite(loaded_model)
+    dtype = str(loaded_model.model.dtype).removeprefix("torch.")
     subject = f"{loaded_model.name} computes logits that are no numbers (NaN or infinite)"
-    name, tensor = _find_nonfinite_weight(model) or ("", None)
-    is_half = torch.float16 in {parameter.dtype for parameter in model.parameters()}
-    if tensor is not None and (tensor.isnan().any() or not is_half):
+    if _has_float16(loaded_model.model):
         raise UserError(
-            f"{subject}: its weight {name} holds such values, so the checkpoint (or an adapter) is damaged; "
-            "save or download it again"
+            f"{subject}: activations probably exceed the range of float16; use --dtype bfloat16 or float32"
         )
-    if is_half:
-        where = f"its weight {name} exceeds" if name else "activations probably exceed"
-        raise UserError(f"{subject}: {where} the range of float16; use --dtype bfloat16 or float32")
     raise UserError(
-        f"{subject}, although all its weights are finite: activations probably exceed the range of "
-        f"{str(model.dtype).removeprefix('torch.')}; use --dtype float32, or milder settings of the defense"
+        f"{subject}, although all its weights are finite: activations probably exceed the range of {dtype}; "
+        "use --dtype float32, or milder settings of the defense"
     )
+
+
+def _check_weights_finite(loaded_model: LoadedModel) -> None:
+    """Raise UserError if a weight holds NaN or infinite values, with the likely cause."""
+    name, tensor = _find_nonfinite_weight(loaded_model.model) or ("", None)
+    if tensor is None:
+        return
+    subject = f"{loaded_model.name} computes with values that are no numbers (NaN or infinite)"
+    if _has_float16(loaded_model.model) and not tensor.isnan().any():
+        raise UserError(
+            f"{subject}: its weight {name} exceeds the range of float16; use --dtype bfloat16 or float32"
+        )
+    raise UserError(
+        f"{subject}: its weight {name} holds such values, so the checkpoint (or an adapter) is damaged; "
+        "save or download it again"
+    )
+
+
+def _has_float16(model: Any) -> bool:
+    return torch.float16 in {parameter.dtype for parameter in model.parameters()}
 
 
 def _find_nonfinite_weight(model: Any) -> tuple[str, Tensor] | None:
@@ -81,6 +99,8 @@ def _find_nonfinite_weight(model: Any) -> tuple[str, Tensor] | None:
             # Masks and excluded tokens of some models are buffers with minus infinity.
             if tensor.is_floating_point() and not tensor.is_meta:
                 values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+                if values.sum(dtype=torch.float32).isfinite():  # one pass, and no copy
+                    continue
                 if not (values.abs() < torch.inf).all() and not (values == -torch.inf).any():
                     return name, values
     return None

@@ -279,6 +279,7 @@ def test_parts_are_converted_as_one_model(tmp_path: Path) -> None:
         ({"ARCH.attention.head_count": None}, {}, r"lacks llama\.attention\.head_count"),
         ({"ARCH.attention.layer_norm_rms_epsilon": None}, {}, r"lacks llama\.attention\.layer_norm_rms_eps"),
         ({"ARCH.vocab_size": 961}, {}, "another shape"),
+        ({"tokenizer.ggml.merges": ["q x"]}, {}, "vocabulary that cannot be read.*download the file again"),
         ({"tokenizer.ggml.new_rule": True}, {}, r"tokenizer\.ggml\.new_rule = True"),
         ({}, {"blk.0.attn_v.bias": [1.0] * 32}, r"does not read \(blk\.0\.attn_v\.bias\)"),
         ({}, {"blk.1.attn_q_norm.weight": [1.0] * 16}, r"does not read \(blk\.1\.attn_q_norm\.weight\)"),

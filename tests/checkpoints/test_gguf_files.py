@@ -67,7 +67,7 @@ def test_a_part_under_another_name_is_told(
         read_gguf_model(find_gguf_parts(tmp_path / name))
 
 
-@pytest.mark.parametrize("content", [b"", b"no gguf at all", b"GGUF\x03\x00\x00\x00", b"GGUF" + b"\xff" * 64])
+@pytest.mark.parametrize("content", [b"no gguf at all", b"GGUF\x03\x00\x00\x00", b"GGUF" + b"\xff" * 64])
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(UserError, match="is not a readable GGUF file") as error:
@@ -75,8 +75,18 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, content: bytes) -> No
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull")],
+)
+def test_a_file_without_content_says_how_to_get_it(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_gguf_model((tmp_path / "x.gguf",))
+
+
 def test_a_truncated_file_is_refused(split_model: tuple[Path, Path], tmp_path: Path) -> None:
     whole = split_model[0].read_bytes()
     (tmp_path / "x.gguf").write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(UserError, match="is not a readable GGUF file"):
+    with pytest.raises(UserError, match=r"is not a readable GGUF file.*download it again"):
         read_gguf_model((tmp_path / "x.gguf",))

@@ -230,6 +230,10 @@ INVALID_FILES = {
     "latin.csv": (CSV.format("Héllo,1").encode("latin-1"), ["line 2", "not UTF-8", "save it as UTF-8"]),
     "open_quote.csv": (CSV.format('"Hi,1\nYo,0\nHey,1'), ["never closed", "'\"Hi,1'"]),
     "no_gzip.csv.gz": (gzip.compress(b"text,harmful\n" * 99)[:40], ["damaged gzip", "again"]),
+    "pointer.csv": (
+        "version https://git-lfs.github.com/spec/v1\n",
+        ["placeholder of Git LFS", "git lfs pull"],
+    ),
     "no.parquet": ("PAR1", ["not a readable Parquet file"]),
     "note.txt": (CSV.format("Hi,1\nYo,0"), ["no known format", ".jsonl or .csv"]),
     "surrogate.jsonl": (

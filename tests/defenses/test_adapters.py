@@ -429,6 +429,19 @@ def test_pickled_and_damaged_weights_are_rejected(tmp_path: Path) -> None:
         load_defense(folder)
 
 
+def test_values_that_are_no_numbers_are_rejected(tmp_path: Path) -> None:
+    folder, _ = write_peft_folder(tmp_path / "a", lora())
+    tensors = load_file(folder / ADAPTER_WEIGHTS_FILE)
+    key = next(key for key in tensors if "q_proj.lora_A" in key)
+    tensors[key][0, 0] = torch.nan
+    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE)
+    model = fresh_model()
+    before = copy_state(model)
+    with pytest.raises(UserError, match=r"no numbers.*q_proj\.lora_A.*obtain it again"):
+        load_defense(folder).apply_to(model).__enter__()
+    assert states_equal(copy_state(model), before)
+
+
 def test_quantized_weights_are_not_merged(tmp_path: Path) -> None:
     folder, _ = write_peft_folder(tmp_path / "a", lora())
     packed, small, elsewhere = fresh_model(), fresh_model(), fresh_model()

@@ -39,6 +39,15 @@ def test_a_damaged_weight_is_named(value: float) -> None:
     refuse_model(model, r"its weight model\.layers\.1\.mlp\.up_proj\.weight holds such values.*damaged")
 
 
+def test_a_damaged_weight_is_named_where_attention_hides_it() -> None:
+    model = fresh_model()
+    model.model.layers[0].self_attn.q_proj.weight.data[3, 4] = torch.nan
+    ids = torch.tensor([[5, 300, 310]])
+    assert model(ids, use_cache=False).logits.isfinite().all()  # else this test shows nothing
+    with pytest.raises(UserError, match=r"its weight model\.layers\.0\.self_attn\.q_proj\.weight holds such"):
+        check_short_prompt(make_session(model))
+
+
 def test_an_overflow_in_float16_says_which_precision_to_use() -> None:
     model = fresh_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6  # infinite in float16
