@@ -75,7 +75,7 @@ class ImageFile(QueryImage):
         object.__setattr__(self, "_title", f"{place}: the image {_shorten(str(path))}")
 
     @cached_property
-    def digest(self) -> str:  # type: ignore[override]  # a field of the base class
+    def digest(self) -> str:  # a field of the base class
         """SHA-256 of the file's content and of the rules by which it is loaded."""
         return _hash_content(_read_content(self._path, self._title))
 
