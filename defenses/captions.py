@@ -15,8 +15,18 @@ from dataclasses import dataclass
 from typing import final
 
 from defenses.chats import copy_chat, edit_last_user, get_last_user_text
-from defenses.contract import Chat, Consultation, Defense, Message, ModelCall, Source
+from defenses.contract import (
+    Chat,
+    Consultation,
+    Defense,
+    MatchedControl,
+    Message,
+    ModelCall,
+    ModelInfo,
+    Source,
+)
 from defenses.images import QueryImage, get_last_image, replace_last_image
+from defenses.matched_controls import build_neutral_control
 from defenses.ocr import MISSING_OCR, is_ocr_installed, read_image_text
 from defenses.refactoring import build_line_call, check_request_placeholder
 
@@ -40,16 +50,16 @@ _LONG_SOURCE = Source(
 )
 
 
-def build_caption_call(image: QueryImage, instruction: str, request: str, max_new_tokens: int) -> ModelCall:
+def build_caption_call(image: QueryImage, request: str | None, max_new_tokens: int) -> ModelCall:
     """Return a call that generates a caption in one line.
 
     Args:
         image: the image.
-        instruction: the instruction; {request} is the placeholder of the request, if it has one.
-        request: text that replaces the placeholder.
+        request: the request that the caption is for; None if the model shall not read it.
         max_new_tokens: maximum number of generated tokens.
     """
-    call = build_line_call(instruction, request, _PREFILL, max_new_tokens)
+    instruction = _DESCRIBE if request is None else _DESCRIBE_FOR_REQUEST
+    call = build_line_call(instruction, request or "", _PREFILL, max_new_tokens)
     return dataclasses.replace(call, chat=replace_last_image(call.chat, image))
 
 
@@ -62,6 +72,19 @@ def add_caption(chat: Chat, caption: str) -> Chat:
     return edit_last_user(chat, lambda text: f"Image: {_PREFILL} {caption}\n\n{text}")
 
 
+@dataclass(frozen=True)
+class ImageInWords(Defense):
+    """Base class of defenses that add what is in the image in words and keep the words of the request."""
+
+    family = "refactoring"
+    needs_images = True
+    source = _LONG_SOURCE
+
+    def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl:
+        """Return the defense with neutral sentences of the same length in the place of its words."""
+        return build_neutral_control(self, model_info, draw)
+
+
 def _check_token_counts(**counts: int) -> None:
     """Raise ValueError unless each number of tokens is positive."""
     for name, count in counts.items():
@@ -70,7 +93,7 @@ def _check_token_counts(**counts: int) -> None:
 
 
 @dataclass(frozen=True)
-class Caption(Defense):
+class Caption(ImageInWords):
     """Base class of defenses that add a caption of the image, which the model writes.
 
     Attributes:
@@ -78,10 +101,7 @@ class Caption(Defense):
         tokens: maximum number of tokens of the caption.
     """
 
-    family = "refactoring"
     cost = "one call"
-    needs_images = True
-    source = _LONG_SOURCE
 
     query_aware: bool = False
     tokens: int = 96
@@ -99,9 +119,12 @@ class Caption(Defense):
         image = get_last_image(chat)
         if image is None:
             return [self.rewrite(chat, rng)]
-        instruction = _DESCRIBE_FOR_REQUEST if self.query_aware else _DESCRIBE
-        (caption,) = yield [build_caption_call(image, instruction, get_last_user_text(chat), self.tokens)]
+        (caption,) = yield [self.build_call(chat, image)]
         return [self.insert_caption(chat, caption) if caption else self.rewrite(chat, rng)]
+
+    def build_call(self, chat: Chat, image: QueryImage) -> ModelCall:
+        """Return the call that generates the caption of a chat's image."""
+        return build_caption_call(image, get_last_user_text(chat) if self.query_aware else None, self.tokens)
 
     @abstractmethod
     def insert_caption(self, chat: Chat, caption: str) -> Chat:
@@ -165,18 +188,14 @@ class ImageDescriptionFirst(Caption):
         assert image is not None, "consult_model() requests a caption only of an image"
         without_image = replace_last_image(chat, None)
         last_user = max(index for index, message in enumerate(chat) if message["role"] == "user")
-        instruction = _DESCRIBE_FOR_REQUEST if self.query_aware else _DESCRIBE
-        question = instruction.replace("{request}", get_last_user_text(chat))
-        description = [
-            Message(role="user", content=question, image=image),
-            Message(role="assistant", content=f"{_PREFILL} {caption}"),
-        ]
+        question = self.build_call(chat, image).chat[0]
+        description = [question, Message(role="assistant", content=f"{_PREFILL} {caption}")]
         return [*without_image[:last_user], *description, *without_image[last_user:]]
 
 
 @final
 @dataclass(frozen=True)
-class Ecso(Defense):
+class Ecso(ImageInWords):
     """Lets the model judge its own response, and replaces the image by a caption if it calls it harmful.
 
     The authors observe that models notice harm in their own responses, and that they are safer without the
@@ -191,9 +210,7 @@ class Ecso(Defense):
         tokens: maximum number of tokens of the caption.
     """
 
-    family = "refactoring"
     cost = "N calls"
-    needs_images = True
     source = _ECSO_SOURCE
 
     text: str = (
@@ -230,7 +247,7 @@ class Ecso(Defense):
         (verdict,) = yield [ModelCall([Message(role="user", content=question)], max_new_tokens=4)]
         if not re.match(r"\W*yes\b", verdict, re.IGNORECASE):
             return [self.rewrite(chat, rng)]
-        (caption,) = yield [build_caption_call(image, _DESCRIBE_FOR_REQUEST, request, self.tokens)]
+        (caption,) = yield [build_caption_call(image, request, self.tokens)]
         if not caption:
             return [self.rewrite(chat, rng)]
         return [add_caption(replace_last_image(chat, None), caption)]
@@ -238,15 +255,13 @@ class Ecso(Defense):
 
 @final
 @dataclass(frozen=True)
-class ImageText(Defense):
+class ImageText(ImageInWords):
     """Repeats the text that is read in the image in the user turn; the image stays.
 
     Attacks move a request into the image because models notice harm less there. Here an OCR program reads the
     image (RapidOCR), and the model is not called. An image without text stays as it is.
     """
 
-    family = "refactoring"
-    needs_images = True
     source = dataclasses.replace(_LONG_SOURCE, wording="ours: the line before the text")
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from defenses.chats import copy_chat
@@ -43,9 +43,9 @@ class QueryImage:
         if identity is None:
             pixels = load()
             content = f"{pixels.size}".encode() + pixels.tobytes()
-            return replace(self, digest=hashlib.sha256(content).hexdigest(), load=load)
+            return QueryImage(self.name, hashlib.sha256(content).hexdigest(), load)
         digest = hashlib.sha256(f"{self.digest}/{identity}".encode()).hexdigest()
-        return replace(self, digest=digest, load=load)
+        return QueryImage(self.name, digest, load)
 
 
 def get_last_image(chat: Chat) -> QueryImage | None:

@@ -5,20 +5,30 @@ prompt. What a defense does beyond its matched control is due to what it says. T
 sentences, secrets by other random tokens, steering directions by random ones of the same norm, and tuned
 weights by weights that were tuned as long on the model's own responses to ordinary requests.
 
-Noise and query refactoring have no matched control. Random changes of the request are the whole of a noise
-defense, and a rewritten request without its meaning would be another request. The opening of a response
-(prefill) has none either: a neutral opening would answer another question.
+Noise and query refactoring have no matched control. Random changes of the request or the image are the whole
+of a noise defense, and a rewritten request without its meaning would be another request. The opening of a
+response (prefill) has none either: a neutral opening would answer another question. Defenses that add what is
+in an image in words have one, because they keep the request: neutral sentences of the caption's length.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, final
 
 from defenses.chats import copy_chat, get_last_user_text
-from defenses.contract import Chat, Defense, MatchedControl, Message, ModelInfo, Source, check_chats
+from defenses.contract import (
+    Chat,
+    Consultation,
+    Defense,
+    MatchedControl,
+    Message,
+    ModelInfo,
+    Source,
+    check_chats,
+)
 from defenses.images import QueryImage
 from defenses.tokens import cut_text, encode_plain_text
 
@@ -122,11 +132,22 @@ class NeutralText(Defense):
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the defended chat with each text that the defense adds replaced."""
-        # The defense rewrites marks in place of the texts, so that its own texts can be told from them.
-        marked = copy_chat(chat)
-        for number, turn in enumerate(marked):
-            turn["content"] = _MARK.format(number)
-        new_chat = copy_chat(self.defense.rewrite(marked, rng))
+        return self._replace_texts(self.defense.rewrite(_mark_texts(chat), rng), chat)
+
+    def consult_model(self, chat: Chat, rng: random.Random) -> Consultation:
+        """Make the calls of the defense with the texts of the chat; replace what it adds in the end."""
+        consultation = self.defense.consult_model(_mark_texts(chat), rng)
+        responses: Any = None  # a generator is started with None
+        while True:
+            try:
+                calls = consultation.send(responses)
+            except StopIteration as stop:
+                return [self._replace_texts(new_chat, chat) for new_chat in stop.value]
+            responses = yield [replace(call, chat=_insert_texts(call.chat, chat)) for call in calls]
+
+    def _replace_texts(self, new_chat: Chat, chat: Chat) -> Chat:
+        """Return a rewritten chat of marks with the texts of the chat, and neutral texts around them."""
+        new_chat = copy_chat(new_chat)
         for place, turn in enumerate(new_chat):
             turn["content"] = self._replace_added_texts(turn["content"], chat, place)
         return new_chat
@@ -150,6 +171,22 @@ class NeutralText(Defense):
             rng = random.Random(f"{self.draw}/{place}")
             self.passages[place, length] = make_neutral_passage(self.tokenizer, length, rng)
         return text[:start] + self.passages[place, length] + text[start + len(core) :]
+
+
+def _mark_texts(chat: Chat) -> Chat:
+    """Return the chat with a mark in the place of each text, so that a defense's own texts can be told."""
+    marked = copy_chat(chat)
+    for number, turn in enumerate(marked):
+        turn["content"] = _MARK.format(number)
+    return marked
+
+
+def _insert_texts(marked: Chat, chat: Chat) -> Chat:
+    """Return a chat of marks with the texts of the chat in their places."""
+    new_chat = copy_chat(marked)
+    for turn in new_chat:
+        turn["content"] = _MARK_PATTERN.sub(lambda mark: chat[int(mark[1])]["content"], turn["content"])
+    return new_chat
 
 
 def make_neutral_passage(tokenizer: Any, length: int, rng: random.Random) -> str:
@@ -176,9 +213,20 @@ def build_matched_control(defense: Defense, model_info: ModelInfo, draw: int) ->
     """
     control = defense.build_control(model_info, draw)
     if control is None and _only_adds_text(defense):
-        neutral = NeutralText(defense, model_info.tokenizer, f"{model_info.seed}/{draw}")
-        control = MatchedControl(neutral, NEUTRAL_TEXT)
+        control = build_neutral_control(defense, model_info, draw)
     return control
+
+
+def build_neutral_control(defense: Defense, model_info: ModelInfo, draw: int) -> MatchedControl:
+    """Return a defense with neutral sentences in the place of the texts that it adds.
+
+    Args:
+        defense: prepared for the model; it keeps each text of a chat whole, wherever it puts it.
+        model_info: the model.
+        draw: number of the control; each has other sentences.
+    """
+    neutral = NeutralText(defense, model_info.tokenizer, f"{model_info.seed}/{draw}")
+    return MatchedControl(neutral, NEUTRAL_TEXT)
 
 
 def _draw_white_image() -> Image:

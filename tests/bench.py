@@ -11,6 +11,7 @@ which this machine multiplies matrices, measured directly before and after the e
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 import time
@@ -55,13 +56,15 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--defense", nargs="*", default=["backdoor", "in_context_refusal"])
     parser.add_argument("--queries", type=int, default=128)
+    parser.add_argument("--images", type=int, default=2, help="images of the row on reused features")
+    parser.add_argument("--conditions", type=int, default=30, help="conditions of the same row")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     args = parser.parse_args()
     console = Console()
     time_startup(console)
     time_votes(console)
-    time_images(console)
+    time_images(console, args.images, args.conditions)
     queries = load_queries("contrast").select_split("test").limit_queries(args.queries).queries
     for dtype in args.dtype:
         loaded = load_model(args.model, args.device, dtype)
@@ -112,7 +115,7 @@ def time_votes(console: Console, n_defenses: int = 30, n_queries: int = 500) -> 
     console.print(f"{len(rows):,} votes of {len(trios):,} teams on {n_queries} queries: {seconds:.1f} s\n")
 
 
-def time_images(console: Console, n_images: int = 2, n_conditions: int = 30) -> None:
+def time_images(console: Console, n_images: int, n_conditions: int) -> None:
     """Time many conditions on the same images with and without reuse of their features.
 
     The model is random and as large as SmolVLM-256M; each image is one tile of 512 × 512 pixels.
@@ -124,7 +127,10 @@ def time_images(console: Console, n_images: int = 2, n_conditions: int = 30) -> 
     )
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (512, 512, 3), np.uint8)) for _ in range(n_images)]
-    shown = [QueryImage(str(index), f"{index:064x}", image.copy) for index, image in enumerate(images)]
+    shown = [
+        QueryImage(str(index), hashlib.sha256(image.tobytes()).hexdigest(), image.copy)
+        for index, image in enumerate(images)
+    ]
     conditions = [
         [
             session.chat_template.render_prompt(
@@ -149,9 +155,9 @@ def time_images(console: Console, n_images: int = 2, n_conditions: int = 30) -> 
         seconds.append(time.perf_counter() - start)
     gap = float((torch.cat(logits[:n_conditions]) - torch.cat(logits[n_conditions:])).abs().max())
     console.print(
-        f"{n_conditions} conditions on {n_images} images, random SmolVLM-256M: {seconds[0] / seconds[1]:.1f} "
-        f"times as fast with features computed once ({seconds[0]:.0f} s and {seconds[1]:.0f} s), logits "
-        f"{gap:.1e} apart\n"
+        f"{n_conditions} conditions on {n_images} images, random SmolVLM-256M, {torch.get_num_threads()} "
+        f"threads: {seconds[0] / seconds[1]:.1f} times as fast with features computed once "
+        f"({seconds[0]:.0f} s and {seconds[1]:.0f} s), logits {gap:.1e} apart\n"
     )
 
 

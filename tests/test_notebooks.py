@@ -10,7 +10,11 @@ from nbclient import NotebookClient
 
 NOTEBOOK_FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOK_FOLDER.glob("*.ipynb"))
-LIVE = ("01-first-analysis", "06-your-own")  # they run the model for minutes; the others read stored runs
+LIVE = (
+    "01-first-analysis",
+    "06-your-own",
+    "07-images",
+)  # they run the model for minutes; the others read stored runs
 NUMBER = re.compile(r"(?<![\w.-])[-−+]?\d+(?:\.\d+)?(?![\w.])")
 pytestmark = [pytest.mark.slow, pytest.mark.embedded, pytest.mark.timeout(600)]
 
@@ -39,8 +43,8 @@ def find_numbers(text):
     return [float(number.replace("−", "-")) for number in NUMBER.findall(text)]
 
 
-def test_there_are_six_notebooks_and_they_are_numbered():
-    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
+def test_there_are_seven_notebooks_and_they_are_numbered():
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 @pytest.mark.parametrize(

@@ -130,12 +130,14 @@ def _describe_public_set(dataset: PublicDataset) -> dict[str, Any]:
 
 def _format_description(row: Mapping[str, Any]) -> Text:
     """Return a row's description; for data also size and license, for a defense also source and settings."""
+    from analysis.stats.format import format_family
+
     text = Text(row.get("what", row.get("note", "")))
     if "licence" in row:
         counts = f"{row['harmful']} harmful, {row['benign']} benign"
         text.append(f"\n{' · '.join((counts, row['licence'], row.get('page', 'shipped')))}", style="dim")
     if "cost" in row:
-        text.append(f"\n{row['family']} · {row['cost']}", style="dim")
+        text.append(f"\n{format_family(row['family'])} · {row['cost']}", style="dim")
     if row.get("source"):
         text.append(f"\n{row['source']}", style="dim")
     if row.get("settings"):
@@ -321,10 +323,11 @@ def run_explain_command(
 
 def _print_defense_card(console: Console, defense: Defense) -> None:
     """Print a defense's name, family, cost, description, source and settings."""
+    from analysis.stats.format import format_family
     from defenses.settings import get_settings
 
-    source = defense.source
-    console.print(Text(defense.name, style="bold"), Text(f"{defense.family}, {defense.cost}", style="dim"))
+    source, family = defense.source, format_family(defense.family)
+    console.print(Text(defense.name, style="bold"), Text(f"{family}, {defense.cost}", style="dim"))
     description, _, attributes = (inspect.getdoc(type(defense)) or "").partition("\n\nAttributes:\n")
     for paragraph in description.split("\n\n"):
         console.print(Text(" ".join(paragraph.split())))

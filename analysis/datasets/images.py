@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,27 +61,54 @@ def find_image_path(value: Any, folder: Path, place: str) -> Path:
     return folder / expand_path(name)
 
 
+class ImageFile(QueryImage):
+    """An image in a file, which is opened when its digest or its pixels are needed first.
+
+    A set may have many more images than the queries that are evaluated.
+    """
+
+    def __init__(self, path: Path, place: str) -> None:
+        # The digest is computed below, so the fields are set one by one.
+        object.__setattr__(self, "name", str(path))
+        object.__setattr__(self, "load", self._load_pixels)
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_title", f"{place}: the image {_shorten(str(path))}")
+
+    @cached_property
+    def digest(self) -> str:  # a field of the base class
+        """SHA-256 of the file's content and of the rules by which it is loaded."""
+        return _hash_content(_read_content(self._path, self._title))
+
+    def _load_pixels(self) -> Image:
+        digest, content = self.digest, _read_content(self._path, self._title)
+        if _hash_content(content) != digest:
+            raise UserError(f"{self._title} has changed since it was first read; run again")
+        return decode_image(content, self._title)
+
+    if TYPE_CHECKING:
+        _path: Path
+        _title: str
+
+
 def open_image(path: Path, place: str) -> QueryImage:
-    """Return the image in a file; its digest is computed now, its pixels are decoded when they are needed.
+    """Return the image in a file; the file is opened when its digest or its pixels are needed.
 
     Args:
         path: of the file.
         place: file and query that the image belongs to, for error messages.
 
     Raises:
-        UserError: if the file cannot be read; `load` of the image raises one if it is no image, damaged,
-            animated or too large, or if the file has changed since.
+        UserError: if there is no such file; `digest` and `load` of the image raise one if it cannot be read,
+            and `load` if it is no image, damaged, animated or too large, or if the file has changed since.
     """
-    name = f"{place}: the image {_shorten(str(path))}"
-    digest = _hash_content(_read_content(path, name))
-
-    def load() -> Image:
-        content = _read_content(path, name)
-        if _hash_content(content) != digest:
-            raise UserError(f"{name} has changed since it was first read; run again")
-        return decode_image(content, name)
-
-    return QueryImage(str(path), digest, load)
+    image = ImageFile(path, place)
+    try:
+        exists = path.is_file()
+    except (OSError, ValueError):  # ValueError: a null character
+        exists = False
+    if not exists:
+        _read_content(path, image._title)  # says why it cannot be read
+    return image
 
 
 def list_images(queries: Iterable[Query]) -> list[QueryImage]:

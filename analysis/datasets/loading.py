@@ -14,8 +14,8 @@ from analysis.datasets.queries import (
     QUERY_FILE_FORMAT,
     Query,
     QuerySet,
-    add_image_digests,
     check_queries,
+    find_repeated_queries,
     parse_query,
 )
 from analysis.datasets.records import (
@@ -149,10 +149,9 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
         )
         queries = [parse_query(row, number, path) for number, (row, path) in enumerate(rows, 1)]
         check_queries(queries, copy_path or base)
-        source["sha256"] = add_image_digests(source["sha256"], queries)
         return QuerySet(name, tuple(queries), source["sha256"], (source,))
     query_set = _load_query_file(expand_path(name))
-    if n_repeated := len(query_set.queries) - len({query.content for query in query_set.queries}):
+    if n_repeated := len(find_repeated_queries(query_set.queries)):
         n = len(query_set.queries)
         notify(f"note: {name} repeats texts ({n_repeated} of {n} queries); each counts as a query of its own")
     return replace(
@@ -169,11 +168,12 @@ def _join_query_sets(name: str, query_sets: Sequence[QuerySet], notify: Notifier
     queries: list[Query] = []
     for number, (stem, query_set) in enumerate(zip(stems, query_sets, strict=True), 1):
         prefix = stem if stems.count(stem) == 1 else f"{stem}-{number}"
-        earlier = {query.content for query in queries}
+        shared = {query.text for query in query_set.queries} & {query.text for query in queries}
+        earlier = {query.content for query in queries if query.text in shared}
         queries += [
             replace(query, id=f"{prefix}:{query.id}", pair=query.pair and f"{prefix}:{query.pair}")
             for query in query_set.queries
-            if query.content not in earlier
+            if query.text not in shared or query.content not in earlier
         ]
     if n_repeated := sum(len(query_set.queries) for query_set in query_sets) - len(queries):
         notify(f"note: {n_repeated} queries of {name} occur in more than one of its sets; each is used once")
@@ -191,5 +191,4 @@ def _load_query_file(path: Path) -> QuerySet:
     rows, content = read_records(path, ("text", "harmful"), QUERY_FILE_FORMAT, QUERY_COLUMNS)
     queries = [parse_query(row, number, path, path.parent) for number, row in enumerate(rows, 1)]
     check_queries(queries, path)
-    digest = add_image_digests(hashlib.sha256(content).hexdigest(), queries)
-    return QuerySet(str(path), tuple(queries), digest)
+    return QuerySet(str(path), tuple(queries), hashlib.sha256(content).hexdigest())

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from analysis.datasets.images import find_image_path, list_images, open_image
-from analysis.files import combine_digests
+from analysis.datasets.images import find_image_path, open_image
 from defenses.errors import UserError, check_unicode, unknown_name_error
 from defenses.images import QueryImage
 
@@ -66,7 +65,8 @@ class QuerySet:
     Attributes:
         name: as given by the user.
         queries: in the order of their files.
-        sha256: digest of the source file, or of the digests of several files; images are files as well.
+        sha256: digest of the source file, or of the digests of several files; without the images, which have
+            digests of their own.
         sources: entries of run.json, one per source set: name and SHA-256; for a public set also its page,
             revision and license.
         has_calibration_split: whether a file or frame of the user has a calibration split.
@@ -110,7 +110,7 @@ class QuerySet:
                 "some rows"
             )
         content = frame.to_csv(index=False).encode(errors="surrogatepass")
-        digest = add_image_digests(hashlib.sha256(content).hexdigest(), queries)
+        digest = hashlib.sha256(content).hexdigest()
         query_set = cls(name, tuple(queries), digest, ({"name": name, "sha256": digest},))
         return replace(query_set, has_calibration_split="calibration" in query_set.split_names)
 
@@ -263,9 +263,11 @@ def check_queries(queries: Sequence[Query], source: Path | str) -> None:
     repeated = [query_id for query_id, count in counts.items() if count > 1]
     if repeated:
         raise UserError(f"{source}: the id {repeated[0]!r} occurs more than once; ids have to be unique")
-    by_content: dict[tuple[str, str | None], Query] = {}
-    for query in queries:
-        if (other := by_content.setdefault(query.content, query)).harmful != query.harmful:
+    in_both = set.intersection(
+        *({query.text for query in queries if query.harmful == harmful} for harmful in (True, False))
+    )
+    for query, other in find_repeated_queries(query for query in queries if query.text in in_both):
+        if other.harmful != query.harmful:
             what = "text with the same image" if query.image else "text"
             raise UserError(
                 f"{source}: {other.id!r} and {query.id!r} are the same {what}, once harmful and once benign; "
@@ -279,10 +281,21 @@ def check_queries(queries: Sequence[Query], source: Path | str) -> None:
     _check_pairs(queries, source)
 
 
-def add_image_digests(sha256: str, queries: Iterable[Query]) -> str:
-    """Return the digest of a file and of the images of its queries; without images, that of the file."""
-    images = list_images(queries)
-    return combine_digests([sha256, *(image.digest for image in images)]) if images else sha256
+def find_repeated_queries(queries: Iterable[Query]) -> list[tuple[Query, Query]]:
+    """Return each query whose text and image occur earlier, with the first query that has them.
+
+    Images are opened only where a text repeats.
+    """
+    by_text: dict[str, list[Query]] = defaultdict(list)
+    for query in queries:
+        by_text[query.text].append(query)
+    repeated = []
+    for members in by_text.values():
+        first: dict[tuple[str, str | None], Query] = {}
+        if len(members) > 1:
+            pairs = [(query, first.setdefault(query.content, query)) for query in members]
+            repeated += [(query, other) for query, other in pairs if other is not query]
+    return repeated
 
 
 def choose_default_split(query_set: QuerySet) -> Literal["test", "all"]:

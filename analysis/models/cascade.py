@@ -28,7 +28,6 @@ class OcrReader:
     def __init__(self) -> None:
         if not is_ocr_installed():
             raise UserError(MISSING_OCR)
-        self._texts: dict[str, str] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -45,14 +44,12 @@ class OcrReader:
         return replaced
 
     def read_text(self, image: QueryImage) -> str:
-        """Return the text in an image; empty if there is none."""
-        if image.digest not in self._texts:
-            settings = json.dumps([image.digest, self.identity], sort_keys=True)
-            name = hashlib.sha256(settings.encode()).hexdigest()[:32]
-            path = get_cache_kind_folder("image_texts") / f"{name}.json"
-            text = read_cached_json(path, lambda content: str(content["text"]))
-            if text is None:
-                text = read_image_text(image)
-                write_cached_json(path, {"text": text})
-            self._texts[image.digest] = text
-        return self._texts[image.digest]
+        """Return the text in an image, from the cache if it was read before; empty if there is none."""
+        settings = json.dumps([image.digest, self.identity], sort_keys=True)
+        name = hashlib.sha256(settings.encode()).hexdigest()[:32]
+        path = get_cache_kind_folder("image_texts") / f"{name}.json"
+        text = read_cached_json(path, lambda content: str(content["text"]))
+        if text is None:
+            text = read_image_text(image)
+            write_cached_json(path, {"text": text})
+        return text

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from analysis.plots.layout import CURVE_STYLES
+from analysis.stats.format import PAPER_FAMILIES
 
 QueryCounts = tuple[int, int] | None
 
@@ -135,6 +136,16 @@ def format_response_basis(record: Mapping[str, Any]) -> str:
     if not responses:
         return ""
     return f"first {responses['new_tokens']} tokens of the responses, judged by {responses['judge']['name']}"
+
+
+def format_family_note(families: Iterable[str]) -> str:
+    """Return the sentence that explains the abbreviations of families; empty if none has one.
+
+    >>> format_family_note(["steering"]), len(format_family_note(["steering", "noise"])) > 0
+    ('', True)
+    """
+    is_in_paper = not PAPER_FAMILIES.keys().isdisjoint(families)
+    return " In parentheses: abbreviations of families in Long et al. (2025)." if is_in_paper else ""
 
 
 def format_count_range(counts: pd.Series[int]) -> str:

@@ -18,6 +18,7 @@ from analysis.plots.captions import (
     CONTRASTS_SENTENCE,
     CaptionContext,
     format_count_range,
+    format_family_note,
     format_query_counts,
     format_run_sentences,
     keep_if_intervals,
@@ -49,6 +50,7 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
+from analysis.stats.format import format_family
 from analysis.stats.tables import UNDEFENDED, Trust, has_judged_rates
 
 # Column → title, factor, number format, and the colors from its lowest to its highest value.
@@ -204,7 +206,7 @@ def draw_interactions(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
             lines = wrap_text(title, 72 * max(side, _MIN_INTERACTION_PANEL), 8, "bold")
             scale.set_title("\n".join(lines), loc="left", fontsize=8, weight="bold")
         key: list[Any] = [
-            Patch(color=FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)[0], label=family)
+            Patch(color=FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)[0], label=format_family(family))
             for family in dict.fromkeys(families.values())
         ]
         if len(cells) < len(families) * (len(families) - 1) / 2:
@@ -274,7 +276,8 @@ def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
         f"Each cell: the same {harmful} harmful and {benign} benign queries under the attack of the column "
         "and the defense of the row. First panel: mean first-token margin of the harmful queries minus the "
         "threshold; positive (blue) refuses. Second and third panels: share of harmful and of benign queries "
-        f"{decided}.{hollow} Intervals are in the table beside the figure{width}. "
+        f"{decided}.{hollow}{format_family_note(cells['family'])} Intervals are in the table "
+        f"beside the figure{width}. "
         f"{context.format_sentences('by column')}"
     )
 
@@ -284,6 +287,7 @@ def caption_interactions(cells: pd.DataFrame, context: CaptionContext) -> str:
     is_numbered = len({*cells["first"], *cells["second"]}) <= MAX_NUMBERED_DEFENSES
     has_intervals = bool(cells.filter(like="_low").notna().any(axis=None))
     values = cells[["interaction_shift", "interaction_discrimination"]]
+    families = format_family_note([*cells["family_first"], *cells["family_second"]])
     dash = "\N{EN DASH}: no value. " if is_numbered and values.isna().any(axis=None) else ""
     pairs = (
         f"the {len(cells)} pairs of defenses that were"
@@ -296,7 +300,7 @@ def caption_interactions(cells: pd.DataFrame, context: CaptionContext) -> str:
         f"{format_query_counts(cells, context.query_counts)}: observed effect of the stack minus the sum of "
         "the effects of its members, for shift (mean of the two class means of the margin's change against "
         "the undefended model) and discrimination (harmful minus benign). 0 (white): no interaction. Each "
-        f"panel has its own color scale. {mark}{dash}"
+        f"panel has its own color scale.{families} {mark}{dash}"
         f"{omit_interval_note(context, not has_intervals).format_sentences(cells['attack'].iloc[0])}"
     )
 
@@ -383,7 +387,7 @@ def _name_family_rows(ax: Axes, families: Sequence[str], n_columns: int) -> None
     for row, family in enumerate(families):
         if family not in ("none", "control", *families[:row]):
             ax.annotate(
-                fit_text(family, 90, TEXT_SIZE, 1),
+                fit_text(format_family(family), 90, TEXT_SIZE, 1),
                 (n_columns, row + 0.5),
                 (4, 0),
                 textcoords="offset points",

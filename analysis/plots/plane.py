@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from analysis.plots.captions import CaptionContext, format_count_range
+from analysis.plots.captions import CaptionContext, format_count_range, format_family_note
 from analysis.plots.data import (
     LINEAR_RANGE,
     PLANE_COLUMNS,
@@ -35,6 +35,7 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
+from analysis.stats.format import format_family
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust
 
 _MAX_SMALL_PLANE = 10  # defenses up to which the plane is small and its legend beside it
@@ -195,7 +196,8 @@ def caption_plane(points: pd.DataFrame, context: CaptionContext, unit: str = "SD
         "Change of the first-token margin from the undefended model (the origin) on the same "
         f"{format_count_range(points['n_harmful'])} harmful and {format_count_range(points['n_benign'])} "
         f"benign queries: {definition}. Bars: 95\u00a0% intervals. Marker and color: family."
-        f"{_format_control_note(points, PLANE_COLUMNS[unit])}{hollow}{scale} "
+        f"{format_family_note(points['family'])}{_format_control_note(points, PLANE_COLUMNS[unit])}"
+        f"{hollow}{scale} "
         f"{context.format_sentences(points['attack'].iloc[0])}"
     )
 
@@ -217,7 +219,8 @@ def caption_refusals(points: pd.DataFrame, context: CaptionContext) -> str:
         f"the {basis}: {judged} responses per condition{predicted}.{ring} Along a grey "
         "line, both rates change equally (shift); across the lines, their difference changes "
         f"(discrimination). The lines are {_CONTOUR_STEP} percentage points apart{dashed}. Bars: "
-        f"95\u00a0% intervals. Marker and color: family.{_format_control_note(points, RATE_NAMES)} "
+        f"95\u00a0% intervals. Marker and color: family.{format_family_note(points['family'])}"
+        f"{_format_control_note(points, RATE_NAMES)} "
         f"{context.format_response_sentences(points['attack'].iloc[0])}"
     )
 
@@ -368,7 +371,8 @@ def _plane_legend(points: pd.DataFrame, known: pd.DataFrame, numbers: list[int])
     key = []
     for family in dict.fromkeys(points["family"]):
         color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
-        label = "control (not a defense)" if family == "control" else fit_text(family, 110, TEXT_SIZE, 1)
+        label = "control (not a defense)" if family == "control" else format_family(family)
+        label = fit_text(label, 110, TEXT_SIZE, 1)
         key.append(make_legend_marker(color, marker, label))
         for name, number, of_family in zip(known["defense"], numbers, known["family"], strict=True):
             if number and of_family == family:

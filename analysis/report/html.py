@@ -46,7 +46,7 @@ from analysis.report.tables import (
     compare_runs,
 )
 from analysis.report.thumbnails import describe_left_out_images, embed_thumbnails, locate_thumbnails
-from analysis.stats.format import ColumnFormat, format_estimate, format_verdict
+from analysis.stats.format import ColumnFormat, format_estimate, format_family, format_verdict
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, iterate_rows
 
 if TYPE_CHECKING:
@@ -304,6 +304,7 @@ def _collect_prompts(prompts: pd.DataFrame | None, texts: Mapping[str, str]) -> 
 def _build_plane_data(summary: pd.DataFrame) -> dict[str, Any]:
     conditions = list(iterate_rows(summary[summary["defense"] != UNDEFENDED]))
     rows = build_plane_points(summary).assign(
+        family_name=[format_family(str(row["family"])) for row in conditions],
         verdict=[format_verdict(row) for row in conditions],
         rates=[", ".join(_format_rate(row, column) for column in RATE_COLUMNS) for row in conditions],
     )
@@ -315,7 +316,7 @@ def _build_plane_data(summary: pd.DataFrame) -> dict[str, Any]:
         for column, axis in zip(columns, "xy", strict=True)
         for end in INTERVAL_SUFFIXES
     }
-    names |= {"defense": "name", "family": "family", "verdict": "verdict", "rates": "rates"}
+    names |= {"defense": "name"} | {name: name for name in ("family", "family_name", "verdict", "rates")}
     points = rows[list(names)].rename(columns=names).round(4)
     is_untrusted = rows.get("trusted", pd.Series("", rows.index)) == Trust.NOT_TRUSTED
     return {

@@ -16,6 +16,7 @@ from analysis.stats.format import (
     format_cell,
     format_defense_name,
     format_estimate,
+    format_family,
     format_number,
     format_verdict,
 )
@@ -56,7 +57,7 @@ def build_summary_tables(run: Run) -> list[HtmlTable]:
         rows = tuple(
             (
                 format_defense_name(row),
-                str(row["family"]),
+                format_family(str(row["family"])),
                 format_verdict(row),
                 *(format_estimate(row, column) for column in columns),
             )

@@ -342,6 +342,7 @@ class ReadoutCalibration:
         """Return what the responses to the calibration split and their verdicts depend on."""
         return {
             "data": [self.calibration_set.sha256, [query.id for query in self._calibration_queries]],
+            "images": [query.content[1] for query in self._calibration_queries],
             "judge": [_CALIBRATION_JUDGE.manifest_entry, DEFAULT_MAX_NEW_TOKENS],
             "begins": prefill,
             "template": self.session.chat_template.identity,

@@ -169,6 +169,8 @@ def prepare_setup(
             readout = readout_calibration.calibrate_readout(name)
         readouts[readout.name] = readout
     overlap = _calibration_overlap_notices(query_set, calibration)
+    if with_threshold:
+        image_notices = [*image_notices, *_text_threshold_notices(query_set, calibration, spec.attacks)]
     notices = [
         *session.loaded_model.notices,
         *session.chat_template.notices,
@@ -387,6 +389,21 @@ def _calibration_overlap_notices(query_set: QuerySet, calibration: QuerySet) -> 
         return []
     return [
         f"{n_shared} of the {len(query_set.queries)} scored queries are calibration queries of the readout"
+    ]
+
+
+def _text_threshold_notices(
+    query_set: QuerySet, calibration: QuerySet, attacks: Sequence[Attack]
+) -> list[str]:
+    """Return a notice if the scored chats have images, but the threshold is fitted to requests in words."""
+    has_images = any(attack.needs_images for attack in attacks) or any(
+        query.image is not None for query in query_set.queries
+    )
+    if not has_images or any(query.image is not None for query in calibration.queries):
+        return []
+    return [
+        "the readout and its threshold are fitted to requests in words; behind images, the rates of judged "
+        "responses count"
     ]
 
 

@@ -15,7 +15,7 @@ from defenses.adapters import load_adapter
 from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import find_defense_classes, get_defense
 from defenses.chats import prefill_response, prepend_system
-from defenses.contract import Chat, Defense, Message, ModelInfo
+from defenses.contract import Chat, Defense, Message, ModelCall, ModelInfo
 from defenses.images import QueryImage
 from defenses.matched_controls import build_matched_control, make_neutral_passage
 from defenses.tokens import draw_random_text, encode_plain_text
@@ -82,6 +82,86 @@ def test_the_image_stays_and_an_instruction_about_it_has_a_control() -> None:
         assert (turn["content"] == REQUEST) == (name == "policy")
 
 
+IMAGE = QueryImage("a.png", "0" * 64, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+IMAGE_CHAT: Chat = [CHAT[0], Message(role="user", content=REQUEST, image=IMAGE)]
+CAPTION = "a red bicycle that leans on a wall."
+FRAME = f"Image: The image shows {CAPTION}"
+
+
+def consult(defense: Defense, responses: list[str]) -> tuple[list[ModelCall], Chat]:
+    """Return the calls that a defense makes about the image, and its chat, given the responses."""
+    consultation, calls, answers = defense.consult_model(IMAGE_CHAT, random.Random(0)), [], None
+    remaining = iter(responses)
+    while True:
+        try:
+            new_calls = consultation.send(answers)  # type: ignore[arg-type]  # None starts a generator
+        except StopIteration as stop:
+            assert next(remaining, None) is None
+            (chat,) = stop.value
+            return calls, chat
+        calls += new_calls
+        answers = [next(remaining) for _ in new_calls]
+
+
+@pytest.mark.parametrize(
+    ("name", "responses", "has_image"),
+    [
+        ("caption_beside", [CAPTION], True),
+        ("caption_only", [CAPTION], False),
+        ("ecso", ["Turn the pick.", "Yes.", CAPTION], False),
+    ],
+)
+def test_a_caption_is_replaced_by_neutral_text_of_its_length_in_its_place(
+    name: str, responses: list[str], has_image: bool
+) -> None:
+    controls = [build_matched_control(get_defense(name), INFO, draw) for draw in (0, 1)]
+    calls, defended = consult(get_defense(name), responses)
+    assert defended[1]["content"] == f"{FRAME}\n\n{REQUEST}"
+    passages = []
+    for control in controls:
+        assert control is not None and control.content == "neutral text"
+        assert control.defense.name == name and control.varies
+        control_calls, controlled = consult(control.defense, responses)
+        assert control_calls == calls, "the calls are those of the defense, so none is generated again"
+        assert controlled[0] == IMAGE_CHAT[0] and ("image" in controlled[1]) == has_image
+        passage, _, request = controlled[1]["content"].rpartition("\n\n")
+        assert request == REQUEST and count_tokens(passage) == count_tokens(FRAME)
+        assert "image" not in passage.lower() and "bicycle" not in passage
+        passages.append(passage)
+    assert passages[0] != passages[1]
+
+
+def test_a_description_and_the_question_about_the_image_are_replaced_in_their_turns() -> None:
+    defense = get_defense("image_description_first", {"query_aware": "true"})
+    control = build_matched_control(defense, INFO, 0)
+    assert control is not None
+    calls, defended = consult(defense, [CAPTION])
+    control_calls, controlled = consult(control.defense, [CAPTION])
+    assert control_calls == calls and REQUEST in calls[0].chat[0]["content"]
+    assert [turn["role"] for turn in controlled] == ["system", "user", "assistant", "user"]
+    assert controlled[1]["image"] is IMAGE and controlled[3]["content"] == REQUEST
+    assert controlled[1]["content"].endswith(REQUEST) and "image" not in controlled[1]["content"]
+    for place in (1, 2):
+        lengths = [count_tokens(chat[place]["content"]) for chat in (defended, controlled)]
+        assert abs(lengths[0] - lengths[1]) <= 1
+    assert "bicycle" not in controlled[2]["content"]
+
+
+def test_what_a_defense_leaves_as_it_is_its_control_leaves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, responses in (("ecso", ["Turn the pick.", "No."]), ("caption_only", [""])):
+        control = build_matched_control(get_defense(name), INFO, 0)
+        assert control is not None and consult(control.defense, responses)[1] == IMAGE_CHAT
+    control = build_matched_control(get_defense("image_text"), INFO, 0)
+    assert control is not None
+    for text, n_added in (("", 0), ("Open\nthis door", count_tokens("Text in the image:\nOpen\nthis door"))):
+        monkeypatch.setattr("defenses.captions.read_image_text", lambda image, text=text: text)
+        (_, turn) = consult(control.defense, [])[1]
+        passage, _, request = turn["content"].rpartition("\n\n")
+        assert request == REQUEST and turn["image"] is IMAGE
+        assert count_tokens(passage) == n_added if text else not passage
+        assert "door" not in passage
+
+
 def test_draws_differ_and_a_draw_is_reproducible() -> None:
     passages = [
         build_matched_control(get_defense("policy"), INFO, draw).defense.rewrite(CHAT, random.Random(0))[0][
@@ -126,7 +206,7 @@ def test_defenses_without_added_text_have_no_control() -> None:
     families = {}
     for defense_class in find_defense_classes().values():
         defense = defense_class()
-        if (
+        if not (defense.needs_images and defense.family == "refactoring") and (
             defense.family in ("noise", "image_noise", "refactoring", "control", "none")
             or defense.name == "safety_prefix"
         ):

@@ -197,7 +197,7 @@ def test_colors_are_symmetric_about_no_interaction_in_either_panel() -> None:
     legend = ax.get_legend()
     assert legend is not None
     legend_texts = [text.get_text() for text in legend.get_texts()]
-    assert legend_texts == ["noise", "tuning"]  # all pairs were run, so none is grey
+    assert legend_texts == ["noise (NI)", "tuning (MO)"]  # all pairs were run, so none is grey
 
 
 @pytest.mark.sweep

@@ -78,6 +78,17 @@ def test_plane_puts_each_defense_at_its_estimates_with_both_intervals(
     assert ("within-class SDs" in caption) == (unit == "SD")
 
 
+def test_legend_and_caption_give_the_abbreviations_of_the_papers_families() -> None:
+    points = build_plane_points(plant_scores(8)[1]).iloc[:2].assign(family=["reminders", "steering"])
+    legend = draw_plane(points).get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()][1:] == ["reminders (SR)", "steering"]
+    context = CaptionContext("smollm2", "twins", "test", 0.0, ("I",))
+    sentence = "In parentheses: abbreviations of families in Long et al. (2025)."
+    assert sentence in caption_plane(points, context)
+    assert sentence not in caption_plane(points.iloc[1:], context)
+
+
 def test_the_plane_is_in_sds_unless_nats_are_wanted_or_the_run_is_older() -> None:
     scores, summary = plant_scores(2)
     points = {"plane": build_plane_points(summary)}

@@ -67,6 +67,7 @@ def test_a_click_on_a_point_shows_its_queries_largest_change_first(open_page):
     view = open_page()
     wait_for_plane(view)
     article = view.locator("article").first
+    assert "reminders (SR)" in article.locator(".plane .role-legend").text_content()
     for name in ("paraphrase", "policy"):
         article.locator(f'.points path[data-defense="{name}"]').click()
         assert article.locator("select.defense").input_value() == name

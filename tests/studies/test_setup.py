@@ -23,9 +23,10 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
-from analysis.datasets.queries import Query
-from analysis.studies.setup import _select_by_images
+from analysis.datasets.queries import Query, QuerySet
+from analysis.studies.setup import _select_by_images, _text_threshold_notices
 from defenses.catalog import get_defense
+from defenses.images import QueryImage
 
 ANALYZE = ("-d", "self_reminder")
 OPTIONS = {
@@ -142,6 +143,18 @@ def test_defenses_that_act_on_images_only_are_left_out_of_all_or_run_where_an_at
         notices[0].startswith("direct: 2 of 2 queries have no image for") and "image_blur, ecso" in notices[0]
     )
     assert _select_by_images(defenses[:2], queries, attacks, leave_out=False) == (defenses[:2], [])
+
+
+def test_a_note_says_where_the_threshold_is_fitted_to_words_but_the_queries_have_images() -> None:
+    image = QueryImage("a.png", "0" * 64, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    words = QuerySet("words", (Query("a", "How do I sing?", True),), "")
+    images = QuerySet("images", (Query("a", "How do I sing?", True, image=image),), "")
+    drawn = [DIRECT_ATTACK, get_attack("typographic")]
+    assert _text_threshold_notices(words, words, [DIRECT_ATTACK]) == []
+    assert _text_threshold_notices(images, images, drawn) == []
+    for scored, attacks in ((images, [DIRECT_ATTACK]), (words, drawn)):
+        (notice,) = _text_threshold_notices(scored, words, attacks)
+        assert notice.startswith("the readout and its threshold are fitted to requests in words")
 
 
 def test_then_the_weights_are_loaded(home: Path) -> None:

@@ -13,7 +13,7 @@ function buildPlaneSpec(plane, linearRange, width) {
   const { points, stretched, unit } = plane;
   const [shiftTitle, separationTitle] = unit === "SD" ? ["shift: change of the midpoint (SD)", "discrimination: change of the separation (SD)"]
     : ["shift (nats): refuses more", "discrimination (nats): separates better"];
-  const families = [...new Set(points.map((point) => point.family))];
+  const families = new Map(points.map((point) => [point.family_name, point.family]));
   const familyColor = (name) => (name in DATA.shapes ? `var(--family-${name})` : INK);
   const xRange = findAxisRange(points, ["x", "x_low", "x_high"], stretched, linearRange);
   const yRange = findAxisRange(points, ["y", "y_low", "y_high"], stretched, linearRange);
@@ -21,7 +21,7 @@ function buildPlaneSpec(plane, linearRange, width) {
     ...(stretched ? { type: "symlog", constant: linearRange } : { type: "linear" }) });
   const ticks = (domain) => (stretched ? { values: TICKS.filter((tick) => tick >= domain[0] && tick <= domain[1]) } : {});
   const position = { x: { scale: "x", field: "x" }, y: { scale: "y", field: "y" } };
-  const fill = { scale: "color", field: "family" };
+  const fill = { scale: "color", field: "family_name" };
   const intervalStyle = { stroke: fill, opacity: { value: 0.5 }, strokeWidth: { value: 1.3 } };
   const zeroStyle = { stroke: { value: INK }, opacity: { value: 0.35 } };
   return {
@@ -29,8 +29,8 @@ function buildPlaneSpec(plane, linearRange, width) {
     width, height: Math.max(320, Math.min(560, width * 0.75)), padding: 4, autosize: { type: "fit-x", contains: "padding" },
     data: [{ name: "rows", values: points }],
     scales: [scale("x", xRange, "width"), scale("y", yRange, "height"),
-      { name: "color", type: "ordinal", domain: families, range: families.map(familyColor) },
-      { name: "shape", type: "ordinal", domain: families, range: families.map((family) => DATA.shapes[family] || "triangle-right") }],
+      { name: "color", type: "ordinal", domain: [...families.keys()], range: [...families.values()].map(familyColor) },
+      { name: "shape", type: "ordinal", domain: [...families.keys()], range: [...families.values()].map((family) => DATA.shapes[family] || "triangle-right") }],
     axes: [
       { scale: "x", orient: "bottom", grid: true, title: `${shiftTitle} →`, labelOverlap: true, format: "~r", ...ticks(xRange) },
       { scale: "y", orient: "left", grid: true, title: width < 500 ? `discrimination (${unit}) →` : `${separationTitle} →`, labelOverlap: true, format: "~r", ...ticks(yRange) }],
@@ -40,7 +40,7 @@ function buildPlaneSpec(plane, linearRange, width) {
       { type: "rule", encode: { enter: { y: { scale: "y", value: 0 }, x: { value: 0 }, x2: { signal: "width" }, ...zeroStyle } } },
       { type: "rule", from: { data: "rows" }, encode: { enter: { x: { scale: "x", field: "x_low" }, x2: { scale: "x", field: "x_high" }, y: position.y, ...intervalStyle } } },
       { type: "rule", from: { data: "rows" }, encode: { enter: { y: { scale: "y", field: "y_low" }, y2: { scale: "y", field: "y_high" }, x: position.x, ...intervalStyle } } },
-      { type: "symbol", name: "points", from: { data: "rows" }, encode: { enter: { ...position, size: { value: width < 500 ? 70 : 110 }, shape: { scale: "shape", field: "family" },
+      { type: "symbol", name: "points", from: { data: "rows" }, encode: { enter: { ...position, size: { value: width < 500 ? 70 : 110 }, shape: { scale: "shape", field: "family_name" },
         fill: [{ test: "datum.untrusted", value: "var(--paper)" }, fill], stroke: [{ test: "datum.untrusted", ...fill }, { value: "var(--paper)" }], strokeWidth: { value: 1 } } } },
       { type: "text", from: { data: "points" }, interactive: false, encode: { enter: { text: { field: "datum.name" }, fontSize: { value: 11 }, fill: { value: INK } } },
         transform: [{ type: "label", size: { signal: "[width, height]" }, offset: [3], anchor: ["right", "left", "top", "bottom", "top-right", "bottom-right", "top-left", "bottom-left"] }] }],
@@ -48,7 +48,7 @@ function buildPlaneSpec(plane, linearRange, width) {
 }
 
 function describePoint(point, unit) {
-  return `${point.name} (${point.family}): ${point.verdict}; ${point.rates}; shift ${formatSigned(point.x)}${formatInterval(point.x_low, point.x_high)}, ` +
+  return `${point.name} (${point.family_name}): ${point.verdict}; ${point.rates}; shift ${formatSigned(point.x)}${formatInterval(point.x_low, point.x_high)}, ` +
     `discrimination ${formatSigned(point.y)}${formatInterval(point.y_low, point.y_high)} ${unit}${point.untrusted ? " (margin not trusted)" : ""}`;
 }
 
