@@ -377,10 +377,10 @@ def estimate_factorial_effects(scores: ScoreTable, attack: str, defense: str, se
         condition_weights = weigh_conditions(defense, effect)
         if not {(attack, name) for name in condition_weights} <= set(scores.condition_keys):
             continue
-        changes = sum(
-            weight * scores.select_condition(attack, name)["margin"].to_numpy(float)
-            for name, weight in condition_weights.items()
-        )
+        margins = [
+            scores.select_condition(attack, name)["margin"].to_numpy(float) for name in condition_weights
+        ]
+        changes = np.array(list(condition_weights.values()), dtype=float) @ np.stack(margins)
         points, clouds = (compute_contrasts(changes, is_harmful, weights) for weights in (observed, draws))
         row: dict[str, object] = {"attack": attack, "defense": defense, "effect": effect}
         for name in points:
