@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Any
@@ -32,6 +33,8 @@ def main() -> None:
     Ctrl-C, 143 for SIGTERM, with which batch systems end a job: it stops a run as Ctrl-C does.
     """
     debug = "--debug" in sys.argv
+    # Threads that wait give their CPU to other processes. To be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     prepare_output_streams()
     terminations: list[int] = []
 

@@ -180,6 +180,7 @@ class ModelCheckpoint:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        limit_threads()
         quantization = get_quantization_config(self.config)
         check_weight_files(self.folder, quantization is not None)
         loader = find_model_class(self.config, self.name)
@@ -372,6 +373,20 @@ def silence_libraries(offline: bool) -> None:
     logging.disable_progress_bar()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def limit_threads() -> None:
+    """Use no more threads than the process may use CPUs, by its affinity and its share of the machine.
+
+    The user's `OMP_NUM_THREADS` has precedence.
+    """
+    import os
+
+    import joblib
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 def build_model_info(name: str, tokenizer: Any, seed: int = 0, sha256: str = "") -> ModelInfo:

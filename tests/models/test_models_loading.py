@@ -20,6 +20,7 @@ from analysis.models.loading import (
     LoadedModel,
     _choose_dtype,
     build_model_info,
+    limit_threads,
     load_model,
     load_tokenizer,
     open_checkpoint,
@@ -223,6 +224,21 @@ def test_what_does_not_fit_one_card_is_spread(tmp_path: Path, monkeypatch: pytes
 def test_a_bfloat16_load_is_bfloat16(tmp_path: Path) -> None:
     loaded = load_model(str(save_model(tmp_path)), dtype="bfloat16")
     assert {value.dtype for value in loaded.model.parameters()} == {torch.bfloat16}
+
+
+def test_threads_are_limited_to_the_cpus_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_threads = torch.get_num_threads()
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        limit_threads()
+        assert torch.get_num_threads() == 2  # the user's own setting
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        limit_threads()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def test_a_secret_belongs_to_name_and_vocabulary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
