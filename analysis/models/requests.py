@@ -22,7 +22,7 @@ from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine
 from analysis.models.hooks import HookPoint, record_activations
 from analysis.models.loading import LoadedModel
-from analysis.models.token_spans import mask_user_tokens
+from analysis.models.token_spans import find_user_tokens
 from defenses.adapters import fingerprint_queries
 from defenses.contract import Chat, Message, ModelCall, QueryChat, StreamPosition, TrainingRequests
 from defenses.errors import UserError
@@ -123,11 +123,9 @@ class ModelRequestReader:
         """Return the response of the undefended model to each call."""
         return self._defense_calls.complete_calls(calls)
 
-    def _find_user_text(self, prompt: Prompt, chat: Chat) -> slice:
-        """Return where the tokens of the last user text are; the last token if there are none."""
-        mask = mask_user_tokens(self._chat_template, prompt, chat)
-        positions = [position for position, is_user in enumerate(mask) if is_user] or [len(mask) - 1]
-        return slice(positions[0], positions[-1] + 1)
+    def _find_user_text(self, prompt: Prompt, chat: Chat) -> range:
+        """Return the positions of the last user text."""
+        return find_user_tokens(self._chat_template, prompt, chat)
 
     @cached_property
     def _final_norm(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,6 +21,27 @@ def find_token_offsets(chat_template: ChatTemplate, prompt: Prompt) -> list[int]
         len(chat_template.decode_tokens(prompt.ids[:count], prompt.images))
         for count in range(len(prompt.ids) + 1)
     ]
+
+
+def find_user_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> range:
+    """Return the positions of the user's text, or of what replaced it; the last token if there is none.
+
+    They are those of `mask_user_tokens`, found by bisection, which decodes few beginnings of the prompt.
+
+    Args:
+        chat_template: chat template that rendered the prompt.
+        prompt: prompt that the model reads.
+        chat: chat that the user or the attacker sent.
+    """
+    if not (spans := _user_text_spans(prompt, chat)):
+        return range(len(prompt.ids) - 1, len(prompt.ids))
+    ((start, stop),) = spans
+
+    def find_offset(count: int) -> int:
+        return len(chat_template.decode_tokens(prompt.ids[:count], prompt.images))
+
+    counts = range(len(prompt.ids) + 1)
+    return range(bisect_right(counts, start, key=find_offset) - 1, bisect_left(counts, stop, key=find_offset))
 
 
 def mask_user_tokens(chat_template: ChatTemplate, prompt: Prompt, chat: Chat) -> list[bool]:

@@ -27,6 +27,7 @@ from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import ScoreCache
 from analysis.models.requests import load_training_requests
 from analysis.models.session import DETECTOR_REFUSAL, ModelSession, generate_responses
+from analysis.models.token_spans import find_user_tokens, mask_user_tokens
 from analysis.readouts.readout import Readout
 from analysis.run import score_condition
 from analysis.studies.responses import _make_keys, judge_condition
@@ -166,6 +167,17 @@ def test_streams_are_read_at_the_end_of_the_prompt_or_of_the_users_text(
             if template.decode_tokens(ids[: position + 1]).endswith(request)
         ]
         torch.testing.assert_close(text, stream[last], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("template", "kind"), [("chatml", "bytes"), ("llama2", "metaspace")])
+def test_the_positions_of_the_users_text_are_those_of_its_mask(template: str, kind: str) -> None:
+    chat_template = make_toy_session(template=template, kind=kind).chat_template
+    for name in ("direct", "prefill", "persona"):
+        ((_, chat),) = get_attack(name).build_query_chats(QUERIES[:1])
+        prompt = chat_template.render_prompt(chat)
+        mask = mask_user_tokens(chat_template, prompt, chat)
+        expected = [position for position, is_user in enumerate(mask) if is_user]
+        assert list(find_user_tokens(chat_template, prompt, chat)) == expected != []
 
 
 @pytest.mark.parametrize("name", ["direct", "base64", "prefill"])
