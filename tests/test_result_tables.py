@@ -4,6 +4,7 @@
 commit it. Which rows a table has, and in which order, is up to the page.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -147,6 +148,49 @@ def test_tables_state_what_the_runs_say(table: ResultTable) -> None:
     text = path.read_text("utf-8")
     start, lines = find_table(text, table.caption)
     expected = [format_row(table, line) for line in lines]
+    if os.environ.get("REWRITE"):
+        stop = start + sum(len(line) + 1 for line in lines)
+        path.write_text(text[:start] + "\n".join(expected) + "\n" + text[stop:], "utf-8")
+        lines = expected
+    assert lines == expected
+
+
+VALIDITY_FOLDERS = (
+    *("validity", "validity-aligned", "validity-attacked", "validity-backdoor"),
+    "validity-qwen2.5-coder-0.5b",
+)
+
+
+def format_validity_row(folder: str, readout: str) -> list[str]:
+    """Return the cells of a row on a readout in a run of `analyze validate`, after the first two."""
+    frame = pd.read_csv(ROOT / "figures" / folder / "validity.csv", keep_default_na=False, na_values=[""])
+    rows = frame[frame["readout"] == readout]
+    undefended = rows[rows["defense"] == UNDEFENDED].iloc[0].to_dict()
+    errors = 100 * rows[["rate_error_harmful", "rate_error_benign"]].abs().to_numpy()
+    counts = [
+        " / ".join(str((rows[name] == trust).sum()) for trust in ("trusted", "not trusted", "cannot tell"))
+        for name in ("trusted", "rate_trusted")
+    ]
+    ranks = json.loads((ROOT / "figures" / folder / "run.json").read_text("utf-8"))["ranks"]
+    rank = next((entry for entry in ranks if entry["readout"] == readout), {"rank_correlation": None})
+    return [
+        *(format_interval(undefended, name, ".2f") for name in ("auroc", "kappa")),
+        *counts,
+        f"{errors.mean():.1f} / {errors.max():.0f}",
+        format_interval(rank, "rank_correlation", "+.2f"),
+    ]
+
+
+def test_the_table_of_readouts_states_what_the_runs_say() -> None:
+    path = ROOT / "docs" / "validity.md"
+    text = path.read_text("utf-8")
+    start, lines = find_table(text, "## Results\n")
+    folders, expected = iter(VALIDITY_FOLDERS), []
+    for line in lines:
+        model, readout, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        folder = next(folders) if model else folder
+        cells = [model, readout, *format_validity_row(folder, readout.partition(" ")[0])]
+        expected.append(f"| {' | '.join(cells)} |")
     if os.environ.get("REWRITE"):
         stop = start + sum(len(line) + 1 for line in lines)
         path.write_text(text[:start] + "\n".join(expected) + "\n" + text[stop:], "utf-8")
