@@ -83,6 +83,7 @@ class Backdoor(TunedDefense):
     reference_adapters: tuple[tuple[str, Adapter], ...] = dataclasses.field(
         default=(), repr=False, metadata=HIDDEN_FIELD
     )
+    reference_state: str = dataclasses.field(default="", repr=False, metadata=HIDDEN_FIELD)
 
     def __post_init__(self) -> None:
         """Check that the length is positive."""
@@ -94,7 +95,8 @@ class Backdoor(TunedDefense):
         prepared = super().prepare(model_info) if self.uses_tuned_weights else self
         if prepared.adapter is not None:
             references = _find_reference_adapters(model_info)
-            prepared = dataclasses.replace(prepared, reference_adapters=references)
+            adapter = dict(references).get(self.reference_state, prepared.adapter)
+            prepared = dataclasses.replace(prepared, reference_adapters=references, adapter=adapter)
         if prepared.secret is not None:
             return prepared
         fingerprint = prepared.adapter.manifest["secret"] if prepared.adapter is not None else None
@@ -115,7 +117,7 @@ class Backdoor(TunedDefense):
         without_weights = dataclasses.replace(self, uses_tuned_weights=False, adapter=None, weights=None)
         without_secret = dataclasses.replace(self, secret=Secret(""))
         references = {
-            state: dataclasses.replace(without_secret, adapter=adapter, weights=None)
+            state: dataclasses.replace(without_secret, adapter=adapter, weights=None, reference_state=state)
             for state, adapter in self.reference_adapters
         }
         return {

@@ -21,7 +21,7 @@ FILES = {
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
 PLOT_LIBRARIES = {"matplotlib", "seaborn", "PIL"}
 TERMINAL_LIBRARIES = {"rich", "typer", "click"}
-IMAGE_MODULES = {"analysis.datasets.images", "analysis.models.vision", "analysis.models.pixel_share"}
+IMAGE_MODULES = {"analysis.datasets.images", "analysis.models.vision", "analysis.checkpoints.pixel_share"}
 COMPUTING = {
     "stats",
     "files",

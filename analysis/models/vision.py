@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from analysis.checkpoints.pixel_share import measure_pixel_share
 from analysis.models.batches import BatchForm
 from analysis.models.image_features import (
     Features,
@@ -27,7 +28,6 @@ from analysis.models.image_features import (
     list_vision_weights,
 )
 from analysis.models.image_tokens import FIRST_IMAGE_ID, MAX_IMAGE_TOKENS, is_image_id, make_image_ids
-from analysis.models.pixel_share import measure_pixel_share
 from defenses.errors import UserError, describe_library_error
 from defenses.images import QueryImage
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.plots.layout import CURVE_STYLES
-from analysis.stats.format import PAPER_FAMILIES
+from analysis.stats.families import PAPER_FAMILIES
 
 QueryCounts = tuple[int, int] | None
 

@@ -50,7 +50,7 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.format import format_family
+from analysis.stats.families import format_family
 from analysis.stats.tables import UNDEFENDED, Trust, has_judged_rates
 
 # Column → title, factor, number format, and the colors from its lowest to its highest value.

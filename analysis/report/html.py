@@ -46,7 +46,8 @@ from analysis.report.tables import (
     compare_runs,
 )
 from analysis.report.thumbnails import describe_left_out_images, embed_thumbnails, locate_thumbnails
-from analysis.stats.format import ColumnFormat, format_estimate, format_family, format_verdict
+from analysis.stats.families import format_family
+from analysis.stats.format import ColumnFormat, format_estimate, format_verdict
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, iterate_rows
 
 if TYPE_CHECKING:

@@ -13,14 +13,6 @@ from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Basis, Trust
 # A column of a table: its name, its heading, the format and the scale of its values, and whether it has an
 # interval.
 ColumnFormat = tuple[str, str, str, float, bool]
-# Abbreviations of the four families of https://arxiv.org/abs/2502.14486; it has no other.
-PAPER_FAMILIES = {
-    "reminders": "SR",  # system reminders
-    "tuning": "MO",  # model optimization
-    "refactoring": "QR",  # query refactoring
-    "noise": "NI",  # noise injection
-    "image_noise": "NI",
-}
 _NAME_COLUMNS = ("defense", "members")  # columns that name a condition
 _EFFECT_COLUMNS = ("delta_auroc", "shift", "discrimination")
 _MISSING = "–"
@@ -134,16 +126,6 @@ def format_defense_name(row: Any) -> str:
     """Return the name of a row's defense as a page shows it; controls are marked."""
     name = "undefended" if row["defense"] == UNDEFENDED else str(row["defense"])
     return f"{name} (control)" if row["family"] == "control" else name
-
-
-def format_family(family: str) -> str:
-    """Return the name of a family as readers see it, with its abbreviation in the paper if it has one.
-
-    >>> format_family("reminders"), format_family("steering")
-    ('reminders (SR)', 'steering')
-    """
-    abbreviation = PAPER_FAMILIES.get(family)
-    return f"{family} ({abbreviation})" if abbreviation else family
 
 
 def format_verdict(row: Any) -> str:

@@ -45,7 +45,7 @@ CHATS = {
     ],
 }
 NEED_WEIGHTS = ["adapter", "weights"]  # without a setting that names their weights, they are skipped
-ABLATIONS = [f"backdoor/{name}" for name in ("no_secret", "no_weights", "neither")]
+ABLATIONS = [f"backdoor/{name}" for name in ("no_secret", "no_weights", "neither", "baseline")]
 STACKS = [
     "keyword_only+self_reminder",
     "paraphrase+smooth_llm+backdoor",
@@ -212,7 +212,7 @@ def test_only_a_defense_that_changes_the_model_or_the_tokens_leaves_the_chat_unc
     assert unchanged == {
         *("none", "clean_up", *NEED_WEIGHTS),
         *(name for name, defense in defenses.items() if defense.needs_images or defense.detects),
-        *changes_model - {"backdoor", "backdoor/no_secret"},
+        *changes_model - {"backdoor", *ABLATIONS},
     }
 
 

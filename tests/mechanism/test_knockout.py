@@ -18,10 +18,10 @@ from analysis.mechanism.knockout import (
     ATTENTION_READERS,
     compute_knockout_margin,
     describe_unsupported_attention,
-    mask_user_tokens,
 )
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession
+from analysis.models.token_spans import mask_user_tokens
 from analysis.models.vision import ImageReader
 from analysis.stats.attribution import ContrastEstimator
 from defenses.catalog import get_defense

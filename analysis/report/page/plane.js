@@ -48,7 +48,7 @@ function buildPlaneSpec(plane, linearRange, width) {
 }
 
 function describePoint(point, unit) {
-  return `${point.name} (${point.family_name}): ${point.verdict}; ${point.rates}; shift ${formatSigned(point.x)}${formatInterval(point.x_low, point.x_high)}, ` +
+  return `${point.name} (${point.family}): ${point.verdict}; ${point.rates}; shift ${formatSigned(point.x)}${formatInterval(point.x_low, point.x_high)}, ` +
     `discrimination ${formatSigned(point.y)}${formatInterval(point.y_low, point.y_high)} ${unit}${point.untrusted ? " (margin not trusted)" : ""}`;
 }
 
