@@ -38,13 +38,14 @@ COMPUTING = {
 # What each package (or single module) of `analysis` may import of the others.
 ALLOWED = {
     "stats": set(),
-    "plots": {"stats"},
+    "families": set(),
+    "plots": {"stats", "families"},
     "files": set(),
     "progress": set(),
     "datasets": {"files"},
     "checkpoints": {"files"},
     "models": {"checkpoints", "files"},
-    "report": {"plots", "stats", "files"},
+    "report": {"plots", "stats", "families", "files"},
     "attacks": {"datasets", "files", "image_attacks"},
     "image_attacks": {"datasets"},
     "readouts": {"models"},

@@ -130,7 +130,7 @@ def _describe_public_set(dataset: PublicDataset) -> dict[str, Any]:
 
 def _format_description(row: Mapping[str, Any]) -> Text:
     """Return a row's description; for data also size and license, for a defense also source and settings."""
-    from analysis.stats.families import format_family
+    from analysis.families import format_family
 
     text = Text(row.get("what", row.get("note", "")))
     if "licence" in row:
@@ -323,7 +323,7 @@ def run_explain_command(
 
 def _print_defense_card(console: Console, defense: Defense) -> None:
     """Print a defense's name, family, cost, description, source and settings."""
-    from analysis.stats.families import format_family
+    from analysis.families import format_family
     from defenses.settings import get_settings
 
     source, family = defense.source, format_family(defense.family)

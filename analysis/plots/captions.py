@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.families import PAPER_FAMILIES
 from analysis.plots.layout import CURVE_STYLES
-from analysis.stats.families import PAPER_FAMILIES
 
 QueryCounts = tuple[int, int] | None
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.patches import Patch, Rectangle
 
+from analysis.families import format_family
 from analysis.plots.captions import (
     CONTRASTS_SENTENCE,
     CaptionContext,
@@ -50,7 +51,6 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.families import format_family
 from analysis.stats.tables import UNDEFENDED, Trust, has_judged_rates
 
 # Column → title, factor, number format, and the colors from its lowest to its highest value.

@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from analysis.families import format_family
 from analysis.plots.captions import CaptionContext, format_count_range, format_family_note
 from analysis.plots.data import (
     LINEAR_RANGE,
@@ -35,7 +36,6 @@ from analysis.plots.style import (
     TEXT_SIZE,
     VERMILION,
 )
-from analysis.stats.families import format_family
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust
 
 _MAX_SMALL_PLANE = 10  # defenses up to which the plane is small and its legend beside it

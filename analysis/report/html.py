@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from analysis.families import format_family
 from analysis.plots.data import (
     LINEAR_RANGE,
     PLANE_COLUMNS,
@@ -46,7 +47,6 @@ from analysis.report.tables import (
     compare_runs,
 )
 from analysis.report.thumbnails import describe_left_out_images, embed_thumbnails, locate_thumbnails
-from analysis.stats.families import format_family
 from analysis.stats.format import ColumnFormat, format_estimate, format_verdict
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, iterate_rows
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.families import format_family
 from analysis.plots.style import BLUE, VERMILION
 from analysis.report.headline import choose_headline_attack
 from analysis.report.results import DELTA_AUROC_COLUMN, RATE_COLUMNS, Run, choose_estimate_columns
-from analysis.stats.families import format_family
 from analysis.stats.format import (
     ColumnFormat,
     format_cell,
