@@ -133,7 +133,7 @@ ENSEMBLE_CASES = {
     "attacked": {"defenses": 5, "n_stacks": 5, "attacks": ("direct", "base64", "./my attack.py")},
     "refusing": {"defenses": 5, "raised": 30.0},
     "several": {"defenses": 10, "n_stacks": 20},
-    "many": {"defenses": 15, "n_stacks": 30},
+    "many": {"defenses": 12, "n_stacks": 24},
 }
 
 

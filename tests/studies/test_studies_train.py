@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import save_model, toy_tokenizer
+from rich.console import Console
 from safetensors.torch import load_file
 
 from analysis.cli.analyze import run_analyze_command
@@ -22,7 +23,7 @@ from analysis.cli.train import run_train_command
 from analysis.datasets.queries import Query, QuerySet
 from analysis.models.loading import build_model_info, load_model, load_tokenizer, split_model_name
 from analysis.studies.run_spec import RunSpec, check_training_overlap
-from analysis.studies.train import train_weights
+from analysis.studies.train import train_missing_weights, train_weights
 from defenses.adapter_merge import ADAPTER_WEIGHTS_FILE
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import Backdoor, Secret, write_secret
@@ -262,11 +263,9 @@ def test_missing_weights_are_trained_before_a_run_and_the_defense_is_compared_wi
 
     monkeypatch.setattr("analysis.studies.train.train_weights", train_fast)
     spec = RunSpec(str(home / "toy"), "contrast", "test", 8, None, "cpu", "auto", 0, True)
-    assert run_analyze_command(spec, ["backdoor"], [], home / "before", False) == 0
-    assert "no tuned weights for this model: add --train" in capsys.readouterr().err
-    for out in ("out", "again"):  # the second run trains nothing
-        assert run_analyze_command(spec, ["backdoor"], [], home / out, False, with_training=True) == 0
+    assert run_analyze_command(spec, ["backdoor"], [], home / "out", False, with_training=True) == 0
     assert recipes == ["attack", "baseline", "backdoor"]
+    assert train_missing_weights(spec, ["backdoor", "policy"], [], Console(quiet=True)) == []
     assert "training backdoor: " in capsys.readouterr().err
     summary = pd.read_csv(home / "out" / "summary.csv").set_index("defense")
     parts = ("", "/no_secret", "/no_weights", "/neither", "/attacked", "/baseline")
