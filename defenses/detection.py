@@ -161,19 +161,33 @@ class Detector(Defense):
         for fold in folds.unique():
             held_out = folds == fold
             parameters = self.fit_parameters(features[~held_out], is_harmful[~held_out])
-            scores[held_out] = self.compute_scores(features[held_out], parameters)
+            center, scale = self._measure_scale(features[~held_out], parameters)
+            scores[held_out] = (self.compute_scores(features[held_out], parameters) - center) / scale
         benign, harmful = scores[~is_harmful], scores[is_harmful]
         if not scores.std() > 0:
             raise UserError(f"{self.name} gives all training requests the same score, so it detects nothing")
         # At most this share of the benign scores is above the threshold.
         threshold = benign.sort(descending=True).values[int(self.over_refusal * len(benign))]
         wins = (harmful[:, None] > benign).double() + (harmful[:, None] == benign).double() / 2
+        parameters = self.fit_parameters(features, is_harmful)
+        center, scale = self._measure_scale(features, parameters)
         return {
-            "parameters": self.fit_parameters(features, is_harmful).tolist(),
-            "threshold": float(threshold),
-            "slope": _fit_slope(scores, is_harmful) if self.calibrates_slope else 1.0,
+            "parameters": parameters.tolist(),
+            "threshold": center + scale * float(threshold),
+            "slope": _fit_slope(scores, is_harmful) / scale if self.calibrates_slope else 1.0,
             "auroc": float(wins.mean()),
         }
+
+    def _measure_scale(self, features: Tensor, parameters: Tensor) -> tuple[float, float]:
+        """Return mean and standard deviation of the scores of training requests, for fitted parameters.
+
+        Scores with other parameters, such as other layers, have another scale; those of different folds are
+        compared in standard deviations.
+        """
+        if not parameters.numel():
+            return 0.0, 1.0
+        scores = self.compute_scores(features, parameters)
+        return float(scores.mean()), float(scores.std().clamp_min(1e-12))
 
 
 def _fit_slope(scores: Tensor, is_harmful: Tensor) -> float:
