@@ -370,6 +370,29 @@ def test_the_threshold_comes_from_queries_that_the_parameters_were_not_fitted_to
 NAMES = ["hidden_detect", "harm_probe", "harm_direction", "perplexity_filter", "self_examination"]
 
 
+@dataclass(frozen=True)
+class Rescaling(Planted):
+    """Multiplies its scores by a number that differs with the queries that it is fitted to."""
+
+    def fit_parameters(self, features: Tensor, is_harmful: Tensor) -> Tensor:
+        return (features.sum() * 1e4 % 100 + 1)[None]
+
+    def compute_scores(self, features: Tensor, parameters: Tensor) -> Tensor:
+        return features[:, 0] * parameters[0]
+
+
+def test_the_scale_of_the_scores_of_a_fold_does_not_matter(session: ModelSession) -> None:
+    made = np.random.default_rng(2)
+    is_harmful = [True] * 60 + [False] * 90
+    scores = np.where(is_harmful, 3.0, 0.0) + 2 * made.normal(size=150)
+    Rescaling.values = torch.tensor(scores)[:, None]
+    info = make_requests(session, is_harmful, [*map(str, range(150))])
+    fit = Rescaling(over_refusal=0.1).prepare(info).fit
+    assert fit is not None
+    assert fit.auroc == pytest.approx(roc_auc_score(is_harmful, scores), abs=0.02)
+    assert np.mean(scores[60:] * fit.parameters[0] > fit.threshold) == pytest.approx(0.1, abs=0.03)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_detector_is_fitted_to_the_training_split_once(session: ModelSession, name: str) -> None:
     detector = prepare(session, get_defense(name))
