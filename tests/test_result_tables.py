@@ -92,14 +92,14 @@ TABLES = (
     ),
     ResultTable(
         "docs/results.md",
-        "SmolLM2 as released ([figures/controls](../figures/controls)):",
+        "SmolLM2 as released, first 16",
         "controls/summary.csv",
         ("defense",),
         CONTROLS,
     ),
     ResultTable(
         "docs/results.md",
-        "The aligned model ([figures/controls-aligned](../figures/controls-aligned)):",
+        "The aligned model, first 32",
         "controls-aligned/summary.csv",
         ("defense",),
         CONTROLS,
