@@ -75,13 +75,22 @@ class ModelRequestReader:
         blocks = get_blocks(self._model)
         hook_points: dict[int, HookPoint] = {
             layer: (blocks[layer] if layer < self.n_blocks else self._final_norm, "enters")
-            for layer in layers
+            for layer in range(min(layers), self.n_blocks + 1)
         }
         values: dict[int, Tensor] = {}
         with torch.inference_mode(), record_activations(self._engine, hook_points) as streams:
             for rows, _ in self._engine.iterate_logits(sequences, [1] * len(sequences)):
-                kept = [reduce_stream(layer, streams[layer].float()).float().cpu() for layer in hook_points]
+                # A block that is skipped, such as one that only reads images, leaves the stream as it is.
+                found = [
+                    next(streams[later] for later in hook_points if later in streams and later >= layer)
+                    for layer in layers
+                ]
+                kept = [
+                    reduce_stream(layer, stream.float()).float().cpu()
+                    for layer, stream in zip(layers, found, strict=True)
+                ]
                 values.update(zip(rows, torch.stack(kept, 1), strict=True))
+                streams.clear()
         return torch.stack([values[row] for row in range(len(chats))])
 
     def unembed(self, stream: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:

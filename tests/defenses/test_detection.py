@@ -47,6 +47,7 @@ from defenses.detection import (
 )
 from defenses.errors import UserError
 from defenses.stack import Stack
+from defenses.steering import get_blocks
 
 QUERIES = list(sample_queries(load_queries("contrast").select_split("test").queries, 6))
 QUERY_CHATS = DIRECT_ATTACK.build_query_chats(QUERIES)
@@ -553,6 +554,37 @@ def test_the_final_norm_is_found_in_every_architecture(family: str) -> None:
     names = {"gpt2": "ln_f", "mamba": "norm_f", "lfm2": "embedding_norm"}
     expected = getattr(session.loaded_model.model.get_decoder(), names.get(family, "norm"))
     assert session.request_reader._final_norm is expected
+
+
+def test_blocks_that_only_read_images_leave_the_stream_of_a_text_as_it_is() -> None:
+    session = open_session("mllama")
+    blocks = get_blocks(session.loaded_model.model)
+    inputs: dict[int, Tensor] = {}
+
+    def record_input(layer: int, args: Any, kwargs: Any) -> None:
+        inputs[layer] = (args[0] if args else kwargs["hidden_states"])[0, -1]
+
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs, layer=layer: record_input(layer, args, kwargs), with_kwargs=True
+        )
+        for layer, block in enumerate(blocks)
+    ]
+    chat: Chat = [{"role": "user", "content": "Hello there"}]
+    with torch.inference_mode():
+        session.loaded_model.model(
+            input_ids=torch.tensor([session.chat_template.render_prompt(chat).ids]), use_cache=False
+        )
+    for handle in handles:
+        handle.remove()
+    skipped = set(range(len(blocks))) - set(inputs)
+    assert skipped
+    layers = range(len(blocks))
+    found = session.request_reader.read_streams([chat], layers, lambda _, stream: stream)[0]
+    for layer in layers:
+        executed = min((other for other in inputs if other >= layer), default=None)
+        if executed is not None:
+            torch.testing.assert_close(found[layer], inputs[executed], atol=1e-4, rtol=1e-4)
 
 
 # --- commands ---------------------------------------------------------------------------------------------
