@@ -32,6 +32,8 @@ figures: .venv/ready ## run the main results and draw their figures into figures
 	  -d character_insertion -d character_patch -d erase_and_check -d semantic_smoothing -d smooth_llm -d word_mask \
 	  -d word_shuffle -d back_translation -d retokenization -d round_trip -d summarize -d two_pass_intention \
 	  -d baseline_tuning
+	$(BIN)/analyze -m smollm2 --limit 300 --controls 0 --out figures/detection -d hidden_detect -d harm_probe \
+	  -d harm_direction -d perplexity_filter -d self_examination
 	$(BIN)/analyze -m smollm2:aligned --limit 40 --out figures/attacks -d self_reminder -d safety_prompt -d policy \
 	  -d goal_priority -d in_context_refusal -d clean_up -d keyword_only -d character_swap -d conditional_steering \
 	  -d direction_ablation -d preference_tuning -d safety_prefix -d neutral_prompt -d backdoor --attack direct \

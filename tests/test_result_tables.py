@@ -92,17 +92,24 @@ TABLES = (
     ),
     ResultTable(
         "docs/results.md",
-        "SmolLM2 as released, first 16",
+        "SmolLM2 as released ([figures/controls]",
         "controls/summary.csv",
         ("defense",),
         CONTROLS,
     ),
     ResultTable(
         "docs/results.md",
-        "The aligned model, first 32",
+        "The aligned model ([figures/controls-aligned]",
         "controls-aligned/summary.csv",
         ("defense",),
         CONTROLS,
+    ),
+    ResultTable(
+        "docs/results.md",
+        "## Detectors\n",
+        "detection/summary.csv",
+        ("defense",),
+        (*RATES, *EFFECTS, read_effect(read_estimate("delta_auroc", "+.2f")), read_text("verdict")),
     ),
     ResultTable(
         "docs/results.md",
