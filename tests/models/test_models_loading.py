@@ -226,9 +226,13 @@ def test_a_bfloat16_load_is_bfloat16(tmp_path: Path) -> None:
     assert {value.dtype for value in loaded.model.parameters()} == {torch.bfloat16}
 
 
-def test_threads_are_limited_to_the_cpus_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_limited_to_the_cpus_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     n_threads = torch.get_num_threads()
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    quota = tmp_path / "cpu.max"
+    quota.write_text("50000 100000\n")
+    monkeypatch.setattr("analysis.models.loading._CPU_QUOTA_FILE", quota)
     try:
         torch.set_num_threads(2)
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
