@@ -192,10 +192,9 @@ def train_missing_weights(
         TrainingInterrupted: if the user interrupts a training; the same call resumes it.
     """
     model_info = spec.open_model(console).model_info
-    chosen = [defense.prepare(model_info) for defense in choose_defenses(defenses, settings)]
     recipes = dict.fromkeys(
         recipe
-        for defense in chosen
+        for defense in choose_defenses(defenses, settings)
         for member in list_members(defense)
         if isinstance(member, TunedDefense) and member.recipe in RECIPES and member.weights is None
         for recipe in (*member.reference_recipes, member.recipe)
