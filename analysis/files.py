@@ -26,6 +26,21 @@ _STAGING_MARK = ".partial-"
 _STAGING_PATTERN = f".*{_STAGING_MARK[1:]}{'[0-9a-f]' * 8}"
 
 
+def check_not_lfs_pointer(path: Path, content: bytes, alternative: str) -> None:
+    """Raise UserError if a file is only the pointer to it that Git LFS leaves.
+
+    Args:
+        path: the file, for the error.
+        content: of the file, or its beginning.
+        alternative: what else than `git lfs pull` gives the file itself.
+    """
+    if content.startswith(LFS_POINTER):
+        raise UserError(
+            f"{path} is a placeholder of Git LFS, not the file itself: run `git lfs pull` in its folder, or "
+            f"{alternative}"
+        )
+
+
 def check_output_folder(folder: Path) -> Path:
     """Return the folder if results can be written to it; called before the work starts.
 

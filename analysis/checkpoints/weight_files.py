@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from analysis.files import LFS_POINTER, combine_digests, hash_file
+from analysis.files import LFS_POINTER, check_not_lfs_pointer, combine_digests, hash_file
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.errors import UserError, describe_library_error
 
@@ -148,11 +148,7 @@ def check_not_placeholder(path: Path) -> None:
     """Raise UserError if a file of a model is empty, or only the pointer to it that Git LFS leaves."""
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise UserError(
-            f"{path} is a placeholder of Git LFS, not the file itself: run `git lfs pull` in its folder, or "
-            "download the model with `hf download`"
-        )
+    check_not_lfs_pointer(path, start, "download the model with `hf download`")
     if not start:
         raise UserError(f"{path} is empty; save or download the model again")
 

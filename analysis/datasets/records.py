@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.files import LFS_POINTER
+from analysis.files import check_not_lfs_pointer
 from defenses.errors import UserError, check_unicode, unknown_name_error
 
 # Formats of the user's own files; each may be compressed (.csv.gz), and capitals do not matter.
@@ -101,11 +101,7 @@ def _read_bytes(path: Path, format_hint: str) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {format_hint}") from error
-    if content.startswith(LFS_POINTER):
-        raise UserError(
-            f"{path} is a placeholder of Git LFS, not the file itself: run `git lfs pull` in its folder, or "
-            "download the file"
-        )
+    check_not_lfs_pointer(path, content, "download the file")
     return content
 
 

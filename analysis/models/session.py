@@ -97,7 +97,8 @@ class ModelSession:
         fingerprint = defense.detector_fingerprint()
         cache = self.score_cache if fingerprint is not None else None
         settings = {**describe_computation(self.loaded_model), "detector": fingerprint}
-        keys = [CacheKey(settings).make_key(ids) for ids in prompts]
+        cache_key = CacheKey(settings)
+        keys = [cache_key.make_key(ids) for ids in prompts]
         known = cache.read_scores(keys) if cache is not None else {}
         new_rows = list({key: row for row, key in enumerate(keys) if key not in known}.values())
         if new_rows:
