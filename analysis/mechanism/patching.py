@@ -131,7 +131,7 @@ class ActivationPatcher:
         model, engine = self.session.loaded_model.model, self.session.engine
         n_shared = len(prompt) - 1 if engine.can_extend_prefix(len(prompt) - 1, len(prompt)) else 0
         ids = torch.tensor([prompt], device=model.device)
-        positions = torch.arange(len(prompt), device=model.device)[None]
+        positions = engine.locate_tokens([prompt]).to(model.device)
         cache = DynamicCache(config=model.config) if n_shared else None
         head_outputs: dict[int, Tensor] = {}
 
@@ -146,7 +146,7 @@ class ActivationPatcher:
                     model(
                         input_ids=ids[:, :n_shared],
                         attention_mask=torch.ones_like(ids[:, :n_shared]),
-                        position_ids=positions[:, :n_shared],
+                        position_ids=positions[..., :n_shared],
                         past_key_values=cache,
                         use_cache=True,
                         logits_to_keep=1,
@@ -162,7 +162,7 @@ class ActivationPatcher:
                 logits = model(
                     input_ids=ids[:, n_shared:],
                     attention_mask=torch.ones_like(ids),
-                    position_ids=positions[:, n_shared:],
+                    position_ids=positions[..., n_shared:],
                     past_key_values=cache,
                     use_cache=cache is not None,
                 ).logits[:, -1]

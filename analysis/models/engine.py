@@ -262,18 +262,38 @@ class Engine:
         """Return keys and values of the shared tokens, to be used by batches of any size."""
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([list(token_ids)], device=self.model.device)
+        positions = self.locate_tokens([token_ids])
         self.rotation.reset_modules()
         self.model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            position_ids=torch.arange(len(token_ids), device=ids.device)[None],
+            position_ids=positions.to(ids.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         self.work_counter.computed_tokens += len(token_ids)
         is_packed = self.batch_form is BatchForm.PACKED and can_split_attention(self.model, cache.layers)
-        return prepare_shared_prefix(cache, is_packed)
+        return prepare_shared_prefix(cache, is_packed, int(positions.max()) + 1)
+
+    def locate_tokens(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "*axes rows length"]:
+        """Return the position of each token in its row, from 0 on; arbitrary at the padding on the right.
+
+        Some models place the parts of an image on several axes; then the first dimension is that of the axes.
+
+        Args:
+            rows: token ids; every image is complete.
+        """
+        length = max(map(len, rows))
+        positions = torch.arange(length).expand(len(rows), length)
+        reader = getattr(self.model, "image_reader", None)
+        if reader is None or not reader.has_image_axes or not any(map(contains_image, rows)):
+            return positions
+        located = [reader.locate_tokens(row) for row in rows]
+        positions = positions.expand(len(located[0]), -1, -1).clone()
+        for number, row_positions in enumerate(located):
+            positions[:, number, : row_positions.shape[1]] = row_positions
+        return positions
 
     def _run_within_memory(
         self,
@@ -320,22 +340,23 @@ class Engine:
                 for index, length, n in zip(packed_rows.packed_index, lengths, n_positions, strict=True)
             ]
             return self.compute_packed_suffixes(
-                prefix.cache, n_shared, suffixes, packed_rows, torch.cat(logit_index)
+                prefix, n_shared, suffixes, packed_rows, torch.cat(logit_index)
             )
         padded_ids = _pad_suffixes(suffixes)
         # Padding on the right: index and position agree, so that sliding windows cover the same tokens as
         # without padding, and a causal model never attends to the padding.
-        positions = torch.arange(padded_ids.shape[1]).expand_as(padded_ids)
+        positions = self.locate_tokens(suffixes) + (prefix.end_position if prefix else 0)
+        is_token = torch.arange(padded_ids.shape[1]) < lengths[:, None]
         prefix_mask = torch.ones(len(suffixes), n_shared, dtype=torch.long)
-        mask = torch.cat([prefix_mask, (positions < lengths[:, None]).long()], dim=1)
+        mask = torch.cat([prefix_mask, is_token.long()], dim=1)
         rows = torch.arange(len(suffixes)).repeat_interleave(torch.tensor(n_positions))
         columns = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, n_positions, strict=True)])
         cache = prefix.cache if prefix else None
-        return self._run_model(cache, padded_ids, mask, n_shared + positions, rows, columns)
+        return self._run_model(cache, padded_ids, mask, positions, rows, columns)
 
     def compute_packed_suffixes(
         self,
-        cache: DynamicCache,
+        prefix: SharedPrefix,
         n_shared: int,
         suffixes: Sequence[Sequence[int]],
         packed_rows: PackedRows,
@@ -344,7 +365,7 @@ class Engine:
         """Return the next-token logits at some tokens of whole suffixes, which start at the shared prefix.
 
         Args:
-            cache: as for `compute_packed_logits`.
+            prefix: keys and values of the shared prefix, attended to separately.
             n_shared: as for `compute_packed_logits`.
             suffixes: token ids.
             packed_rows: of these suffixes; tokens with which several of them start may be packed once.
@@ -352,15 +373,18 @@ class Engine:
         """
         row, column = packed_rows.grid_index
         token_ids = _pad_suffixes(suffixes)[row, column]
+        positions = self.locate_tokens(suffixes)[..., row, column] + prefix.end_position
         self.work_counter.saved_tokens += sum(map(len, suffixes)) - len(token_ids)
-        return self.compute_packed_logits(cache, n_shared, token_ids, column, packed_rows, logit_index)
+        return self.compute_packed_logits(
+            prefix.cache, n_shared, token_ids, positions, packed_rows, logit_index
+        )
 
     def compute_packed_logits(
         self,
         cache: DynamicCache,
         n_shared: int,
         token_ids: Int[Tensor, " tokens"],
-        positions: Int[Tensor, " tokens"],
+        positions: Int[Tensor, "*axes tokens"],
         packed_rows: PackedRows,
         logit_index: Int[Tensor, " ends"],
         hidden_mask: HiddenMask | None = None,
@@ -371,7 +395,7 @@ class Engine:
             cache: keys and values of the shared prefix, attended to separately.
             n_shared: number of tokens of the shared prefix.
             token_ids: packed token ids, row after row.
-            positions: position of each token, counted from the end of the shared prefix.
+            positions: position of each token in its prompt.
             packed_rows: where the rows lie in the packed sequence.
             logit_index: indices in the packed sequence at which logits are computed, such as
                 `packed_rows.last_index`.
@@ -383,7 +407,7 @@ class Engine:
                 cache,
                 token_ids[None],
                 mask,
-                n_shared + positions[None],
+                positions[..., None, :],
                 torch.zeros_like(logit_index),
                 logit_index,
             )
@@ -406,17 +430,15 @@ class Engine:
         prefix = self.compute_prefix(prompt[:n_shared])
 
         def read_last_token(n_rows: int) -> Float[Tensor, "rows vocab"]:
-            token_ids = torch.full((n_rows,), prompt[n_shared])
-            zeros = torch.zeros(n_rows, dtype=torch.long)
+            token_ids, positions = (torch.full((n_rows,), n) for n in (prompt[n_shared], prefix.end_position))
             if prefix.is_packed:
                 packed_rows = PackedRows.from_lengths(torch.ones(n_rows, dtype=torch.long))
                 return self.compute_packed_logits(
-                    prefix.cache, n_shared, token_ids, zeros, packed_rows, packed_rows.last_index
+                    prefix.cache, n_shared, token_ids, positions, packed_rows, packed_rows.last_index
                 )
             mask = torch.ones(n_rows, n_shared + 1, dtype=torch.long)
-            return self._run_model(
-                prefix.cache, token_ids[:, None], mask, zeros[:, None] + n_shared, torch.arange(n_rows), zeros
-            )
+            rows, columns = torch.arange(n_rows), torch.zeros(n_rows, dtype=torch.long)
+            return self._run_model(prefix.cache, token_ids[:, None], mask, positions[:, None], rows, columns)
 
         return read_last_token
 
@@ -425,7 +447,7 @@ class Engine:
         cache: DynamicCache | None,
         token_ids: Int[Tensor, "batch length"],
         attention_mask: Int[Tensor, "batch seen"],
-        positions: Int[Tensor, "batch length"],
+        positions: Int[Tensor, "*axes batch length"],
         logit_rows: Int[Tensor, " ends"],
         logit_columns: Int[Tensor, " ends"],
     ) -> Float[Tensor, "ends vocab"]:

@@ -25,7 +25,13 @@ from analysis.models.plain_passes import (
     explain_disagreement,
     measure_logit_gap,
 )
-from analysis.models.prefix_attention import PackedRows, RowCache, can_split_attention, make_split_update
+from analysis.models.prefix_attention import (
+    PackedRows,
+    RowCache,
+    SharedPrefix,
+    can_split_attention,
+    make_split_update,
+)
 
 _MAX_PADDED_ROWS, _MAX_PACKED_ROWS = 32, 64  # per batch; packed rows take less memory
 _N_PROBE_TOKENS = 3
@@ -223,10 +229,13 @@ def _generate_packed(
             layer.update = make_split_update(layer.keys, layer.values, row_caches[-1])  # type: ignore[method-assign]
     responses: list[list[int]] = [[] for _ in suffixes]
     active_rows = list(range(len(suffixes)))
-    lengths = torch.tensor([len(suffix) for suffix in suffixes])
+    last_positions = torch.stack([n_shared + engine.locate_tokens([suffix]).max() for suffix in suffixes])
     packed_rows = PackedRows.from_tokens(suffixes)
     is_cached_token = packed_rows.is_token
-    logits = engine.compute_packed_suffixes(prefix, n_shared, suffixes, packed_rows, packed_rows.last_index)
+    shared_prefix = SharedPrefix(prefix, is_packed=True, end_position=n_shared)  # it holds no image
+    logits = engine.compute_packed_suffixes(
+        shared_prefix, n_shared, suffixes, packed_rows, packed_rows.last_index
+    )
     on_first_logits(logits)
     while True:
         is_finished = [
@@ -238,15 +247,15 @@ def _generate_packed(
         if any(is_finished):
             kept = torch.tensor([index for index, finished in enumerate(is_finished) if not finished])
             active_rows = [active_rows[index] for index in kept]
-            lengths, is_cached_token = lengths[kept], is_cached_token[kept]
+            last_positions, is_cached_token = last_positions[kept], is_cached_token[kept]
             for row_cache in row_caches:
                 row_cache.select_rows(kept)
         # One more token per row, which attends to all tokens of its row except the padding.
         is_new_token = torch.ones(len(active_rows), 1, dtype=torch.bool)
         is_cached_token = torch.cat([is_cached_token, is_new_token], dim=1)
         token_ids = torch.tensor([responses[row][-1] for row in active_rows])
-        positions = lengths + torch.tensor([len(responses[row]) - 1 for row in active_rows])
-        packed_rows = PackedRows.from_lengths(torch.ones_like(lengths))
+        positions = last_positions + torch.tensor([len(responses[row]) for row in active_rows])
+        packed_rows = PackedRows.from_lengths(torch.ones_like(last_positions))
         hidden_mask = ~is_cached_token[:, None]
         logits = engine.compute_packed_logits(
             prefix, n_shared, token_ids, positions, packed_rows, packed_rows.last_index, hidden_mask

@@ -256,10 +256,13 @@ class SharedPrefix:
     Attributes:
         cache: keys and values of all layers.
         is_packed: whether rows are packed into one sequence, not padded to one length.
+        end_position: position of the token behind it, which is not its length where an image takes fewer
+            positions than tokens.
     """
 
     cache: DynamicCache
     is_packed: bool
+    end_position: int
 
 
 def can_share_prefix(model: Any) -> bool:
@@ -267,19 +270,20 @@ def can_share_prefix(model: Any) -> bool:
     return all(type(layer) in _SHAREABLE_LAYERS for layer in DynamicCache(config=model.config).layers)
 
 
-def prepare_shared_prefix(cache: DynamicCache, is_packed: bool) -> SharedPrefix:
+def prepare_shared_prefix(cache: DynamicCache, is_packed: bool, end_position: int) -> SharedPrefix:
     """Return a prefix that batches of any size can use, after replacing the `update` of its cache layers.
 
     Args:
         cache: keys and values of the prefix.
         is_packed: whether rows will be packed into one sequence, with split attention.
+        end_position: see `SharedPrefix`.
     """
     make_update = make_split_update if is_packed else _make_broadcast_update
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer)  # one of _SHAREABLE_LAYERS
         if layer.keys is not None and layer.values is not None:  # some layers use those of another layer
             layer.update = make_update(layer.keys, layer.values)  # type: ignore[method-assign]
-    return SharedPrefix(cache, is_packed)
+    return SharedPrefix(cache, is_packed, end_position)
 
 
 def _make_broadcast_update(keys: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:

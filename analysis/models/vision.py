@@ -16,7 +16,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from analysis.checkpoints.pixel_share import measure_pixel_share
 from analysis.models.batches import BatchForm
@@ -291,11 +293,33 @@ class ImageReader:
     @property
     def fastest_form(self) -> BatchForm:
         """The fastest form of a batch that prompts with images may have."""
-        if self._parameters & {*_KIND_INPUTS}:
-            # Where an image lies decides on positions or on what its tokens attend to, in the whole prompt.
-            return BatchForm.EQUAL
+        if self._parameters & {*_KIND_INPUTS} and not self.has_image_axes:
+            # The tokens of an image attend to each other, which split attention does not do.
+            return BatchForm.REPEATED
         # In cross-attention, also the tokens before an image read it.
         return BatchForm.PADDED if self.reads_by_cross_attention else BatchForm.PACKED
+
+    @cached_property
+    def has_image_axes(self) -> bool:
+        """Whether the model places the parts of an image on several axes, such as rows and columns."""
+        return "mm_token_type_ids" in self._parameters and hasattr(self.model.base_model, "get_rope_index")
+
+    def locate_tokens(self, token_ids: Sequence[int]) -> Int[Tensor, "axes tokens"]:
+        """Return the position of each token on each axis, for models with `has_image_axes`.
+
+        The text behind an image goes on from the largest position in it.
+
+        Args:
+            token_ids: of a prompt, or of the rest of one, counted from 0; every image is complete.
+        """
+        compute_positions = self.model.base_model.get_rope_index
+        built, prepared = self._list_token_inputs(torch.tensor([list(token_ids)]))
+        layout = _merge_values([image.layout for image in prepared]) if prepared else {}
+        accepted = inspect.signature(compute_positions).parameters
+        positions, _ = compute_positions(
+            **{name: value for name, value in (built | layout).items() if name in accepted}
+        )
+        return torch.as_tensor(positions[:, 0])
 
     @property
     def reads_by_cross_attention(self) -> bool:
@@ -342,7 +366,11 @@ class ImageReader:
             return args, {**kwargs, "cross_attention_states": None}
         if token_ids is None or not bool((token_ids >= FIRST_IMAGE_ID).any()):
             return None
-        return args, {**kwargs, **self.build_inputs(token_ids)}
+        built = self.build_inputs(token_ids)
+        if cache is not None and (n_cached := cache.get_seq_length()):
+            # The kinds of all tokens that are attended to; images that are cached already count as text.
+            built |= {name: pad(built[name], (n_cached, 0)) for name in _KIND_INPUTS if name in built}
+        return args, {**kwargs, **built}
 
     def _list_images(self, token_ids: Tensor) -> list[PreparedImage]:
         """Return the images of rows of token ids in their order; raise unless each row has whole images."""

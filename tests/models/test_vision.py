@@ -93,6 +93,25 @@ def test_logits_are_those_of_plain_passes_in_any_order(family):
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_the_fastest_form_that_is_right_is_used(family):
+    """Mistakes 6 and 9: text before an image is shared also where its place or its kind is told apart."""
+    forms = {"gemma3_vl": BatchForm.REPEATED, "gemma4_vl": BatchForm.PADDED, "mllama": BatchForm.PADDED}
+    session, prompts = open_session(family), render_prompts(family)
+    engine = session.engine.image_engine
+    assert engine.batch_form is forms.get(family, BatchForm.PACKED)
+    if engine.batch_form is BatchForm.PADDED:
+        return
+    plain, _ = run_cases_plainly(family)
+    rows = [row for row, prompt in enumerate(prompts) if contains_image(prompt)]
+    repeated = Engine(session.loaded_model.model, batch_form=BatchForm.REPEATED)
+    logits = repeated.read_first_token([prompts[row] for row in rows], lambda logits: logits)
+    assert (logits - plain[rows]).abs().max() < 1e-4
+    with torch.inference_mode():  # the whole prompt but its last token is the prefix, its image included
+        last = engine.make_last_token_reader(prompts[rows[0]])(2)
+    assert (last - plain[rows[0]]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_responses_are_those_of_plain_passes(family):
     """Mistake 10: every generated token is the one that a plain pass over the pixels ranks first."""
     session, prompts = open_session(family), render_prompts(family)
