@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
 
 from defenses.chats import copy_chat, prefill_response, prepend_system
-from defenses.contract import Chat, Defense, ModelInfo, Source
+from defenses.contract import Chat, Defense, MatchedControl, ModelInfo, Source
+from defenses.matched_controls import NEUTRAL_TEXT, make_neutral_passage
 from defenses.none import Undefended
+from defenses.tokens import encode_plain_text
 from defenses.tuned import TunedDefense
 from defenses.tuning import SafetyTuning
 
@@ -136,3 +138,10 @@ class Coca(Defense):
         if self.alpha == 0:
             return ()
         return (1 + self.alpha, dataclasses.replace(self, alpha=0.0)), (-self.alpha, Undefended())
+
+    def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl:
+        """Return the defense with neutral sentences as its principle, whose effect is amplified alike."""
+        length = len(encode_plain_text(model_info.tokenizer, self.text))
+        rng = random.Random(f"{model_info.seed}/{draw}")
+        passage = make_neutral_passage(model_info.tokenizer, length, rng)
+        return MatchedControl(dataclasses.replace(self, text=passage), NEUTRAL_TEXT)

@@ -201,6 +201,16 @@ def test_a_control_of_a_users_defense_replaces_its_text_too() -> None:
     assert build_matched_control(Opening(), INFO, 0) is None
 
 
+def test_the_control_of_coca_amplifies_the_effect_of_neutral_text() -> None:
+    coca: Any = get_defense("coca")
+    controls: list[Any] = [build_matched_control(coca, INFO, draw) for draw in (0, 1, 0)]
+    (weight, member), (less, undefended) = controls[0].defense.logit_blend()
+    assert (weight, less) == (1 + coca.alpha, -coca.alpha) and undefended.name == "none"
+    passage = member.text
+    assert count_tokens(passage) == count_tokens(coca.text) and "law" not in passage
+    assert passage == controls[2].defense.text != controls[1].defense.text
+
+
 def test_defenses_without_added_text_have_no_control() -> None:
     info = replace(INFO, compute_mean_activations=make_mean_activations)
     families = {}
