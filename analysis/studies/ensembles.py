@@ -302,7 +302,7 @@ def _check_overlap_model(path: Path, setup: RunSetup) -> None:
             f"`analyze mechanism` with --split {SELECTION_SPLIT}"
         )
     model, origin = record["model"], setup.session.loaded_model.origin
-    for key in ("sha256", "state_sha256"):
+    for key in ("sha256", "state_sha256", "weight_change"):
         if model.get(key) != origin.get(key):
             raise UserError(
                 f"--overlap {path} was made with {model['name']}, another model than this run's; run "

@@ -566,7 +566,7 @@ def check_same_model(ensembles_folder: Path, setup: RunSetup) -> None:
         setup: set-up of this run.
     """
     origin = setup.session.loaded_model.origin
-    for key in ("sha256", "state_sha256"):
+    for key in ("sha256", "state_sha256", "weight_change"):
         _check_same_value(ensembles_folder, f"weights ({key})", "model", key, origin.get(key))
 
 

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, Attack
+from analysis.checkpoints.weight_changes import ABLITERATED
 from analysis.datasets.loading import load_queries
-from analysis.datasets.queries import QuerySet, choose_default_split
+from analysis.datasets.queries import Query, QuerySet, choose_default_split
 from analysis.files import lock_folder
 from analysis.models.loading import silence_libraries
 from analysis.progress import make_notifier, print_note
+from defenses.adapters import fingerprint_queries
 from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.files import Notifier
-    from analysis.models.loading import ModelCheckpoint
+    from analysis.models.loading import LoadedModel, ModelCheckpoint
     from analysis.models.session import ModelSession
     from defenses.contract import MeanActivations, ModelInfo, TrainingRequests
 
@@ -140,6 +142,14 @@ class OpenedModel:
     prompt_session: ModelSession
     load_session: Callable[[], ModelSession]
 
+    @property
+    def trained_on(self) -> frozenset[str]:
+        """Fingerprints of the queries that the weights depend on."""
+        if self.checkpoint.weight_change != ABLITERATED:
+            return self.checkpoint.trained_on
+        texts = [query.text for query in load_training_queries()]
+        return self.checkpoint.trained_on | frozenset(fingerprint_queries(texts))
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -232,6 +242,7 @@ class RunSpec:
         Args:
             console: shows progress.
         """
+        from analysis.mechanism.abliteration import remove_refusal_direction
         from analysis.mechanism.directions import load_mean_activations
         from analysis.models.cache import ScoreCache, get_score_cache_path
         from analysis.models.chat_template import ChatTemplate
@@ -260,10 +271,24 @@ class RunSpec:
             self.model, checkpoint.tokenizer, self.seed, checkpoint.origin["sha256"]
         )
 
+        def record_activations(session: ModelSession) -> MeanActivations:
+            queries = load_training_queries()
+            return load_mean_activations(
+                session, [query.text for query in queries], [query.harmful for query in queries]
+            )
+
+        def abliterate(loaded: LoadedModel) -> str:
+            session = ModelSession.from_model(
+                loaded, self.batch_size, self.seed, answer_prefix=self.answer_prefix
+            )
+            activations = record_activations(session)
+            remove_refusal_direction(session, activations)
+            return activations.sha256[:16]
+
         @cache
         def load_session() -> ModelSession:
             with console.status(f"loading {self.model}"):
-                loaded = checkpoint.load_weights()
+                loaded = checkpoint.load_weights(abliterate)
                 score_cache = ScoreCache(get_score_cache_path())
                 session = ModelSession.from_model(
                     replace(loaded, share_prefix=self.share_prefix),
@@ -284,13 +309,10 @@ class RunSpec:
         def compute_mean_activations() -> MeanActivations:
             session = load_session()
             with console.status("recording activations on the training queries"):
-                queries = load_queries("contrast").select_split("train").queries
-                return load_mean_activations(
-                    session, [query.text for query in queries], [query.harmful for query in queries]
-                )
+                return record_activations(session)
 
         def load_requests() -> TrainingRequests:
-            queries = load_queries("contrast").select_split("train").queries
+            queries = load_training_queries()
             return load_training_requests(
                 load_session(),
                 [query.text for query in queries],
@@ -306,6 +328,12 @@ class RunSpec:
             load_training_requests=cache(load_requests),
         )
         return OpenedModel(checkpoint, model_info, prompt_session, load_session)
+
+
+@cache
+def load_training_queries() -> tuple[Query, ...]:
+    """Return the shipped queries to which directions and detectors are fitted, whatever is scored."""
+    return load_queries("contrast").select_split("train").queries
 
 
 def parse_sites(names: Sequence[str]) -> tuple[str, ...]:

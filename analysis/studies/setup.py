@@ -120,7 +120,7 @@ def prepare_setup(
     readout_names = CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts
     for name in readout_names:
         encode_opener(name, opened.checkpoint.tokenizer)
-    check_training_overlap(query_set, opened.checkpoint.trained_on, spec.model)
+    check_training_overlap(query_set, opened.trained_on, spec.model)
     _read_image_texts(opened.prompt_session, query_set.queries, spec.attacks, console)
     prepared = {
         row: _prepare_defense(defense, opened.model_info)

@@ -124,6 +124,11 @@ def train_weights(
         )
     opened = spec.open_model(console)
     model_info = opened.model_info
+    if change := opened.checkpoint.weight_change:
+        raise UserError(
+            f"-m {spec.model}: weights are trained for the model itself, so leave out :{change}; "
+            f"{spec.model} then takes the trained weights on top"
+        )
     if not training_settings.full:
         find_adapted_layers(opened.checkpoint.build_without_weights().model, training_settings.modules)
         if opened.checkpoint.adapter is not None:

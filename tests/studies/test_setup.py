@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,19 @@ from conftest import (
     run_cli,
     save_model,
     set_home_folder,
+    tiny_model,
 )
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.queries import Query, QuerySet
+from analysis.models.cache import describe_computation
+from analysis.models.loading import load_model
+from analysis.studies.run_spec import build_run_spec
 from analysis.studies.setup import _select_by_images, _text_threshold_notices
 from defenses.catalog import get_defense
+from defenses.errors import UserError
 from defenses.images import QueryImage
 
 ANALYZE = ("-d", "self_reminder")
@@ -86,6 +93,8 @@ OPTIONS = {
     "train, secret": (("train", "safety", "--secret", "x.txt"), "uses no secret"),
     "train, missing secret": (("train", "backdoor", "--secret", "nowhere.txt"), "nowhere.txt"),
     "train, finished": (("train", "safety", "-o", "adapter"), "holds a finished training"),
+    "train, changed weights": (("train", "safety", "-m", "broken:int8"), "leave out :int8"),
+    "training queries": ((*ANALYZE, "-m", "broken:abliterated", "--split", "train"), "trained on"),
 }
 
 
@@ -159,6 +168,25 @@ def test_a_note_says_where_the_threshold_is_fitted_to_words_but_the_queries_have
 
 def test_then_the_weights_are_loaded(home: Path) -> None:
     assert_user_error(run_cli(*ANALYZE, "-m", "broken"), "broken/model.safetensors is damaged")
+
+
+def test_a_change_of_the_weights_is_made_once_they_are_loaded(home: Path) -> None:
+    save_model(home / "whole")
+    released = tiny_model()
+    for change in ("int8", "abliterated"):
+        spec = build_run_spec(f"whole:{change}", "contrast", limit=8)
+        loaded = spec.open_model(Console()).load_session().loaded_model
+        assert loaded.origin["weight_change"].startswith(change)
+        before, after = (model.model.layers[0].mlp.down_proj.weight for model in (released, loaded.model))
+        # 96 inputs are one group: rounding to 256 values, or a rank that is lost.
+        if change == "int8":
+            assert 0 < (after - before).abs().max() < (before.max() - before.min()) / 255
+        else:
+            assert torch.linalg.matrix_rank(after) < min(after.shape)
+        unchanged = replace(loaded, origin={**loaded.origin, "weight_change": None})
+        assert describe_computation(loaded) != describe_computation(unchanged)
+    with pytest.raises(UserError, match="name the model without :abliterated here"):
+        load_model("whole:abliterated")
 
 
 def test_a_model_is_checked_before_responses_are_generated(home: Path) -> None:
