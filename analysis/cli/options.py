@@ -25,8 +25,8 @@ ModelOption = Annotated[
     typer.Option(
         "-m",
         "--model",
-        help="Model: short name, Hugging Face id, folder, or .gguf file; then, each after a colon, a state of its "
-        "weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated).",
+        help="Model: short name, Hugging Face id, folder, or .gguf file; then, each after a colon, a state "
+        "of its weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated).",
     ),
 ]
 DataOption = Annotated[
