@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,8 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 # PEFT writes the tensors of a module as `PEFT_PREFIX + module name + "." + name of the tensor`.
 PEFT_PREFIX = "base_model.model."
+# Of a weight of the model, changed or not, that PEFT writes along with the adapter of its module.
+_BASE_WEIGHT_SUFFIX = ".base_layer.weight"
 # Types of adapters whose change PEFT can merge into the weights.
 _MERGED_TYPES = (
     *("ADALORA", "BOFT", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT"),
@@ -55,9 +58,11 @@ _KEYS_WITH_DEFAULTS = frozenset(
         *("boft_block_size", "boft_n_butterfly_factor", "oft_block_size", "use_cayley_neumann"),
     )
 )
-# Initializations after which the adapter is relative to the released weights; others (PiSSA, OLoRA, …) change
-# those as well.
+# Initializations after which the adapter is relative to the released weights; others change those as well.
 _PLAIN_LORA_INITS = (True, "gaussian", "eva", "orthogonal", "mica")
+# Initializations that subtract the first product of the matrices from the released weights, of which a
+# decomposition gives the product again.
+_SUBTRACTED_LORA_INITS = ("pissa", "olora")
 
 
 class PeftAdapter(NamedTuple):
@@ -79,8 +84,13 @@ def check_adapter_config(adapter: PeftAdapter) -> None:
     known_keys = _MERGED_LORA_KEYS if peft_type == "LORA" else _list_config_fields(peft_type)
     settings = describe_adapter_config(config)
     unsupported = [key for key in settings if key not in known_keys]
-    if settings.get("init_lora_weights", True) not in _PLAIN_LORA_INITS:
-        unsupported.append("init_lora_weights")
+    init = settings.get("init_lora_weights", True)
+    if init not in (*_PLAIN_LORA_INITS, *_SUBTRACTED_LORA_INITS):
+        raise UserError(
+            f"{folder} has init_lora_weights={str(init)[:60]} in its {ADAPTER_CONFIG_FILE}: the released "
+            "weights were changed at random or by data, which it does not hold; save it again with PEFT's "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
     if unsupported:
         values = ", ".join(f"{key}={str(config[key])[:60]}" for key in unsupported)
         raise UserError(
@@ -181,14 +191,21 @@ def _merge_with_peft(
     from torch import nn
 
     peft_model: Any = _copy_modules(model, parameters)
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
-        config = _build_peft_config(adapter)
-        if name == names[0]:
+    names: list[str] = []
+    starts: list[str] = []
+    for number, adapter in enumerate(adapters):
+        name, config = f"adapter_{number}", _build_peft_config(adapter)
+        if not names:
             peft_model = PeftModel(peft_model, config, name)
         else:
             peft_model.add_adapter(name, config)
         _load_tensors(peft_model, name, adapter.folder)
+        if adapter.config.get("init_lora_weights") in _SUBTRACTED_LORA_INITS:
+            starts.append(f"{name}_start")
+            _add_subtracted_start(peft_model, starts[-1], adapter)
+        names.append(name)
+    if starts and len(adapters) > 1 and any(map(_uses_base_weights, adapters)):
+        raise ValueError("one needs the weights from which the start of the other is subtracted")
     peft_model.base_model.set_adapter(names)
     adapted: list[Any] = [
         module
@@ -202,7 +219,7 @@ def _merge_with_peft(
         )
     for module in adapted:
         if isinstance(module, BaseTunerLayer):
-            _merge_layer(module)
+            _merge_layer(module, starts)
     changed = {}
     for name, parameter in peft_model.unload().named_parameters(remove_duplicate=False):
         released = parameters.get(name)
@@ -296,6 +313,56 @@ def _load_tensors(peft_model: Any, name: str, folder: Path) -> None:
         )
 
 
+def _uses_base_weights(adapter: PeftAdapter) -> bool:
+    """Return whether an adapter scales the weights that it is added to, or its file holds some of them."""
+    keys = read_tensor_shapes(adapter.folder)
+    return bool(adapter.config.get("use_dora")) or any(key.endswith(_BASE_WEIGHT_SUFFIX) for key in keys)
+
+
+def _add_subtracted_start(peft_model: Any, name: str, adapter: PeftAdapter) -> None:
+    """Add an adapter that subtracts the product of the matrices with which the training of another began.
+
+    PEFT writes the difference into the weights, rounded to their precision; here it is merged in float32.
+
+    Args:
+        peft_model: whose weights are those of the released model.
+        name: of the new adapter.
+        adapter: the other one.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    config, init = _build_peft_config(adapter), adapter.config["init_lora_weights"]
+    config.bias, config.modules_to_save, config.trainable_token_indices = "none", None, None
+    config.use_dora, config.use_bdlora, config.lora_bias = False, None, False
+    peft_model.add_adapter(name, config)
+    owners = Counter(id(parameter) for _, parameter in peft_model.named_parameters(remove_duplicate=False))
+    stored = read_tensor_shapes(adapter.folder)  # PEFT stores the rest of an unembedding with the adapter
+    layers: list[Any] = [
+        layer
+        for module_name, layer in peft_model.named_modules()
+        if isinstance(layer, LoraLayer)
+        and name in layer.lora_A
+        and module_name + _BASE_WEIGHT_SUFFIX not in stored
+    ]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        if owners[id(weight)] > 1:
+            raise UserError(
+                f"{adapter.folder} subtracts its start ({init}) from a weight that two modules of this model "
+                "share: save the merged model with PEFT, and use -d weights --set path=FOLDER"
+            )
+        released = weight.data
+        weight.data = released.clone()  # changed by PEFT
+        if init == "pissa":
+            layer.pissa_init(name, init)
+        else:
+            layer.olora_init(name)
+        weight.data = released
+        with torch.no_grad():
+            layer.lora_B[name].weight.neg_()
+
+
 def _is_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a tensor of a replaced module or token is in the file twice, as PEFT writes some."""
     import torch
@@ -313,8 +380,8 @@ def _incomplete_adapter_error(folder: Path, keys: Sequence[str]) -> UserError:
     )
 
 
-def _merge_layer(layer: Any) -> None:
-    """Merge the active adapters into copies of a layer's own weights, in float32."""
+def _merge_layer(layer: Any, starts: Sequence[str]) -> None:
+    """Merge starts and the active adapters into copies of a layer's own weights, in float32."""
     import torch
     from torch import nn
 
@@ -326,6 +393,9 @@ def _merge_layer(layer: Any) -> None:
     if any(getattr(layer, "lora_bias", {}).values()) and module.bias is None:
         shared["bias"] = nn.Parameter(torch.zeros_like(shared["weight"][:, 0]), requires_grad=False)
         module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]), requires_grad=False)
+    if starts:
+        layer.merge(adapter_names=starts)
+        layer.merged_adapters.clear()  # DoRA's norm is that of the weights without the start
     layer.merge()
     for name, parameter in shared.items():
         merged: Tensor = getattr(module, name).data.to(parameter.dtype)
