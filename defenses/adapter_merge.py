@@ -10,10 +10,12 @@ import copy
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from defenses.activated_lora import LowRankChange
 from defenses.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -51,6 +53,15 @@ _MERGED_LORA_KEYS = frozenset(
         *("bias", "lora_bias", "init_lora_weights"),
     )
 )
+# Key of LoraConfig with the tokens from which on an adapter acts, and the keys that are supported with it.
+INVOCATION_KEY = "alora_invocation_tokens"
+_ACTIVATED_LORA_KEYS = frozenset(
+    (
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        INVOCATION_KEY,
+    )
+)
 # Keys whose value zero or false counts, since PEFT's own default is another one.
 _KEYS_WITH_DEFAULTS = frozenset(
     (
@@ -73,7 +84,7 @@ class PeftAdapter(NamedTuple):
 
 
 def check_adapter_config(adapter: PeftAdapter) -> None:
-    """Raise UserError unless PEFT can merge an adapter with this configuration into the weights."""
+    """Raise UserError unless an adapter with this configuration can be merged, or activated by its tokens."""
     folder, config = adapter
     peft_type = config.get("peft_type")
     if peft_type not in _MERGED_TYPES:
@@ -83,6 +94,9 @@ def check_adapter_config(adapter: PeftAdapter) -> None:
         )
     known_keys = _MERGED_LORA_KEYS if peft_type == "LORA" else _list_config_fields(peft_type)
     settings = describe_adapter_config(config)
+    if peft_type == "LORA" and INVOCATION_KEY in settings:
+        _check_activated_config(folder, settings)
+        return
     unsupported = [key for key in settings if key not in known_keys]
     init = settings.get("init_lora_weights", True)
     if init not in (*_PLAIN_LORA_INITS, *_SUBTRACTED_LORA_INITS):
@@ -96,6 +110,25 @@ def check_adapter_config(adapter: PeftAdapter) -> None:
         raise UserError(
             f"{folder} has {values} in its {ADAPTER_CONFIG_FILE}, which is unknown or cannot be merged into "
             "weights; if PEFT can, save the merged model with it, and use -d weights --set path=FOLDER"
+        )
+
+
+def _check_activated_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError unless an adapter with these settings can be activated by its tokens."""
+    invocation = settings[INVOCATION_KEY]
+    if not isinstance(invocation, list) or not all(type(token) is int and token >= 0 for token in invocation):
+        raise UserError(
+            f"{folder} has {INVOCATION_KEY}={str(invocation)[:60]} in its {ADAPTER_CONFIG_FILE}; it takes a "
+            "list of token ids: obtain the adapter again"
+        )
+    unsupported = [key for key in settings if key not in _ACTIVATED_LORA_KEYS]
+    if settings.get("init_lora_weights", True) not in _PLAIN_LORA_INITS:
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        raise UserError(
+            f"{folder} is activated by tokens ({INVOCATION_KEY}), and its {ADAPTER_CONFIG_FILE} has "
+            f"{unsupported[0]}={str(settings[unsupported[0]])[:60]}, which is not supported along with them: "
+            "train it without that setting"
         )
 
 
@@ -129,12 +162,52 @@ def merge_adapters(
     Raises:
         UserError: if PEFT cannot merge the adapters into this model.
     """
+    with _convert_peft_errors(adapters):
+        return _merge_with_peft(model, parameters, adapters)
+
+
+def load_low_rank_changes(
+    model: Any, parameters: Mapping[str, Parameter], adapter: PeftAdapter
+) -> dict[str, LowRankChange]:
+    """Return the changes of an activated adapter by name of the module.
+
+    Args:
+        model: as for `merge_adapters`.
+        parameters: as for `merge_adapters`.
+        adapter: activated by its tokens.
+
+    Raises:
+        UserError: if PEFT cannot apply the adapter to this model.
+    """
+    from peft.tuners.lora import Linear
+
+    with _convert_peft_errors([adapter]):
+        if others := [key for key in read_tensor_shapes(adapter.folder) if ".lora_" not in key]:
+            raise UserError(
+                f"{adapter.folder} is activated by tokens ({INVOCATION_KEY}), but holds other tensors than "
+                f"matrices of LoRA ({others[0].removeprefix(PEFT_PREFIX)}): train it without them"
+            )
+        peft_model, names, _ = _build_peft_model(model, parameters, [adapter])
+        changes = {}
+        for module_name, layer in peft_model.named_modules():
+            if names[0] in getattr(layer, "lora_A", {}):
+                down, up = (matrices[names[0]].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
+                name = module_name.removeprefix(PEFT_PREFIX)
+                if not isinstance(layer, Linear):
+                    raise ValueError(f"{name} is no linear module, and only these can be activated by tokens")
+                changes[name] = LowRankChange(down.float(), up.float(), float(layer.scaling[names[0]]))
+        return changes
+
+
+@contextmanager
+def _convert_peft_errors(adapters: Sequence[PeftAdapter]) -> Iterator[None]:
+    """Context manager: let PEFT read adapters; its errors become UserErrors."""
     import torch
 
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # everything that PEFT warns of is checked here
-            return _merge_with_peft(model, parameters, adapters)
+            yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
@@ -185,27 +258,11 @@ def _merge_with_peft(
     model: Any, parameters: Mapping[str, Parameter], adapters: Sequence[PeftAdapter]
 ) -> dict[str, Parameter]:
     """Return the changed parameters as in `merge_adapters`; errors are those of PEFT."""
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     from torch import nn
 
-    peft_model: Any = _copy_modules(model, parameters)
-    names: list[str] = []
-    starts: list[str] = []
-    for number, adapter in enumerate(adapters):
-        name, config = f"adapter_{number}", _build_peft_config(adapter)
-        if not names:
-            peft_model = PeftModel(peft_model, config, name)
-        else:
-            peft_model.add_adapter(name, config)
-        _load_tensors(peft_model, name, adapter.folder)
-        if adapter.config.get("init_lora_weights") in _SUBTRACTED_LORA_INITS:
-            starts.append(f"{name}_start")
-            _add_subtracted_start(peft_model, starts[-1], adapter)
-        names.append(name)
-    if starts and len(adapters) > 1 and any(map(_uses_base_weights, adapters)):
-        raise ValueError("one needs the weights from which the start of the other is subtracted")
+    peft_model, names, starts = _build_peft_model(model, parameters, adapters)
     peft_model.base_model.set_adapter(names)
     adapted: list[Any] = [
         module
@@ -228,6 +285,31 @@ def _merge_with_peft(
             requires_grad = released is None or released.requires_grad
             changed[name] = nn.Parameter(parameter.data.to(dtype), requires_grad)
     return changed
+
+
+def _build_peft_model(
+    model: Any, parameters: Mapping[str, Parameter], adapters: Sequence[PeftAdapter]
+) -> tuple[Any, list[str], list[str]]:
+    """Return a PEFT model with loaded adapters, their names, and the names of those that subtract starts."""
+    from peft import PeftModel
+
+    peft_model: Any = _copy_modules(model, parameters)
+    names: list[str] = []
+    starts: list[str] = []
+    for number, adapter in enumerate(adapters):
+        name, config = f"adapter_{number}", _build_peft_config(adapter)
+        if not names:
+            peft_model = PeftModel(peft_model, config, name)
+        else:
+            peft_model.add_adapter(name, config)
+        _load_tensors(peft_model, name, adapter.folder)
+        if adapter.config.get("init_lora_weights") in _SUBTRACTED_LORA_INITS:
+            starts.append(f"{name}_start")
+            _add_subtracted_start(peft_model, starts[-1], adapter)
+        names.append(name)
+    if starts and len(adapters) > 1 and any(map(_uses_base_weights, adapters)):
+        raise ValueError("one needs the weights from which the start of the other is subtracted")
+    return peft_model, names, starts
 
 
 def _copy_modules(model: Any, parameters: Mapping[str, Parameter]) -> Any:

@@ -63,6 +63,8 @@ from analysis.studies.sweep import StudyResult, TableCollector, list_failures, s
 from defenses.adapters import fingerprint_queries
 from defenses.contract import Defense
 from defenses.errors import UserError
+from defenses.stack import list_members
+from defenses.tuned import TunedDefense
 
 if TYPE_CHECKING:
     from analysis.datasets.queries import Query
@@ -500,6 +502,7 @@ def study_mechanism(
         raise UserError("no defense chosen except `none`, the undefended model; see `analyze list defenses`")
 
     def check_inputs(setup: RunSetup) -> None:
+        _check_merged(setup)
         if options.ensembles_folder is not None:
             check_same_model(options.ensembles_folder, setup)
 
@@ -608,6 +611,18 @@ def _find_components(setup: RunSetup, options: MechanismOptions) -> tuple[ModelC
         if not isinstance(loaded_model.image_reader, ImageReader) or not options.n_patched_queries:
             raise
         return None, str(error).partition(f"; {OTHER_COMMANDS_HINT}")[0]
+
+
+def _check_merged(setup: RunSetup) -> None:
+    """Raise if an adapter is activated by tokens: its change is not in the weights."""
+    members = [member for defense in setup.defenses for member in list_members(defense)]
+    adapters = [member.adapter for member in members if isinstance(member, TunedDefense)]
+    for adapter in (setup.session.loaded_model.adapter, *adapters):
+        if adapter is not None and adapter.invocation:
+            raise UserError(
+                f"{adapter.folder} acts from its invocation on, and `analyze mechanism` needs it in the "
+                "weights: use an ordinary adapter, or `analyze`, which measures how large the effect is"
+            )
 
 
 def _check_attribution(setup: RunSetup, options: MechanismOptions) -> None:
