@@ -16,7 +16,7 @@ from rich.console import Console
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
-from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution
+from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution, explain_no_place
 from analysis.mechanism.components import (
     OTHER_COMMANDS_HINT,
     ModelComponents,
@@ -61,6 +61,7 @@ from analysis.studies.run_spec import PATCH_SITES, RunSpec
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import StudyResult, TableCollector, list_failures, score_conditions
 from defenses.adapters import fingerprint_queries
+from defenses.catalog import choose_defenses
 from defenses.contract import Defense
 from defenses.errors import UserError
 from defenses.stack import list_members
@@ -201,11 +202,8 @@ class MechanismStudy(TableCollector):
         with self.show_progress("attributing margins", len(conditions)) as on_progress:
             for name, defense in conditions.items():
                 with self.record_failures(attack.name, name, defense):
-                    if defense.detects:
-                        raise UserError(
-                            f"{name} has a detector, whose effect is not in the layers of the model: "
-                            "`analyze` measures how large it is"
-                        )
+                    if reason := explain_no_place(defense):
+                        raise UserError(reason)
                     if has_own_weights and name != UNDEFENDED:
                         references[name], attribution = direct_attribution.attribute_change(
                             session, conditions[UNDEFENDED], defense, query_chats
@@ -500,6 +498,10 @@ def study_mechanism(
 
     if all((defense if isinstance(defense, str) else defense.name) == UNDEFENDED for defense in defenses):
         raise UserError("no defense chosen except `none`, the undefended model; see `analyze list defenses`")
+
+    chosen = [defense for defense in choose_defenses(defenses, settings) if defense.name != UNDEFENDED]
+    if all(reasons := [explain_no_place(defense) for defense in chosen]):
+        raise UserError(reasons[0])
 
     def check_inputs(setup: RunSetup) -> None:
         _check_merged(setup)

@@ -136,13 +136,16 @@ def test_logits_equal_peft_in_every_form_of_batch(folder: Path, reference: Any, 
 
 
 def test_padding_completes_no_invocation(tmp_path: Path) -> None:
-    """The engine pads with the token 0."""
-    folder = write_activated(tmp_path, fresh_model(), [30, 0])
-    prompts = [(*START, 30), (*START, 30, 0, 5, 6), (*START, 31, 32, 33)]
-    expected = read_reference(PeftModel.from_pretrained(fresh_model(), folder), prompts)
-    model = fresh_model()
-    with apply_adapter(model, load_external_adapter(folder, MODEL_INFO)):
-        assert torch.allclose(read_logits(Engine(model), prompts), expected, atol=1e-4)
+    """The token 0 pads rows on the right, and on the left where transformers generates."""
+    prompts, model = [(*START, 30), (*START, 30, 0, 5, 6), (*START, 31, 32, 33)], fresh_model()
+    for invocation in ([30, 0], [0, START[0]]):
+        folder = write_activated(tmp_path / str(invocation), fresh_model(), invocation)
+        reference = PeftModel.from_pretrained(fresh_model(), folder).eval()
+        with apply_adapter(model, load_external_adapter(folder, MODEL_INFO)):
+            logits = read_logits(Engine(model), prompts)
+            responses = generate_token_ids(Engine(model), prompts, 4, frozenset())
+        assert torch.allclose(logits, read_reference(reference, prompts), atol=1e-4)
+        assert responses == [generate_reference(reference, prompt, 4) for prompt in prompts]
 
 
 @pytest.mark.filterwarnings("ignore:::peft")
