@@ -465,7 +465,6 @@ def test_a_start_that_the_weights_do_not_determine_is_refused_with_the_way_out(
 UNSUPPORTED = {
     "peft_type": "PROMPT_TUNING",
     "init_lora_weights": "pissa_niter_4",
-    "alora_invocation_tokens": [5, 60],
     "layer_replication": [[0, 2], [1, 2]],
     "use_qalora": True,
     "arrow_config": {"top_k": 1},
