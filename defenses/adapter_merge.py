@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from defenses.activated_lora import LowRankChange
 from defenses.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 # PEFT writes the tensors of a module as `PEFT_PREFIX + module name + "." + name of the tensor`.
 PEFT_PREFIX = "base_model.model."
+# Of a weight of the model, changed or not, that PEFT writes along with the adapter of its module.
+_BASE_WEIGHT_SUFFIX = ".base_layer.weight"
 # Types of adapters whose change PEFT can merge into the weights.
 _MERGED_TYPES = (
     *("ADALORA", "BOFT", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT"),
@@ -48,6 +53,15 @@ _MERGED_LORA_KEYS = frozenset(
         *("bias", "lora_bias", "init_lora_weights"),
     )
 )
+# Key of LoraConfig with the tokens from which on an adapter acts, and the keys that are supported with it.
+INVOCATION_KEY = "alora_invocation_tokens"
+_ACTIVATED_LORA_KEYS = frozenset(
+    (
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        INVOCATION_KEY,
+    )
+)
 # Keys whose value zero or false counts, since PEFT's own default is another one.
 _KEYS_WITH_DEFAULTS = frozenset(
     (
@@ -55,9 +69,11 @@ _KEYS_WITH_DEFAULTS = frozenset(
         *("boft_block_size", "boft_n_butterfly_factor", "oft_block_size", "use_cayley_neumann"),
     )
 )
-# Initializations after which the adapter is relative to the released weights; others (PiSSA, OLoRA, …) change
-# those as well.
+# Initializations after which the adapter is relative to the released weights; others change those as well.
 _PLAIN_LORA_INITS = (True, "gaussian", "eva", "orthogonal", "mica")
+# Initializations that subtract the first product of the matrices from the released weights, of which a
+# decomposition gives the product again.
+_SUBTRACTED_LORA_INITS = ("pissa", "olora")
 
 
 class PeftAdapter(NamedTuple):
@@ -68,7 +84,7 @@ class PeftAdapter(NamedTuple):
 
 
 def check_adapter_config(adapter: PeftAdapter) -> None:
-    """Raise UserError unless PEFT can merge an adapter with this configuration into the weights."""
+    """Raise UserError unless an adapter with this configuration can be merged, or activated by its tokens."""
     folder, config = adapter
     peft_type = config.get("peft_type")
     if peft_type not in _MERGED_TYPES:
@@ -78,14 +94,41 @@ def check_adapter_config(adapter: PeftAdapter) -> None:
         )
     known_keys = _MERGED_LORA_KEYS if peft_type == "LORA" else _list_config_fields(peft_type)
     settings = describe_adapter_config(config)
+    if peft_type == "LORA" and INVOCATION_KEY in settings:
+        _check_activated_config(folder, settings)
+        return
     unsupported = [key for key in settings if key not in known_keys]
-    if settings.get("init_lora_weights", True) not in _PLAIN_LORA_INITS:
-        unsupported.append("init_lora_weights")
+    init = settings.get("init_lora_weights", True)
+    if init not in (*_PLAIN_LORA_INITS, *_SUBTRACTED_LORA_INITS):
+        raise UserError(
+            f"{folder} has init_lora_weights={str(init)[:60]} in its {ADAPTER_CONFIG_FILE}: the released "
+            "weights were changed at random or by data, which it does not hold; save it again with PEFT's "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
     if unsupported:
         values = ", ".join(f"{key}={str(config[key])[:60]}" for key in unsupported)
         raise UserError(
             f"{folder} has {values} in its {ADAPTER_CONFIG_FILE}, which is unknown or cannot be merged into "
             "weights; if PEFT can, save the merged model with it, and use -d weights --set path=FOLDER"
+        )
+
+
+def _check_activated_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError unless an adapter with these settings can be activated by its tokens."""
+    invocation = settings[INVOCATION_KEY]
+    if not isinstance(invocation, list) or not all(type(token) is int and token >= 0 for token in invocation):
+        raise UserError(
+            f"{folder} has {INVOCATION_KEY}={str(invocation)[:60]} in its {ADAPTER_CONFIG_FILE}; it takes a "
+            "list of token ids: obtain the adapter again"
+        )
+    unsupported = [key for key in settings if key not in _ACTIVATED_LORA_KEYS]
+    if settings.get("init_lora_weights", True) not in _PLAIN_LORA_INITS:
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        raise UserError(
+            f"{folder} is activated by tokens ({INVOCATION_KEY}), and its {ADAPTER_CONFIG_FILE} has "
+            f"{unsupported[0]}={str(settings[unsupported[0]])[:60]}, which is not supported along with them: "
+            "train it without that setting"
         )
 
 
@@ -119,12 +162,52 @@ def merge_adapters(
     Raises:
         UserError: if PEFT cannot merge the adapters into this model.
     """
+    with _convert_peft_errors(adapters):
+        return _merge_with_peft(model, parameters, adapters)
+
+
+def load_low_rank_changes(
+    model: Any, parameters: Mapping[str, Parameter], adapter: PeftAdapter
+) -> dict[str, LowRankChange]:
+    """Return the changes of an activated adapter by name of the module.
+
+    Args:
+        model: as for `merge_adapters`.
+        parameters: as for `merge_adapters`.
+        adapter: activated by its tokens.
+
+    Raises:
+        UserError: if PEFT cannot apply the adapter to this model.
+    """
+    from peft.tuners.lora import Linear
+
+    with _convert_peft_errors([adapter]):
+        if others := [key for key in read_tensor_shapes(adapter.folder) if ".lora_" not in key]:
+            raise UserError(
+                f"{adapter.folder} is activated by tokens ({INVOCATION_KEY}), but holds other tensors than "
+                f"matrices of LoRA ({others[0].removeprefix(PEFT_PREFIX)}): train it without them"
+            )
+        peft_model, names, _ = _build_peft_model(model, parameters, [adapter])
+        changes = {}
+        for module_name, layer in peft_model.named_modules():
+            if names[0] in getattr(layer, "lora_A", {}):
+                down, up = (matrices[names[0]].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
+                name = module_name.removeprefix(PEFT_PREFIX)
+                if not isinstance(layer, Linear):
+                    raise ValueError(f"{name} is no linear module, and only these can be activated by tokens")
+                changes[name] = LowRankChange(down.float(), up.float(), float(layer.scaling[names[0]]))
+        return changes
+
+
+@contextmanager
+def _convert_peft_errors(adapters: Sequence[PeftAdapter]) -> Iterator[None]:
+    """Context manager: let PEFT read adapters; its errors become UserErrors."""
     import torch
 
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # everything that PEFT warns of is checked here
-            return _merge_with_peft(model, parameters, adapters)
+            yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
@@ -175,20 +258,11 @@ def _merge_with_peft(
     model: Any, parameters: Mapping[str, Parameter], adapters: Sequence[PeftAdapter]
 ) -> dict[str, Parameter]:
     """Return the changed parameters as in `merge_adapters`; errors are those of PEFT."""
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     from torch import nn
 
-    peft_model: Any = _copy_modules(model, parameters)
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
-        config = _build_peft_config(adapter)
-        if name == names[0]:
-            peft_model = PeftModel(peft_model, config, name)
-        else:
-            peft_model.add_adapter(name, config)
-        _load_tensors(peft_model, name, adapter.folder)
+    peft_model, names, starts = _build_peft_model(model, parameters, adapters)
     peft_model.base_model.set_adapter(names)
     adapted: list[Any] = [
         module
@@ -202,7 +276,7 @@ def _merge_with_peft(
         )
     for module in adapted:
         if isinstance(module, BaseTunerLayer):
-            _merge_layer(module)
+            _merge_layer(module, starts)
     changed = {}
     for name, parameter in peft_model.unload().named_parameters(remove_duplicate=False):
         released = parameters.get(name)
@@ -211,6 +285,31 @@ def _merge_with_peft(
             requires_grad = released is None or released.requires_grad
             changed[name] = nn.Parameter(parameter.data.to(dtype), requires_grad)
     return changed
+
+
+def _build_peft_model(
+    model: Any, parameters: Mapping[str, Parameter], adapters: Sequence[PeftAdapter]
+) -> tuple[Any, list[str], list[str]]:
+    """Return a PEFT model with loaded adapters, their names, and the names of those that subtract starts."""
+    from peft import PeftModel
+
+    peft_model: Any = _copy_modules(model, parameters)
+    names: list[str] = []
+    starts: list[str] = []
+    for number, adapter in enumerate(adapters):
+        name, config = f"adapter_{number}", _build_peft_config(adapter)
+        if not names:
+            peft_model = PeftModel(peft_model, config, name)
+        else:
+            peft_model.add_adapter(name, config)
+        _load_tensors(peft_model, name, adapter.folder)
+        if adapter.config.get("init_lora_weights") in _SUBTRACTED_LORA_INITS:
+            starts.append(f"{name}_start")
+            _add_subtracted_start(peft_model, starts[-1], adapter)
+        names.append(name)
+    if starts and len(adapters) > 1 and any(map(_uses_base_weights, adapters)):
+        raise ValueError("one needs the weights from which the start of the other is subtracted")
+    return peft_model, names, starts
 
 
 def _copy_modules(model: Any, parameters: Mapping[str, Parameter]) -> Any:
@@ -296,6 +395,56 @@ def _load_tensors(peft_model: Any, name: str, folder: Path) -> None:
         )
 
 
+def _uses_base_weights(adapter: PeftAdapter) -> bool:
+    """Return whether an adapter scales the weights that it is added to, or its file holds some of them."""
+    keys = read_tensor_shapes(adapter.folder)
+    return bool(adapter.config.get("use_dora")) or any(key.endswith(_BASE_WEIGHT_SUFFIX) for key in keys)
+
+
+def _add_subtracted_start(peft_model: Any, name: str, adapter: PeftAdapter) -> None:
+    """Add an adapter that subtracts the product of the matrices with which the training of another began.
+
+    PEFT writes the difference into the weights, rounded to their precision; here it is merged in float32.
+
+    Args:
+        peft_model: whose weights are those of the released model.
+        name: of the new adapter.
+        adapter: the other one.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    config, init = _build_peft_config(adapter), adapter.config["init_lora_weights"]
+    config.bias, config.modules_to_save, config.trainable_token_indices = "none", None, None
+    config.use_dora, config.use_bdlora, config.lora_bias = False, None, False
+    peft_model.add_adapter(name, config)
+    owners = Counter(id(parameter) for _, parameter in peft_model.named_parameters(remove_duplicate=False))
+    stored = read_tensor_shapes(adapter.folder)  # PEFT stores the rest of an unembedding with the adapter
+    layers: list[Any] = [
+        layer
+        for module_name, layer in peft_model.named_modules()
+        if isinstance(layer, LoraLayer)
+        and name in layer.lora_A
+        and module_name + _BASE_WEIGHT_SUFFIX not in stored
+    ]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        if owners[id(weight)] > 1:
+            raise UserError(
+                f"{adapter.folder} subtracts its start ({init}) from a weight that two modules of this model "
+                "share: save the merged model with PEFT, and use -d weights --set path=FOLDER"
+            )
+        released = weight.data
+        weight.data = released.clone()  # changed by PEFT
+        if init == "pissa":
+            layer.pissa_init(name, init)
+        else:
+            layer.olora_init(name)
+        weight.data = released
+        with torch.no_grad():
+            layer.lora_B[name].weight.neg_()
+
+
 def _is_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a tensor of a replaced module or token is in the file twice, as PEFT writes some."""
     import torch
@@ -313,8 +462,8 @@ def _incomplete_adapter_error(folder: Path, keys: Sequence[str]) -> UserError:
     )
 
 
-def _merge_layer(layer: Any) -> None:
-    """Merge the active adapters into copies of a layer's own weights, in float32."""
+def _merge_layer(layer: Any, starts: Sequence[str]) -> None:
+    """Merge starts and the active adapters into copies of a layer's own weights, in float32."""
     import torch
     from torch import nn
 
@@ -326,6 +475,9 @@ def _merge_layer(layer: Any) -> None:
     if any(getattr(layer, "lora_bias", {}).values()) and module.bias is None:
         shared["bias"] = nn.Parameter(torch.zeros_like(shared["weight"][:, 0]), requires_grad=False)
         module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]), requires_grad=False)
+    if starts:
+        layer.merge(adapter_names=starts)
+        layer.merged_adapters.clear()  # DoRA's norm is that of the weights without the start
     layer.merge()
     for name, parameter in shared.items():
         merged: Tensor = getattr(module, name).data.to(parameter.dtype)

@@ -18,12 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from defenses.activated_lora import Activation, attach_activation, replace_activation
 from defenses.adapter_merge import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
+    INVOCATION_KEY,
     PeftAdapter,
     check_adapter_config,
     describe_adapter_config,
+    load_low_rank_changes,
     merge_adapters,
     read_embedding_rows,
     read_tensor_shapes,
@@ -84,6 +87,11 @@ class Adapter:
     def config(self) -> dict[str, Any]:
         """The part of its configuration that affects the change, beside the weights."""
         return describe_adapter_config(self.peft_adapter.config)
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens from which on an activated adapter acts; empty for an adapter that is merged."""
+        return tuple(self.config.get(INVOCATION_KEY, ()))
 
     def check_base_model(self, weights_sha256: str) -> None:
         """Raise if the adapter was trained on other weights.
@@ -171,8 +179,12 @@ def extend_embeddings(model: Any, adapter: Adapter) -> bool:
 def merge_adapter(model: Any, adapter: Adapter) -> None:
     """Apply an adapter permanently; the released parameters are stored on the model.
 
-    If the adapter extends the vocabulary, the model's embeddings are extended first.
+    If the adapter extends the vocabulary, the model's embeddings are extended first. An activated adapter is
+    attached to the model, whose weights stay as they are.
     """
+    if adapter.invocation:
+        attach_activation(model, _load_activation(model, adapter))
+        return
     is_extended = extend_embeddings(model, adapter)
     changed, released = _compute_parameters(model, (adapter,))
     _set_parameters(model, changed)
@@ -184,9 +196,12 @@ def merge_adapter(model: Any, adapter: Adapter) -> None:
 def apply_adapter(model: Any, adapter: Adapter) -> Iterator[None]:
     """Apply an adapter to the released weights within a context; restore the previous weights afterwards.
 
-    The changes of adapters in nested contexts add up.
+    The changes of adapters in nested contexts add up, unless one of them is activated by tokens.
     """
     adapters = (*getattr(model, _APPLIED_ADAPTERS, ()), adapter)
+    activated = [other for other in adapters if other.invocation]
+    if activated and len(adapters) > 1:
+        raise make_activated_error(activated[0])
     changed, released = _compute_parameters(model, adapters)
     previous = {name: _get_parameter(model, name) for name in released}
     attributes = {name: getattr(model, name, None) for name in (_RELEASED_PARAMETERS, _APPLIED_ADAPTERS)}
@@ -194,7 +209,9 @@ def apply_adapter(model: Any, adapter: Adapter) -> Iterator[None]:
         _set_parameters(model, {**released, **changed})
         setattr(model, _RELEASED_PARAMETERS, released)
         setattr(model, _APPLIED_ADAPTERS, adapters)
-        yield
+        activation = _load_activation(model, adapter) if activated else None
+        with replace_activation(model, activation):
+            yield
     finally:
         _set_parameters(model, previous)
         for name, value in attributes.items():
@@ -202,6 +219,14 @@ def apply_adapter(model: Any, adapter: Adapter) -> Iterator[None]:
                 vars(model).pop(name, None)
             else:
                 setattr(model, name, value)
+
+
+def make_activated_error(adapter: Adapter) -> UserError:
+    """Return the error for an activated adapter that is to be applied together with others."""
+    return UserError(
+        f"{adapter.folder} acts from its invocation on ({INVOCATION_KEY}), and is not applied together with "
+        "other adapters: use one at a time"
+    )
 
 
 def read_training_fingerprints(folder: Path) -> frozenset[str]:
@@ -345,6 +370,8 @@ def _compute_parameters(
                 f"{adapter.folder} holds {other_sizes.pop()} token embeddings, and this model has {n_rows}: "
                 f"if the adapter extends its vocabulary, load both with -m MODEL:{adapter.folder}"
             )
+    if any(adapter.invocation for adapter in adapters):
+        return {}, released
     parameters = dict(model.named_parameters(remove_duplicate=False)) | released
     changed = merge_adapters(
         model,
@@ -352,6 +379,18 @@ def _compute_parameters(
         [adapter.peft_adapter for adapter in adapters],
     )
     return changed, {**released, **{name: parameters.get(name) for name in changed}}
+
+
+def _load_activation(model: Any, adapter: Adapter) -> Activation:
+    """Return what applies an activated adapter to a model with released weights."""
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    if max(adapter.invocation) >= n_rows:
+        raise UserError(
+            f"{adapter.folder} is invoked by the token {max(adapter.invocation)} ({INVOCATION_KEY}), and "
+            f"this model has {n_rows} tokens: use the model that the adapter was made for"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return Activation(adapter.invocation, load_low_rank_changes(model, parameters, adapter.peft_adapter))
 
 
 def _get_parameter(model: Any, name: str) -> Parameter | None:

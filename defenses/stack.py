@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, final
 
+from defenses.adapters import make_activated_error
 from defenses.chats import copy_chat
 from defenses.consultations import run_consultations
 from defenses.contract import (
@@ -80,7 +81,13 @@ class Stack(Defense):
 
     def prepare(self, model_info: ModelInfo) -> Self:
         """Return a copy with every member prepared."""
-        return dataclasses.replace(self, members=tuple(member.prepare(model_info) for member in self.members))
+        members = tuple(member.prepare(model_info) for member in self.members)
+        adapters = [member.adapter for member in members if isinstance(member, AdapterWeights)]
+        if len(adapters) > 1 and (
+            activated := [adapter for adapter in adapters if adapter and adapter.invocation]
+        ):
+            raise make_activated_error(activated[0])
+        return dataclasses.replace(self, members=members)
 
     def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
         """Return the chat after every member has rewritten it in order."""

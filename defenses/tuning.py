@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
+from defenses.activated_lora import replace_activation
 from defenses.adapters import (
     ADAPTER_MANIFEST_FILE,
     fetch_weights_folder,
@@ -204,7 +205,8 @@ class Weights(Defense):
         try:
             for name, parameter in parameters.items():
                 parameter.data = new_tensors[name].to(parameter.device, parameter.dtype)
-            yield
+            with replace_activation(model, None):
+                yield
         finally:
             for name, tensor in old_tensors.items():
                 parameters[name].data = tensor

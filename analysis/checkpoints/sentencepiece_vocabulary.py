@@ -241,6 +241,10 @@ def _build_normalizers(rules: Any, is_whole_text: bool) -> list[Any]:
 
     steps: list[Any] = []
     if rules.precompiled_charsmap:
+        # tokenizers looks up a character with its marks, and only if it is short; sentencepiece finds longer
+        # sequences in the text, such as the parts of a Korean syllable, which these rules compose.
+        if "nfkc" in rules.name:
+            steps.append(normalizers.NFC())
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Strip(left=is_whole_text), normalizers.Replace(Regex(" {2,}"), " ")]

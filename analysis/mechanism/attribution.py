@@ -207,16 +207,9 @@ class DirectLogitAttribution:
         return table_before.unflatten(0, (-1, n_questions)).mean(1), torch.stack(pooled)
 
     def _check_single_model(self, defense: Defense) -> None:
-        """Raise if a defense mixes the logits of several models, and the margin is no sum over them.
-
-        A defense that mixes the logits of several prompts is never attributed: they pass through the same
-        layers, so that its effect has no place in them.
-        """
-        if defense.blends_prompts:
-            raise UserError(
-                f"{defense.name} mixes the logits of several prompts, so its effect has no place in the "
-                "layers: `analyze` measures how large it is"
-            )
+        """Raise if a defense mixes the logits of several models, and the margin is no sum over them."""
+        if reason := explain_no_place(defense):
+            raise UserError(reason)
         if not self.readout.is_linear and (n_models := len(list_blend_members(defense))) > 1:
             raise UserError(
                 f"{defense.name} mixes the logits of {n_models} models, and the margins of --readout "
@@ -434,6 +427,24 @@ class DirectLogitAttribution:
         products = layer.pull_back_to_heads(before_projection) * activations["heads", number].float()
         heads = products.unflatten(1, (self.components.n_heads, -1)).sum(2)
         return [*heads.unbind(1), bias]
+
+
+def explain_no_place(defense: Defense) -> str:
+    """Return why the effect of a defense has no place in the layers of the model; empty if it has one.
+
+    Several prompts, for instance, whose logits are mixed pass through the same layers.
+    """
+    if defense.detects:
+        return (
+            f"{defense.name} has a detector, whose effect is not in the layers of the model: `analyze` "
+            "measures how large it is"
+        )
+    if defense.blends_prompts:
+        return (
+            f"{defense.name} mixes the logits of several prompts, so its effect has no place in the layers: "
+            "`analyze` measures how large it is"
+        )
+    return ""
 
 
 def _weigh_copies(defense: Defense, copies: Float[Tensor, "copies columns"]) -> Float[Tensor, " copies"]:

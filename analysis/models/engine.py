@@ -31,6 +31,7 @@ from analysis.models.prefix_attention import (
     use_split_attention,
 )
 from analysis.models.rotation import RotationSchedule
+from defenses.activated_lora import get_activation
 from defenses.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -59,11 +60,13 @@ class EngineRecords:
         notices: lines for the user on the form of the batches.
         work_counter: counts of computed and saved tokens.
         logit_positions: see `Engine.logit_positions`.
+        n_response_tokens: see `Engine.read_responses`.
     """
 
     notices: list[str] = field(default_factory=list)
     work_counter: WorkCounter = field(default_factory=WorkCounter)
     logit_positions: tuple[Tensor, Tensor] | None = None
+    n_response_tokens: int | None = 0
 
 
 class Engine:
@@ -86,7 +89,8 @@ class Engine:
 
     Attributes:
         rotation: prompts that are rotated with different frequencies share no forward pass and no prefix.
-        cache_use: how transformers generates with its cache, once `generate_token_ids` has compared the ways.
+        cache_uses: how transformers generates with its cache, once `generate_token_ids` has compared the
+            ways: with an adapter that is activated by tokens (True) and without one.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class Engine:
         self.model = model
         self.batch_form = batch_form or find_fastest_form(model)
         self.batch_size = 1 if self.batch_form is BatchForm.SINGLE else batch_size
-        self.cache_use: CacheUse | None = None
+        self.cache_uses: dict[bool, CacheUse] = {}
         self.rotation = RotationSchedule.from_model(model)
         self.probe_prompts = probe_prompts
         self._records = records or EngineRecords()
@@ -130,6 +134,19 @@ class Engine:
         otherwise, and while a shared prefix runs.
         """
         return self._records.logit_positions
+
+    @contextmanager
+    def read_responses(self, n_tokens: int | None) -> Iterator[None]:
+        """Context manager: the last tokens of every row belong to a response, not to the prompt.
+
+        Args:
+            n_tokens: their number; None if a row has logits at its last prompt token and at each of them.
+        """
+        self._records.n_response_tokens = n_tokens
+        try:
+            yield
+        finally:
+            self._records.n_response_tokens = 0
 
     def split_rows(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Engine, list[int]]]:
         """Return the engines that read the prompts, each with the indices of its prompts."""
@@ -186,7 +203,7 @@ class Engine:
         """
         sequences = [(*prompt, *ids[:-1]) for prompt, ids in zip(prompts, responses, strict=True)]
         values: dict[int, Tensor] = {}
-        with torch.inference_mode():
+        with torch.inference_mode(), self.read_responses(None):
             for rows, logits in self.iterate_logits(sequences, [len(ids) for ids in responses]):
                 targets = torch.tensor(
                     [token for row in rows for token in responses[row]], device=logits.device
@@ -227,6 +244,7 @@ class Engine:
             length: number of tokens of the sequence.
         """
         has_prefix = self.batch_form in (BatchForm.PACKED, BatchForm.REPEATED) and n_shared > 0
+        has_prefix = has_prefix and get_activation(self.model) is None  # it searches whole prompts
         return has_prefix and not self.rotation.changes_between(n_shared, length)
 
     def _group_rows(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -352,7 +370,17 @@ class Engine:
         rows = torch.arange(len(suffixes)).repeat_interleave(torch.tensor(n_positions))
         columns = torch.cat([torch.arange(end - n, end) for end, n in zip(lengths, n_positions, strict=True)])
         cache = prefix.cache if prefix else None
-        return self._run_model(cache, padded_ids, mask, positions, rows, columns)
+        if (activation := get_activation(self.model)) is not None:
+            n_tokens = self._records.n_response_tokens
+            activation.prompt_lengths = [
+                int(length) - (n - 1 if n_tokens is None else n_tokens)
+                for length, n in zip(lengths, n_positions, strict=True)
+            ]
+        try:
+            return self._run_model(cache, padded_ids, mask, positions, rows, columns)
+        finally:
+            if activation is not None:
+                activation.prompt_lengths = None
 
     def compute_packed_suffixes(
         self,

@@ -32,6 +32,7 @@ from analysis.models.prefix_attention import (
     can_split_attention,
     make_split_update,
 )
+from defenses.activated_lora import get_activation
 
 _MAX_PADDED_ROWS, _MAX_PACKED_ROWS = 32, 64  # per batch; packed rows take less memory
 _N_PROBE_TOKENS = 3
@@ -161,24 +162,29 @@ def choose_cache_use(engine: Engine) -> CacheUse:
     """Return the fastest way to generate with transformers that agrees with plain forward passes.
 
     It is chosen once per engine, by generating a few tokens: some models lose count of positions behind
-    padding, others give wrong logits with their own cache.
+    padding, others give wrong logits with their own cache. An adapter that is activated by tokens is compared
+    on its own, with prompts that invoke it.
     """
-    if engine.cache_use is None:
-        engine.cache_use, model = CacheUse.NONE, engine.model
-        prompts, reasons = engine.probe_prompts or draw_probe_prompts(model), []
+    model, activation = engine.model, get_activation(engine.model)
+    has_activation = activation is not None
+    if has_activation not in engine.cache_uses:
+        engine.cache_uses[has_activation] = CacheUse.NONE
+        prompts, reasons = list(engine.probe_prompts or draw_probe_prompts(model)), []
+        if activation is not None:
+            prompts = activation.extend_prompts(prompts)
         # The last two prompts have equal length. A recurrent state would start with the padding.
         trials = {CacheUse.PADDED: prompts} if _has_plain_cache(model) else {}
         for cache_use, rows in {**trials, CacheUse.EQUAL: prompts[1:]}.items():
             reason = explain_disagreement(model, partial(_measure_generation_gap, engine, rows))
             if not reason:
-                engine.cache_use = cache_use
+                engine.cache_uses[has_activation] = cache_use
                 break
             reasons.append(f"{cache_use} {reason}")
         else:
             engine.notices.append(
                 f"responses of {type(model).__name__} take {CacheUse.NONE}: {'; '.join(reasons)}"
             )
-    return engine.cache_use
+    return engine.cache_uses[has_activation]
 
 
 def _has_plain_cache(model: Any) -> bool:
@@ -271,8 +277,9 @@ def _generate_uncached(
     while active_rows:
         sequences = [(*prompts[row], *responses[row]) for row in active_rows]
         tokens: dict[int, int] = {}
-        for rows, logits in engine.iterate_logits(sequences, [1] * len(sequences)):
-            tokens.update(zip(rows, logits.argmax(-1).tolist(), strict=True))
+        with engine.read_responses(len(responses[active_rows[0]])):
+            for rows, logits in engine.iterate_logits(sequences, [1] * len(sequences)):
+                tokens.update(zip(rows, logits.argmax(-1).tolist(), strict=True))
         active_rows = [
             row
             for index, row in enumerate(active_rows)

@@ -22,6 +22,7 @@ from analysis.models.plain_passes import choose_batch_form
 from analysis.models.requests import ModelRequestReader
 from analysis.models.thinking_blocks import strip_thinking
 from analysis.models.vision import ImageReader
+from defenses.activated_lora import replace_activation
 from defenses.chats import edit_last_user, split_prefill
 from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats
@@ -195,7 +196,8 @@ def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
     model = loaded_model.model
     if model.device.type == "meta":  # without weights, nothing can be compared
         return Engine(model, batch_size)
-    form, slower = choose_batch_form(model, loaded_model.share_prefix)
+    with replace_activation(model, None):
+        form, slower = choose_batch_form(model, loaded_model.share_prefix)
     engine = Engine(model, batch_size, form, partial(_make_image_engine, loaded_model, batch_size))
     engine.notices.extend([slower] if slower else [])
     return engine
@@ -207,7 +209,8 @@ def _make_image_engine(loaded_model: LoadedModel, batch_size: int | None, record
     if not isinstance(reader, ImageReader):
         raise TypeError("this model reads no images")
     prompts = reader.draw_probe_prompts()
-    form, slower = choose_batch_form(model, loaded_model.share_prefix, prompts)
+    with replace_activation(model, None):
+        form, slower = choose_batch_form(model, loaded_model.share_prefix, prompts)
     records.notices.extend([slower] if slower else [])
     return Engine(model, batch_size, form, probe_prompts=prompts, records=records)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
-from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution
+from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution, explain_no_place
 from analysis.mechanism.components import (
     OTHER_COMMANDS_HINT,
     ModelComponents,
@@ -61,8 +61,11 @@ from analysis.studies.run_spec import PATCH_SITES, RunSpec
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import StudyResult, TableCollector, list_failures, score_conditions
 from defenses.adapters import fingerprint_queries
+from defenses.catalog import choose_defenses
 from defenses.contract import Defense
 from defenses.errors import UserError
+from defenses.stack import list_members
+from defenses.tuned import TunedDefense
 
 if TYPE_CHECKING:
     from analysis.datasets.queries import Query
@@ -199,11 +202,8 @@ class MechanismStudy(TableCollector):
         with self.show_progress("attributing margins", len(conditions)) as on_progress:
             for name, defense in conditions.items():
                 with self.record_failures(attack.name, name, defense):
-                    if defense.detects:
-                        raise UserError(
-                            f"{name} has a detector, whose effect is not in the layers of the model: "
-                            "`analyze` measures how large it is"
-                        )
+                    if reason := explain_no_place(defense):
+                        raise UserError(reason)
                     if has_own_weights and name != UNDEFENDED:
                         references[name], attribution = direct_attribution.attribute_change(
                             session, conditions[UNDEFENDED], defense, query_chats
@@ -499,7 +499,12 @@ def study_mechanism(
     if all((defense if isinstance(defense, str) else defense.name) == UNDEFENDED for defense in defenses):
         raise UserError("no defense chosen except `none`, the undefended model; see `analyze list defenses`")
 
+    chosen = [defense for defense in choose_defenses(defenses, settings) if defense.name != UNDEFENDED]
+    if all(reasons := [explain_no_place(defense) for defense in chosen]):
+        raise UserError(reasons[0])
+
     def check_inputs(setup: RunSetup) -> None:
+        _check_merged(setup)
         if options.ensembles_folder is not None:
             check_same_model(options.ensembles_folder, setup)
 
@@ -608,6 +613,18 @@ def _find_components(setup: RunSetup, options: MechanismOptions) -> tuple[ModelC
         if not isinstance(loaded_model.image_reader, ImageReader) or not options.n_patched_queries:
             raise
         return None, str(error).partition(f"; {OTHER_COMMANDS_HINT}")[0]
+
+
+def _check_merged(setup: RunSetup) -> None:
+    """Raise if an adapter is activated by tokens: its change is not in the weights."""
+    members = [member for defense in setup.defenses for member in list_members(defense)]
+    adapters = [member.adapter for member in members if isinstance(member, TunedDefense)]
+    for adapter in (setup.session.loaded_model.adapter, *adapters):
+        if adapter is not None and adapter.invocation:
+            raise UserError(
+                f"{adapter.folder} acts from its invocation on, and `analyze mechanism` needs it in the "
+                "weights: use an ordinary adapter, or `analyze`, which measures how large the effect is"
+            )
 
 
 def _check_attribution(setup: RunSetup, options: MechanismOptions) -> None:

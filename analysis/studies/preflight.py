@@ -32,9 +32,12 @@ from analysis.models.thinking_blocks import RESPONSE_TAGS, find_open_tag, remove
 from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import LOW_COVERAGE, Readout
 from analysis.stats.tables import format_condition
+from defenses.activated_lora import find_last_occurrence
 from defenses.chats import split_prefill
 from defenses.contract import Defense, QueryChat
 from defenses.errors import UserError, describe_error
+from defenses.stack import list_members
+from defenses.tuned import TunedDefense
 
 # Largest difference between two computations of the same margin that rounding explains, nats; a readout that
 # sharpens the logits multiplies it. Measured on SmolLM2-135M: 2.5e-5 in float32.
@@ -95,6 +98,9 @@ def check_condition(
     prompts = [prompt for _, prompt in cases]
     outcomes = [
         _check_text_present(prompts),
+        *_check_invocation(
+            session, defense, [prompt.append_prefix(readout.response_prefix) for prompt in prompts]
+        ),
         *([] if defense.edits_user_text else [_check_user_text(cases)]),
         *([_check_secret(session, defense, prompts)] if defense.secret_texts() else []),
         _check_bos_count(session, prompts),
@@ -144,6 +150,21 @@ def _check_text_present(prompts: list[Prompt]) -> CheckOutcome:
         else "every message is in the tokens"
     )
     return "text reaches the model", not missing, observed
+
+
+def _check_invocation(
+    session: ModelSession, defense: Defense, prompts: Sequence[Sequence[int]]
+) -> list[CheckOutcome]:
+    """Check that prompts invoke the adapter that is activated by tokens, if there is one."""
+    members = [member for member in list_members(defense) if member.cost == "weights"]
+    adapters = [member.adapter for member in members if isinstance(member, TunedDefense)]
+    outcomes = []
+    for adapter in adapters if members else [session.loaded_model.adapter]:
+        if adapter is not None and adapter.invocation:
+            n_found = sum(find_last_occurrence(ids, adapter.invocation) is not None for ids in prompts)
+            observed = f"the invocation {list(adapter.invocation)} is in {n_found} of {len(prompts)} prompts"
+            outcomes.append(("adapter is activated", n_found > 0, observed))
+    return outcomes
 
 
 def _check_user_text(cases: list[tuple[QueryChat, Prompt]]) -> CheckOutcome:
@@ -303,7 +324,7 @@ def _check_margins(
                 comparison, tolerance=spread or math.inf, remark="by rounding, as without a shared prefix; "
             )
     elif len(comparisons) > 1:
-        engine.cache_use = None  # is compared again
+        engine.cache_uses.clear()  # is compared again
         engine.notices.append(
             f"{type(model).__name__} is run with {FORM_PHRASES[engine.batch_form]}, which takes longer: "
             f"{FORM_PHRASES[first_form]} change its margins by {comparisons[0].largest_gap:.1e} nats"

@@ -346,7 +346,7 @@ def _check_prompts(setup: RunSetup, has_all_defenses: bool) -> None:
             try:
                 setup.session.render_prompts(defense, query_chats)
             except Exception as error:
-                if defense.is_user_defined or not isinstance(error, UserError):
+                if not isinstance(error, UserError):
                     continue  # the preflight reports it with the condition
                 if name == UNDEFENDED:
                     raise

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ TEXTS = [
         "</s> I",
         "<unk>a <s> I",
     ],
+    # Decomposed: Korean, Japanese, Vietnamese, and a letter with two marks.
+    *(
+        unicodedata.normalize("NFD", text)
+        for text in ("\ud55c\uad6d\uc5b4 \uac01", "\u304c\u30d1 \u30f4", "\u1ebf \u1ed9 caf\u00e9", "\u01fa")
+    ),
     *("".join(letters) for letters in itertools.product("a =\n", repeat=4)),
 ]
 

@@ -368,10 +368,103 @@ def test_weights_in_half_precision_are_rounded_once(tmp_path: Path) -> None:
             assert torch.equal(parameter, exact.get_parameter(name).to(torch.bfloat16)), name
 
 
+SUBTRACTED = {
+    "pissa": ("llama", lora(init_lora_weights="pissa")),
+    "olora": ("llama", lora(init_lora_weights="olora")),
+    "pissa of transposed matrices": ("gpt2", lora(init_lora_weights="pissa", target_modules=["c_attn"])),
+    "olora with patterns": (
+        "llama",
+        lora(init_lora_weights="olora", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32}),
+    ),
+    "pissa, rslora and a module": (
+        "llama",
+        lora(init_lora_weights="pissa", use_rslora=True, modules_to_save=["norm"]),
+    ),
+    "pissa, dora": ("llama", lora(init_lora_weights="pissa", use_dora=True)),
+    "olora, a tied unembedding": ("qwen3", lora(init_lora_weights="olora", target_modules=["lm_head"])),
+    "pissa, the unembedding": ("llama", lora(init_lora_weights="pissa", target_modules=[*QV, "lm_head"])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:::peft")
+@pytest.mark.parametrize("kind", SUBTRACTED)
+def test_an_adapter_whose_start_is_subtracted_from_the_weights_equals_peft(tmp_path: Path, kind: str) -> None:
+    family, config = SUBTRACTED[kind]
+    folder, trained = write_peft_folder(tmp_path / "a", copy.deepcopy(config), fresh_model(family))
+    model, loaded = fresh_model(family), PeftModel.from_pretrained(fresh_model(family), folder)
+    before, expected = copy_state(model), compute_logits(loaded)
+    assert torch.allclose(expected, compute_logits(trained), atol=1e-4)
+    assert (expected - compute_logits(model)).abs().max() > 0.05
+    with load_defense(folder).apply_to(model):
+        assert torch.allclose(compute_logits(model), expected, atol=1e-4)
+    assert states_equal(copy_state(model), before)
+    # In half precision, the sum is rounded once; PEFT rounds what is left of the weights as well.
+    half = fresh_model(family).to(torch.bfloat16)
+    exact = PeftModel.from_pretrained(copy.deepcopy(half).float(), folder).merge_and_unload()
+    with load_defense(folder).apply_to(half):
+        for name, parameter in half.named_parameters():
+            if (
+                "lm_head" in str(config.target_modules) and parameter.shape[0] > 900
+            ):  # its rest is read from the file, and rounded first
+                continue
+            gap = (parameter.float() - exact.get_parameter(name)).abs()
+            assert (gap <= exact.get_parameter(name).abs() * 2**-8 + 1e-6).all(), name
+
+
+def test_starts_of_stacked_adapters_are_those_of_the_released_weights(tmp_path: Path) -> None:
+    kinds = ("pissa", "olora", True)
+    folders = [
+        write_peft_folder(tmp_path / f"{kind}", lora(init_lora_weights=kind), seed=seed)[0]
+        for seed, kind in enumerate(kinds)
+    ]
+    released, expected = copy_state(tiny_model()), copy_state(tiny_model())
+    for folder in folders:
+        merged = PeftModel.from_pretrained(fresh_model(), folder).merge_and_unload().state_dict()
+        for name, tensor in expected.items():
+            tensor += merged[name] - released[name]
+    model = fresh_model()
+    stack: Any = get_defense("+".join(map(str, folders))).prepare(MODEL_INFO)
+    with stack.apply_to(model):
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(parameter, expected[name], atol=1e-5), name
+    assert states_equal(copy_state(model), released)
+    scaled, _ = write_peft_folder(tmp_path / "dora", lora(use_dora=True))
+    stack = get_defense(f"{folders[0]}+{scaled}").prepare(MODEL_INFO)
+    with pytest.raises(
+        UserError, match=r"cannot be applied together: one needs the weights .*use one at a time"
+    ):
+        stack.apply_to(model).__enter__()
+
+
+def test_a_start_is_not_subtracted_from_a_weight_that_two_modules_share(tmp_path: Path) -> None:
+    _, config = SUBTRACTED["olora, a tied unembedding"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder, _ = write_peft_folder(tmp_path / "a", copy.deepcopy(config), fresh_model("qwen3"))
+    tensors = load_file(folder / ADAPTER_WEIGHTS_FILE)
+    del tensors["base_model.model.lm_head.base_layer.weight"]  # some leave it out
+    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE)
+    model = fresh_model("qwen3")
+    before = copy_state(model)
+    with pytest.raises(UserError, match="a weight that two modules of this model share") as error:
+        load_defense(folder).apply_to(model).__enter__()
+    assert "\n" not in str(error.value) and states_equal(copy_state(model), before)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "loftq", "lora_ga"])
+def test_a_start_that_the_weights_do_not_determine_is_refused_with_the_way_out(
+    tmp_path: Path, init: str
+) -> None:
+    folder, _ = write_peft_folder(tmp_path / "a", lora())
+    edit_config(folder, init_lora_weights=init)
+    with pytest.raises(UserError, match=f"={init} .*path_initial_model_for_weight_conversion") as error:
+        load_defense(folder)
+    assert "\n" not in str(error.value)
+
+
 UNSUPPORTED = {
     "peft_type": "PROMPT_TUNING",
-    "init_lora_weights": "pissa",
-    "alora_invocation_tokens": [5, 60],
+    "init_lora_weights": "pissa_niter_4",
     "layer_replication": [[0, 2], [1, 2]],
     "use_qalora": True,
     "arrow_config": {"top_k": 1},

@@ -103,8 +103,8 @@ def test_responses_are_those_of_plain_passes(model_type: str) -> None:
     assert generate_token_ids(engine, PROMPTS, 4, frozenset()) == wanted
     # MPT loses count of positions behind padding; transformers' cache of RWKV and RoBERTa is of no use here.
     uses = {"mpt": CacheUse.EQUAL, "deepseek_v3": CacheUse.PADDED}
-    assert engine.cache_use is uses.get(model_type, CacheUse.NONE)
-    assert bool(engine.notices) == (engine.cache_use is CacheUse.NONE)
+    assert engine.cache_uses[False] is uses.get(model_type, CacheUse.NONE)
+    assert bool(engine.notices) == (engine.cache_uses[False] is CacheUse.NONE)
 
 
 def test_a_model_that_reads_later_tokens_is_refused() -> None:

@@ -60,6 +60,8 @@ OPTIONS = {
         "`secret_texts` of 'my_own' returned a str; it returns a tuple",
     ),
     "ablations of a file": (("-d", "parts.py"), "`build_ablations` of 'my_own' returned [MyOwn("),
+    "rewrite of a file": (("-d", "nothing.py"), "'my_own' returned None for a chat: is a `return` missing"),
+    "error of a file": (("-d", "fails.py"), "'my_own' raised KeyError on query"),
     "method of a file": (("-d", "raises.py"), "`secret_texts` of 'my_own' raised KeyError"),
     "check": (("check", "-d", "self_remindr"), "unknown defense"),
     "explain": (("explain", "self_remindr"), "unknown defense"),
@@ -80,6 +82,12 @@ OPTIONS = {
     "recommend": (("recommend", *ANALYZE, "--max-over-refusal", "300%"), "--max-over-refusal 300%"),
     "mechanism, sites": (("mechanism", *ANALYZE, "--sites", "hads"), "unknown site 'hads'"),
     "mechanism, no defense": (("mechanism", "-d", "none"), "no defense chosen except"),
+    "mechanism, detector": (("mechanism", "-d", "harm_probe"), "has a detector, whose effect is not in the"),
+    "mechanism, detector that asks": (
+        ("mechanism", "-d", "self_examination"),
+        "has a detector, whose effect",
+    ),
+    "mechanism, several prompts": (("mechanism", "-d", "coca"), "mixes the logits of several prompts"),
     "mechanism, run": (
         ("mechanism", *ANALYZE, "--ensembles", "run"),
         "run `analyze ensembles` with the same -m",
@@ -119,6 +127,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("secret", "secret_texts(self): return 'tulip'"),
         ("parts", "build_ablations(self): return [self]"),
         ("raises", "secret_texts(self): return {}['x']"),
+        ("nothing", "rewrite(self, chat, rng): [*chat]"),
+        ("fails", "rewrite(self, chat, rng): return {}['x']"),
     ):
         (folder / f"{name}.py").write_text(f"{USER_DEFENSE}    def {method}\n", "utf-8")
     words = "a letter to the post office " * 400
