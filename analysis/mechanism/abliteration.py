@@ -67,14 +67,12 @@ def _list_writing_modules(model: Any) -> list[nn.Module]:
     embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
     if unembedding.weight is embedding.weight:
         unembedding.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    adapter, modules = (
-        components.architecture_adapter,
-        [
-            module  # of tokens, and of positions
-            for module in model.modules()
-            if isinstance(module, nn.Embedding) and module.embedding_dim == components.width
-        ],
-    )
+    adapter = components.architecture_adapter
+    modules: list[nn.Module] = [
+        module  # of tokens, and of positions
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.embedding_dim == components.width
+    ]
     for number, layer in enumerate(components.layers):
         try:
             modules += [layer.output_projection, adapter.get_component(model, f"blocks.{number}.mlp.out")]
