@@ -516,6 +516,34 @@ def build_agreement_points(agreement: pd.DataFrame) -> FigureTables:
     }
 
 
+def build_depth_points(depth: pd.DataFrame) -> FigureTables:
+    """Return the tables of the figures of `analyze depth`; those of each attack if there are several.
+
+    >>> depth = pd.DataFrame({"attack": "direct", "defense": ["none", "a"], "response_shift": [None, 9.0]})
+    >>> {stem: len(table) for stem, table in build_depth_points(depth).items()}
+    {'depth_effects': 1, 'depth_rates': 2}
+
+    Args:
+        depth: `depth.csv`.
+    """
+    figures: FigureTables = {}
+    keys = ["attack", "defense", "prefix", "tokens", "n_harmful", "n_benign"]
+    columns = {
+        "depth_effects": ("response_shift", "response_discrimination"),
+        "depth_rates": RATE_NAMES,
+    }
+    attacks = list(depth["attack"].unique())
+    for attack in attacks:
+        suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
+        for kind, names in columns.items():
+            drawn = [*keys, *(f"{name}{end}" for name in names for end in INTERVAL_SUFFIXES)]
+            rows = depth.loc[depth["attack"] == attack, [name for name in drawn if name in depth]]
+            rows = rows.dropna(subset=[name for name in names[:1] if name in rows])
+            if len(rows):
+                figures[kind + suffix] = rows.reset_index(drop=True)
+    return figures
+
+
 def build_ensemble_points(
     rows: pd.DataFrame, candidates: pd.DataFrame, families: Mapping[str, str]
 ) -> FigureTables:

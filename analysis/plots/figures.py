@@ -17,6 +17,12 @@ from matplotlib.figure import Figure
 from analysis.plots.backdooralign import caption_secrets, draw_secrets
 from analysis.plots.captions import QueryCounts, make_caption_context
 from analysis.plots.components import caption_part_map, caption_top_parts, draw_part_map, draw_top_parts
+from analysis.plots.depth import (
+    caption_depth_effects,
+    caption_depth_rates,
+    draw_depth_effects,
+    draw_depth_rates,
+)
 from analysis.plots.heatmaps import (
     caption_attack_grid,
     caption_interactions,
@@ -149,6 +155,22 @@ _FIGURE_KINDS = (
         "attacks",
         draw_attack_grid,
         caption_attack_grid,
+    ),
+    FigureKind(
+        "depth_effects",
+        "depth",
+        "Shift and discrimination after the first tokens of an opener",
+        "depth_effects",
+        draw_depth_effects,
+        caption_depth_effects,
+    ),
+    FigureKind(
+        "depth_rates",
+        "depth",
+        "Refusal rates after the first tokens of an opener, by defense",
+        "depth_rates",
+        draw_depth_rates,
+        caption_depth_rates,
     ),
     FigureKind(
         "cost",

@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.report.headline import (
     choose_headline_attack,
     describe_arms,
+    describe_depth,
     describe_effects,
     describe_rank_agreement,
     describe_validity,
@@ -103,6 +104,8 @@ class Run:
             return describe_effects(summary, self.model_and_data, choose_headline_attack(summary))
         if "validity" in self.tables:
             return describe_validity(self.tables["validity"], self.model_and_data)
+        if "depth" in self.tables:
+            return describe_depth(self.tables["depth"], self.model_and_data)
         if "agreement" in self.tables:
             return describe_rank_agreement(self.tables["agreement"], self.model)
         return f"On {self.model_and_data}: this run holds no summary of its defenses."
