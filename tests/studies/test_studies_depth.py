@@ -27,7 +27,8 @@ from rich.console import Console
 from analysis.api import read
 from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
-from analysis.judges.learned import KEPT_REFUSAL_JUDGE, LEARNED_JUDGE
+from analysis.judges.judge import Verdict
+from analysis.judges.learned import KEPT_REFUSAL_JUDGE, LEARNED_JUDGE, LearnedJudge
 from analysis.models.session import ResponseOpenings, generate_responses
 from analysis.readouts.readout import Readout
 from analysis.stats.tables import ResponseVerdict
@@ -137,7 +138,7 @@ def few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_spec(home: Path, **changes: Any) -> RunSpec:
-    return replace(build_run_spec(str(home / "planted"), "contrast", limit=12, offline=True), **changes)
+    return replace(build_run_spec(str(home / "planted"), "contrast", limit=10, offline=True), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +172,12 @@ def test_a_refusal_of_one_token_is_gone_after_one_token_and_a_deep_one_stays(pla
         assert (known[f"{name}_low"] <= known[name]).all() and (known[name] <= known[f"{name}_high"]).all()
         assert (known[f"{name}_low"] < known[f"{name}_high"]).all()
     assert depth[depth["defense"] == "none"]["response_shift"].isna().all()
-    assert (depth["unjudged"] == 0).all() and (depth["n_harmful"] + depth["n_benign"] == 12).all()
+    assert (depth["unjudged"] == 0).all() and (depth["n_harmful"] + depth["n_benign"] == 10).all()
 
 
 def test_the_run_holds_verdicts_without_text_and_says_what_was_given(planted: Any) -> None:
     rows = planted.tables["continuations"]
-    assert len(rows) == 3 * 2 * len(PREFIX_LENGTHS) * 12
+    assert len(rows) == 3 * 2 * len(PREFIX_LENGTHS) * 10
     assert set(rows["verdict"]) <= {verdict.value for verdict in ResponseVerdict}
     # A query keeps its opener, twins share one, and every opener is used.
     assert (rows.groupby("query")["opener"].nunique() == 1).all()
@@ -200,6 +201,31 @@ def test_without_tokens_the_verdicts_are_those_of_analyze(planted: Any, home: Pa
     defense = setup.conditions["none"]
     expected = judge_condition(setup.session, DIRECT_ATTACK, defense, queries, RESPONSE_JUDGE, setup.readout)
     assert first["verdict"].tolist() == expected
+
+
+@pytest.mark.usefixtures("few_lengths")
+def test_complying_tokens_are_not_judged_and_an_answer_drops_a_refusal_that_was_begun(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[str, str]] = set()
+
+    def judge_response(self: LearnedJudge, response: str, query: str = "") -> Verdict:
+        seen.add((type(self).__name__, response))
+        return Verdict("partial")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(LearnedJudge, "judge_response", judge_response)
+    run = measure_depth(make_spec(home, limit=6), ["none"], [], Console(quiet=True)).run
+    begun = {toy_tokenizer().decode(ids[:2]) for ids in encode_openers(toy_tokenizer())["refusing"]}
+    texts_by_judge = {
+        judge: {text for name, text in seen if name == judge}
+        for judge in ("LearnedJudge", "KeptRefusalJudge")
+    }
+    assert texts_by_judge["LearnedJudge"] == {COMPLIANCE}
+    given = texts_by_judge["KeptRefusalJudge"] - {COMPLIANCE}
+    assert given and all(any(text.startswith(start) for start in begun) for text in given)
+    rates = run.tables["depth"].groupby("prefix")["refusal_rate"]
+    assert rates.min()["complying"] == 1.0 and rates.max()["refusing"] == 0.0
 
 
 @pytest.mark.usefixtures("few_lengths")
