@@ -46,6 +46,7 @@ def analyze(
     controls: int = 20,
     train: bool = False,
     cost: bool = False,
+    side_effects: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     share_prefix: bool = True,
@@ -73,6 +74,7 @@ def analyze(
             controls.
         train: whether to train the weights that a defense lacks first, as `--train`.
         cost: whether to measure what each defense costs.
+        side_effects: whether to measure how far the first token moves on benign queries, as `--side-effects`.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
         share_prefix: whether prompts may share the computation of their prefix.
@@ -111,7 +113,7 @@ def analyze(
 
     check_control_draws(controls)
     return analyze_defenses(
-        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls, train
+        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls, train, side_effects
     ).run
 
 

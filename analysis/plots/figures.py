@@ -53,7 +53,14 @@ from analysis.plots.plane import (
 from analysis.plots.predictions import caption_forecast, draw_forecast
 from analysis.plots.rank_agreement import caption_rank_agreement, draw_rank_agreement
 from analysis.plots.scores import caption_margins, caption_roc, draw_margins, draw_roc
-from analysis.plots.tradeoffs import caption_cost, caption_pareto_front, draw_cost, draw_pareto_front
+from analysis.plots.tradeoffs import (
+    caption_cost,
+    caption_pareto_front,
+    caption_side_effects,
+    draw_cost,
+    draw_pareto_front,
+    draw_side_effects,
+)
 from analysis.plots.validity import (
     caption_calibration,
     caption_refusal_rates,
@@ -179,6 +186,14 @@ _FIGURE_KINDS = (
         "cost",
         draw_cost,
         caption_cost,
+    ),
+    FigureKind(
+        "side_effects",
+        "cost",
+        "Change of the first token on benign queries and shift, by defense",
+        "side_effects",
+        draw_side_effects,
+        caption_side_effects,
     ),
     FigureKind(
         "calibration",

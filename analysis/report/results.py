@@ -34,6 +34,9 @@ _RESPONSE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("response_discrimination", "discrimination (points)", "+.0f", 1, True),
 )
 DELTA_AUROC_COLUMN: ColumnFormat = ("delta_auroc", "ΔAUROC", "+.2f", 1, True)
+_DIVERGENCE_COLUMNS: tuple[ColumnFormat, ...] = (
+    ("kl_benign", "KL on benign queries (nats)", ".2f", 1, True),
+)
 _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
     ("auroc", "AUROC of the margin", ".2f", 1, True),
     DELTA_AUROC_COLUMN,
@@ -45,7 +48,8 @@ _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
 def choose_estimate_columns(summary: pd.DataFrame) -> tuple[ColumnFormat, ...]:
     """Return the columns of a summary for readers: refusal rates, their changes if judged, and margins."""
     is_judged = has_judged_rates(summary)
-    return (*RATE_COLUMNS, *(_RESPONSE_COLUMNS if is_judged else ()), *_MARGIN_COLUMNS)
+    divergence = _DIVERGENCE_COLUMNS if "kl_benign" in summary else ()
+    return (*RATE_COLUMNS, *(_RESPONSE_COLUMNS if is_judged else ()), *_MARGIN_COLUMNS, *divergence)
 
 
 @dataclass(frozen=True, repr=False)
