@@ -155,7 +155,8 @@ def caption_side_effects(points: pd.DataFrame, context: CaptionContext) -> str:
         "undefended model's, over the whole vocabulary, on "
         f"{format_count_range(points['n_benign'])} benign queries, against the shift {shift}. Bars: "
         "95\u00a0% intervals; those of the divergence from a bootstrap over queries, 2,000 draws. Several "
-        "copies of a query: the mean of their distributions. Not drawn: defenses whose detector may answer, or that write the first tokens of the response. "
+        "copies of a query: the mean of their distributions. Not drawn: defenses whose detector may answer, "
+        "or that write the first tokens of the response. "
         f"{context.format_setting(attack)}"
     )
 
