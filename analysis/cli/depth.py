@@ -171,5 +171,5 @@ def print_depth(depth: pd.DataFrame, record: Mapping[str, Any]) -> None:
         "undefended model after the same tokens; their changes since 0 tokens: depth.csv."
     )
     if responses["unjudged"]:
-        note += f" {responses['unjudged']} responses have no verdict and count nowhere."
+        note += f" Without a verdict, and not counted: {responses['unjudged']} of the responses."
     console.print(Text(note, style="dim"))
