@@ -231,7 +231,7 @@ def estimate_paired_difference(changes: Float[np.ndarray, " n"]) -> PredictionPo
 
     >>> change = estimate_paired_difference(np.array([0.0, 0.0, 1.0, 0.0] * 10))
     >>> round(change.difference, 2), round(change.low, 2), round(change.high, 2)
-    (0.25, 0.09, 0.39)
+    (0.25, 0.09, 0.38)
     """
     mean, n = float(changes.mean()), len(changes)
     lows, highs = compute_paired_intervals(
