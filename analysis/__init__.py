@@ -1,7 +1,8 @@
 """Measure a defended chat model as a refuse/comply classifier; `analysis/run.py` shows the main idea.
 
 The Python API has a function for every command (`analyze`, `validate`, `ensembles`, `recommend`,
-`locate_mechanism`, `train`, `backdooralign`, `judge`, `label_run`, `compare_rankings`); most return a `Run`.
+`locate_mechanism`, `depth`, `train`, `backdooralign`, `judge`, `label_run`, `compare_rankings`); most return
+a `Run`.
 `read` loads the run of a folder, `summarize` estimates effects from scores of any origin, `intervals` formats
 estimates with their intervals. See docs/python.md.
 """
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
         analyze,
         backdooralign,
         compare_rankings,
+        depth,
         ensembles,
         judge,
         label_run,
@@ -36,6 +38,7 @@ __all__ = [
     "backdooralign",
     "compare_rankings",
     "data_folder",
+    "depth",
     "ensembles",
     "intervals",
     "judge",

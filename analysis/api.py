@@ -46,6 +46,7 @@ def analyze(
     controls: int = 20,
     train: bool = False,
     cost: bool = False,
+    side_effects: bool = False,
     settings: Sequence[str] = (),
     batch_size: int | None = None,
     share_prefix: bool = True,
@@ -73,6 +74,7 @@ def analyze(
             controls.
         train: whether to train the weights that a defense lacks first, as `--train`.
         cost: whether to measure what each defense costs.
+        side_effects: whether to measure how far the first token moves on benign queries, as `--side-effects`.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
         share_prefix: whether prompts may share the computation of their prefix.
@@ -111,7 +113,7 @@ def analyze(
 
     check_control_draws(controls)
     return analyze_defenses(
-        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls, train
+        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls, train, side_effects
     ).run
 
 
@@ -439,6 +441,67 @@ def locate_mechanism(
 
     options = MechanismOptions(chosen_sites, top, patched, None if ensembles is None else Path(ensembles))
     return study_mechanism(spec, _as_defense_list(defenses), settings, options, _progress_console()).run
+
+
+def depth(
+    defenses: DefenseSelection,
+    model: str = "smollm2",
+    *,
+    data: str | pd.DataFrame = "contrast",
+    split: str | None = None,
+    limit: int | None = None,
+    attacks: str | Sequence[str] = ("direct",),
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    share_prefix: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
+    offline: bool = False,
+) -> Run:
+    """Judge what is left of each defense after the first tokens of the response, as `analyze depth` does.
+
+    Args:
+        defenses: one defense or several: names, or defenses.
+        model: short name, Hugging Face id, folder, or `.gguf` file.
+        data: as `--data`, or a frame of queries.
+        split: train, calibration, test or all.
+        limit: maximum number of queries.
+        attacks: one attack or several.
+        settings: settings of the named defenses.
+        batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        offline: whether the network may not be used.
+
+    Returns:
+        A run with the tables `depth`, a row per condition, kind of opener and number of its tokens, and
+        `continuations` (verdicts, no text).
+    """
+    spec = build_run_spec(
+        model,
+        data,
+        split,
+        limit,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        attacks,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
+    from analysis.studies.depth import measure_depth
+
+    return measure_depth(spec, _as_defense_list(defenses), settings, _progress_console()).run
 
 
 def train(

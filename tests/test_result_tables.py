@@ -167,6 +167,18 @@ def test_tables_state_what_the_runs_say(table: ResultTable) -> None:
     check_table(table.page, table.caption, partial(format_row, table))
 
 
+def test_the_table_of_depth_states_what_the_run_says() -> None:
+    frame = pd.read_csv(ROOT / "figures" / "depth" / "depth.csv")
+    rows = {(row["defense"], row["prefix"], str(row["tokens"])): row for row in frame.to_dict("records")}
+
+    def format_line(line: str) -> str:
+        defense, prefix, tokens, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        estimates = (format_cell(rows[defense, prefix, tokens]) for format_cell in (*RATES, *EFFECTS))
+        return f"| {' | '.join([defense, prefix, tokens, *estimates])} |"
+
+    check_table("docs/depth.md", "## Results on the embedded model\n", format_line)
+
+
 VALIDITY_FOLDERS = (
     *("validity", "validity-aligned", "validity-attacked", "validity-backdoor"),
     "validity-qwen2.5-coder-0.5b",

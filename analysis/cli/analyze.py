@@ -70,6 +70,14 @@ def analyze(
     cost: Annotated[
         bool, typer.Option("--cost", help="Also measure the cost of each defense: tokens, calls, time.")
     ] = False,
+    side_effects: Annotated[
+        bool,
+        typer.Option(
+            "--side-effects",
+            help="Also measure how far each defense moves the first token of the responses to benign queries "
+            "(KL divergence): one more pass over their prompts.",
+        ),
+    ] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -105,7 +113,9 @@ def analyze(
         answer_prefix=answer_prefix,
     )
     check_control_draws(controls)
-    code = run_analyze_command(spec, defense, settings or [], out, as_json, cost, controls, train)
+    code = run_analyze_command(
+        spec, defense, settings or [], out, as_json, cost, controls, train, side_effects
+    )
     raise typer.Exit(code)
 
 
@@ -156,6 +166,7 @@ def run_analyze_command(
     with_cost: bool = False,
     n_control_draws: int = 0,
     with_training: bool = False,
+    with_side_effects: bool = False,
 ) -> int:
     """Score each defense and the undefended model, save tables and figures, and print the summary.
 
@@ -168,6 +179,7 @@ def run_analyze_command(
         with_cost: whether to measure the cost of each defense.
         n_control_draws: draws of each defense's matched control; 0 for no controls.
         with_training: whether to train the weights that defenses lack first.
+        with_side_effects: whether to measure how far the first token moves on benign queries.
 
     Returns:
         The exit code: 0, 1 if a check or a condition failed, 130 if the run was interrupted.
@@ -179,6 +191,7 @@ def run_analyze_command(
         print_json_table,
         print_kinds,
         print_run_location,
+        print_side_effects,
         print_summary,
         print_trust_warnings,
     )
@@ -193,7 +206,7 @@ def run_analyze_command(
     out = prepare_run_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)), console)
     try:
         result = analyze_defenses(
-            spec, defenses, settings, console, with_cost, n_control_draws, with_training
+            spec, defenses, settings, console, with_cost, n_control_draws, with_training, with_side_effects
         )
     except TrainingInterrupted as interruption:
         make_notifier(console)(str(interruption))
@@ -212,6 +225,7 @@ def run_analyze_command(
         print_kinds(run.tables["kinds"])
         if with_cost:
             print_costs(run.tables["cost"])
+        print_side_effects(summary)
     _print_coverage_warning(summary, console)
     print_trust_warnings(summary, console)
     print_run_location(out, result.failures, console)

@@ -16,7 +16,13 @@ from analysis.progress import join_first_texts, make_notifier, print_line
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS
 from analysis.stats.format import Interval, format_interval
 from analysis.stats.tables import Trust, format_condition, has_judged_rates, iterate_rows
-from analysis.stats.verdicts import DISAGREEMENT, EFFECT_NAMES, MARGIN_EQUIVALENCE, RESPONSE_EQUIVALENCE
+from analysis.stats.verdicts import (
+    DISAGREEMENT,
+    EFFECT_NAMES,
+    MARGIN_EQUIVALENCE,
+    REFERENCE,
+    RESPONSE_EQUIVALENCE,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,6 +203,23 @@ def print_costs(costs: pd.DataFrame) -> None:
         )
         table.add_row(*map(Text, cells))
     make_table_console().print(table)
+
+
+def print_side_effects(summary: pd.DataFrame) -> None:
+    """Print how far the first token moves on benign queries; nothing if it was not measured."""
+    if "kl_benign" not in summary:
+        return
+    table = make_console_table("defense", ["KL of the first token (nats)"], "Side effects on benign queries")
+    for values in iterate_rows(summary[summary["verdict"] != REFERENCE]):
+        table.add_row(*map(Text, (format_condition(values), format_interval(values, "kl_benign", ".2f"))))
+    console = make_table_console()
+    console.print(table)
+    note = (
+        "Mean divergence of the defended from the undefended distribution over all tokens, KL(undefended ‖ "
+        "defended). –: there is no first token to compare, because a detector may answer or the defense "
+        "writes the first tokens."
+    )
+    console.print(Text(note, style="dim"))
 
 
 def make_console_table(

@@ -13,6 +13,7 @@ from analysis.cli import (  # noqa: F401  # each registers its commands
     agreement,
     analyze,
     catalog,
+    depth,
     ensembles,
     label,
     mechanism,

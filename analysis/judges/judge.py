@@ -15,6 +15,7 @@ from analysis.models.session import (
     ModelSession,
     PromptLogitCallback,
     Response,
+    ResponseOpenings,
     generate_responses,
 )
 from defenses.contract import Defense, QueryChat
@@ -143,6 +144,7 @@ def generate_verdicts(
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     on_progress: Callable[[int], None] = lambda queries: None,
     on_first_logits: PromptLogitCallback = lambda prompts, logits: None,
+    openings: ResponseOpenings | None = None,
 ) -> list[Verdict]:
     """Return a judge's verdict on the greedy response to each query.
 
@@ -159,6 +161,7 @@ def generate_verdicts(
         max_new_tokens: maximum number of generated tokens of each response.
         on_progress: callback that receives the number of newly answered prompts.
         on_first_logits: as for `generate_responses`.
+        openings: as for `generate_responses`.
     """
     responses = generate_responses(
         session,
@@ -169,6 +172,7 @@ def generate_verdicts(
         judge.is_certain_refusal,
         on_progress,
         on_first_logits,
+        openings,
     )
     return judge_queries(judge, query_texts, responses, defense)
 

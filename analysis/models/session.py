@@ -305,6 +305,23 @@ class Response:
     generated_text: str
 
 
+@dataclass(frozen=True)
+class ResponseOpenings:
+    """Token ids that are put at the start of the response to each query, also behind a prefill.
+
+    Attributes:
+        ids: token ids of each query's opening; no part of `Response.ids`.
+        in_text: whether the opening is a part of `Response.text`.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    in_text: bool
+
+    def select_rows(self, rows: Sequence[int]) -> ResponseOpenings:
+        """Return the openings of some of the queries, by their positions."""
+        return replace(self, ids=tuple(self.ids[row] for row in rows))
+
+
 def generate_responses(
     session: ModelSession,
     defense: Defense,
@@ -314,6 +331,7 @@ def generate_responses(
     should_stop: Callable[[str], bool] | None = None,
     on_progress: Callable[[int], None] = lambda queries: None,
     on_first_logits: PromptLogitCallback = lambda prompts, logits: None,
+    openings: ResponseOpenings | None = None,
 ) -> list[list[Response]]:
     """Return the greedy responses to each query under a defense, one per prompt of the query.
 
@@ -329,12 +347,16 @@ def generate_responses(
         on_progress: called with the number of prompts answered since the last call.
         on_first_logits: called with the token ids of some prompts, the response prefix included, and their
             first-token logits; where `generate_token_ids` does so, and not if several models are blended.
+        openings: put at the start of the response to each query, behind the prefix; `should_stop` is not
+            given their text. Models that are blended choose the first token behind them.
     """
     log_odds = session.score_requests(defense, query_chats) or [-math.inf] * len(query_chats)
     is_refused = [value > 0 for value in log_odds]
     on_progress(sum(is_refused))
-    asked = [query_chat for query_chat, refused in zip(query_chats, is_refused, strict=True) if not refused]
-    arguments = response_prefix, max_new_tokens, should_stop, on_progress, on_first_logits
+    asked_rows = [row for row, refused in enumerate(is_refused) if not refused]
+    asked = [query_chats[row] for row in asked_rows]
+    asked_openings = (openings or ResponseOpenings(((),) * len(query_chats), False)).select_rows(asked_rows)
+    arguments = response_prefix, max_new_tokens, should_stop, on_progress, on_first_logits, asked_openings
     answers = iter(_generate_model_responses(session, defense, asked, *arguments) if asked else [])
     refusal = _make_detector_refusal(session.chat_template)
     return [[refusal] if refused else next(answers) for refused in is_refused]
@@ -355,13 +377,25 @@ def _generate_model_responses(
     should_stop: Callable[[str], bool] | None,
     on_progress: Callable[[int], None],
     on_first_logits: PromptLogitCallback,
+    openings: ResponseOpenings,
 ) -> list[list[Response]]:
     """Return what `generate_responses` returns, without the defense's detector."""
     chat_template = session.chat_template
     prompts_by_query = session.render_prompts(defense, query_chats)
     prompts = [prompt for query_prompts in prompts_by_query for prompt in query_prompts]
-    prompt_ids = [prompt.append_prefix(response_prefix) for prompt in prompts]
-    member_ids = [prompt.list_member_ids(response_prefix) for prompt in prompts]
+    prompt_openings = [
+        opening
+        for opening, query_prompts in zip(openings.ids, prompts_by_query, strict=True)
+        for _ in query_prompts
+    ]
+    prompt_ids = [
+        (*prompt.append_prefix(response_prefix), *opening)
+        for prompt, opening in zip(prompts, prompt_openings, strict=True)
+    ]
+    member_ids = [
+        tuple((*ids, *opening) for ids in prompt.list_member_ids(response_prefix))
+        for prompt, opening in zip(prompts, prompt_openings, strict=True)
+    ]
     is_prefilled = [bool(prompt.prefill) for prompt in prompts]
 
     def decode_response(token_ids: Sequence[int], is_prefilled: bool) -> str:
@@ -388,10 +422,10 @@ def _generate_model_responses(
     responses = (
         Response(
             tuple(token_ids),
-            decode_response(token_ids, prefilled),
+            decode_response([*(opening if openings.in_text else ()), *token_ids], prefilled),
             chat_template.decode_response(token_ids),
         )
-        for token_ids, prefilled in zip(generated, is_prefilled, strict=True)
+        for token_ids, prefilled, opening in zip(generated, is_prefilled, prompt_openings, strict=True)
     )
     return [[next(responses) for _ in query_prompts] for query_prompts in prompts_by_query]
 

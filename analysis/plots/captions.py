@@ -72,7 +72,7 @@ class CaptionContext:
         against = f"{self.contrast} {_quote_words(self.compliance_words)}" if self.compliance_words else ""
         threshold = f"{self.threshold:.2f}".replace("-", "\N{MINUS SIGN}")  # no line breaks after this sign
         return (
-            f"{self._format_setting(attack)} "
+            f"{self.format_setting(attack)} "
             f"Readout: {self.readout} {_quote_words(self.refusal_words)}{against}; threshold "
             f"{threshold}\u00a0nats, the same for every defense ({self.judge}). Intervals: {self.interval}."
         )
@@ -83,9 +83,10 @@ class CaptionContext:
         Args:
             attack: attack of the figure.
         """
-        return f"{self._format_setting(attack)} Intervals: 95\u00a0% Wilson, of each rate."
+        return f"{self.format_setting(attack)} Intervals: 95\u00a0% Wilson, of each rate."
 
-    def _format_setting(self, attack: str) -> str:
+    def format_setting(self, attack: str) -> str:
+        """Return the sentences on model, data and attack."""
         attack_text = "none (queries sent unchanged)" if attack == "direct" else attack
         return f"Model: {self.model}. Data: {self.data}, {self.split} split. Attack: {attack_text}."
 

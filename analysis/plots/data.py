@@ -11,7 +11,14 @@ import pandas as pd
 
 from analysis.stats.ensembles import ALONE, REPORT_SPLIT, SELECTION_SPLIT, STACK
 from analysis.stats.pareto import find_undominated
-from analysis.stats.tables import INTERVAL_SUFFIXES, READOUT_PART, UNDEFENDED, Basis, iterate_rows
+from analysis.stats.tables import (
+    INTERVAL_SUFFIXES,
+    READOUT_PART,
+    UNDEFENDED,
+    Basis,
+    has_judged_rates,
+    iterate_rows,
+)
 
 LINEAR_RANGE = 0.5  # SDs or nats; beyond it the axes of a stretched plane are logarithmic
 # Unit of the plane → columns of shift and discrimination. SDs are free of scale, and the default.
@@ -489,6 +496,7 @@ def build_analysis_points(
         if has_defenses:
             tables["plane"] = build_plane_points(estimates)
             tables["square"] = build_square_points(tables["plane"])
+            tables["side_effects"] = build_side_effect_points(estimates)
         tables["roc"] = build_roc_points(rows, estimates, threshold)
         if kinds is not None:
             tables["kinds"] = build_kind_points(kinds[kinds["attack"] == attack])
@@ -497,6 +505,25 @@ def build_analysis_points(
     if len(attacks) > 1:
         figures["attacks"] = build_attack_cells(scores, summary, threshold)
     return figures
+
+
+def build_side_effect_points(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return shift and divergence of each defense whose first token can be compared; none if not measured.
+
+    >>> row = {"attack": "direct", "defense": "a", "family": "noise", "shift": 1.0, "kl_benign": 0.5}
+    >>> build_side_effect_points(pd.DataFrame([row])).columns.tolist()
+    ['attack', 'defense', 'family', 'shift', 'kl_benign']
+
+    Args:
+        summary: `summary.csv`, of one attack; the shift is that of the responses if they were judged.
+    """
+    if "kl_benign" not in summary:
+        return summary.iloc[:0]
+    known = summary[summary["kl_benign"].notna()]
+    shift = "response_shift" if has_judged_rates(known) else "shift"
+    names = [f"{name}{end}" for name in (shift, "kl_benign") for end in INTERVAL_SUFFIXES]
+    columns = ["attack", "defense", "family", "n_benign", *names]
+    return known[[name for name in columns if name in known]].dropna(subset=shift).reset_index(drop=True)
 
 
 def build_agreement_points(agreement: pd.DataFrame) -> FigureTables:
@@ -514,6 +541,34 @@ def build_agreement_points(agreement: pd.DataFrame) -> FigureTables:
         f"agreement{suffix}": agreement[agreement["attack"] == attack].reset_index(drop=True)
         for attack, suffix in suffixes.items()
     }
+
+
+def build_depth_points(depth: pd.DataFrame) -> FigureTables:
+    """Return the tables of the figures of `analyze depth`; those of each attack if there are several.
+
+    >>> depth = pd.DataFrame({"attack": "direct", "defense": ["none", "a"], "response_shift": [None, 9.0]})
+    >>> {stem: len(table) for stem, table in build_depth_points(depth).items()}
+    {'depth_effects': 1, 'depth_rates': 2}
+
+    Args:
+        depth: `depth.csv`.
+    """
+    figures: FigureTables = {}
+    keys = ["attack", "defense", "prefix", "tokens", "n_harmful", "n_benign"]
+    columns = {
+        "depth_effects": ("response_shift", "response_discrimination"),
+        "depth_rates": RATE_NAMES,
+    }
+    attacks = list(depth["attack"].unique())
+    for attack in attacks:
+        suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
+        for kind, names in columns.items():
+            drawn = [*keys, *(f"{name}{end}" for name in names for end in INTERVAL_SUFFIXES)]
+            rows = depth.loc[depth["attack"] == attack, [name for name in drawn if name in depth]]
+            rows = rows.dropna(subset=[name for name in names[:1] if name in rows])
+            if len(rows):
+                figures[kind + suffix] = rows.reset_index(drop=True)
+    return figures
 
 
 def build_ensemble_points(

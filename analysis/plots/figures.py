@@ -17,6 +17,12 @@ from matplotlib.figure import Figure
 from analysis.plots.backdooralign import caption_secrets, draw_secrets
 from analysis.plots.captions import QueryCounts, make_caption_context
 from analysis.plots.components import caption_part_map, caption_top_parts, draw_part_map, draw_top_parts
+from analysis.plots.depth import (
+    caption_depth_effects,
+    caption_depth_rates,
+    draw_depth_effects,
+    draw_depth_rates,
+)
 from analysis.plots.heatmaps import (
     caption_attack_grid,
     caption_interactions,
@@ -47,7 +53,14 @@ from analysis.plots.plane import (
 from analysis.plots.predictions import caption_forecast, draw_forecast
 from analysis.plots.rank_agreement import caption_rank_agreement, draw_rank_agreement
 from analysis.plots.scores import caption_margins, caption_roc, draw_margins, draw_roc
-from analysis.plots.tradeoffs import caption_cost, caption_pareto_front, draw_cost, draw_pareto_front
+from analysis.plots.tradeoffs import (
+    caption_cost,
+    caption_pareto_front,
+    caption_side_effects,
+    draw_cost,
+    draw_pareto_front,
+    draw_side_effects,
+)
 from analysis.plots.validity import (
     caption_calibration,
     caption_refusal_rates,
@@ -151,12 +164,36 @@ _FIGURE_KINDS = (
         caption_attack_grid,
     ),
     FigureKind(
+        "depth_effects",
+        "depth",
+        "Shift and discrimination after the first tokens of an opener",
+        "depth_effects",
+        draw_depth_effects,
+        caption_depth_effects,
+    ),
+    FigureKind(
+        "depth_rates",
+        "depth",
+        "Refusal rates after the first tokens of an opener, by defense",
+        "depth_rates",
+        draw_depth_rates,
+        caption_depth_rates,
+    ),
+    FigureKind(
         "cost",
         "cost",
         "Change of AUROC and time to the first token, by defense",
         "cost",
         draw_cost,
         caption_cost,
+    ),
+    FigureKind(
+        "side_effects",
+        "cost",
+        "Change of the first token on benign queries and shift, by defense",
+        "side_effects",
+        draw_side_effects,
+        caption_side_effects,
     ),
     FigureKind(
         "calibration",

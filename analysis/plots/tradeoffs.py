@@ -108,6 +108,59 @@ def draw_cost(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def draw_side_effects(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw how far each defense moves the first token on benign queries against its shift.
+
+    >>> row = {"defense": "x", "family": "noise"}
+    >>> row |= {f"{name}{end}": 0.1 for name in ("shift", "kl_benign") for end in ("", "_low", "_high")}
+    >>> draw_side_effects(pd.DataFrame([row])).get_ylabel()
+    'KL of the first token on benign queries (nats)'
+
+    Args:
+        points: table from `build_side_effect_points`.
+        ax: axes to draw on; by default new ones.
+    """
+    is_judged = "response_shift" in points
+    shift = "response_shift" if is_judged else "shift"
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(4.2, 3.4)
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+        ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
+        ax.plot([0], [0], "o", color=BLACK, markersize=5, zorder=3)
+        key = [make_legend_marker(BLACK, "o", "undefended")]
+        for number, row in enumerate(points.to_dict("records"), 1):
+            color, marker = FAMILY_STYLES.get(row["family"], OTHER_FAMILY_STYLE)
+            bar: Any = {"color": color, "alpha": 0.5, "linewidth": 1.0, "zorder": 2}
+            ax.hlines(row["kl_benign"], row[f"{shift}_low"], row[f"{shift}_high"], **bar)
+            ax.vlines(row[shift], row["kl_benign_low"], row["kl_benign_high"], **bar)
+            style: Any = {"marker": marker, "color": color, "edgecolors": "white", "linewidths": 0.5}
+            ax.scatter(row[shift], row["kl_benign"], s=44, zorder=3, **style)
+            name = fit_text(str(row["defense"]), 140, TEXT_SIZE, 1)
+            key.append(make_legend_marker(color, marker, f"{number}  {name}"))
+        numbers = [str(number + 1) for number in range(len(points))]
+        label_points(ax, points, numbers, 300, (shift, "kl_benign"))
+        ax.set_xlabel("shift (points)" if is_judged else "shift (nats)")
+        ax.set_ylabel("KL of the first token on benign queries (nats)")
+        place_legend_beside(ax, key)
+    return ax
+
+
+def caption_side_effects(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_side_effects`."""
+    attack = str(points["attack"].iloc[0])
+    is_judged = "response_shift" in points
+    shift = f"of the refusal rates ({context.response_basis})" if is_judged else "of the margin"
+    return (
+        "Mean Kullback-Leibler divergence of the defended model's distribution of the first token from the "
+        "undefended model's, over the whole vocabulary, on "
+        f"{format_count_range(points['n_benign'])} benign queries, against the shift {shift}. Bars: "
+        "95\u00a0% intervals; those of the divergence from a bootstrap over queries, 2,000 draws. Several "
+        "copies of a query: the mean of their distributions. Not drawn: defenses whose detector may answer, "
+        "or that write the first tokens of the response. "
+        f"{context.format_setting(attack)}"
+    )
+
+
 def caption_cost(points: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_cost`."""
     return (

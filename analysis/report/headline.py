@@ -11,6 +11,7 @@ from analysis.stats.tables import DIRECT, INTERVAL_SUFFIXES, Trust, find_defense
 from analysis.stats.verdicts import EFFECT_NAMES, EQUIVALENT, INCONCLUSIVE, NOT_JUDGED
 
 _MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
+_HEADLINE_TOKENS = 5  # tokens of a complying opener, after which a headline names the shift
 _NOT_FOUND = "no effect found"  # what older runs say of anything without a sign
 
 
@@ -131,6 +132,44 @@ def describe_validity(validity: pd.DataFrame, model_and_data: str) -> str:
     """
     counts = "; ".join(describe_readout_trust(validity))
     return f"Agreement of readouts with generated text on {model_and_data}: {counts}."
+
+
+def describe_depth(depth: pd.DataFrame, model_and_data: str) -> str:
+    """Return one sentence on what is left of the shift of each defense after complying tokens.
+
+    >>> row = {"attack": "direct", "defense": "policy", "prefix": "complying", "tokens": [0, 5]}
+    >>> row |= {"response_shift": [40.0, 5.0], "response_shift_low": [30.0, -5.0]}
+    >>> depth = pd.DataFrame(row | {"response_shift_high": [50.0, 15.0]})
+    >>> describe_depth(depth, "smollm2")
+    'Shift on smollm2, points, after 0 and after 5 complying tokens: policy +40 [+30, +50] and +5 [-5, +15].'
+
+    Args:
+        depth: `depth.csv`.
+        model_and_data: model and data set, as a noun phrase.
+    """
+    attack = choose_headline_attack(depth)
+    rows = depth[(depth["attack"] == attack) & (depth["prefix"] == "complying")].dropna(
+        subset="response_shift"
+    )
+    if not len(rows):
+        return f"Responses after the first tokens of openers on {model_and_data}; no defense is compared."
+    shown = [0, max(tokens for tokens in rows["tokens"] if tokens <= _HEADLINE_TOKENS)]
+    names = list(dict.fromkeys(rows["defense"]))
+    clauses = []
+    for name in names[:_MAX_NAMED_DEFENSES]:
+        by_tokens = {row["tokens"]: row for row in rows[rows["defense"] == name].to_dict("records")}
+        texts = [
+            Interval.from_row(by_tokens[tokens], "response_shift").format_text("+.0f")
+            for tokens in shown
+            if tokens in by_tokens
+        ]
+        clauses.append(f"{name} {' and '.join(texts)}")
+    more = f" ({len(names) - len(clauses)} more: depth.csv)" if len(names) > len(clauses) else ""
+    place = model_and_data + ("" if attack == DIRECT else f" under the attack {attack}")
+    return (
+        f"Shift on {place}, points, after 0 and after {shown[1]} complying tokens: "
+        f"{'; '.join(clauses)}{more}."
+    )
 
 
 def describe_rank_agreement(agreement: pd.DataFrame, model: str) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.report.headline import (
     choose_headline_attack,
     describe_arms,
+    describe_depth,
     describe_effects,
     describe_rank_agreement,
     describe_validity,
@@ -33,6 +34,9 @@ _RESPONSE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("response_discrimination", "discrimination (points)", "+.0f", 1, True),
 )
 DELTA_AUROC_COLUMN: ColumnFormat = ("delta_auroc", "ΔAUROC", "+.2f", 1, True)
+_DIVERGENCE_COLUMNS: tuple[ColumnFormat, ...] = (
+    ("kl_benign", "KL on benign queries (nats)", ".2f", 1, True),
+)
 _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
     ("auroc", "AUROC of the margin", ".2f", 1, True),
     DELTA_AUROC_COLUMN,
@@ -44,7 +48,8 @@ _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
 def choose_estimate_columns(summary: pd.DataFrame) -> tuple[ColumnFormat, ...]:
     """Return the columns of a summary for readers: refusal rates, their changes if judged, and margins."""
     is_judged = has_judged_rates(summary)
-    return (*RATE_COLUMNS, *(_RESPONSE_COLUMNS if is_judged else ()), *_MARGIN_COLUMNS)
+    divergence = _DIVERGENCE_COLUMNS if "kl_benign" in summary else ()
+    return (*RATE_COLUMNS, *(_RESPONSE_COLUMNS if is_judged else ()), *_MARGIN_COLUMNS, *divergence)
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +108,8 @@ class Run:
             return describe_effects(summary, self.model_and_data, choose_headline_attack(summary))
         if "validity" in self.tables:
             return describe_validity(self.tables["validity"], self.model_and_data)
+        if "depth" in self.tables:
+            return describe_depth(self.tables["depth"], self.model_and_data)
         if "agreement" in self.tables:
             return describe_rank_agreement(self.tables["agreement"], self.model)
         return f"On {self.model_and_data}: this run holds no summary of its defenses."

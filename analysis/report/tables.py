@@ -199,6 +199,20 @@ def build_cost_tables(run: Run) -> list[HtmlTable]:
     return _build_plain_tables(run, "cost", "Cost, one query at a time", ("defense",), columns)
 
 
+def build_depth_tables(run: Run) -> list[HtmlTable]:
+    """Return the rates and effects after the first tokens of an opener; no table if none were measured."""
+    columns: tuple[ColumnFormat, ...] = (
+        *RATE_COLUMNS,
+        ("response_shift", "shift (points)", "+.0f", 1, True),
+        ("response_discrimination", "discrimination (points)", "+.0f", 1, True),
+        ("response_shift_since_0", "shift, change since 0 tokens", "+.0f", 1, True),
+        ("response_discrimination_since_0", "discrimination, change since 0 tokens", "+.0f", 1, True),
+    )
+    names = ("defense", "attack", "prefix", "tokens")
+    title = "Responses after the first tokens of a complying or a refusing opener"
+    return _build_plain_tables(run, "depth", title, names, columns)
+
+
 def build_validity_tables(run: Run) -> list[HtmlTable]:
     """Return the agreement of readouts with generated text; no table if it was not measured."""
     columns: tuple[ColumnFormat, ...] = (

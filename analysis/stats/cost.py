@@ -1,12 +1,12 @@
-"""Cost of defenses: tokens, calls and time relative to the undefended model on the same queries."""
+"""Cost of defenses, and their side effect on benign queries, against the undefended model."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import BOOTSTRAP_DRAWS, bootstrap_interval
-from analysis.stats.tables import UNDEFENDED
+from analysis.stats.bootstrap import BOOTSTRAP_DRAWS, bootstrap_interval, make_estimate_columns
+from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED
 
 
 def summarize_costs(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -51,3 +51,32 @@ def summarize_costs(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         peak_bytes = defended["peak_bytes"].max()
         rows.append(row | {"peak_mib": peak_bytes / 2**20 if peak_bytes else np.nan})
     return pd.DataFrame(rows)
+
+
+def add_divergence_estimates(summary: pd.DataFrame, divergences: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return the summary with the mean divergence of the first token on benign queries, `kl_benign`, nats.
+
+    >>> condition = {"attack": "direct", "defense": "x"}
+    >>> rows = pd.DataFrame({**condition, "kl": [1.0, 3.0] * 20})
+    >>> added = add_divergence_estimates(pd.DataFrame([condition]), rows)
+    >>> added.filter(like="kl_").iloc[0].round(1).tolist()
+    [2.0, 1.7, 2.3]
+
+    Args:
+        summary: a row per attack and defense.
+        divergences: `kl` of each benign query, attack and defense; missing where there is no first token to
+            compare.
+        seed: seed of the bootstrap over queries.
+    """
+    rows = []
+    for (attack, defense), group in divergences.groupby(["attack", "defense"], sort=False):
+        values = group["kl"].dropna().to_numpy(float)
+        row: dict[str, object] = {"attack": attack, "defense": defense}
+        if len(values):
+            draws = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP_DRAWS, len(values)))
+            mean = np.array([values.mean()])
+            row |= make_estimate_columns("kl_benign", mean, values[draws].mean(1), len(values))
+        rows.append(row)
+    columns = [f"kl_benign{suffix}" for suffix in INTERVAL_SUFFIXES]
+    estimates = pd.DataFrame(rows, columns=["attack", "defense", *columns])
+    return summary.merge(estimates, on=["attack", "defense"], how="left")

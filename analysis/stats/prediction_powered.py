@@ -226,6 +226,21 @@ def estimate_prediction_powered_difference(
     )
 
 
+def estimate_paired_difference(changes: Float[np.ndarray, " n"]) -> PredictionPoweredDifference:
+    """Return the mean of changes, each from −1 to 1, where every query has one; Bonett and Price's interval.
+
+    >>> change = estimate_paired_difference(np.array([0.0, 0.0, 1.0, 0.0] * 10))
+    >>> round(change.difference, 2), round(change.low, 2), round(change.high, 2)
+    (0.25, 0.09, 0.38)
+    """
+    mean, n = float(changes.mean()), len(changes)
+    lows, highs = compute_paired_intervals(
+        np.array([mean]), np.array([float((changes**2).mean())]), np.array([float(n)])
+    )
+    low, high = min(float(lows[0]), mean), max(float(highs[0]), mean)
+    return PredictionPoweredDifference(mean, low, high, n, n, 0.0, 0.0, (changes - mean) / n)
+
+
 def combine_class_changes(
     harmful: PredictionPoweredDifference,
     benign: PredictionPoweredDifference,

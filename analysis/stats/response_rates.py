@@ -6,19 +6,26 @@ Where only a sample of the queries was answered, the margins of all queries make
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from analysis.stats.bootstrap import ResamplingUnits, compute_sign_flip_p_value, draw_sign_flips
+from analysis.stats.bootstrap import (
+    ResamplingUnits,
+    compute_sign_flip_p_value,
+    draw_sign_flips,
+    make_rate_columns,
+)
 from analysis.stats.effects import compute_query_contributions, weigh_conditions
 from analysis.stats.format import Interval
 from analysis.stats.prediction_powered import (
     PredictionPoweredDifference,
     PredictionPoweredRate,
     combine_class_changes,
+    estimate_paired_difference,
     estimate_prediction_powered_difference,
     estimate_prediction_powered_rate,
 )
@@ -138,6 +145,90 @@ def summarize_responses(responses: pd.DataFrame, scores: ScoreTable, seed: int =
     columns = [f"{name}{suffix}" for name in names for suffix in INTERVAL_SUFFIXES]
     counts = ("n_responses", "responses_saved", "n_units")
     return pd.DataFrame(rows, columns=["attack", "defense", *columns, *_P_COLUMNS, *counts])
+
+
+def summarize_prefilled_responses(responses: pd.DataFrame, families: Mapping[str, str]) -> pd.DataFrame:
+    """Return the refusal rates after each number of tokens of an opener, and the effects of each defense.
+
+    Args:
+        responses: one row per query, attack, defense, kind of opener (`prefix`) and number of its tokens
+            (`tokens`), with the `verdict` on the response.
+        families: family of each defense.
+
+    Returns:
+        A row per attack, defense, kind of opener and number of tokens: the numbers of judged queries of each
+        class, and of those without a verdict; refusal rates of harmful and of benign queries (0 to 1;
+        Wilson); shift and discrimination of the rates against the undefended model after the same tokens
+        (percentage points; Bonett and Price's paired intervals, combined over the classes with the
+        correlation of twins); and their changes since 0 tokens (`…_since_0`). Effects are missing for the
+        undefended model, and where no query of a class has all verdicts.
+    """
+    queries = responses.drop_duplicates("query").set_index("query")
+    key_columns = ["attack", "defense", "prefix", "tokens"]
+    labels: dict[tuple[str, str, str, int], pd.Series] = {}
+    for values, rows in responses.groupby(key_columns, sort=False):
+        attack, defense, prefix, tokens = map(str, values)
+        verdicts = rows.set_index("query")["verdict"]
+        labels[attack, defense, prefix, int(tokens)] = verdicts.map(LABEL_BY_VERDICT)
+
+    def get_changes(attack: str, defense: str, prefix: str, n_tokens: int) -> pd.Series | None:
+        undefended = labels.get((attack, UNDEFENDED, prefix, n_tokens))
+        defended = labels.get((attack, defense, prefix, n_tokens))
+        if defense == UNDEFENDED or undefended is None or defended is None:
+            return None
+        return defended - undefended
+
+    summaries = []
+    for key, condition_labels in labels.items():
+        attack, defense, prefix, n_tokens = key
+        row: dict[str, Any] = dict(zip(key_columns, key, strict=True)) | {"family": families[defense]}
+        is_harmful = queries.loc[condition_labels.index, "harmful"].astype(bool)
+        for harmful, name in _RATE_BY_CLASS.items():
+            judged = condition_labels[is_harmful == harmful].dropna()
+            row[f"n_{'harmful' if harmful else 'benign'}"] = len(judged)
+            if len(judged):
+                row |= make_rate_columns(name, int(judged.sum()), len(judged))
+        row["unjudged"] = int(condition_labels.isna().sum())
+        changes = get_changes(attack, defense, prefix, n_tokens)
+        first_changes = get_changes(attack, defense, prefix, 0)
+        row |= _estimate_query_changes(changes, queries, "")
+        if n_tokens and changes is not None and first_changes is not None:
+            row |= _estimate_query_changes(changes - first_changes, queries, "_since_0")
+        summaries.append(row)
+    effects = [f"{name}{since}" for since in ("", "_since_0") for name in _CONTRAST_NAMES]
+    estimates = [
+        f"{name}{suffix}" for name in (*_RATE_BY_CLASS.values(), *effects) for suffix in INTERVAL_SUFFIXES
+    ]
+    names = ("attack", "defense", "family", "prefix", "tokens", "n_harmful", "n_benign", "unjudged")
+    return pd.DataFrame(summaries, columns=[*names, *estimates])
+
+
+def _estimate_query_changes(
+    changes: pd.Series | None, queries: pd.DataFrame, column_suffix: str
+) -> dict[str, float | None]:
+    """Return shift and discrimination of changes per query, in percentage points; empty if a class has none.
+
+    Args:
+        changes: change of each query, NaN where it is unknown; changes of changes, from -2 to 2, are halved
+            for their intervals, so that they are at most 1.
+        queries: `harmful` and `pair` by query.
+        column_suffix: behind the names of the estimates.
+    """
+    if changes is None:
+        return {}
+    known = changes.dropna()
+    is_harmful = queries.loc[known.index, "harmful"].to_numpy(bool)
+    if is_harmful.all() or not is_harmful.any():
+        return {}
+    scale = 2.0 if column_suffix else 1.0
+    values, pairs = known.to_numpy(float) / scale, queries.loc[known.index, "pair"]
+    harmful, benign = (estimate_paired_difference(values[in_class]) for in_class in (is_harmful, ~is_harmful))
+    contrasts = combine_class_changes(harmful, benign, pairs[is_harmful], pairs[~is_harmful])
+    columns = {
+        **_make_columns(f"response_shift{column_suffix}", contrasts.shift),
+        **_make_columns(f"response_discrimination{column_suffix}", contrasts.discrimination),
+    }
+    return {name: None if value is None else scale * value for name, value in columns.items()}
 
 
 def _derive_response_verdict(row: dict[str, Any]) -> tuple[str, str]:

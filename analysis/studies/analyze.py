@@ -10,12 +10,13 @@ from rich.console import Console
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
 from analysis.progress import make_notifier
+from analysis.stats.cost import add_divergence_estimates
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
 from analysis.stats.kinds import summarize_kinds
 from analysis.stats.matched_controls import add_control_estimates
 from analysis.stats.response_rates import add_factorial_response_effects, add_response_estimates
 from analysis.stats.tables import ScoreTable
-from analysis.studies.cost import measure_cost
+from analysis.studies.cost import FirstTokenDivergences, measure_cost, measure_divergences
 from analysis.studies.manifest import RunTimer
 from analysis.studies.matched_controls import MatchedControlScores, score_controls
 from analysis.studies.responses import ResponseVerdicts, judge_conditions
@@ -33,6 +34,7 @@ def analyze_defenses(
     with_cost: bool = False,
     n_control_draws: int = 0,
     with_training: bool = False,
+    with_side_effects: bool = False,
 ) -> StudyResult:
     """Score every defense and the undefended model, and estimate what each defense changes.
 
@@ -44,6 +46,7 @@ def analyze_defenses(
         with_cost: whether to measure what each defense costs.
         n_control_draws: draws of each defense's matched control; 0 for no controls.
         with_training: whether to train the weights that defenses lack first.
+        with_side_effects: whether to measure how far the first token moves on benign queries.
 
     Raises:
         PreflightError: if no defense reaches the model.
@@ -82,10 +85,14 @@ def analyze_defenses(
         controls = score_controls(scored.setup, keys, n_control_draws, spec, console)
         work["controls"] = controls.describe()
         work["interrupted"] = controls.interrupted
+    divergences = None
+    if with_side_effects and not work["interrupted"]:
+        divergences = measure_divergences(scored.setup, list(scored.sweep_result.score_frames), console)
+        work["interrupted"] = divergences.interrupted
     costs = _measure_first_attack_cost(scored, spec.seed, console) if with_cost else None
     scored.record.update(timer.describe_time(), **work)
     with console.status("computing intervals"):
-        summary = _summarize(scored.scores, responses, controls, spec.seed)
+        summary = _summarize(scored.scores, responses, controls, divergences, spec.seed)
         kinds = _summarize_query_kinds(scored, responses, spec.seed)
         from analysis.plots.data import build_analysis_points
 
@@ -108,6 +115,10 @@ def analyze_defenses(
         failures |= {key: f"control: {reason}" for key, reason in controls.failures.items()}
         if controls.frames:
             tables["controls"] = controls.table
+    if divergences is not None:
+        failures |= {key: f"side effects: {reason}" for key, reason in divergences.failures.items()}
+        if divergences.frames:
+            tables["divergences"] = divergences.table
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
 
 
@@ -115,15 +126,18 @@ def _summarize(
     scores: ScoreTable,
     responses: ResponseVerdicts | None,
     controls: MatchedControlScores | None,
+    divergences: FirstTokenDivergences | None,
     seed: int,
 ) -> pd.DataFrame:
-    """Return the summary of a run, from its margins and, where there are any, its responses and controls."""
+    """Return the summary of a run, from its margins and, where there are any, its other results."""
     summary = summarize_scores(scores, seed=seed).frame
     verdicts = responses.table if responses is not None and responses.frames else None
     if verdicts is not None:
         summary = add_response_estimates(summary, verdicts, scores, seed)
     if controls is not None and controls.frames:
         summary = add_control_estimates(summary, scores, controls.table, verdicts)
+    if divergences is not None and divergences.frames:
+        summary = add_divergence_estimates(summary, divergences.table, seed)
     return summary
 
 

@@ -1,9 +1,12 @@
-"""Cost of defenses: time to first token and per further token, prompt tokens, calls, and memory."""
+"""Cost of defenses: time to first token and per further token, prompt tokens, calls, and memory.
+
+Also their side effect: how far the first token of the responses to benign queries moves.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,17 @@ from transformers import DynamicCache
 
 from analysis.datasets.queries import sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
+from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession
-from analysis.progress import make_progress_bar
+from analysis.progress import make_defense_call_callback, make_progress_bar
+from analysis.readouts.divergence import iterate_divergences
 from analysis.stats.cost import summarize_costs
 from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.studies.manifest import identify_defense
 from analysis.studies.setup import RunSetup
+from analysis.studies.sweep import ConditionFrames, ConditionKey
 from defenses.contract import Defense, QueryChat
+from defenses.errors import describe_error
 from defenses.stack import list_members
 from defenses.tuned import TunedDefense
 
@@ -96,6 +103,67 @@ def cached_cost(
                 write_cached_json(paths[row["defense"]], row)
                 rows[row["defense"]] = row
     return pd.DataFrame([rows[name] | {"defense": name} for name in conditions])
+
+
+class FirstTokenDivergences(ConditionFrames):
+    """Divergences of the first token on benign queries; `kl` is missing where there is none to compare."""
+
+    columns = ("query", "kind", "attack", "defense", "kl")
+
+
+def measure_divergences(
+    setup: RunSetup, condition_keys: Collection[ConditionKey], console: Console
+) -> FirstTokenDivergences:
+    """Measure in every condition how far the first token of the responses to benign queries moves.
+
+    A condition that fails is left out. If the user interrupts, the finished conditions are kept.
+
+    Args:
+        setup: loaded and prepared.
+        condition_keys: attack and defense of the conditions; the undefended one is the reference.
+        console: shows progress.
+    """
+    result, started = FirstTokenDivergences(), time.perf_counter()
+    benign = [query for query in setup.query_set.queries if not query.harmful]
+    keys = [key for key in condition_keys if key[1] != UNDEFENDED]
+    with make_progress_bar(console) as bar:
+        task = bar.add_task("side effects", total=len(keys) * len(benign))
+        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        for attack in setup.attacks:
+            conditions = {name: setup.conditions[name] for other, name in keys if other == attack.name}
+
+            def on_failure(name: str, error: Exception, attack_name: str = attack.name) -> None:
+                secrets = setup.conditions[name].secret_texts()
+                result.failures[attack_name, name] = redact_secrets(describe_error(error), secrets)
+
+            values: dict[str, list[float]] = {name: [] for name in conditions}
+            try:
+                for name, divergences in iterate_divergences(
+                    setup.session,
+                    setup.conditions[UNDEFENDED],
+                    conditions,
+                    attack.build_query_chats(benign),
+                    setup.readout.prefill,
+                    on_failure,
+                ):
+                    values[name] += divergences or []
+                    bar.update(task, description=f"side effects of {name}", advance=len(divergences or []))
+            except KeyboardInterrupt:
+                result.interrupted = True
+                break
+            for name, found in values.items():
+                if (attack.name, name) in result.failures:
+                    continue
+                columns = {
+                    "query": [query.id for query in benign],
+                    "kind": [query.kind for query in benign],
+                    "attack": attack.name,
+                    "defense": name,
+                    "kl": found if len(found) == len(benign) else float("nan"),
+                }
+                result.frames[attack.name, name] = pd.DataFrame(columns)
+    result.wall_seconds = time.perf_counter() - started
+    return result
 
 
 def time_conditions(

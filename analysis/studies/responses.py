@@ -22,7 +22,7 @@ from analysis.judges.judge import Judge, Verdict, generate_verdicts
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.cache import CacheKey, describe_computation, hash_code
 from analysis.models.chat_template import redact_secrets
-from analysis.models.session import ModelSession, list_blend_members
+from analysis.models.session import ModelSession, ResponseOpenings, list_blend_members
 from analysis.progress import make_defense_call_callback, make_progress_bar
 from analysis.readouts.prompt_scores import make_score_writer
 from analysis.readouts.readout import Readout
@@ -117,6 +117,7 @@ def judge_condition(
     judge: Judge,
     readout: Readout,
     on_progress: Callable[[int], None] = lambda n_queries: None,
+    openings: ResponseOpenings | None = None,
 ) -> list[str]:
     """Return the verdict on the response to each query; cached verdicts are not computed again.
 
@@ -128,11 +129,12 @@ def judge_condition(
         judge: the judge of the responses.
         readout: its prefill (a lone space, an empty thinking block) is how the responses start.
         on_progress: called with the number of queries finished since the last call.
+        openings: put at the start of the response to each query.
 
     Returns:
         The text of a `ResponseVerdict` for each query.
     """
-    keys = _make_keys(session, attack, defense, queries, judge, readout)
+    keys = _make_keys(session, attack, defense, queries, judge, readout, openings)
     cache = session.score_cache if keys else None
     verdicts: dict[int, str] = {}
     if cache is not None:
@@ -140,7 +142,10 @@ def judge_condition(
         verdicts = {row: cached[key] for row, key in enumerate(keys) if key in cached}
     on_progress(len(verdicts))
     missing = [row for row in range(len(queries)) if row not in verdicts]
-    store_scores = make_score_writer(session.loaded_model, defense, readout, session.score_cache)
+    # Behind an opening, the first logits are not those that are scored.
+    store_scores = make_score_writer(
+        session.loaded_model, defense, readout, None if openings else session.score_cache
+    )
     for start in range(0, len(missing), _QUERIES_PER_BATCH):
         rows = missing[start : start + _QUERIES_PER_BATCH]
         batch = [queries[row] for row in rows]
@@ -153,6 +158,7 @@ def judge_condition(
             readout.prefill,
             N_RESPONSE_TOKENS,
             on_first_logits=store_scores,
+            openings=openings.select_rows(rows) if openings else None,
         )
         new_verdicts = dict(zip(rows, map(name_verdict, batch_verdicts), strict=True))
         if cache is not None:
@@ -211,6 +217,7 @@ def _make_keys(
     queries: Sequence[Query],
     judge: Judge,
     readout: Readout,
+    openings: ResponseOpenings | None = None,
 ) -> list[bytes]:
     """Return the cache key of each query's verdict; no keys if nothing may be cached."""
     # A blend chooses the first token; the defense itself is applied while the rest is generated.
@@ -232,6 +239,7 @@ def _make_keys(
     query_chats = attack.build_query_chats(queries)
     log_odds = session.score_requests(defense, query_chats) or [0.0] * len(queries)
     prompts_by_query = session.render_prompts(defense, query_chats)
+    opening_ids = openings.ids if openings else ((),) * len(queries)
     return [
         # The judge also reads the query.
         CacheKey(
@@ -240,9 +248,12 @@ def _make_keys(
                 "query": query.text,
                 "detector_refuses": value > 0,
                 "ids": [[prompt.ids, *prompt.list_member_ids()] for prompt in prompts],
+                "opening": [opening, openings is not None and openings.in_text] if opening else None,
             }
         ).make_key(())
-        for query, prompts, value in zip(queries, prompts_by_query, log_odds, strict=True)
+        for query, prompts, value, opening in zip(
+            queries, prompts_by_query, log_odds, opening_ids, strict=True
+        )
     ]
 
 

@@ -264,6 +264,7 @@ def test_every_kind_is_registered_under_its_name_and_nearly_all_are_among_the_sh
         "cost",
         "kinds",
         "refusals",
+        "side_effects",
     }
 
 

@@ -5,16 +5,34 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import draw_run_figures
+from conftest import assert_readable, draw_run_figures
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color
 from matplotlib.text import Text
-from planted_tables import RUN, cached_ensemble_figures, find_panels, plant_ensembles, scatter_collections
+from planted_tables import (
+    RUN,
+    cached_ensemble_figures,
+    collect_texts,
+    find_panels,
+    plant_ensembles,
+    plant_scores,
+    scatter_collections,
+)
 
 from analysis.plots.captions import CaptionContext
-from analysis.plots.data import MAX_NAMED_CANDIDATES, build_ensemble_points, build_front_points
+from analysis.plots.data import (
+    MAX_NAMED_CANDIDATES,
+    build_ensemble_points,
+    build_front_points,
+    build_side_effect_points,
+)
 from analysis.plots.style import BLACK
-from analysis.plots.tradeoffs import draw_cost, draw_pareto_front
+from analysis.plots.tradeoffs import (
+    caption_side_effects,
+    draw_cost,
+    draw_pareto_front,
+    draw_side_effects,
+)
 
 TOY_RUN = CaptionContext("toy", "contrast", "test", 0.0, ("I",), ("Sure",))
 ENDS = ("", "_low", "_high")
@@ -148,3 +166,27 @@ def test_gain_is_drawn_over_cost() -> None:
     assert collection.get_offsets().tolist() == [[2.0, 0.1]]
     caption = draw_run_figures({"cost": table}, TOY_RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
     assert "8 queries" in caption and "Attack: obedience" in caption
+
+
+def test_side_effects_are_drawn_at_shift_and_divergence_and_can_be_read() -> None:
+    _, summary = plant_scores(6)
+    estimates = {
+        f"{name}{end}": value + 0.1 * np.arange(len(summary)) + room
+        for name, value in (("kl_benign", 0.2), ("response_shift", 10.0))
+        for end, room in (("", 0.0), ("_low", -0.05), ("_high", 0.05))
+    }
+    summary = summary.assign(**estimates)
+    summary.loc[summary["defense"].isin(["none", "noise-3"]), "kl_benign"] = np.nan
+    points = build_side_effect_points(summary)
+    assert len(points) == len(summary) - 2 and "noise-3" not in set(points["defense"])
+    ax = draw_side_effects(points)
+    drawn = np.concatenate([dots.get_offsets() for dots in scatter_collections(ax)])
+    np.testing.assert_allclose(drawn, points[["response_shift", "kl_benign"]])
+    assert ax.get_xlabel() == "shift (points)"
+    margins = build_side_effect_points(summary.assign(based_on="margins"))
+    assert draw_side_effects(margins).get_xlabel() == "shift (nats)"
+    caption = caption_side_effects(points, RUN)
+    assert "on 24 benign queries" in caption and "Not drawn: defenses whose detector may answer" in caption
+    ((figure, _),) = draw_run_figures({"side_effects": points}, RUN).values()
+    assert_readable("side_effects", figure, collect_texts)
+    assert not len(build_side_effect_points(summary.drop(columns="kl_benign")))

@@ -16,6 +16,7 @@ from analysis.stats.effects import (
 from analysis.stats.response_rates import (
     add_factorial_response_effects,
     add_response_estimates,
+    summarize_prefilled_responses,
     summarize_responses,
 )
 from analysis.stats.tables import ScoreTable
@@ -182,3 +183,71 @@ def test_effects_of_a_factorial_design_on_rates_are_differences_of_two_condition
     partly = tables[1][tables[1]["defense"] != "backdoor"]
     table = add_factorial_response_effects(effects, partly, factorial_scores).set_index("effect")
     assert table["response_shift"].notna().tolist() == [True, False, True, False, False]
+
+
+def test_effects_after_no_token_are_those_of_the_responses_and_changes_since_then_are_paired() -> None:
+    scores, responses = plant_run()
+    first = responses.assign(prefix="complying", tokens=0)
+    # After a token, the defense refuses every other harmful query less and is otherwise as before.
+    later = first.assign(tokens=1)
+    dropped = later["query"].isin([f"q{number}" for number in range(0, N_PAIRS, 2)])
+    later.loc[dropped & (later["defense"] == "policy"), "verdict"] = "not refused"
+    unjudged = (later["query"] == "q1") & (later["defense"] == "policy")
+    later.loc[unjudged, "verdict"] = "unjudged"
+    families = {"none": "none", "policy": "x"}
+    table = summarize_prefilled_responses(pd.concat([first, later]), families)
+    found = table.set_index(["defense", "tokens"])
+    expected = summarize_responses(responses, scores).set_index("defense")
+    for defense in ("none", "policy"):
+        for name in ("refusal_rate", "over_refusal_rate", "response_shift", "response_discrimination"):
+            for suffix in ("", "_low", "_high"):
+                column = f"{name}{suffix}"
+                pair = found.loc[(defense, 0), column], expected.loc[defense, column]
+                assert pair[0] == pytest.approx(pair[1], nan_ok=True), (defense, column)
+    assert found.loc[("policy", 1), "unjudged"] == 1 and found.loc[("policy", 1), "n_harmful"] == N_PAIRS - 1
+    labels = {
+        tokens: rows.set_index("query")["verdict"].map({"refused": 1.0, "not refused": 0.0})
+        for tokens, rows in (
+            (0, first[first["defense"] == "policy"]),
+            (1, later[later["defense"] == "policy"]),
+        )
+    }
+    change = (labels[1] - labels[0]).dropna()
+    is_harmful = change.index.isin([f"q{number}" for number in range(N_PAIRS)])
+    harmful, benign = change[is_harmful].mean(), change[~is_harmful].mean()
+    row = found.loc[("policy", 1)]
+    assert harmful < 0 and benign == 0
+    assert row["response_shift_since_0"] == pytest.approx(50 * harmful)
+    assert row["response_discrimination_since_0"] == pytest.approx(100 * harmful)
+    assert row["response_shift_since_0_high"] < 0
+    assert found.loc[("policy", 0), "response_shift_since_0"] != found.loc[("policy", 0), "response_shift"]
+    assert pd.isna(found.loc[("policy", 0), "response_shift_since_0"])
+    one_class = first[first["harmful"]]
+    assert summarize_prefilled_responses(one_class, families)["response_shift"].isna().all()
+
+
+def test_intervals_of_changes_since_no_token_cover_the_truth() -> None:
+    """Simulated: changes of changes of twins that depend on each other, from -1 to 1."""
+    rng = np.random.default_rng(0)
+    n, hits = 30, 0
+    queries = pd.DataFrame(
+        {
+            "query": [f"q{number}" for number in range(2 * n)],
+            "pair": [f"p{number % n}" for number in range(2 * n)],
+            "harmful": np.arange(2 * n) < n,
+            "attack": "direct",
+            "prefix": "complying",
+        }
+    )
+    n_runs = 60
+    for _ in range(n_runs):
+        shared = np.tile(rng.random(n), 2)
+        frames = []
+        for defense, tokens, rate in (("none", 0, 0.2), ("a", 0, 0.8), ("none", 5, 0.2), ("a", 5, 0.4)):
+            is_refused = np.where(rng.random(2 * n) < 0.5, shared, rng.random(2 * n)) < rate
+            verdict = np.where(is_refused, "refused", "not refused")
+            frames.append(queries.assign(defense=defense, tokens=tokens, verdict=verdict))
+        table = summarize_prefilled_responses(pd.concat(frames), {"none": "none", "a": "x"})
+        row = table[(table["defense"] == "a") & (table["tokens"] == 5)].iloc[0]
+        hits += row["response_shift_since_0_low"] <= -40 <= row["response_shift_since_0_high"]
+    assert hits >= 0.9 * n_runs
