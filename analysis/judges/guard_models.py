@@ -128,7 +128,9 @@ class ChatGuard:
             found = [
                 self._make_template(values, self._opening + form).render_prompt(probe).ids for form in forms
             ]
-            return list(dict.fromkeys(ids[len(prompt)] for ids in found if ids[: len(prompt)] == prompt))
+            ids = [ids[len(prompt)] for ids in found if ids[: len(prompt)] == prompt]
+            # Where a space is a token of its own, it tells no word from another.
+            return [id_ for id_ in dict.fromkeys(ids) if self.checkpoint.tokenizer.decode([id_]).strip()]
 
         return find_first_tokens(self.format.unsafe), find_first_tokens(self.format.safe)
 
@@ -152,7 +154,9 @@ class ChatGuard:
     @cached_property
     def session(self) -> ModelSession:
         """The model with its weights."""
-        session = ModelSession.from_model(self.checkpoint.load_weights(), answer_prefix=self._opening)
+        tokenizer = self.chat_templates[0].tokenizer
+        loaded_model = replace(self.checkpoint.load_weights(), tokenizer=tokenizer)
+        session = ModelSession.from_model(loaded_model, answer_prefix=self._opening)
         check_short_prompt(session)
         return session
 

@@ -238,8 +238,8 @@ def compute_weight_gradients(
 ) -> dict[int, WeightGradient]:
     """Return the gradient of a response's loss by each matrix of the blocks, by the number of the matrix.
 
-    The weights are read only: only activations are differentiated. Matrices that the prompt does not reach,
-    such as those of other experts, are left out.
+    The weights are read only: only activations are differentiated. Matrices whose module is not called are
+    left out, such as those of experts that no token reaches.
 
     Args:
         model: in evaluation mode, on its device.
