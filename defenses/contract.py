@@ -363,6 +363,7 @@ class Defense(ABC):
         cost: cost beyond one forward pass over the request: none (`static`), one more model call, several
             calls or copies, or weights that must be trained and stored.
         needs_images: whether the defense acts on images only and leaves a query without one as it is.
+        in_all: whether `-d all` selects the defense; not if it takes minutes longer than the others.
         blends_prompts: whether each defense of `logit_blend` makes its own prompt of the chat, instead of
             reading the prompt of this defense.
     """
@@ -374,6 +375,7 @@ class Defense(ABC):
     reads: ClassVar[Literal["one", "several"]] = "one"
     cost: ClassVar[Literal["static", "one call", "N calls", "weights"]] = "static"
     needs_images: ClassVar[bool] = False
+    in_all: ClassVar[bool] = True
     blends_prompts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -479,10 +479,11 @@ class GradSafe(Detector):
     requests, and elsewhere for benign ones. A few training requests of both classes give the direction (the
     sum of the gradients of the harmful ones) and the slices, those rows and columns in which the harmful ones
     are more similar to it than the benign ones by the largest gap; they are left out of the fit. The score is
-    the mean cosine similarity with the direction in these slices, or a logistic regression on the
-    similarities (`adapt`). The authors take all slices with a gap above 1 and a threshold of 0.25; here the
-    number of slices is a setting, and the threshold is fitted. Only matrices inside of the blocks are
-    compared. It takes a backward pass for each request, and reads no images.
+    a logistic regression on the cosine similarities with the direction in these slices, or their mean
+    (`adapt=false`). The authors have both, with two examples of each class, all slices with a gap above 1 and,
+    for the mean, a threshold of 0.25; here these numbers are settings, and the threshold is fitted. Only
+    matrices inside of the blocks are compared, and requests with images are not read. It takes a forward and
+    a backward pass for each request, also for the training requests, so `-d all` leaves it out.
 
     Attributes:
         over_refusal: share of benign training requests that it refuses.
@@ -499,10 +500,12 @@ class GradSafe(Detector):
         wording="no text of its own but the response Sure; examples are ours",
     )
 
+    in_all = False
+
     response: str = "Sure"
-    examples: int = 4
+    examples: int = 8
     slices: int = 1000
-    adapt: bool = False
+    adapt: bool = True
     references: tuple[QueryChat, ...] = dataclasses.field(
         default=(), repr=False, compare=False, metadata=HIDDEN_FIELD
     )
