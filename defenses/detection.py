@@ -401,8 +401,9 @@ class HarmDirection(LinearDetector):
     """Refuses requests by their projection on the harmfulness direction (as Latent Guard does).
 
     The direction is the difference of the class means of the residual stream at the last token of the user's
-    text, where, the authors find, the model represents how harmful a request is, also if it will not refuse.
-    They choose the layer per model; here it is a setting, as in the defenses of the family steering.
+    text, where, the authors find, the model represents how harmful a request is, also if it will not refuse;
+    at the last token of the prompt, where `harm_probe` reads, it represents whether it will refuse. They
+    choose the layer per model; here it is a setting, as in the defenses of the family steering.
 
     Attributes:
         over_refusal: share of benign training requests that it refuses.
@@ -480,8 +481,8 @@ class GradSafe(Detector):
     sum of the gradients of the harmful ones) and the slices, those rows and columns in which the harmful ones
     are more similar to it than the benign ones by the largest gap; they are left out of the fit. The score is
     a logistic regression on the cosine similarities with the direction in these slices, or their mean
-    (`adapt=false`). The authors have both, with two examples of each class, all slices with a gap above 1 and,
-    for the mean, a threshold of 0.25; here these numbers are settings, and the threshold is fitted. Only
+    (`adapt=false`). The authors have both, with two examples of each class, all slices with a gap above 1
+    and, for the mean, a threshold of 0.25; here these numbers are settings, and the threshold is fitted. Only
     matrices inside of the blocks are compared, and requests with images are not read. It takes a forward and
     a backward pass for each request, also for the training requests, so `-d all` leaves it out.
 
@@ -501,6 +502,7 @@ class GradSafe(Detector):
     )
 
     in_all = False
+    cost = "one call"
 
     response: str = "Sure"
     examples: int = 8

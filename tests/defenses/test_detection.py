@@ -288,7 +288,7 @@ def test_grad_safe_is_fitted_to_requests_other_than_its_examples(session: ModelS
     is_harmful = [number % 2 == 0 for number in range(60)]
     groups = [f"pair {number // 2}" for number in range(60)]
     info = make_requests(session, is_harmful, groups, texts)
-    detector = GradSafe(slices=200).prepare(info)
+    detector = GradSafe(slices=200, examples=4, adapt=False).prepare(info)
     assert [chat[0]["content"] for _, chat in detector.references] == [
         *("Request 0: kick!", "Request 1: kick!", "Request 0: sing!", "Request 1: sing!")
     ]
@@ -301,8 +301,9 @@ def test_grad_safe_is_fitted_to_requests_other_than_its_examples(session: ModelS
     features = detector.read_features(session.request_reader, query_chats)
     scores = detector.compute_scores(features, torch.zeros(0))
     assert scores.tolist() == pytest.approx(features.mean(1).tolist())
-    adapted = GradSafe(slices=20, adapt=True).prepare(info)
+    adapted = GradSafe(slices=20).prepare(info)
     assert adapted.fit is not None and len(adapted.fit.parameters) == 21
+    assert (adapted.fit.n_harmful, adapted.fit.n_benign) == (26, 26) and adapted.fit.auroc > 0.95
     with pytest.raises(UserError, match="examples=60 leaves no training requests of both classes"):
         GradSafe(examples=60).prepare(info)
 
