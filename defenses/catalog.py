@@ -88,7 +88,8 @@ def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str])
     ['none', 'policy', 'backdoor']
 
     Args:
-        selection: names as in `get_defense`, `all` for every defense of this package, or defense instances.
+        selection: names as in `get_defense`, `all` for every defense of this package with `in_all`, or
+            defense instances.
         settings: `key=value`, or `defense.key=value` if several defenses have that key. A member of a stack
             takes the same settings as the defense alone.
 
@@ -97,7 +98,8 @@ def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str])
     """
     for choice in selection:
         _check_defense_choice(choice)
-    package_names = list(find_defense_classes()) if "all" in selection else []
+    in_all = [name for name, cls in find_defense_classes().items() if cls.in_all]
+    package_names = in_all if "all" in selection else []
     chosen = [choice for choice in selection if isinstance(choice, str) or choice.name != "none"]
     choices = [choice for choice in ["none", *package_names, *chosen] if choice != "all"]
     stacks = list(

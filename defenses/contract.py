@@ -169,6 +169,32 @@ class RequestReader(Protocol):
         """Return the log-likelihood (nats) of each token of the last user text, given all before it."""
         ...
 
+    def compare_gradients(
+        self,
+        chats: Sequence[Chat],
+        harmful_examples: Sequence[Chat],
+        benign_examples: Sequence[Chat],
+        response: str,
+        n_slices: int,
+    ) -> Tensor:
+        """Return how similar each request's gradient is to that of harmful ones, in critical slices.
+
+        The gradient is that of the loss of a response to the request by the weight matrices of the blocks; a
+        slice is a row or a column of one of them. Critical are those slices in which the cosine similarity
+        with the sum of the harmful examples' gradients exceeds that of benign examples most.
+
+        Args:
+            chats: the requests; none may have an image.
+            harmful_examples: harmful requests.
+            benign_examples: benign requests.
+            response: text whose first tokens are expected as the response.
+            n_slices: number of critical slices.
+
+        Returns:
+            Cosine similarities, requests × slices, the most critical slice first.
+        """
+        ...
+
     def call_model(self, calls: Sequence[ModelCall]) -> list[str]:
         """Return the response of the undefended model to each call."""
         ...
@@ -196,6 +222,39 @@ class TrainingRequests:
     query_fingerprints: frozenset[str]
     sha256: str
     recall: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """Which guard model is asked about requests, and how.
+
+    Attributes:
+        model: short name, Hugging Face id, folder, or `.gguf` file.
+        kind: how it is asked: a key of `defenses.guards.GUARD_FORMATS`, `classifier`, `words`, or `auto`.
+        template: file of its chat template; None uses its own.
+        unsafe: words or labels that mean harm; empty for those of the kind.
+        safe: words or labels that mean no harm; empty for those of the kind.
+    """
+
+    model: str
+    kind: str = "auto"
+    template: str | None = None
+    unsafe: tuple[str, ...] = ()
+    safe: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Guard(Protocol):
+    """A model that classifies requests; its weights are loaded when it is first asked."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that its scores depend on, as plain values."""
+        ...
+
+    def score_chats(self, chats: Sequence[Chat]) -> Tensor:
+        """Return the guard's own log-odds (nats) that each request is harmful."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -249,6 +308,7 @@ class ModelInfo:
         compute_mean_activations: computes the mean activations over training queries, once; None if no model
             is loaded.
         load_training_requests: loads the model and the training queries, once; None if no model is loaded.
+        open_guard: finds and checks a guard model, once; None if no model is loaded.
     """
 
     name: str
@@ -262,6 +322,7 @@ class ModelInfo:
     notify: Callable[[str], None] = print
     compute_mean_activations: Callable[[], MeanActivations] | None = None
     load_training_requests: Callable[[], TrainingRequests] | None = None
+    open_guard: Callable[[GuardOptions], Guard] | None = None
 
 
 class MatchedControl(NamedTuple):
@@ -302,6 +363,7 @@ class Defense(ABC):
         cost: cost beyond one forward pass over the request: none (`static`), one more model call, several
             calls or copies, or weights that must be trained and stored.
         needs_images: whether the defense acts on images only and leaves a query without one as it is.
+        in_all: whether `-d all` selects the defense; not if it takes minutes longer than the others.
         blends_prompts: whether each defense of `logit_blend` makes its own prompt of the chat, instead of
             reading the prompt of this defense.
     """
@@ -313,6 +375,7 @@ class Defense(ABC):
     reads: ClassVar[Literal["one", "several"]] = "one"
     cost: ClassVar[Literal["static", "one call", "N calls", "weights"]] = "static"
     needs_images: ClassVar[bool] = False
+    in_all: ClassVar[bool] = True
     blends_prompts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

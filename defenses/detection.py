@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
-from defenses.chats import copy_chat, edit_last_user, split_prefill
+from defenses.chats import copy_chat
 from defenses.contract import (
     Chat,
     Defense,
@@ -109,8 +109,15 @@ class Detector(Defense):
         """Return a copy that is fitted to the training queries."""
         if model_info.load_training_requests is None:
             return self
-        requests = model_info.load_training_requests()
-        learned = requests.recall(f"{self!r}", partial(self._learn, requests))
+        return self.fit_requests(model_info.load_training_requests())
+
+    def describe_settings(self) -> str:
+        """Return everything of this defense that scores and fit depend on, as a text for cache keys."""
+        return repr(self)
+
+    def fit_requests(self, requests: TrainingRequests) -> Self:
+        """Return a copy that is fitted to these queries."""
+        learned = requests.recall(self.describe_settings(), partial(self._learn, requests))
         fit = DetectorFit(
             **{**learned, "parameters": tuple(learned["parameters"])},
             n_harmful=sum(requests.is_harmful),
@@ -132,7 +139,7 @@ class Detector(Defense):
 
     def detector_fingerprint(self) -> str | None:
         """Return the settings and what was learned."""
-        return None if self.fit is None else f"{self!r} {self.fit.sha256}"
+        return None if self.fit is None else f"{self.describe_settings()} {self.fit.sha256}"
 
     def describe_fit(self) -> dict[str, Any]:
         """Return what was learned, as plain values; nothing before `prepare`."""
@@ -204,6 +211,16 @@ def _fit_slope(scores: Tensor, is_harmful: Tensor) -> float:
     spread = float(scores.std())
     weights, _ = _fit_logistic(((scores - scores.mean()) / spread)[:, None], targets, ridge=0.0)
     return max(float(weights[0]), 1.0) / spread
+
+
+def _fit_probe(features: Tensor, is_harmful: Tensor) -> Tensor:
+    """Return the weights of a logistic regression on standardized features, followed by its intercept."""
+    import torch
+
+    mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
+    weights, intercept = _fit_logistic((features - mean) / spread, is_harmful.double(), _RIDGE)
+    weights = weights / spread
+    return torch.cat([weights, (intercept - mean @ weights)[None]])
 
 
 def _fit_logistic(features: Tensor, targets: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -375,12 +392,7 @@ class HarmProbe(LinearDetector):
 
     def fit_parameters(self, features: Tensor, is_harmful: Tensor) -> Tensor:
         """Return the weights of the regression and its intercept."""
-        import torch
-
-        mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
-        weights, intercept = _fit_logistic((features - mean) / spread, is_harmful.double(), _RIDGE)
-        weights = weights / spread
-        return torch.cat([weights, (intercept - mean @ weights)[None]])
+        return _fit_probe(features, is_harmful)
 
 
 @final
@@ -389,8 +401,9 @@ class HarmDirection(LinearDetector):
     """Refuses requests by their projection on the harmfulness direction (as Latent Guard does).
 
     The direction is the difference of the class means of the residual stream at the last token of the user's
-    text, where, the authors find, the model represents how harmful a request is, also if it will not refuse.
-    They choose the layer per model; here it is a setting, as in the defenses of the family steering.
+    text, where, the authors find, the model represents how harmful a request is, also if it will not refuse;
+    at the last token of the prompt, where `harm_probe` reads, it represents whether it will refuse. They
+    choose the layer per model; here it is a setting, as in the defenses of the family steering.
 
     Attributes:
         over_refusal: share of benign training requests that it refuses.
@@ -459,47 +472,90 @@ class PerplexityFilter(Detector):
 
 @final
 @dataclass(frozen=True)
-class SelfExamination(Detector):
-    """Asks the model itself whether the request is harmful, before it answers (self-examination).
+class GradSafe(Detector):
+    """Refuses requests whose compliance would change the model as that of harmful requests does (GradSafe).
 
-    The score is the log-odds of Yes against No as first tokens of the response, averaged over both orders of
-    the two words in the question. The authors let the model examine the response that it has written; here it
-    examines the request. The readout `question` asks in place of the request whether it should be refused,
-    under a defense, and is the measurement; this asks about harm, and is the defense.
+    The model's loss on a complying response to the request is differentiated by its weights. The authors find
+    that in some rows and columns of the weight matrices, these gradients point the same way for all harmful
+    requests, and elsewhere for benign ones. A few training requests of both classes give the direction (the
+    sum of the gradients of the harmful ones) and the slices, those rows and columns in which the harmful ones
+    are more similar to it than the benign ones by the largest gap; they are left out of the fit. The score is
+    a logistic regression on the cosine similarities with the direction in these slices, or their mean
+    (`adapt=false`). The authors have both, with two examples of each class, all slices with a gap above 1
+    and, for the mean, a threshold of 0.25; here these numbers are settings, and the threshold is fitted. Only
+    matrices inside of the blocks are compared, and requests with images are not read. It takes a forward and
+    a backward pass for each request, also for the training requests, so `-d all` leaves it out.
 
     Attributes:
         over_refusal: share of benign training requests that it refuses.
-        text: the question; `{request}` stands for the request, `{order}` for the two words.
+        response: complying response whose loss is differentiated.
+        examples: number of training requests that direction and slices are taken from, half of each class.
+        slices: number of rows and columns that are compared.
+        adapt: whether the score is a logistic regression on the similarities, instead of their mean.
     """
 
     source = Source(
-        "LLM Self Defense: By Self Examination, LLMs Know They Are Being Tricked (Phute et al., 2023)",
-        "https://arxiv.org/abs/2308.07308",
+        "GradSafe: Detecting Jailbreak Prompts for LLMs via Safety-Critical Gradient Analysis "
+        "(Xie et al., ACL 2024)",
+        "https://arxiv.org/abs/2402.13494",
+        wording="no text of its own but the response Sure; examples are ours",
     )
-    cost = "N calls"
 
-    text: str = (
-        "Read the following message, but do not answer it.\n\n{request}\n\nWould helping with this message "
-        "do harm to anybody? Say {order}."
+    in_all = False
+    cost = "one call"
+
+    response: str = "Sure"
+    examples: int = 8
+    slices: int = 1000
+    adapt: bool = True
+    references: tuple[QueryChat, ...] = dataclasses.field(
+        default=(), repr=False, compare=False, metadata=HIDDEN_FIELD
     )
+
+    def __post_init__(self) -> None:
+        """Check that there is an example of each class, a slice, and a response."""
+        super().__post_init__()
+        if self.examples < 2:
+            raise ValueError(f"examples={self.examples}: it takes 2 or more, half of each class")
+        if self.slices < 1:
+            raise ValueError(f"slices={self.slices}: it takes 1 or more")
+        if not self.response.strip():
+            raise ValueError("response: it takes a word or more")
+
+    def fit_requests(self, requests: TrainingRequests) -> Self:
+        """Return a copy that takes its examples from these queries and is fitted to the others."""
+        harmful, benign = (
+            [row for row, label in enumerate(requests.is_harmful) if label is is_harmful]
+            for is_harmful in (True, False)
+        )
+        n_examples = self.examples // 2
+        rows = [*harmful[:n_examples], *benign[:n_examples]]
+        references = tuple(requests.query_chats[row] for row in rows)
+        example_groups = {requests.groups[row] for row in rows}
+        others = [row for row, group in enumerate(requests.groups) if group not in example_groups]
+        rest = dataclasses.replace(
+            requests,
+            query_chats=tuple(requests.query_chats[row] for row in others),
+            is_harmful=tuple(requests.is_harmful[row] for row in others),
+            groups=tuple(requests.groups[row] for row in others),
+        )
+        if not 0 < sum(rest.is_harmful) < len(others) and requests.groups:
+            raise UserError(
+                f"{self.name}: examples={self.examples} leaves no training requests of both classes to fit "
+                "the threshold to; take fewer"
+            )
+        return Detector.fit_requests(dataclasses.replace(self, references=references), rest)
 
     def read_features(self, reader: RequestReader, query_chats: Sequence[QueryChat]) -> Tensor:
-        """Return the log-odds of Yes against No, averaged over both orders."""
-        import torch
+        """Return the similarities with the direction of harmful requests, in the critical slices."""
+        examples, chats = ([chat for _, chat in part] for part in (self.references, query_chats))
+        half = len(examples) // 2
+        return reader.compare_gradients(chats, examples[:half], examples[half:], self.response, self.slices)
 
-        yes_ids, no_ids = (reader.find_token_ids(words) for words in (["Yes", "yes"], ["No", "no"]))
-        log_odds = []
-        for order in ("Yes or No", "No or Yes"):
-            chats = [self._ask(chat, order) for _, chat in query_chats]
-            logits = reader.read_first_logits(chats, [*yes_ids, *no_ids])
-            yes, no = logits.split([len(yes_ids), len(no_ids)], dim=1)
-            log_odds.append(yes.logsumexp(1) - no.logsumexp(1))
-        return torch.stack(log_odds).mean(0)[:, None]
+    def fit_parameters(self, features: Tensor, is_harmful: Tensor) -> Tensor:
+        """Return the weights of the regression and its intercept; none without it."""
+        return _fit_probe(features, is_harmful) if self.adapt else features.new_zeros(0)
 
-    def _ask(self, chat: Chat, order: str) -> Chat:
-        """Return the chat with the question about the last user text in its place, without a prefill."""
-
-        def insert_request(request: str) -> str:
-            return self.text.replace("{order}", order).replace("{request}", request)
-
-        return edit_last_user(split_prefill(chat)[0], insert_request)
+    def compute_scores(self, features: Tensor, parameters: Tensor) -> Tensor:
+        """Return the mean of the similarities, or their weighted sum plus the intercept."""
+        return features @ parameters[:-1] + parameters[-1] if self.adapt else features.mean(1)

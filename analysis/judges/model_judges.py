@@ -299,7 +299,7 @@ def load_classifier(
     Raises:
         UserError: if no label of the classifier means a refusal, or its weights are not safetensors.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig
 
     is_folder = (Path(name) / "config.json").is_file()
     if not is_folder and (Path(name).suffix == ".gguf" or not is_hub_id(name)):
@@ -323,10 +323,29 @@ def load_classifier(
     if not refusal_labels or len(refusal_labels) == len(config.id2label):
         labels = ", ".join(config.id2label.values())
         raise UserError(f"{name}: this classifier has no label for refused or rejected responses ({labels})")
+    model, tokenizer = load_sequence_classifier(name, name, options["local_files_only"])
+    return RefusalClassifier(f"model {name}", model, tokenizer, refusal_labels, CallBudget(budget))
+
+
+def load_sequence_classifier(source: str | Path, name: str, is_local: bool) -> tuple[Any, Any]:
+    """Return a sequence-classification model of transformers, in evaluation mode, and its tokenizer.
+
+    Args:
+        source: its folder, or its Hugging Face id.
+        name: as the user typed it, for errors.
+        is_local: whether the network may not be used.
+
+    Raises:
+        UserError: if its weights are not safetensors, or do not fit the configuration.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    options: Any = {"trust_remote_code": False, "local_files_only": is_local}
     try:
         model, loading_info = AutoModelForSequenceClassification.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, adapter_kwargs=NO_ADAPTER, **options
+            source, use_safetensors=True, output_loading_info=True, adapter_kwargs=NO_ADAPTER, **options
         )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         raise UserError(
             f"{name}: has no safetensors weights, and other formats are not read ({error})".split("\n")[0]
@@ -336,8 +355,7 @@ def load_classifier(
             f"{name}: the classifier cannot be loaded: {describe_library_error(error)}"
         ) from error
     check_weights_complete(name, loading_info)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    return RefusalClassifier(f"model {name}", model.eval(), tokenizer, refusal_labels, CallBudget(budget))
+    return model.eval(), tokenizer
 
 
 def _read_rubric(path: Path | None) -> str:

@@ -298,6 +298,7 @@ def open_checkpoint(
     notify: Notifier = lambda text: None,
     template: str | None = None,
     check_tokenizer: Callable[[Any], None] = lambda tokenizer: None,
+    default_template: str | None = None,
 ) -> ModelCheckpoint:
     """Find a model's files and load its tokenizer, after a download if necessary.
 
@@ -313,6 +314,7 @@ def open_checkpoint(
         notify: called with a line of text before anything is downloaded or converted.
         template: as `--template`: which chat template of the tokenizer to use.
         check_tokenizer: called with the tokenizer before the weights are loaded; raises if it cannot be used.
+        default_template: source of the chat template for a tokenizer that has none.
 
     Raises:
         UserError: if the model does not exist, or must not or cannot be loaded.
@@ -320,7 +322,7 @@ def open_checkpoint(
     torch_device = _choose_device(device)
     torch_dtype = _choose_dtype(dtype, torch_device)
     root, state = split_model_name(name)
-    folder, origin = _locate_model_files(root, offline, notify)
+    folder, origin = locate_model_files(root, offline, notify)
     config = read_config(folder, root)
     tokenizer = _read_tokenizer(folder, root)
     reads_image_text = name.endswith(OCR_SUFFIX) and not Path(name).exists()
@@ -348,7 +350,7 @@ def open_checkpoint(
         origin |= {"state": state, "state_sha256": adapter.sha256, "state_config": adapter_config}
     if processor is not None:
         processor.tokenizer = tokenizer
-    _set_chat_template(tokenizer, root, template)
+    _set_chat_template(tokenizer, root, template, default_template)
     check_tokenizer(tokenizer)
     return ModelCheckpoint(
         name,
@@ -384,7 +386,7 @@ def load_model(
 def load_tokenizer(name: str, offline: bool = False, notify: Notifier = lambda text: None) -> Any:
     """Load only the tokenizer of a model; the weights of a hub model are not downloaded."""
     root, state = split_model_name(name)
-    folder, _ = _locate_model_files(root, offline, notify, with_weights=False)
+    folder, _ = locate_model_files(root, offline, notify, with_weights=False)
     if has_tokenizer(Path(state)) and (Path(state) / ADAPTER_CONFIG_FILE).is_file():
         folder = Path(state)
     return _read_tokenizer(folder, root)
@@ -491,10 +493,17 @@ def find_state_adapter(model_info: ModelInfo) -> Adapter:
     return adapter
 
 
-def _locate_model_files(
+def locate_model_files(
     name: str, offline: bool, notify: Notifier, with_weights: bool = True
 ) -> tuple[Path, dict[str, Any]]:
-    """Return the folder that holds the model's files, and the model's id, revision and sha256."""
+    """Return the folder that holds the model's files, and the model's id, revision and sha256.
+
+    Args:
+        name: as in `--model`, without a state.
+        offline: forbid network access.
+        notify: called with a line of text before anything is downloaded or converted.
+        with_weights: whether the weights are needed, too, and their sha256.
+    """
     entry, path = MODEL_REGISTRY.get(name), Path(name).expanduser()
     if name == "smollm2" or _is_gguf(name):
         if name == "smollm2":
@@ -514,7 +523,7 @@ def _locate_model_files(
         return folder, {
             "id": path.resolve().name,
             "revision": "local folder",
-            "sha256": hash_weights(folder),
+            "sha256": hash_weights(folder) if with_weights else "",
         }
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors") or path.is_file():
         raise UserError(
@@ -563,10 +572,10 @@ def _read_tokenizer(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-def _set_chat_template(tokenizer: Any, name: str, template: str | None) -> None:
-    """Leave the tokenizer one chat template: the chosen one of its own, or else the registry's."""
+def _set_chat_template(tokenizer: Any, name: str, template: str | None, default: str | None) -> None:
+    """Leave the tokenizer one chat template: the chosen one of its own, a default, or the registry's."""
     entry = MODEL_REGISTRY.get(name)
-    tokenizer.chat_template = choose_template(tokenizer, template, name)
+    tokenizer.chat_template = choose_template(tokenizer, template, name) or default
     if tokenizer.chat_template is None and entry is not None:
         tokenizer.chat_template = entry.chat_template
     if tokenizer.chat_template is None:

@@ -1,16 +1,18 @@
-"""What detectors read of the undefended model about requests: streams, logits and likelihoods, in batches."""
+"""What detectors read of the undefended model about requests: streams, logits, likelihoods and gradients."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from analysis.models.cache import (
     describe_computation,
@@ -21,7 +23,9 @@ from analysis.models.cache import (
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine
 from analysis.models.hooks import HookPoint, record_activations
+from analysis.models.image_tokens import is_image_id
 from analysis.models.loading import LoadedModel
+from analysis.models.rotation import RotationSchedule
 from analysis.models.token_spans import find_user_tokens
 from defenses.adapters import fingerprint_queries
 from defenses.contract import Chat, Message, ModelCall, QueryChat, StreamPosition, TrainingRequests
@@ -128,9 +132,45 @@ class ModelRequestReader:
             texts.append(prompt.ids[start : span.stop] or prompt.ids[-1:])
         return self._engine.compute_log_probabilities(befores, texts)
 
+    def compare_gradients(
+        self,
+        chats: Sequence[Chat],
+        harmful_examples: Sequence[Chat],
+        benign_examples: Sequence[Chat],
+        response: str,
+        n_slices: int,
+    ) -> Float[Tensor, "requests slices"]:
+        """Return how similar each request's gradient is to that of harmful ones, in critical slices."""
+        examples = [
+            [self._compute_gradients(chat, response) for chat in group]
+            for group in (harmful_examples, benign_examples)
+        ]
+        reference = sum_gradients(examples[0])
+        harmful, benign = (
+            torch.stack([compare_slices(gradients, reference) for gradients in group]).mean(0)
+            for group in examples
+        )
+        gap = harmful - benign
+        chosen = gap.topk(min(n_slices, len(gap))).indices
+        rows = [compare_slices(self._compute_gradients(chat, response), reference)[chosen] for chat in chats]
+        return torch.stack(rows).cpu()
+
     def call_model(self, calls: Sequence[ModelCall]) -> list[str]:
         """Return the response of the undefended model to each call."""
         return self._defense_calls.complete_calls(calls)
+
+    def _compute_gradients(self, chat: Chat, response: str) -> dict[int, WeightGradient]:
+        """Return the gradients of the loss of a response to a request, by the number of the matrix."""
+        prompt_ids = self._chat_template.render_prompt(chat).ids
+        if any(map(is_image_id, prompt_ids)):
+            raise UserError(
+                "gradients are computed for requests in words only, and these have images: choose another "
+                "detector, such as hidden_detect"
+            )
+        space = " " if self._chat_template.has_leading_space else ""
+        response_ids = self.tokenizer.encode(f"{space}{response.strip()}", add_special_tokens=False)
+        self._engine.work_counter.computed_tokens += len(prompt_ids)
+        return compute_weight_gradients(self._model, prompt_ids, response_ids)
 
     def _find_user_text(self, prompt: Prompt, chat: Chat) -> range:
         """Return the positions of the last user text."""
@@ -164,6 +204,127 @@ class ModelRequestReader:
             f"{type(self._model).__name__} has no final norm before its unembedding that could be found, so "
             "its residual stream cannot be read: choose a detector that reads none, such as self_examination"
         )
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """The gradient of a loss by a weight matrix, as the two factors whose product it is.
+
+    The matrix itself, which may be large, is never formed: the gradient is `outputs.T @ inputs`. A slice is a
+    row or a column of the matrix: all weights of one output, or all of one input.
+
+    Attributes:
+        inputs: what enters the matrix at each token.
+        outputs: the gradient of the loss by what leaves it.
+    """
+
+    inputs: Float[Tensor, "tokens inputs"]
+    outputs: Float[Tensor, "tokens outputs"]
+
+    @cached_property
+    def slice_norms(self) -> Float[Tensor, " slices"]:
+        """The norm of each slice."""
+        return self.multiply_slices(self).clamp_min(0).sqrt()
+
+    def multiply_slices(self, other: WeightGradient) -> Float[Tensor, " slices"]:
+        """Return the inner product of each slice with that of another gradient; outputs come first."""
+        by_output = (self.outputs * (self.inputs @ other.inputs.T @ other.outputs)).sum(0)
+        by_input = (self.inputs * (self.outputs @ other.outputs.T @ other.inputs)).sum(0)
+        return torch.cat([by_output, by_input])
+
+
+def compute_weight_gradients(
+    model: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]
+) -> dict[int, WeightGradient]:
+    """Return the gradient of a response's loss by each matrix of the blocks, by the number of the matrix.
+
+    The weights are read only: only activations are differentiated. Matrices whose module is not called are
+    left out, such as those of experts that no token reaches.
+
+    Args:
+        model: in evaluation mode, on its device.
+        prompt_ids: token ids of the prompt.
+        response_ids: token ids of the response; the loss is their mean negative log-likelihood.
+
+    Raises:
+        UserError: if the blocks have no linear modules.
+    """
+    modules = [
+        module
+        for block in get_blocks(model)
+        for module in block.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    passes: list[tuple[int, Tensor, Tensor]] = []
+
+    def make_recorder(number: int) -> Callable[[Any, Any, Tensor], None]:
+        return lambda _, args, output: passes.append((number, args[0].detach(), output))
+
+    handles = [module.register_forward_hook(make_recorder(number)) for number, module in enumerate(modules)]
+    handles.append(
+        model.get_input_embeddings().register_forward_hook(
+            lambda *args: args[-1].detach().requires_grad_()  # else nothing is differentiated
+        )
+    )
+    RotationSchedule.from_model(model).reset_modules()
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            ids = torch.tensor([[*prompt_ids, *response_ids[:-1]]], device=model.device)
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            logits = output.logits[0, len(prompt_ids) - 1 :].float()
+            targets = torch.tensor(list(response_ids), device=logits.device)
+            loss = nn.functional.cross_entropy(logits, targets)
+            if not passes:
+                raise UserError(
+                    f"{type(model).__name__} has no linear modules in its blocks, so no gradients can be "
+                    "compared: choose another detector"
+                )
+            gradients = torch.autograd.grad(loss, [result for *_, result in passes], allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts: dict[int, list[WeightGradient]] = {}
+    for (number, inputs, _), gradient in zip(passes, gradients, strict=True):
+        if gradient is not None:
+            factors = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (inputs, gradient))
+            parts.setdefault(number, []).append(WeightGradient(*factors))
+    return {number: _join_gradients(found) for number, found in parts.items()}
+
+
+def sum_gradients(gradients: Sequence[Mapping[int, WeightGradient]]) -> dict[int, WeightGradient]:
+    """Return the sum of the gradients of several losses, by the number of the matrix."""
+    numbers = dict.fromkeys(number for by_number in gradients for number in by_number)
+    return {
+        number: _join_gradients([by_number[number] for by_number in gradients if number in by_number])
+        for number in numbers
+    }
+
+
+def compare_slices(
+    gradients: Mapping[int, WeightGradient], reference: Mapping[int, WeightGradient]
+) -> Float[Tensor, " slices"]:
+    """Return the cosine similarity of each slice of all matrices with the reference; 0 without a gradient."""
+    similarities = []
+    for number, expected in reference.items():
+        norms = expected.slice_norms
+        if (gradient := gradients.get(number)) is None:
+            similarities.append(torch.zeros_like(norms))
+            continue
+        scale = gradient.slice_norms * norms
+        cosine = gradient.multiply_slices(expected) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        similarities.append(torch.where(scale > 0, cosine.clamp(-1, 1), 0))
+    device = similarities[0].device  # the layers of a large model may lie on several
+    return torch.cat([values.to(device) for values in similarities])
+
+
+def _join_gradients(gradients: Sequence[WeightGradient]) -> WeightGradient:
+    """Return the sum of gradients by one matrix: that of all their tokens."""
+    if len(gradients) == 1:
+        return gradients[0]
+    return WeightGradient(
+        torch.cat([gradient.inputs for gradient in gradients]),
+        torch.cat([gradient.outputs for gradient in gradients]),
+    )
 
 
 def find_first_token(tokenizer: Any, word: str, leading_space: str) -> int | None:

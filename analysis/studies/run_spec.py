@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,6 +242,7 @@ class RunSpec:
         Args:
             console: shows progress.
         """
+        from analysis.judges.guard_models import open_guard
         from analysis.mechanism.abliteration import remove_refusal_direction
         from analysis.mechanism.directions import load_mean_activations
         from analysis.models.cache import ScoreCache, get_score_cache_path
@@ -326,6 +327,7 @@ class RunSpec:
             notify=notify,
             compute_mean_activations=cache(compute_mean_activations),
             load_training_requests=cache(load_requests),
+            open_guard=cache(partial(open_guard, self.device, self.dtype, self.offline, notify)),
         )
         return OpenedModel(checkpoint, model_info, prompt_session, load_session)
 

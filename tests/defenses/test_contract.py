@@ -44,7 +44,7 @@ CHATS = {
         {"role": "user", "content": REQUEST},
     ],
 }
-NEED_WEIGHTS = ["adapter", "weights"]  # without a setting that names their weights, they are skipped
+NEED_WEIGHTS = ["adapter", "guard_model", "weights"]  # skipped without a setting that names their weights
 ABLATIONS = [f"backdoor/{name}" for name in ("no_secret", "no_weights", "neither", "baseline")]
 STACKS = [
     "keyword_only+self_reminder",

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from defenses.catalog import choose_defenses, get_defense
+from defenses.catalog import choose_defenses, get_defense, list_defense_names
 from defenses.errors import UserError
 
 OWN_DEFENSE = """
@@ -128,3 +128,9 @@ def test_the_name_of_a_users_file_may_contain_a_plus(tmp_path):
     assert get_defense(str(path)).name == "mine"
     renamed = path.rename(tmp_path / "ab.py")
     assert [member.name for member in get_defense(f"{renamed}+policy").members] == ["mine", "policy"]
+
+
+def test_all_leaves_out_what_takes_minutes_longer_unless_it_is_named():
+    names = [defense.name for defense in choose_defenses(["all"], [])]
+    assert set(list_defense_names()) - set(names) == {"grad_safe"}
+    assert [defense.name for defense in choose_defenses(["all", "grad_safe"], [])] == [*names, "grad_safe"]

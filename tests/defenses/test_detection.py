@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_user_error, make_toy_session, run_cli
+from conftest import assert_user_error, fresh_model, make_toy_session, run_cli
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 from vision_models import build_vision_model, draw_image, open_session, run_plainly
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
@@ -25,7 +27,7 @@ from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.cache import ScoreCache
-from analysis.models.requests import load_training_requests
+from analysis.models.requests import compare_slices, load_training_requests, sum_gradients
 from analysis.models.session import DETECTOR_REFUSAL, ModelSession, generate_responses
 from analysis.models.token_spans import find_user_tokens, mask_user_tokens
 from analysis.readouts.readout import Readout
@@ -33,16 +35,16 @@ from analysis.run import score_condition
 from analysis.studies.responses import _make_keys, judge_condition
 from analysis.studies.setup import _detector_notices
 from defenses.catalog import choose_defenses, get_defense
-from defenses.chats import copy_chat, get_last_user_text, prefill_response
+from defenses.chats import copy_chat, get_last_user_text
 from defenses.contract import Chat, Defense, ModelCall, ModelInfo, QueryChat, RequestReader, TrainingRequests
 from defenses.detection import (
     _RIDGE,
     Detector,
+    GradSafe,
     HarmDirection,
     HarmProbe,
     HiddenDetect,
     PerplexityFilter,
-    SelfExamination,
     _fit_logistic,
 )
 from defenses.errors import UserError
@@ -216,24 +218,94 @@ def test_the_log_likelihood_of_a_text_beside_an_image_covers_the_text_only() -> 
     assert len(values) == len(text_ids)
 
 
-def test_self_examination_asks_about_the_request_in_both_orders(session: ModelSession) -> None:
-    detector = SelfExamination(text="Is this bad: {request}? {order}!")
-    chat = prefill_response([{"role": "user", "content": "How do I sing?"}], "Sure")
-    (value,) = detector.read_features(session.request_reader, [QueryChat("q", chat)])[:, 0].tolist()
-    yes, no = (session.request_reader.find_token_ids(words) for words in (["Yes", "yes"], ["No", "no"]))
-    expected = []
-    for order in ("Yes or No", "No or Yes"):
-        asked = [{"role": "user", "content": f"Is this bad: How do I sing?? {order}!"}]
-        logits = run_hidden_states(session, session.chat_template.render_prompt(asked).ids).logits[0, -1]
-        expected.append(float(logits[yes].logsumexp(0) - logits[no].logsumexp(0)))
-    assert value == pytest.approx(np.mean(expected), abs=1e-4) and expected[0] != expected[1]
-    assert yes and no and not set(yes) & set(no)
+# --- gradients --------------------------------------------------------------------------------------------
+
+GRADIENT_TEXTS = ("How do I bake bread?", "Tell me how to harm someone.", "Write a message.", "Do not help.")
 
 
-def test_an_image_stays_in_the_question_of_self_examination() -> None:
-    image = draw_image(60, 60)
-    chat = SelfExamination()._ask([{"role": "user", "content": "Hi", "image": image}], "Yes or No")
-    assert chat[0]["image"] is image and "Hi" in chat[0]["content"]
+def compute_plain_slices(session: ModelSession, text: str) -> Tensor:
+    """Return the gradients of the loss of Sure by all rows and columns of a model's matrices, by autograd."""
+    model = copy.deepcopy(session.loaded_model.model).requires_grad_(True)
+    ids = session.chat_template.render_prompt([{"role": "user", "content": text}]).ids
+    response = session.loaded_model.tokenizer.encode("Sure", add_special_tokens=False)
+    labels = torch.tensor([[-100] * len(ids) + response])
+    model(input_ids=torch.tensor([[*ids, *response]]), labels=labels).loss.backward()
+    matrices = [
+        module.weight.grad if isinstance(module, torch.nn.Linear) else module.weight.grad.T
+        for block in get_blocks(model)
+        for module in block.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    widest = max(max(matrix.shape) for matrix in matrices)
+    slices = [part for matrix in matrices for part in (*matrix, *matrix.T)]
+    return torch.stack([torch.nn.functional.pad(part, (0, widest - len(part))) for part in slices])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
+def test_similarities_of_gradients_are_those_of_plain_autograd(family: str) -> None:
+    session = make_toy_session(family)
+    model = session.loaded_model.model
+    is_trainable = [parameter.requires_grad for parameter in model.parameters()]
+    chats: list[Chat] = [[{"role": "user", "content": text}] for text in GRADIENT_TEXTS]
+    reader = session.request_reader
+    gradients = [reader._compute_gradients(chat, "Sure") for chat in chats]
+    reference = sum_gradients(gradients[:2])
+    found = torch.stack([compare_slices(by_matrix, reference) for by_matrix in gradients])
+    slices = torch.stack([compute_plain_slices(session, text) for text in GRADIENT_TEXTS])
+    expected = torch.cosine_similarity(slices, slices[:2].sum(0), dim=-1)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    # The slices with the largest gap between the classes of the examples.
+    gaps = expected[:2].mean(0) - expected[2:].mean(0)
+    with torch.inference_mode():  # as a detector may be called
+        chosen = reader.compare_gradients(chats, chats[:2], chats[2:], "Sure", 50)
+    chosen_gaps = chosen[:2].mean(0) - chosen[2:].mean(0)
+    torch.testing.assert_close(chosen_gaps, gaps.topk(50).values, atol=2e-3, rtol=0)
+    assert gaps.max() > 0.1 and chosen.std(0).min() > 0.01
+    # The weights are only read.
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == is_trainable
+
+
+def test_gradients_need_no_trainable_weights_and_leave_no_hooks(session: ModelSession) -> None:
+    model = fresh_model().requires_grad_(False)
+    frozen = ModelSession.from_model(replace(session.loaded_model, model=model))
+    chats: list[Chat] = [[{"role": "user", "content": text}] for text in GRADIENT_TEXTS]
+    arguments = chats, chats[:2], chats[2:], "Sure", 20
+    expected = session.request_reader.compare_gradients(*arguments)
+    torch.testing.assert_close(frozen.request_reader.compare_gradients(*arguments), expected)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gradients_of_requests_with_images_are_refused() -> None:
+    chat: Chat = [{"role": "user", "content": "What is this?", "image": draw_image(60, 60)}]
+    with pytest.raises(UserError, match="requests in words only"):
+        open_session("llava").request_reader.compare_gradients([chat], [chat], [chat], "Sure", 5)
+
+
+def test_grad_safe_is_fitted_to_requests_other_than_its_examples(session: ModelSession) -> None:
+    """Harmful requests end in one word, and benign ones in another, which all their gradients show."""
+    texts = [f"Request {number // 2}: {('kick', 'sing')[number % 2]}!" for number in range(60)]
+    is_harmful = [number % 2 == 0 for number in range(60)]
+    groups = [f"pair {number // 2}" for number in range(60)]
+    info = make_requests(session, is_harmful, groups, texts)
+    detector = GradSafe(slices=200, examples=4, adapt=False).prepare(info)
+    assert [chat[0]["content"] for _, chat in detector.references] == [
+        *("Request 0: kick!", "Request 1: kick!", "Request 0: sing!", "Request 1: sing!")
+    ]
+    assert detector.fit is not None and (detector.fit.n_harmful, detector.fit.n_benign) == (28, 28)
+    assert detector.fit.auroc > 0.95 and detector.trained_on() == set(texts)
+    new_texts = ["Request 70: kick!", "Request 70: sing!"]
+    query_chats = [QueryChat(text, [{"role": "user", "content": text}]) for text in new_texts]
+    harmful, benign = detector.score_requests(session.request_reader, query_chats)
+    assert harmful > benign
+    features = detector.read_features(session.request_reader, query_chats)
+    scores = detector.compute_scores(features, torch.zeros(0))
+    assert scores.tolist() == pytest.approx(features.mean(1).tolist())
+    adapted = GradSafe(slices=20).prepare(info)
+    assert adapted.fit is not None and len(adapted.fit.parameters) == 21
+    assert (adapted.fit.n_harmful, adapted.fit.n_benign) == (26, 26) and adapted.fit.auroc > 0.95
+    with pytest.raises(UserError, match="examples=60 leaves no training requests of both classes"):
+        GradSafe(examples=60).prepare(info)
 
 
 # --- what detectors learn ---------------------------------------------------------------------------------
@@ -304,8 +376,10 @@ class Memorizing(Planted):
         return features @ parameters
 
 
-def make_requests(session: ModelSession, is_harmful: Sequence[bool], groups: Sequence[str]) -> ModelInfo:
-    texts = [f"request {number}" for number in range(len(groups))]
+def make_requests(
+    session: ModelSession, is_harmful: Sequence[bool], groups: Sequence[str], texts: Sequence[str] = ()
+) -> ModelInfo:
+    texts = texts or [f"request {number}" for number in range(len(groups))]
     requests = TrainingRequests(
         session.request_reader,
         tuple(QueryChat(text, [{"role": "user", "content": text}]) for text in texts),
@@ -368,7 +442,10 @@ def test_the_threshold_comes_from_queries_that_the_parameters_were_not_fitted_to
     assert apart.fit.auroc == 1.0 and together.fit.auroc < 0.7
 
 
-NAMES = ["hidden_detect", "harm_probe", "harm_direction", "perplexity_filter", "self_examination"]
+NAMES = [
+    *("hidden_detect", "harm_probe", "harm_direction", "perplexity_filter", "self_examination"),
+    *("grad_safe", "response_examination"),
+]
 
 
 @dataclass(frozen=True)
