@@ -8,6 +8,7 @@ follow from the digest of the image. `ImageReader` puts the placeholder back whe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 # Layout of an id: a bit that marks images, 44 bits of the image's digest, 16 bits of the position.
 _POSITION_BITS = 16
@@ -50,7 +51,7 @@ def find_whole_prefix(token_ids: Sequence[int], n_prefix: int) -> int:
     >>> find_whole_prefix(ids, 3), find_whole_prefix(ids, 4)
     (1, 4)
     """
-    next_id = next((token_id for token_id in token_ids[n_prefix:] if is_image_id(token_id)), 0)
+    next_id = next((token_id for token_id in token_ids[n_prefix:] if token_id >= FIRST_IMAGE_ID), 0)
     position = next_id % MAX_IMAGE_TOKENS
     return token_ids.index(next_id - position) if position else n_prefix
 
@@ -62,11 +63,5 @@ def split_text_and_images(token_ids: Sequence[int]) -> Iterator[tuple[bool, list
     >>> [(is_image, len(run)) for is_image, run in split_text_and_images(ids)]
     [(False, 1), (True, 2), (False, 1)]
     """
-    run: list[int] = []
-    for token_id in token_ids:
-        if run and is_image_id(token_id) != is_image_id(run[0]):
-            yield is_image_id(run[0]), run
-            run = []
-        run.append(token_id)
-    if run:
-        yield is_image_id(run[0]), run
+    for is_image, run in groupby(token_ids, lambda token_id: token_id >= FIRST_IMAGE_ID):
+        yield is_image, list(run)

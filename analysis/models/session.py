@@ -16,7 +16,7 @@ from analysis.models.cache import CacheKey, ScoreCache, describe_computation
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine, EngineRecords, LogitReducer
 from analysis.models.generation import generate_token_ids
-from analysis.models.image_tokens import is_image_id
+from analysis.models.image_tokens import FIRST_IMAGE_ID
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
 from analysis.models.requests import ModelRequestReader
@@ -222,7 +222,7 @@ def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]])
         loaded_model: the model.
         prompts: token ids.
     """
-    largest = max(token_id for ids in prompts for token_id in ids if not is_image_id(token_id))
+    largest = max(token_id for ids in prompts for token_id in ids if token_id < FIRST_IMAGE_ID)
     if largest >= loaded_model.n_embeddings:
         token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
