@@ -124,14 +124,21 @@ TABLES = (
             read_effect(read_text("margin_verdict")),
         ),
     ),
+    ResultTable(
+        "docs/results.md",
+        "## Changed weights\n",
+        "changed-weights/summary.csv",
+        ("model", "defense"),
+        (*RATES, *EFFECTS, read_text("verdict")),
+    ),
 )
 
 
 @cache
-def read_rows(source: str) -> dict[str, Row]:
-    """Return the rows of a run's table by the name of the defense."""
+def read_rows(source: str, key: tuple[str, ...]) -> dict[tuple[str, ...], Row]:
+    """Return the rows of a run's table by the values in key columns."""
     frame = pd.read_csv(ROOT / "figures" / source)
-    return {str(row["defense"]): row for row in frame.to_dict("records")}
+    return {tuple(str(row[column]) for column in key): row for row in frame.to_dict("records")}
 
 
 def find_table(text: str, caption: str) -> tuple[int, list[str]]:
@@ -145,7 +152,7 @@ def format_row(table: ResultTable, line: str) -> str:
     """Return the row of a table whose first cells are those of a line."""
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     names = cells[: len(table.key)]
-    row = read_rows(table.source)[names[0].removesuffix(" (control)").strip("`")]
+    row = read_rows(table.source, table.key)[tuple(n.removesuffix(" (control)").strip("`") for n in names)]
     return f"| {' | '.join([*names, *(format_cell(row) for format_cell in table.cells)])} |"
 
 
