@@ -49,19 +49,19 @@ def round_weights(model: Any, change: str) -> None:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    blocks = [
-        module
-        for parent in model.get_decoder().modules()  # of a model that reads images too, the language part
-        if isinstance(parent, nn.ModuleList)
-        for module in parent.modules()
-    ]
-    matrices = {id(module.weight): module for module in blocks if isinstance(module, (nn.Linear, Conv1D))}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 2 and any(parameter is other for block in blocks for other in block.parameters()):
-            raise UserError(
-                f"{name} is no plain matrix, so that :{change} does not know which weights share a scale; "
-                "use a quantized checkpoint of this model"
-            )
+    matrices: dict[int, Any] = {}  # by the identity of their weight: lists of blocks may hold lists
+    for list_name, blocks in model.get_decoder().named_modules():  # the language part
+        if not isinstance(blocks, nn.ModuleList):
+            continue
+        for name, parameter in blocks.named_parameters(prefix=list_name):
+            if parameter.ndim > 2:
+                raise UserError(
+                    f"{name} is no plain matrix, so that :{change} does not know which weights share a "
+                    "scale; use a quantized checkpoint of this model"
+                )
+        matrices |= {
+            id(part.weight): part for part in blocks.modules() if isinstance(part, (nn.Linear, Conv1D))
+        }
     with torch.no_grad():
         for module in matrices.values():
             weight = module.weight.mT if isinstance(module, Conv1D) else module.weight

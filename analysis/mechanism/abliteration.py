@@ -18,13 +18,14 @@ from analysis.mechanism.directions import record_last_token_states
 from analysis.models.plain_passes import HALF_PRECISION
 from defenses.contract import MeanActivations, Message
 from defenses.errors import UserError
+from defenses.steering import DirectionAblation
 
 if TYPE_CHECKING:
     from analysis.models.session import ModelSession
 
-DIRECTION_DEPTH = 0.6  # of the layer whose direction is removed, as that of `direction_ablation`
-# Largest share of the residual stream along the direction that is left after the removal, as rounding leaves.
+DIRECTION_DEPTH = DirectionAblation.depth  # of the layer whose direction is removed
 _CHECKED_REQUESTS = ("Hello", "What is the capital of France?", "Write a short poem about rain and wind.")
+# Largest share of the residual stream along the direction that is left after the removal, as rounding leaves.
 _MAX_LEFT, _MAX_LEFT_HALF_PRECISION = 1e-3, 2e-2
 
 

@@ -321,7 +321,7 @@ def open_checkpoint(
     """
     torch_device = _choose_device(device)
     torch_dtype = _choose_dtype(dtype, torch_device)
-    root, state = split_model_name(name)
+    root, state, weight_change = _parse_model_name(name)
     folder, origin = locate_model_files(root, offline, notify)
     config = read_config(folder, root)
     tokenizer = _read_tokenizer(folder, root)
@@ -364,7 +364,7 @@ def open_checkpoint(
         processor,
         reads_image_text,
         image_problem,
-        split_weight_change(name.removesuffix(OCR_SUFFIX))[1] if not Path(name).exists() else "",
+        weight_change,
     )
 
 
@@ -466,13 +466,19 @@ def split_model_name(name: str) -> tuple[str, str]:
     >>> split_model_name("smollm2:attacked"), split_model_name("llama2+ocr"), split_model_name("llama2:int4")
     (('smollm2', 'attacked'), ('llama2', ''), ('llama2', ''))
     """
+    root, state, _ = _parse_model_name(name)
+    return root, state
+
+
+def _parse_model_name(name: str) -> tuple[str, str, str]:
+    """Return a model's name, the state, and the change of the weights; empty where there is none."""
     if Path(name).exists():
-        return name, ""
-    name, _ = split_weight_change(name.removesuffix(OCR_SUFFIX))
+        return name, "", ""
+    name, change = split_weight_change(name.removesuffix(OCR_SUFFIX))
     if Path(name).exists():
-        return name, ""
+        return name, "", change
     root, colon, state = name.rpartition(":")
-    return (root, state) if colon and root else (name, "")
+    return (root, state, change) if colon and root else (name, "", change)
 
 
 def find_state_adapter(model_info: ModelInfo) -> Adapter:

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, Attack
-from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import sample_queries
 from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution, explain_no_place
 from analysis.mechanism.components import (
@@ -57,7 +56,7 @@ from analysis.stats.effects import summarize_scores
 from analysis.stats.ensembles import REPORT_SPLIT, STACK
 from analysis.stats.tables import MARGIN_TOLERANCE, READOUT_PART, UNDEFENDED, ScoreTable
 from analysis.studies.manifest import RunTimer
-from analysis.studies.run_spec import PATCH_SITES, RunSpec
+from analysis.studies.run_spec import PATCH_SITES, RunSpec, load_training_queries
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import StudyResult, TableCollector, list_failures, score_conditions
 from defenses.adapters import fingerprint_queries
@@ -263,7 +262,7 @@ class MechanismStudy(TableCollector):
     @cached_property
     def _is_held_out(self) -> bool:
         """Whether no query was used to learn the directions; otherwise projections are omitted."""
-        training = set(fingerprint_queries(query.text for query in _load_training_queries()))
+        training = set(fingerprint_queries(query.text for query in load_training_queries()))
         n_training = sum(
             fingerprint_queries([query.text])[0] in training for query in self.setup.query_set.queries
         )
@@ -276,7 +275,7 @@ class MechanismStudy(TableCollector):
     @cached_property
     def _learned_directions(self) -> ConceptDirections:
         """The model's directions, learned without an attack, which is no part of what harm is."""
-        queries = _load_training_queries()
+        queries = load_training_queries()
         states = record_residual_states(
             self.setup.session,
             self.components,
@@ -655,8 +654,3 @@ def _describe_study(study: MechanismStudy) -> dict[str, Any]:
             "ensembles": None if options.ensembles_folder is None else options.ensembles_folder.name,
         },
     }
-
-
-def _load_training_queries() -> list[Query]:
-    """Return the queries that directions are learned from."""
-    return list(load_queries("contrast").select_split("train").queries)
