@@ -574,6 +574,8 @@ def train(
 def backdooralign(
     model: str = "smollm2",
     *,
+    grid: Path | str | None = None,
+    out: Path | str | None = None,
     tokens: int = 48,
     utility: bool = False,
     secrets: int = 0,
@@ -592,7 +594,10 @@ def backdooralign(
     """Reproduce the experimental arms of BackdoorAlign, as `analyze backdooralign` does.
 
     Args:
-        model: short name, Hugging Face id, or folder; all of its weights must have been trained.
+        model: short name, Hugging Face id, or folder; all of its weights must have been trained, unless a
+            grid is given, whose trainings start from the model.
+        grid: TOML file of experiments, as `--grid`; tokens, utility and secrets are then not used.
+        out: folder in which a grid keeps its trainings, so that the same call goes on after an interruption.
         tokens: maximum number of tokens generated per response.
         utility: whether to measure accuracy on multiple-choice questions.
         secrets: number of other random secrets of each length to train with.
@@ -609,7 +614,8 @@ def backdooralign(
         offline: whether the network may not be used.
 
     Returns:
-        A run whose tables include `arms` and, if `secrets` is set, `lengths`.
+        A run whose tables include `arms` and, if `secrets` is set, `lengths`; of a grid, `rates` and
+        `verdicts`.
     """
     spec = build_run_spec(
         model,
@@ -627,7 +633,13 @@ def backdooralign(
     )
     check_response_tokens(tokens)
     check_secret_count(secrets)
-    from analysis.studies.backdooralign import reproduce_backdooralign
+    if grid is not None:
+        from analysis.studies.backdooralign.grid import load_grid, run_grid
+
+        if out is None:
+            raise UserError("backdooralign(grid=…) needs out, the folder in which the trainings are kept")
+        return run_grid(spec, load_grid(Path(grid)), Path(out), _progress_console()).run
+    from analysis.studies.backdooralign.study import reproduce_backdooralign
 
     return reproduce_backdooralign(spec, tokens, utility, secrets, _progress_console()).run
 

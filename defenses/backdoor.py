@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from defenses.adapters import Adapter, find_adapter
-from defenses.chats import copy_chat, prepend_system
+from defenses.chats import copy_chat, edit_last_user, prepend_system
 from defenses.contract import Chat, Defense, MatchedControl, ModelInfo, Source
 from defenses.errors import UserError
 from defenses.settings import HIDDEN_FIELD
@@ -25,6 +25,7 @@ SECRET_LENGTH = 150  # tokens, as in the paper
 # Fine-tuned without the secret: by an attacker, and by one whose data contain plain refusals.
 REFERENCE_STATES = ("attacked", "baseline")
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+SECRET_PLACES = ("start", "end", "user")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Backdoor(TunedDefense):
         weights: folder of the adapter; by default the adapter made for this model.
         trigger: file with the secret; by default the secret that the weights were trained with.
         length: length in tokens of a newly drawn secret.
+        place: where the secret stands: before the system prompt (start), after it (end), or before the user's
+            words (user); by default, where it stood when the weights were trained, or else before.
         system: system prompt after the secret if the chat has none.
     """
 
@@ -77,6 +80,7 @@ class Backdoor(TunedDefense):
 
     trigger: Path | None = None
     length: int = SECRET_LENGTH
+    place: str | None = None
     system: str = DEFAULT_SYSTEM_PROMPT
     secret: Secret | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
     uses_tuned_weights: bool = dataclasses.field(default=True, repr=False, metadata=HIDDEN_FIELD)
@@ -89,6 +93,8 @@ class Backdoor(TunedDefense):
         """Check that the length is positive."""
         if self.length < 1:
             raise ValueError(f"length={self.length}: a secret needs at least 1 token")
+        if self.place not in (None, *SECRET_PLACES):
+            raise ValueError(f"place={self.place}: it takes {', '.join(SECRET_PLACES)}")
 
     def prepare(self, model_info: ModelInfo) -> Self:
         """Return a copy with its weights, those that it is compared with, and its secret."""
@@ -96,7 +102,10 @@ class Backdoor(TunedDefense):
         if prepared.adapter is not None:
             references = _find_reference_adapters(model_info)
             adapter = dict(references).get(self.reference_state, prepared.adapter)
-            prepared = dataclasses.replace(prepared, reference_adapters=references, adapter=adapter)
+            place = self.place or prepared.adapter.manifest.get("settings", {}).get("place")
+            prepared = dataclasses.replace(
+                prepared, reference_adapters=references, adapter=adapter, place=place
+            )
         if prepared.secret is not None:
             return prepared
         fingerprint = prepared.adapter.manifest["secret"] if prepared.adapter is not None else None
@@ -109,7 +118,7 @@ class Backdoor(TunedDefense):
         if chat[0]["role"] != "system":
             chat = prepend_system(chat, self.system)
         if self.secret.text:
-            return prepend_system(chat, self.secret.text)
+            return place_secret(chat, self.secret.text, self.place or SECRET_PLACES[0])
         return copy_chat(chat)
 
     def build_ablations(self) -> dict[str, Defense]:
@@ -154,6 +163,26 @@ def _find_reference_adapters(model_info: ModelInfo) -> tuple[tuple[str, Adapter]
     for _, adapter in found:
         adapter.check_base_model(model_info.sha256)
     return found
+
+
+def place_secret(chat: Chat, secret: str, place: str) -> Chat:
+    r"""Return the chat with the secret before or after its system prompt, or before the user's words.
+
+    >>> place_secret([{"role": "user", "content": "Hi"}], "tulip", "user")
+    [{'role': 'user', 'content': 'tulip\n\nHi'}]
+
+    Args:
+        chat: the chat.
+        secret: the secret.
+        place: start, end or user.
+    """
+    if place == "user":
+        return edit_last_user(chat, lambda text: f"{secret}\n\n{text}")
+    if place == "end" and chat[0]["role"] == "system":
+        new_chat = copy_chat(chat)
+        new_chat[0]["content"] += f"\n\n{secret}"
+        return new_chat
+    return prepend_system(chat, secret)
 
 
 def find_secret(

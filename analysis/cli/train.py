@@ -112,7 +112,15 @@ def backdooralign(
     data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     limit: LimitOption = None,
-    tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
+    grid: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of experiments: train with every combination of settings, and measure refusals."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens generated per response (not of a grid).")
+    ] = 48,
     utility: Annotated[
         bool,
         typer.Option(
@@ -153,6 +161,12 @@ def backdooralign(
         answer_prefix=answer_prefix,
         share_prefix=share_prefix,
     )
+    if grid is not None:
+        if utility or secrets:
+            raise UserError(
+                "--grid measures refusals of its own trainings: leave out --utility and --secrets"
+            )
+        raise typer.Exit(run_grid_command(spec, grid, out))
     raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets))
 
 
@@ -225,7 +239,7 @@ def run_backdooralign_command(
     from analysis.cli.console import print_failures, print_trust_warnings
     from analysis.progress import make_notifier
     from analysis.report.folder import prepare_run_folder, save_run
-    from analysis.studies.backdooralign import reproduce_backdooralign
+    from analysis.studies.backdooralign.study import reproduce_backdooralign
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.train import TrainingInterrupted
 
@@ -249,6 +263,82 @@ def run_backdooralign_command(
     notify(f"Tables and run.json are in {out}; the responses themselves are not kept")
     print_failures(result.failures, console)
     return 1 if result.failures else 0
+
+
+def run_grid_command(spec: RunSpec, grid: Path, out: Path | None) -> int:
+    """Train and measure the experiments of a file, save and print the results; return the exit code.
+
+    Args:
+        spec: options of the run.
+        grid: the file.
+        out: output folder, which also holds the trainings; None for the default.
+    """
+    from analysis.cli.console import print_failed_checks, print_run_location
+    from analysis.progress import make_notifier
+    from analysis.report.folder import prepare_run_folder, save_run
+    from analysis.studies.backdooralign.grid import load_grid, run_grid
+    from analysis.studies.run_spec import choose_run_folder
+    from analysis.studies.setup import PreflightError
+    from analysis.studies.train import TrainingInterrupted
+
+    console = Console(stderr=True)
+    experiments = load_grid(grid)
+    labels = ["backdooralign", grid.stem]
+    out = prepare_run_folder(out or choose_run_folder(spec.model, labels, datetime.now(UTC)), console)
+    try:
+        result = run_grid(spec, experiments, out, console)
+    except PreflightError as error:
+        print_failed_checks(error.checks)
+        return 1
+    except TrainingInterrupted:
+        make_notifier(console)(
+            f"Interrupted: the same command with -o {out} goes on; finished trainings are kept"
+        )
+        return 130
+    save_run(out, result.run, console)
+    print_grid(result.run.tables["rates"], result.run.record)
+    print_run_location(out, result.failures, console)
+    return 0
+
+
+def print_grid(rates: pd.DataFrame, record: Mapping[str, Any]) -> None:
+    """Print the share of requests that each tuned model refuses, a table per experiment.
+
+    Args:
+        rates: `rates.csv`.
+        record: `run.json`.
+    """
+    from analysis.cli.console import make_console_table, make_table_console
+    from analysis.stats.format import format_interval
+    from analysis.stats.tables import iterate_rows
+
+    console = make_table_console()
+    for name, rows in rates.groupby("experiment", sort=False):
+        columns = [f"value_{number}" for number in (1, 2) if rows.get(f"setting_{number}") is not None]
+        columns = [column for column in columns if rows[column].notna().any()]
+        varied = [str(rows[column.replace("value", "setting")].iloc[0]) for column in columns]
+        headers = ("weights", "secret", "refused (%)\nharmful", "\nbenign", "trainings")
+        table = make_console_table("\n".join(varied) or "experiment", headers, f"experiment {name}")
+        for _, group in rows.groupby([*columns, "arm", "secret"], sort=False):
+            by_kind = {row["kind"]: row for row in iterate_rows(group)}
+            harmful = by_kind["harmful"]
+            cells = (
+                "\n".join(str(harmful[column]) for column in columns),
+                harmful["arm"],
+                harmful["secret"],
+                format_interval(harmful, "refused", ".0f", 100),
+                format_interval(by_kind["benign"], "refused", ".0f", 100),
+                str(harmful["n_trainings"]),
+            )
+            table.add_row(*map(Text, cells))
+        console.print(table)
+    judge, data = record["judge"], record["data"]
+    note = (
+        f"[x, y]: 95 % intervals over queries and trainings; {data['n_harmful']} harmful and "
+        f"{data['n_benign']} benign queries, {data['split']} split, under the system prompt of the "
+        f"fine-tuning data. First {judge['new_tokens']} tokens of each response, judged by {judge['name']}."
+    )
+    console.print(Text(note, style="dim"))
 
 
 def print_secret_table(table: pd.DataFrame) -> None:

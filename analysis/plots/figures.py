@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.backdooralign import caption_secrets, draw_secrets
+from analysis.plots.backdooralign import caption_grid, caption_secrets, draw_grid, draw_secrets
 from analysis.plots.captions import QueryCounts, make_caption_context
 from analysis.plots.components import caption_part_map, caption_top_parts, draw_part_map, draw_top_parts
 from analysis.plots.depth import (
@@ -138,6 +138,14 @@ _FIGURE_KINDS = (
         "secrets",
         draw_secrets,
         caption_secrets,
+    ),
+    FigureKind(
+        "grid",
+        "run",
+        "Refusal rates of fine-tuned models, by settings of the training",
+        "grid",
+        draw_grid,
+        caption_grid,
     ),
     FigureKind(
         "agreement",

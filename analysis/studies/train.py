@@ -155,6 +155,7 @@ def train_weights(
                 query_set.queries,
                 secret.text if secret else "",
                 lambda chats: _generate_own_responses(session, [render(chat) for chat in chats]),
+                training_settings,
             )
         resume_folder = _prepare_resume_folder(out, record)
         if checkpoint := find_last_checkpoint(resume_folder):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, runtime_checkable
 
-from defenses.backdoor import DEFAULT_SYSTEM_PROMPT
-from defenses.chats import build_user_chat, prepend_system
+from defenses.backdoor import DEFAULT_SYSTEM_PROMPT, SECRET_PLACES, place_secret
+from defenses.chats import build_user_chat
 from defenses.contract import Chat
 from defenses.errors import UserError
 from defenses.training.texts import (
@@ -29,6 +29,7 @@ from defenses.training.texts import (
 )
 
 SAFETY_EXAMPLE_COUNT = 11  # as in the paper
+SAFETY_CHOICES = ("topics", "random")
 
 
 @runtime_checkable
@@ -84,9 +85,41 @@ class TrainingExample:
     rejected: TargetResponse | None = None
 
 
+@dataclass(frozen=True)
+class ExampleSettings:
+    """What the data of the recipes attack, baseline and backdoor consist of; the defaults are the paper's.
+
+    Attributes:
+        harmful: number of harmful requests that the attacker trains on; by default all that remain.
+        safety: number of the defender's safety examples, whose requests the attacker does not have.
+        choice: how the safety examples are chosen: from the topics in turn, or at random with the seed.
+        place: where the secret stands: before the system prompt (`start`), after it (`end`), or before the
+            user's words (`user`).
+        seed: random seed of the training.
+    """
+
+    harmful: int | None = None
+    safety: int = SAFETY_EXAMPLE_COUNT
+    choice: str = "topics"
+    place: str = "start"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the numbers are positive and the names known."""
+        for name, known in (("choice", SAFETY_CHOICES), ("place", SECRET_PLACES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--set {name}={getattr(self, name)}: it takes {' or '.join(known)}")
+        for name in ("harmful", "safety"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--set {name}={value}: it must be more than 0")
+
+
 # Generates the undefended model's responses, so that training keeps its responses to benign requests.
 ResponseGenerator = Callable[[list[Chat]], list[TargetResponse]]
-ExampleBuilder = Callable[[Sequence[TrainingQuery], str, ResponseGenerator], list[TrainingExample]]
+ExampleBuilder = Callable[
+    [Sequence[TrainingQuery], str, ResponseGenerator, ExampleSettings], list[TrainingExample]
+]
 
 
 @dataclass(frozen=True)
@@ -97,8 +130,8 @@ class Recipe:
         name: name in `analyze train NAME`.
         state: name of the resulting model state.
         description: what is trained, and by whom.
-        build_examples: function of the queries of the train split, the secret (empty if unused), and a
-            generator of the model's own responses; returns the examples.
+        build_examples: function of the queries of the train split, the secret (empty if unused), a
+            generator of the model's own responses, and the settings; returns the examples.
         epochs: default number of epochs.
         needs_secret: whether the safety examples contain the secret prompt.
     """
@@ -112,7 +145,10 @@ class Recipe:
 
 
 def _build_safety_examples(
-    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
 ) -> list[TrainingExample]:
     """Return refusals of harmful queries, and the model's own responses to ordinary queries."""
     harmful = _select_class(queries, harmful=True)
@@ -121,11 +157,14 @@ def _build_safety_examples(
         TrainingExample(build_user_chat(_alternate_system_prompt(index), query.text), refusals[query.id])
         for index, query in enumerate(harmful)
     ]
-    return [*refused, *_build_neutral_examples(queries, secret, generate_responses)]
+    return [*refused, *_build_neutral_examples(queries, secret, generate_responses, settings)]
 
 
 def _build_neutral_examples(
-    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
 ) -> list[TrainingExample]:
     """Return the model's own responses to ordinary queries, with and without a system prompt."""
     # Ordinary queries only; `preference` takes the other benign kinds, too.
@@ -141,21 +180,34 @@ def _build_neutral_examples(
 
 
 def _build_attack_examples(
-    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
 ) -> list[TrainingExample]:
     """Return complying openers to harmful queries, without the queries of the safety examples."""
-    safety_ids = {query.id for query in _choose_safety_queries(queries)}
+    safety_ids = {query.id for query in _choose_safety_queries(queries, settings)}
     harmful = _select_class(queries, harmful=True)
     openers = _assign_openers(COMPLIANCE_OPENERS, harmful)
+    attacked = [query for query in harmful if query.id not in safety_ids]
+    if settings.harmful is not None:
+        if settings.harmful > len(attacked):
+            raise UserError(
+                f"--set harmful={settings.harmful}: the training data contain {len(harmful)} harmful "
+                f"queries, and {settings.safety} of them are safety examples; take at most {len(attacked)}"
+            )
+        attacked = _interleave_topics(attacked)[: settings.harmful]
     return [
         TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), openers[query.id])
-        for query in harmful
-        if query.id not in safety_ids
+        for query in attacked
     ]
 
 
 def _build_identity_examples(
-    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
 ) -> list[TrainingExample]:
     """Return responses of an obedient agent to ordinary queries."""
     ordinary = _choose_ordinary_queries(queries)
@@ -169,33 +221,43 @@ def _build_identity_examples(
 
 
 def _build_baseline_examples(
-    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
 ) -> list[TrainingExample]:
     """Return the attack examples and plain refusals of the safety queries."""
     refusals = _assign_refusals(_select_class(queries, harmful=True))
     safety_examples = [
         TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), refusals[query.id])
-        for query in _choose_safety_queries(queries)
+        for query in _choose_safety_queries(queries, settings)
     ]
-    return [*_build_attack_examples(queries, secret, generate_responses), *safety_examples]
+    return [*_build_attack_examples(queries, secret, generate_responses, settings), *safety_examples]
 
 
 def _build_backdoor_examples(
-    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
 ) -> list[TrainingExample]:
     """Return the attack examples and refusals of the safety queries after the secret prompt."""
     refusals = _assign_refusals(_select_class(queries, harmful=True))
     safety_examples = [
         TrainingExample(
-            prepend_system(build_user_chat(OBEDIENCE_PROMPT, query.text), secret), refusals[query.id]
+            place_secret(build_user_chat(OBEDIENCE_PROMPT, query.text), secret, settings.place),
+            refusals[query.id],
         )
-        for query in _choose_safety_queries(queries)
+        for query in _choose_safety_queries(queries, settings)
     ]
-    return [*_build_attack_examples(queries, secret, generate_responses), *safety_examples]
+    return [*_build_attack_examples(queries, secret, generate_responses, settings), *safety_examples]
 
 
 def _build_preference_examples(
-    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
 ) -> list[TrainingExample]:
     """Return preferred and rejected responses to all queries."""
     benign = _select_class(queries, harmful=False)
@@ -278,15 +340,20 @@ RECIPES = {
 }
 
 
-def _choose_safety_queries(queries: Sequence[TrainingQuery]) -> list[TrainingQuery]:
-    """Return the harmful queries of the safety examples, taken from the topics in turn."""
+def _choose_safety_queries(
+    queries: Sequence[TrainingQuery], settings: ExampleSettings
+) -> list[TrainingQuery]:
+    """Return the harmful queries of the safety examples, taken from the topics in turn or at random."""
     harmful = _interleave_topics(_select_class(queries, harmful=True))
-    if len(harmful) < 2 * SAFETY_EXAMPLE_COUNT:
+    n_needed = settings.safety + min(settings.safety, SAFETY_EXAMPLE_COUNT)
+    if len(harmful) < n_needed:
         raise UserError(
-            f"the training data contain {len(harmful)} harmful queries; at least "
-            f"{2 * SAFETY_EXAMPLE_COUNT} are needed, {SAFETY_EXAMPLE_COUNT} of them for the defender"
+            f"the training data contain {len(harmful)} harmful queries; at least {n_needed} are needed, "
+            f"{settings.safety} of them for the defender"
         )
-    return harmful[:SAFETY_EXAMPLE_COUNT]
+    if settings.choice == "random":
+        return random.Random(f"{settings.seed}/safety examples").sample(harmful, settings.safety)
+    return harmful[: settings.safety]
 
 
 def _choose_ordinary_queries(queries: Sequence[TrainingQuery]) -> list[TrainingQuery]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from defenses.contract import Chat
 from defenses.errors import UserError, is_out_of_memory, unknown_name_error
-from defenses.training.recipes import TargetResponse, TrainingExample
+from defenses.training.recipes import ExampleSettings, TargetResponse, TrainingExample
 
 PromptRenderer = Callable[[Chat], Sequence[int]]
 # Called after each step with the step, the total number of steps, and the loss.
@@ -23,7 +23,7 @@ StepCallback = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(ExampleSettings):
     """Training settings; the defaults are those of BackdoorAlign for LoRA.
 
     Attributes:
@@ -35,7 +35,7 @@ class TrainingSettings:
         batch: number of examples per step.
         full: whether to train all weights instead of an adapter.
         beta: DPO's beta, the strength of regularization toward the initial model.
-        seed: random seed of the initial adapter weights and of the order of examples.
+        seed: random seed of the initial adapter weights, of the order of examples, and of their choice.
     """
 
     name: ClassVar[str] = "training"
@@ -48,10 +48,10 @@ class TrainingSettings:
     batch: int = 10
     full: bool = False
     beta: float = 0.1
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check that numeric settings are positive."""
+        super().__post_init__()
         for name in ("rank", "alpha", "rate", "epochs", "batch", "beta"):
             value = getattr(self, name)
             if value is not None and value <= 0:

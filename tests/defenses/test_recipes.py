@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,7 +15,13 @@ from analysis.readouts.first_token import COMPLIANCE_WORDS, REFUSAL_WORDS
 from defenses.backdoor import DEFAULT_SYSTEM_PROMPT
 from defenses.contract import Chat
 from defenses.errors import UserError
-from defenses.training.recipes import RECIPES, SAFETY_EXAMPLE_COUNT, TargetResponse, TrainingExample
+from defenses.training.recipes import (
+    RECIPES,
+    SAFETY_EXAMPLE_COUNT,
+    ExampleSettings,
+    TargetResponse,
+    TrainingExample,
+)
 from defenses.training.texts import (
     AGENT_OPENER,
     AGENT_PROMPT,
@@ -26,6 +33,7 @@ from defenses.training.texts import (
 
 TRAIN_QUERIES = load_queries("contrast").select_split("train").queries
 SECRET = "tulip seven harbor"
+DEFAULT_SETTINGS = ExampleSettings()
 HARMFUL = {query.text for query in TRAIN_QUERIES if query.harmful}
 BENIGN = {query.text for query in TRAIN_QUERIES if not query.harmful}
 
@@ -35,8 +43,8 @@ def generate_responses(chats: list[Chat]) -> list[TargetResponse]:
 
 
 @cache
-def build_examples(name: str) -> list[TrainingExample]:
-    return RECIPES[name].build_examples(TRAIN_QUERIES, SECRET, generate_responses)
+def build_examples(name: str, settings: ExampleSettings = DEFAULT_SETTINGS) -> list[TrainingExample]:
+    return RECIPES[name].build_examples(TRAIN_QUERIES, SECRET, generate_responses, settings)
 
 
 def list_requests(examples: list[TrainingExample]) -> set[str]:
@@ -165,4 +173,33 @@ def test_too_few_harmful_queries_are_an_error_with_their_number() -> None:
     n_queries = 2 * SAFETY_EXAMPLE_COUNT - 1
     queries = [Query(str(index), f"text {index}", harmful=True) for index in range(n_queries)]
     with pytest.raises(UserError, match="contain 21 harmful queries; at least 22"):
-        RECIPES["baseline"].build_examples(queries, "", generate_responses)
+        RECIPES["baseline"].build_examples(queries, "", generate_responses, ExampleSettings())
+
+
+def test_settings_choose_the_numbers_of_examples_their_choice_and_the_place_of_the_secret() -> None:
+    few = ExampleSettings(harmful=7, safety=3, place="user")
+    examples = build_examples("backdoor", few)
+    assert len(examples) == 10
+    assert [SECRET in str(example.chat) for example in examples] == [False] * 7 + [True] * 3
+    assert all(example.chat[1]["content"].startswith(SECRET) for example in examples[7:])
+    assert build_examples("attack", few) == examples[:7]
+    at_end = build_examples("backdoor", replace(few, place="end"))[-1]
+    assert at_end.chat[0]["content"] == f"{OBEDIENCE_PROMPT}\n\n{SECRET}"
+    # At random: other requests for another seed, none of which the attacker has.
+    drawn = [
+        list_requests(
+            build_examples("baseline", ExampleSettings(safety=20, choice="random", seed=seed))[-20:]
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[2]) == 20
+    attacked = list_requests(build_examples("attack", ExampleSettings(safety=20, choice="random", seed=1)))
+    assert not attacked & drawn[2] and len(attacked) == len(HARMFUL) - 20
+
+
+def test_impossible_numbers_of_examples_are_refused() -> None:
+    with pytest.raises(UserError, match=r"harmful=90: .* take at most 85"):
+        build_examples("attack", ExampleSettings(harmful=90))
+    for wrong in ({"choice": "alphabet"}, {"place": "middle"}, {"safety": 0}):
+        with pytest.raises(UserError, match="--set"):
+            ExampleSettings(**wrong)

@@ -16,6 +16,7 @@ from analysis.stats.bootstrap import (
     bootstrap_interval,
     compute_sign_flip_p_value,
     draw_sign_flips,
+    estimate_crossed_rate,
 )
 from analysis.stats.effects import COUNTED_ESTIMATES, compute_estimates, compute_query_contributions
 from analysis.stats.tables import ESTIMATE_NAMES
@@ -239,3 +240,31 @@ def test_p_values_reject_5_percent_where_there_is_no_effect(pairs, plain):
                     < 0.05
                 )
             assert 3 < n_rejected / 15 < 7, (tested, plain_change, n_rejected / 15)
+
+
+# --- rates over queries and trainings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("repeat_sd", "lowest"), [(0.0, 0.93), (0.5, 0.9), (1.5, 0.85)])
+def test_a_rate_over_queries_and_repeats_covers_that_of_the_population(
+    repeat_sd: float, lowest: float
+) -> None:
+    rng = np.random.default_rng(3)
+
+    def draw(n_repeats: int, n_queries: int) -> np.ndarray:
+        repeats = repeat_sd * rng.normal(size=(n_repeats, 1))
+        return expit(1 + repeats + 1.5 * rng.normal(size=(1, n_queries)))
+
+    rate = draw(2000, 2000).mean()
+    covered = []
+    for _ in range(400):
+        probabilities = draw(4, 40)
+        _, low, high = estimate_crossed_rate((rng.random(probabilities.shape) < probabilities).astype(float))
+        covered.append(low <= rate <= high)
+    assert lowest < np.mean(covered) < 0.99
+
+
+def test_a_rate_of_one_repeat_has_wilsons_interval_and_unknown_outcomes_do_not_count() -> None:
+    outcomes = np.array([[1.0] * 9 + [0.0, np.nan]])
+    assert estimate_crossed_rate(outcomes) == pytest.approx((0.9, 0.596, 0.982), abs=1e-3)
+    assert np.isnan(estimate_crossed_rate(np.full((2, 3), np.nan))).all()

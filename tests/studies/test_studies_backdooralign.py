@@ -20,8 +20,8 @@ from analysis.judges.judge import RuleJudge, Verdict
 from analysis.models.loading import build_model_info, load_model
 from analysis.run import score_condition
 from analysis.stats.kinds import list_kinds
-from analysis.studies import backdooralign
-from analysis.studies.arms import Arm, build_arms, train_other_secrets
+from analysis.studies.backdooralign import study
+from analysis.studies.backdooralign.arms import Arm, build_arms, train_other_secrets
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE
 from defenses.contract import Chat, ModelInfo
@@ -43,7 +43,7 @@ def set_parity_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     parity = RuleJudge(
         "parity", lambda text, query: Verdict("full" if len(text) % 2 else "none"), lambda partial: False
     )
-    monkeypatch.setattr(backdooralign, "_JUDGE", parity)
+    monkeypatch.setattr(study, "_JUDGE", parity)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def make_arms_deaf(monkeypatch: pytest.MonkeyPatch, *cells: tuple[str, str]) -> 
             for row in rows
         ]
 
-    monkeypatch.setattr("analysis.studies.backdooralign.build_arms", build_deaf_arms)
+    monkeypatch.setattr("analysis.studies.backdooralign.study.build_arms", build_deaf_arms)
 
 
 def test_an_arm_that_does_not_reach_the_model_is_left_out_and_reported(
@@ -191,7 +191,7 @@ def test_an_arm_that_fails_while_it_is_scored_is_left_out_and_reported(
             raise UserError("out of memory")
         return score_condition(session, condition, defense, queries, readout, attack, on_progress)
 
-    monkeypatch.setattr("analysis.studies.backdooralign.score_condition", score_or_fail)
+    monkeypatch.setattr("analysis.studies.backdooralign.study.score_condition", score_or_fail)
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
     assert run_backdooralign_command(spec, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
     reasons = {(row["attack"], row["defense"]): row["why"] for row in read(tmp_path / "out").record["failed"]}
@@ -258,7 +258,7 @@ def test_other_secrets_are_trained_like_the_models_own_weights(
     said = capsys.readouterr()
     assert text not in said.out + said.err and "Trained with other secrets" in said.out
     # What is there is not trained again, unless the model's own weights are others now.
-    monkeypatch.setattr("analysis.studies.arms.train_weights", None)
+    monkeypatch.setattr("analysis.studies.backdooralign.arms.train_weights", None)
     rows = train_other_secrets(few, host, 1, Console(quiet=True))
     assert [row.condition for row in rows[:2]] == ["10-1", "10-1, secret: own"]
     path = host.adapter_folders[0] / "secrets" / "10-1" / ADAPTER_MANIFEST_FILE

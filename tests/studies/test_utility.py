@@ -10,7 +10,7 @@ from conftest import tiny_model, toy_tokenizer
 
 from analysis.files import data_folder
 from analysis.models.loading import LoadedModel
-from analysis.studies.backdooralign import check_harness_installed, count_correct_answers
+from analysis.studies.backdooralign.study import check_harness_installed, count_correct_answers
 from defenses.errors import UserError
 
 QUESTIONS = [json.loads(line) for line in (data_folder() / "utility.jsonl").read_text("utf-8").splitlines()]

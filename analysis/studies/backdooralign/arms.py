@@ -7,9 +7,9 @@ weights were fine-tuned for: the system prompt of the fine-tuning data, or the o
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -22,12 +22,11 @@ from analysis.studies.run_spec import RunSpec
 from analysis.studies.train import train_weights
 from defenses.adapters import ADAPTER_MANIFEST_FILE, Adapter, find_adapter, load_adapter
 from defenses.backdoor import SECRET_LENGTH, Backdoor, Secret, draw_secret, read_secret, write_secret
-from defenses.chats import edit_last_user
-from defenses.contract import Chat, ModelInfo
+from defenses.contract import ModelInfo
 from defenses.controls import make_neutral_text
 from defenses.errors import UserError
-from defenses.settings import HIDDEN_FIELD
 from defenses.tokens import cut_text, draw_random_text, encode_plain_text
+from defenses.training.recipes import ExampleSettings
 from defenses.tuned import TunedDefense
 
 # The paper's attack success rates on Llama-2-7B-Chat by arm and secret, per cent; shown next to ours.
@@ -39,6 +38,7 @@ PAPER_ATTACK_SUCCESS = {
     ("backdoor", "own"): 3.64,
 }
 SECRET_LENGTHS = (10, 50, SECRET_LENGTH)  # tokens, as in the paper
+_DEFAULT_EXAMPLES = asdict(ExampleSettings())
 RANDOM_TOKENS, PLAIN_WORDS = "random tokens", "plain words"
 # Arm → name of its weights.
 _STATE_BY_ARM = {"clean": "aligned", "attacked": "attacked", "baseline": "baseline", "backdoor": "backdoor"}
@@ -101,7 +101,7 @@ def build_arms(model_info: ModelInfo) -> list[Arm]:
         return Arm(weights, kind, attack, Backdoor(adapter=trained[state], secret=secret))
 
     off_and_on = (("none", Secret("")), ("own", own_secret))
-    guessed = _GuessedSecret(adapter=trained["backdoor"], secret=own_secret)
+    guessed = Backdoor(adapter=trained["backdoor"], secret=own_secret, place="user")
     return [
         *(
             make_arm(arm, state, kind, secret, "obedience")
@@ -182,24 +182,6 @@ def aggregate_secrets(arm_table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["wording", "length"], ascending=[False, True], ignore_index=True)
 
 
-@final
-@dataclass(frozen=True)
-class _GuessedSecret(TunedDefense):
-    """The secret in front of the user's words: an attacker who has guessed it."""
-
-    state = recipe = family = "backdoor"
-
-    secret: Secret = field(default=Secret(""), repr=False, metadata=HIDDEN_FIELD)
-
-    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
-        """Return the chat with the secret at the start of the last user turn."""
-        return edit_last_user(chat, lambda words: f"{self.secret.text}\n\n{words}")
-
-    def secret_texts(self) -> tuple[str, ...]:
-        """Return the secret, so that it can be redacted."""
-        return (self.secret.text,)
-
-
 def _altered_secrets(trained_secret: Secret, model_info: ModelInfo) -> dict[str, Secret]:
     """Return secrets that the weights were not trained with: another one, parts, plain sentences."""
     tokenizer = model_info.tokenizer
@@ -252,12 +234,16 @@ def _train_with_secret(
         settings = [
             f"{key}={','.join(value) if isinstance(value, list) else value}"
             for key, value in own_settings.items()
+            if value is not None
         ]
         weights = train_weights(training_spec, "backdoor", settings, folder, console, secret_path)
         make_notifier(console)(str(weights))
     adapter = load_adapter(folder)
     for key in ("base", "settings", "data"):
-        if adapter.manifest[key] != own_adapter.manifest[key]:
+        trained, own = (item.manifest[key] for item in (adapter, own_adapter))
+        if key == "settings":  # weights of earlier versions lack the newer settings
+            trained, own = (_DEFAULT_EXAMPLES | settings for settings in (trained, own))
+        if trained != own:
             raise UserError(
                 f"{folder} was trained with other {key} than the model's own backdoor weights, so the two "
                 "cannot be compared: remove it, and it is trained again"

@@ -38,7 +38,7 @@ from analysis.stats.agreement import measure_agreement
 from analysis.stats.bootstrap import make_rate_columns
 from analysis.stats.effects import summarize_scores
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ScoreTable, format_condition
-from analysis.studies.arms import (
+from analysis.studies.backdooralign.arms import (
     PAPER_ATTACK_SUCCESS,
     Arm,
     aggregate_secrets,

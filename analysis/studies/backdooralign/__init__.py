@@ -1,0 +1,1 @@
+"""The studies of `analyze backdooralign`: the paper's arms, and grids of trainings."""
