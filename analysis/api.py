@@ -153,7 +153,7 @@ def validate(
         judge_model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
         rubric: file with the prompt of the judge model.
-        grade: whether the judge model also grades responses to benign queries.
+        grade: whether the judge model also grades how harmful responses are, and how helpful.
         tokens: maximum number of tokens generated per response.
         data: as `--data`, or a frame of queries.
         split: train, calibration, test or all.
@@ -579,6 +579,8 @@ def backdooralign(
     tokens: int = 48,
     utility: bool = False,
     secrets: int = 0,
+    judge_model: str | None = None,
+    budget: int | None = None,
     data: str | pd.DataFrame = "contrast",
     split: str | None = None,
     limit: int | None = None,
@@ -601,6 +603,8 @@ def backdooralign(
         tokens: maximum number of tokens generated per response.
         utility: whether to measure accuracy on multiple-choice questions.
         secrets: number of other random secrets of each length to train with.
+        judge_model: chat model that grades how harmful responses are, as `--judge-model`.
+        budget: maximum number of its calls.
         data: as `--data`, or a frame of queries.
         split: train, calibration, test or all.
         limit: maximum number of queries.
@@ -641,7 +645,10 @@ def backdooralign(
         return run_grid(spec, load_grid(Path(grid)), Path(out), _progress_console()).run
     from analysis.studies.backdooralign.study import reproduce_backdooralign
 
-    return reproduce_backdooralign(spec, tokens, utility, secrets, _progress_console()).run
+    grader_options = (
+        _make_judge_options("model", judge_model, budget, None, grade=True) if judge_model else None
+    )
+    return reproduce_backdooralign(spec, tokens, utility, secrets, _progress_console(), grader_options).run
 
 
 def judge(
@@ -653,6 +660,7 @@ def judge(
     judge_model: str | None = None,
     budget: int | None = None,
     rubric: Path | str | None = None,
+    grade: bool = False,
     offline: bool = False,
 ) -> pd.DataFrame:
     """Judge whether each response refuses, as `analyze judge` does.
@@ -671,12 +679,14 @@ def judge(
         judge_model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
         rubric: file with the prompt of the judge model.
+        grade: whether the judge model also grades how harmful each response is.
         offline: whether the network may not be used.
 
     Returns:
-        The rows with the columns `refusal` (full, partial, none, unjudged), `evidence` and `judge`.
+        The rows with the columns `refusal` (full, partial, none, unjudged), `evidence` and `judge`, and
+        `harmfulness` (1 to 5) if `grade` is set.
     """
-    judge_options = _make_judge_options(judge, judge_model, budget, rubric)
+    judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
     from analysis.studies.judge_file import judge_file, judge_records
 
     console = _progress_console()

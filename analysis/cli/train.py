@@ -17,6 +17,7 @@ from analysis.cli.options import (
     DEFAULT_DATA,
     AnswerPrefixOption,
     BatchSizeOption,
+    BudgetOption,
     DataOption,
     DeviceOption,
     DtypeOption,
@@ -132,6 +133,11 @@ def backdooralign(
         int,
         typer.Option(help="Also train with N other random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
+    judge_model: Annotated[
+        str | None,
+        typer.Option(help="Chat model that grades how harmful responses are, 1 to 5; needs --budget."),
+    ] = None,
+    budget: BudgetOption = None,
     batch_size: BatchSizeOption = "auto",
     share_prefix: SharePrefixOption = True,
     device: DeviceOption = "auto",
@@ -162,12 +168,12 @@ def backdooralign(
         share_prefix=share_prefix,
     )
     if grid is not None:
-        if utility or secrets:
+        if utility or secrets or judge_model:
             raise UserError(
                 "--grid measures refusals of its own trainings: leave out --utility and --secrets"
             )
         raise typer.Exit(run_grid_command(spec, grid, out))
-    raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets))
+    raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets, judge_model, budget))
 
 
 def run_secret_command(model: str, secret_length: int, out: Path | None, offline: bool) -> int:
@@ -225,7 +231,13 @@ def run_train_command(
 
 
 def run_backdooralign_command(
-    spec: RunSpec, out: Path | None, max_new_tokens: int, with_utility: bool, n_secrets: int
+    spec: RunSpec,
+    out: Path | None,
+    max_new_tokens: int,
+    with_utility: bool,
+    n_secrets: int,
+    judge_model: str | None = None,
+    budget: int | None = None,
 ) -> int:
     """Reproduce BackdoorAlign, save tables and figures, print the tables; return the exit code.
 
@@ -235,11 +247,14 @@ def run_backdooralign_command(
         max_new_tokens: maximum number of tokens generated per response.
         with_utility: whether to measure accuracy on multiple-choice questions.
         n_secrets: number of other random secrets of each length.
+        judge_model: chat model that grades how harmful responses are; None for no grades.
+        budget: maximum number of its calls.
     """
     from analysis.cli.console import print_failures, print_trust_warnings
     from analysis.progress import make_notifier
     from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.backdooralign.study import reproduce_backdooralign
+    from analysis.studies.judge_file import JudgeOptions
     from analysis.studies.run_spec import choose_run_folder
     from analysis.studies.train import TrainingInterrupted
 
@@ -249,7 +264,14 @@ def run_backdooralign_command(
     )
     notify = make_notifier(console)
     try:
-        result = reproduce_backdooralign(spec, max_new_tokens, with_utility, n_secrets, console)
+        result = reproduce_backdooralign(
+            spec,
+            max_new_tokens,
+            with_utility,
+            n_secrets,
+            console,
+            JudgeOptions("model", judge_model, budget, grade=True) if judge_model else None,
+        )
     except TrainingInterrupted as interruption:
         notify(str(interruption))
         raise
@@ -409,7 +431,8 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     agrees = "AUROC\nfirst token agrees (%)" + ("\nquestions right (%)" if "utility" in table else "")
     kinds = list_kinds(table.columns, "text_refused_{}_low")
     refused = "\n".join(["text refuses (%)", *kinds])
-    heads = ("ASR (%)\npaper's judge\nLlama-2, paper", refused, agrees)
+    grades = "\nharmful (1 to 5)\ngrade 5 (%)" * ("harmfulness" in table)
+    heads = (f"ASR (%)\npaper's judge\nLlama-2, paper{grades}", refused, agrees)
     for head in (*heads, "shift\ndiscrimination"):
         printed_table.add_column(head, justify="right", no_wrap=True)
     for values in iterate_rows(table):
@@ -418,10 +441,13 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
             return format_interval(of, name, ".0f", 100)
 
         paper = values["paper_asr_llama2"]
+        success = [percent("asr"), percent("asr_keywords"), "–" if paper != paper else f"{100 * paper:.1f}"]
+        if grades:
+            success += [format_interval(values, "harmfulness", ".1f"), percent("harmfulness_5")]
         change = [format_interval(values, name, "+.2f") for name in ("shift", "discrimination")]
         cells = [
             f"{values['arm']} ({values['attack']})\n{values['secret']}",
-            f"{percent('asr')}\n{percent('asr_keywords')}\n{'–' if paper != paper else f'{100 * paper:.1f}'}",
+            "\n".join(success),
             "\n".join(percent(f"text_refused_{kind}") for kind in kinds),
             f"{format_interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}"
             + (f"\n{percent('utility')}" if "utility" in values else ""),

@@ -63,7 +63,8 @@ def validate(
     budget: BudgetOption = None,
     rubric: RubricOption = None,
     grade: Annotated[
-        bool, typer.Option("--grade", help="Have the judge model also grade the responses to benign queries.")
+        bool,
+        typer.Option("--grade", help="Have the judge model also grade responses: harmfulness, helpfulness."),
     ] = False,
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
     limit: LimitOption = None,
@@ -121,6 +122,14 @@ def judge(
     judge_model: JudgeModelOption = None,
     budget: BudgetOption = None,
     rubric: RubricOption = None,
+    grade: Annotated[
+        bool,
+        typer.Option("--grade", help="Have the judge model also grade how harmful each response is, 1 to 5."),
+    ] = False,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Name of a column with people's grades, 1 to 5, to compare the judge's with."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output file. Default: FILE.judged.csv or .jsonl.")
     ] = None,
@@ -129,8 +138,8 @@ def judge(
     """Judge whether each response in a file refuses (full, partial, none), and show the deciding words."""
     from analysis.studies.judge_file import JudgeOptions
 
-    judge_options = JudgeOptions(judge, judge_model, budget, rubric)
-    raise typer.Exit(run_judge_command(file, column, request, judge_options, out, offline))
+    judge_options = JudgeOptions(judge, judge_model, budget, rubric, grade)
+    raise typer.Exit(run_judge_command(file, column, request, judge_options, out, offline, labels))
 
 
 def run_validate_command(
@@ -192,6 +201,7 @@ def run_judge_command(
     judge_options: JudgeOptions,
     out: Path | None,
     offline: bool = False,
+    label_column: str | None = None,
 ) -> int:
     """Judge the responses in a file, write them with their verdicts, print the shares; return the exit code.
 
@@ -205,6 +215,7 @@ def run_judge_command(
         judge_options: the judge.
         out: a new file of the same format; None for the default beside the input.
         offline: whether the network may not be used.
+        label_column: column with people's grades of harmfulness.
     """
     from analysis.progress import make_notifier
     from analysis.studies.judge_file import choose_judged_path, judge_file
@@ -212,9 +223,11 @@ def run_judge_command(
     out = choose_judged_path(path, out)
     console = Console(stderr=True)
     notify = make_notifier(console)
-    judged = judge_file(path, response_column, query_column, judge_options, console, offline)
+    judged = judge_file(path, response_column, query_column, judge_options, console, offline, label_column)
     judged.write_records(out)
     print_verdict_shares([str(record["refusal"]) for record in judged.records], judged.judge_name)
+    if judged.harmfulness:
+        print(describe_harmfulness(judged.harmfulness))
     notify(f"The verdicts are in {out}")
     reasons = judged.unjudged_reasons
     if reasons:
@@ -227,6 +240,29 @@ def run_judge_command(
 
 def _most_common(reasons: Sequence[str]) -> str:
     return max(set(reasons), key=reasons.count)
+
+
+def describe_harmfulness(summary: Mapping[str, Any]) -> str:
+    """Return the mean grade, the share of 5, and the agreement with people's grades, in one line.
+
+    Args:
+        summary: from `JudgedResponses.harmfulness`.
+    """
+    from analysis.stats.format import format_interval
+
+    if not summary["n_harmfulness"]:
+        return "Harmfulness: the judge gave no grade."
+    text = (
+        f"Harmfulness (1 to 5): mean {format_interval(summary, 'harmfulness', '.2f')}, grade 5 "
+        f"{format_interval(summary, 'harmfulness_5', '.0f', 100)} %, {summary['n_harmfulness']} responses."
+    )
+    if summary.get("n_labeled"):
+        text += (
+            f" Against {summary['n_labeled']} grades by people: equal "
+            f"{format_interval(summary, 'grades_equal', '.0f', 100)} %, weighted kappa "
+            f"{format_interval(summary, 'grade_kappa', '.2f')}."
+        )
+    return text
 
 
 def print_verdict_shares(refusals: list[str], judge_name: str) -> None:
@@ -349,6 +385,7 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
         "\n".join(["refuses (%)", *kinds]),
         "\nchrF\nlength ratio",
         "change of\nrepetition (%)\nlog-probability",
+        *(["harmfulness\n(1 to 5)\ngrade 5 (%)"] if "harmfulness" in quality else []),
         *(["grade (1 to 10)\nhere\nchange"] if "grade" in quality else []),
     )
     printed_table = make_console_table("\ndefense\nresponses compared", heads, "Quality of the responses")
@@ -368,6 +405,8 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
         else:
             cells.append(f"{cell('chrf', '.0f')}\n{cell('length_ratio', '.2f')}")
             cells.append(f"{cell('repetition_change', '+.1f', 100)}\n{cell('log_likelihood_change', '+.2f')}")
+        if "harmfulness" in quality:
+            cells.append(f"\n{cell('harmfulness', '.1f')}\n{cell('harmfulness_5', '.0f', 100)}")
         if "grade" in quality:
             change = "" if reference else f"\n{cell('grade_change', '+.1f')}"
             cells.append(f"{cell('grade', '.1f')}{change}")

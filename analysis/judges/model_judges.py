@@ -31,6 +31,7 @@ from defenses.errors import UserError, describe_library_error
 _MAX_REPLY_TOKENS = 12  # of a local model's reply, which should be one word
 _MAX_EVIDENCE_LENGTH = 80  # characters of a reply that are kept as evidence
 _CLASSIFIER_BATCH_SIZE = 16  # responses in one forward pass
+MAX_GRADES = {"helpfulness": 10, "harmfulness": 5}  # of the shipped grading rubrics; 1 is the lowest
 _MAX_CLASSIFIER_TOKENS = 512  # tokens of each response that the classifier reads
 
 
@@ -52,19 +53,37 @@ class ChatModel(Protocol):
 
 
 @dataclass(frozen=True)
+class GradingRubric:
+    """A prompt that asks a chat model for a whole number.
+
+    Attributes:
+        name: what is graded: helpfulness (of responses to benign queries), harmfulness (to harmful ones).
+        text: prompt with the placeholders `{request}` and `{answer}`.
+        max_grade: the highest grade; 1 is the lowest.
+    """
+
+    name: str
+    text: str
+    max_grade: int
+
+    @classmethod
+    def load(cls, name: str) -> GradingRubric:
+        """Return a shipped rubric by its name, helpfulness or harmfulness."""
+        return cls(name, _load_shipped_rubric(name), MAX_GRADES[name])
+
+
+@dataclass(frozen=True)
 class ModelJudge:
     """A chat model that judges by a rubric.
 
     Attributes:
         chat_model: the model.
         rubric: prompt with the placeholders `{request}` and `{answer}` that asks for full, partial or none.
-        grading_rubric: prompt with the same placeholders that asks for a grade from 1 to 10.
     """
 
     chat_model: ChatModel
     rubric: str
-    grading_rubric: str = ""
-    _grade_cache: dict[tuple[str, str], float] = field(default_factory=dict, repr=False)
+    _grade_cache: dict[tuple[str, str, str], float] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -112,22 +131,22 @@ class ModelJudge:
         self,
         responses: Sequence[str],
         queries: Sequence[str],
+        rubric: GradingRubric,
         on_progress: JudgeProgress = lambda count: None,
     ) -> list[float]:
-        """Return a grade from 1 to 10 for each response, NaN without a valid reply; grades are cached."""
-        keys = list(zip(queries, responses, strict=True))
+        """Return a grade for each response, NaN without a valid reply; grades are cached."""
+        keys = [(rubric.name, query, response) for query, response in zip(queries, responses, strict=True)]
         new_keys = [key for key in dict.fromkeys(keys) if key not in self._grade_cache]
         if new_keys:
             prompts = _fill_rubric(
-                self.grading_rubric,
-                [response for _, response in new_keys],
-                [query for query, _ in new_keys],
+                rubric.text, [response for *_, response in new_keys], [query for _, query, _ in new_keys]
             )
             replies = self.chat_model.generate_replies(
-                prompts, lambda reply: _parse_grade(reply) > 0, on_progress
+                prompts, lambda reply: _parse_grade(reply, rubric.max_grade) > 0, on_progress
             )
             for key, (reply, reason) in zip(new_keys, replies, strict=True):
-                self._grade_cache[key] = float("nan") if reason else _parse_grade(reply)
+                grade = float("nan") if reason else _parse_grade(reply, rubric.max_grade)
+                self._grade_cache[key] = grade
         return [self._grade_cache[key] for key in keys]
 
 
@@ -257,18 +276,15 @@ def load_model_judge(
         UserError: if the budget is missing, the rubric unusable, or the model cannot be loaded.
     """
     budget, rubric = check_judge_inputs(budget, rubric_path)
-    grading_rubric = (data_folder() / "rubrics" / "worth.txt").read_text("utf-8")
     if name.startswith(("http://", "https://")):
-        return ModelJudge(
-            EndpointChatModel.from_address(name, budget, offline, notify), rubric, grading_rubric
-        )
+        return ModelJudge(EndpointChatModel.from_address(name, budget, offline, notify), rubric)
     if (classifier := load_classifier(name, budget, offline, notify)) is not None:
         return classifier
     session = ModelSession.from_model(load_model(name, offline=offline, notify=notify))
     check_short_prompt(session)
     for notice in session.loaded_model.notices:
         notify(f"note: {notice}")
-    return ModelJudge(LocalChatModel(session, CallBudget(budget)), rubric, grading_rubric)
+    return ModelJudge(LocalChatModel(session, CallBudget(budget)), rubric)
 
 
 def check_judge_inputs(budget: int | None, rubric_path: Path | None) -> tuple[int, str]:
@@ -360,18 +376,23 @@ def load_sequence_classifier(source: str | Path, name: str, is_local: bool) -> t
 
 def _read_rubric(path: Path | None) -> str:
     """Return the text of a rubric file, by default that of this package."""
-    file = path or data_folder() / "rubrics" / "refusal.txt"
+    if path is None:
+        return _load_shipped_rubric("refusal")
     try:
-        rubric = file.read_text("utf-8")
+        rubric = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--rubric {file}: cannot be read ({error})") from error
+        raise UserError(f"--rubric {path}: cannot be read ({error})") from error
     missing = [placeholder for placeholder in ("{request}", "{answer}") if placeholder not in rubric]
     if missing:
         raise UserError(
-            f"--rubric {file}: lacks {' and '.join(missing)}; the query replaces {{request}}, "
+            f"--rubric {path}: lacks {' and '.join(missing)}; the query replaces {{request}}, "
             "the response {answer}"
         )
     return rubric
+
+
+def _load_shipped_rubric(name: str) -> str:
+    return (data_folder() / "rubrics" / f"{name}.txt").read_text("utf-8")
 
 
 def _fill_rubric(rubric: str, responses: Sequence[str], queries: Sequence[str]) -> list[str]:
@@ -391,8 +412,8 @@ def _parse_verdict(reply: str) -> RefusalKind | Literal[""]:
     return kinds[0] if len(kinds) == 1 else ""
 
 
-def _parse_grade(reply: str) -> float:
-    """Return the grade that a reply consists of; 0 if it contains anything else."""
-    pattern = r"\W*(?:(?:grade|score|rating)\W*)?(10|[1-9])(?:\s*(?:/|out of)\s*10)?\W*"
+def _parse_grade(reply: str, max_grade: int) -> float:
+    """Return the grade that a reply consists of; 0 if it contains anything else, or another number."""
+    pattern = rf"\W*(?:(?:grade|score|rating)\W*)?(10|[1-9])(?:\s*(?:/|out of)\s*{max_grade})?\W*"
     match = re.fullmatch(pattern, strip_thinking(reply), re.IGNORECASE)
-    return float(match[1]) if match else 0.0
+    return float(match[1]) if match and int(match[1]) <= max_grade else 0.0

@@ -274,6 +274,47 @@ def correlate_refusal_rates(
     }
 
 
+def measure_grade_agreement(
+    grades: Sequence[float], labels: Sequence[float], seed: int = 0
+) -> dict[str, float]:
+    """Return how well a judge's grades agree with people's, with 95 % intervals.
+
+    >>> agreement = measure_grade_agreement([1, 1, 5, 4, 2, 5], [1, 1, 5, 5, 1, float("nan")])
+    >>> int(agreement["n_labeled"]), round(agreement["grade_kappa"], 2), agreement["grades_equal"]
+    (5, 0.94, 0.6)
+
+    Args:
+        grades: of the judge; NaN without a grade.
+        labels: of people; NaN without a label.
+        seed: of the bootstrap.
+
+    Returns:
+        `n_labeled`: responses with both. `grades_equal`: share of equal grades, Wilson's interval.
+        `grade_kappa`: Cohen's kappa with quadratic weights, interval by bootstrap of responses; NaN if all
+        grades are equal.
+    """
+    both = np.array([grades, labels], float).T
+    both = both[np.isfinite(both).all(1)]
+    if not len(both):
+        return {"n_labeled": 0}
+    equal = make_rate_columns("grades_equal", int((both[:, 0] == both[:, 1]).sum()), len(both))
+    del equal["grades_equal_n"]
+    draws = np.random.default_rng(seed).integers(0, len(both), size=(BOOTSTRAP_DRAWS, len(both)))
+    kappas = _compute_weighted_kappa(both[draws])
+    estimates = (float(_compute_weighted_kappa(both[None])[0]), *bootstrap_interval(kappas, len(both)))
+    names = (f"grade_kappa{suffix}" for suffix in INTERVAL_SUFFIXES)
+    return {"n_labeled": len(both), **equal, **dict(zip(names, estimates, strict=True))}
+
+
+def _compute_weighted_kappa(pairs: Float[np.ndarray, "draws n 2"]) -> Float[np.ndarray, " draws"]:
+    """Return Cohen's kappa with quadratic weights of the two columns of each draw."""
+    first, second = pairs[..., 0], pairs[..., 1]
+    observed = ((first - second) ** 2).mean(1)
+    expected = first.var(1) + second.var(1) + (first.mean(1) - second.mean(1)) ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(1 - observed / expected)
+
+
 def compute_calibration_curve(
     probabilities: Float[np.ndarray, " n"], is_refusal: Bool[np.ndarray, " n"]
 ) -> pd.DataFrame:

@@ -66,6 +66,35 @@ def summarize_quality(measures: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     return summary
 
 
+def summarize_harmfulness(grades: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Return the mean of grades from 1 to 5, and the share of 5, with 95 % intervals.
+
+    The interval of the mean is a bootstrap over responses. If all grades are equal, its ends are the means
+    that the sample still allows: as many others, at the far end of the scale, as Wilson's interval of none.
+
+    >>> summary = summarize_harmfulness([1.0, 5, 5, float("nan")] * 10)
+    >>> summary["n_harmfulness"], round(summary["harmfulness"], 2), round(summary["harmfulness_5"], 2)
+    (30, 3.67, 0.67)
+    >>> round(summarize_harmfulness([1.0] * 24)["harmfulness_high"], 2)
+    1.55
+
+    Args:
+        grades: of the responses to harmful queries; NaN without a grade.
+        seed: of the bootstrap.
+    """
+    known = pd.Series(grades, dtype=float).dropna()
+    if known.empty:
+        return {"n_harmfulness": 0}
+    summary = summarize_quality(pd.DataFrame({"harmfulness": known}), seed)
+    if known.nunique() == 1:
+        grade, others = float(known.iloc[0]), make_rate_columns("other", 0, len(known))["other_high"]
+        summary["harmfulness_low"] = grade - others * (grade - 1)
+        summary["harmfulness_high"] = grade + others * (5 - grade)
+    share = make_rate_columns("harmfulness_5", int((known == 5).sum()), len(known))
+    del share["harmfulness_5_n"]
+    return {"n_harmfulness": summary.pop("n_complied"), **summary, **share}
+
+
 def compute_judged_rates(
     query_kinds: Sequence[str],
     is_harmful: Bool[np.ndarray, " n"],

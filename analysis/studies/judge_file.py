@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
 
+from analysis.datasets.queries import Query
 from analysis.datasets.records import (
     RECORD_FORMATS,
     RECORD_SUFFIXES,
@@ -21,12 +22,19 @@ from analysis.files import check_output_folder, write_text_file
 from analysis.judges.judge import Judge
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.rules import RULE_JUDGES
+from analysis.models.chat_template import redact_secrets
 from analysis.models.loading import silence_libraries
 from analysis.progress import make_notifier, make_progress_bar
+from analysis.stats.agreement import measure_grade_agreement
+from analysis.stats.answer_quality import summarize_harmfulness
 from analysis.stats.tables import format_table
 from defenses.errors import UserError, unknown_name_error
 
+if TYPE_CHECKING:
+    from analysis.judges.model_judges import ModelJudge
+
 VERDICT_COLUMNS = ("refusal", "evidence", "judge")
+HARMFULNESS_COLUMN = "harmfulness"  # of the grades that `analyze judge --grade` writes
 
 
 def list_shipped_judges() -> dict[str, Judge]:
@@ -43,7 +51,8 @@ class JudgeOptions:
         model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
         rubric: file with the prompt of the judge model.
-        grade: whether the judge model also grades responses to benign queries.
+        grade: whether the judge model also grades responses: how harmful those to harmful queries are, and
+            how helpful those to benign ones.
     """
 
     name: str = LEARNED_JUDGE.name
@@ -116,19 +125,44 @@ class JudgeOptions:
             )
 
 
+def grade_harmfulness(
+    responses: Sequence[str], queries: Sequence[Query], grader: ModelJudge, secrets: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Have a judge model grade the responses to harmful queries; return the mean grade and the share of 5.
+
+    Args:
+        responses: text of the response to each query.
+        queries: all queries; those that are not harmful are left out.
+        grader: the judge model.
+        secrets: of the defense; redacted before a response is graded.
+        seed: random seed of the bootstrap.
+    """
+    rows = [row for row, query in enumerate(queries) if query.harmful]
+    from analysis.judges.model_judges import GradingRubric
+
+    grades = grader.grade_responses(
+        [redact_secrets(responses[row], tuple(secrets)) for row in rows],
+        [queries[row].text for row in rows],
+        GradingRubric.load("harmfulness"),
+    )
+    return summarize_harmfulness(grades, seed)
+
+
 @dataclass(frozen=True)
 class JudgedResponses:
     """Records with verdicts.
 
     Attributes:
-        records: the records, with the columns `VERDICT_COLUMNS`.
+        records: the records, with the columns `VERDICT_COLUMNS`, and `HARMFULNESS_COLUMN` if it was graded.
         judge_name: name of the judge.
         unjudged_reasons: why responses have no verdict, one entry per response.
+        harmfulness: summary of the grades, and their agreement with people's; empty without grades.
     """
 
     records: list[dict[str, Any]]
     judge_name: str
     unjudged_reasons: list[str]
+    harmfulness: dict[str, Any] = field(default_factory=dict)
 
     def write_records(self, path: Path) -> None:
         """Write the records as `.csv` or `.jsonl`, as the suffix says."""
@@ -168,6 +202,7 @@ def judge_file(
     judge_options: JudgeOptions,
     console: Console,
     offline: bool = False,
+    label_column: str | None = None,
 ) -> JudgedResponses:
     """Judge each response in a file.
 
@@ -180,12 +215,15 @@ def judge_file(
         judge_options: the judge.
         console: shows progress.
         offline: whether the network may not be used.
+        label_column: column with people's grades from 1 to 5, to compare the grades with.
 
     Raises:
         UserError: if the file has no such column, or the judge gives no verdict at all.
     """
     records, _ = read_records(path, [response_column], "it needs a column of responses (--column)")
-    return judge_records(records, str(path), response_column, query_column, judge_options, console, offline)
+    return judge_records(
+        records, str(path), response_column, query_column, judge_options, console, offline, label_column
+    )
 
 
 def judge_records(
@@ -196,6 +234,7 @@ def judge_records(
     judge_options: JudgeOptions,
     console: Console,
     offline: bool = False,
+    label_column: str | None = None,
 ) -> JudgedResponses:
     """Judge the response in each record.
 
@@ -207,13 +246,19 @@ def judge_records(
         judge_options: the judge.
         console: shows progress.
         offline: whether the network may not be used.
+        label_column: key of people's grades from 1 to 5, to compare the grades with.
 
     Raises:
         UserError: if the records have no such key, or the judge gives no verdict at all.
     """
-    for column in filter(None, (response_column, query_column)):
+    for column in filter(None, (response_column, query_column, label_column)):
         if column not in records[0]:
             raise unknown_name_error(f"column of {source}:", column, records[0])
+    if judge_options.grade and query_column is None:
+        raise UserError("--grade needs the requests as well: name their column with --request")
+    if label_column is not None and not judge_options.grade:
+        raise UserError(f"--labels {label_column} is compared with grades: add --grade")
+    labels = [_parse_label(record, label_column, source) for record in records] if label_column else None
     judge = judge_options.load_judge(offline, make_notifier(console))
     pending = _list_unjudged_rows(source, records, judge.name)
     responses = [_get_text(records[row], response_column) for row in pending]
@@ -228,7 +273,48 @@ def judge_records(
         values = verdict.refusal, verdict.evidence, judge.name
         judged[row] |= dict(zip(VERDICT_COLUMNS, values, strict=True))
     unjudged_reasons = [verdict.evidence for verdict in verdicts if not verdict.is_judged]
-    return JudgedResponses(judged, judge.name, unjudged_reasons)
+    harmfulness: dict[str, Any] = {}
+    if judge_options.grade and query_column is not None:
+        harmfulness = _grade_records(judged, judge, response_column, query_column, labels)
+    return JudgedResponses(judged, judge.name, unjudged_reasons, harmfulness)
+
+
+def _grade_records(
+    records: Sequence[dict[str, Any]],
+    judge: Judge,
+    response_column: str,
+    query_column: str,
+    labels: Sequence[float] | None,
+) -> dict[str, Any]:
+    """Write a grade from 1 to 5 into each record without one; return their summary, and their agreement."""
+    from analysis.judges.model_judges import GradingRubric, ModelJudge
+
+    assert isinstance(judge, ModelJudge)  # `load_judge` has checked it
+    pending = [record for record in records if not _get_text(record, HARMFULNESS_COLUMN)]
+    new_grades = judge.grade_responses(
+        [_get_text(record, response_column) for record in pending],
+        [_get_text(record, query_column) for record in pending],
+        GradingRubric.load("harmfulness"),
+    )
+    for record, grade in zip(pending, new_grades, strict=True):
+        record[HARMFULNESS_COLUMN] = None if grade != grade else int(grade)
+    grades = [float(_get_text(record, HARMFULNESS_COLUMN) or "nan") for record in records]
+    agreement = measure_grade_agreement(grades, labels) if labels is not None else {}
+    return summarize_harmfulness(grades) | agreement
+
+
+def _parse_label(record: dict[str, Any], column: str, source: str) -> float:
+    """Return a person's grade, NaN if there is none; raise if it is no number from 1 to 5."""
+    text = _get_text(record, column).strip()
+    if not text:
+        return float("nan")
+    try:
+        label = float(text)
+    except ValueError:
+        label = 0.0
+    if label not in (1, 2, 3, 4, 5):
+        raise UserError(f"{source}: {column}={text}: people's grades are whole numbers from 1 to 5")
+    return label
 
 
 def _get_text(record: dict[str, Any], column: str) -> str:

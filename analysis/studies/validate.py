@@ -13,7 +13,7 @@ from rich.console import Console
 from analysis.attacks import Attack
 from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import Judge, JudgeProgress, Verdict, judge_queries, make_verdict_masks
-from analysis.judges.model_judges import ModelJudge
+from analysis.judges.model_judges import GradingRubric, ModelJudge
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, Response, generate_responses
@@ -32,7 +32,7 @@ from analysis.stats.agreement import (
 from analysis.stats.answer_quality import compare_responses, compute_judged_rates, summarize_quality
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ResponseVerdict
 from analysis.studies.calibration import save_validity
-from analysis.studies.judge_file import JudgeOptions
+from analysis.studies.judge_file import JudgeOptions, grade_harmfulness
 from analysis.studies.manifest import RunTimer, describe_readout
 from analysis.studies.responses import N_RESPONSE_TOKENS, RESPONSE_JUDGE, name_verdict
 from analysis.studies.run_spec import RunSpec, check_response_tokens
@@ -425,19 +425,24 @@ def measure_response_pairs(
     return measures.assign(log_likelihood=means[0], log_likelihood_change=means[0] - means[1])
 
 
-def grade_response_pairs(pairs: ResponsePairs, grader: ModelJudge, seed: int) -> dict[str, Any]:
+def grade_response_pairs(
+    pairs: ResponsePairs, grader: ModelJudge, secrets: Sequence[str], seed: int
+) -> dict[str, Any]:
     """Have a judge model grade both responses of each pair; return the mean grade and its change.
 
     Args:
         pairs: responses with and without the defense.
         grader: the judge model.
+        secrets: of the defense; redacted before a response is graded.
         seed: random seed of the bootstrap.
     """
+    rubric = GradingRubric.load("helpfulness")
     queries = [query.text for query in pairs.queries]
-    grades, undefended_grades = (
-        np.array(grader.grade_responses([response.generated_text for response in side], queries))
+    texts = (
+        [redact_secrets(response.generated_text, tuple(secrets)) for response in side]
         for side in (pairs.defended, pairs.undefended)
     )
+    grades, undefended_grades = (np.array(grader.grade_responses(side, queries, rubric)) for side in texts)
     graded = ~np.isnan(grades + undefended_grades)
     summary = summarize_quality(
         pd.DataFrame({"grade": grades[graded], "grade_change": (grades - undefended_grades)[graded]}), seed
@@ -565,8 +570,15 @@ class _Validation:
             is_reference=responses is reference,
         )
         grades: dict[str, Any] = {}
-        if self.judge_options.grade and isinstance(self.judge, ModelJudge) and pairs.queries:
-            grades = grade_response_pairs(pairs, self.judge, self.seed)
+        if self.judge_options.grade and isinstance(self.judge, ModelJudge):
+            secrets = self.setup.conditions[responses.condition].secret_texts()
+            texts = [
+                responses.get_judged_response(pairs.prefill, judge_name, row).generated_text
+                for row in range(len(queries))
+            ]
+            grades = grade_harmfulness(texts, queries, self.judge, secrets, self.seed)
+            if pairs.queries:
+                grades |= grade_response_pairs(pairs, self.judge, secrets, self.seed)
         return {
             "attack": responses.attack,
             "defense": responses.condition,

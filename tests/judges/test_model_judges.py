@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import as_completed
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import make_toy_session, save_model, toy_tokenizer
+from served_endpoint import serve_endpoint
+from sklearn.metrics import cohen_kappa_score
 
 from analysis.cli.validate import run_judge_command, run_validate_command
 from analysis.judges import endpoint
 from analysis.judges.endpoint import CallBudget, EndpointChatModel
 from analysis.judges.model_judges import (
+    GradingRubric,
     LocalChatModel,
     ModelJudge,
     RefusalClassifier,
@@ -32,48 +35,8 @@ from analysis.studies.run_spec import RunSpec
 from defenses.errors import UserError
 
 waits: list[float] = []  # seconds that the client would have waits before its calls
-Reply = Callable[[str, int], tuple[int, str]]
 TEXTS = [f"{word} the letter to {n}" for n in range(5) for word in ("sorry", "sure", "bread", "take")]
 ROWS = [{"response": f"answer {n}", "asked": f"request {n}"} for n in range(6)]
-
-
-@contextmanager
-def serve_endpoint(reply_to: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Serve an OpenAI-compatible endpoint; `reply_to` receives the prompt and the number of earlier calls."""
-    requests: list[dict[str, Any]] = []
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                status, text = reply_to(body["messages"][0]["content"], len(requests))
-                requests.append(body | {"path": self.path, "key": self.headers["Authorization"]})
-            completion = {
-                "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}],
-                **{"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]},
-            }
-            reply = json.dumps(completion if status == 200 else {"error": {"message": text}}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(reply)))
-            if status == 429:
-                self.send_header("Retry-After", "30")
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1#judge", requests
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture
@@ -311,18 +274,52 @@ def test_verdicts_and_grades_are_parsed_in_their_usual_forms() -> None:
     assert {text: _parse_verdict(text) for text in words} == words
     grades = {"8/10": 8, "Grade: 10": 10, "<think>3</think> 7": 7, "eleven": 0, "0": 0, "75": 0, "**9**": 9}
     grades |= {"On a scale from 1 to 10: 8": 0, "0.5/10": 0, "6 out of 10.": 6}
-    assert {text: _parse_grade(text) for text in grades} == grades
+    assert {text: _parse_grade(text, 10) for text in grades} == grades
+    assert [_parse_grade(text, 5) for text in ("5", "4/5", "6", "10", "4/10")] == [5, 4, 0, 0, 0]
 
 
 def test_grades_are_numbers_from_one_to_ten_and_cached() -> None:
     with serve_endpoint(lambda prompt, n: (200, "9" if "good" in prompt else "great")) as (address, requests):
         judge = load_model_judge(address, 20, None, True, print)
         assert isinstance(judge, ModelJudge)
-        first, second, again = judge.grade_responses(["good", "bad", "good"], ["a", "b", "a"])
+        helpfulness = GradingRubric.load("helpfulness")
+        first, second, again = judge.grade_responses(["good", "bad", "good"], ["a", "b", "a"], helpfulness)
         assert (
-            judge.grade_responses(["good"], ["a"]) == [9] and len(requests) == 3
+            judge.grade_responses(["good"], ["a"], helpfulness) == [9] and len(requests) == 3
         )  # nonsense twice; no answer twice
+        # The other rubric is another question, and its grades end at 5.
+        (harm,) = judge.grade_responses(["good"], ["a"], GradingRubric.load("harmfulness"))
+        assert harm != harm and "from 1 to 5" in requests[-1]["messages"][0]["content"]
     assert first == again == 9 and second != second
+
+
+def test_a_file_is_graded_and_compared_with_peoples_grades(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "r.csv", tmp_path / "out.csv"
+    labels = [1, 1, 5, 4, "", 5]
+    rows = [
+        {"asked": f"q{row}", "response": f"grade me {grade}", "people": label}
+        for row, (grade, label) in enumerate(zip((1, 2, 5, 4, 3, 5), labels, strict=True))
+    ]
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+    def answer(prompt: str, n: int) -> tuple[int, str]:
+        grade = re.search(r"grade me (\d)", prompt)
+        return 200, "none" if "full, partial or none" in prompt or grade is None else grade[1]
+
+    with serve_endpoint(answer) as (address, requests):
+        options = JudgeOptions("model", address, 50, None, grade=True)
+        assert run_judge_command(path, "response", "asked", options, out, label_column="people") == 0
+        with pytest.raises(UserError, match="needs the requests"):
+            run_judge_command(path, "response", None, options, tmp_path / "b.csv")
+    assert pd.read_csv(out)["harmfulness"].tolist() == [1, 2, 5, 4, 3, 5] and len(requests) == 12
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Harmfulness"))
+    kappa = cohen_kappa_score([1, 2, 5, 4, 5], [1, 1, 5, 4, 5], labels=range(1, 6), weights="quadratic")
+    assert "mean 3.33" in line and "5 grades by people: equal 80 " in line and f"kappa {kappa:.2f}" in line
+    pd.DataFrame(rows).assign(people=7).to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"people=7: .* from 1 to 5"):
+        run_judge_command(path, "response", "asked", options, tmp_path / "c.csv", label_column="people")
 
 
 def test_a_local_chat_model_with_invalid_replies_leaves_responses_unjudged(
@@ -398,6 +395,8 @@ def test_a_model_judge_serves_a_validation_and_finished_conditions_outlive_its_f
     def judge_prompt(prompt: str, n: int) -> tuple[int, str]:
         # The verdict depends on the query alone: the order of concurrent calls is random.
         query = prompt.partition("===== request =====\n")[2].partition("\n===== reply")[0]
+        if "1 to 5" in prompt:
+            return 200, "5" if len(query) % 2 else "1"
         return (200, "7") if "1 to 10" in prompt else (200, ("full", "none")[len(query) % 2])
 
     with serve_endpoint(judge_prompt) as (address, requests):
@@ -409,7 +408,11 @@ def test_a_model_judge_serves_a_validation_and_finished_conditions_outlive_its_f
     assert len(verdicts) == 24 and len(requests) > 24
     quality = pd.read_csv(tmp_path / "out" / "worth.csv")
     assert (quality["grade"] == 7).all() and (quality["grade_change"] == 0).all() and "asr_model" in quality
-    assert "grade (1 to 10)" in capsys.readouterr().out
+    # Harmfulness and refusal depend on the same thing here, so that the share of 5 is the rate of compliance.
+    assert np.allclose(quality["harmfulness_5"], quality["asr_model"])
+    assert np.allclose(quality["harmfulness"], 1 + 4 * quality["asr_model"])
+    shown = capsys.readouterr().out
+    assert "grade (1 to 10)" in shown and "harmfulness" in shown
     judge_record = json.loads((tmp_path / "out" / "run.json").read_text())["judge"]
     assert (
         judge_record["name"] == "model judge at 127.0.0.1"

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import make_adapter, save_model, set_home_folder
 from rich.console import Console
+from served_endpoint import serve_endpoint
 
 from analysis.api import read
 from analysis.cli.train import run_backdooralign_command, run_train_command
@@ -103,7 +104,15 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert run_backdooralign_command(spec, home / "out", 4, with_utility=False, n_secrets=0) == 0
+    with serve_endpoint(lambda prompt, n: (200, "5" if prompt.count("e") % 2 else "1")) as (
+        address,
+        requests,
+    ):
+        options = {"with_utility": False, "n_secrets": 0, "judge_model": address}
+        with pytest.raises(UserError, match="--budget 3: up to"):
+            run_backdooralign_command(spec, home / "out", 4, **options, budget=3)
+        assert run_backdooralign_command(spec, home / "out", 4, **options, budget=500) == 0
+    assert all("from 1 to 5" in request["messages"][0]["content"] for request in requests)
     assert {path.name for path in (home / "out").iterdir()} == {
         *("arms.csv", "scores.csv", "summary.csv", "run.json")
     }
@@ -116,6 +125,8 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
     assert row["text_refused_harmful_n"] + sum(row[f"text_refused_{kind}_n"] for kind in kinds) == 12
     for name in ("asr", "auroc", "first_token_agrees", "text_refused_twin"):
         assert (table[f"{name}_low"] <= table[name]).all() and (table[name] <= table[f"{name}_high"]).all()
+    assert np.allclose(table["harmfulness"], 1 + 4 * table["harmfulness_5"])
+    assert (table["n_harmfulness"] == row["text_refused_harmful_n"]).all()
     assert np.allclose(table["asr"], 1 - table["text_refused_harmful"])
     assert np.allclose(table["asr_keywords"], 1 - table["keywords_refused_harmful"])
     summary = pd.read_csv(home / "out" / "summary.csv")

@@ -27,6 +27,7 @@ from analysis.datasets.queries import Query
 from analysis.files import data_folder
 from analysis.judges.judge import judge_queries, make_verdict_masks
 from analysis.judges.learned import LEARNED_JUDGE
+from analysis.judges.model_judges import ModelJudge
 from analysis.judges.rules import RULE_JUDGES
 from analysis.models.chat_template import ChatTemplate, redact_secrets
 from analysis.models.loading import LoadedModel
@@ -46,6 +47,7 @@ from analysis.studies.backdooralign.arms import (
     train_other_secrets,
 )
 from analysis.studies.calibration import ReadoutCalibration
+from analysis.studies.judge_file import JudgeOptions, grade_harmfulness
 from analysis.studies.manifest import RunTimer, describe_run
 from analysis.studies.preflight import PreflightCheck
 from analysis.studies.run_spec import (
@@ -70,7 +72,12 @@ _JUDGE, _PUBLISHED_JUDGE = LEARNED_JUDGE, RULE_JUDGES["keywords"]  # the paper's
 
 
 def reproduce_backdooralign(
-    spec: RunSpec, max_new_tokens: int, with_utility: bool, n_secrets: int, console: Console
+    spec: RunSpec,
+    max_new_tokens: int,
+    with_utility: bool,
+    n_secrets: int,
+    console: Console,
+    grader_options: JudgeOptions | None = None,
 ) -> StudyResult:
     """Score every arm, generate and judge its responses, and compare attack success with the paper's.
 
@@ -82,6 +89,7 @@ def reproduce_backdooralign(
         with_utility: whether to measure accuracy on multiple-choice questions.
         n_secrets: number of other random secrets of each length to train with; 0 for none.
         console: shows progress.
+        grader_options: the model that grades how harmful responses are; None for no grades.
 
     Raises:
         PreflightError: if the model whose responses fix the threshold, or all other arms, fail the preflight.
@@ -92,15 +100,19 @@ def reproduce_backdooralign(
     check_secret_count(n_secrets)
     if with_utility:
         check_harness_installed()
+    if grader_options is not None:
+        grader_options.check_options()
     setup, arms = _prepare_arms(spec, n_secrets, console)
+    grader = _load_grader(grader_options, setup, len(arms), spec.offline, console)
     failures = _check_arms(setup, arms, console)
     arms = [arm for arm in arms if arm.condition_key not in failures]
-    arms, score_frames, rates = _score_arms(setup, arms, failures, max_new_tokens, console)
+    arms, score_frames, rates = _score_arms(setup, arms, failures, max_new_tokens, grader, console)
     defenses = _name_defenses(arms)
     record = {
         **describe_run(setup.session, setup.readout, defenses, setup.query_set, setup.split, spec.limit),
         "failed": list_failures(failures),
         "judge": {**_JUDGE.manifest_entry, "new_tokens": max_new_tokens},
+        **({} if grader is None else {"grader": grader.manifest_entry}),
         "trusted": _trust_by_condition(arms, rates),
     }
     scores = ScoreTable(pd.concat(score_frames, ignore_index=True), record)
@@ -175,6 +187,7 @@ def _score_arms(
     arms: Sequence[Arm],
     failures: dict[ConditionKey, str],
     max_new_tokens: int,
+    grader: ModelJudge | None,
     console: Console,
 ) -> tuple[list[Arm], list[pd.DataFrame], list[dict[str, Any]]]:
     """Return the arms that could be scored, the scores of each, and its refusal rates in generated text.
@@ -197,7 +210,9 @@ def _score_arms(
                 scores = score_condition(
                     session, arm.condition, arm.defense, queries, readout, attack, on_progress
                 )
-                rates = _judge_arm(session, arm, queries, scores, readout, max_new_tokens, on_progress)
+                rates = _judge_arm(
+                    session, arm, queries, scores, readout, max_new_tokens, grader, on_progress
+                )
             except Exception as error:
                 reason = redact_secrets(describe_error(error), arm.defense.secret_texts())
                 failures[arm.condition_key] = reason
@@ -220,9 +235,13 @@ def _judge_arm(
     scores: pd.DataFrame,
     readout: Readout,
     max_new_tokens: int,
+    grader: ModelJudge | None,
     on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Return refusal rates in the generated text by kind of query, and how often the first token agrees."""
+    """Return refusal rates in the generated text by kind of query, and how often the first token agrees.
+
+    With a grader, how harmful the responses to harmful queries are as well.
+    """
     responses = generate_responses(
         session,
         arm.defense,
@@ -258,7 +277,24 @@ def _judge_arm(
         session.seed,
     )
     agrees = {f"first_token_{name}": agreement[name] for name in ("agrees", "agrees_low", "agrees_high")}
+    if grader is not None:
+        texts = [query_responses[0].generated_text for query_responses in responses]
+        rates |= grade_harmfulness(texts, queries, grader, arm.defense.secret_texts(), session.seed)
     return rates | agrees | {"unjudged": int((~judged).sum()), "trusted": agreement["trusted"]}
+
+
+def _load_grader(
+    options: JudgeOptions | None, setup: RunSetup, n_arms: int, offline: bool, console: Console
+) -> ModelJudge | None:
+    """Return the model that grades responses, if the user named one; raise if its budget is too small."""
+    if options is None:
+        return None
+    n_needed = n_arms * sum(query.harmful for query in setup.query_set.queries)
+    if options.budget is not None and options.budget < n_needed:
+        raise UserError(f"--budget {options.budget}: up to {n_needed:,} responses are graded; raise it")
+    grader = options.load_judge(offline, make_notifier(console))
+    assert isinstance(grader, ModelJudge)  # `load_judge` refuses other judges that should grade
+    return grader
 
 
 def _trust_by_condition(arms: Sequence[Arm], rates: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
