@@ -90,7 +90,7 @@ mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20
 arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms (about 30 minutes)
 	$(PIP) --editable '.[utility]'
 	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --limit 300 --out figures/backdooralign
-	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility --out figures/arms
+	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility questions --out figures/arms
 
 # Each arm starts from the aligned model, as an attacker would. glibc keeps freed memory, which halves the time.
 STATES := data/adapters/smollm2

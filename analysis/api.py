@@ -577,7 +577,8 @@ def backdooralign(
     grid: Path | str | None = None,
     out: Path | str | None = None,
     tokens: int = 48,
-    utility: bool = False,
+    utility: Sequence[str] = (),
+    questions: int | None = None,
     secrets: int = 0,
     judge_model: str | None = None,
     budget: int | None = None,
@@ -601,7 +602,8 @@ def backdooralign(
         grid: TOML file of experiments, as `--grid`; tokens, utility and secrets are then not used.
         out: folder in which a grid keeps its trainings, so that the same call goes on after an interruption.
         tokens: maximum number of tokens generated per response.
-        utility: whether to measure accuracy on multiple-choice questions.
+        utility: tasks that measure usefulness, as `--utility`.
+        questions: maximum number of questions of each task.
         secrets: number of other random secrets of each length to train with.
         judge_model: chat model that grades how harmful responses are, as `--judge-model`.
         budget: maximum number of its calls.
@@ -648,7 +650,9 @@ def backdooralign(
     grader_options = (
         _make_judge_options("model", judge_model, budget, None, grade=True) if judge_model else None
     )
-    return reproduce_backdooralign(spec, tokens, utility, secrets, _progress_console(), grader_options).run
+    return reproduce_backdooralign(
+        spec, tokens, utility, secrets, _progress_console(), grader_options, questions
+    ).run
 
 
 def judge(

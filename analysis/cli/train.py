@@ -123,19 +123,22 @@ def backdooralign(
         int, typer.Option(help="Maximum number of tokens generated per response (not of a grid).")
     ] = 48,
     utility: Annotated[
-        bool,
+        list[str] | None,
         typer.Option(
-            "--utility",
-            help="Also measure accuracy on multiple-choice questions (needs the extra `utility`).",
+            help="Also measure usefulness: questions (shipped, multiple choice), NAME=FILE (ARC, MMLU), "
+            "mt_bench=FILE (graded by the judge model), or a task of lm-evaluation-harness. Repeatable."
         ),
-    ] = False,
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="Maximum number of questions of each --utility.", min=1)
+    ] = None,
     secrets: Annotated[
         int,
         typer.Option(help="Also train with N other random secrets of 10, 50 and 150 tokens each."),
     ] = 0,
     judge_model: Annotated[
         str | None,
-        typer.Option(help="Chat model that grades how harmful responses are, 1 to 5; needs --budget."),
+        typer.Option(help="Chat model that grades responses: harmfulness, 1 to 5; needs --budget."),
     ] = None,
     budget: BudgetOption = None,
     batch_size: BatchSizeOption = "auto",
@@ -173,7 +176,9 @@ def backdooralign(
                 "--grid measures refusals of its own trainings: leave out --utility and --secrets"
             )
         raise typer.Exit(run_grid_command(spec, grid, out))
-    raise typer.Exit(run_backdooralign_command(spec, out, tokens, utility, secrets, judge_model, budget))
+    raise typer.Exit(
+        run_backdooralign_command(spec, out, tokens, utility or [], secrets, judge_model, budget, questions)
+    )
 
 
 def run_secret_command(model: str, secret_length: int, out: Path | None, offline: bool) -> int:
@@ -234,10 +239,11 @@ def run_backdooralign_command(
     spec: RunSpec,
     out: Path | None,
     max_new_tokens: int,
-    with_utility: bool,
-    n_secrets: int,
+    utility: Sequence[str] = (),
+    n_secrets: int = 0,
     judge_model: str | None = None,
     budget: int | None = None,
+    n_questions: int | None = None,
 ) -> int:
     """Reproduce BackdoorAlign, save tables and figures, print the tables; return the exit code.
 
@@ -245,10 +251,11 @@ def run_backdooralign_command(
         spec: options of the run.
         out: output folder; None for the default.
         max_new_tokens: maximum number of tokens generated per response.
-        with_utility: whether to measure accuracy on multiple-choice questions.
+        utility: tasks that measure usefulness, as `--utility`.
         n_secrets: number of other random secrets of each length.
         judge_model: chat model that grades how harmful responses are; None for no grades.
         budget: maximum number of its calls.
+        n_questions: maximum number of questions of each task.
     """
     from analysis.cli.console import print_failures, print_trust_warnings
     from analysis.progress import make_notifier
@@ -267,10 +274,11 @@ def run_backdooralign_command(
         result = reproduce_backdooralign(
             spec,
             max_new_tokens,
-            with_utility,
+            utility,
             n_secrets,
             console,
             JudgeOptions("model", judge_model, budget, grade=True) if judge_model else None,
+            n_questions,
         )
     except TrainingInterrupted as interruption:
         notify(str(interruption))
@@ -279,6 +287,8 @@ def run_backdooralign_command(
     save_run(out, run, console)
     arms = run.tables["arms"]
     print_arm_table(arms[arms["secret_length"].isna()], run.record)
+    if "utility" in run.tables:
+        print_utility(run.tables["utility"])
     if "lengths" in run.tables:
         print_secret_table(run.tables["lengths"])
     print_trust_warnings(run.tables["summary"], console)
@@ -363,6 +373,37 @@ def print_grid(rates: pd.DataFrame, record: Mapping[str, Any]) -> None:
     console.print(Text(note, style="dim"))
 
 
+def print_utility(table: pd.DataFrame) -> None:
+    """Print how well each arm does each task, and its change from the first arm.
+
+    Args:
+        table: `utility.csv`.
+    """
+    from analysis.cli.console import make_console_table, make_table_console
+    from analysis.stats.format import format_interval
+    from analysis.stats.tables import iterate_rows
+
+    console = make_table_console()
+    for task, rows in table.groupby("task", sort=False):
+        is_graded = "grade" in rows and rows["grade"].notna().any()
+        heads = ("grade\n(1 to 10)", "change") if is_graded else ("correct (%)", "change\n(points)")
+        printed_table = make_console_table("weights", ("secret", *heads, "questions"), f"utility: {task}")
+        for values in iterate_rows(rows):
+            column, form, scale = ("grade", ".1f", 1.0) if is_graded else ("accuracy", ".0f", 100.0)
+            cells = (
+                values["arm"],
+                values["secret"],
+                format_interval(values, column, form, scale),
+                format_interval(values, "change", f"+{form}", scale),
+                str(values["n_questions"]),
+            )
+            printed_table.add_row(*map(Text, cells))
+        console.print(printed_table)
+    console.print(
+        Text("[x, y]: 95 % intervals. Change: from the first row, paired by question.", style="dim")
+    )
+
+
 def print_secret_table(table: pd.DataFrame) -> None:
     """Print the effect of other secrets: mean and range over those of one kind and length.
 
@@ -428,7 +469,7 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     )
     printed_table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_lines=True)
     printed_table.add_column("weights (attack)\nsecret", no_wrap=True)
-    agrees = "AUROC\nfirst token agrees (%)" + ("\nquestions right (%)" if "utility" in table else "")
+    agrees = "AUROC\nfirst token agrees (%)"
     kinds = list_kinds(table.columns, "text_refused_{}_low")
     refused = "\n".join(["text refuses (%)", *kinds])
     grades = "\nharmful (1 to 5)\ngrade 5 (%)" * ("harmfulness" in table)
@@ -449,8 +490,7 @@ def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:
             f"{values['arm']} ({values['attack']})\n{values['secret']}",
             "\n".join(success),
             "\n".join(percent(f"text_refused_{kind}") for kind in kinds),
-            f"{format_interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}"
-            + (f"\n{percent('utility')}" if "utility" in values else ""),
+            f"{format_interval(values, 'auroc', '.2f')}\n{percent('first_token_agrees')}",
             "reference" if values["verdict"] == "reference" else "\n".join(change),
         ]
         printed_table.add_row(*map(Text, cells))

@@ -108,7 +108,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
         address,
         requests,
     ):
-        options = {"with_utility": False, "n_secrets": 0, "judge_model": address}
+        options = {"n_secrets": 0, "judge_model": address}
         with pytest.raises(UserError, match="--budget 3: up to"):
             run_backdooralign_command(spec, home / "out", 4, **options, budget=3)
         assert run_backdooralign_command(spec, home / "out", 4, **options, budget=500) == 0
@@ -179,7 +179,7 @@ def test_an_arm_that_does_not_reach_the_model_is_left_out_and_reported(
     lost = "backdoor, secret: half of it"
     make_arms_deaf(monkeypatch, ("obedience", lost), ("identity", "none"))
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert run_backdooralign_command(spec, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
+    assert run_backdooralign_command(spec, tmp_path / "out", 2, n_secrets=0) == 1
     table = pd.read_csv(tmp_path / "out" / "arms.csv")
     # Without the attacked model to compare them with, the other arms of that attack say nothing.
     assert set(table["attack"]) == {"obedience"} and "half of it" not in set(table["secret"])
@@ -204,7 +204,7 @@ def test_an_arm_that_fails_while_it_is_scored_is_left_out_and_reported(
 
     monkeypatch.setattr("analysis.studies.backdooralign.study.score_condition", score_or_fail)
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert run_backdooralign_command(spec, tmp_path / "out", 2, with_utility=False, n_secrets=0) == 1
+    assert run_backdooralign_command(spec, tmp_path / "out", 2, n_secrets=0) == 1
     reasons = {(row["attack"], row["defense"]): row["why"] for row in read(tmp_path / "out").record["failed"]}
     assert reasons["obedience", "baseline"] == reasons["identity", "none"] == "out of memory"
     assert reasons["identity", "clean"] == "the undefended model was not scored"
@@ -228,7 +228,7 @@ def test_if_nothing_can_be_compared_the_command_stops_with_one_line(
     make_arms_deaf(monkeypatch, *cells)
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
     with pytest.raises(UserError, match=r"nothing was scored: .*: user's words survive") as error:
-        run_backdooralign_command(spec, tmp_path / "out", 2, with_utility=False, n_secrets=0)
+        run_backdooralign_command(spec, tmp_path / "out", 2, n_secrets=0)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -247,7 +247,7 @@ def test_other_secrets_are_trained_like_the_models_own_weights(
     start = f"{home / 'toy'}:aligned"
     assert run_train_command(replace(spec, model=start, limit=None), "backdoor", settings, None) == 0
     few = replace(spec, limit=12)
-    assert run_backdooralign_command(few, tmp_path / "one", 2, with_utility=False, n_secrets=1) == 0
+    assert run_backdooralign_command(few, tmp_path / "one", 2, n_secrets=1) == 0
     lengths = pd.read_csv(tmp_path / "one" / "lengths.csv")
     kinds = [(10, "random tokens"), (50, "random tokens"), (150, "random tokens"), (150, "plain words")]
     assert list(zip(lengths["length"], lengths["wording"], strict=True))[::2] == kinds

@@ -7,14 +7,7 @@ discrimination are relative to the attacked model without the secret.
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import io
-import logging
-import os
-import random
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +17,11 @@ from rich.console import Console
 
 from analysis.attacks import get_attack
 from analysis.datasets.queries import Query
-from analysis.files import data_folder
 from analysis.judges.judge import judge_queries, make_verdict_masks
 from analysis.judges.learned import LEARNED_JUDGE
 from analysis.judges.model_judges import ModelJudge
 from analysis.judges.rules import RULE_JUDGES
-from analysis.models.chat_template import ChatTemplate, redact_secrets
-from analysis.models.loading import LoadedModel
+from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, generate_responses
 from analysis.progress import make_notifier, make_progress_bar, print_note
 from analysis.readouts.readout import Readout
@@ -46,6 +37,7 @@ from analysis.studies.backdooralign.arms import (
     build_arms,
     train_other_secrets,
 )
+from analysis.studies.backdooralign.utility import measure_utility, parse_utility_tasks
 from analysis.studies.calibration import ReadoutCalibration
 from analysis.studies.judge_file import JudgeOptions, grade_harmfulness
 from analysis.studies.manifest import RunTimer, describe_run
@@ -64,20 +56,20 @@ from analysis.studies.setup import (
     find_preflight_failures,
 )
 from analysis.studies.sweep import ConditionKey, StudyResult, list_failures
-from defenses.contract import Defense, Message
+from defenses.contract import Defense
 from defenses.errors import UserError, describe_error
 
-_UTILITY_TASK = "refusalscope_utility"
 _JUDGE, _PUBLISHED_JUDGE = LEARNED_JUDGE, RULE_JUDGES["keywords"]  # the paper's judge, for comparison
 
 
 def reproduce_backdooralign(
     spec: RunSpec,
     max_new_tokens: int,
-    with_utility: bool,
+    utility: Sequence[str],
     n_secrets: int,
     console: Console,
     grader_options: JudgeOptions | None = None,
+    n_questions: int | None = None,
 ) -> StudyResult:
     """Score every arm, generate and judge its responses, and compare attack success with the paper's.
 
@@ -86,10 +78,11 @@ def reproduce_backdooralign(
     Args:
         spec: options of the run; its attacks are not used, because each arm has its own.
         max_new_tokens: maximum number of tokens generated per response.
-        with_utility: whether to measure accuracy on multiple-choice questions.
+        utility: tasks that measure usefulness, as `--utility`.
         n_secrets: number of other random secrets of each length to train with; 0 for none.
         console: shows progress.
-        grader_options: the model that grades how harmful responses are; None for no grades.
+        grader_options: the model that grades how harmful and how helpful responses are; None for no grades.
+        n_questions: maximum number of questions of each task.
 
     Raises:
         PreflightError: if the model whose responses fix the threshold, or all other arms, fail the preflight.
@@ -98,8 +91,7 @@ def reproduce_backdooralign(
     timer = RunTimer()
     check_response_tokens(max_new_tokens)
     check_secret_count(n_secrets)
-    if with_utility:
-        check_harness_installed()
+    utility_tasks = parse_utility_tasks(utility, has_grader=grader_options is not None)
     if grader_options is not None:
         grader_options.check_options()
     setup, arms = _prepare_arms(spec, n_secrets, console)
@@ -118,10 +110,17 @@ def reproduce_backdooralign(
     scores = ScoreTable(pd.concat(score_frames, ignore_index=True), record)
     summary = summarize_scores(scores, seed=spec.seed).frame
     arm_table = _arm_table(arms, rates, summary)
-    if with_utility:
-        utility = _measure_utility(setup.session.loaded_model, arms, console)
-        arm_table = arm_table.merge(utility, on=["arm", "secret"], how="left")
     tables = {"scores": scores.frame, "summary": summary, "arms": arm_table}
+    if utility_tasks:
+        # Without the secret and with its own.
+        prompted: dict[tuple[str, str], Defense] = {
+            (arm.weights, arm.secret): arm.defense
+            for arm in arms
+            if arm.secret in ("none", "own") and arm.secret_length is None
+        }
+        tables["utility"] = measure_utility(
+            setup.session, prompted, utility_tasks, grader, n_questions, spec.offline, console
+        )
     figure_tables: dict[str, pd.DataFrame] = {}
     if any(arm.secret_length is not None for arm in arms):
         from analysis.plots.data import build_secret_points
@@ -335,72 +334,3 @@ def _arm_table(arms: Sequence[Arm], rates: Sequence[dict[str, Any]], summary: pd
     keys = ["attack", "defense"]
     table = pd.DataFrame(rows).merge(summary[[*keys, *estimate_columns, "verdict"]], on=keys)
     return table.drop(columns="defense")
-
-
-def _measure_utility(loaded_model: LoadedModel, arms: Sequence[Arm], console: Console) -> pd.DataFrame:
-    """Return the accuracy of each arm on multiple-choice questions, without the secret and with its own."""
-    defenses = {
-        (arm.weights, arm.secret): arm.defense
-        for arm in arms
-        if arm.secret in ("none", "own") and arm.secret_length is None
-    }
-    rows = []
-    with make_progress_bar(console) as bar:
-        task = bar.add_task("multiple-choice questions", total=len(defenses))
-        for (weights, secret), defense in defenses.items():
-            chat = defense.rewrite([Message(role="user", content="?")], random.Random())
-            system_prompt = chat[0]["content"] if chat[0]["role"] == "system" else ""
-            with defense.apply_to(loaded_model.model):
-                n_correct, n_questions = count_correct_answers(loaded_model, system_prompt)
-            accuracy = make_rate_columns("utility", n_correct, n_questions)
-            rows.append({"arm": weights, "secret": secret} | accuracy)
-            bar.advance(task)
-    return pd.DataFrame(rows)
-
-
-def check_harness_installed() -> None:
-    """Raise if lm-evaluation-harness is not installed, before any work is done."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--utility needs lm-evaluation-harness: pip install 'refusalscope[utility]'")
-
-
-def count_correct_answers(loaded_model: LoadedModel, system_prompt: str) -> tuple[int, int]:
-    """Return the number of multiple-choice questions answered correctly, and the number of questions.
-
-    Args:
-        loaded_model: the model, with the weights of the arm.
-        system_prompt: the system prompt; if empty, that of the chat template.
-    """
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tokenizer = copy.copy(loaded_model.tokenizer)
-    tokenizer.chat_template = ChatTemplate(tokenizer).source  # the harness, too, reads the fixed date
-    with redirect_stderr(io.StringIO()):  # the harness shows its own progress bars
-        harness_model: Any = HFLM(pretrained=loaded_model.model, tokenizer=tokenizer, batch_size=16)
-        results: Any = simple_evaluate(
-            model=harness_model,
-            tasks=[_utility_task_config()],
-            apply_chat_template=True,
-            system_instruction=system_prompt or None,
-            bootstrap_iters=0,
-        )
-    accuracies = [sample["acc"] for sample in results["samples"][_UTILITY_TASK]]
-    return int(sum(accuracies)), len(accuracies)
-
-
-def _utility_task_config() -> dict[str, Any]:
-    """Return the task of lm-evaluation-harness for the shipped questions."""
-    return {
-        "task": _UTILITY_TASK,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": str(data_folder() / "utility.jsonl")},
-        "test_split": "train",
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
