@@ -1,6 +1,8 @@
 """Lookup of defenses by name or file, and errors in names, settings and user-defined classes."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +136,15 @@ def test_all_leaves_out_what_takes_minutes_longer_unless_it_is_named():
     names = [defense.name for defense in choose_defenses(["all"], [])]
     assert set(list_defense_names()) - set(names) == {"grad_safe"}
     assert [defense.name for defense in choose_defenses(["all", "grad_safe"], [])] == [*names, "grad_safe"]
+
+
+def test_the_table_of_other_toolkits_names_defenses_that_exist() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "defenses.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\|[^|\n]*\|[^|\n]*\|([^|\n]*)\|$", text.partition("## Defenses of other toolkits")[2], re.M
+    )
+    assert len(rows) > 30
+    for cell in rows[2:]:
+        names = re.findall(r"`(\w+)`", cell)
+        assert set(names) <= set(list_defense_names()), cell
+        assert bool(names) or cell.strip().startswith("no")

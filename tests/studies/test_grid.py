@@ -11,6 +11,7 @@ from conftest import save_model, set_home_folder
 
 from analysis.api import read
 from analysis.cli.train import run_grid_command
+from analysis.files import data_folder
 from analysis.judges.judge import RuleJudge, Verdict
 from analysis.studies.backdooralign import grid
 from analysis.studies.backdooralign.grid import Experiment, load_grid, summarize_grid
@@ -55,6 +56,8 @@ def test_a_grid_crosses_its_settings_and_shares_trainings(tmp_path: Path) -> Non
     assert [training.seed for _, training in length.list_trainings()] == [0, 1]
     assert "epochs=1" in trainings[0].options and not any("secret" in text for text in trainings[0].options)
     # Only `backdoor` has a secret, so that the settings of the secret do not multiply the other arms.
+    for shipped in sorted((data_folder() / "grids").glob("*.toml")):
+        assert sum(len(one.list_trainings()) for one in load_grid(shipped)) >= 27
     secrets = Experiment("a", ("attack", "backdoor"), (0,), {"place": ("start", "end")})
     assert len({training.key for _, training in secrets.list_trainings()}) == 3
 
