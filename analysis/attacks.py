@@ -409,6 +409,25 @@ def _parse_attack_row(line: str) -> Attack:
     )
 
 
+def append_suffix(text: str, suffix: str) -> str:
+    """Return a query's text with the suffix of an attack."""
+    return f"{text} {suffix}"
+
+
+def make_suffix_attack(name: str, suffix: str) -> Attack:
+    """Return the attack that sends every query with one suffix, as a file of it would.
+
+    Args:
+        name: as in the tables.
+        suffix: the suffix, which follows the query after a space.
+    """
+    return Attack(
+        name,
+        "appends a suffix to the request",
+        lambda query: build_user_chat("", append_suffix(query.text, suffix)),
+    )
+
+
 def _load_attack_file(path: Path) -> Attack:
     """Build the attack whose strings are in a user's file."""
     if path.stem in load_shipped_attacks():
@@ -418,9 +437,9 @@ def _load_attack_file(path: Path) -> Attack:
 
     def build_chat(query: Query) -> Chat:
         column, text = strings.get(query.id) or strings[""]
-        return build_user_chat(
-            "", f"{query.text} {text}" if column == "suffix" else text.replace(_QUERY_PLACEHOLDER, query.text)
-        )
+        if column == "suffix":
+            return build_user_chat("", append_suffix(query.text, text))
+        return build_user_chat("", text.replace(_QUERY_PLACEHOLDER, query.text))
 
     digests = (hashlib.sha256(content).hexdigest(),)
     query_ids = None if "" in strings else frozenset(strings)
