@@ -82,6 +82,16 @@ class Attack:
         return bool(self.variants) or self.asks_model
 
     @property
+    def cost(self) -> str:
+        """What each query costs the attacker: `static`, N prompts that are scored, or N responses."""
+        if self.variants:
+            return f"{len(self.variants)} prompts"
+        if self.asks_model:
+            chat = self.build_chat(Query("cost", "Hi", harmful=False))
+            return f"{sum(turn['role'] == 'assistant' for turn in chat)} responses"
+        return "static"
+
+    @property
     def option(self) -> str:
         """What `--attack` takes to choose this attack."""
         if self.path is None:
