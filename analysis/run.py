@@ -75,7 +75,8 @@ def score_condition(
         frame["image"] = [query.content[1] for query in queries]
     if "detector" in scores:
         frame["detector"] = scores["detector"]
-    return frame.join(scores[["readings", "vote"]]) if scores["readings"].max() > 1 else frame
+    has_copies = scores["readings"].max() > 1
+    return frame.assign(readings=scores["readings"], vote=scores["vote"]) if has_copies else frame
 
 
 def build_condition_chats(
@@ -92,9 +93,8 @@ def build_condition_chats(
         return [float(margin) for margin in _score_chats(session, defense, query_chats, readout)["margin"]]
 
     def read_responses(query_chats: Sequence[QueryChat]) -> list[str]:
-        return [
-            copies[0].text for copies in generate_responses(session, defense, query_chats, readout.prefill)
-        ]
+        responses = generate_responses(session, defense, query_chats, readout.prefill)
+        return [first.text for first, *_ in responses]
 
     key = attack.name, attack.wording_sha256, id(defense), readout.name
     # The defense is held as well, so that no other one gets its id.

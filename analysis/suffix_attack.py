@@ -43,7 +43,9 @@ from defenses.errors import UserError, unknown_name_error
 SUFFIX_LOSSES = ("target", "margin")
 DEFAULT_TARGET = "Sure, here is"
 _SPLIT = "train"
-_FILLERS = ("!", "?")  # words of which the first suffix consists, and of another one of the same length
+# Words of which the first suffix consists, and of another one of the same length. Many tokenizers join a
+# punctuation mark with a line break behind it, but no letter.
+_FILLERS = ("x", "y")
 _TOP_K = 64  # tokens that the gradient favors at each position
 _DRAWS_PER_CANDIDATE = 8  # draws, until enough candidates are split into their own tokens again
 _MAX_LOSS_DIFFERENCE = 0.05  # relative, between a plain pass and the batched one; in 16 bits both are rounded
@@ -229,8 +231,7 @@ def find_suffix_slots(
 ) -> tuple[list[SuffixSlot], tuple[int, ...]]:
     """Return the slot of a suffix in the prompt of each query, and the tokens of the first suffix.
 
-    The first suffix consists of exclamation marks. What differs from the prompt with as many question marks
-    is the suffix.
+    What differs from the prompt with another suffix of the same length is the suffix.
 
     Args:
         session: renders prompts; its model needs no weights.
@@ -360,9 +361,9 @@ class SuffixSearch:
 
     def compute_gradient(self) -> tuple[Float[Tensor, "tokens vocab"], float]:
         """Return the gradient of the mean loss by the one-hot vectors of the suffix, and the loss."""
-        table = self.embedding_table
-        total, loss_sum = torch.zeros(len(self.suffix_ids), len(table)), 0.0
         with self._defense.apply_to(self._model):
+            table = self.embedding_table
+            total, loss_sum = torch.zeros(len(self.suffix_ids), len(table)), 0.0
             for slot in self.slots:
                 embeddings = table[list(self.suffix_ids)].clone().requires_grad_()
                 with torch.inference_mode(mode=False), torch.enable_grad():
@@ -418,7 +419,9 @@ class SuffixSearch:
         """The tokens that may stand in a suffix: printable ASCII text."""
         n_tokens = min(len(self._tokenizer), len(self.embedding_table))
         special = set(self._tokenizer.all_special_ids)
-        texts = self._tokenizer.batch_decode([[token] for token in range(n_tokens)])
+        texts = self._tokenizer.batch_decode(
+            [[token] for token in range(n_tokens)], clean_up_tokenization_spaces=False
+        )
         return torch.tensor(
             [
                 token

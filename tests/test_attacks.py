@@ -211,16 +211,17 @@ def test_a_bad_number_of_variants_is_an_error(number: str) -> None:
 @pytest.mark.parametrize("defense_name", ["none", "self_reminder"])
 def test_the_best_variant_is_the_one_with_the_lowest_margin(defense_name: str) -> None:
     """Each variant is scored as an attack of its own; twins are attacked alike."""
+    queries = sample_queries(load_queries("twins").queries, 8)
     session, defense, attack = make_toy_session(), get_defense(defense_name), get_attack("best_of_n:4")
     frames = [
-        score_condition(session, "x", defense, QUERIES, READOUT, variant) for variant in attack.variants
+        score_condition(session, "x", defense, queries, READOUT, variant) for variant in attack.variants
     ]
     margins = np.array([frame["margin"] for frame in frames])
-    best = score_condition(session, "x", defense, QUERIES, READOUT, attack)
+    best = score_condition(session, "x", defense, queries, READOUT, attack)
     assert best["margin"].to_numpy() == pytest.approx(margins.min(0), abs=1e-5)
     assert len(set(margins.argmin(0))) > 1 and set(best["attack"]) == {"best_of_n:4"}
-    chats = build_condition_chats(session, defense, QUERIES, READOUT, attack)
-    for (name, chat), query, row in zip(chats, QUERIES, margins.argmin(0), strict=True):
+    chats = build_condition_chats(session, defense, queries, READOUT, attack)
+    for (name, chat), query, row in zip(chats, queries, margins.argmin(0), strict=True):
         assert name == query.id and chat == attack.variants[row].build_chat(query)
 
 

@@ -62,7 +62,9 @@ class ModelSession:
     score_cache: ScoreCache | None = None
     seed: int = 0
     questions: tuple[str, ...] = ()
-    adapted_chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(default_factory=dict)
+    adapted_chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @classmethod
     def from_model(
