@@ -371,7 +371,7 @@ class SuffixSearch:
                     (gradient,) = torch.autograd.grad(loss, [embeddings])
                 # A one-hot vector times the table is the embedding.
                 total += (gradient @ table.T).float().cpu()
-                loss_sum += float(loss)
+                loss_sum += float(loss.detach())
         return total / len(self.slots), loss_sum / len(self.slots)
 
     def compute_plain_loss(

@@ -54,7 +54,7 @@ def test_the_gradient_by_a_one_hot_vector_is_that_of_finite_differences(readout:
     assert gradient.shape == (len(search.suffix_ids), len(search.embedding_table))
     assert loss == pytest.approx(search.loss, abs=1e-4)
     embeddings = search.embedding_table[list(search.suffix_ids)]
-    step = 0.05
+    step = 0.005  # a larger one shows the curvature of the loss
 
     def read_loss(position: int, token: int, change: float) -> float:
         changed = embeddings.clone()
@@ -65,7 +65,7 @@ def test_the_gradient_by_a_one_hot_vector_is_that_of_finite_differences(readout:
     strongest = [divmod(int(place), gradient.shape[1]) for place in gradient.abs().flatten().topk(3).indices]
     for position, token in (*strongest, (1, 300), (len(search.suffix_ids) - 1, 40)):
         difference = read_loss(position, token, step) - read_loss(position, token, -step)
-        assert float(gradient[position, token]) == pytest.approx(difference / (2 * step), rel=0.05, abs=2e-4)
+        assert float(gradient[position, token]) == pytest.approx(difference / (2 * step), rel=0.01, abs=5e-4)
     assert float(gradient.abs().max()) > 1e-3
 
 
