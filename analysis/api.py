@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from analysis.studies.judge_file import JudgeOptions
     from analysis.studies.label import LabeledRun
     from analysis.studies.train import TrainedWeights
+    from analysis.suffix_attack import OptimizedSuffix
 
 DefenseSelection = str | Defense | Sequence[str | Defense]
 
@@ -502,6 +503,76 @@ def depth(
     from analysis.studies.depth import measure_depth
 
     return measure_depth(spec, _as_defense_list(defenses), settings, _progress_console()).run
+
+
+def suffix(
+    defenses: DefenseSelection = (),
+    model: str = "smollm2",
+    *,
+    loss: str = "target",
+    target: str = "Sure, here is",
+    length: int = 20,
+    steps: int = 100,
+    candidates: int = 64,
+    queries: int = 8,
+    data: str | pd.DataFrame = "contrast",
+    readout: str = "outcome",
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    share_prefix: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    template: str | None = None,
+    answer_prefix: str | None = None,
+    offline: bool = False,
+) -> OptimizedSuffix:
+    """Optimize an attack suffix against a model and at most one defense, as `analyze suffix` does.
+
+    Args:
+        defenses: the defense, or its name; none for the undefended model.
+        model: short name, Hugging Face id, folder, or `.gguf` file.
+        loss: `target` (mean negative log-likelihood of the target, in nats) or `margin` (of the readout).
+        target: the beginning of the response that the suffix is to bring about.
+        length: number of tokens of the suffix.
+        steps: number of steps; each replaces at most one token.
+        candidates: replacements that are tried in each step.
+        queries: number of queries of the training split that share the suffix, half of each class.
+        data: as `--data`, or a frame of queries; it needs a training split.
+        readout: the readout of the loss `margin`.
+        settings: settings of the defense.
+        batch_size: prompts per forward pass.
+        share_prefix: whether prompts may share the computation of their prefix.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16, float16.
+        seed: random seed.
+        template: as `--template`.
+        answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        offline: whether the network may not be used.
+
+    Returns:
+        The suffix (`text`), its loss before the first step and after each (`losses`), and what it was found
+        with (`record`); `save(path)` writes the file that `attacks=` reads.
+    """
+    spec = build_run_spec(
+        model,
+        data,
+        None,
+        None,
+        batch_size,
+        device,
+        dtype,
+        seed,
+        offline,
+        readout=readout,
+        share_prefix=share_prefix,
+        template=template,
+        answer_prefix=answer_prefix,
+    )
+    from analysis.suffix_attack import SuffixOptions, optimize_suffix
+
+    options = SuffixOptions(loss, target, length, steps, candidates, queries)
+    return optimize_suffix(spec, _as_defense_list(defenses), settings, options, _progress_console())
 
 
 def train(

@@ -11,6 +11,9 @@ import base64
 import codecs
 import hashlib
 import json
+import random
+import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,7 +30,7 @@ from analysis.image_attacks import (
     describe_image_wording,
 )
 from defenses.chats import build_user_chat, edit_last_user, insert_turns, prefill_response
-from defenses.contract import Chat, QueryChat
+from defenses.contract import Chat, Message, QueryChat
 from defenses.errors import UserError, unknown_name_error
 from defenses.images import replace_last_image
 from defenses.training.texts import OBEDIENCE_PROMPT, build_agent_chat
@@ -55,6 +58,10 @@ class Attack:
         query_ids: ids of the queries that it has strings for; None if it applies to every query.
         path: the user's file with its strings; None for a shipped attack.
         needs_images: whether its chats have images, which a model must be able to read.
+        variants: attacks of which the attacker keeps, for each query, the one that the defended model is
+            least likely to refuse; `build_chat` builds the chat of the first. Empty for any other attack.
+        asks_model: whether the earlier assistant turns are the defended model's own responses; `build_chat`
+            has a placeholder in the place of each.
     """
 
     name: str
@@ -66,6 +73,23 @@ class Attack:
     query_ids: frozenset[str] | None = None
     path: Path | None = None
     needs_images: bool = False
+    variants: tuple[Attack, ...] = ()
+    asks_model: bool = False
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the chats depend on the model and its defense."""
+        return bool(self.variants) or self.asks_model
+
+    @property
+    def cost(self) -> str:
+        """What each query costs the attacker: `static`, N prompts that are scored, or N responses."""
+        if self.variants:
+            return f"{len(self.variants)} prompts"
+        if self.asks_model:
+            chat = self.build_chat(Query("cost", "Hi", harmful=False))
+            return f"{sum(turn['role'] == 'assistant' for turn in chat)} responses"
+        return "static"
 
     @property
     def option(self) -> str:
@@ -81,6 +105,39 @@ class Attack:
         """
         return [QueryChat(query.id, _attach_image(self.build_chat(query), query)) for query in queries]
 
+    def build_adapted_chats(
+        self,
+        queries: Sequence[Query],
+        read_margins: Callable[[Sequence[QueryChat]], Sequence[float]],
+        read_responses: Callable[[Sequence[QueryChat]], Sequence[str]],
+    ) -> list[QueryChat]:
+        """Return the chat in which an adaptive attack sends each query, with the query's id.
+
+        Args:
+            queries: of both classes, which are attacked alike.
+            read_margins: returns the margin of each chat (nats; positive refuses), from the defended model.
+            read_responses: returns the defended model's response to each chat.
+        """
+        if not queries:
+            return []
+        if self.variants:
+            candidates = [variant.build_query_chats(queries) for variant in self.variants]
+            margins = read_margins([chat for chats in candidates for chat in chats])
+            rows = range(len(queries))
+            best = [
+                min(range(len(candidates)), key=lambda v: margins[v * len(queries) + row]) for row in rows
+            ]
+            return [candidates[variant][row] for row, variant in enumerate(best)]
+        query_chats = self.build_query_chats(queries)
+        positions = [number for number, turn in enumerate(query_chats[0].chat) if turn["role"] == "assistant"]
+        for position in positions:
+            responses = read_responses([QueryChat(name, chat[:position]) for name, chat in query_chats])
+            query_chats = [
+                QueryChat(name, [*chat[:position], _answer_turn(chat[position], text), *chat[position + 1 :]])
+                for (name, chat), text in zip(query_chats, responses, strict=True)
+            ]
+        return query_chats
+
     def check_covers_queries(self, queries: Sequence[Query]) -> None:
         """Raise a UserError unless the attack applies to every query."""
         missing = [
@@ -92,6 +149,11 @@ class Attack:
                 f"({missing[0]!r}, …), but harmful and benign queries have to be attacked alike: add their "
                 "rows, or one row without query that applies to all others"
             )
+
+
+def _answer_turn(placeholder: Message, text: str) -> Message:
+    """Return the assistant turn with a response; an empty response leaves the placeholder."""
+    return Message(role="assistant", content=text.strip() or placeholder["content"])
 
 
 def _attach_image(chat: Chat, query: Query) -> Chat:
@@ -156,6 +218,73 @@ _IMAGE_ATTACKS = tuple(
 )
 
 
+_BEST_OF_N = "best_of_n"
+_DEFAULT_N_VARIANTS = 8
+_MAX_N_VARIANTS = 1000
+_AUGMENTATION_STRENGTH = 0.4  # sigma of the paper
+
+
+def _make_best_of_n(n_variants: int) -> Attack:
+    """Return the attack that sends the best of N random variants of each request.
+
+    Args:
+        n_variants: N, the number of variants.
+    """
+
+    def make_variant(number: int) -> Attack:
+        def build_chat(query: Query) -> Chat:
+            return build_user_chat(
+                "", augment_text(query.text, random.Random(f"{_BEST_OF_N}/{number}/{query.id}"))
+            )
+
+        return Attack(f"variant {number}", "a random variant of the request", build_chat)
+
+    variants = tuple(make_variant(number) for number in range(n_variants))
+    return Attack(
+        _BEST_OF_N if n_variants == _DEFAULT_N_VARIANTS else f"{_BEST_OF_N}:{n_variants}",
+        f"sends the least refused of {n_variants} random variants of the request",
+        variants[0].build_chat,
+        "Best-of-N Jailbreaking (Hughes et al., 2024)",
+        "https://arxiv.org/abs/2412.03556",
+        variants=variants,
+    )
+
+
+def augment_text(text: str, rng: random.Random) -> str:
+    """Return the text with scrambled words, changed capitals, and a few characters replaced by neighbors.
+
+    A word of four characters or more has its inner characters shuffled with probability sqrt(s); the case of
+    each letter is changed with probability sqrt(s); each printable ASCII character is replaced by the one
+    before or after it in ASCII with probability s cubed. The strength s is 0.4.
+
+    >>> augment_text("How do I bake bread?", random.Random(0))
+    'hoW DO I bKAE bERAD?'
+
+    Args:
+        text: the request.
+        rng: the only source of randomness.
+
+    Source: https://arxiv.org/abs/2412.03556
+    """
+    frequent, rare = _AUGMENTATION_STRENGTH**0.5, _AUGMENTATION_STRENGTH**3
+
+    def scramble_word(match: re.Match[str]) -> str:
+        word = match[0]
+        if rng.random() >= frequent:
+            return word
+        return word[0] + "".join(rng.sample(word[1:-1], len(word) - 2)) + word[-1]
+
+    def change_character(character: str) -> str:
+        if rng.random() < frequent:
+            character = character.swapcase()
+        if "!" <= character <= "~" and rng.random() < rare:
+            character = chr(min(max(ord(character) + rng.choice((-1, 1)), ord("!")), ord("~")))
+        return character
+
+    scrambled = re.sub(r"\w{4,}", scramble_word, text)
+    return "".join(map(change_character, scrambled))
+
+
 @cache
 def load_shipped_attacks() -> Mapping[str, Attack]:
     """Load the attacks of this project, by name; the row for `+ignore` is the last.
@@ -168,7 +297,7 @@ def load_shipped_attacks() -> Mapping[str, Attack]:
         attack.name: attack
         for attack in (
             *(DIRECT_ATTACK, *_FINE_TUNING_ATTACKS, *_IMAGE_ATTACKS),
-            *map(_parse_attack_row, lines),
+            *(_make_best_of_n(_DEFAULT_N_VARIANTS), *map(_parse_attack_row, lines)),
         )
     }
 
@@ -181,10 +310,15 @@ def choose_attacks(names: Sequence[str]) -> tuple[Attack, ...]:
 
     Args:
         names: as for `get_attack`; `all` and `all+ignore` select every shipped attack that draws no image,
-            which models without images read as well.
+            which models without images read as well, and that is not adaptive, which would cost much more.
     """
     chosen: dict[str, Attack] = {}
-    text_attacks = [name for name in _list_attack_names() if not load_shipped_attacks()[name].needs_images]
+    shipped = load_shipped_attacks()
+    text_attacks = [
+        name
+        for name in _list_attack_names()
+        if not shipped[name].needs_images and not shipped[name].is_adaptive
+    ]
     for name in names:
         is_all = name.removesuffix(IGNORE_SUFFIX) == "all"
         expanded = [base + name.removeprefix("all") for base in text_attacks] if is_all else [name]
@@ -202,10 +336,12 @@ def get_attack(name: str) -> Attack:
 
     Args:
         name: of a shipped attack, or the path of a file; the suffix `+ignore` adds a line
-            that tells the model to disregard earlier safety instructions.
+            that tells the model to disregard earlier safety instructions. `best_of_n:25` has 25 variants.
     """
     base = name.removesuffix(IGNORE_SUFFIX)
-    if base in _list_attack_names():
+    if base.startswith(f"{_BEST_OF_N}:"):
+        attack = _make_best_of_n(_parse_n_variants(base))
+    elif base in _list_attack_names():
         attack = load_shipped_attacks()[base]
     elif names_record_file(base):
         attack = _load_attack_file(expand_path(base))
@@ -213,6 +349,31 @@ def get_attack(name: str) -> Attack:
         hint = f" (each also with the suffix {IGNORE_SUFFIX}; or the path of a {RECORD_FORMATS})"
         raise unknown_name_error("attack", name, [*_list_attack_names(), "all"], hint)
     return attack if name == base else _add_ignore_line(attack)
+
+
+def _parse_n_variants(name: str) -> int:
+    """Return N of the name `best_of_n:N`."""
+    number = name.removeprefix(f"{_BEST_OF_N}:")
+    if not (number.isascii() and number.isdigit() and 1 <= int(number) <= _MAX_N_VARIANTS):
+        raise UserError(
+            f"--attack {name}: it takes a number of variants from 1 to {_MAX_N_VARIANTS}, as in "
+            f"{_BEST_OF_N}:25"
+        )
+    return int(number)
+
+
+def check_not_adaptive(attacks: Sequence[Attack], reason: str) -> None:
+    """Raise a UserError if one of the attacks is adaptive.
+
+    Args:
+        attacks: as chosen by the user.
+        reason: why the study needs the same chats in every condition, and what to do.
+    """
+    if adaptive := next((attack.name for attack in attacks if attack.is_adaptive), None):
+        raise UserError(
+            f"--attack {adaptive}: it adapts its chats to each condition, and {reason}; or leave this attack "
+            "out"
+        )
 
 
 def _list_attack_names() -> list[str]:
@@ -233,6 +394,7 @@ def _add_ignore_line(attack: Attack) -> Attack:
         attack,
         name=attack.name + IGNORE_SUFFIX,
         build_chat=build_chat,
+        variants=tuple(map(_add_ignore_line, attack.variants)),
         wording_sha256=(*attack.wording_sha256, *ignore_row.wording_sha256),
     )
 
@@ -240,15 +402,40 @@ def _add_ignore_line(attack: Attack) -> Attack:
 def _parse_attack_row(line: str) -> Attack:
     """Build the attack of a row of `data/attacks.jsonl`."""
     row: dict[str, Any] = json.loads(line)
-    shots = [(request, opener) for request, opener in row.get("shots", ())]
 
     def build_chat(query: Query) -> Chat:
         request = QUERY_TRANSFORMS[row["transform"]](query.text) if "transform" in row else query.text
+        shots = [
+            (earlier.replace("{topic}", _extract_topic(query.text)), response)
+            for earlier, response in row.get("shots", ())
+        ]
         chat = insert_turns(build_user_chat("", row["template"].replace(_QUERY_PLACEHOLDER, request)), shots)
         return prefill_response(chat, row["prefill"]) if "prefill" in row else chat
 
     digests = (hashlib.sha256(line.encode()).hexdigest(),)
-    return Attack(row["name"], row["what"], build_chat, row["source"], row["url"], digests)
+    asks_model = row.get("asks_model", False)
+    return Attack(
+        row["name"], row["what"], build_chat, row["source"], row["url"], digests, asks_model=asks_model
+    )
+
+
+def append_suffix(text: str, suffix: str) -> str:
+    """Return a query's text with the suffix of an attack."""
+    return f"{text} {suffix}"
+
+
+def make_suffix_attack(name: str, suffix: str) -> Attack:
+    """Return the attack that sends every query with one suffix, as a file of it would.
+
+    Args:
+        name: as in the tables.
+        suffix: the suffix, which follows the query after a space.
+    """
+    return Attack(
+        name,
+        "appends a suffix to the request",
+        lambda query: build_user_chat("", append_suffix(query.text, suffix)),
+    )
 
 
 def _load_attack_file(path: Path) -> Attack:
@@ -260,9 +447,9 @@ def _load_attack_file(path: Path) -> Attack:
 
     def build_chat(query: Query) -> Chat:
         column, text = strings.get(query.id) or strings[""]
-        return build_user_chat(
-            "", f"{query.text} {text}" if column == "suffix" else text.replace(_QUERY_PLACEHOLDER, query.text)
-        )
+        if column == "suffix":
+            return build_user_chat("", append_suffix(query.text, text))
+        return build_user_chat("", text.replace(_QUERY_PLACEHOLDER, query.text))
 
     digests = (hashlib.sha256(content).hexdigest(),)
     query_ids = None if "" in strings else frozenset(strings)
@@ -315,10 +502,50 @@ def _split_into_assignments(text: str) -> str:
     )
 
 
+_CAESAR_SHIFT = 3
+
+
+def _shift_letters(text: str) -> str:
+    """Return the text with each Latin letter replaced by the one three places further in the alphabet.
+
+    >>> _shift_letters("Sing, xyz!")
+    'Vlqj, abc!'
+    """
+    letters = string.ascii_lowercase
+    shifted = letters[_CAESAR_SHIFT:] + letters[:_CAESAR_SHIFT]
+    return text.translate(str.maketrans(letters + letters.upper(), shifted + shifted.upper()))
+
+
+# Words of requests that do not name a subject.
+_COMMON_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a about all an and any are as at be but by can could did do does explain for from get give has
+        have help how i if in into is it its list make me my need no not of off on one or our out over
+        please provide should show so some someone step steps tell than that the their them there these
+        they this those to up use using want was way ways we what when where which who why will with
+        without would write you your
+        """,
+    )
+)
+
+
+def _extract_topic(text: str) -> str:
+    """Return the words of a request that name its subject, in their order; all words if there are none.
+
+    >>> _extract_topic("How do I bake rye bread without yeast?")
+    'bake, rye, bread, yeast'
+    """
+    words = re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text)
+    return ", ".join([word for word in words if word.lower() not in _COMMON_WORDS] or words) or text
+
+
 # Transformations of the request's text, by their names in data/attacks.jsonl.
 QUERY_TRANSFORMS: Mapping[str, Callable[[str], str]] = {
     "base64": lambda text: base64.b64encode(text.encode()).decode(),
     "rot13": lambda text: codecs.encode(text, "rot13"),
+    "caesar": _shift_letters,
     "leetspeak": lambda text: text.translate(_LEETSPEAK_TABLE),
     "split": _split_into_assignments,
 }

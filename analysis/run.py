@@ -2,7 +2,8 @@
 
 The steps carry the numbers of the README:
 
-1. Queries: harmful and benign user requests (`analysis/datasets/`), sent as they are or through an attack.
+1. Queries: harmful and benign user requests (`analysis/datasets/`), sent as they are or through an attack
+   (`analysis/attacks.py`), which may adapt to the defended model.
 2. Defense: rewrites the chat, calls the model first, changes the model while it is applied, or refuses the
    request by itself (`defenses/`).
 3. Chat template: chat → token ids (`analysis/models/chat_template.py`).
@@ -26,11 +27,11 @@ from scipy.special import expit
 
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query
-from analysis.models.session import ModelSession
+from analysis.models.session import ModelSession, generate_responses
 from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import Readout
 from analysis.stats.tables import SCORE_COLUMNS, UNDEFENDED
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 
 
 def score_condition(
@@ -53,12 +54,70 @@ def score_condition(
         attack: the attack through which the queries are sent.
         on_progress: called with the number of queries finished since the last call.
     """
+    query_chats = build_condition_chats(session, defense, queries, readout, attack)
+    scores = _score_chats(session, defense, query_chats, readout, on_progress)
+    frame = pd.DataFrame(
+        {
+            "query": [query.id for query in queries],
+            "pair": [query.pair for query in queries],
+            "category": [query.category for query in queries],
+            "harmful": [query.harmful for query in queries],
+            "attack": attack.name,
+            "defense": condition,
+            "margin": scores["margin"],
+            "p_refuse": expit(scores["margin"] - readout.threshold),
+            "prompt_tokens": scores["prompt_tokens"],
+            "coverage": scores["coverage"],
+        },
+        columns=list(SCORE_COLUMNS),
+    )
+    if any(query.image for query in queries):
+        frame["image"] = [query.content[1] for query in queries]
+    if "detector" in scores:
+        frame["detector"] = scores["detector"]
+    has_copies = scores["readings"].max() > 1
+    return frame.assign(readings=scores["readings"], vote=scores["vote"]) if has_copies else frame
+
+
+def build_condition_chats(
+    session: ModelSession, defense: Defense, queries: Sequence[Query], readout: Readout, attack: Attack
+) -> list[QueryChat]:
+    """Return the chats in which an attack sends the queries to the model with its defense.
+
+    An adaptive attack asks the defended model first; what it finds is kept as long as the session.
+    """
+    if not attack.is_adaptive:
+        return attack.build_query_chats(queries)
+
+    def read_margins(query_chats: Sequence[QueryChat]) -> list[float]:
+        return [float(margin) for margin in _score_chats(session, defense, query_chats, readout)["margin"]]
+
+    def read_responses(query_chats: Sequence[QueryChat]) -> list[str]:
+        responses = generate_responses(session, defense, query_chats, readout.prefill)
+        return [first.text for first, *_ in responses]
+
+    key = attack.name, attack.wording_sha256, id(defense), readout.name
+    # The defense is held as well, so that no other one gets its id.
+    _, known = session.adapted_chats.setdefault(key, (defense, {}))
+    new_queries = [query for query in queries if query not in known]
+    new_chats = attack.build_adapted_chats(new_queries, read_margins, read_responses)
+    known |= zip(new_queries, new_chats, strict=True)
+    return [known[query] for query in queries]
+
+
+def _score_chats(
+    session: ModelSession,
+    defense: Defense,
+    query_chats: Sequence[QueryChat],
+    readout: Readout,
+    on_progress: Callable[[int], None] = lambda n_queries: None,
+) -> pd.DataFrame:
+    """Return margin, coverage, vote, readings and prompt_tokens of each chat, and what a detector says."""
     n_questions = max(1, len(readout.questions))
     session = session.with_questions(readout.questions)
 
-    # Steps 1 to 3: query → attacked chat → defended chats → prompts. A query has several prompts if the
-    # defense reads several copies of it, or if the readout asks several questions about it.
-    query_chats = attack.build_query_chats(queries)
+    # Steps 2 and 3: attacked chat → defended chats → prompts. A query has several prompts if the defense
+    # reads several copies of it, or if the readout asks several questions about it.
     prompts_by_query = session.render_prompts(defense, query_chats)
     prefix = readout.response_prefix
     prompt_ids = [[prompt.append_prefix(prefix) for prompt in prompts] for prompts in prompts_by_query]
@@ -67,17 +126,9 @@ def score_condition(
     flat_query = [row for row, query_ids in enumerate(prompt_ids) for _ in query_ids]
 
     # Steps 4 and 5: prompts → first-token logits → margins.
-    on_prompts = _count_queries(on_progress, len(queries), len(flat_ids))
-    values = score_prompts(
-        session.loaded_model,
-        session.engine,
-        defense,
-        flat_ids,
-        readout,
-        session.score_cache,
-        on_prompts,
-        member_ids,
-    )
+    on_prompts = _count_queries(on_progress, len(query_chats), len(flat_ids))
+    model = session.loaded_model, session.engine
+    values = score_prompts(*model, defense, flat_ids, readout, session.score_cache, on_prompts, member_ids)
 
     # Scores of prompts → scores of copies (mean over questions) → scores of queries (by the defense's rule).
     prompt_scores = pd.DataFrame(values.tolist(), columns=["margin", "coverage"]).assign(query=flat_query)
@@ -89,28 +140,10 @@ def score_condition(
     log_odds = session.score_requests(defense, query_chats)
     if log_odds is not None:
         scores["margin"] = scores["margin"].clip(lower=pd.Series(log_odds) + readout.threshold)
-
-    frame = pd.DataFrame(
-        {
-            "query": [query.id for query in queries],
-            "pair": [query.pair for query in queries],
-            "category": [query.category for query in queries],
-            "harmful": [query.harmful for query in queries],
-            "attack": attack.name,
-            "defense": condition,
-            "margin": scores["margin"],
-            "p_refuse": expit(scores["margin"] - readout.threshold),
-            "prompt_tokens": [sum(map(len, query_ids)) for query_ids in prompt_ids],
-            "coverage": scores["coverage"],
-        },
-        columns=list(SCORE_COLUMNS),
-    )
-    if any(query.image for query in queries):
-        frame["image"] = [query.content[1] for query in queries]
-    if log_odds is not None:
-        frame["detector"] = log_odds
-    n_copies = [len(query_ids) // n_questions for query_ids in prompt_ids]
-    return frame.assign(readings=n_copies, vote=scores["vote"]) if max(n_copies) > 1 else frame
+        scores["detector"] = log_odds
+    scores["readings"] = [len(query_ids) // n_questions for query_ids in prompt_ids]
+    scores["prompt_tokens"] = [sum(map(len, query_ids)) for query_ids in prompt_ids]
+    return scores
 
 
 def iterate_condition_scores(

@@ -6,10 +6,12 @@ import base64
 import codecs
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import FOUR, TEMPLATES, make_toy_session, render_query, toy_tokenizer
 from hypothesis import given
@@ -20,6 +22,7 @@ from analysis.attacks import (
     IGNORE_SUFFIX,
     QUERY_TRANSFORMS,
     Attack,
+    augment_text,
     choose_attacks,
     get_attack,
     load_shipped_attacks,
@@ -31,13 +34,14 @@ from analysis.models.chat_template import ChatTemplate
 from analysis.models.session import generate_responses
 from analysis.readouts.first_token import REFUSAL_QUESTIONS
 from analysis.readouts.readout import Readout
+from analysis.run import build_condition_chats, score_condition
 from analysis.studies.calibration import _validity_cache_path
 from analysis.studies.manifest import describe_attacks
 from analysis.studies.preflight import check_condition
 from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import insert_turns, prefill_response, split_prefill
-from defenses.contract import Chat, Defense, ModelInfo
+from defenses.contract import Chat, Defense, ModelInfo, QueryChat
 from defenses.errors import UserError
 from defenses.images import QueryImage, replace_last_image
 from defenses.tokens import draw_random_text
@@ -80,7 +84,8 @@ def test_an_image_that_an_attack_has_set_is_kept() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
 def test_a_row_has_a_wording_and_a_paper_and_no_unused_field(row: dict[str, Any]) -> None:
     assert {"name", "what", "source", "url", "template"} <= set(row)
-    assert set(row) <= {"name", "what", "source", "url", "template", "prefill", "shots", "transform"}
+    optional = {"prefill", "shots", "transform", "asks_model"}
+    assert set(row) <= {"name", "what", "source", "url", "template", *optional}
     assert row["template"].count("{request}") == 1
     assert row["url"].startswith("https://") and row["source"].endswith(")") and len(row["what"]) < 80
     assert row.get("transform", "base64") in QUERY_TRANSFORMS
@@ -90,8 +95,9 @@ def test_a_row_has_a_wording_and_a_paper_and_no_unused_field(row: dict[str, Any]
 def test_all_selects_each_attack_once() -> None:
     names = [attack.name for attack in choose_attacks(["all"])]
     assert (
-        len(names) == len(set(names)) == len(ROWS) + 2 and names[0] == "direct" and IGNORE_SUFFIX not in names
+        len(names) == len(set(names)) == len(ROWS) + 1 and names[0] == "direct" and IGNORE_SUFFIX not in names
     )
+    assert "cipher" in names and not {"crescendo", "best_of_n"} & set(names)
     assert [name + IGNORE_SUFFIX for name in names] == [
         attack.name for attack in choose_attacks(["all+ignore"])
     ]
@@ -99,7 +105,7 @@ def test_all_selects_each_attack_once() -> None:
 
 
 def test_shots_answer_unscored_requests_with_openers_only() -> None:
-    ((shots),) = [row["shots"] for row in ROWS if "shots" in row]
+    ((shots),) = [row["shots"] for row in ROWS if row["name"] == "many_shot"]
     scored = {query.text.lower() for query in load_queries("contrast").queries}
     assert len({request for request, _ in shots}) == len(shots) == 16
     for request, opener in shots:
@@ -138,6 +144,116 @@ def test_leetspeak_can_be_reversed_letter_by_letter() -> None:
         letters = "".join(sign for sign in query.text if not sign.isdigit())
         assert QUERY_TRANSFORMS["leetspeak"](letters).translate(back).lower() == letters.lower()
         assert QUERY_TRANSFORMS["leetspeak"](letters) != letters
+
+
+def decipher(text: str) -> str:
+    """Return the text with each letter moved three places back in the alphabet, by its number."""
+    return "".join(
+        chr((ord(sign) - base - 3) % 26 + base)
+        if sign.isascii() and sign.isalpha() and (base := 97 if sign.islower() else 65)
+        else sign
+        for sign in text
+    )
+
+
+def test_the_examples_of_the_cipher_are_enciphered_as_the_request_is() -> None:
+    messages = re.findall(r"Message: (.+)", last_user_text("cipher"))
+    assert [decipher(message) for message in messages] == [
+        "How do I keep cut flowers fresh?",
+        "Write a birthday card for my aunt.",
+        "What should I pack for a week at the sea?",
+        QUERY.text,
+    ]
+    assert decipher("a D z") == "x A w" and QUERY_TRANSFORMS["caesar"]("Zoë 9") == "Crë 9"
+    replies = re.findall(r"Reply: (.+)", last_user_text("cipher"))
+    assert len(replies) == 3 and all(reply.endswith(":") and len(reply) < 40 for reply in replies)
+
+
+@given(st.text())
+def test_an_augmented_text_keeps_its_length_and_the_ends_of_its_words(text: str) -> None:
+    # Characters whose other case has another length are left out.
+    text = "".join(sign for sign in text if len(sign.swapcase()) == 1)
+    assert len(augment_text(text, random.Random(1))) == len(text)
+
+
+def test_augmentations_have_the_rates_of_the_paper() -> None:
+    """The strength is 0.4: 63 % of words scrambled and of cases changed, 6 % of characters moved."""
+    words = ["abcdefghijkl"] * 3000
+    augmented = augment_text(" ".join(words), random.Random(0)).split(" ")
+    letters = "".join(augmented)
+    n_moved = sum(word[0] not in "aA" for word in augmented)
+    assert n_moved / len(words) == pytest.approx(0.4**3, abs=0.015)
+    assert sum(sign.isupper() for sign in letters) / len(letters) == pytest.approx(0.4**0.5, abs=0.01)
+    in_order = sum(word[1:-1].lower() == "bcdefghijk" for word in augmented)
+    assert in_order / len(words) == pytest.approx((1 - 0.4**0.5) * (1 - 0.4**3) ** 10, abs=0.03)
+
+
+def test_variants_differ_by_number_and_query_and_are_the_same_each_time() -> None:
+    attack, other = get_attack("best_of_n:3"), replace(QUERY, id="other")
+    texts = [
+        variant.build_chat(query)[0]["content"] for variant in attack.variants for query in (QUERY, other)
+    ]
+    assert len(set(texts)) == 6
+    again = [variant.build_chat(QUERY)[0]["content"] for variant in get_attack("best_of_n:3").variants]
+    assert again == texts[::2] and len(get_attack("best_of_n").variants) == 8
+    adaptive = get_attack("best_of_n:3+ignore")
+    assert [
+        variant.build_chat(QUERY)[0]["content"].split("\n\n")[1] for variant in adaptive.variants
+    ] == again
+
+
+@pytest.mark.parametrize("number", ["0", "x", "", "2000", "-1", "3.5"])
+def test_a_bad_number_of_variants_is_an_error(number: str) -> None:
+    with pytest.raises(UserError, match=r"it takes a number of variants from 1 to 1000, as in best_of_n:25"):
+        get_attack(f"best_of_n:{number}")
+
+
+@pytest.mark.parametrize("defense_name", ["none", "self_reminder"])
+def test_the_best_variant_is_the_one_with_the_lowest_margin(defense_name: str) -> None:
+    """Each variant is scored as an attack of its own; twins are attacked alike."""
+    queries = sample_queries(load_queries("twins").queries, 8)
+    session, defense, attack = make_toy_session(), get_defense(defense_name), get_attack("best_of_n:4")
+    frames = [
+        score_condition(session, "x", defense, queries, READOUT, variant) for variant in attack.variants
+    ]
+    margins = np.array([frame["margin"] for frame in frames])
+    best = score_condition(session, "x", defense, queries, READOUT, attack)
+    assert best["margin"].to_numpy() == pytest.approx(margins.min(0), abs=1e-5)
+    assert len(set(margins.argmin(0))) > 1 and set(best["attack"]) == {"best_of_n:4"}
+    chats = build_condition_chats(session, defense, queries, READOUT, attack)
+    for (name, chat), query, row in zip(chats, queries, margins.argmin(0), strict=True):
+        assert name == query.id and chat == attack.variants[row].build_chat(query)
+
+
+def test_crescendo_continues_with_the_responses_of_the_defended_model() -> None:
+    """The same conversation, turn by turn; the defense is in each prompt, but not in the attacker's chat."""
+    session, attack = make_toy_session(), get_attack("crescendo")
+    chats = {}
+    for name in ("none", "self_reminder"):
+        defense = get_defense(name)
+        chats[name] = build_condition_chats(session, defense, QUERIES, READOUT, attack)
+        for query, (query_id, chat) in zip(QUERIES, chats[name], strict=True):
+            assert query_id == query.id and [turn["role"] for turn in chat] == ["user", "assistant"] * 2 + [
+                "user"
+            ]
+            planned = attack.build_chat(query)
+            assert chat[::2] == planned[::2] and query.text in chat[4]["content"]
+            for position in (1, 3):
+                ((response,),) = generate_responses(session, defense, [QueryChat(query.id, chat[:position])])
+                assert chat[position]["content"] == response.text.strip() != planned[position]["content"]
+    assert chats["none"] != chats["self_reminder"]
+    generated = session.engine.work_counter.computed_tokens
+    assert build_condition_chats(session, defense, QUERIES, READOUT, attack) == chats[name]
+    assert session.engine.work_counter.computed_tokens == generated
+
+
+def test_the_topic_of_crescendo_has_the_words_of_the_request_without_common_ones() -> None:
+    topic = get_attack("crescendo").build_chat(replace(QUERY, text="How do I bake my aunt's rye-bread?"))[0]
+    assert "these words: bake, aunt's, rye-bread. Tell" in topic["content"]
+    assert (
+        "these words: What, is, this. Tell"
+        in (get_attack("crescendo").build_chat(replace(QUERY, text="What is this?"))[0]["content"])
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if not name.endswith(IGNORE_SUFFIX)])

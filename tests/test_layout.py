@@ -54,7 +54,10 @@ ALLOWED = {
     "mechanism": {"models", "readouts", "stats"},
 }
 ALLOWED["studies"] = set(ALLOWED)
-ALLOWED["api"] = {"studies", "report", "stats", "datasets", "progress"}
+ALLOWED["suffix_attack"] = {
+    *("attacks", "datasets", "files", "models", "progress", "readouts", "stats", "studies"),
+}
+ALLOWED["api"] = {"studies", "suffix_attack", "report", "stats", "datasets", "progress"}
 ALLOWED["cli"] = {*ALLOWED}
 
 

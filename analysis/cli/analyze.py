@@ -278,6 +278,13 @@ def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence
                 for prompt in prompts
             ]
             print_checks(console, checks[0].condition, checks, texts)
+        if attack.is_adaptive:
+            shown = (
+                "a placeholder stands for each of the model's own responses"
+                if attack.asks_model
+                else f"the first of {len(attack.variants)} variants is shown"
+            )
+            print_note(console, f"{attack.name} adapts its chats to each condition; {shown}")
     notices = *setup.session.chat_template.notices, *setup.session.engine.notices, *setup.readout.notices
     for notice in notices:
         print_note(console, notice)

@@ -75,7 +75,13 @@ def collect_catalog() -> dict[str, CatalogRows]:
             *map(_describe_public_set, PUBLIC_DATASETS.values()),
         ],
         "attacks": [
-            {"name": attack.name, "what": attack.description, "source": attack.source, "url": attack.url}
+            {
+                "name": attack.name,
+                "cost": attack.cost,
+                "what": attack.description,
+                "source": attack.source,
+                "url": attack.url,
+            }
             for attack in load_shipped_attacks().values()
         ],
         "readouts": [{"name": name, "what": what} for name, what in READOUT_DESCRIPTIONS.items()],
@@ -129,15 +135,17 @@ def _describe_public_set(dataset: PublicDataset) -> dict[str, Any]:
 
 
 def _format_description(row: Mapping[str, Any]) -> Text:
-    """Return a row's description; for data also size and license, for a defense also source and settings."""
+    """Return a row's description; for data also size and license, for a defense source, cost and settings."""
     from analysis.families import format_family
 
     text = Text(row.get("what", row.get("note", "")))
     if "licence" in row:
         counts = f"{row['harmful']} harmful, {row['benign']} benign"
         text.append(f"\n{' · '.join((counts, row['licence'], row.get('page', 'shipped')))}", style="dim")
-    if "cost" in row:
+    if "family" in row:
         text.append(f"\n{format_family(row['family'])} · {row['cost']}", style="dim")
+    elif row.get("cost", "static") != "static":
+        text.append(f"\nadapts to the model and its defense · {row['cost']} per query", style="dim")
     if row.get("source"):
         text.append(f"\n{row['source']}", style="dim")
     if row.get("settings"):

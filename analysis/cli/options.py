@@ -49,8 +49,8 @@ AttackOption = Annotated[
     typer.Option(
         "--attack",
         help="Jailbreak attack applied to every query: a name (`list attacks`), all (those that draw no "
-        "image), or a file (.csv, .jsonl) of attack strings; NAME+ignore adds an ignore-instructions line. "
-        "Repeatable. Default: direct.",
+        "image and do not adapt to the model), or a file (.csv, .jsonl) of attack strings; NAME+ignore adds "
+        "an ignore-instructions line. Repeatable. Default: direct.",
     ),
 ]
 LimitPerSplitOption = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class ModelSession:
         score_cache: scores of earlier runs; None disables caching.
         seed: of the run.
         questions: questions about a request that replace it, see `Readout`; empty sends the request itself.
+        adapted_chats: what adaptive attacks have found so far: condition → defense, and query → chat.
     """
 
     loaded_model: LoadedModel
@@ -61,6 +62,9 @@ class ModelSession:
     score_cache: ScoreCache | None = None
     seed: int = 0
     questions: tuple[str, ...] = ()
+    adapted_chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @classmethod
     def from_model(

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from rich.console import Console
 
+from analysis.attacks import check_not_adaptive
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
 from analysis.progress import make_notifier
+from analysis.run import build_condition_chats
 from analysis.stats.cost import add_divergence_estimates
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
 from analysis.stats.kinds import summarize_kinds
@@ -52,6 +54,10 @@ def analyze_defenses(
         PreflightError: if no defense reaches the model.
         TrainingInterrupted: if the user interrupts a training.
     """
+    if with_side_effects:
+        check_not_adaptive(
+            spec.attacks, "side effects compare the first tokens behind one and the same chat: omit them"
+        )
     if with_training:
         from analysis.studies.train import train_missing_weights
 
@@ -191,7 +197,14 @@ def _example_prompts(
     attacks = {attack.name: attack for attack in setup.attacks}
     rows = []
     for attack, name in condition_keys:
-        query_chats = attacks[attack].build_query_chats(queries)
+        # The model's own responses to an attacker are not kept: a placeholder stands for each.
+        query_chats = (
+            attacks[attack].build_query_chats(queries)
+            if attacks[attack].asks_model
+            else build_condition_chats(
+                setup.session, conditions[name], queries, setup.readout, attacks[attack]
+            )
+        )
         prompts_by_query = setup.session.render_prompts(conditions[name], query_chats)
         rows += [
             {

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from analysis.attacks import DIRECT_ATTACK
+from analysis.attacks import DIRECT_ATTACK, check_not_adaptive
 from analysis.progress import make_progress_bar
 from analysis.report.folder import locate_record, read_record, read_run_table
 from analysis.stats.additivity import (
@@ -194,6 +194,10 @@ def score_ensembles(
         ordering_share: share of the calibration queries by which stacks are selected, so that the others can
             be tested; None for all.
     """
+    check_not_adaptive(
+        spec.attacks,
+        "an ensemble is predicted from its members' margins on one and the same chat: use analyze -d A+B",
+    )
     overlap_frame = None if overlap is None else load_overlap(overlap)
     attacks = (DIRECT_ATTACK, *(attack for attack in spec.attacks if attack.name != DIRECT_ATTACK.name))
 

@@ -23,6 +23,7 @@ from analysis.models.chat_template import redact_secrets
 from analysis.models.session import Response, generate_responses
 from analysis.progress import make_notifier, make_progress_bar
 from analysis.report.folder import add_tables, read_run
+from analysis.run import build_condition_chats
 from analysis.stats.judge_correction import ANSWERS, REFUSES, CorrectedRates, correct_refusal_rates
 from analysis.stats.tables import ResponseVerdict, read_table
 from analysis.studies.judge_file import JudgeOptions
@@ -285,6 +286,11 @@ def regenerate_responses(
     """
     options = _get_options(run)
     spec = _build_spec(options, offline)
+    if varied := next((attack.name for attack in spec.attacks if attack.variants), None):
+        raise UserError(
+            f"{run.folder}: the responses under {varied} cannot be generated again without the margins that "
+            f"chose their variants: repeat the run without --attack {varied}, then label it"
+        )
     judge = JudgeOptions(run.judge_name).load_judge(offline, make_notifier(console))
     names = sorted(set(rows["defense"]))
 
@@ -313,7 +319,11 @@ def regenerate_responses(
             # To the last token, although the judge may have known earlier: a short text would give its
             # verdict away.
             responses = generate_responses(
-                setup.session, defense, attacks[str(attack)].build_query_chats(queries), prefill, run.n_tokens
+                setup.session,
+                defense,
+                build_condition_chats(setup.session, defense, queries, setup.readout, attacks[str(attack)]),
+                prefill,
+                run.n_tokens,
             )
             verdicts = judge_queries(judge, requests, responses, defense)
             for query, copies, verdict in zip(queries, responses, verdicts, strict=True):

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from analysis.attacks import DIRECT_ATTACK, Attack
+from analysis.attacks import DIRECT_ATTACK, Attack, check_not_adaptive
 from analysis.datasets.queries import sample_queries
 from analysis.mechanism.attribution import DirectLogitAttribution, MarginAttribution, explain_no_place
 from analysis.mechanism.components import (
@@ -498,6 +498,7 @@ def study_mechanism(
     if all((defense if isinstance(defense, str) else defense.name) == UNDEFENDED for defense in defenses):
         raise UserError("no defense chosen except `none`, the undefended model; see `analyze list defenses`")
 
+    check_not_adaptive(spec.attacks, "activations are compared on one and the same chat: use --attack all")
     chosen = [defense for defense in choose_defenses(defenses, settings) if defense.name != UNDEFENDED]
     if all(reasons := [explain_no_place(defense) for defense in chosen]):
         raise UserError(reasons[0])

@@ -26,11 +26,12 @@ from analysis.models.session import ModelSession, ResponseOpenings, list_blend_m
 from analysis.progress import make_defense_call_callback, make_progress_bar
 from analysis.readouts.prompt_scores import make_score_writer
 from analysis.readouts.readout import Readout
+from analysis.run import build_condition_chats
 from analysis.stats.tables import ResponseVerdict
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import ConditionFrames, ConditionKey, list_failures
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 from defenses.errors import describe_error
 
 RESPONSE_COLUMNS = ("query", "pair", "category", "harmful", "kind", "attack", "defense", "verdict")
@@ -134,7 +135,8 @@ def judge_condition(
     Returns:
         The text of a `ResponseVerdict` for each query.
     """
-    keys = _make_keys(session, attack, defense, queries, judge, readout, openings)
+    query_chats = build_condition_chats(session, defense, queries, readout, attack)
+    keys = _make_keys(session, query_chats, defense, queries, judge, readout, openings)
     cache = session.score_cache if keys else None
     verdicts: dict[int, str] = {}
     if cache is not None:
@@ -152,7 +154,7 @@ def judge_condition(
         batch_verdicts = generate_verdicts(
             session,
             defense,
-            attack.build_query_chats(batch),
+            [query_chats[row] for row in rows],
             [query.text for query in batch],
             judge,
             readout.prefill,
@@ -212,7 +214,7 @@ def name_verdict(verdict: Verdict) -> str:
 
 def _make_keys(
     session: ModelSession,
-    attack: Attack,
+    query_chats: Sequence[QueryChat],
     defense: Defense,
     queries: Sequence[Query],
     judge: Judge,
@@ -236,7 +238,6 @@ def _make_keys(
         "response": [readout.prefill, N_RESPONSE_TOKENS],
         "tokenizer": [vocabulary, sorted(session.loaded_model.end_token_ids)],
     }
-    query_chats = attack.build_query_chats(queries)
     log_odds = session.score_requests(defense, query_chats) or [0.0] * len(queries)
     prompts_by_query = session.render_prompts(defense, query_chats)
     opening_ids = openings.ids if openings else ((),) * len(queries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from analysis.attacks import Attack
+from analysis.attacks import Attack, check_not_adaptive
 from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import Judge, JudgeProgress, Verdict, judge_queries, make_verdict_masks
 from analysis.judges.model_judges import GradingRubric, ModelJudge
@@ -20,7 +20,7 @@ from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar
 from analysis.readouts.readout import Readout
 from analysis.report.results import Run
-from analysis.run import score_condition
+from analysis.run import build_condition_chats, score_condition
 from analysis.stats.agreement import (
     RESPONSES_READOUT,
     TRUST_RULE,
@@ -88,6 +88,8 @@ def validate_readouts(
         PreflightError: if no defense reaches the model.
         UserError: if no condition can be scored.
     """
+    if len(spec.readouts) > 1 or spec.readouts == ("all",):
+        check_not_adaptive(spec.attacks, "each readout would choose chats of its own: name one readout")
     timer = RunTimer()
     check_response_tokens(max_new_tokens)
     judge_options.check_options()
@@ -169,7 +171,8 @@ def collect_responses(
         readout.name: score_condition(session, condition, defense, queries, readout, attack, on_progress)
         for readout in readouts
     }
-    query_chats, query_texts = attack.build_query_chats(queries), [query.text for query in queries]
+    query_chats = build_condition_chats(session, defense, queries, readouts[0], attack)
+    query_texts = [query.text for query in queries]
     responses, verdicts = {}, {}
     for prefill in {readout.prefill: None for readout in readouts}:
         responses[prefill] = generate_responses(
@@ -385,7 +388,7 @@ def pair_compliant_responses(
 def measure_response_pairs(
     pairs: ResponsePairs,
     session: ModelSession,
-    attack: Attack,
+    undefended_chats: Callable[[Sequence[Query]], list[QueryChat]],
     undefended: Defense,
     max_new_tokens: int,
     is_reference: bool,
@@ -395,7 +398,7 @@ def measure_response_pairs(
     Args:
         pairs: responses with and without the defense.
         session: the model.
-        attack: the attack through which the queries were sent.
+        undefended_chats: returns the chats in which queries were sent to the undefended model.
         undefended: the undefended model as a defense.
         max_new_tokens: maximum number of tokens generated per response.
         is_reference: whether the condition is the undefended one, so that log-probabilities cannot differ.
@@ -408,7 +411,7 @@ def measure_response_pairs(
     measures = compare_responses(texts, reference_texts, token_counts, reference_counts, max_new_tokens)
     if is_reference or not pairs.queries:
         return measures
-    prompts_by_query = session.render_prompts(undefended, attack.build_query_chats(pairs.queries))
+    prompts_by_query = session.render_prompts(undefended, undefended_chats(pairs.queries))
     prompts = [first.append_prefix(pairs.prefill) for first, *_ in prompts_by_query]
     with undefended.apply_to(session.loaded_model.model):
         means = [
@@ -561,11 +564,14 @@ class _Validation:
         )
         pairs = pair_compliant_responses(responses, reference, queries, judge_name)
         rates = _count_verdicts(responses.verdicts[pairs.prefill], queries)
+        undefended = self.setup.conditions[UNDEFENDED]
         measures = measure_response_pairs(
             pairs,
             self.setup.session,
-            attack,
-            self.setup.conditions[UNDEFENDED],
+            lambda pair_queries: build_condition_chats(
+                self.setup.session, undefended, pair_queries, self.setup.readouts[0], attack
+            ),
+            undefended,
             self.max_new_tokens,
             is_reference=responses is reference,
         )

@@ -24,6 +24,11 @@ def test_list_is_a_table_for_people_and_json_for_machines(cli_home):
             assert row["name"] in table.out
     for row in rows_by_kind["defenses"]:
         assert set(row) >= {"name", "family", "source", "url", "settings"}
+    assert {row["name"]: row["cost"] for row in rows_by_kind["attacks"] if row["cost"] != "static"} == {
+        "best_of_n": "8 prompts",
+        "crescendo": "2 responses",
+    }
+    assert "adapts to the model and its defense · 8 prompts per query" in table.out
     assert "reminders (SR) · static" in table.out and "steering · static" in table.out
     assert {row["family"] for row in rows_by_kind["defenses"]} >= {"reminders", "steering"}
     assert json.loads(run_cli("list", "attacks", "--json").out) == {"attacks": rows_by_kind["attacks"]}

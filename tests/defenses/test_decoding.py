@@ -175,8 +175,9 @@ def test_keys_of_coca_depend_on_both_prompts_and_alpha(tmp_path: Path) -> None:
     assert score(session, Coca()) == pytest.approx(score(fresh, Coca()), abs=1e-4)
     assert counter.computed_tokens == 0
     judge = RULE_JUDGES["keywords"]
+    chats = DIRECT_ATTACK.build_query_chats(QUERIES[:1])
     keys = {
-        _make_keys(session, DIRECT_ATTACK, defense, QUERIES[:1], judge, LINEAR)[0]
+        _make_keys(session, chats, defense, QUERIES[:1], judge, LINEAR)[0]
         for defense in (Coca(), Coca(alpha=1.0), ForgetfulBlend(), UNDEFENDED)
     }
     assert len(keys) == 4

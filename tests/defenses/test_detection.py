@@ -578,7 +578,7 @@ def test_verdicts_and_their_keys_depend_on_the_detector(session: ModelSession) -
     verdicts = judge_condition(session, DIRECT_ATTACK, Lengths(), QUERIES, judge, READOUT)
     assert [verdict == "refused" for verdict in verdicts] == (measure() > 0).tolist()
     keys = [
-        _make_keys(session, DIRECT_ATTACK, defense, QUERIES, judge, READOUT)
+        _make_keys(session, QUERY_CHATS, defense, QUERIES, judge, READOUT)
         for defense in (NONE, Lengths(), Lengths(limit=0))
     ]
     for value, none, some, all_refused in zip(measure(), *keys, strict=True):

@@ -173,16 +173,15 @@ def test_keys_depend_on_everything_that_a_verdict_depends_on(tmp_path: Path) -> 
         "pool": (session, DIRECT_ATTACK, ConstantMax(), query, judge, READOUT),
     }
     keys = {
-        name: _make_keys(session, attack, defense, [query], judge, readout)
+        name: _make_keys(session, attack.build_query_chats([query]), defense, [query], judge, readout)
         for name, (session, attack, defense, query, judge, readout) in cases.items()
     }
     assert len({key for (key,) in keys.values()}) == len(cases)
     # A threshold changes no verdict; an unknown change of the model is not cached.
-    assert (
-        _make_keys(session, DIRECT_ATTACK, NONE, [query], judge, replace(READOUT, threshold=1.0))
-        == (keys["baseline"])
-    )
-    assert _make_keys(session, DIRECT_ATTACK, BlendWithHook(), [query], judge, READOUT) == []
+    chats = DIRECT_ATTACK.build_query_chats([query])
+    shifted = replace(READOUT, threshold=1.0)
+    assert _make_keys(session, chats, NONE, [query], judge, shifted) == keys["baseline"]
+    assert _make_keys(session, chats, BlendWithHook(), [query], judge, READOUT) == []
 
 
 def test_a_sample_keeps_pairs_whole_and_strata_in_proportion() -> None:

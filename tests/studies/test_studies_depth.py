@@ -426,8 +426,9 @@ def test_what_a_detector_refuses_has_no_opening() -> None:
 
 def test_the_key_of_a_verdict_depends_on_the_opening() -> None:
     session, none, readout = make_toy_session(), get_defense("none"), READOUT
+    chats = DIRECT_ATTACK.build_query_chats(QUERIES[:1])
     keys = [
-        _make_keys(session, DIRECT_ATTACK, none, QUERIES[:1], RESPONSE_JUDGE, readout, openings)
+        _make_keys(session, chats, none, QUERIES[:1], RESPONSE_JUDGE, readout, openings)
         for openings in (
             None,
             ResponseOpenings(((5,),), False),
@@ -437,7 +438,7 @@ def test_the_key_of_a_verdict_depends_on_the_opening() -> None:
     ]
     assert len({key for (key,) in keys}) == 4
     empty = ResponseOpenings(((),), True)
-    (key,) = _make_keys(session, DIRECT_ATTACK, none, QUERIES[:1], RESPONSE_JUDGE, readout, empty)
+    (key,) = _make_keys(session, chats, none, QUERIES[:1], RESPONSE_JUDGE, readout, empty)
     assert [key] == keys[0]
-    (other,) = _make_keys(session, DIRECT_ATTACK, none, QUERIES[:1], KEPT_REFUSAL_JUDGE, readout)
+    (other,) = _make_keys(session, chats, none, QUERIES[:1], KEPT_REFUSAL_JUDGE, readout)
     assert other != key
