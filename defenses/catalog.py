@@ -42,7 +42,7 @@ def get_defense(name: str, settings: Mapping[str, object] | None = None) -> Defe
     """Return the defense with a name, or the one defined in a `.py` file, with its settings.
 
     >>> get_defense("backdoor", {"length": 50})
-    Backdoor(weights=None, trigger=None, length=50, system='You are a helpful assistant.')
+    Backdoor(weights=None, trigger=None, length=50, place=None, system='You are a helpful assistant.')
 
     Args:
         name: one of `list_defense_names()`, the path of a file that defines one defense, the folder or
@@ -71,14 +71,24 @@ def get_defense(name: str, settings: Mapping[str, object] | None = None) -> Defe
     elif _is_adapter_source(name):
         cls, own_values = AdapterWeights, {"weights": Path(name), "label": label_adapters([name])[name]}
     else:
-        raise unknown_name_error(
-            "defense", name, classes, " (or a path ending in .py, or an adapter's folder)"
-        )
+        raise _unknown_defense_error(name)
     values = own_values | {key: parse_setting(cls, key, value) for key, value in (settings or {}).items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot create defense {cls.name!r}: {error}") from error
+
+
+def check_defense_name(name: str) -> None:
+    """Raise a UserError unless a name, or each part of a stack's name, could be one of a defense.
+
+    Args:
+        name: as in `choose_defenses`; files and folders are not read.
+    """
+    for member in split_stack_name(name):
+        is_known = member == "all" or member in find_defense_classes()
+        if not (is_known or member.endswith(".py") or _is_adapter_source(member)):
+            raise _unknown_defense_error(member)
 
 
 def choose_defenses(selection: Sequence[str | Defense], settings: Sequence[str]) -> list[Defense]:
@@ -167,6 +177,11 @@ def label_adapters(names: Sequence[str]) -> dict[str, str]:
         if len({*labels.values()} - known.keys()) == len(labels):
             break
     return labels
+
+
+def _unknown_defense_error(name: str) -> UserError:
+    hint = " (or a path ending in .py, or an adapter's folder)"
+    return unknown_name_error("defense", name, find_defense_classes(), hint)
 
 
 def _is_adapter_source(name: str) -> bool:

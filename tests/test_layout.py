@@ -59,6 +59,7 @@ ALLOWED["suffix_attack"] = {
 }
 ALLOWED["api"] = {"studies", "suffix_attack", "report", "stats", "datasets", "progress"}
 ALLOWED["cli"] = {*ALLOWED}
+ALLOWED["__main__"] = {"cli"}
 
 
 def iterate_nodes(tree: ast.AST, inside_functions: bool, type_only: bool):

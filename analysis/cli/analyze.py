@@ -43,6 +43,16 @@ if TYPE_CHECKING:
     from analysis.studies.run_spec import RunSpec
 
 
+def print_version(is_asked: bool) -> bool:
+    """Print the version and exit, if the user asked for it."""
+    if is_asked:
+        from analysis import __version__
+
+        typer.echo(f"refusalscope {__version__}")
+        raise typer.Exit
+    return is_asked
+
+
 @app.callback(invoke_without_command=True)
 def analyze(
     context: typer.Context,
@@ -80,6 +90,10 @@ def analyze(
     ] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure what a jailbreak defense does: refuse more, or separate harmful from benign queries better.

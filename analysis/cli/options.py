@@ -12,11 +12,39 @@ JUDGE_HELP = (
     "strings), or model (see --judge-model)."
 )
 
+
+def check_defense_names(names: list[str] | None) -> list[str] | None:
+    """Return the names if each is one of a defense; raise before anything heavy is imported."""
+    from defenses.catalog import check_defense_name
+
+    for name in names or []:
+        check_defense_name(name)
+    return names
+
+
+def check_data_names(names: list[str]) -> list[str]:
+    """Return the names if each is one of a query set; raise before anything heavy is imported."""
+    from analysis.datasets.loading import check_set_name
+
+    for name in names:
+        check_set_name(name)
+    return names
+
+
+def complete_defense(incomplete: str) -> list[str]:
+    """Return the names of defenses that a shell completes."""
+    from defenses.catalog import list_defense_names
+
+    return [name for name in list_defense_names() if name.startswith(incomplete)]
+
+
 DefenseOption = Annotated[
     list[str] | None,
     typer.Option(
         "-d",
         "--defense",
+        callback=check_defense_names,
+        autocompletion=complete_defense,
         help="Defense name, `all`, or path of a .py file; a+b applies both, a first. Repeatable.",
     ),
 ]
@@ -33,6 +61,7 @@ DataOption = Annotated[
     list[str],
     typer.Option(
         "--data",
+        callback=check_data_names,
         help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a file (.csv, "
         ".tsv, .json, .jsonl or .parquet). Repeatable; several are joined, as with +.",
     ),

@@ -83,6 +83,20 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
     Raises:
         UserError: if the set is unknown, cannot be read or downloaded, or lacks a class.
     """
+    names = check_set_name(name)
+    sets = [_load_single_set(part, offline, notify) for part in names]
+    return (sets[0] if len(sets) == 1 else _join_query_sets(name, sets, notify)).check_both_classes()
+
+
+def check_set_name(name: str) -> list[str]:
+    """Return the names of the sets that a name joins with +; raise if one of them is not known.
+
+    >>> check_set_name("twins+everyday")
+    ['twins', 'everyday']
+
+    Args:
+        name: as for `load_queries`.
+    """
     names = _split_set_names(name)
     for part in names:
         base = part.partition("=")[0]
@@ -90,8 +104,7 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
         if not (part in SHIPPED_SETS or base in PUBLIC_DATASETS or is_file):
             hint = f" (or NAME=PATH for a copy of a public set, or the path of a {RECORD_FORMATS})"
             raise unknown_name_error("data set", base, [*SHIPPED_SETS, *PUBLIC_DATASETS], hint)
-    sets = [_load_single_set(part, offline, notify) for part in names]
-    return (sets[0] if len(sets) == 1 else _join_query_sets(name, sets, notify)).check_both_classes()
+    return names
 
 
 def load_shipped_set(name: str) -> QuerySet:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import CHATML, USER_DEFENSE, assert_user_error, run_cli, save_model
 
+from analysis import __version__
 from analysis.cli.main import main
 
 # --- mistakes of the user ---------------------------------------------------------------------------------
@@ -251,3 +252,41 @@ def test_train_validate_and_backdooralign_are_reached_by_their_commands(cli_home
     arms = ("backdooralign", "-m", "tiny")
     assert_user_error(run_cli(*arms, "--limit", "8"), "no weights for aligned", "analyze train")
     assert_user_error(run_cli(*arms, "--tokens", "0"), "--tokens 0")
+
+
+def test_names_are_answered_before_anything_heavy_is_imported() -> None:
+    """The version, wrong names of defenses and data, and a defense in the place of a command."""
+    script = """
+import io, sys
+from contextlib import redirect_stderr, redirect_stdout
+from analysis.cli.main import main
+for arguments in {arguments}:
+    sys.argv = ["analyze", *arguments]
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text), redirect_stdout(text):
+            main()
+    except SystemExit as ended:
+        print(ended.code, text.getvalue()[:110].replace("\\n", " "))
+print("torch" in sys.modules or "pandas" in sys.modules)
+"""
+    arguments = [
+        ["--version"],
+        ["-d", "polcy"],
+        ["mechanism", "-d", "policy+nope"],
+        ["-d", "policy", "goal_priority"],
+    ]
+    arguments += [["-d", "policy", "--data", "twins+contrst"]]
+    run = subprocess.run(
+        [sys.executable, "-c", script.format(arguments=arguments)], capture_output=True, text=True, check=True
+    )
+    version, wrong, stacked, command, data, heavy = run.stdout.splitlines()
+    assert version.startswith(f"0 refusalscope {__version__}")
+    assert wrong.startswith("2 analyze: unknown defense 'polcy': did you mean 'policy'?")
+    assert stacked.startswith("2 analyze: unknown defense 'nope'")
+    assert command.startswith("2 analyze: 'goal_priority' is a defense and no command")
+    assert data.startswith("2 analyze: unknown data set 'contrst'") and heavy == "False"
+    module = subprocess.run(
+        [sys.executable, "-m", "analysis", "--version"], capture_output=True, text=True, check=True
+    )
+    assert module.stdout.strip() == f"refusalscope {__version__}"
