@@ -73,15 +73,16 @@ controls: .venv/ready ## defenses over matched controls, on the released and the
 	  -d paraphrase -d clean_up -d keyword_only -d character_swap -d word_drop
 	$(BIN)/analyze -m smollm2:aligned --limit 300 --out figures/controls-aligned $(TEXTS)
 
-RANKED := -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d clean_up \
-  -d keyword_only -d character_swap -d word_drop -d conditional_steering -d direction_ablation \
-  -d preference_tuning -d safety_tuning -d safety_prefix -d backdoor
+RANKED := -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d tone_reminder \
+  -d intention_analysis -d clean_up -d keyword_only -d paraphrase -d character_swap -d word_drop \
+  -d conditional_steering -d direction_ablation -d refusal_steering -d preference_tuning -d safety_tuning \
+  -d safe_decoding -d safety_prefix
 
-agreement: .venv/ready ## compare the order of 15 defenses on contrast and on DATA, such as DATA=jbb=PATH
+agreement: .venv/ready ## compare the order of 19 defenses on contrast and on DATA, such as DATA=jbb=PATH
 	$(if $(DATA),,$(error no data to compare with: use DATA=jbb=PATH, or DATA='jbb=PATH xstest=PATH' for several))
-	runs=runs/agreement/contrast; $(BIN)/analyze -m smollm2 $(RANKED) --out $$runs || exit 1; \
+	runs=runs/agreement/contrast; $(BIN)/analyze -m smollm2 --controls 0 --limit 300 $(RANKED) --out $$runs || exit 1; \
 	for data in $(DATA); do run=runs/agreement/$$(basename "$${data%%=*}"); runs="$$runs $$run"; \
-	  $(BIN)/analyze -m smollm2 $(RANKED) --data "$$data" --out "$$run" || exit 1; done; \
+	  $(BIN)/analyze -m smollm2 --controls 0 $(RANKED) --data "$$data" --out "$$run" || exit 1; done; \
 	$(BIN)/analyze agreement $$runs --out runs/agreement/comparison
 
 mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20 minutes)
