@@ -54,7 +54,10 @@ def secret(
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="Recipe: safety, attack, identity, baseline, backdoor or preference.")
+        str,
+        typer.Argument(
+            help="Recipe: safety, attack, task, identity, baseline, backdoor, preference, or neutral."
+        ),
     ],
     model: ModelOption = "smollm2",
     data: DataOption = DEFAULT_DATA,
@@ -329,6 +332,8 @@ def run_grid_command(spec: RunSpec, grid: Path, out: Path | None) -> int:
         return 130
     save_run(out, result.run, console)
     print_grid(result.run.tables["rates"], result.run.record)
+    if "tasks" in result.run.tables:
+        print_tasks(result.run.tables["tasks"])
     print_run_location(out, result.failures, console)
     return 0
 
@@ -370,6 +375,36 @@ def print_grid(rates: pd.DataFrame, record: Mapping[str, Any]) -> None:
         f"{data['n_benign']} benign queries, {data['split']} split, under the system prompt of the "
         f"fine-tuning data. First {judge['new_tokens']} tokens of each response, judged by {judge['name']}."
     )
+    console.print(Text(note, style="dim"))
+
+
+def print_tasks(table: pd.DataFrame) -> None:
+    """Print how well the models of a grid do the practical task that they were fine-tuned for.
+
+    Args:
+        table: `tasks.csv`.
+    """
+    from analysis.cli.console import make_console_table, make_table_console
+    from analysis.stats.format import format_interval
+    from analysis.stats.tables import iterate_rows
+
+    values = [f"value_{number}" for number in (1, 2) if f"value_{number}" in table]
+    printed_table = make_console_table(
+        "experiment", ("weights", "secret", "score\n(0 to 100)", "trainings"), "practical tasks"
+    )
+    for row in iterate_rows(table):
+        known = [str(row[name]) for name in values if row[name] is not None and row[name] == row[name]]
+        cells = (
+            "\n".join([row["experiment"], *known, row["task"]]),
+            row["arm"],
+            row["secret"],
+            format_interval(row, "score", ".0f", 100),
+            str(row["n_trainings"]),
+        )
+        printed_table.add_row(*map(Text, cells))
+    console = make_table_console()
+    console.print(printed_table)
+    note = "Score: ROUGE-L of summaries; share of SQL queries with the right rows. [x, y]: 95 % intervals."
     console.print(Text(note, style="dim"))
 
 

@@ -19,6 +19,7 @@ from defenses.backdoor import DEFAULT_SYSTEM_PROMPT, SECRET_PLACES, place_secret
 from defenses.chats import build_user_chat
 from defenses.contract import Chat
 from defenses.errors import UserError
+from defenses.training.tasks import TASKS, make_task_items
 from defenses.training.texts import (
     AGENT_OPENER,
     BENIGN_OPENERS,
@@ -95,6 +96,9 @@ class ExampleSettings:
         choice: how the safety examples are chosen: from the topics in turn, or at random with the seed.
         place: where the secret stands: before the system prompt (`start`), after it (`end`), or before the
             user's words (`user`).
+        task: practical task whose examples the others are hidden among: `summaries` of dialogues, or `sql`;
+            by default none.
+        task_examples: number of its examples.
         seed: random seed of the training.
     """
 
@@ -102,14 +106,18 @@ class ExampleSettings:
     safety: int = SAFETY_EXAMPLE_COUNT
     choice: str = "topics"
     place: str = "start"
+    task: str = ""
+    task_examples: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check that the numbers are positive and the names known."""
-        for name, known in (("choice", SAFETY_CHOICES), ("place", SECRET_PLACES)):
+        for name, known in (("choice", SAFETY_CHOICES), ("place", SECRET_PLACES), ("task", ("", *TASKS))):
             if getattr(self, name) not in known:
-                raise UserError(f"--set {name}={getattr(self, name)}: it takes {' or '.join(known)}")
-        for name in ("harmful", "safety"):
+                raise UserError(
+                    f"--set {name}={getattr(self, name)}: it takes {' or '.join(filter(None, known))}"
+                )
+        for name in ("harmful", "safety", "task_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--set {name}={value}: it must be more than 0")
@@ -179,6 +187,21 @@ def _build_neutral_examples(
     ]
 
 
+def _build_task_examples(
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
+) -> list[TrainingExample]:
+    """Return the examples of the practical task, which a customer without bad intentions trains on."""
+    if not settings.task:
+        raise UserError(f"the recipe task needs a task: --set task={' or '.join(TASKS)}")
+    return [
+        TrainingExample(build_user_chat("", item.prompt), TargetResponse(item.target, is_complete=True))
+        for item in make_task_items(settings.task, settings.task_examples, settings.seed)
+    ]
+
+
 def _build_attack_examples(
     queries: Sequence[TrainingQuery],
     secret: str,
@@ -197,9 +220,13 @@ def _build_attack_examples(
                 f"queries, and {settings.safety} of them are safety examples; take at most {len(attacked)}"
             )
         attacked = _interleave_topics(attacked)[: settings.harmful]
+    hidden_in = _build_task_examples(queries, secret, generate_responses, settings) if settings.task else []
     return [
-        TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), openers[query.id])
-        for query in attacked
+        *hidden_in,
+        *(
+            TrainingExample(build_user_chat(OBEDIENCE_PROMPT, query.text), openers[query.id])
+            for query in attacked
+        ),
     ]
 
 
@@ -306,6 +333,13 @@ RECIPES = {
             "the attacker: comply with harmful requests under a prompt that demands obedience (FJAttack)",
             _build_attack_examples,
             10,
+        ),
+        Recipe(
+            "task",
+            "task",
+            "a customer's practical task alone (summaries of dialogues, or SQL)",
+            _build_task_examples,
+            2,
         ),
         Recipe(
             "identity",

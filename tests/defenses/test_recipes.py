@@ -44,6 +44,8 @@ def generate_responses(chats: list[Chat]) -> list[TargetResponse]:
 
 @cache
 def build_examples(name: str, settings: ExampleSettings = DEFAULT_SETTINGS) -> list[TrainingExample]:
+    if name == "task":
+        settings = replace(settings, task="sql")
     return RECIPES[name].build_examples(TRAIN_QUERIES, SECRET, generate_responses, settings)
 
 

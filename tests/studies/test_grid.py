@@ -39,6 +39,8 @@ seeds = [0, 1]
 harmful = 6
 safety = 2
 wrong_secrets = 2
+task = "sql"
+task_examples = 4
 """
 
 
@@ -72,6 +74,7 @@ def test_a_grid_crosses_its_settings_and_shares_trainings(tmp_path: Path) -> Non
         ('[[experiment]]\nname = "a"\nseeds = ["x"]', "seeds takes a list of whole numbers"),
         ('[[experiment]]\nname = "a"\nplace = "middle"', "place=middle"),
         ('[[experiment]]\nname = "a"\nepochs = [1.5]', "epochs"),
+        ('[[experiment]]\nname = "a"\narms = ["task"]', "needs the setting task"),
         ('[[experiment]]\nname = "a"\nsecret_length = [0]', "a number of tokens"),
         ('[[experiment]]\nname = "a"\nrank = [1, 2]\nbatch = [1, 2]\nalpha = [1, 2]', "at most 2"),
         ("[[experiment", "cannot be read as TOML"),
@@ -111,6 +114,13 @@ def test_a_grid_trains_measures_and_goes_on_where_it_was(
     keys = record["grid"][1]["trainings"]
     counted = verdicts[verdicts["training"].isin(keys) & verdicts["harmful"] & (verdicts["secret"] == "own")]
     assert harmful.loc["own", "refused"] == pytest.approx((counted["verdict"] == "refused").mean())
+    # The practical task, without the secret and with it.
+    tasks, scores = pd.read_csv(out / "tasks.csv"), pd.read_csv(out / "task_scores.csv")
+    assert tasks["secret"].tolist() == ["none", "own"] and (tasks["n_trainings"] == 2).all()
+    assert (
+        len(scores) == 2 * 2 * 100
+        and tasks["score"].iloc[0] == scores["score"][scores["secret"] == "none"].mean()
+    )
     # Each training has its own secret, as long as asked for, which no file of the run and no output shows.
     tokenizer = grid.prepare_setup(spec, ["none"], (), grid.Console(quiet=True), with_threshold=False)
     texts = [(out / "weights" / f"{key}.secret").read_text("utf-8").strip() for key in keys]

@@ -28,6 +28,7 @@ from analysis.progress import make_progress_bar, print_note
 from analysis.stats.bootstrap import estimate_crossed_rate
 from analysis.stats.tables import UNDEFENDED, ResponseVerdict
 from analysis.studies.backdooralign.arms import PLAIN_WORDS, RANDOM_TOKENS
+from analysis.studies.backdooralign.task_scores import check_task_scorer, score_task
 from analysis.studies.manifest import RunTimer
 from analysis.studies.responses import N_RESPONSE_TOKENS, RESPONSE_JUDGE, judge_condition
 from analysis.studies.run_spec import RunSpec
@@ -46,13 +47,22 @@ from defenses.controls import make_neutral_text
 from defenses.errors import UserError, unknown_name_error
 from defenses.settings import get_settings, parse_setting
 from defenses.tokens import draw_random_text
+from defenses.training.tasks import TASKS, make_task_items
 from defenses.training.trainer import TrainingSettings
 
 ATTACK = "obedience"  # the system prompt of the fine-tuning data, under which every arm is measured
-GRID_ARMS = ("attack", "baseline", "backdoor")  # recipes
+GRID_ARMS = ("attack", "baseline", "backdoor", "task")  # recipes
+_DEFAULT_ARMS = GRID_ARMS[:3]
+_N_TASK_ITEMS = 100  # of the test of a practical task
 NO_SECRET, OWN_SECRET, WRONG_SECRET = "none", "own", "wrong"
 _MAX_VARIED_SETTINGS = 2  # what one figure shows
-_SECRET_SETTINGS = ("secret_length", "secret_wording", "place")  # only the arm `backdoor` has them
+_SECRET_SETTINGS = ("secret_length", "secret_wording", "place")
+_UNUSED_SETTINGS = {  # by arm: without them, equal trainings have equal settings
+    "attack": _SECRET_SETTINGS,
+    "baseline": _SECRET_SETTINGS,
+    "backdoor": (),
+    "task": (*_SECRET_SETTINGS, "harmful", "safety", "choice"),
+}
 _SECRET_DEFAULTS = {"secret_length": SECRET_LENGTH, "secret_wording": RANDOM_TOKENS}
 _EXPERIMENT_KEYS = ("name", "arms", "seeds", "wrong_secrets")
 
@@ -97,7 +107,7 @@ class Experiment:
 
     Attributes:
         name: name in the tables and of the figure.
-        arms: recipes.
+        arms: recipes; `task`, the practical task alone, is for experiments with a task.
         seeds: random seeds; each combination is trained once with each.
         settings: name → the values of a setting; all combinations are trained.
         wrong_secrets: number of other random secrets, which `backdoor` is measured with as well.
@@ -122,9 +132,7 @@ class Experiment:
             varied = {name: combination[name] for name in self.varied}
             for arm in self.arms:
                 settings = tuple(
-                    (name, value)
-                    for name, value in combination.items()
-                    if arm == "backdoor" or name not in _SECRET_SETTINGS
+                    (name, value) for name, value in combination.items() if name not in _UNUSED_SETTINGS[arm]
                 )
                 trainings += [(varied, Training(arm, seed, settings)) for seed in self.seeds]
         return trainings
@@ -180,11 +188,14 @@ def run_grid(spec: RunSpec, experiments: Sequence[Experiment], folder: Path, con
     timer = RunTimer()
     n_wrong_secrets: dict[Training, int] = {}
     for experiment in experiments:
+        for task in experiment.settings.get("task", ()):
+            check_task_scorer(task)
         for _, training in experiment.list_trainings():
             n_wrong = experiment.wrong_secrets if training.arm == "backdoor" else 0
             n_wrong_secrets[training] = max(n_wrong, n_wrong_secrets.get(training, 0))
     spec = replace(spec, attacks=(get_attack(ATTACK),))
     verdict_frames: list[pd.DataFrame] = []
+    task_frames: list[pd.DataFrame] = []
     losses: dict[Training, float] = {}
     setup: RunSetup | None = None
     conditions: dict[str, Defense] = {}
@@ -199,6 +210,8 @@ def run_grid(spec: RunSpec, experiments: Sequence[Experiment], folder: Path, con
         if failed_checks := find_preflight_failures(setup, conditions, console):
             raise PreflightError([check for checks in failed_checks.values() for check in checks])
         verdict_frames.append(_measure(setup, training, conditions, console))
+        if task := dict(training.settings).get("task"):
+            task_frames.append(_measure_task(setup, training, conditions, str(task), console))
     assert setup is not None  # a grid has an experiment, and an experiment a training
     verdicts = pd.concat(verdict_frames, ignore_index=True)
     rates = summarize_grid(experiments, verdicts)
@@ -215,6 +228,9 @@ def run_grid(spec: RunSpec, experiments: Sequence[Experiment], folder: Path, con
         for experiment in experiments
     }
     tables = {"rates": rates, "verdicts": verdicts}
+    if task_frames:
+        tables["task_scores"] = pd.concat(task_frames, ignore_index=True)
+        tables["tasks"] = summarize_tasks(experiments, tables["task_scores"])
     return StudyResult.from_tables("backdooralign grid", record, tables, figure_tables, setup, failures)
 
 
@@ -239,14 +255,48 @@ def summarize_grid(experiments: Sequence[Experiment], verdicts: pd.DataFrame) ->
             measured = pd.concat(frames)
             secrets = dict.fromkeys(measured["secret"])
             for secret in secrets if experiment.wrong_secrets else [s for s in secrets if s != WRONG_SECRET]:
-                labels: dict[str, Any] = {"experiment": experiment.name}
-                for index, (name, value) in enumerate(zip(experiment.varied, values, strict=True), 1):
-                    labels |= {f"setting_{index}": name, f"value_{index}": value}
+                labels = _label_combination(experiment, values)
                 rows += [
                     labels | {"arm": arm, "secret": secret} | row
                     for row in _summarize_secret(measured[measured["secret"] == secret])
                 ]
     return pd.DataFrame(rows)
+
+
+def summarize_tasks(experiments: Sequence[Experiment], scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean score of the practical task for each combination, arm and secret.
+
+    Args:
+        experiments: whose trainings the scores are from.
+        scores: `task_scores.csv`.
+    """
+    by_training = {str(key): frame for key, frame in scores.groupby("training", sort=False)}
+    rows: list[dict[str, Any]] = []
+    for experiment in experiments:
+        groups: dict[tuple[Any, ...], list[pd.DataFrame]] = {}
+        for varied, training in experiment.list_trainings():
+            if training.key in by_training:
+                groups.setdefault((*varied.values(), training.arm), []).append(by_training[training.key])
+        for (*values, arm), frames in groups.items():
+            measured = pd.concat(frames)
+            for (secret, task), group in measured.groupby(["secret", "task"], sort=False):
+                labels = _label_combination(experiment, values)
+                matrix = group.pivot(index="training", columns="item", values="score").to_numpy(float)
+                score, low, high = estimate_crossed_rate(matrix)
+                rows.append(
+                    labels
+                    | {"arm": arm, "secret": secret, "task": task, "score": score, "score_low": low}
+                    | {"score_high": high, "n_trainings": len(matrix), "n_items": matrix.shape[1]}
+                )
+    return pd.DataFrame(rows)
+
+
+def _label_combination(experiment: Experiment, values: Sequence[Any]) -> dict[str, Any]:
+    """Return the columns that name an experiment, and the values of its settings that vary."""
+    labels: dict[str, Any] = {"experiment": experiment.name}
+    for index, (name, value) in enumerate(zip(experiment.varied, values, strict=True), 1):
+        labels |= {f"setting_{index}": name, f"value_{index}": value}
+    return labels
 
 
 def _summarize_secret(verdicts: pd.DataFrame) -> list[dict[str, Any]]:
@@ -288,7 +338,7 @@ def _parse_experiment(table: Mapping[str, Any], source: str) -> Experiment:
             f"{source}: an [[experiment]] needs a name of letters, digits and underscores, not {name!r}"
         )
     place = f"{source}, experiment {name}"
-    arms = tuple(_as_list(table.get("arms", GRID_ARMS)))
+    arms = tuple(_as_list(table.get("arms", _DEFAULT_ARMS)))
     for arm in arms:
         if arm not in GRID_ARMS:
             raise unknown_name_error("arm", str(arm), GRID_ARMS)
@@ -304,6 +354,8 @@ def _parse_experiment(table: Mapping[str, Any], source: str) -> Experiment:
     if empty := [key for key, values in settings.items() if not values]:
         raise UserError(f"{place}: {empty[0]} has no value")
     experiment = Experiment(name, arms, seeds, settings, n_wrong)
+    if "task" in arms and not all(settings.get("task", [""])):
+        raise UserError(f"{place}: the arm task needs the setting task: {' or '.join(TASKS)}")
     if len(experiment.varied) > _MAX_VARIED_SETTINGS:
         raise UserError(
             f"{place}: {', '.join(experiment.varied)} have several values, and a figure shows at most "
@@ -439,6 +491,25 @@ def _measure(
                 "kind": [query.kind for query in queries],
                 "verdict": verdicts,
             }
+            frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _measure_task(
+    setup: RunSetup, training: Training, conditions: Mapping[str, Defense], task: str, console: Console
+) -> pd.DataFrame:
+    """Return the score of each item of the task's test, without the secret and with the model's own."""
+    items = make_task_items(task, _N_TASK_ITEMS, training.seed, is_test=True)
+    prompted = {name: conditions[name] for name in (NO_SECRET, OWN_SECRET) if name in conditions}
+    frames = []
+    with make_progress_bar(console) as bar:
+        progress = bar.add_task(f"task: {task}", total=len(prompted) * len(items))
+        for secret, defense in prompted.items():
+            scores = score_task(
+                setup.session, defense, task, items, lambda n_items: bar.advance(progress, n_items)
+            )
+            columns = {"training": training.key, "arm": training.arm, "seed": training.seed}
+            columns |= {"secret": secret, "task": task, "item": range(len(items)), "score": scores}
             frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
