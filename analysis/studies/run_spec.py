@@ -18,7 +18,7 @@ from analysis.checkpoints.weight_changes import ABLITERATED
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, QuerySet, choose_default_split
 from analysis.files import lock_folder
-from analysis.models.loading import silence_libraries
+from analysis.models.loading import limit_threads, silence_libraries
 from analysis.progress import make_notifier, print_note
 from defenses.adapters import fingerprint_queries
 from defenses.errors import UserError, unknown_name_error
@@ -298,6 +298,7 @@ class RunSpec:
 
         @cache
         def load_session() -> ModelSession:
+            limit_threads()  # the number of threads is part of the keys of costs
             score_cache = ScoreCache(get_score_cache_path())
             record_path = self._locate_model_record(checkpoint, outline)
             record = read_cached_json(record_path, dict)

@@ -523,11 +523,13 @@ def test_a_check_that_failed_or_changed_the_form_of_batches_is_repeated(
             # The next condition passes in padded batches only.
             assert run_preflight(session, get_defense("policy")) and len(checked_names) == number + 1
             checked_names.pop()
-        for number in (3, 4):
+    for number in (3, 4):
+        session = make_cached_session()
+        with monkeypatch.context() as patch:
             patch.setattr(
                 Engine, "_compute_suffix_logits", lambda self, rows, *_: torch.zeros(len(rows), 960)
             )
-            assert not run_preflight(make_cached_session()) and len(checked_names) == number
+            assert not run_preflight(session) and len(checked_names) == number
     for _ in range(2):
         assert run_preflight(make_cached_session()) and len(checked_names) == 5
 
