@@ -66,7 +66,7 @@ class ConceptDirections:
             is_harmful: class of each query.
             pairs: pair of each query, or None; cross-validation never splits a pair.
         """
-        from sklearn.metrics import roc_auc_score  # takes half a second to import
+        from sklearn.metrics import roc_auc_score  # sklearn takes half a second to import
 
         axes, midpoints = _difference_of_means(states, is_harmful)
         groups = [pair or f"query {row}" for row, pair in enumerate(pairs)]

@@ -400,7 +400,7 @@ class DeferredModel(LoadedModel):
         attributes["engine_notices"] = list(record["engine_notices"])
 
     @cached_property
-    def model(self) -> Any:  # type: ignore[override]
+    def model(self) -> Any:
         """The transformers model with its weights."""
         return vars(self)["_load_weights"]()
 

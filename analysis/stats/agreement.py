@@ -414,7 +414,7 @@ def _compute_rank_correlation(
     resampling: ResamplingWeights,
 ) -> DrawVector:
     """Return Spearman's correlation of the conditions' weighted counts of refusals."""
-    from scipy.stats import rankdata  # takes half a second to import
+    from scipy.stats import rankdata  # scipy.stats takes half a second to import
 
     weights = _order_weights_by_query(is_harmful, resampling)
     ranks, other_ranks = (
