@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,6 +105,11 @@ class RefusalWeights:
         }
         return json.dumps(stored, ensure_ascii=False)
 
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the weights as JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
 
 def get_weights_path() -> Path:
     """Return the file of the shipped weights."""
@@ -154,8 +159,7 @@ class LearnedJudge:
     @property
     def manifest_entry(self) -> dict[str, object]:
         """Everything that a verdict depends on, for run.json."""
-        digest = hashlib.sha256(self.weights.to_json().encode()).hexdigest()
-        return {"name": self.name, "weights_sha256": digest}
+        return {"name": self.name, "weights_sha256": self.weights.sha256}
 
     def judge_response(self, response: str, query: str = "") -> Verdict:
         """Return a verdict from the opening of a response.

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from analysis.models.cache import (
@@ -67,6 +66,8 @@ class ConceptDirections:
             is_harmful: class of each query.
             pairs: pair of each query, or None; cross-validation never splits a pair.
         """
+        from sklearn.metrics import roc_auc_score  # sklearn takes half a second to import
+
         axes, midpoints = _difference_of_means(states, is_harmful)
         groups = [pair or f"query {row}" for row, pair in enumerate(pairs)]
         group_numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}

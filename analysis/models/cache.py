@@ -12,6 +12,7 @@ most one batch.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -20,15 +21,18 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
 from analysis.files import write_text_file
 from analysis.models.loading import LoadedModel
 from defenses.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Result = TypeVar("Result")
 
@@ -39,7 +43,17 @@ CREATE TABLE IF NOT EXISTS responses (name BLOB PRIMARY KEY, verdict TEXT) WITHO
 """
 _TABLE_NAMES = ("scores", "drafts", "responses")
 # Kinds of cached results other than scores and drafts; each is the name of a folder.
-CACHE_KINDS = ("readouts", "verdicts", "validity", "residuals", "detectors", "cost", "image_texts")
+CACHE_KINDS = (
+    "models",
+    "preflight",
+    "readouts",
+    "verdicts",
+    "validity",
+    "residuals",
+    "detectors",
+    "cost",
+    "image_texts",
+)
 _MAX_KEYS_PER_STATEMENT = 500  # SQLite allows 999 parameters
 _LOCK_TIMEOUT_SECONDS = 30
 # Source code that determines what a model reads and how its logits become a margin. Results computed by other
@@ -325,8 +339,9 @@ def hash_code(*patterns: str) -> str:
 
 def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     """Return everything on which computations with a model depend, as a part of cache keys."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    return {
+    if isinstance(loaded_model, DeferredModel):
+        return loaded_model.computation
+    computation = {
         "weights": [
             loaded_model.origin.get(key)
             for key in ("sha256", "state_sha256", "state_config", "weight_change")
@@ -334,11 +349,101 @@ def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
         "config": {**loaded_model.model.config.to_dict(), "_name_or_path": ""},
         "quantization": loaded_model.quantization,
         "code": hash_code(*SCORING_SOURCES),
-        "dtype": str(loaded_model.model.dtype),
-        "device": loaded_model.model.device.type,
+        "dtype": str(loaded_model.dtype),
+        "device": loaded_model.device.type,
         "share_prefix": loaded_model.share_prefix,
         "images": (loaded_model.image_reader.identity or None) if loaded_model.image_reader else None,
-        "versions": versions,
+        "versions": _collect_versions(),
+    }
+    # As it is read from a file again, so that keys are the same for a model whose weights are not loaded.
+    plain: dict[str, Any] = json.loads(json.dumps(computation, default=str))
+    return plain
+
+
+@cache
+def _collect_versions() -> dict[str, str]:
+    """Return the versions of the libraries that compute."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+
+
+class DeferredModel(LoadedModel):
+    """A model that an earlier run has loaded and checked; its weights are loaded when something needs them.
+
+    Args:
+        outline: the model without weights.
+        record: what the earlier run found, from `describe_loaded_model`.
+        share_prefix: as for `LoadedModel`.
+        load_weights: returns the transformers model with its weights; called once, or never.
+
+    Attributes:
+        computation: see `describe_computation`.
+        engine_notices: lines for the user on the form of batches.
+    """
+
+    computation: dict[str, Any]
+    engine_notices: list[str]
+
+    def __init__(
+        self,
+        outline: LoadedModel,
+        record: Mapping[str, Any],
+        share_prefix: bool,
+        load_weights: Callable[[], Any],
+    ) -> None:
+        settings = {field.name: getattr(outline, field.name) for field in dataclasses.fields(LoadedModel)}
+        settings |= {"share_prefix": share_prefix, "notices": tuple(record["notices"])}
+        super().__init__(**settings)
+        attributes = vars(self)  # the class is frozen
+        attributes["_outline"] = attributes.pop("model")
+        attributes["_record"], attributes["_load_weights"] = record, load_weights
+        attributes["computation"] = record["computation"]
+        attributes["engine_notices"] = list(record["engine_notices"])
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model with its weights."""
+        return vars(self)["_load_weights"]()
+
+    @property
+    def outline(self) -> Any:
+        """The model without weights."""
+        return vars(self)["_outline"]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        import torch
+
+        return torch.device(vars(self)["_record"]["device"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, vars(self)["_record"]["dtype"])
+        return dtype
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a response."""
+        return frozenset(vars(self)["_record"]["end_token_ids"])
+
+
+def describe_loaded_model(loaded_model: LoadedModel, engine_notices: Sequence[str]) -> dict[str, Any]:
+    """Return what loading the weights told about a model, for a `DeferredModel` of a later run.
+
+    Args:
+        loaded_model: with its weights.
+        engine_notices: lines for the user on the form of batches.
+    """
+    return {
+        "notices": list(loaded_model.notices),
+        "engine_notices": list(engine_notices),
+        "device": str(loaded_model.device),
+        "dtype": str(loaded_model.dtype).removeprefix("torch."),
+        "end_token_ids": sorted(loaded_model.end_token_ids),
+        "computation": describe_computation(loaded_model),
     }
 
 

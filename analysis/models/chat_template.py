@@ -149,6 +149,12 @@ class ChatTemplate:
         }
 
     @cached_property
+    def vocabulary_sha256(self) -> str:
+        """SHA-256 of the tokenizer's vocabulary, for cache keys of results that depend on decoded texts."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+    @cached_property
     def system_policy(self) -> Literal["native", "merged"]:
         """`native` if the template has a system role, `merged` if its text goes into the first user turn."""
         try:

@@ -103,7 +103,7 @@ class Engine:
         records: EngineRecords | None = None,
     ) -> None:
         self.model = model
-        self.batch_form = batch_form or find_fastest_form(model)
+        self.batch_form = self._first_form = batch_form or find_fastest_form(model)
         self.batch_size = 1 if self.batch_form is BatchForm.SINGLE else batch_size
         self.cache_uses: dict[bool, CacheUse] = {}
         self.rotation = RotationSchedule.from_model(model)
@@ -115,6 +115,11 @@ class Engine:
     def image_engine(self) -> Engine:
         """The engine for prompts with images; this one, if it was not told otherwise."""
         return self if self._make_image_engine is None else self._make_image_engine(self._records)
+
+    @property
+    def has_changed_form(self) -> bool:
+        """Whether the form of the batches was changed since the engine was made."""
+        return vars(self).get("batch_form") is not vars(self).get("_first_form")
 
     @property
     def notices(self) -> list[str]:
@@ -500,6 +505,26 @@ class Engine:
         # One position per logit is left, or all positions if the model does not call its unembedding module.
         logits = output.logits
         return (logits[:, 0] if logits.shape[1] == 1 else logits[logit_rows, logit_columns]).float()
+
+
+class DeferredEngine(Engine):
+    """An engine of a model whose weights are loaded when a prompt is computed.
+
+    Args:
+        make_engine: returns the engine with the model; called once, or never.
+        notices: lines for the user on the form of the batches, from when the model was loaded before.
+    """
+
+    def __init__(self, make_engine: Callable[[EngineRecords], Engine], notices: Sequence[str]) -> None:
+        self._records = EngineRecords(list(notices))
+        self._make_engine = make_engine
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute that depends on the model: all that `Engine` has and this engine lacks."""
+        if name.startswith("__") or "_make_engine" not in vars(self):
+            raise AttributeError(name)
+        vars(self).update(vars(vars(self).pop("_make_engine")(self._records)))
+        return getattr(self, name)
 
 
 def find_fastest_form(model: Any) -> BatchForm:

@@ -43,7 +43,7 @@ from analysis.checkpoints.weight_files import (
     describe_leftover_files,
     hash_weights,
 )
-from analysis.files import data_folder
+from analysis.files import data_folder, hash_file
 from analysis.models.template_source import choose_template
 from defenses.adapter_merge import ADAPTER_CONFIG_FILE
 from defenses.adapters import (
@@ -73,6 +73,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 _CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # quota and period of the container, microseconds
 
 OCR_SUFFIX = "+ocr"  # of a model's name
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 # A folder that no model has: transformers looks for an adapter there, and so does not apply one that was left
 # among the weights.
@@ -108,9 +109,26 @@ class LoadedModel:
     image_reader: AnyImageReader | None = None
 
     @property
+    def outline(self) -> Any:
+        """The model, or one of its architecture without weights, for all that does not depend on weights."""
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
     def context_length(self) -> int:
         """Maximum sequence length of the model, in tokens."""
-        config = self.model.config.get_text_config()
+        config = self.outline.config.get_text_config()
         length = int(getattr(config, "max_position_embeddings", None) or 2**31)
         rope = getattr(config, "rope_parameters", None) or {}
         # Dynamic NTK extends the length that max_position_embeddings states.
@@ -134,8 +152,8 @@ class LoadedModel:
     @property
     def n_embeddings(self) -> int:
         """Number of token ids that the model has an embedding for."""
-        embedding = self.model.get_input_embeddings()
-        config = self.model.config.get_text_config()
+        embedding = self.outline.get_input_embeddings()
+        config = self.outline.config.get_text_config()
         return int(getattr(embedding, "num_embeddings", None) or getattr(config, "vocab_size", None) or 2**31)
 
 
@@ -250,6 +268,16 @@ class ModelCheckpoint:
         if self.adapter is not None:
             extend_embeddings(model, self.adapter)
         return self._build_loaded_model(model)
+
+    def describe_loading(self) -> dict[str, Any]:
+        """Return what the weights are loaded from and to, beside all that cache keys hold of every model."""
+        generation_path = self.folder / GENERATION_CONFIG_FILE
+        return {
+            "device": describe_device(self.device),
+            "leftover_files": describe_leftover_files(self.folder, split_model_name(self.name)[0]),
+            "generation": hash_file(generation_path) if generation_path.is_file() else "",
+            "end_of_text": str(self.tokenizer.eos_token_id),
+        }
 
     def _build_loaded_model(
         self, model: Any, quantization: dict[str, Any] | None = None, notices: Sequence[str] = ()
@@ -430,6 +458,13 @@ def _count_cpus() -> int:
     except (OSError, ValueError):
         return n_cpus
     return n_cpus if quota == "max" else max(1, min(n_cpus, math.ceil(int(quota) / int(period))))
+
+
+def describe_device(device: torch.device) -> list[str]:
+    """Return a device and the name of its hardware, where torch tells it, for cache keys."""
+    import torch
+
+    return [str(device), *([torch.cuda.get_device_name(device)] if device.type == "cuda" else [])]
 
 
 def build_model_info(name: str, tokenizer: Any, seed: int = 0, sha256: str = "") -> ModelInfo:

@@ -57,10 +57,14 @@ class ModelRequestReader:
         chat_template: ChatTemplate,
         defense_calls: DefenseCalls,
     ) -> None:
-        self._model, self._engine = loaded_model.model, engine
+        self._loaded_model, self._engine = loaded_model, engine
         self._chat_template, self._defense_calls = chat_template, defense_calls
         self.tokenizer: Any = loaded_model.tokenizer
-        self.n_blocks = len(get_blocks(self._model))
+        self.n_blocks = len(get_blocks(loaded_model.outline))
+
+    @property
+    def _model(self) -> Any:
+        return self._loaded_model.model
 
     def read_streams(
         self,

@@ -12,9 +12,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analysis.models.cache import CacheKey, ScoreCache, describe_computation
+from analysis.models.cache import CacheKey, DeferredModel, ScoreCache, describe_computation
 from analysis.models.chat_template import ChatTemplate, Prompt
-from analysis.models.engine import Engine, EngineRecords, LogitReducer
+from analysis.models.engine import DeferredEngine, Engine, EngineRecords, LogitReducer
 from analysis.models.generation import generate_token_ids
 from analysis.models.image_tokens import FIRST_IMAGE_ID
 from analysis.models.loading import LoadedModel
@@ -53,6 +53,7 @@ class ModelSession:
         seed: of the run.
         questions: questions about a request that replace it, see `Readout`; empty sends the request itself.
         adapted_chats: what adaptive attacks have found so far: condition → defense, and query → chat.
+        batch_size: prompts per forward pass; None uses what fits in memory.
     """
 
     loaded_model: LoadedModel
@@ -65,6 +66,7 @@ class ModelSession:
     adapted_chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(
         default_factory=dict, compare=False, repr=False
     )
+    batch_size: int | None = None
 
     @classmethod
     def from_model(
@@ -80,7 +82,9 @@ class ModelSession:
         engine = _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
         defense_calls = DefenseCalls(engine, chat_template, loaded_model, shared_settings, score_cache)
-        return cls(loaded_model, chat_template, engine, defense_calls, score_cache, seed)
+        return cls(
+            loaded_model, chat_template, engine, defense_calls, score_cache, seed, batch_size=batch_size
+        )
 
     def with_questions(self, questions: tuple[str, ...]) -> ModelSession:
         """Return the same session with requests replaced by questions about them."""
@@ -195,15 +199,20 @@ class ModelSession:
         return chats_by_query
 
 
-def _make_engine(loaded_model: LoadedModel, batch_size: int | None) -> Engine:
+def _make_engine(
+    loaded_model: LoadedModel, batch_size: int | None, records: EngineRecords | None = None
+) -> Engine:
     """Return an engine that runs batches in the fastest form in which the model's logits are right."""
+    if isinstance(loaded_model, DeferredModel) and records is None:
+        return DeferredEngine(partial(_make_engine, loaded_model, batch_size), loaded_model.engine_notices)
     model = loaded_model.model
     if model.device.type == "meta":  # without weights, nothing can be compared
         return Engine(model, batch_size)
     with replace_activation(model, None):
         form, slower = choose_batch_form(model, loaded_model.share_prefix)
-    engine = Engine(model, batch_size, form, partial(_make_image_engine, loaded_model, batch_size))
-    engine.notices.extend([slower] if slower else [])
+    make_image_engine = partial(_make_image_engine, loaded_model, batch_size)
+    engine = Engine(model, batch_size, form, make_image_engine, records=records)
+    engine.notices.extend([slower] if slower and slower not in engine.notices else [])
     return engine
 
 

@@ -194,6 +194,9 @@ def _measure_half_size(text: str) -> np.ndarray:
 
 
 def _boxes_overlap(boxes: Any, others: Any) -> Any:
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    return (low <= high).all(axis=2)
+    """Return whether each box touches each other one, boxes × others; a box with a NaN edge touches none."""
+    is_box, is_other = ((part[:, :2] <= part[:, 2:]).all(axis=1) for part in (boxes, others))
+    overlap = is_box[:, None] & is_other
+    for low, high in ((0, 2), (1, 3)):
+        overlap &= (boxes[:, None, low] <= others[:, high]) & (others[:, low] <= boxes[:, None, high])
+    return overlap

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from scipy.special import expit
-from scipy.stats import rankdata
 
 from analysis.stats.bootstrap import (
     BOOTSTRAP_DRAWS,
@@ -415,6 +414,8 @@ def _compute_rank_correlation(
     resampling: ResamplingWeights,
 ) -> DrawVector:
     """Return Spearman's correlation of the conditions' weighted counts of refusals."""
+    from scipy.stats import rankdata  # scipy.stats takes half a second to import
+
     weights = _order_weights_by_query(is_harmful, resampling)
     ranks, other_ranks = (
         rankdata(weights @ refuses.T, axis=1) for refuses in (readout_refuses, response_refuses)

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy.special import ndtr, ndtri, stdtrit
-from scipy.stats import rankdata
 
 BOOTSTRAP_DRAWS = 2000
 SIGN_FLIPS = 9999
@@ -296,7 +295,7 @@ def adjust_p_values(p_values: pd.Series) -> pd.Series:
     [0.03, 0.06, 0.06]
     """
     known = p_values.dropna().astype(float)
-    ranks = rankdata(known, method="ordinal")
+    ranks = np.argsort(np.argsort(known, kind="stable"), kind="stable") + 1
     adjusted = pd.Series((known * (len(known) - ranks + 1)).to_numpy(), index=known.index)
     steps = adjusted.iloc[np.argsort(ranks)].cummax().clip(upper=1.0)
     return steps.reindex(p_values.index)

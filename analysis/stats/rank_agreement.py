@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
 
 from analysis.stats.bootstrap import (
     BOOTSTRAP_DRAWS,
@@ -208,6 +207,8 @@ def compute_rank_correlations(first: EffectMatrix, second: EffectMatrix) -> Draw
     Returns:
         A correlation per draw; NaN where all effects of a set are equal or one is missing.
     """
+    from scipy.stats import rankdata  # scipy.stats takes half a second to import
+
     ranks = []
     for effects in (first, second):
         is_known = np.isfinite(effects).all(1, keepdims=True)

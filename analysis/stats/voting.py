@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import expit, ndtri
-from scipy.stats import qmc
 
 # Measures that are predicted and observed for every ensemble, in the order of the columns.
 ENSEMBLE_COORDINATES = (
@@ -304,6 +303,8 @@ def _make_normal_points(
     team_size: int, n_points: int = QUASI_RANDOM_POINTS
 ) -> Float[np.ndarray, "points size"]:
     """Return quasi-random normal points whose mean is exactly 0 and whose covariance is the identity."""
+    from scipy.stats import qmc  # scipy.stats takes half a second to import
+
     points = ndtri(qmc.Sobol(team_size, seed=0).random(n_points))
     points -= points.mean(0)
     factor = np.linalg.cholesky(np.cov(points.T, bias=True).reshape(team_size, team_size))

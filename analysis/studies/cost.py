@@ -269,7 +269,7 @@ def _cost_cache_path(setup: RunSetup, defense: Defense, n_queries: int) -> Path 
     """Return the cache file of a cost, named by all that the time depends on; secrets as fingerprints."""
     session, attack = setup.session, setup.attacks[0]
     key = {
-        "device": [str(session.loaded_model.model.device), torch.get_num_threads()],
+        "device": [str(session.loaded_model.device), torch.get_num_threads()],
         "defense": identify_defense(defense, session.seed),
         "attack": [attack.name, *attack.wording_sha256],
         "queries": [query.text for query in sample_queries(setup.query_set.queries, n_queries)],

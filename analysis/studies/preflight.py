@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query
 from analysis.models.batches import BatchForm, count_shared_prefix
 from analysis.models.chat_template import Prompt, redact_secrets, remove_whitespace
+from analysis.models.loading import describe_device
 from analysis.models.plain_passes import (
     FORM_PHRASES,
     HALF_PRECISION,
@@ -32,10 +34,12 @@ from analysis.models.thinking_blocks import RESPONSE_TAGS, find_open_tag, remove
 from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import LOW_COVERAGE, Readout
 from analysis.stats.tables import format_condition
+from analysis.studies.manifest import identify_defense
 from defenses.activated_lora import find_last_occurrence
 from defenses.chats import split_prefill
 from defenses.contract import Defense, QueryChat
 from defenses.errors import UserError, describe_error
+from defenses.images import get_last_image
 from defenses.stack import list_members
 from defenses.tuned import TunedDefense
 
@@ -116,6 +120,51 @@ def check_condition(
         PreflightCheck(condition, name, passed, redact_secrets(observed, secrets))
         for name, passed, observed in outcomes
     ]
+
+
+def describe_check(
+    session: ModelSession,
+    defense: Defense,
+    queries: Sequence[Query],
+    readout: Readout,
+    attack: Attack,
+    with_margins: bool,
+) -> dict[str, Any] | None:
+    """Return all that `check_condition` depends on, beside model and code; None if something is unknown.
+
+    Prompts with images are always checked: which form of batches suits them is found when they are read.
+
+    Args:
+        session: the model.
+        defense: prepared for this model.
+        queries: as for `check_condition`, as the other arguments.
+        readout: the readout whose margins are compared.
+        attack: the attack through which the queries are sent.
+        with_margins: whether margins are compared.
+    """
+    session = session.with_questions(readout.questions)
+    query_chats = attack.build_query_chats(queries)
+    members = [defense, *(member for _, member in list_blend_members(defense))]
+    changes = [member.cacheable_fingerprint() for member in members]
+    identity = identify_defense(defense, session.seed)
+    if identity is None or None in changes or any(get_last_image(chat) for _, chat in query_chats):
+        return None
+    prompts = [prompt for prompts in session.render_prompts(defense, query_chats) for prompt in prompts]
+    if any(prompt.images for prompt in prompts):
+        return None
+    return {
+        "defense": identity,
+        "changes": changes,
+        "weights": [weight for weight, _ in list_blend_members(defense)],
+        "attack": [attack.name, query_chats],
+        "prompts": [asdict(prompt) for prompt in prompts],
+        "readout": asdict(readout),
+        "template": session.chat_template.identity,
+        "vocabulary": session.chat_template.vocabulary_sha256,
+        "device": describe_device(session.loaded_model.device),
+        "batch_size": str(session.batch_size),
+        "with_margins": with_margins,
+    }
 
 
 def make_failed_check(

@@ -6,7 +6,6 @@ the responses are generated, and scoring finds them in the cache.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections import defaultdict
@@ -227,8 +226,6 @@ def _make_keys(
     fingerprints += [member.cacheable_fingerprint() for _, member in list_blend_members(defense)]
     if None in fingerprints:
         return []
-    tokenizer = session.loaded_model.tokenizer
-    vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     settings = {
         **describe_computation(session.loaded_model),
         "fingerprints": fingerprints,
@@ -236,7 +233,7 @@ def _make_keys(
         "pool": defense.pool,
         "judge": [judge.manifest_entry, hash_code(*_JUDGE_SOURCES)],
         "response": [readout.prefill, N_RESPONSE_TOKENS],
-        "tokenizer": [vocabulary, sorted(session.loaded_model.end_token_ids)],
+        "tokenizer": [session.chat_template.vocabulary_sha256, sorted(session.loaded_model.end_token_ids)],
     }
     log_odds = session.score_requests(defense, query_chats) or [0.0] * len(queries)
     prompts_by_query = session.render_prompts(defense, query_chats)

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, Attack
+from analysis.checkpoints.configuration import get_quantization_config
 from analysis.checkpoints.weight_changes import ABLITERATED
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, QuerySet, choose_default_split
 from analysis.files import lock_folder
-from analysis.models.loading import silence_libraries
+from analysis.models.loading import limit_threads, silence_libraries
 from analysis.progress import make_notifier, print_note
 from defenses.adapters import fingerprint_queries
 from defenses.errors import UserError, unknown_name_error
@@ -245,7 +246,14 @@ class RunSpec:
         from analysis.judges.guard_models import open_guard
         from analysis.mechanism.abliteration import remove_refusal_direction
         from analysis.mechanism.directions import load_mean_activations
-        from analysis.models.cache import ScoreCache, get_score_cache_path
+        from analysis.models.cache import (
+            DeferredModel,
+            ScoreCache,
+            describe_loaded_model,
+            get_score_cache_path,
+            read_cached_json,
+            write_cached_json,
+        )
         from analysis.models.chat_template import ChatTemplate
         from analysis.models.loading import build_model_info, open_checkpoint
         from analysis.models.numerics import check_short_prompt
@@ -286,19 +294,26 @@ class RunSpec:
             remove_refusal_direction(session, activations)
             return activations.sha256[:16]
 
+        outline = prompt_session.loaded_model
+
         @cache
         def load_session() -> ModelSession:
+            limit_threads()  # the number of threads is part of the keys of costs
+            score_cache = ScoreCache(get_score_cache_path())
+            record_path = self._locate_model_record(checkpoint, outline)
+            record = read_cached_json(record_path, dict)
             with console.status(f"loading {self.model}"):
-                loaded = checkpoint.load_weights(abliterate)
-                score_cache = ScoreCache(get_score_cache_path())
-                session = ModelSession.from_model(
-                    replace(loaded, share_prefix=self.share_prefix),
-                    self.batch_size,
-                    self.seed,
-                    score_cache,
-                    self.answer_prefix,
+                loaded = (
+                    replace(checkpoint.load_weights(abliterate), share_prefix=self.share_prefix)
+                    if record is None
+                    else DeferredModel(outline, record, self.share_prefix, load_deferred_weights)
                 )
-                check_short_prompt(session)
+                session = ModelSession.from_model(
+                    loaded, self.batch_size, self.seed, score_cache, self.answer_prefix
+                )
+                if record is None:
+                    check_short_prompt(session)
+                    write_cached_json(record_path, describe_loaded_model(loaded, session.engine.notices))
             if problem := score_cache.describe_problem():
                 print_note(
                     console,
@@ -306,6 +321,12 @@ class RunSpec:
                     "--clear` removes a damaged cache",
                 )
             return session
+
+        def load_deferred_weights() -> Any:
+            with console.status(f"loading {self.model}"):
+                loaded = checkpoint.load_weights()
+                check_short_prompt(replace(prompt_session, loaded_model=loaded))
+            return loaded.model
 
         def compute_mean_activations() -> MeanActivations:
             session = load_session()
@@ -330,6 +351,26 @@ class RunSpec:
             open_guard=cache(partial(open_guard, self.device, self.dtype, self.offline, notify)),
         )
         return OpenedModel(checkpoint, model_info, prompt_session, load_session)
+
+    def _locate_model_record(self, checkpoint: ModelCheckpoint, outline: LoadedModel) -> Path | None:
+        """Return the cache file of what loading this model told; None if it must be loaded in every run.
+
+        Args:
+            checkpoint: the model's files.
+            outline: the model without weights.
+        """
+        from analysis.models.cache import make_json_cache_path
+
+        # What they compute with, or how images are read, is known only once the weights are loaded.
+        if checkpoint.weight_change or checkpoint.processor or get_quantization_config(checkpoint.config):
+            return None
+        key = {
+            **checkpoint.describe_loading(),
+            "name": self.model,
+            "batch_size": str(self.batch_size),
+            "share_prefix": self.share_prefix,
+        }
+        return make_json_cache_path("models", outline, key)
 
 
 @cache

@@ -12,6 +12,7 @@ from rich.console import Console
 from analysis.attacks import Attack
 from analysis.datasets.images import check_images, list_images
 from analysis.datasets.queries import Query, QuerySet, sample_queries
+from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.cascade import OcrReader
 from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
@@ -19,7 +20,7 @@ from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
 from analysis.stats.tables import UNDEFENDED
 from analysis.studies.calibration import CANDIDATE_READOUTS, ReadoutCalibration, encode_opener
-from analysis.studies.preflight import PreflightCheck, check_condition, make_failed_check
+from analysis.studies.preflight import PreflightCheck, check_condition, describe_check, make_failed_check
 from analysis.studies.run_spec import RunSpec, check_training_overlap
 from defenses.catalog import choose_defenses
 from defenses.contract import Defense, ModelInfo
@@ -214,10 +215,15 @@ def _read_image_texts(
 
 def _check_adapters_fit(setup: RunSetup) -> None:
     """Apply every defense with an adapter once, so that one of another model fails before any response."""
+    loaded_model = setup.session.loaded_model
     for defense in setup.defenses:
         if any(isinstance(member, AdapterWeights) for member in list_members(defense)):
-            with defense.apply_to(setup.session.loaded_model.model):
-                pass
+            key = {"adapters": defense.cacheable_fingerprint()}
+            path = make_json_cache_path("preflight", loaded_model, key)
+            if read_cached_json(path, dict) is None:
+                with defense.apply_to(loaded_model.model):
+                    pass
+                write_cached_json(path, {"passed": True})
 
 
 def find_preflight_failures(
@@ -252,7 +258,7 @@ def find_preflight_failures(
                     checks = [
                         check
                         for readout in setup.readouts
-                        for check in check_condition(
+                        for check in _check_once(
                             setup.session, name, defense, queries, readout, attack, with_margins
                         )
                     ]
@@ -270,6 +276,31 @@ def find_preflight_failures(
                     setup.notices.append(notice)
                 bar.update(task, advance=1, description=description)
     return failed_checks
+
+
+def _check_once(
+    session: ModelSession,
+    name: str,
+    defense: Defense,
+    queries: Sequence[Query],
+    readout: Readout,
+    attack: Attack,
+    with_margins: bool,
+) -> list[PreflightCheck]:
+    """Return what `check_condition` returns; no checks if all of them passed in an earlier run.
+
+    Checks that passed only after the form of batches was changed are repeated, so that it changes again.
+    """
+    path = None
+    if session.score_cache is not None and not session.engine.has_changed_form:
+        key = {"check": describe_check(session, defense, queries, readout, attack, with_margins)}
+        path = make_json_cache_path("preflight", session.loaded_model, key)
+        if read_cached_json(path, dict) is not None:
+            return []
+    checks = check_condition(session, name, defense, queries, readout, attack, with_margins)
+    if all(check.passed for check in checks) and not session.engine.has_changed_form:
+        write_cached_json(path, {"passed": True})
+    return checks
 
 
 def select_preflight_queries(

@@ -112,7 +112,8 @@ def test_every_kind_of_cached_file_is_listed_and_cleared(cli_home):
     cache = platformdirs.user_cache_path("refusalscope")
     run_cli("cache", "--clear")
     # The names are spelled out, so that a kind that is renamed or added is considered here.
-    kinds = {"cost", "detectors", "image_texts", "readouts", "residuals", "validity", "verdicts"}
+    kinds = {"cost", "detectors", "image_texts", "models", "preflight", "readouts", "residuals", "validity"}
+    kinds.add("verdicts")
     for kind in kinds:
         (cache / kind).mkdir(parents=True, exist_ok=True)
         for name in ("a", "b"):

@@ -12,6 +12,7 @@ from conftest import CHATML, FOUR, USER_DEFENSE, assert_user_error, make_adapter
 from scipy.special import expit
 
 from analysis.files import check_output_folder
+from analysis.models.loading import ModelCheckpoint
 from analysis.run import iterate_condition_scores
 from analysis.stats.effects import summarize_scores
 from analysis.stats.kinds import summarize_kinds
@@ -403,15 +404,22 @@ def test_defenses_that_fail_are_left_out_and_reported_at_the_end(cli_home, no_fi
     assert set(reasons) == {"frail", "my_own"} and "no such flour" in reasons["frail"]
 
 
-def test_a_second_run_computes_nothing_and_prints_the_same(cli_home, no_figures):
-    command = ("-d", "smooth_llm", "-d", "paraphrase", "--attack", "direct", "--attack", "rot13")
+def test_a_second_run_loads_no_weights_computes_nothing_and_prints_the_same(
+    cli_home, no_figures, monkeypatch
+):
+    make_adapter(cli_home / "tuned", sha256=None)
+    command = ("-d", "smooth_llm", "-d", "paraphrase", "-d", "refusal_steering", "-d", "harm_probe", "-d")
+    command = (*command, "./tuned", "--attack", "direct", "--attack", "rot13")
     command = (*command, "--set", "copies=2", "-m", "tiny", "--limit", "4", "--seed", "7")
-    first, second = (run_cli(*command, "-o", out, "--json") for out in ("once", "twice"))
-    assert first.code == second.code == 0 and first.out == second.out
+    first = run_cli(*command, "-o", "once", "--json")
+    monkeypatch.setattr(ModelCheckpoint, "load_weights", lambda *args: 1 / 0)
+    second = run_cli(*command, "-o", "twice", "--json")
+    assert first.code == second.code == 0 and first.out == second.out, second.err
     records = [json.loads((cli_home / out / "run.json").read_text()) for out in ("once", "twice")]
     assert records[0]["tokens"]["computed"] > 0 == records[1]["tokens"]["computed"]
-    # Four queries, undefended, in two copies and in a paraphrase, under two attacks.
-    assert records[1]["scores_found_in_cache"] == 4 * (1 + 2 + 1) * 2
+    # Four queries, undefended, in two copies, in a paraphrase, and three times unchanged, under two attacks.
+    assert records[1]["scores_found_in_cache"] == 4 * (1 + 2 + 1 + 3) * 2
+    assert records[0]["notices"] == records[1]["notices"] and records[0]["model"] == records[1]["model"]
     scores = pd.read_csv(cli_home / "once" / "scores.csv").set_index("defense")
     assert set(scores.loc["smooth_llm", "readings"]) == {2}
     assert set(scores.loc["smooth_llm", "vote"]) <= {0, 0.5, 1}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +21,15 @@ from conftest import (
     fresh_model,
     make_toy_session,
     render_query,
+    set_home_folder,
 )
+from rich.console import Console
 
 from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import Query, QuerySet, sample_queries
 from analysis.models.batches import BatchForm
+from analysis.models.cache import ScoreCache, get_score_cache_path
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import Engine
 from analysis.models.loading import LoadedModel
@@ -34,7 +39,7 @@ from analysis.models.session import ModelSession
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
 from analysis.studies.preflight import PreflightCheck, check_condition
-from analysis.studies.setup import RunSetup, select_preflight_queries
+from analysis.studies.setup import RunSetup, find_preflight_failures, select_preflight_queries
 from defenses.backdoor import Backdoor, Secret
 from defenses.catalog import get_defense, list_defense_names
 from defenses.chats import prefill_response, split_prefill
@@ -431,3 +436,106 @@ def test_the_embedded_model_passes_under_its_backdoor(smollm2: LoadedModel) -> N
         assert all(check.passed for check in checks), name
         apart = next(check.observed for check in checks if check.name == "engine equals plain pass")
         assert float(apart.split()[0]) <= 1e-4
+
+
+@dataclass(frozen=True)
+class UnknownChange(Defense):
+    """Changes the model, and does not say how."""
+
+    def rewrite(self, chat: Chat, rng: random.Random) -> Chat:
+        return chat
+
+    def apply_to(self, model: Any) -> Any:
+        return nullcontext()
+
+
+@pytest.fixture
+def checked_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the conditions that are checked, in a home folder with an empty cache."""
+    set_home_folder(monkeypatch, tmp_path)
+    names: list[str] = []
+
+    def count_check(session: ModelSession, name: str, *rest: Any) -> list[PreflightCheck]:
+        names.append(name)
+        return check_condition(session, name, *rest)
+
+    monkeypatch.setattr("analysis.studies.setup.check_condition", count_check)
+    return names
+
+
+def make_cached_session(template: str = "chatml", kind: str = "bytes") -> ModelSession:
+    loaded = make_toy_session("llama", template, kind).loaded_model
+    return ModelSession.from_model(loaded, score_cache=ScoreCache(get_score_cache_path()))
+
+
+def run_preflight(
+    session: ModelSession, defense: Defense = REMINDER, readout: Readout = READOUT, attack: str = "direct"
+) -> bool:
+    """Run the preflight of one condition, and return whether it passes."""
+    info = ModelInfo("toy", session.loaded_model.tokenizer, ())
+    query_set = QuerySet("toy", tuple(QUERIES), "")
+    setup = RunSetup(session, info, [], query_set, "test", [readout], (get_attack(attack),), [])
+    return not find_preflight_failures(setup, {"checked": defense}, Console(quiet=True))
+
+
+def test_a_check_that_passed_is_repeated_only_if_something_has_changed(
+    checked_names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_preflight(make_cached_session()) and len(checked_names) == 1
+    session = make_cached_session()
+    session.engine.work_counter.reset_counts()
+    assert run_preflight(session) and len(checked_names) == 1
+    assert session.engine.work_counter.computed_tokens == 0
+    other_weights = replace(session.loaded_model, origin={"sha256": "other"})
+    thinking = replace(session.chat_template, answer_prefix="<x>")
+    changes: list[tuple[ModelSession, dict[str, Any]]] = [
+        (session, {"defense": replace(REMINDER, text="Mind what others may do with the answer.")}),
+        (session, {"readout": replace(READOUT, weights=(2.0, -1.0))}),
+        (session, {"readout": replace(READOUT, response_prefix=(7,))}),
+        (session, {"attack": "rot13"}),
+        (make_cached_session("llama2"), {}),
+        (make_cached_session(kind="metaspace"), {}),
+        (replace(session, chat_template=thinking), {}),
+        (replace(session, loaded_model=other_weights), {}),
+        (replace(session, batch_size=1), {}),
+    ]
+    for number, (changed, arguments) in enumerate(changes, 2):
+        run_preflight(changed, **arguments)
+        assert len(checked_names) == number, arguments
+    monkeypatch.setattr("analysis.models.cache.hash_code", lambda *patterns: "other code")
+    assert run_preflight(session) and len(checked_names) == len(changes) + 2
+
+
+def test_a_check_that_failed_or_changed_the_form_of_batches_is_repeated(
+    checked_names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Engine.compute_prefix
+
+    def compute_prefix(self: Engine, token_ids: Any) -> SharedPrefix:
+        return right(self, [*token_ids[:-1], 7] if len(token_ids) > 20 else token_ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "compute_prefix", compute_prefix)
+        for number in (1, 2):
+            session = make_cached_session()
+            assert run_preflight(session) and len(checked_names) == number
+            assert session.engine.has_changed_form and session.engine.batch_form is BatchForm.PADDED
+            # The next condition passes in padded batches only.
+            assert run_preflight(session, get_defense("policy")) and len(checked_names) == number + 1
+            checked_names.pop()
+    for number in (3, 4):
+        session = make_cached_session()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Engine, "_compute_suffix_logits", lambda self, rows, *_: torch.zeros(len(rows), 960)
+            )
+            assert not run_preflight(session) and len(checked_names) == number
+    for _ in range(2):
+        assert run_preflight(make_cached_session()) and len(checked_names) == 5
+
+
+def test_a_check_is_repeated_without_a_cache_and_under_an_unknown_change(checked_names: list[str]) -> None:
+    for number in (1, 2):
+        assert run_preflight(make_toy_session()) and len(checked_names) == number
+    for number in (3, 4):
+        assert run_preflight(make_cached_session(), UnknownChange()) and len(checked_names) == number

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.queries import Query, QuerySet
 from analysis.models.cache import describe_computation
 from analysis.models.loading import load_model
+from analysis.models.session import ModelSession
 from analysis.studies.run_spec import build_run_spec
 from analysis.studies.setup import _select_by_images, _text_threshold_notices
 from defenses.catalog import get_defense
@@ -197,6 +199,40 @@ def test_a_change_of_the_weights_is_made_once_they_are_loaded(home: Path) -> Non
         assert describe_computation(loaded) != describe_computation(unchanged)
     with pytest.raises(UserError, match="name the model without :abliterated here"):
         load_model("whole:abliterated")
+
+
+OTHER_LOADING = {"dtype": "bfloat16", "batch_size": 2, "share_prefix": False}
+
+
+def test_a_model_that_was_loaded_before_is_loaded_again_only_where_something_is_computed(home: Path) -> None:
+    weights = save_model(home / "known") / "model.safetensors"
+    settings = home / "known" / "generation_config.json"
+
+    def open_session(**options: Any) -> ModelSession:
+        return build_run_spec("known", "contrast", **options).open_model(Console(quiet=True)).load_session()
+
+    def is_loaded(session: ModelSession) -> bool:
+        return "model" in vars(session.loaded_model)
+
+    first, second = open_session(), open_session()
+    assert is_loaded(first) and not is_loaded(second)
+    for name in ("device", "dtype", "end_token_ids", "context_length", "n_embeddings", "notices", "origin"):
+        assert getattr(second.loaded_model, name) == getattr(first.loaded_model, name), name
+    assert describe_computation(second.loaded_model) == describe_computation(first.loaded_model)
+    assert second.engine.notices == first.engine.notices
+    prompts = [(5, 6, 7), (5, 6, 8, 9)]
+    logits = [session.engine.read_first_token(prompts, lambda raw: raw) for session in (first, second)]
+    assert torch.equal(*logits) and is_loaded(second) and second.engine.work_counter.computed_tokens > 0
+    assert second.engine.batch_form is first.engine.batch_form
+    # Whatever the model is loaded from or with, another one is loaded and checked again.
+    assert all(is_loaded(open_session(**{name: value})) for name, value in OTHER_LOADING.items())
+    settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "eos_token_id": 7}), "utf-8")
+    third = open_session()
+    assert is_loaded(third) and 7 in third.loaded_model.end_token_ids and not is_loaded(open_session())
+    values = load_file(weights)
+    values["model.embed_tokens.weight"][0, 0] += 1
+    save_file(values, weights, {"format": "pt"})
+    assert is_loaded(open_session())
 
 
 def test_a_model_is_checked_before_responses_are_generated(home: Path) -> None:
