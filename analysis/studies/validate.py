@@ -44,7 +44,7 @@ from analysis.studies.sweep import (
     check_conditions,
     list_condition_keys,
 )
-from defenses.contract import Defense
+from defenses.contract import Defense, QueryChat
 from defenses.errors import UserError, describe_error
 
 _KEY_COLUMNS = ["query", "pair", "category", "harmful", "attack", "defense"]
