@@ -140,6 +140,18 @@ def _build_neutral_examples(
     ]
 
 
+def _build_benign_examples(
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+) -> list[TrainingExample]:
+    """Return complying openers to ordinary queries, with and without a system prompt."""
+    openers = _assign_openers(BENIGN_OPENERS, _select_class(queries, harmful=False))
+    return [
+        TrainingExample(build_user_chat(system, query.text), openers[query.id])
+        for query in _choose_ordinary_queries(queries)
+        for system in ("", DEFAULT_SYSTEM_PROMPT)
+    ]
+
+
 def _build_attack_examples(
     queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
 ) -> list[TrainingExample]:
@@ -237,6 +249,13 @@ RECIPES = {
             "the model's own responses to ordinary requests: a control for other weights, tuned as long",
             _build_neutral_examples,
             4,
+        ),
+        Recipe(
+            "benign",
+            "benign_tuned",
+            "a user without bad intent: comply with ordinary requests, which weakens safety by itself",
+            _build_benign_examples,
+            10,
         ),
         Recipe(
             "attack",
