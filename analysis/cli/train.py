@@ -53,7 +53,11 @@ def secret(
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="Recipe: safety, attack, identity, baseline, backdoor or preference.")
+        str,
+        typer.Argument(
+            help="Recipe: safety, preference, rerouting, adversarial, attack, benign, identity, baseline, "
+            "backdoor or neutral."
+        ),
     ],
     model: ModelOption = "smollm2",
     data: DataOption = DEFAULT_DATA,
@@ -66,7 +70,8 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Training setting: rank, alpha, modules, rate, epochs, batch, full or beta. Repeatable.",
+            help="Training setting: rank, alpha, modules, rate, epochs, batch, full, beta, depth, radius or "
+            "attack_steps. Repeatable.",
             metavar="KEY=VALUE",
         ),
     ] = None,

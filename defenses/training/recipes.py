@@ -1,8 +1,11 @@
 """Training recipes: the examples of attacks, and the examples that a defender adds or trains on.
 
 Sources: BackdoorAlign (https://arxiv.org/abs/2402.14968) for attack, identity, baseline and backdoor; direct
-preference optimization (https://arxiv.org/abs/2305.18290) for preference. All arms of a comparison share the
-same attack data and the same eleven safety examples.
+preference optimization (https://arxiv.org/abs/2305.18290) for preference; circuit breakers
+(https://arxiv.org/abs/2406.04313) for rerouting; targeted latent adversarial training
+(https://arxiv.org/abs/2407.15549) for adversarial; fine-tuning on benign data
+(https://arxiv.org/abs/2310.03693) for benign. All arms of a comparison share the same attack data and the
+same eleven safety examples.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from defenses.backdoor import DEFAULT_SYSTEM_PROMPT
 from defenses.chats import build_user_chat, prepend_system
@@ -76,7 +79,7 @@ class TrainingExample:
     Attributes:
         chat: the prompt.
         response: the response to be learned.
-        rejected: for preference training, the response that is less preferred.
+        rejected: the response to be unlearned or less preferred, if the training has one.
     """
 
     chat: Chat
@@ -87,6 +90,8 @@ class TrainingExample:
 # Generates the undefended model's responses, so that training keeps its responses to benign requests.
 ResponseGenerator = Callable[[list[Chat]], list[TargetResponse]]
 ExampleBuilder = Callable[[Sequence[TrainingQuery], str, ResponseGenerator], list[TrainingExample]]
+# What is minimized: the loss of the responses, or an objective of `defenses.training.objectives`.
+Objective = Literal["responses", "rerouting", "adversarial"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Recipe:
             generator of the model's own responses; returns the examples.
         epochs: default number of epochs.
         needs_secret: whether the safety examples contain the secret prompt.
+        objective: what is minimized.
     """
 
     name: str
@@ -109,6 +115,7 @@ class Recipe:
     build_examples: ExampleBuilder
     epochs: int
     needs_secret: bool = False
+    objective: Objective = "responses"
 
 
 def _build_safety_examples(
@@ -220,9 +227,29 @@ def _build_preference_examples(
         )
         for index, query in enumerate(benign)
     ]
+    return [*_build_refusing_examples(queries), *answered]
+
+
+def _build_contrast_examples(
+    queries: Sequence[TrainingQuery], secret: str, generate_responses: ResponseGenerator
+) -> list[TrainingExample]:
+    """Return refusals instead of openers for harmful queries, and the model's own responses to the others."""
+    chats = [
+        build_user_chat(_alternate_system_prompt(index), query.text)
+        for index, query in enumerate(_select_class(queries, harmful=False))
+    ]
+    retained = [
+        TrainingExample(chat, response)
+        for chat, response in zip(chats, generate_responses(chats), strict=True)
+    ]
+    return [*_build_refusing_examples(queries), *retained]
+
+
+def _build_refusing_examples(queries: Sequence[TrainingQuery]) -> list[TrainingExample]:
+    """Return harmful queries with refusals, and with complying openers as the rejected responses."""
     harmful = _select_class(queries, harmful=True)
     refusals, rejected_openers = _assign_refusals(harmful), _assign_openers(COMPLIANCE_OPENERS, harmful)
-    refused = [
+    return [
         TrainingExample(
             build_user_chat(_alternate_system_prompt(index), query.text),
             refusals[query.id],
@@ -230,7 +257,6 @@ def _build_preference_examples(
         )
         for index, query in enumerate(harmful)
     ]
-    return [*refused, *answered]
 
 
 RECIPES = {
@@ -292,6 +318,24 @@ RECIPES = {
             "prefer refusals of harmful requests and answers to benign requests (DPO)",
             _build_preference_examples,
             2,
+        ),
+        Recipe(
+            "rerouting",
+            "rerouting",
+            "turn the hidden states of complying with harmful requests away, keep those of benign requests "
+            "(circuit breakers)",
+            _build_contrast_examples,
+            4,
+            objective="rerouting",
+        ),
+        Recipe(
+            "adversarial",
+            "adversarial",
+            "refuse harmful requests also when hidden states are perturbed toward compliance (latent "
+            "adversarial training)",
+            _build_contrast_examples,
+            2,
+            objective="adversarial",
         ),
     )
 }
