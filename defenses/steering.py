@@ -256,7 +256,7 @@ class TrainingStreams:
     folds: Tensor
 
     @classmethod
-    def read(cls, requests: TrainingRequests, layer: int) -> Self:
+    def read(cls, requests: TrainingRequests, layer: int) -> TrainingStreams:
         """Read the streams of all training queries."""
         import torch
 
@@ -393,8 +393,31 @@ class SelectiveSteering(DirectionAddition):
 class GatedSteering(SelectiveSteering):
     """Base class of defenses that add the whole direction where a linear condition holds, else nothing."""
 
+    @abstractmethod
+    def fit_axis(self, training: TrainingStreams, is_chosen: Tensor) -> Tensor:
+        """Return the weights of the stream and an offset, learned from the chosen training queries."""
+
+    def choose_threshold(self, training: TrainingStreams, is_chosen: Tensor) -> float:
+        """Return the threshold of the weighted sum of the stream, less the offset.
+
+        It has the highest F1 of the harmful class, by sums with weights that were fitted to other queries.
+        """
+        scores = training.streams.new_zeros(len(training.streams))
+        for fold in training.folds[is_chosen].unique():
+            held_out = is_chosen & (training.folds == fold)
+            axis = self.fit_axis(training, is_chosen & ~held_out)
+            scores[held_out] = training.streams[held_out] @ axis[:-1] - axis[-1]
+        return find_best_threshold(scores[is_chosen], training.is_harmful[is_chosen])
+
+    def fit_parameters(self, training: TrainingStreams, is_chosen: Tensor) -> Tensor:
+        """Return the weights, the offset and the threshold."""
+        import torch
+
+        axis = self.fit_axis(training, is_chosen)
+        return torch.cat([axis, axis.new_tensor([self.choose_threshold(training, is_chosen)])])
+
     def compute_gains(self, streams: Tensor, parameters: Tensor) -> Tensor:
-        """Return 1 where the weighted sum of the stream, less an offset, is above a threshold, else 0."""
+        """Return 1 where the weighted sum of the stream, less the offset, is above the threshold, else 0."""
         weights, offset, threshold = parameters[:-2], parameters[-2], parameters[-1]
         return (streams @ weights - offset > threshold).to(streams)
 
@@ -408,7 +431,8 @@ class ConditionalSteering(GatedSteering):
     affected, which improves discrimination. Here the condition is checked at each position separately,
     by the projection on the direction, so that a result does not depend on the rest of the batch. The
     threshold is the midpoint between the class means, or, with `condition=fitted`, the one with the highest
-    F1 on the training queries, as the authors choose theirs. A run notes how often the condition holds.
+    F1 on the training queries, as the authors choose theirs (in cross-validation). A run notes how often the
+    condition holds.
 
     Attributes:
         depth: layer of the direction and of the change, as a share of the model's depth.
@@ -426,29 +450,32 @@ class ConditionalSteering(GatedSteering):
     margin: float = 0.0
     condition: Literal["midpoint", "fitted"] = "midpoint"
 
-    def fit_parameters(self, training: TrainingStreams, is_chosen: Tensor) -> Tensor:
-        """Return the direction divided by its squared length, the midpoint on it, and the distance."""
+    def fit_axis(self, training: TrainingStreams, is_chosen: Tensor) -> Tensor:
+        """Return the direction divided by its squared length, and the midpoint on it."""
         harmful, benign = (training.select_class(is_chosen, harmful=harmful) for harmful in (True, False))
-        parameters = self._join_parameters(harmful.mean(0), benign.mean(0), self.margin)
-        if self.condition == "fitted":
-            distances = (training.streams @ parameters[:-2] - parameters[-2])[is_chosen]
-            parameters[-1] = find_best_threshold(distances, training.is_harmful[is_chosen])
-        return parameters
+        return _make_axis(harmful.mean(0), benign.mean(0))
+
+    def choose_threshold(self, training: TrainingStreams, is_chosen: Tensor) -> float:
+        """Return the distance from the midpoint, in units of the distance between the class means."""
+        return super().choose_threshold(training, is_chosen) if self.condition == "fitted" else self.margin
 
     def make_transform(self, harmful_mean: Tensor, benign_mean: Tensor) -> StreamTransform:
         """Return the addition of the direction at positions where the condition holds."""
-        margin = float(self.get_parameters()[-1]) if self.condition == "fitted" else self.margin
-        direction = self.strength * (harmful_mean - benign_mean)
-        return self.add_share(direction, self._join_parameters(harmful_mean, benign_mean, margin))
-
-    def _join_parameters(self, harmful_mean: Tensor, benign_mean: Tensor, margin: float) -> Tensor:
-        """Return the parameters of `compute_gains`."""
         import torch
 
-        difference = harmful_mean - benign_mean
-        axis = difference / difference.square().sum().clamp_min(1e-12)
-        offset = (harmful_mean + benign_mean) / 2 @ axis
-        return torch.cat([axis, offset[None], axis.new_tensor([margin])])
+        axis = _make_axis(harmful_mean, benign_mean)
+        margin = float(self.get_parameters()[-1]) if self.condition == "fitted" else self.margin
+        direction = self.strength * (harmful_mean - benign_mean)
+        return self.add_share(direction, torch.cat([axis, axis.new_tensor([margin])]))
+
+
+def _make_axis(harmful_mean: Tensor, benign_mean: Tensor) -> Tensor:
+    """Return the direction divided by its squared length (width), followed by the midpoint on it."""
+    import torch
+
+    difference = harmful_mean - benign_mean
+    axis = difference / difference.square().sum().clamp_min(1e-12)
+    return torch.cat([axis, ((harmful_mean + benign_mean) / 2 @ axis)[None]])
 
 
 def find_best_threshold(scores: Tensor, is_harmful: Tensor) -> float:
@@ -533,15 +560,15 @@ class SafeSwitch(GatedSteering):
 
     The authors train probes that read from hidden states whether the response will be unsafe; if so, they
     switch to an output head that was fine-tuned to refuse. Here the probe is a logistic regression that tells
-    harmful from benign requests by the hidden state at the first response position, and no head is trained:
-    the difference of the class means is added to the input of the last block. The probe is read at each
-    position separately, generated tokens included. It differs from `conditional_steering` in its probe, and
-    in that reading and steering are layers apart. A run notes how often the probe expects harm.
+    harmful from benign requests by the hidden state at the first response position, with the threshold that
+    has the highest F1 on the training queries (in cross-validation), and no head is trained: the difference
+    of the class means is added to the input of the last block. The probe is read at each position separately,
+    generated tokens included. It differs from `conditional_steering` in its probe, and in that reading and
+    steering are layers apart. A run notes how often the probe expects harm.
 
     Attributes:
         depth: layer that the probe reads, as a share of the model's depth.
         strength: factor of the difference between the class means at the last block that is added.
-        threshold: log-odds of harm, in nats, above which the last block is steered.
     """
 
     source = Source(
@@ -550,20 +577,19 @@ class SafeSwitch(GatedSteering):
         wording="no text of its own; probe and direction are computed from our queries",
     )
 
-    threshold: float = 0.0
-
-    def fit_parameters(self, training: TrainingStreams, is_chosen: Tensor) -> Tensor:
-        """Return the weights of the probe, its intercept with the other sign, and the threshold."""
+    def fit_axis(self, training: TrainingStreams, is_chosen: Tensor) -> Tensor:
+        """Return the weights of the regression, and its intercept with the other sign."""
         import torch
 
         probe = fit_probe(training.streams[is_chosen], training.is_harmful[is_chosen])
-        return torch.cat([probe[:-1], -probe[-1:], probe.new_tensor([self.threshold])])
+        return torch.cat([probe[:-1], -probe[-1:]])
 
     def make_transforms(
         self, activations: MeanActivations, n_blocks: int
     ) -> list[tuple[int, StreamTransform]]:
         """Return what reads the probe, which changes nothing, and the addition at the last block."""
-        parameters, gains = self.get_parameters(), list[Tensor]()
+        parameters = self.get_parameters()
+        gains: list[Tensor] = []
         direction = self.strength * (activations.harmful[-1] - activations.benign[-1])
 
         def read_probe(stream: Tensor) -> Tensor:

