@@ -44,7 +44,7 @@ class MyOwn(Defense):
         ("back_translation", {"draft": "0"}, ["draft=0", "at least 1"]),
         ("retokenization", {"rate": "2"}, ["rate=2", "share"]),
         ("refusal_steering", {"depth": "1"}, ["depth=1", "below 1"]),
-        ("refusal_steering", {"layers": "two"}, ["'two'", "'one'"]),
+        ("refusal_steering", {"layers": "two"}, ["'two'", "all, one"]),
         ("alpha_steer", {"null_share": "0"}, ["null_share=0", "above 0 and up to 1"]),
         ("alpha_steer", {"ridge": "0"}, ["ridge=0", "more than 0"]),
         ("policy+polcy", {}, ["unknown defense 'polcy'", "'policy'"]),

@@ -139,7 +139,7 @@ def test_rerouting_turns_states_of_compliance_away_and_keeps_those_of_benign_req
 
 
 def test_latent_adversarial_training_makes_refusals_survive_a_perturbation(tmp_path: Path) -> None:
-    tuned, _ = train("adversarial", tmp_path, rate=0.02, epochs=20, radius=0.3)
+    tuned, _ = train("adversarial", tmp_path, rate=0.02, epochs=40, radius=0.1)
     rows = [
         {
             "prompt_ids": render(example.chat),
@@ -150,7 +150,7 @@ def test_latent_adversarial_training_makes_refusals_survive_a_perturbation(tmp_p
     ]
     batch, losses = collate_rows(rows, pad_id=3), []
     for model in (tiny_model(), tuned):
-        perturbation = find_perturbation(model, batch["complying"], 0.5, 0.3, 6)
+        perturbation = find_perturbation(model, batch["complying"], 0.5, 0.1, 6)
         with torch.no_grad():
             losses.append(float(compute_response_loss(model, batch["refusing"], 0.5, perturbation)))
     assert losses[1] < 0.5 * losses[0]

@@ -305,8 +305,8 @@ def test_the_share_of_training_queries_at_which_a_condition_holds_is_noted() -> 
     # The mean of benign states is 0.625, so the midpoint is 2.3125, and the classes are 3.375 apart.
     assert (defense.fit.harmful_gain, defense.fit.benign_gain) == pytest.approx((1.0, 0.25))
     assert _steering_notices([defense]) == [
-        "conditional_steering: adds 100% of its direction to 10 harmful and 25% to 20 benign training queries "
-        "(mean in cross-validation)"
+        "conditional_steering: adds 100% of its direction to 10 harmful and 25% to 20 benign training "
+        "queries (mean in cross-validation)"
     ]
     fitted: Any = get_defense("conditional_steering", {"condition": "fitted"}).prepare(info)
     assert (fitted.fit.harmful_gain, fitted.fit.benign_gain) == pytest.approx((1.0, 0.0))
@@ -341,7 +341,8 @@ def test_safe_switch_steers_the_last_block_where_its_probe_expects_harm() -> Non
 def test_the_probe_of_safe_switch_is_fitted_to_the_training_queries() -> None:
     made = torch.Generator().manual_seed(0)
     streams = torch.randn(60, 64, generator=made)
-    streams[:20, 3] += 8
+    streams[:20, :16] += 8
     defense: Any = get_defense("safe_switch").prepare(plant_requests(streams, [True] * 20 + [False] * 40))
     assert (defense.fit.harmful_gain, defense.fit.benign_gain) == (1.0, 0.0)
-    assert defense.get_parameters()[:64].abs().argmax() == 3
+    weights = defense.get_parameters()[:64]
+    assert weights[:16].min() > weights[16:].abs().max()
