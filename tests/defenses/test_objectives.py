@@ -139,12 +139,13 @@ def test_rerouting_turns_states_of_compliance_away_and_keeps_those_of_benign_req
 
 
 def test_latent_adversarial_training_makes_refusals_survive_a_perturbation(tmp_path: Path) -> None:
-    tuned, _ = train("adversarial", tmp_path, rate=0.02, epochs=40, radius=0.1)
+    tuned, _ = train("adversarial", tmp_path, rate=0.02, epochs=20, radius=0.1)
+    tokenizer = toy_tokenizer()
     rows = [
         {
             "prompt_ids": render(example.chat),
-            "response_ids": [*toy_tokenizer().encode("No.", add_special_tokens=False), 2],
-            "rejected_ids": toy_tokenizer().encode("Sure, here", add_special_tokens=False),
+            "response_ids": [*tokenizer.encode("No.", add_special_tokens=False), tokenizer.eos_token_id],
+            "rejected_ids": tokenizer.encode("Sure, here", add_special_tokens=False),
         }
         for example in build_examples()[:6]
     ]
@@ -153,4 +154,4 @@ def test_latent_adversarial_training_makes_refusals_survive_a_perturbation(tmp_p
         perturbation = find_perturbation(model, batch["complying"], 0.5, 0.1, 6)
         with torch.no_grad():
             losses.append(float(compute_response_loss(model, batch["refusing"], 0.5, perturbation)))
-    assert losses[1] < 0.5 * losses[0]
+    assert losses[1] < 0.2 * losses[0]

@@ -23,6 +23,7 @@ from analysis.studies.setup import _steering_notices
 from defenses.adapters import fingerprint_queries
 from defenses.catalog import get_defense
 from defenses.contract import Chat, MeanActivations, ModelInfo, QueryChat, TrainingRequests
+from defenses.detection import fit_probe
 from defenses.errors import UserError
 from defenses.steering import SteeringFit, find_best_threshold, get_blocks
 
@@ -344,5 +345,5 @@ def test_the_probe_of_safe_switch_is_fitted_to_the_training_queries() -> None:
     streams[:20, :16] += 8
     defense: Any = get_defense("safe_switch").prepare(plant_requests(streams, [True] * 20 + [False] * 40))
     assert (defense.fit.harmful_gain, defense.fit.benign_gain) == (1.0, 0.0)
-    weights = defense.get_parameters()[:64]
-    assert weights[:16].min() > weights[16:].abs().max()
+    probe = fit_probe(streams.double(), torch.tensor([True] * 20 + [False] * 40))
+    assert defense.fit.parameters[:65] == pytest.approx([*probe[:-1].tolist(), -float(probe[-1])])
