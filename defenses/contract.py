@@ -150,6 +150,19 @@ class RequestReader(Protocol):
         """
         ...
 
+    def read_second_moments(self, chats: Sequence[Chat], layer: int, groups: Sequence[int]) -> Tensor:
+        """Return the sum of the outer products of the residual stream with itself, in each group of requests.
+
+        Args:
+            chats: the requests; all positions of their prompts count.
+            layer: as in `read_streams`.
+            groups: number of the group of each request.
+
+        Returns:
+            Groups × width × width, from group 0 to the last.
+        """
+        ...
+
     def unembed(self, stream: Tensor) -> Tensor:
         """Return the logits (rows × vocabulary) of a residual stream: final norm, then unembedding."""
         ...

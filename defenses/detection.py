@@ -162,8 +162,7 @@ class Detector(Defense):
 
         features = self.read_features(requests.reader, requests.query_chats).double()
         is_harmful = torch.tensor(requests.is_harmful)
-        number_by_group = {group: number for number, group in enumerate(dict.fromkeys(requests.groups))}
-        folds = torch.tensor([number_by_group[group] % _N_FOLDS for group in requests.groups])
+        folds = assign_folds(requests.groups)
         scores = torch.zeros(len(features), dtype=torch.float64)
         for fold in folds.unique():
             held_out = folds == fold
@@ -197,6 +196,14 @@ class Detector(Defense):
         return float(scores.mean()), float(scores.std().clamp_min(1e-12))
 
 
+def assign_folds(groups: Sequence[str]) -> Tensor:
+    """Return the number of the fold of each query; a group is never split."""
+    import torch
+
+    number_by_group = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return torch.tensor([number_by_group[group] % _N_FOLDS for group in groups])
+
+
 def _fit_slope(scores: Tensor, is_harmful: Tensor) -> float:
     """Return the nats of log-odds per unit of a score (Platt scaling), at least one per standard deviation.
 
@@ -213,8 +220,13 @@ def _fit_slope(scores: Tensor, is_harmful: Tensor) -> float:
     return max(float(weights[0]), 1.0) / spread
 
 
-def _fit_probe(features: Tensor, is_harmful: Tensor) -> Tensor:
-    """Return the weights of a logistic regression on standardized features, followed by its intercept."""
+def fit_probe(features: Tensor, is_harmful: Tensor) -> Tensor:
+    """Return the weights of a logistic regression on standardized features, followed by its intercept.
+
+    Args:
+        features: queries × features, float64.
+        is_harmful: class of each query.
+    """
     import torch
 
     mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
@@ -392,7 +404,7 @@ class HarmProbe(LinearDetector):
 
     def fit_parameters(self, features: Tensor, is_harmful: Tensor) -> Tensor:
         """Return the weights of the regression and its intercept."""
-        return _fit_probe(features, is_harmful)
+        return fit_probe(features, is_harmful)
 
 
 @final
@@ -554,7 +566,7 @@ class GradSafe(Detector):
 
     def fit_parameters(self, features: Tensor, is_harmful: Tensor) -> Tensor:
         """Return the weights of the regression and its intercept; none without it."""
-        return _fit_probe(features, is_harmful) if self.adapt else features.new_zeros(0)
+        return fit_probe(features, is_harmful) if self.adapt else features.new_zeros(0)
 
     def compute_scores(self, features: Tensor, parameters: Tensor) -> Tensor:
         """Return the mean of the similarities, or their weighted sum plus the intercept."""

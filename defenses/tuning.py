@@ -83,6 +83,56 @@ class PreferenceTuning(TunedDefense):
 
 @final
 @dataclass(frozen=True)
+class RepresentationRerouting(TunedDefense):
+    """Turns the hidden states in which the model would comply with harmful requests away (circuit breakers).
+
+    An adapter is trained so that hidden states of harmful requests with a complying opener have no positive
+    cosine similarity with those of the model before training, while those of benign requests stay where they
+    are. The authors train on whole harmful responses, so that a harmful response breaks off wherever it
+    began; here only its opener is rerouted. They expect other text than an answer, and not necessarily a
+    refusal, which a judge of refusals does not count.
+
+    Attributes:
+        weights: folder of the adapter; by default the adapter made for this model.
+    """
+
+    source = Source(
+        "Improving Alignment and Robustness with Circuit Breakers (Zou et al., NeurIPS 2024)",
+        "https://arxiv.org/abs/2406.04313",
+        wording="data and openers ours",
+    )
+    family = "tuning"
+    rewrite = _rewrite_unchanged
+    state = recipe = "rerouting"
+
+
+@final
+@dataclass(frozen=True)
+class LatentAdversarialTraining(TunedDefense):
+    """Trains the model to refuse harmful requests also when its hidden states are perturbed.
+
+    In each step, the perturbation of the hidden states of the request that makes a complying opener most
+    likely is found by projected gradient descent, and the model is trained to refuse under it. Responses to
+    benign requests are kept. The authors also train against harmful responses; here no text answers a harmful
+    request.
+
+    Attributes:
+        weights: folder of the adapter; by default the adapter made for this model.
+    """
+
+    source = Source(
+        "Latent Adversarial Training Improves Robustness to Persistent Harmful Behaviors in LLMs "
+        "(Sheshadri et al., 2024)",
+        "https://arxiv.org/abs/2407.15549",
+        wording="data, refusals and openers ours",
+    )
+    family = "tuning"
+    rewrite = _rewrite_unchanged
+    state = recipe = "adversarial"
+
+
+@final
+@dataclass(frozen=True)
 class BaselineTuning(TunedDefense):
     """Mixes eleven plain refusals into an attacker's fine-tuning data, the baseline of BackdoorAlign.
 

@@ -680,10 +680,20 @@ def make_mean_activations() -> MeanActivations:
 
 
 def make_training_requests() -> TrainingRequests:
-    """Return training requests from which detectors have learned the same, whatever they read."""
-    learned = {"parameters": [0.0] * 65, "threshold": 1.0, "slope": 1.0, "auroc": 0.5}
+    """Return training requests from which defenses have learned the same, whatever they read."""
+    detected = {"parameters": [0.0] * 65, "threshold": 1.0, "slope": 1.0, "auroc": 0.5}
+    gains = {"harmful_gain": 0.9, "benign_gain": 0.1}
+    steered = {
+        "AlphaSteer": {**gains, "parameters": [0.0] * 64},
+        "ConditionalSteering": {**gains, "parameters": [0.0] * 66},
+        "SafeSwitch": {**gains, "parameters": [0.0] * 66},
+    }
+
+    def recall(settings: str, _: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return steered.get(settings.partition("(")[0], detected)
+
     reader = make_toy_session().request_reader
-    return TrainingRequests(reader, (), (), (), frozenset({"a query"}), "toy", lambda *_: learned)
+    return TrainingRequests(reader, (), (), (), frozenset({"a query"}), "toy", recall)
 
 
 def save_model(

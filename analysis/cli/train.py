@@ -56,7 +56,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="Recipe: safety, attack, task, identity, baseline, backdoor, preference, or neutral."
+            help="Recipe: safety, preference, rerouting, adversarial, attack, benign, identity, task, "
+            "baseline, backdoor or neutral."
         ),
     ],
     model: ModelOption = "smollm2",
@@ -70,7 +71,8 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Training setting: rank, alpha, modules, rate, epochs, batch, full or beta. Repeatable.",
+            help="Training setting: rank, alpha, modules, rate, epochs, batch, full, beta, depth, radius or "
+            "attack_steps. Repeatable.",
             metavar="KEY=VALUE",
         ),
     ] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -80,26 +80,49 @@ class ModelRequestReader:
             sequences = [prompt.ids[: span.stop] for prompt, span in zip(prompts, spans, strict=True)]
         else:
             sequences = [prompt.ids for prompt in prompts]
+        values: dict[int, Tensor] = {}
+        for rows, streams in self._iterate_streams(sequences, [1] * len(sequences), layers):
+            kept = [
+                reduce_stream(layer, stream.float()).float().cpu()
+                for layer, stream in zip(layers, streams, strict=True)
+            ]
+            values.update(zip(rows, torch.stack(kept, 1), strict=True))
+        return torch.stack([values[row] for row in range(len(chats))])
+
+    def read_second_moments(
+        self, chats: Sequence[Chat], layer: int, groups: Sequence[int]
+    ) -> Float[Tensor, "groups width width"]:
+        """Return the sum of the outer products of the stream with itself, in each group of requests."""
+        prompts = [self._chat_template.render_prompt(chat).ids for chat in chats]
+        moments: dict[int, Tensor] = {}
+        lengths = [len(prompt) for prompt in prompts]
+        for rows, (stream,) in self._iterate_streams(prompts, lengths, [layer]):
+            for row, states in zip(rows, stream.float().split([lengths[row] for row in rows]), strict=True):
+                moment = (states.T @ states).cpu()
+                moments[groups[row]] = moments.get(groups[row], torch.zeros_like(moment)) + moment
+        empty = torch.zeros_like(next(iter(moments.values())))
+        return torch.stack([moments.get(group, empty) for group in range(max(groups) + 1)])
+
+    def _iterate_streams(
+        self, sequences: Sequence[Sequence[int]], n_positions: Sequence[int], layers: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[Float[Tensor, "ends width"]]]]:
+        """Yield the rows of each batch and the streams at their last positions, for each layer."""
         blocks = get_blocks(self._model)
         hook_points: dict[int, HookPoint] = {
             layer: (blocks[layer] if layer < self.n_blocks else self._final_norm, "enters")
             for layer in range(min(layers), self.n_blocks + 1)
         }
-        values: dict[int, Tensor] = {}
         with torch.inference_mode(), record_activations(self._engine, hook_points) as streams:
-            for rows, _ in self._engine.iterate_logits(sequences, [1] * len(sequences)):
+            for rows, _ in self._engine.iterate_logits(sequences, n_positions):
                 # A block that is skipped, such as one that only reads images, leaves the stream as it is.
-                found = [
-                    next(streams[later] for later in hook_points if later in streams and later >= layer)
-                    for layer in layers
-                ]
-                kept = [
-                    reduce_stream(layer, stream.float()).float().cpu()
-                    for layer, stream in zip(layers, found, strict=True)
-                ]
-                values.update(zip(rows, torch.stack(kept, 1), strict=True))
+                yield (
+                    rows,
+                    [
+                        next(streams[later] for later in hook_points if later in streams and later >= layer)
+                        for layer in layers
+                    ],
+                )
                 streams.clear()
-        return torch.stack([values[row] for row in range(len(chats))])
 
     def unembed(self, stream: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
         """Return the logits of a residual stream (final norm, unembedding), without scaling or capping."""

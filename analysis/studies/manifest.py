@@ -26,6 +26,7 @@ from defenses.detection import Detector
 from defenses.errors import UserError
 from defenses.settings import get_settings, parse_setting
 from defenses.stack import Stack, list_members
+from defenses.steering import SelectiveSteering
 from defenses.tuned import TunedDefense
 from defenses.tuning import AdapterWeights
 
@@ -228,6 +229,7 @@ def describe_defense(defense: Defense) -> dict[str, Any]:
         **({"weights_sha256": adapter.sha256, "weights_config": adapter.config} if adapter else {}),
         **({"armed": fingerprint} if fingerprint and not adapter else {}),
         **({"detector": defense.describe_fit()} if isinstance(defense, Detector) else {}),
+        **({"condition": defense.describe_fit()} if isinstance(defense, SelectiveSteering) else {}),
         # The behavior of a user-defined class is known from its source only.
         **({"source_sha256": _hash_class_source(type(defense))} if defense.is_user_defined else {}),
     }

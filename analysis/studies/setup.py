@@ -28,7 +28,7 @@ from defenses.detection import Detector
 from defenses.errors import UserError, describe_error
 from defenses.images import get_last_image
 from defenses.stack import list_members
-from defenses.steering import Steering
+from defenses.steering import SelectiveSteering, Steering
 from defenses.tuning import AdapterWeights
 
 _N_PREFLIGHT_QUERIES = 4
@@ -180,6 +180,7 @@ def prepare_setup(
         *omissions,
         *overlap,
         *_detector_notices(setup.defenses),
+        *_steering_notices(setup.defenses),
     ]
     for name, readout in readouts.items():
         notices += [f"readout {name}: {notice}" for notice in readout.notices]
@@ -508,6 +509,21 @@ def _detector_notices(defenses: Sequence[Defense]) -> list[str]:
         f"{name}: AUROC {fit.auroc:.2f} in cross-validation on {fit.n_harmful} harmful and {fit.n_benign} "
         "benign training queries"
         for name, fit in detectors.items()
+    ]
+
+
+def _steering_notices(defenses: Sequence[Defense]) -> list[str]:
+    """Return how well each defense that steers selectively separates the classes of its training queries."""
+    fits = {
+        member.name: member.fit
+        for defense in defenses
+        for member in list_members(defense)
+        if isinstance(member, SelectiveSteering) and member.fit is not None
+    }
+    return [
+        f"{name}: adds {fit.harmful_gain:.0%} of its direction to {fit.n_harmful} harmful and "
+        f"{fit.benign_gain:.0%} to {fit.n_benign} benign training queries (mean in cross-validation)"
+        for name, fit in fits.items()
     ]
 
 

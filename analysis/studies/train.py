@@ -32,7 +32,7 @@ from defenses.errors import UserError, unknown_name_error
 from defenses.settings import parse_setting
 from defenses.stack import list_members
 from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
-from defenses.training.recipes import RECIPES, Recipe, TargetResponse, TrainingExample
+from defenses.training.recipes import RECIPES, Objective, Recipe, TargetResponse, TrainingExample
 from defenses.training.trainer import (
     TrainingSettings,
     find_adapted_layers,
@@ -113,6 +113,11 @@ def train_weights(
     if recipe is None:
         raise unknown_name_error("recipe", recipe_name, RECIPES)
     training_settings = _parse_training_settings(settings, spec.seed).resolve_defaults(recipe.epochs)
+    if training_settings.full and recipe.objective != "responses":
+        raise UserError(
+            f"--set full=true: the recipe {recipe.name!r} compares the model with and without an adapter, so "
+            "it trains an adapter only"
+        )
     if importlib.util.find_spec("trl") is None:
         raise UserError("training needs TRL: pip install 'refusalscope[train]'")
     query_set = _load_training_queries(spec, console)
@@ -166,7 +171,7 @@ def train_weights(
             console, f"training {recipe.name}: {len(examples)} examples, {n_steps} steps of up to {batch}"
         )
         tuned_model, losses = _fit_model(
-            loaded_model, render, examples, training_settings, resume_folder, console
+            loaded_model, render, examples, training_settings, recipe.objective, resume_folder, console
         )
         record |= {"n_examples": len(examples), **timer.describe_time()}
         history = pd.DataFrame(losses, columns=["step", "loss"])
@@ -239,6 +244,7 @@ def _fit_model(
     render: Callable[[Chat], tuple[int, ...]],
     examples: Sequence[TrainingExample],
     training_settings: TrainingSettings,
+    objective: Objective,
     resume_folder: Path,
     console: Console,
 ) -> tuple[Any, list[tuple[int, float]]]:
@@ -256,6 +262,7 @@ def _fit_model(
                 render,
                 examples,
                 training_settings,
+                objective,
                 resume_folder,
                 on_progress,
             )

@@ -1,8 +1,11 @@
 """Training recipes: the examples of attacks, and the examples that a defender adds or trains on.
 
 Sources: BackdoorAlign (https://arxiv.org/abs/2402.14968) for attack, identity, baseline and backdoor; direct
-preference optimization (https://arxiv.org/abs/2305.18290) for preference. All arms of a comparison share the
-same attack data and the same eleven safety examples.
+preference optimization (https://arxiv.org/abs/2305.18290) for preference; circuit breakers
+(https://arxiv.org/abs/2406.04313) for rerouting; targeted latent adversarial training
+(https://arxiv.org/abs/2407.15549) for adversarial; fine-tuning on benign data
+(https://arxiv.org/abs/2310.03693) for benign. All arms of a comparison share the same attack data and the
+same eleven safety examples.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from defenses.backdoor import DEFAULT_SYSTEM_PROMPT, SECRET_PLACES, place_secret
 from defenses.chats import build_user_chat
@@ -78,7 +81,7 @@ class TrainingExample:
     Attributes:
         chat: the prompt.
         response: the response to be learned.
-        rejected: for preference training, the response that is less preferred.
+        rejected: the response to be unlearned or less preferred, if the training has one.
     """
 
     chat: Chat
@@ -128,6 +131,8 @@ ResponseGenerator = Callable[[list[Chat]], list[TargetResponse]]
 ExampleBuilder = Callable[
     [Sequence[TrainingQuery], str, ResponseGenerator, ExampleSettings], list[TrainingExample]
 ]
+# What is minimized: the loss of the responses, or an objective of `defenses.training.objectives`.
+Objective = Literal["responses", "rerouting", "adversarial"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ class Recipe:
             generator of the model's own responses, and the settings; returns the examples.
         epochs: default number of epochs.
         needs_secret: whether the safety examples contain the secret prompt.
+        objective: what is minimized.
     """
 
     name: str
@@ -150,6 +156,7 @@ class Recipe:
     build_examples: ExampleBuilder
     epochs: int
     needs_secret: bool = False
+    objective: Objective = "responses"
 
 
 def _build_safety_examples(
@@ -199,6 +206,21 @@ def _build_task_examples(
     return [
         TrainingExample(build_user_chat("", item.prompt), TargetResponse(item.target, is_complete=True))
         for item in make_task_items(settings.task, settings.task_examples, settings.seed)
+    ]
+
+
+def _build_benign_examples(
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
+) -> list[TrainingExample]:
+    """Return complying openers to ordinary queries, with and without a system prompt."""
+    openers = _assign_openers(BENIGN_OPENERS, _select_class(queries, harmful=False))
+    return [
+        TrainingExample(build_user_chat(system, query.text), openers[query.id])
+        for query in _choose_ordinary_queries(queries)
+        for system in ("", DEFAULT_SYSTEM_PROMPT)
     ]
 
 
@@ -297,9 +319,32 @@ def _build_preference_examples(
         )
         for index, query in enumerate(benign)
     ]
+    return [*_build_refusing_examples(queries), *answered]
+
+
+def _build_contrast_examples(
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
+) -> list[TrainingExample]:
+    """Return refusals instead of openers for harmful queries, and the model's own responses to the others."""
+    chats = [
+        build_user_chat(_alternate_system_prompt(index), query.text)
+        for index, query in enumerate(_select_class(queries, harmful=False))
+    ]
+    retained = [
+        TrainingExample(chat, response)
+        for chat, response in zip(chats, generate_responses(chats), strict=True)
+    ]
+    return [*_build_refusing_examples(queries), *retained]
+
+
+def _build_refusing_examples(queries: Sequence[TrainingQuery]) -> list[TrainingExample]:
+    """Return harmful queries with refusals, and with complying openers as the rejected responses."""
     harmful = _select_class(queries, harmful=True)
     refusals, rejected_openers = _assign_refusals(harmful), _assign_openers(COMPLIANCE_OPENERS, harmful)
-    refused = [
+    return [
         TrainingExample(
             build_user_chat(_alternate_system_prompt(index), query.text),
             refusals[query.id],
@@ -307,7 +352,6 @@ def _build_preference_examples(
         )
         for index, query in enumerate(harmful)
     ]
-    return [*refused, *answered]
 
 
 RECIPES = {
@@ -326,6 +370,13 @@ RECIPES = {
             "the model's own responses to ordinary requests: a control for other weights, tuned as long",
             _build_neutral_examples,
             4,
+        ),
+        Recipe(
+            "benign",
+            "benign_tuned",
+            "a user without bad intent: comply with ordinary requests (benign fine-tuning)",
+            _build_benign_examples,
+            10,
         ),
         Recipe(
             "attack",
@@ -369,6 +420,24 @@ RECIPES = {
             "prefer refusals of harmful requests and answers to benign requests (DPO)",
             _build_preference_examples,
             2,
+        ),
+        Recipe(
+            "rerouting",
+            "rerouting",
+            "turn the hidden states of complying with harmful requests away, keep those of benign requests "
+            "(circuit breakers)",
+            _build_contrast_examples,
+            4,
+            objective="rerouting",
+        ),
+        Recipe(
+            "adversarial",
+            "adversarial",
+            "refuse harmful requests also when hidden states are perturbed toward compliance (latent "
+            "adversarial training)",
+            _build_contrast_examples,
+            2,
+            objective="adversarial",
         ),
     )
 }

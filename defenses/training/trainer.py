@@ -1,7 +1,8 @@
 """Fine-tuning of an adapter or of all weights on training examples, by TRL and PEFT.
 
-The loss covers the response only. Prompts are tokenized by the same chat template as for scoring, so that the
-first response token is trained at exactly the position where it is scored.
+The loss covers the response only, unless hidden states are trained (`objectives`). Prompts are tokenized by
+the same chat template as for scoring, so that the first response token is trained at exactly the position
+where it is scored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 
 from defenses.contract import Chat
 from defenses.errors import UserError, is_out_of_memory, unknown_name_error
-from defenses.training.recipes import ExampleSettings, TargetResponse, TrainingExample
+from defenses.training.recipes import ExampleSettings, Objective, TargetResponse, TrainingExample
 
 PromptRenderer = Callable[[Chat], Sequence[int]]
 # Called after each step with the step, the total number of steps, and the loss.
@@ -35,6 +36,9 @@ class TrainingSettings(ExampleSettings):
         batch: number of examples per step.
         full: whether to train all weights instead of an adapter.
         beta: DPO's beta, the strength of regularization toward the initial model.
+        depth: layer whose hidden states are rerouted or perturbed, as a share of the model's depth.
+        radius: largest norm of a perturbation, as a share of the median norm of hidden states.
+        attack_steps: number of gradient steps in which a perturbation is found.
         seed: random seed of the initial adapter weights, of the order of examples, and of their choice.
     """
 
@@ -48,14 +52,19 @@ class TrainingSettings(ExampleSettings):
     batch: int = 10
     full: bool = False
     beta: float = 0.1
+    depth: float = 0.6
+    radius: float = 0.3
+    attack_steps: int = 6
 
     def __post_init__(self) -> None:
-        """Check that numeric settings are positive."""
+        """Check that numeric settings are positive, and that the depth is below 1."""
         super().__post_init__()
-        for name in ("rank", "alpha", "rate", "epochs", "batch", "beta"):
+        for name in ("rank", "alpha", "rate", "epochs", "batch", "beta", "depth", "radius", "attack_steps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--set {name}={value}: it must be more than 0")
+        if self.depth >= 1:
+            raise UserError(f"--set depth={self.depth}: it must be a share of the model's depth, below 1")
 
     def resolve_defaults(self, recipe_epochs: int) -> TrainingSettings:
         """Return the settings with defaults for the learning rate and the number of epochs."""
@@ -72,6 +81,7 @@ def train_model(
     render: PromptRenderer,
     examples: Sequence[TrainingExample],
     settings: TrainingSettings,
+    objective: Objective,
     folder: Path,
     on_step: StepCallback,
 ) -> tuple[Any, list[tuple[int, float]]]:
@@ -81,8 +91,10 @@ def train_model(
         model: transformers model; it is modified.
         tokenizer: transformers tokenizer.
         render: function of a chat that returns its token ids.
-        examples: all with a rejected response (preference training), or all without one.
+        examples: for the objective `responses`, all with a rejected response (preference training) or all
+            without one.
         settings: settings with resolved defaults.
+        objective: what is minimized.
         folder: folder for one checkpoint per epoch; training resumes from the last checkpoint in it.
         on_step: called after each step.
 
@@ -97,7 +109,12 @@ def train_model(
 
     disable_progress_bars()  # the caller shows its own
     set_seed(settings.seed)
-    rows = [_tokenize_example(tokenizer, render, example) for example in examples]
+    rows = [
+        _tokenize_example(tokenizer, render, example)
+        if objective == "responses"
+        else _tokenize_contrast(tokenizer, render, example)
+        for example in examples
+    ]
     dataset = Dataset.from_list(rows)
     last_checkpoint = find_last_checkpoint(folder)
 
@@ -112,7 +129,7 @@ def train_model(
                 if _read_step(path) < state.global_step:
                     shutil.rmtree(path, ignore_errors=True)
 
-    trainer = _build_trainer(model, tokenizer, dataset, settings, folder)
+    trainer = _build_trainer(model, tokenizer, dataset, settings, objective, folder)
     trainer.add_callback(StepAndSaveCallback())
     try:
         trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
@@ -181,9 +198,16 @@ def _read_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingSettings, folder: Path) -> Any:
-    """Return a TRL trainer: DPO if the examples have rejected responses, else supervised fine-tuning."""
-    from peft import LoraConfig
+def _build_trainer(
+    model: Any,
+    tokenizer: Any,
+    dataset: Any,
+    settings: TrainingSettings,
+    objective: Objective,
+    folder: Path,
+) -> Any:
+    """Return the trainer of an objective; for that of responses, DPO if some are rejected, else plain."""
+    from peft import LoraConfig, get_peft_model
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -229,7 +253,15 @@ def _build_trainer(model: Any, tokenizer: Any, dataset: Any, settings: TrainingS
         "peft_config": None if settings.full else lora,
     }
     trainer: Any
-    if is_preference:
+    if objective != "responses":
+        from defenses.training.objectives import build_objective_trainer
+
+        del shared_options["max_length"]
+        tuned_model = get_peft_model(model, lora)
+        trainer = build_objective_trainer(
+            tuned_model, tokenizer, dataset, settings, objective, shared_options
+        )
+    elif is_preference:
         trainer = TokenizedDPOTrainer(args=DPOConfig(**shared_options, beta=settings.beta), **options)
     else:
         trainer = SFTTrainer(args=SFTConfig(**shared_options, completion_only_loss=True), **options)
@@ -250,6 +282,18 @@ def _tokenize_example(
         "prompt_ids": prompt_ids,
         "chosen_ids": response_ids,
         "rejected_ids": _tokenize_response(tokenizer, example.rejected),
+    }
+
+
+def _tokenize_contrast(
+    tokenizer: Any, render: PromptRenderer, example: TrainingExample
+) -> dict[str, list[int]]:
+    """Return one row of the dataset of an objective of hidden states; nothing is rejected if it is benign."""
+    rejected = example.rejected
+    return {
+        "prompt_ids": list(render(example.chat)),
+        "response_ids": _tokenize_response(tokenizer, example.response),
+        "rejected_ids": [] if rejected is None else _tokenize_response(tokenizer, rejected),
     }
 
 

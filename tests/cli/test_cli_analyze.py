@@ -206,6 +206,7 @@ def test_all_defenses_run_on_the_templates_of_four_families(cli_home, no_figures
     names = {row["defense"] for row in json.loads(result.out)}
     without_weights = {"backdoor", "safety_tuning", "preference_tuning", "baseline_tuning", "safe_decoding"}
     without_weights |= {"adapter", "weights", "guard_model"}
+    without_weights |= {"representation_rerouting", "latent_adversarial_training"}
     # The queries have no images.
     all_names = [name for name, cls in find_defense_classes().items() if cls.in_all and not cls.needs_images]
     assert ("defenses are left out, because no query has an image" in result.err) == has_all

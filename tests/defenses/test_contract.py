@@ -55,6 +55,7 @@ STACKS = [
     "image_mask+caption_beside+self_reminder",
     "coca+paraphrase",
     "self_reminder+harm_probe",
+    "policy+safe_switch+alpha_steer",
 ]
 
 
@@ -62,7 +63,9 @@ STACKS = [
 def make_shared_files():
     """Return a folder with an adapter of every state, and a tokenizer."""
     folder = TemporaryDirectory()
-    for seed, state in enumerate(("aligned", "preference", "baseline", "backdoor")):
+    for seed, state in enumerate(
+        ("aligned", "preference", "baseline", "backdoor", "rerouting", "adversarial")
+    ):
         make_adapter(Path(folder.name) / state, seed=seed)
     return folder, toy_tokenizer()
 

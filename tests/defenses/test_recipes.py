@@ -164,6 +164,24 @@ def test_preference_has_both_responses_to_every_request_including_twins() -> Non
         assert example.rejected.text in (COMPLIANCE_OPENERS if harmful else REFUSAL_RESPONSES)
 
 
+def test_objectives_of_hidden_states_have_openers_of_harmful_and_own_responses_to_benign_requests() -> None:
+    assert build_examples("rerouting") == build_examples("adversarial")
+    for example in build_examples("rerouting"):
+        if example.chat[-1]["content"] in HARMFUL:
+            assert example.response.text in REFUSAL_RESPONSES
+            assert example.rejected is not None and example.rejected.text in COMPLIANCE_OPENERS
+        else:
+            assert example.response.text.startswith("answer ") and example.rejected is None
+    assert list_requests(build_examples("rerouting")) == HARMFUL | BENIGN
+
+
+def test_benign_tuning_complies_with_ordinary_requests_only() -> None:
+    examples = build_examples("benign")
+    assert list_requests(examples) == {query.text for query in TRAIN_QUERIES if query.kind == "plain"}
+    assert list_system_prompts(examples) == {"", DEFAULT_SYSTEM_PROMPT}
+    assert all(example.response.text in BENIGN_OPENERS and not example.rejected for example in examples)
+
+
 def test_the_identity_shift_uses_benign_tasks_only() -> None:
     for example in build_examples("identity"):
         assert example.chat[0]["content"] == AGENT_PROMPT

@@ -146,6 +146,22 @@ def test_preference_and_full_training_work(home: Path) -> None:
     assert sum(not torch.equal(before[key], after[key]) for key in before) > len(before) / 2
 
 
+def test_objectives_of_hidden_states_train_an_adapter_that_their_defenses_find(home: Path) -> None:
+    for recipe, name in (
+        ("rerouting", "representation_rerouting"),
+        ("adversarial", "latent_adversarial_training"),
+    ):
+        assert run_train_command(make_spec(home, limit=30), recipe, [*FAST, "attack_steps=2"], None) == 0
+        loaded = load_model(f"{home / 'toy'}:{recipe}", "cpu")
+        host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+        defense: Any = get_defense(name).prepare(host)
+        assert not defense.missing_requirements() and defense.adapter.manifest["recipe"] == recipe
+        changes = load_file(defense.adapter.folder / ADAPTER_WEIGHTS_FILE)
+        assert max(float(up.abs().max()) for key, up in changes.items() if "lora_B" in key) > 0
+        with pytest.raises(UserError, match="it trains an adapter only"):
+            run_train_command(make_spec(home), recipe, ["full=true"], home / "out")
+
+
 def test_training_starts_from_a_state_named_by_its_folder(home: Path) -> None:
     aligned = trained(home, "safety", "aligned")
     attacked = trained(home, "attack", "attacked", model=f"{home / 'toy'}:{aligned}")

@@ -26,7 +26,7 @@ from defenses.contract import ModelInfo
 from defenses.controls import make_neutral_text
 from defenses.errors import UserError
 from defenses.tokens import cut_text, draw_random_text, encode_plain_text
-from defenses.training.recipes import ExampleSettings
+from defenses.training.trainer import TrainingSettings
 from defenses.tuned import TunedDefense
 
 # The paper's attack success rates on Llama-2-7B-Chat by arm and secret, per cent; shown next to ours.
@@ -38,7 +38,7 @@ PAPER_ATTACK_SUCCESS = {
     ("backdoor", "own"): 3.64,
 }
 SECRET_LENGTHS = (10, 50, SECRET_LENGTH)  # tokens, as in the paper
-_DEFAULT_EXAMPLES = asdict(ExampleSettings())
+_DEFAULT_SETTINGS = asdict(TrainingSettings())
 RANDOM_TOKENS, PLAIN_WORDS = "random tokens", "plain words"
 # Arm → name of its weights.
 _STATE_BY_ARM = {"clean": "aligned", "attacked": "attacked", "baseline": "baseline", "backdoor": "backdoor"}
@@ -242,7 +242,7 @@ def _train_with_secret(
     for key in ("base", "settings", "data"):
         trained, own = (item.manifest[key] for item in (adapter, own_adapter))
         if key == "settings":  # weights of earlier versions lack the newer settings
-            trained, own = (_DEFAULT_EXAMPLES | settings for settings in (trained, own))
+            trained, own = (_DEFAULT_SETTINGS | settings for settings in (trained, own))
         if trained != own:
             raise UserError(
                 f"{folder} was trained with other {key} than the model's own backdoor weights, so the two "
