@@ -11,7 +11,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final
 
 from defenses.adapters import Adapter, find_adapter
 from defenses.chats import copy_chat, edit_last_user, prepend_system
@@ -80,7 +80,7 @@ class Backdoor(TunedDefense):
 
     trigger: Path | None = None
     length: int = SECRET_LENGTH
-    place: str | None = None
+    place: Literal["start", "end", "user"] | None = None
     system: str = DEFAULT_SYSTEM_PROMPT
     secret: Secret | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
     uses_tuned_weights: bool = dataclasses.field(default=True, repr=False, metadata=HIDDEN_FIELD)
@@ -93,8 +93,6 @@ class Backdoor(TunedDefense):
         """Check that the length is positive."""
         if self.length < 1:
             raise ValueError(f"length={self.length}: a secret needs at least 1 token")
-        if self.place not in (None, *SECRET_PLACES):
-            raise ValueError(f"place={self.place}: it takes {', '.join(SECRET_PLACES)}")
 
     def prepare(self, model_info: ModelInfo) -> Self:
         """Return a copy with its weights, those that it is compared with, and its secret."""
