@@ -23,8 +23,10 @@ def test_settings_survive_the_command_line(name):
     hints = typing.get_type_hints(cls)
     for key, value in get_settings(cls).items():
         field_type = hints[key]
-        if typing.get_origin(field_type) is typing.Literal:
-            text = next(option for option in typing.get_args(field_type) if option != value)
+        kinds = [field_type, *typing.get_args(field_type)]  # of an optional one, the first is the kind
+        choice = next((kind for kind in kinds[:2] if typing.get_origin(kind) is typing.Literal), None)
+        if choice is not None:
+            text = next(option for option in typing.get_args(choice) if option != value)
         elif field_type in MAKE_TEXT:
             text = MAKE_TEXT[field_type](value)
         else:
