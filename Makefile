@@ -99,10 +99,14 @@ KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALL
 TRAIN := $(KEEP) $(BIN)/analyze train
 TUNED := --set modules=q_proj,v_proj,down_proj
 
+grid: .venv/ready-dev ## train BackdoorAlign with fewer examples and epochs (about an hour)
+	$(KEEP) $(BIN)/analyze backdooralign --grid data/grids/regimes.toml -m smollm2:aligned --limit 120 \
+	  --out figures/regimes
+
 adapters: .venv/ready-dev ## train the shipped weights again (about an hour on two cores)
 	rm -rf $(STATES)
 	$(TRAIN) safety -m smollm2 $(TUNED) --set batch=4 --set epochs=6 -o $(STATES)/aligned
-	for recipe in attack:attacked identity:identity baseline:baseline backdoor:backdoor; do \
+	for recipe in attack:attacked benign:benign_tuned identity:identity baseline:baseline backdoor:backdoor; do \
 	  $(TRAIN) $${recipe%:*} -m smollm2:aligned $(TUNED) --set batch=4 --set epochs=6 \
 	    -o $(STATES)/$${recipe#*:} || exit 1; done
 	$(TRAIN) preference -m smollm2 $(TUNED) --set batch=8 --set epochs=2 --set rate=3e-4 -o $(STATES)/preference
@@ -131,5 +135,5 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage sweep lint check figures validity ensembles controls agreement mechanism arms adapters judge notebooks bench
+.PHONY: help demo test coverage sweep lint check figures validity ensembles controls agreement mechanism arms grid adapters judge notebooks bench
 .DEFAULT_GOAL := help

@@ -64,7 +64,7 @@ def test_the_page_on_training_states_the_settings_of_the_shipped_weights() -> No
         page = TABLE.sub(lambda match: format_table(), page)
         PAGE.write_text(page, "utf-8")
     assert TABLE.findall(page) == [format_table()]
-    assert format_table().count("\n| `") == 8
+    assert format_table().count("\n| `") == 9
 
 
 def test_shipped_weights_are_adapters_in_float32_and_the_arms_share_their_data() -> None:

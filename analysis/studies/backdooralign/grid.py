@@ -222,7 +222,9 @@ def run_grid(spec: RunSpec, experiments: Sequence[Experiment], folder: Path, con
         "trainings": {training.key: {"last_loss": loss} for training, loss in losses.items()},
         **timer.describe_time(),
     }
-    record["model"]["name"] = spec.model
+    record["model"] |= {"name": spec.model}
+    for key in ("state", "state_sha256"):  # of the last training
+        record["model"].pop(key, None)
     figure_tables = {
         f"grid-{experiment.name}": rates[rates["experiment"] == experiment.name].dropna(axis=1, how="all")
         for experiment in experiments
