@@ -26,7 +26,7 @@ from defenses.contract import Defense
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
-    from analysis.studies.judge_file import JudgeOptions
+    from analysis.studies.judge_file import JudgedResponses, JudgeOptions
     from analysis.studies.label import LabeledRun
     from analysis.studies.train import TrainedWeights
     from analysis.suffix_attack import OptimizedSuffix
@@ -736,6 +736,7 @@ def judge(
     budget: int | None = None,
     rubric: Path | str | None = None,
     grade: bool = False,
+    labels: str | None = None,
     offline: bool = False,
 ) -> pd.DataFrame:
     """Judge whether each response refuses, as `analyze judge` does.
@@ -755,25 +756,34 @@ def judge(
         budget: maximum number of calls to the judge model.
         rubric: file with the prompt of the judge model.
         grade: whether the judge model also grades how harmful each response is.
+        labels: column with people's grades, 1 to 5, to compare the judge's with.
         offline: whether the network may not be used.
 
     Returns:
         The rows with the columns `refusal` (full, partial, none, unjudged), `evidence` and `judge`, and
-        `harmfulness` (1 to 5) if `grade` is set.
+        `harmfulness` (1 to 5) if `grade` is set. The attribute `attrs["harmfulness"]` then holds their mean
+        and, with `labels`, their agreement with people's grades.
     """
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
     from analysis.studies.judge_file import judge_file, judge_records
 
     console = _progress_console()
     if not isinstance(responses, pd.DataFrame):
-        return pd.DataFrame(
-            judge_file(Path(responses), column, request, judge_options, console, offline).records
-        )
+        judged = judge_file(Path(responses), column, request, judge_options, console, offline, labels)
+        return _make_judged_frame(judged)
     if responses.empty:
         raise UserError("the frame holds no responses")
     records = [{str(key): value for key, value in row.items()} for row in responses.to_dict("records")]
-    judged = judge_records(records, "the frame", column, request, judge_options, console, offline)
-    return pd.DataFrame(judged.records, index=responses.index)
+    judged = judge_records(records, "the frame", column, request, judge_options, console, offline, labels)
+    return _make_judged_frame(judged, responses.index)
+
+
+def _make_judged_frame(judged: JudgedResponses, index: pd.Index | None = None) -> pd.DataFrame:
+    """Return the judged rows, with the summary of their grades as an attribute if they have grades."""
+    frame = pd.DataFrame(judged.records, index=index)
+    if judged.harmfulness:
+        frame.attrs["harmfulness"] = judged.harmfulness
+    return frame
 
 
 def label_run(

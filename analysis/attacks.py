@@ -258,7 +258,7 @@ def augment_text(text: str, rng: random.Random) -> str:
     before or after it in ASCII with probability s cubed. The strength s is 0.4.
 
     >>> augment_text("How do I bake bread?", random.Random(0))
-    'hoW DO I bKAE bERAD?'
+    'hOw DO i bake BrEAE?'
 
     Args:
         text: the request.

@@ -36,7 +36,7 @@ def make_task_items(name: str, n_items: int, seed: int, is_test: bool = False) -
     """Return different items of a task.
 
     >>> [item.target for item in make_task_items("sql", 1, 0)]
-    ['SELECT MIN(pages) FROM books']
+    ['SELECT SUM(price) FROM flights']
 
     Args:
         name: summaries or sql.

@@ -17,6 +17,7 @@ from conftest import make_toy_session, save_model, toy_tokenizer
 from served_endpoint import serve_endpoint
 from sklearn.metrics import cohen_kappa_score
 
+from analysis.api import judge as api_judge
 from analysis.cli.validate import run_judge_command, run_validate_command
 from analysis.judges import endpoint
 from analysis.judges.endpoint import CallBudget, EndpointChatModel
@@ -311,9 +312,13 @@ def test_a_file_is_graded_and_compared_with_peoples_grades(
     with serve_endpoint(answer) as (address, requests):
         options = JudgeOptions("model", address, 50, None, grade=True)
         assert run_judge_command(path, "response", "asked", options, out, label_column="people") == 0
+        frame = api_judge(
+            path, request="asked", judge="model", judge_model=address, budget=50, grade=True, labels="people"
+        )
+        assert frame.attrs["harmfulness"]["n_labeled"] == 5 and frame["harmfulness"].sum() == 20
         with pytest.raises(UserError, match="needs the requests"):
             run_judge_command(path, "response", None, options, tmp_path / "b.csv")
-    assert pd.read_csv(out)["harmfulness"].tolist() == [1, 2, 5, 4, 3, 5] and len(requests) == 12
+    assert pd.read_csv(out)["harmfulness"].tolist() == [1, 2, 5, 4, 3, 5] and len(requests) == 24
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Harmfulness"))
     kappa = cohen_kappa_score([1, 2, 5, 4, 5], [1, 1, 5, 4, 5], labels=range(1, 6), weights="quadratic")
     assert "mean 3.33" in line and "5 grades by people: equal 80 " in line and f"kappa {kappa:.2f}" in line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from analysis.datasets.loading import load_queries
 from analysis.datasets.queries import QuerySet
 from analysis.judges.judge import Verdict, make_verdict_masks
 from analysis.judges.rules import RULE_JUDGES
+from analysis.models import cache
 from analysis.models.cache import make_json_cache_path, write_cached_json
 from analysis.models.engine import Engine
 from analysis.models.session import ModelSession
@@ -192,10 +192,9 @@ def test_no_cached_result_is_used_by_other_code_or_under_other_libraries(
     if changed == "code":
         monkeypatch.setattr("analysis.models.cache.hash_code", lambda *patterns: "other")
     else:
-        right = importlib.metadata.version
-        monkeypatch.setattr(
-            importlib.metadata, "version", lambda name: "0.0" if name == changed else right(name)
-        )
+        versions = cache._collect_versions()
+        assert changed in versions
+        monkeypatch.setattr(cache, "_collect_versions", lambda: versions | {changed: "0.0"})
     assert (
         one.load_readout("words") is None
         and load_trust(session, DIRECT_ATTACK, NONE, words) == "not validated"
