@@ -38,7 +38,7 @@ from analysis.studies.setup import (
     find_preflight_failures,
     prepare_setup,
 )
-from analysis.studies.sweep import ConditionKey, StudyResult, build_record
+from analysis.studies.sweep import StudyResult, build_record
 from analysis.studies.train import train_weights
 from defenses.adapters import ADAPTER_MANIFEST_FILE
 from defenses.backdoor import SECRET_LENGTH, Backdoor, Secret, read_secret, write_secret
@@ -215,8 +215,7 @@ def run_grid(spec: RunSpec, experiments: Sequence[Experiment], folder: Path, con
     assert setup is not None  # a grid has an experiment, and an experiment a training
     verdicts = pd.concat(verdict_frames, ignore_index=True)
     rates = summarize_grid(experiments, verdicts)
-    failures: dict[ConditionKey, str] = {}
-    record = build_record(setup, conditions, spec, failures) | {
+    record = build_record(setup, conditions, spec, {}) | {
         "grid": [_describe_experiment(experiment) for experiment in experiments],
         "judge": {**RESPONSE_JUDGE.manifest_entry, "new_tokens": N_RESPONSE_TOKENS},
         "trainings": {training.key: {"last_loss": loss} for training, loss in losses.items()},
@@ -233,7 +232,7 @@ def run_grid(spec: RunSpec, experiments: Sequence[Experiment], folder: Path, con
     if task_frames:
         tables["task_scores"] = pd.concat(task_frames, ignore_index=True)
         tables["tasks"] = summarize_tasks(experiments, tables["task_scores"])
-    return StudyResult.from_tables("backdooralign grid", record, tables, figure_tables, setup, failures)
+    return StudyResult.from_tables("backdooralign grid", record, tables, figure_tables, setup, {})
 
 
 def summarize_grid(experiments: Sequence[Experiment], verdicts: pd.DataFrame) -> pd.DataFrame:
