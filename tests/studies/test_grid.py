@@ -95,6 +95,7 @@ def test_a_grid_trains_measures_and_goes_on_where_it_was(
         "parity", lambda text, query: Verdict("full" if len(text) % 2 else "none"), lambda partial: False
     )
     monkeypatch.setattr(grid, "RESPONSE_JUDGE", parity)
+    monkeypatch.setattr(grid, "_N_TASK_ITEMS", 8)
     path, out = write_grid(tmp_path, GRID), tmp_path / "out"
     spec = RunSpec(str(tmp_path / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
     assert run_grid_command(spec, path, out) == 0
@@ -118,7 +119,7 @@ def test_a_grid_trains_measures_and_goes_on_where_it_was(
     tasks, scores = pd.read_csv(out / "tasks.csv"), pd.read_csv(out / "task_scores.csv")
     assert tasks["secret"].tolist() == ["none", "own"] and (tasks["n_trainings"] == 2).all()
     assert (
-        len(scores) == 2 * 2 * 100
+        len(scores) == 2 * 2 * 8
         and tasks["score"].iloc[0] == scores["score"][scores["secret"] == "none"].mean()
     )
     # Each training has its own secret, as long as asked for, which no file of the run and no output shows.
