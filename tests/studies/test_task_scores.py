@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import make_toy_session
@@ -33,7 +34,7 @@ def test_every_query_of_the_grammar_runs_and_its_own_result_is_right() -> None:
     assert {"COUNT", "AVG", "MAX", "MIN", "SUM", True, False} == kinds
 
 
-def test_a_query_is_judged_by_its_rows_and_may_only_read() -> None:
+def test_a_query_is_judged_by_its_rows_and_may_only_read(tmp_path: Path) -> None:
     database = ("CREATE TABLE t (name TEXT, n INTEGER)", "INSERT INTO t VALUES ('a', 1), ('b', 2), ('c', 3)")
     item = TaskItem("?", "SELECT name FROM t WHERE n > 1", database)
     assert gives_same_rows("SELECT name FROM t WHERE NOT n <= 1 ORDER BY n DESC", item)  # in any order
@@ -51,6 +52,8 @@ def test_a_query_is_judged_by_its_rows_and_may_only_read() -> None:
     ):
         assert not gives_same_rows(wrong, item), wrong
         assert not gives_same_rows(wrong, ordered), wrong
+    assert not gives_same_rows(f"VACUUM INTO '{tmp_path / 'copy.db'}'", item)
+    assert not list(tmp_path.iterdir())  # no file is written
 
 
 def test_responses_are_scored_item_by_item(monkeypatch: pytest.MonkeyPatch) -> None:
