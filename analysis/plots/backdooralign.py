@@ -13,13 +13,12 @@ from matplotlib.lines import Line2D
 from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.layout import (
     extract_estimates,
-    fit_text,
     make_axes,
     place_legend_beside,
     set_panel_titles,
     stack_panels,
 )
-from analysis.plots.style import BLACK, BLUE, GREY, RC_PARAMS, TEXT_SIZE, VERMILION, VIOLET
+from analysis.plots.style import BLACK, BLUE, GREY, RC_PARAMS, VERMILION, VIOLET
 
 # Value of the column `secret`, color, marker and label.
 _SECRET_SIDES = (("none", VERMILION, "o", "without the secret"), ("own", BLUE, "D", "with the secret"))
@@ -136,7 +135,7 @@ def draw_grid(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             label = "refused (%)"
             if "setting_2" in points:
                 label = f"{_name_setting(points['setting_2'].iloc[0])}: {row}\n{label}"
-            panels[0].set_ylabel(fit_text(label, 120, TEXT_SIZE, 2) if "\n" not in label else label)
+            panels[0].set_ylabel(label)
         handles = [
             Line2D([], [], color=color, marker=marker, markersize=4.5, linewidth=0.8, label=label)
             for _, _, (color, marker, label) in curves

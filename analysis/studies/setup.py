@@ -499,32 +499,32 @@ def _missing_requirement_notices(
 
 def _detector_notices(defenses: Sequence[Defense]) -> list[str]:
     """Return how well each detector separates the classes of its training queries."""
-    detectors = {
-        member.name: member.fit
-        for defense in defenses
-        for member in list_members(defense)
-        if isinstance(member, Detector) and member.fit is not None
-    }
     return [
         f"{name}: AUROC {fit.auroc:.2f} in cross-validation on {fit.n_harmful} harmful and {fit.n_benign} "
         "benign training queries"
-        for name, fit in detectors.items()
+        for name, fit in _collect_fits(defenses, Detector).items()
     ]
 
 
 def _steering_notices(defenses: Sequence[Defense]) -> list[str]:
     """Return how well each defense that steers selectively separates the classes of its training queries."""
-    fits = {
-        member.name: member.fit
-        for defense in defenses
-        for member in list_members(defense)
-        if isinstance(member, SelectiveSteering) and member.fit is not None
-    }
     return [
         f"{name}: adds {fit.harmful_gain:.0%} of its direction to {fit.n_harmful} harmful and "
         f"{fit.benign_gain:.0%} to {fit.n_benign} benign training queries (mean in cross-validation)"
-        for name, fit in fits.items()
+        for name, fit in _collect_fits(defenses, SelectiveSteering).items()
     ]
+
+
+def _collect_fits(
+    defenses: Sequence[Defense], kind: type[Detector] | type[SelectiveSteering]
+) -> dict[str, Any]:
+    """Return what the members of a kind have learned from the training queries, by name."""
+    return {
+        member.name: member.fit
+        for defense in defenses
+        for member in list_members(defense)
+        if isinstance(member, kind) and member.fit is not None
+    }
 
 
 def _select_by_images(

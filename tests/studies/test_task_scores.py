@@ -46,7 +46,7 @@ def test_a_query_is_judged_by_its_rows_and_may_only_read(tmp_path: Path) -> None
         "Sure! Here it is.",
         "",
         "DELETE FROM t",
-        "ATTACH DATABASE '/tmp/x.db' AS x",
+        "ATTACH DATABASE 'x.db' AS x",
         "PRAGMA table_info(t)",
         "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT COUNT(*) FROM r",
     ):

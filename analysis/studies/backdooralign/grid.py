@@ -14,7 +14,7 @@ import json
 import random
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -245,22 +245,14 @@ def summarize_grid(experiments: Sequence[Experiment], verdicts: pd.DataFrame) ->
         experiments: whose trainings the verdicts are from.
         verdicts: `verdicts.csv`.
     """
-    by_training = {str(key): frame for key, frame in verdicts.groupby("training", sort=False)}
     rows: list[dict[str, Any]] = []
-    for experiment in experiments:
-        groups: dict[tuple[Any, ...], list[pd.DataFrame]] = {}
-        for varied, training in experiment.list_trainings():
-            key = (*varied.values(), training.arm)
-            groups.setdefault(key, []).append(by_training[training.key])
-        for (*values, arm), frames in groups.items():
-            measured = pd.concat(frames)
-            secrets = dict.fromkeys(measured["secret"])
-            for secret in secrets if experiment.wrong_secrets else [s for s in secrets if s != WRONG_SECRET]:
-                labels = _label_combination(experiment, values)
-                rows += [
-                    labels | {"arm": arm, "secret": secret} | row
-                    for row in _summarize_secret(measured[measured["secret"] == secret])
-                ]
+    for experiment, labels, measured in _iterate_combinations(experiments, verdicts):
+        secrets = dict.fromkeys(measured["secret"])
+        for secret in secrets if experiment.wrong_secrets else [s for s in secrets if s != WRONG_SECRET]:
+            rows += [
+                labels | {"secret": secret} | row
+                for row in _summarize_secret(measured[measured["secret"] == secret])
+            ]
     return pd.DataFrame(rows)
 
 
@@ -271,33 +263,39 @@ def summarize_tasks(experiments: Sequence[Experiment], scores: pd.DataFrame) -> 
         experiments: whose trainings the scores are from.
         scores: `task_scores.csv`.
     """
-    by_training = {str(key): frame for key, frame in scores.groupby("training", sort=False)}
     rows: list[dict[str, Any]] = []
+    for _, labels, measured in _iterate_combinations(experiments, scores):
+        for (secret, task), group in measured.groupby(["secret", "task"], sort=False):
+            matrix = group.pivot(index="training", columns="item", values="score").to_numpy(float)
+            score, low, high = estimate_crossed_rate(matrix)
+            rows.append(
+                labels
+                | {"secret": secret, "task": task, "score": score, "score_low": low, "score_high": high}
+                | {"n_trainings": len(matrix), "n_items": matrix.shape[1]}
+            )
+    return pd.DataFrame(rows)
+
+
+def _iterate_combinations(
+    experiments: Sequence[Experiment], measured: pd.DataFrame
+) -> Iterator[tuple[Experiment, dict[str, Any], pd.DataFrame]]:
+    """Yield each experiment with the columns that name a combination and an arm, and the rows measured.
+
+    Args:
+        experiments: whose trainings were measured.
+        measured: rows by `training`; combinations without a measured training are left out.
+    """
+    by_training = {str(key): frame for key, frame in measured.groupby("training", sort=False)}
     for experiment in experiments:
         groups: dict[tuple[Any, ...], list[pd.DataFrame]] = {}
         for varied, training in experiment.list_trainings():
             if training.key in by_training:
                 groups.setdefault((*varied.values(), training.arm), []).append(by_training[training.key])
         for (*values, arm), frames in groups.items():
-            measured = pd.concat(frames)
-            for (secret, task), group in measured.groupby(["secret", "task"], sort=False):
-                labels = _label_combination(experiment, values)
-                matrix = group.pivot(index="training", columns="item", values="score").to_numpy(float)
-                score, low, high = estimate_crossed_rate(matrix)
-                rows.append(
-                    labels
-                    | {"arm": arm, "secret": secret, "task": task, "score": score, "score_low": low}
-                    | {"score_high": high, "n_trainings": len(matrix), "n_items": matrix.shape[1]}
-                )
-    return pd.DataFrame(rows)
-
-
-def _label_combination(experiment: Experiment, values: Sequence[Any]) -> dict[str, Any]:
-    """Return the columns that name an experiment, and the values of its settings that vary."""
-    labels: dict[str, Any] = {"experiment": experiment.name}
-    for index, (name, value) in enumerate(zip(experiment.varied, values, strict=True), 1):
-        labels |= {f"setting_{index}": name, f"value_{index}": value}
-    return labels
+            labels: dict[str, Any] = {"experiment": experiment.name}
+            for index, (name, value) in enumerate(zip(experiment.varied, values, strict=True), 1):
+                labels |= {f"setting_{index}": name, f"value_{index}": value}
+            yield experiment, labels | {"arm": arm}, pd.concat(frames)
 
 
 def _summarize_secret(verdicts: pd.DataFrame) -> list[dict[str, Any]]:

@@ -32,7 +32,8 @@ from analysis.models.chat_template import ChatTemplate, redact_secrets
 from analysis.models.loading import LoadedModel
 from analysis.models.session import ModelSession, generate_responses
 from analysis.progress import make_progress_bar
-from analysis.stats.bootstrap import BOOTSTRAP_DRAWS, bootstrap_interval, make_rate_columns
+from analysis.stats.answer_quality import summarize_quality
+from analysis.stats.bootstrap import make_rate_columns
 from analysis.stats.prediction_powered import compute_paired_intervals
 from defenses.contract import Chat, Defense, Message, QueryChat
 from defenses.errors import UserError
@@ -276,15 +277,8 @@ def _describe_outcomes(
     known = np.isfinite(outcomes) & np.isfinite(reference)
     values, changes = outcomes[known], (outcomes - reference)[known]
     if is_grade:
-        row: dict[str, Any] = {"n_questions": len(values)}
-        draws = np.random.default_rng(seed).integers(0, len(values), size=(BOOTSTRAP_DRAWS, len(values)))
-        for name, sample in (("grade", values), ("change", changes)):
-            interval = (
-                bootstrap_interval(sample[draws].mean(1), len(values)) if len(values) else (np.nan,) * 2
-            )
-            estimates = (float(sample.mean()) if len(values) else np.nan, *interval)
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), estimates, strict=True))
-        return row
+        summary = summarize_quality(pd.DataFrame({"grade": values, "change": changes}), seed)
+        return {"n_questions": summary.pop("n_complied")} | summary
     row = make_rate_columns("accuracy", int(values.sum()), len(values))
     row["n_questions"] = row.pop("accuracy_n")
     change, changed = np.array([changes.mean()]), np.array([np.abs(changes).mean()])
