@@ -54,12 +54,14 @@ def test_a_grid_crosses_its_settings_and_shares_trainings(tmp_path: Path) -> Non
     examples, length = load_grid(write_grid(tmp_path, GRID))
     assert examples.varied == ["safety"] and length.varied == []
     trainings = [training for _, training in examples.list_trainings()]
-    assert [dict(training.settings)["safety"] for training in trainings] == ["2", "11"]
+    assert [dict(training.settings).get("safety") for training in trainings] == ["2", None]  # 11: the default
     assert [training.seed for _, training in length.list_trainings()] == [0, 1]
     assert "epochs=1" in trainings[0].options and not any("secret" in text for text in trainings[0].options)
     # Only `backdoor` has a secret, so that the settings of the secret do not multiply the other arms.
+    counts = {"ablations": 87, "regimes": 27, "secrets": 12}
     for shipped in sorted((data_folder() / "grids").glob("*.toml")):
-        assert sum(len(one.list_trainings()) for one in load_grid(shipped)) >= 27
+        keys = {training.key for one in load_grid(shipped) for _, training in one.list_trainings()}
+        assert len(keys) == counts[shipped.stem]
     secrets = Experiment("a", ("attack", "backdoor"), (0,), {"place": ("start", "end")})
     assert len({training.key for _, training in secrets.list_trainings()}) == 3
 

@@ -74,7 +74,8 @@ class Training:
     Attributes:
         arm: the recipe: attack, baseline or backdoor.
         seed: random seed of the training and of the secret.
-        settings: name → value of each setting that the file names and that the arm has.
+        settings: name → value of each setting that the file names, that the arm has and that differs from its
+            default.
     """
 
     arm: str
@@ -132,7 +133,9 @@ class Experiment:
             varied = {name: combination[name] for name in self.varied}
             for arm in self.arms:
                 settings = tuple(
-                    (name, value) for name, value in combination.items() if name not in _UNUSED_SETTINGS[arm]
+                    (name, value)
+                    for name, value in combination.items()
+                    if name not in _UNUSED_SETTINGS[arm] and not _is_default(name, value)
                 )
                 trainings += [(varied, Training(arm, seed, settings)) for seed in self.seeds]
         return trainings
@@ -380,6 +383,13 @@ def _check_value(key: str, value: Any, place: str) -> Any:
         TrainingSettings(**{key: parse_setting(TrainingSettings, key, _format_value(value))})
         return _format_value(value)
     return value
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Return whether a setting has its default; experiments that leave it out then share the training."""
+    if name in _SECRET_DEFAULTS:
+        return bool(value == _SECRET_DEFAULTS[name])
+    return bool(value == _format_value(get_settings(TrainingSettings)[name]))
 
 
 def _format_value(value: Any) -> str:
