@@ -75,14 +75,16 @@ def find_failed(*args: Any, with_margins: bool = False, **kwargs: Any) -> dict[s
     return {check.name: check.observed for check in checks if not check.passed}
 
 
-# Kinds of tokenizer take turns.
+# Kinds of tokenizer take turns. Every defense meets the four main templates, and takes turns on the others.
 @pytest.mark.parametrize(("template", "kind"), list(zip(TEMPLATES, cycle(KINDS), strict=False)))
-def test_every_defense_passes_with_every_template(template: str, kind: str) -> None:
+def test_every_template_passes_with_its_share_of_the_defenses(template: str, kind: str) -> None:
     session = make_toy_session("llama", template, kind)
     host = ModelInfo("toy", session.loaded_model.tokenizer, ())
     chosen = [get_defense(name) for name in list_defense_names() if name not in ("backdoor", "random_tokens")]
     ready = [backdoor(session), *(defense.prepare(host) for defense in chosen)]
-    for name, defense in build_conditions(ready).items():
+    conditions = list(build_conditions(ready).items())
+    turn = list(TEMPLATES).index(template) % 4
+    for name, defense in conditions if template in FOUR else conditions[turn::4]:
         assert not find_failed(session, defense, with_margins=template in FOUR), name
 
 
