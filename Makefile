@@ -118,6 +118,9 @@ LABELS ?= ../shared/datasets/refusal_labels
 judge: .venv/ready ## fit and evaluate the judge `learned` on the label files in LABELS=FOLDER (less than a minute)
 	$(BIN)/python -m analysis.judges.learned_fit $(LABELS)
 
+docs: .venv/ready-docs ## build the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 notebooks: .venv/ready-dev ## run every notebook from the top and save its outputs (some minutes)
 	$(BIN)/python tests/test_notebooks.py
 
@@ -135,5 +138,9 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage sweep lint check figures validity ensembles controls agreement mechanism arms grid adapters judge notebooks bench
+.venv/ready-docs: .venv/ready
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+.PHONY: help demo test coverage sweep lint check figures validity ensembles controls agreement mechanism arms grid adapters judge docs notebooks bench
 .DEFAULT_GOAL := help
