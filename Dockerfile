@@ -1,4 +1,4 @@
-# refusalscope as a command: docs/installation.md says how to build and run it. It was not built where it was written.
+# refusalscope as a command: docs/installation.md says how to build and run it. It has not been built yet.
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 

@@ -1,8 +1,9 @@
 """Hook of MkDocs: puts pages and files of the repository that lie outside docs/ on the site.
 
-A page of docs/ becomes PAGE, README.md index.md, and every other path stays what it is. Links in pages are written
-for GitHub; here, they are rewritten to these places. A link to a folder of figures leads to its section of the
-gallery, a link to another folder to its README. Files that a page links to are copied, all others are not.
+A page lies on the site where it lies in docs/, README.md is index.md, and every other file keeps its path in
+the repository. Links in pages are written for GitHub; here, they are rewritten to these places. A link to a
+folder of figures leads to its section of the gallery, one to another folder to its README. Other files outside
+docs/ are copied if a page links to them.
 """
 
 import posixpath
@@ -28,7 +29,7 @@ LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
 
 
 def find_site_path(path: str) -> str:
-    """Return the place of a file of the repository on the site, with an anchor if it is a folder of figures."""
+    """Return the place of a file on the site, for a folder of figures with an anchor."""
     if (ROOT / path).is_dir():
         folder, _, run = path.partition("/")
         return f"{folder}/README.md" + (f"#{run.replace('.', '')}" if run else "")
