@@ -2,8 +2,8 @@
 
 A page lies on the site where it lies in docs/, README.md is index.md, and every other file keeps its path in
 the repository. Links in pages are written for GitHub; here, they are rewritten to these places. A link to a
-folder of figures leads to its section of the gallery, one to another folder to its README. Other files outside
-docs/ are copied if a page links to them.
+folder of figures leads to its section of the gallery, one to another folder to its README. Other files
+outside docs/ are copied if a page links to them.
 """
 
 import posixpath
@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "CHANGELOG.md",
