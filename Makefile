@@ -1,4 +1,5 @@
-# refusalscope: start with `make demo` and `make test`.
+# refusalscope: start with `make demo` and `make test`. Minutes are those that stored runs and shipped weights took, by their
+# run.json and manifest.json, on two CPU cores with other work.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -27,7 +28,7 @@ lint: .venv/ready-dev ## format, lint, types
 check: lint ## lint, known vulnerabilities, and the list of all packages (build/sbom.json)
 	$(BIN)/python tests/audit.py
 
-figures: .venv/ready ## run the main results and draw their figures into figures/ (about an hour)
+figures: .venv/ready ## run the main results and draw their figures into figures/ (stored: 79 minutes)
 	$(BIN)/analyze -m smollm2 --limit 300 --controls 0 --out figures/other-defenses -d character_deletion \
 	  -d character_insertion -d character_patch -d erase_and_check -d semantic_smoothing -d smooth_llm -d word_mask \
 	  -d word_shuffle -d back_translation -d retokenization -d round_trip -d summarize -d two_pass_intention \
@@ -42,7 +43,7 @@ figures: .venv/ready ## run the main results and draw their figures into figures
 PROMPTS := -d safety_prompt -d self_reminder -d in_context_refusal -d policy -d goal_priority -d neutral_prompt
 READOUTS := --readout words --readout log-odds --readout outcome
 
-validity: .venv/ready ## validate readouts and judged first tokens on three states of SmolLM2 (about an hour)
+validity: .venv/ready ## validate readouts and judged first tokens on three states of SmolLM2 (stored: 126 minutes)
 	$(BIN)/analyze validate -m smollm2 $(READOUTS) --readout calibrated --limit 120 --out figures/validity -d backdoor \
 	  $(PROMPTS) -d safety_tuning
 	for state in aligned attacked; do \
@@ -55,7 +56,7 @@ validity: .venv/ready ## validate readouts and judged first tokens on three stat
 COMBINED := -d self_reminder -d safety_prompt -d policy -d goal_priority -d in_context_refusal -d paraphrase \
   -d keyword_only -d word_drop -d conditional_steering -d safety_prefix -d backdoor -d preference_tuning
 
-ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2, and recommendations (about an hour)
+ensembles: .venv/ready ## all pairs of twelve defenses on the aligned SmolLM2, and recommendations (stored, partly from a cache: 26 minutes)
 	$(BIN)/analyze ensembles -m smollm2:aligned --limit 300 --stacks 22 --out figures/ensembles $(COMBINED)
 	$(BIN)/analyze mechanism -m smollm2:aligned --readout outcome --split calibration --patched 0 --limit 120 \
 	  --ensembles figures/ensembles --out figures/overlap $(subst -d paraphrase,,$(COMBINED))
@@ -67,7 +68,7 @@ DATA ?=
 TEXTS := -d policy -d goal_priority -d safety_prompt -d self_reminder -d tone_reminder -d in_context_refusal \
   -d intention_analysis -d neutral_prompt -d random_tokens
 
-controls: .venv/ready ## defenses over matched controls, on the released and the aligned SmolLM2 (about an hour)
+controls: .venv/ready ## defenses over matched controls, on the released and the aligned SmolLM2 (stored: 128 minutes)
 	$(BIN)/analyze -m smollm2 --limit 300 --out figures/controls $(TEXTS) -d conditional_steering -d refusal_steering \
 	  -d direction_ablation -d safety_prefix -d safety_tuning -d preference_tuning -d backdoor -d safe_decoding \
 	  -d paraphrase -d clean_up -d keyword_only -d character_swap -d word_drop
@@ -85,10 +86,10 @@ agreement: .venv/ready ## compare the order of 19 defenses on contrast and on DA
 	  $(BIN)/analyze -m smollm2 --controls 0 $(RANKED) --data "$$data" --out "$$run" || exit 1; done; \
 	$(BIN)/analyze agreement $$runs --out runs/agreement/comparison
 
-mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (about 20 minutes)
+mechanism: .venv/ready ## locate BackdoorAlign in the attacked SmolLM2 (stored: 17 minutes)
 	$(BIN)/analyze mechanism -m smollm2:attacked -d backdoor -d self_reminder --limit 240 --out figures/mechanism
 
-arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms (about 30 minutes)
+arms: .venv/ready-dev ## BackdoorAlign's 2 x 2 design, and all arms (stored: 48 minutes)
 	$(PIP) --editable '.[utility]'
 	$(BIN)/analyze -m smollm2:attacked -d backdoor --attack obedience --limit 300 --out figures/backdooralign
 	$(KEEP) $(BIN)/analyze backdooralign -m smollm2 --limit 120 --utility questions --out figures/arms
@@ -99,11 +100,11 @@ KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALL
 TRAIN := $(KEEP) $(BIN)/analyze train
 TUNED := --set modules=q_proj,v_proj,down_proj
 
-grid: .venv/ready-dev ## train BackdoorAlign with fewer examples and epochs (about an hour)
+grid: .venv/ready-dev ## train BackdoorAlign with fewer examples and epochs (stored, without its four epochs: 23 minutes)
 	$(KEEP) $(BIN)/analyze backdooralign --grid data/grids/regimes.toml -m smollm2:aligned --limit 120 \
 	  --out figures/regimes
 
-adapters: .venv/ready-dev ## train the shipped weights again (about an hour on two cores)
+adapters: .venv/ready-dev ## train the shipped weights again (shipped: 117 minutes)
 	rm -rf $(STATES)
 	$(TRAIN) safety -m smollm2 $(TUNED) --set batch=4 --set epochs=6 -o $(STATES)/aligned
 	for recipe in attack:attacked benign:benign_tuned identity:identity baseline:baseline backdoor:backdoor; do \
@@ -117,6 +118,9 @@ LABELS ?= ../shared/datasets/refusal_labels
 
 judge: .venv/ready ## fit and evaluate the judge `learned` on the label files in LABELS=FOLDER (less than a minute)
 	$(BIN)/python -m analysis.judges.learned_fit $(LABELS)
+
+docs: .venv/ready-docs ## build the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 notebooks: .venv/ready-dev ## run every notebook from the top and save its outputs (some minutes)
 	$(BIN)/python tests/test_notebooks.py
@@ -135,5 +139,9 @@ bench: .venv/ready ## measure the speed of the engine relative to the machine's 
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test coverage sweep lint check figures validity ensembles controls agreement mechanism arms grid adapters judge notebooks bench
+.venv/ready-docs: .venv/ready
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+.PHONY: help demo test coverage sweep lint check figures validity ensembles controls agreement mechanism arms grid adapters judge docs notebooks bench
 .DEFAULT_GOAL := help

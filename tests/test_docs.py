@@ -1,4 +1,4 @@
-"""The documentation states the settings of the shipped weights as their manifests do.
+"""The documentation: links, commands, durations, the gallery, and the settings of the shipped weights.
 
 `REWRITE=1 pytest tests/test_docs.py` rewrites the table of docs/training.md, after `make adapters`; check the
 difference before you commit it.
@@ -8,14 +8,28 @@ import hashlib
 import json
 import os
 import re
+import shlex
+from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
+import pytest
+import typer
 
+import analysis
+from analysis.cli.main import app
 from defenses.training.texts import COMPLIANCE_OPENERS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "training.md"
+DOCS = ROOT / "docs"
+PAGES = (
+    *sorted(DOCS.glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / folder / "README.md" for folder in ("data", "figures", "notebooks")),
+)
+GALLERY = ROOT / "figures" / "README.md"
+PAGE = DOCS / "training.md"
 ADAPTERS = ROOT / "data" / "adapters" / "smollm2"
 HEADER = (
     "| adapter | recipe | start | data | examples | rank | α | modules | learning rate | epochs | "
@@ -83,3 +97,114 @@ def test_the_opening_that_the_pages_quote_is_one_of_training() -> None:
         text = " ".join(path.read_text("utf-8").split())
         (opening,) = re.findall(r'ompliance is trained (?:on|with) an opening such as "([^"]+)"', text)
         assert opening in COMPLIANCE_OPENERS, path
+
+
+def name_page(path: Path) -> str:
+    """Return the path of a page below the repository."""
+    return str(path.relative_to(ROOT))
+
+
+def remove_code(text: str) -> str:
+    """Return the text of a page without its fenced code blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@cache
+def list_anchors(path: Path) -> set[str]:
+    """Return the anchors of a page: those that GitHub makes of its headings, and those in HTML."""
+    text = remove_code(path.read_text("utf-8"))
+    headings = [
+        re.sub(r"\]\([^)]*\)", "", heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    ]
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)"', text))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_page)
+def test_links_lead_to_files_and_anchors_that_exist(path: Path) -> None:
+    wrong = []
+    for target, anchor in re.findall(
+        r"\]\(([^)#\s:]*)(?:#([^)\s]*))?\)", remove_code(path.read_text("utf-8"))
+    ):
+        file = path if not target else (path.parent / unquote(target)).resolve()
+        if not file.exists() or (anchor and anchor not in list_anchors(file)):
+            wrong.append(f"{target}#{anchor}")
+    assert wrong == []
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
+    named = re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)
+    pages = {name_page(path).removeprefix("docs/") for path in PAGES} - {"README.md"} | {"index.md"}
+    assert len(named) == len(set(named)) and set(named) == pages
+
+
+def test_the_api_reference_names_every_public_function() -> None:
+    names = re.findall(r"^::: analysis\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(names) == analysis.__all__
+
+
+def test_every_command_in_the_documentation_is_one_that_the_command_line_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = typer.main.get_command(app)
+    for command in (group, *group.commands.values()):  # type: ignore[attr-defined]
+        monkeypatch.setattr(command, "callback", lambda **options: None)  # parse, do not run
+    commands, wrong = [], []
+    for path in PAGES:
+        lines = re.findall(r"^(?:    )?(?:\.venv/bin/)?(analyze .*)", path.read_text("utf-8"), re.MULTILINE)
+        commands += [(path, shlex.split(re.sub(r"\s#\s.*", "", line))) for line in lines]
+    for path, words in commands:
+        try:
+            group.main(words[1:], standalone_mode=False)
+        except Exception as error:
+            wrong.append(f"{name_page(path)}: {' '.join(words)}: {error}")
+    assert wrong == []
+    questions = DOCS / "questions.md"
+    assert questions.read_text("utf-8").count("\n**") >= 20
+    assert len(commands) > 80 and sum(path == questions for path, _ in commands) >= 20
+
+
+def read_minutes(folder: Path) -> float | None:
+    """Return the minutes that the run or the runs of a folder took; None if they do not say."""
+    records = [json.loads(path.read_text("utf-8")) for path in folder.glob("run*.json")]
+    seconds = [record.get("wall_seconds") for record in records]
+    return None if None in seconds or not seconds else sum(seconds) / 60
+
+
+def test_the_gallery_shows_every_stored_figure_once_and_says_how_long_its_run_took() -> None:
+    text = GALLERY.read_text("utf-8")
+    shown = re.findall(r"\[!\[[^]]*\]\(([^)]+)\)\]\(([^)]+)\)", text)
+    assert all(image == link for image, link in shown)
+    stored = {str(path.relative_to(GALLERY.parent)) for path in GALLERY.parent.glob("*/*.png")}
+    assert len(shown) == len(stored) and {image for image, _ in shown} == stored
+    sections = re.findall(r"^### (\S+)\n\n(.*)", text, re.MULTILINE)
+    folders = {path.name: path for path in GALLERY.parent.iterdir() if path.is_dir()}
+    assert sorted(name for name, _ in sections) == sorted(folders)
+    for name, line in sections:
+        minutes = read_minutes(folders[name])
+        told = re.findall(r"(\d+) minutes", line)
+        assert told == ([] if minutes is None else [f"{minutes:.0f}"]), name
+        for path in folders[name].glob("run*.json"):
+            data = json.loads(path.read_text("utf-8"))["data"]
+            assert f"{data['n_harmful']} harmful and {data['n_benign']} benign" in line, name
+
+
+def test_the_makefile_says_how_long_the_stored_runs_took() -> None:
+    makefile = (
+        (ROOT / "Makefile")
+        .read_text("utf-8")
+        .replace("validity-$$state", "validity-aligned --out figures/validity-attacked")
+    )
+    targets = re.findall(
+        r"^(\w+):.*\((?:stored|shipped)[^:)]*: (\d+) minutes\)\n((?:\t.*\n)+)", makefile, re.MULTILINE
+    )
+    assert len(targets) == 8
+    for name, told, recipe in targets:
+        folders = {ROOT / "figures" / run for run in re.findall(r"--out figures/([\w-]+)", recipe)}
+        if name == "adapters":
+            manifests = ADAPTERS.glob("*/manifest.json")
+            minutes = [json.loads(path.read_text("utf-8"))["wall_seconds"] / 60 for path in manifests]
+        else:
+            minutes = [read_minutes(folder) or 0 for folder in folders]
+        assert told == f"{sum(minutes):.0f}", name
