@@ -62,8 +62,9 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         callback=check_data_names,
-        help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, or a file (.csv, "
-        ".tsv, .json, .jsonl or .parquet). Repeatable; several are joined, as with +.",
+        help="Query set: a name (`list data`), NAME=PATH for a local copy of a public set, hf:OWNER/NAME for "
+        "a set of the Hugging Face hub, or a file (.csv, .tsv, .json, .jsonl or .parquet). Repeatable; "
+        "several are joined, as with +.",
     ),
 ]
 DEFAULT_DATA: Any = ("contrast",)

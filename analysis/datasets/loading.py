@@ -1,4 +1,4 @@
-"""Load query sets: shipped sets, public sets, the user's own files, and sets joined with +."""
+"""Load query sets: shipped and public sets, sets of the hub, the user's files, and sets joined with +."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from analysis.datasets.columns import ColumnChoice, choose_columns, split_column_choice
 from analysis.datasets.download import load_public_records
+from analysis.datasets.hub import HUB_PREFIX, load_hub_rows, parse_hub_name
 from analysis.datasets.public import PUBLIC_DATASETS
 from analysis.datasets.queries import (
     QUERY_COLUMNS,
@@ -26,7 +28,7 @@ from analysis.datasets.records import (
     read_records,
 )
 from analysis.files import Notifier, combine_digests, data_folder
-from defenses.errors import unknown_name_error
+from defenses.errors import UserError, unknown_name_error
 
 BENIGN_KINDS = ("twin", "sounds_unsafe", "same_topic", "plain")
 
@@ -74,9 +76,10 @@ def load_queries(name: str, offline: bool = False, notify: Notifier = lambda tex
     True
 
     Args:
-        name: contrast or another of `SHIPPED_SETS`; a public set, or NAME=PATH for a local copy of it;
-            the path of a query file; or several of them joined with +. Names of sets may be written with _
-            instead of -.
+        name: contrast or another of `SHIPPED_SETS`; a public set, or NAME=PATH for a local copy of it; a set
+            of the Hugging Face hub, hf:OWNER/NAME; the path of a query file; or several of them joined with
+            +. Names of sets may be written with _ instead of -. Behind a set of the hub or a file, ? and
+            COLUMN=NAME, joined with &, say which columns are used.
         offline: whether downloads are forbidden.
         notify: prints a line before a download, and about repeated queries.
 
@@ -99,10 +102,21 @@ def check_set_name(name: str) -> list[str]:
     """
     names = _split_set_names(name)
     for part in names:
-        base = part.partition("=")[0]
-        is_file = names_record_file(part) and (base == part or names_existing_file(part))
+        named, choice = _split_own_choice(part)
+        if part.startswith(HUB_PREFIX):
+            parse_hub_name(named)
+            continue
+        if choice is not None and not names_record_file(named):
+            raise UserError(
+                f"--data {part}: columns are chosen for a set of the hub or a file of your own, not {named!r}"
+            )
+        base = part.partition("=")[0] if choice is None else named
+        is_file = names_record_file(named) and (base == named or names_existing_file(named))
         if not (part in SHIPPED_SETS or base in PUBLIC_DATASETS or is_file):
-            hint = f" (or NAME=PATH for a copy of a public set, or the path of a {RECORD_FORMATS})"
+            hint = (
+                " (or NAME=PATH for a copy of a public set, hf:OWNER/NAME for a set of the Hugging Face hub, "
+                f"or the path of a {RECORD_FORMATS})"
+            )
             raise unknown_name_error("data set", base, [*SHIPPED_SETS, *PUBLIC_DATASETS], hint)
     return names
 
@@ -140,6 +154,11 @@ def _split_set_names(name: str) -> list[str]:
     return [_normalize_set_name(part) for part in name.split("+")]
 
 
+def _split_own_choice(name: str) -> tuple[str, ColumnChoice | None]:
+    """Return a set's name and the choice of columns behind it; the path of a file may contain a ?."""
+    return (name, None) if names_existing_file(name) else split_column_choice(name)
+
+
 def _normalize_set_name(name: str) -> str:
     """Return the name of a set with hyphens, as in the tables; the path of a file stays as it is.
 
@@ -163,7 +182,10 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
         queries = [parse_query(row, number, path) for number, (row, path) in enumerate(rows, 1)]
         check_queries(queries, copy_path or base)
         return QuerySet(name, tuple(queries), source["sha256"], (source,))
-    query_set = _load_query_file(expand_path(name))
+    named, choice = _split_own_choice(name)
+    if name.startswith(HUB_PREFIX):
+        return _load_hub_set(name, named, choice or ColumnChoice(), offline, notify)
+    query_set = _load_query_file(expand_path(named), choice, notify)
     if n_repeated := len(find_repeated_queries(query_set.queries)):
         n = len(query_set.queries)
         notify(f"note: {name} repeats texts ({n_repeated} of {n} queries); each counts as a query of its own")
@@ -177,7 +199,7 @@ def _load_single_set(name: str, offline: bool, notify: Notifier) -> QuerySet:
 
 def _join_query_sets(name: str, query_sets: Sequence[QuerySet], notify: Notifier) -> QuerySet:
     """Join sets: prefix ids and pairs with the set's short name, and drop the queries of earlier sets."""
-    stems = [Path(query_set.name.partition("=")[0]).stem for query_set in query_sets]
+    stems = [_get_short_name(query_set.name) for query_set in query_sets]
     queries: list[Query] = []
     for number, (stem, query_set) in enumerate(zip(stems, query_sets, strict=True), 1):
         prefix = stem if stems.count(stem) == 1 else f"{stem}-{number}"
@@ -199,9 +221,38 @@ def _join_query_sets(name: str, query_sets: Sequence[QuerySet], notify: Notifier
     )
 
 
-def _load_query_file(path: Path) -> QuerySet:
-    """Load a file in the project's own format."""
-    rows, content = read_records(path, ("text", "harmful"), QUERY_FILE_FORMAT, QUERY_COLUMNS)
+def _get_short_name(name: str) -> str:
+    """Return the name of a set, of a repository without its owner, or of a file without folder and suffix.
+
+    >>> [_get_short_name(name) for name in ("hf:owner/name@v1:test?text=goal", "./mine.csv", "jbb=copy")]
+    ['name', 'mine', 'jbb']
+    """
+    base = _split_own_choice(name)[0].partition("=")[0]
+    return Path(parse_hub_name(base).repo).name if base.startswith(HUB_PREFIX) else Path(base).stem
+
+
+def _load_hub_set(name: str, named: str, choice: ColumnChoice, offline: bool, notify: Notifier) -> QuerySet:
+    """Load a set of the hub."""
+    rows, folder, source = load_hub_rows(parse_hub_name(named), offline, notify)
+    if not rows:
+        raise UserError(f"{named} holds no rows; choose another split")
+    rows, chosen = choose_columns(rows, choice, named)
+    queries = [parse_query(row, number, named, folder) for number, row in enumerate(rows, 1)]
+    check_queries(queries, named)
+    n_harmful = sum(query.harmful for query in queries)
+    notify(f"note: {named}: {chosen}; {n_harmful} harmful and {len(queries) - n_harmful} benign queries")
+    return QuerySet(name, tuple(queries), source["sha256"], (source,))
+
+
+def _load_query_file(
+    path: Path, choice: ColumnChoice | None = None, notify: Notifier = lambda text: None
+) -> QuerySet:
+    """Load a file in the project's own format, or with the columns that the user chose."""
+    required = ("text", "harmful") if choice is None else ()
+    rows, content = read_records(path, required, QUERY_FILE_FORMAT, QUERY_COLUMNS)
+    if choice is not None:
+        rows, chosen = choose_columns(rows, choice, str(path))
+        notify(f"note: {path}: {chosen}")
     queries = [parse_query(row, number, path, path.parent) for number, row in enumerate(rows, 1)]
     check_queries(queries, path)
     return QuerySet(str(path), tuple(queries), hashlib.sha256(content).hexdigest())
