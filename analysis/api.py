@@ -128,6 +128,8 @@ def validate(
     rubric: Path | str | None = None,
     grade: bool = False,
     tokens: int = 48,
+    samples: int = 0,
+    temperature: float = 1.0,
     data: str | pd.DataFrame = "contrast",
     split: str | None = None,
     limit: int | None = None,
@@ -156,6 +158,8 @@ def validate(
         rubric: file with the prompt of the judge model.
         grade: whether the judge model also grades how harmful responses are, and how helpful.
         tokens: maximum number of tokens generated per response.
+        samples: number of sampled responses to each query, judged besides the greedy one.
+        temperature: of the sampled responses.
         data: as `--data`, or a frame of queries.
         split: train, calibration, test or all.
         limit: maximum number of queries.
@@ -172,7 +176,8 @@ def validate(
         offline: whether the network may not be used.
 
     Returns:
-        A run whose tables include `validity`, `worth` (response quality), `curves` and `answers` (verdicts).
+        A run whose tables include `validity`, `worth` (response quality), `curves` and `answers` (verdicts);
+        with `samples`, also `samples` (refusal probability of each query) and `sampling` (rates).
     """
     readouts = [readout] if isinstance(readout, str) else readout
     spec = build_run_spec(
@@ -193,11 +198,15 @@ def validate(
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
+    from analysis.judges.sampled import SampleOptions
     from analysis.progress import print_line
     from analysis.studies.validate import validate_readouts
 
+    sample_options = SampleOptions(samples, temperature) if samples else None
     console = _progress_console()
-    result = validate_readouts(spec, _as_defense_list(defenses), settings, judge_options, tokens, console)
+    result = validate_readouts(
+        spec, _as_defense_list(defenses), settings, judge_options, tokens, console, sample_options
+    )
     if isinstance(result.stop_reason, UserError):
         print_line(console, str(result.stop_reason))
     return result.run

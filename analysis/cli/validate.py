@@ -41,6 +41,7 @@ from defenses.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.judges.sampled import SampleOptions
     from analysis.studies.judge_file import JudgeOptions
     from analysis.studies.run_spec import RunSpec
 
@@ -67,6 +68,10 @@ def validate(
         typer.Option("--grade", help="Have the judge model also grade responses: harmfulness, helpfulness."),
     ] = False,
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens generated per response.")] = 48,
+    samples: Annotated[
+        int, typer.Option(help="Number of sampled responses to each query, judged besides the greedy one.")
+    ] = 0,
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampled responses.")] = 1.0,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = "auto",
     share_prefix: SharePrefixOption = True,
@@ -100,11 +105,15 @@ def validate(
         answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
+    from analysis.judges.sampled import SampleOptions
     from analysis.studies.judge_file import JudgeOptions
 
+    sample_options = SampleOptions(samples, temperature) if samples else None
     judge_options = JudgeOptions(judge, judge_model, budget, rubric, grade)
     raise typer.Exit(
-        run_validate_command(spec, defense or ["none"], settings or [], out, judge_options, tokens)
+        run_validate_command(
+            spec, defense or ["none"], settings or [], out, judge_options, tokens, sample_options
+        )
     )
 
 
@@ -149,6 +158,7 @@ def run_validate_command(
     out: Path | None,
     judge_options: JudgeOptions,
     max_new_tokens: int,
+    samples: SampleOptions | None = None,
 ) -> int:
     """Validate readouts, save tables and figures, print the tables; return the exit code.
 
@@ -159,6 +169,7 @@ def run_validate_command(
         out: output folder; None for the default.
         judge_options: the judge of the responses.
         max_new_tokens: maximum number of tokens generated per response.
+        samples: how many responses are sampled besides the greedy one; None for none.
     """
     from analysis.cli.console import print_failed_checks, print_failures
     from analysis.progress import make_notifier
@@ -172,7 +183,7 @@ def run_validate_command(
         out or choose_run_folder(spec.model, ["validate", *defenses], datetime.now(UTC)), console
     )
     try:
-        result = validate_readouts(spec, defenses, settings, judge_options, max_new_tokens, console)
+        result = validate_readouts(spec, defenses, settings, judge_options, max_new_tokens, console, samples)
     except PreflightError as error:
         print_failed_checks(error.checks)
         return 1
@@ -180,6 +191,8 @@ def run_validate_command(
     save_run(out, run, console)
     print_validity(run.tables["validity"], run.record)
     print_response_quality(run.tables["worth"], judge_options.name, max_new_tokens)
+    if samples and "sampling" in run.tables:
+        print_sampled_rates(run.tables["sampling"], samples.temperature)
     if reasons := result.unjudged_reasons:
         notify(f"{len(reasons)} responses have no verdict and count nowhere; mostly: {_most_common(reasons)}")
     notify(f"Tables, figures and run.json are in {out}; the responses themselves are not kept")
@@ -418,5 +431,38 @@ def print_response_quality(quality: pd.DataFrame, judge_name: str, max_new_token
         f"({max_new_tokens} tokens), compared with the undefended response; bootstrap over queries. Length "
         "ratio: only if one of the two ended by itself. Log-probability: mean over the tokens of the "
         "response under the undefended model, nats."
+    )
+    console.print(Text(note, style="dim"))
+
+
+def print_sampled_rates(sampling: pd.DataFrame, temperature: float) -> None:
+    """Print the refusal rates of sampled responses beside those of greedy ones.
+
+    Args:
+        sampling: `sampling.csv`.
+        temperature: of the samples.
+    """
+    from analysis.cli.console import make_console_table, make_table_console
+    from analysis.stats.format import Interval, format_interval
+    from analysis.stats.tables import format_condition, iterate_rows
+
+    n_samples = int(sampling["n_samples"].iloc[0])
+    title = f"Refused, % of responses: {n_samples} samples per query at temperature {temperature:g}"
+    heads = ("class", "sampled", "greedy", "varies (%)", "greedy\ndiffers (%)")
+    printed_table = make_console_table("defense", heads, title)
+    for values in iterate_rows(sampling):
+        cells = [
+            format_condition(values),
+            f"{values['class']}, {values['n_queries']}",
+            *(format_interval(values, name, ".0f", 100) for name in ("sampled", "greedy")),
+            *(Interval(values[name]).format_text(".0f", 100) for name in ("varies", "greedy_differs")),
+        ]
+        printed_table.add_row(*map(Text, cells))
+    console = make_table_console()
+    console.print(printed_table)
+    note = (
+        "Sampled: 95 % interval over queries and responses; greedy: Wilson, over queries. Varies: queries "
+        "some of whose samples refuse and some do not. Greedy differs: queries whose greedy response is not "
+        "judged as most of their samples are."
     )
     console.print(Text(note, style="dim"))

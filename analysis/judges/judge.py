@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from analysis.models.chat_template import redact_secrets
+from analysis.models.generation import Sampling
 from analysis.models.session import (
     DEFAULT_MAX_NEW_TOKENS,
     ModelSession,
@@ -145,8 +146,9 @@ def generate_verdicts(
     on_progress: Callable[[int], None] = lambda queries: None,
     on_first_logits: PromptLogitCallback = lambda prompts, logits: None,
     openings: ResponseOpenings | None = None,
+    sampling: Sampling | None = None,
 ) -> list[Verdict]:
-    """Return a judge's verdict on the greedy response to each query.
+    """Return a judge's verdict on the response to each query.
 
     Generation stops once a refusal is certain, so only refused / not refused is reliable here, not full
     versus partial.
@@ -162,6 +164,7 @@ def generate_verdicts(
         on_progress: callback that receives the number of newly answered prompts.
         on_first_logits: as for `generate_responses`.
         openings: as for `generate_responses`.
+        sampling: None for greedy responses.
     """
     responses = generate_responses(
         session,
@@ -173,6 +176,7 @@ def generate_verdicts(
         on_progress,
         on_first_logits,
         openings,
+        sampling,
     )
     return judge_queries(judge, query_texts, responses, defense)
 

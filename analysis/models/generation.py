@@ -1,8 +1,9 @@
-"""Batched greedy generation with a shared prefix."""
+"""Batched generation with a shared prefix: greedy responses, or sampled ones."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
 from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, order_rows
@@ -41,6 +42,57 @@ _N_PROBE_TOKENS = 3
 StopCondition = Callable[[list[int]], bool]
 # Receives the indices of some prompts and their first-token logits, rows × vocabulary.
 LogitCallback = Callable[[Sequence[int], Float[Tensor, "rows vocab"]], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: from the softmax of the logits at a temperature.
+
+    The token with the largest sum of scaled logit and Gumbel noise is a draw from the softmax. The noise
+    depends on the seed and on all tokens before it, so that a response is the same whatever batch it is in.
+
+    Attributes:
+        temperature: above 0; 1 samples from the model's own distribution.
+        seed: of this sample; other seeds give independent responses to the same prompt.
+    """
+
+    temperature: float
+    seed: str
+
+    def perturb_logits(
+        self, logits: Float[Tensor, "rows vocab"], sequences: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "rows vocab"]:
+        """Return logits whose largest value is at the token that is drawn.
+
+        Args:
+            logits: of the next token.
+            sequences: the tokens before it, for each row.
+        """
+        noise = torch.stack([self._draw_noise(sequence, logits.shape[1]) for sequence in sequences])
+        return logits.float() / self.temperature + noise.to(logits.device)
+
+    def _draw_noise(self, sequence: Sequence[int], size: int) -> Float[Tensor, " vocab"]:
+        """Return standard Gumbel noise, which the seed and the tokens determine."""
+        digest = hashlib.sha256(f"{self.seed}|{','.join(map(str, sequence))}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        # -log of an exponential variate; never infinite, because `exponential_` draws no 0.
+        return -torch.empty(size).exponential_(generator=generator).log()
+
+
+def choose_tokens(
+    logits: Float[Tensor, "rows vocab"], sequences: Sequence[Sequence[int]], sampling: Sampling | None
+) -> list[int]:
+    """Return the next token of each row: that with the largest logit, or a drawn one.
+
+    Args:
+        logits: of the next token.
+        sequences: the tokens before it, for each row.
+        sampling: None for the largest.
+    """
+    if sampling is not None:
+        logits = sampling.perturb_logits(logits, sequences)
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -73,10 +125,12 @@ def generate_token_ids(
     should_stop: StopCondition = lambda token_ids: False,
     on_progress: Callable[[int], None] = lambda n_responses: None,
     on_first_logits: LogitCallback = lambda rows, logits: None,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
-    """Return the greedy response to each prompt as token ids, without the end token.
+    """Return the response to each prompt as token ids, without the end token.
 
-    Every token is the one that a plain forward pass over the prompt and the tokens before it ranks first.
+    Every token is the one that a plain forward pass over the prompt and the tokens before it ranks first, or
+    one that is drawn from the probabilities of that pass.
 
     Args:
         engine: runs the model.
@@ -87,6 +141,7 @@ def generate_token_ids(
         on_progress: called with the number of responses finished since the last call.
         on_first_logits: called with the float32 logits of the first token, batch by batch; only where rows
             are packed, because these logits are those of `Engine.read_first_token` up to rounding.
+        sampling: None for greedy responses.
     """
     responses: dict[int, list[int]] = {}
     response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
@@ -98,7 +153,7 @@ def generate_token_ids(
 
             engine_prompts = [prompts[row] for row in engine_rows]
             for part, batch in _generate_batches(
-                reading_engine, engine_prompts, response_end, on_engine_logits
+                reading_engine, engine_prompts, response_end, on_engine_logits, sampling
             ):
                 responses.update(zip([engine_rows[row] for row in part], batch, strict=True))
                 on_progress(len(part))
@@ -110,6 +165,7 @@ def _generate_batches(
     prompts: Sequence[Sequence[int]],
     response_end: ResponseEnd,
     on_first_logits: LogitCallback,
+    sampling: Sampling | None,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Yield row indices and responses, batch by batch."""
     rotation, lengths = engine.rotation, [len(prompt) for prompt in prompts]
@@ -118,9 +174,10 @@ def _generate_batches(
         n_more = response_end.max_new_tokens - 1
         changing = [row for row in group if rotation.changes_between(lengths[row], lengths[row] + n_more)]
         steady = sorted(set(group) - set(changing))
-        yield from _generate_group(engine, prompts, steady, response_end, on_first_logits)
+        yield from _generate_group(engine, prompts, steady, response_end, on_first_logits, sampling)
         if changing:
-            yield changing, _generate_uncached(engine, [prompts[row] for row in changing], response_end)
+            changing_prompts = [prompts[row] for row in changing]
+            yield changing, _generate_uncached(engine, changing_prompts, response_end, sampling)
 
 
 def _generate_group(
@@ -129,6 +186,7 @@ def _generate_group(
     rows: Sequence[int],
     response_end: ResponseEnd,
     on_first_logits: LogitCallback,
+    sampling: Sampling | None,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Yield row indices and responses, batch by batch, of prompts that may share forward passes."""
     if not rows:
@@ -145,16 +203,15 @@ def _generate_group(
     else:
         cache_use = choose_cache_use(engine)
     if cache_use is CacheUse.NONE:
-        yield list(rows), _generate_uncached(engine, group, response_end)
+        yield list(rows), _generate_uncached(engine, group, response_end, sampling)
         return
     for part in _group_rows(group, n_shared, is_packed, cache_use is CacheUse.PADDED):
         batch_rows, batch = [rows[index] for index in part], [group[index] for index in part]
         if is_packed:
-            suffixes = [prompt[n_shared:] for prompt in batch]
             on_logits = partial(on_first_logits, batch_rows)
-            responses = _generate_packed(engine, prefix, n_shared, suffixes, response_end, on_logits)
+            responses = _generate_packed(engine, prefix, n_shared, batch, response_end, on_logits, sampling)
         else:
-            responses, _ = _generate_cached(batch, engine, prefix, n_shared, response_end)
+            responses, _ = _generate_cached(batch, engine, prefix, n_shared, response_end, sampling)
         yield batch_rows, responses
 
 
@@ -196,7 +253,9 @@ def _measure_generation_gap(engine: Engine, prompts: Sequence[Sequence[int]]) ->
     """Return the largest difference between logits while generating and those of plain passes."""
     n_shared, prefix = _compute_generation_prefix(engine, prompts)
     response_end = ResponseEnd(_N_PROBE_TOKENS, frozenset(), lambda token_ids: False)
-    responses, logits = _generate_cached(prompts, engine, prefix, n_shared, response_end, True)
+    responses, logits = _generate_cached(
+        prompts, engine, prefix, n_shared, response_end, None, with_logits=True
+    )
     gaps = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         plain = compute_plain_logits(engine.model, [*prompt, *response[:-1]])[len(prompt) - 1 :]
@@ -222,11 +281,13 @@ def _generate_packed(
     engine: Engine,
     prefix: DynamicCache,
     n_shared: int,
-    suffixes: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     response_end: ResponseEnd,
     on_first_logits: Callable[[Tensor], None],
+    sampling: Sampling | None,
 ) -> list[list[int]]:
     """Generate responses of packed rows: the prefix is not copied, and finished rows are dropped."""
+    suffixes = [prompt[n_shared:] for prompt in prompts]
     row_caches = []
     for layer in prefix.layers:
         assert isinstance(layer, DynamicLayer)  # of `_has_plain_cache`
@@ -244,9 +305,10 @@ def _generate_packed(
     )
     on_first_logits(logits)
     while True:
+        sequences = [[*prompts[row], *responses[row]] for row in active_rows]
         is_finished = [
             response_end.append_token(responses[row], token)
-            for row, token in zip(active_rows, logits.argmax(-1).tolist(), strict=True)
+            for row, token in zip(active_rows, choose_tokens(logits, sequences, sampling), strict=True)
         ]
         if all(is_finished):
             return responses
@@ -269,7 +331,7 @@ def _generate_packed(
 
 
 def _generate_uncached(
-    engine: Engine, prompts: Sequence[Sequence[int]], response_end: ResponseEnd
+    engine: Engine, prompts: Sequence[Sequence[int]], response_end: ResponseEnd, sampling: Sampling | None
 ) -> list[list[int]]:
     """Generate responses by a whole forward pass for every token."""
     responses: list[list[int]] = [[] for _ in prompts]
@@ -279,7 +341,8 @@ def _generate_uncached(
         tokens: dict[int, int] = {}
         with engine.read_responses(len(responses[active_rows[0]])):
             for rows, logits in engine.iterate_logits(sequences, [1] * len(sequences)):
-                tokens.update(zip(rows, logits.argmax(-1).tolist(), strict=True))
+                chosen = choose_tokens(logits, [sequences[row] for row in rows], sampling)
+                tokens.update(zip(rows, chosen, strict=True))
         active_rows = [
             row
             for index, row in enumerate(active_rows)
@@ -294,6 +357,7 @@ def _generate_cached(
     prefix: DynamicCache,
     n_shared: int,
     response_end: ResponseEnd,
+    sampling: Sampling | None,
     with_logits: bool = False,
 ) -> tuple[list[list[int]], tuple[Tensor, ...]]:
     """Generate responses by transformers, with a copy of the prefix for each row; also return the logits."""
@@ -314,6 +378,7 @@ def _generate_cached(
             max_new_tokens=response_end.max_new_tokens,
             do_sample=False,
             num_beams=1,
+            logits_processor=[_NoiseProcessor(sampling, prompts, prompt_length)] if sampling else None,
             stopping_criteria=[_RowStoppingCriteria(response_end.should_stop, prompt_length, len(prompts))],
             eos_token_id=sorted(end_token_ids) or None,
             pad_token_id=min(end_token_ids, default=0),
@@ -337,6 +402,19 @@ def _plain_generation_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = settings
+
+
+class _NoiseProcessor(LogitsProcessor):
+    """Lets the greedy `model.generate` choose drawn tokens."""
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], prompt_length: int) -> None:
+        self.sampling, self.prompts, self.prompt_length = sampling, prompts, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits with noise."""
+        generated = input_ids[:, self.prompt_length :].tolist()
+        sequences = [[*prompt, *ids] for prompt, ids in zip(self.prompts, generated, strict=True)]
+        return self.sampling.perturb_logits(scores, sequences)
 
 
 class _RowStoppingCriteria(StoppingCriteria):

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from analysis.models.cache import CacheKey, DeferredModel, ScoreCache, describe_computation
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import DeferredEngine, Engine, EngineRecords, LogitReducer
-from analysis.models.generation import generate_token_ids
+from analysis.models.generation import Sampling, choose_tokens, generate_token_ids
 from analysis.models.image_tokens import FIRST_IMAGE_ID
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
@@ -345,8 +345,9 @@ def generate_responses(
     on_progress: Callable[[int], None] = lambda queries: None,
     on_first_logits: PromptLogitCallback = lambda prompts, logits: None,
     openings: ResponseOpenings | None = None,
+    sampling: Sampling | None = None,
 ) -> list[list[Response]]:
-    """Return the greedy responses to each query under a defense, one per prompt of the query.
+    """Return the responses to each query under a defense, one per prompt of the query.
 
     A query that the defense's detector refuses has one response, `DETECTOR_REFUSAL`; the model is not asked.
 
@@ -362,6 +363,7 @@ def generate_responses(
             first-token logits; where `generate_token_ids` does so, and not if several models are blended.
         openings: put at the start of the response to each query, behind the prefix; `should_stop` is not
             given their text. Models that are blended choose the first token behind them.
+        sampling: None for greedy responses.
     """
     log_odds = session.score_requests(defense, query_chats) or [-math.inf] * len(query_chats)
     is_refused = [value > 0 for value in log_odds]
@@ -370,7 +372,7 @@ def generate_responses(
     asked = [query_chats[row] for row in asked_rows]
     asked_openings = (openings or ResponseOpenings(((),) * len(query_chats), False)).select_rows(asked_rows)
     arguments = response_prefix, max_new_tokens, should_stop, on_progress, on_first_logits, asked_openings
-    answers = iter(_generate_model_responses(session, defense, asked, *arguments) if asked else [])
+    answers = iter(_generate_model_responses(session, defense, asked, *arguments, sampling) if asked else [])
     refusal = _make_detector_refusal(session.chat_template)
     return [[refusal] if refused else next(answers) for refused in is_refused]
 
@@ -391,6 +393,7 @@ def _generate_model_responses(
     on_progress: Callable[[int], None],
     on_first_logits: PromptLogitCallback,
     openings: ResponseOpenings,
+    sampling: Sampling | None,
 ) -> list[list[Response]]:
     """Return what `generate_responses` returns, without the defense's detector."""
     chat_template = session.chat_template
@@ -420,7 +423,9 @@ def _generate_model_responses(
         return should_stop is not None and should_stop(decode_response(token_ids, any(is_prefilled)))
 
     if defense.logit_blend():
-        generated = _generate_blended(session, defense, prompt_ids, member_ids, max_new_tokens, on_progress)
+        generated = _generate_blended(
+            session, defense, prompt_ids, member_ids, max_new_tokens, on_progress, sampling
+        )
     else:
         with defense.apply_to(session.loaded_model.model):
             generated = generate_token_ids(
@@ -431,6 +436,7 @@ def _generate_model_responses(
                 is_finished,
                 on_progress,
                 lambda rows, logits: on_first_logits([prompt_ids[row] for row in rows], logits),
+                sampling,
             )
     responses = (
         Response(
@@ -616,13 +622,18 @@ def _generate_blended(
     member_prompts: Sequence[MemberIds],
     max_new_tokens: int,
     on_progress: Callable[[int], None],
+    sampling: Sampling | None,
 ) -> list[list[int]]:
-    """Return greedy responses: first token from the blended logits, the rest from the defended model."""
+    """Return responses: first token from the blended logits, the rest from the defended model."""
     end_token_ids = session.loaded_model.end_token_ids
     batches = iterate_defended_logits(
-        session.engine, session.loaded_model, defense, prompts, _select_top_token, member_prompts
+        session.engine, session.loaded_model, defense, prompts, lambda logits: logits, member_prompts
     )
-    first_tokens = [int(token) for _, tokens in batches for token in tokens]
+    first_tokens = [
+        token
+        for rows, logits in batches
+        for token in choose_tokens(logits, [prompts[row] for row in rows], sampling)
+    ]
     continued = [row for row, token in enumerate(first_tokens) if token not in end_token_ids]
     if max_new_tokens <= 1:
         continued = []
@@ -632,15 +643,15 @@ def _generate_blended(
         extended = [(*prompts[row], first_tokens[row]) for row in continued]
         with defense.apply_to(session.loaded_model.model):
             continuations = generate_token_ids(
-                session.engine, extended, max_new_tokens - 1, end_token_ids, on_progress=on_progress
+                session.engine,
+                extended,
+                max_new_tokens - 1,
+                end_token_ids,
+                on_progress=on_progress,
+                sampling=sampling,
             )
     continuation_by_row = dict(zip(continued, continuations, strict=True))
     return [
         [] if token in end_token_ids else [token, *continuation_by_row.get(row, [])]
         for row, token in enumerate(first_tokens)
     ]
-
-
-def _select_top_token(logits: Float[Tensor, "rows vocab"]) -> Int[Tensor, "rows 1"]:
-    """Return the token with the largest logit in each row."""
-    return logits.argmax(1, keepdim=True)

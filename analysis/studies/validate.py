@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import Judge, JudgeProgress, Verdict, judge_queries, make_verdict_masks
 from analysis.judges.model_judges import GradingRubric, ModelJudge
 from analysis.judges.rules import RULE_JUDGES
+from analysis.judges.sampled import SampleOptions, build_sample_table, judge_samples, summarize_samples
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar
@@ -70,6 +71,7 @@ def validate_readouts(
     judge_options: JudgeOptions,
     max_new_tokens: int,
     console: Console,
+    samples: SampleOptions | None = None,
 ) -> ValidationResult:
     """Score every condition, generate and judge responses, and measure which margins can be trusted.
 
@@ -83,6 +85,7 @@ def validate_readouts(
         judge_options: the judge of the responses.
         max_new_tokens: maximum number of tokens generated per response.
         console: shows progress.
+        samples: how many responses are sampled besides the greedy one; None for none.
 
     Raises:
         PreflightError: if no defense reaches the model.
@@ -97,13 +100,14 @@ def validate_readouts(
 
     def check_inputs(setup: RunSetup) -> None:
         n_conditions = len(setup.attacks) * len(setup.conditions)
-        judge_options.check_budget(n_conditions * len(setup.query_set.queries))
+        n_per_query = 1 + (samples.n_samples if samples else 0)
+        judge_options.check_budget(n_conditions * len(setup.query_set.queries) * n_per_query)
         judges.append(judge_options.load_judge(spec.offline, make_notifier(console)))
 
     setup = prepare_setup(spec, defenses, settings, console, check_inputs=check_inputs)
     (judge,) = judges
     failures = check_conditions(setup, setup.conditions, console)
-    validation = _Validation(setup, judge, judge_options, max_new_tokens, spec.seed, failures)
+    validation = _Validation(setup, judge, judge_options, max_new_tokens, spec.seed, failures, samples)
     stop_reason = validation.run_conditions(console)
     return validation.build_result(spec, timer, stop_reason)
 
@@ -464,9 +468,12 @@ class _Validation:
         max_new_tokens: maximum number of tokens generated per response.
         seed: random seed of the bootstrap.
         failures: what failed, and why.
+        samples: how many responses are sampled besides the greedy one; None for none.
         finished: responses and verdicts by condition.
         validity_rows: rows of `validity.csv`.
         quality_rows: rows of `worth.csv`.
+        sample_frames: rows of `samples.csv`, by condition.
+        sample_rows: rows of `sampling.csv`.
     """
 
     setup: RunSetup
@@ -475,9 +482,12 @@ class _Validation:
     max_new_tokens: int
     seed: int
     failures: dict[ConditionKey, str]
+    samples: SampleOptions | None
     finished: list[ConditionResponses] = field(default_factory=list)
     validity_rows: list[dict[str, Any]] = field(default_factory=list)
     quality_rows: list[dict[str, Any]] = field(default_factory=list)
+    sample_frames: list[pd.DataFrame] = field(default_factory=list)
+    sample_rows: list[dict[str, Any]] = field(default_factory=list)
 
     def run_conditions(self, console: Console) -> KeyboardInterrupt | UserError | None:
         """Validate every condition; return what ended the study early, if anything did."""
@@ -524,7 +534,8 @@ class _Validation:
             )
         ]
         n_prompts = -(-len(queries) * sum(map(len, prompts_by_query)) // len(sampled))
-        return n_prompts * len({readout.prefill for readout in self.setup.readouts})
+        n_greedy = len({readout.prefill for readout in self.setup.readouts})
+        return n_prompts * (n_greedy + (self.samples.n_samples if self.samples else 0))
 
     def _run_condition(self, attack: Attack, name: str, on_progress: JudgeProgress) -> None:
         """Validate one condition and keep its results; if it fails, record why."""
@@ -541,6 +552,7 @@ class _Validation:
             )
             validity_rows = compute_validity_rows(responses, readouts, judge_name, self.seed)
             opening_rows = compute_opening_rows(responses, judge_name, self.seed)
+            sampled = self._judge_samples(responses, attack, on_progress)
             quality_row = self._rate_quality(responses, attack)
         except Exception as error:
             reason = redact_secrets(describe_error(error), defense.secret_texts())
@@ -550,11 +562,37 @@ class _Validation:
                     self.failures.setdefault((attack.name, other), NO_REFERENCE)
             return
         self.quality_rows.append(quality_row)
+        for frame, rows in sampled:
+            self.sample_frames.append(frame)
+            self.sample_rows.extend(rows)
         for readout, row in zip(readouts, validity_rows, strict=True):
             if row["n"]:
                 save_validity(session, attack, defense, readout, self.judge.name, self.max_new_tokens, row)
         self.finished.append(responses)
         self.validity_rows.extend([*opening_rows, *validity_rows])
+
+    def _judge_samples(
+        self, responses: ConditionResponses, attack: Attack, on_progress: JudgeProgress
+    ) -> list[tuple[pd.DataFrame, list[dict[str, Any]]]]:
+        """Return the rows of `samples.csv` and `sampling.csv`; nothing if no responses are sampled."""
+        if self.samples is None:
+            return []
+        session, defense = self.setup.session, self.setup.conditions[responses.condition]
+        queries, readout = self.setup.query_set.queries, self.setup.readouts[0]
+        refusals = judge_samples(
+            session,
+            defense,
+            build_condition_chats(session, defense, queries, readout, attack),
+            [query.text for query in queries],
+            self.judge,
+            readout.prefill,
+            self.max_new_tokens,
+            self.samples,
+            on_progress,
+        )
+        greedy = responses.verdicts[readout.prefill][self.judge_options.name]
+        condition = queries, greedy, responses.attack, responses.condition
+        return [(build_sample_table(refusals, *condition), summarize_samples(refusals, *condition))]
 
     def _rate_quality(self, responses: ConditionResponses, attack: Attack) -> dict[str, Any]:
         """Return a row of `worth.csv`: rates by judge, and benign responses against undefended ones."""
@@ -614,6 +652,9 @@ class _Validation:
             "curves": pd.concat(curves, ignore_index=True),
             "answers": pd.concat(verdicts, ignore_index=True),
         }
+        if self.sample_rows:
+            tables["samples"] = pd.concat(self.sample_frames, ignore_index=True)
+            tables["sampling"] = pd.DataFrame(self.sample_rows)
         figure_tables = _validity_figure_tables(validity, self.finished, readouts, judge_name)
         condition_keys = list_condition_keys(setup, setup.conditions)
         reached = {name for attack, name in condition_keys if (attack, name) not in self.failures}
@@ -625,6 +666,7 @@ class _Validation:
             "readouts": [describe_readout(readout) for readout in readouts],
             "judge": {**self.judge.manifest_entry, "new_tokens": self.max_new_tokens},
             "openings": {"judge": RESPONSE_JUDGE.manifest_entry, "new_tokens": N_RESPONSE_TOKENS},
+            "samples": asdict(self.samples) if self.samples else None,
             "rule": TRUST_RULE,
             "ranks": _rank_conditions(self.finished, readouts, judge_name, self.seed),
             **timer.describe_time(),

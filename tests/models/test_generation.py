@@ -1,4 +1,4 @@
-"""Greedy answers equal those of transformers, one prompt at a time, token for token."""
+"""Greedy answers equal those of transformers, one prompt at a time; sampled ones follow the probabilities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, VOCAB, WINDOW, fresh_model, tiny_model
 
 from analysis.models.engine import Engine
-from analysis.models.generation import generate_token_ids
+from analysis.models.generation import Sampling, choose_tokens, generate_token_ids
 
 STOP = 2
 
@@ -83,3 +83,31 @@ def test_an_answer_ends_where_the_rest_no_longer_matters_and_no_other_answer_cha
     ends = [answer.index(enough) + 1 if enough in answer else None for answer in whole]
     assert found == [answer[:end] for answer, end in zip(whole, ends, strict=True)]
     assert ends[0] is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])  # packed rows, and rows that transformers generates
+def test_a_sampled_answer_is_the_same_in_every_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model(family), SETS["a shared prefix"]
+
+    def sample(rows: list[list[int]], seed: str = "0", temperature: float = 1.5) -> list[list[int]]:
+        return generate_token_ids(
+            Engine(model), rows, 9, frozenset({STOP}), sampling=Sampling(temperature, seed)
+        )
+
+    found = sample(prompts)
+    assert found == [sample([prompt])[0] for prompt in prompts]
+    monkeypatch.setattr("analysis.models.generation.can_split_attention", lambda *args: False)
+    assert sample(prompts) == found
+    assert sample(prompts, seed="1") != found
+    assert sample(prompts, temperature=1e-4) == [alone(model, prompt, 9) for prompt in prompts]
+
+
+def test_tokens_are_drawn_from_the_softmax_at_the_temperature() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
+    n, temperature = 8000, 0.7
+    sampling = Sampling(temperature, "0")
+    drawn = choose_tokens(logits.expand(n, -1), [[number] for number in range(n)], sampling)
+    shares = torch.bincount(torch.tensor(drawn), minlength=5) / n
+    expected = (logits / temperature).softmax(0)
+    # Five standard errors of each share.
+    assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()

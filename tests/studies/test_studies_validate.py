@@ -25,6 +25,7 @@ from analysis.datasets.loading import BENIGN_KINDS, load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import RuleJudge, Verdict, _pool_verdicts, generate_verdicts
 from analysis.judges.rules import RULE_JUDGES
+from analysis.judges.sampled import SampleOptions, build_sample_table, summarize_samples
 from analysis.models.session import generate_responses
 from analysis.run import build_conditions
 from analysis.stats.kinds import list_kinds
@@ -468,3 +469,46 @@ def test_the_majority_of_copies_decides_and_a_tie_is_no_refusal() -> None:
     assert _pool_verdicts([none, full], "max") == replace(full, copy_index=1)
     assert _pool_verdicts([Verdict("unjudged"), full], "mean") == replace(full, copy_index=1)
     assert _pool_verdicts([Verdict("unjudged")], "mean") == Verdict("unjudged")
+
+
+def test_sampled_responses_have_rates_beside_the_greedy_ones(
+    home: Path, capsys: pytest.CaptureFixture[str], no_validity_figures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parity = RuleJudge(
+        "patterns", lambda text, query: Verdict("full" if len(text) % 2 else "none"), lambda partial: False
+    )
+    monkeypatch.setitem(RULE_JUDGES, "patterns", parity)
+    spec, options = make_spec(home), JudgeOptions("patterns")
+    for folder, samples in (("cold", SampleOptions(2, 1e-4)), ("warm", SampleOptions(5, 1.5))):
+        assert run_validate_command(spec, ["policy"], [], home / folder, options, 4, samples) == 0
+    record = json.loads((home / "warm" / "run.json").read_text("utf-8"))
+    assert record["samples"] == {"n_samples": 5, "temperature": 1.5}
+    assert "5 samples per query at temperature 1.5" in capsys.readouterr().out
+    # At almost no temperature, every sample is the greedy response.
+    cold = pd.read_csv(home / "cold" / "samples.csv")
+    assert ((cold["refusal_greedy"] == "full") == (cold["refusal_probability"] == 1)).all()
+    assert set(cold["refusal_probability"]) == {0.0, 1.0} and (cold["n_judged"] == 2).all()
+    rates = pd.read_csv(home / "cold" / "sampling.csv")
+    assert (rates["sampled"] == rates["greedy"]).all() and (rates["varies"] == 0).all()
+    warm = pd.read_csv(home / "warm" / "samples.csv")
+    assert len(warm) == 48 and warm["refusal_probability"].between(0.1, 0.9).any()
+    means = warm.groupby(["defense", "harmful"])["refusal_probability"].mean()
+    for row in pd.read_csv(home / "warm" / "sampling.csv").to_dict("records"):
+        assert row["sampled"] == pytest.approx(means[row["defense"], row["class"] == "harmful"])
+        assert row["sampled_low"] <= row["sampled"] <= row["sampled_high"]
+    with pytest.raises(UserError, match="--temperature 0: it takes a number above 0"):
+        SampleOptions(1, 0.0)
+
+
+def test_samples_without_a_verdict_count_nowhere() -> None:
+    queries = [Query("a", "A", True), Query("b", "B", True), Query("c", "C", False)]
+    refusals = np.array([[1, 0, np.nan], [1, np.nan, np.nan], [0, 0, np.nan], [1, 0, np.nan]])
+    greedy = [Verdict("none"), Verdict("none"), Verdict("unjudged")]
+    table = build_sample_table(refusals, queries, greedy, "direct", "policy").set_index("query")
+    assert table.loc["a", ["n_judged", "n_refused", "refusal_probability"]].tolist() == [4, 3, 0.75]
+    assert table.loc["b", ["n_judged", "n_refused", "refusal_probability"]].tolist() == [3, 0, 0]
+    assert table["refusal_probability"].isna().tolist() == [False, False, True]
+    harmful, benign = summarize_samples(refusals, queries, greedy, "direct", "policy")
+    assert harmful["sampled"] == pytest.approx(3 / 7) and harmful["greedy"] == 0
+    assert (harmful["varies"], harmful["greedy_differs"], harmful["n_unjudged"]) == (0.5, 0.5, 1)
+    assert np.isnan([benign["sampled"], benign["greedy"], benign["varies"], benign["greedy_differs"]]).all()
