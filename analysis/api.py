@@ -198,8 +198,8 @@ def validate(
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
-    from analysis.judges.sampled import SampleOptions
     from analysis.progress import print_line
+    from analysis.studies.judge_file import SampleOptions
     from analysis.studies.validate import validate_readouts
 
     sample_options = SampleOptions(samples, temperature) if samples else None

@@ -41,8 +41,7 @@ from defenses.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.judges.sampled import SampleOptions
-    from analysis.studies.judge_file import JudgeOptions
+    from analysis.studies.judge_file import JudgeOptions, SampleOptions
     from analysis.studies.run_spec import RunSpec
 
 
@@ -105,8 +104,7 @@ def validate(
         answer_prefix=answer_prefix,
     )
     check_response_tokens(tokens)
-    from analysis.judges.sampled import SampleOptions
-    from analysis.studies.judge_file import JudgeOptions
+    from analysis.studies.judge_file import JudgeOptions, SampleOptions
 
     sample_options = SampleOptions(samples, temperature) if samples else None
     judge_options = JudgeOptions(judge, judge_model, budget, rubric, grade)

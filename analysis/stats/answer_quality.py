@@ -11,7 +11,13 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from sacrebleu.metrics.chrf import CHRF
 
-from analysis.stats.bootstrap import BOOTSTRAP_DRAWS, bootstrap_interval, make_rate_columns
+from analysis.stats.bootstrap import (
+    BOOTSTRAP_DRAWS,
+    bootstrap_interval,
+    compute_wilson_intervals,
+    estimate_crossed_rate,
+    make_rate_columns,
+)
 
 _NGRAM_WORDS = 4  # length of the n-grams that repetition counts
 
@@ -163,3 +169,57 @@ def compare_responses(
             "repetition_change": repetition - reference_repetition,
         }
     )
+
+
+def add_refusal_probabilities(
+    queries: pd.DataFrame, refusals: Float[np.ndarray, "samples queries"]
+) -> pd.DataFrame:
+    """Return the queries with the share of their sampled responses that refuse, and its Wilson interval.
+
+    Args:
+        queries: a row per query.
+        refusals: 1 if a sampled response refuses, 0 if not, NaN if it has no verdict.
+    """
+    n_judged, n_refused = np.isfinite(refusals).sum(0), np.nansum(refusals, 0)
+    sizes = np.maximum(n_judged, 1).astype(float)
+    rates = n_refused / sizes
+    lows, highs = compute_wilson_intervals(rates, sizes)
+    columns = {
+        "refusal_probability": rates,
+        "refusal_probability_low": np.minimum(lows, rates),
+        "refusal_probability_high": np.maximum(highs, rates),
+    }
+    return queries.assign(
+        n_judged=n_judged,
+        n_refused=n_refused.astype(int),
+        **{name: np.where(n_judged > 0, values, np.nan) for name, values in columns.items()},
+    )
+
+
+def summarize_sampled_refusals(
+    refusals: Float[np.ndarray, "samples queries"], greedy: Float[np.ndarray, " queries"]
+) -> dict[str, float]:
+    """Return the refusal rate of sampled and of greedy responses to the same queries, and how they differ.
+
+    The interval of the sampled rate covers the draw of the queries and of the responses, that of the greedy
+    rate the draw of the queries (Wilson). `varies` is the share of queries some of whose samples refuse and
+    some do not, `greedy_differs` the share whose greedy response is not judged as most of their samples are;
+    queries with as many refusals as other responses are left out of the latter.
+
+    Args:
+        refusals: as for `add_refusal_probabilities`.
+        greedy: the same for the greedy response to each query.
+    """
+    columns: dict[str, float] = {"n_unjudged": int(np.isnan(refusals).sum())}
+    for name, outcomes in (("sampled", refusals), ("greedy", greedy[None])):
+        columns |= dict(
+            zip((name, f"{name}_low", f"{name}_high"), estimate_crossed_rate(outcomes), strict=True)
+        )
+    is_known = np.isfinite(refusals).any(0)
+    means = np.nanmean(refusals[:, is_known], 0)
+    has_majority = (means != 0.5) & np.isfinite(greedy[is_known])
+    differs = (means > 0.5) != (greedy[is_known] > 0.5)
+    return columns | {
+        "varies": float(((means > 0) & (means < 1)).mean()) if len(means) else np.nan,
+        "greedy_differs": float(differs[has_majority].mean()) if has_majority.any() else np.nan,
+    }

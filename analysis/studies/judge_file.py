@@ -43,6 +43,29 @@ def list_shipped_judges() -> dict[str, Judge]:
 
 
 @dataclass(frozen=True)
+class SampleOptions:
+    """How many responses are sampled.
+
+    Attributes:
+        n_samples: responses to each query.
+        temperature: of the softmax that tokens are drawn from.
+    """
+
+    n_samples: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.n_samples < 1:
+            raise UserError(f"--samples {self.n_samples}: it takes the number of responses to each query")
+        if not 0 < self.temperature <= 10:
+            raise UserError(
+                f"--temperature {self.temperature:g}: it takes a number above 0, at most 10; the greedy "
+                "response, as at 0, is judged in any case"
+            )
+
+
+@dataclass(frozen=True)
 class JudgeOptions:
     """The user's choice of a judge.
 

@@ -15,7 +15,7 @@ from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import Judge, JudgeProgress, Verdict, judge_queries, make_verdict_masks
 from analysis.judges.model_judges import GradingRubric, ModelJudge
 from analysis.judges.rules import RULE_JUDGES
-from analysis.judges.sampled import SampleOptions, build_sample_table, judge_samples, summarize_samples
+from analysis.judges.sampled import judge_samples
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar
@@ -30,10 +30,16 @@ from analysis.stats.agreement import (
     correlate_refusal_rates,
     measure_agreement,
 )
-from analysis.stats.answer_quality import compare_responses, compute_judged_rates, summarize_quality
+from analysis.stats.answer_quality import (
+    add_refusal_probabilities,
+    compare_responses,
+    compute_judged_rates,
+    summarize_quality,
+    summarize_sampled_refusals,
+)
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ResponseVerdict
 from analysis.studies.calibration import save_validity
-from analysis.studies.judge_file import JudgeOptions, grade_harmfulness
+from analysis.studies.judge_file import JudgeOptions, SampleOptions, grade_harmfulness
 from analysis.studies.manifest import RunTimer, describe_readout
 from analysis.studies.responses import N_RESPONSE_TOKENS, RESPONSE_JUDGE, name_verdict
 from analysis.studies.run_spec import RunSpec, check_response_tokens
@@ -562,9 +568,8 @@ class _Validation:
                     self.failures.setdefault((attack.name, other), NO_REFERENCE)
             return
         self.quality_rows.append(quality_row)
-        for frame, rows in sampled:
-            self.sample_frames.append(frame)
-            self.sample_rows.extend(rows)
+        self.sample_frames.append(sampled[0])
+        self.sample_rows.extend(sampled[1])
         for readout, row in zip(readouts, validity_rows, strict=True):
             if row["n"]:
                 save_validity(session, attack, defense, readout, self.judge.name, self.max_new_tokens, row)
@@ -573,10 +578,10 @@ class _Validation:
 
     def _judge_samples(
         self, responses: ConditionResponses, attack: Attack, on_progress: JudgeProgress
-    ) -> list[tuple[pd.DataFrame, list[dict[str, Any]]]]:
-        """Return the rows of `samples.csv` and `sampling.csv`; nothing if no responses are sampled."""
+    ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """Return the rows of `samples.csv` and of `sampling.csv`; none if no responses are sampled."""
         if self.samples is None:
-            return []
+            return pd.DataFrame(), []
         session, defense = self.setup.session, self.setup.conditions[responses.condition]
         queries, readout = self.setup.query_set.queries, self.setup.readouts[0]
         refusals = judge_samples(
@@ -587,12 +592,25 @@ class _Validation:
             self.judge,
             readout.prefill,
             self.max_new_tokens,
-            self.samples,
+            self.samples.n_samples,
+            self.samples.temperature,
             on_progress,
         )
-        greedy = responses.verdicts[readout.prefill][self.judge_options.name]
-        condition = queries, greedy, responses.attack, responses.condition
-        return [(build_sample_table(refusals, *condition), summarize_samples(refusals, *condition))]
+        verdicts = responses.verdicts[readout.prefill][self.judge_options.name]
+        greedy = np.array(
+            [verdict.is_refusal if verdict.is_judged else np.nan for verdict in verdicts], float
+        )
+        keys = responses.score_frames[readout.name][_KEY_COLUMNS]
+        frame = add_refusal_probabilities(keys, refusals)
+        rows = []
+        for name, harmful in (("harmful", True), ("benign", False)):
+            members = keys["harmful"].to_numpy(bool) == harmful
+            rows.append(
+                {"attack": attack.name, "defense": responses.condition, "class": name}
+                | {"n_queries": int(members.sum()), "n_samples": self.samples.n_samples}
+                | summarize_sampled_refusals(refusals[:, members], greedy[members])
+            )
+        return frame.assign(refusal_greedy=[verdict.refusal for verdict in verdicts]), rows
 
     def _rate_quality(self, responses: ConditionResponses, attack: Attack) -> dict[str, Any]:
         """Return a row of `worth.csv`: rates by judge, and benign responses against undefended ones."""

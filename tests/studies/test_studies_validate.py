@@ -25,12 +25,12 @@ from analysis.datasets.loading import BENIGN_KINDS, load_queries
 from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import RuleJudge, Verdict, _pool_verdicts, generate_verdicts
 from analysis.judges.rules import RULE_JUDGES
-from analysis.judges.sampled import SampleOptions, build_sample_table, summarize_samples
 from analysis.models.session import generate_responses
 from analysis.run import build_conditions
+from analysis.stats.answer_quality import add_refusal_probabilities, summarize_sampled_refusals
 from analysis.stats.kinds import list_kinds
 from analysis.stats.tables import Trust
-from analysis.studies.judge_file import JudgeOptions
+from analysis.studies.judge_file import JudgeOptions, SampleOptions
 from analysis.studies.responses import name_verdict
 from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup, prepare_setup
@@ -501,14 +501,14 @@ def test_sampled_responses_have_rates_beside_the_greedy_ones(
 
 
 def test_samples_without_a_verdict_count_nowhere() -> None:
-    queries = [Query("a", "A", True), Query("b", "B", True), Query("c", "C", False)]
     refusals = np.array([[1, 0, np.nan], [1, np.nan, np.nan], [0, 0, np.nan], [1, 0, np.nan]])
-    greedy = [Verdict("none"), Verdict("none"), Verdict("unjudged")]
-    table = build_sample_table(refusals, queries, greedy, "direct", "policy").set_index("query")
+    table = add_refusal_probabilities(pd.DataFrame({"query": ["a", "b", "c"]}), refusals).set_index("query")
     assert table.loc["a", ["n_judged", "n_refused", "refusal_probability"]].tolist() == [4, 3, 0.75]
     assert table.loc["b", ["n_judged", "n_refused", "refusal_probability"]].tolist() == [3, 0, 0]
     assert table["refusal_probability"].isna().tolist() == [False, False, True]
-    harmful, benign = summarize_samples(refusals, queries, greedy, "direct", "policy")
-    assert harmful["sampled"] == pytest.approx(3 / 7) and harmful["greedy"] == 0
-    assert (harmful["varies"], harmful["greedy_differs"], harmful["n_unjudged"]) == (0.5, 0.5, 1)
-    assert np.isnan([benign["sampled"], benign["greedy"], benign["varies"], benign["greedy_differs"]]).all()
+    greedy = np.array([0.0, 0.0, np.nan])
+    rates = summarize_sampled_refusals(refusals[:, :2], greedy[:2])
+    assert rates["sampled"] == pytest.approx(3 / 7) and rates["greedy"] == 0
+    assert (rates["varies"], rates["greedy_differs"], rates["n_unjudged"]) == (0.5, 0.5, 1)
+    nothing = summarize_sampled_refusals(refusals[:, 2:], greedy[2:])
+    assert np.isnan([nothing[name] for name in ("sampled", "greedy", "varies", "greedy_differs")]).all()
