@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
-demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (set-up takes minutes, the run about 3)
+demo: .venv/ready ## set up, then evaluate BackdoorAlign on the embedded model (set-up takes minutes, the run 7 minutes of CPU time)
 	$(BIN)/analyze --defense backdoor --model smollm2 --limit 120
 
 test: .venv/ready-dev ## set up, then run every test
