@@ -16,7 +16,6 @@ from analysis.models.cache import CacheKey, DeferredModel, ScoreCache, describe_
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import DeferredEngine, Engine, EngineRecords, LogitReducer
 from analysis.models.generation import generate_token_ids
-from analysis.models.image_tokens import FIRST_IMAGE_ID
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
 from analysis.models.requests import ModelRequestReader
@@ -28,6 +27,7 @@ from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats
 from defenses.errors import UserError
 from defenses.rng import QueryRng
+from defenses.soft_prompts import FIRST_LEARNED_ID
 
 DETECTOR_REFUSAL = "I cannot help with that request."  # the response where a detector refuses
 DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentences
@@ -151,6 +151,8 @@ class ModelSession:
                 prompts = [self.chat_template.render_retokenized(chat, retokenize) for chat in chats]
             else:
                 prompts = [self.chat_template.render_prompt(chat) for chat in chats]
+            for tokens in defense.learned_tokens():
+                prompts = [self.chat_template.insert_learned_tokens(prompt, tokens) for prompt in prompts]
             n_tokens = max(len(prompt.ids) for prompt in prompts)
             if n_tokens >= self.loaded_model.context_length:
                 raise UserError(
@@ -235,7 +237,7 @@ def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]])
         loaded_model: the model.
         prompts: token ids.
     """
-    largest = max(token_id for ids in prompts for token_id in ids if token_id < FIRST_IMAGE_ID)
+    largest = max(token_id for ids in prompts for token_id in ids if token_id < FIRST_LEARNED_ID)
     if largest >= loaded_model.n_embeddings:
         token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
