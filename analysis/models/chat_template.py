@@ -365,10 +365,9 @@ class ChatTemplate:
     def insert_learned_tokens(self, prompt: Prompt, tokens: LearnedTokens) -> Prompt:
         """Return a prompt with the ids of learned embeddings in the place of their placeholders."""
         ids, chat = tokens.insert_ids(prompt.ids), copy_chat(prompt.chat)
-        for message in chat:
-            message["content"] = message["content"].replace(
-                tokens.text, label_learned_tokens(len(tokens.ids))
-            )
+        message = next(message for message in chat if tokens.text in message["content"])
+        label = label_learned_tokens(len(tokens.ids))
+        message["content"] = message["content"].replace(tokens.text, label, 1)
         return replace(prompt, ids=ids, text=self.decode_tokens(ids, prompt.images), chat=chat)
 
     def decode_tokens(self, ids: list[int] | tuple[int, ...], images: Sequence[PreparedImage] = ()) -> str:
