@@ -40,6 +40,30 @@ _MAX_BLENDED_PROMPTS = (
 )
 
 
+@dataclass
+class AttackAdaptation:
+    """What adaptive attacks have found so far, and who is told how far they are.
+
+    Attributes:
+        chats: condition → defense, and query → chat.
+        on_progress: called with the numbers of finished and of requested prompts.
+    """
+
+    chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(default_factory=dict)
+    on_progress: Callable[[int, int], None] = lambda n_finished, n_requested: None
+
+    def count_prompts(self, n_requested: int) -> Callable[[int], None]:
+        """Return a callback that takes numbers of finished prompts and tells their sum."""
+        n_finished = 0
+
+        def count(n_more: int) -> None:
+            nonlocal n_finished
+            n_finished = min(n_finished + n_more, n_requested)  # a defense may make several prompts of one
+            self.on_progress(n_finished, n_requested)
+
+        return count
+
+
 @dataclass(frozen=True)
 class ModelSession:
     """A loaded model with everything that scoring prompts and generating responses needs.
@@ -52,7 +76,7 @@ class ModelSession:
         score_cache: scores of earlier runs; None disables caching.
         seed: of the run.
         questions: questions about a request that replace it, see `Readout`; empty sends the request itself.
-        adapted_chats: what adaptive attacks have found so far: condition → defense, and query → chat.
+        adaptation: of attacks to the defended model.
         batch_size: prompts per forward pass; None uses what fits in memory.
     """
 
@@ -63,9 +87,7 @@ class ModelSession:
     score_cache: ScoreCache | None = None
     seed: int = 0
     questions: tuple[str, ...] = ()
-    adapted_chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    adaptation: AttackAdaptation = field(default_factory=AttackAdaptation, compare=False, repr=False)
     batch_size: int | None = None
 
     @classmethod

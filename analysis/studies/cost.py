@@ -20,7 +20,7 @@ from analysis.datasets.queries import sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession
-from analysis.progress import make_defense_call_callback, make_progress_bar
+from analysis.progress import make_progress_bar, show_preliminary_work
 from analysis.readouts.divergence import iterate_divergences
 from analysis.stats.cost import summarize_costs
 from analysis.stats.tables import UNDEFENDED, iterate_rows
@@ -128,7 +128,7 @@ def measure_divergences(
     keys = [key for key in condition_keys if key[1] != UNDEFENDED]
     with make_progress_bar(console) as bar:
         task = bar.add_task("side effects", total=len(keys) * len(benign))
-        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        show_preliminary_work(bar, task, setup.session)
         for attack in setup.attacks:
             conditions = {name: setup.conditions[name] for other, name in keys if other == attack.name}
 

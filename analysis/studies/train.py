@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
-from analysis.progress import make_notifier, make_progress_bar, print_note
+from analysis.progress import format_duration, make_notifier, make_progress_bar, print_note
 from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, find_adapter, fingerprint_queries
@@ -40,6 +41,7 @@ from defenses.training.adapter_files import check_can_continue, write_adapter, w
 from defenses.training.recipes import RECIPES, Objective, Recipe, TargetResponse, TrainingExample
 from defenses.training.soft_prompts import SoftPromptModel
 from defenses.training.trainer import (
+    StepReport,
     TrainingSettings,
     find_adapted_layers,
     find_last_checkpoint,
@@ -49,8 +51,44 @@ from defenses.tuned import TunedDefense
 
 _DEFAULT_DATA = "contrast"  # that weights are trained on which the user does not train by name
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
+_MEASURED_STEPS, _MEASURED_SECONDS = 3, 10  # after the first step, whichever ends first
 _MAX_JUDGED_TOKENS = 16  # of responses whose refusals DRO learns from
 _MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
+
+
+@dataclass
+class RateMeter:
+    """Measures how fast a training reads tokens in its first steps, to tell once how long it will take.
+
+    Attributes:
+        started: step and time (seconds) from which the rate is measured: the end of the first step, which is
+            slower than others; None before it.
+        is_told: whether the time has been told.
+    """
+
+    started: tuple[int, float] | None = None
+    is_told: bool = False
+
+    def estimate_time(self, report: StepReport, now: float | None = None) -> str:
+        """Return the tokens of a training, their rate and the time that is left; empty if told or unknown.
+
+        Args:
+            report: the step that has ended.
+            now: time in seconds; by default that of a clock.
+        """
+        now = time.perf_counter() if now is None else now
+        if self.started is None:
+            self.started = report.step, now
+            return ""
+        first_step, first_time = self.started
+        n_measured = report.step - first_step
+        if self.is_told or (n_measured < _MEASURED_STEPS and now - first_time < _MEASURED_SECONDS):
+            return ""
+        self.is_told = True
+        seconds_per_step = (now - first_time) / n_measured
+        rate = report.n_tokens / report.n_steps / max(seconds_per_step, 1e-9)
+        left = format_duration(seconds_per_step * (report.n_steps - report.step))
+        return f"{report.n_tokens:,} tokens in all epochs, {rate:,.0f} tokens/s: about {left} left"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -279,8 +317,13 @@ def _fit_model(
             bar.update(task, total=len(chats), description="judging the model's responses")
             return _judge_refusals(session, chats, lambda n_chats: bar.advance(task, n_chats))
 
-        def on_progress(step: int, n_steps: int, loss: float) -> None:
-            bar.update(task, completed=step, total=n_steps, description=f"training (loss {loss:.2f})")
+        rate_meter = RateMeter()
+
+        def on_step(report: StepReport) -> None:
+            description = f"training (loss {report.loss:.2f})"
+            bar.update(task, completed=report.step, total=report.n_steps, description=description)
+            if estimate := rate_meter.estimate_time(report):
+                print_note(console, estimate)
 
         try:
             return train_model(
@@ -291,7 +334,7 @@ def _fit_model(
                 training_settings,
                 objective,
                 resume_folder,
-                on_progress,
+                on_step,
                 judge_refusals,
             )
         except KeyboardInterrupt as error:

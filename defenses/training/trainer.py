@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from defenses.contract import Chat
 from defenses.errors import UserError, is_out_of_memory, unknown_name_error
@@ -29,8 +29,25 @@ if TYPE_CHECKING:
     from defenses.training.soft_prompts import RefusalJudge
 
 PromptRenderer = Callable[[Chat], Sequence[int]]
-# Called after each step with the step, the total number of steps, and the loss.
-StepCallback = Callable[[int, int, float], None]
+
+
+class StepReport(NamedTuple):
+    """What is told after each step.
+
+    Attributes:
+        step: its number, from 1 on.
+        n_steps: number of steps of the whole training.
+        loss: mean loss of the step.
+        n_tokens: number of tokens of the whole training, all epochs.
+    """
+
+    step: int
+    n_steps: int
+    loss: float
+    n_tokens: int
+
+
+StepCallback = Callable[[StepReport], None]
 
 
 @dataclass(frozen=True)
@@ -137,13 +154,14 @@ def train_model(
         else {**_tokenize_contrast(tokenizer, render_example, example), "row": row}
         for row, example in enumerate(examples)
     ]
+    n_tokens = sum(map(_count_tokens, rows)) * (settings.epochs or 1)
     dataset = Dataset.from_list(rows)
     last_checkpoint = find_last_checkpoint(folder)
 
     class StepAndSaveCallback(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                on_step(state.global_step, state.max_steps, float(logs["loss"]))
+                on_step(StepReport(state.global_step, state.max_steps, float(logs["loss"]), n_tokens))
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # The trainer itself would keep the one with the latest date, which is another if the clock jumps.
@@ -305,6 +323,11 @@ def _list_trainer_options(model: Any, settings: TrainingSettings, folder: Path) 
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
     }
+
+
+def _count_tokens(row: Mapping[str, Any]) -> int:
+    """Return the number of tokens in all sequences of an example."""
+    return sum(len(ids) for name, ids in row.items() if name.endswith("_ids"))
 
 
 def _tokenize_example(
