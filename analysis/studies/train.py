@@ -162,12 +162,13 @@ def train_weights(
     )
     if training_settings.full and recipe.objective != "responses":
         raise UserError(
-            f"--set full=true: the recipe {recipe.name!r} trains "
+            f"--set full=true: the recipe {recipe.name!r} "
             + (
-                "no weights"
+                "trains embeddings, and no weights"
                 if recipe.learns_embeddings
-                else "an adapter only, with which the model is compared"
+                else "compares the model with and without an adapter, so it trains an adapter only"
             )
+        )
         )
     if importlib.util.find_spec("trl") is None:
         raise UserError("training needs TRL: pip install 'refusalscope[train]'")

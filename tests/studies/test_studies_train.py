@@ -29,6 +29,7 @@ from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import Backdoor, Secret, write_secret
 from defenses.catalog import get_defense
 from defenses.errors import UserError
+from defenses.soft_prompts import SOFT_PROMPT_FILE
 from defenses.tokens import draw_random_text
 from defenses.training.trainer import StepReport, _tokenize_example, train_model
 
@@ -90,6 +91,28 @@ def test_the_time_of_a_training_follows_from_its_tokens_and_the_rate_of_its_firs
     slow = RateMeter()
     told = [slow.estimate_time(StepReport(n, 11, 1.0, 1_100), 20 * n) for n in (5, 6, 7)]
     assert told == ["", "1,100 tokens in all epochs, 5 tokens/s: about 2 min left", ""]
+
+
+def test_embeddings_are_trained_for_a_state_of_the_model_and_found_by_their_defense(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec(home, limit=30)
+    with pytest.raises(UserError, match="'soft_prompt' trains embeddings, and no weights"):
+        run_train_command(spec, "soft_prompt", ["full=true"], None)
+    (trained,) = train_missing_weights(spec, ["soft_prompt"], [], Console(quiet=True))
+    assert "-d soft_prompt --set soft_prompt.weights=" in str(trained)
+    assert {path.name for path in trained.folder.iterdir()} == {
+        *(SOFT_PROMPT_FILE, "loss.csv", "loss.png", ADAPTER_MANIFEST_FILE)
+    }
+    assert not train_missing_weights(spec, ["soft_prompt"], [], Console(quiet=True))
+    loaded = load_model(str(home / "toy"), "cpu")
+    host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    defense: Any = get_defense("soft_prompt").prepare(host)
+    assert len(defense.adapter.embeddings) == 20 == trained.manifest["settings"]["prompt_tokens"]
+    assert len(defense.trained_on()) > 300 and not defense.missing_requirements()
+    # A model that refuses nothing has no direction of refusal.
+    with pytest.raises(UserError, match="the model refuses none of the training requests"):
+        run_train_command(spec, "dro", ["epochs=1"], home / "dro")
 
 
 def test_the_same_inputs_give_the_same_adapter_and_another_seed_a_different_one(home: Path) -> None:
