@@ -169,7 +169,6 @@ def train_weights(
                 else "compares the model with and without an adapter, so it trains an adapter only"
             )
         )
-        )
     if importlib.util.find_spec("trl") is None:
         raise UserError("training needs TRL: pip install 'refusalscope[train]'")
     query_set = _load_training_queries(spec, console)
