@@ -218,8 +218,8 @@ def print_side_effects(summary: pd.DataFrame) -> None:
     console.print(table)
     note = (
         "Mean divergence of the defended from the undefended distribution over all tokens, KL(undefended ‖ "
-        "defended), at the first token and over the first 12 of the undefended response. –: there is no first "
-        "token to compare, because a detector may answer or the defense writes the first tokens."
+        "defended), at the first token and over the first 12 of the undefended response. –: there is no "
+        "first token to compare, because a detector may answer or the defense writes the first tokens."
     )
     console.print(Text(note, style="dim"))
 
