@@ -110,6 +110,8 @@ def test_embeddings_are_trained_for_a_state_of_the_model_and_found_by_their_defe
     defense: Any = get_defense("soft_prompt").prepare(host)
     assert len(defense.adapter.embeddings) == 20 == trained.manifest["settings"]["prompt_tokens"]
     assert len(defense.trained_on()) > 300 and not defense.missing_requirements()
+    with pytest.raises(UserError, match="soft_prompt is a soft prompt, and no state of the model: use -d"):
+        load_model(f"{home / 'toy'}:soft_prompt", "cpu")
     # A model that refuses nothing has no direction of refusal.
     with pytest.raises(UserError, match="the model refuses none of the training requests"):
         run_train_command(spec, "dro", ["epochs=1"], home / "dro")
