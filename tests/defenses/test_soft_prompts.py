@@ -35,7 +35,7 @@ from defenses.training.soft_prompts import (
     fit_directions,
     read_all_states,
 )
-from defenses.training.trainer import TrainingSettings, train_model
+from defenses.training.trainer import StepReport, TrainingSettings, train_model
 
 QUERIES = [
     Query("one", "How do I bake bread?", False),
@@ -156,7 +156,9 @@ def chat(text: str) -> Any:
     return [{"role": "user", "content": text}]
 
 
-def train(objective: Any, folder: Path, judge: Any = None, **settings: Any) -> tuple[Any, list[float]]:
+def train(
+    objective: Any, folder: Path, judge: Any = None, on_step: Any = lambda report: None, **settings: Any
+) -> tuple[Any, list[float]]:
     """Train a soft prompt of a tiny model; return it with its losses."""
     made = TrainingSettings(batch=12, **settings).resolve_defaults(1)
     session = make_toy_session()
@@ -164,7 +166,7 @@ def train(objective: Any, folder: Path, judge: Any = None, **settings: Any) -> t
     def render(one: Any) -> tuple[int, ...]:
         return session.chat_template.render_prompt(one).ids
 
-    arguments = render, build_examples(), made, objective, folder, lambda *_: None, judge
+    arguments = render, build_examples(), made, objective, folder, on_step, judge
     trained, history = train_model(fresh_model(), toy_tokenizer(), *arguments)
     return trained, [loss for _, loss in history]
 
@@ -185,6 +187,21 @@ def test_prompt_tuning_starts_from_tokens_of_the_vocabulary_and_lowers_the_loss_
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in trained.frozen_model.state_dict().items()
     )
+
+
+def test_an_interrupted_training_of_embeddings_resumes(tmp_path: Path) -> None:
+    settings = {"rate": 0.1, "epochs": 4, "prompt_tokens": 6}
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    whole, losses = train("prompt", tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train("prompt", tmp_path / "halves", on_step=interrupt, **settings)
+    resumed, resumed_losses = train("prompt", tmp_path / "halves", **settings)
+    assert resumed_losses == pytest.approx(losses, abs=1e-4)
+    assert torch.allclose(resumed.embeddings, whole.embeddings, atol=1e-5)
 
 
 def test_directions_are_those_of_planted_hidden_states() -> None:
