@@ -356,11 +356,15 @@ def _build_request_examples(
     generate_responses: ResponseGenerator,
     settings: ExampleSettings,
 ) -> list[TrainingExample]:
-    """Return all queries without a system prompt; a harmful one has a rejected response, which marks it."""
+    """Return all queries without a system prompt, the harmful ones with a rejected response."""
+    harmful = _select_class(queries, harmful=True)
+    refusals, openers = _assign_refusals(harmful), _assign_openers(COMPLIANCE_OPENERS, harmful)
     no_text = TargetResponse("", is_complete=False)
-    openers = _assign_openers(COMPLIANCE_OPENERS, _select_class(queries, harmful=True))
     return [
-        TrainingExample(build_user_chat("", query.text), no_text, openers.get(query.id)) for query in queries
+        TrainingExample(
+            build_user_chat("", query.text), refusals.get(query.id, no_text), openers.get(query.id)
+        )
+        for query in queries
     ]
 
 
