@@ -154,7 +154,7 @@ def train_model(
         else {**_tokenize_contrast(tokenizer, render_example, example), "row": row}
         for row, example in enumerate(examples)
     ]
-    n_tokens = sum(map(_count_tokens, rows)) * (settings.epochs or 1)
+    n_tokens = sum(_count_tokens(row, objective) for row in rows) * (settings.epochs or 1)
     dataset = Dataset.from_list(rows)
     last_checkpoint = find_last_checkpoint(folder)
 
@@ -325,9 +325,12 @@ def _list_trainer_options(model: Any, settings: TrainingSettings, folder: Path) 
     }
 
 
-def _count_tokens(row: Mapping[str, Any]) -> int:
-    """Return the number of tokens in all sequences of an example."""
-    return sum(len(ids) for name, ids in row.items() if name.endswith("_ids"))
+def _count_tokens(row: Mapping[str, Any], objective: Objective) -> int:
+    """Return the number of tokens in the sequences of an example that training reads."""
+    names = [name for name in row if name.endswith("_ids")]
+    if objective in PROMPT_OBJECTIVES:
+        names = ["prompt_ids"] if objective == "dro" else ["prompt_ids", "response_ids"]
+    return sum(len(row[name]) for name in names)
 
 
 def _tokenize_example(
