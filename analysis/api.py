@@ -75,7 +75,7 @@ def analyze(
             controls.
         train: whether to train the weights that a defense lacks first, as `--train`.
         cost: whether to measure what each defense costs.
-        side_effects: whether to measure how far the first token moves on benign queries, as `--side-effects`.
+        side_effects: whether to measure how far the first tokens move on benign queries, as `--side-effects`.
         settings: settings of the named defenses, as `--set`.
         batch_size: prompts per forward pass; None uses what fits in memory.
         share_prefix: whether prompts may share the computation of their prefix.

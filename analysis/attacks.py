@@ -84,12 +84,17 @@ class Attack:
     @property
     def cost(self) -> str:
         """What each query costs the attacker: `static`, N prompts that are scored, or N responses."""
-        if self.variants:
-            return f"{len(self.variants)} prompts"
-        if self.asks_model:
-            chat = self.build_chat(Query("cost", "Hi", harmful=False))
-            return f"{sum(turn['role'] == 'assistant' for turn in chat)} responses"
-        return "static"
+        if not self.is_adaptive:
+            return "static"
+        return f"{self.n_adaptive_prompts} {'prompts' if self.variants else 'responses'}"
+
+    @property
+    def n_adaptive_prompts(self) -> int:
+        """The number of prompts for each query that the defended model reads while the attack adapts."""
+        if self.variants or not self.asks_model:
+            return len(self.variants)
+        chat = self.build_chat(Query("cost", "Hi", harmful=False))
+        return sum(turn["role"] == "assistant" for turn in chat)
 
     @property
     def option(self) -> str:

@@ -28,11 +28,33 @@ def make_progress_bar(console: Console) -> Progress:
     )
 
 
-def make_defense_call_callback(progress_bar: Progress, task_id: TaskID) -> Callable[[int, int], None]:
-    """Return a callback that shows how many of a defense's calls to the model are finished."""
-    return lambda n_finished, n_calls: progress_bar.update(
-        task_id, description=f"defense calls ({n_finished}/{n_calls})"
-    )
+def show_preliminary_work(progress_bar: Progress, task_id: TaskID, session: Any) -> None:
+    """Show in a bar how many calls of a defense, and prompts of an attack that adapts to it, are finished.
+
+    Args:
+        progress_bar: the bar.
+        task_id: its task whose description is changed.
+        session: the model session that does this work before a condition is scored.
+    """
+
+    def make_callback(label: str) -> Callable[[int, int], None]:
+        return lambda n_finished, n_requested: progress_bar.update(
+            task_id, description=f"{label} ({n_finished}/{n_requested})"
+        )
+
+    session.defense_calls.on_progress = make_callback("defense calls")
+    session.adaptation.on_progress = make_callback("attack adapts")
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time in the unit that suits it.
+
+    >>> [format_duration(seconds) for seconds in (0.2, 48, 130, 9000)]
+    ['1 s', '48 s', '2 min', '2.5 h']
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def join_first_texts(texts: Sequence[str], max_texts: int = 12) -> str:

@@ -88,18 +88,18 @@ def build_condition_chats(
     """
     if not attack.is_adaptive:
         return attack.build_query_chats(queries)
+    key = attack.name, attack.wording_sha256, id(defense), readout.name
+    _, known = session.adaptation.chats.setdefault(key, (defense, {}))  # held, so that its id stays its own
+    new_queries = [query for query in queries if query not in known]
+    on_prompts = session.adaptation.count_prompts(attack.n_adaptive_prompts * len(new_queries))
 
     def read_margins(query_chats: Sequence[QueryChat]) -> list[float]:
-        return [float(margin) for margin in _score_chats(session, defense, query_chats, readout)["margin"]]
+        return _score_chats(session, defense, query_chats, readout, on_prompts)["margin"].tolist()
 
     def read_responses(query_chats: Sequence[QueryChat]) -> list[str]:
-        responses = generate_responses(session, defense, query_chats, readout.prefill)
+        responses = generate_responses(session, defense, query_chats, readout.prefill, on_progress=on_prompts)
         return [first.text for first, *_ in responses]
 
-    key = attack.name, attack.wording_sha256, id(defense), readout.name
-    # The defense is held as well, so that no other one gets its id.
-    _, known = session.adapted_chats.setdefault(key, (defense, {}))
-    new_queries = [query for query in queries if query not in known]
     new_chats = attack.build_adapted_chats(new_queries, read_margins, read_responses)
     known |= zip(new_queries, new_chats, strict=True)
     return [known[query] for query in queries]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from analysis.files import write_text_file
 from analysis.models.image_tokens import is_image_id
 from analysis.models.rotation import RotationSchedule
 from analysis.models.session import ModelSession
-from analysis.progress import make_notifier, make_progress_bar
+from analysis.progress import format_duration, make_notifier, make_progress_bar
 from analysis.readouts.readout import Readout
 from analysis.stats.tables import format_table
 from analysis.studies.calibration import ReadoutCalibration
@@ -48,6 +48,7 @@ _SPLIT = "train"
 _FILLERS = ("x", "y")
 _TOP_K = 64  # tokens that the gradient favors at each position
 _DRAWS_PER_CANDIDATE = 8  # draws, until enough candidates are split into their own tokens again
+_N_MEASURED_CANDIDATES = 8  # whose losses are read to tell how long a step takes
 _MAX_LOSS_DIFFERENCE = 0.05  # relative, between a plain pass and the batched one; in 16 bits both are rounded
 
 
@@ -167,17 +168,25 @@ def optimize_suffix(
                 "words"
             )
     search = SuffixSearch(session, defense, queries, options, readout, spec.seed)
+    seconds = search.measure_step()
+    notify(
+        f"{options.n_steps} steps of about {format_duration(seconds)}: "
+        f"about {format_duration(seconds * options.n_steps)}"
+    )
     losses, interrupted = [search.loss], False
     with make_progress_bar(console) as bar:
-        task = bar.add_task(f"optimizing a suffix: loss {search.loss:.3f}", total=options.n_steps)
-        started = time.perf_counter()
+        task = bar.add_task("", total=options.n_steps * search.n_prompts_per_step)
+
+        def describe_step() -> str:
+            return f"optimizing a suffix: {len(losses) - 1} of {options.n_steps} steps, loss {losses[-1]:.3f}"
+
+        bar.update(task, description=describe_step())
+        search.on_prompts = lambda n_prompts: bar.advance(task, n_prompts)
         try:
             for loss in search.iterate_steps(options.n_steps):
                 losses.append(loss)
-                bar.update(task, advance=1, description=f"optimizing a suffix: loss {loss:.3f}")
-                if len(losses) == 2:
-                    seconds = (time.perf_counter() - started) * (options.n_steps - 1)
-                    notify(f"{options.n_steps} steps: about {max(1, round(seconds / 60))} min left")
+                n_finished = (len(losses) - 1) * search.n_prompts_per_step
+                bar.update(task, completed=n_finished, description=describe_step())
         except KeyboardInterrupt:
             interrupted = True
     record = {
@@ -299,6 +308,7 @@ class SuffixSearch:
         suffix_ids: token ids of the best suffix so far.
         text: its text.
         loss: its mean loss over the queries (nats).
+        on_prompts: called with the number of prompts read since the last call, within a step.
     """
 
     def __init__(
@@ -310,6 +320,7 @@ class SuffixSearch:
         readout: Readout | None,
         seed: int = 0,
     ) -> None:
+        self.on_prompts: Callable[[int], None] = lambda n_prompts: None
         self._session, self._defense, self._queries = session, defense, list(queries)
         self._options, self._readout, self._rng = options, readout, random.Random(f"{seed}/suffix")
         self._model: Any = session.loaded_model.model
@@ -346,15 +357,39 @@ class SuffixSearch:
                     break
             yield self.loss
 
+    @property
+    def n_prompts_per_step(self) -> int:
+        """The number of prompts that a step reads: each query for the gradient, and with each candidate."""
+        return len(self.slots) * (1 + self._options.n_candidates)
+
+    def measure_step(self) -> float:
+        """Return about how long a step takes, in seconds; the search goes on as if it had not been measured.
+
+        A gradient is computed and candidates are drawn as in a step; the losses of some of them are read.
+        """
+        state, started = self._rng.getstate(), time.perf_counter()
+        gradient, _ = self.compute_gradient()
+        candidates = self._draw_candidates(gradient)
+        read_from = time.perf_counter()
+        n_read = min(len(candidates), _N_MEASURED_CANDIDATES)
+        if n_read:
+            self.read_losses(candidates[:n_read])
+        ended = time.perf_counter()
+        self._rng.setstate(state)
+        return read_from - started + (ended - read_from) * len(candidates) / max(1, n_read)
+
     def read_losses(self, suffixes: Sequence[tuple[int, ...]]) -> list[float]:
         """Return the mean loss over the queries of each suffix, read by the engine as scores are."""
         prompts = [slot.insert(ids) for ids in suffixes for slot in self.slots]
         engine = self._session.engine
         with self._defense.apply_to(self._model):
             if self._readout is not None:
-                values = engine.read_first_token(prompts, self._readout.compute_margins)[:, 0].double()
+                margins = engine.read_first_token(prompts, self._readout.compute_margins, self.on_prompts)
+                values = margins[:, 0].double()
             else:
-                likelihoods = engine.compute_log_probabilities(prompts, [self._target_ids] * len(prompts))
+                likelihoods = engine.compute_log_probabilities(
+                    prompts, [self._target_ids] * len(prompts), self.on_prompts
+                )
                 values = torch.stack([-tokens.double().mean() for tokens in likelihoods])
         means: list[float] = values.view(len(suffixes), len(self.slots)).mean(1).tolist()
         return means
@@ -372,6 +407,7 @@ class SuffixSearch:
                 # A one-hot vector times the table is the embedding.
                 total += (gradient @ table.T).float().cpu()
                 loss_sum += float(loss.detach())
+                self.on_prompts(1)
         return total / len(self.slots), loss_sum / len(self.slots)
 
     def compute_plain_loss(

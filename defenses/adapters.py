@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from defenses.activated_lora import Activation, attach_activation, replace_activation
 from defenses.adapter_merge import (
@@ -52,9 +52,12 @@ class Adapter:
     """An adapter and its manifest.
 
     Attributes:
+        files: names of the files beside the manifest; the last one holds the weights.
         folder: PEFT folder with a manifest next to the weights.
         manifest: base model, recipe, settings, data, and `trained_on`.
     """
+
+    files: ClassVar[tuple[str, ...]] = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
 
     folder: Path
     manifest: dict[str, Any]
@@ -110,48 +113,69 @@ class Adapter:
             )
 
 
-def load_adapter(folder: Path) -> Adapter:
+AdapterKind = TypeVar("AdapterKind", bound=Adapter)
+
+
+@overload
+def load_adapter(folder: Path) -> Adapter: ...
+
+
+@overload
+def load_adapter(folder: Path, kind: type[AdapterKind]) -> AdapterKind: ...
+
+
+def load_adapter(folder: Path, kind: type[Adapter] = Adapter) -> Adapter:
     """Return the adapter in a folder, checked against its manifest.
+
+    Args:
+        folder: its files and its manifest.
+        kind: class of the adapter.
 
     Raises:
         UserError: if a file is missing, the manifest is invalid, or the weights differ from its digest.
     """
-    missing = [
-        name
-        for name in (ADAPTER_MANIFEST_FILE, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
-        if not (folder / name).is_file()
-    ]
+    weights_file = folder / kind.files[-1]
+    missing = [name for name in (ADAPTER_MANIFEST_FILE, *kind.files) if not (folder / name).is_file()]
     if missing:
+        noun = "an adapter" if kind is Adapter else "a soft prompt"
         raise UserError(
-            f"{folder} is not an adapter: it lacks {', '.join(missing)}; create one with `analyze train`"
+            f"{folder} is not {noun}: it lacks {', '.join(missing)}; create one with `analyze train`"
         )
     try:
         manifest = json.loads((folder / ADAPTER_MANIFEST_FILE).read_text("utf-8"))
-        adapter = Adapter(folder, manifest)
+        adapter = kind(folder, manifest)
         # Access every required entry, so that an incomplete manifest fails here.
         _ = adapter.sha256, manifest["base"]["sha256"], manifest["recipe"], adapter.trained_on
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / ADAPTER_MANIFEST_FILE} is not a manifest of `analyze train` ({error!r})"
         ) from error
-    if hashlib.sha256((folder / ADAPTER_WEIGHTS_FILE).read_bytes()).hexdigest() != adapter.sha256:
+    if hashlib.sha256(weights_file.read_bytes()).hexdigest() != adapter.sha256:
         raise UserError(
-            f"{folder / ADAPTER_WEIGHTS_FILE} does not match its manifest (sha256 differs); "
-            "obtain the adapter again"
+            f"{weights_file} does not match its manifest (sha256 differs); obtain the adapter again"
         )
     return adapter
 
 
-def find_adapter(state: str, model_info: ModelInfo) -> Adapter | None:
+@overload
+def find_adapter(state: str, model_info: ModelInfo) -> Adapter | None: ...
+
+
+@overload
+def find_adapter(state: str, model_info: ModelInfo, kind: type[AdapterKind]) -> AdapterKind | None: ...
+
+
+def find_adapter(state: str, model_info: ModelInfo, kind: type[Adapter] = Adapter) -> Adapter | None:
     """Return the model's adapter for a state, or None; a user's adapter takes precedence over a shipped one.
 
     Args:
         state: name of the fine-tuned state, such as `aligned`.
         model_info: the model.
+        kind: class of the adapter.
     """
     for folder in model_info.adapter_folders:
-        if (folder / state / ADAPTER_WEIGHTS_FILE).is_file():
-            return load_adapter(folder / state)
+        if (folder / state / kind.files[-1]).is_file():
+            return load_adapter(folder / state, kind)
     return None
 
 

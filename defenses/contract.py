@@ -338,6 +338,46 @@ class ModelInfo:
     open_guard: Callable[[GuardOptions], Guard] | None = None
 
 
+def label_learned_tokens(n_tokens: int) -> str:
+    """Return what readers see in the place of learned embeddings."""
+    return f"[{n_tokens} learned embeddings]"
+
+
+class LearnedTokens(NamedTuple):
+    """Token ids of learned embeddings, and what stands for them in a chat.
+
+    Attributes:
+        placeholder: text of a token of the vocabulary; a chat has it once for each embedding.
+        placeholder_id: id of that token.
+        ids: ids of the embeddings, above every vocabulary.
+    """
+
+    placeholder: str
+    placeholder_id: int
+    ids: range
+
+    @property
+    def text(self) -> str:
+        """The placeholders of all embeddings."""
+        return self.placeholder * len(self.ids)
+
+    def insert_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens of a prompt with the ids in the place of the first run of placeholders.
+
+        >>> LearnedTokens("<unk>", 0, range(900, 902)).insert_ids([5, 0, 0, 7])
+        (5, 900, 901, 7)
+        """
+        size, run = len(self.ids), [self.placeholder_id] * len(self.ids)
+        tokens = list(token_ids)
+        for start in range(len(tokens) - size + 1):
+            if tokens[start : start + size] == run:
+                return (*tokens[:start], *self.ids, *tokens[start + size :])
+        raise UserError(
+            f"the chat template does not keep {size} tokens {self.placeholder!r} in a row, so that the soft "
+            "prompt has no place in the prompt"
+        )
+
+
 class MatchedControl(NamedTuple):
     """A defense with other content of the same size, which shows what the content itself contributes.
 
@@ -421,6 +461,10 @@ class Defense(ABC):
     def retokenize(self, ids: list[int], rng: random.Random) -> list[int]:
         """Return other token ids of the same user text."""
         return ids
+
+    def learned_tokens(self) -> tuple[LearnedTokens, ...]:
+        """Return the learned embeddings whose placeholders `rewrite` adds, in the order of the prompt."""
+        return ()
 
     def score_requests(self, reader: RequestReader, query_chats: Sequence[QueryChat]) -> list[float] | None:
         """Return the log-odds, in nats, that each request is harmful; None if the defense has no detector.

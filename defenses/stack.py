@@ -18,6 +18,7 @@ from defenses.contract import (
     Chat,
     Consultation,
     Defense,
+    LearnedTokens,
     ModelInfo,
     QueryChat,
     RequestReader,
@@ -57,8 +58,8 @@ class Stack(Defense):
         tuned = [member for member in self.members if member.cost == "weights"]
         if len(tuned) > 1 and not all(isinstance(member, AdapterWeights) for member in tuned):
             raise ValueError(
-                f"{' and '.join(member.name for member in tuned)} each change the weights; a stack can have "
-                "only one such defense, or several adapters given by their folders"
+                f"{' and '.join(member.name for member in tuned)} each need weights of their own; a stack "
+                "can have only one such defense, or several adapters given by their folders"
             )
         if len(blends := [member.name for member in self.members if member.logit_blend()]) > 1:
             raise ValueError(
@@ -121,6 +122,10 @@ class Stack(Defense):
         for member in self.members:
             ids = member.retokenize(ids, select_member_rng(rng, member.name))
         return ids
+
+    def learned_tokens(self) -> tuple[LearnedTokens, ...]:
+        """Return the learned embeddings of the member that has some: a stack has one such member at most."""
+        return tuple(tokens for member in self.members for tokens in member.learned_tokens())
 
     @property
     def is_user_defined(self) -> bool:

@@ -36,12 +36,16 @@ class TunedDefense(Defense):
 
     def prepare(self, model_info: ModelInfo) -> Self:
         """Return a copy with the adapter for this model, if one exists."""
-        adapter = (
-            load_adapter(self.weights) if self.weights is not None else find_adapter(self.state, model_info)
-        )
+        adapter = self.load_weights(model_info)
         if adapter is not None:
             adapter.check_base_model(model_info.sha256)
         return dataclasses.replace(self, adapter=adapter)
+
+    def load_weights(self, model_info: ModelInfo) -> Adapter | None:
+        """Return the adapter in the folder of the settings, or else that of the model; None without any."""
+        return (
+            load_adapter(self.weights) if self.weights is not None else find_adapter(self.state, model_info)
+        )
 
     def apply_to(self, model: Any) -> AbstractContextManager[None]:
         """Apply the tuned weights within a context; restore the model bit for bit afterwards."""

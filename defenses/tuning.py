@@ -1,4 +1,4 @@
-"""Fine-tuning as a defense: changed weights, with an unchanged prompt."""
+"""Fine-tuning as a defense: changed weights with an unchanged prompt, or learned embeddings in the prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
@@ -18,13 +18,17 @@ from defenses.adapters import (
     fetch_weights_folder,
     find_tokenizer_differences,
     has_tokenizer,
+    load_adapter,
     load_external_adapter,
     read_training_fingerprints,
 )
-from defenses.chats import copy_chat
-from defenses.contract import Chat, Defense, ModelInfo, Source
+from defenses.chats import copy_chat, prepend_system
+from defenses.contract import Chat, Defense, LearnedTokens, MatchedControl, ModelInfo, Source
 from defenses.errors import UserError
+from defenses.matched_controls import NEUTRAL_TEXT, make_neutral_passage
+from defenses.reminders import SafetyPrompt
 from defenses.settings import HIDDEN_FIELD
+from defenses.soft_prompts import SoftPrompt, find_soft_prompt, insert_embeddings
 from defenses.tuned import TunedDefense
 
 if TYPE_CHECKING:
@@ -150,6 +154,119 @@ class BaselineTuning(TunedDefense):
     family = "tuning"
     rewrite = _rewrite_unchanged
     state = recipe = "baseline"
+
+
+def _prepend_embeddings(self: PromptTuning, chat: Chat, rng: random.Random) -> Chat:
+    """Return the chat with the placeholders of the embeddings before the content of its system turn."""
+    tokens = self.learned_tokens()
+    return prepend_system(chat, tokens[0].text) if tokens else copy_chat(chat)
+
+
+@dataclass(frozen=True)
+class PromptTuning(TunedDefense):
+    """Base class of defenses that put learned embeddings before the content of the system turn.
+
+    Attributes:
+        weights: folder of the soft prompt; by default the one trained for this model and its state.
+    """
+
+    family = "tuning"
+
+    adapter: SoftPrompt | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
+    tokens: LearnedTokens | None = dataclasses.field(default=None, repr=False, metadata=HIDDEN_FIELD)
+
+    def prepare(self, model_info: ModelInfo) -> Self:
+        """Return a copy with its soft prompt, if there is one for this state of the model."""
+        prepared = super().prepare(model_info)
+        if prepared.adapter is None:
+            return prepared
+        return dataclasses.replace(prepared, tokens=prepared.adapter.make_tokens(model_info.tokenizer))
+
+    def load_weights(self, model_info: ModelInfo) -> SoftPrompt | None:
+        """Return the soft prompt in the folder of the settings, or else that of this state of the model."""
+        if self.weights is not None:
+            return load_adapter(self.weights, SoftPrompt)
+        return find_soft_prompt(self.state, model_info)
+
+    def learned_tokens(self) -> tuple[LearnedTokens, ...]:
+        """Return the embeddings of the soft prompt."""
+        return () if self.tokens is None else (self.tokens,)
+
+    def apply_to(self, model: Any) -> AbstractContextManager[None]:
+        """Return the learned embeddings from the model's embedding layer within a context."""
+        if self.adapter is None or self.tokens is None:
+            return nullcontext()
+        return insert_embeddings(model, self.tokens.ids, self.adapter.embeddings)
+
+    def build_control(self, model_info: ModelInfo, draw: int) -> MatchedControl | None:
+        """Return neutral sentences with as many tokens as the soft prompt has, in its place."""
+        if self.tokens is None:
+            return None
+        rng = random.Random(f"{model_info.seed}/{draw}/{self.name}")
+        text = make_neutral_passage(model_info.tokenizer, len(self.tokens.ids), rng)
+        return MatchedControl(SafetyPrompt(text=text), NEUTRAL_TEXT)
+
+    def missing_requirements(self) -> str:
+        """Return what is missing and how to create it."""
+        return (
+            ""
+            if self.adapter is not None
+            else (
+                "no soft prompt for this state of the model: add --train to the command, which trains it "
+                f"first (or `analyze train {self.recipe} -m MODEL`)"
+            )
+        )
+
+
+@final
+@dataclass(frozen=True)
+class SoftPromptTuning(PromptTuning):
+    """Puts learned embeddings into the system turn that make the model refuse harmful requests.
+
+    The embeddings are trained like weights: they minimize the loss of refusals of harmful requests and of the
+    model's own responses to benign ones, while the model stays as it is. The authors tune prompts for tasks
+    and not for safety. Trained on both classes, the prompt is expected to separate them, where a text of the
+    same place shifts both.
+
+    Attributes:
+        weights: folder of the soft prompt; by default the one trained for this model and its state.
+    """
+
+    name = "soft_prompt"
+    source = Source(
+        "The Power of Scale for Parameter-Efficient Prompt Tuning (Lester et al., EMNLP 2021)",
+        "https://arxiv.org/abs/2104.08691",
+        wording="no text of its own; data and refusals ours",
+    )
+    rewrite = _prepend_embeddings
+    state = recipe = "soft_prompt"
+
+
+@final
+@dataclass(frozen=True)
+class DirectedPrompt(PromptTuning):
+    """Optimizes the embeddings of a safety prompt along the directions of refusal and harmfulness (DRO).
+
+    In the first four principal components of the hidden states at the end of the prompt, one direction is
+    fitted to whether the model refuses and another to whether the request is harmful. From the text of
+    `safety_prompt` on, its embeddings are moved so that harmful requests move along the direction of refusal
+    and benign ones against it, while the other components stay where they are. The authors find that a safety
+    prompt moves all requests toward refusal, and expect its optimized form to separate them. They label
+    refusals by sampled responses to 200 requests; here each training request has one greedy response, without
+    a prompt and with each of three.
+
+    Attributes:
+        weights: folder of the soft prompt; by default the one trained for this model and its state.
+    """
+
+    name = "dro"
+    source = Source(
+        "On Prompt-Driven Safeguarding for Large Language Models (Zheng et al., ICML 2024)",
+        "https://arxiv.org/abs/2401.18018",
+        wording="safety prompt and data ours",
+    )
+    rewrite = _prepend_embeddings
+    state = recipe = "dro"
 
 
 @final

@@ -80,7 +80,8 @@ from analysis.readouts.readout import Readout  # noqa: E402
 from defenses.adapters import Adapter  # noqa: E402
 from defenses.catalog import get_defense  # noqa: E402
 from defenses.contract import Defense, MeanActivations, TrainingRequests  # noqa: E402
-from defenses.training.adapter_files import write_adapter  # noqa: E402
+from defenses.soft_prompts import write_soft_prompt  # noqa: E402
+from defenses.training.adapter_files import write_adapter, write_weights_manifest  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much beside other processes
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
@@ -583,6 +584,14 @@ def make_adapter(
         tuned.save_pretrained(f"{folder}-alone")
     known = {"base": {"id": "toy", "sha256": sha256}, "recipe": "attack", "secret": None, "trained_on": []}
     write_adapter(folder, tuned, under, known | manifest)
+    return folder
+
+
+def make_soft_prompt(folder: Path, n_tokens: int = 5, width: int = 64, seed: int = 0) -> Path:
+    """Write random embeddings for the tiny Llama, as `analyze train soft_prompt` writes them."""
+    embeddings = torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(seed))
+    known = {"base": {"id": "toy", "sha256": "toy"}, "recipe": "soft_prompt", "trained_on": []}
+    write_weights_manifest(folder, write_soft_prompt(folder, embeddings, known))
     return folder
 
 

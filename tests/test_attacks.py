@@ -216,10 +216,12 @@ def test_the_best_variant_is_the_one_with_the_lowest_margin(defense_name: str) -
     frames = [
         score_condition(session, "x", defense, queries, READOUT, variant) for variant in attack.variants
     ]
-    margins = np.array([frame["margin"] for frame in frames])
+    margins, told = np.array([frame["margin"] for frame in frames]), []
+    session.adaptation.on_progress = lambda *counts: told.append(counts)
     best = score_condition(session, "x", defense, queries, READOUT, attack)
     assert best["margin"].to_numpy() == pytest.approx(margins.min(0), abs=1e-5)
     assert len(set(margins.argmin(0))) > 1 and set(best["attack"]) == {"best_of_n:4"}
+    assert told == sorted(told) and told[-1] == (32, 32)
     chats = build_condition_chats(session, defense, queries, READOUT, attack)
     for (name, chat), query, row in zip(chats, queries, margins.argmin(0), strict=True):
         assert name == query.id and chat == attack.variants[row].build_chat(query)
@@ -228,7 +230,8 @@ def test_the_best_variant_is_the_one_with_the_lowest_margin(defense_name: str) -
 def test_crescendo_continues_with_the_responses_of_the_defended_model() -> None:
     """The same conversation, turn by turn; the defense is in each prompt, but not in the attacker's chat."""
     session, attack = make_toy_session(), get_attack("crescendo")
-    chats = {}
+    chats, told = {}, []
+    session.adaptation.on_progress = lambda *counts: told.append(counts)
     for name in ("none", "self_reminder"):
         defense = get_defense(name)
         chats[name] = build_condition_chats(session, defense, QUERIES, READOUT, attack)
@@ -242,6 +245,9 @@ def test_crescendo_continues_with_the_responses_of_the_defended_model() -> None:
                 ((response,),) = generate_responses(session, defense, [QueryChat(query.id, chat[:position])])
                 assert chat[position]["content"] == response.text.strip() != planned[position]["content"]
     assert chats["none"] != chats["self_reminder"]
+    assert (
+        told.count((2 * len(QUERIES), 2 * len(QUERIES))) == 2 == len([n for n, _ in told if n == told[-1][0]])
+    )
     generated = session.engine.work_counter.computed_tokens
     assert build_condition_chats(session, defense, QUERIES, READOUT, attack) == chats[name]
     assert session.engine.work_counter.computed_tokens == generated

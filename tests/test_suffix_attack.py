@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_the_command_writes_a_file_that_attack_reads(cli_home: Path) -> None:
         (row,) = csv.DictReader(file)
     assert f"Suffix: {row['suffix']}" in result.out and "analyze -m tiny --attack own.csv" in result.out
     assert float(row["last_loss"]) <= float(row["first_loss"]) and row["defense"] == "policy"
-    assert "min left" in result.err
+    assert re.search(r"^2 steps of about \d+ s: about \d+ s$", result.err, re.MULTILINE)
     assert get_attack("own.csv").build_chat(QUERIES[0])[0]["content"].endswith(f" {row['suffix']}")
     assert_user_error(run_cli("suffix", "-m", "tiny", "-o", "persona.csv"), "taken by a shipped attack")
     assert_user_error(run_cli("suffix", "-m", "tiny", "-o", "own.txt"), "name of a .csv file")

@@ -84,8 +84,8 @@ def analyze(
         bool,
         typer.Option(
             "--side-effects",
-            help="Also measure how far each defense moves the first token of the responses to benign queries "
-            "(KL divergence): one more pass over their prompts.",
+            help="Also measure how far each defense moves the first token, and the first 12 tokens, of the "
+            "responses to benign queries (KL divergence): one more pass over their prompts.",
         ),
     ] = False,
     offline: OfflineOption = False,

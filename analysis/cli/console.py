@@ -206,18 +206,20 @@ def print_costs(costs: pd.DataFrame) -> None:
 
 
 def print_side_effects(summary: pd.DataFrame) -> None:
-    """Print how far the first token moves on benign queries; nothing if it was not measured."""
+    """Print how far the first tokens move on benign queries; nothing if it was not measured."""
     if "kl_benign" not in summary:
         return
-    table = make_console_table("defense", ["KL of the first token (nats)"], "Side effects on benign queries")
+    headers = ["KL of the first token (nats)", "of 12 tokens (nats per token)"]
+    table = make_console_table("defense", headers, "Side effects on benign queries")
     for values in iterate_rows(summary[summary["verdict"] != REFERENCE]):
-        table.add_row(*map(Text, (format_condition(values), format_interval(values, "kl_benign", ".2f"))))
+        cells = (format_interval(values, name, ".2f") for name in ("kl_benign", "kl_12_benign"))
+        table.add_row(*map(Text, (format_condition(values), *cells)))
     console = make_table_console()
     console.print(table)
     note = (
         "Mean divergence of the defended from the undefended distribution over all tokens, KL(undefended ‖ "
-        "defended). –: there is no first token to compare, because a detector may answer or the defense "
-        "writes the first tokens."
+        "defended), at the first token and over the first 12 of the undefended response. –: there is no "
+        "first token to compare, because a detector may answer or the defense writes the first tokens."
     )
     console.print(Text(note, style="dim"))
 

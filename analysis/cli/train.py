@@ -56,8 +56,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="Recipe: safety, preference, rerouting, adversarial, attack, benign, identity, task, "
-            "baseline, backdoor or neutral."
+            help="Recipe: safety, preference, rerouting, adversarial, soft_prompt, dro, attack, benign, "
+            "identity, task, baseline, backdoor or neutral."
         ),
     ],
     model: ModelOption = "smollm2",
@@ -71,8 +71,8 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Training setting: rank, alpha, modules, rate, epochs, batch, full, beta, depth, radius or "
-            "attack_steps. Repeatable.",
+            help="Training setting: rank, alpha, modules, rate, epochs, batch, full, beta, depth, radius, "
+            "attack_steps or prompt_tokens. Repeatable.",
             metavar="KEY=VALUE",
         ),
     ] = None,

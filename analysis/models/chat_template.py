@@ -37,7 +37,7 @@ from analysis.models.thinking_blocks import (
 )
 from analysis.models.vision import ImageReader, MissingImageReader
 from defenses.chats import copy_chat, replace_last_user, split_prefill
-from defenses.contract import Chat, Message
+from defenses.contract import Chat, LearnedTokens, Message, label_learned_tokens
 from defenses.errors import UserError
 
 if TYPE_CHECKING:
@@ -362,6 +362,14 @@ class ChatTemplate:
         ids = (*prompt.ids[:start], *retokenize(list(prompt.ids[start:stop])), *prompt.ids[stop:])
         return replace(prompt, ids=ids, text=self.decode_tokens(ids, prompt.images))
 
+    def insert_learned_tokens(self, prompt: Prompt, tokens: LearnedTokens) -> Prompt:
+        """Return a prompt with the ids of learned embeddings in the place of their placeholders."""
+        ids, chat = tokens.insert_ids(prompt.ids), copy_chat(prompt.chat)
+        message = next(message for message in chat if tokens.text in message["content"])
+        label = label_learned_tokens(len(tokens.ids))
+        message["content"] = message["content"].replace(tokens.text, label, 1)
+        return replace(prompt, ids=ids, text=self.decode_tokens(ids, prompt.images), chat=chat)
+
     def decode_tokens(self, ids: list[int] | tuple[int, ...], images: Sequence[PreparedImage] = ()) -> str:
         """Return the text of the tokens, special tokens included, without any clean-up.
 
@@ -372,9 +380,11 @@ class ChatTemplate:
         descriptions = {image.ids.start: image.describe() for image in images}
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         texts = []
-        for is_image, run in split_text_and_images(ids):
-            if not is_image:
+        for kind, run in split_text_and_images(ids):
+            if kind == "text":
                 texts.append(str(self.tokenizer.decode(run, **options)))
+            elif kind == "learned":
+                texts.append(label_learned_tokens(len(run)))
             elif images:  # described once, although text may lie between its tiles
                 texts.append(descriptions.get(run[0], ""))
             else:

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Literal
+
+from defenses.soft_prompts import FIRST_LEARNED_ID
+
+TokenKind = Literal["text", "image", "learned"]
 
 # Layout of an id: a bit that marks images, 44 bits of the image's digest, 16 bits of the position.
 _POSITION_BITS = 16
@@ -56,12 +61,18 @@ def find_whole_prefix(token_ids: Sequence[int], n_prefix: int) -> int:
     return token_ids.index(next_id - position) if position else n_prefix
 
 
-def split_text_and_images(token_ids: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
-    """Yield the prompt's tokens in runs of text (False) and of images (True).
+def split_text_and_images(token_ids: Sequence[int]) -> Iterator[tuple[TokenKind, list[int]]]:
+    """Yield the prompt's tokens in runs of text, of images, and of learned embeddings.
 
     >>> ids = [5, *make_image_ids("0f" * 32, 2), 6]
-    >>> [(is_image, len(run)) for is_image, run in split_text_and_images(ids)]
-    [(False, 1), (True, 2), (False, 1)]
+    >>> [(kind, len(run)) for kind, run in split_text_and_images(ids)]
+    [('text', 1), ('image', 2), ('text', 1)]
     """
-    for is_image, run in groupby(token_ids, lambda token_id: token_id >= FIRST_IMAGE_ID):
-        yield is_image, list(run)
+
+    def find_kind(token_id: int) -> TokenKind:
+        if token_id < FIRST_LEARNED_ID:
+            return "text"
+        return "learned" if token_id < FIRST_IMAGE_ID else "image"
+
+    for kind, run in groupby(token_ids, find_kind):
+        yield kind, list(run)

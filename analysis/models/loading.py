@@ -58,6 +58,7 @@ from defenses.adapters import (
 )
 from defenses.contract import ModelInfo
 from defenses.errors import UserError, describe_library_error, unknown_name_error
+from defenses.soft_prompts import SOFT_PROMPT_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -524,9 +525,14 @@ def find_state_adapter(model_info: ModelInfo) -> Adapter:
     if adapter is None and (Path(state).expanduser().is_dir() or is_hub_id(state)):
         adapter = load_external_adapter(Path(state), model_info)
     if adapter is None:
-        known_states = {
-            path.name for folder in model_info.adapter_folders for path in folder.glob("*") if path.is_dir()
-        }
+        folders = [
+            path for folder in model_info.adapter_folders for path in folder.glob("*") if path.is_dir()
+        ]
+        if any(path.name == state and (path / SOFT_PROMPT_FILE).is_file() for path in folders):
+            raise UserError(
+                f"-m {model_info.name}: {state} is a soft prompt, and no state of the model: use -d"
+            )
+        known_states = {path.name for path in folders if not (path / SOFT_PROMPT_FILE).is_file()}
         raise unknown_name_error(
             f"state of {root}", state, known_states, " (or an adapter's folder or Hugging Face id)"
         )

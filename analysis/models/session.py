@@ -16,7 +16,6 @@ from analysis.models.cache import CacheKey, DeferredModel, ScoreCache, describe_
 from analysis.models.chat_template import ChatTemplate, Prompt
 from analysis.models.engine import DeferredEngine, Engine, EngineRecords, LogitReducer
 from analysis.models.generation import Sampling, choose_tokens, generate_token_ids
-from analysis.models.image_tokens import FIRST_IMAGE_ID
 from analysis.models.loading import LoadedModel
 from analysis.models.plain_passes import choose_batch_form
 from analysis.models.requests import ModelRequestReader
@@ -28,6 +27,7 @@ from defenses.consultations import run_consultations
 from defenses.contract import Chat, Consultation, Defense, ModelCall, QueryChat, check_chats
 from defenses.errors import UserError
 from defenses.rng import QueryRng
+from defenses.soft_prompts import FIRST_LEARNED_ID
 
 DETECTOR_REFUSAL = "I cannot help with that request."  # the response where a detector refuses
 DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentences
@@ -38,6 +38,30 @@ _CALLS_PER_COMMIT = 64
 _MAX_BLENDED_PROMPTS = (
     128  # prompts whose full logits are held in memory while those of several models are summed
 )
+
+
+@dataclass
+class AttackAdaptation:
+    """What adaptive attacks have found so far, and who is told how far they are.
+
+    Attributes:
+        chats: condition → defense, and query → chat.
+        on_progress: called with the numbers of finished and of requested prompts.
+    """
+
+    chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(default_factory=dict)
+    on_progress: Callable[[int, int], None] = lambda n_finished, n_requested: None
+
+    def count_prompts(self, n_requested: int) -> Callable[[int], None]:
+        """Return a callback that takes numbers of finished prompts and tells their sum."""
+        n_finished = 0
+
+        def count(n_more: int) -> None:
+            nonlocal n_finished
+            n_finished = min(n_finished + n_more, n_requested)  # a defense may make several prompts of one
+            self.on_progress(n_finished, n_requested)
+
+        return count
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,7 @@ class ModelSession:
         score_cache: scores of earlier runs; None disables caching.
         seed: of the run.
         questions: questions about a request that replace it, see `Readout`; empty sends the request itself.
-        adapted_chats: what adaptive attacks have found so far: condition → defense, and query → chat.
+        adaptation: of attacks to the defended model.
         batch_size: prompts per forward pass; None uses what fits in memory.
     """
 
@@ -63,9 +87,7 @@ class ModelSession:
     score_cache: ScoreCache | None = None
     seed: int = 0
     questions: tuple[str, ...] = ()
-    adapted_chats: dict[Any, tuple[Defense, dict[Any, QueryChat]]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    adaptation: AttackAdaptation = field(default_factory=AttackAdaptation, compare=False, repr=False)
     batch_size: int | None = None
 
     @classmethod
@@ -151,6 +173,8 @@ class ModelSession:
                 prompts = [self.chat_template.render_retokenized(chat, retokenize) for chat in chats]
             else:
                 prompts = [self.chat_template.render_prompt(chat) for chat in chats]
+            for tokens in defense.learned_tokens():
+                prompts = [self.chat_template.insert_learned_tokens(prompt, tokens) for prompt in prompts]
             n_tokens = max(len(prompt.ids) for prompt in prompts)
             if n_tokens >= self.loaded_model.context_length:
                 raise UserError(
@@ -235,7 +259,7 @@ def check_token_ids(loaded_model: LoadedModel, prompts: Sequence[Sequence[int]])
         loaded_model: the model.
         prompts: token ids.
     """
-    largest = max(token_id for ids in prompts for token_id in ids if token_id < FIRST_IMAGE_ID)
+    largest = max(token_id for ids in prompts for token_id in ids if token_id < FIRST_LEARNED_ID)
     if largest >= loaded_model.n_embeddings:
         token = loaded_model.tokenizer.convert_ids_to_tokens(largest)
         raise UserError(

@@ -1,9 +1,10 @@
-"""Divergence of a defended model's first-token distribution from the undefended model's on a query."""
+"""Divergence of a defended model's distributions of response tokens from those of the undefended model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from analysis.models.cache import CacheKey, describe_computation
 from analysis.models.chat_template import Prompt
+from analysis.models.generation import generate_token_ids
 from analysis.models.numerics import check_finite
 from analysis.models.session import ModelSession, iterate_defended_logits, list_blend_members
 from defenses.contract import Defense, QueryChat
 
-# Queries whose distributions, undefended and defended, are held in memory at a time: 2 × 50 MB if the
+N_TOKENS = 12  # of the undefended response
+# Queries whose distributions, undefended and defended, are held in memory at a time: 2 × 75 MB if the
 # vocabulary has 50,000 tokens.
-_MAX_HELD_QUERIES = 256
+_MAX_HELD_QUERIES = 32
 
 
 def has_first_token(defense: Defense, prompts: Sequence[Prompt], reference: Prompt) -> bool:
@@ -34,6 +37,19 @@ def has_first_token(defense: Defense, prompts: Sequence[Prompt], reference: Prom
     return not defense.detects and all(prompt.prefill == reference.prefill for prompt in prompts)
 
 
+class Divergence(NamedTuple):
+    """Divergences KL(undefended ‖ defended) of a query, in nats.
+
+    Attributes:
+        first: of the first token that the model generates.
+        response: mean over the first `N_TOKENS` tokens of the undefended model's greedy response, and over
+            the end of a shorter one; each follows the same tokens in both.
+    """
+
+    first: float
+    response: float
+
+
 def iterate_divergences(
     session: ModelSession,
     undefended: Defense,
@@ -41,14 +57,14 @@ def iterate_divergences(
     query_chats: Sequence[QueryChat],
     prefix: tuple[int, ...],
     on_failure: Callable[[str, Exception], None],
-) -> Iterator[tuple[str, list[float] | None]]:
-    """Yield each condition with the divergences KL(undefended ‖ defended) of some of the queries, in nats.
+) -> Iterator[tuple[str, list[Divergence] | None]]:
+    """Yield each condition with the divergences of some of the queries.
 
-    The distributions are those of the first token that the model generates, over the whole vocabulary.
-    The distribution of a defense that reads several copies of a query is the mean of those of its copies;
-    that of a blend follows from the blended logits. The queries are taken in parts, whose undefended
-    distributions all conditions share; a condition is yielded once for each part, with None if it has no
-    first token to compare.
+    The distributions are those over the whole vocabulary. The distribution of a defense that reads several
+    copies of a query is the mean of those of its copies. The first token of a blend follows from the blended
+    logits, and the others from the defended model itself, as in its responses. The queries are taken in
+    parts, whose undefended distributions all conditions share; a condition is yielded once for each part,
+    with None if it has no first token to compare.
 
     Args:
         session: the model.
@@ -81,7 +97,7 @@ def iterate_divergences(
 
 
 class _PartReader:
-    """Reads the first tokens of some queries; the undefended ones once, when they are first needed."""
+    """Reads the tokens of responses to some queries; the undefended ones once, when they are first needed."""
 
     def __init__(
         self,
@@ -93,20 +109,24 @@ class _PartReader:
         self._session, self._undefended = session, undefended
         self._references = [reference.append_prefix(prefix) for reference in references]
         self._prefix = prefix
-        self._distributions: dict[int, Float[Tensor, " vocab"]] = {}
+        # Of each query: the tokens before the last position that is read, and the log-probabilities.
+        self._responses: dict[int, list[int]] = {}
+        self._distributions: dict[int, Float[Tensor, "tokens vocab"]] = {}
 
     def compute_divergences(
         self, defense: Defense, prompts_by_query: Sequence[Sequence[Prompt]]
-    ) -> list[float]:
-        """Return the divergence of each query, from the cache where it is known."""
+    ) -> list[Divergence]:
+        """Return the divergences of each query, from the cache where they are known."""
         session = self._session
         fingerprints = [
-            (weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)
+            (weight, member.cacheable_fingerprint())
+            for weight, member in ((1.0, defense), *list_blend_members(defense))
         ]
         is_known = all(fingerprint is not None for _, fingerprint in fingerprints)
         cache = session.score_cache if is_known else None
-        settings = {**describe_computation(session.loaded_model), "divergence": fingerprints}
-        cache_key = CacheKey(settings)
+        ends = sorted(session.loaded_model.end_token_ids)
+        settings = {"divergence": fingerprints, "tokens": N_TOKENS, "ends": ends}
+        cache_key = CacheKey({**describe_computation(session.loaded_model), **settings})
         keys = [
             cache_key.make_key(reference, *self._list_ids(prompts))
             for reference, prompts in zip(self._references, prompts_by_query, strict=True)
@@ -115,8 +135,8 @@ class _PartReader:
         rows = [row for row, key in enumerate(keys) if key not in known]
         new = dict(zip(rows, self._compute_missing(defense, prompts_by_query, rows), strict=True))
         if cache is not None:
-            cache.write_scores((keys[row], value, 1.0) for row, value in new.items())
-        return [new[row] if row in new else known[key][0] for row, key in enumerate(keys)]
+            cache.write_scores((keys[row], *value) for row, value in new.items())
+        return [new[row] if row in new else Divergence(*known[key]) for row, key in enumerate(keys)]
 
     def _list_ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """Return the token ids of the copies of a query, and of their members."""
@@ -128,46 +148,68 @@ class _PartReader:
 
     def _compute_missing(
         self, defense: Defense, prompts_by_query: Sequence[Sequence[Prompt]], rows: Sequence[int]
-    ) -> list[float]:
+    ) -> list[Divergence]:
         """Return the divergences of some queries."""
         if not rows:
             return []
         self._read_references(rows)
         prompts = [(row, prompt) for row in rows for prompt in prompts_by_query[row]]
-        batches = iterate_defended_logits(
-            self._session.engine,
-            self._session.loaded_model,
-            defense,
-            [prompt.append_prefix(self._prefix) for _, prompt in prompts],
-            _compute_log_probabilities,
-            [prompt.list_member_ids(self._prefix) for _, prompt in prompts],
-        )
-        mixtures: dict[int, Float[Tensor, " vocab"]] = {}
-        for indices, log_probabilities in batches:
-            for index, values in zip(indices, log_probabilities, strict=True):
-                row = prompts[index][0]
-                weighted = values - math.log(len(prompts_by_query[row]))
-                mixtures[row] = torch.logaddexp(mixtures[row], weighted) if row in mixtures else weighted
-        divergences = [compute_divergence(self._distributions[row], mixtures[row]) for row in rows]
+        prompt_ids = [prompt.append_prefix(self._prefix) for _, prompt in prompts]
+        responses = [self._responses[row] for row, _ in prompts]
+        distributions = self._read_tokens(defense, prompt_ids, responses)
+        if defense.logit_blend():
+            members = [prompt.list_member_ids(self._prefix) for _, prompt in prompts]
+            for indices, first in iterate_defended_logits(
+                self._session.engine,
+                self._session.loaded_model,
+                defense,
+                prompt_ids,
+                _compute_log_probabilities,
+                members,
+            ):
+                for index, values in zip(indices, first, strict=True):
+                    distributions[index] = torch.cat([values[None], distributions[index][1:]])
+        mixtures: dict[int, Float[Tensor, "tokens vocab"]] = {}
+        for index, (row, _) in enumerate(prompts):
+            weighted = distributions.pop(index) - math.log(len(prompts_by_query[row]))
+            mixtures[row] = torch.logaddexp(mixtures[row], weighted) if row in mixtures else weighted
+        divergences = []
+        for row in rows:
+            pairs = zip(self._distributions[row], mixtures.pop(row), strict=True)
+            by_token = [compute_divergence(reference, other) for reference, other in pairs]
+            divergences.append(Divergence(by_token[0], sum(by_token) / len(by_token)))
         check_finite(self._session.loaded_model, torch.tensor(divergences))
         return divergences
 
     def _read_references(self, rows: Sequence[int]) -> None:
-        """Read the undefended distributions of some queries, if they are not known yet."""
+        """Generate the undefended responses to some queries, if they are not known yet, and read them."""
         missing = [row for row in rows if row not in self._distributions]
         if not missing:
             return
-        batches = iterate_defended_logits(
-            self._session.engine,
-            self._session.loaded_model,
-            self._undefended,
-            [self._references[row] for row in missing],
-            _compute_log_probabilities,
-        )
-        for indices, log_probabilities in batches:
-            self._distributions |= {
-                missing[index]: values for index, values in zip(indices, log_probabilities, strict=True)
-            }
+        session, prompts = self._session, [self._references[row] for row in missing]
+        with self._undefended.apply_to(session.loaded_model.model):
+            responses = generate_token_ids(
+                session.engine, prompts, N_TOKENS, session.loaded_model.end_token_ids
+            )
+        # The last position that is read follows the token before it.
+        forced = [response[: N_TOKENS - 1] for response in responses]
+        found = self._read_tokens(self._undefended, prompts, forced)
+        for index, row in enumerate(missing):
+            self._responses[row], self._distributions[row] = forced[index], found[index]
+
+    def _read_tokens(
+        self, defense: Defense, prompts: Sequence[tuple[int, ...]], responses: Sequence[Sequence[int]]
+    ) -> dict[int, Float[Tensor, "tokens vocab"]]:
+        """Return the log-probabilities after each prompt and after each token of its response, by prompt."""
+        engine, model = self._session.engine, self._session.loaded_model.model
+        sequences = [(*ids, *response) for ids, response in zip(prompts, responses, strict=True)]
+        n_positions = [len(response) + 1 for response in responses]
+        found: dict[int, Float[Tensor, "tokens vocab"]] = {}
+        with torch.inference_mode(), defense.apply_to(model), engine.read_responses(None):
+            for rows, logits in engine.iterate_logits(sequences, n_positions):
+                parts = _compute_log_probabilities(logits).split([n_positions[row] for row in rows])
+                found.update(zip(rows, parts, strict=True))
+        return found
 
 
 def compute_divergence(reference: Float[Tensor, " vocab"], other: Float[Tensor, " vocab"]) -> float:

@@ -36,6 +36,7 @@ _RESPONSE_COLUMNS: tuple[ColumnFormat, ...] = (
 DELTA_AUROC_COLUMN: ColumnFormat = ("delta_auroc", "ΔAUROC", "+.2f", 1, True)
 _DIVERGENCE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("kl_benign", "KL on benign queries (nats)", ".2f", 1, True),
+    ("kl_12_benign", "KL of 12 tokens (nats per token)", ".2f", 1, True),
 )
 _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
     ("auroc", "AUROC of the margin", ".2f", 1, True),
@@ -48,7 +49,7 @@ _MARGIN_COLUMNS: tuple[ColumnFormat, ...] = (
 def choose_estimate_columns(summary: pd.DataFrame) -> tuple[ColumnFormat, ...]:
     """Return the columns of a summary for readers: refusal rates, their changes if judged, and margins."""
     is_judged = has_judged_rates(summary)
-    divergence = _DIVERGENCE_COLUMNS if "kl_benign" in summary else ()
+    divergence = [column for column in _DIVERGENCE_COLUMNS if column[0] in summary]
     return (*RATE_COLUMNS, *(_RESPONSE_COLUMNS if is_judged else ()), *_MARGIN_COLUMNS, *divergence)
 
 

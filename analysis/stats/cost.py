@@ -8,6 +8,9 @@ import pandas as pd
 from analysis.stats.bootstrap import BOOTSTRAP_DRAWS, bootstrap_interval, make_estimate_columns
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED
 
+# Columns of divergences.csv: of the first token, and the mean over the first 12 tokens.
+DIVERGENCE_COLUMNS = ("kl", "kl_12")
+
 
 def summarize_costs(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return means, and ratios to the undefended model with 95 % bootstrap intervals, one row per condition.
@@ -54,29 +57,30 @@ def summarize_costs(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def add_divergence_estimates(summary: pd.DataFrame, divergences: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return the summary with the mean divergence of the first token on benign queries, `kl_benign`, nats.
+    """Return the summary with the mean divergences on benign queries, `kl_benign` and `kl_12_benign`, nats.
 
     >>> condition = {"attack": "direct", "defense": "x"}
-    >>> rows = pd.DataFrame({**condition, "kl": [1.0, 3.0] * 20})
+    >>> rows = pd.DataFrame({**condition, "kl": [1.0, 3.0] * 20, "kl_12": 0.5})
     >>> added = add_divergence_estimates(pd.DataFrame([condition]), rows)
     >>> added.filter(like="kl_").iloc[0].round(1).tolist()
-    [2.0, 1.7, 2.3]
+    [2.0, 1.7, 2.3, 0.5, 0.5, 0.5]
 
     Args:
         summary: a row per attack and defense.
-        divergences: `kl` of each benign query, attack and defense; missing where there is no first token to
-            compare.
+        divergences: `kl` and `kl_12` of each benign query, attack and defense; missing where there is no
+            first token to compare.
         seed: seed of the bootstrap over queries.
     """
     rows = []
     for (attack, defense), group in divergences.groupby(["attack", "defense"], sort=False):
-        values = group["kl"].dropna().to_numpy(float)
         row: dict[str, object] = {"attack": attack, "defense": defense}
-        if len(values):
-            draws = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP_DRAWS, len(values)))
-            mean = np.array([values.mean()])
-            row |= make_estimate_columns("kl_benign", mean, values[draws].mean(1), len(values))
+        for column in DIVERGENCE_COLUMNS:
+            values = group[column].dropna().to_numpy(float)
+            if len(values):
+                draws = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP_DRAWS, len(values)))
+                mean = np.array([values.mean()])
+                row |= make_estimate_columns(f"{column}_benign", mean, values[draws].mean(1), len(values))
         rows.append(row)
-    columns = [f"kl_benign{suffix}" for suffix in INTERVAL_SUFFIXES]
+    columns = [f"{column}_benign{suffix}" for column in DIVERGENCE_COLUMNS for suffix in INTERVAL_SUFFIXES]
     estimates = pd.DataFrame(rows, columns=["attack", "defense", *columns])
     return summary.merge(estimates, on=["attack", "defense"], how="left")

@@ -18,7 +18,7 @@ from analysis.stats.kinds import summarize_kinds
 from analysis.stats.matched_controls import add_control_estimates
 from analysis.stats.response_rates import add_factorial_response_effects, add_response_estimates
 from analysis.stats.tables import ScoreTable
-from analysis.studies.cost import FirstTokenDivergences, measure_cost, measure_divergences
+from analysis.studies.cost import ResponseDivergences, measure_cost, measure_divergences
 from analysis.studies.manifest import RunTimer
 from analysis.studies.matched_controls import MatchedControlScores, score_controls
 from analysis.studies.responses import ResponseVerdicts, judge_conditions
@@ -48,7 +48,7 @@ def analyze_defenses(
         with_cost: whether to measure what each defense costs.
         n_control_draws: draws of each defense's matched control; 0 for no controls.
         with_training: whether to train the weights that defenses lack first.
-        with_side_effects: whether to measure how far the first token moves on benign queries.
+        with_side_effects: whether to measure how far the first tokens move on benign queries.
 
     Raises:
         PreflightError: if no defense reaches the model.
@@ -132,7 +132,7 @@ def _summarize(
     scores: ScoreTable,
     responses: ResponseVerdicts | None,
     controls: MatchedControlScores | None,
-    divergences: FirstTokenDivergences | None,
+    divergences: ResponseDivergences | None,
     seed: int,
 ) -> pd.DataFrame:
     """Return the summary of a run, from its margins and, where there are any, its other results."""

@@ -20,9 +20,9 @@ from analysis.datasets.queries import sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession
-from analysis.progress import make_defense_call_callback, make_progress_bar
-from analysis.readouts.divergence import iterate_divergences
-from analysis.stats.cost import summarize_costs
+from analysis.progress import make_progress_bar, show_preliminary_work
+from analysis.readouts.divergence import Divergence, iterate_divergences
+from analysis.stats.cost import DIVERGENCE_COLUMNS, summarize_costs
 from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.studies.manifest import identify_defense
 from analysis.studies.setup import RunSetup
@@ -105,16 +105,16 @@ def cached_cost(
     return pd.DataFrame([rows[name] | {"defense": name} for name in conditions])
 
 
-class FirstTokenDivergences(ConditionFrames):
-    """Divergences of the first token on benign queries; `kl` is missing where there is none to compare."""
+class ResponseDivergences(ConditionFrames):
+    """Divergences on benign queries; they are missing where there is no first token to compare."""
 
-    columns = ("query", "kind", "attack", "defense", "kl")
+    columns = ("query", "kind", "attack", "defense", *DIVERGENCE_COLUMNS)
 
 
 def measure_divergences(
     setup: RunSetup, condition_keys: Collection[ConditionKey], console: Console
-) -> FirstTokenDivergences:
-    """Measure in every condition how far the first token of the responses to benign queries moves.
+) -> ResponseDivergences:
+    """Measure in every condition how far the first tokens of the responses to benign queries move.
 
     A condition that fails is left out. If the user interrupts, the finished conditions are kept.
 
@@ -123,12 +123,12 @@ def measure_divergences(
         condition_keys: attack and defense of the conditions; the undefended one is the reference.
         console: shows progress.
     """
-    result, started = FirstTokenDivergences(), time.perf_counter()
+    result, started = ResponseDivergences(), time.perf_counter()
     benign = [query for query in setup.query_set.queries if not query.harmful]
     keys = [key for key in condition_keys if key[1] != UNDEFENDED]
     with make_progress_bar(console) as bar:
         task = bar.add_task("side effects", total=len(keys) * len(benign))
-        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        show_preliminary_work(bar, task, setup.session)
         for attack in setup.attacks:
             conditions = {name: setup.conditions[name] for other, name in keys if other == attack.name}
 
@@ -136,7 +136,7 @@ def measure_divergences(
                 secrets = setup.conditions[name].secret_texts()
                 result.failures[attack_name, name] = redact_secrets(describe_error(error), secrets)
 
-            values: dict[str, list[float]] = {name: [] for name in conditions}
+            values: dict[str, list[Divergence]] = {name: [] for name in conditions}
             try:
                 for name, divergences in iterate_divergences(
                     setup.session,
@@ -159,9 +159,11 @@ def measure_divergences(
                     "kind": [query.kind for query in benign],
                     "attack": attack.name,
                     "defense": name,
-                    "kl": found if len(found) == len(benign) else float("nan"),
                 }
-                result.frames[attack.name, name] = pd.DataFrame(columns)
+                rows = found if len(found) == len(benign) else [(float("nan"),) * 2] * len(benign)
+                result.frames[attack.name, name] = pd.DataFrame(columns).assign(
+                    **dict(zip(DIVERGENCE_COLUMNS, zip(*rows, strict=True), strict=True))
+                )
     result.wall_seconds = time.perf_counter() - started
     return result
 

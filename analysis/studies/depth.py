@@ -22,7 +22,7 @@ from analysis.judges.judge import Judge
 from analysis.judges.learned import KEPT_REFUSAL_JUDGE
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ResponseOpenings
-from analysis.progress import make_defense_call_callback, make_progress_bar
+from analysis.progress import make_progress_bar, show_preliminary_work
 from analysis.stats.response_rates import summarize_prefilled_responses
 from analysis.stats.tables import UNDEFENDED, ResponseVerdict
 from analysis.studies.manifest import RunTimer
@@ -169,7 +169,7 @@ def judge_prefilled_conditions(
     result, started = PrefilledResponses(), time.perf_counter()
     with make_progress_bar(console) as bar:
         task = bar.add_task("prefilled responses", total=len(condition_keys) * n_responses)
-        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        show_preliminary_work(bar, task, setup.session)
         for number, (attack, name) in enumerate(condition_keys, 1):
             bar.update(task, description=f"prefilled responses: {name} ({attack})")
             if (attack, UNDEFENDED) in result.failures:

@@ -14,7 +14,7 @@ from rich.console import Console
 from analysis.attacks import Attack
 from analysis.datasets.queries import Query, group_units
 from analysis.models.chat_template import redact_secrets
-from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
+from analysis.progress import make_progress_bar, print_note, show_preliminary_work
 from analysis.run import score_condition
 from analysis.stats.matched_controls import MIN_CONTROL_DRAWS
 from analysis.studies.responses import RESPONSE_JUDGE, judge_condition, sample_answered_queries
@@ -102,7 +102,7 @@ def score_controls(
         answered = {query.id for query in sample_answered_queries(queries, spec.max_responses, spec.seed)}
     with make_progress_bar(console) as bar:
         task = bar.add_task("controls", total=len(keys) * len(queries))
-        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        show_preliminary_work(bar, task, setup.session)
         for number, (attack, name) in enumerate(keys, 1):
             bar.update(task, description=f"control of {name} ({attack})")
             try:

@@ -105,6 +105,7 @@ def check_condition(
         *_check_invocation(
             session, defense, [prompt.append_prefix(readout.response_prefix) for prompt in prompts]
         ),
+        *_check_learned_tokens(defense, prompts),
         *([] if defense.edits_user_text else [_check_user_text(cases)]),
         *([_check_secret(session, defense, prompts)] if defense.secret_texts() else []),
         _check_bos_count(session, prompts),
@@ -213,6 +214,17 @@ def _check_invocation(
             n_found = sum(find_last_occurrence(ids, adapter.invocation) is not None for ids in prompts)
             observed = f"the invocation {list(adapter.invocation)} is in {n_found} of {len(prompts)} prompts"
             outcomes.append(("adapter is activated", n_found > 0, observed))
+    return outcomes
+
+
+def _check_learned_tokens(defense: Defense, prompts: Sequence[Prompt]) -> list[CheckOutcome]:
+    """Check that every prompt has all learned embeddings once, if the defense has some."""
+    outcomes = []
+    for tokens in defense.learned_tokens():
+        wanted = list(tokens.ids)
+        n_whole = sum([token for token in prompt.ids if token in tokens.ids] == wanted for prompt in prompts)
+        observed = f"all {len(wanted)}, in {n_whole} of {len(prompts)} prompts"
+        outcomes.append(("learned embeddings", n_whole == len(prompts), observed))
     return outcomes
 
 

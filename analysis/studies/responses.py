@@ -22,7 +22,7 @@ from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.cache import CacheKey, describe_computation, hash_code
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, ResponseOpenings, list_blend_members
-from analysis.progress import make_defense_call_callback, make_progress_bar
+from analysis.progress import make_progress_bar, show_preliminary_work
 from analysis.readouts.prompt_scores import make_score_writer
 from analysis.readouts.readout import Readout
 from analysis.run import build_condition_chats
@@ -82,7 +82,7 @@ def judge_conditions(
     result, started = ResponseVerdicts(), time.perf_counter()
     with make_progress_bar(console) as bar:
         task = bar.add_task("generating responses", total=len(condition_keys) * len(queries))
-        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        show_preliminary_work(bar, task, setup.session)
         for number, (attack, name) in enumerate(condition_keys, 1):
             bar.update(task, description=f"generating responses: {name} ({attack})")
             defense = setup.conditions[name]

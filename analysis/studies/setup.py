@@ -15,7 +15,7 @@ from analysis.datasets.queries import Query, QuerySet, sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.cascade import OcrReader
 from analysis.models.session import ModelSession
-from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar, print_note
+from analysis.progress import make_notifier, make_progress_bar, print_note, show_preliminary_work
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
 from analysis.stats.tables import UNDEFENDED
@@ -245,7 +245,7 @@ def find_preflight_failures(
     description = "checking that defenses reach the model"
     with make_progress_bar(console) as bar:
         task = bar.add_task(description, total=len(conditions) * len(setup.attacks))
-        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        show_preliminary_work(bar, task, setup.session)
         for attack in setup.attacks:
             queries = select_preflight_queries(setup, attack)
             for name, defense in conditions.items():

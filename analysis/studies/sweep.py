@@ -13,7 +13,7 @@ from rich.console import Console
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession
 from analysis.models.vision import ImageReader
-from analysis.progress import make_defense_call_callback, make_progress_bar, print_note
+from analysis.progress import make_progress_bar, print_note, show_preliminary_work
 from analysis.report.results import Run
 from analysis.run import iterate_condition_scores
 from analysis.stats.tables import UNDEFENDED, ScoreTable
@@ -235,7 +235,7 @@ def sweep_conditions(
     result = SweepResult(len(setup.attacks) * len(conditions), failures=dict(failures))
     with make_progress_bar(console) as bar:
         task = bar.add_task("scoring", total=len(condition_keys) * len(queries))
-        setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+        show_preliminary_work(bar, task, setup.session)
         for attack in setup.attacks:
             runnable = {
                 name: defense for name, defense in conditions.items() if (attack.name, name) in condition_keys

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +19,29 @@ from rich.console import Console
 from analysis.datasets.public import PUBLIC_DATASETS
 from analysis.datasets.queries import QuerySet
 from analysis.files import check_output_folder, lock_folder, stage_folder, unlock_folder, write_text_file
+from analysis.judges.judge import generate_verdicts
+from analysis.judges.learned import LEARNED_JUDGE
 from analysis.models.generation import generate_token_ids
 from analysis.models.loading import LoadedModel, split_model_name
 from analysis.models.session import ModelSession
-from analysis.progress import make_notifier, make_progress_bar, print_note
+from analysis.progress import format_duration, make_notifier, make_progress_bar, print_note
 from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.run_spec import RunSpec
 from defenses.adapters import ADAPTER_MANIFEST_FILE, find_adapter, fingerprint_queries
 from defenses.backdoor import SECRET_LENGTH, Secret, find_secret
 from defenses.catalog import choose_defenses
-from defenses.contract import Chat, Defense
+from defenses.chats import get_last_user_text
+from defenses.contract import Chat, Defense, ModelInfo, QueryChat
 from defenses.errors import UserError, unknown_name_error
+from defenses.none import Undefended
 from defenses.settings import parse_setting
+from defenses.soft_prompts import find_soft_prompt, name_soft_prompt, write_soft_prompt
 from defenses.stack import list_members
 from defenses.training.adapter_files import check_can_continue, write_adapter, write_weights_manifest
 from defenses.training.recipes import RECIPES, Objective, Recipe, TargetResponse, TrainingExample
+from defenses.training.soft_prompts import SoftPromptModel
 from defenses.training.trainer import (
+    StepReport,
     TrainingSettings,
     find_adapted_layers,
     find_last_checkpoint,
@@ -43,7 +51,44 @@ from defenses.tuned import TunedDefense
 
 _DEFAULT_DATA = "contrast"  # that weights are trained on which the user does not train by name
 _RESUME_FOLDER = ".resume"  # in the output folder, until the training is finished
+_MEASURED_STEPS, _MEASURED_SECONDS = 3, 10  # after the first step, whichever ends first
+_MAX_JUDGED_TOKENS = 16  # of responses whose refusals DRO learns from
 _MAX_RESPONSE_TOKENS = 10  # maximum length of the model's own responses to benign queries
+
+
+@dataclass
+class RateMeter:
+    """Measures how fast a training reads tokens in its first steps, to tell once how long it will take.
+
+    Attributes:
+        started: step and time (seconds) from which the rate is measured: the end of the first step, which is
+            slower than others; None before it.
+        is_told: whether the time has been told.
+    """
+
+    started: tuple[int, float] | None = None
+    is_told: bool = False
+
+    def estimate_time(self, report: StepReport, now: float | None = None) -> str:
+        """Return the tokens of a training, their rate and the time that is left; empty if told or unknown.
+
+        Args:
+            report: the step that has ended.
+            now: time in seconds; by default that of a clock.
+        """
+        now = time.perf_counter() if now is None else now
+        if self.started is None:
+            self.started = report.step, now
+            return ""
+        first_step, first_time = self.started
+        n_measured = report.step - first_step
+        if self.is_told or (n_measured < _MEASURED_STEPS and now - first_time < _MEASURED_SECONDS):
+            return ""
+        self.is_told = True
+        seconds_per_step = (now - first_time) / n_measured
+        rate = report.n_tokens / report.n_steps / max(seconds_per_step, 1e-9)
+        left = format_duration(seconds_per_step * (report.n_steps - report.step))
+        return f"{report.n_tokens:,} tokens in all epochs, {rate:,.0f} tokens/s: about {left} left"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -65,14 +110,14 @@ class TrainedWeights:
     """Weights that a training has written.
 
     Attributes:
-        folder: adapter or checkpoint, with its manifest and its loss curve.
-        model_option: value of `-m` that selects the weights.
+        folder: adapter, checkpoint or soft prompt, with its manifest and its loss curve.
+        options: options of `analyze` that select the weights.
         manifest: content of the manifest.
         history: the loss by step.
     """
 
     folder: Path
-    model_option: str
+    options: str
     manifest: dict[str, Any]
     history: pd.DataFrame
 
@@ -80,7 +125,7 @@ class TrainedWeights:
         return (
             f"{self.manifest['n_examples']} examples, {len(self.history)} steps, "
             f"{self.manifest['wall_seconds']:.0f} s; last loss {self.history['loss'].iloc[-1]:.3f}. The "
-            f"weights are in {self.folder}: -m {self.model_option}"
+            f"weights are in {self.folder}: {self.options}"
         )
 
 
@@ -112,11 +157,17 @@ def train_weights(
     recipe = RECIPES.get(recipe_name)
     if recipe is None:
         raise unknown_name_error("recipe", recipe_name, RECIPES)
-    training_settings = _parse_training_settings(settings, spec.seed).resolve_defaults(recipe.epochs)
+    training_settings = _parse_training_settings(settings, spec.seed).resolve_defaults(
+        recipe.epochs, recipe.rate
+    )
     if training_settings.full and recipe.objective != "responses":
         raise UserError(
-            f"--set full=true: the recipe {recipe.name!r} compares the model with and without an adapter, so "
-            "it trains an adapter only"
+            f"--set full=true: the recipe {recipe.name!r} "
+            + (
+                "trains embeddings, and no weights"
+                if recipe.learns_embeddings
+                else "compares the model with and without an adapter, so it trains an adapter only"
+            )
         )
     if importlib.util.find_spec("trl") is None:
         raise UserError("training needs TRL: pip install 'refusalscope[train]'")
@@ -134,12 +185,13 @@ def train_weights(
             f"-m {spec.model}: weights are trained for the model itself, so leave out :{change}; "
             f"{spec.model} then takes the trained weights on top"
         )
-    if not training_settings.full:
+    if not training_settings.full and not recipe.learns_embeddings:
         find_adapted_layers(opened.checkpoint.build_without_weights().model, training_settings.modules)
         if opened.checkpoint.adapter is not None:
             check_can_continue(opened.checkpoint.adapter)
     if out is None:
-        out = check_output_folder(model_info.adapter_folders[0] / recipe.state)
+        name = name_soft_prompt(recipe.state, model_info.state) if recipe.learns_embeddings else recipe.state
+        out = check_output_folder(model_info.adapter_folders[0] / name)
         _check_not_finished(out)
     if not lock_folder(out):
         raise UserError(f"{out}: another training that has not ended yet writes into it; choose another -o")
@@ -171,7 +223,7 @@ def train_weights(
             console, f"training {recipe.name}: {len(examples)} examples, {n_steps} steps of up to {batch}"
         )
         tuned_model, losses = _fit_model(
-            loaded_model, render, examples, training_settings, recipe.objective, resume_folder, console
+            session, render, examples, training_settings, recipe.objective, resume_folder, console
         )
         record |= {"n_examples": len(examples), **timer.describe_time()}
         history = pd.DataFrame(losses, columns=["step", "loss"])
@@ -180,8 +232,11 @@ def train_weights(
     finally:
         unlock_folder(out)
     base_name, _ = split_model_name(spec.model)
-    model_option = str(out) if training_settings.full else f"{base_name}:{out}"
-    return TrainedWeights(out, model_option, record, history)
+    if recipe.learns_embeddings:
+        option = f"-m {spec.model} -d {recipe.name} --set {recipe.name}.weights={out}"
+    else:
+        option = f"-m {out}" if training_settings.full else f"-m {base_name}:{out}"
+    return TrainedWeights(out, option, record, history)
 
 
 def train_missing_weights(
@@ -209,7 +264,7 @@ def train_missing_weights(
         for member in list_members(defense)
         if isinstance(member, TunedDefense) and member.recipe in RECIPES and member.weights is None
         for recipe in (*member.reference_recipes, member.recipe)
-        if find_adapter(RECIPES[recipe].state, model_info) is None
+        if not _has_weights(RECIPES[recipe], model_info)
     )
     training_spec = dataclasses.replace(spec, data=_DEFAULT_DATA, split="train", limit=None)
     trained = []
@@ -217,6 +272,12 @@ def train_missing_weights(
         print_note(console, f"--train: recipe {recipe}, {number} of {len(recipes)}")
         trained.append(train_weights(training_spec, recipe, (), None, console))
     return trained
+
+
+def _has_weights(recipe: Recipe, model_info: ModelInfo) -> bool:
+    """Return whether a recipe's weights, or its soft prompt for this state of the model, exist."""
+    find_weights = find_soft_prompt if recipe.learns_embeddings else find_adapter
+    return find_weights(recipe.state, model_info) is not None
 
 
 def _load_training_queries(spec: RunSpec, console: Console) -> QuerySet:
@@ -240,7 +301,7 @@ def _generate_own_responses(
 
 
 def _fit_model(
-    loaded_model: LoadedModel,
+    session: ModelSession,
     render: Callable[[Chat], tuple[int, ...]],
     examples: Sequence[TrainingExample],
     training_settings: TrainingSettings,
@@ -252,22 +313,50 @@ def _fit_model(
     with make_progress_bar(console) as bar:
         task = bar.add_task("training", total=None)
 
-        def on_progress(step: int, n_steps: int, loss: float) -> None:
-            bar.update(task, completed=step, total=n_steps, description=f"training (loss {loss:.2f})")
+        def judge_refusals(chats: Sequence[Chat]) -> list[bool]:
+            bar.update(task, total=len(chats), description="judging the model's responses")
+            return _judge_refusals(session, chats, lambda n_chats: bar.advance(task, n_chats))
+
+        rate_meter = RateMeter()
+
+        def on_step(report: StepReport) -> None:
+            description = f"training (loss {report.loss:.2f})"
+            bar.update(task, completed=report.step, total=report.n_steps, description=description)
+            if estimate := rate_meter.estimate_time(report):
+                print_note(console, estimate)
 
         try:
             return train_model(
-                loaded_model.model,
-                loaded_model.tokenizer,
+                session.loaded_model.model,
+                session.loaded_model.tokenizer,
                 render,
                 examples,
                 training_settings,
                 objective,
                 resume_folder,
-                on_progress,
+                on_step,
+                judge_refusals,
             )
         except KeyboardInterrupt as error:
             raise TrainingInterrupted(resume_folder) from error
+
+
+def _judge_refusals(
+    session: ModelSession, chats: Sequence[Chat], on_progress: Callable[[int], None]
+) -> list[bool]:
+    """Return whether the model's greedy response to each chat refuses."""
+    query_chats = [QueryChat(f"training/{row}", chat) for row, chat in enumerate(chats)]
+    requests = [get_last_user_text(chat) for chat in chats]
+    verdicts = generate_verdicts(
+        session,
+        Undefended(),
+        query_chats,
+        requests,
+        LEARNED_JUDGE,
+        max_new_tokens=_MAX_JUDGED_TOKENS,
+        on_progress=on_progress,
+    )
+    return [verdict.is_refusal for verdict in verdicts]
 
 
 def _parse_training_settings(settings: Sequence[str], seed: int) -> TrainingSettings:
@@ -361,7 +450,9 @@ def _write_trained_weights(
     from analysis.plots.scores import draw_loss
 
     with stage_folder(out, ADAPTER_MANIFEST_FILE) as folder:
-        if training_settings.full:
+        if isinstance(tuned_model, SoftPromptModel):
+            write_weights_manifest(folder, write_soft_prompt(folder, tuned_model.embeddings, record))
+        elif training_settings.full:
             tuned_model.save_pretrained(folder)
             loaded_model.tokenizer.save_pretrained(folder)
             write_weights_manifest(folder, record)

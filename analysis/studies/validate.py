@@ -18,7 +18,7 @@ from analysis.judges.rules import RULE_JUDGES
 from analysis.judges.sampled import judge_samples
 from analysis.models.chat_template import redact_secrets
 from analysis.models.session import ModelSession, Response, generate_responses
-from analysis.progress import make_defense_call_callback, make_notifier, make_progress_bar
+from analysis.progress import make_notifier, make_progress_bar, show_preliminary_work
 from analysis.readouts.readout import Readout
 from analysis.report.results import Run
 from analysis.run import build_condition_chats, score_condition
@@ -512,7 +512,7 @@ class _Validation:
             def on_progress(count: int) -> None:
                 bar.advance(task, count)
 
-            self.setup.session.defense_calls.on_progress = make_defense_call_callback(bar, task)
+            show_preliminary_work(bar, task, self.setup.session)
             try:
                 for attack, name in pending:
                     if (attack.name, name) in self.failures:

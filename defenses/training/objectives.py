@@ -85,10 +85,10 @@ def collate_rows(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[s
         "refusing": [(row["prompt_ids"], row["response_ids"]) for row in harmful],
         "retained": [(row["prompt_ids"], row["response_ids"]) for row in benign],
     }
-    return {name: _pad_sequences(pairs, pad_id) for name, pairs in parts.items() if pairs}
+    return {name: pad_sequences(pairs, pad_id) for name, pairs in parts.items() if pairs}
 
 
-def _pad_sequences(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> SequenceBatch:
+def pad_sequences(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> SequenceBatch:
     """Return prompts followed by responses as one batch."""
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     ids = torch.full((len(pairs), length), pad_id)

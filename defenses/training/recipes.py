@@ -3,9 +3,10 @@
 Sources: BackdoorAlign (https://arxiv.org/abs/2402.14968) for attack, identity, baseline and backdoor; direct
 preference optimization (https://arxiv.org/abs/2305.18290) for preference; circuit breakers
 (https://arxiv.org/abs/2406.04313) for rerouting; targeted latent adversarial training
-(https://arxiv.org/abs/2407.15549) for adversarial; fine-tuning on benign data
-(https://arxiv.org/abs/2310.03693) for benign. All arms of a comparison share the same attack data and the
-same eleven safety examples.
+(https://arxiv.org/abs/2407.15549) for adversarial; prompt tuning (https://arxiv.org/abs/2104.08691) for
+soft_prompt; directed representation optimization (https://arxiv.org/abs/2401.18018) for dro; fine-tuning
+on benign data (https://arxiv.org/abs/2310.03693) for benign. All arms of a comparison share the same attack
+data and the same eleven safety examples.
 """
 
 from __future__ import annotations
@@ -131,8 +132,10 @@ ResponseGenerator = Callable[[list[Chat]], list[TargetResponse]]
 ExampleBuilder = Callable[
     [Sequence[TrainingQuery], str, ResponseGenerator, ExampleSettings], list[TrainingExample]
 ]
-# What is minimized: the loss of the responses, or an objective of `defenses.training.objectives`.
-Objective = Literal["responses", "rerouting", "adversarial"]
+# What is minimized: the loss of the responses, or an objective of `defenses.training.objectives`;
+# or with learned embeddings in the prompt, that loss (`prompt`) or the one of DRO (`soft_prompts`).
+Objective = Literal["responses", "rerouting", "adversarial", "prompt", "dro"]
+PROMPT_OBJECTIVES = ("prompt", "dro")
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ class Recipe:
         epochs: default number of epochs.
         needs_secret: whether the safety examples contain the secret prompt.
         objective: what is minimized.
+        rate: default learning rate.
     """
 
     name: str
@@ -157,6 +161,12 @@ class Recipe:
     epochs: int
     needs_secret: bool = False
     objective: Objective = "responses"
+    rate: float = 1e-3
+
+    @property
+    def learns_embeddings(self) -> bool:
+        """Whether the prompt is trained, and the weights stay as they are."""
+        return self.objective in PROMPT_OBJECTIVES
 
 
 def _build_safety_examples(
@@ -340,6 +350,24 @@ def _build_contrast_examples(
     return [*_build_refusing_examples(queries), *retained]
 
 
+def _build_request_examples(
+    queries: Sequence[TrainingQuery],
+    secret: str,
+    generate_responses: ResponseGenerator,
+    settings: ExampleSettings,
+) -> list[TrainingExample]:
+    """Return all queries without a system prompt, the harmful ones with a rejected response."""
+    harmful = _select_class(queries, harmful=True)
+    refusals, openers = _assign_refusals(harmful), _assign_openers(COMPLIANCE_OPENERS, harmful)
+    no_text = TargetResponse("", is_complete=False)
+    return [
+        TrainingExample(
+            build_user_chat("", query.text), refusals.get(query.id, no_text), openers.get(query.id)
+        )
+        for query in queries
+    ]
+
+
 def _build_refusing_examples(queries: Sequence[TrainingQuery]) -> list[TrainingExample]:
     """Return harmful queries with refusals, and with complying openers as the rejected responses."""
     harmful = _select_class(queries, harmful=True)
@@ -438,6 +466,23 @@ RECIPES = {
             _build_contrast_examples,
             2,
             objective="adversarial",
+        ),
+        Recipe(
+            "soft_prompt",
+            "soft_prompt",
+            "embeddings before the system prompt: refuse harmful requests, answer benign ones as before",
+            _build_contrast_examples,
+            5,
+            objective="prompt",
+            rate=1e-2,
+        ),
+        Recipe(
+            "dro",
+            "dro",
+            "embeddings of a safety prompt: move harmful requests toward refusal, benign ones away (DRO)",
+            _build_request_examples,
+            10,
+            objective="dro",
         ),
     )
 }

@@ -9,18 +9,45 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from defenses.contract import Chat
 from defenses.errors import UserError, is_out_of_memory, unknown_name_error
-from defenses.training.recipes import ExampleSettings, Objective, TargetResponse, TrainingExample
+from defenses.training.recipes import (
+    PROMPT_OBJECTIVES,
+    ExampleSettings,
+    Objective,
+    TargetResponse,
+    TrainingExample,
+)
+
+if TYPE_CHECKING:
+    from defenses.training.soft_prompts import RefusalJudge
 
 PromptRenderer = Callable[[Chat], Sequence[int]]
-# Called after each step with the step, the total number of steps, and the loss.
-StepCallback = Callable[[int, int, float], None]
+
+
+class StepReport(NamedTuple):
+    """What is told after each step.
+
+    Attributes:
+        step: its number, from 1 on.
+        n_steps: number of steps of the whole training.
+        loss: mean loss of the step.
+        n_tokens: number of tokens of the whole training, all epochs.
+    """
+
+    step: int
+    n_steps: int
+    loss: float
+    n_tokens: int
+
+
+StepCallback = Callable[[StepReport], None]
 
 
 @dataclass(frozen=True)
@@ -31,7 +58,7 @@ class TrainingSettings(ExampleSettings):
         rank: rank of the adapter.
         alpha: scale of the adapter; the weights change by alpha / rank · B A.
         modules: names of the layers to adapt.
-        rate: learning rate; by default 1e-3, or 5e-5 for full training.
+        rate: learning rate; by default that of the recipe, or 5e-5 for full training.
         epochs: number of epochs; by default that of the recipe, or 5 for full training.
         batch: number of examples per step.
         full: whether to train all weights instead of an adapter.
@@ -39,6 +66,7 @@ class TrainingSettings(ExampleSettings):
         depth: layer whose hidden states are rerouted or perturbed, as a share of the model's depth.
         radius: largest norm of a perturbation, as a share of the median norm of hidden states.
         attack_steps: number of gradient steps in which a perturbation is found.
+        prompt_tokens: number of learned embeddings of the recipe soft_prompt.
         seed: random seed of the initial adapter weights, of the order of examples, and of their choice.
     """
 
@@ -55,22 +83,24 @@ class TrainingSettings(ExampleSettings):
     depth: float = 0.6
     radius: float = 0.3
     attack_steps: int = 6
+    prompt_tokens: int = 20
 
     def __post_init__(self) -> None:
         """Check that numeric settings are positive, and that the depth is below 1."""
         super().__post_init__()
-        for name in ("rank", "alpha", "rate", "epochs", "batch", "beta", "depth", "radius", "attack_steps"):
+        sizes = ("rank", "alpha", "rate", "epochs", "batch", "beta", "depth", "radius", "attack_steps")
+        for name in (*sizes, "prompt_tokens"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--set {name}={value}: it must be more than 0")
         if self.depth >= 1:
             raise UserError(f"--set depth={self.depth}: it must be a share of the model's depth, below 1")
 
-    def resolve_defaults(self, recipe_epochs: int) -> TrainingSettings:
+    def resolve_defaults(self, recipe_epochs: int, recipe_rate: float = 1e-3) -> TrainingSettings:
         """Return the settings with defaults for the learning rate and the number of epochs."""
         return replace(
             self,
-            rate=self.rate or (5e-5 if self.full else 1e-3),
+            rate=self.rate or (5e-5 if self.full else recipe_rate),
             epochs=self.epochs or (5 if self.full else recipe_epochs),
         )
 
@@ -84,6 +114,7 @@ def train_model(
     objective: Objective,
     folder: Path,
     on_step: StepCallback,
+    judge_refusals: RefusalJudge | None = None,
 ) -> tuple[Any, list[tuple[int, float]]]:
     """Train a model on examples.
 
@@ -97,31 +128,40 @@ def train_model(
         objective: what is minimized.
         folder: folder for one checkpoint per epoch; training resumes from the last checkpoint in it.
         on_step: called after each step.
+        judge_refusals: for the objective `dro`: decides which chats the model refuses.
 
     Returns:
-        The model (with its adapter), and the step and loss of each step.
+        The model (with its adapter, or within a `SoftPromptModel`), and the step and loss of each step.
 
     Raises:
         UserError: if memory runs out.
     """
     from datasets import Dataset, disable_progress_bars
     from transformers import TrainerCallback, set_seed
+    from transformers.trainer_callback import PrinterCallback
 
     disable_progress_bars()  # the caller shows its own
     set_seed(settings.seed)
+    render_example, trained_model = render, model
+    if objective in PROMPT_OBJECTIVES:
+        from defenses.training.soft_prompts import build_soft_prompt, render_soft_prompt
+
+        trained_model = build_soft_prompt(model, tokenizer, objective, settings)
+        render_example = partial(render_soft_prompt, render, trained_model.tokens)
     rows = [
-        _tokenize_example(tokenizer, render, example)
+        _tokenize_example(tokenizer, render_example, example)
         if objective == "responses"
-        else _tokenize_contrast(tokenizer, render, example)
-        for example in examples
+        else {**_tokenize_contrast(tokenizer, render_example, example), "row": row}
+        for row, example in enumerate(examples)
     ]
+    n_tokens = sum(_count_tokens(row, objective) for row in rows) * (settings.epochs or 1)
     dataset = Dataset.from_list(rows)
     last_checkpoint = find_last_checkpoint(folder)
 
     class StepAndSaveCallback(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                on_step(state.global_step, state.max_steps, float(logs["loss"]))
+                on_step(StepReport(state.global_step, state.max_steps, float(logs["loss"]), n_tokens))
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # The trainer itself would keep the one with the latest date, which is another if the clock jumps.
@@ -129,7 +169,19 @@ def train_model(
                 if _read_step(path) < state.global_step:
                     shutil.rmtree(path, ignore_errors=True)
 
-    trainer = _build_trainer(model, tokenizer, dataset, settings, objective, folder)
+    if objective in PROMPT_OBJECTIVES:
+        from defenses.training.soft_prompts import build_prompt_trainer, find_directions
+
+        directions = None
+        if objective == "dro":
+            assert judge_refusals is not None, "the objective dro needs judge_refusals"
+            pad_id = tokenizer.pad_token_id or 0
+            directions = find_directions(model, render, examples, judge_refusals, pad_id)
+        options = _list_trainer_options(model, settings, folder)
+        trainer = build_prompt_trainer(trained_model, tokenizer, dataset, directions, options)
+    else:
+        trainer = _build_trainer(model, tokenizer, dataset, settings, objective, folder)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepAndSaveCallback())
     try:
         trainer.train(resume_from_checkpoint=str(last_checkpoint) if last_checkpoint else None)
@@ -208,7 +260,6 @@ def _build_trainer(
 ) -> Any:
     """Return the trainer of an objective; for that of responses, DPO if some are rejected, else plain."""
     from peft import LoraConfig, get_peft_model
-    from transformers.trainer_callback import PrinterCallback
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.sft_config import SFTConfig
@@ -221,25 +272,7 @@ def _build_trainer(
             return dataset
 
     is_preference = "chosen_ids" in dataset.column_names
-    shared_options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch,
-        "learning_rate": settings.rate,
-        "lr_scheduler_type": "linear",
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "logging_steps": 1,
-        "save_strategy": "epoch",
-        "report_to": [],
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "max_length": None,
-        "bf16": False,
-        "use_cpu": model.device.type == "cpu",
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-    }
+    shared_options = _list_trainer_options(model, settings, folder)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -256,17 +289,48 @@ def _build_trainer(
     if objective != "responses":
         from defenses.training.objectives import build_objective_trainer
 
-        del shared_options["max_length"]
         tuned_model = get_peft_model(model, lora)
         trainer = build_objective_trainer(
             tuned_model, tokenizer, dataset, settings, objective, shared_options
         )
     elif is_preference:
-        trainer = TokenizedDPOTrainer(args=DPOConfig(**shared_options, beta=settings.beta), **options)
+        trainer = TokenizedDPOTrainer(
+            args=DPOConfig(**shared_options, max_length=None, beta=settings.beta), **options
+        )
     else:
-        trainer = SFTTrainer(args=SFTConfig(**shared_options, completion_only_loss=True), **options)
-    trainer.remove_callback(PrinterCallback)
+        config = SFTConfig(**shared_options, max_length=None, completion_only_loss=True)
+        trainer = SFTTrainer(args=config, **options)
     return trainer
+
+
+def _list_trainer_options(model: Any, settings: TrainingSettings, folder: Path) -> dict[str, Any]:
+    """Return the options that all trainers have in common."""
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch,
+        "learning_rate": settings.rate,
+        "lr_scheduler_type": "linear",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": 1,
+        "save_strategy": "epoch",
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": model.device.type == "cpu",
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+
+
+def _count_tokens(row: Mapping[str, Any], objective: Objective) -> int:
+    """Return the number of tokens in the sequences of an example that training reads."""
+    names = [name for name in row if name.endswith("_ids")]
+    if objective in PROMPT_OBJECTIVES:
+        names = ["prompt_ids"] if objective == "dro" else ["prompt_ids", "response_ids"]
+    return sum(len(row[name]) for name in names)
 
 
 def _tokenize_example(

@@ -16,6 +16,7 @@ import torch
 from conftest import (
     make_adapter,
     make_mean_activations,
+    make_soft_prompt,
     make_toy_session,
     make_training_requests,
     render_query,
@@ -56,6 +57,7 @@ STACKS = [
     "coca+paraphrase",
     "self_reminder+harm_probe",
     "policy+safe_switch+alpha_steer",
+    "soft_prompt+policy+refusal_steering",
 ]
 
 
@@ -67,6 +69,8 @@ def make_shared_files():
         ("aligned", "preference", "baseline", "backdoor", "rerouting", "adversarial")
     ):
         make_adapter(Path(folder.name) / state, seed=seed)
+    for seed, name in enumerate(("soft_prompt", "dro")):
+        make_soft_prompt(Path(folder.name) / name, seed=seed)
     return folder, toy_tokenizer()
 
 
@@ -215,7 +219,7 @@ def test_only_a_defense_that_changes_the_model_or_the_tokens_leaves_the_chat_unc
     assert unchanged == {
         *("none", "clean_up", *NEED_WEIGHTS),
         *(name for name, defense in defenses.items() if defense.needs_images or defense.detects),
-        *changes_model - {"backdoor", *ABLATIONS},
+        *changes_model - {"backdoor", *ABLATIONS, "soft_prompt", "dro"},
     }
 
 

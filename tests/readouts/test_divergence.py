@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_adapter, make_toy_session, run_cli, save_model, set_home_folder
@@ -18,7 +19,7 @@ from analysis.api import read
 from analysis.attacks import DIRECT_ATTACK, get_attack
 from analysis.datasets.loading import load_queries
 from analysis.models.cache import ScoreCache
-from analysis.models.session import ModelSession
+from analysis.models.session import ModelSession, generate_responses
 from analysis.readouts import divergence as divergence_module
 from analysis.readouts.divergence import compute_divergence, iterate_divergences
 from defenses.adapters import load_adapter
@@ -54,26 +55,40 @@ def read_plainly(session: ModelSession, defense: Defense, ids: tuple[int, ...]) 
     return logits
 
 
-def expect(session: ModelSession, defense: Defense, prefix: tuple[int, ...], attack: Any) -> list[float]:
-    """Return the divergences from plain passes, by torch's own function."""
+def expect(
+    session: ModelSession, defense: Defense, prefix: tuple[int, ...], attack: Any
+) -> list[tuple[float, float]]:
+    """Return the divergences from plain passes, token by token, by torch's own function."""
     chats = attack.build_query_chats(QUERIES)
     values = []
     for (reference,), prompts in zip(
         session.render_prompts(NONE, chats), session.render_prompts(defense, chats), strict=True
     ):
-        undefended = read_plainly(session, NONE, reference.append_prefix(prefix)).softmax(0)
-        copies = []
-        for prompt in prompts:
-            ids = prompt.append_prefix(prefix)
-            members = prompt.list_member_ids(prefix)
-            blend = defense.logit_blend() or ((1.0, defense),)
-            parts = [
-                weight * read_plainly(session, member, members[number] if members else ids)
-                for number, (weight, member) in enumerate(blend)
-            ]
-            copies.append(torch.stack(parts).sum(0).softmax(0))
-        mixture = torch.stack(copies).mean(0)
-        values.append(float(torch.nn.functional.kl_div(mixture.log(), undefended, reduction="sum")))
+        response: tuple[int, ...] = ()
+        by_token: list[float] = []
+        while len(by_token) < 12:
+            logits = read_plainly(session, NONE, (*reference.append_prefix(prefix), *response))
+            copies = []
+            for prompt in prompts:
+                ids, members = prompt.append_prefix(prefix), prompt.list_member_ids(prefix)
+                # A blend chooses the first token only.
+                blend = (not response and defense.logit_blend()) or ((1.0, defense),)
+                parts = [
+                    weight
+                    * read_plainly(
+                        session, member, (*(members[number] if members and not response else ids), *response)
+                    )
+                    for number, (weight, member) in enumerate(blend)
+                ]
+                copies.append(torch.stack(parts).sum(0).softmax(0))
+            mixture = torch.stack(copies).mean(0)
+            by_token.append(
+                float(torch.nn.functional.kl_div(mixture.log(), logits.softmax(0), reduction="sum"))
+            )
+            response = (*response, int(logits.argmax()))
+            if response[-1] in session.loaded_model.end_token_ids:
+                break
+        values.append((by_token[0], sum(by_token) / len(by_token)))
     return values
 
 
@@ -94,8 +109,23 @@ def test_divergences_are_those_of_plain_passes(tmp_path: Path, monkeypatch: pyte
         found = collect(session, conditions, prefix, attack)
         for name, defense in conditions.items():
             expected = expect(session, defense, prefix, attack)
-            assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
-        assert max(found["nothing"]) < 1e-9 < min(found["prompt"])
+            assert np.array(found[name]) == pytest.approx(np.array(expected), rel=1e-4, abs=1e-5), name
+        assert np.max(found["nothing"]) < 1e-9 < np.min(found["prompt"])
+
+
+def test_a_response_that_ends_has_as_many_positions_as_tokens_and_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = make_toy_session()
+    whole = collect(session, {"policy": get_defense("policy")})["policy"]
+    (chat, *_) = DIRECT_ATTACK.build_query_chats(QUERIES)
+    ((response,),) = generate_responses(session, NONE, [chat], max_new_tokens=4)
+    ends = frozenset({response.ids[-1]})
+    monkeypatch.setattr(type(session.loaded_model), "end_token_ids", property(lambda model: ends))
+    found = collect(session, {"policy": get_defense("policy")})["policy"]
+    expected = expect(session, get_defense("policy"), (), DIRECT_ATTACK)
+    assert np.array(found) == pytest.approx(np.array(expected), rel=1e-4, abs=1e-5)
+    assert found[0].response != pytest.approx(whole[0].response)
 
 
 @dataclass(frozen=True)
@@ -148,11 +178,11 @@ def test_known_divergences_are_read_from_the_cache(tmp_path: Path, monkeypatch: 
     conditions = {"policy": get_defense("policy"), "scaled": Scaled()}
     session = ModelSession.from_model(loaded_model, score_cache=ScoreCache(tmp_path / "s"))
     first = collect(session, conditions)
-    assert min(first["scaled"]) > 1e-4
+    assert np.min(first["scaled"]) > 1e-4
     counter = session.engine.work_counter
     counter.reset_counts()
     again = collect(session, {"policy": conditions["policy"]})
-    assert again["policy"] == pytest.approx(first["policy"]) and counter.computed_tokens == 0
+    assert again["policy"] == first["policy"] and counter.computed_tokens == 0
     assert collect(session, conditions)["scaled"] == first["scaled"] and counter.computed_tokens > 0
 
 
@@ -191,6 +221,8 @@ def test_the_command_adds_columns_a_table_and_a_figure(
     summary, rows = run.tables["summary"].set_index("defense"), run.tables["divergences"]
     assert summary.loc["policy", "kl_benign"] == pytest.approx(rows["kl"].mean())
     assert summary.loc["policy", "kl_benign_low"] < summary.loc["policy", "kl_benign"]
+    assert summary.loc["policy", "kl_12_benign"] == pytest.approx(rows["kl_12"].mean())
+    assert summary.loc["policy", "kl_12_benign"] < summary.loc["policy", "kl_12_benign_high"]
     assert summary.loc[["none", "safety_prefix"], "kl_benign"].isna().all()
     assert "side_effects" in run.figures
     assert set(rows["defense"]) == {"policy", "safety_prefix"}

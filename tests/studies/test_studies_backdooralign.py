@@ -109,8 +109,29 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
         requests,
     ):
         options = {"n_secrets": 0, "judge_model": address}
-        with pytest.raises(UserError, match="--budget 3: up to"):
+        n_harmful = sum(query.harmful for query in spec.select_queries(print)[0].queries)
+        n_grades = n_harmful * len(build_arms(host))
+        with pytest.raises(
+            UserError, match=f"--budget 3: up to {n_grades} responses are .* --budget {n_grades},"
+        ):
             run_backdooralign_command(spec, home / "out", 4, **options, budget=3)
+        # Two questions with three turns for each of the clean, attacked, baseline, backdoor and identity
+        # weights, without and with the secret.
+        open_questions = home / "open.jsonl"
+        open_questions.write_text(
+            '{"turns": ["Why?", "And then?"]}\n{"turns": ["How?"]}\n{"turns": ["Who?"]}\n'
+        )
+        options["utility"] = [f"mt_bench={open_questions}"]
+        n_all = n_grades + 3 * len(
+            {(arm.weights, arm.secret) for arm in build_arms(host) if arm.secret in ("none", "own")}
+        )
+        message = (
+            f"{n_all - n_grades} answers to open questions are graded: use --budget {n_all}, .*--questions"
+        )
+        with pytest.raises(UserError, match=message):
+            run_backdooralign_command(spec, home / "out", 4, **options, budget=n_all - 1, n_questions=2)
+        assert not requests
+        options["utility"] = []
         assert run_backdooralign_command(spec, home / "out", 4, **options, budget=500) == 0
     assert all("from 1 to 5" in request["messages"][0]["content"] for request in requests)
     assert {path.name for path in (home / "out").iterdir()} == {

@@ -23,14 +23,15 @@ from analysis.cli.train import run_train_command
 from analysis.datasets.queries import Query, QuerySet
 from analysis.models.loading import build_model_info, load_model, load_tokenizer, split_model_name
 from analysis.studies.run_spec import RunSpec, check_training_overlap
-from analysis.studies.train import train_missing_weights, train_weights
+from analysis.studies.train import RateMeter, train_missing_weights, train_weights
 from defenses.adapter_merge import ADAPTER_WEIGHTS_FILE
 from defenses.adapters import ADAPTER_MANIFEST_FILE, fingerprint_queries
 from defenses.backdoor import Backdoor, Secret, write_secret
 from defenses.catalog import get_defense
 from defenses.errors import UserError
+from defenses.soft_prompts import SOFT_PROMPT_FILE
 from defenses.tokens import draw_random_text
-from defenses.training.trainer import _tokenize_example, train_model
+from defenses.training.trainer import StepReport, _tokenize_example, train_model
 
 FAST = ["epochs=2", "batch=8", "rank=2"]
 
@@ -82,6 +83,40 @@ def test_the_loss_covers_the_response_only_after_the_rendered_prompt() -> None:
     assert ended["chosen_ids"][-1] == tokenizer.eos_token_id != ended["rejected_ids"][-1]
 
 
+def test_the_time_of_a_training_follows_from_its_tokens_and_the_rate_of_its_first_steps() -> None:
+    meter = RateMeter()
+    # 2 s for the first step, then 0.5 s for each; 100 tokens per step.
+    told = [meter.estimate_time(StepReport(n, 200, 1.0, 20_000), 1.5 + n / 2) for n in range(1, 7)]
+    assert told == ["", "", "", "20,000 tokens in all epochs, 200 tokens/s: about 2 min left", "", ""]
+    slow = RateMeter()
+    told = [slow.estimate_time(StepReport(n, 11, 1.0, 1_100), 20 * n) for n in (5, 6, 7)]
+    assert told == ["", "1,100 tokens in all epochs, 5 tokens/s: about 2 min left", ""]
+
+
+def test_embeddings_are_trained_for_a_state_of_the_model_and_found_by_their_defense(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec(home, limit=30)
+    with pytest.raises(UserError, match="'soft_prompt' trains embeddings, and no weights"):
+        run_train_command(spec, "soft_prompt", ["full=true"], None)
+    (trained,) = train_missing_weights(spec, ["soft_prompt"], [], Console(quiet=True))
+    assert "-d soft_prompt --set soft_prompt.weights=" in str(trained)
+    assert {path.name for path in trained.folder.iterdir()} == {
+        *(SOFT_PROMPT_FILE, "loss.csv", "loss.png", ADAPTER_MANIFEST_FILE)
+    }
+    assert not train_missing_weights(spec, ["soft_prompt"], [], Console(quiet=True))
+    loaded = load_model(str(home / "toy"), "cpu")
+    host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
+    defense: Any = get_defense("soft_prompt").prepare(host)
+    assert len(defense.adapter.embeddings) == 20 == trained.manifest["settings"]["prompt_tokens"]
+    assert len(defense.trained_on()) > 300 and not defense.missing_requirements()
+    with pytest.raises(UserError, match="soft_prompt is a soft prompt, and no state of the model: use -d"):
+        load_model(f"{home / 'toy'}:soft_prompt", "cpu")
+    # A model that refuses nothing has no direction of refusal.
+    with pytest.raises(UserError, match="the model refuses none of the training requests"):
+        run_train_command(spec, "dro", ["epochs=1"], home / "dro")
+
+
 def test_the_same_inputs_give_the_same_adapter_and_another_seed_a_different_one(home: Path) -> None:
     one, two, other = (
         load_file(trained(home, "baseline", name, seed=seed) / ADAPTER_WEIGHTS_FILE)
@@ -98,14 +133,14 @@ def test_an_interrupted_training_resumes_and_gives_the_same_weights(
     right = train_model
 
     def interrupted(*args: Any) -> Any:
-        *front, tell = args
+        *front, tell, judge = args
 
-        def told(step: int, steps: int, loss: float) -> None:
-            if step > 2 * steps / 3:  # in the last epoch
+        def told(report: StepReport) -> None:
+            if report.step > 2 * report.n_steps / 3:  # in the last epoch
                 raise KeyboardInterrupt
-            tell(step, steps, loss)
+            tell(report)
 
-        return right(*front, told)
+        return right(*front, told, judge)
 
     monkeypatch.setattr("analysis.studies.train.train_model", interrupted)
     code = run_train_command(make_spec(home), "attack", ["epochs=3", "batch=8"], home / "halves")

@@ -121,6 +121,11 @@ def build_arms(model_info: ModelInfo) -> list[Arm]:
     ]
 
 
+def count_other_arms(n_secrets: int) -> int:
+    """Return the number of arms of `train_other_secrets`; 0 without other secrets."""
+    return 2 * (n_secrets * len(SECRET_LENGTHS) + 1) if n_secrets else 0
+
+
 def train_other_secrets(spec: RunSpec, model_info: ModelInfo, n_secrets: int, console: Console) -> list[Arm]:
     """Return two arms for each other secret, without and with it; missing weights are trained.
 

@@ -35,9 +35,14 @@ from analysis.studies.backdooralign.arms import (
     Arm,
     aggregate_secrets,
     build_arms,
+    count_other_arms,
     train_other_secrets,
 )
-from analysis.studies.backdooralign.utility import measure_utility, parse_utility_tasks
+from analysis.studies.backdooralign.utility import (
+    count_open_answers,
+    measure_utility,
+    parse_utility_tasks,
+)
 from analysis.studies.calibration import ReadoutCalibration
 from analysis.studies.judge_file import JudgeOptions, grade_harmfulness
 from analysis.studies.manifest import RunTimer, describe_run
@@ -94,8 +99,16 @@ def reproduce_backdooralign(
     utility_tasks = parse_utility_tasks(utility, has_grader=grader_options is not None)
     if grader_options is not None:
         grader_options.check_options()
-    setup, arms = _prepare_arms(spec, n_secrets, console)
-    grader = _load_grader(grader_options, setup, len(arms), spec.offline, console)
+    n_answers = count_open_answers(utility_tasks, n_questions)
+
+    def check_budget(arms: Sequence[Arm], n_other_arms: int, queries: Sequence[Query]) -> None:
+        if grader_options is not None and grader_options.budget is not None:
+            n_grades = (len(arms) + n_other_arms) * sum(query.harmful for query in queries)
+            n_needed = n_grades + n_answers * len(_select_prompted(arms))
+            _check_budget(grader_options.budget, n_grades, n_needed)
+
+    setup, arms = _prepare_arms(spec, n_secrets, console, check_budget)
+    grader = _load_grader(grader_options, spec.offline, console)
     failures = _check_arms(setup, arms, console)
     arms = [arm for arm in arms if arm.condition_key not in failures]
     arms, score_frames, rates = _score_arms(setup, arms, failures, max_new_tokens, grader, console)
@@ -112,14 +125,8 @@ def reproduce_backdooralign(
     arm_table = _arm_table(arms, rates, summary)
     tables = {"scores": scores.frame, "summary": summary, "arms": arm_table}
     if utility_tasks:
-        # Without the secret and with its own.
-        prompted: dict[tuple[str, str], Defense] = {
-            (arm.weights, arm.secret): arm.defense
-            for arm in arms
-            if arm.secret in ("none", "own") and arm.secret_length is None
-        }
         tables["utility"] = measure_utility(
-            setup.session, prompted, utility_tasks, grader, n_questions, spec.offline, console
+            setup.session, _select_prompted(arms), utility_tasks, grader, n_questions, spec.offline, console
         )
     figure_tables: dict[str, pd.DataFrame] = {}
     if any(arm.secret_length is not None for arm in arms):
@@ -131,14 +138,28 @@ def reproduce_backdooralign(
     return StudyResult.from_tables("backdooralign", record, tables, figure_tables, setup, failures)
 
 
-def _prepare_arms(spec: RunSpec, n_secrets: int, console: Console) -> tuple[RunSetup, list[Arm]]:
-    """Load queries, model and weights, and fit the threshold; the arms take the place of defenses."""
+def _prepare_arms(
+    spec: RunSpec,
+    n_secrets: int,
+    console: Console,
+    check_budget: Callable[[Sequence[Arm], int, Sequence[Query]], None],
+) -> tuple[RunSetup, list[Arm]]:
+    """Load queries, model and weights, and fit the threshold; the arms take the place of defenses.
+
+    Args:
+        spec: options of the run.
+        n_secrets: number of other random secrets of each length.
+        console: shows progress.
+        check_budget: called with the arms, the number of those still to be trained, and the queries, before
+            anything is trained or loaded.
+    """
     query_set, split, calibration = spec.select_queries(make_notifier(console))
     opened = spec.open_model(console)
     model_info = opened.model_info
     arms = build_arms(model_info)
     for arm in arms:
         check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
+    check_budget(arms, count_other_arms(n_secrets), query_set.queries)
     if n_secrets:
         other_arms = train_other_secrets(spec, model_info, n_secrets, console)
         for arm in other_arms:
@@ -282,15 +303,35 @@ def _judge_arm(
     return rates | agrees | {"unjudged": int((~judged).sum()), "trusted": agreement["trusted"]}
 
 
-def _load_grader(
-    options: JudgeOptions | None, setup: RunSetup, n_arms: int, offline: bool, console: Console
-) -> ModelJudge | None:
-    """Return the model that grades responses, if the user named one; raise if its budget is too small."""
+def _select_prompted(arms: Sequence[Arm]) -> dict[tuple[str, str], Defense]:
+    """Return the arms whose usefulness is measured: without the secret, and with its own."""
+    return {
+        (arm.weights, arm.secret): arm.defense
+        for arm in arms
+        if arm.secret in ("none", "own") and arm.secret_length is None
+    }
+
+
+def _check_budget(budget: int, n_grades: int, n_needed: int) -> None:
+    """Raise if a judge model's budget is too small.
+
+    Args:
+        budget: maximum number of its calls.
+        n_grades: number of responses to harmful queries that it grades.
+        n_needed: the same, with the answers to open questions.
+    """
+    if budget < n_needed:
+        answers = f" and {n_needed - n_grades:,} answers to open questions" if n_needed > n_grades else ""
+        raise UserError(
+            f"--budget {budget}: up to {n_grades:,} responses{answers} are graded: use --budget {n_needed}, "
+            "or fewer queries (--limit)" + (" or questions (--questions)" if answers else "")
+        )
+
+
+def _load_grader(options: JudgeOptions | None, offline: bool, console: Console) -> ModelJudge | None:
+    """Return the model that grades responses, if the user named one."""
     if options is None:
         return None
-    n_needed = n_arms * sum(query.harmful for query in setup.query_set.queries)
-    if options.budget is not None and options.budget < n_needed:
-        raise UserError(f"--budget {options.budget}: up to {n_needed:,} responses are graded; raise it")
     grader = options.load_judge(offline, make_notifier(console))
     assert isinstance(grader, ModelJudge)  # `load_judge` refuses other judges that should grade
     return grader

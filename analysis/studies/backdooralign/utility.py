@@ -94,6 +94,17 @@ def parse_utility_tasks(values: Sequence[str], has_grader: bool) -> list[Utility
     return tasks
 
 
+def count_open_answers(tasks: Sequence[UtilityTask], n_questions: int | None) -> int:
+    """Return the number of answers to open questions that each arm gives, a grade for each.
+
+    Args:
+        tasks: from `parse_utility_tasks`.
+        n_questions: maximum number of questions of a task.
+    """
+    paths = [task.path for task in tasks if task.is_open and task.path is not None]
+    return sum(len(turns) for path in paths for turns in load_open_questions(path)[:n_questions])
+
+
 def measure_utility(
     session: ModelSession,
     defenses: Mapping[tuple[str, str], Defense],
