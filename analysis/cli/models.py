@@ -100,7 +100,9 @@ def print_comparison(run: Run) -> None:
     Args:
         run: the comparison; of a single model, nothing is printed.
     """
+    from analysis.cli.console import make_table_console
     from analysis.comparison.effects import choose_effect_unit
+    from analysis.progress import print_line
     from analysis.report.headline import choose_headline_attack
 
     if "findings" not in run.tables:
@@ -116,10 +118,11 @@ def print_comparison(run: Run) -> None:
         order = run.tables["order"]
         _print_order(order[(order["attack"] == attack)])
     for text in findings["finding"]:
-        print(text)
+        print_line(make_table_console(), text)
     attacks = list(dict.fromkeys(run.tables["summary"]["attack"]))
     if len(attacks) > 1:
-        print(f"Shown: {attack}. The other attacks: findings.csv, pooled.csv, order.csv.")
+        text = f"Shown: attack {attack}. The other attacks: findings.csv, pooled.csv, order.csv."
+        print_line(make_table_console(), text)
 
 
 def _print_pooled_effects(pooled: pd.DataFrame, unit: str, run: Run) -> None:
@@ -151,7 +154,7 @@ def _print_pooled_effects(pooled: pd.DataFrame, unit: str, run: Run) -> None:
         "Random effects (REML, Hartung-Knapp): mean over models with its 95 % interval; the 95 % prediction "
         "interval of the effect on another model, from three models on; and I², the share of the variance "
         "that is due to differences between models. The intervals are for these queries, which all models "
-        "share."
+        "share; with few models they are wide (Student's t with as many degrees of freedom less one)."
     )
     console.print(Text(note, style="dim"))
 

@@ -211,9 +211,9 @@ def _describe_effect(effect: str, outcomes: Mapping[str, str], pooled: Mapping[s
     phrase = _PHRASES[effect, sign]
     if status == "holds":
         return f"{phrase} is shown {all_models}{_describe_prediction(pooled, unit)}"
-    if status == "some models":
-        return f"{phrase} does not hold {all_models} ({by_model})"
-    return f"{phrase} is not shown {all_models} ({by_model})"
+    n_shown = sum(outcome == sign for outcome in outcomes.values())
+    only = ", and not a property of the defense alone" * (status == "some models")
+    return f"{phrase} is shown on {n_shown} of {len(outcomes)} models{only} ({by_model})"
 
 
 def _list_models(outcomes: Mapping[str, str]) -> str:
@@ -231,4 +231,4 @@ def _describe_prediction(pooled: Mapping[str, Any], unit: str) -> str:
         return ""
     digits = "+.0f" if unit == "points" else "+.2f"
     ends = Interval(pooled["mean"], pooled["prediction_low"], pooled["prediction_high"])
-    return f" (on another model, {ends.format_text(digits)} {unit} are to be expected)"
+    return f" (prediction for another model: {ends.format_text(digits)} {unit})"

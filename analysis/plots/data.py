@@ -566,6 +566,8 @@ def build_model_points(effects: pd.DataFrame, order: pd.DataFrame) -> FigureTabl
             "models_effects": rows,
             "models_order": order[(order["attack"] == attack) & is_drawn],
         }
+        if tables["models_order"].get("tau", pd.Series(dtype=float)).isna().all():
+            del tables["models_order"]
         suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
         figures |= {
             kind + suffix: table.dropna(axis=1, how="all").reset_index(drop=True)

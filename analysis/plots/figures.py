@@ -166,7 +166,7 @@ _FIGURE_KINDS = (
     FigureKind(
         "models_plane",
         "models",
-        "Safety shift and harmfulness discrimination of each defense, by model",
+        "Shift and discrimination of each defense, by model",
         "models_plane",
         draw_model_planes,
         caption_model_planes,

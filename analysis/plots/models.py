@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from analysis.families import format_family
 from analysis.plots.captions import CaptionContext, format_count_range, format_family_note
 from analysis.plots.data import check_one_attack
 from analysis.plots.labels import label_points, make_legend_marker
@@ -36,8 +37,15 @@ _DIRECTIONS = {
 _N_COLUMNS = 3  # panels of planes in a row
 _PLANE_SIZE, _PLANE_GAP = 2.3, 0.62  # inches
 _DOT_STEP, _ROW_GAP = 0.11, 0.1  # inches between the dots of a defense, and added to each defense
-_PAIR_HEIGHT = 0.24  # inches per pair of models
+_PAIR_HEIGHT = 0.34  # inches per pair of models
 _MEAN = "mean over models"
+_MEAN_DOT: Any = {
+    "linestyle": "",
+    "marker": "D",
+    "markersize": 4.5,
+    "color": BLACK,
+    "markerfacecolor": "white",
+}
 
 
 def draw_model_planes(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -56,7 +64,7 @@ def draw_model_planes(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     unit = str(points["unit"].iloc[0])
     models = list(dict.fromkeys(points["model"]))
     numbers = {defense: place for place, defense in enumerate(dict.fromkeys(points["defense"]), 1)}
-    n_columns = min(len(models), _N_COLUMNS)
+    n_columns = 2 if len(models) in (2, 4) else min(len(models), _N_COLUMNS)
     n_rows = -(-len(models) // n_columns)
     with rc_context(RC_PARAMS):
         ax, rows = stack_panels(
@@ -80,13 +88,7 @@ def draw_model_planes(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             row[0].set_ylabel(f"discrimination ({unit})", fontsize=8)
         for panel in panels[len(models) :]:
             panel.set_visible(False)
-        key = [origin]
-        for defense, number in numbers.items():
-            family = str(points.loc[points["defense"] == defense, "family"].iloc[0])
-            color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
-            key.append(
-                make_legend_marker(color, marker, f"{number}  {fit_text(str(defense), 125, TEXT_SIZE, 1)}")
-            )
+        key = [origin, *_list_families(points, numbers)]
         place_legend_below(ax, key, n_columns=max(2, n_columns), gap=0.52)
     return ax
 
@@ -140,7 +142,7 @@ def draw_model_effects(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             for model, (color, _, marker) in styles.items()
         ]
         if len(means):
-            key.append(Line2D([], [], linestyle="", marker="D", markersize=4.5, color=BLACK, label=_MEAN))
+            key.append(Line2D([], [], label=_MEAN, **_MEAN_DOT))
         if _has_predictions(means):
             key.append(
                 Line2D([], [], linewidth=0.8, linestyle=":", color=BLACK, label="another model (95\u00a0%)")
@@ -150,13 +152,13 @@ def draw_model_effects(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def draw_model_order(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw Kendall's τ of each pair of models, for shift and for discrimination.
+    r"""Draw Kendall's τ of each pair of models, for shift and for discrimination.
 
     >>> row = {"attack": "direct", "first": "a", "second": "b", "measure": ["shift", "discrimination"]}
     >>> row |= {"tau": 0.5, "tau_low": 0.25, "tau_high": 0.75, "n_defenses": 9}
     >>> panels = draw_model_order(pd.DataFrame(row)).child_axes
     >>> [text.get_text() for text in panels[0].get_yticklabels()]
-    ['a, b']
+    ['a\nb']
 
     Args:
         points: `order.csv`, of one attack and of two measures, one of shift and one of discrimination.
@@ -174,7 +176,11 @@ def draw_model_order(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 chosen = rows[rows["first"].eq("all pairs") == is_mean]
                 at = [heights[name] for name in names[chosen.index]]
                 draw_dots(panel, chosen, "tau", at, style, "mean" if is_mean else "pairs")
-            set_row_axis(panel, pairs, "Kendall's τ", with_names=panel is panels[0])
+            set_row_axis(panel, pairs, "Kendall's τ", with_names=False)
+            if panel is panels[0]:
+                panel.set_yticklabels(map(_fit_pair, pairs))
+            for end in (-1, 1):
+                panel.axvline(end, color=GREY, linewidth=0.6, zorder=1)
             panel.set_xlim(-1.05, 1.05)
             panel.set_xticks(np.linspace(-1, 1, 5))
             set_panel_titles([panel], [f"order by {effect}"])
@@ -186,7 +192,7 @@ def caption_model_planes(points: pd.DataFrame, context: CaptionContext) -> str:
     return (
         f"{_describe_effects(points, context)} The undefended model is the origin; all panels have the same "
         "axes. Bars: 95\u00a0% intervals. Marker and color: family; number: defense."
-        f"{format_family_note(points['family'])} {context.format_setting(points['attack'].iloc[0])}"
+        f"{format_family_note(points['family'])} {_format_setting(points, context)}"
     )
 
 
@@ -196,19 +202,19 @@ def caption_model_effects(points: pd.DataFrame, context: CaptionContext) -> str:
     text = f"{_describe_effects(by_model, context)} Bars: 95\u00a0% intervals."
     if len(means):
         text += (
-            " Black: mean over the models (random effects; variance between models by REML), with the "
+            " White: mean over the models (random effects; variance between models by REML), with the "
             "95\u00a0% interval of Hartung and Knapp where there are three models or more; it treats the "
             "models as a sample of models and is for these queries, which all models share."
             if _has_predictions(means)
-            else " Black: mean over the models (random effects); its interval is not drawn, because two "
+            else " White: mean over the models (random effects); its interval is not drawn, because two "
             "models say little about others."
         )
     if _has_predictions(means):
         text += (
-            " Dotted: 95\u00a0% prediction interval of the effect on another model, cut at the edge of the "
-            "panel."
+            " Dotted: 95\u00a0% prediction interval of the effect on another model. Intervals that go beyond "
+            "a panel are cut at its edge."
         )
-    return f"{text} {context.format_setting(points['attack'].iloc[0])}"
+    return f"{text} {_format_setting(points, context)}"
 
 
 def caption_model_order(points: pd.DataFrame, context: CaptionContext) -> str:
@@ -219,14 +225,29 @@ def caption_model_order(points: pd.DataFrame, context: CaptionContext) -> str:
         if is_judged
         else "of the first-token margin (nats)"
     )
+    missing = " Without a dot: a model has the same effect of all defenses." * bool(
+        points["tau"].isna().any()
+    )
     return (
         f"Agreement of models on the order of {format_count_range(points['n_defenses'])} defenses by shift "
         f"and by discrimination {measured}: Kendall's τ of each pair of models, 1 for the same order, 0 for "
         "none, \N{MINUS SIGN}1 for the reverse. Bars: 95\u00a0% intervals of a bootstrap that resamples the "
         "queries, the same for all models, 2,000 draws; they hold for these defenses, which are not "
-        "resampled. Sampling errors of the effects lower τ. Controls and ablations are left out. "
-        f"{context.format_setting(points['attack'].iloc[0])}"
+        f"resampled. Sampling errors of the effects lower τ.{missing} Controls and ablations are left out. "
+        f"{_format_setting(points, context)}"
     )
+
+
+def _list_families(points: pd.DataFrame, numbers: Mapping[str, int]) -> list[Line2D]:
+    """Return the legend entries of the families, each followed by those of its numbered defenses."""
+    key = []
+    for family, rows in points.groupby("family", sort=False):
+        color, marker = FAMILY_STYLES.get(str(family), OTHER_FAMILY_STYLE)
+        key.append(make_legend_marker(color, marker, fit_text(format_family(str(family)), 125, TEXT_SIZE, 1)))
+        for defense in dict.fromkeys(rows["defense"]):
+            label = f"{numbers[defense]}  {fit_text(str(defense), 125, TEXT_SIZE, 1)}"
+            key.append(make_legend_marker("none", "", label))
+    return key
 
 
 def _describe_effects(points: pd.DataFrame, context: CaptionContext) -> str:
@@ -249,6 +270,11 @@ def _describe_effects(points: pd.DataFrame, context: CaptionContext) -> str:
     )
 
 
+def _format_setting(points: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the sentences on models, data and attack."""
+    return context.format_setting(str(points["attack"].iloc[0])).replace("Model:", "Models:", 1)
+
+
 def _has_predictions(means: pd.DataFrame) -> bool:
     return "shift_prediction_low" in means and bool(means["shift_prediction_low"].notna().any())
 
@@ -265,8 +291,7 @@ def _draw_means(ax: Axes, means: pd.DataFrame, effect: str, heights: Sequence[fl
     bar: Any = {"color": BLACK, "zorder": 2.5}
     ax.hlines(at[is_known], *predicted[is_known].T, linewidth=0.8, linestyle=":", **bar)
     ax.hlines(at[is_known], low[is_known], high[is_known], linewidth=1.4, **bar)
-    dot: Any = {"linestyle": "", "marker": "D", "markersize": 4, "zorder": 3, "gid": _MEAN}
-    ax.plot(value, heights, color=BLACK, **dot)
+    ax.plot(value, heights, zorder=3, gid=_MEAN, **_MEAN_DOT)
 
 
 def _effect_limits(points: pd.DataFrame, effect: str) -> tuple[float, float]:
@@ -286,8 +311,13 @@ def _name_directions(ax: Axes, effect: str) -> None:
     ax.text(1, 1.0, f"{more} \N{RIGHTWARDS ARROW}", ha="right", **style)
 
 
+def _fit_pair(pair: str) -> str:
+    """Return the names of two models on a line each."""
+    return "\n".join(fit_text(name, 150, TEXT_SIZE, 1) for name in pair.split("\n"))
+
+
 def _name_pairs(points: pd.DataFrame) -> pd.Series:
     """Return the name of each row's pair of models."""
     seconds = points["second"].fillna("").astype(str)
-    pairs = points["first"].astype(str) + ", " + seconds
+    pairs = points["first"].astype(str) + "\n" + seconds
     return pairs.where(seconds != "", "mean of all pairs")
