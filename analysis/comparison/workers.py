@@ -34,6 +34,7 @@ from analysis.studies.train import TrainingInterrupted
 from defenses.contract import Defense
 from defenses.errors import UserError, describe_error
 
+_START_METHOD = "spawn"  # a copy of this process would share its GPU and its threads
 _MAX_ATTEMPTS = 2  # starts of a model whose worker is killed
 _STOP_SECONDS = 5.0  # that a worker has to end before it is killed
 _GUARD_HINT = (
@@ -240,7 +241,7 @@ def _list_gpus() -> list[str]:
 
 def _start_process(job: ModelJob, environment: Mapping[str, str]) -> tuple[Any, Connection]:
     """Start a worker for a model; return the process and the end of the pipe that it writes to."""
-    context = multiprocessing.get_context("spawn")  # a copy of this process would share its GPU and threads
+    context = multiprocessing.get_context(_START_METHOD)
     reader, writer = context.Pipe(duplex=False)
     attacks = [attack.option for attack in job.spec.attacks]  # whose functions cannot be sent
     sent_job = replace(job, spec=replace(job.spec, attacks=()))
