@@ -1,11 +1,11 @@
-"""Several models in one analysis: the tables are those of the single runs, and a failing model is left out."""
+"""Several models in one analysis: the tables of single runs, joined; a failing model is left out."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,24 @@ from analysis import analyze, read
 from analysis.comparison import workers
 from analysis.comparison.study import COMBINED_TABLES, compare_model_runs
 from analysis.comparison.workers import ModelOutcome, plan_environments
+from analysis.datasets.loading import load_queries
+from analysis.datasets.queries import Query
 from analysis.progress import RelayConsole, make_progress_bar
 from analysis.stats.tables import read_table
 from defenses.errors import UserError
 
 DEFENSES = ("policy", "self_reminder", "goal_priority", "word_drop")
-OPTIONS: tuple[Any, ...] = ("--limit", 12, "--readout", "words", "--controls", 0, "--responses", "none")
+# Their own calibration queries are fewer than the shipped ones.
+OPTIONS: tuple[Any, ...] = (
+    "--data",
+    "mine.csv",
+    "--readout",
+    "words",
+    "--controls",
+    0,
+    "--responses",
+    "none",
+)
 OPTIONS += tuple(part for name in DEFENSES for part in ("-d", name))
 
 
@@ -39,9 +51,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_DATA_HOME", str(folder / "share"))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        queries = load_queries("twins").queries
+        chosen = [query for split in ("test", "calibration") for query in select_split(queries, split)]
+        pd.DataFrame(chosen)[["id", "text", "harmful", "pair", "split"]].to_csv("mine.csv", index=False)
         # The figures of single models are no concern of these tests.
         patch.setattr("analysis.plots.data.build_analysis_points", lambda *_: {})
         yield folder
+
+
+def select_split(queries: Sequence[Query], split: str) -> list[Query]:
+    """Return twelve queries of a split, six of each class."""
+    return [query for query in queries if query.split == split][:12]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +123,7 @@ def test_a_broken_model_is_left_out_and_told(home: Path, both: CommandResult) ->
 def test_a_stored_run_of_several_models_is_read_and_reported(home: Path, both: CommandResult) -> None:
     run = read("both")
     assert list(run.model_runs) == ["one", "two"] and run.model == "one and two"
-    assert run.headline.startswith("Comparison of 4 defenses on one and two (contrast, test split).")
+    assert run.headline.startswith("Comparison of 4 defenses on one and two (mine.csv, test split).")
     assert list(run.format_summary().index.names) == ["model", "defense"]
     assert run.model_runs["two"].threshold == read("both/two").threshold
     with pytest.raises(ValueError, match="threshold"):
@@ -225,7 +245,7 @@ def test_an_interruption_keeps_the_finished_models(
 
 
 def test_the_function_returns_the_run_of_each_model(home: Path, both: CommandResult) -> None:
-    options: dict[str, Any] = {"limit": 12, "readout": "words", "controls": 0, "responses": "none"}
+    options: dict[str, Any] = {"data": "mine.csv", "readout": "words", "controls": 0, "responses": "none"}
     run = analyze(list(DEFENSES), ["one", "two"], **options)
     stored = read("both")
     assert set(stored.tables) == set(run.tables) and run.figures == (
@@ -234,8 +254,10 @@ def test_the_function_returns_the_run_of_each_model(home: Path, both: CommandRes
     pd.testing.assert_frame_equal(
         stored.tables["summary"], run.tables["summary"], check_dtype=False, rtol=1e-5
     )
-    alone = analyze(list(DEFENSES), "two", **options)
-    pd.testing.assert_frame_equal(run.model_runs["two"].tables["scores"], alone.tables["scores"])
+    columns = ["query", "defense", "margin"]
+    pd.testing.assert_frame_equal(
+        run.model_runs["two"].tables["scores"][columns], read("both/two").tables["scores"][columns]
+    )
     with pytest.raises(UserError, match="takes one model"):
         analyze("policy", [])
 
