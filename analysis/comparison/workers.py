@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from analysis.attacks import choose_attacks
-from analysis.models.loading import count_cpus
+from analysis.models.loading import limit_threads
 from analysis.progress import RelayConsole, make_progress_bar, print_line
 from analysis.report.results import Run
 from analysis.studies.analyze import analyze_defenses
@@ -221,11 +221,19 @@ def plan_environments(n_workers: int, device: str) -> list[dict[str, str]]:
     gpus = _list_gpus() if device in ("auto", "cuda") else []
     threads = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     if "OMP_NUM_THREADS" not in os.environ:
-        threads["OMP_NUM_THREADS"] = str(max(1, count_cpus() // n_workers))
+        threads["OMP_NUM_THREADS"] = str(max(1, _count_threads() // n_workers))
     return [
         threads | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
         for place in range(n_workers)
     ]
+
+
+def _count_threads() -> int:
+    """Return the number of threads that a single run would compute with."""
+    import torch
+
+    limit_threads()
+    return torch.get_num_threads()
 
 
 def _list_gpus() -> list[str]:

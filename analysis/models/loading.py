@@ -445,10 +445,10 @@ def limit_threads() -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), count_cpus()))
+        torch.set_num_threads(min(torch.get_num_threads(), _count_cpus()))
 
 
-def count_cpus() -> int:
+def _count_cpus() -> int:
     """Return the number of CPUs that the process may use, by its affinity and the quota of its container."""
     import os
 

@@ -265,7 +265,7 @@ def test_the_function_returns_the_run_of_each_model(home: Path, both: CommandRes
 def test_each_worker_has_a_gpu_and_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
-    monkeypatch.setattr(workers, "count_cpus", lambda: 7)
+    monkeypatch.setattr(workers, "_count_threads", lambda: 7)
     planned = plan_environments(3, "auto")
     assert [variables["CUDA_VISIBLE_DEVICES"] for variables in planned] == ["3", "5", "3"]
     assert {variables["OMP_NUM_THREADS"] for variables in planned} == {"2"}
