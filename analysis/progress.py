@@ -29,10 +29,13 @@ class RelayConsole(Console):
 
     Args:
         send: passes a message on.
+        is_quiet: whether notes are omitted.
     """
 
-    def __init__(self, send: MessageSender) -> None:
-        super().__init__(file=_LineFile(send), force_terminal=False, color_system=None, width=500)
+    def __init__(self, send: MessageSender, is_quiet: bool = False) -> None:
+        super().__init__(
+            file=_LineFile(send), force_terminal=False, color_system=None, width=500, quiet=is_quiet
+        )
         self.send = send
 
     @contextmanager

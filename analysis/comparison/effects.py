@@ -98,7 +98,7 @@ def build_effect_points(summary: pd.DataFrame, pooled: pd.DataFrame) -> pd.DataF
         `shift_prediction_low`, …; missing for a model, and with fewer than three.
     """
     unit = choose_effect_unit(summary)
-    is_defense = (summary["defense"] != UNDEFENDED) & find_defense_rows(summary["defense"], summary["family"])
+    is_defense = find_defense_rows(summary["defense"], summary["family"])
     names = {
         f"{column}{end}": f"{effect}{end}"
         for effect, column in zip(EFFECT_NAMES, EFFECT_COLUMNS[unit], strict=True)
@@ -107,6 +107,8 @@ def build_effect_points(summary: pd.DataFrame, pooled: pd.DataFrame) -> pd.DataF
     keys = ["model", "attack", "defense", "family", "n_harmful", "n_benign"]
     keys += ["n_responses"] if unit == "points" else []
     by_model = summary.loc[is_defense, [*keys, *names]].rename(columns=names)
+    if by_model.empty:
+        return by_model.assign(unit=unit)
     means = []
     known = by_model[["attack", "defense"]].drop_duplicates()
     for (attack, defense, family), rows in pooled.merge(known).groupby(
@@ -141,9 +143,8 @@ def describe_findings(summary: pd.DataFrame, pooled: pd.DataFrame) -> pd.DataFra
     """
     unit = choose_effect_unit(summary)
     rows = []
-    for (attack, defense), group in summary.groupby(["attack", "defense"], sort=False):
-        if not find_defense_rows(summary["defense"], summary["family"])[group.index].any():
-            continue
+    defenses = summary[find_defense_rows(summary["defense"], summary["family"])]
+    for (attack, defense), group in defenses.groupby(["attack", "defense"], sort=False):
         verdicts = dict(zip(group["model"], group["verdict"], strict=True))
         outcomes = {
             effect: {model: find_outcome(str(verdict), effect) for model, verdict in verdicts.items()}
@@ -211,9 +212,10 @@ def _describe_effect(effect: str, outcomes: Mapping[str, str], pooled: Mapping[s
     phrase = _PHRASES[effect, sign]
     if status == "holds":
         return f"{phrase} is shown {all_models}{_describe_prediction(pooled, unit)}"
+    if status == "some models":
+        return f"{phrase} depends on the model ({by_model})"
     n_shown = sum(outcome == sign for outcome in outcomes.values())
-    only = ", and not a property of the defense alone" * (status == "some models")
-    return f"{phrase} is shown on {n_shown} of {len(outcomes)} models{only} ({by_model})"
+    return f"{phrase} is shown on {n_shown} of {len(outcomes)} models ({by_model})"
 
 
 def _list_models(outcomes: Mapping[str, str]) -> str:

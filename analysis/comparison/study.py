@@ -340,9 +340,10 @@ def _describe_comparison(
         "notices": list(notices),
         "versions": collect_versions("refusalscope", "numpy", "pandas", "scipy"),
     }
-    dtypes = {entry.get("dtype") for entry in records.values()}
-    if len(dtypes) == 1:
-        record["dtype"] = dtypes.pop()
+    for name in ("dtype", "device"):
+        values = {entry.get(name) for entry in records.values()}
+        if len(values) == 1:
+            record[name] = values.pop()
     if all(entry.get("responses") for entry in records.values()):
         responses = [entry["responses"] for entry in records.values()]
         unjudged = sum(int(entry.get("unjudged", 0)) for entry in responses)

@@ -129,7 +129,8 @@ def run_job(job: ModelJob, console: Console) -> ModelOutcome:
 
 def _iterate_serially(jobs: Sequence[ModelJob], console: Console) -> Iterator[ModelOutcome]:
     for number, job in enumerate(jobs, 1):
-        print_line(console, f"{job.label}: model {number} of {len(jobs)}")
+        if not console.quiet:
+            print_line(console, f"{job.label}: model {number} of {len(jobs)}")
         outcome = run_job(job, console)
         _free_memory()
         yield outcome
@@ -172,7 +173,7 @@ def _iterate_in_workers(jobs: Sequence[ModelJob], n_workers: int, console: Conso
                 while waiting and places:
                     job, attempt = waiting.popleft()
                     place = places.pop(0)
-                    process, connection = _start_process(job, environments[place])
+                    process, connection = _start_process(job, environments[place], console.quiet)
                     workers.append(_Worker(job, attempt, place, process, connection, tasks[job.label]))
                 for ready in wait([worker.connection for worker in workers]):
                     worker = next(worker for worker in workers if worker.connection is ready)
@@ -247,13 +248,13 @@ def _list_gpus() -> list[str]:
     return [name for name in names if name not in ("", "-1")]
 
 
-def _start_process(job: ModelJob, environment: Mapping[str, str]) -> tuple[Any, Connection]:
-    """Start a worker for a model; return the process and the end of the pipe that it writes to."""
-    context = multiprocessing.get_context(_START_METHOD)
+def _start_process(job: ModelJob, environment: Mapping[str, str], is_quiet: bool) -> tuple[Any, Connection]:
+    """Start a worker for a model; return the process and the pipe through which it reports."""
+    context: Any = multiprocessing.get_context(_START_METHOD)
     reader, writer = context.Pipe(duplex=False)
     attacks = [attack.option for attack in job.spec.attacks]  # whose functions cannot be sent
     sent_job = replace(job, spec=replace(job.spec, attacks=()))
-    process = context.Process(target=_work, args=(sent_job, attacks, writer), name=job.label)
+    process = context.Process(target=_work, args=(sent_job, attacks, is_quiet, writer), name=job.label)
     with _set_environment(environment), _ignore_interrupts():
         try:
             process.start()
@@ -263,7 +264,7 @@ def _start_process(job: ModelJob, environment: Mapping[str, str]) -> tuple[Any, 
     return process, reader
 
 
-def _work(job: ModelJob, attacks: Sequence[str], connection: Connection) -> None:
+def _work(job: ModelJob, attacks: Sequence[str], is_quiet: bool, connection: Connection) -> None:
     """Run one model in a worker process, and send its outcome.
 
     Ctrl-C reaches every process of a terminal; the one that started the workers stops them.
@@ -278,7 +279,7 @@ def _work(job: ModelJob, attacks: Sequence[str], connection: Connection) -> None
 
     send("step", "starting")
     job = replace(job, spec=replace(job.spec, attacks=choose_attacks(attacks)))
-    send("outcome", run_job(job, RelayConsole(send)))
+    send("outcome", run_job(job, RelayConsole(send, is_quiet)))
 
 
 def _end_with_parent() -> None:

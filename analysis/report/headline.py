@@ -219,6 +219,8 @@ def describe_model_findings(findings: pd.DataFrame, models_and_data: str) -> str
     """
     attack = choose_headline_attack(findings)
     rows = findings[findings["attack"] == attack]
+    if not len(rows):
+        return f"No defense was evaluated on {models_and_data}, only references and controls."
     texts = []
     for effect in EFFECT_NAMES:
         clauses = []

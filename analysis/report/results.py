@@ -247,7 +247,7 @@ class Run:
         model, data = record["model"], record["data"]
         versions = record.get("versions", {})
         facts = [
-            ("Model", f"{model['name']}: {_join_known_values(model, 'id', 'revision')}"),
+            ("Model", f"{model['name']}: {_join_known_values(model, 'id', 'revision')}".removesuffix(": ")),
             ("Weights (SHA-256)", str(model.get("sha256", ""))),
             ("Computed in", f"{record.get('dtype', '')} on {record.get('device', '')}"),
             ("Data", f"{data['name']}, {data['split']} split; SHA-256 {str(data.get('sha256', ''))[:16]}…"),

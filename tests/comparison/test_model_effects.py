@@ -89,7 +89,7 @@ def test_findings_are_told_in_one_sentence_each() -> None:
         "policy: its shift toward refusal is shown on all 3 models (prediction for another model: +10 ["
     )
     assert "opposite signs (+ on a; - on b; equivalent on c)" in texts["reminder"]
-    assert "shift away from refusal is shown on 1 of 3 models" in texts["word_drop"]
+    assert "shift away from refusal depends on the model (- on a; equivalent on b" in texts["word_drop"]
     assert "its shift is equivalent to none on all 3 models" in texts["paraphrase"]
     assert "no shift is shown (inconclusive on all 3 models)" in texts["secret"]
     two = plant_summary(models=("a", "b"))

@@ -197,8 +197,8 @@ def test_workers_give_the_same_and_a_killed_one_is_tried_again(
     monkeypatch.setattr(workers, "_START_METHOD", "fork")
     start, started = workers._start_process, []
 
-    def start_and_kill_first(job: Any, environment: Any) -> Any:
-        process, connection = start(job, environment)
+    def start_and_kill_first(job: Any, *arguments: Any) -> Any:
+        process, connection = start(job, *arguments)
         started.append(job.label)
         if started == ["one"] or job.label == "broken":
             process.kill()
