@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
@@ -19,6 +19,7 @@ from analysis.studies.run_spec import (
     check_mechanism_options,
     check_response_tokens,
     check_secret_count,
+    check_worker_count,
     parse_share,
     parse_sites,
 )
@@ -36,7 +37,7 @@ DefenseSelection = str | Defense | Sequence[str | Defense]
 
 def analyze(
     defenses: DefenseSelection,
-    model: str = "smollm2",
+    model: str | Sequence[str] = "smollm2",
     *,
     data: str | pd.DataFrame = "contrast",
     split: str | None = None,
@@ -56,6 +57,7 @@ def analyze(
     seed: int = 0,
     template: str | None = None,
     answer_prefix: str | None = None,
+    workers: int = 1,
     offline: bool = False,
 ) -> Run:
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
@@ -63,7 +65,7 @@ def analyze(
     Args:
         defenses: one defense or several: names as `-d` takes them, or defenses such as
             `get_defense("policy")` or `MyDefense()`.
-        model: short name, Hugging Face id, folder, or `.gguf` file.
+        model: short name, Hugging Face id, folder, or `.gguf` file; several are analyzed and compared.
         data: as `--data`, or a frame with the columns `text` and `harmful`.
         split: train, calibration, test or all; default: test if the data have it.
         limit: maximum number of queries; pairs are kept whole.
@@ -84,17 +86,21 @@ def analyze(
         seed: random seed.
         template: as `--template`.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        workers: with several models, number of models at a time, each in a process of its own.
         offline: whether the network may not be used.
 
     Returns:
         A run whose tables include `scores`, `summary`, `effects`, `responses` (verdicts, no text) and the
-        table of each figure; `controls` holds the margins of the matched controls.
+        table of each figure; `controls` holds the margins of the matched controls. With several models, the
+        tables have the column `model`, `pooled`, `findings` and `order` compare the models, and `model_runs`
+        holds the run of each.
 
     Raises:
         UserError: for everything that the command reports in one line.
     """
+    models = [model] if isinstance(model, str) else list(model)
     spec = build_run_spec(
-        model,
+        models[:1],
         data,
         split,
         limit,
@@ -110,12 +116,22 @@ def analyze(
         template=template,
         answer_prefix=answer_prefix,
     )
+    check_control_draws(controls)
+    check_worker_count(workers)
+    options: dict[str, Any] = {
+        "with_cost": cost,
+        "n_control_draws": controls,
+        "with_training": train,
+        "with_side_effects": side_effects,
+    }
+    console, chosen = _progress_console(), _as_defense_list(defenses)
+    if len(models) > 1:
+        from analysis.comparison.study import analyze_models
+
+        return analyze_models(spec, models, chosen, settings, console, workers, **options).run
     from analysis.studies.analyze import analyze_defenses
 
-    check_control_draws(controls)
-    return analyze_defenses(
-        spec, _as_defense_list(defenses), settings, _progress_console(), cost, controls, train, side_effects
-    ).run
+    return analyze_defenses(spec, chosen, settings, console, **options).run
 
 
 def validate(

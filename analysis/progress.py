@@ -2,12 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_RELAY_SECONDS = 0.2  # between two messages on the progress of a step
+
+# Receives what happens in another process: a kind of message and its value. `line` is a line for the user,
+# `step` what is being done, and `progress` a triple of that, the number finished and the number in all.
+MessageSender = Callable[[str, Any], None]
+
+
+class RelayConsole(Console):
+    """Console of a worker process: passes lines and progress on to the process that has the terminal.
+
+    >>> messages = []
+    >>> print_note(RelayConsole(lambda *message: messages.append(message)), "a remark")
+    >>> messages
+    [('line', 'note: a remark')]
+
+    Args:
+        send: passes a message on.
+        is_quiet: whether notes are omitted.
+    """
+
+    def __init__(self, send: MessageSender, is_quiet: bool = False) -> None:
+        super().__init__(
+            file=_LineFile(send), force_terminal=False, color_system=None, width=500, quiet=is_quiet
+        )
+        self.send = send
+
+    @contextmanager
+    def status(self, status: Any, **_: Any) -> Iterator[None]:  # type: ignore[override]
+        """Context manager: pass on what is being done."""
+        self.send("step", str(status))
+        yield
+
+
+class _LineFile(io.StringIO):
+    """File that sends every line written to it."""
+
+    def __init__(self, send: MessageSender) -> None:
+        super().__init__()
+        self._send, self._rest = send, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._send("line", line)
+        return len(text)
+
+
+class _RelayProgress(Progress):
+    """Progress bar that is shown by another process."""
+
+    def __init__(self, console: RelayConsole) -> None:
+        super().__init__(console=console, disable=True)
+        self._send, self._sent = console.send, 0.0
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        self._relay(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._relay(task_id)
+
+    def _relay(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if now - self._sent >= _RELAY_SECONDS:
+            self._sent, task = now, self._tasks[task_id]
+            self._send("progress", (str(task.description), task.completed, task.total))
 
 
 def make_notifier(console: Console) -> Any:
@@ -17,6 +88,8 @@ def make_notifier(console: Console) -> Any:
 
 def make_progress_bar(console: Console) -> Progress:
     """Return a progress bar with the remaining time; it disappears when it is finished."""
+    if isinstance(console, RelayConsole):
+        return _RelayProgress(console)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

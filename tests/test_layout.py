@@ -57,7 +57,10 @@ ALLOWED["studies"] = set(ALLOWED)
 ALLOWED["suffix_attack"] = {
     *("attacks", "datasets", "files", "models", "progress", "readouts", "stats", "studies"),
 }
-ALLOWED["api"] = {"studies", "suffix_attack", "report", "stats", "datasets", "progress"}
+ALLOWED["comparison"] = {
+    *("attacks", "checkpoints", "models", "plots", "progress", "report", "stats", "studies"),
+}
+ALLOWED["api"] = {"comparison", "studies", "suffix_attack", "report", "stats", "datasets", "progress"}
 ALLOWED["cli"] = {*ALLOWED}
 ALLOWED["__main__"] = {"cli"}
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.console import Console
 from analysis.cli.app import app
 from analysis.cli.options import (
     DEFAULT_DATA,
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -25,6 +26,7 @@ from analysis.cli.options import (
     JsonOption,
     LimitOption,
     ModelOption,
+    ModelsOption,
     OfflineOption,
     ReadoutOption,
     ResponsesOption,
@@ -40,6 +42,7 @@ from defenses.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.report.results import Run
     from analysis.studies.run_spec import RunSpec
 
 
@@ -57,7 +60,7 @@ def print_version(is_asked: bool) -> bool:
 def analyze(
     context: typer.Context,
     defense: DefenseOption = None,
-    model: ModelOption = "smollm2",
+    model: ModelsOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,
@@ -88,6 +91,13 @@ def analyze(
             "responses to benign queries (KL divergence): one more pass over their prompts.",
         ),
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="With several -m: number of models at a time, each in a process of its own, and on a GPU of "
+            "its own if there are as many."
+        ),
+    ] = 1,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
     version: Annotated[
@@ -100,7 +110,7 @@ def analyze(
 
     analyze --defense backdoor --model smollm2
     """
-    from analysis.studies.run_spec import build_run_spec, check_control_draws
+    from analysis.studies.run_spec import build_run_spec, check_control_draws, check_worker_count
 
     if context.invoked_subcommand is not None:
         return
@@ -110,7 +120,7 @@ def analyze(
             raise typer.Exit
         raise UserError("no defense chosen: use -d NAME (see `analyze list defenses`) or -d all")
     spec = build_run_spec(
-        model,
+        model[0],
         data,
         split,
         limit,
@@ -127,16 +137,26 @@ def analyze(
         answer_prefix=answer_prefix,
     )
     check_control_draws(controls)
-    code = run_analyze_command(
-        spec, defense, settings or [], out, as_json, cost, controls, train, side_effects
-    )
+    check_worker_count(workers)
+    options = {
+        "with_cost": cost,
+        "n_control_draws": controls,
+        "with_training": train,
+        "with_side_effects": side_effects,
+    }
+    if len(model) > 1:
+        from analysis.cli.models import run_models_command
+
+        code = run_models_command(spec, model, defense, settings or [], out, as_json, workers, options)
+    else:
+        code = run_analyze_command(spec, defense, settings or [], out, as_json, **options)
     raise typer.Exit(code)
 
 
 @app.command()
 def check(
     defense: DefenseOption = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,
@@ -177,10 +197,7 @@ def run_analyze_command(
     settings: Sequence[str],
     out: Path | None,
     as_json: bool,
-    with_cost: bool = False,
-    n_control_draws: int = 0,
-    with_training: bool = False,
-    with_side_effects: bool = False,
+    **options: Any,
 ) -> int:
     """Score each defense and the undefended model, save tables and figures, and print the summary.
 
@@ -190,25 +207,13 @@ def run_analyze_command(
         settings: `key=value` settings of the defenses.
         out: output folder, or None for a new one under runs/.
         as_json: whether to print the summary as JSON instead of a table.
-        with_cost: whether to measure the cost of each defense.
-        n_control_draws: draws of each defense's matched control; 0 for no controls.
-        with_training: whether to train the weights that defenses lack first.
-        with_side_effects: whether to measure how far the first token moves on benign queries.
+        options: `with_cost`, `n_control_draws`, `with_training` and `with_side_effects`, as for
+            `analyze_defenses`.
 
     Returns:
         The exit code: 0, 1 if a check or a condition failed, 130 if the run was interrupted.
     """
-    from analysis.cli.console import (
-        print_control_comparison,
-        print_costs,
-        print_failed_checks,
-        print_json_table,
-        print_kinds,
-        print_run_location,
-        print_side_effects,
-        print_summary,
-        print_trust_warnings,
-    )
+    from analysis.cli.console import print_failed_checks, print_json_table, print_run_location
     from analysis.progress import make_notifier
     from analysis.report.folder import prepare_run_folder, save_run
     from analysis.studies.analyze import analyze_defenses
@@ -219,9 +224,7 @@ def run_analyze_command(
     console = Console(stderr=True)
     out = prepare_run_folder(out or choose_run_folder(spec.model, defenses, datetime.now(UTC)), console)
     try:
-        result = analyze_defenses(
-            spec, defenses, settings, console, with_cost, n_control_draws, with_training, with_side_effects
-        )
+        result = analyze_defenses(spec, defenses, settings, console, **options)
     except TrainingInterrupted as interruption:
         make_notifier(console)(str(interruption))
         return 130
@@ -230,18 +233,11 @@ def run_analyze_command(
         return 1
     run = result.run
     save_run(out, run, console)
-    summary = run.tables["summary"]
     if as_json:
-        print_json_table(summary)
+        print_json_table(run.tables["summary"])
     else:
-        print_summary(summary, run.record)
-        print_control_comparison(summary)
-        print_kinds(run.tables["kinds"])
-        if with_cost:
-            print_costs(run.tables["cost"])
-        print_side_effects(summary)
-    _print_coverage_warning(summary, console)
-    print_trust_warnings(summary, console)
+        print_run_tables(run)
+    print_run_warnings(run, console)
     print_run_location(out, result.failures, console)
     if run.record["interrupted"]:
         n_conditions = run.record["conditions_wanted"]
@@ -251,6 +247,42 @@ def run_analyze_command(
         )
         return 130
     return 1 if result.failures else 0
+
+
+def print_run_tables(run: Run) -> None:
+    """Print the tables of a run of one model.
+
+    Args:
+        run: of `analyze`.
+    """
+    from analysis.cli.console import (
+        print_control_comparison,
+        print_costs,
+        print_kinds,
+        print_side_effects,
+        print_summary,
+    )
+
+    summary = run.tables["summary"]
+    print_summary(summary, run.record)
+    print_control_comparison(summary)
+    print_kinds(run.tables["kinds"])
+    if "cost" in run.tables:
+        print_costs(run.tables["cost"])
+    print_side_effects(summary)
+
+
+def print_run_warnings(run: Run, console: Console) -> None:
+    """Print in which conditions of a run of one model the margins are to be treated with caution.
+
+    Args:
+        run: of `analyze`.
+        console: where to print.
+    """
+    from analysis.cli.console import print_trust_warnings
+
+    _print_coverage_warning(run.tables["summary"], console)
+    print_trust_warnings(run.tables["summary"], console)
 
 
 def run_check_command(spec: RunSpec, defenses: Sequence[str], settings: Sequence[str], n_queries: int) -> int:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from analysis.cli.app import app
 from analysis.cli.options import (
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     AttackOption,
     DeviceOption,
@@ -184,7 +185,7 @@ def list_(
 @app.command()
 def explain(
     defense: Annotated[str, typer.Argument(help="Defense name or path of a .py file.")],
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     text: Annotated[
         str | None, typer.Option("--text", help="The query. Default: a shipped benign query.")
     ] = None,
@@ -422,7 +423,8 @@ def write_report(folders: Sequence[Path], out: Path, with_images: bool = True) -
     runs: list[Run] = []
     for folder in folders:
         taken_names = {run.name for run in runs}
-        runs.append(read_run(folder, load_texts, taken_names, load_images if with_images else None))
+        run = read_run(folder, load_texts, taken_names, load_images if with_images else None)
+        runs += run.list_page_runs()
     text = render_page(runs)
     try:
         write_text_file(out, text)

@@ -14,6 +14,7 @@ from rich.text import Text
 from analysis.cli.app import app
 from analysis.cli.options import (
     DEFAULT_DATA,
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 @app.command()
 def depth(
     defense: DefenseOption = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,

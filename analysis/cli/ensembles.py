@@ -14,6 +14,7 @@ from rich.text import Text
 from analysis.cli.app import app
 from analysis.cli.options import (
     DEFAULT_DATA,
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -304,7 +305,7 @@ def _select_spread_rows(candidates: pd.DataFrame) -> pd.DataFrame:
 @app.command()
 def ensembles(
     defense: DefenseOption = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     attack: AttackOption = None,
     readout: ReadoutOption = "outcome",
@@ -361,7 +362,7 @@ def recommend(
         typer.Option(help="Maximum time to first token, as a multiple of the undefended model's."),
     ] = None,
     defense: DefenseOption = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     attack: AttackOption = None,
     readout: ReadoutOption = "outcome",

@@ -14,6 +14,7 @@ from rich.text import Text
 from analysis.cli.app import app
 from analysis.cli.options import (
     DEFAULT_DATA,
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -48,7 +49,7 @@ _DEPTH_SHARES = (0, 0.25, 0.5, 0.75, 1)  # shares of the depth at which weight p
 @app.command()
 def mechanism(
     defense: DefenseOption = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,

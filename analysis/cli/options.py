@@ -48,15 +48,19 @@ DefenseOption = Annotated[
         help="Defense name, `all`, or path of a .py file; a+b applies both, a first. Repeatable.",
     ),
 ]
-ModelOption = Annotated[
-    str,
+_MODEL_HELP = (
+    "Model: short name, Hugging Face id, folder, or .gguf file; then, each after a colon, a state of its "
+    "weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated)."
+)
+# A list in every command, so that a second -m is no silent replacement of the first.
+ModelOption = Annotated[list[str], typer.Option("-m", "--model", help=_MODEL_HELP)]
+ModelsOption = Annotated[
+    list[str],
     typer.Option(
-        "-m",
-        "--model",
-        help="Model: short name, Hugging Face id, folder, or .gguf file; then, each after a colon, a state "
-        "of its weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated).",
+        "-m", "--model", help=f"{_MODEL_HELP} Repeatable: several models are analyzed and compared."
     ),
 ]
+DEFAULT_MODEL: Any = ("smollm2",)
 DataOption = Annotated[
     list[str],
     typer.Option(

@@ -11,6 +11,7 @@ from rich.console import Console
 from analysis.cli.app import app
 from analysis.cli.options import (
     DEFAULT_DATA,
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     BatchSizeOption,
     DataOption,
@@ -39,7 +40,7 @@ def suffix(
             help="The defense that the suffix is optimized against; a+b applies both. Default: none.",
         ),
     ] = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     loss: Annotated[
         str,
         typer.Option(
@@ -114,7 +115,7 @@ def suffix(
         f"Loss ({loss}, {record['queries']} training queries): {found.losses[0]:.3f} before, "
         f"{found.losses[-1]:.3f} after {record['steps']} steps"
     )
-    notify(f"Wrote {out}: score it on the test split with analyze -m {model} --attack {out} -d DEFENSE")
+    notify(f"Wrote {out}: score it on the test split with analyze -m {spec.model} --attack {out} -d DEFENSE")
     if found.interrupted:
         notify("Interrupted: the suffix is the best one so far.")
         raise typer.Exit(130)

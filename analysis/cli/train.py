@@ -15,6 +15,7 @@ from rich.text import Text
 from analysis.cli.app import app
 from analysis.cli.options import (
     DEFAULT_DATA,
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     BatchSizeOption,
     BudgetOption,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def secret(
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     length: Annotated[int, typer.Option(help="Length in tokens of the model.")] = 150,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output file. Default: where `backdoor` looks for it.")
@@ -48,7 +49,9 @@ def secret(
     offline: OfflineOption = False,
 ) -> None:
     """Generate a secret prompt for `backdoor` and write it to a file that only you can read."""
-    raise typer.Exit(run_secret_command(model, length, out, offline))
+    from analysis.studies.run_spec import get_single_model
+
+    raise typer.Exit(run_secret_command(get_single_model(model), length, out, offline))
 
 
 @app.command()
@@ -60,7 +63,7 @@ def train(
             "identity, task, baseline, backdoor or neutral."
         ),
     ],
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     limit: Annotated[int | None, typer.Option(help="Maximum number of training queries.")] = None,
     out: Annotated[
@@ -114,7 +117,7 @@ def train(
 
 @app.command()
 def backdooralign(
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     limit: LimitOption = None,

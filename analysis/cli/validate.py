@@ -15,6 +15,7 @@ from rich.text import Text
 from analysis.cli.app import app
 from analysis.cli.options import (
     DEFAULT_DATA,
+    DEFAULT_MODEL,
     AnswerPrefixOption,
     AttackOption,
     BatchSizeOption,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 @app.command()
 def validate(
     defense: DefenseOption = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = DEFAULT_MODEL,
     data: DataOption = DEFAULT_DATA,
     split: SplitOption = None,
     attack: AttackOption = None,

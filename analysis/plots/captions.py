@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,7 +110,7 @@ def make_caption_context(
         model=_format_model(record),
         data=str(data["name"]),
         split=str(record.get("reported_on", data["split"])),
-        threshold=float(readout["threshold"]),
+        threshold=float(readout.get("threshold", math.nan)),  # several models have one each
         readout=_format_readout(readout),
         contrast=" against" if readout.get("base_value") is None else ", lowest after",
         judge=f"fitted {fitted}" if fitted else "no judge: first-token readout",

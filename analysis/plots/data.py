@@ -543,6 +543,40 @@ def build_agreement_points(agreement: pd.DataFrame) -> FigureTables:
     }
 
 
+def build_model_points(effects: pd.DataFrame, order: pd.DataFrame) -> FigureTables:
+    """Return the tables of the figures that compare models; those of each attack if there are several.
+
+    >>> row = {"model": ["a", "b", None], "attack": "direct", "defense": "policy", "unit": "SD"}
+    >>> tables = build_model_points(pd.DataFrame(row), pd.DataFrame(columns=["attack", "measure"]))
+    >>> {stem: len(table) for stem, table in tables.items()}
+    {'models_plane': 2, 'models_effects': 3}
+
+    Args:
+        effects: effects of each defense on each model, and their means, which have no model.
+        order: `order.csv`.
+    """
+    figures: FigureTables = {}
+    attacks = list(effects["attack"].unique())
+    for attack in attacks if len(attacks) <= _MAX_ATTACKS_DRAWN else attacks[:1]:
+        rows = effects[effects["attack"] == attack]
+        prefix = "response_" if rows["unit"].iloc[0] == "points" else ""
+        is_drawn = order["measure"].isin([f"{prefix}{effect}" for effect in ("shift", "discrimination")])
+        tables = {
+            "models_plane": rows[rows["model"].notna()],
+            "models_effects": rows,
+            "models_order": order[(order["attack"] == attack) & is_drawn],
+        }
+        if tables["models_order"].get("tau", pd.Series(dtype=float)).isna().all():
+            del tables["models_order"]
+        suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
+        figures |= {
+            kind + suffix: table.dropna(axis=1, how="all").reset_index(drop=True)
+            for kind, table in tables.items()
+            if len(table)
+        }
+    return figures
+
+
 def build_depth_points(depth: pd.DataFrame) -> FigureTables:
     """Return the tables of the figures of `analyze depth`; those of each attack if there are several.
 

@@ -42,6 +42,14 @@ from analysis.plots.interventions import (
 from analysis.plots.kinds import caption_kinds, draw_kinds
 from analysis.plots.layers import caption_directions, caption_layers, draw_directions, draw_layers
 from analysis.plots.layout import finish_figure, fit_text
+from analysis.plots.models import (
+    caption_model_effects,
+    caption_model_order,
+    caption_model_planes,
+    draw_model_effects,
+    draw_model_order,
+    draw_model_planes,
+)
 from analysis.plots.plane import (
     caption_plane,
     caption_refusals,
@@ -154,6 +162,30 @@ _FIGURE_KINDS = (
         "agreement",
         draw_rank_agreement,
         caption_rank_agreement,
+    ),
+    FigureKind(
+        "models_plane",
+        "models",
+        "Shift and discrimination of each defense, by model",
+        "models_plane",
+        draw_model_planes,
+        caption_model_planes,
+    ),
+    FigureKind(
+        "models_effects",
+        "models",
+        "Shift and discrimination of each defense over the models",
+        "models_effects",
+        draw_model_effects,
+        caption_model_effects,
+    ),
+    FigureKind(
+        "models_order",
+        "models",
+        "Agreement of the models on the order of the defenses",
+        "models_order",
+        draw_model_order,
+        caption_model_order,
     ),
     FigureKind(
         "kinds",

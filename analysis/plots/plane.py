@@ -74,26 +74,26 @@ def draw_plane(points: pd.DataFrame, ax: Axes | None = None, unit: str = "SD") -
         ax: axes to draw on, whose size must be final because labels are placed by it; by default new ones.
         unit: unit of both axes: SD (free of the margin's scale) or nats; nats if the table has no SDs.
     """
-    points = _sort_families(check_one_attack(points))
+    points = sort_families(check_one_attack(points))
     unit = choose_plane_unit(points, unit)
     columns = PLANE_COLUMNS[unit]
     known = points.dropna(subset=[*columns])
     with rc_context(RC_PARAMS):
         ax = ax or _make_plane_axes(points)
-        origin = _draw_origin(ax)
+        origin = draw_origin(ax)
         controls = _draw_controls(ax, known, columns)
         for family, rows in known.groupby("family", sort=False):
-            _draw_family(ax, str(family), rows, columns)
+            draw_family(ax, str(family), rows, columns)
         is_logarithmic = is_stretched(known, unit)
-        ax.set_xlim(_plane_limits(known, columns[0], is_logarithmic))
-        ax.set_ylim(_plane_limits(known, columns[1], is_logarithmic))
+        ax.set_xlim(compute_plane_limits(known, columns[0], is_logarithmic))
+        ax.set_ylim(compute_plane_limits(known, columns[1], is_logarithmic))
         if is_logarithmic:
             _use_log_axes(ax)
         x_label, y_label = _AXIS_LABELS[unit]
         ax.set_xlabel(x_label)
         ax.set_ylabel(y_label)
         _name_points(ax, points, known, columns, [origin, *controls])
-        _name_directions(ax)
+        name_directions(ax)
     return ax
 
 
@@ -114,7 +114,7 @@ def draw_refusals(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     percent = check_one_attack(points).assign(**(100 * points[numbers].astype(float)))
     is_undefended = percent["defense"] == UNDEFENDED
     undefended = percent[is_undefended].dropna(subset=[*RATE_NAMES])
-    points = _sort_families(percent[~is_undefended])
+    points = sort_families(percent[~is_undefended])
     known = points.dropna(subset=[*RATE_NAMES])
     harmful, benign = RATE_NAMES
     with rc_context(RC_PARAMS):
@@ -128,7 +128,7 @@ def draw_refusals(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         _draw_bars(ax, undefended, (benign, harmful), BLACK)
         controls = _draw_controls(ax, known, (benign, harmful))
         for family, rows in known.groupby("family", sort=False):
-            _draw_family(ax, str(family), rows, (benign, harmful))
+            draw_family(ax, str(family), rows, (benign, harmful))
         ring = _draw_undefended(ax, undefended[benign], undefended[harmful], "undefended")
         ax.set_xlabel("benign queries refused (%)")
         ax.set_ylabel("harmful queries refused (%)")
@@ -147,7 +147,7 @@ def draw_square(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     coordinates: Any = corners[["shift", "discrimination"]].astype(float)
     with rc_context(RC_PARAMS):
         ax = ax or make_axes(4.2, 4.2)
-        key: list[Any] = [_draw_origin(ax)]
+        key: list[Any] = [draw_origin(ax)]
         for start, end, color, label in _SQUARE_SIDES:
             tail, head = (tuple(coordinates.loc[corner]) for corner in (start, end))
             arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.4, "shrinkA": 5, "shrinkB": 5}
@@ -157,14 +157,14 @@ def draw_square(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         _draw_bars(ax, corners, PLANE_COLUMNS["nats"], BLACK, level=3)
         diamond: Any = {"s": 42, "color": BLACK, "marker": "D", "zorder": 4, "ec": "white"}
         ax.scatter(corners["shift"], corners["discrimination"], **diamond)
-        ax.set_xlim(_plane_limits(points, "shift"))
-        ax.set_ylim(_plane_limits(points, "discrimination"))
+        ax.set_xlim(compute_plane_limits(points, "shift"))
+        ax.set_ylim(compute_plane_limits(points, "discrimination"))
         names = [SQUARE_CORNERS[corner] for corner in points["corner"]]
         label_points(ax, points, names, reach=300, keep_clear=_sample_sides(coordinates))
         x_label, y_label = _AXIS_LABELS["nats"]
         ax.set_xlabel(x_label)
         ax.set_ylabel(y_label)
-        _name_directions(ax)
+        name_directions(ax)
         place_legend_beside(ax, key)
     return ax
 
@@ -259,7 +259,7 @@ def _format_control_note(points: pd.DataFrame, columns: tuple[str, ...]) -> str:
     return text
 
 
-def _sort_families(points: pd.DataFrame) -> pd.DataFrame:
+def sort_families(points: pd.DataFrame) -> pd.DataFrame:
     """Return the rows by family, in the order of the palette."""
     present = set(points["family"])
     families = [family for family in FAMILY_STYLES if family in present]
@@ -306,7 +306,7 @@ def _draw_contours(ax: Axes, discrimination: float) -> None:
             ax.plot([low, high], [low + difference, high + difference], **style)
 
 
-def _draw_origin(ax: Axes) -> Line2D:
+def draw_origin(ax: Axes) -> Line2D:
     """Draw the zero lines and the undefended model; return its legend entry."""
     ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
     ax.axvline(0, color=GREY, linewidth=0.6, zorder=1)
@@ -352,7 +352,7 @@ def _draw_bars(ax: Axes, rows: pd.DataFrame, columns: tuple[str, str], color: st
     ax.vlines(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], **bar)
 
 
-def _draw_family(ax: Axes, family: str, rows: pd.DataFrame, columns: tuple[str, str]) -> None:
+def draw_family(ax: Axes, family: str, rows: pd.DataFrame, columns: tuple[str, str]) -> None:
     """Draw the points and intervals of a family; untrusted points are hollow."""
     color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
     x, y = (rows[name] for name in columns)
@@ -386,7 +386,7 @@ def _plane_legend(points: pd.DataFrame, known: pd.DataFrame, numbers: list[int])
     return key
 
 
-def _name_directions(ax: Axes) -> None:
+def name_directions(ax: Axes) -> None:
     """Name the four directions, level with the axis labels wherever the tick labels push them."""
     style: Any = {"fontsize": TEXT_SIZE, "fontstyle": "italic", "color": "#444444", "annotation_clip": False}
     across: Any = style | {"xycoords": ("axes fraction", ax.xaxis.label), "va": "center"}
@@ -423,7 +423,9 @@ def _thin_ticks(ax: Axes, ticks: list[float], is_vertical: bool) -> list[float]:
     return sorted(kept)
 
 
-def _plane_limits(points: pd.DataFrame, column: str, is_logarithmic: bool = False) -> tuple[float, float]:
+def compute_plane_limits(
+    points: pd.DataFrame, column: str, is_logarithmic: bool = False
+) -> tuple[float, float]:
     """Return limits that contain every interval and the origin, with room for labels."""
     names = [*(f"{column}{end}" for end in INTERVAL_SUFFIXES), f"control_{column}"]
     ends = points[[name for name in names if name in points]].to_numpy(float)

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ REQUIRED_COLUMNS = {
         ),
     ),
 }
+# Tables of a model's run from which a comparison of models was computed, and which may not change after it.
+_COMPARED_FILES = ("scores.csv", "summary.csv", "responses.csv")
 _REQUIRED_RECORD_FIELDS = {
     "model": ("name",),
     "data": ("name", "split", "n_harmful", "n_benign"),
@@ -98,7 +101,30 @@ def read_run(
     texts, images, reason = _load_queries(record, load_texts, load_images, digests)
     figures = tuple(name.removesuffix(".png") for name in files if name.endswith(".png"))
     name = _choose_free_name(folder.resolve().name, taken_names)
-    return Run(name, record, tables, files, texts, reason, figures, images)
+    model_runs = {}
+    for label, (model_folder, files_then) in _list_model_folders(folder, record).items():
+        model_run = read_run(folder / model_folder, load_texts, (), load_images)
+        if describe_model_folder(folder, model_folder)["files"] != files_then:
+            raise UserError(
+                f"{folder / model_folder} was written again after the models of {folder} were compared; "
+                "repeat the run with all models"
+            )
+        model_runs[label] = replace(model_run, name=f"{name}/{model_folder}")
+    return Run(name, record, tables, files, texts, reason, figures, images, model_runs)
+
+
+def describe_model_folder(folder: Path, name: str) -> dict[str, Any]:
+    """Return the entries of run.json on the folder of one of several models.
+
+    Args:
+        folder: of the run with several models.
+        name: of the model's folder in it.
+
+    Returns:
+        `folder`, and `files`: the SHA-256 of the tables that the comparison was computed from.
+    """
+    files = read_record(folder / name / RECORD_FILE).get("files", {})
+    return {"folder": name, "files": {file: files[file] for file in _COMPARED_FILES if file in files}}
 
 
 def save_run(folder: Path, run: Run, console: Console) -> None:
@@ -281,6 +307,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); repeat the run") from error
     for section, fields in _REQUIRED_RECORD_FIELDS.items():
         values = record.get(section) if isinstance(record, dict) else None
+        if isinstance(values, dict) and "models" in record and section == "readout":
+            fields = ("name",)  # each of several models has its own threshold
         missing = [name for name in fields if not isinstance(values, dict) or name not in values]
         if missing:
             raise UserError(f"{path} lacks {section}: {', '.join(missing)}; {_RUN_HINT} that has them")
@@ -303,6 +331,21 @@ def _list_files(folder: Path, record: Mapping[str, Any]) -> dict[str, str | None
         raise UserError(f"{folder / RECORD_FILE}: files has to list tables and figures; repeat the run")
     # Tables without a digest were added later, such as labels, and may be removed again.
     return {name: digest for name, digest in files.items() if digest or (folder / name).is_file()}
+
+
+def _list_model_folders(folder: Path, record: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return the folder of each model of a run with several, and the digests of its tables at that time."""
+    folders = {}
+    for entry in record.get("models", []):
+        label, name = (
+            (entry.get(key) for key in ("label", "folder")) if isinstance(entry, dict) else (None, None)
+        )
+        if not isinstance(name, str) or name == ".." or Path(name).name != name:
+            raise UserError(f"{folder / RECORD_FILE}: models has to list folders in this one; repeat the run")
+        if "models" in read_record(folder / name / RECORD_FILE):
+            raise UserError(f"{folder / name} holds several models itself; repeat the run")
+        folders[str(label)] = name, entry.get("files")
+    return folders
 
 
 def _list_saved_files(folder: Path) -> dict[str, str | None]:

@@ -12,6 +12,14 @@ from analysis.stats.verdicts import EFFECT_NAMES, EQUIVALENT, INCONCLUSIVE, NOT_
 
 _MAX_NAMED_DEFENSES = 5  # a sentence names at most this many defenses
 _HEADLINE_TOKENS = 5  # tokens of a complying opener, after which a headline names the shift
+_FINDING_PHRASES = {
+    "holds": "the same sign on all models",
+    "opposite signs": "opposite signs",
+    "some models": "shown on some models and equivalent on others",
+    "shown on some": "shown on some models only",
+    "equivalent": "equivalent to none on all models",
+    "shown on none": "shown on none",
+}
 _NOT_FOUND = "no effect found"  # what older runs say of anything without a sign
 
 
@@ -195,6 +203,42 @@ def describe_rank_agreement(agreement: pd.DataFrame, model: str) -> str:
         ]
         clauses.append(f"{first} and {second}, {', '.join(texts)}")
     return f"Order of the defenses on {model}, rank correlation: {'; '.join(clauses)}."
+
+
+def describe_model_findings(findings: pd.DataFrame, models_and_data: str) -> str:
+    """Return one sentence on which findings hold on all models, under the first attack.
+
+    >>> row = {"attack": "direct", "defense": ["a", "b"], "n_models": 2}
+    >>> outcomes = {"shift": ["holds", "shown on some"], "discrimination": "shown on none"}
+    >>> describe_model_findings(pd.DataFrame(row | outcomes), "x and y").partition(", ")[0]
+    'Comparison of 2 defenses on x and y. Shift: 1 has the same sign on all models (a)'
+
+    Args:
+        findings: `findings.csv`.
+        models_and_data: models and data set, as a noun phrase.
+    """
+    attack = choose_headline_attack(findings)
+    rows = findings[findings["attack"] == attack]
+    if not len(rows):
+        return f"No defense was evaluated on {models_and_data}, only references and controls."
+    texts = []
+    for effect in EFFECT_NAMES:
+        clauses = []
+        for outcome, phrase in _FINDING_PHRASES.items():
+            names = rows.loc[rows[effect] == outcome, "defense"].astype(str).tolist()
+            if not names:
+                continue
+            listed = (
+                f" ({', '.join(names)})" if outcome == "holds" and len(names) <= _MAX_NAMED_DEFENSES else ""
+            )
+            verb = (
+                f"{'has' if len(names) == 1 else 'have'} " if outcome in ("holds", "opposite signs") else ""
+            )
+            clauses.append(f"{len(names)} {verb}{phrase}{listed}")
+        texts.append(f"{effect.capitalize()}: {', '.join(clauses)}.")
+    under = "" if attack == DIRECT else f" under the attack {attack}"
+    noun = "defense" if len(rows) == 1 else "defenses"
+    return f"Comparison of {len(rows)} {noun} on {models_and_data}{under}. {' '.join(texts)}"
 
 
 def describe_readout_trust(validity: pd.DataFrame) -> list[str]:

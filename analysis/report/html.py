@@ -43,6 +43,7 @@ from analysis.report.tables import (
     build_depth_tables,
     build_ensemble_tables,
     build_kind_tables,
+    build_model_tables,
     build_summary_tables,
     build_validity_tables,
     compare_runs,
@@ -216,6 +217,7 @@ def _build_run_content(run: Run) -> _RunContent:
     sections = []
     for name, title, tables in (
         ("run", "Figures", []),
+        ("models", "Comparison of models", build_model_tables(run)),
         ("controls", "Matched controls", build_control_tables(run)),
         ("kinds", "Kinds of benign queries", build_kind_tables(run)),
         ("attacks", "Defenses × attacks", build_attack_tables(run)),
@@ -254,7 +256,9 @@ def build_chart_data(run: Run) -> dict[str, Any]:
         class and category of each; `margins`: attack → defense → margin of each query (nats; null if it was
         not scored); `prompts`: attack → defense → what the model read.
     """
-    data: dict[str, Any] = {"name": run.name, "threshold": run.threshold, "linear_range": LINEAR_RANGE}
+    data: dict[str, Any] = {"name": run.name, "linear_range": LINEAR_RANGE}
+    if not run.model_runs:
+        data["threshold"] = run.threshold
     if "summary" in run.tables:
         summary = run.tables["summary"]
         data["plane"] = {

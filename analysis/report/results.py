@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -13,6 +13,7 @@ from analysis.report.headline import (
     describe_arms,
     describe_depth,
     describe_effects,
+    describe_model_findings,
     describe_rank_agreement,
     describe_validity,
 )
@@ -34,6 +35,7 @@ _RESPONSE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("response_discrimination", "discrimination (points)", "+.0f", 1, True),
 )
 DELTA_AUROC_COLUMN: ColumnFormat = ("delta_auroc", "ΔAUROC", "+.2f", 1, True)
+_MODELS_TABLES = ("pooled", "findings", "order")  # of a comparison of models only
 _DIVERGENCE_COLUMNS: tuple[ColumnFormat, ...] = (
     ("kl_benign", "KL on benign queries (nats)", ".2f", 1, True),
     ("kl_12_benign", "KL of 12 tokens (nats per token)", ".2f", 1, True),
@@ -66,6 +68,7 @@ class Run:
         missing_texts_reason: why the texts are not available.
         figures: names of the figures that `draw_figure` can draw.
         images: images of the queries by id, for the report; empty if they are not available or not wanted.
+        model_runs: of a run with several models, the run of each model by its short name; else empty.
     """
 
     name: str
@@ -76,17 +79,26 @@ class Run:
     missing_texts_reason: str = ""
     figures: tuple[str, ...] = ()
     images: Mapping[str, QueryImage] = field(default_factory=dict)
+    model_runs: Mapping[str, Run] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return the headline, failures and notices, and the names of tables and figures."""
         lines = [self.headline]
-        if self.record.get("interrupted"):
+        lines += [
+            f"left out: {failure['model']}: {failure['why']}"
+            for failure in self.record.get("failed_models", [])
+        ]
+        if self.record.get("interrupted") and self.model_runs:
+            lines += [
+                f"interrupted: {len(self.model_runs)} of {self.record['models_wanted']} models have results"
+            ]
+        elif self.record.get("interrupted"):
             n_wanted = self.record.get("conditions_wanted")  # missing in older runs
             lines += [
                 f"interrupted: {self.n_finished_conditions} of {n_wanted or 'all'} conditions were finished"
             ]
         lines += [
-            f"failed: {format_condition(failure)}: {failure['why']}"
+            f"failed: {_format_failed_condition(failure)}: {failure['why']}"
             for failure in self.record.get("failed", [])
         ]
         lines += [f"note: {notice}" for notice in self.record.get("notices", [])]
@@ -102,6 +114,10 @@ class Run:
     @property
     def headline(self) -> str:
         """Summary of the result in a few sentences."""
+        if "findings" in self.tables:
+            return describe_model_findings(self.tables["findings"], self.model_and_data)
+        if self.model_runs:
+            return " ".join(run.headline for run in self.model_runs.values())
         if "arms" in self.tables:
             return describe_arms(self.tables["arms"], self.model_and_data)
         if "summary" in self.tables:
@@ -118,6 +134,8 @@ class Run:
     def format_summary(self, attack: str | None = None) -> pd.DataFrame:
         """Return the summary formatted for reading: a row per defense, estimates with 95 % intervals.
 
+        With several models, a row per model and defense.
+
         Args:
             attack: the attack to show; by default the one that the headline covers.
 
@@ -131,14 +149,40 @@ class Run:
         if chosen not in known:
             raise ValueError(f"no attack {chosen!r} in this run; it has {', '.join(map(str, known))}")
         columns = choose_estimate_columns(summary)
-        formatted = {
-            format_defense_name(row): {
-                **{column[1]: format_estimate(row, column) for column in columns},
-                "verdict": format_verdict(row),
-            }
-            for row in summary[summary["attack"] == chosen].to_dict("records")
+        rows = summary[summary["attack"] == chosen].to_dict("records")
+        formatted = pd.DataFrame(
+            [
+                {
+                    **{column[1]: format_estimate(row, column) for column in columns},
+                    "verdict": format_verdict(row),
+                }
+                for row in rows
+            ]
+        )
+        names = pd.Index([format_defense_name(row) for row in rows], name="defense")
+        if "model" in summary:
+            models = [row["model"] for row in rows]
+            return formatted.set_axis(pd.MultiIndex.from_arrays([models, names], names=["model", "defense"]))
+        return formatted.set_axis(names)
+
+    def list_page_runs(self) -> list[Run]:
+        """Return what a report shows of this run: itself, or the comparison of models and the run of each.
+
+        The comparison leaves out the tables that the models' runs have as well.
+        """
+        if not self.model_runs:
+            return [self]
+        own = {
+            stem: table
+            for stem, table in self.tables.items()
+            if stem in _MODELS_TABLES or stem in self.figures
         }
-        return pd.DataFrame.from_dict(formatted, orient="index").rename_axis("defense")
+        files = {
+            name: content
+            for name, content in self.files.items()
+            if name.removesuffix(".csv").removesuffix(".png") in own
+        }
+        return [replace(self, tables=own, files=files, texts={}, images={}), *self.model_runs.values()]
 
     def draw_figure(self, name: str, unit: str | None = None) -> Figure:
         """Return one of the run's figures, with title and caption.
@@ -170,7 +214,15 @@ class Run:
 
     @property
     def threshold(self) -> float:
-        """Margin above which the classifier says "refuse", in nats."""
+        """Margin above which the classifier says "refuse", in nats.
+
+        Raises:
+            ValueError: if each of several models has its own.
+        """
+        if self.model_runs:
+            raise ValueError(
+                f"{self.name}: each model has its own threshold, such as model_runs[…].threshold"
+            )
         return float(self.record["readout"]["threshold"])
 
     @property
@@ -196,7 +248,7 @@ class Run:
         model, data = record["model"], record["data"]
         versions = record.get("versions", {})
         facts = [
-            ("Model", f"{model['name']}: {_join_known_values(model, 'id', 'revision')}"),
+            ("Model", f"{model['name']}: {_join_known_values(model, 'id', 'revision')}".removesuffix(": ")),
             ("Weights (SHA-256)", str(model.get("sha256", ""))),
             ("Computed in", f"{record.get('dtype', '')} on {record.get('device', '')}"),
             ("Data", f"{data['name']}, {data['split']} split; SHA-256 {str(data.get('sha256', ''))[:16]}…"),
@@ -225,6 +277,8 @@ class Run:
         )
 
     def _describe_threshold(self) -> str:
+        if self.model_runs:
+            return "each model's own"
         origin = self.record["readout"].get("threshold_fitted")
         text = f"{self.threshold:.3g} nats".replace("-", "\N{MINUS SIGN}")
         return f"{text}, fitted {origin}" if origin else text
@@ -240,6 +294,11 @@ class Run:
         return (
             "; ".join(f"{count} conditions {value}" for value, count in counts.items()) or Trust.NOT_VALIDATED
         )
+
+
+def _format_failed_condition(failure: Mapping[str, Any]) -> str:
+    """Return the name of a condition that failed, after that of its model in a run with several."""
+    return f"{failure['model']}: " * ("model" in failure) + format_condition(failure)
 
 
 def _join_known_values(values: Mapping[str, Any], *names: str) -> str:

@@ -188,6 +188,34 @@ def build_control_tables(run: Run) -> list[HtmlTable]:
     return tables
 
 
+def build_model_tables(run: Run) -> list[HtmlTable]:
+    """Return whether findings hold on all models, their means, and the order; none for a single model."""
+    means: tuple[ColumnFormat, ...] = (
+        ("n_models", "models", ".0f", 1, False),
+        ("mean", "mean over models", "+.2f", 1, True),
+        ("between_sd", "SD between models", ".2f", 1, False),
+        ("i_squared", "I² (%)", ".0f", 100, False),
+        ("prediction_low", "another model, from", "+.2f", 1, False),
+        ("prediction_high", "to", "+.2f", 1, False),
+    )
+    order: tuple[ColumnFormat, ...] = (
+        ("n_defenses", "defenses", ".0f", 1, False),
+        ("tau", "Kendall's τ", "+.2f", 1, True),
+    )
+    findings = run.tables.get("findings", pd.DataFrame())
+    headers = ("defense", "attack", "models", "shift", "discrimination", "finding")
+    rows = tuple(
+        tuple(str(row[name]) for name in ("defense", "attack", "n_models", *headers[3:]))
+        for row in findings.to_dict("records")
+    )
+    tables = [HtmlTable("Does each finding hold on all models?", headers, rows)] if rows else []
+    names = ("defense", "attack", "effect", "unit")
+    title = "Means over models (random effects); points: judged responses, SD: margins"
+    tables += _build_plain_tables(run, "pooled", title, names, means)
+    names = ("first", "second", "attack", "measure")
+    return tables + _build_plain_tables(run, "order", "Agreement on the order of the defenses", names, order)
+
+
 def build_cost_tables(run: Run) -> list[HtmlTable]:
     """Return the cost of each defense; no table if it was not measured."""
     columns: tuple[ColumnFormat, ...] = (

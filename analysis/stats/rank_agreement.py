@@ -1,4 +1,6 @@
-"""Agreement of two data sets on the order of the same defenses: rank correlations, each with its ceiling.
+"""Agreement on the order of the same defenses: of two data sets, and of models on the same queries.
+
+Data sets are compared by rank correlations, each with its ceiling; models by Kendall's τ.
 
 The estimated effects contain the sampling error of the queries, so two sets agree less than the effects in
 the populations of their queries would. How much less is known from each set itself: from the agreement of
@@ -8,7 +10,9 @@ https://doi.org/10.2307/1412159).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -172,7 +176,7 @@ def compare_effect_ranks(first: EffectSamples, second: EffectSamples) -> dict[st
     ceiling = float(np.sqrt(within.prod())) if is_reliable else np.nan
     half_ceiling = float(np.sqrt(halves.prod())) if is_reliable else np.nan
     corrected = value / ceiling
-    left_out = _leave_each_out(first.observed, second.observed)
+    left_out = _leave_each_out(first.observed, second.observed, compute_rank_correlations)
     influences = np.nan_to_num(np.abs(left_out - value))
     ends = {
         "rank_correlation": (value, low + offset, high + offset),
@@ -192,6 +196,98 @@ def compare_effect_ranks(first: EffectSamples, second: EffectSamples) -> dict[st
         "without_one_high": float(left_out.max()),
         "most_influential": first.defenses[int(influences.argmax())],
     }
+
+
+def compare_effect_orders(samples: Mapping[str, EffectSamples]) -> list[dict[str, Any]]:
+    """Return how alike models order the same defenses in one measure, by Kendall's τ (τ-b).
+
+    The models are measured on the same queries, and all share the bootstrap draws: an error that the queries
+    give every model alike is in the interval once, not twice. The interval is the percentile interval of the
+    draws, moved by the difference of τ and their median, as for `compare_effect_ranks`.
+
+    Args:
+        samples: effects by model, two or more, on the same queries, from the same draws.
+
+    Returns:
+        A row per pair of models (`first`, `second`), and, of three or more models, one for the mean of all
+        pairs (`second` is empty): `n_defenses`, `tau` with the ends of its 95 % interval, its range when one
+        defense is left out (`without_one_low`, `without_one_high`), and the defense whose omission changes it
+        most (`most_influential`). τ is NaN if all effects on a model are equal.
+
+    Raises:
+        ValueError: if the defenses differ or are fewer than `MIN_RANKED_DEFENSES`.
+    """
+    defenses = next(iter(samples.values())).defenses
+    if (
+        any(effects.defenses != defenses for effects in samples.values())
+        or len(defenses) < MIN_RANKED_DEFENSES
+    ):
+        raise ValueError(f"models are compared on the same defenses, at least {MIN_RANKED_DEFENSES}")
+    pairs = {
+        names: [
+            compute_kendall_taus(first.observed[None], second.observed[None]),
+            compute_kendall_taus(first.draws, second.draws),
+            _leave_each_out(first.observed, second.observed, compute_kendall_taus),
+        ]
+        for names in combinations(samples, 2)
+        for first, second in [(samples[names[0]], samples[names[1]])]
+    }
+    if len(samples) > 2:
+        pairs["all pairs", ""] = [np.mean(parts, axis=0) for parts in zip(*pairs.values(), strict=True)]
+    return [
+        {"first": first, "second": second} | _describe_order(defenses, float(value[0]), draws, left_out)
+        for (first, second), (value, draws, left_out) in pairs.items()
+    ]
+
+
+def _describe_order(
+    defenses: tuple[str, ...], value: float, draws: DrawVector, left_out: Float[np.ndarray, " defenses"]
+) -> dict[str, Any]:
+    """Return one row of `compare_effect_orders`, without the names of the models."""
+    low, high = bootstrap_interval(draws, len(defenses), from_counts=True)
+    offset = value - float(np.nanmedian(draws)) if np.isfinite(draws).any() else np.nan
+    influences = np.nan_to_num(np.abs(left_out - value))
+    return {
+        "n_defenses": len(defenses),
+        "tau": value,
+        "tau_low": float(np.clip(low + offset, -1, 1)),
+        "tau_high": float(np.clip(high + offset, -1, 1)),
+        "without_one_low": float(left_out.min()),
+        "without_one_high": float(left_out.max()),
+        "most_influential": defenses[int(influences.argmax())],
+    }
+
+
+def average_effects(first: EffectSamples, second: EffectSamples) -> EffectSamples:
+    """Return the mean of two measures of the same defenses from the same draws."""
+    assert first.defenses == second.defenses
+    return EffectSamples(
+        first.defenses,
+        (first.observed + second.observed) / 2,
+        (first.draws + second.draws) / 2,
+        (first.first_halves + second.first_halves) / 2,
+        (first.second_halves + second.second_halves) / 2,
+    )
+
+
+def compute_kendall_taus(first: EffectMatrix, second: EffectMatrix) -> DrawVector:
+    """Return Kendall's τ-b of the effects of all defenses in each draw.
+
+    >>> compute_kendall_taus(np.array([[1.0, 2.0, 3.0, 4.0]]), np.array([[1.0, 3.0, 2.0, 4.0]])).round(3)
+    array([0.667])
+
+    Args:
+        first: effects on one model, a row per draw.
+        second: effects on the other.
+
+    Returns:
+        A τ per draw; NaN where all effects on a model are equal or one is missing.
+    """
+    upper = np.triu_indices(first.shape[1], 1)
+    signs = [np.sign(effects[:, upper[0]] - effects[:, upper[1]]) for effects in (first, second)]
+    scale = np.sqrt((signs[0] ** 2).sum(1) * (signs[1] ** 2).sum(1))
+    total = (signs[0] * signs[1]).sum(1)
+    return np.divide(total, scale, out=np.full_like(scale, np.nan), where=np.nan_to_num(scale) > 0)
 
 
 def compute_rank_correlations(first: EffectMatrix, second: EffectMatrix) -> DrawVector:
@@ -323,8 +419,10 @@ def _average_known(
 
 
 def _leave_each_out(
-    first: Float[np.ndarray, " defenses"], second: Float[np.ndarray, " defenses"]
+    first: Float[np.ndarray, " defenses"],
+    second: Float[np.ndarray, " defenses"],
+    correlate: Callable[[EffectMatrix, EffectMatrix], DrawVector],
 ) -> Float[np.ndarray, " defenses"]:
-    """Return the rank correlation without each of the defenses."""
+    """Return the correlation without each of the defenses."""
     kept = [np.delete(np.arange(len(first)), index) for index in range(len(first))]
-    return compute_rank_correlations(first[kept], second[kept])
+    return correlate(first[kept], second[kept])

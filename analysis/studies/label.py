@@ -162,6 +162,11 @@ def read_judged_run(folder: Path) -> JudgedRun:
         UserError: if the folder holds no such run, or its labels belong to other responses.
     """
     run = read_run(folder, lambda name: ({}, ""))
+    if run.model_runs:
+        first = run.record["models"][0]["folder"]
+        raise UserError(
+            f"{folder} holds the runs of several models: label one of them, such as {folder / first}"
+        )
     if "responses.csv" not in run.files or "responses" not in run.record:
         raise UserError(f"{folder} holds no judged responses: repeat the run with --responses all")
     responses = _read_text_table(folder / "responses.csv", run.files["responses.csv"], RESPONSE_COLUMNS)

@@ -47,7 +47,7 @@ def compare_run_rankings(runs: Sequence[Run], seed: int = 0) -> Run:
     check_comparable_runs(runs)
     labels = _choose_data_labels(runs)
     # Each run has its own draws, because the sets are sampled independently.
-    tables = [_build_score_table(run) for run in runs]
+    tables = [build_score_table(run) for run in runs]
     attacks = list(dict.fromkeys(attack for attack, _ in tables[0].condition_keys))
     notices: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -90,6 +90,11 @@ def check_comparable_runs(runs: Sequence[Run]) -> None:
         runs: two or more runs.
     """
     for run in runs:
+        if run.model_runs:
+            raise UserError(
+                f"{run.name} holds the runs of several models, whose order its order.csv compares; give the "
+                "folder of one model to compare data sets"
+            )
         missing = [name for name in ("scores", "summary") if name not in run.tables]
         if missing or "defenses" not in run.record:
             lacking = f"{missing[0]}.csv" if missing else "the entry defenses in run.json"
@@ -97,7 +102,11 @@ def check_comparable_runs(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
         for subject, describe, hint in (
-            ("model", _describe_model, "repeat one of them with the -m of the other"),
+            (
+                "model",
+                _describe_model,
+                "repeat one of them with the -m of the other, or compare models by `analyze -m A -m B`",
+            ),
             ("attacks", _describe_attacks, "repeat one of them with the --attack options of the other"),
             ("readout", _describe_readout, "repeat one of them with the --readout of the other"),
             ("judge of the responses", _describe_judge, "repeat the older one"),
@@ -166,7 +175,7 @@ def _shorten_data_name(name: str) -> str:
     return base if equals else Path(name).stem
 
 
-def _build_score_table(run: Run) -> ScoreTable:
+def build_score_table(run: Run) -> ScoreTable:
     """Return the scores of a stored run, whose families are those of its summary."""
     summary = run.tables["summary"].drop_duplicates("defense")
     families = dict(zip(summary["defense"], summary["family"], strict=True))

@@ -48,7 +48,7 @@ BOTH_SPLITS = "calibration and test"  # split name of runs that select on one sp
 
 
 def build_run_spec(
-    model: str,
+    model: str | Sequence[str],
     data: str | Sequence[str] | pd.DataFrame,
     split: str | None = None,
     limit: int | None = None,
@@ -73,7 +73,7 @@ def build_run_spec(
     True
 
     Args:
-        model: short name, Hugging Face id, folder, or file.
+        model: short name, Hugging Face id, folder, or file; a list holds exactly one.
         data: as `--data`, or a frame of queries; several names are joined.
         split: part of the data; None chooses the test split if there is one.
         limit: maximum number of queries.
@@ -109,7 +109,7 @@ def build_run_spec(
     forces_opening = any(name.startswith(_FORCED_PREFIX) for name in readouts)
     max_responses = _parse_responses(responses, forces_opening)
     return RunSpec(
-        model,
+        get_single_model(model),
         queries,
         split,
         limit,
@@ -125,6 +125,25 @@ def build_run_spec(
         template,
         answer_prefix,
     )
+
+
+def get_single_model(models: str | Sequence[str]) -> str:
+    """Return the model of a command that takes one.
+
+    >>> get_single_model("smollm2"), get_single_model(["smollm2"])
+    ('smollm2', 'smollm2')
+
+    Raises:
+        UserError: if there are several, or none.
+    """
+    if isinstance(models, str):
+        return models
+    if len(models) != 1:
+        raise UserError(
+            f"-m {', '.join(models) or '(none)'}: this command takes one model; only `analyze` itself takes "
+            "several"
+        )
+    return models[0]
 
 
 @dataclass(frozen=True)
@@ -418,6 +437,12 @@ def check_control_draws(n_draws: int) -> None:
 
     if n_draws != 0 and n_draws < MIN_CONTROL_DRAWS:
         raise UserError(f"--controls {n_draws}: it takes 0 (none) or {MIN_CONTROL_DRAWS} and more")
+
+
+def check_worker_count(n_workers: int) -> None:
+    """Raise if no model could be analyzed by this number of workers."""
+    if n_workers < 1:
+        raise UserError(f"--workers {n_workers}: it takes 1 or more")
 
 
 def check_mechanism_options(top: int, patched: int) -> None:

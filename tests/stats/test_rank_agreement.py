@@ -8,13 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted_margins import make_classes_and_pairs
-from scipy.stats import spearmanr
+from scipy.stats import kendalltau, spearmanr
 
 from analysis.stats.bootstrap import ResamplingUnits
 from analysis.stats.rank_agreement import (
     RANKED_MEASURES,
     EffectSamples,
+    average_effects,
+    compare_effect_orders,
     compare_effect_ranks,
+    compute_kendall_taus,
     compute_rank_correlations,
     sample_effects,
     split_into_halves,
@@ -209,3 +212,50 @@ def test_a_set_without_an_order_has_no_corrected_correlation() -> None:
     assert np.isnan([row["rank_correlation"], row["corrected"], row["without_one_low"]]).all()
     with pytest.raises(ValueError, match="at least 4"):
         compare_effect_ranks(steady.select_defenses(["a", "b", "c"]), equal.select_defenses(["a", "b", "c"]))
+
+
+def test_taus_are_those_of_scipy_also_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(9, K)).round(0), rng.normal(size=(9, K)).round(1)
+    expected = [kendalltau(one, other).statistic for one, other in zip(first, second, strict=True)]
+    np.testing.assert_allclose(compute_kendall_taus(first, second), expected)
+    flat = compute_kendall_taus(np.ones((1, K)), second[:1])
+    missing = compute_kendall_taus(np.full((1, K), np.nan), second[:1])
+    assert np.isnan(flat).all() and np.isnan(missing).all()
+
+
+def test_models_with_the_same_order_agree_and_share_the_error_of_the_queries() -> None:
+    effects = np.linspace(0, 4, K)
+    # The same queries with the same noise: a second model that only has other margins.
+    tables = {"a": plant_run(effects, 0), "b": plant_run(effects, 0), "c": plant_run(effects[::-1], 1)}
+    samples = {
+        name: sample_effects(scores, responses, "direct", seed=3)["shift"]
+        for name, (scores, responses) in tables.items()
+    }
+    rows = {(row["first"], row["second"]): row for row in compare_effect_orders(samples)}
+    assert list(rows) == [("a", "b"), ("a", "c"), ("b", "c"), ("all pairs", "")]
+    same, reverse, mean = rows["a", "b"], rows["a", "c"], rows["all pairs", ""]
+    # Every draw of queries moves both alike, so that nothing is uncertain about their agreement.
+    assert (same["tau"], same["tau_low"], same["tau_high"]) == (1.0, 1.0, 1.0)
+    expected = kendalltau(samples["a"].observed, samples["c"].observed).statistic
+    assert reverse["tau"] == pytest.approx(expected) and expected < -0.9
+    assert reverse["tau_low"] <= reverse["tau"] <= reverse["tau_high"]
+    assert mean["tau"] == pytest.approx((1 + 2 * reverse["tau"]) / 3)
+    left_out = [
+        kendalltau(np.delete(samples["a"].observed, d), np.delete(samples["c"].observed, d)).statistic
+        for d in range(K)
+    ]
+    ends = reverse["without_one_low"], reverse["without_one_high"]
+    assert ends == pytest.approx((min(left_out), max(left_out)))
+    with pytest.raises(ValueError, match="at least 4"):
+        few = ["d0", "d1", "d2"]
+        compare_effect_orders({name: effects.select_defenses(few) for name, effects in samples.items()})
+
+
+def test_the_shift_of_the_rates_is_the_mean_of_their_changes() -> None:
+    measures = sample_planted(np.linspace(-1, 1, K), 0)
+    shift = average_effects(measures["refusal_change"], measures["over_refusal_change"])
+    halves = [measures[name].observed for name in ("refusal_change", "over_refusal_change")]
+    np.testing.assert_allclose(shift.observed, np.mean(halves, axis=0))
+    difference = measures["response_discrimination"].draws
+    np.testing.assert_allclose(shift.draws + difference / 2, measures["refusal_change"].draws)

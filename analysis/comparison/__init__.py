@@ -1,0 +1,1 @@
+"""Comparison of several models: runs of each, random effects, order of the defenses, worker processes."""
