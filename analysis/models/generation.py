@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
 from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, order_rows
-from analysis.models.engine import Engine
+from analysis.models.engine import Engine, RemoteEngine
 from analysis.models.image_tokens import contains_image, is_image_id
 from analysis.models.plain_passes import (
     compute_plain_logits,
@@ -90,6 +90,8 @@ def generate_token_ids(
     """
     responses: dict[int, list[int]] = {}
     response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
+    if isinstance(engine, RemoteEngine):
+        return engine.generate_token_ids(prompts, max_new_tokens, response_end.append_token, on_progress)
     with torch.inference_mode():
         for reading_engine, engine_rows in engine.split_rows(prompts):
 
