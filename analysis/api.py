@@ -56,6 +56,7 @@ def analyze(
     seed: int = 0,
     template: str | None = None,
     answer_prefix: str | None = None,
+    tokenizer: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
@@ -63,7 +64,7 @@ def analyze(
     Args:
         defenses: one defense or several: names as `-d` takes them, or defenses such as
             `get_defense("policy")` or `MyDefense()`.
-        model: short name, Hugging Face id, folder, or `.gguf` file.
+        model: short name, Hugging Face id, folder, `.gguf` file, or a served model, `http://host/v1#NAME`.
         data: as `--data`, or a frame with the columns `text` and `harmful`.
         split: train, calibration, test or all; default: test if the data have it.
         limit: maximum number of queries; pairs are kept whole.
@@ -84,6 +85,7 @@ def analyze(
         seed: random seed.
         template: as `--template`.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
         offline: whether the network may not be used.
 
     Returns:
@@ -109,6 +111,8 @@ def analyze(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     from analysis.studies.analyze import analyze_defenses
 
@@ -141,6 +145,7 @@ def validate(
     seed: int = 0,
     template: str | None = None,
     answer_prefix: str | None = None,
+    tokenizer: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Validate readouts against generated text, and rate the responses, as `analyze validate` does.
@@ -149,7 +154,7 @@ def validate(
 
     Args:
         defenses: one defense or several: names, or defenses.
-        model: short name, Hugging Face id, folder, or `.gguf` file.
+        model: short name, Hugging Face id, folder, `.gguf` file, or a served model, `http://host/v1#NAME`.
         judge: refusal judge for generated text: learned, patterns, keywords, or model.
         judge_model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
@@ -169,6 +174,7 @@ def validate(
         seed: random seed.
         template: as `--template`.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
         offline: whether the network may not be used.
 
     Returns:
@@ -190,6 +196,8 @@ def validate(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
@@ -460,13 +468,14 @@ def depth(
     seed: int = 0,
     template: str | None = None,
     answer_prefix: str | None = None,
+    tokenizer: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Judge what is left of each defense after the first tokens of the response, as `analyze depth` does.
 
     Args:
         defenses: one defense or several: names, or defenses.
-        model: short name, Hugging Face id, folder, or `.gguf` file.
+        model: short name, Hugging Face id, folder, `.gguf` file, or a served model, `http://host/v1#NAME`.
         data: as `--data`, or a frame of queries.
         split: train, calibration, test or all.
         limit: maximum number of queries.
@@ -479,6 +488,7 @@ def depth(
         seed: random seed.
         template: as `--template`.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
         offline: whether the network may not be used.
 
     Returns:
@@ -499,6 +509,8 @@ def depth(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     from analysis.studies.depth import measure_depth
 

@@ -73,9 +73,8 @@ def score_condition(
     )
     if any(query.image for query in queries):
         frame["image"] = [query.content[1] for query in queries]
-    frame = frame.join(scores.filter(["margin_low", "margin_high", "detector"]))
-    has_copies = scores["readings"].max() > 1
-    return frame.assign(readings=scores["readings"], vote=scores["vote"]) if has_copies else frame
+    copies = ["readings", "vote"] if scores["readings"].max() > 1 else []
+    return frame.join(scores.filter(["margin_low", "margin_high", "detector", *copies]))
 
 
 def build_condition_chats(

@@ -127,7 +127,9 @@ class RequestReader(Protocol):
     """
 
     tokenizer: Any
-    n_blocks: int
+
+    @property
+    def n_blocks(self) -> int: ...  # noqa: D102
 
     def read_streams(
         self,

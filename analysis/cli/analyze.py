@@ -33,6 +33,7 @@ from analysis.cli.options import (
     SharePrefixOption,
     SplitOption,
     TemplateOption,
+    TokenizerOption,
     TrainOption,
 )
 from defenses.errors import UserError
@@ -72,6 +73,7 @@ def analyze(
     seed: SeedOption = 0,
     template: TemplateOption = None,
     answer_prefix: AnswerPrefixOption = None,
+    tokenizer: TokenizerOption = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder. Default: runs/TIME-MODEL-DEFENSE.")
     ] = None,
@@ -125,6 +127,8 @@ def analyze(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     check_control_draws(controls)
     code = run_analyze_command(
@@ -146,6 +150,7 @@ def check(
     seed: SeedOption = 0,
     template: TemplateOption = None,
     answer_prefix: AnswerPrefixOption = None,
+    tokenizer: TokenizerOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
     queries: Annotated[int, typer.Option(help="Number of queries to show and check.")] = 4,
@@ -166,6 +171,8 @@ def check(
         attack,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
         share_prefix=share_prefix,
     )
     raise typer.Exit(run_check_command(spec, defense or ["none"], settings or [], queries))

@@ -31,6 +31,7 @@ from analysis.cli.options import (
     SharePrefixOption,
     SplitOption,
     TemplateOption,
+    TokenizerOption,
 )
 from defenses.errors import UserError
 
@@ -55,6 +56,7 @@ def depth(
     seed: SeedOption = 0,
     template: TemplateOption = None,
     answer_prefix: AnswerPrefixOption = None,
+    tokenizer: TokenizerOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -82,6 +84,8 @@ def depth(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     raise typer.Exit(run_depth_command(spec, defense, settings or [], out, as_json))
 

@@ -54,7 +54,17 @@ ModelOption = Annotated[
         "-m",
         "--model",
         help="Model: short name, Hugging Face id, folder, or .gguf file; then, each after a colon, a state "
-        "of its weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated).",
+        "of its weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated). Or a "
+        "served model, http://host:8000/v1#NAME, for what needs no weights.",
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="Tokenizer of a served model: folder, Hugging Face id, or .gguf file. Default: what the server "
+        "names.",
+        metavar="FOLDER|ID",
     ),
 ]
 DataOption = Annotated[

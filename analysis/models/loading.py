@@ -425,9 +425,7 @@ def load_tokenizer(name: str, offline: bool = False, notify: Notifier = lambda t
     return _read_tokenizer(folder, root)
 
 
-def load_chat_tokenizer(
-    name: str, offline: bool, notify: Notifier, template: str | None = None
-) -> Any:
+def load_chat_tokenizer(name: str, offline: bool, notify: Notifier, template: str | None = None) -> Any:
     """Return what `load_tokenizer` returns, with one chat template.
 
     Args:

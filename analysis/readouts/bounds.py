@@ -84,9 +84,9 @@ def _bound_log_odds(ids: list[int], listed: ListedTokens) -> tuple[Tensor, Tenso
 def _bound_outcome(readout: Readout, listed: ListedTokens) -> tuple[Tensor, Tensor]:
     """Return bounds of the margin of an expected outcome.
 
-    With sharpened probabilities x of the listed tokens, their sum L and the sum A of x times the token's value,
-    the outcome is (A + b X + D) / (L + X): the unlisted tokens add X to the sum, each with the base value b,
-    and D by the tokens of the readout among them, whose values are other ones.
+    With sharpened probabilities x of the listed tokens, their sum L, and the sum A of x times the value of the
+    token, the outcome is (A + b X + D) / (L + X): the unlisted tokens add X to the sum, each with the base
+    value b, and D by the tokens of the readout among them, whose values are other ones.
     """
     base, sharpness, ids = float(readout.base_value or 0), readout.sharpness, list(readout.ids)
     weights = torch.tensor(readout.weights, dtype=torch.float64)
@@ -118,7 +118,7 @@ def _bound_outcome(readout: Readout, listed: ListedTokens) -> tuple[Tensor, Tens
 def _fill_largest(
     gains: Float[Tensor, "rows tokens"], cap: Float[Tensor, " rows"], total: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """Return the largest sum of gains times shares, where each share is at most the cap, all at most the total."""
+    """Return the largest sum of gains times shares, each at most the cap, and together at most the total."""
     ordered = gains.sort(dim=1, descending=True).values
     before = torch.arange(gains.shape[1]) * cap[:, None]
     shares = torch.minimum(cap[:, None], (total[:, None] - before).clamp_min(0))

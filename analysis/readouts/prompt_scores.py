@@ -24,7 +24,6 @@ from analysis.readouts.readout import Readout
 from analysis.served.served_engine import ServedEngine
 from defenses.contract import Defense
 
-
 SCORE_NAMES = ("margin", "coverage", "margin_low", "margin_high")
 
 

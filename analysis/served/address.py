@@ -1,4 +1,4 @@
-"""Address of a model behind an OpenAI-compatible API, `http://host/v1#model`, and the client that calls it."""
+"""Address of a model behind an OpenAI-compatible API, `http://host/v1#model`, and the client for it."""
 
 from __future__ import annotations
 

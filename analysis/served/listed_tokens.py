@@ -1,4 +1,4 @@
-"""What a server tells of the token after a prompt: log-probabilities of some tokens, and a bound on the rest."""
+"""What a server tells of the token after a prompt: log-probabilities of some tokens, bounds on the rest."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ class ServedEngine(RemoteEngine):
         for row, tokens in self._iterate_replies(
             prompts, lambda row: self.server.list_tokens(prompts[row], n_tokens)
         ):
-            yield [row], reducer(self._make_listed(tokens).complete())
+            listed = self._make_listed(tokens)
+            yield [row], reducer(listed.log_probabilities if self.lists_all else listed.complete())
 
     def iterate_listed_tokens(
         self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int], with_most_probable: bool
@@ -125,7 +126,9 @@ class ServedEngine(RemoteEngine):
         on_progress: Callable[[int], None] = lambda rows: None,
     ) -> list[Float[Tensor, " tokens"]]:
         """Raise: servers tell the log-probabilities of given texts in no common way."""
-        raise WeightsNeededError("the log-likelihood of given texts needs a model with weights on this machine")
+        raise WeightsNeededError(
+            "the log-likelihood of given texts needs a model with weights on this machine"
+        )
 
     def iterate_logits(
         self, prompts: Sequence[Sequence[int]], n_positions: Sequence[int], share_prefix: bool = True
@@ -155,7 +158,7 @@ class ServedEngine(RemoteEngine):
     def _iterate_replies(
         self, prompts: Sequence[Sequence[int]], call: Callable[[int], Reply]
     ) -> Iterator[tuple[int, Reply]]:
-        """Yield row and reply of each call as they come; after a failure, what is under way is still yielded."""
+        """Yield row and reply of each call as they come; after a failure, first those under way."""
         if not prompts or not all(map(len, prompts)):
             raise ValueError("no prompts to read, or an empty one")
         pool = ThreadPoolExecutor(MAX_CONCURRENT_CALLS)

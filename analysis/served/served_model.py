@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TIMEOUT_SECONDS = 300.0  # of one call, which may wait behind others at the server
 _MAX_RETRIES = 6  # of one call, with growing delays
 _UNKNOWN_LENGTH = 2**31
+_ID_MULTIPLE = 1024
 
 
 class AbsentWeights:
@@ -127,7 +128,8 @@ def open_served_model(
     chat_template = ChatTemplate(tokenizer, answer_prefix)
     prompt = chat_template.render_prompt([{"role": "user", "content": "Hello"}]).ids
     server = replace(server, tokenizer=tokenizer).find_abilities(prompt)
-    n_vocabulary = max(len(tokenizer), server.abilities.n_listed)
+    # A model may have more token ids than its tokenizer, up to a round number.
+    n_vocabulary = -(-max(len(tokenizer), server.abilities.n_listed) // _ID_MULTIPLE) * _ID_MULTIPLE
     computation = {
         "server": server.identity,
         "tokenizer": digest_vocabulary(tokenizer),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,7 @@ _GREEDY = {"temperature": 0, "top_p": 1, "presence_penalty": 0, "frequency_penal
 _NO_PENALTY = {"repetition_penalty": 1.0, "repeat_penalty": 1.0}
 _NAMED_BY_ID = {"return_tokens_as_token_ids": True, "return_token_ids": True}
 _LIST_LENGTHS = (1000, 100, 50, 20, 10, 5, 1)  # that are tried after the whole vocabulary
+_MAX_PADDING_MASS = 1e-5  # of token ids that a model has and its tokenizer has not
 _MAX_GIVEN_IDS = 128  # per call, of vLLM
 _REJECTED = (400, 404, 413, 422, 501)  # HTTP statuses: not in this way
 _N_PROBE_TOKENS = 8
@@ -81,9 +83,9 @@ class ModelServer:
         return {
             "url": self.address.url,
             "name": self.address.model,
-            "told": {key: value for key, value in self.entry.items() if key in _LASTING_FIELDS},
+            "told": _select_fields(self.entry, *_LASTING_FIELDS),
             "versions": dict(self.versions),
-            "first_token": vars(self.abilities),
+            "first_token": asdict(self.abilities),
         }
 
     @property
@@ -120,11 +122,10 @@ class ModelServer:
                 listed = server.list_tokens(prompt, n_asked)
             except CallRejectedError:
                 continue
-            n_told = len(listed.log_probabilities)
-            if n_told:
-                found = replace(server.abilities, n_listed=n_asked, lists_all=n_told >= n_tokens)
-                if found.lists_all or n_told < n_asked:
-                    found = replace(found, n_listed=n_told)
+            if n_told := len(listed.log_probabilities):
+                mass = sum(map(math.exp, listed.log_probabilities.values()))
+                lists_all = n_told >= n_tokens and mass > 1 - _MAX_PADDING_MASS
+                found = replace(server.abilities, n_listed=min(n_asked, n_told), lists_all=lists_all)
                 server = replace(server, abilities=found)
                 break
         if server.abilities.lists_all:
@@ -226,10 +227,9 @@ class ModelServer:
         ids, text = self._read_response(choice)
         if ids is None:
             return
-        is_known = all(0 <= token_id < len(self.tokenizer) for token_id in ids)
-        decoded = str(self.tokenizer.decode(ids, skip_special_tokens=True)) if is_known else ""
+        decoded = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         # The last token may hold a part of a character.
-        if not is_known or decoded.strip()[:-1].strip("\ufffd") not in text.strip():
+        if decoded.strip()[:-1].strip("\ufffd") not in text.strip():
             raise UserError(
                 f"--model at {self.address.host}: the tokenizer does not fit: the server calls the tokens "
                 f"{ids} {text!r:.60}, and the tokenizer {decoded!r:.60}; name the model's own with "
@@ -332,12 +332,10 @@ def find_server(address: ModelAddress, client: Any) -> ModelServer:
     entry = entries.get(address.model, {})
     if entry.get("owned_by") == "sglang":
         info = _get_json(client, f"{root}/get_server_info")
-        versions = {key: info[key] for key in ("version", "model_path", "dtype") if key in info}
-        return SglangServer(address, client, entry, versions)
+        return SglangServer(address, client, entry, _select_fields(info, "version", "model_path", "dtype"))
     version = _get_json(client, f"{root}/version")  # vLLM
     props = {} if version else _get_json(client, f"{root}/props")  # llama.cpp
-    versions = {key: version[key] for key in ("version",) if key in version}
-    versions |= {key: props[key] for key in ("build_info", "model_path") if key in props}
+    versions = _select_fields(version, "version") | _select_fields(props, "build_info", "model_path")
     if n_ctx := (props.get("default_generation_settings") or {}).get("n_ctx"):
         versions["n_ctx"] = n_ctx
     return ModelServer(address, client, entry, versions)
@@ -348,6 +346,11 @@ def digest_vocabulary(tokenizer: Any) -> str:
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     text = json.dumps([list(map(str, tokens)), tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _select_fields(told: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the fields of these names."""
+    return {name: told[name] for name in names if name in told}
 
 
 def _get_json(client: Any, path: str, must_exist: bool = False) -> dict[str, Any]:

@@ -19,16 +19,18 @@ from transformers import DynamicCache
 from analysis.datasets.queries import sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.chat_template import redact_secrets
+from analysis.models.engine import Engine
 from analysis.models.session import ModelSession
 from analysis.progress import make_defense_call_callback, make_progress_bar
 from analysis.readouts.divergence import iterate_divergences
+from analysis.served.served_engine import ServedEngine
 from analysis.stats.cost import summarize_costs
 from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.studies.manifest import identify_defense
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import ConditionFrames, ConditionKey
 from defenses.contract import Defense, QueryChat
-from defenses.errors import describe_error
+from defenses.errors import UserError, describe_error
 from defenses.stack import list_members
 from defenses.tuned import TunedDefense
 
@@ -109,6 +111,20 @@ class FirstTokenDivergences(ConditionFrames):
     """Divergences of the first token on benign queries; `kl` is missing where there is none to compare."""
 
     columns = ("query", "kind", "attack", "defense", "kl")
+
+
+def check_lists_all(engine: Engine, option: str) -> None:
+    """Raise if whole distributions of the first token are needed and a server does not list them.
+
+    Args:
+        engine: runs or asks the model.
+        option: that needs them, for the error.
+    """
+    if isinstance(engine, ServedEngine) and not engine.lists_all:
+        raise UserError(
+            f"{option}: it needs the probabilities of all first tokens, and the server lists "
+            f"{engine.server.abilities.describe()}: start it so that it lists all (vLLM: --max-logprobs -1)"
+        )
 
 
 def measure_divergences(

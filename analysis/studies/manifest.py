@@ -161,6 +161,7 @@ def describe_options(
         "readouts": list(spec.readouts),
         "template": spec.template,
         "answer_prefix": spec.answer_prefix,
+        **({"tokenizer": spec.tokenizer} if spec.tokenizer else {}),
         "responses": "all" if spec.max_responses is None else spec.max_responses or "none",
         "defenses": names,
         "settings": redacted,
