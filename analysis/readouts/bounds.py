@@ -21,6 +21,10 @@ _REMEDY = (
 )
 
 
+class UnboundedMarginError(UserError):
+    """A readout whose margins cannot be bounded by what a server lists."""
+
+
 def needs_most_probable(readout: Readout) -> bool:
     """Return whether margins depend on more tokens than those of the readout, beyond their probability.
 
@@ -37,11 +41,11 @@ def bound_margins(readout: Readout, listed: ListedTokens) -> Float[Tensor, "rows
         listed: what a server lists.
 
     Raises:
-        UserError: if margins have no bounds, because a token of a linear readout or of log-odds may have any
+        UnboundedMarginError: if margins have no bounds, because a token of a linear readout or of log-odds may have any
             probability down to zero, or because the readout reads more than the first token.
     """
     if readout.branches:
-        raise UserError(
+        raise UnboundedMarginError(
             f"--readout {readout.name} reads several tokens, which needs a server that lists all tokens: "
             "use --readout outcome"
         )
@@ -52,12 +56,12 @@ def bound_margins(readout: Readout, listed: ListedTokens) -> Float[Tensor, "rows
         low, high = _bound_outcome(readout, listed)
     elif readout.is_log_odds:
         if not is_known.any(1).all():
-            raise UserError(f"--readout {readout.name}: none of its tokens is listed: {_REMEDY}")
+            raise UnboundedMarginError(f"--readout {readout.name}: none of its tokens is listed: {_REMEDY}")
         low, high = _bound_log_odds(ids, listed)
         coverage = torch.ones_like(coverage)
     else:
         if n_missing := int((~is_known).any(0).sum()):
-            raise UserError(
+            raise UnboundedMarginError(
                 f"--readout {readout.name}: {n_missing} of its {len(ids)} tokens are not listed, and may "
                 f"have any small probability, so its margins have no bounds: {_REMEDY}"
             )
@@ -118,7 +122,7 @@ def _bound_outcome(readout: Readout, listed: ListedTokens) -> tuple[Tensor, Tens
 def _fill_largest(
     gains: Float[Tensor, "rows tokens"], cap: Float[Tensor, " rows"], total: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """Return the largest sum of gains times shares, each at most the cap, and together at most the total."""
+    """Return the largest sum of gains times shares, each at most the cap, all at most the total."""
     ordered = gains.sort(dim=1, descending=True).values
     before = torch.arange(gains.shape[1]) * cap[:, None]
     shares = torch.minimum(cap[:, None], (total[:, None] - before).clamp_min(0))

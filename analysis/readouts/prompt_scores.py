@@ -92,7 +92,7 @@ def _score_bounds(
     score_cache: ScoreCache | None,
     on_progress: Callable[[int], None],
 ) -> Float[Tensor, "prompts 4"]:
-    """Return what `score_prompts` returns, with the bounds of the margins; each has a cached row of its own."""
+    """Return what `score_prompts` returns, with the bounds of margins, each in a cached row of its own."""
     ends = [_make_score_key(loaded_model, defense, readout, end) for end in ("low", "high")]
     keys = [(ends[0].make_key(ids), ends[1].make_key(ids)) for ids in prompts]
     known = score_cache.read_scores([key for pair in keys for key in pair]) if score_cache is not None else {}

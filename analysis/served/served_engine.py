@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.models.engine import EngineRecords, LogitReducer, RemoteEngine
+from analysis.models.engine import Engine, EngineRecords, LogitReducer, RemoteEngine
 from analysis.served.listed_tokens import ListedTokens, TokenList
 from analysis.served.server import ModelServer
 from defenses.errors import UserError
@@ -136,7 +136,7 @@ class ServedEngine(RemoteEngine):
         """Raise: a server runs no hooks."""
         raise WeightsNeededError("hidden states need a model with weights on this machine")
 
-    def split_rows(self, prompts: Sequence[Sequence[int]]) -> list[tuple[ServedEngine, list[int]]]:  # type: ignore[override]
+    def split_rows(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Engine, list[int]]]:
         """Return this engine with all prompts."""
         return [(self, list(range(len(prompts))))]
 
@@ -151,8 +151,8 @@ class ServedEngine(RemoteEngine):
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"--model at {self.server.address.host}: the server's log-probabilities cannot be used "
-                f"({error}): it has to tell those of the model itself (vLLM: --logprobs-mode raw_logprobs) and "
-                "to use the tokenizer of the run"
+                f"({error}): it has to tell those of the model itself (vLLM: --logprobs-mode raw_logprobs), "
+                "and to use the tokenizer of the run"
             ) from error
 
     def _iterate_replies(

@@ -296,7 +296,7 @@ class SglangServer(ModelServer):
         text, decoded = str(told.get("text") or ""), str(self.tokenizer.decode(told["output_ids"]))
         if decoded.strip()[:-1].strip("\ufffd") not in text.strip():
             raise UserError(
-                f"--model at {self.address.host}: the tokenizer does not fit: the server writes {text!r:.60}, "
+                f"--model at {self.address.host}: the tokenizer does not fit: the server writes {text!r:.60} "
                 f"and the tokenizer {decoded!r:.60}; name the model's own with --tokenizer"
             )
 

@@ -141,8 +141,8 @@ def analyze_defenses(
 def _settle_undecided(scored: ScoredConditions, has_responses: bool, console: Console) -> ScoreTable:
     """Record how many margins leave the verdict open; return the scores that estimates are made from.
 
-    Rates of judged responses rest on no verdict by margin. Without responses, a query that is undecided in one
-    condition is left out of all of them.
+    Rates of judged responses rest on no verdict by margin. Without responses, a query that is undecided in
+    one condition is left out of all of them.
 
     Raises:
         UserError: if a class has no query left.

@@ -31,6 +31,7 @@ from analysis.models.plain_passes import (
 )
 from analysis.models.session import ModelSession, list_blend_members
 from analysis.models.thinking_blocks import RESPONSE_TAGS, find_open_tag, remove_thinking
+from analysis.readouts.bounds import UnboundedMarginError
 from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import LOW_COVERAGE, Readout
 from analysis.served.served_engine import ServedEngine
@@ -398,7 +399,10 @@ def _check_served_margins(
     Servers compute in batches of all that they are asked, mostly in half precision, so margins differ by
     rounding.
     """
-    together = _score_rows(session, defense, prompts, readout)
+    try:
+        together = _score_rows(session, defense, prompts, readout)
+    except UnboundedMarginError:  # of a linear readout, in whose place another one may still be fitted
+        return [("server repeats itself", True, "not compared: these margins have no bounds")]
     single = torch.cat([_score_rows(session, defense, [row], readout) for row in (prompts[0], prompts[-1])])
     gap = float((together[[0, -1], 0] - single[:, 0]).abs().max())
     tolerance = max(
