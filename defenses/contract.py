@@ -127,9 +127,7 @@ class RequestReader(Protocol):
     """
 
     tokenizer: Any
-
-    @property
-    def n_blocks(self) -> int: ...  # noqa: D102
+    n_blocks: int
 
     def read_streams(
         self,

@@ -28,6 +28,7 @@ class TestServer:
         takes_ids: whether log-probabilities of given tokens are told.
         name: of the model.
         root: what is told of its origin.
+        n_added: number of tokens that it adds to every prompt.
         get_status: called with the number of earlier calls; another status than 200 is a failure.
         calls: path, body and headers of each call.
         url: of the API.
@@ -42,6 +43,7 @@ class TestServer:
     takes_ids: bool = False
     name: str = "tiny"
     root: str = ""
+    n_added: int = 0
     get_status: Callable[[int], int] = lambda n_calls: 200
     calls: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     url: str = ""
@@ -101,7 +103,7 @@ class TestServer:
             choice["token_ids"] = ids
         if n_asked is not None and self.limit:
             choice["logprobs"] = self.list_tokens(ids, rows, min(n_asked, self.limit), given)
-        n_read = len(body["prompt"])
+        n_read = len(body["prompt"]) + self.n_added
         return 200, {"choices": [choice], "usage": {"prompt_tokens": n_read, "completion_tokens": len(ids)}}
 
     def list_tokens(self, ids, rows, n_listed: int, given: list[int] | None) -> dict[str, Any]:
@@ -163,8 +165,6 @@ def serve_model(model: Any, tokenizer: Any, **settings: Any) -> Iterator[TestSer
     counter = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
         def do_GET(self) -> None:
             self.reply({})
 

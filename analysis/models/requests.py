@@ -21,7 +21,7 @@ from analysis.models.cache import (
     write_cached_json,
 )
 from analysis.models.chat_template import ChatTemplate, Prompt
-from analysis.models.engine import Engine
+from analysis.models.engine import Engine, RemoteEngine
 from analysis.models.hooks import HookPoint, record_activations
 from analysis.models.image_tokens import is_image_id
 from analysis.models.loading import LoadedModel
@@ -47,6 +47,7 @@ class ModelRequestReader:
 
     Attributes:
         tokenizer: of the model.
+        n_blocks: number of transformer blocks; 0 if they are elsewhere.
     """
 
     def __init__(
@@ -59,11 +60,7 @@ class ModelRequestReader:
         self._loaded_model, self._engine = loaded_model, engine
         self._chat_template, self._defense_calls = chat_template, defense_calls
         self.tokenizer: Any = loaded_model.tokenizer
-
-    @cached_property
-    def n_blocks(self) -> int:
-        """Number of transformer blocks."""
-        return len(get_blocks(self._loaded_model.outline))
+        self.n_blocks = 0 if isinstance(engine, RemoteEngine) else len(get_blocks(loaded_model.outline))
 
     @property
     def _model(self) -> Any:

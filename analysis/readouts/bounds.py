@@ -41,8 +41,8 @@ def bound_margins(readout: Readout, listed: ListedTokens) -> Float[Tensor, "rows
         listed: what a server lists.
 
     Raises:
-        UnboundedMarginError: if margins have no bounds, because a token of a linear readout or of log-odds may have any
-            probability down to zero, or because the readout reads more than the first token.
+        UnboundedMarginError: if margins have no bounds, because a token of a linear readout or of log-odds
+            may have any probability down to zero, or because the readout reads more than the first token.
     """
     if readout.branches:
         raise UnboundedMarginError(
@@ -88,9 +88,9 @@ def _bound_log_odds(ids: list[int], listed: ListedTokens) -> tuple[Tensor, Tenso
 def _bound_outcome(readout: Readout, listed: ListedTokens) -> tuple[Tensor, Tensor]:
     """Return bounds of the margin of an expected outcome.
 
-    With sharpened probabilities x of the listed tokens, their sum L, and the sum A of x times the value of the
-    token, the outcome is (A + b X + D) / (L + X): the unlisted tokens add X to the sum, each with the base
-    value b, and D by the tokens of the readout among them, whose values are other ones.
+    L is the sum of the sharpened probabilities of the listed tokens, and A that of their products with the
+    values of the tokens. The unlisted tokens add X to L, each with the base value b, and D by those among them
+    that have another value: the outcome is (A + b X + D) / (L + X).
     """
     base, sharpness, ids = float(readout.base_value or 0), readout.sharpness, list(readout.ids)
     weights = torch.tensor(readout.weights, dtype=torch.float64)

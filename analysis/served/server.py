@@ -293,7 +293,8 @@ class SglangServer(ModelServer):
 
     def _check_tokenizer(self, prompt: Sequence[int]) -> None:
         told = self._generate(prompt, _N_PROBE_TOKENS)
-        text, decoded = str(told.get("text") or ""), str(self.tokenizer.decode(told["output_ids"]))
+        text = str(told.get("text") or "")
+        decoded = str(self.tokenizer.decode(told["output_ids"], skip_special_tokens=True))
         if decoded.strip()[:-1].strip("\ufffd") not in text.strip():
             raise UserError(
                 f"--model at {self.address.host}: the tokenizer does not fit: the server writes {text!r:.60} "

@@ -164,8 +164,8 @@ class ScoreTable:
 
     Attributes:
         frame: the columns `SCORE_COLUMNS`, `margin_low` and `margin_high` where a margin is known up to these
-            bounds only (then `margin` is halfway between them), `readings` if a defense reads several copies of
-            a query, and `detector` (log-odds, nats) if it has a detector.
+            bounds only (then `margin` is halfway between them), `readings` if a defense reads several copies
+            of a query, and `detector` (log-odds, nats) if it has a detector.
             `margin` is in nats, positive means refusing; `coverage` is the probability mass on the readout's
             words.
         record: manifest of the run: model, readout (with its threshold), defenses (with their families),

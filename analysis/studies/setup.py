@@ -552,7 +552,7 @@ def _select_without_weights(chosen: list[Defense], leave_out: bool) -> tuple[lis
         leave_out: whether to leave the others out, instead of raising.
 
     Raises:
-        UserError: if a defense changes the model, or its logits.
+        UserError: if a defense changes or reads the inside of the model.
     """
     kept, notices = [], []
     for defense in chosen:
@@ -561,11 +561,12 @@ def _select_without_weights(chosen: list[Defense], leave_out: bool) -> tuple[lis
             for member in list_members(defense)
             if type(member).apply_to is not Defense.apply_to
             or type(member).logit_blend is not Defense.logit_blend
+            or (isinstance(member, Detector) and member.needs_weights)
         ]
         if not changes or build_conditions([defense]).keys() - {defense.name}:
             kept.append(defense)
             continue
-        reason = "it changes weights, hidden states or logits, which a served model does not allow"
+        reason = "it changes or reads weights, hidden states, gradients or all logits, which are not served"
         if not leave_out:
             raise UserError(f"{', '.join(changes)}: {reason}")
         notices.append(f"{defense.name}: skipped: {reason}")
