@@ -89,7 +89,7 @@ def analyze_defenses(
     scored = score_conditions(
         spec, defenses, settings, console, check_inputs, keep_interrupted=True, before_scoring=judge_responses
     )
-    scores = _settle_undecided(scored, responses is not None and bool(responses.frames), console)
+    scores = settle_undecided(scored.scores, responses is not None and bool(responses.frames), console)
     work = _describe_work(scored)
     if responses is not None:
         responses.drop_unscored(scored.sweep_result.score_frames)
@@ -138,16 +138,21 @@ def analyze_defenses(
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
 
 
-def _settle_undecided(scored: ScoredConditions, has_responses: bool, console: Console) -> ScoreTable:
+def settle_undecided(scores: ScoreTable, has_responses: bool, console: Console) -> ScoreTable:
     """Record how many margins leave the verdict open; return the scores that estimates are made from.
 
     Rates of judged responses rest on no verdict by margin. Without responses, a query that is undecided in
     one condition is left out of all of them.
 
+    Args:
+        scores: of all conditions; their record gets the counts and a notice.
+        has_responses: whether responses were judged.
+        console: prints the notice.
+
     Raises:
         UserError: if a class has no query left.
     """
-    scores, frame = scored.scores, scored.scores.frame
+    frame = scores.frame
     if "margin_low" not in frame:
         return scores
     half_width = (frame["margin_high"] - frame["margin_low"]) / 2
@@ -174,8 +179,8 @@ def _settle_undecided(scored: ScoredConditions, has_responses: bool, console: Co
             if len(classes) < frame["attack"].nunique() or classes.min() < 2:
                 raise UserError(f"{notice}, and a class has none left: judge responses (no --responses none)")
     print_note(console, notice)
-    scored.record["notices"].append(notice)
-    scored.record["undecided"] = {
+    scores.record["notices"].append(notice)
+    scores.record["undecided"] = {
         format_condition({"attack": attack, "defense": defense}): n for (attack, defense), n in counts.items()
     }
     return decided

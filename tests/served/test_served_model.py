@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import _SIZES, assert_user_error, run_cli, set_home_folder, toy_tokenizer
+from rich.console import Console
 from served_model import serve_model
 
 from analysis.attacks import DIRECT_ATTACK
@@ -25,6 +27,8 @@ from analysis.readouts.readout import Readout
 from analysis.report.folder import read_run
 from analysis.served.address import ModelAddress
 from analysis.served.served_model import open_served_model
+from analysis.stats.tables import ScoreTable
+from analysis.studies.analyze import settle_undecided
 from analysis.studies.setup import _select_without_weights
 from defenses.catalog import choose_defenses, get_defense
 from defenses.errors import UserError
@@ -145,7 +149,8 @@ def test_margins_and_responses_are_those_of_the_model_on_this_machine(
     def decode(ids):  # the text of a plain server is encoded again, which loses halves of characters
         return re.sub("\ufffd+", "?", local.loaded_model.tokenizer.decode(ids, skip_special_tokens=True))
 
-    assert list(map(decode, responses)) == list(map(decode, expected))
+    for response, true in zip(map(decode, responses), map(decode, expected), strict=True):
+        assert response == true if settings["kind"] != "plain" else true.startswith(response.rstrip("?"))
 
 
 def test_a_failed_call_is_repeated(local, folder, prompts):
@@ -226,7 +231,7 @@ def test_a_run_equals_that_of_the_model_on_this_machine_and_no_file_holds_a_secr
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     options = ["-d", "policy", "-d", "paraphrase", "--data", data, "--controls", 0]
     with serve(local, root=str(folder / "tiny")) as server:
-        address = server.address.replace("://", "://me:pass-word@")
+        address = server.address.replace("://", "://my-user:pass-word@")
         result = run_cli(*options, "-m", address, "-o", folder / "served-run")
         assert result.code == 0, result.err
         headers = {values["Authorization"].partition(" ")[0] for *_, values in server.calls}
@@ -245,30 +250,50 @@ def test_a_run_equals_that_of_the_model_on_this_machine_and_no_file_holds_a_secr
     assert record["model"]["server"]["versions"] == {"version": "0.0.test"}
     for path in filter(Path.is_file, folder.rglob("*")):
         content = path.read_bytes()
-        assert not any(secret in content for secret in (KEY.encode(), b"pass-word", b"me:")), path
+        assert not any(secret in content for secret in (KEY.encode(), b"pass-word", b"my-user")), path
     assert not any(secret in result.err + result.out for secret in (KEY, "pass-word"))
 
 
-def test_margins_that_the_list_leaves_open_are_counted_and_not_guessed(local, folder, data, no_figures):
+def test_a_run_with_bounded_margins_says_how_many_verdicts_are_undecided(local, folder, data, no_figures):
     with serve(local, root=str(folder / "tiny"), max_listed=5) as server:
-        result = run_cli(
-            "-d", "policy", "-m", server.address, "--data", data, "--controls", 0, "-o", folder / "few"
-        )
-        unjudged = run_cli("-d", "policy", "-m", server.address, "--data", data, "--responses", "none")
-        words = run_cli("-d", "policy", "-m", server.address, "--data", data, "--readout", "words")
+        options = ["-d", "policy", "-m", server.address, "--data", data, "--controls", 0]
+        result = run_cli(*options, "-o", folder / "few")
+        words = run_cli(*options, "--readout", "words")
     assert result.code == 0, result.err
     run = read_run(folder / "few", no_texts)
     scores, threshold = run.tables["scores"], run.record["readout"]["threshold"]
+    assert (scores["margin_low"] < scores["margin_high"]).all()
     is_open = (scores["margin_low"] <= threshold) & (scores["margin_high"] > threshold)
-    assert sum(run.record["undecided"].values()) == is_open.sum() > 0
-    assert any(
-        f"{is_open.sum()} of {len(scores)} verdicts by margin are undecided" in n
-        for n in run.record["notices"]
-    )
-    assert set(run.tables["summary"]["n_harmful"] + run.tables["summary"]["n_benign"]) == {len(scores) // 2}
-    # Without responses, no estimate is made of what is open; here that leaves too little.
-    assert_user_error(unjudged, "undecided", "--responses none")
+    assert sum(run.record["undecided"].values()) == is_open.sum()
+    told = f"{is_open.sum()} of {len(scores)} verdicts by margin are undecided"
+    assert any(told in notice for notice in run.record["notices"])
     assert_user_error(words, "--readout words", "not listed", "--readout outcome")
+
+
+def test_undecided_queries_are_counted_and_left_out_where_no_response_was_judged():
+    rows = [
+        # query, harmful, defense, lower and upper bound
+        ("a", True, "none", -1.0, -0.5),
+        ("b", True, "none", -1.0, 1.0),
+        ("c", False, "none", 0.5, 1.0),
+        ("a", True, "policy", 0.2, 0.4),
+        ("b", True, "policy", 0.2, 0.4),
+        ("c", False, "policy", 0.0, 0.4),
+    ]
+    frame = pd.DataFrame(rows, columns=["query", "harmful", "defense", "margin_low", "margin_high"])
+    frame = frame.assign(pair="", category="", attack="direct", p_refuse=0.5, prompt_tokens=9, coverage=1.0)
+    frame["margin"] = (frame["margin_low"] + frame["margin_high"]) / 2
+    console = Console(file=io.StringIO(), width=500)
+    for threshold, n_open, left in ((0.1, 2, {"a"}), (-0.1, 1, {"a", "c"})):
+        scores = ScoreTable(frame, {"readout": {"threshold": threshold}, "notices": []})
+        assert settle_undecided(scores, True, console) is scores
+        assert sum(scores.record["undecided"].values()) == n_open
+        assert f"{n_open} of 6 verdicts by margin are undecided" in scores.record["notices"][0]
+        if left == {"a"}:
+            with pytest.raises(UserError, match="a class has none left"):
+                settle_undecided(scores, False, console)
+        else:
+            assert set(settle_undecided(scores, False, console).frame["query"]) == left
 
 
 def test_what_needs_weights_is_left_out_or_refused_by_name(local, folder, data):
