@@ -88,9 +88,9 @@ def _bound_log_odds(ids: list[int], listed: ListedTokens) -> tuple[Tensor, Tenso
 def _bound_outcome(readout: Readout, listed: ListedTokens) -> tuple[Tensor, Tensor]:
     """Return bounds of the margin of an expected outcome.
 
-    L is the sum of the sharpened probabilities of the listed tokens, and A that of their products with the
-    values of the tokens. The unlisted tokens add X to L, each with the base value b, and D by those among them
-    that have another value: the outcome is (A + b X + D) / (L + X).
+    L is the sum of the sharpened probabilities of the listed tokens, and A that of their products with
+    the values of the tokens. The unlisted tokens add X to L, each with the base value b, and D by those
+    among them that have another value: the outcome is (A + b X + D) / (L + X).
     """
     base, sharpness, ids = float(readout.base_value or 0), readout.sharpness, list(readout.ids)
     weights = torch.tensor(readout.weights, dtype=torch.float64)

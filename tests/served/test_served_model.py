@@ -217,7 +217,7 @@ def no_texts(name: str):
 def data(folder):
     """A file of queries with a calibration split of its own, so that few responses are needed."""
     rows = []
-    for split, n in (("calibration", 8), ("test", 12)):
+    for split, n in (("calibration", 6), ("test", 8)):
         for query in load_queries("contrast").select_split(split).limit_queries(n).queries:
             rows.append({"text": query.text, "harmful": query.harmful, "split": split})
     path = folder / "few.jsonl"
@@ -229,7 +229,7 @@ def test_a_run_equals_that_of_the_model_on_this_machine_and_no_file_holds_a_secr
     local, folder, data, monkeypatch, no_figures
 ):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    options = ["-d", "policy", "-d", "paraphrase", "--data", data, "--controls", 0]
+    options = ["-d", "paraphrase", "--data", data, "--controls", 0]
     with serve(local, root=str(folder / "tiny")) as server:
         address = server.address.replace("://", "://my-user:pass-word@")
         result = run_cli(*options, "-m", address, "-o", folder / "served-run")
