@@ -58,6 +58,7 @@ def analyze(
     template: str | None = None,
     answer_prefix: str | None = None,
     workers: int = 1,
+    tokenizer: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Measure each defense as a refuse/comply classifier, as `analyze -d …` does.
@@ -65,7 +66,8 @@ def analyze(
     Args:
         defenses: one defense or several: names as `-d` takes them, or defenses such as
             `get_defense("policy")` or `MyDefense()`.
-        model: short name, Hugging Face id, folder, or `.gguf` file; several are analyzed and compared.
+        model: short name, Hugging Face id, folder, `.gguf` file, or a served model, `http://host/v1#NAME`;
+            several are analyzed and compared.
         data: as `--data`, or a frame with the columns `text` and `harmful`.
         split: train, calibration, test or all; default: test if the data have it.
         limit: maximum number of queries; pairs are kept whole.
@@ -87,6 +89,7 @@ def analyze(
         template: as `--template`.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
         workers: with several models, number of models at a time, each in a process of its own.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
         offline: whether the network may not be used.
 
     Returns:
@@ -115,6 +118,8 @@ def analyze(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     check_control_draws(controls)
     check_worker_count(workers)
@@ -159,6 +164,7 @@ def validate(
     seed: int = 0,
     template: str | None = None,
     answer_prefix: str | None = None,
+    tokenizer: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Validate readouts against generated text, and rate the responses, as `analyze validate` does.
@@ -167,7 +173,7 @@ def validate(
 
     Args:
         defenses: one defense or several: names, or defenses.
-        model: short name, Hugging Face id, folder, or `.gguf` file.
+        model: short name, Hugging Face id, folder, `.gguf` file, or a served model, `http://host/v1#NAME`.
         judge: refusal judge for generated text: learned, patterns, keywords, or model.
         judge_model: the judge model: id, folder, `.gguf` file, or `http://host/v1#NAME`.
         budget: maximum number of calls to the judge model.
@@ -189,6 +195,7 @@ def validate(
         seed: random seed.
         template: as `--template`.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
         offline: whether the network may not be used.
 
     Returns:
@@ -211,6 +218,8 @@ def validate(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     check_response_tokens(tokens)
     judge_options = _make_judge_options(judge, judge_model, budget, rubric, grade)
@@ -485,13 +494,14 @@ def depth(
     seed: int = 0,
     template: str | None = None,
     answer_prefix: str | None = None,
+    tokenizer: str | None = None,
     offline: bool = False,
 ) -> Run:
     """Judge what is left of each defense after the first tokens of the response, as `analyze depth` does.
 
     Args:
         defenses: one defense or several: names, or defenses.
-        model: short name, Hugging Face id, folder, or `.gguf` file.
+        model: short name, Hugging Face id, folder, `.gguf` file, or a served model, `http://host/v1#NAME`.
         data: as `--data`, or a frame of queries.
         split: train, calibration, test or all.
         limit: maximum number of queries.
@@ -504,6 +514,7 @@ def depth(
         seed: random seed.
         template: as `--template`.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
         offline: whether the network may not be used.
 
     Returns:
@@ -524,6 +535,8 @@ def depth(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     from analysis.studies.depth import measure_depth
 

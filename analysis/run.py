@@ -28,7 +28,7 @@ from scipy.special import expit
 from analysis.attacks import DIRECT_ATTACK, Attack
 from analysis.datasets.queries import Query
 from analysis.models.session import ModelSession, generate_responses
-from analysis.readouts.prompt_scores import score_prompts
+from analysis.readouts.prompt_scores import SCORE_NAMES, score_prompts
 from analysis.readouts.readout import Readout
 from analysis.stats.tables import SCORE_COLUMNS, UNDEFENDED
 from defenses.contract import Defense, QueryChat
@@ -73,10 +73,8 @@ def score_condition(
     )
     if any(query.image for query in queries):
         frame["image"] = [query.content[1] for query in queries]
-    if "detector" in scores:
-        frame["detector"] = scores["detector"]
-    has_copies = scores["readings"].max() > 1
-    return frame.assign(readings=scores["readings"], vote=scores["vote"]) if has_copies else frame
+    copies = ["readings", "vote"] if scores["readings"].max() > 1 else []
+    return frame.join(scores.filter(["margin_low", "margin_high", "detector", *copies]))
 
 
 def build_condition_chats(
@@ -131,15 +129,17 @@ def _score_chats(
     values = score_prompts(*model, defense, flat_ids, readout, session.score_cache, on_prompts, member_ids)
 
     # Scores of prompts → scores of copies (mean over questions) → scores of queries (by the defense's rule).
-    prompt_scores = pd.DataFrame(values.tolist(), columns=["margin", "coverage"]).assign(query=flat_query)
-    copy_scores = prompt_scores.groupby(prompt_scores.index // n_questions).mean()
+    prompt_scores = pd.DataFrame(values.tolist(), columns=SCORE_NAMES[: values.shape[1]])
+    margins = prompt_scores.columns.difference(["coverage"])
+    copy_scores = prompt_scores.assign(query=flat_query).groupby(prompt_scores.index // n_questions).mean()
     copy_scores["vote"] = copy_scores["margin"] > readout.threshold
-    scores = copy_scores.groupby("query").agg({"margin": defense.pool, "coverage": "mean", "vote": "mean"})
+    pools = dict.fromkeys(margins, defense.pool) | {"coverage": "mean", "vote": "mean"}
+    scores = copy_scores.groupby("query").agg(pools)
 
     # A detector refuses by itself: the system of both refuses if either does.
     log_odds = session.score_requests(defense, query_chats)
     if log_odds is not None:
-        scores["margin"] = scores["margin"].clip(lower=pd.Series(log_odds) + readout.threshold)
+        scores[margins] = scores[margins].clip(lower=pd.Series(log_odds) + readout.threshold, axis=0)
         scores["detector"] = log_odds
     scores["readings"] = [len(query_ids) // n_questions for query_ids in prompt_ids]
     scores["prompt_tokens"] = [sum(map(len, query_ids)) for query_ids in prompt_ids]

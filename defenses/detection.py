@@ -67,11 +67,13 @@ class Detector(Defense):
     """Base class of detectors that are fitted to the training queries.
 
     Attributes:
+        needs_weights: whether it reads more of the model than responses and their first tokens.
         over_refusal: share of benign training requests that it refuses.
         fit: what it has learned, set by `prepare`.
     """
 
     family = "detection"
+    needs_weights: ClassVar[bool] = True
     calibrates_slope: ClassVar[bool] = True
 
     over_refusal: float = 0.05

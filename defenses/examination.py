@@ -32,6 +32,7 @@ class Examination(Detector):
 
     source = _SOURCE
     cost = "N calls"
+    needs_weights = False
 
     @abstractmethod
     def ask_questions(

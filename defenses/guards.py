@@ -141,6 +141,7 @@ class GuardModel(Detector):
         wording="the guard's own template; policies for ShieldGemma and instruction to WildGuard ours",
     )
     cost = "one call"
+    needs_weights = False
 
     model: Path | None = None
     kind: Literal[

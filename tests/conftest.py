@@ -97,9 +97,10 @@ def interruptible() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests that take minutes (`sweep`) out, except where `-m` asks for them."""
-    if "sweep" not in config.getoption("markexpr"):
-        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
+    """Leave tests that take minutes (`sweep`) or need a `server` out, except where `-m` asks for them."""
+    for name in ("sweep", "server"):
+        if name not in config.getoption("markexpr"):
+            items[:] = [item for item in items if item.get_closest_marker(name) is None]
 
 
 # --- templates, each rewritten after the known format of its family ---------------------------------------

@@ -35,6 +35,7 @@ from analysis.cli.options import (
     SharePrefixOption,
     SplitOption,
     TemplateOption,
+    TokenizerOption,
     TrainOption,
 )
 from defenses.errors import UserError
@@ -75,6 +76,7 @@ def analyze(
     seed: SeedOption = 0,
     template: TemplateOption = None,
     answer_prefix: AnswerPrefixOption = None,
+    tokenizer: TokenizerOption = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder. Default: runs/TIME-MODEL-DEFENSE.")
     ] = None,
@@ -135,6 +137,8 @@ def analyze(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     check_control_draws(controls)
     check_worker_count(workers)
@@ -166,6 +170,7 @@ def check(
     seed: SeedOption = 0,
     template: TemplateOption = None,
     answer_prefix: AnswerPrefixOption = None,
+    tokenizer: TokenizerOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
     queries: Annotated[int, typer.Option(help="Number of queries to show and check.")] = 4,
@@ -186,6 +191,8 @@ def check(
         attack,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
         share_prefix=share_prefix,
     )
     raise typer.Exit(run_check_command(spec, defense or ["none"], settings or [], queries))

@@ -32,6 +32,7 @@ from analysis.cli.options import (
     SharePrefixOption,
     SplitOption,
     TemplateOption,
+    TokenizerOption,
 )
 from defenses.errors import UserError
 
@@ -56,6 +57,7 @@ def depth(
     seed: SeedOption = 0,
     template: TemplateOption = None,
     answer_prefix: AnswerPrefixOption = None,
+    tokenizer: TokenizerOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -83,6 +85,8 @@ def depth(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     raise typer.Exit(run_depth_command(spec, defense, settings or [], out, as_json))
 

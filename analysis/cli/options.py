@@ -50,7 +50,8 @@ DefenseOption = Annotated[
 ]
 _MODEL_HELP = (
     "Model: short name, Hugging Face id, folder, or .gguf file; then, each after a colon, a state of its "
-    "weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated)."
+    "weights (attacked, an adapter's folder) and a change of them (int8, int4, abliterated). Or a served "
+    "model, http://host:8000/v1#NAME, for what needs no weights."
 )
 # A list in every command, so that a second -m is no silent replacement of the first.
 ModelOption = Annotated[list[str], typer.Option("-m", "--model", help=_MODEL_HELP)]
@@ -58,6 +59,15 @@ ModelsOption = Annotated[
     list[str],
     typer.Option(
         "-m", "--model", help=f"{_MODEL_HELP} Repeatable: several models are analyzed and compared."
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="Tokenizer of a served model: folder, Hugging Face id, or .gguf file. Default: what the server "
+        "names.",
+        metavar="FOLDER|ID",
     ),
 ]
 DEFAULT_MODEL: Any = ("smollm2",)

@@ -36,6 +36,7 @@ from analysis.cli.options import (
     SharePrefixOption,
     SplitOption,
     TemplateOption,
+    TokenizerOption,
 )
 from defenses.errors import UserError
 
@@ -80,6 +81,7 @@ def validate(
     seed: SeedOption = 0,
     template: TemplateOption = None,
     answer_prefix: AnswerPrefixOption = None,
+    tokenizer: TokenizerOption = None,
     out: OutOption = None,
     settings: SettingsOption = None,
     offline: OfflineOption = False,
@@ -103,6 +105,8 @@ def validate(
         share_prefix=share_prefix,
         template=template,
         answer_prefix=answer_prefix,
+        allows_served=True,
+        tokenizer=tokenizer,
     )
     check_response_tokens(tokens)
     from analysis.studies.judge_file import JudgeOptions, SampleOptions

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from threading import Event, Lock
 from typing import Any
-from urllib.parse import urlsplit
 
-from defenses.errors import UserError, describe_download_error
+from analysis.served.address import ModelAddress, describe_call_error
 
 _MAX_CONCURRENT_CALLS = 8
 _TIMEOUT_SECONDS = 60.0  # limit of one call, and of one wait before a retry
@@ -99,46 +97,10 @@ class EndpointChatModel:
             UserError: if the address is invalid, `--offline` forbids it, the key would be sent unencrypted,
                 or the package `openai` is missing.
         """
-        url, _, model = address.partition("#")
-        try:
-            parts = urlsplit(url)
-            host, _ = parts.hostname or "", parts.port
-        except ValueError as error:
-            raise UserError(
-                f"--judge-model: invalid address ({error}); expected http://host:8000/v1#NAME"
-            ) from error
-        if not host or not model:
-            raise UserError("--judge-model: add the name of the model to the address: http://host/v1#NAME")
-        is_local, key = host in ("localhost", "127.0.0.1", "::1"), os.environ.get("OPENAI_API_KEY", "")
-        if offline and not is_local:
-            raise UserError(f"--judge-model at {host}: --offline forbids it")
-        if key and parts.scheme == "http" and not is_local:
-            raise UserError(
-                f"--judge-model at {host}: the API key would be sent over plain http; "
-                "use https, or unset OPENAI_API_KEY"
-            )
-        try:
-            import openai
-        except ImportError as error:
-            raise UserError(
-                "a judge behind an endpoint needs the package openai: pip install 'refusalscope[judge]'"
-            ) from error
-        if not is_local:
-            with_key = ", with the key in OPENAI_API_KEY" if key else ""
-            notify(f"queries and responses are sent to {host} for judging{with_key}")
-        try:
-            # A proxy would send texts meant for this machine to another one.
-            http_client = openai.DefaultHttpxClient(trust_env=not is_local)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"--judge-model at {host}: {describe_download_error(error)}") from error
-        client = openai.OpenAI(
-            base_url=url,
-            api_key=key or "none",
-            max_retries=0,
-            timeout=_TIMEOUT_SECONDS,
-            http_client=http_client,
-        )
-        return cls(client, host, model, CallBudget(budget))
+        parsed = ModelAddress.parse(address, "--judge-model")
+        announcement = "queries and responses are sent to {host} for judging"
+        client = parsed.make_client("--judge-model", offline, notify, announcement, _TIMEOUT_SECONDS)
+        return cls(client, parsed.host, parsed.model, CallBudget(budget))
 
     @property
     def name(self) -> str:
@@ -214,15 +176,15 @@ class EndpointChatModel:
             retry_note = f" (retry after {header} s)" if header.isdecimal() else ""
             rules_out_retry = error.status_code in (*_FATAL_STATUSES, *_REJECTED_TEXT_STATUSES)
             return _CallResult(
-                error=self._describe_api_error(error) + retry_note,
+                error=describe_call_error(self.client, error) + retry_note,
                 status=error.status_code if rules_out_retry else 0,
                 retry_after=retry_after,
             )
         except openai.APIError as error:
-            return _CallResult(error=self._describe_api_error(error))
+            return _CallResult(error=describe_call_error(self.client, error))
         except (ValueError, IndexError, AttributeError, TypeError) as error:
             return _CallResult(
-                error=f"unreadable reply ({self._describe_api_error(error)})",
+                error=f"unreadable reply ({describe_call_error(self.client, error)})",
                 status=_REJECTED_TEXT_STATUSES[0],
             )
 
@@ -234,9 +196,3 @@ class EndpointChatModel:
         """Record the first reason for stopping and end all waits."""
         self.failure_reason = self.failure_reason or reason
         self._stop_event.set()
-
-    def _describe_api_error(self, error: Exception) -> str:
-        """Format an error in one line, without the API key."""
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        key = self.client.api_key
-        return (text.replace(key, "…") if key != "none" else text)[:160]

@@ -62,6 +62,7 @@ SCORING_SOURCES = (
     "analysis/checkpoints/**/*.py",
     "analysis/models/**/*.py",
     "analysis/readouts/**/*.py",
+    "analysis/served/**/*.py",
     "analysis/attacks.py",
     "analysis/run.py",
     "analysis/mechanism/directions.py",
@@ -339,8 +340,9 @@ def hash_code(*patterns: str) -> str:
 
 def describe_computation(loaded_model: LoadedModel) -> dict[str, Any]:
     """Return everything on which computations with a model depend, as a part of cache keys."""
-    if isinstance(loaded_model, DeferredModel):
-        return loaded_model.computation
+    # Of a model whose weights are not loaded yet, or are elsewhere.
+    if (recorded := getattr(loaded_model, "computation", None)) is not None:
+        return dict(recorded)
     computation = {
         "weights": [
             loaded_model.origin.get(key)

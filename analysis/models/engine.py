@@ -9,11 +9,12 @@ those of one prompt at a time, up to floating-point noise.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -89,9 +90,12 @@ class Engine:
 
     Attributes:
         rotation: prompts that are rotated with different frequencies share no forward pass and no prefix.
+        responses_per_batch: responses that are generated, and stored, together.
         cache_uses: how transformers generates with its cache, once `generate_token_ids` has compared the
             ways: with an adapter that is activated by tokens (True) and without one.
     """
+
+    responses_per_batch: ClassVar[int] = 64
 
     def __init__(
         self,
@@ -192,6 +196,17 @@ class Engine:
         with torch.inference_mode():
             for rows, logits in self.iterate_logits(prompts, [1] * len(prompts)):
                 yield rows, reducer(logits)
+
+    def read_token_logits(
+        self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]
+    ) -> Float[Tensor, "prompts tokens"]:
+        """Return the first-token logits of some tokens, up to a constant of each prompt, on the CPU.
+
+        Args:
+            prompts: as for `read_first_token`.
+            token_ids: ids of the tokens.
+        """
+        return self.read_first_token(prompts, lambda logits: logits[:, list(token_ids)].cpu())
 
     def compute_log_probabilities(
         self,
@@ -525,6 +540,27 @@ class DeferredEngine(Engine):
             raise AttributeError(name)
         vars(self).update(vars(vars(self).pop("_make_engine")(self._records)))
         return getattr(self, name)
+
+
+class RemoteEngine(Engine):
+    """An engine whose model runs elsewhere, where it also generates."""
+
+    @abstractmethod
+    def generate_token_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        append_token: Callable[[list[int], int], bool],
+        on_progress: Callable[[int], None],
+    ) -> list[list[int]]:
+        """Return the greedy response to each prompt as token ids, without the end token.
+
+        Args:
+            prompts: token ids.
+            max_new_tokens: maximum length of each response.
+            append_token: appends a token to a response, except an end token; returns whether it is finished.
+            on_progress: called with the number of responses finished since the last call.
+        """
 
 
 def find_fastest_form(model: Any) -> BatchForm:

@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 from transformers.cache_utils import DynamicLayer
 
 from analysis.models.batches import BatchForm, CacheUse, count_shared_prefix, order_rows
-from analysis.models.engine import Engine
+from analysis.models.engine import Engine, RemoteEngine
 from analysis.models.image_tokens import contains_image, is_image_id
 from analysis.models.plain_passes import (
     compute_plain_logits,
@@ -34,6 +34,7 @@ from analysis.models.prefix_attention import (
     make_split_update,
 )
 from defenses.activated_lora import get_activation
+from defenses.errors import UserError
 
 _MAX_PADDED_ROWS, _MAX_PACKED_ROWS = 32, 64  # per batch; packed rows take less memory
 _N_PROBE_TOKENS = 3
@@ -145,6 +146,10 @@ def generate_token_ids(
     """
     responses: dict[int, list[int]] = {}
     response_end = ResponseEnd(max_new_tokens, end_token_ids, should_stop)
+    if isinstance(engine, RemoteEngine):
+        if sampling is not None:
+            raise UserError("--samples: tokens are drawn from a model on this machine, not from a served one")
+        return engine.generate_token_ids(prompts, max_new_tokens, response_end.append_token, on_progress)
     with torch.inference_mode():
         for reading_engine, engine_rows in engine.split_rows(prompts):
 

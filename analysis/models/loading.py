@@ -127,6 +127,11 @@ class LoadedModel:
         return dtype
 
     @property
+    def hardware(self) -> dict[str, str]:
+        """Device and precision, for run.json."""
+        return {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @property
     def context_length(self) -> int:
         """Maximum sequence length of the model, in tokens."""
         config = self.outline.config.get_text_config()
@@ -419,6 +424,20 @@ def load_tokenizer(name: str, offline: bool = False, notify: Notifier = lambda t
     if has_tokenizer(Path(state)) and (Path(state) / ADAPTER_CONFIG_FILE).is_file():
         folder = Path(state)
     return _read_tokenizer(folder, root)
+
+
+def load_chat_tokenizer(name: str, offline: bool, notify: Notifier, template: str | None = None) -> Any:
+    """Return what `load_tokenizer` returns, with one chat template.
+
+    Args:
+        name: as in `--model`.
+        offline: forbid network access.
+        notify: called with a line of text before anything is downloaded or converted.
+        template: as for `open_checkpoint`.
+    """
+    tokenizer = load_tokenizer(name, offline, notify)
+    _set_chat_template(tokenizer, split_model_name(name)[0], template, None)
+    return tokenizer
 
 
 def silence_libraries(offline: bool) -> None:

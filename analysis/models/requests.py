@@ -21,7 +21,7 @@ from analysis.models.cache import (
     write_cached_json,
 )
 from analysis.models.chat_template import ChatTemplate, Prompt
-from analysis.models.engine import Engine
+from analysis.models.engine import Engine, RemoteEngine
 from analysis.models.hooks import HookPoint, record_activations
 from analysis.models.image_tokens import is_image_id
 from analysis.models.loading import LoadedModel
@@ -47,7 +47,7 @@ class ModelRequestReader:
 
     Attributes:
         tokenizer: of the model.
-        n_blocks: number of transformer blocks.
+        n_blocks: number of transformer blocks; 0 if they are elsewhere.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ModelRequestReader:
         self._loaded_model, self._engine = loaded_model, engine
         self._chat_template, self._defense_calls = chat_template, defense_calls
         self.tokenizer: Any = loaded_model.tokenizer
-        self.n_blocks = len(get_blocks(loaded_model.outline))
+        self.n_blocks = 0 if isinstance(engine, RemoteEngine) else len(get_blocks(loaded_model.outline))
 
     @property
     def _model(self) -> Any:
@@ -146,7 +146,7 @@ class ModelRequestReader:
     ) -> Float[Tensor, "requests tokens"]:
         """Return the logits of some first response tokens."""
         prompts = [self._chat_template.render_prompt(chat).ids for chat in chats]
-        return self._engine.read_first_token(prompts, lambda logits: logits[:, list(token_ids)].cpu())
+        return self._engine.read_token_logits(prompts, token_ids)
 
     def read_log_likelihoods(self, chats: Sequence[Chat]) -> list[Float[Tensor, " tokens"]]:
         """Return the log-likelihood (nats) of each token of the last user text, given all before it."""

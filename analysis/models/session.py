@@ -34,7 +34,6 @@ DEFAULT_MAX_NEW_TOKENS = 48  # per response; refusals show in the first sentence
 # Receives the token ids of some prompts and their first-token logits, rows × vocabulary.
 PromptLogitCallback = Callable[[Sequence[tuple[int, ...]], Float[Tensor, "rows vocab"]], None]
 MemberIds = tuple[tuple[int, ...], ...]  # token ids of the prompt of each member of a blend; empty: the same
-_CALLS_PER_COMMIT = 64
 _MAX_BLENDED_PROMPTS = (
     128  # prompts whose full logits are held in memory while those of several models are summed
 )
@@ -98,10 +97,11 @@ class ModelSession:
         seed: int = 0,
         score_cache: ScoreCache | None = None,
         answer_prefix: str | None = None,
+        engine: Engine | None = None,
     ) -> ModelSession:
-        """Return a session for a model, without questions."""
+        """Return a session for a model, without questions, with an engine of its own unless one is given."""
         chat_template = ChatTemplate(loaded_model.tokenizer, answer_prefix, loaded_model.image_reader)
-        engine = _make_engine(loaded_model, batch_size)
+        engine = engine or _make_engine(loaded_model, batch_size)
         shared_settings = describe_computation(loaded_model)
         defense_calls = DefenseCalls(engine, chat_template, loaded_model, shared_settings, score_cache)
         return cls(
@@ -539,8 +539,9 @@ class DefenseCalls:
         for (max_new_tokens, stops_at_newline), rows in rows_by_limits.items():
             rows.sort(key=lambda row: len(prompts[row]))
             # In chunks, each of which is stored when it is finished, in case the run is interrupted.
-            for start in range(0, len(rows), _CALLS_PER_COMMIT):
-                chunk = rows[start : start + _CALLS_PER_COMMIT]
+            size = self._engine.responses_per_batch
+            for start in range(0, len(rows), size):
+                chunk = rows[start : start + size]
                 self._generate_missing(
                     [prompts[row] for row in chunk],
                     [keys[row] for row in chunk],

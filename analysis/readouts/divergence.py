@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analysis.models.cache import CacheKey, describe_computation
 from analysis.models.chat_template import Prompt
+from analysis.models.engine import RemoteEngine
 from analysis.models.generation import generate_token_ids
 from analysis.models.numerics import check_finite
 from analysis.models.session import ModelSession, iterate_defended_logits, list_blend_members
@@ -204,6 +205,14 @@ class _PartReader:
         engine, model = self._session.engine, self._session.loaded_model.model
         sequences = [(*ids, *response) for ids, response in zip(prompts, responses, strict=True)]
         n_positions = [len(response) + 1 for response in responses]
+        if isinstance(engine, RemoteEngine):  # it reads first tokens, so each position is a prompt's end
+            ends = [
+                ids[: len(ids) - n + 1 + number]
+                for ids, n in zip(sequences, n_positions, strict=True)
+                for number in range(n)
+            ]
+            values = engine.read_first_token(ends, _compute_log_probabilities)
+            return dict(enumerate(values.split(n_positions)))
         found: dict[int, Float[Tensor, "tokens vocab"]] = {}
         with torch.inference_mode(), defense.apply_to(model), engine.read_responses(None):
             for rows, logits in engine.iterate_logits(sequences, n_positions):

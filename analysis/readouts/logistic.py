@@ -86,7 +86,7 @@ def fit_logistic_readout(
     logit_rows = []
     for condition, defense in conditions.items():
         with defense.apply_to(session.loaded_model.model):
-            rows = engine.read_first_token(prompts_by_condition[condition], lambda logits: logits[:, ids])
+            rows = engine.read_token_logits(prompts_by_condition[condition], ids)
         logit_rows.append(rows.double().numpy())
     groups = np.array(
         [pair or query_id for pair, (query_id, _) in zip(pairs, query_chats, strict=True)] * len(conditions)

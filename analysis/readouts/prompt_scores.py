@@ -19,8 +19,12 @@ from analysis.models.session import (
     iterate_defended_logits,
     list_blend_members,
 )
+from analysis.readouts.bounds import bound_margins, needs_most_probable
 from analysis.readouts.readout import Readout
+from analysis.served.served_engine import ServedEngine
 from defenses.contract import Defense
+
+SCORE_NAMES = ("margin", "coverage", "margin_low", "margin_high")
 
 
 def score_prompts(
@@ -32,8 +36,11 @@ def score_prompts(
     score_cache: ScoreCache | None = None,
     on_progress: Callable[[int], None] = lambda n_prompts: None,
     member_prompts: Sequence[MemberIds] = (),
-) -> Float[Tensor, "prompts 2"]:
+) -> Float[Tensor, "prompts values"]:
     """Return margin (nats; positive refuses) and coverage of every prompt; cached scores are not recomputed.
+
+    Of a server that lists some tokens only, margins are known up to bounds: then these follow, and the margin
+    is halfway between them. The columns are the first of `SCORE_NAMES`.
 
     Args:
         loaded_model: the model.
@@ -50,6 +57,8 @@ def score_prompts(
     """
     if not _is_cacheable(defense):
         score_cache = None
+    if isinstance(engine, ServedEngine) and not engine.lists_all:
+        return _score_bounds(loaded_model, engine, defense, prompts, readout, score_cache, on_progress)
     cache_key = _make_score_key(loaded_model, defense, readout)
     members = list(member_prompts) or [()] * len(prompts)
     keys = [cache_key.make_key(ids, *more) for ids, more in zip(prompts, members, strict=True)]
@@ -72,6 +81,39 @@ def score_prompts(
     result = torch.tensor([scores[key] for key in keys], dtype=torch.float64)
     check_finite(loaded_model, result.abs())
     return result
+
+
+def _score_bounds(
+    loaded_model: LoadedModel,
+    engine: ServedEngine,
+    defense: Defense,
+    prompts: Sequence[tuple[int, ...]],
+    readout: Readout,
+    score_cache: ScoreCache | None,
+    on_progress: Callable[[int], None],
+) -> Float[Tensor, "prompts 4"]:
+    """Return what `score_prompts` returns, with the bounds of margins, each in a cached row of its own."""
+    ends = [_make_score_key(loaded_model, defense, readout, end) for end in ("low", "high")]
+    keys = [(ends[0].make_key(ids), ends[1].make_key(ids)) for ids in prompts]
+    known = score_cache.read_scores([key for pair in keys for key in pair]) if score_cache is not None else {}
+    if score_cache is not None:
+        score_cache.n_hits += sum(pair[0] in known and pair[1] in known for pair in keys)
+    new_rows = list({pair: row for row, pair in enumerate(keys) if not known.keys() >= set(pair)}.values())
+    new_prompts = [prompts[row] for row in new_rows]
+    on_progress(len(prompts) - len(new_rows))
+    if new_rows:
+        for index, listed in engine.iterate_listed_tokens(
+            new_prompts, readout.ids, needs_most_probable(readout)
+        ):
+            low, high, coverage = bound_margins(readout, listed)[0].tolist()
+            pair = keys[new_rows[index]]
+            rows = {pair[0]: (low, coverage), pair[1]: (high, coverage)}
+            if score_cache is not None:
+                score_cache.write_scores((key, *score) for key, score in rows.items())
+            known |= rows
+            on_progress(1)
+    lows, highs = (torch.tensor([known[pair[end]] for pair in keys], dtype=torch.float64) for end in (0, 1))
+    return torch.stack([(lows[:, 0] + highs[:, 0]) / 2, lows[:, 1], lows[:, 0], highs[:, 0]], dim=1)
 
 
 def make_score_writer(
@@ -144,9 +186,10 @@ def _is_cacheable(defense: Defense) -> bool:
     return all(member.cacheable_fingerprint() is not None for _, member in list_blend_members(defense))
 
 
-def _make_score_key(loaded_model: LoadedModel, defense: Defense, readout: Readout) -> CacheKey:
-    """Return the key of a condition's scores, which depend on the token ids besides."""
+def _make_score_key(
+    loaded_model: LoadedModel, defense: Defense, readout: Readout, bound: str | None = None
+) -> CacheKey:
+    """Return the key of a condition's scores, or of a bound of them; they depend on the token ids besides."""
     members = [(weight, member.cacheable_fingerprint()) for weight, member in list_blend_members(defense)]
-    return CacheKey(
-        {**describe_computation(loaded_model), "arms": members, "readout": readout.scoring_settings}
-    )
+    settings = {**describe_computation(loaded_model), "arms": members, "readout": readout.scoring_settings}
+    return CacheKey(settings | ({"bound": bound} if bound else {}))

@@ -163,8 +163,9 @@ class ScoreTable:
     """One row per query × attack × defense.
 
     Attributes:
-        frame: the columns `SCORE_COLUMNS`, `readings` if a defense reads several copies of a query, and
-            `detector` (log-odds, nats) if it has a detector.
+        frame: the columns `SCORE_COLUMNS`, `margin_low` and `margin_high` where a margin is known up to these
+            bounds only (then `margin` is halfway between them), `readings` if a defense reads several copies
+            of a query, and `detector` (log-odds, nats) if it has a detector.
             `margin` is in nats, positive means refusing; `coverage` is the probability mass on the readout's
             words.
         record: manifest of the run: model, readout (with its threshold), defenses (with their families),
@@ -198,6 +199,21 @@ class ScoreTable:
     def threshold(self) -> float:
         """Margin above which the classifier predicts a refusal."""
         return float(self.record["readout"]["threshold"])
+
+    @property
+    def is_undecided(self) -> pd.Series:
+        """Whether the bounds of each row's margin lie on both sides of the threshold."""
+        if "margin_low" not in self.frame:
+            return pd.Series(False, index=self.frame.index)
+        return (self.frame["margin_low"] <= self.threshold) & (self.frame["margin_high"] > self.threshold)
+
+    def drop_undecided(self) -> ScoreTable:
+        """Return the table without the queries that are undecided in a condition of the same attack."""
+        open_rows = self.frame.loc[self.is_undecided, ["attack", "query"]].drop_duplicates()
+        is_open = pd.MultiIndex.from_frame(self.frame[["attack", "query"]]).isin(
+            pd.MultiIndex.from_frame(open_rows)
+        )
+        return ScoreTable(self.frame[~is_open].reset_index(drop=True), self.record)
 
     def draw_thresholds(self, n_draws: int, seed: int = 0) -> Float[np.ndarray, " draws"]:
         """Return random draws of the threshold, as uncertain as its fit to the calibration queries; nats.

@@ -10,15 +10,16 @@ from rich.console import Console
 from analysis.attacks import check_not_adaptive
 from analysis.datasets.queries import sample_queries
 from analysis.models.chat_template import redact_secrets
-from analysis.progress import make_notifier
+from analysis.progress import make_notifier, print_note
 from analysis.run import build_condition_chats
+from analysis.served.address import is_address
 from analysis.stats.cost import add_divergence_estimates
 from analysis.stats.effects import estimate_factorial_effects, list_factorial_conditions, summarize_scores
 from analysis.stats.kinds import summarize_kinds
 from analysis.stats.matched_controls import add_control_estimates
 from analysis.stats.response_rates import add_factorial_response_effects, add_response_estimates
-from analysis.stats.tables import ScoreTable
-from analysis.studies.cost import ResponseDivergences, measure_cost, measure_divergences
+from analysis.stats.tables import ScoreTable, format_condition
+from analysis.studies.cost import ResponseDivergences, check_lists_all, measure_cost, measure_divergences
 from analysis.studies.manifest import RunTimer
 from analysis.studies.matched_controls import MatchedControlScores, score_controls
 from analysis.studies.responses import ResponseVerdicts, judge_conditions
@@ -26,6 +27,7 @@ from analysis.studies.run_spec import RunSpec
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import ConditionKey, ScoredConditions, StudyResult, score_conditions
 from defenses.contract import Defense
+from defenses.errors import UserError
 
 
 def analyze_defenses(
@@ -58,6 +60,9 @@ def analyze_defenses(
         check_not_adaptive(
             spec.attacks, "side effects compare the first tokens behind one and the same chat: omit them"
         )
+    if is_address(spec.model) and (with_cost or with_training):
+        option = "--cost" if with_cost else "--train"
+        raise UserError(f"{option}: it needs the model's weights, and {spec.model} is served")
     if with_training:
         from analysis.studies.train import train_missing_weights
 
@@ -77,9 +82,14 @@ def analyze_defenses(
             raise KeyboardInterrupt
         return [key for key in condition_keys if key in responses.frames or key in responses.failures]
 
+    def check_inputs(setup: RunSetup) -> None:
+        if with_side_effects:
+            check_lists_all(setup.session.engine, "--side-effects")
+
     scored = score_conditions(
-        spec, defenses, settings, console, keep_interrupted=True, before_scoring=judge_responses
+        spec, defenses, settings, console, check_inputs, keep_interrupted=True, before_scoring=judge_responses
     )
+    scores = settle_undecided(scored.scores, responses is not None and bool(responses.frames), console)
     work = _describe_work(scored)
     if responses is not None:
         responses.drop_unscored(scored.sweep_result.score_frames)
@@ -98,15 +108,15 @@ def analyze_defenses(
     costs = _measure_first_attack_cost(scored, spec.seed, console) if with_cost else None
     scored.record.update(timer.describe_time(), **work)
     with console.status("computing intervals"):
-        summary = _summarize(scored.scores, responses, controls, divergences, spec.seed)
-        kinds = _summarize_query_kinds(scored, responses, spec.seed)
+        summary = _summarize(scores, responses, controls, divergences, spec.seed)
+        kinds = _summarize_query_kinds(scored, scores, responses, spec.seed)
         from analysis.plots.data import build_analysis_points
 
-        figure_tables = build_analysis_points(scored.scores.frame, summary, scored.scores.threshold, kinds)
+        figure_tables = build_analysis_points(scores.frame, summary, scores.threshold, kinds)
         if costs is not None:
             figure_tables["cost"] = _join_gains(costs, summary, spec.attacks[0].name)
     tables = {
-        **_factorial_tables(scored.scores, responses, spec.seed),
+        **_factorial_tables(scores, responses, spec.seed),
         "prompts": _example_prompts(scored.setup, list(scored.sweep_result.score_frames), scored.finished),
         "scores": scored.scores.frame,
         "summary": summary,
@@ -126,6 +136,54 @@ def analyze_defenses(
         if divergences.frames:
             tables["divergences"] = divergences.table
     return StudyResult.from_tables("analyze", scored.record, tables, figure_tables, scored.setup, failures)
+
+
+def settle_undecided(scores: ScoreTable, has_responses: bool, console: Console) -> ScoreTable:
+    """Record how many margins leave the verdict open; return the scores that estimates are made from.
+
+    Rates of judged responses rest on no verdict by margin. Without responses, a query that is undecided in
+    one condition is left out of all of them.
+
+    Args:
+        scores: of all conditions; their record gets the counts and a notice.
+        has_responses: whether responses were judged.
+        console: prints the notice.
+
+    Raises:
+        UserError: if a class has no query left.
+    """
+    frame = scores.frame
+    if "margin_low" not in frame:
+        return scores
+    half_width = (frame["margin_high"] - frame["margin_low"]) / 2
+    counts = {
+        (str(attack), str(defense)): int(rows.sum())
+        for (attack, defense), rows in scores.is_undecided.groupby(
+            [frame["attack"], frame["defense"]], sort=False
+        )
+    }
+    n_undecided = sum(counts.values())
+    notice = (
+        f"margins are known within {half_width.max():.2g} nats (median {half_width.median():.2g}): "
+        f"{n_undecided} of {len(frame)} verdicts by margin are undecided"
+    )
+    decided = scores
+    if n_undecided:
+        attack, defense = max(counts, key=counts.__getitem__)
+        condition = format_condition({"attack": attack, "defense": defense})
+        notice += f", most of them ({counts[attack, defense]}) under {condition}"
+        if not has_responses:
+            decided = scores.drop_undecided()
+            notice += "; estimates leave out queries that are undecided in one of the conditions"
+            classes = decided.frame.groupby("attack")["harmful"].nunique()
+            if len(classes) < frame["attack"].nunique() or classes.min() < 2:
+                raise UserError(f"{notice}, and a class has none left: judge responses (no --responses none)")
+    print_note(console, notice)
+    scores.record["notices"].append(notice)
+    scores.record["undecided"] = {
+        format_condition({"attack": attack, "defense": defense}): n for (attack, defense), n in counts.items()
+    }
+    return decided
 
 
 def _summarize(
@@ -148,12 +206,12 @@ def _summarize(
 
 
 def _summarize_query_kinds(
-    scored: ScoredConditions, responses: ResponseVerdicts | None, seed: int
+    scored: ScoredConditions, scores: ScoreTable, responses: ResponseVerdicts | None, seed: int
 ) -> pd.DataFrame:
     """Estimate the effects of each defense on each kind of benign query."""
     query_kinds = {query.id: query.kind for query in scored.setup.query_set.queries}
     table = responses.table if responses is not None and responses.frames else None
-    return summarize_kinds(scored.scores, query_kinds, table, seed)
+    return summarize_kinds(scores, query_kinds, table, seed)
 
 
 def _measure_first_attack_cost(scored: ScoredConditions, seed: int, console: Console) -> pd.DataFrame:

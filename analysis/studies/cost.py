@@ -19,16 +19,18 @@ from transformers import DynamicCache
 from analysis.datasets.queries import sample_queries
 from analysis.models.cache import make_json_cache_path, read_cached_json, write_cached_json
 from analysis.models.chat_template import redact_secrets
+from analysis.models.engine import Engine
 from analysis.models.session import ModelSession
 from analysis.progress import make_progress_bar, show_preliminary_work
 from analysis.readouts.divergence import Divergence, iterate_divergences
+from analysis.served.served_engine import ServedEngine
 from analysis.stats.cost import DIVERGENCE_COLUMNS, summarize_costs
 from analysis.stats.tables import UNDEFENDED, iterate_rows
 from analysis.studies.manifest import identify_defense
 from analysis.studies.setup import RunSetup
 from analysis.studies.sweep import ConditionFrames, ConditionKey
 from defenses.contract import Defense, QueryChat
-from defenses.errors import describe_error
+from defenses.errors import UserError, describe_error
 from defenses.stack import list_members
 from defenses.tuned import TunedDefense
 
@@ -109,6 +111,20 @@ class ResponseDivergences(ConditionFrames):
     """Divergences on benign queries; they are missing where there is no first token to compare."""
 
     columns = ("query", "kind", "attack", "defense", *DIVERGENCE_COLUMNS)
+
+
+def check_lists_all(engine: Engine, option: str) -> None:
+    """Raise if whole distributions of the first token are needed and a server does not list them.
+
+    Args:
+        engine: runs or asks the model.
+        option: that needs them, for the error.
+    """
+    if isinstance(engine, ServedEngine) and not engine.lists_all:
+        raise UserError(
+            f"{option}: it needs the probabilities of all first tokens, and the server lists "
+            f"{engine.server.abilities.describe()}: start it so that it lists all (vLLM: --max-logprobs -1)"
+        )
 
 
 def measure_divergences(

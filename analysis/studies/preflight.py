@@ -31,8 +31,10 @@ from analysis.models.plain_passes import (
 )
 from analysis.models.session import ModelSession, list_blend_members
 from analysis.models.thinking_blocks import RESPONSE_TAGS, find_open_tag, remove_thinking
+from analysis.readouts.bounds import UnboundedMarginError
 from analysis.readouts.prompt_scores import score_prompts
 from analysis.readouts.readout import LOW_COVERAGE, Readout
+from analysis.served.served_engine import ServedEngine
 from analysis.stats.tables import format_condition
 from analysis.studies.manifest import identify_defense
 from defenses.activated_lora import find_last_occurrence
@@ -354,9 +356,11 @@ def _check_margins(
 
     If they differ, slower forms of batches are tried, and the engine keeps the first that agrees.
     """
-    model = session.loaded_model.model
     prefix = readout.response_prefix
     by_length = sorted(prompts, key=lambda prompt: len(prompt.append_prefix(prefix)))
+    if isinstance(session.engine, ServedEngine):
+        return _check_served_margins(session, defense, by_length, readout)
+    model = session.loaded_model.model
     rows = [by_length[0], by_length[-1]]
     row_ids = [prompt.append_prefix(prefix) for prompt in rows]
     engine, _ = session.engine.split_rows(row_ids)[0]
@@ -390,15 +394,47 @@ def _check_margins(
             f"{type(model).__name__} is run with {FORM_PHRASES[engine.batch_form]}, which takes longer: "
             f"{FORM_PHRASES[first_form]} change its margins by {comparisons[0].largest_gap:.1e} nats"
         )
-    coverage = comparison.coverage
-    warning = " (low: check which tokens the model's responses begin with)" if coverage < LOW_COVERAGE else ""
     allowed = f"nats apart, {comparison.remark}{comparison.tolerance:.2g} allowed"
     gaps = {"engine equals plain pass": comparison.plain_gap, "single equals batch": comparison.single_gap}
     return [
         *((name, gap <= comparison.tolerance, f"{gap:.1e} {allowed}") for name, gap in gaps.items()),
         ("shared prefix", True, f"{count_shared_prefix(row_ids)} of {len(row_ids[-1])} tokens"),
-        ("coverage", True, f"{coverage:.1%}{warning}"),
+        ("coverage", True, _describe_coverage(comparison.coverage)),
     ]
+
+
+def _check_served_margins(
+    session: ModelSession, defense: Defense, prompts: list[Prompt], readout: Readout
+) -> list[CheckOutcome]:
+    """Compare the margins of a server with those that it gives the same prompts again, one at a time.
+
+    Servers compute in batches of all that they are asked, mostly in half precision, so margins differ by
+    rounding.
+    """
+    try:
+        together = _score_rows(session, defense, prompts, readout)
+    except UnboundedMarginError:  # of a linear readout, in whose place another one may still be fitted
+        return [("server repeats itself", True, "not compared: these margins have no bounds")]
+    single = torch.cat([_score_rows(session, defense, [row], readout) for row in (prompts[0], prompts[-1])])
+    gap = float((together[[0, -1], 0] - single[:, 0]).abs().max())
+    tolerance = max(
+        MARGIN_TOLERANCES[torch.float32] * readout.sharpness, float(together[:, 0].std(correction=0))
+    )
+    outcomes = [
+        ("server repeats itself", gap <= tolerance, f"{gap:.1e} nats apart, {tolerance:.2g} allowed"),
+        ("coverage", True, _describe_coverage(float(together[:, 1].mean()))),
+    ]
+    if together.shape[1] > 2:
+        width = float((together[:, 3] - together[:, 2]).max())
+        observed = "exact" if width == 0 else f"known within {width / 2:.2g} nats or less"
+        outcomes.append(("margins by the listed tokens", True, observed))
+    return outcomes
+
+
+def _describe_coverage(coverage: float) -> str:
+    """Return the coverage, and what to do if it is low."""
+    warning = " (low: check which tokens the model's responses begin with)" if coverage < LOW_COVERAGE else ""
+    return f"{coverage:.1%}{warning}"
 
 
 def _compare_margins(
@@ -466,8 +502,8 @@ def _measure_margin_gaps(
 
 def _score_rows(
     session: ModelSession, defense: Defense, rows: Sequence[Prompt], readout: Readout
-) -> Float[Tensor, "rows 2"]:
-    """Return the uncached margins and coverages of prompts."""
+) -> Float[Tensor, "rows values"]:
+    """Return the uncached margins and coverages of prompts, and bounds of the margins if they have any."""
     prefix = readout.response_prefix
     return score_prompts(
         session.loaded_model,

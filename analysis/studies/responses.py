@@ -36,7 +36,6 @@ from defenses.errors import describe_error
 RESPONSE_COLUMNS = ("query", "pair", "category", "harmful", "kind", "attack", "defense", "verdict")
 N_RESPONSE_TOKENS = 32  # 16 miss refusals of models that do not open with them; see docs/validity.md
 RESPONSE_JUDGE = LEARNED_JUDGE
-_QUERIES_PER_BATCH = 64  # queries whose verdicts are cached together, so that a killed run keeps most of them
 _JUDGE_SOURCES = ("analysis/judges/**/*.py",)
 
 
@@ -147,8 +146,10 @@ def judge_condition(
     store_scores = make_score_writer(
         session.loaded_model, defense, readout, None if openings else session.score_cache
     )
-    for start in range(0, len(missing), _QUERIES_PER_BATCH):
-        rows = missing[start : start + _QUERIES_PER_BATCH]
+    # Verdicts are cached batch by batch, so that a killed run keeps most of them.
+    size = session.engine.responses_per_batch
+    for start in range(0, len(missing), size):
+        rows = missing[start : start + size]
         batch = [queries[row] for row in rows]
         batch_verdicts = generate_verdicts(
             session,

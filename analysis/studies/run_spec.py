@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from analysis.datasets.queries import Query, QuerySet, choose_default_split
 from analysis.files import lock_folder
 from analysis.models.loading import limit_threads, silence_libraries
 from analysis.progress import make_notifier, print_note
+from analysis.served.address import ModelAddress, is_address
 from defenses.adapters import fingerprint_queries
 from defenses.errors import UserError, unknown_name_error
 
@@ -63,6 +64,8 @@ def build_run_spec(
     share_prefix: bool = True,
     template: str | None = None,
     answer_prefix: str | None = None,
+    allows_served: bool = False,
+    tokenizer: str | None = None,
 ) -> RunSpec:
     """Build a RunSpec, checking every option that can be checked before the model is loaded.
 
@@ -73,7 +76,8 @@ def build_run_spec(
     True
 
     Args:
-        model: short name, Hugging Face id, folder, or file; a list holds exactly one.
+        model: short name, Hugging Face id, folder, or file, or the address of a served model, if allowed; a
+            list holds exactly one.
         data: as `--data`, or a frame of queries; several names are joined.
         split: part of the data; None chooses the test split if there is one.
         limit: maximum number of queries.
@@ -89,12 +93,23 @@ def build_run_spec(
         share_prefix: whether prompts may share the computation of their prefix.
         template: the chat template to use, as `--template`; None uses the only one or the default.
         answer_prefix: text between the prompt and the response, as `--answer-prefix`; None finds it.
+        allows_served: whether the command does without weights.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
 
     Raises:
         UserError: if an option has no valid value.
     """
     from analysis.attacks import choose_attacks
 
+    credentials = None
+    if is_address(model):
+        address = ModelAddress.parse(model, "--model")
+        model, credentials = str(address), address.credentials
+        if not allows_served:
+            raise UserError(
+                f"--model {model}: this needs the model's weights; a served model can be used with "
+                "`analyze -d`, `analyze check`, `analyze validate` and `analyze depth`"
+            )
     attacks = choose_attacks([attack] if isinstance(attack, str) else attack or ["direct"])
     if isinstance(readout, str):
         _check_single_readout(readout)
@@ -124,6 +139,8 @@ def build_run_spec(
         share_prefix,
         template,
         answer_prefix,
+        tokenizer,
+        credentials,
     )
 
 
@@ -151,20 +168,22 @@ class OpenedModel:
     """A model whose weights are loaded when they are first needed.
 
     Attributes:
-        checkpoint: its files and its tokenizer.
+        checkpoint: its files; None for a served model.
         model_info: what defenses may know about it.
         prompt_session: renders prompts; its model holds no weights.
         load_session: returns the session with the weights, loaded by the first call.
     """
 
-    checkpoint: ModelCheckpoint
+    checkpoint: ModelCheckpoint | None
     model_info: ModelInfo
     prompt_session: ModelSession
     load_session: Callable[[], ModelSession]
 
     @property
     def trained_on(self) -> frozenset[str]:
-        """Fingerprints of the queries that the weights depend on."""
+        """Fingerprints of the queries that the weights depend on, as far as they are known."""
+        if self.checkpoint is None:
+            return frozenset()
         if self.checkpoint.weight_change != ABLITERATED:
             return self.checkpoint.trained_on
         texts = [query.text for query in load_training_queries()]
@@ -176,7 +195,7 @@ class RunSpec:
     """Everything that the user chose for a run, except the defenses; the options are checked when it is made.
 
     Attributes:
-        model: short name, Hugging Face id, folder, or file.
+        model: short name, Hugging Face id, folder, or file; or the address of a served model.
         data: name of the data, or the queries themselves.
         split: part of the data; None chooses the test split if there is one.
         limit: maximum number of queries.
@@ -192,6 +211,8 @@ class RunSpec:
         share_prefix: whether prompts may share the computation of their prefix.
         template: name or file of the chat template; None uses the only one or the default.
         answer_prefix: text between the prompt and the response; None finds it.
+        tokenizer: of a served model, as `--tokenizer`; None asks the server.
+        credentials: of a served model's address, which are stored nowhere.
     """
 
     model: str
@@ -209,10 +230,14 @@ class RunSpec:
     share_prefix: bool = True
     template: str | None = None
     answer_prefix: str | None = None
+    tokenizer: str | None = None
+    credentials: tuple[str, str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in self.readouts:
             _check_readout_name(name)
+        if self.tokenizer is not None and not is_address(self.model):
+            raise UserError(f"--tokenizer {self.tokenizer}: only a served model takes one")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: it takes auto or a whole number from 1 on")
         if self.max_responses is not None and self.max_responses < 0:
@@ -262,6 +287,8 @@ class RunSpec:
         Args:
             console: shows progress.
         """
+        if is_address(self.model):
+            return self._open_served_model(console)
         from analysis.judges.guard_models import open_guard
         from analysis.mechanism.abliteration import remove_refusal_direction
         from analysis.mechanism.directions import load_mean_activations
@@ -276,7 +303,6 @@ class RunSpec:
         from analysis.models.chat_template import ChatTemplate
         from analysis.models.loading import build_model_info, open_checkpoint
         from analysis.models.numerics import check_short_prompt
-        from analysis.models.requests import load_training_requests
         from analysis.models.session import ModelSession
 
         silence_libraries(self.offline)
@@ -352,24 +378,55 @@ class RunSpec:
             with console.status("recording activations on the training queries"):
                 return record_activations(session)
 
-        def load_requests() -> TrainingRequests:
-            queries = load_training_queries()
-            return load_training_requests(
-                load_session(),
-                [query.text for query in queries],
-                [query.harmful for query in queries],
-                [query.pair for query in queries],
-            )
-
         model_info = replace(
             model_info,
             offline=self.offline,
             notify=notify,
             compute_mean_activations=cache(compute_mean_activations),
-            load_training_requests=cache(load_requests),
+            load_training_requests=cache(partial(_load_training_requests, load_session)),
             open_guard=cache(partial(open_guard, self.device, self.dtype, self.offline, notify)),
         )
         return OpenedModel(checkpoint, model_info, prompt_session, load_session)
+
+    def _open_served_model(self, console: Console) -> OpenedModel:
+        """Find a served model and its tokenizer, and what its server tells of the first token."""
+        from analysis.judges.guard_models import open_guard
+        from analysis.models.cache import ScoreCache, get_score_cache_path
+        from analysis.models.chat_template import ChatTemplate
+        from analysis.models.loading import build_model_info
+        from analysis.models.session import ModelSession
+        from analysis.served.served_model import open_served_model
+
+        silence_libraries(self.offline)
+        notify = make_notifier(console)
+        address = replace(ModelAddress.parse(self.model, "--model"), credentials=self.credentials)
+        with console.status(f"asking {address.host}"):
+            model, engine = open_served_model(
+                address,
+                self.tokenizer,
+                self.offline,
+                notify,
+                self.template,
+                lambda tokenizer: ChatTemplate(tokenizer, self.answer_prefix).check_usable(),
+                self.answer_prefix,
+            )
+        session = ModelSession.from_model(
+            model,
+            seed=self.seed,
+            score_cache=ScoreCache(get_score_cache_path()),
+            answer_prefix=self.answer_prefix,
+            engine=engine,
+        )
+        model_info = replace(
+            # A colon in the name is no state of the weights.
+            build_model_info(address.model.replace(":", "-"), model.tokenizer, self.seed),
+            adapter_folders=(),
+            offline=self.offline,
+            notify=notify,
+            load_training_requests=cache(partial(_load_training_requests, lambda: session)),
+            open_guard=cache(partial(open_guard, self.device, self.dtype, self.offline, notify)),
+        )
+        return OpenedModel(None, model_info, session, lambda: session)
 
     def _locate_model_record(self, checkpoint: ModelCheckpoint, outline: LoadedModel) -> Path | None:
         """Return the cache file of what loading this model told; None if it must be loaded in every run.
@@ -396,6 +453,19 @@ class RunSpec:
 def load_training_queries() -> tuple[Query, ...]:
     """Return the shipped queries to which directions and detectors are fitted, whatever is scored."""
     return load_queries("contrast").select_split("train").queries
+
+
+def _load_training_requests(load_session: Callable[[], ModelSession]) -> TrainingRequests:
+    """Return the training queries as detectors read them with the model of a session."""
+    from analysis.models.requests import load_training_requests
+
+    queries = load_training_queries()
+    return load_training_requests(
+        load_session(),
+        [query.text for query in queries],
+        [query.harmful for query in queries],
+        [query.pair for query in queries],
+    )
 
 
 def parse_sites(names: Sequence[str]) -> tuple[str, ...]:
@@ -500,7 +570,8 @@ def choose_run_folder(model: str, labels: Sequence[str], started: datetime) -> P
         started: start of the run.
     """
     label = "-".join(Path(name).stem for name in labels[:3])
-    parts = [f"{started:%Y%m%d-%H%M%S}", Path(model).name.removesuffix(".gguf").replace(":", "-"), label]
+    name = ModelAddress.parse(model, "--model").model if is_address(model) else model
+    parts = [f"{started:%Y%m%d-%H%M%S}", Path(name).name.removesuffix(".gguf").replace(":", "-"), label]
     folder, number = Path("runs") / "-".join(parts), 2
     while folder.exists() or not lock_folder(folder):
         folder, number = folder.with_name(f"{'-'.join(parts)}-{number}"), number + 1

@@ -18,6 +18,8 @@ from analysis.models.session import ModelSession
 from analysis.progress import make_notifier, make_progress_bar, print_note, show_preliminary_work
 from analysis.readouts.readout import Readout
 from analysis.run import build_conditions
+from analysis.served.address import is_address
+from analysis.served.served_engine import WeightsNeededError
 from analysis.stats.tables import UNDEFENDED
 from analysis.studies.calibration import CANDIDATE_READOUTS, ReadoutCalibration, encode_opener
 from analysis.studies.preflight import PreflightCheck, check_condition, describe_check, make_failed_check
@@ -29,6 +31,7 @@ from defenses.errors import UserError, describe_error
 from defenses.images import get_last_image
 from defenses.stack import list_members
 from defenses.steering import SelectiveSteering, Steering
+from defenses.tuned import TunedDefense
 from defenses.tuning import AdapterWeights
 
 _N_PREFLIGHT_QUERIES = 4
@@ -116,11 +119,14 @@ def prepare_setup(
     _check_query_images([*query_set.queries, *calibration.queries], console)
     for attack in spec.attacks:
         attack.check_covers_queries(query_set.queries)
-    chosen, image_notices = _select_by_images(chosen, query_set.queries, spec.attacks, "all" in defenses)
+    chosen, left_out = _select_by_images(chosen, query_set.queries, spec.attacks, "all" in defenses)
+    if is_address(spec.model):
+        chosen, more = _select_without_weights(chosen, "all" in defenses)
+        left_out += more
     opened = spec.open_model(console)
     readout_names = CANDIDATE_READOUTS if spec.readouts == ("all",) else spec.readouts
     for name in readout_names:
-        encode_opener(name, opened.checkpoint.tokenizer)
+        encode_opener(name, opened.prompt_session.loaded_model.tokenizer)
     check_training_overlap(query_set, opened.trained_on, spec.model)
     _read_image_texts(opened.prompt_session, query_set.queries, spec.attacks, console)
     prepared = {
@@ -128,7 +134,8 @@ def prepare_setup(
         for row, defense in enumerate(chosen)
         if not _may_run_model(defense)
     }
-    _missing_requirement_notices(list(prepared.values()), defenses)
+    is_served = is_address(spec.model)
+    _missing_requirement_notices(list(prepared.values()), defenses, is_served)
     setup = RunSetup(
         opened.prompt_session,
         opened.model_info,
@@ -146,11 +153,17 @@ def prepare_setup(
     _check_prompts(setup, has_all_defenses=len(prepared) == len(chosen))
     check_inputs(setup)
     session = opened.load_session()
-    all_prepared = [
-        prepared[row] if row in prepared else _prepare_defense(defense, opened.model_info)
-        for row, defense in enumerate(chosen)
-    ]
-    omissions = _missing_requirement_notices(all_prepared, defenses)
+    all_prepared = []
+    for row, defense in enumerate(chosen):
+        try:
+            all_prepared.append(
+                prepared[row] if row in prepared else _prepare_defense(defense, opened.model_info)
+            )
+        except WeightsNeededError as error:
+            if "all" not in defenses:
+                raise UserError(f"{defense.name}: {error}") from error
+            left_out.append(f"{defense.name}: skipped: {error}")
+    omissions = _missing_requirement_notices(all_prepared, defenses, is_served)
     setup = replace(setup, session=session, defenses=all_prepared)
     _check_adapters_fit(setup)
     for name, defense in setup.conditions.items():
@@ -171,12 +184,12 @@ def prepare_setup(
         readouts[readout.name] = readout
     overlap = _calibration_overlap_notices(query_set, calibration)
     if with_threshold:
-        image_notices = [*image_notices, *_text_threshold_notices(query_set, calibration, spec.attacks)]
+        left_out += _text_threshold_notices(query_set, calibration, spec.attacks)
     notices = [
         *session.loaded_model.notices,
         *session.chat_template.notices,
         *session.engine.notices,
-        *image_notices,
+        *left_out,
         *omissions,
         *overlap,
         *_detector_notices(setup.defenses),
@@ -479,9 +492,9 @@ def _check_described(defense: Defense) -> None:
 
 
 def _missing_requirement_notices(
-    prepared: Sequence[Defense], requested: Sequence[str | Defense]
+    prepared: Sequence[Defense], requested: Sequence[str | Defense], is_served: bool
 ) -> list[str]:
-    """Return a notice for each defense that lacks something in this model.
+    """Return a notice for each defense that lacks something in this model, which may be a served one.
 
     Raises:
         UserError: if nothing of a defense that the user named can be scored.
@@ -489,6 +502,8 @@ def _missing_requirement_notices(
     notices = []
     for defense in prepared:
         if reason := defense.missing_requirements():
+            if is_served and any(isinstance(member, TunedDefense) for member in list_members(defense)):
+                reason = "a served model takes no tuned weights"
             ablations = list(build_conditions([defense]))
             if not ablations and "all" not in requested:
                 raise UserError(f"{defense.name}: {reason}")
@@ -525,6 +540,37 @@ def _collect_fits(
         for member in list_members(defense)
         if isinstance(member, kind) and member.fit is not None
     }
+
+
+def _select_without_weights(chosen: list[Defense], leave_out: bool) -> tuple[list[Defense], list[str]]:
+    """Return the defenses that a served model can have, and notices on the others.
+
+    Of a defense with tuned weights, the prompt alone can be scored if it is one of its ablations.
+
+    Args:
+        chosen: the chosen defenses.
+        leave_out: whether to leave the others out, instead of raising.
+
+    Raises:
+        UserError: if a defense changes or reads the inside of the model.
+    """
+    kept, notices = [], []
+    for defense in chosen:
+        changes = [
+            member.name
+            for member in list_members(defense)
+            if type(member).apply_to is not Defense.apply_to
+            or type(member).logit_blend is not Defense.logit_blend
+            or (isinstance(member, Detector) and member.needs_weights)
+        ]
+        if not changes or build_conditions([defense]).keys() - {defense.name}:
+            kept.append(defense)
+            continue
+        reason = "it changes or reads weights, hidden states, gradients or all logits, which are not served"
+        if not leave_out:
+            raise UserError(f"{', '.join(changes)}: {reason}")
+        notices.append(f"{defense.name}: skipped: {reason}")
+    return kept, notices
 
 
 def _select_by_images(

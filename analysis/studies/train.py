@@ -180,15 +180,18 @@ def train_weights(
         )
     opened = spec.open_model(console)
     model_info = opened.model_info
-    if change := opened.checkpoint.weight_change:
+    checkpoint = opened.checkpoint
+    if checkpoint is None:
+        raise UserError(f"-m {spec.model}: a served model cannot be trained: name a model on this machine")
+    if change := checkpoint.weight_change:
         raise UserError(
             f"-m {spec.model}: weights are trained for the model itself, so leave out :{change}; "
             f"{spec.model} then takes the trained weights on top"
         )
     if not training_settings.full and not recipe.learns_embeddings:
-        find_adapted_layers(opened.checkpoint.build_without_weights().model, training_settings.modules)
-        if opened.checkpoint.adapter is not None:
-            check_can_continue(opened.checkpoint.adapter)
+        find_adapted_layers(checkpoint.build_without_weights().model, training_settings.modules)
+        if checkpoint.adapter is not None:
+            check_can_continue(checkpoint.adapter)
     if out is None:
         name = name_soft_prompt(recipe.state, model_info.state) if recipe.learns_embeddings else recipe.state
         out = check_output_folder(model_info.adapter_folders[0] / name)
@@ -215,8 +218,8 @@ def train_weights(
                 training_settings,
             )
         resume_folder = _prepare_resume_folder(out, record)
-        if checkpoint := find_last_checkpoint(resume_folder):
-            print_note(console, f"the interrupted training in {out} goes on from its {checkpoint.name}")
+        if last := find_last_checkpoint(resume_folder):
+            print_note(console, f"the interrupted training in {out} goes on from its {last.name}")
         n_epochs, batch = training_settings.epochs, training_settings.batch
         n_steps = math.ceil(len(examples) / batch) * (n_epochs or 1)
         print_note(

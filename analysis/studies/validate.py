@@ -17,6 +17,7 @@ from analysis.judges.model_judges import GradingRubric, ModelJudge
 from analysis.judges.rules import RULE_JUDGES
 from analysis.judges.sampled import judge_samples
 from analysis.models.chat_template import redact_secrets
+from analysis.models.engine import RemoteEngine
 from analysis.models.session import ModelSession, Response, generate_responses
 from analysis.progress import make_notifier, make_progress_bar, show_preliminary_work
 from analysis.readouts.readout import Readout
@@ -419,7 +420,7 @@ def measure_response_pairs(
         np.array([len(response.ids) for response in side], float) for side in sides
     )
     measures = compare_responses(texts, reference_texts, token_counts, reference_counts, max_new_tokens)
-    if is_reference or not pairs.queries:
+    if is_reference or not pairs.queries or isinstance(session.engine, RemoteEngine):
         return measures
     prompts_by_query = session.render_prompts(undefended, undefended_chats(pairs.queries))
     prompts = [first.append_prefix(pairs.prefill) for first, *_ in prompts_by_query]
