@@ -22,6 +22,7 @@ from analysis.comparison.workers import ModelJob, ModelOutcome, iterate_outcomes
 from analysis.plots.data import build_model_points
 from analysis.progress import print_line, print_note
 from analysis.report.results import Run
+from analysis.served.address import ModelAddress, is_address
 from analysis.stats.rank_agreement import (
     MIN_RANKED_DEFENSES,
     RANKED_MEASURES,
@@ -33,7 +34,7 @@ from analysis.stats.rank_agreement import (
 from analysis.stats.tables import find_defense_rows
 from analysis.studies.manifest import RunTimer, collect_versions
 from analysis.studies.rank_agreement import build_score_table
-from analysis.studies.run_spec import RunSpec
+from analysis.studies.run_spec import RunSpec, split_credentials
 from defenses.contract import Defense
 from defenses.errors import UserError
 
@@ -93,7 +94,7 @@ def analyze_models(
     """
     labels = label_models(models)
     jobs = [
-        ModelJob(label, replace(spec, model=model), tuple(defenses), tuple(settings), **options)
+        ModelJob(label, spec.select_model(model), tuple(defenses), tuple(settings), **options)
         for label, model in labels.items()
     ]
     timer, interrupted = RunTimer(), False
@@ -131,6 +132,9 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
     >>> list(label_models(["runs/one/tiny", "runs/two/tiny"]))
     ['runs/one/tiny', 'runs/two/tiny']
 
+    >>> list(label_models(["http://me:secret@gpu/v1#llama", "smollm2"]))
+    ['llama', 'smollm2']
+
     Args:
         models: as `--model`.
 
@@ -140,17 +144,26 @@ def label_models(models: Sequence[str]) -> dict[str, str]:
     counts = Counter(_identify_model(model) for model in models)
     for model in models:
         if counts[_identify_model(model)] > 1:
-            raise UserError(f"-m {model} is given more than once: each model is analyzed once")
-    short_names = [":".join(Path(part).name or part for part in model.split(":")) for model in models]
-    short_names = [name.removesuffix(".gguf") for name in short_names]
+            name, _ = split_credentials(model)
+            raise UserError(f"-m {name} is given more than once: each model is analyzed once")
+    short_names = [_shorten_name(model) for model in models]
     return {
-        model if short_names.count(name) > 1 else name: model
+        split_credentials(model)[0] if short_names.count(name) > 1 else name: model
         for name, model in zip(short_names, models, strict=True)
     }
 
 
+def _shorten_name(model: str) -> str:
+    """Return the last part of a path, or the name of a served model at its server."""
+    if is_address(model):
+        return ModelAddress.parse(model, "--model").model
+    return ":".join(Path(part).name or part for part in model.split(":")).removesuffix(".gguf")
+
+
 def _identify_model(model: str) -> str:
     """Return what two names of the same model share: a short name and its id, two paths of a folder."""
+    if is_address(model):
+        return split_credentials(model)[0]
     if Path(model).expanduser().exists():
         return str(Path(model).expanduser().resolve())
     root, colon, rest = model.partition(":")

@@ -101,15 +101,12 @@ def build_run_spec(
     """
     from analysis.attacks import choose_attacks
 
-    credentials = None
-    if is_address(model):
-        address = ModelAddress.parse(model, "--model")
-        model, credentials = str(address), address.credentials
-        if not allows_served:
-            raise UserError(
-                f"--model {model}: this needs the model's weights; a served model can be used with "
-                "`analyze -d`, `analyze check`, `analyze validate` and `analyze depth`"
-            )
+    model_name, credentials = split_credentials(get_single_model(model))
+    if is_address(model_name) and not allows_served:
+        raise UserError(
+            f"--model {model_name}: this needs the model's weights; a served model can be used with "
+            "`analyze -d`, `analyze check`, `analyze validate` and `analyze depth`"
+        )
     attacks = choose_attacks([attack] if isinstance(attack, str) else attack or ["direct"])
     if isinstance(readout, str):
         _check_single_readout(readout)
@@ -124,7 +121,7 @@ def build_run_spec(
     forces_opening = any(name.startswith(_FORCED_PREFIX) for name in readouts)
     max_responses = _parse_responses(responses, forces_opening)
     return RunSpec(
-        get_single_model(model),
+        model_name,
         queries,
         split,
         limit,
@@ -142,6 +139,18 @@ def build_run_spec(
         tokenizer,
         credentials,
     )
+
+
+def split_credentials(model: str) -> tuple[str, tuple[str, str] | None]:
+    """Return a model's name without credentials, and those in the address of a served model.
+
+    >>> split_credentials("http://me:secret@gpu/v1#m"), split_credentials("smollm2")
+    (('http://gpu/v1#m', ('me', 'secret')), ('smollm2', None))
+    """
+    if not is_address(model):
+        return model, None
+    address = ModelAddress.parse(model, "--model")
+    return str(address), address.credentials
 
 
 def get_single_model(models: str | Sequence[str]) -> str:
@@ -248,6 +257,12 @@ class RunSpec:
                 f"--responses with --readout {forced[0]}: this readout forces how responses begin, so their "
                 "refusal rate would not be the model's; use another readout"
             )
+
+    def select_model(self, model: str) -> RunSpec:
+        """Return the same options for another model; a tokenizer is named for a served one only."""
+        name, credentials = split_credentials(model)
+        tokenizer = self.tokenizer if is_address(name) else None
+        return replace(self, model=name, credentials=credentials, tokenizer=tokenizer)
 
     def load_all_splits(self, notify: Notifier = lambda text: None) -> QuerySet:
         """Return the whole data set, all splits included.
