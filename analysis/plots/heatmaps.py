@@ -61,6 +61,11 @@ _ATTACK_PANELS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
 }
 _CELL_HEIGHT, _MIN_CELL_WIDTH, _MIN_PANEL_WIDTH = 0.22, 0.4, 1.5  # inches, of the attack grid
 _ATTACK_PANEL_GAP = 0.25  # inches between two panels of the attack grid
+_CATEGORY_CELL, _CATEGORY_GAP = (0.27, 0.19), 0.2  # inches: width and height of a cell, gap of two panels
+_CATEGORY_PANELS = {
+    True: ("harmful queries refused (%)", BLUE),
+    False: ("benign queries refused (%)", VERMILION),
+}
 _MAX_ATTACKS_ABREAST = 6  # attacks up to which the panels are side by side instead of stacked
 _MIN_INTERACTION_PANEL, _INTERACTION_PANEL_GAP, _FAMILY_STRIP_WIDTH = 2.6, 0.3, 0.06  # inches
 _SIMILARITY_PANEL_GAP = 0.35  # inches between two panels of the similarity map
@@ -250,6 +255,81 @@ def draw_profile_similarity(profiles: pd.DataFrame, ax: Axes | None = None) -> A
         )
         draw_color_scale(scale, 1.0, ["\N{MINUS SIGN}1 opposite", "0 unrelated", "+1 same"])
     return ax
+
+
+def draw_categories(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the refusal rates of each category of queries under each defense, a panel per class.
+
+    >>> row = {"attack": "direct", "defense": "none", "family": "none", "category": "theft", "n": 5}
+    >>> cells = pd.DataFrame([row | {"harmful": True, "refused": 0.4}])
+    >>> [panel.texts[0].get_text() for panel in draw_categories(cells).child_axes]
+    ['40']
+
+    Args:
+        cells: table from `build_category_cells`, of one attack.
+        ax: axes that the panels are placed in; by default new ones.
+    """
+    families = _order_defenses(check_one_attack(cells))
+    defenses, height = list(families), _CATEGORY_CELL[1] * len(families)
+    categories = {
+        harmful: list(dict.fromkeys(cells.loc[cells["harmful"] == harmful, "category"].astype(str)))
+        for harmful in (True, False)
+        if (cells["harmful"] == harmful).any()
+    }
+    widths = {harmful: _CATEGORY_CELL[0] * len(names) for harmful, names in categories.items()}
+    size = sum(widths.values()) + _CATEGORY_GAP * (len(widths) - 1), height
+    left = 0.0
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(*size)
+        ax.set_axis_off()
+        for harmful, names in categories.items():
+            panel = add_inset_axes(ax, size, (left, 0, widths[harmful], height))
+            left += widths[harmful] + _CATEGORY_GAP
+            rows = cells[cells["harmful"] == harmful]
+            values = np.full((len(defenses), len(names)), np.nan)
+            for defense, category, refused in zip(
+                rows["defense"], rows["category"].astype(str), rows["refused"], strict=True
+            ):
+                values[defenses.index(defense), names.index(category)] = 100 * refused
+            labels = np.array([[f"{value:.0f}" for value in row] for row in values], dtype=object)
+            title, color = _CATEGORY_PANELS[harmful]
+            color_map = LinearSegmentedColormap.from_list(title, ("white", color))
+            lines: Any = {"linewidths": 0.8, "linecolor": "white", "gid": title}
+            draw_heatmap(panel, values, (0, 100), color_map, labels, **lines)
+            _separate_families(panel, list(families.values()), "rows", 3)
+            counts = [
+                format_count_range(rows.loc[rows["category"].astype(str) == name, "n"]) for name in names
+            ]
+            shown = [
+                fit_text(f"{name} ({count})", 115, TEXT_SIZE, 1)
+                for name, count in zip(names, counts, strict=True)
+            ]
+            panel.xaxis.tick_top()
+            panel.set_xticks(np.arange(len(names)) + 0.5, shown, rotation=90, fontsize=TEXT_SIZE)
+            panel.tick_params(length=0)
+            panel.set_title(title, loc="left", fontsize=8, weight="bold")
+            if harmful == next(iter(categories)):
+                _name_defense_rows(panel, families)
+        _name_family_rows(panel, list(families.values()), len(names))
+    return ax
+
+
+def caption_categories(cells: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_categories`."""
+    attack = cells["attack"].iloc[0]
+    is_judged = has_judged_rates(cells)
+    basis = (
+        f"by the {context.response_basis or 'judged responses'}"
+        if is_judged
+        else "by the readout (first-token margin above the threshold)"
+    )
+    setting = context.format_response_sentences(attack) if is_judged else context.format_sentences(attack)
+    widest = 100 * float((cells["refused_high"] - cells["refused_low"]).max())
+    return (
+        f"Share refused of the queries of each category, {basis}. In parentheses: number of queries. Rates "
+        f"of few queries are uncertain: the widest 95\u00a0% interval (Wilson) spans {widest:.0f} points."
+        f"{format_family_note(cells['family'])} {setting}"
+    )
 
 
 def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
