@@ -282,7 +282,7 @@ def check_one_attack(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def is_stretched(points: pd.DataFrame, unit: str = "nats") -> bool:
+def is_stretched(points: pd.DataFrame, unit: str = "nats", column: str | None = None) -> bool:
     """Return whether a few of many points are so far out that the others would be indistinguishable.
 
     >>> is_stretched(pd.DataFrame({"shift": [0.1] * 11 + [20.0], "discrimination": 0.0}))
@@ -291,8 +291,10 @@ def is_stretched(points: pd.DataFrame, unit: str = "nats") -> bool:
     Args:
         points: table from `build_plane_points`.
         unit: unit of the axes: SD or nats.
+        column: the only axis to look at; by default both.
     """
-    far = points[[*PLANE_COLUMNS[unit]]].abs().max(axis=1).dropna()
+    columns = PLANE_COLUMNS[unit] if column is None else [column]
+    far = points[[*columns]].abs().max(axis=1).dropna()
     return len(far) > 10 and bool(far.max() > 6 * far.quantile(0.75))
 
 
@@ -713,6 +715,9 @@ def _iterate_mechanism_points(
         for defense in dict.fromkeys(table["defense"]) if is_per_defense else [""]:
             rows = table[table["defense"] == defense] if is_per_defense else table
             points = _build_mechanism_kind(kind, rows, tables.get("half"), n_top)
+            if kind == "parts" and len(points):  # one color scale, so that the defenses can be compared
+                sizes = build_part_cells(table)[[*CONTRAST_LABELS]].abs()
+                points = points.assign(largest_of_run=float(np.nanmax(sizes.to_numpy(float))))
             if len(points):
                 yield kind, str(defense), points.reset_index(drop=True)
 

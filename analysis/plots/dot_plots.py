@@ -233,8 +233,8 @@ def caption_forest(points: pd.DataFrame, context: CaptionContext) -> str:
     attack = points["attack"].iloc[0]
     common = (
         "Shift: mean of the changes of both classes. Discrimination: change on harmful minus change on "
-        "benign queries. Bars: 95\u00a0% intervals, not corrected for the number of defenses. Sorted by shift; "
-        f"marker and color: family.{format_family_note(points['family'])}"
+        "benign queries. Bars: 95\u00a0% intervals, not corrected for the number of defenses. Sorted by "
+        f"shift; marker and color: family.{format_family_note(points['family'])}"
     )
     if columns[0].startswith("response"):
         text = (
@@ -264,8 +264,8 @@ def caption_pairs(points: pd.DataFrame, context: CaptionContext) -> str:
     basis, setting = _describe_basis(points, context)
     return (
         f"Pairs of a harmful query and its benign twin ({format_count_range(points['n_pairs'])} pairs), "
-        f"{basis}. Right: share of pairs in which only the harmful query is refused. Left: only the twin. Dot: "
-        "difference, the refusal rate of the harmful queries minus that of their twins, with its paired "
+        f"{basis}. Right: share of pairs in which only the harmful query is refused. Left: only the twin. "
+        "Dot: difference, the refusal rate of the harmful queries minus that of their twins, with its paired "
         f"95\u00a0% interval (Bonett\N{EN DASH}Price). {setting}"
     )
 

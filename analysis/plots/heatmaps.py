@@ -188,7 +188,7 @@ def draw_interactions(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     families = _families_by_defense(check_one_attack(cells))
     numbered = len(families) <= MAX_NUMBERED_DEFENSES
-    cell = 0.36 if numbered else 0.15
+    cell = 0.4 if numbered else 0.15
     side = cell * len(families)
     step = max(side, _MIN_INTERACTION_PANEL) + _INTERACTION_PANEL_GAP
     size = 2 * step - _INTERACTION_PANEL_GAP, side
@@ -282,6 +282,8 @@ def draw_categories(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
     with rc_context(RC_PARAMS):
         ax = ax or make_axes(*size)
         ax.set_axis_off()
+        shown_names = _name_categories(cells)
+        names_height = 8 + max(measure_text_width(name, TEXT_SIZE) for name in shown_names.values())
         for harmful, names in categories.items():
             panel = add_inset_axes(ax, size, (left, 0, widths[harmful], height))
             left += widths[harmful] + _CATEGORY_GAP
@@ -297,17 +299,11 @@ def draw_categories(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
             lines: Any = {"linewidths": 0.8, "linecolor": "white", "gid": title}
             draw_heatmap(panel, values, (0, 100), color_map, labels, **lines)
             _separate_families(panel, list(families.values()), "rows", 3)
-            counts = [
-                format_count_range(rows.loc[rows["category"].astype(str) == name, "n"]) for name in names
-            ]
-            shown = [
-                fit_text(f"{name} ({count})", 115, TEXT_SIZE, 1)
-                for name, count in zip(names, counts, strict=True)
-            ]
+            shown = [shown_names[harmful, name] for name in names]
             panel.xaxis.tick_top()
             panel.set_xticks(np.arange(len(names)) + 0.5, shown, rotation=90, fontsize=TEXT_SIZE)
             panel.tick_params(length=0)
-            panel.set_title(title, loc="left", fontsize=8, weight="bold")
+            panel.set_title(title, loc="left", fontsize=8, weight="bold", y=1, pad=names_height)
             if harmful == next(iter(categories)):
                 _name_defense_rows(panel, families)
         _name_family_rows(panel, list(families.values()), len(names))
@@ -326,7 +322,7 @@ def caption_categories(cells: pd.DataFrame, context: CaptionContext) -> str:
     setting = context.format_response_sentences(attack) if is_judged else context.format_sentences(attack)
     widest = 100 * float((cells["refused_high"] - cells["refused_low"]).max())
     return (
-        f"Share refused of the queries of each category, {basis}. In parentheses: number of queries. Rates "
+        f"Share refused of the queries of each category, {basis}. Beside each category: its number of queries. Rates "
         f"of few queries are uncertain: the widest 95\u00a0% interval (Wilson) spans {widest:.0f} points."
         f"{format_family_note(cells['family'])} {setting}"
     )
@@ -395,6 +391,16 @@ def caption_profile_similarity(profiles: pd.DataFrame, context: CaptionContext) 
         "twice: 1, the same components in the same proportions; 0, unrelated. "
         f"{CONTRASTS_SENTENCE}{keep_if_intervals(profiles, mark)}{format_run_sentences(profiles, context)}"
     )
+
+
+def _name_categories(cells: pd.DataFrame) -> dict[tuple[bool, str], str]:
+    """Return the name of each class and category with its number of queries."""
+    return {
+        (bool(harmful), str(category)): fit_text(
+            f"{category} ({format_count_range(rows['n'])})", 115, TEXT_SIZE, 1
+        )
+        for (harmful, category), rows in cells.groupby(["harmful", "category"], sort=False)
+    }
 
 
 def _order_defenses(cells: pd.DataFrame) -> dict[str, str]:

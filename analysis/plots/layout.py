@@ -356,11 +356,25 @@ def add_inset_axes(ax: Axes, host_size: tuple[float, float], box: tuple[float, f
     return ax.inset_axes((left / host_width, bottom / host_height, width / host_width, height / host_height))
 
 
-def draw_color_scale(ax: Axes, max_value: float, labels: Sequence[str], is_horizontal: bool = False) -> None:
-    """Draw the effect colors from minus to plus `max_value`, with labels at both ends and in the middle."""
+def draw_color_scale(
+    ax: Axes,
+    max_value: float,
+    labels: Sequence[str],
+    is_horizontal: bool = False,
+    norm: Normalize | None = None,
+) -> None:
+    """Draw the effect colors from minus to plus `max_value`, with labels at both ends and in the middle.
+
+    Args:
+        ax: axes of the scale.
+        max_value: value of the last color.
+        labels: at the lower end, in the middle and at the upper end.
+        is_horizontal: whether the scale runs from left to right.
+        norm: mapping of values to colors; by default linear.
+    """
     edges = np.linspace(-max_value, max_value, 65)
     shades = ((edges[1:] + edges[:-1]) / 2)[:, None]
-    look: Any = {"cmap": EFFECT_COLORS, "norm": Normalize(-max_value, max_value)}
+    look: Any = {"cmap": EFFECT_COLORS, "norm": norm or Normalize(-max_value, max_value)}
     ax.set_gid("scale")
     if is_horizontal:
         ax.pcolormesh(edges, [0, 1], shades.T, **look)

@@ -5,6 +5,7 @@ Each function draws a table of `plots/data.py` for one attack; that table is the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -296,13 +297,14 @@ def caption_thresholds(points: pd.DataFrame, context: CaptionContext) -> str:
         if n_defenses > len(LINE_STYLES)
         else ""
     )
+    exact = replace(context, interval="95\u00a0% Bonett\N{EN DASH}Price, combined over both classes")
     return (
         "Change of the refusal rates of the readout against the undefended model at the same threshold of the "
         f"first-token margin, on the same {format_count_range(points['n_harmful'])} harmful and "
         f"{format_count_range(points['n_benign'])} benign queries. Shift: mean of the changes of both classes. "
         f"Discrimination: change on harmful minus change on benign queries. {many}Bands: 95\u00a0% intervals at "
         "each threshold. Thresholds reach from the 2nd to the 98th percentile of the undefended margins. "
-        f"{context.format_sentences(points['attack'].iloc[0])}"
+        f"{exact.format_sentences(points['attack'].iloc[0])}"
     )
 
 
