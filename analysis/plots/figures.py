@@ -484,21 +484,19 @@ def draw_figure(
 
     margin = PAPER_MARGIN if is_paper else CANVAS_MARGIN
     min_scale = _MIN_SINGLE_SCALE if figure.is_single else _MIN_PANEL_SCALE
+    drawn: Axes | None = None
     if width is not None:
         try:
             drawn = fit_width(draw, width, figure.keeps_shape, min_scale, margin)
         except FigureError as error:
             raise FigureError(f"figure {name} at a width of {width:g} inches: {error}") from error
-    else:
-        drawn = None
-        for width in PAPER_WIDTHS if is_paper else ():
+    elif is_paper:
+        for paper_width in PAPER_WIDTHS:
             with suppress(FigureError):
-                drawn = fit_width(draw, width, figure.keeps_shape, _LEGIBLE_SCALE, margin)
+                drawn = fit_width(draw, paper_width, figure.keeps_shape, _LEGIBLE_SCALE, margin)
+                width = paper_width
                 break
-        else:
-            width = None
-        drawn = drawn or draw()
-    finished = finish_figure(drawn, heading, text, warning, width, margin)
+    finished = finish_figure(drawn or draw(), heading, text, warning, width, margin)
     if is_paper:
         finished.set_dpi(PAPER_DPI)
     return finished

@@ -34,6 +34,7 @@ from analysis.plots.layout import (
     draw_color_scale,
     extract_estimates,
     fit_text,
+    get_width_scale,
     make_axes,
     measure_text_width,
     place_legend_beside,
@@ -61,6 +62,7 @@ _ATTACK_PANELS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
 }
 _CELL_HEIGHT, _MIN_CELL_WIDTH, _MIN_PANEL_WIDTH = 0.22, 0.4, 1.5  # inches, of the attack grid
 _ATTACK_PANEL_GAP = 0.25  # inches between two panels of the attack grid
+_CELL_TEXT_WIDTH = 2.6  # font sizes that a number in a cell needs
 _CATEGORY_CELL, _CATEGORY_GAP = (0.27, 0.19), 0.2  # inches: width and height of a cell, gap of two panels
 _CATEGORY_PANELS = {
     True: ("harmful queries refused (%)", BLUE),
@@ -147,7 +149,8 @@ def draw_attack_grid(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
             fit_text("no attack" if name == "direct" else name, 115, TEXT_SIZE, 1) for name in attacks
         ]
         titles = {
-            name: wrap_text(title, 72 * width, 8, "bold") for name, (title, *_) in _ATTACK_PANELS.items()
+            name: wrap_text(title, 72 * width * get_width_scale(), 8, "bold")
+            for name, (title, *_) in _ATTACK_PANELS.items()
         }
         names_height = max(measure_text_width(name, TEXT_SIZE) for name in attack_names) / 72 + 0.2
         title_height = max(map(len, titles.values())) * 8 * LINE_HEIGHT / 72
@@ -297,7 +300,15 @@ def draw_categories(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
             title, color = _CATEGORY_PANELS[harmful]
             color_map = LinearSegmentedColormap.from_list(title, ("white", color))
             lines: Any = {"linewidths": 0.8, "linecolor": "white", "gid": title}
-            draw_heatmap(panel, values, (0, 100), color_map, labels, **lines)
+            draw_heatmap(
+                panel,
+                values,
+                (0, 100),
+                color_map,
+                labels,
+                text_size=_fit_cell_text(_CATEGORY_CELL[0]),
+                **lines,
+            )
             _separate_families(panel, list(families.values()), "rows", 3)
             shown = [shown_names[harmful, name] for name in names]
             panel.xaxis.tick_top()
@@ -322,8 +333,8 @@ def caption_categories(cells: pd.DataFrame, context: CaptionContext) -> str:
     setting = context.format_response_sentences(attack) if is_judged else context.format_sentences(attack)
     widest = 100 * float((cells["refused_high"] - cells["refused_low"]).max())
     return (
-        f"Share refused of the queries of each category, {basis}. Beside each category: its number of queries. Rates "
-        f"of few queries are uncertain: the widest 95\u00a0% interval (Wilson) spans {widest:.0f} points."
+        f"Share refused of the queries of each category, {basis}. Beside each category: its number of "
+        f"queries. Rates of few queries are uncertain: the widest interval spans {widest:.0f} points."
         f"{format_family_note(cells['family'])} {setting}"
     )
 
@@ -393,6 +404,11 @@ def caption_profile_similarity(profiles: pd.DataFrame, context: CaptionContext) 
     )
 
 
+def _fit_cell_text(cell_width: float) -> float:
+    """Return the font size of numbers in cells of that width (inches), in axes as they are scaled now."""
+    return min(TEXT_SIZE - 0.5, 72 * cell_width * get_width_scale() / _CELL_TEXT_WIDTH)
+
+
 def _name_categories(cells: pd.DataFrame) -> dict[tuple[bool, str], str]:
     """Return the name of each class and category with its number of queries."""
     return {
@@ -440,6 +456,7 @@ def _draw_attack_panel(
         limits = -(largest or 1.0), largest or 1.0
     color_map = LinearSegmentedColormap.from_list(column, colors)
     cell_lines: Any = {"linewidths": 1.2, "linecolor": "white", "gid": column}
+    cell_lines["text_size"] = _fit_cell_text(max(_MIN_CELL_WIDTH, _MIN_PANEL_WIDTH / len(attacks)))
     draw_heatmap(ax, shown, limits, color_map, labels, missing_color="white", **cell_lines)
     for row, attack_place in np.argwhere(~np.isfinite(shown) & (labels != "")).tolist():
         style: Any = {"color": BLACK}

@@ -148,7 +148,8 @@ def caption_directions(points: pd.DataFrame, context: CaptionContext) -> str:
         f"row per direction), {format_query_counts(points, context.query_counts)}, all held out. AUROC: "
         "separation of the classes by the projection; the thin line at .5 is chance. Shift (mean of the two "
         "class means of the change) and discrimination (harmful minus benign) are in units of the distance "
-        f"between the classes' training means. {_describe_scales(points)}{format_interval_note(points, 'Bands')}Vertical dotted line: "
+        f"between the classes' training means. {_describe_scales(points)}"
+        f"{format_interval_note(points, 'Bands')}Vertical dotted line: "
         f"the layer chosen in training. {format_grey_note(points)}{format_run_sentences(points, context)}"
     )
 

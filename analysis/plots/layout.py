@@ -38,7 +38,7 @@ REMAINING_STYLE = (GREY, "-", ".")  # for all curves after the last style
 _PANEL_GAP = 0.5  # inches between two panels of a row
 _LEGEND_HANDLE = 0.5  # inches of a legend's column beside its text
 _MIN_SHARE_BESIDE = 0.75  # of the width of the axes, at which a legend may stay beside them
-_WIDTH_TOLERANCE = 0.02  # inches
+_WIDTH_TOLERANCE = 0.05  # inches
 _MAX_FITS = 5  # drawings until the content has the wanted width
 
 
@@ -140,6 +140,11 @@ def fit_text(name: str, width: float, size: float, max_lines: int = 2) -> str:
             low = keep + 1
             best = shorter
     return "\n".join(best)
+
+
+def get_width_scale() -> float:
+    """Return the factor by which axes are made wider now."""
+    return _AXES_SCALE.get().x
 
 
 def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
@@ -325,8 +330,8 @@ def finish_figure(
 def shrink_texts(ax: Axes, size: float = PAPER_TEXT_SIZE) -> None:
     """Give no text of the axes more than that size, points."""
     for text in ax.findobj(Text):
-        if text.get_fontsize() > size:  # type: ignore[attr-defined]
-            text.set_fontsize(size)  # type: ignore[attr-defined]
+        if isinstance(text, Text) and float(text.get_fontsize()) > size:
+            text.set_fontsize(size)
 
 
 def make_axes(width: float, height: float) -> Axes:

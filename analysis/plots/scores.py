@@ -22,6 +22,7 @@ from analysis.plots.layout import (
     add_inset_axes,
     extract_estimates,
     fit_text,
+    get_width_scale,
     make_axes,
     place_legend_beside,
     set_panel_titles,
@@ -60,7 +61,7 @@ def draw_margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Args:
         curves: table from `build_margin_curves`, of one attack.
-        ax: axes to draw on, or to place two columns of panels in; by default new ones with room for every row.
+        ax: axes to draw on, or to place two columns of panels in; by default new ones with room for all rows.
     """
     names = _sort_by_margin(check_one_attack(curves))
     has_two_columns = len(names) > _MAX_MARGIN_ROWS
@@ -73,10 +74,12 @@ def draw_margins(curves: pd.DataFrame, ax: Axes | None = None) -> Axes:
             _draw_margin_rows(ax, curves, names, n_rows)
         else:
             size = 2 * width + _MARGIN_COLUMN_GAP, height
+            gap = _MARGIN_COLUMN_GAP / get_width_scale()  # its texts keep their size
+            width = (size[0] - gap) / 2
             ax = ax or make_axes(*size)
             ax.set_axis_off()
             for place, shown in enumerate((names[:n_rows], names[n_rows:])):
-                box = place * (width + _MARGIN_COLUMN_GAP), 0, width, height
+                box = place * (width + gap), 0, width, height
                 _draw_margin_rows(add_inset_axes(ax, size, box), curves, shown, n_rows)
         key: list[Any] = [Patch(color=VERMILION, alpha=0.5, label="harmful (above)")]
         key += [Patch(color=BLUE, alpha=0.5, label="benign (below)")]
@@ -175,12 +178,10 @@ def draw_roc(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
             label = label.replace("\n", "\n" + " " * 30)  # below the name, not below its AUROC
             key.append(Line2D([], [], label=f"{value}  {label}", **line | mark))
         is_control = each.loc[others, "family"] == "control"
-        for noun, rows, dash in (
-            ("other", each.loc[others][~is_control], "-"),
-            ("control", each.loc[others][is_control], (0, (1, 1.2))),
-        ):
-            if len(rows):
-                key.append(Line2D([], [], color=GREY, linestyle=dash, label=_describe_others(rows, noun)))
+        for noun, chosen in (("other", ~is_control), ("control", is_control)):
+            rows = each.loc[others][chosen]
+            grey: Any = {"color": GREY, "linestyle": "-" if noun == "other" else (0, (1, 1.2))}
+            key += [Line2D([], [], label=_describe_others(rows, noun), **grey)] * bool(len(rows))
         ax.set_xlim(-0.02, 1.02)
         ax.set_ylim(-0.02, 1.02)
         ax.set_aspect("equal")
@@ -299,11 +300,12 @@ def caption_thresholds(points: pd.DataFrame, context: CaptionContext) -> str:
     )
     exact = replace(context, interval="95\u00a0% Bonett\N{EN DASH}Price, combined over both classes")
     return (
-        "Change of the refusal rates of the readout against the undefended model at the same threshold of the "
-        f"first-token margin, on the same {format_count_range(points['n_harmful'])} harmful and "
-        f"{format_count_range(points['n_benign'])} benign queries. Shift: mean of the changes of both classes. "
-        f"Discrimination: change on harmful minus change on benign queries. {many}Bands: 95\u00a0% intervals at "
-        "each threshold. Thresholds reach from the 2nd to the 98th percentile of the undefended margins. "
+        "Change of the refusal rates of the readout against the undefended model at the same threshold of "
+        f"the first-token margin, on the same {format_count_range(points['n_harmful'])} harmful and "
+        f"{format_count_range(points['n_benign'])} benign queries. Shift: mean of the changes of both "
+        f"classes. Discrimination: change on harmful minus change on benign queries. {many}Bands: 95\u00a0% "
+        "intervals at each threshold. Thresholds reach from the 2nd to the 98th percentile of the undefended "
+        "margins. "
         f"{exact.format_sentences(points['attack'].iloc[0])}"
     )
 
@@ -326,9 +328,9 @@ def caption_margins(curves: pd.DataFrame, context: CaptionContext) -> str:
     scale = f" Logarithmic axis beyond ±{linear_range:.0f}\u00a0nats." if np.isfinite(linear_range) else ""
     return (
         f"First-token margins of {harmful} harmful queries (above each line) and {benign} benign queries "
-        f"(below), a row per defense, sorted by the median; ticks are medians. {grey}Dashed: the threshold; at the right, the "
-        f"share of each class above it with its interval{_format_readout_note(context)}. Density: Gaussian "
-        f"kernel of SD {width:.2f}\u00a0nats, one scale for all rows.{scale} "
+        f"(below), a row per defense, sorted by the median; ticks are medians. {grey}Dashed: the "
+        "threshold; at the right, the share of each class above it with its interval"
+        f"{_format_readout_note(context)}. Density: Gaussian kernel of SD {width:.2f}\u00a0nats, one scale for all rows.{scale} "
         f"{context.format_sentences(curves['attack'].iloc[0])}"
     )
 
@@ -350,8 +352,8 @@ def caption_roc(points: pd.DataFrame, context: CaptionContext) -> str:
         kept = f"the {len(LINE_STYLES)} with the largest change of " if n_differing > len(LINE_STYLES) else ""
         grey = (
             f"; in color, {kept}the {n_differing} of {n_defenses} defenses whose AUROC differs from the "
-            "undefended model's (the 95\u00a0% interval of the change excludes 0, not corrected for the number "
-            "of defenses); solid grey: the others"
+            "undefended model's (the 95\u00a0% interval of the change excludes 0, not corrected for the "
+            "number of defenses); solid grey: the others"
         )
     grey += "; dotted grey: controls, which are not defenses" * bool((each["family"] == "control").any())
     return (

@@ -176,23 +176,38 @@ class Run:
             UserError: if the run has no such figure, or it cannot be drawn as asked.
         """
         from analysis.plots.figures import draw_figure
-        from analysis.plots.further_data import build_further_points
         from analysis.plots.layout import FigureError
-        from defenses.errors import UserError, unknown_name_error
+        from defenses.errors import UserError
 
-        tables = self.tables
-        if name not in self.figures or name not in tables:
-            further = self.further_figures
-            if name not in further:
-                known = [*(figure for figure in self.figures if figure in tables), *further]
-                raise unknown_name_error("figure of this run", name, known)
-            tables = {**tables, name: build_further_points(tables, self.record, name)}
+        tables = {**self.tables, name: self.build_figure_table(name)}
         options: dict[str, Any] = {"ax": ax, "title": title, "caption": caption, "style": style}
         options |= {"defenses": defenses, "width": width}
         try:
             return draw_figure(tables, self.record, name, unit, **options)
         except FigureError as error:
             raise UserError(str(error)) from error
+
+    def build_figure_table(self, name: str) -> pd.DataFrame:
+        """Return the table that a figure is drawn from: the stored one, or a new one of a further figure.
+
+        Raises:
+            UserError: if the run has no such figure.
+        """
+        from analysis.plots.further_data import build_further_points
+        from defenses.errors import unknown_name_error
+
+        if name in self.figures and name in self.tables:
+            return self.tables[name]
+        if name in self.further_figures:
+            return build_further_points(self.tables, self.record, name)
+        known = [*(figure for figure in self.figures if figure in self.tables), *self.further_figures]
+        raise unknown_name_error("figure of this run", name, known)
+
+    def shows_defenses(self, name: str, defenses: Sequence[str]) -> bool:
+        """Return whether a figure shows some defenses, so that the others can be left out."""
+        from analysis.plots.figures import list_shown_defenses
+
+        return set(defenses) <= set(list_shown_defenses(self.build_figure_table(name)))
 
     @property
     def model(self) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from analysis.plots.kinds import draw_kinds
 from conftest import assert_readable, draw_run_figures
 from planted_tables import RUN, collect_texts, lines_by_gid, plant_kinds, plant_scores, unwrap_text
 
 from analysis.plots.data import build_analysis_points, build_kind_points
-from analysis.plots.kinds import draw_kinds
 
 FOUR_KINDS = ("twin", "sounds_unsafe", "same_topic", "plain")
 
