@@ -452,7 +452,7 @@ def _use_log_axes(ax: Axes, is_x: bool, is_y: bool) -> None:
 def _is_too_short(label: str, directions: tuple[str, str], length: float) -> bool:
     """Return whether an axis of that length (points) has no room for its label between both directions."""
     widest = max(measure_text_width(line, 9) for line in label.split("\n"))
-    return widest + sum(measure_text_width(text, TEXT_SIZE) for text in directions) + 12 > length
+    return bool(widest + sum(measure_text_width(text, TEXT_SIZE) for text in directions) + 12 > length)
 
 
 def _thin_ticks(ax: Axes, ticks: list[float], is_vertical: bool) -> list[float]:

@@ -330,7 +330,8 @@ def caption_margins(curves: pd.DataFrame, context: CaptionContext) -> str:
         f"First-token margins of {harmful} harmful queries (above each line) and {benign} benign queries "
         f"(below), a row per defense, sorted by the median; ticks are medians. {grey}Dashed: the "
         "threshold; at the right, the share of each class above it with its interval"
-        f"{_format_readout_note(context)}. Density: Gaussian kernel of SD {width:.2f}\u00a0nats, one scale for all rows.{scale} "
+        f"{_format_readout_note(context)}. Density: Gaussian kernel of SD {width:.2f}\u00a0nats, one scale "
+        f"for all rows.{scale} "
         f"{context.format_sentences(curves['attack'].iloc[0])}"
     )
 

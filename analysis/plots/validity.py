@@ -115,8 +115,9 @@ def caption_calibration(validity: pd.DataFrame, context: CaptionContext) -> str:
     validity, _ = _split_rows(validity)
     return (
         f"Share of {_describe_responses(validity, context)}, against the refusal probability of the readout, "
-        "in bins of the probability, all conditions pooled; above, the number of responses in each bin. Bars are "
-        f"intervals. Dotted diagonal: perfect calibration. {wilson.format_sentences(_join_attacks(validity))}"
+        "in bins of the probability, all conditions pooled; above, the number of responses in each bin. Bars "
+        "are intervals. Dotted diagonal: perfect calibration. "
+        f"{wilson.format_sentences(_join_attacks(validity))}"
     )
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from analysis.plots.kinds import draw_kinds
 from conftest import assert_readable, draw_run_figures
-from planted_tables import RUN, collect_texts, lines_by_gid, plant_kinds, plant_scores, unwrap_text
+from planted_tables import (
+    RUN,
+    collect_texts,
+    lines_by_gid,
+    plant_kinds,
+    plant_scores,
+    read_caption,
+)
 
 from analysis.plots.data import build_analysis_points, build_kind_points
+from analysis.plots.dot_plots import draw_kinds
 
 FOUR_KINDS = ("twin", "sounds_unsafe", "same_topic", "plain")
 
@@ -51,7 +58,7 @@ def test_the_caption_says_what_is_counted() -> None:
     sample = points.assign(n_responses=5)
     margins = plant_kinds(2, ("twin", "plain"), based_on="margins")
     captions = [
-        unwrap_text(draw_run_figures({"kinds": table}, RUN)["kinds"][0].texts[1])
+        read_caption(draw_run_figures({"kinds": table}, RUN)["kinds"][0])
         for table in (points, sample, margins)
     ]
     judged, sampled, by_readout = captions

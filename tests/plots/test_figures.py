@@ -44,6 +44,7 @@ from planted_tables import (
     plant_kinds,
     plant_mechanism,
     plant_scores,
+    read_caption,
     unwrap_text,
 )
 from rich.console import Console
@@ -66,6 +67,7 @@ from analysis.plots.scores import draw_margins, draw_roc
 from analysis.plots.style import BLACK, GREY
 from analysis.report.folder import save_run
 from defenses.catalog import get_defense
+from defenses.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2] / "figures"
 SHIPPED = [(path.parent.name, path.stem) for path in sorted(ROOT.glob("*/*.png"))]
@@ -119,7 +121,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")
     run = analyze(["policy", get_defense("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
-    assert run.figures == ("refusals", "margins", "plane", "roc", "kinds")
+    assert run.figures == ("refusals", "margins", "plane", "forest", "roc", "kinds")
     save_run(tmp_path / "run", run, Console(quiet=True))
     again = read(tmp_path / "run")
     assert sorted(again.figures) == sorted(run.figures)
@@ -127,7 +129,8 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     for name in run.figures:
         saved = read_pixels(tmp_path / "run" / f"{name}.png")
         assert count_different_pixels(render_pixels(run.draw_figure(name)), saved) == 0
-    with pytest.raises(ValueError, match=r"no figure 'plan'.*refusals, margins, plane, roc, kinds"):
+    assert run.further_figures == ("dumbbell", "categories", "pairs", "thresholds")
+    with pytest.raises(UserError, match=r"'plan': did you mean 'plane'.*categories, dumbbell, forest"):
         run.draw_figure("plan")
 
 
@@ -154,7 +157,7 @@ def test_controls_are_grey_and_defenses_are_not() -> None:
     } == {"control"}
     lines = lines_by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
     grey = {name for name, line in lines.items() if same_color(line.get_color(), GREY)}
-    assert grey == {"control-6", "control-6 mark", "chance"}
+    assert grey == {"control-6", "chance"}
     labels = draw_margins(build_margin_curves(scores, summary, THRESHOLD)).get_yticklabels()
     assert [text.get_text() for text in labels if text.get_color() != BLACK] == ["control-6 (control)"]
 
@@ -198,7 +201,7 @@ def test_several_attacks_give_a_figure_each_and_axes_take_only_one_attack() -> N
     parts = plant_scores(2), plant_scores(2, attack="./my attack.py")
     scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     drawn = draw_score_figures(scores, summary)
-    kinds = ("refusals", "margins", "plane", "roc")
+    kinds = ("refusals", "margins", "plane", "forest", "roc")
     stems = [f"{kind}-{attack}" for attack in ("direct", ".-my-attack.py") for kind in kinds]
     assert list(drawn) == [*stems, "attacks"]
     assert set(drawn["plane-.-my-attack.py"][1]["attack"]) == {"./my attack.py"}
@@ -232,7 +235,7 @@ def test_a_banner_is_above_figures_contradicted_by_generated_text() -> None:
     undefended_contradicted = trusted.assign(trusted=["not trusted", *["trusted"] * 3])
     some_tables = {name: tables[name] for name in ("layers", "profiles")}
     for figure, _ in draw_mechanism_figures(some_tables, undefended_contradicted).values():
-        assert figure.texts[-1].get_text().endswith("under none")
+        assert read_caption(figure).endswith("under none")
     attacked = plant_mechanism(**MECHANISM_CASES["attacked"])
     contradicted = pd.DataFrame(
         {"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]}
@@ -260,11 +263,8 @@ def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
 def test_every_kind_is_registered_under_its_name_and_nearly_all_are_among_the_shipped() -> None:
     assert all(kind == figure.kind and figure.table in FIGURES for kind, figure in FIGURES.items())
     assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) <= {
-        "agreement",
-        "cost",
-        "kinds",
-        "refusals",
-        "side_effects",
+        *("agreement", "cost", "kinds", "refusals", "side_effects"),
+        *("dumbbell", "pairs", "categories", "thresholds"),
     }
 
 
@@ -359,7 +359,7 @@ def figures_of_all_kinds() -> dict[str, tuple[Figure, pd.DataFrame]]:
 
 def test_a_figure_can_be_drawn_again_from_its_csv_alone() -> None:
     drawn = figures_of_all_kinds()
-    assert len({find_figure_kind(stem) for stem in drawn}) == 17
+    assert len({find_figure_kind(stem) for stem in drawn}) == 18
     for stem, (figure, table) in drawn.items():
         again = FIGURES[find_figure_kind(stem)].draw(pd.read_csv(io.StringIO(table.to_csv(index=False))))
         (words, numbers), (words_again, numbers_again) = map(describe_artists, (figure.axes[0], again))
@@ -395,9 +395,12 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
     )
     required += ("no judge: first-token readout", "Intervals: ")
     for stem, (figure, _) in figures_of_all_kinds().items():
-        caption = unwrap_text(figure.texts[1])
+        caption = read_caption(figure)
         if stem == "refusals":  # the readout has no bearing on it
             assert "24 harmful" in caption and "24 benign" in caption and "Wilson" in caption
+            continue
+        if stem == "forest":
+            assert "24 harmful and 24 benign" in caption and "first-token margin" in caption
             continue
         if stem == "kinds":
             assert "(10 twin, 20 plain)" in caption and "Wilson" in caption
@@ -411,11 +414,11 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
             assert word.replace(" ", "") in caption.replace(" ", ""), (stem, word)
     interval_words = {"forecast": "Bars on stacks", "interactions": "Bold", "front": "Intervals: not drawn"}
     for kind, words in interval_words.items():
-        assert words in unwrap_text(cached_ensemble_figures("usual")[kind][0].texts[1])
-    attacked_caption = unwrap_text(cached_ensemble_figures("attacked")["front"][0].texts[1])
+        assert words in read_caption(cached_ensemble_figures("usual")[kind][0])
+    attacked_caption = read_caption(cached_ensemble_figures("attacked")["front"][0])
     for words in ("mean over 3 attacks", "Attack: none, base64, ./my attack.py"):
         assert words in attacked_caption
     for stem, (figure, _) in cached_mechanism_figures("bare").items():
-        caption = unwrap_text(figure.texts[1])
+        caption = read_caption(figure)
         assert ("Intervals: none known" in caption) == (stem != "layers"), stem
         assert ("95 % interval" in caption) == (stem == "layers"), stem  # its half-way layers have some

@@ -39,7 +39,8 @@ def test_margins_draws_the_densities_of_the_table_above_and_below_each_row(defen
     ax = draw_margins(curves)
     lines = lines_by_gid(ax)
     scale = 0.44 / curves["density"].max()
-    names = list(dict.fromkeys(curves["defense"]))
+    names = [label.get_text().removesuffix(" (control)") for label in ax.get_yticklabels()]
+    names = ["none" if name == "undefended" else name for name in names]
     for (name, harmful), curve in curves.groupby(["defense", "harmful"]):
         gid = f"{name} {'harmful' if harmful else 'benign'}"
         height = -names.index(str(name)) + (1 if harmful else -1) * scale * curve["density"]
@@ -57,6 +58,9 @@ def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
     for name, curve in points.groupby("defense"):
         rates = curve[["benign_refused", "harmful_refused"]]
         np.testing.assert_array_equal(lines[str(name)].get_xydata(), rates)
+        assert (f"{name} mark" in lines) == (not same_color(lines[str(name)].get_color(), GREY))
+        if f"{name} mark" not in lines:
+            continue
         refused = scores[scores["defense"] == name].assign(refused=lambda rows: rows["margin"] > THRESHOLD)
         refusal_rates = refused.groupby("harmful")["refused"].mean()
         np.testing.assert_allclose(
@@ -65,16 +69,32 @@ def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
     assert same_color(lines["none"].get_color(), BLACK)
 
 
-def test_past_six_defenses_roc_colors_those_whose_auroc_differs_most() -> None:
+def test_past_six_defenses_roc_colors_those_whose_auroc_differs_by_its_interval() -> None:
     scores, summary = plant_scores(20)
     summary.loc[
         summary["defense"] == "steering-5", "delta_auroc"
     ] = -0.9  # a large loss is a large difference
-    lines = lines_by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
-    colored = {n for n in summary["defense"] if not same_color(lines[n].get_color(), GREY)} - {"none"}
-    change = summary[~summary["family"].isin(["none", "control"])].set_index("defense")["delta_auroc"].abs()
-    assert len(colored) == 6
-    assert change[list(colored)].min() >= change.drop(list(colored)).max()
+    for n_differing in (6, 2, 0):
+        points = build_roc_points(scores, summary, THRESHOLD)
+        ax = draw_roc(points)
+        lines = lines_by_gid(ax)
+        colored = {n for n in summary["defense"] if not same_color(lines[n].get_color(), GREY)} - {"none"}
+        each = summary[~summary["family"].isin(["none", "control"])].set_index("defense")
+        differs = (each["delta_auroc_low"] > 0) | (each["delta_auroc_high"] < 0)
+        largest = each.loc[differs, "delta_auroc"].abs().nlargest(6)
+        assert len(colored) == n_differing and each.loc[
+            [*colored], "delta_auroc"
+        ].abs().sum() == pytest.approx(largest.sum())
+        labels = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert len(labels) == 1 + n_differing + 2  # the undefended model; other defenses, and controls
+        assert labels[-2].endswith(f"{len(each) - n_differing} others")
+        context = CaptionContext("toy", "twins", "test", 0.0, ("I",))
+        assert f"of {len(each)} defenses whose AUROC differs" in caption_roc(points, context)
+        # Afterwards, fewer defenses differ.
+        kept = summary["defense"].isin(["steering-5", "tuning-4"]) if n_differing == 6 else False
+        columns = ["delta_auroc_low", "delta_auroc_high"]
+        ends = summary[columns].where(kept, [-0.5, 0.5]) if n_differing == 6 else [-0.5, 0.5]
+        summary[columns] = ends
 
 
 def test_a_row_of_far_margins_leaves_room_for_the_others() -> None:
@@ -91,12 +111,23 @@ def test_a_row_of_far_margins_leaves_room_for_the_others() -> None:
     assert "Logarithmic" not in caption_margins(near.to_frame().join(curves.drop(columns="margin")), context)
 
 
-@pytest.mark.parametrize("defenses", [8, 30])
+@pytest.mark.parametrize("defenses", [5, 30])
 def test_the_legend_of_roc_is_no_taller_than_the_axes(defenses: int) -> None:
     scores, summary = plant_scores(defenses)
     ax = draw_roc(build_roc_points(scores, summary, THRESHOLD))
     legend = ax.get_legend()
-    assert legend is not None and len(legend.get_texts()) == defenses + 1
+    assert legend is not None
     axes, box = ax.get_window_extent(), legend.get_window_extent()
-    assert box.height < axes.height
-    assert box.x0 > axes.x1 if defenses == 8 else box.y1 < axes.y0
+    assert box.height < axes.height and box.x0 > axes.x1
+
+
+def test_many_rows_of_margins_are_sorted_by_their_median_in_two_columns() -> None:
+    curves = build_margin_curves(*plant_scores(20), THRESHOLD)
+    left, right = draw_margins(curves).child_axes
+    names = [label.get_text() for panel in (left, right) for label in panel.get_yticklabels()]
+    medians = curves.groupby(["defense", "harmful"])["median"].first().groupby(level=0).mean()
+    shown = [name.removesuffix(" (control)") for name in names]
+    assert shown[0] == "undefended" and len(names) == 21
+    assert medians[shown[1:]].is_monotonic_decreasing
+    assert left.get_xlim() == right.get_xlim()
+    assert len(draw_margins(build_margin_curves(*plant_scores(8), THRESHOLD)).child_axes) == 0
