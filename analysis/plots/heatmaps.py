@@ -64,6 +64,7 @@ _CELL_HEIGHT, _MIN_CELL_WIDTH, _MIN_PANEL_WIDTH = 0.22, 0.4, 1.5  # inches, of t
 _ATTACK_PANEL_GAP = 0.25  # inches between two panels of the attack grid
 _CELL_TEXT_WIDTH = 2.6  # font sizes that a number in a cell needs
 _CATEGORY_CELL, _CATEGORY_GAP = (0.27, 0.19), 0.2  # inches: width and height of a cell, gap of two panels
+_MIN_CATEGORY_PANEL = 1.6  # inches: the title needs them
 _CATEGORY_PANELS = {
     True: ("harmful queries refused (%)", BLUE),
     False: ("benign queries refused (%)", VERMILION),
@@ -279,7 +280,10 @@ def draw_categories(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for harmful in (True, False)
         if (cells["harmful"] == harmful).any()
     }
-    widths = {harmful: _CATEGORY_CELL[0] * len(names) for harmful, names in categories.items()}
+    widths = {
+        harmful: max(_CATEGORY_CELL[0] * len(names), _MIN_CATEGORY_PANEL)
+        for harmful, names in categories.items()
+    }
     size = sum(widths.values()) + _CATEGORY_GAP * (len(widths) - 1), height
     left = 0.0
     with rc_context(RC_PARAMS):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from planted_tables import (
 )
 from rich.console import Console
 
-from analysis.api import analyze, read
+from analysis.api import analyze, read, save_figures
 from analysis.plots.captions import CaptionContext
 from analysis.plots.data import (
     build_analysis_points,
@@ -60,7 +61,8 @@ from analysis.plots.data import (
     build_plane_points,
     build_roc_points,
 )
-from analysis.plots.figures import FIGURES, find_figure_kind
+from analysis.plots.figures import FIGURES, PAPER_WIDTHS, find_figure_kind, select_defenses
+from analysis.plots.layout import FigureError
 from analysis.plots.plane import draw_plane
 from analysis.plots.predictions import draw_forecast
 from analysis.plots.scores import draw_margins, draw_roc
@@ -422,3 +424,103 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
         caption = read_caption(figure)
         assert ("Intervals: none known" in caption) == (stem != "layers"), stem
         assert ("95 % interval" in caption) == (stem == "layers"), stem  # its half-way layers have some
+
+
+def draw_options(name: str, **options: Any) -> Figure:
+    """Return a figure of a shipped run, drawn with options."""
+    return read_detection().draw_figure(name, **options)
+
+
+@cache
+def read_detection() -> Any:
+    return read(ROOT / "detection")
+
+
+def test_a_figure_is_drawn_into_given_axes_if_it_has_one_panel() -> None:
+    own = draw_options("dumbbell")
+    left, right = Figure(figsize=(9, 4)).subplots(1, 2)
+    figure = draw_options("dumbbell", ax=right, title=False)
+    assert figure is right.figure and not left.lines and not figure.texts and not right.get_title(loc="left")
+    (words, numbers), (words_again, numbers_again) = map(describe_artists, (own.axes[0], right))
+    assert words == words_again
+    np.testing.assert_allclose(numbers, numbers_again)
+    draw_options("dumbbell", ax=left)
+    assert "Refusal rates of harmful" in left.get_title(loc="left").replace("\n", " ")
+    with pytest.raises(UserError, match=r"forest has several panels.*with one panel: refusals, plane"):
+        draw_options("forest", ax=left)
+    with pytest.raises(UserError, match="given axes keep their size"):
+        draw_options("dumbbell", ax=left, width=3)
+
+
+def test_a_figure_shows_the_chosen_defenses_and_the_undefended_model() -> None:
+    figure = draw_options("dumbbell", defenses=["harm_probe"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["harm_probe", "undefended"]
+    kinds = draw_options("kinds", defenses=["harm_probe"]).axes[0]
+    assert [label.get_text() for label in kinds.get_yticklabels()] == ["undefended", "harm_probe"]
+    with pytest.raises(UserError, match=r"dumbbell does not show 'harm_prob'; it shows .*harm_probe"):
+        draw_options("dumbbell", defenses=["harm_prob"])
+    table = pd.DataFrame({"members": ["none", "a", "a+b", "b+c"]})
+    assert select_defenses(table, "front", ["a", "b"])["members"].tolist() == ["none", "a", "a+b"]
+    pairs = pd.DataFrame({"first": ["a", "a"], "second": ["b", "c"]})
+    assert select_defenses(pairs, "interactions", ["a", "c"])["second"].tolist() == ["c"]
+    with pytest.raises(FigureError, match="square shows no defenses to choose from"):
+        select_defenses(pd.DataFrame({"defense": ["a"], "corner": ["both"]}), "square", ["a"])
+
+
+@pytest.mark.parametrize("name", ["dumbbell", "refusals", "forest"])
+def test_on_paper_a_figure_has_the_width_of_a_column_and_small_texts_alone(name: str) -> None:
+    figure = draw_options(name, style="paper")
+    assert figure.get_size_inches()[0] in PAPER_WIDTHS and not figure.texts
+    sizes = {text.get_fontsize() for text in collect_texts(figure)}
+    assert max(sizes) == 8 and min(sizes) >= 6.5
+    assert_readable(name, figure, collect_texts, slack=0.6, dpis=(100,))
+    wider = draw_options(name, style="paper", width=6.9, caption=True)
+    assert wider.get_size_inches()[0] == 6.9 and [text.get_gid() for text in wider.texts] == [
+        "caption",
+        "setting",
+    ]
+
+
+def test_a_figure_takes_any_width_that_its_texts_leave_room_in() -> None:
+    for width in (5.0, 9.5):
+        figure = draw_options("forest", width=width)
+        assert figure.get_size_inches()[0] == width
+        assert_readable("forest", figure, collect_texts, slack=0.6, dpis=(100,))
+    with pytest.raises(UserError, match=r"forest at a width of 1.5 inches: .* at least [2-4]\.\d inches"):
+        draw_options("forest", width=1.5)
+    for options, words in (
+        ({"width": 0.1}, "from 1 to 100"),
+        ({"style": "poster"}, "there are screen and paper"),
+        ({"unit": "nats"}, "only the plane"),
+    ):
+        with pytest.raises(UserError, match=words):
+            draw_options("forest", **options)
+
+
+def test_saved_figures_have_fonts_and_texts_and_are_equal_each_time(tmp_path: Path) -> None:
+    run = read_detection()
+    for file_format, here, absent in (("pdf", b"/FontFile2", b"/Type3"), ("svg", b"<text", b"<dc:date>")):
+        (path,) = save_figures(run, "dumbbell", format=file_format, style="paper", out=tmp_path / "first")
+        content = path.read_bytes()
+        assert path.name == f"dumbbell.{file_format}" and here in content and absent not in content
+        assert b"CreationDate" not in content
+        (again,) = save_figures(
+            ROOT / "detection", ["dumbbell"], format=file_format, style="paper", out=tmp_path
+        )
+        assert again.read_bytes() == content
+    # Its table is written beside a figure that the run has not saved, and beside no other.
+    assert pd.read_csv(tmp_path / "dumbbell.csv")["defense"].iloc[0] == "none"
+    save_figures(run, "kinds", format="png", only="harm_probe", out=tmp_path / "png")
+    assert [path.name for path in (tmp_path / "png").iterdir()] == ["kinds.png"]
+    for options, words in (
+        ({"names": ["plan"]}, "unknown figure of this run 'plan': .*dumbbell"),
+        ({"format": "jpg"}, "unknown format 'jpg'"),
+        ({"only": ["nothing"]}, "no figure of detection shows nothing"),
+    ):
+        with pytest.raises(UserError, match=words):
+            save_figures(run, **{"out": tmp_path / "none", **options})
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="the folder of a run"):
+        save_figures(run, out=tmp_path / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import same_color
 from planted_tables import THRESHOLD, lines_by_gid, make_older, plant_scores
@@ -69,32 +70,28 @@ def test_roc_draws_the_rates_of_the_table_and_marks_the_threshold() -> None:
     assert same_color(lines["none"].get_color(), BLACK)
 
 
-def test_past_six_defenses_roc_colors_those_whose_auroc_differs_by_its_interval() -> None:
+@pytest.mark.parametrize("n_differing", [9, 2, 0])
+def test_past_six_defenses_roc_colors_those_whose_auroc_differs_by_its_interval(n_differing: int) -> None:
     scores, summary = plant_scores(20)
-    summary.loc[
-        summary["defense"] == "steering-5", "delta_auroc"
-    ] = -0.9  # a large loss is a large difference
-    for n_differing in (6, 2, 0):
-        points = build_roc_points(scores, summary, THRESHOLD)
-        ax = draw_roc(points)
-        lines = lines_by_gid(ax)
-        colored = {n for n in summary["defense"] if not same_color(lines[n].get_color(), GREY)} - {"none"}
-        each = summary[~summary["family"].isin(["none", "control"])].set_index("defense")
-        differs = (each["delta_auroc_low"] > 0) | (each["delta_auroc_high"] < 0)
-        largest = each.loc[differs, "delta_auroc"].abs().nlargest(6)
-        assert len(colored) == n_differing and each.loc[
-            [*colored], "delta_auroc"
-        ].abs().sum() == pytest.approx(largest.sum())
-        labels = [text.get_text() for text in ax.get_legend().get_texts()]
-        assert len(labels) == 1 + n_differing + 2  # the undefended model; other defenses, and controls
-        assert labels[-2].endswith(f"{len(each) - n_differing} others")
-        context = CaptionContext("toy", "twins", "test", 0.0, ("I",))
-        assert f"of {len(each)} defenses whose AUROC differs" in caption_roc(points, context)
-        # Afterwards, fewer defenses differ.
-        kept = summary["defense"].isin(["steering-5", "tuning-4"]) if n_differing == 6 else False
-        columns = ["delta_auroc_low", "delta_auroc_high"]
-        ends = summary[columns].where(kept, [-0.5, 0.5]) if n_differing == 6 else [-0.5, 0.5]
-        summary[columns] = ends
+    is_defense = ~summary["family"].isin(["none", "control"])
+    names = summary.loc[is_defense, "defense"].tolist()
+    change = pd.Series(np.linspace(0.3, 0.02, len(names)) * np.resize([1, -1], len(names)), names)
+    half_width = [0.01 if place < n_differing else 0.5 for place in range(len(names))]
+    summary.loc[is_defense, "delta_auroc"] = change.to_numpy()
+    summary.loc[is_defense, "delta_auroc_low"] = (change - half_width).to_numpy()
+    summary.loc[is_defense, "delta_auroc_high"] = (change + half_width).to_numpy()
+    points = build_roc_points(scores, summary, THRESHOLD)
+    ax = draw_roc(points)
+    lines = lines_by_gid(ax)
+    colored = {name for name in names if not same_color(lines[name].get_color(), GREY)}
+    assert colored == set(names[: min(n_differing, 6)])  # a large loss is a large difference
+    legend = ax.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == 1 + len(colored) + 2  # the undefended model; other defenses, and controls
+    assert labels[-2].endswith(f"{len(names) - len(colored)} others") and labels[-1].endswith("2 controls")
+    caption = caption_roc(points, CaptionContext("toy", "twins", "test", 0.0, ("I",)))
+    assert f"the {n_differing} of {len(names)} defenses whose AUROC differs" in caption
 
 
 def test_a_row_of_far_margins_leaves_room_for_the_others() -> None:
