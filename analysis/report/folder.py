@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,25 +178,30 @@ def write_figures(
         raise unknown_name_error("format", file_format, FIGURE_FORMATS)
     if (check_output_folder(folder) / RECORD_FILE).exists():
         raise UserError(f"--out {folder}: the folder of a run holds only what run.json lists; choose another")
+    from analysis.plots.figures import list_shown_defenses
+
     known = [*(name for name in run.figures if name in run.tables), *run.further_figures]
-    shown = [name for name in names or known if names or not defenses or run.shows_defenses(name, defenses)]
-    if not known or not shown:
+    tables = {name: run.build_figure_table(name) for name in names or known}
+    shown = [
+        name for name, table in tables.items() if names or set(defenses) <= set(list_shown_defenses(table))
+    ]
+    if not shown:
         nothing = (
             f"no figure of {run.name} shows {', '.join(defenses)}" if known else f"{run.name} has no figures"
         )
         raise UserError(f"{nothing}; figures: {', '.join(known) or 'none'}")
+    drawn = replace(run, tables={**run.tables, **tables}, figures=tuple(tables))
     files: dict[Path, bytes] = {}
-    figures = []
-    for name in dict.fromkeys(shown):
-        figure = run.draw_figure(name, defenses=defenses or None, **options)
-        figures.append(folder / f"{name}.{file_format}")
-        files[figures[-1]] = render_figure(figure, file_format)
+    for name in shown:
+        figure = drawn.draw_figure(name, defenses=defenses or None, **options)
+        files[folder / f"{name}.{file_format}"] = render_figure(figure, file_format)
+    figures = list(files)
+    for name in shown:
         if name not in run.tables:
-            text = format_table(run.build_figure_table(name), "%.7g")
-            files[folder / f"{name}.csv"] = text.encode("utf-8")
+            files[folder / f"{name}.csv"] = format_table(tables[name], "%.7g").encode("utf-8")
     for path, content in files.items():
         write_file(path, content)
-    return figures, [name for name in known if not names and name not in shown]
+    return figures, [name for name in tables if name not in shown]
 
 
 def render_figure(figure: Figure, file_format: str) -> bytes:

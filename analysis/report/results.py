@@ -203,12 +203,6 @@ class Run:
         known = [*(figure for figure in self.figures if figure in self.tables), *self.further_figures]
         raise unknown_name_error("figure of this run", name, known)
 
-    def shows_defenses(self, name: str, defenses: Sequence[str]) -> bool:
-        """Return whether a figure shows some defenses, so that the others can be left out."""
-        from analysis.plots.figures import list_shown_defenses
-
-        return set(defenses) <= set(list_shown_defenses(self.build_figure_table(name)))
-
     @property
     def model(self) -> str:
         """Name of the model."""
