@@ -237,7 +237,7 @@ def test_a_banner_is_above_figures_contradicted_by_generated_text() -> None:
     undefended_contradicted = trusted.assign(trusted=["not trusted", *["trusted"] * 3])
     some_tables = {name: tables[name] for name in ("layers", "profiles")}
     for figure, _ in draw_mechanism_figures(some_tables, undefended_contradicted).values():
-        assert read_caption(figure).endswith("under none")
+        assert figure.texts[-1].get_text().endswith("under none")
     attacked = plant_mechanism(**MECHANISM_CASES["attacked"])
     contradicted = pd.DataFrame(
         {"attack": ["./my attack.py"], "defense": ["backdoor"], "trusted": ["not trusted"]}
