@@ -1,8 +1,8 @@
 """Measure a defended chat model as a refuse/comply classifier; `analysis/run.py` shows the main idea.
 
 The Python API has a function for every command (`analyze`, `validate`, `ensembles`, `recommend`,
-`locate_mechanism`, `depth`, `suffix`, `train`, `backdooralign`, `judge`, `label_run`, `compare_rankings`);
-most return a `Run`.
+`locate_mechanism`, `depth`, `suffix`, `train`, `backdooralign`, `judge`, `label_run`, `compare_rankings`,
+`save_figures`); most return a `Run`.
 `read` loads the run of a folder, `summarize` estimates effects from scores of any origin, `intervals` formats
 estimates with their intervals. See docs/python.md.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         locate_mechanism,
         read,
         recommend,
+        save_figures,
         suffix,
         summarize,
         train,
@@ -47,6 +48,7 @@ __all__ = [
     "locate_mechanism",
     "read",
     "recommend",
+    "save_figures",
     "suffix",
     "summarize",
     "train",

@@ -884,6 +884,47 @@ def compare_rankings(runs: Sequence[Run | Path | str], *, seed: int = 0) -> Run:
     return compare_run_rankings(loaded, seed)
 
 
+def save_figures(
+    run_folder: Run | Path | str,
+    names: Sequence[str] = (),
+    *,
+    format: str = "pdf",
+    only: Sequence[str] = (),
+    style: str = "screen",
+    width: float | None = None,
+    title: bool | None = None,
+    caption: bool | None = None,
+    out: Path | str = ".",
+) -> list[Path]:
+    """Draw figures of a run from its tables, without a model, and save them, as `analyze plot` does.
+
+    Args:
+        run_folder: folder of a run, or a run.
+        names: of the figures: `Run.figures` and `Run.further_figures`; by default all.
+        format: pdf (with embedded TrueType fonts), svg (with text as text) or png.
+        only: the defenses to draw besides the undefended model; by default all.
+        style: screen or paper, as in `Run.draw_figure`.
+        width: of each figure, inches.
+        title: whether to write the title; by default on a screen.
+        caption: whether to write the caption; by default on a screen.
+        out: output folder.
+
+    Returns:
+        The files of the figures. Equal tables give equal files.
+
+    Raises:
+        UserError: for everything that the command reports in one line; then no file is written.
+    """
+    from analysis.report.folder import write_figures
+
+    run = run_folder if isinstance(run_folder, Run) else read(run_folder)
+    options = {"style": style, "width": width, "title": title, "caption": caption}
+    only = [only] if isinstance(only, str) else only
+    names = [names] if isinstance(names, str) else names
+    files, _ = write_figures(run, Path(out), names, format, only, **options)
+    return files
+
+
 def read(folder: Path | str) -> Run:
     """Read the run in a folder that a command has written.
 

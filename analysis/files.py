@@ -101,14 +101,19 @@ def _open_lock_file(path: Path) -> int:
 
 
 def write_text_file(path: Path, text: str) -> None:
+    """Write a whole text file (UTF-8), or leave none if the write fails."""
+    write_file(path, text.encode("utf-8"))
+
+
+def write_file(path: Path, content: bytes) -> None:
     """Write a whole file, or leave none if the write fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not from `tempfile`, whose files only their owner can read.
     temporary_path = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     with delay_interrupts():
         try:
-            with temporary_path.open("x", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with temporary_path.open("xb") as file:
+                file.write(content)
             temporary_path.replace(path)
         except BaseException:
             temporary_path.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from analysis.api import (
     locate_mechanism,
     read,
     recommend,
+    save_figures,
     suffix,
     summarize,
     train,
@@ -189,6 +190,7 @@ def get_cli_commands():
         ("judge", judge),
         ("label", label_run),
         ("agreement", compare_rankings),
+        ("plot", save_figures),
     ],
 )
 def test_a_function_has_every_option_of_its_command(name, function):

@@ -17,6 +17,7 @@ from analysis.cli import (  # noqa: F401  # each registers its commands
     ensembles,
     label,
     mechanism,
+    plot,
     suffix,
     train,
     validate,

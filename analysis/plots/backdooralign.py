@@ -91,7 +91,7 @@ def caption_secrets(points: pd.DataFrame, context: CaptionContext) -> str:
         f"success rate: share of {format_count_range(points['text_refused_harmful_n'])} harmful queries "
         f"whose greedy response ({context.max_new_tokens} tokens) contains none of the paper's 29 refusal "
         "strings. Bars: Wilson 95\u00a0% intervals. Tall tick: mean over the secrets of a row. "
-        f"Model: {context.model}. "
+        f"\nModel: {context.model}. "
         f"Data: {context.data}, {context.split} split."
     )
 
@@ -157,7 +157,7 @@ def caption_grid(points: pd.DataFrame, context: CaptionContext) -> str:
         f"harmful and {n_benign} benign queries. Bars: 95\u00a0% intervals over the draw of queries and, "
         "where there are several, of trainings. Thin lines: lowest and highest training. "
         f"First {context.max_new_tokens} tokens of each response, judged by {context.judge_name}. "
-        f"Trained from: {context.model}. Data: {context.data}, {context.split} split."
+        f"\nTrained from: {context.model}. Data: {context.data}, {context.split} split."
     )
 
 

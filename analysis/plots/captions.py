@@ -25,7 +25,7 @@ class CaptionContext:
     """Facts about a run that captions state and that the drawn table does not contain.
 
     >>> context = CaptionContext("smollm2", "twins", "test", threshold=-1.2, refusal_words=("I",))
-    >>> context.format_sentences("direct")[:56]
+    >>> context.format_sentences("direct").strip()[:56]
     'Model: smollm2. Data: twins, test split. Attack: none (q'
 
     Args:
@@ -87,9 +87,9 @@ class CaptionContext:
         return f"{self.format_setting(attack)} Intervals: 95\u00a0% Wilson, of each rate."
 
     def format_setting(self, attack: str) -> str:
-        """Return the sentences on model, data and attack."""
+        """Return the sentences on model, data and attack, as a paragraph, which figures print small."""
         attack_text = "none (queries sent unchanged)" if attack == "direct" else attack
-        return f"Model: {self.model}. Data: {self.data}, {self.split} split. Attack: {attack_text}."
+        return f"\nModel: {self.model}. Data: {self.data}, {self.split} split. Attack: {attack_text}."
 
 
 def make_caption_context(

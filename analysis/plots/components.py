@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import FuncNorm, Normalize
 
 from analysis.plots.captions import (
     CONTRASTS_SENTENCE,
@@ -71,7 +72,7 @@ def draw_part_map(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
     width = kinds_left + kind_width * len(kinds) if kinds else heads_width
     step = max(width, 1.6) + _CONTRAST_GAP
     size = 2 * step - _CONTRAST_GAP, height
-    limit = find_color_limit(cells[[*CONTRAST_LABELS]])
+    limit = find_color_limit(cells)
     is_dotted = min(cell_width, cell_height) >= MIN_DOTTED_CELL
     with rc_context(RC_PARAMS):
         ax = ax or make_axes(*size)
@@ -104,8 +105,7 @@ def draw_part_map(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 panels[0].set_ylabel("layer", fontsize=8)
         scale_height = min(height, 1.5)
         scale = add_inset_axes(ax, size, (step + width + 0.2, height - scale_height, 0.11, scale_height))
-        is_clipped = bool((cells[[*CONTRAST_LABELS]].abs() > limit).any(axis=None))
-        draw_color_scale(scale, limit, _nats_scale_labels(limit, is_clipped))
+        draw_color_scale(scale, limit, _nats_scale_labels(limit), norm=make_root_norm(limit))
     return ax
 
 
@@ -133,17 +133,26 @@ def draw_top_parts(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def find_color_limit(values: Any) -> float:
-    """Return the value of the darkest color: the largest, unless a few are far beyond all others.
+def find_color_limit(cells: pd.DataFrame) -> float:
+    """Return the value of the darkest color: the largest of all defenses of the run, or of the table.
 
-    >>> find_color_limit([0.5, -1.0]), find_color_limit([0.0, float("nan")])
-    (1.0, 1.0)
+    >>> find_color_limit(pd.DataFrame({"shift": [0.5, -1.0], "discrimination": 0.0}))
+    1.0
     """
-    sizes = np.abs(np.asarray(values, dtype=float).ravel())
-    sizes = sizes[np.isfinite(sizes)]
-    largest = float(sizes.max()) if len(sizes) else 0.0
-    usual = float(np.quantile(sizes, 0.98)) if len(sizes) else 0.0
-    return (usual if largest > 3 * usual > 0 else largest) or 1.0
+    sizes = cells[[*CONTRAST_LABELS]].abs().to_numpy(float)
+    largest = float(np.nanmax(sizes)) if np.isfinite(sizes).any() else 0.0
+    if "largest_of_run" in cells and len(cells):
+        largest = max(largest, float(cells["largest_of_run"].iloc[0]))
+    return largest or 1.0
+
+
+def make_root_norm(limit: float) -> Normalize:
+    """Return the mapping of values to colors by their signed square root, so that small ones can be seen.
+
+    >>> [float(share) for share in make_root_norm(4.0)([-4.0, 0.0, 1.0])]
+    [0.0, 0.5, 0.75]
+    """
+    return FuncNorm((_take_signed_root, _take_signed_square), -limit, limit)
 
 
 def choose_cell_size(n_layers: int, n_heads: int) -> tuple[float, float]:
@@ -177,12 +186,7 @@ def format_part_name(kind: str, layer: float, head: float) -> str:
 
 def caption_part_map(cells: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_part_map`."""
-    limit = find_color_limit(cells[[*CONTRAST_LABELS]])
-    n_beyond = int((cells[[*CONTRAST_LABELS]].abs() > limit).any(axis=1).sum())
-    clipped = (
-        f"{n_beyond} components beyond the ends of the scale have its end colors. " if n_beyond > 1 else ""
-    )
-    clipped = "One component beyond the ends of the scale has its end color. " if n_beyond == 1 else clipped
+    others = " and for all defenses of the run" * ("largest_of_run" in cells)
     n_layers, n_heads, kinds = _measure_part_map(cells)
     is_dotted = min(choose_cell_size(n_layers, max(n_heads, 1))) >= MIN_DOTTED_CELL
     dot = "Dot: the 95\u00a0% interval excludes 0, not corrected for the number of components. "
@@ -192,8 +196,8 @@ def caption_part_map(cells: pd.DataFrame, context: CaptionContext) -> str:
     return (
         f"Direct logit attribution {format_query_counts(cells, context.query_counts)}: contribution of each "
         f"component to the change of the margin. {CONTRASTS_SENTENCE}Blue: positive contribution; orange: "
-        f"negative; one scale for both panels. {clipped}{dot}{grey}The embedding and the final bias, which "
-        f"belong to no layer, are omitted. {_describe_remainder(cells)}"
+        f"negative; one scale for both panels{others}, by the square root. {dot}{grey}The embedding and the "
+        f"final bias, which belong to no layer, are omitted. {_describe_remainder(cells)}"
         f"{format_run_sentences(cells, context)}"
     )
 
@@ -259,14 +263,23 @@ def _draw_parts(
     """Draw a matrix of components and a dot in each cell whose interval excludes 0."""
     outline: Any = {"linewidths": 0.3, "linecolor": "#DDDDDD"}
     is_outlined = values.size <= _MAX_OUTLINED_CELLS
-    draw_heatmap(ax, values, (-limit, limit), gid=gid, **(outline if is_outlined else {"rasterized": True}))
+    look: Any = {"gid": gid, "norm": make_root_norm(limit)}
+    look |= outline if is_outlined else {"rasterized": True}
+    draw_heatmap(ax, values, (-limit, limit), **look)
     if is_dotted:
         rows, columns = np.nonzero(excludes_zero)
         ax.scatter(columns + 0.5, rows + 0.5, s=3, color=BLACK, linewidths=0, zorder=3, gid="sure")
 
 
-def _nats_scale_labels(max_value: float, is_clipped: bool) -> list[str]:
+def _nats_scale_labels(max_value: float) -> list[str]:
     digits = max(0, 1 - int(np.floor(np.log10(max_value))))
-    signs = ("\N{LESS-THAN OR EQUAL TO}", "", "\N{GREATER-THAN OR EQUAL TO}") if is_clipped else ("",) * 3
     numbers = (f"\N{MINUS SIGN}{max_value:.{digits}f}", "0", f"+{max_value:.{digits}f}")
-    return [f"{sign}{number} nats" for sign, number in zip(signs, numbers, strict=True)]
+    return [f"{number} nats" for number in numbers]
+
+
+def _take_signed_root(values: Any) -> Any:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _take_signed_square(values: Any) -> Any:
+    return np.sign(values) * np.square(values)

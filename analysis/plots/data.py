@@ -282,7 +282,7 @@ def check_one_attack(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def is_stretched(points: pd.DataFrame, unit: str = "nats") -> bool:
+def is_stretched(points: pd.DataFrame, unit: str = "nats", column: str | None = None) -> bool:
     """Return whether a few of many points are so far out that the others would be indistinguishable.
 
     >>> is_stretched(pd.DataFrame({"shift": [0.1] * 11 + [20.0], "discrimination": 0.0}))
@@ -291,8 +291,10 @@ def is_stretched(points: pd.DataFrame, unit: str = "nats") -> bool:
     Args:
         points: table from `build_plane_points`.
         unit: unit of the axes: SD or nats.
+        column: the only axis to look at; by default both.
     """
-    far = points[[*PLANE_COLUMNS[unit]]].abs().max(axis=1).dropna()
+    columns = PLANE_COLUMNS[unit] if column is None else [column]
+    far = points[[*columns]].abs().max(axis=1).dropna()
     return len(far) > 10 and bool(far.max() > 6 * far.quantile(0.75))
 
 
@@ -495,16 +497,41 @@ def build_analysis_points(
         tables["margins"] = build_margin_curves(rows, estimates, threshold)
         if has_defenses:
             tables["plane"] = build_plane_points(estimates)
+            tables["forest"] = build_forest_points(estimates)
             tables["square"] = build_square_points(tables["plane"])
             tables["side_effects"] = build_side_effect_points(estimates)
         tables["roc"] = build_roc_points(rows, estimates, threshold)
         if kinds is not None:
             tables["kinds"] = build_kind_points(kinds[kinds["attack"] == attack])
-        suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
+        suffix = f"-{sanitize_name(attack)}" if len(attacks) > 1 else ""
         figures |= {kind + suffix: table for kind, table in tables.items() if len(table)}
     if len(attacks) > 1:
         figures["attacks"] = build_attack_cells(scores, summary, threshold)
     return figures
+
+
+def build_forest_points(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return shift and discrimination of each defense, of the responses if they were judged.
+
+    >>> row = {"attack": "direct", "defense": "a", "family": "noise", "n_harmful": 9, "n_benign": 9}
+    >>> row |= {f"{x}{end}": 1.0 for x in ("shift", "discrimination") for end in INTERVAL_SUFFIXES}
+    >>> build_forest_points(pd.DataFrame([row, row | {"defense": "none"}]))["shift"].tolist()
+    [1.0]
+
+    Args:
+        summary: `summary.csv`.
+
+    Returns:
+        `shift` and `discrimination` (margins, nats), or `response_shift` and `response_discrimination`
+        (percentage points), each with its interval.
+    """
+    is_judged = has_judged_rates(summary) and "response_shift" in summary
+    columns = ("response_shift", "response_discrimination") if is_judged else ("shift", "discrimination")
+    numbers = [f"{name}{end}" for name in columns for end in INTERVAL_SUFFIXES]
+    names = ["attack", "defense", "family", "n_harmful", "n_benign"]
+    names += [name for name in ("n_responses",) if is_judged and name in summary]
+    rows = summary.loc[summary["defense"] != UNDEFENDED, [*names, *numbers]]
+    return rows.dropna(subset=[*columns]).reset_index(drop=True)
 
 
 def build_side_effect_points(summary: pd.DataFrame) -> pd.DataFrame:
@@ -536,7 +563,7 @@ def build_agreement_points(agreement: pd.DataFrame) -> FigureTables:
         agreement: `agreement.csv`.
     """
     attacks = list(agreement["attack"].unique())
-    suffixes = {attack: f"-{_sanitize_name(attack)}" if len(attacks) > 1 else "" for attack in attacks}
+    suffixes = {attack: f"-{sanitize_name(attack)}" if len(attacks) > 1 else "" for attack in attacks}
     return {
         f"agreement{suffix}": agreement[agreement["attack"] == attack].reset_index(drop=True)
         for attack, suffix in suffixes.items()
@@ -568,7 +595,7 @@ def build_model_points(effects: pd.DataFrame, order: pd.DataFrame) -> FigureTabl
         }
         if tables["models_order"].get("tau", pd.Series(dtype=float)).isna().all():
             del tables["models_order"]
-        suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
+        suffix = f"-{sanitize_name(attack)}" if len(attacks) > 1 else ""
         figures |= {
             kind + suffix: table.dropna(axis=1, how="all").reset_index(drop=True)
             for kind, table in tables.items()
@@ -595,7 +622,7 @@ def build_depth_points(depth: pd.DataFrame) -> FigureTables:
     }
     attacks = list(depth["attack"].unique())
     for attack in attacks:
-        suffix = f"-{_sanitize_name(attack)}" if len(attacks) > 1 else ""
+        suffix = f"-{sanitize_name(attack)}" if len(attacks) > 1 else ""
         for kind, names in columns.items():
             drawn = [*keys, *(f"{name}{end}" for name in names for end in INTERVAL_SUFFIXES)]
             rows = depth.loc[depth["attack"] == attack, [name for name in drawn if name in depth]]
@@ -722,6 +749,9 @@ def _iterate_mechanism_points(
         for defense in dict.fromkeys(table["defense"]) if is_per_defense else [""]:
             rows = table[table["defense"] == defense] if is_per_defense else table
             points = _build_mechanism_kind(kind, rows, tables.get("half"), n_top)
+            if kind == "parts" and len(points):  # one color scale, so that the defenses can be compared
+                sizes = build_part_cells(table)[[*CONTRAST_LABELS]].abs()
+                points = points.assign(largest_of_run=float(np.nanmax(sizes.to_numpy(float))))
             if len(points):
                 yield kind, str(defense), points.reset_index(drop=True)
 
@@ -738,9 +768,10 @@ def _build_mechanism_kind(
     return build_patch_points(rows, n_top) if kind == "patches" else rows
 
 
-def _sanitize_name(name: str) -> str:
+def sanitize_name(name: str) -> str:
+    """Return a name as it is written in the name of a file."""
     return re.sub(r"[^A-Za-z0-9.+_]+", "-", str(name))
 
 
 def _shorten_stem_name(name: str) -> str:
-    return _sanitize_name(name).strip("-")[:_MAX_STEM_NAME_LENGTH]
+    return sanitize_name(name).strip("-")[:_MAX_STEM_NAME_LENGTH]

@@ -6,7 +6,8 @@ A new figure is one function that draws a table, one that writes its caption, an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,23 @@ from analysis.plots.depth import (
     draw_depth_effects,
     draw_depth_rates,
 )
+from analysis.plots.dot_plots import (
+    caption_dumbbell,
+    caption_forest,
+    caption_kinds,
+    caption_pairs,
+    draw_dumbbell,
+    draw_forest,
+    draw_kinds,
+    draw_pairs,
+)
 from analysis.plots.heatmaps import (
     caption_attack_grid,
+    caption_categories,
     caption_interactions,
     caption_profile_similarity,
     draw_attack_grid,
+    draw_categories,
     draw_interactions,
     draw_profile_similarity,
 )
@@ -39,9 +52,16 @@ from analysis.plots.interventions import (
     draw_patches,
     draw_weight_patches,
 )
-from analysis.plots.kinds import caption_kinds, draw_kinds
 from analysis.plots.layers import caption_directions, caption_layers, draw_directions, draw_layers
-from analysis.plots.layout import finish_figure, fit_text
+from analysis.plots.layout import (
+    CANVAS_MARGIN,
+    FigureError,
+    finish_figure,
+    fit_text,
+    fit_width,
+    shrink_texts,
+    wrap_text,
+)
 from analysis.plots.models import (
     caption_model_effects,
     caption_model_order,
@@ -60,7 +80,14 @@ from analysis.plots.plane import (
 )
 from analysis.plots.predictions import caption_forecast, draw_forecast
 from analysis.plots.rank_agreement import caption_rank_agreement, draw_rank_agreement
-from analysis.plots.scores import caption_margins, caption_roc, draw_margins, draw_roc
+from analysis.plots.scores import (
+    caption_margins,
+    caption_roc,
+    caption_thresholds,
+    draw_margins,
+    draw_roc,
+    draw_thresholds,
+)
 from analysis.plots.tradeoffs import (
     caption_cost,
     caption_pareto_front,
@@ -77,6 +104,15 @@ from analysis.plots.validity import (
 )
 from analysis.stats.tables import UNDEFENDED, Trust, format_condition
 
+STYLES = ("screen", "paper")
+PAPER_WIDTHS = (3.3, 6.9)  # inches: a column of a page, and both
+PAPER_MARGIN = 0.03  # inches around a figure on paper
+PAPER_DPI = 300  # of what has pixels
+# Smallest width of axes, as a share of what the drawing function asks: of one panel, of several, and without
+# a width that the user has chosen.
+_MIN_SINGLE_SCALE, _MIN_PANEL_SCALE, _LEGIBLE_SCALE = 0.3, 0.45, 0.55
+_DEFENSE_COLUMNS = ("defense", "other", "first", "second")
+
 
 @dataclass(frozen=True)
 class FigureKind:
@@ -90,6 +126,8 @@ class FigureKind:
         draw: draws the table and returns the axes.
         caption: returns the caption, given that table and the facts about the run.
         has_units: whether both take the unit of the axes.
+        is_single: whether it has one panel, so that it can be drawn into given axes.
+        keeps_shape: whether its height changes with its width; otherwise, rows or panels give the height.
     """
 
     kind: str
@@ -99,6 +137,8 @@ class FigureKind:
     draw: Callable[..., Axes]
     caption: Callable[..., str]
     has_units: bool = False
+    is_single: bool = False
+    keeps_shape: bool = False
 
 
 # In the order of the report.
@@ -110,6 +150,8 @@ _FIGURE_KINDS = (
         "refusals",
         draw_refusals,
         caption_refusals,
+        is_single=True,
+        keeps_shape=True,
     ),
     FigureKind(
         "plane",
@@ -119,9 +161,60 @@ _FIGURE_KINDS = (
         draw_plane,
         caption_plane,
         has_units=True,
+        is_single=True,
+        keeps_shape=True,
     ),
     FigureKind(
-        "roc", "run", "ROC curves of the first-token margin, by defense", "roc", draw_roc, caption_roc
+        "forest",
+        "run",
+        "Shift and discrimination of each defense with their intervals",
+        "forest",
+        draw_forest,
+        caption_forest,
+    ),
+    FigureKind(
+        "dumbbell",
+        "run",
+        "Refusal rates of harmful and of benign queries, by defense",
+        "dumbbell",
+        draw_dumbbell,
+        caption_dumbbell,
+        is_single=True,
+    ),
+    FigureKind(
+        "pairs",
+        "run",
+        "Refusals of harmful queries and of their benign twins, by defense",
+        "pairs",
+        draw_pairs,
+        caption_pairs,
+        is_single=True,
+    ),
+    FigureKind(
+        "categories",
+        "run",
+        "Refusal rates by category of queries and defense",
+        "categories",
+        draw_categories,
+        caption_categories,
+    ),
+    FigureKind(
+        "thresholds",
+        "run",
+        "Shift and discrimination of the readout's refusals, by its threshold",
+        "thresholds",
+        draw_thresholds,
+        caption_thresholds,
+    ),
+    FigureKind(
+        "roc",
+        "run",
+        "ROC curves of the first-token margin, by defense",
+        "roc",
+        draw_roc,
+        caption_roc,
+        is_single=True,
+        keeps_shape=True,
     ),
     FigureKind(
         "margins",
@@ -130,6 +223,7 @@ _FIGURE_KINDS = (
         "margins",
         draw_margins,
         caption_margins,
+        is_single=True,
     ),
     FigureKind(
         "square",
@@ -138,6 +232,8 @@ _FIGURE_KINDS = (
         "square",
         draw_square,
         caption_square,
+        is_single=True,
+        keeps_shape=True,
     ),
     FigureKind(
         "secrets",
@@ -146,6 +242,7 @@ _FIGURE_KINDS = (
         "secrets",
         draw_secrets,
         caption_secrets,
+        is_single=True,
     ),
     FigureKind(
         "grid",
@@ -162,6 +259,7 @@ _FIGURE_KINDS = (
         "agreement",
         draw_rank_agreement,
         caption_rank_agreement,
+        is_single=True,
     ),
     FigureKind(
         "models_plane",
@@ -194,6 +292,7 @@ _FIGURE_KINDS = (
         "kinds",
         draw_kinds,
         caption_kinds,
+        is_single=True,
     ),
     FigureKind(
         "attacks",
@@ -226,6 +325,8 @@ _FIGURE_KINDS = (
         "cost",
         draw_cost,
         caption_cost,
+        is_single=True,
+        keeps_shape=True,
     ),
     FigureKind(
         "side_effects",
@@ -234,6 +335,8 @@ _FIGURE_KINDS = (
         "side_effects",
         draw_side_effects,
         caption_side_effects,
+        is_single=True,
+        keeps_shape=True,
     ),
     FigureKind(
         "calibration",
@@ -242,6 +345,8 @@ _FIGURE_KINDS = (
         "rates",
         draw_calibration,
         caption_calibration,
+        is_single=True,
+        keeps_shape=True,
     ),
     FigureKind(
         "rates",
@@ -250,6 +355,7 @@ _FIGURE_KINDS = (
         "rates",
         draw_refusal_rates,
         caption_refusal_rates,
+        is_single=True,
     ),
     FigureKind(
         "forecast",
@@ -258,6 +364,7 @@ _FIGURE_KINDS = (
         "forecast",
         draw_forecast,
         caption_forecast,
+        keeps_shape=True,
     ),
     FigureKind(
         "interactions",
@@ -266,6 +373,7 @@ _FIGURE_KINDS = (
         "interactions",
         draw_interactions,
         caption_interactions,
+        keeps_shape=True,
     ),
     FigureKind(
         "front",
@@ -274,6 +382,7 @@ _FIGURE_KINDS = (
         "front",
         draw_pareto_front,
         caption_pareto_front,
+        keeps_shape=True,
     ),
     FigureKind(
         "layers",
@@ -290,6 +399,7 @@ _FIGURE_KINDS = (
         "parts",
         draw_part_map,
         caption_part_map,
+        keeps_shape=True,
     ),
     FigureKind(
         "top",
@@ -338,37 +448,176 @@ _FIGURE_KINDS = (
         "profiles",
         draw_profile_similarity,
         caption_profile_similarity,
+        keeps_shape=True,
     ),
 )
 FIGURES = {figure.kind: figure for figure in _FIGURE_KINDS}
 
 
 def draw_figure(
-    tables: Mapping[str, pd.DataFrame], record: Mapping[str, Any], name: str, unit: str | None = None
+    tables: Mapping[str, pd.DataFrame],
+    record: Mapping[str, Any],
+    name: str,
+    unit: str | None = None,
+    *,
+    ax: Axes | None = None,
+    defenses: Sequence[str] | None = None,
+    title: bool | None = None,
+    caption: bool | None = None,
+    style: str = "screen",
+    width: float | None = None,
 ) -> Figure:
-    """Return a figure with title and caption, and a warning if generated text contradicts the readout.
+    """Return a figure, with a warning above it if generated text contradicts the readout.
 
     Args:
         tables: tables of the run by stem, among them the one of that name.
         record: contents of the run's `run.json`.
         name: name of the figure, such as `plane` or `parts-backdoor`.
         unit: unit of the axes of the plane, SD or nats; by default SD where the run has it.
+        ax: axes to draw into, of a figure with one panel; they get no caption.
+        defenses: the defenses to draw besides the undefended model; by default all.
+        title: whether to write the title; by default on a screen.
+        caption: whether to write the caption below the figure; by default on a screen, and never into `ax`.
+        style: screen or paper (texts of 8 points, `PAPER_WIDTHS`, no title and no caption by default).
+        width: of the figure, inches; by default, on paper the smaller of `PAPER_WIDTHS` in which the axes
+            stay legible, on a screen as wide as the content.
 
     Raises:
-        ValueError: if the run has no such figure, or the figure no such unit.
+        FigureError: if the run has no such figure, or it cannot be drawn as asked.
     """
     kind = find_figure_kind(name)
     if name not in tables or kind not in FIGURES:
         known = ", ".join(stem for stem in tables if find_figure_kind(stem) in FIGURES)
-        raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
-    points, figure = tables[name], FIGURES[kind]
-    warning = _format_warning(points, tables.get("summary")) if figure.section == "mechanism" else ""
-    if unit is not None and not figure.has_units:
-        raise ValueError(f"the figure {name!r} has no choice of units; only the plane has one")
+        raise FigureError(f"no figure {name!r} in this run; it has {known or 'none'}")
+    _check_options(name, kind, unit, ax, style, width)
+    figure = FIGURES[kind]
+    if defenses is not None:
+        counted = figure.table + name.removeprefix(kind)
+        chosen = {stem: select_defenses(tables[stem], stem, defenses) for stem in {name, counted} & {*tables}}
+        tables = {**tables, **chosen}
+    points = tables[name]
     options = {} if unit is None else {"unit": unit}
-    caption = format_figure_caption(tables, record, name, unit)
-    title = format_figure_title(kind, points)
-    return finish_figure(figure.draw(points, **options), title, caption, warning)
+    is_paper = style == "paper"
+    heading = format_figure_title(kind, points) if (not is_paper if title is None else title) else ""
+    if ax is not None:
+        return _draw_into_axes(name, figure, points, ax, heading, is_paper, options)
+    text = (
+        format_figure_caption(tables, record, name, unit)
+        if (not is_paper if caption is None else caption)
+        else ""
+    )
+    warning = _format_warning(points, tables.get("summary")) if figure.section == "mechanism" else ""
+
+    def draw() -> Axes:
+        drawn = figure.draw(points, **options)
+        if is_paper:
+            shrink_texts(drawn)
+        return drawn
+
+    margin = PAPER_MARGIN if is_paper else CANVAS_MARGIN
+    min_scale = _MIN_SINGLE_SCALE if figure.is_single else _MIN_PANEL_SCALE
+    drawn: Axes | None = None
+    if width is not None:
+        try:
+            drawn = fit_width(draw, width, figure.keeps_shape, min_scale, margin)
+        except FigureError as error:
+            raise FigureError(f"figure {name} at a width of {width:g} inches: {error}") from error
+    elif is_paper:
+        for paper_width in PAPER_WIDTHS:
+            with suppress(FigureError):
+                drawn = fit_width(draw, paper_width, figure.keeps_shape, _LEGIBLE_SCALE, margin)
+                width = paper_width
+                break
+    finished = finish_figure(drawn or draw(), heading, text, warning, width, margin)
+    if is_paper:
+        finished.set_dpi(PAPER_DPI)
+    return finished
+
+
+def select_defenses(points: pd.DataFrame, name: str, defenses: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of some defenses and of the undefended model.
+
+    >>> select_defenses(pd.DataFrame({"defense": ["none", "a", "b"]}), "plane", ["b"])["defense"].tolist()
+    ['none', 'b']
+
+    Args:
+        points: table of a figure.
+        name: name of the figure, for the error message.
+        defenses: names of defenses.
+
+    Raises:
+        FigureError: if the figure does not show one of them, or shows no defenses to choose from.
+    """
+    shown = list_shown_defenses(points)
+    if not shown:
+        raise FigureError(f"figure {name} shows no defenses to choose from; draw it without this choice")
+    for defense in defenses:
+        if defense not in shown:
+            raise FigureError(f"figure {name} does not show {defense!r}; it shows {', '.join(shown)}")
+    kept = {UNDEFENDED, *defenses}
+    if "members" in points:
+        return points[[kept.issuperset(team.split("+")) for team in points["members"].astype(str)]]
+    columns = [column for column in _DEFENSE_COLUMNS if column in points]
+    return points[points[columns].isin(kept).all(axis=1)].reset_index(drop=True)
+
+
+def list_shown_defenses(points: pd.DataFrame) -> list[str]:
+    """Return the defenses among which the rows of a figure can be chosen; none for one design of several."""
+    if "corner" in points:  # the square of an ablation needs all four
+        return []
+    if "members" in points:
+        names: list[str] = [name for team in points["members"].astype(str) for name in team.split("+")]
+    else:
+        names = [str(name) for column in _DEFENSE_COLUMNS if column in points for name in points[column]]
+    return [name for name in dict.fromkeys(names) if name != UNDEFENDED]
+
+
+def _check_options(
+    name: str, kind: str, unit: str | None, ax: Axes | None, style: str, width: float | None
+) -> None:
+    """Raise if a figure has no such option."""
+    if unit is not None and not FIGURES[kind].has_units:
+        raise FigureError(f"the figure {name!r} has no choice of units; only the plane has one")
+    if style not in STYLES:
+        raise FigureError(f"unknown style {style!r}; there are {' and '.join(STYLES)}")
+    if width is not None and not 1 <= width <= 100:
+        raise FigureError(
+            f"width {width:g}: it takes inches, from 1 to 100; a column is {PAPER_WIDTHS[0]} wide"
+        )
+    if ax is not None and width is not None:
+        raise FigureError("width: given axes keep their size; omit it, or omit ax")
+    if ax is not None and not FIGURES[kind].is_single:
+        raise FigureError(_explain_panels(name))
+
+
+def _explain_panels(name: str) -> str:
+    single = ", ".join(figure.kind for figure in FIGURES.values() if figure.is_single)
+    return f"figure {name} has several panels and is not drawn into given axes; with one panel: {single}"
+
+
+def _draw_into_axes(
+    name: str,
+    figure: FigureKind,
+    points: pd.DataFrame,
+    ax: Axes,
+    heading: str,
+    is_paper: bool,
+    options: Mapping[str, Any],
+) -> Figure:
+    """Draw a figure of one panel into axes of the caller; return the figure that they belong to."""
+    figure.draw(points, ax=ax, **options)
+    if is_paper:
+        shrink_texts(ax)
+    if heading:
+        ax.set_title(
+            "\n".join(wrap_text(heading, ax.get_window_extent().width * 72 / ax.figure.dpi, 9, "bold")),
+            loc="left",
+            fontsize=9,
+            weight="bold",
+        )
+    owner = ax.get_figure(root=True)
+    assert owner is not None
+    return owner
 
 
 def find_figure_kind(stem: str) -> str:

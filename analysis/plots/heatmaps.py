@@ -34,6 +34,7 @@ from analysis.plots.layout import (
     draw_color_scale,
     extract_estimates,
     fit_text,
+    get_width_scale,
     make_axes,
     measure_text_width,
     place_legend_beside,
@@ -61,6 +62,13 @@ _ATTACK_PANELS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
 }
 _CELL_HEIGHT, _MIN_CELL_WIDTH, _MIN_PANEL_WIDTH = 0.22, 0.4, 1.5  # inches, of the attack grid
 _ATTACK_PANEL_GAP = 0.25  # inches between two panels of the attack grid
+_CELL_TEXT_WIDTH = 2.6  # font sizes that a number in a cell needs
+_CATEGORY_CELL, _CATEGORY_GAP = (0.27, 0.19), 0.2  # inches: width and height of a cell, gap of two panels
+_MIN_CATEGORY_PANEL = 1.6  # inches: the title needs them
+_CATEGORY_PANELS = {
+    True: ("harmful queries refused (%)", BLUE),
+    False: ("benign queries refused (%)", VERMILION),
+}
 _MAX_ATTACKS_ABREAST = 6  # attacks up to which the panels are side by side instead of stacked
 _MIN_INTERACTION_PANEL, _INTERACTION_PANEL_GAP, _FAMILY_STRIP_WIDTH = 2.6, 0.3, 0.06  # inches
 _SIMILARITY_PANEL_GAP = 0.35  # inches between two panels of the similarity map
@@ -142,7 +150,8 @@ def draw_attack_grid(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
             fit_text("no attack" if name == "direct" else name, 115, TEXT_SIZE, 1) for name in attacks
         ]
         titles = {
-            name: wrap_text(title, 72 * width, 8, "bold") for name, (title, *_) in _ATTACK_PANELS.items()
+            name: wrap_text(title, 72 * width * get_width_scale(), 8, "bold")
+            for name, (title, *_) in _ATTACK_PANELS.items()
         }
         names_height = max(measure_text_width(name, TEXT_SIZE) for name in attack_names) / 72 + 0.2
         title_height = max(map(len, titles.values())) * 8 * LINE_HEIGHT / 72
@@ -183,7 +192,7 @@ def draw_interactions(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     families = _families_by_defense(check_one_attack(cells))
     numbered = len(families) <= MAX_NUMBERED_DEFENSES
-    cell = 0.36 if numbered else 0.15
+    cell = 0.4 if numbered else 0.15
     side = cell * len(families)
     step = max(side, _MIN_INTERACTION_PANEL) + _INTERACTION_PANEL_GAP
     size = 2 * step - _INTERACTION_PANEL_GAP, side
@@ -252,6 +261,88 @@ def draw_profile_similarity(profiles: pd.DataFrame, ax: Axes | None = None) -> A
     return ax
 
 
+def draw_categories(cells: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the refusal rates of each category of queries under each defense, a panel per class.
+
+    >>> row = {"attack": "direct", "defense": "none", "family": "none", "category": "theft", "n": 5}
+    >>> cells = pd.DataFrame([row | {"harmful": True, "refused": 0.4}])
+    >>> [panel.texts[0].get_text() for panel in draw_categories(cells).child_axes]
+    ['40']
+
+    Args:
+        cells: table from `build_category_cells`, of one attack.
+        ax: axes that the panels are placed in; by default new ones.
+    """
+    families = _order_defenses(check_one_attack(cells))
+    defenses, height = list(families), _CATEGORY_CELL[1] * len(families)
+    categories = {
+        harmful: list(dict.fromkeys(cells.loc[cells["harmful"] == harmful, "category"].astype(str)))
+        for harmful in (True, False)
+        if (cells["harmful"] == harmful).any()
+    }
+    widths = {
+        harmful: max(_CATEGORY_CELL[0] * len(names), _MIN_CATEGORY_PANEL)
+        for harmful, names in categories.items()
+    }
+    size = sum(widths.values()) + _CATEGORY_GAP * (len(widths) - 1), height
+    left = 0.0
+    with rc_context(RC_PARAMS):
+        ax = ax or make_axes(*size)
+        ax.set_axis_off()
+        shown_names = _name_categories(cells)
+        names_height = 8 + max(measure_text_width(name, TEXT_SIZE) for name in shown_names.values())
+        for harmful, names in categories.items():
+            panel = add_inset_axes(ax, size, (left, 0, widths[harmful], height))
+            left += widths[harmful] + _CATEGORY_GAP
+            rows = cells[cells["harmful"] == harmful]
+            values = np.full((len(defenses), len(names)), np.nan)
+            for defense, category, refused in zip(
+                rows["defense"], rows["category"].astype(str), rows["refused"], strict=True
+            ):
+                values[defenses.index(defense), names.index(category)] = 100 * refused
+            labels = np.array([[f"{value:.0f}" for value in row] for row in values], dtype=object)
+            title, color = _CATEGORY_PANELS[harmful]
+            color_map = LinearSegmentedColormap.from_list(title, ("white", color))
+            lines: Any = {"linewidths": 0.8, "linecolor": "white", "gid": title}
+            draw_heatmap(
+                panel,
+                values,
+                (0, 100),
+                color_map,
+                labels,
+                text_size=_fit_cell_text(_CATEGORY_CELL[0]),
+                **lines,
+            )
+            _separate_families(panel, list(families.values()), "rows", 3)
+            shown = [shown_names[harmful, name] for name in names]
+            panel.xaxis.tick_top()
+            panel.set_xticks(np.arange(len(names)) + 0.5, shown, rotation=90, fontsize=TEXT_SIZE)
+            panel.tick_params(length=0)
+            panel.set_title(title, loc="left", fontsize=8, weight="bold", y=1, pad=names_height)
+            if harmful == next(iter(categories)):
+                _name_defense_rows(panel, families)
+        _name_family_rows(panel, list(families.values()), len(names))
+    return ax
+
+
+def caption_categories(cells: pd.DataFrame, context: CaptionContext) -> str:
+    """Return the caption of `draw_categories`."""
+    attack = cells["attack"].iloc[0]
+    is_judged = has_judged_rates(cells)
+    basis = (
+        f"by the {context.response_basis or 'judged responses'}"
+        if is_judged
+        else "by the readout (first-token margin above the threshold)"
+    )
+    setting = context.format_response_sentences(attack) if is_judged else context.format_sentences(attack)
+    widest = 100 * float((cells["refused_high"] - cells["refused_low"]).max())
+    return (
+        f"Share refused of the queries of each category, {basis}. Beside each category: its number of "
+        f"queries. Rates of few queries are uncertain: the widest interval spans {widest:.0f} points."
+        f"{format_family_note(cells['family'])} {setting}"
+    )
+
+
 def caption_attack_grid(cells: pd.DataFrame, context: CaptionContext) -> str:
     """Return the caption of `draw_attack_grid`."""
     is_untrusted = "trusted" in cells and (cells["trusted"] == Trust.NOT_TRUSTED).any()
@@ -317,6 +408,21 @@ def caption_profile_similarity(profiles: pd.DataFrame, context: CaptionContext) 
     )
 
 
+def _fit_cell_text(cell_width: float) -> float:
+    """Return the font size of numbers in cells of that width (inches), in axes as they are scaled now."""
+    return min(TEXT_SIZE - 0.5, 72 * cell_width * get_width_scale() / _CELL_TEXT_WIDTH)
+
+
+def _name_categories(cells: pd.DataFrame) -> dict[tuple[bool, str], str]:
+    """Return the name of each class and category with its number of queries."""
+    return {
+        (bool(harmful), str(category)): fit_text(
+            f"{category} ({format_count_range(rows['n'])})", 115, TEXT_SIZE, 1
+        )
+        for (harmful, category), rows in cells.groupby(["harmful", "category"], sort=False)
+    }
+
+
 def _order_defenses(cells: pd.DataFrame) -> dict[str, str]:
     """Return the family of each defense, the undefended model first and families together."""
     families = cells.drop_duplicates("defense").set_index("defense")["family"]
@@ -354,6 +460,7 @@ def _draw_attack_panel(
         limits = -(largest or 1.0), largest or 1.0
     color_map = LinearSegmentedColormap.from_list(column, colors)
     cell_lines: Any = {"linewidths": 1.2, "linecolor": "white", "gid": column}
+    cell_lines["text_size"] = _fit_cell_text(max(_MIN_CELL_WIDTH, _MIN_PANEL_WIDTH / len(attacks)))
     draw_heatmap(ax, shown, limits, color_map, labels, missing_color="white", **cell_lines)
     for row, attack_place in np.argwhere(~np.isfinite(shown) & (labels != "")).tolist():
         style: Any = {"color": BLACK}

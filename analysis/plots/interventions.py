@@ -32,6 +32,7 @@ from analysis.plots.layout import (
     stack_panels,
 )
 from analysis.plots.style import BLACK, BLUE, DARK, GREY, ORANGE, RC_PARAMS, TEXT_SIZE, VERMILION
+from analysis.stats.tables import INTERVAL_SUFFIXES
 
 PATCH_SOURCE_STYLES: dict[str, tuple[tuple[str, Any, str], str]] = {
     "defense": ((BLUE, "-", "o"), "from the defended run"),
@@ -45,6 +46,8 @@ WEIGHT_PATCH_STYLES: dict[str, tuple[tuple[str, Any, str], str]] = {
 }
 _ACTIVATION_KINDS = {"residual": "residual stream", "attention": "attention", "mlp": "MLP", "head": "heads"}
 _PATCH_PANEL_HEIGHT, _DOT_ROW_HEIGHT = 0.95, 0.2  # inches: a panel of curves, a row of dots
+_PATCHED_HEAD_HEIGHT = 0.26  # inches of a patched head, with a dot per source
+_PATCH_SCALES = (("residual",), ("attention", "mlp"), ("head",))  # kinds of activations on one scale
 KNOCKOUT_TOKENS = {"defense": "defense's tokens", "image": "tokens of images"}
 KNOCKOUT_READERS = {"answer": "answer position", "everything": "every later token"}
 # Inches: row of a dot, gap between two ranges, all ranges together.
@@ -75,7 +78,12 @@ def draw_patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         _heads_by_effect(rows) if kind == "head" else []
         for (_, kind), rows in zip(blocks, tables, strict=True)
     ]
-    heights = [max(_DOT_ROW_HEIGHT * len(heads), _PATCH_PANEL_HEIGHT) for heads in heads_by_block]
+    heights = [max(_PATCHED_HEAD_HEIGHT * len(heads), _PATCH_PANEL_HEIGHT) for heads in heads_by_block]
+    limits = {
+        kind: _find_patch_limits(points[points["kind"].isin(kinds_alike)])
+        for kinds_alike in _PATCH_SCALES
+        for kind in kinds_alike
+    }
     # Only the last block of curves has layer numbers below it.
     last_curves = max((place for place, heads in enumerate(heads_by_block) if not heads), default=-1)
     gaps = [0.5 if place == last_curves or heads else 0.14 for place, heads in enumerate(heads_by_block)]
@@ -85,14 +93,18 @@ def draw_patches(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for place, (rows, heads, panels) in enumerate(zip(tables, heads_by_block, panel_rows, strict=True)):
             for contrast, panel in zip(CONTRAST_LABELS, panels, strict=True):
                 if heads:
+                    for row in range(0, len(heads), 2):
+                        panel.axhspan(-row - 0.5, -row + 0.5, color=GREY, alpha=0.12, linewidth=0, zorder=0)
                     _draw_head_patches(panel, rows, contrast, heads, styles)
                     set_row_axis(panel, heads, "nats", with_names=panel is panels[0])
+                    panel.set_xlim(limits["head"])
                     continue
                 for source, (style, _) in styles.items():
                     if (rows["source"] == source).any():
                         draw_curve(panel, rows[rows["source"] == source], contrast, style, source)
                 set_layer_axis(panel, last_layer, "layer patched" if place == last_curves else "")
                 panel.tick_params(labelbottom=place == last_curves)
+                panel.set_ylim(limits[blocks[place][1]])
             into, kind = blocks[place]
             panels[0].set_ylabel(f"{_ACTIVATION_KINDS[kind]}\ninto {into}", fontsize=8)
         labels = {source: label for source, (_, label) in styles.items()}
@@ -223,8 +235,8 @@ def caption_patches(points: pd.DataFrame, context: CaptionContext) -> str:
     heads = "Heads (layer.head): those with the largest effects. " if (points["kind"] == "head").any() else ""
     return (
         f"Activation patching {format_query_counts(points, context.query_counts)}. {details}"
-        f"{CONTRASTS_SENTENCE}{heads}{format_interval_note(points, 'Bands and bars')}"
-        f"{format_run_sentences(points, context)}"
+        f"{CONTRASTS_SENTENCE}{heads}One scale for the residual stream, one for attention and MLPs, one for "
+        f"heads. {format_interval_note(points, 'Bands and bars')}{format_run_sentences(points, context)}"
     )
 
 
@@ -251,6 +263,16 @@ def caption_weight_patches(points: pd.DataFrame, context: CaptionContext) -> str
         f"{CONTRASTS_SENTENCE}{format_interval_note(points, 'Bands and bars')}"
         f"{format_run_sentences(points, context)}"
     )
+
+
+def _find_patch_limits(points: pd.DataFrame) -> tuple[float, float]:
+    """Return limits that contain the effects of all patches of some kinds, with their intervals, and 0."""
+    columns = [f"{name}{end}" for name in CONTRAST_LABELS for end in INTERVAL_SUFFIXES]
+    values = points.reindex(columns=columns).to_numpy(float)
+    values = values[np.isfinite(values)]
+    low, high = min(float(values.min(initial=0.0)), 0.0), max(float(values.max(initial=0.0)), 0.0)
+    room = 0.05 * (high - low) or 1.0
+    return low - room, high + room
 
 
 def _draw_head_patches(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.plots.captions import (
     CONTRASTS_SENTENCE,
@@ -22,16 +24,22 @@ from analysis.plots.layout import (
     assign_curve_styles,
     draw_curve,
     extract_estimates,
+    fit_text,
     make_line_legend,
     place_legend_beside,
     set_layer_axis,
     set_panel_titles,
     stack_panels,
 )
-from analysis.plots.style import BLACK, GREY, RC_PARAMS
+from analysis.plots.style import BLACK, GREY, RC_PARAMS, TEXT_SIZE
 
-_DIRECTION_TITLES = {"auroc": "AUROC", "shift": "shift", "discrimination": "discrimination"}
-_CURVE_PANEL_HEIGHT, _MARK_ROW_HEIGHT = 1.7, 0.1  # inches: a panel of curves, a row of half-way marks
+_DIRECTION_TITLES = {
+    "auroc": "AUROC",
+    "shift": "shift (distances)",
+    "discrimination": "discrimination (distances)",
+}
+_MAX_PEAK = 5.0  # a curve whose peak is this many times its usual size has a partly logarithmic axis
+_CURVE_PANEL_HEIGHT, _MARK_ROW_HEIGHT = 1.7, 0.13  # inches: a panel of curves, a row of half-way marks
 
 
 def draw_layers(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -52,6 +60,7 @@ def draw_layers(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
     with rc_context(RC_PARAMS):
         heights = [_CURVE_PANEL_HEIGHT] + [_MARK_ROW_HEIGHT * (len(styles) + 1)] * has_marks
         ax, (panels, *mark_panels) = stack_panels(ax, heights, [0.06] * has_marks)
+        names = [fit_text(str(name), 110, TEXT_SIZE, 1) for name in styles]
         set_panel_titles(panels, CONTRAST_LABELS.values())
         for place, (contrast, panel) in enumerate(zip(CONTRAST_LABELS, panels, strict=True)):
             for defense, style in styles.items():
@@ -62,9 +71,11 @@ def draw_layers(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 panel.tick_params(labelbottom=False)
                 _draw_half_way_marks(mark_panels[0][place], points, f"{contrast}_half", styles)
                 set_layer_axis(mark_panels[0][place], last_layer, label)
-                mark_panels[0][place].set_yticks([])
+                shown = names if place == 0 else [""] * len(names)
+                mark_panels[0][place].set_yticks(range(0, -len(names), -1), shown, fontsize=TEXT_SIZE - 0.7)
+                mark_panels[0][place].tick_params(axis="y", length=0)
         if has_marks:
-            mark_panels[0][0].set_ylabel("half-way", fontsize=8, rotation=0, ha="right", va="center")
+            mark_panels[0][0].set_ylabel("half-way", fontsize=8)
         place_legend_beside(ax, make_line_legend(styles))
     return ax
 
@@ -100,6 +111,12 @@ def draw_directions(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 for layer in sorted(set(rows.loc[rows["chosen"].astype(bool), "layer"])):
                     panel.axvline(layer, color=GREY, linewidth=0.8, linestyle=":", zorder=1, gid="chosen")
                 set_layer_axis(panel, last_layer, "layer" if direction == directions[-1] else "")
+                linear_range = _find_linear_range(rows, name)
+                if np.isfinite(linear_range):
+                    panel.set_yscale("symlog", linthresh=linear_range, linscale=1.5)
+                    panel.yaxis.set_major_locator(FixedLocator(_choose_log_ticks(panel, linear_range)))
+                    panel.yaxis.set_major_formatter(FuncFormatter(_format_tick))
+                    panel.yaxis.set_minor_locator(NullLocator())
             panels[0].set_ylabel(direction, fontsize=8)
         undefended = Line2D([], [], color=BLACK, linewidth=2, alpha=0.5, label="undefended (AUROC)")
         chosen = Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label="layer chosen in training")
@@ -131,8 +148,46 @@ def caption_directions(points: pd.DataFrame, context: CaptionContext) -> str:
         f"row per direction), {format_query_counts(points, context.query_counts)}, all held out. AUROC: "
         "separation of the classes by the projection; the thin line at .5 is chance. Shift (mean of the two "
         "class means of the change) and discrimination (harmful minus benign) are in units of the distance "
-        f"between the classes' training means. {format_interval_note(points, 'Bands')}Vertical dotted line: "
+        f"between the classes' training means. {_describe_scales(points)}"
+        f"{format_interval_note(points, 'Bands')}Vertical dotted line: "
         f"the layer chosen in training. {format_grey_note(points)}{format_run_sentences(points, context)}"
+    )
+
+
+def _find_linear_range(rows: pd.DataFrame, column: str) -> float:
+    """Return the size beyond which the axis of a panel is logarithmic, infinite without a high peak.
+
+    >>> _find_linear_range(pd.DataFrame({"shift": [1.0] * 9 + [20.0]}), "shift")
+    1.0
+    """
+    sizes = rows[column].abs().dropna() if column != "auroc" else pd.Series(dtype=float)
+    usual = float(sizes.quantile(0.8)) if len(sizes) else 0.0
+    if not usual > 0 or sizes.max() <= _MAX_PEAK * usual:
+        return np.inf
+    magnitude = 10.0 ** np.floor(np.log10(usual))
+    return float(magnitude * np.ceil(usual / magnitude))
+
+
+def _choose_log_ticks(panel: Axes, linear_range: float) -> list[float]:
+    """Return ticks at 0, at the ends of the linear part and, beyond, at its multiples by 5."""
+    low, high = panel.get_ylim()
+    places = [0.0, *(sign * factor * linear_range for factor in (1, 5, 25) for sign in (-1, 1))]
+    return sorted(place for place in places if low <= place <= high)
+
+
+def _format_tick(value: float, _: Any) -> str:
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _describe_scales(points: pd.DataFrame) -> str:
+    """Return the sentence on panels whose axis is partly logarithmic, empty if there is none."""
+    ranges = [
+        _find_linear_range(rows, column)
+        for _, rows in points.groupby("direction")
+        for column in ("shift", "discrimination")
+    ]
+    return "Where a peak is far higher than the rest, the axis is logarithmic beyond its middle. " * bool(
+        np.isfinite(ranges).any()
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -15,6 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import MaxNLocator
 
@@ -24,11 +28,56 @@ from analysis.stats.tables import INTERVAL_SUFFIXES
 
 LINE_HEIGHT = 1.25  # height of a line of text over its font size
 CANVAS_MARGIN = 0.14  # inches between the content and the edge of the canvas
+MIN_CANVAS_WIDTH = 5.8  # inches of content, where a caption needs them
+PAPER_TEXT_SIZE = 8.0  # points
+SETTING_SIZE = 6.75  # font size of the sentences on model, data and readout below a caption
 EFFECT_COLORS = LinearSegmentedColormap.from_list("effect", (VERMILION, "white", BLUE))
 MISSING_COLOR = "#E4E4E4"  # distinct from the white of no effect
 CURVE_STYLES = (*LINE_STYLES, (BLACK, "-", "o"), (VIOLET, (0, (4, 1, 1, 1)), "h"))
 REMAINING_STYLE = (GREY, "-", ".")  # for all curves after the last style
 _PANEL_GAP = 0.5  # inches between two panels of a row
+_LEGEND_HANDLE = 0.5  # inches of a legend's column beside its text
+_MIN_SHARE_BESIDE = 0.75  # of the width of the axes, at which a legend may stay beside them
+_WIDTH_TOLERANCE = 0.05  # inches
+_MAX_FITS = 5  # drawings until the content has the wanted width
+
+
+class FigureError(ValueError):
+    """A figure cannot be drawn as asked; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class AxesScale:
+    """How much wider and higher axes are made than a drawing function asks, and where legends go.
+
+    Attributes:
+        x: factor of the width.
+        y: factor of the height.
+        legend_width: width in inches of a legend below the axes; None leaves legends where they are.
+    """
+
+    x: float = 1.0
+    y: float = 1.0
+    legend_width: float | None = None
+
+
+_AXES_SCALE: ContextVar[AxesScale] = ContextVar("axes scale", default=AxesScale())  # noqa: B039  # frozen
+
+
+@contextmanager
+def scale_axes(scale: AxesScale) -> Iterator[None]:
+    """Make the axes that are created meanwhile larger or smaller; texts keep their sizes.
+
+    >>> with scale_axes(AxesScale(x=0.5)):
+    ...     ax = make_axes(4, 3)
+    >>> float((ax.get_window_extent().width / 150).round(3))
+    2.0
+    """
+    token = _AXES_SCALE.set(scale)
+    try:
+        yield
+    finally:
+        _AXES_SCALE.reset(token)
 
 
 def escape_unprintable(text: str) -> str:
@@ -93,14 +142,27 @@ def fit_text(name: str, width: float, size: float, max_lines: int = 2) -> str:
     return "\n".join(best)
 
 
+def get_width_scale() -> float:
+    """Return the factor by which axes are made wider now."""
+    return _AXES_SCALE.get().x
+
+
 def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = None) -> None:
-    """Place a legend to the right of the axes.
+    """Place a legend to the right of the axes, or below them where `scale_axes` says so.
 
     >>> ax = Figure().subplots()
     >>> place_legend_beside(ax, ax.plot([0, 1], label="a curve"))
     >>> ax.get_legend().get_texts()[0].get_text()
     'a curve'
     """
+    width = _AXES_SCALE.get().legend_width
+    if width is not None:
+        texts = [line for handle in handles for line in str(handle.get_label()).split("\n")]
+        widest = max((measure_text_width(text, TEXT_SIZE) for text in texts), default=0.0) / 72
+        n_columns = max(1, min(len(handles), int(width / (widest + _LEGEND_HANDLE))))
+        (left, below, _, _), _, _ = measure_content(ax)
+        place_legend_below(ax, handles, n_columns, float(below) + 0.1, title, float(left))
+        return
     style: Any = {
         "loc": "upper left",
         "bbox_to_anchor": (1.02, 1.0),
@@ -111,7 +173,12 @@ def place_legend_beside(ax: Axes, handles: Sequence[Any], title: str | None = No
 
 
 def place_legend_below(
-    ax: Axes, handles: Sequence[Any], n_columns: int, gap: float, title: str | None = None
+    ax: Axes,
+    handles: Sequence[Any],
+    n_columns: int,
+    gap: float,
+    title: str | None = None,
+    outdent: float = 0.0,
 ) -> None:
     """Place a legend in several columns below the axes.
 
@@ -121,79 +188,161 @@ def place_legend_below(
         n_columns: number of columns.
         gap: distance from the axes, inches; the axis label and the tick labels need it.
         title: line above the entries.
+        outdent: how far the legend begins left of the axes, inches.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
-    height = ax.get_window_extent().height / figure.dpi
-    style: Any = {"loc": "upper left", "bbox_to_anchor": (0.0, -gap / height), "borderaxespad": 0.0}
+    window = ax.get_window_extent()
+    anchor = -outdent * figure.dpi / window.width, -gap * figure.dpi / window.height
+    style: Any = {"loc": "upper left", "bbox_to_anchor": anchor, "borderaxespad": 0.0}
     style |= {"ncols": n_columns, "title": title, "alignment": "left"}
     ax.legend(handles=handles, labelspacing=0.45, handlelength=2.0, **style)
 
 
-def finish_figure(ax: Axes, title: str, caption: str, banner: str = "") -> Figure:
-    """Return the figure of `ax` with title, caption and banner, its canvas resized to fit the content.
+def measure_content(ax: Axes) -> tuple[Float[np.ndarray, " 4"], float, float]:
+    """Return how far the content reaches beyond the axes (left, below, right, above) and their size, inches.
 
-    The title is above the axes, the caption below, the banner (white on dark red) above the title. The axes
-    keep their size in inches, so labels placed before stay where they are.
-
-    >>> figure = finish_figure(make_axes(4, 3), "A title", "A caption.")
-    >>> [text.get_text() for text in figure.texts]
-    ['A title', 'A caption.']
+    Glyphs are placed on whole pixels, so text is wider at some resolutions; the widest counts.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
     before, spans = figure.dpi, []
-    for dpi in (100, 150, 300):  # glyphs are placed on whole pixels, so text is wider at some resolutions
+    for dpi in (100, 150, 300):
         figure.set_dpi(dpi)
         tight = ax.get_tightbbox()
         assert tight is not None
         spans.append(np.array([tight.extents, ax.get_window_extent().extents]) / dpi)
     figure.set_dpi(before)
     inner = spans[0][1]
-    left, below, right, above = np.abs([span[0] - span[1] for span in spans]).max(axis=0)
-    across, tall = inner[2] - inner[0], inner[3] - inner[1]
-    width = max(left + across + right, 5.8) + 2 * CANVAS_MARGIN
-    room = (width - 2 * CANVAS_MARGIN) * 72
-    head, foot = wrap_text(title, room, 10.5, "bold"), wrap_text(caption, room, 7.5)
+    beyond = np.abs([span[0] - span[1] for span in spans]).max(axis=0)
+    return beyond, float(inner[2] - inner[0]), float(inner[3] - inner[1])
+
+
+def fit_width(
+    draw: Callable[[], Axes], width: float, keeps_shape: bool, min_scale: float, margin: float
+) -> Axes:
+    """Draw a figure with axes of the size at which its content is as wide as wanted; texts keep their sizes.
+
+    A legend beside the axes moves below them if they would become small.
+
+    Args:
+        draw: draws the figure on new axes and returns them.
+        width: of the canvas, inches.
+        keeps_shape: whether the height changes like the width; otherwise it stays.
+        min_scale: smallest width of the axes, as a share of what the drawing function asks.
+        margin: between the content and the edge of the canvas, inches.
+
+    Raises:
+        FigureError: if the texts leave too little room; it states the width that would do.
+    """
+    room, needed = width - 2 * margin, np.inf
+    for legend_width, min_share in ((None, max(min_scale, _MIN_SHARE_BESIDE)), (max(room, 1.0), min_scale)):
+        scale = AxesScale(legend_width=legend_width)
+        for _ in range(_MAX_FITS):
+            with scale_axes(scale):
+                ax = draw()
+            (left, _, right, _), across, _ = measure_content(ax)
+            if scale.x < min_share:
+                break
+            if abs(left + across + right - room) < _WIDTH_TOLERANCE:
+                return ax
+            needed = min(needed, left + right + min_scale * across / scale.x)
+            x = scale.x * (room - left - right) / across
+            if x < min_share:
+                break
+            scale = AxesScale(x, x if keeps_shape else 1.0, legend_width)
+        else:
+            return ax
+    raise FigureError(
+        f"its texts need a width of at least {np.ceil(10 * (needed + 2 * margin)) / 10:.1f} inches"
+    )
+
+
+def finish_figure(
+    ax: Axes,
+    title: str = "",
+    caption: str = "",
+    banner: str = "",
+    width: float | None = None,
+    margin: float = CANVAS_MARGIN,
+) -> Figure:
+    r"""Return the figure of `ax` with title, caption and banner, its canvas resized to fit the content.
+
+    The title is above the axes, the caption below, the banner (white on dark red) above the title. The axes
+    keep their size in inches, so labels placed before stay where they are.
+
+    >>> figure = finish_figure(make_axes(4, 3), "A title", "A caption.\nModel: toy.")
+    >>> [(text.get_gid(), text.get_text()) for text in figure.texts]
+    [('title', 'A title'), ('caption', 'A caption.'), ('setting', 'Model: toy.')]
+
+    Args:
+        ax: axes that hold everything else.
+        title: empty for none.
+        caption: what is shown and, after a line break, model, data and readout in small print.
+        banner: warning.
+        width: of the canvas, inches; by default as wide as its content.
+        margin: between the content and the edge of the canvas, inches.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    (left, below, right, above), across, tall = measure_content(ax)
+    content = left + across + right
+    wide = max(content, MIN_CANVAS_WIDTH if caption else 0.0) + 2 * margin if width is None else width
+    start = margin if width is None else max(min(margin, (width - content) / 2), 0.0)
+    room = (wide - 2 * start) * 72
+    about, _, setting = caption.partition("\n")
+    blocks = {
+        "title": wrap_text(title, room, 10.5, "bold") if title else [],
+        "caption": wrap_text(about, room, 7.5) if about else [],
+        "setting": wrap_text(setting, room, SETTING_SIZE) if setting else [],
+    }
     flag = wrap_text(banner, room - 6, 8.5, "bold") if banner else []
     over = (len(flag) * 8.5 * LINE_HEIGHT + 12) / 72 if flag else 0.0
-    bottom = CANVAS_MARGIN + len(foot) * 7.5 * LINE_HEIGHT / 72 + 0.12 + below
-    height = bottom + tall + above + 0.1 + len(head) * 10.5 * LINE_HEIGHT / 72 + CANVAS_MARGIN + over
-    figure.set_size_inches(width, height)
-    ax.set_position(((CANVAS_MARGIN + left) / width, bottom / height, across / width, tall / height))
+    sizes = {"title": 10.5, "caption": 7.5, "setting": SETTING_SIZE}
+    heights = {name: len(lines) * sizes[name] * LINE_HEIGHT / 72 for name, lines in blocks.items()}
+    gap = 0.04 if blocks["setting"] else 0.0
+    foot = heights["caption"] + gap + heights["setting"]
+    bottom = margin + foot + (0.12 if foot else 0.0) + below
+    head = heights["title"] + (0.1 if title else 0.0)
+    height = bottom + tall + above + head + margin + over
+    figure.set_size_inches(wide, height)
+    ax.set_position(((start + left) / wide, bottom / height, across / wide, tall / height))
     style: dict[str, Any] = {"family": FONT_FAMILY, "linespacing": 1.15, "parse_math": False, "usetex": False}
-    figure.text(
-        CANVAS_MARGIN / width,
-        1 - (CANVAS_MARGIN + over) / height,
-        "\n".join(head),
-        va="top",
-        size=10.5,
-        weight="bold",
-        **style,
-    )
-    figure.text(
-        CANVAS_MARGIN / width,
-        CANVAS_MARGIN / height,
-        "\n".join(foot),
-        va="bottom",
-        size=7.5,
-        color="#333333",
-        **style,
-    )
+    places: dict[str, tuple[float, dict[str, Any]]] = {
+        "title": (height - margin - over, {"va": "top", "weight": "bold"}),
+        "caption": (margin + heights["setting"] + gap, {"va": "bottom", "color": "#333333"}),
+        "setting": (margin, {"va": "bottom", "color": "#555555"}),
+    }
+    for name, lines in blocks.items():
+        if lines:
+            y, look = places[name]
+            x, text = start / wide, "\n".join(lines)
+            figure.text(x, y / height, text, size=sizes[name], gid=name, **look, **style)
     if flag:
-        edge, ground = CANVAS_MARGIN + 3 / 72, {"facecolor": "#A50F15", "edgecolor": "none", "pad": 3}
-        look: Any = {"va": "top", "size": 8.5, "weight": "bold", "color": "white", "bbox": ground}
-        figure.text(edge / width, 1 - edge / height, "\n".join(flag), gid="banner", **look, **style)
+        edge, ground = start + 3 / 72, {"facecolor": "#A50F15", "edgecolor": "none", "pad": 3}
+        warning: Any = {"va": "top", "size": 8.5, "weight": "bold", "color": "white", "bbox": ground}
+        figure.text(
+            edge / wide, 1 - (margin + 3 / 72) / height, "\n".join(flag), gid="banner", **warning, **style
+        )
     return figure
 
 
+def shrink_texts(ax: Axes, size: float = PAPER_TEXT_SIZE) -> None:
+    """Give no text of the axes more than that size, points."""
+    for text in ax.findobj(Text):
+        if isinstance(text, Text) and float(text.get_fontsize()) > size:
+            text.set_fontsize(size)
+
+
 def make_axes(width: float, height: float) -> Axes:
-    """Return axes of that size in inches on a new canvas, which `finish_figure` resizes.
+    """Return axes of that size in inches, times `scale_axes`, on a canvas that `finish_figure` resizes.
 
     >>> make_axes(4, 3).get_window_extent().width / 150 == 4
     np.True_
     """
-    return Figure(figsize=(width / 0.5, height / 0.5), dpi=150).add_axes((0.25, 0.25, 0.5, 0.5))
+    scale = _AXES_SCALE.get()
+    size = width * scale.x / 0.5, height * scale.y / 0.5
+    return Figure(figsize=size, dpi=150).add_axes((0.25, 0.25, 0.5, 0.5))
 
 
 def add_inset_axes(ax: Axes, host_size: tuple[float, float], box: tuple[float, float, float, float]) -> Axes:
@@ -212,11 +361,25 @@ def add_inset_axes(ax: Axes, host_size: tuple[float, float], box: tuple[float, f
     return ax.inset_axes((left / host_width, bottom / host_height, width / host_width, height / host_height))
 
 
-def draw_color_scale(ax: Axes, max_value: float, labels: Sequence[str], is_horizontal: bool = False) -> None:
-    """Draw the effect colors from minus to plus `max_value`, with labels at both ends and in the middle."""
+def draw_color_scale(
+    ax: Axes,
+    max_value: float,
+    labels: Sequence[str],
+    is_horizontal: bool = False,
+    norm: Normalize | None = None,
+) -> None:
+    """Draw the effect colors from minus to plus `max_value`, with labels at both ends and in the middle.
+
+    Args:
+        ax: axes of the scale.
+        max_value: value of the last color.
+        labels: at the lower end, in the middle and at the upper end.
+        is_horizontal: whether the scale runs from left to right.
+        norm: mapping of values to colors; by default linear.
+    """
     edges = np.linspace(-max_value, max_value, 65)
     shades = ((edges[1:] + edges[:-1]) / 2)[:, None]
-    look: Any = {"cmap": EFFECT_COLORS, "norm": Normalize(-max_value, max_value)}
+    look: Any = {"cmap": EFFECT_COLORS, "norm": norm or Normalize(-max_value, max_value)}
     ax.set_gid("scale")
     if is_horizontal:
         ax.pcolormesh(edges, [0, 1], shades.T, **look)

@@ -24,7 +24,13 @@ from analysis.plots.data import (
     is_stretched,
 )
 from analysis.plots.labels import label_points, make_legend_marker
-from analysis.plots.layout import fit_text, make_axes, place_legend_below, place_legend_beside
+from analysis.plots.layout import (
+    fit_text,
+    make_axes,
+    measure_text_width,
+    place_legend_below,
+    place_legend_beside,
+)
 from analysis.plots.style import (
     BLACK,
     BLUE,
@@ -39,6 +45,7 @@ from analysis.plots.style import (
 from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust
 
 _MAX_SMALL_PLANE = 10  # defenses up to which the plane is small and its legend beside it
+_MAX_BOLD_BARS = 16  # points up to which their intervals are as strong as the points
 _AXIS_LABELS = {
     "SD": ("shift: change of the midpoint (SD)", "discrimination:\nchange of the separation (SD)"),
     "nats": ("shift (nats)", "discrimination (nats)"),
@@ -83,12 +90,11 @@ def draw_plane(points: pd.DataFrame, ax: Axes | None = None, unit: str = "SD") -
         origin = draw_origin(ax)
         controls = _draw_controls(ax, known, columns)
         for family, rows in known.groupby("family", sort=False):
-            draw_family(ax, str(family), rows, columns)
-        is_logarithmic = is_stretched(known, unit)
-        ax.set_xlim(compute_plane_limits(known, columns[0], is_logarithmic))
-        ax.set_ylim(compute_plane_limits(known, columns[1], is_logarithmic))
-        if is_logarithmic:
-            _use_log_axes(ax)
+            draw_family(ax, str(family), rows, columns, len(known) > _MAX_BOLD_BARS)
+        is_logarithmic = [is_stretched(known, unit, column) for column in columns]
+        ax.set_xlim(compute_plane_limits(known, columns[0], is_logarithmic[0]))
+        ax.set_ylim(compute_plane_limits(known, columns[1], is_logarithmic[1]))
+        _use_log_axes(ax, *is_logarithmic)
         x_label, y_label = _AXIS_LABELS[unit]
         ax.set_xlabel(x_label)
         ax.set_ylabel(y_label)
@@ -128,7 +134,7 @@ def draw_refusals(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
         _draw_bars(ax, undefended, (benign, harmful), BLACK)
         controls = _draw_controls(ax, known, (benign, harmful))
         for family, rows in known.groupby("family", sort=False):
-            draw_family(ax, str(family), rows, (benign, harmful))
+            draw_family(ax, str(family), rows, (benign, harmful), len(known) > _MAX_BOLD_BARS)
         ring = _draw_undefended(ax, undefended[benign], undefended[harmful], "undefended")
         ax.set_xlabel("benign queries refused (%)")
         ax.set_ylabel("harmful queries refused (%)")
@@ -183,8 +189,15 @@ def caption_plane(points: pd.DataFrame, context: CaptionContext, unit: str = "SD
         if is_untrusted
         else ""
     )
-    is_logarithmic = set(PLANE_COLUMNS[unit]) <= set(points) and is_stretched(points, unit)
-    scale = f" Both axes are logarithmic beyond ±{LINEAR_RANGE:g}\u00a0{unit}." if is_logarithmic else ""
+    columns = PLANE_COLUMNS[unit]
+    names = [
+        name
+        for name, column in zip(("shift", "discrimination"), columns, strict=True)
+        if column in points and is_stretched(points, unit, column)
+    ]
+    axes = f"The axis of {names[0]} is" if len(names) == 1 else "Both axes are"
+    scale = f" {axes} logarithmic beyond ±{LINEAR_RANGE:g}\u00a0{unit}." if names else ""
+    scale += " The axes have different scales." * (not names)
     definition = (
         "shift is the change of the midpoint (how far the middle of the two class means lies above the "
         "threshold), discrimination the change of the separation (how far the mean of harmful queries lies "
@@ -344,19 +357,29 @@ def _draw_controls(ax: Axes, points: pd.DataFrame, columns: tuple[str, str]) -> 
     return [make_legend_marker(GREY, "s", "matched controls")]
 
 
-def _draw_bars(ax: Axes, rows: pd.DataFrame, columns: tuple[str, str], color: str, level: float = 2) -> None:
-    """Draw both intervals of each point."""
+def _draw_bars(
+    ax: Axes,
+    rows: pd.DataFrame,
+    columns: tuple[str, str],
+    color: str,
+    level: float = 2,
+    is_faint: bool = False,
+) -> None:
+    """Draw both intervals of each point; faint ones where many cross."""
     x, y = columns
     bar: Any = {"color": color, "alpha": 0.55, "linewidth": 1.1, "zorder": level}
+    bar |= {"alpha": 0.35, "linewidth": 0.7} if is_faint else {}
     ax.hlines(rows[y], rows[f"{x}_low"], rows[f"{x}_high"], **bar)
     ax.vlines(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], **bar)
 
 
-def draw_family(ax: Axes, family: str, rows: pd.DataFrame, columns: tuple[str, str]) -> None:
+def draw_family(
+    ax: Axes, family: str, rows: pd.DataFrame, columns: tuple[str, str], is_faint: bool = False
+) -> None:
     """Draw the points and intervals of a family; untrusted points are hollow."""
     color, marker = FAMILY_STYLES.get(family, OTHER_FAMILY_STYLE)
     x, y = (rows[name] for name in columns)
-    _draw_bars(ax, rows, columns, color)
+    _draw_bars(ax, rows, columns, color, is_faint=is_faint)
     size = 62 if marker in "PX*" else 40
     untrusted = rows.get("trusted", pd.Series("", rows.index)) == Trust.NOT_TRUSTED
     for chosen, fill, edge, width in ((~untrusted, color, "white", 0.5), (untrusted, "white", color, 1.2)):
@@ -389,24 +412,49 @@ def _plane_legend(points: pd.DataFrame, known: pd.DataFrame, numbers: list[int])
 def name_directions(ax: Axes) -> None:
     """Name the four directions, level with the axis labels wherever the tick labels push them."""
     style: Any = {"fontsize": TEXT_SIZE, "fontstyle": "italic", "color": "#444444", "annotation_clip": False}
+    style |= {"textcoords": "offset points"}
+    less, more = "\N{LEFTWARDS ARROW} refuses less", "refuses more \N{RIGHTWARDS ARROW}"
+    worse, better = "\N{LEFTWARDS ARROW} separates worse", "separates better \N{RIGHTWARDS ARROW}"
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    window = ax.get_window_extent()
+    # In axes too short for label and directions side by side, the directions have a line of their own.
+    lowered, outer = (
+        -1.6 * TEXT_SIZE * _is_too_short(label.get_text(), texts, side * 72 / figure.dpi)
+        for label, texts, side in (
+            (ax.xaxis.label, (less, more), window.width),
+            (ax.yaxis.label, (worse, better), window.height),
+        )
+    )
     across: Any = style | {"xycoords": ("axes fraction", ax.xaxis.label), "va": "center"}
-    ax.annotate("\N{LEFTWARDS ARROW} refuses less", (0, 0.5), ha="left", **across)
-    ax.annotate("refuses more \N{RIGHTWARDS ARROW}", (1, 0.5), ha="right", **across)
+    ax.annotate(less, (0, 0.5), (0, lowered), ha="left", **across)
+    ax.annotate(more, (1, 0.5), (0, lowered), ha="right", **across)
+    beside = 0.5 if outer == 0 else 0.0
     up: Any = style | {"xycoords": (ax.yaxis.label, "axes fraction"), "ha": "center", "rotation": 90}
-    ax.annotate("\N{LEFTWARDS ARROW} separates worse", (0.5, 0), va="bottom", **up)
-    ax.annotate("separates better \N{RIGHTWARDS ARROW}", (0.5, 1), va="top", **up)
+    ax.annotate(worse, (beside, 0), (outer / 2, 0), va="bottom", **up)
+    ax.annotate(better, (beside, 1), (outer / 2, 0), va="top", **up)
 
 
-def _use_log_axes(ax: Axes) -> None:
-    """Make both axes logarithmic except for their middle, so that far points leave room for the others."""
-    ax.set_xscale("symlog", linthresh=LINEAR_RANGE, linscale=_LINEAR_SCALE)
-    ax.set_yscale("symlog", linthresh=LINEAR_RANGE, linscale=_LINEAR_SCALE)
-    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+def _use_log_axes(ax: Axes, is_x: bool, is_y: bool) -> None:
+    """Make axes logarithmic except for their middle, so that far points leave room for the others."""
+    scale: Any = {"linthresh": LINEAR_RANGE, "linscale": _LINEAR_SCALE}
+    if is_x:
+        ax.set_xscale("symlog", **scale)
+    if is_y:
+        ax.set_yscale("symlog", **scale)
+    limits = [(ax.xaxis, ax.get_xlim())] * is_x + [(ax.yaxis, ax.get_ylim())] * is_y
+    for axis, (low, high) in limits:
         ticks = [tick for tick in _LOG_AXIS_TICKS if low <= tick <= high]
         axis.set_major_locator(FixedLocator(_thin_ticks(ax, ticks, is_vertical=axis is ax.yaxis)))
         axis.set_minor_locator(FixedLocator([tick for tick in _LOG_AXIS_MINOR_TICKS if low <= tick <= high]))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
         axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def _is_too_short(label: str, directions: tuple[str, str], length: float) -> bool:
+    """Return whether an axis of that length (points) has no room for its label between both directions."""
+    widest = max(measure_text_width(line, 9) for line in label.split("\n"))
+    return bool(widest + sum(measure_text_width(text, TEXT_SIZE) for text in directions) + 12 > length)
 
 
 def _thin_ticks(ax: Axes, ticks: list[float], is_vertical: bool) -> list[float]:

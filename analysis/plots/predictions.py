@@ -207,16 +207,11 @@ def _forecast_legend(points: pd.DataFrame, has_stacks: bool) -> list[Any]:
         style: Any = {"color": color, "marker": marker, "markersize": 5.5 if how == STACK else 4.5}
         key.append(Line2D([], [], linestyle="", label=label, **style))
     if "kind" in points and (has_stacks or not is_crowded):
-        color, marker, _ = (
-            ENSEMBLE_STYLES[STACK]
-            if has_stacks
-            else ENSEMBLE_STYLES.get(present[0], (*OTHER_FAMILY_STYLE, ""))
-        )
         for kind, fill, label in (
-            ("intra", color, "filled: members of one mechanism"),
+            ("intra", GREY, "filled: members of one mechanism"),
             ("inter", "white", "hollow: members of two mechanisms"),
         ):
-            style = {"color": color, "marker": marker, "markerfacecolor": fill, "markersize": 5.5}
+            style = {"color": GREY, "marker": "o", "markerfacecolor": fill, "markersize": 5.5}
             if (points["kind"] == kind).any():
                 key.append(Line2D([], [], linestyle="", label=label, **style))
     return [*key, Line2D([], [], color=GREY, linewidth=0.8, label="observed = predicted")]

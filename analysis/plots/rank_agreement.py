@@ -90,7 +90,7 @@ def caption_rank_agreement(points: pd.DataFrame, context: CaptionContext) -> str
         "each set, stratified by class, 2,000 draws; they hold for these defenses, which are not resampled. "
         "Shift and discrimination in nats and ΔAUROC: of the first-token margin; the other measures: of "
         "judged responses. Controls and ablations are left out. "
-        f"Model: {context.model}. Data: {context.data}, {context.split} split. Attack: {sent}.{basis}"
+        f"\nModel: {context.model}. Data: {context.data}, {context.split} split. Attack: {sent}.{basis}"
     )
 
 

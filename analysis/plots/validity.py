@@ -6,18 +6,19 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis.plots.captions import CaptionContext, format_count_range
-from analysis.plots.labels import label_points
-from analysis.plots.layout import fit_text, make_axes, place_legend_beside
+from analysis.plots.layout import make_axes, place_legend_beside, set_row_axis
 from analysis.plots.style import BLACK, BLUE, DARK, GREY, RC_PARAMS, TEXT_SIZE, VERMILION
 from analysis.stats.agreement import MAX_RATE_ERROR, RESPONSES_READOUT
-from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, Trust, format_condition
+from analysis.stats.tables import UNDEFENDED, Trust, format_condition
 
+_ROW_HEIGHT = 0.24  # inches of a condition
 # Verdict → color, marker and fill.
 _VERDICT_STYLES: dict[str, tuple[str, str, str]] = {
     Trust.TRUSTED: (BLUE, "o", BLUE),
@@ -46,58 +47,59 @@ def draw_calibration(curve: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.scatter(curve["chance"], curve["refused"], color=BLUE, s=30, zorder=3, ec="white", lw=0.5)
         ax.set_xlim(-0.03, 1.03)
         ax.set_ylim(-0.03, 1.03)
+        above: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+        above |= {"fontsize": TEXT_SIZE, "color": DARK, "annotation_clip": False, "gid": "count"}
+        for chance, count in zip(curve["chance"], curve.get("refused_n", ()), strict=False):
+            ax.annotate(f"{count:.0f}", (chance, 1), (0, 4), va="bottom", **above)
+        if "refused_n" in curve:
+            number: Any = above | {"xycoords": "axes fraction", "ha": "left"}
+            ax.annotate("responses", (1, 1), (4, 4), va="bottom", **number)
         ax.set_xlabel("readout's refusal probability")
         ax.set_ylabel("share of responses that refuse")
     return ax
 
 
 def draw_refusal_rates(validity: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw each condition at its refusal rates by text and by readout; hollow if its rates are not trusted.
+    """Draw the refusal rates of each condition by text and by readout, a row each, sorted by the former.
 
     Args:
         validity: `validity.csv`, of one readout, and if known of the first tokens of the responses, which
-            are drawn as crosses.
+            are drawn as crosses. The mark of the readout is hollow if its rates are not trusted.
         ax: axes to draw on; by default new ones.
     """
     readout_rows, response_rows = _split_rows(validity)
     trust = _choose_trust_column(validity)
+    rates = pd.DataFrame(_compute_rates(readout_rows))
+    order = rates["text"].sort_values(ascending=False, kind="stable").index
+    rows, rates = readout_rows.loc[order], rates.loc[order]
+    heights = dict(zip(_key_conditions(rows), -np.arange(len(rows), dtype=float), strict=True))
+    places = np.array([*heights.values()])
+    names = [_name_condition(row) for row in rows.to_dict("records")]
+    half_width = 100 * MAX_RATE_ERROR
     with rc_context(RC_PARAMS):
-        ax = ax or make_axes(3.6, 3.6)
-        _draw_diagonal(ax)
-        low, high = -6, 108
-        half_width = 100 * MAX_RATE_ERROR
-        band: Any = {"color": GREY, "alpha": 0.25, "linewidth": 0, "zorder": 0}
-        ax.fill_between(
-            [low, high], [low - half_width, high - half_width], [low + half_width, high + half_width], **band
-        )
-        points = pd.DataFrame(
-            {
-                f"{name}{end}": values
-                for name, values in _compute_rates(readout_rows).items()
-                for end in INTERVAL_SUFFIXES
-            }
-        )
-        key = []
-        for number, row in enumerate(readout_rows.to_dict("records"), 1):
+        ax = ax or make_axes(3.6, max(_ROW_HEIGHT * len(rows), 0.6))
+        band: Any = {"color": GREY, "alpha": 0.3, "linewidth": 9, "zorder": 0.5, "gid": "band"}
+        ax.hlines(places, rates["text"] - half_width, rates["text"] + half_width, **band)
+        ax.hlines(places, rates["text"], rates["readout"], color=GREY, linewidth=1.0, zorder=1)
+        text: Any = {"color": BLACK, "marker": "|", "s": 70, "linewidths": 1.6}
+        ax.scatter(rates["text"], places, zorder=3, label="text", **text)
+        for row, rate, height in zip(rows.to_dict("records"), rates["readout"], places, strict=True):
             color, marker, fill = _VERDICT_STYLES[row[trust]]
-            x, y = (100 * row[count] / row["n"] for count in ("refused", "readout_refused"))
-            ax.scatter(x, y, s=46, marker=marker, color=fill, ec=color, lw=1.2, zorder=3)
-            name = fit_text(_name_condition(row), 150, TEXT_SIZE, 1)
-            key.append(_verdict_legend_entry(row[trust], f"{number}  {name}"))
-        subject = "rates" if trust == "rate_trusted" else "readout"
-        key += [_verdict_legend_entry(verdict, f"{subject}: {verdict}") for verdict in _VERDICT_STYLES]
+            ax.scatter(rate, height, s=40, marker=marker, color=fill, ec=color, lw=1.2, zorder=4)
+        text_style: Any = {"linestyle": "", "color": BLACK, "marker": "|", "markersize": 8, "mew": 1.6}
+        key = [Line2D([], [], label="generated text", **text_style)]
+        present = [verdict for verdict in _VERDICT_STYLES if (rows[trust] == verdict).any()]
+        key += [_verdict_legend_entry(verdict, f"readout: {verdict}") for verdict in present]
         if len(response_rows):
-            cross: Any = {"marker": "+", "color": BLACK}
-            rates = _compute_rates(response_rows)
-            ax.scatter(rates["text"], rates["readout"], s=50, lw=1.0, zorder=4, **cross)
+            cross: Any = {"marker": "+", "color": BLUE}
+            known = [name in heights for name in _key_conditions(response_rows)]
+            shown = response_rows[known]
+            at = [heights[name] for name in _key_conditions(shown)]
+            ax.scatter(_compute_rates(shown)["readout"], at, s=50, lw=1.2, zorder=5, label="crosses", **cross)
             key.append(Line2D([], [], linestyle="", label="first tokens, judged", **cross))
-        ax.set_xlim(low, high)
-        ax.set_ylim(low, high)
-        numbers = [str(number + 1) for number in range(len(points))]
-        crosses = pd.DataFrame(_compute_rates(response_rows))
-        label_points(ax, points, numbers, 300, ("text", "readout"), keep_clear=crosses)
-        ax.set_xlabel("refusal rate by generated text (%)")
-        ax.set_ylabel("refusal rate by readout (%)")
+        set_row_axis(ax, names, "refused (%)")
+        ax.set_xlim(-6, 106)
+        ax.set_xticks(range(0, 101, 20))
         place_legend_beside(ax, key)
     return ax
 
@@ -113,8 +115,9 @@ def caption_calibration(validity: pd.DataFrame, context: CaptionContext) -> str:
     validity, _ = _split_rows(validity)
     return (
         f"Share of {_describe_responses(validity, context)}, against the refusal probability of the readout, "
-        "in bins of the probability, all conditions pooled. Bars are intervals. Dotted diagonal: perfect "
-        f"calibration. {wilson.format_sentences(_join_attacks(validity))}"
+        "in bins of the probability, all conditions pooled; above, the number of responses in each bin. Bars "
+        "are intervals. Dotted diagonal: perfect calibration. "
+        f"{wilson.format_sentences(_join_attacks(validity))}"
     )
 
 
@@ -138,11 +141,13 @@ def caption_refusal_rates(validity: pd.DataFrame, context: CaptionContext) -> st
             "Not trusted: the upper end of the interval is below .80 for the readout's AUROC against the "
             "text, or below .60 for kappa; cannot tell: mostly, too few responses of one class. "
         )
-    crosses = f"Crosses: the same, by a judge that reads only the first {context.n_opening_tokens} tokens. "
+    crosses = (
+        f"Crosses: share that refuse by a judge that reads only the first {context.n_opening_tokens} tokens. "
+    )
     return (
-        "Each point is one condition: share of queries whose margin exceeds the threshold, against the share "
-        f"of {_describe_responses(readout_rows, context)}. {crosses * bool(len(response_rows))}"
-        f"Dotted diagonal: equal rates; band: within {points}. {rule}"
+        f"Share of {_describe_responses(readout_rows, context)} (line), and share of the same queries whose "
+        f"margin exceeds the threshold (mark). {crosses * bool(len(response_rows))}"
+        f"Band: within {points} of the generated text. {rule}"
         f"{context.format_sentences(_join_attacks(readout_rows))}"
     )
 
@@ -172,6 +177,11 @@ def _describe_responses(validity: pd.DataFrame, context: CaptionContext) -> str:
         f"{context.judge_name}), for {format_count_range(validity['n'])} queries under each of "
         f"{len(validity)} conditions"
     )
+
+
+def _key_conditions(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return attack and defense of each row."""
+    return list(zip(rows["attack"].astype(str), rows["defense"].astype(str), strict=True))
 
 
 def _name_condition(row: dict[Hashable, Any]) -> str:

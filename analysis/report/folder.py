@@ -11,19 +11,27 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.files import check_output_folder, hash_file, lock_folder, stage_folder, write_text_file
+from analysis.files import (
+    check_output_folder,
+    hash_file,
+    lock_folder,
+    stage_folder,
+    write_file,
+    write_text_file,
+)
 from analysis.report.results import Run
 from analysis.stats.tables import format_table, read_table
-from defenses.errors import UserError
+from defenses.errors import UserError, unknown_name_error
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
     from defenses.images import QueryImage
@@ -53,6 +61,7 @@ _REQUIRED_RECORD_FIELDS = {
 }
 RECORD_FILE = "run.json"
 _FILE_SUFFIXES = (".csv", ".png")
+FIGURE_FORMATS = ("pdf", "svg", "png")
 _RUN_HINT = "`analyze -d NAME -o FOLDER` writes a run"
 
 # Name of a data set → texts of its queries by id, and the SHA-256 of the set.
@@ -162,6 +171,80 @@ def save_run(folder: Path, run: Run, console: Console) -> None:
         more = f" and {len(removed) - 6} more" if len(removed) > 6 else ""
         names = ", ".join(removed[:6]) + more
         _print_line(console, f"Removed from {folder}, as files of the run before: {names}")
+
+
+def write_figures(
+    run: Run,
+    folder: Path,
+    names: Sequence[str] = (),
+    file_format: str = "pdf",
+    defenses: Sequence[str] = (),
+    **options: Any,
+) -> tuple[list[Path], list[str]]:
+    """Draw figures of a run from its tables, and write each to a file of its own.
+
+    The table of a figure that was not saved with the run is written beside it.
+
+    Args:
+        run: a run.
+        folder: created if it does not exist; not that of a run, whose files are listed in its `run.json`.
+        names: of the figures; by default all that the run has and that show the defenses.
+        file_format: one of `FIGURE_FORMATS`.
+        defenses: the defenses to draw besides the undefended model; by default all.
+        **options: passed to `Run.draw_figure`.
+
+    Returns:
+        The files of the figures, and the figures that were left out because they do not show the defenses.
+
+    Raises:
+        UserError: if a figure cannot be drawn as asked; then no file is written.
+    """
+    if file_format not in FIGURE_FORMATS:
+        raise unknown_name_error("format", file_format, FIGURE_FORMATS)
+    if (check_output_folder(folder) / RECORD_FILE).exists():
+        raise UserError(f"--out {folder}: the folder of a run holds only what run.json lists; choose another")
+    from analysis.plots.figures import list_shown_defenses
+
+    known = [*(name for name in run.figures if name in run.tables), *run.further_figures]
+    tables = {name: run.build_figure_table(name) for name in names or known}
+    shown = [
+        name for name, table in tables.items() if names or set(defenses) <= set(list_shown_defenses(table))
+    ]
+    if not shown:
+        nothing = (
+            f"no figure of {run.name} shows {', '.join(defenses)}" if known else f"{run.name} has no figures"
+        )
+        raise UserError(f"{nothing}; figures: {', '.join(known) or 'none'}")
+    drawn = replace(run, tables={**run.tables, **tables}, figures=tuple(tables))
+    files: dict[Path, bytes] = {}
+    for name in shown:
+        figure = drawn.draw_figure(name, defenses=defenses or None, **options)
+        files[folder / f"{name}.{file_format}"] = render_figure(figure, file_format)
+    figures = list(files)
+    for name in shown:
+        if name not in run.tables:
+            files[folder / f"{name}.csv"] = format_table(tables[name], "%.7g").encode("utf-8")
+    for path, content in files.items():
+        write_file(path, content)
+    return figures, [name for name in tables if name not in shown]
+
+
+def render_figure(figure: Figure, file_format: str) -> bytes:
+    """Return a figure as a file, equal for equal figures: without dates, with fonts embedded, SVG with text.
+
+    Args:
+        figure: from `Run.draw_figure`.
+        file_format: one of `FIGURE_FORMATS`.
+    """
+    from matplotlib import rc_context
+
+    # Type 42 is TrueType: texts can be searched and edited; journals reject type 3.
+    settings: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "refusalscope"}
+    dates: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    buffer = io.BytesIO()
+    with rc_context(settings):
+        figure.savefig(buffer, format=file_format, metadata=dates.get(file_format))
+    return buffer.getvalue()
 
 
 def _rename_other_files(folder: Path, files: Mapping[str, str], earlier_names: Container[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from analysis.stats.format import ColumnFormat, format_defense_name, format_esti
 from analysis.stats.tables import DIRECT, Trust, format_condition, has_judged_rates
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from defenses.images import QueryImage
@@ -66,7 +67,7 @@ class Run:
         files: contents of the CSV and PNG files by name; empty for a run without a folder.
         texts: texts of the queries by id; empty if they are not available.
         missing_texts_reason: why the texts are not available.
-        figures: names of the figures that `draw_figure` can draw.
+        figures: names of the figures that are saved with the run.
         images: images of the queries by id, for the report; empty if they are not available or not wanted.
         model_runs: of a run with several models, the run of each model by its short name; else empty.
     """
@@ -184,22 +185,68 @@ class Run:
         }
         return [replace(self, tables=own, files=files, texts={}, images={}), *self.model_runs.values()]
 
-    def draw_figure(self, name: str, unit: str | None = None) -> Figure:
-        """Return one of the run's figures, with title and caption.
+    @property
+    def further_figures(self) -> tuple[str, ...]:
+        """Names of figures that were not saved with the run, but can be drawn from its tables."""
+        from analysis.plots.further_data import list_further_figures
+
+        return tuple(name for name in list_further_figures(self.tables) if name not in self.figures)
+
+    def draw_figure(
+        self,
+        name: str,
+        ax: Axes | None = None,
+        *,
+        unit: str | None = None,
+        defenses: Sequence[str] | None = None,
+        title: bool | None = None,
+        caption: bool | None = None,
+        style: str = "screen",
+        width: float | None = None,
+    ) -> Figure:
+        """Return one of the run's figures, drawn from its tables and record alone.
 
         Args:
-            name: one of `figures`.
+            name: one of `figures` or `further_figures`.
+            ax: axes to draw into, of a figure with one panel. They keep their size; the caption is left out.
             unit: unit of the axes of the plane: SD (within-class SDs of the margin, the default) or nats.
+            defenses: names of the defenses to draw besides the undefended model; by default all.
+            title: whether to write the title; by default on a screen.
+            caption: whether to write the caption below the figure; by default on a screen.
+            style: `screen`, or `paper`: as wide as a column (3.3 inches) or two (6.9), texts of 8 points at
+                most, no title and no caption by default.
+            width: of the figure in inches, instead of that of the style; texts keep their sizes.
 
         Raises:
-            ValueError: if the run has no such figure, or the figure no such unit.
+            UserError: if the run has no such figure, or it cannot be drawn as asked.
         """
         from analysis.plots.figures import draw_figure
+        from analysis.plots.layout import FigureError
+        from defenses.errors import UserError
 
-        if name not in self.figures or name not in self.tables:
-            known = ", ".join(figure for figure in self.figures if figure in self.tables)
-            raise ValueError(f"no figure {name!r} in this run; it has {known or 'none'}")
-        return draw_figure(self.tables, self.record, name, unit)
+        tables = {**self.tables, name: self.build_figure_table(name)}
+        options: dict[str, Any] = {"ax": ax, "title": title, "caption": caption, "style": style}
+        options |= {"defenses": defenses, "width": width}
+        try:
+            return draw_figure(tables, self.record, name, unit, **options)
+        except FigureError as error:
+            raise UserError(str(error)) from error
+
+    def build_figure_table(self, name: str) -> pd.DataFrame:
+        """Return the table that a figure is drawn from: the stored one, or a new one of a further figure.
+
+        Raises:
+            UserError: if the run has no such figure.
+        """
+        from analysis.plots.further_data import build_further_points
+        from defenses.errors import unknown_name_error
+
+        if name in self.figures and name in self.tables:
+            return self.tables[name]
+        if name in self.further_figures:
+            return build_further_points(self.tables, self.record, name)
+        known = [*(figure for figure in self.figures if figure in self.tables), *self.further_figures]
+        raise unknown_name_error("figure of this run", name, known)
 
     @property
     def model(self) -> str:

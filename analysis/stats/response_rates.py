@@ -203,6 +203,136 @@ def summarize_prefilled_responses(responses: pd.DataFrame, families: Mapping[str
     return pd.DataFrame(summaries, columns=[*names, *estimates])
 
 
+def label_refusals(scores: pd.DataFrame, responses: pd.DataFrame | None, threshold: float) -> pd.DataFrame:
+    """Return which queries were refused, by judged responses or, where there are none, by the readout.
+
+    >>> scores = pd.DataFrame({"query": ["a"], "pair": [None], "category": ["theft"], "harmful": [True],
+    ...                        "attack": ["direct"], "defense": ["none"], "margin": [1.0]})
+    >>> label_refusals(scores, None, 0.5)["refused"].tolist()
+    [1.0]
+
+    Args:
+        scores: `scores.csv`.
+        responses: `responses.csv`; None if no response was judged.
+        threshold: margin above which the readout says "refuse", nats.
+
+    Returns:
+        A row per query and condition with `refused` (1, 0, or NaN without a verdict) and `based_on`.
+    """
+    columns = ["query", "pair", "category", "harmful", "attack", "defense"]
+    if responses is None or not len(responses):
+        refused = (scores["margin"] > threshold).astype(float)
+        return scores[columns].assign(refused=refused, based_on=Basis.MARGINS.value)
+    refused = responses["verdict"].map(LABEL_BY_VERDICT)
+    return responses[columns].assign(refused=refused, based_on=Basis.RESPONSES.value)
+
+
+def summarize_categories(labels: pd.DataFrame) -> pd.DataFrame:
+    """Return the refusal rates of the harmful and of the benign queries of each category.
+
+    Args:
+        labels: from `label_refusals`.
+
+    Returns:
+        A row per attack, defense, category and class: `refused` (0 to 1) with its Wilson interval, and the
+        number of queries with a verdict (`n`).
+    """
+    keys = ["attack", "defense", "category", "harmful"]
+    rows = []
+    known = labels.dropna(subset=["refused", "category"])
+    for values, group in known.groupby(keys, sort=False):
+        rate = make_rate_columns("refused", int(group["refused"].sum()), len(group))
+        row = dict(zip(keys, values, strict=True)) | rate | {"n": rate["refused_n"]}
+        rows.append(row | {"based_on": group["based_on"].iloc[0]})
+    columns = [*keys, "n", *(f"refused{end}" for end in INTERVAL_SUFFIXES), "based_on"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def compare_twins(labels: pd.DataFrame) -> pd.DataFrame:
+    """Return how often a harmful query is refused and its benign twin is not, and the reverse.
+
+    Args:
+        labels: from `label_refusals`; pairs in which a query has no verdict are left out.
+
+    Returns:
+        A row per attack and defense: the number of pairs (`n_pairs`), the shares of pairs in which only the
+        harmful query (`only_harmful`), only the twin (`only_benign`) or both are refused (0 to 1), and
+        `difference`: the refusal rate of the harmful queries minus that of their twins (percentage points)
+        with the paired interval of Bonett and Price.
+    """
+    rows = []
+    known = labels.dropna(subset=["pair", "refused"])
+    for (attack, defense), group in known.groupby(["attack", "defense"], sort=False):
+        sides = group.pivot_table(index="pair", columns="harmful", values="refused", sort=False).dropna()
+        if not len(sides) or sides.shape[1] < 2:
+            continue
+        harmful, benign = (sides[is_harmful].to_numpy(float) for is_harmful in (True, False))
+        change = estimate_paired_difference(harmful - benign)
+        ends = (change.difference, change.low, change.high)
+        rows.append(
+            {
+                "attack": attack,
+                "defense": defense,
+                "n_pairs": len(sides),
+                "only_harmful": float((harmful > benign).mean()),
+                "only_benign": float((benign > harmful).mean()),
+                "both": float(np.minimum(harmful, benign).mean()),
+                **{f"difference{end}": 100 * x for end, x in zip(INTERVAL_SUFFIXES, ends, strict=True)},
+                "based_on": group["based_on"].iloc[0],
+            }
+        )
+    names = ["n_pairs", "only_harmful", "only_benign", "both"]
+    names += [*(f"difference{end}" for end in INTERVAL_SUFFIXES), "based_on"]
+    return pd.DataFrame(rows, columns=["attack", "defense", *names])
+
+
+def sweep_thresholds(scores: pd.DataFrame, n_thresholds: int = 41) -> pd.DataFrame:
+    """Return what each defense changes in the refusal rates of the readout, at many thresholds of the margin.
+
+    Args:
+        scores: `scores.csv`, of one attack.
+        n_thresholds: number of thresholds, at equal distances between the 2nd and the 98th percentile of the
+            undefended margins.
+
+    Returns:
+        A row per defense and threshold (nats): both refusal rates (0 to 1), and shift and discrimination of
+        the rates against the undefended model at the same threshold (percentage points) with paired intervals
+        of Bonett and Price, combined over the classes with the correlation of twins.
+    """
+    rows: list[dict[str, Any]] = []
+    undefended = scores[scores["defense"] == UNDEFENDED].set_index("query")
+    if not len(undefended) or undefended["harmful"].nunique() < 2:
+        return pd.DataFrame(columns=["attack", "defense", "threshold"])
+    is_harmful = undefended["harmful"].to_numpy(bool)
+    pairs = undefended["pair"] if "pair" in undefended else pd.Series(None, undefended.index, object)
+    low, high = np.quantile(undefended["margin"].to_numpy(float), (0.02, 0.98))
+    for (attack, defense), group in scores.groupby(["attack", "defense"], sort=False):
+        if defense == UNDEFENDED:
+            continue
+        margins = group.set_index("query").loc[undefended.index, "margin"].to_numpy(float)
+        for threshold in np.linspace(low, high, n_thresholds):
+            refused = (margins > threshold).astype(float)
+            changes = refused - (undefended["margin"].to_numpy(float) > threshold)
+            harmful, benign = (
+                estimate_paired_difference(changes[side]) for side in (is_harmful, ~is_harmful)
+            )
+            contrasts = combine_class_changes(harmful, benign, pairs[is_harmful], pairs[~is_harmful])
+            rows.append(
+                {
+                    "attack": attack,
+                    "defense": defense,
+                    "threshold": float(threshold),
+                    "n_harmful": int(is_harmful.sum()),
+                    "n_benign": int((~is_harmful).sum()),
+                    "refusal_rate": float(refused[is_harmful].mean()),
+                    "over_refusal_rate": float(refused[~is_harmful].mean()),
+                    **_make_columns("shift", contrasts.shift),
+                    **_make_columns("discrimination", contrasts.discrimination),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def _estimate_query_changes(
     changes: pd.Series | None, queries: pd.DataFrame, column_suffix: str
 ) -> dict[str, float | None]:

@@ -465,6 +465,12 @@ def unwrap_text(text: Text) -> str:
     return text.get_text().replace("-\n", "-").replace("\n", " ").replace("\u00a0", " ")
 
 
+def read_caption(figure: Figure) -> str:
+    """Return the caption of a figure with the sentences in small print below it, as if on one line."""
+    blocks = [text for text in figure.texts if text.get_gid() in ("caption", "setting")]
+    return " ".join(map(unwrap_text, blocks))
+
+
 def scatter_collections(ax: Any) -> list[PathCollection]:
     """Return the points; the bars beside them are collections of another kind."""
     return [collection for collection in ax.collections if isinstance(collection, PathCollection)]

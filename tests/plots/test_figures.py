@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,12 @@ from planted_tables import (
     plant_kinds,
     plant_mechanism,
     plant_scores,
+    read_caption,
     unwrap_text,
 )
 from rich.console import Console
 
-from analysis.api import analyze, read
+from analysis.api import analyze, read, save_figures
 from analysis.plots.captions import CaptionContext
 from analysis.plots.data import (
     build_analysis_points,
@@ -59,13 +61,15 @@ from analysis.plots.data import (
     build_plane_points,
     build_roc_points,
 )
-from analysis.plots.figures import FIGURES, find_figure_kind
+from analysis.plots.figures import FIGURES, PAPER_WIDTHS, find_figure_kind, select_defenses
+from analysis.plots.layout import FigureError
 from analysis.plots.plane import draw_plane
 from analysis.plots.predictions import draw_forecast
 from analysis.plots.scores import draw_margins, draw_roc
 from analysis.plots.style import BLACK, GREY
 from analysis.report.folder import save_run
 from defenses.catalog import get_defense
+from defenses.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2] / "figures"
 SHIPPED = [(path.parent.name, path.stem) for path in sorted(ROOT.glob("*/*.png"))]
@@ -119,7 +123,7 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")
     run = analyze(["policy", get_defense("self_reminder")], str(tmp_path / "tiny"), limit=20, offline=True)
-    assert run.figures == ("refusals", "margins", "plane", "roc", "kinds")
+    assert run.figures == ("refusals", "margins", "plane", "forest", "roc", "kinds")
     save_run(tmp_path / "run", run, Console(quiet=True))
     again = read(tmp_path / "run")
     assert sorted(again.figures) == sorted(run.figures)
@@ -127,7 +131,8 @@ def test_a_new_run_draws_the_figures_that_the_command_saves(tmp_path, monkeypatc
     for name in run.figures:
         saved = read_pixels(tmp_path / "run" / f"{name}.png")
         assert count_different_pixels(render_pixels(run.draw_figure(name)), saved) == 0
-    with pytest.raises(ValueError, match=r"no figure 'plan'.*refusals, margins, plane, roc, kinds"):
+    assert run.further_figures == ("dumbbell", "categories", "pairs", "thresholds")
+    with pytest.raises(UserError, match=r"'plan': did you mean 'plane'.*categories, dumbbell, forest"):
         run.draw_figure("plan")
 
 
@@ -154,7 +159,7 @@ def test_controls_are_grey_and_defenses_are_not() -> None:
     } == {"control"}
     lines = lines_by_gid(draw_roc(build_roc_points(scores, summary, THRESHOLD)))
     grey = {name for name, line in lines.items() if same_color(line.get_color(), GREY)}
-    assert grey == {"control-6", "control-6 mark", "chance"}
+    assert grey == {"control-6", "chance"}
     labels = draw_margins(build_margin_curves(scores, summary, THRESHOLD)).get_yticklabels()
     assert [text.get_text() for text in labels if text.get_color() != BLACK] == ["control-6 (control)"]
 
@@ -198,7 +203,7 @@ def test_several_attacks_give_a_figure_each_and_axes_take_only_one_attack() -> N
     parts = plant_scores(2), plant_scores(2, attack="./my attack.py")
     scores, summary = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     drawn = draw_score_figures(scores, summary)
-    kinds = ("refusals", "margins", "plane", "roc")
+    kinds = ("refusals", "margins", "plane", "forest", "roc")
     stems = [f"{kind}-{attack}" for attack in ("direct", ".-my-attack.py") for kind in kinds]
     assert list(drawn) == [*stems, "attacks"]
     assert set(drawn["plane-.-my-attack.py"][1]["attack"]) == {"./my attack.py"}
@@ -260,11 +265,8 @@ def test_importing_plots_loads_no_model_library_and_no_pyplot() -> None:
 def test_every_kind_is_registered_under_its_name_and_nearly_all_are_among_the_shipped() -> None:
     assert all(kind == figure.kind and figure.table in FIGURES for kind, figure in FIGURES.items())
     assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) <= {
-        "agreement",
-        "cost",
-        "kinds",
-        "refusals",
-        "side_effects",
+        *("agreement", "cost", "kinds", "refusals", "side_effects"),
+        *("dumbbell", "pairs", "categories", "thresholds"),
     }
 
 
@@ -359,7 +361,7 @@ def figures_of_all_kinds() -> dict[str, tuple[Figure, pd.DataFrame]]:
 
 def test_a_figure_can_be_drawn_again_from_its_csv_alone() -> None:
     drawn = figures_of_all_kinds()
-    assert len({find_figure_kind(stem) for stem in drawn}) == 17
+    assert len({find_figure_kind(stem) for stem in drawn}) == 18
     for stem, (figure, table) in drawn.items():
         again = FIGURES[find_figure_kind(stem)].draw(pd.read_csv(io.StringIO(table.to_csv(index=False))))
         (words, numbers), (words_again, numbers_again) = map(describe_artists, (figure.axes[0], again))
@@ -395,9 +397,12 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
     )
     required += ("no judge: first-token readout", "Intervals: ")
     for stem, (figure, _) in figures_of_all_kinds().items():
-        caption = unwrap_text(figure.texts[1])
+        caption = read_caption(figure)
         if stem == "refusals":  # the readout has no bearing on it
             assert "24 harmful" in caption and "24 benign" in caption and "Wilson" in caption
+            continue
+        if stem == "forest":
+            assert "24 harmful and 24 benign" in caption and "first-token margin" in caption
             continue
         if stem == "kinds":
             assert "(10 twin, 20 plain)" in caption and "Wilson" in caption
@@ -411,11 +416,111 @@ def test_captions_name_n_model_data_readout_attack_and_interval() -> None:
             assert word.replace(" ", "") in caption.replace(" ", ""), (stem, word)
     interval_words = {"forecast": "Bars on stacks", "interactions": "Bold", "front": "Intervals: not drawn"}
     for kind, words in interval_words.items():
-        assert words in unwrap_text(cached_ensemble_figures("usual")[kind][0].texts[1])
-    attacked_caption = unwrap_text(cached_ensemble_figures("attacked")["front"][0].texts[1])
+        assert words in read_caption(cached_ensemble_figures("usual")[kind][0])
+    attacked_caption = read_caption(cached_ensemble_figures("attacked")["front"][0])
     for words in ("mean over 3 attacks", "Attack: none, base64, ./my attack.py"):
         assert words in attacked_caption
     for stem, (figure, _) in cached_mechanism_figures("bare").items():
-        caption = unwrap_text(figure.texts[1])
+        caption = read_caption(figure)
         assert ("Intervals: none known" in caption) == (stem != "layers"), stem
         assert ("95 % interval" in caption) == (stem == "layers"), stem  # its half-way layers have some
+
+
+def draw_options(name: str, **options: Any) -> Figure:
+    """Return a figure of a shipped run, drawn with options."""
+    return read_detection().draw_figure(name, **options)
+
+
+@cache
+def read_detection() -> Any:
+    return read(ROOT / "detection")
+
+
+def test_a_figure_is_drawn_into_given_axes_if_it_has_one_panel() -> None:
+    own = draw_options("dumbbell")
+    left, right = Figure(figsize=(9, 4)).subplots(1, 2)
+    figure = draw_options("dumbbell", ax=right, title=False)
+    assert figure is right.figure and not left.lines and not figure.texts and not right.get_title(loc="left")
+    (words, numbers), (words_again, numbers_again) = map(describe_artists, (own.axes[0], right))
+    assert words == words_again
+    np.testing.assert_allclose(numbers, numbers_again)
+    draw_options("dumbbell", ax=left)
+    assert "Refusal rates of harmful" in left.get_title(loc="left").replace("\n", " ")
+    with pytest.raises(UserError, match=r"forest has several panels.*with one panel: refusals, plane"):
+        draw_options("forest", ax=left)
+    with pytest.raises(UserError, match="given axes keep their size"):
+        draw_options("dumbbell", ax=left, width=3)
+
+
+def test_a_figure_shows_the_chosen_defenses_and_the_undefended_model() -> None:
+    figure = draw_options("dumbbell", defenses=["harm_probe"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["harm_probe", "undefended"]
+    kinds = draw_options("kinds", defenses=["harm_probe"]).axes[0]
+    assert [label.get_text() for label in kinds.get_yticklabels()] == ["undefended", "harm_probe"]
+    with pytest.raises(UserError, match=r"dumbbell does not show 'harm_prob'; it shows .*harm_probe"):
+        draw_options("dumbbell", defenses=["harm_prob"])
+    table = pd.DataFrame({"members": ["none", "a", "a+b", "b+c"]})
+    assert select_defenses(table, "front", ["a", "b"])["members"].tolist() == ["none", "a", "a+b"]
+    pairs = pd.DataFrame({"first": ["a", "a"], "second": ["b", "c"]})
+    assert select_defenses(pairs, "interactions", ["a", "c"])["second"].tolist() == ["c"]
+    with pytest.raises(FigureError, match="square shows no defenses to choose from"):
+        select_defenses(pd.DataFrame({"defense": ["a"], "corner": ["both"]}), "square", ["a"])
+
+
+@pytest.mark.parametrize("name", ["dumbbell", "refusals", "forest"])
+def test_on_paper_a_figure_has_the_width_of_a_column_and_small_texts_alone(name: str) -> None:
+    figure = draw_options(name, style="paper")
+    assert figure.get_size_inches()[0] in PAPER_WIDTHS and not figure.texts
+    sizes = {text.get_fontsize() for text in collect_texts(figure)}
+    assert max(sizes) == 8 and min(sizes) >= 6.5
+    assert_readable(name, figure, collect_texts, slack=0.6, dpis=(100,))
+    wider = draw_options(name, style="paper", width=6.9, caption=True)
+    assert wider.get_size_inches()[0] == 6.9 and [text.get_gid() for text in wider.texts] == [
+        "caption",
+        "setting",
+    ]
+
+
+def test_a_figure_takes_any_width_that_its_texts_leave_room_in() -> None:
+    for width in (5.0, 9.5):
+        figure = draw_options("forest", width=width)
+        assert figure.get_size_inches()[0] == width
+        assert_readable("forest", figure, collect_texts, slack=0.6, dpis=(100,))
+    with pytest.raises(UserError, match=r"forest at a width of 1.5 inches: .* at least [2-4]\.\d inches"):
+        draw_options("forest", width=1.5)
+    for options, words in (
+        ({"width": 0.1}, "from 1 to 100"),
+        ({"style": "poster"}, "there are screen and paper"),
+        ({"unit": "nats"}, "only the plane"),
+    ):
+        with pytest.raises(UserError, match=words):
+            draw_options("forest", **options)
+
+
+def test_saved_figures_have_fonts_and_texts_and_are_equal_each_time(tmp_path: Path) -> None:
+    run = read_detection()
+    for file_format, here, absent in (("pdf", b"/FontFile2", b"/Type3"), ("svg", b"<text", b"<dc:date>")):
+        (path,) = save_figures(run, "dumbbell", format=file_format, style="paper", out=tmp_path / "first")
+        content = path.read_bytes()
+        assert path.name == f"dumbbell.{file_format}" and here in content and absent not in content
+        assert b"CreationDate" not in content
+        (again,) = save_figures(
+            ROOT / "detection", ["dumbbell"], format=file_format, style="paper", out=tmp_path
+        )
+        assert again.read_bytes() == content
+    # Its table is written beside a figure that the run has not saved, and beside no other.
+    assert pd.read_csv(tmp_path / "dumbbell.csv")["defense"].iloc[0] == "none"
+    save_figures(run, "kinds", format="png", only="harm_probe", out=tmp_path / "png")
+    assert [path.name for path in (tmp_path / "png").iterdir()] == ["kinds.png"]
+    for options, words in (
+        ({"names": ["plan"]}, "unknown figure of this run 'plan': .*dumbbell"),
+        ({"format": "jpg"}, "unknown format 'jpg'"),
+        ({"only": ["nothing"]}, "no figure of detection shows nothing"),
+    ):
+        with pytest.raises(UserError, match=words):
+            save_figures(run, **{"out": tmp_path / "none", **options})
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="the folder of a run"):
+        save_figures(run, out=tmp_path / "run")

@@ -22,7 +22,7 @@ from planted_tables import (
     find_figure,
     plant_attacked_scores,
     plant_ensembles,
-    unwrap_text,
+    read_caption,
 )
 
 from analysis.plots.data import CONTRAST_LABELS, build_attack_cells, build_interaction_cells
@@ -120,7 +120,7 @@ def test_the_grid_can_be_read_at_any_size(defenses: int, attacks: int, manner: s
     figure, _ = draw_run_figures({"attacks": cells}, RUN)["attacks"]
     assert_readable("attacks", figure, collect_texts, dpis=(100,))
     assert figure.get_size_inches()[0] < 11, "too wide for a page"
-    caption = unwrap_text(figure.texts[1])
+    caption = read_caption(figure)
     for word in ("24 harmful", "24 benign", RUN.model, "twins, test split", "no judge", "95 %", "Hollow"):
         assert word in caption
 
@@ -222,7 +222,7 @@ def test_families_stand_together_in_the_palettes_order_with_a_strip_of_their_col
         for name in ("interaction_shift", "interaction_discrimination")
     )
     assert len(dot_texts) == 2 * n_significant > 0
-    assert "Dot: the 95" in unwrap_text(figure.texts[1])
+    assert "Dot: the 95" in read_caption(figure)
 
 
 def test_the_similarity_map_has_the_cosine_of_each_pair_on_both_sides() -> None:

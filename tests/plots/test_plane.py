@@ -18,9 +18,9 @@ from planted_tables import (
     lines_by_gid,
     make_older,
     plant_scores,
+    read_caption,
     scatter_collections,
     scatter_offsets,
-    unwrap_text,
 )
 
 from analysis.plots.captions import CaptionContext
@@ -109,7 +109,7 @@ def test_the_plane_is_in_sds_unless_nats_are_wanted_or_the_run_is_older() -> Non
     for unit in (None, "SD", "nats"):
         figure = draw_figure(points, record, "plane", unit)
         assert figure.axes[0].get_xlabel() == draw_plane(points["plane"], unit=unit or "SD").get_xlabel()
-        assert ("within-class SDs" in unwrap_text(figure.texts[1])) == (unit != "nats")
+        assert ("within-class SDs" in read_caption(figure)) == (unit != "nats")
     with pytest.raises(ValueError, match="'square' has no choice of units"):
         draw_figure({"square": points["plane"]}, record, "square", "nats")
 

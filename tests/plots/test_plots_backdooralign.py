@@ -28,4 +28,4 @@ def test_each_secret_is_a_dot_and_a_row_has_its_mean() -> None:
     without_secret = pd.DataFrame([{"arm": "clean", "secret": "none", "secret_length": np.nan}])
     points = build_secret_points(pd.concat([table, without_secret]))
     figure, _ = draw_run_figures({"secrets": points}, TOY_RUN)["secrets"]
-    assert len(points) == 4 and "48 harmful" in figure.texts[-1].get_text().replace("\n", " ")
+    assert len(points) == 4 and "48 harmful" in read_caption(figure)

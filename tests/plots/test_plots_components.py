@@ -14,7 +14,7 @@ from planted_tables import (
     interval_bars,
     line_points,
     plant_mechanism,
-    unwrap_text,
+    read_caption,
 )
 
 from analysis.plots.data import CONTRAST_LABELS
@@ -45,9 +45,7 @@ def test_the_heat_map_shows_every_head_with_the_color_of_its_sign(manner: str) -
     assert len(color_limits) == 1 and color_limits.pop()[1] > 0
     (low, high), largest = scales[0].get_ylim(), table[[*CONTRAST_LABELS]].abs().max(axis=None)
     assert -low == high
-    is_clipped = "\N{GREATER-THAN OR EQUAL TO}" in scales[0].get_yticklabels()[2].get_text()
-    assert high < largest if is_clipped else high == largest
-    assert is_clipped == (manner == "large")  # its MLPs write more than all but some heads
+    assert high == pytest.approx(max(largest, table["largest_of_run"].iloc[0]))
 
 
 def test_a_dot_marks_a_part_whose_interval_excludes_zero() -> None:
@@ -62,15 +60,18 @@ def test_a_dot_marks_a_part_whose_interval_excludes_zero() -> None:
         assert 0 < len(significant) < len(heads)
 
 
-def test_a_part_far_beyond_all_others_is_clipped_and_the_scale_says_so() -> None:
-    parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"]
-    parts = parts[parts["defense"] == "backdoor"].reset_index(drop=True)
-    parts.loc[5, "shift"] = 50.0
-    figure, _ = draw_mechanism_figures({"parts": parts})["parts-backdoor"]
-    (scale,) = (panel for panel in figure.axes[0].child_axes if panel.get_gid() == "scale")
-    assert scale.get_ylim()[1] < 2
-    assert scale.get_yticklabels()[2].get_text().startswith("\N{GREATER-THAN OR EQUAL TO}+")
-    assert "beyond the ends of the scale" in unwrap_text(figure.texts[1])
+def test_all_defenses_of_a_run_have_one_color_scale_in_which_small_parts_can_be_seen() -> None:
+    parts = plant_mechanism(**MECHANISM_CASES["usual"])["parts"].reset_index(drop=True)
+    row = parts.index[(parts["defense"] == "backdoor") & (parts["kind"] == "mlp")][0]
+    parts.loc[row, "shift"] = 50.0
+    for stem, (figure, _) in draw_mechanism_figures({"parts": parts}).items():
+        if stem.startswith("parts"):
+            (scale,) = (panel for panel in figure.axes[0].child_axes if panel.get_gid() == "scale")
+            assert scale.get_ylim() == (-50, 50), stem
+            (mesh,) = figure.axes[0].child_axes[0].collections[:1]
+            # By the square root: a hundredth of the largest has a tenth of the colors of its sign.
+            assert mesh.norm([-50.0, -0.5, 0.0, 0.5]) == pytest.approx([0.0, 0.45, 0.5, 0.55])
+            assert "for all defenses of the run" in read_caption(figure)
 
 
 def test_missing_parts_are_grey() -> None:
@@ -83,7 +84,7 @@ def test_missing_parts_are_grey() -> None:
     mask = np.ma.getmaskarray(mesh.get_array()).reshape(12, 9)
     assert np.argwhere(mask).tolist() == [[3, 2]]
     assert same_color(mesh.cmap.get_bad()[:3], to_rgb(MISSING_COLOR))
-    assert "Grey: no such part." in unwrap_text(figure.texts[1])
+    assert "Grey: no such part." in read_caption(figure)
 
 
 def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> None:
@@ -109,7 +110,7 @@ def test_top_draws_the_parts_with_the_largest_effects_of_either_contrast() -> No
         assert interval_bars(panel) == {
             (-row, *interval) for row, interval in enumerate(intervals) if np.isfinite(interval).all()
         }
-    caption = unwrap_text(cached_mechanism_figures("usual")["top-backdoor"][0].texts[1])
+    caption = read_caption(cached_mechanism_figures("usual")["top-backdoor"][0])
     sentence = f"{top_parts['shift'].sum():+.2f} of {parts['shift'].sum():+.2f} nats of shift"
     assert sentence.replace("-", "\N{MINUS SIGN}") in caption
     assert len(draw_mechanism_figures({"parts": parts}, top=3)["top-backdoor"][1]) == 3
@@ -132,7 +133,7 @@ def test_the_remainder_of_the_readout_is_drawn_and_captioned_and_no_component() 
         label.get_text() for label in without["top-backdoor"][0].axes[0].child_axes[0].get_yticklabels()
     ]
     assert points["kind"].tolist()[-1] == "readout" and set(points["n_parts"]) == {len(parts)}
-    caption = unwrap_text(figure.texts[1])
+    caption = read_caption(figure)
     assert f"the 3 of {len(parts)} components" in caption
     assert "Last row: the part of the change that is due to the curvature of the readout" in caption
     components = points[points["kind"] != "readout"]["shift"].sum()
@@ -140,10 +141,10 @@ def test_the_remainder_of_the_readout_is_drawn_and_captioned_and_no_component() 
     # The map has a cell for each component of a layer; its caption names the remainder.
     figure, cells = figures["parts-backdoor"]
     assert "readout" not in set(cells["kind"])
-    caption = unwrap_text(figure.texts[1])
+    caption = read_caption(figure)
     minus = "\N{MINUS SIGN}"
     assert "due to the curvature of the readout" in caption
     assert "+0.03 [+0.02, +0.04] nats of shift" in caption
     assert f"{minus}0.02 [{minus}0.03, {minus}0.01] nats of discrimination" in caption
     for stem in ("top-backdoor", "parts-backdoor"):
-        assert "curvature" not in unwrap_text(without[stem][0].texts[1])
+        assert "curvature" not in read_caption(without[stem][0])

@@ -14,7 +14,7 @@ from planted_tables import (
     interval_bars,
     line_points,
     plant_mechanism,
-    unwrap_text,
+    read_caption,
 )
 
 from analysis.plots.data import CONTRAST_LABELS
@@ -53,8 +53,8 @@ def test_the_first_eight_defenses_have_their_own_styles_and_the_rest_is_grey() -
     ]
     assert len(styles) == 9 and len(set(styles)) == 9
     assert [color for color, _ in styles] == [*(style[0] for style in CURVE_STYLES), GREY]
-    assert "Grey: all defenses after the first 8" in unwrap_text(
-        cached_mechanism_figures("crowd")["layers"][0].texts[1]
+    assert "Grey: all defenses after the first 8" in read_caption(
+        cached_mechanism_figures("crowd")["layers"][0]
     )
 
 
@@ -64,7 +64,7 @@ def test_layers_without_half_way_layers_has_no_strip() -> None:
     for half_tables in ({}, {"half": all_missing}, {"half": tables["half"][:0]}):
         figure, _ = draw_mechanism_figures({"layers": tables["layers"], **half_tables})["layers"]
         assert [panel.get_xlabel() for panel in figure.axes[0].child_axes] == ["layer entered"] * 2
-        assert "no mark" not in figure.texts[1].get_text()
+        assert "no mark" not in read_caption(figure)
 
 
 def test_directions_draws_both_directions_before_and_after_and_the_chosen_layer() -> None:

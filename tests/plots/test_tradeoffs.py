@@ -16,6 +16,7 @@ from planted_tables import (
     find_panels,
     plant_ensembles,
     plant_scores,
+    read_caption,
     scatter_collections,
 )
 
@@ -129,9 +130,9 @@ def test_a_long_front_names_what_is_undominated_in_both_rates_and_the_caption_co
     assert named == {f"d{number}" for number in (*range(10), *range(25, 30))}
     rows, _, families = plant_ensembles()
     points = build_ensemble_points(rows, frame, families)
-    caption = draw_run_figures(points, RUN)["front"][0].texts[1].get_text().replace("\n", " ")
+    caption = read_caption(draw_run_figures(points, RUN)["front"][0])
     assert "15 of the front's 30 are not named" in caption
-    assert "not named" not in cached_ensemble_figures("long")["front"][0].texts[1].get_text()
+    assert "not named" not in read_caption(cached_ensemble_figures("long")["front"][0])
 
 
 def test_a_cost_that_was_not_measured_is_white_and_one_cost_alone_is_drawn() -> None:
@@ -164,7 +165,7 @@ def test_gain_is_drawn_over_cost() -> None:
     table = pd.DataFrame([row, row | {"defense": "none"}])
     (collection,) = scatter_collections(draw_cost(table))
     assert collection.get_offsets().tolist() == [[2.0, 0.1]]
-    caption = draw_run_figures({"cost": table}, TOY_RUN)["cost"][0].texts[-1].get_text().replace("\n", " ")
+    caption = read_caption(draw_run_figures({"cost": table}, TOY_RUN)["cost"][0])
     assert "8 queries" in caption and "Attack: obedience" in caption
 
 

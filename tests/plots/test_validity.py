@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from conftest import draw_run_figures
-from planted_tables import scatter_collections
+from planted_tables import read_caption, scatter_collections
 
 from analysis.plots.captions import CaptionContext
 from analysis.plots.validity import (
@@ -33,17 +33,18 @@ def test_the_curve_and_the_rates_are_those_of_the_table() -> None:
         }
     )
     ax = draw_refusal_rates(agreement)
-    collections = scatter_collections(ax)
-    assert [collection.get_offsets()[0].tolist() for collection in collections] == [[25, 100], [50, 45]]
-    first_color, second_color = (collection.get_facecolor()[0].tolist() for collection in collections)
-    assert first_color == [1, 1, 1, 1] != second_color
+    text, policy, none = scatter_collections(ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["policy", "undefended"]
+    assert text.get_offsets().tolist() == [[50, 0], [25, -1]]
+    assert policy.get_offsets().tolist() == [[45, 0]] and none.get_offsets().tolist() == [[100, -1]]
+    assert none.get_facecolor()[0].tolist() == [1, 1, 1, 1] != policy.get_facecolor()[0].tolist()
     by_readout = [agreement.assign(readout=name) for name in ("words", "question")]
     figures = {"rates-words": by_readout[0], "calibration-words": curve}
     drawn_figures = draw_run_figures(
         figures, TOY_RUN, validity=pd.concat([*by_readout, by_readout[0].assign(n=0)])
     )
     for figure, _ in drawn_figures.values():
-        caption = figure.texts[-1].get_text().replace("\n", " ")
+        caption = read_caption(figure)
         assert "under each of 2 conditions" in caption and "judge: patterns" in caption
 
 
@@ -61,13 +62,14 @@ def test_the_rates_show_their_own_trust_and_the_first_tokens_as_crosses() -> Non
         }
     )
     ax = draw_refusal_rates(agreement)
-    # The band within 5 points, the two conditions of the readout, the crosses.
-    none, policy, crosses = [one for one in scatter_collections(ax) if len(one.get_offsets())][-3:]
-    assert none.get_offsets().tolist() == [[25, 100]] and policy.get_offsets().tolist() == [[50, 45]]
-    assert crosses.get_offsets().tolist() == [[25, 25], [50, 55]]
+    _, policy, none, crosses = scatter_collections(ax)
+    assert policy.get_offsets().tolist() == [[45, 0]] and none.get_offsets().tolist() == [[100, -1]]
+    assert crosses.get_offsets().tolist() == [[25, -1], [55, 0]]
+    (band,) = (lines for lines in ax.collections if lines.get_gid() == "band")
+    assert [path.vertices[:, 0].tolist() for path in band.get_paths()] == [[45, 55], [20, 30]]
     assert none.get_facecolor()[0].tolist() == [1, 1, 1, 1]  # hollow: single queries are trusted, rates not
     (figure, _), *_ = draw_run_figures({"rates": agreement}, TOY_RUN, validity=agreement).values()
-    caption = figure.texts[-1].get_text().replace("\n", " ")
+    caption = read_caption(figure)
     assert "under each of 2 conditions" in caption and "Crosses: " in caption and "5 points" in caption
     assert "Crosses" not in caption_refusal_rates(agreement[agreement["readout"] == "words"], TOY_RUN)
     assert "under each of 2 conditions" in caption_calibration(agreement, TOY_RUN)

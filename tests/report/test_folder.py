@@ -47,7 +47,7 @@ def load(folder):
 
 
 def test_every_file_is_written_and_nothing_else_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr("analysis.plots.figures.draw_figure", lambda *_: Figure())
+    monkeypatch.setattr("analysis.plots.figures.draw_figure", lambda *_, **__: Figure())
     save(tmp_path / "a" / "out", {"seed": 0, "text": "d′"}, ("plane",))
     names = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
     assert names == ["plane.csv", "plane.png", "run.json", "scores.csv", "summary.csv"]
@@ -178,7 +178,7 @@ def test_a_fault_at_the_last_file_leaves_the_folder_unchanged(tmp_path, monkeypa
             path.write_bytes(b"half")
             raise fault
 
-    monkeypatch.setattr("analysis.plots.figures.draw_figure", lambda *_: FaultyFigure())
+    monkeypatch.setattr("analysis.plots.figures.draw_figure", lambda *_, **__: FaultyFigure())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scores.csv").write_text("old")
     with pytest.raises(type(fault)):

@@ -134,7 +134,8 @@ def test_a_grid_trains_measures_and_goes_on_where_it_was(
     assert not any(text in shown + json.dumps(record) for text in texts)
     assert "experiment length" in said.out and "training 2 of 4" in said.err
     assert (out / "grid-examples.png").is_file()
-    caption = read(out).draw_figure("grid-length").texts[-1].get_text().replace("\n", " ")
+    figure = read(out).draw_figure("grid-length")
+    caption = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
     assert "Trainings with other seeds at each point: 2." in caption
     # With the last training gone, the same command trains that one only.
     monkeypatch.setattr(grid, "train_weights", None)
