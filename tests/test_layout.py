@@ -60,7 +60,7 @@ ALLOWED["suffix_attack"] = {
     *("attacks", "datasets", "files", "models", "progress", "readouts", "stats", "studies"),
 }
 ALLOWED["comparison"] = {
-    *("attacks", "checkpoints", "models", "plots", "progress", "report", "stats", "studies"),
+    *("attacks", "checkpoints", "models", "plots", "progress", "report", "served", "stats", "studies"),
 }
 ALLOWED["api"] = {"comparison", "studies", "suffix_attack", "report", "stats", "datasets", "progress"}
 ALLOWED["cli"] = {*ALLOWED}

@@ -267,6 +267,7 @@ def test_every_kind_is_registered_under_its_name_and_nearly_all_are_among_the_sh
     assert set(SMALLEST) <= set(FIGURES) and set(FIGURES) - set(SMALLEST) <= {
         *("agreement", "cost", "kinds", "refusals", "side_effects"),
         *("dumbbell", "pairs", "categories", "thresholds"),
+        *("models_plane", "models_effects", "models_order"),
     }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import draw_run_figures
+from planted_tables import read_caption
 
 from analysis.plots.backdooralign import draw_secrets
 from analysis.plots.captions import CaptionContext

@@ -70,7 +70,7 @@ def test_all_defenses_of_a_run_have_one_color_scale_in_which_small_parts_can_be_
             assert scale.get_ylim() == (-50, 50), stem
             (mesh,) = figure.axes[0].child_axes[0].collections[:1]
             # By the square root: a hundredth of the largest has a tenth of the colors of its sign.
-            assert mesh.norm([-50.0, -0.5, 0.0, 0.5]) == pytest.approx([0.0, 0.45, 0.5, 0.55])
+            assert mesh.norm([-50.0, -0.5, 0.0, 0.5]).tolist() == pytest.approx([0.0, 0.45, 0.5, 0.55])
             assert "for all defenses of the run" in read_caption(figure)
 
 
