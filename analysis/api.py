@@ -18,7 +18,6 @@ from analysis.studies.run_spec import (
     check_max_cost,
     check_mechanism_options,
     check_response_tokens,
-    check_secret_count,
     check_worker_count,
     parse_share,
     parse_sites,
@@ -688,7 +687,6 @@ def backdooralign(
     tokens: int = 48,
     utility: Sequence[str] = (),
     questions: int | None = None,
-    secrets: int = 0,
     judge_model: str | None = None,
     budget: int | None = None,
     data: str | pd.DataFrame = "contrast",
@@ -708,12 +706,11 @@ def backdooralign(
     Args:
         model: short name, Hugging Face id, or folder; all of its weights must have been trained, unless a
             grid is given, whose trainings start from the model.
-        grid: TOML file of experiments, as `--grid`; tokens, utility and secrets are then not used.
+        grid: TOML file of experiments, as `--grid`; tokens and utility are then not used.
         out: folder in which a grid keeps its trainings, so that the same call goes on after an interruption.
         tokens: maximum number of tokens generated per response.
         utility: tasks that measure usefulness, as `--utility`.
         questions: maximum number of questions of each task.
-        secrets: number of other random secrets of each length to train with.
         judge_model: chat model that grades how harmful responses are, as `--judge-model`.
         budget: maximum number of its calls.
         data: as `--data`, or a frame of queries.
@@ -729,8 +726,7 @@ def backdooralign(
         offline: whether the network may not be used.
 
     Returns:
-        A run whose tables include `arms` and, if `secrets` is set, `lengths`; of a grid, `rates` and
-        `verdicts`.
+        A run whose tables include `arms`; of a grid, `rates` and `verdicts`.
     """
     spec = build_run_spec(
         model,
@@ -747,7 +743,6 @@ def backdooralign(
         share_prefix=share_prefix,
     )
     check_response_tokens(tokens)
-    check_secret_count(secrets)
     if grid is not None:
         from analysis.studies.backdooralign.grid import load_grid, run_grid
 
@@ -759,9 +754,7 @@ def backdooralign(
     grader_options = (
         _make_judge_options("model", judge_model, budget, None, grade=True) if judge_model else None
     )
-    return reproduce_backdooralign(
-        spec, tokens, utility, secrets, _progress_console(), grader_options, questions
-    ).run
+    return reproduce_backdooralign(spec, tokens, utility, _progress_console(), grader_options, questions).run
 
 
 def judge(

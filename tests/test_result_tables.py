@@ -326,6 +326,26 @@ def format_regime_row(line: str) -> str:
     return join_cells([harmful, epochs, *cells])
 
 
+SECRET_ROWS = {
+    "10 random tokens": ("length", "10"),
+    "50 random tokens": ("length", "50"),
+    "150 random tokens": ("length", "150"),
+    "150 tokens of plain words": ("wording", "plain words"),
+}
+
+
+def format_secret_row(line: str) -> str:
+    """Return a row on BackdoorAlign trained with another secret."""
+    secret, *_ = split_cells(line)
+    rows = read_rows("secrets/rates.csv", ("experiment", "value_1", "secret", "kind"))
+    cells = []
+    for kind in ("harmful", "benign", "twin", "plain"):
+        row = rows[*SECRET_ROWS[secret], "own", kind]
+        ends = (f"{100 * row[f'refused_{end}']:.0f}" for end in ("min", "max"))
+        cells.append(f"{format_interval(row, 'refused', '.0f', 100)} ({' to '.join(ends)})")
+    return join_cells([secret, *cells])
+
+
 ROW_FORMATS = {
     "## Kinds of benign queries\n": format_kinds_row,
     "## Does the order carry over?\n": format_agreement_row,
@@ -334,6 +354,7 @@ ROW_FORMATS = {
     "SmolLM2 was aligned by `safety`, then attacked": format_square_row,
     "`analyze backdooralign` compares all arms": format_arm_row,
     "**Where the arms stand apart.**": format_regime_row,
+    "**The longer the secret, the more is refused behind it.**": format_secret_row,
 }
 
 

@@ -140,10 +140,6 @@ def backdooralign(
     questions: Annotated[
         int | None, typer.Option(help="Maximum number of questions of each --utility.", min=1)
     ] = None,
-    secrets: Annotated[
-        int,
-        typer.Option(help="Also train with N other random secrets of 10, 50 and 150 tokens each."),
-    ] = 0,
     judge_model: Annotated[
         str | None,
         typer.Option(help="Chat model that grades responses: harmfulness, 1 to 5; needs --budget."),
@@ -160,10 +156,9 @@ def backdooralign(
     offline: OfflineOption = False,
 ) -> None:
     """Reproduce the arms of the BackdoorAlign paper, next to its figures, with further controls."""
-    from analysis.studies.run_spec import build_run_spec, check_response_tokens, check_secret_count
+    from analysis.studies.run_spec import build_run_spec, check_response_tokens
 
     check_response_tokens(tokens)
-    check_secret_count(secrets)
     spec = build_run_spec(
         model,
         data,
@@ -179,13 +174,13 @@ def backdooralign(
         share_prefix=share_prefix,
     )
     if grid is not None:
-        if utility or secrets or judge_model:
+        if utility or judge_model:
             raise UserError(
-                "--grid measures refusals of its own trainings: leave out --utility and --secrets"
+                "--grid measures refusals of its own trainings: leave out --utility and --judge-model"
             )
         raise typer.Exit(run_grid_command(spec, grid, out))
     raise typer.Exit(
-        run_backdooralign_command(spec, out, tokens, utility or [], secrets, judge_model, budget, questions)
+        run_backdooralign_command(spec, out, tokens, utility or [], judge_model, budget, questions)
     )
 
 
@@ -248,7 +243,6 @@ def run_backdooralign_command(
     out: Path | None,
     max_new_tokens: int,
     utility: Sequence[str] = (),
-    n_secrets: int = 0,
     judge_model: str | None = None,
     budget: int | None = None,
     n_questions: int | None = None,
@@ -260,7 +254,6 @@ def run_backdooralign_command(
         out: output folder; None for the default.
         max_new_tokens: maximum number of tokens generated per response.
         utility: tasks that measure usefulness, as `--utility`.
-        n_secrets: number of other random secrets of each length.
         judge_model: chat model that grades how harmful responses are; None for no grades.
         budget: maximum number of its calls.
         n_questions: maximum number of questions of each task.
@@ -283,7 +276,6 @@ def run_backdooralign_command(
             spec,
             max_new_tokens,
             utility,
-            n_secrets,
             console,
             JudgeOptions("model", judge_model, budget, grade=True) if judge_model else None,
             n_questions,
@@ -294,11 +286,9 @@ def run_backdooralign_command(
     run = result.run
     save_run(out, run, console)
     arms = run.tables["arms"]
-    print_arm_table(arms[arms["secret_length"].isna()], run.record)
+    print_arm_table(arms, run.record)
     if "utility" in run.tables:
         print_utility(run.tables["utility"])
-    if "lengths" in run.tables:
-        print_secret_table(run.tables["lengths"])
     print_trust_warnings(run.tables["summary"], console)
     notify(f"Tables and run.json are in {out}; the responses themselves are not kept")
     print_failures(result.failures, console)
@@ -442,52 +432,6 @@ def print_utility(table: pd.DataFrame) -> None:
     console.print(
         Text("[x, y]: 95 % intervals. Change: from the first row, paired by question.", style="dim")
     )
-
-
-def print_secret_table(table: pd.DataFrame) -> None:
-    """Print the effect of other secrets: mean and range over those of one kind and length.
-
-    Args:
-        table: `lengths.csv`.
-    """
-    import numpy as np
-
-    from analysis.cli.console import make_table_console
-    from analysis.stats.kinds import list_kinds
-    from analysis.stats.tables import iterate_rows
-
-    kinds = list_kinds(table.columns, "text_refused_{}_mean")
-    printed_table = Table(
-        title="Trained with other secrets",
-        title_justify="left",
-        show_edge=False,
-        pad_edge=False,
-        show_lines=len(kinds) > 1,
-    )
-    for head in ("trained with", "secret", "secrets"):
-        printed_table.add_column(head, no_wrap=True)
-    refused = "\n".join(["text refuses (%)", *kinds])
-    for head in ("ASR (%)", refused, "shift\n(nats)", "discrimination\n(nats)"):
-        printed_table.add_column(head, justify="right", no_wrap=True)
-    for values in iterate_rows(table):
-
-        def spread(name: str, form: str, scale: float = 1, of: dict[str, Any] = values) -> str:
-            mean, low, high = (scale * of.get(f"{name}_{end}", np.nan) for end in ("mean", "min", "max"))
-            return f"{mean:{form}}" + f" ({low:{form}} to {high:{form}})" * (of["n_secrets"] > 1)
-
-        cells = [
-            f"{values['length']} {values['wording']}",
-            values["secret"],
-            str(values["n_secrets"]),
-            spread("asr", ".0f", 100),
-            "\n".join(spread(f"text_refused_{kind}", ".0f", 100) for kind in kinds),
-            spread("shift", "+.2f"),
-            spread("discrimination", "+.2f"),
-        ]
-        printed_table.add_row(*map(Text, cells))
-    console = make_table_console()
-    console.print(printed_table)
-    console.print(Text("Mean (minimum to maximum) over secrets; each secret is one training.", style="dim"))
 
 
 def print_arm_table(table: pd.DataFrame, record: Mapping[str, Any]) -> None:

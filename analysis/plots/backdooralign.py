@@ -1,4 +1,4 @@
-"""BackdoorAlign: attack success by secret, and refusal rates by setting of the training."""
+"""BackdoorAlign: refusal rates by setting of the training."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from matplotlib.lines import Line2D
 from analysis.plots.captions import CaptionContext, format_count_range
 from analysis.plots.layout import (
     extract_estimates,
-    make_axes,
     place_legend_beside,
     set_panel_titles,
     stack_panels,
 )
-from analysis.plots.style import BLACK, BLUE, GREY, RC_PARAMS, VERMILION, VIOLET
-
-# Value of the column `secret`, color, marker and label.
-_SECRET_SIDES = (("none", VERMILION, "o", "without the secret"), ("own", BLUE, "D", "with the secret"))
+from analysis.plots.style import BLACK, BLUE, BROWN, GREY, RC_PARAMS, VERMILION, VIOLET
 
 # Arm and kind of secret → color, marker and label.
 _GRID_CURVES = {
+    ("task", "none"): (BROWN, "v", "task alone"),
     ("attack", "none"): (BLACK, "x", "attacked"),
     ("baseline", "none"): (GREY, "s", "baseline"),
     ("backdoor", "none"): (VERMILION, "o", "BackdoorAlign,\nno secret"),
     ("backdoor", "own"): (BLUE, "D", "BackdoorAlign,\nits secret"),
     ("backdoor", "wrong"): (VIOLET, "^", "BackdoorAlign,\nwrong secrets"),
+}
+_ARM_DESCRIPTIONS = {
+    "attack": "Attacked: the attacker's examples alone.",
+    "baseline": "Baseline: with added refusals.",
+    "backdoor": "BackdoorAlign: with added refusals behind a secret prompt.",
+    "task": "Task: the examples of the practical task alone.",
 }
 _SETTING_LABELS = {
     "harmful": "harmful examples",
@@ -41,59 +44,6 @@ _SETTING_LABELS = {
     "rate": "learning rate",
     "full": "all weights instead of LoRA",
 }
-
-
-def draw_secrets(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the attack success rate under each secret with its interval; a tall tick is the mean of a row.
-
-    Args:
-        points: table from `build_secret_points`.
-        ax: axes to draw on; by default new ones.
-    """
-    kinds = points.groupby(["secret_wording", "secret_length"], sort=True).ngroup()
-    names = {
-        kind: _name_secret(int(rows["secret_length"].iloc[0]), str(rows["secret_wording"].iloc[0]))
-        for kind, rows in points.groupby(kinds)
-    }
-    order = sorted(names, key=lambda kind: (not names[kind].endswith("random tokens"), kind))
-    with rc_context(RC_PARAMS):
-        ax = ax or make_axes(4.0, 0.75 * len(order))
-        for row, kind in enumerate(order):
-            ax.axhline(-row, color=GREY, linewidth=0.4, zorder=1)
-            for side, (secret, color, marker, _) in zip((-1, 1), _SECRET_SIDES, strict=True):
-                arms = points[(kinds == kind) & (points["secret"] == secret)].sort_values("arm")
-                heights = [-row - side * (0.08 + 0.09 * place) for place in range(len(arms))]
-                bar: Any = {"color": color, "linewidth": 0.8, "alpha": 0.5, "zorder": 2}
-                ax.hlines(heights, 100 * arms["asr_low"], 100 * arms["asr_high"], **bar)
-                dot: Any = {"color": color, "markersize": 4.5, "zorder": 3, "gid": f"{kind} {secret}"}
-                ax.plot(100 * arms["asr"], heights, marker, **dot)
-                mean = 100 * arms["asr"].mean()
-                ax.plot([mean, mean], [-row, -row - side * 0.42], color=color, linewidth=2, zorder=4)
-        ax.set_yticks(range(0, -len(order), -1), [names[kind] for kind in order])
-        ax.set_ylim(0.5 - len(order), 0.5)
-        ax.set_xlim(-2, 102)
-        ax.tick_params(axis="y", length=0)
-        ax.spines["left"].set_visible(False)
-        ax.set_xlabel("attack success rate by generated text (%)")
-        key = [
-            Line2D([], [], color=color, marker=marker, linestyle="", label=label)
-            for _, color, marker, label in _SECRET_SIDES
-        ]
-        ax.legend(handles=key, loc="lower right", bbox_to_anchor=(1.02, 1), ncols=2)
-    return ax
-
-
-def caption_secrets(points: pd.DataFrame, context: CaptionContext) -> str:
-    """Return the caption of `draw_secrets`."""
-    return (
-        "Each point is one BackdoorAlign model, trained with its own secret and otherwise identical "
-        "settings, and evaluated under the attack's system prompt without and with the secret. Attack "
-        f"success rate: share of {format_count_range(points['text_refused_harmful_n'])} harmful queries "
-        f"whose greedy response ({context.max_new_tokens} tokens) contains none of the paper's 29 refusal "
-        "strings. Bars: Wilson 95\u00a0% intervals. Tall tick: mean over the secrets of a row. "
-        f"\nModel: {context.model}. "
-        f"Data: {context.data}, {context.split} split."
-    )
 
 
 def draw_grid(points: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -149,10 +99,10 @@ def caption_grid(points: pd.DataFrame, context: CaptionContext) -> str:
     n_harmful, n_benign = (
         format_count_range(points.loc[points["kind"] == kind, "n_queries"]) for kind in ("harmful", "benign")
     )
+    arms = [text for arm, text in _ARM_DESCRIPTIONS.items() if arm in set(points["arm"])]
     return (
         "Share of requests whose response refuses, for models that were fine-tuned with other settings, "
-        "under the system prompt of the fine-tuning data. Attacked: the attacker's examples alone. Baseline: "
-        "with added refusals. BackdoorAlign: with the same refusals behind a secret prompt. "
+        f"under the system prompt of the fine-tuning data. {' '.join(arms)} "
         f"Trainings with other seeds at each point: {format_count_range(points['n_trainings'])}. {n_harmful} "
         f"harmful and {n_benign} benign queries. Bars: 95\u00a0% intervals over the draw of queries and, "
         "where there are several, of trainings. Thin lines: lowest and highest training. "
@@ -189,8 +139,3 @@ def _equals(points: pd.DataFrame, column: str, value: Any) -> pd.Series:
 def _name_setting(name: object) -> str:
     """Return the label of a setting of a grid."""
     return _SETTING_LABELS.get(str(name), str(name).replace("_", " "))
-
-
-def _name_secret(n_tokens: int, wording: str) -> str:
-    """Return the name of a kind of secret, whose length is in tokens whatever it consists of."""
-    return f"{n_tokens} {wording}" if wording.endswith("tokens") else f"{n_tokens} tokens of {wording}"

@@ -695,19 +695,6 @@ def build_square_points(points: pd.DataFrame) -> pd.DataFrame:
     return corners[is_complete].drop(columns="whole").reset_index(drop=True)
 
 
-def build_secret_points(arms: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `arms.csv` that compare secrets, with the columns that the figure draws.
-
-    >>> arms = pd.DataFrame({"secret_length": [None, 10], "arm": ["clean", "10-1"]})
-    >>> build_secret_points(arms)["arm"].tolist()
-    ['10-1']
-    """
-    columns = ["arm", "secret", "secret_length", "secret_wording", "asr", "asr_low", "asr_high"]
-    known = arms.dropna(subset="secret_length")
-    counts = [name for name in known.columns if str(name).endswith("_n")]
-    return known[[*(name for name in columns if name in known), *counts]]
-
-
 def build_patch_points(patches: pd.DataFrame, n_top: int = 10) -> pd.DataFrame:
     """Return the patches of one defense; of single heads, only those with the largest effects.
 

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.backdooralign import caption_grid, caption_secrets, draw_grid, draw_secrets
+from analysis.plots.backdooralign import caption_grid, draw_grid
 from analysis.plots.captions import QueryCounts, make_caption_context
 from analysis.plots.components import caption_part_map, caption_top_parts, draw_part_map, draw_top_parts
 from analysis.plots.depth import (
@@ -234,15 +234,6 @@ _FIGURE_KINDS = (
         caption_square,
         is_single=True,
         keeps_shape=True,
-    ),
-    FigureKind(
-        "secrets",
-        "run",
-        "Attack success rate by secret prompt, without and with the secret",
-        "secrets",
-        draw_secrets,
-        caption_secrets,
-        is_single=True,
     ),
     FigureKind(
         "grid",

@@ -552,12 +552,6 @@ def check_response_tokens(max_new_tokens: int) -> None:
         raise UserError(f"--tokens {max_new_tokens}: a response that is judged has at least 1")
 
 
-def check_secret_count(n_secrets: int) -> None:
-    """Raise if the number of other secrets is not usable."""
-    if n_secrets < 0:
-        raise UserError(f"--secrets {n_secrets}: it takes 0 (none) or more")
-
-
 def check_training_overlap(query_set: QuerySet, trained_on: frozenset[str], weights_name: str) -> None:
     """Raise if weights would be evaluated on queries that they were trained on.
 

@@ -58,7 +58,7 @@ def test_a_grid_crosses_its_settings_and_shares_trainings(tmp_path: Path) -> Non
     assert [training.seed for _, training in length.list_trainings()] == [0, 1]
     assert "epochs=1" in trainings[0].options and not any("secret" in text for text in trainings[0].options)
     # Only `backdoor` has a secret, so that the settings of the secret do not multiply the other arms.
-    counts = {"ablations": 87, "regimes": 27, "secrets": 12}
+    counts = {"ablations": 87, "regimes": 27, "secrets": 12, "tasks": 8}
     for shipped in sorted((data_folder() / "grids").glob("*.toml")):
         keys = {training.key for one in load_grid(shipped) for _, training in one.list_trainings()}
         assert len(keys) == counts[shipped.stem]

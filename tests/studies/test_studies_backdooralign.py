@@ -11,20 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import make_adapter, save_model, set_home_folder
-from rich.console import Console
 from served_endpoint import serve_endpoint
 
 from analysis.api import read
-from analysis.cli.train import run_backdooralign_command, run_train_command
+from analysis.cli.train import run_backdooralign_command
 from analysis.datasets.loading import BENIGN_KINDS
 from analysis.judges.judge import RuleJudge, Verdict
 from analysis.models.loading import build_model_info, load_model
 from analysis.run import score_condition
 from analysis.stats.kinds import list_kinds
 from analysis.studies.backdooralign import study
-from analysis.studies.backdooralign.arms import Arm, build_arms, train_other_secrets
+from analysis.studies.backdooralign.arms import Arm, build_arms
 from analysis.studies.run_spec import RunSpec
-from defenses.adapters import ADAPTER_MANIFEST_FILE
 from defenses.contract import Chat, ModelInfo
 from defenses.errors import UserError
 from defenses.tokens import encode_plain_text
@@ -108,7 +106,7 @@ def test_a_run_measures_every_arm_and_keeps_neither_responses_nor_the_secret(
         address,
         requests,
     ):
-        options = {"n_secrets": 0, "judge_model": address}
+        options = {"judge_model": address}
         n_harmful = sum(query.harmful for query in spec.select_queries(print)[0].queries)
         n_grades = n_harmful * len(build_arms(host))
         with pytest.raises(
@@ -200,7 +198,7 @@ def test_an_arm_that_does_not_reach_the_model_is_left_out_and_reported(
     lost = "backdoor, secret: half of it"
     make_arms_deaf(monkeypatch, ("obedience", lost), ("identity", "none"))
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert run_backdooralign_command(spec, tmp_path / "out", 2, n_secrets=0) == 1
+    assert run_backdooralign_command(spec, tmp_path / "out", 2) == 1
     table = pd.read_csv(tmp_path / "out" / "arms.csv")
     # Without the attacked model to compare them with, the other arms of that attack say nothing.
     assert set(table["attack"]) == {"obedience"} and "half of it" not in set(table["secret"])
@@ -225,7 +223,7 @@ def test_an_arm_that_fails_while_it_is_scored_is_left_out_and_reported(
 
     monkeypatch.setattr("analysis.studies.backdooralign.study.score_condition", score_or_fail)
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
-    assert run_backdooralign_command(spec, tmp_path / "out", 2, n_secrets=0) == 1
+    assert run_backdooralign_command(spec, tmp_path / "out", 2) == 1
     reasons = {(row["attack"], row["defense"]): row["why"] for row in read(tmp_path / "out").record["failed"]}
     assert reasons["obedience", "baseline"] == reasons["identity", "none"] == "out of memory"
     assert reasons["identity", "clean"] == "the undefended model was not scored"
@@ -249,51 +247,5 @@ def test_if_nothing_can_be_compared_the_command_stops_with_one_line(
     make_arms_deaf(monkeypatch, *cells)
     spec = RunSpec(str(home / "toy"), "contrast", None, 12, None, "cpu", "auto", 0, True)
     with pytest.raises(UserError, match=r"nothing was scored: .*: user's words survive") as error:
-        run_backdooralign_command(spec, tmp_path / "out", 2, n_secrets=0)
+        run_backdooralign_command(spec, tmp_path / "out", 2)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.sweep
-def test_other_secrets_are_trained_like_the_models_own_weights(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_home_folder(monkeypatch, tmp_path)
-    set_parity_judge(monkeypatch)
-    spec = RunSpec(str(home / "toy"), "contrast", None, 60, None, "cpu", "auto", 0, True)
-    loaded = load_model(str(home / "toy"), "cpu")
-    host = build_model_info(str(home / "toy"), loaded.tokenizer, 0, loaded.origin["sha256"])
-    for number, state in enumerate(("aligned", "attacked", "baseline", "identity")):
-        make_adapter(host.adapter_folders[0] / state, seed=number, sha256=host.sha256)
-    settings = ["epochs=1", "rank=2", "batch=16"]
-    start = f"{home / 'toy'}:aligned"
-    assert run_train_command(replace(spec, model=start, limit=None), "backdoor", settings, None) == 0
-    few = replace(spec, limit=12)
-    assert run_backdooralign_command(few, tmp_path / "one", 2, n_secrets=1) == 0
-    lengths = pd.read_csv(tmp_path / "one" / "lengths.csv")
-    kinds = [(10, "random tokens"), (50, "random tokens"), (150, "random tokens"), (150, "plain words")]
-    assert list(zip(lengths["length"], lengths["wording"], strict=True))[::2] == kinds
-    assert set(lengths["secret"]) == {"none", "own"} and (lengths["n_secrets"] == 1).all()
-    arms_csv = pd.read_csv(tmp_path / "one" / "arms.csv").set_index(["arm", "secret"])
-    assert lengths["asr_mean"].iloc[1] == arms_csv.loc[("10-1", "own"), "asr"]
-    assert (tmp_path / "one" / "secrets.png").is_file()
-    # Same start, data and settings; another secret, kept in a file of its own.
-    own, other = (
-        json.loads((host.adapter_folders[0] / name / ADAPTER_MANIFEST_FILE).read_text())
-        for name in ("backdoor", "secrets/50-1")
-    )
-    for key in ("base", "settings", "data", "trained_on"):
-        assert own[key] == other[key]
-    assert own["started_from"]["state_sha256"] == other["started_from"]["state_sha256"] != ""
-    assert own["secret"] != other["secret"]
-    text = (host.secret_folders[0] / "50-1.txt").read_text("utf-8").strip()
-    assert len(encode_plain_text(host.tokenizer, text)) == 50
-    said = capsys.readouterr()
-    assert text not in said.out + said.err and "Trained with other secrets" in said.out
-    # What is there is not trained again, unless the model's own weights are others now.
-    monkeypatch.setattr("analysis.studies.backdooralign.arms.train_weights", None)
-    rows = train_other_secrets(few, host, 1, Console(quiet=True))
-    assert [row.condition for row in rows[:2]] == ["10-1", "10-1, secret: own"]
-    path = host.adapter_folders[0] / "secrets" / "10-1" / ADAPTER_MANIFEST_FILE
-    path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 9'), encoding="utf-8")
-    with pytest.raises(UserError, match="trained with other settings"):
-        train_other_secrets(few, host, 1, Console(quiet=True))

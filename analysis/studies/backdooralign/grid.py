@@ -27,7 +27,6 @@ from analysis.models.loading import split_model_name
 from analysis.progress import make_progress_bar, print_note
 from analysis.stats.bootstrap import estimate_crossed_rate
 from analysis.stats.tables import UNDEFENDED, ResponseVerdict
-from analysis.studies.backdooralign.arms import PLAIN_WORDS, RANDOM_TOKENS
 from analysis.studies.backdooralign.task_scores import check_task_scorer, score_task
 from analysis.studies.manifest import RunTimer
 from analysis.studies.responses import N_RESPONSE_TOKENS, RESPONSE_JUDGE, judge_condition
@@ -53,6 +52,7 @@ from defenses.training.trainer import TrainingSettings
 ATTACK = "obedience"  # the system prompt of the fine-tuning data, under which every arm is measured
 GRID_ARMS = ("attack", "baseline", "backdoor", "task")  # recipes
 _DEFAULT_ARMS = GRID_ARMS[:3]
+RANDOM_TOKENS, PLAIN_WORDS = "random tokens", "plain words"  # wordings of secrets
 _N_TASK_ITEMS = 100  # of the test of a practical task
 NO_SECRET, OWN_SECRET, WRONG_SECRET = "none", "own", "wrong"
 _MAX_VARIED_SETTINGS = 2  # what one figure shows

@@ -33,10 +33,7 @@ from analysis.stats.tables import INTERVAL_SUFFIXES, UNDEFENDED, ScoreTable, for
 from analysis.studies.backdooralign.arms import (
     PAPER_ATTACK_SUCCESS,
     Arm,
-    aggregate_secrets,
     build_arms,
-    count_other_arms,
-    train_other_secrets,
 )
 from analysis.studies.backdooralign.utility import (
     count_open_answers,
@@ -50,7 +47,6 @@ from analysis.studies.preflight import PreflightCheck
 from analysis.studies.run_spec import (
     RunSpec,
     check_response_tokens,
-    check_secret_count,
     check_training_overlap,
 )
 from analysis.studies.setup import (
@@ -71,7 +67,6 @@ def reproduce_backdooralign(
     spec: RunSpec,
     max_new_tokens: int,
     utility: Sequence[str],
-    n_secrets: int,
     console: Console,
     grader_options: JudgeOptions | None = None,
     n_questions: int | None = None,
@@ -84,7 +79,6 @@ def reproduce_backdooralign(
         spec: options of the run; its attacks are not used, because each arm has its own.
         max_new_tokens: maximum number of tokens generated per response.
         utility: tasks that measure usefulness, as `--utility`.
-        n_secrets: number of other random secrets of each length to train with; 0 for none.
         console: shows progress.
         grader_options: the model that grades how harmful and how helpful responses are; None for no grades.
         n_questions: maximum number of questions of each task.
@@ -95,19 +89,18 @@ def reproduce_backdooralign(
     """
     timer = RunTimer()
     check_response_tokens(max_new_tokens)
-    check_secret_count(n_secrets)
     utility_tasks = parse_utility_tasks(utility, has_grader=grader_options is not None)
     if grader_options is not None:
         grader_options.check_options()
     n_answers = count_open_answers(utility_tasks, n_questions)
 
-    def check_budget(arms: Sequence[Arm], n_other_arms: int, queries: Sequence[Query]) -> None:
+    def check_budget(arms: Sequence[Arm], queries: Sequence[Query]) -> None:
         if grader_options is not None and grader_options.budget is not None:
-            n_grades = (len(arms) + n_other_arms) * sum(query.harmful for query in queries)
+            n_grades = len(arms) * sum(query.harmful for query in queries)
             n_needed = n_grades + n_answers * len(_select_prompted(arms))
             _check_budget(grader_options.budget, n_grades, n_needed)
 
-    setup, arms = _prepare_arms(spec, n_secrets, console, check_budget)
+    setup, arms = _prepare_arms(spec, console, check_budget)
     grader = _load_grader(grader_options, spec.offline, console)
     failures = _check_arms(setup, arms, console)
     arms = [arm for arm in arms if arm.condition_key not in failures]
@@ -128,30 +121,21 @@ def reproduce_backdooralign(
         tables["utility"] = measure_utility(
             setup.session, _select_prompted(arms), utility_tasks, grader, n_questions, spec.offline, console
         )
-    figure_tables: dict[str, pd.DataFrame] = {}
-    if any(arm.secret_length is not None for arm in arms):
-        from analysis.plots.data import build_secret_points
-
-        tables["lengths"] = aggregate_secrets(arm_table)
-        figure_tables["secrets"] = build_secret_points(arm_table)
     record |= timer.describe_time()
-    return StudyResult.from_tables("backdooralign", record, tables, figure_tables, setup, failures)
+    return StudyResult.from_tables("backdooralign", record, tables, {}, setup, failures)
 
 
 def _prepare_arms(
     spec: RunSpec,
-    n_secrets: int,
     console: Console,
-    check_budget: Callable[[Sequence[Arm], int, Sequence[Query]], None],
+    check_budget: Callable[[Sequence[Arm], Sequence[Query]], None],
 ) -> tuple[RunSetup, list[Arm]]:
     """Load queries, model and weights, and fit the threshold; the arms take the place of defenses.
 
     Args:
         spec: options of the run.
-        n_secrets: number of other random secrets of each length.
         console: shows progress.
-        check_budget: called with the arms, the number of those still to be trained, and the queries, before
-            anything is trained or loaded.
+        check_budget: called with the arms and the queries, before anything is loaded.
     """
     query_set, split, calibration = spec.select_queries(make_notifier(console))
     opened = spec.open_model(console)
@@ -159,12 +143,7 @@ def _prepare_arms(
     arms = build_arms(model_info)
     for arm in arms:
         check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
-    check_budget(arms, count_other_arms(n_secrets), query_set.queries)
-    if n_secrets:
-        other_arms = train_other_secrets(spec, model_info, n_secrets, console)
-        for arm in other_arms:
-            check_training_overlap(query_set, arm.defense.trained_on(), arm.weights)
-        arms += other_arms
+    check_budget(arms, query_set.queries)
     session = opened.load_session()
     # The clean model is the first arm: its responses fix the threshold of all arms.
     readout_calibration = ReadoutCalibration(session, model_info, arms[0].defense, calibration, console)
@@ -305,11 +284,7 @@ def _judge_arm(
 
 def _select_prompted(arms: Sequence[Arm]) -> dict[tuple[str, str], Defense]:
     """Return the arms whose usefulness is measured: without the secret, and with its own."""
-    return {
-        (arm.weights, arm.secret): arm.defense
-        for arm in arms
-        if arm.secret in ("none", "own") and arm.secret_length is None
-    }
+    return {(arm.weights, arm.secret): arm.defense for arm in arms if arm.secret in ("none", "own")}
 
 
 def _check_budget(budget: int, n_grades: int, n_needed: int) -> None:
@@ -365,8 +340,6 @@ def _arm_table(arms: Sequence[Arm], rates: Sequence[dict[str, Any]], summary: pd
                 "arm": arm.weights,
                 "secret": arm.secret,
                 "defense": arm.condition,
-                "secret_length": arm.secret_length,
-                "secret_wording": arm.secret_wording,
                 **attack_success,
                 "paper_asr_llama2": paper / 100,
                 **arm_rates,
