@@ -214,7 +214,6 @@ def test_a_function_has_every_option_of_its_command(name, function):
         (lambda: recommend(max_over_refusal=5), "max-over-refusal 5: it takes a share"),
         (lambda: recommend(max_over_refusal="5%", max_cost=0.5), "max-cost 0.5"),
         (lambda: train("safty"), "did you mean 'safety'"),
-        (lambda: backdooralign(secrets=-1), "secrets -1"),
         (lambda: judge(pd.DataFrame({"answer": ["No."]})), "column of the frame: 'response'"),
         (lambda: judge(pd.DataFrame({"response": []})), "holds no responses"),
         (lambda: locate_mechanism("policy", sites=["brain"]), "unknown site 'brain'"),

@@ -283,7 +283,7 @@ class Run:
         if not basis or not has_judged_rates(self.tables["summary"]):
             return "by the readout" + "; no response was judged" * (not self.record.get("judge"))
         responses = self.record["responses"]
-        n_queries = f" ({responses['queries']} queries per condition)" * ("queries" in responses)
+        n_queries = f" ({responses['queries']} queries per condition)" if "queries" in responses else ""
         n_unjudged = int(responses.get("unjudged", 0))
         unjudged = f"; {n_unjudged} {'has' if n_unjudged == 1 else 'have'} no verdict" * bool(n_unjudged)
         return basis + n_queries + unjudged
@@ -345,7 +345,8 @@ class Run:
 
 def _format_failed_condition(failure: Mapping[str, Any]) -> str:
     """Return the name of a condition that failed, after that of its model in a run with several."""
-    return f"{failure['model']}: " * ("model" in failure) + format_condition(failure)
+    name = format_condition(failure)
+    return f"{failure['model']}: {name}" if "model" in failure else name
 
 
 def _join_known_values(values: Mapping[str, Any], *names: str) -> str:

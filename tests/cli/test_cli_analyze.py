@@ -78,7 +78,7 @@ def test_a_run_writes_the_promised_files_and_prints_where(cli_home, run_result):
         *("prompts.csv", "scores.csv", "controls.csv", "responses.csv", "summary.csv", "run.json"),
         *(
             f"{figure}.{suffix}"
-            for figure in ("refusals", "margins", "plane", "roc", "kinds")
+            for figure in ("refusals", "forest", "margins", "plane", "roc", "kinds")
             for suffix in ("png", "csv")
         ),
     }
@@ -206,7 +206,7 @@ def test_all_defenses_run_on_the_templates_of_four_families(cli_home, no_figures
     names = {row["defense"] for row in json.loads(result.out)}
     without_weights = {"backdoor", "safety_tuning", "preference_tuning", "baseline_tuning", "safe_decoding"}
     without_weights |= {"adapter", "weights", "guard_model"}
-    without_weights |= {"representation_rerouting", "latent_adversarial_training"}
+    without_weights |= {"representation_rerouting", "latent_adversarial_training", "soft_prompt", "dro"}
     # The queries have no images.
     all_names = [name for name, cls in find_defense_classes().items() if cls.in_all and not cls.needs_images]
     assert ("defenses are left out, because no query has an image" in result.err) == has_all
