@@ -13,7 +13,8 @@ from typing import Literal
 
 from defenses.soft_prompts import FIRST_LEARNED_ID
 
-TokenKind = Literal["text", "image", "learned"]
+TokenKind = Literal["text", "learned", "image"]
+_KINDS: tuple[TokenKind, ...] = ("text", "learned", "image")  # in the order of their ids
 
 # Layout of an id: a bit that marks images, 44 bits of the image's digest, 16 bits of the position.
 _POSITION_BITS = 16
@@ -68,11 +69,7 @@ def split_text_and_images(token_ids: Sequence[int]) -> Iterator[tuple[TokenKind,
     >>> [(kind, len(run)) for kind, run in split_text_and_images(ids)]
     [('text', 1), ('image', 2), ('text', 1)]
     """
-
-    def find_kind(token_id: int) -> TokenKind:
-        if token_id < FIRST_LEARNED_ID:
-            return "text"
-        return "learned" if token_id < FIRST_IMAGE_ID else "image"
-
-    for kind, run in groupby(token_ids, find_kind):
-        yield kind, list(run)
+    for number, run in groupby(
+        token_ids, lambda token: (token >= FIRST_LEARNED_ID) + (token >= FIRST_IMAGE_ID)
+    ):
+        yield _KINDS[number], list(run)
