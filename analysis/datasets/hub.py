@@ -103,7 +103,7 @@ def load_hub_rows(
             ]
             (staged / _ROWS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = (folder / _ROWS_FILE).read_bytes()
-    rows = [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    rows = [json.loads(line) for line in content.decode("utf-8").split("\n") if line]
     source = {
         "name": f"{HUB_PREFIX}{dataset.repo}",
         "source": dataset.page,
@@ -151,7 +151,10 @@ def _ask_hub(dataset: HubDataset) -> tuple[str, str]:
             f"no data set {dataset.repo!r} on the hub, or it is private: check the name, or {access}"
         ) from error
     except Exception as error:  # errors of the hub or of its HTTP library
-        raise UserError(f"{dataset.repo} cannot be reached: {describe_download_error(error)}") from error
+        raise UserError(
+            f"{dataset.repo} cannot be reached: {describe_download_error(error)}; --offline uses what was "
+            "loaded before"
+        ) from error
     card = info.card_data
     license_name = getattr(card, "license", None) if card is not None else None
     return str(info.sha), str(license_name or "see the page")

@@ -66,7 +66,7 @@ def make_repositories() -> dict[str, dict[str, bytes]]:
     }
     pictured = datasets.Dataset.from_dict(
         {
-            "query": ["What is it?", "And this?"],
+            "query": ["What\u2028is it?", "And this?"],  # no line ends here
             "label": [0, 1],
             "image": [{"bytes": picture.getvalue()}, None],
         },
@@ -187,6 +187,7 @@ def test_a_set_of_the_hub_is_loaded_once_and_then_read_without_the_network(hub: 
     assert any(row[0].startswith("everyday:") for row in joined["rows"])
     # Classes have their names, and an image is that of its row.
     assert [(row[2], row[4]) for row in pictured["rows"]] == [(True, [7, 5]), (False, None)]
+    assert pictured["rows"][0][1] == "What\u2028is it?"
     for outcome, reason in zip(
         failed,
         (
