@@ -16,12 +16,12 @@ COPY analysis /src/analysis
 COPY data /src/data
 COPY defenses /src/defenses
 RUN pip install --no-cache-dir --constraint /src/constraints.txt --extra-index-url "${TORCH_INDEX}" "/src[train,vision]" \
-  && install -d -o "${USER_ID}" /work /work/runs
+  && install -d -o "${USER_ID}" /refusalscope /refusalscope/runs
 
-# A user without privileges. Results go to /work/runs, downloads, weights and caches to /work/.cache and /work/.local.
+# A user without privileges. Results go to /refusalscope/runs, downloads, weights and caches to /refusalscope/.cache and /refusalscope/.local.
 USER ${USER_ID}
-WORKDIR /work
-ENV HOME=/work USER=refusalscope
+WORKDIR /refusalscope
+ENV HOME=/refusalscope USER=refusalscope
 
 ENTRYPOINT ["analyze"]
 CMD ["--help"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from analysis.datasets.queries import QUERY_COLUMNS
+from analysis.datasets.queries import HARMFUL_VALUES, QUERY_COLUMNS
 from defenses.errors import UserError, unknown_name_error
 
 # Usual names of the columns, the most telling first.
@@ -21,19 +21,9 @@ _USUAL_NAMES = {
     "category": ("category",),
     "image": ("image",),
 }
-_HARMFUL_WORDS = {"true", "1", "1.0", "yes", "harmful", "unsafe", "toxic", "malicious"}
-_BENIGN_WORDS = {
-    "false",
-    "0",
-    "0.0",
-    "no",
-    "benign",
-    "safe",
-    "harmless",
-    "unharmful",
-    "non-toxic",
-    "nontoxic",
-}
+# Words of a published label → whether the query is harmful, besides those of a query file.
+_CLASS_WORDS = HARMFUL_VALUES | dict.fromkeys(("unsafe", "toxic", "malicious"), True)
+_CLASS_WORDS |= dict.fromkeys(("safe", "harmless", "unharmful", "non-toxic", "nontoxic"), False)
 _CONSTANTS = {"true": True, "false": False}
 _MAX_SHOWN_VALUES = 8
 
@@ -145,13 +135,13 @@ def _read_classes(
             raise unknown_name_error(f"value of {column} in {source}:", harmful_value, _list_values(values))
         return [value == harmful_value for value in values]
     words = [value.casefold() for value in values]
-    if unread := [value for value in words if value not in _HARMFUL_WORDS | _BENIGN_WORDS]:
+    if unread := [word for word in words if word not in _CLASS_WORDS]:
         raise UserError(
             f"{source}: {column} has the values {', '.join(_list_values(values))}, and {unread[0]!r} does "
             f"not say whether a query is harmful: add ?harmful={column}:VALUE behind the name, with the "
             "value of the harmful queries"
         )
-    return [word in _HARMFUL_WORDS for word in words]
+    return [_CLASS_WORDS[word] for word in words]
 
 
 def _list_values(values: Sequence[str]) -> list[str]:

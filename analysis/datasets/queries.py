@@ -24,8 +24,8 @@ QUERY_FILE_FORMAT = (
     "it needs the columns text and harmful (true/false), and may have id, pair, category, split "
     f"({'/'.join(SPLIT_NAMES)}), kind, image (path of a file, relative to the folder of this one)"
 )
-_HARMFUL_VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "harmful": True}
-_HARMFUL_VALUES |= {"false": False, "0": False, "0.0": False, "no": False, "benign": False}
+HARMFUL_VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "harmful": True}
+HARMFUL_VALUES |= {"false": False, "0": False, "0.0": False, "no": False, "benign": False}
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def parse_query(
             f"{place}: the text is empty; write the request, also beside an image, or remove the query"
         )
     check_unicode(text, f"{place}: the text")
-    harmful = _HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
+    harmful = HARMFUL_VALUES.get(str(row["harmful"]).strip().lower())
     if harmful is None:
         raise UserError(f"{place}: harmful is {row['harmful']!r}; it takes true or false, or 1 or 0")
     kind = _read_optional(row, "kind", place) or ("harmful" if harmful else "plain")

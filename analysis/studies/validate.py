@@ -15,7 +15,7 @@ from analysis.datasets.queries import Query, sample_queries
 from analysis.judges.judge import Judge, JudgeProgress, Verdict, judge_queries, make_verdict_masks
 from analysis.judges.model_judges import GradingRubric, ModelJudge
 from analysis.judges.rules import RULE_JUDGES
-from analysis.judges.sampled import judge_samples
+from analysis.judges.samples import judge_samples
 from analysis.models.chat_template import redact_secrets
 from analysis.models.engine import RemoteEngine
 from analysis.models.session import ModelSession, Response, generate_responses
